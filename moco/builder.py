@@ -1,0 +1,205 @@
+"""Momentum Contrast: the key queue, the momentum encoder, and MoCo v1, v2 and v2+.
+
+    Momentum Contrast for Unsupervised Visual Representation Learning (He et al., CVPR 2020)
+    Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020)
+
+One training step is the paper's Algorithm 1, in its order (see `moco/engine/step.py`):
+
+    keys = moco.encode_keys(views)                     k = f_k(x_k), no gradient
+    loss = moco(views, keys, index); loss.backward()   q = f_q(x_q); InfoNCE(q, k, queue)
+    optimizer.step()                                   update f_q
+    moco.update_momentum_encoder(momentum)             f_k = m f_k + (1 - m) f_q
+    moco.enqueue(keys, index)                          enqueue k, dequeue the oldest: last
+
+v1 and v2 differ in the encoder's head, the temperature, the augmentation and the schedule, which
+are configuration. v2+ is symmetric: each view is once the query and once the key.
+
+Deliberate deviation: the official code updates the momentum encoder between encoding query and key, at the start of
+the next step. The keys are the same; done at the end, a step that fails changes nothing.
+
+Legend: N local batch, C embedding, K queue length, V = 2 views, W processes.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moco.distributed import gather, permute
+from moco.losses import info_nce
+
+UNKNOWN = -1  # the sample index of a key that came from no image
+
+
+class KeyQueue(nn.Module):
+    """The dictionary: a ring of the K newest keys, and of which sample each one shows.
+
+    Args:
+        size: K.
+        dim: C.
+        start: "random" fills it with random unit vectors that count as negatives, as the official code does;
+            "empty" takes entries out of the negatives until a key is in them.
+
+    Raises:
+        ValueError: if `size` is below 1 or `start` is unknown.
+    """
+
+    keys: Tensor  # (K, C), unit length
+    index: Tensor  # (K,), the sample that each key shows, or UNKNOWN
+    count: Tensor  # (), how many keys were ever enqueued; the next one goes to slot count % K
+
+    def __init__(self, size: int, dim: int, start: str = "random") -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"method.queue_size={size} must be at least 1")
+        if start not in ("random", "empty"):
+            raise ValueError(f"method.queue_start={start!r} must be 'random' or 'empty'")
+        self.size, self.start = size, start
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("index", torch.full((size,), UNKNOWN))
+        self.register_buffer("count", torch.tensor(0))
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
+        """Puts the global batch's keys (n, C) and sample indices (n,) in the place of the oldest ones.
+
+        Any n will do: the ring wraps around, and of more than K keys the newest K stay.
+        """
+        dropped = max(0, len(keys) - self.size)
+        slots = torch.arange(dropped, len(keys), device=self.count.device)
+        slots = (self.count + slots) % self.size  # on the device: a pointer on the host would wait for it
+        self.keys[slots] = keys[dropped:].to(self.keys.dtype)
+        self.index[slots] = index[dropped:]
+        self.count += len(keys)
+
+    def filled(self) -> int:
+        """How many entries hold the key of an image."""
+        return min(int(self.count), self.size)
+
+    def negatives(self, index: Tensor, mask_own_keys: bool) -> Tensor | None:
+        """Which entries are negatives of which query, (N, K) or (1, K); None means all of them.
+
+        Args:
+            index: the queries' sample indices, (N,).
+            mask_own_keys: take out the stale keys of a query's own image: no negatives of it.
+        """
+        allowed = None
+        if self.start == "empty":
+            allowed = (torch.arange(self.size, device=index.device) < self.count)[None]  # (1, K)
+        if mask_own_keys:
+            others = self.index != index[:, None]  # (N, K)
+            allowed = others if allowed is None else allowed & others
+        return allowed
+
+
+class Output(NamedTuple):
+    """What a method's forward returns: the loss to differentiate and detached measures, all of shape ()."""
+
+    loss: Tensor
+    measures: dict[str, Tensor]
+
+
+class MoCo(nn.Module):
+    """MoCo v1, v2 (one direction) and v2+ (symmetric).
+
+    Args:
+        encoder: f_q, images (N, 3, S, S) to embeddings (N, dim). f_k starts as its copy.
+        dim: C.
+        queue_size: K.
+        temperature: T.
+        queue_start: see `KeyQueue`.
+        mask_own_keys: see `KeyQueue.negatives`.
+        symmetric: also query with the second view against the first (v2+).
+        reduction: of the two directions' losses: "sum" (the official notebook) or "mean".
+
+    Raises:
+        ValueError: for values that no step could use.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        dim: int = 128,
+        queue_size: int = 65536,
+        temperature: float = 0.07,
+        queue_start: str = "random",
+        mask_own_keys: bool = True,
+        symmetric: bool = False,
+        reduction: Literal["sum", "mean"] = "mean",
+    ) -> None:
+        super().__init__()
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"method.reduction={reduction!r} must be 'sum' or 'mean'")
+        self.encoder = encoder
+        self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.queue = KeyQueue(queue_size, dim, queue_start)
+        self.temperature, self.mask_own_keys, self.reduction = temperature, mask_own_keys, reduction
+        # (query's view, key's view) of each direction
+        self.directions = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
+
+    @torch.no_grad()
+    def encode_keys(
+        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+    ) -> dict[int, Tensor]:
+        """Keys of the whole local batch, for the views that serve as keys: {view: (N, C)}.
+
+        Args:
+            views: V tensors (N, 3, S, S).
+            shuffles: for each view a permutation of the global batch (0 ... W N - 1), or None. BN then sees
+                the keys in other groups than their queries, so a group's statistics give no answer away.
+            micro_batch: how many images go through the encoder at once.
+        """
+        keys = {}
+        for _, view in self.directions:
+            images = views[view]  # (N, 3, S, S)
+            if shuffles is not None:
+                images = permute(images, shuffles[view])
+            k = torch.cat([F.normalize(self.momentum_encoder(part), dim=1) for part in images.split(micro_batch)])
+            if shuffles is not None:
+                k = permute(k, np.argsort(shuffles[view]))
+            keys[view] = k.float()  # (N, C)
+        return keys
+
+    def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor) -> Output:
+        """The loss of one micro-batch against the queue as it was before this step.
+
+        Args:
+            views: V tensors (N, 3, S, S).
+            keys: {view: (N, C)} of the same samples.
+            index: their sample indices, (N,).
+        """
+        negatives = self.queue.negatives(index, self.mask_own_keys)  # (N, K)
+        losses, positives, correct = [], [], []
+        for query_view, key_view in self.directions:
+            q = F.normalize(self.encoder(views[query_view]), dim=1)  # (N, C)
+            loss, logits = info_nce(q, keys[key_view], self.queue.keys, self.temperature, negatives)
+            losses.append(loss)
+            positives.append(logits[:, 0].mean() * self.temperature)
+            correct.append((logits[:, :1] > logits[:, 1:]).all(dim=1).float().mean())  # a tie is no success
+        count = self.queue.size if negatives is None else negatives.expand(len(index), -1).sum(dim=1).float().mean()
+        measures = {
+            "contrast_accuracy": torch.stack(correct).mean(),
+            "positive_similarity": torch.stack(positives).mean(),
+            "negatives": torch.as_tensor(count, dtype=torch.float32, device=index.device),
+        }
+        total = torch.stack(losses)
+        return Output(total.sum() if self.reduction == "sum" else total.mean(), measures)
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, momentum: float) -> None:
+        """f_k = m f_k + (1 - m) f_q (Eq. 2). Parameters only: BN's running statistics are f_k's own."""
+        torch._foreach_lerp_(
+            list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), weight=1 - momentum
+        )
+
+    @torch.no_grad()
+    def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None:
+        """Enqueues all ranks' keys, view after view, each in the order of the global batch."""
+        index = gather(index)  # (W N,)
+        for k in keys.values():
+            self.queue.enqueue(gather(k), index)

@@ -1,0 +1,97 @@
+"""What every command shares: Hydra in, one sentence out when something is wrong.
+
+Hydra composes; the schema (dataclasses in `moco.config`) checks names and types; the command gets a plain dataclass.
+"""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moco.config import ConfigError, config_dir
+
+Schema = TypeVar("Schema")
+
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
+
+
+def run_command(name: str, schema: type[Schema], command: Callable[[Schema], None]) -> None:
+    """Composes `configs/NAME.yaml` with the command line's overrides, checks it, and calls the command.
+
+    Ends the process with status 2 and one sentence for a configuration that cannot be, with status
+    1 and one sentence for what the command says is wrong. MOCO_TRACEBACK=1 shows the traceback instead.
+
+    Args:
+        name: the top-level YAML file, without its ending.
+        schema: the dataclass that the composed configuration must fit.
+        command: what to do with it.
+    """
+    composed: list[DictConfig] = []  # one, or with --multirun one a job; none after --help or --cfg
+    # Hydra would print errors over several lines and exit; this makes it raise them instead.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        # The command runs outside of Hydra, which would print a traceback of its own around any error.
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
+        for each in composed:
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), each))
+            assert isinstance(config, schema)
+            command(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        _stop(2, _composition_error(error, schema), error)
+    except ConfigError as error:
+        _stop(2, str(error), error)
+    except USER_ERRORS as error:
+        _stop(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
+    except KeyboardInterrupt as error:
+        _stop(130, "interrupted; the same command resumes from the last checkpoint", error)
+
+
+def _stop(status: int, sentence: str, error: BaseException) -> None:
+    if os.environ.get("MOCO_TRACEBACK") == "1":
+        raise error
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or status == 1:  # what is wrong with the configuration is the same on every rank
+        print(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _composition_error(error: Exception, schema: type) -> str:
+    """One sentence out of Hydra's and OmegaConf's several lines, with the nearest field for a misspelt one."""
+    text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
+    known = field_names(schema)
+    full_key = re.search(r"full_key: (\S+)", text)
+    key = re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in '\w+')", text) or re.search(
+        r"Could not override '([^']+)'", text
+    )
+    if key:
+        wrong = full_key.group(1) if full_key else key.group(1)
+        close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+        return f"there is no field {wrong!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+    value = re.search(r"Value '([^']*)' of type '(\w+)' could not be converted to (\w+)", text)
+    if value and full_key:
+        return f"{full_key.group(1)}={value.group(1)} must be of type {value.group(3).lower()}"
+    missing = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'\n*((?:.*\n?)*)", text)
+    if missing:
+        options = re.findall(r"^\t(\S+)$", text, flags=re.M)
+        close = difflib.get_close_matches(missing.group(1).split("/")[-1], options, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        return f"there is no {missing.group(1)!r}{hint}" + (f" There are: {', '.join(options)}" if options else "")
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def field_names(schema: Any, prefix: str = "") -> list[str]:
+    """Every field of a nested dataclass, dotted."""
+    names = []
+    for each in fields(schema):
+        names.append(prefix + each.name)
+        if is_dataclass(each.type):
+            names += field_names(each.type, f"{prefix}{each.name}.")
+    return names

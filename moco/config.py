@@ -1,0 +1,316 @@
+"""The schema of a pretraining configuration: types, what each field means, and the checks. Values are in `configs/`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; its message is one sentence for the user."""
+
+
+def config_dir() -> str:
+    """The folder of the YAML files: inside an installed wheel, or at the top level of a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"moco's configs are neither in {package / 'configs'} nor in {package.parent / 'configs'}")
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from."""
+
+    name: str = "digits"
+    """digits, cifar10, cifar100, stl10, imagenet or folder"""
+    root: str = "data"
+    """where the data set is, or is downloaded to; for `folder` the pictures themselves"""
+    download: bool = False
+    """fetch CIFAR or STL-10 into root if it is not there"""
+    labels: str = "none"
+    """for `folder`: none, or folder (the first-level folder names are the classes)"""
+    eval_root: str = ""
+    """for `folder` with labels: held-out pictures in folders of the same class names"""
+    resident: bool = False
+    """for `folder`: decode all pictures into memory once (they must have one size)"""
+    workers: int = 2
+    """loader processes for pictures that are not in memory, on each rank"""
+
+
+@dataclass
+class AugmentConfig:
+    """Both views' augmentation; each field is one of `moco.data.augment.View`."""
+
+    size: int = 224
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    jitter_p: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    gray_p: float = 0.0
+    gray_first: bool = False
+    blur_p: float = 0.0
+    blur_sigma: list[float] = field(default_factory=lambda: [0.1, 2.0])
+    solarize_p: float = 0.0
+    solarize_threshold: float = 0.5
+    flip_p: float = 0.0
+    affine_p: float = 0.0
+    degrees: float = 0.0
+    translate: float = 0.0
+    zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    shear: float = 0.0
+    noise: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    eval_resize: int = 0
+    """shorter side before the central crop in evaluation; 0: the pictures have the size already"""
+    second: dict[str, Any] = field(default_factory=dict)
+    """fields in which the second view differs, e.g. {blur_p: 0.1, solarize_p: 0.2}"""
+
+
+@dataclass
+class ModelConfig:
+    """The encoder."""
+
+    backbone: str = "resnet50"
+    """a torchvision ResNet, convnet, or timm/NAME"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """the backbone's own arguments, e.g. {stem: cifar}"""
+    head_layers: int = 2
+    """1: MoCo v1's linear head; 2: MoCo v2's MLP"""
+    head_hidden: int = 0
+    """width of the MLP; 0: as wide as the features"""
+    dim: int = 128
+    """C, the embedding"""
+    bn: str = "grouped"
+    """grouped (over bn_group_size images), sync (over the global batch) or batch (over what one process sees)"""
+    bn_group_size: int = 32
+    """256 images on 8 GPUs, as published"""
+    shuffle_keys: bool = True
+    """shuffle the key batch over the global batch before its encoder"""
+
+
+@dataclass
+class MethodConfig:
+    """The queue, the momentum encoder and the loss."""
+
+    name: str = "moco"
+    queue_size: int = 65536
+    """K"""
+    queue_start: str = "random"
+    """random (official: random keys count as negatives) or empty (only real keys do)"""
+    mask_own_keys: bool = True
+    """a query's own stale keys are no negatives of it"""
+    temperature: float = 0.2
+    momentum: float = 0.999
+    """m of the momentum encoder"""
+    momentum_end: float | None = None
+    """m grows to this along half a cosine; null: constant"""
+    symmetric: bool = False
+    """each view is once the query (v2+)"""
+    reduction: str = "mean"
+    """of the two directions' losses: mean or sum"""
+
+
+@dataclass
+class OptimConfig:
+    """The optimiser and its schedule."""
+
+    name: str = "sgd"
+    """sgd, lars or adamw"""
+    lr: float = 0.03
+    base_batch: int | None = 256
+    """lr is scaled by batch_size / base_batch; null: lr as it stands"""
+    momentum: float = 0.9
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 1e-4
+    exclude: list[str] = field(default_factory=list)
+    """what weight decay (and LARS's adaptation) leaves out: bias, norm"""
+    schedule: str = "cosine"
+    """cosine, step or constant"""
+    milestones: list[float] = field(default_factory=list)
+    """epochs at which `step` multiplies the lr by gamma"""
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    lr_end: float = 0.0
+    """where cosine ends, as a fraction of the peak"""
+    per_epoch: bool = False
+    """hold the lr within an epoch, as the official MoCo code does; false: change it every step"""
+    clip_grad: float = 0.0
+    """largest gradient norm; 0: no clipping"""
+
+
+@dataclass
+class EvaluateConfig:
+    """The live kNN accuracy while training."""
+
+    every_epochs: int = 1
+    """live kNN every so many epochs, and before the first and after the last; 0: never"""
+    k: int = 200
+    temperature: float = 0.1
+    features: str = "backbone"
+    """backbone, or projection (the embedding that the loss sees)"""
+    labels_per_class: int = 0
+    """a reference set of so many labels a class, averaged over draws; 0: all labels"""
+    draws: int = 100
+    bank_size: int = 0
+    """at most so many reference images, drawn once; 0: all"""
+    raw_pixels: bool = False
+    """also report kNN on the raw pixels"""
+    batch_size: int = 512
+
+
+@dataclass
+class CheckpointConfig:
+    """How often to save, and what to keep."""
+
+    every_minutes: float = 5.0
+    """save `last` so often, besides the end of each epoch"""
+    every_steps: int = 0
+    """and every so many steps; 0: never"""
+    every_epochs: int = 1
+    """save `last` at the end of so many epochs"""
+    keep_epochs: int = 0
+    """keep a checkpoint for good every so many epochs; 0: the last ones only"""
+    keep_last: int = 2
+    """how many of the newest to keep, so that an unreadable one has one before it"""
+
+
+@dataclass
+class TrainConfig:
+    """All of a pretraining run."""
+
+    run: str = "runs/digits"
+    """the run's directory; started again there, it resumes"""
+    seed: int = 0
+    epochs: int = 200
+    batch_size: int = 256
+    """images in one optimiser step, over all processes"""
+    accumulate: int = 1
+    """micro-batches in which a process takes its share of the batch"""
+    device: str = "auto"
+    """auto, cpu, cuda"""
+    precision: str = "fp32"
+    """fp32, bf16 or fp16"""
+    channels_last: bool = False
+    compile: bool = False
+    threads: int = 0
+    """CPU threads of a process; 0: torch's choice"""
+    log_every: int = 10
+    """steps between two records in metrics.jsonl and TensorBoard"""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises `ConfigError(sentence)` unless the condition holds."""
+    if not condition:
+        raise ConfigError(sentence)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}")
+
+
+def check(config: TrainConfig, processes: int = 1) -> None:
+    """Refuses a configuration that cannot run, before any work starts.
+
+    Args:
+        config: the composed configuration.
+        processes: W, over which the batch is divided.
+
+    Raises:
+        ConfigError: naming the field, its value and the fix.
+    """
+    model, method, optim, evaluate = config.model, config.method, config.optim, config.evaluate
+    _one_of("precision", config.precision, ("fp32", "bf16", "fp16"))
+    _one_of("device", config.device, ("auto", "cpu", "cuda"))
+    _one_of("model.bn", model.bn, ("grouped", "sync", "batch"))
+    _one_of("optim.name", optim.name, ("sgd", "lars", "adamw"))
+    _one_of("optim.schedule", optim.schedule, ("cosine", "step", "constant"))
+    _one_of("evaluate.features", evaluate.features, ("backbone", "projection"))
+    _one_of("method.queue_start", method.queue_start, ("random", "empty"))
+    _one_of("method.reduction", method.reduction, ("sum", "mean"))
+    for name, value in {
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "accumulate": config.accumulate,
+        "log_every": config.log_every,
+        "model.head_layers": model.head_layers,
+        "model.dim": model.dim,
+        "model.bn_group_size": model.bn_group_size,
+        "method.queue_size": method.queue_size,
+        "evaluate.k": evaluate.k,
+        "evaluate.batch_size": evaluate.batch_size,
+        "evaluate.draws": evaluate.draws,
+        "checkpoint.keep_last": config.checkpoint.keep_last,
+    }.items():
+        require(value >= 1, f"{name}={value} must be at least 1")
+    for name, number in {
+        "threads": config.threads,
+        "data.workers": config.data.workers,
+        "optim.lr": optim.lr,
+        "optim.weight_decay": optim.weight_decay,
+        "optim.warmup_epochs": optim.warmup_epochs,
+        "optim.clip_grad": optim.clip_grad,
+        "evaluate.every_epochs": evaluate.every_epochs,
+        "evaluate.labels_per_class": evaluate.labels_per_class,
+        "evaluate.bank_size": evaluate.bank_size,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.every_minutes": config.checkpoint.every_minutes,
+        "checkpoint.every_epochs": config.checkpoint.every_epochs,
+        "checkpoint.keep_epochs": config.checkpoint.keep_epochs,
+        "model.head_hidden": model.head_hidden,
+    }.items():
+        require(number >= 0, f"{name}={number} must not be negative")
+    for name, number in {
+        "method.temperature": method.temperature,
+        "evaluate.temperature": evaluate.temperature,
+    }.items():
+        require(number > 0, f"{name}={number} must be above 0")
+    for name, momentum in {"method.momentum": method.momentum, "method.momentum_end": method.momentum_end}.items():
+        require(momentum is None or 0 <= momentum <= 1, f"{name}={momentum} must lie in 0 ... 1")
+    require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
+    require(bool(config.run.strip()), "run='' must name the run's directory, e.g. run=runs/first")
+    require(
+        optim.base_batch is None or optim.base_batch >= 1,
+        f"optim.base_batch={optim.base_batch} must be at least 1, or null for an lr that is not scaled",
+    )
+    require(
+        optim.warmup_epochs < config.epochs,
+        f"optim.warmup_epochs={optim.warmup_epochs} must be below epochs={config.epochs}",
+    )
+    require(
+        (optim.schedule == "step") == bool(optim.milestones),
+        f"optim.milestones={optim.milestones} does not fit optim.schedule={optim.schedule}: "
+        "the step schedule needs milestones and no other takes them",
+    )
+    unknown = set(optim.exclude) - {"bias", "norm"}
+    require(not unknown, f"optim.exclude names {', '.join(sorted(unknown))}; it can hold bias and norm")
+    require(len(optim.betas) == 2, f"optim.betas={optim.betas} must hold two numbers")
+
+    parts = processes * config.accumulate
+    require(
+        config.batch_size % parts == 0,
+        f"batch_size={config.batch_size} must be a multiple of {parts} ({processes} processes x accumulate="
+        f"{config.accumulate}): take {max(1, round(config.batch_size / parts)) * parts}",
+    )
+    micro_batch = config.batch_size // parts
+    require(
+        model.bn != "grouped" or micro_batch % model.bn_group_size == 0,
+        f"model.bn_group_size={model.bn_group_size} must divide the {micro_batch} images of a process's forward pass "
+        f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
+        f"take {_largest_divisor(micro_batch, model.bn_group_size)}, or model.bn=sync",
+    )
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)

@@ -1,0 +1,1 @@
+"""Images in, views out: sources, keyed randomness, crops, device augmentation, loaders."""

@@ -1,0 +1,176 @@
+"""Stage 2 of a view: batched augmentation with parameters, and an order of the colour operations, for each sample.
+
+All parameters are drawn on the host as a function of (seed, epoch, sample index, stream), each from its own numbered
+draw (law 2). Which samples an operation touches is thus known on the host, and the device is never waited for: index
+lists and parameters go there in two queued copies.
+
+    params = draw(view, seed, epoch, index, stream)
+    crops = crop_batch(images, params.crop, view)        # resident; a loader's worker calls crop_one instead
+    query = augment(crops, params, view)
+
+The order of operations is the official recipes': affine (digits), colour jitter, grayscale, blur, solarise, flip,
+noise, normalise. Deviation: the official pipelines round to 8 bits after each operation, this one stays in float32.
+
+Legend: N samples, S x S pixels of a view.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moco.data import ops
+from moco.data.crop import crop_boxes, resized_crop, resized_crops
+from moco.data.view import Params, View, draw, draw_crop
+
+__all__ = ["Params", "View", "augment", "crop_batch", "crop_one", "draw", "draw_crop"]
+
+_COLOUR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
+
+# Numbers worked on at a time on a CPU, so that they stay in its cache between operations.
+_CPU_PART = 2**21
+
+
+def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
+    """Stage 1 for a batch from a resident set: uint8 (N, 3, H, W) and `Params.crop` -> uint8 (N, 3, S, S)."""
+    boxes = crop_boxes(uniforms, images.shape[2], images.shape[3], view.crop_scale, view.crop_ratio)
+    return resized_crops(images, boxes, view.size)
+
+
+def crop_one(image: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
+    """Stage 1 for one streamed image: uint8 (3, H, W) and one row of `draw_crop` -> uint8 (3, S, S)."""
+    boxes = crop_boxes(uniforms.reshape(1, -1), image.shape[1], image.shape[2], view.crop_scale, view.crop_ratio)
+    return resized_crop(image, boxes[0], view.size)
+
+
+def augment(crops: Tensor, params: Params, view: View) -> Tensor:
+    """Stage 2: colour, blur, flip and normalise a batch of crops.
+
+    Args:
+        crops: uint8, shape (N, 3, S, S), on any device.
+        params: of the same samples in the same order, from `draw` with the same view.
+        view: the recipe.
+
+    Returns:
+        float32, shape (N, 3, S, S), on the device of `crops`.
+
+    Raises:
+        ValueError: if shape or type of `crops` does not fit the view and the parameters.
+    """
+    expected = (len(params), 3, view.size, view.size)
+    if crops.shape != expected or crops.dtype != torch.uint8:
+        raise ValueError(f"crops is {crops.dtype} {tuple(crops.shape)}; this view takes torch.uint8 {expected}")
+    out = torch.empty(expected, dtype=torch.float32, device=crops.device)
+    part = max(1, _CPU_PART // (3 * view.size**2)) if crops.device.type == "cpu" else len(params)
+    for start in range(0, len(params), part):
+        rows = slice(start, start + part)
+        _augment_part(crops[rows], params.rows(rows), view, out[rows])
+    return out
+
+
+def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> None:
+    """`augment` for one part of the batch; an operation that touches none of its samples costs nothing."""
+    plan = _send(_plan(params, view), crops.device)
+    x = crops.to(torch.float32).div_(255)  # (n, 3, S, S)
+    if "affine" in plan:
+        x.index_copy_(0, plan["affine"], ops.affine(x.index_select(0, plan["affine"]), plan["theta"]))
+    if view.gray_first:
+        _gray_(x, plan)
+    if "jitter" in plan:
+        _jitter_(x, params, plan, view)
+    if not view.gray_first:
+        _gray_(x, plan)
+    if "blur" in plan:
+        x.index_copy_(0, plan["blur"], ops.blur(x.index_select(0, plan["blur"]), plan["kernel"]))
+    if "solarize" in plan:
+        chosen = x.index_select(0, plan["solarize"])
+        x.index_copy_(0, plan["solarize"], ops.solarize(chosen, view.solarize_threshold))
+    if "flip" in plan:
+        x.index_copy_(0, plan["flip"], x.index_select(0, plan["flip"]).flip(3))
+    if "noise" in plan:
+        x.add_(plan["noise"]).clamp_(0, 1)
+    torch.sub(x, plan["mean"], out=out).div_(plan["std"])
+
+
+def _gray_(x: Tensor, plan: dict[str, Tensor]) -> None:
+    if "gray" in plan:
+        gray = ops.grayscale(x.index_select(0, plan["gray"]))  # (g, 1, S, S)
+        x.index_copy_(0, plan["gray"], gray.expand(-1, 3, -1, -1))
+
+
+def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:
+    """The four colour operations, in each sample's own order.
+
+    In each of four turns the samples are sorted by the operation that is next for them, so that an operation works in
+    place on one contiguous block; that costs one copy a turn.
+    """
+    strengths = (view.brightness, view.contrast, view.saturation, view.hue)
+    order = params.order[params.jitter]  # (J, 4)
+    block = x
+    for turn in range(4):
+        block = block.index_select(0, plan[f"take{turn}"])  # (J, 3, S, S)
+        factor = plan[f"factor{turn}"]  # (J,)
+        start = 0
+        for which, count in enumerate(np.bincount(order[:, turn], minlength=4).tolist()):
+            stop = start + count
+            if count and strengths[which] > 0:
+                _COLOUR_OPS[which](block[start:stop], factor[start:stop])
+            start = stop
+    x.index_copy_(0, plan["jitter"], block)
+
+
+def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
+    """Row numbers and parameters of each operation, int64 and float32; one that touches no sample has no entry."""
+    plan: dict[str, NDArray[Any]] = {}
+    for name in ("affine", "gray", "blur", "solarize", "flip", "jitter"):
+        rows = np.flatnonzero(getattr(params, name))
+        if len(rows):
+            plan[name] = rows
+    if "affine" in plan:
+        plan["theta"] = params.theta[plan["affine"]]
+    if "blur" in plan:
+        plan["kernel"] = _half_kernels(params.sigma[plan["blur"]], view)
+    if "jitter" in plan:
+        rows = plan["jitter"]
+        for turn in range(4):
+            by_operation = np.argsort(params.order[rows, turn], kind="stable")
+            # The first turn takes from the batch, the others from the block of the turn before.
+            plan[f"take{turn}"] = by_operation if turn else rows[by_operation]
+            rows = rows[by_operation]
+            plan[f"factor{turn}"] = params.factors[rows, params.order[rows, turn]]
+        plan["jitter"] = rows
+    if params.noise.size:
+        plan["noise"] = params.noise[:, None]  # (n, 1, S, S)
+    plan["mean"] = np.asarray(view.mean, dtype=np.float32).reshape(1, 3, 1, 1)
+    plan["std"] = np.asarray(view.std, dtype=np.float32).reshape(1, 3, 1, 1)
+    return plan
+
+
+def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]:
+    """Gaussian weights at distances 0 ... r, normalised over -r ... r, shape (b, r + 1).
+
+    r is 3 times the view's highest sigma, rounded up (beyond are 0.3 % of the weight), and less than the image side,
+    as the reflected border needs.
+    """
+    radius = min(int(np.ceil(3 * view.blur_sigma[1])), view.size - 1)
+    kernel = np.exp(-0.5 * (np.arange(radius + 1) / sigma[:, None].astype(np.float64)) ** 2)  # (b, r + 1)
+    kernel /= 2 * kernel.sum(axis=1, keepdims=True) - kernel[:, :1]
+    return kernel.astype(np.float32)
+
+
+def _send(plan: dict[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Bring the plan to the device: one copy for all of its integers and one for all of its floats."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in plan.items()}
+    sent: dict[str, Tensor] = {}
+    for dtype in (np.int64, np.float32):
+        arrays = {name: array for name, array in plan.items() if array.dtype == dtype}
+        packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()] or [np.empty(0, dtype)]))
+        if device.type == "cuda":
+            packed = packed.pin_memory()  # a pinned copy is queued; the host does not wait
+        sizes = [array.size for array in arrays.values()]
+        parts = torch.split(packed.to(device, non_blocking=True), sizes)
+        sent |= {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
+    return sent

@@ -1,0 +1,231 @@
+"""Stage 1 of a view: the random resized crop, uint8 in, uint8 out.
+
+Two routes give the same bits. A streamed image is cut and resized by ATen alone (`resized_crop`); a resident set is
+cropped as a batch on its device by two matrix products a sample (`resized_crops`), whose weights are the integers
+that ATen uses for uint8. Bit equality is what lets one key give one view on either route (law 2).
+
+Legend: N samples, H x W the image, S the crop's output size, K weights (taps) an output pixel, L a length in pixels.
+"""
+
+import functools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
+CROP_DRAWS = 2 * TRIES + 2  # the uniforms a crop needs: areas, log ratios, top, left
+
+# Bounds the work space of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
+_PART_NUMBERS = {"cpu": 2**21}
+_PART_NUMBERS_ELSEWHERE = 2**26
+
+
+def crop_boxes(
+    uniforms: NDArray[np.float32],
+    heights: ArrayLike,
+    widths: ArrayLike,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> NDArray[np.int64]:
+    """Boxes of a random resized crop: torchvision's `RandomResizedCrop.make_params`, vectorised over the batch.
+
+    Ten tries of area and log aspect ratio; the first that fits is placed uniformly. If none fits, the largest central
+    box within the ratio.
+
+    Args:
+        uniforms: numbers in [0, 1), shape (N, 22): ten for the area, ten for the log ratio, one for top, one for left.
+        heights: image heights in pixels, shape (N,) or a scalar.
+        widths: image widths in pixels, shape (N,) or a scalar.
+        scale: lowest and highest area, as a fraction of the image's.
+        ratio: lowest and highest width / height.
+
+    Returns:
+        Shape (N, 4): top, left, height, width in pixels.
+
+    Raises:
+        ValueError: if `uniforms` is not (N, 22).
+    """
+    if uniforms.ndim != 2 or uniforms.shape[1] != CROP_DRAWS:
+        raise ValueError(f"uniforms has shape {uniforms.shape}; pass (N, {CROP_DRAWS}), as draw_crop returns")
+    draws = uniforms.astype(np.float64)
+    count = len(draws)
+    height = np.broadcast_to(np.asarray(heights, dtype=np.int64), count)  # (N,)
+    width = np.broadcast_to(np.asarray(widths, dtype=np.int64), count)  # (N,)
+
+    area = (height * width)[:, None] * (scale[0] + draws[:, :TRIES] * (scale[1] - scale[0]))  # (N, 10)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = np.exp(low + draws[:, TRIES : 2 * TRIES] * (high - low))  # (N, 10)
+    tried_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # (N, 10); rint rounds half to even, as Python does
+    tried_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)  # (N, 10)
+    fits = (tried_w > 0) & (tried_w <= width[:, None]) & (tried_h > 0) & (tried_h <= height[:, None])  # (N, 10)
+    first = (np.arange(count), fits.argmax(axis=1))
+
+    # The fallback: the whole image, narrowed along the side that breaks the ratio.
+    wide, tall = width / height > max(ratio), width / height < min(ratio)
+    fallback_w = np.where(wide, np.rint(height * max(ratio)).astype(np.int64), width)
+    fallback_h = np.where(tall, np.rint(width / min(ratio)).astype(np.int64), height)
+
+    found = fits.any(axis=1)
+    box_h = np.where(found, tried_h[first], fallback_h)
+    box_w = np.where(found, tried_w[first], fallback_w)
+    # floor(u * (room + 1)) is uniform over 0 ... room, both ends included.
+    top = np.where(found, (draws[:, -2] * (height - box_h + 1)).astype(np.int64), (height - box_h) // 2)
+    left = np.where(found, (draws[:, -1] * (width - box_w + 1)).astype(np.int64), (width - box_w) // 2)
+    return np.stack([top, left, box_h, box_w], axis=1)
+
+
+def resized_crop(image: Tensor, box: ArrayLike, size: int) -> Tensor:
+    """Cut one box out of one image and resize it: the streamed route.
+
+    ATen is called directly: torchvision's `resized_crop(..., antialias=True)` makes the same call where the CPU has
+    AVX2, and rounds a float result (up to one level off) where it has not, so the views would depend on the machine.
+
+    Args:
+        image: uint8, shape (3, H, W), on the CPU.
+        box: top, left, height, width in pixels.
+        size: S.
+
+    Returns:
+        uint8, shape (3, S, S).
+    """
+    top, left, height, width = (int(value) for value in np.asarray(box))
+    window = image[None, :, top : top + height, left : left + width]
+    return F.interpolate(window, size=(size, size), mode="bilinear", antialias=True)[0]
+
+
+def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int) -> Tensor:
+    """Cut a box out of each image and resize it: the resident route, equal to `resized_crop` bit for bit.
+
+    Each axis is one matrix product with the sample's own weights, horizontal first and rounded to whole levels in
+    between, as ATen does. Weights are ATen's integers times a power of two and pixels are integers, so all sums are
+    exact, in any order, on any device, as long as the products are not cut to TF32 or bfloat16 (see `_exact_dtype`).
+
+    Args:
+        images: uint8, shape (N, 3, H, W), on any device with float64.
+        boxes: top, left, height, width in pixels, shape (N, 4), on the host.
+        size: S.
+
+    Returns:
+        uint8, shape (N, 3, S, S), on the images' device.
+    """
+    count, channels, height, width = images.shape
+    device = images.device
+    dtype = _exact_dtype(device, max(height, width), size)
+    where = torch.from_numpy(boxes)
+    if device.type == "cuda":
+        where = where.pin_memory()  # a pinned copy is queued; the host does not wait
+    where = where.to(device, non_blocking=True)  # (N, 4)
+    out = torch.empty(count, channels, size, size, dtype=torch.uint8, device=device)
+    largest = max(height, size) * max(width, size) * channels
+    part = max(1, _PART_NUMBERS.get(device.type, _PART_NUMBERS_ELSEWHERE) // largest)
+    for start in range(0, count, part):
+        rows = slice(start, start + part)
+        top, left, box_h, box_w = where[rows].unbind(1)
+        across = _weights(left, box_w, width, size, dtype).transpose(1, 2)  # (n, W, S)
+        down = _weights(top, box_h, height, size, dtype)  # (n, S, H)
+        n = len(top)
+        # Rows before channels, so that both products are plain batched ones and only the uint8 ends are permuted.
+        pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, 3, W)
+        with torch.autocast(device.type, enabled=False):  # it would cut the products to bfloat16
+            pixels = pixels.reshape(n, height * channels, width).bmm(across)  # (n, H*3, S)
+            pixels = pixels.add_(0.5).floor_().view(n, height, channels * size)  # (n, H, 3*S)
+            pixels = down.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, 3, S)
+        out[rows] = pixels.permute(0, 2, 1, 3)  # the conversion truncates: with the 0.5, it rounds as ATen does
+    return out
+
+
+def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
+    """The evaluation view: the shorter side to `resize`, then the central square of `size` (torchvision's semantics).
+
+    Args:
+        image: uint8, shape (3, H, W), on the CPU.
+        resize: pixels of the shorter side after resizing.
+        size: S, pixels of the square.
+
+    Returns:
+        uint8, shape (3, S, S); the image itself where nothing is to be done.
+
+    Raises:
+        ValueError: if `size` exceeds `resize`.
+    """
+    if size > resize:
+        raise ValueError(f"size={size} exceeds resize={resize}, the shorter side it is cut from; lower size")
+    height, width = image.shape[-2:]
+    if min(height, width) != resize:
+        shorter = min(height, width)
+        height, width = (resize * height // shorter, resize * width // shorter)
+        image = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
+    # round() rounds half to even, as torchvision does.
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[:, top : top + size, left : left + size]
+
+
+def _exact_dtype(device: torch.device, extent: int, size: int) -> torch.dtype:
+    """The number type in which the sums of `resized_crops` are exact.
+
+    A sum is at most 255 * 2**precision. While a side shrinks by less than 2 the precision is at most 16, and float32's
+    24 bits are enough: about 3 times as fast on a CPU. Elsewhere float64 is hardly slower at this size, and no switch
+    for TF32 touches it.
+    """
+    whole = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+    return torch.float32 if device.type == "cpu" and whole and extent <= 2 * size else torch.float64
+
+
+def _weights(start: Tensor, length: Tensor, extent: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Weight matrices that resize `length` pixels from `start` on to `size`, one a sample.
+
+    Args:
+        start: first pixel, int64, shape (n,).
+        length: pixels, int64, shape (n,).
+        extent: the image's size along this axis, L.
+        size: S.
+        dtype: of the weights.
+
+    Returns:
+        Shape (n, S, L), on the device of `start`; each row sums to about 1.
+    """
+    first, taps = _tap_table(extent, size, start.device, dtype)  # (L + 1, S), (L + 1, S, K)
+    width = taps.shape[-1]
+    columns = (first[length] + start[:, None])[:, :, None] + torch.arange(width, device=start.device)  # (n, S, K)
+    # K columns more than the image is wide take the unused taps at its right border.
+    weights = torch.zeros(len(start), size, extent + width, dtype=dtype, device=start.device)
+    return weights.scatter_(2, columns, taps[length])[:, :, :extent]
+
+
+@functools.lru_cache(maxsize=16)
+def _tap_table(extent: int, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """ATen's antialiased bilinear weights for uint8, for every length up to `extent`.
+
+    Follows `compute_index_ranges_int16_weights` in aten/src/ATen/native/cpu/UpSampleKernel.cpp: triangle weights in
+    float64, normalised, then rounded to multiples of 2**-precision, where precision is the largest for which the
+    axis's largest weight still fits in an int16.
+
+    Returns:
+        The first pixel of each output pixel, int64, shape (L + 1, S), and its weights, shape (L + 1, S, K).
+        Row 0 is unused.
+    """
+    lengths = np.arange(1, extent + 1, dtype=np.float64)[:, None]  # (L, 1)
+    scale = lengths / size  # input pixels an output pixel
+    support = np.maximum(scale, 1.0)
+    center = scale * (np.arange(size) + 0.5)  # (L, S)
+    first = np.maximum(np.trunc(center - support + 0.5), 0)  # (L, S)
+    after = np.minimum(np.trunc(center + support + 0.5), lengths)  # (L, S)
+    offsets = np.arange(int((after - first).max()))  # (K,)
+
+    distance = np.abs((offsets + first[..., None] - center[..., None] + 0.5) * (1.0 / support)[..., None])  # (L, S, K)
+    taps = np.where(offsets < (after - first)[..., None], np.maximum(1.0 - distance, 0.0), 0.0)
+    taps /= taps.sum(axis=2, keepdims=True)
+    largest = taps.max(axis=(1, 2))  # (L,)
+    precisions = np.arange(1, 23)
+    too_large = np.trunc(0.5 + largest[:, None] * 2.0**precisions) >= 2**15  # (L, 22)
+    precision = np.where(too_large.any(axis=1), too_large.argmax(axis=1), 22)  # (L,)
+    step = 2.0 ** -precision.astype(np.float64)[:, None, None]
+    taps = np.trunc(0.5 + taps / step) * step
+
+    first = np.concatenate([np.zeros((1, size)), first]).astype(np.int64)
+    taps = np.concatenate([np.zeros((1, *taps.shape[1:])), taps])
+    return torch.from_numpy(first).to(device), torch.from_numpy(taps).to(device, dtype)

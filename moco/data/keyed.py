@@ -1,0 +1,84 @@
+"""Keyed randomness: every random number is a function of its key, never of a state (law 2).
+
+The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
+SC 2011): a bijection on 128-bit counters, chosen because it needs no state, vectorises over a batch,
+and gives the same bits on every machine. A number is addressed by
+
+    (seed, epoch, sample index, stream, draw)
+
+where `stream` tells the views of one sample apart, and the sample order from the key shuffle.
+
+Legend: N samples, D draws a sample.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Streams 0, 1, 2, ... are the views of a sample; the rest are named here, so that no two uses share numbers.
+ORDER = 1_000  # the order of the samples in an epoch
+SHUFFLE = 1_001  # the key batch's shuffle; one stream a view: SHUFFLE + view
+SPLIT = 3_000  # which digits are held out
+BANK = 3_001  # which images a limited kNN reference set keeps
+DRAW_LABELS = 10_000  # which labelled samples a few-label evaluation gets; one stream a draw
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_LOW = np.uint64(0xFFFFFFFF)
+_32 = np.uint64(32)
+
+
+def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]) -> NDArray[np.uint64]:
+    """Philox-4x32-10: four 32-bit words for each counter.
+
+    Args:
+        key: two 32-bit words.
+        counter: four 32-bit words, each an array; they broadcast against each other.
+
+    Returns:
+        Shape (..., 4), values below 2**32.
+    """
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    for _ in range(10):
+        product0, product1 = _MULTIPLIERS[0] * c0, _MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = (product1 >> _32) ^ c1 ^ k0, product1 & _LOW, (product0 >> _32) ^ c3 ^ k1, product0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: int) -> NDArray[np.float32]:
+    """Uniform numbers in [0, 1), one row a sample.
+
+    Args:
+        seed: the run's seed, 0 <= seed < 2**64.
+        epoch: 0-based.
+        index: sample indices, shape (N,), each below 2**32.
+        stream: the view, or one of the named streams above.
+        draws: D, how many numbers a sample needs. Number d is the same whatever D is.
+
+    Returns:
+        Shape (N, D), multiples of 2**-24: exact in float32, so equal on every device.
+
+    Raises:
+        ValueError: if the seed is negative or does not fit in 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must lie in 0 ... 2**64 - 1")
+    rows = np.asarray(index, dtype=np.uint64).reshape(-1, 1)  # (N, 1)
+    blocks = np.arange(-(-draws // 4), dtype=np.uint64)  # (ceil(D / 4),)
+    words = philox((seed & 0xFFFFFFFF, seed >> 32), (blocks, stream, rows, epoch))  # (N, ceil(D / 4), 4)
+    words = words.reshape(len(rows), 4 * len(blocks))[:, :draws]  # (N, D)
+    return (words >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+
+
+def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.int64]:
+    """A random order of `length` items that depends on nothing but its arguments.
+
+    Each item gets a 64-bit key and the keys are sorted; ties (chance below length**2 / 2**65) keep
+    the items' own order.
+
+    Returns:
+        Shape (length,), each of 0 ... length - 1 once.
+    """
+    words = philox((seed & 0xFFFFFFFF, seed >> 32), (0, stream, np.arange(length, dtype=np.uint64), epoch))
+    return np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")

@@ -1,0 +1,147 @@
+"""Batches of views: which samples a step sees, and their crops, resident or streamed.
+
+The order is a function of (seed, epoch) on the global batch (law 2, law 3): step s of an epoch takes the samples at
+s * B ... (s + 1) * B of that epoch's permutation, and rank r the r-th part of them. So a run
+resumes at any step, on any number of processes, by starting to count there.
+
+Legend: B global batch, n = B / W this rank's share, V views, S size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from moco.data.augment import augment, crop_batch, crop_one
+from moco.data.decode import ImageError
+from moco.data.keyed import ORDER, SHUFFLE, permutation
+from moco.data.sources import Source
+from moco.data.view import View, draw, draw_crop
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples each step of training sees: a function of its fields and the step, nothing else."""
+
+    length: int  # samples in the data set
+    batch_size: int  # B
+    epochs: int
+    seed: int
+    rank: int = 0
+    processes: int = 1  # W
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches; the rest of an epoch's permutation waits for another epoch's, as in the official code."""
+        return self.length // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def samples(self, start: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(epoch, this rank's sample indices (n,)) of each step from `start` to the end of training."""
+        share = self.batch_size // self.processes
+        order_of, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(start, self.total_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_of:
+                order_of, order = epoch, permutation(self.seed, epoch, self.length, ORDER)
+            first = position * self.batch_size + self.rank * share
+            yield epoch, order[first : first + share]
+
+    def shuffles(self, step: int, views: int) -> list[NDArray[np.int64]]:
+        """For each view the permutation of the global batch under which its keys are encoded."""
+        return [permutation(self.seed, step, self.batch_size, SHUFFLE + view) for view in range(views)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of one global batch."""
+
+    index: Tensor  # (n,), sample indices
+    views: list[Tensor]  # V of (n, 3, S, S), float32, normalised
+
+
+def batches(
+    source: Source, plan: Plan, views: Sequence[View], device: torch.device, workers: int, start: int = 0
+) -> Iterator[Batch]:
+    """This rank's batches from step `start` to the end of training.
+
+    Args:
+        source: the images; resident if `source.images` is there, streamed by loader processes otherwise.
+        plan: which samples when.
+        views: one recipe a view.
+        device: where augmentation runs and the batch ends up.
+        workers: loader processes for the streamed path; 0 decodes in this one.
+        start: first step.
+
+    Raises:
+        ImageError: for an image that cannot be decoded.
+    """
+    crops = _resident(source, plan, views, device, start)
+    if source.images is None:
+        crops = _streamed(source, plan, views, device, workers, start)
+    for epoch, index, cut in crops:
+        out = [
+            augment(each, draw(view, plan.seed, epoch, index, stream), view)
+            for stream, (view, each) in enumerate(zip(views, cut, strict=True))
+        ]
+        yield Batch(torch.from_numpy(index).to(device), out)
+
+
+Crops = Iterator[tuple[int, NDArray[np.int64], list[Tensor]]]  # epoch, (n,), V of (n, 3, S, S) uint8 on the device
+
+
+def _resident(source: Source, plan: Plan, views: Sequence[View], device: torch.device, start: int) -> Crops:
+    assert source.images is not None
+    images = source.images.to(device)
+    for epoch, index in plan.samples(start):
+        picked = images[torch.from_numpy(index).to(device)]  # (n, 3, H, W)
+        cut = [
+            crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
+        ]
+        yield epoch, index, cut
+
+
+class _Cutter:
+    """The data set of the streamed path: a worker decodes each image once and cuts all views from it."""
+
+    def __init__(self, source: Source, views: Sequence[View], seed: int) -> None:
+        self.source, self.views, self.seed = source, views, seed
+
+    def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> tuple[int, NDArray[np.int64], list[Tensor]] | str:
+        epoch, index = step
+        drawn = [draw_crop(self.seed, epoch, index, stream) for stream in range(len(self.views))]
+        cut: list[list[Tensor]] = [[] for _ in self.views]
+        for row, i in enumerate(index):
+            try:
+                image = self.source.image(int(i))
+            except ImageError as error:
+                return str(error)  # an exception would reach the user as the worker's traceback
+            for view, uniforms, out in zip(self.views, drawn, cut, strict=True):
+                out.append(crop_one(image, uniforms[row], view))
+        return epoch, index, [torch.stack(each) for each in cut]
+
+
+def _streamed(
+    source: Source, plan: Plan, views: Sequence[View], device: torch.device, workers: int, start: int
+) -> Crops:
+    # One loader for all epochs: its workers never restart, and the sampler tells them the epoch.
+    loader: DataLoader[Any] = DataLoader(
+        _Cutter(source, views, plan.seed),  # type: ignore[arg-type]
+        sampler=plan.samples(start),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+    for item in loader:
+        if isinstance(item, str):
+            raise ImageError(item)
+        epoch, index, cut = item
+        yield epoch, np.asarray(index), [each.to(device, non_blocking=True) for each in cut]

@@ -1,0 +1,212 @@
+"""What a view is, and the random parameters it takes: host side, NumPy only.
+
+All parameters are a function of (seed, epoch, sample index, stream), each from its own numbered draw (law 2).
+
+Legend: N samples, S x S pixels of a view.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from moco.data.crop import CROP_DRAWS
+from moco.data.keyed import keyed_uniform
+
+# Draw numbers. They are part of the format: a new operation takes free numbers, so that no other's views change.
+# 0 ... 21 are the crop's.
+_JITTER, _FACTORS, _ORDER = 24, slice(25, 29), slice(29, 33)
+_GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP = 33, 34, 35, 36, 37
+_AFFINE, _ANGLE, _SHIFT, _ZOOM, _SHEAR, _NOISE = 38, 39, slice(40, 42), 42, 43, 44
+_DRAWS = 45
+_PIXELS = 64  # from here on, the pixel noise
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How one view of an image is made. The defaults change nothing but the size."""
+
+    size: int
+    """Pixels of a side of the view."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Lowest and highest area of the crop, as a fraction of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Lowest and highest width / height of the crop."""
+    jitter_p: float = 0.0
+    """Probability of the colour jitter: the four below, in random order."""
+    brightness: float = 0.0
+    """The factor is uniform in 1 - brightness (at least 0) ... 1 + brightness; likewise the next two."""
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    """The turn is uniform in -hue ... hue, as a fraction of the circle."""
+    gray_p: float = 0.0
+    """Probability of grayscale."""
+    gray_first: bool = False
+    """Grayscale before the jitter, as in MoCo v1."""
+    blur_p: float = 0.0
+    """Probability of the Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Its standard deviation in pixels; the kernel reaches to 3 times the higher one."""
+    solarize_p: float = 0.0
+    """Probability of inverting the values from the threshold on."""
+    solarize_threshold: float = 0.5
+    flip_p: float = 0.0
+    """Probability of the horizontal flip."""
+    affine_p: float = 0.0
+    """Probability of the affine map: the four below, together."""
+    degrees: float = 0.0
+    """The rotation is uniform in -degrees ... degrees."""
+    translate: float = 0.0
+    """The shift along each axis is uniform in -translate ... translate of a side, in whole pixels."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Lowest and highest factor of size."""
+    shear: float = 0.0
+    """The horizontal shear is uniform in -shear ... shear degrees."""
+    noise: tuple[float, float] = (0.0, 0.0)
+    """Lowest and highest standard deviation of Gaussian noise (images are 0 ... 1), the same on all three channels."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted from each channel at the end,"""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """and then divided by."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values.
+
+        Raises:
+            ValueError: naming the field, its value and the allowed range.
+        """
+        if self.size < 1:
+            raise ValueError(f"size={self.size} must be at least 1 pixel")
+        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "affine_p"):
+            self._check_number(name, 0, 1)
+        for name in ("brightness", "contrast", "saturation"):
+            self._check_number(name, 0, math.inf)
+        self._check_number("hue", 0, 0.5)
+        self._check_number("solarize_threshold", 0, 1)
+        self._check_number("degrees", 0, 180)
+        self._check_number("translate", 0, 1)
+        self._check_number("shear", 0, 89)
+        self._check_range("crop_scale", 1e-6, 1)
+        for name in ("crop_ratio", "blur_sigma", "zoom"):
+            self._check_range(name, 1e-6, math.inf)
+        self._check_range("noise", 0, math.inf)
+        for name, low in (("mean", -math.inf), ("std", 1e-6)):
+            values = getattr(self, name)
+            if len(values) != 3 or not all(low <= value < math.inf for value in values):
+                raise ValueError(f"{name}={values} must be three finite numbers{' above 0' * (name == 'std')}")
+
+    def _check_number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{name}={value} must lie in {low} ... {high}")
+
+    def _check_range(self, name: str, low: float, high: float) -> None:
+        values = getattr(self, name)
+        if len(values) != 2 or not (low <= values[0] <= values[1] <= high and math.isfinite(values[1])):
+            raise ValueError(f"{name}={values} must be (lowest, highest), in this order and within {low} ... {high}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """What `draw` drew, on the host. A sample's row depends on nothing but its key and the view."""
+
+    crop: NDArray[np.float32]  # (N, 22), the uniforms for crop_boxes
+    jitter: NDArray[np.bool_]  # (N,)
+    factors: NDArray[np.float32]  # (N, 4): brightness, contrast, saturation, hue
+    order: NDArray[np.int64]  # (N, 4): which of the four comes first, second, ...
+    gray: NDArray[np.bool_]  # (N,)
+    blur: NDArray[np.bool_]  # (N,)
+    sigma: NDArray[np.float32]  # (N,), pixels
+    solarize: NDArray[np.bool_]  # (N,)
+    flip: NDArray[np.bool_]  # (N,)
+    affine: NDArray[np.bool_]  # (N,)
+    theta: NDArray[np.float32]  # (N, 6), see ops.affine
+    noise: NDArray[np.float32]  # (N, S, S), or (N, 0, 0) where the view has none
+
+    def __len__(self) -> int:
+        return len(self.crop)
+
+    def rows(self, rows: slice | NDArray[np.int64]) -> "Params":
+        """The parameters of some of the samples."""
+        return Params(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
+
+
+def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float32]:
+    """The crop's uniforms alone, shape (N, 22): all that a loader's worker needs. Equal to `draw(...).crop`."""
+    return keyed_uniform(seed, epoch, index, stream, CROP_DRAWS)
+
+
+def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Params:
+    """Draw all random parameters of one view of a batch.
+
+    Args:
+        view: the recipe.
+        seed: the run's seed.
+        epoch: 0-based.
+        index: sample indices, shape (N,).
+        stream: which view of the sample this is, 0, 1, ...
+
+    Returns:
+        N rows of parameters, equal to those of torchvision's transforms in distribution.
+    """
+    noisy = view.noise[1] > 0
+    u = keyed_uniform(seed, epoch, index, stream, _PIXELS + view.size**2 + 1 if noisy else _DRAWS).astype(np.float64)
+    strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
+    centre = np.array([1.0, 1.0, 1.0, 0.0])
+    low = np.where(centre > 0, np.maximum(centre - strengths, 0), -strengths)  # a factor is never negative
+    count = len(u)
+    return Params(
+        crop=u[:, :CROP_DRAWS].astype(np.float32),
+        jitter=u[:, _JITTER] < (view.jitter_p if strengths.any() else 0),
+        factors=_between(u[:, _FACTORS], low, centre + strengths).astype(np.float32),
+        order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
+        gray=u[:, _GRAY] < view.gray_p,
+        blur=u[:, _BLUR] < view.blur_p,
+        sigma=_between(u[:, _SIGMA], *view.blur_sigma).astype(np.float32),
+        solarize=u[:, _SOLARIZE] < view.solarize_p,
+        flip=u[:, _FLIP] < view.flip_p,
+        affine=u[:, _AFFINE] < view.affine_p,
+        theta=_affine_theta(u, view),
+        noise=_pixel_noise(u, view) if noisy else np.zeros((count, 0, 0), dtype=np.float32),
+    )
+
+
+def _between(u: NDArray[np.float64], low: ArrayLike, high: ArrayLike) -> NDArray[np.float64]:
+    """Uniform in low ... high from uniform in 0 ... 1."""
+    return np.asarray(low) + u * np.subtract(high, low)
+
+
+def _affine_theta(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
+    """The map of torchvision's `_get_inverse_affine_matrix` around the image centre, for `ops.affine`.
+
+    Args:
+        u: the uniform draws, shape (N, D).
+        view: the recipe.
+
+    Returns:
+        Shape (N, 6): a, b, c, d, e, f of  x' = a x + b y + c,  y' = d x + e y + f,  in half image sides.
+    """
+    angle = np.radians(_between(u[:, _ANGLE], -view.degrees, view.degrees))
+    shift = np.rint(_between(u[:, _SHIFT], -view.translate, view.translate) * view.size)  # (N, 2): x, y in pixels
+    zoom = _between(u[:, _ZOOM], *view.zoom)
+    tangent = np.tan(np.radians(_between(u[:, _SHEAR], -view.shear, view.shear)))
+    # Forward: zoom * [[cos, -cos tan - sin], [sin, cos - sin tan]] of determinant zoom**2, then the shift.
+    cos, sin = np.cos(angle), np.sin(angle)
+    a, b = (cos - sin * tangent) / zoom, (cos * tangent + sin) / zoom
+    d, e = -sin / zoom, cos / zoom
+    c, f = -(a * shift[:, 0] + b * shift[:, 1]), -(d * shift[:, 0] + e * shift[:, 1])
+    return (np.stack([a, b, c, d, e, f], axis=1) / (view.size / 2)).astype(np.float32)
+
+
+def _pixel_noise(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
+    """Gaussian noise from pairs of uniform draws (Box and Muller, 1958), shape (N, S, S)."""
+    std = _between(u[:, _NOISE], *view.noise)  # (N,)
+    pixels = view.size**2
+    pairs = u[:, _PIXELS : _PIXELS + 2 * -(-pixels // 2)].reshape(len(u), -1, 2)  # (N, P, 2)
+    radius = np.sqrt(-2 * np.log(1 - pairs[..., 0]))  # 1 - u lies in (0, 1]
+    turn = 2 * np.pi * pairs[..., 1]
+    normal = np.stack([radius * np.cos(turn), radius * np.sin(turn)], axis=-1)  # (N, P, 2)
+    noise: NDArray[np.float64] = std[:, None] * normal.reshape(len(u), -1)[:, :pixels]  # (N, S * S)
+    return noise.reshape(-1, view.size, view.size).astype(np.float32)

@@ -1,0 +1,171 @@
+"""Process group, gather, global permutation. A world of one process is not a special case for callers.
+
+The global batch is the ranks' local batches in the order of their ranks; everything that the
+mathematics sees is defined on it (law 3).
+
+Legend: W processes, n samples on each.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number, 0 ... W - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """W."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which alone writes and speaks."""
+    return rank() == 0
+
+
+@contextmanager
+def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterator[None]:
+    """Joins the process group that torchrun announced in the environment; without one, does nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def gather(x: Tensor) -> Tensor:
+    """All ranks' rows in the order of the ranks, without gradient: (n, ...) -> (W n, ...)."""
+    if world_size() == 1:
+        return x
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+@torch.no_grad()
+def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
+    """This rank's share of the permuted global batch, `global[order]`, without gathering it.
+
+    Each rank sends every row once, straight to the rank that needs it, so at most n rows leave a
+    rank, where an all-gather sends each row to all W - 1 others.
+
+    Args:
+        x: this rank's rows, shape (n, ...).
+        order: a permutation of 0 ... W n - 1, the same on every rank.
+
+    Returns:
+        Shape (n, ...): rows order[rank * n : (rank + 1) * n] of the global batch.
+    """
+    ranks, me, n = world_size(), rank(), len(x)
+    if ranks == 1:
+        return x[torch.from_numpy(order).to(x.device)]
+    wanted = order.reshape(ranks, n)  # row r: what rank r is to hold, as global positions
+    owner = wanted // n
+    outgoing = [wanted[r][owner[r] == me] - me * n for r in range(ranks)]  # in the order in which r wants them
+    received = x.new_empty(x.shape)
+    dist.all_to_all_single(
+        received,
+        x[torch.from_numpy(np.concatenate(outgoing)).to(x.device)].contiguous(),
+        output_split_sizes=[int((owner[me] == r).sum()) for r in range(ranks)],
+        input_split_sizes=[len(rows) for rows in outgoing],
+    )
+    # Rows arrive sorted by the rank they come from; put each where it was wanted.
+    arrival = torch.from_numpy(np.argsort(np.argsort(owner[me], kind="stable"))).to(x.device)
+    return received[arrival]
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Sum over ranks, whose gradient is again the sum over ranks (every rank's loss sees the sum)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        out = x.clone()
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Differentiable sum over ranks."""
+    if world_size() == 1:
+        return x
+    out: Tensor = _SumOverRanks.apply(x)
+    return out
+
+
+@torch.no_grad()
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """Mean over ranks, without gradient."""
+    if world_size() == 1:
+        return x
+    out = x.clone()
+    dist.all_reduce(out)
+    return out / world_size()
+
+
+@torch.no_grad()
+def broadcast_module(module: nn.Module) -> None:
+    """Rank 0's parameters and buffers become everyone's: once, before the first step."""
+    if world_size() > 1:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.data, src=0)
+
+
+@torch.no_grad()
+def average_running_statistics(module: nn.Module) -> None:
+    """Averages BN's running statistics over ranks, before they are used or saved.
+
+    They follow a linear recurrence, so their average is what one process would hold (the mean of
+    the group statistics), whenever it is taken.
+    """
+    if world_size() > 1:
+        for name, buffer in module.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(mean_over_ranks(buffer))
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Calls the function on rank 0 alone; every rank gets its result, or raises its exception.
+
+    Without this a rank 0 that finds a bad directory leaves the others waiting for it.
+    """
+    if world_size() == 1:
+        return function()
+    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(function(), None)]
+        except Exception as error:  # handed on to every rank
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return cast(T, result)

@@ -1,0 +1,114 @@
+"""Checkpoints of plain types, written atomically, read with `weights_only=True`.
+
+A checkpoint is one file `step_00001234.pt` holding a dict with the keys "config" (plain dict), "step", "epoch",
+"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far) and "sha256" of the tensors.
+"""
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Checkpoint = dict[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; its message is one sentence."""
+
+
+def digest(state: Any) -> str:
+    """SHA-256 over every tensor (bytes, type, shape) and plain value of a nested state, in its order.
+
+    A flipped bit in a `.pt` file loads without any error, silently wrong; the digest notices.
+    """
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            data = value.detach().cpu().contiguous()
+            sha.update(f"{data.dtype}{tuple(data.shape)}".encode())
+            sha.update(data.reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                sha.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                add(item)
+        else:
+            sha.update(repr(value).encode())
+
+    add(state)
+    return sha.hexdigest()
+
+
+def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool = False) -> Path:
+    """Writes `folder/step_XXXXXXXX.pt`: to a temporary name first, flushed, then renamed, so never half.
+
+    Args:
+        keep_last: how many of the newest checkpoints to leave; older ones go, but those kept for good.
+        keep: keep this one for good (its name ends in `.keep.pt`).
+
+    Returns:
+        The file's path.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}{'.keep' if keep else ''}.pt"
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save({**state, "sha256": digest(state)}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name itself survives a power cut
+    finally:
+        os.close(directory)
+    for old in [each for each in found(folder) if ".keep" not in each.name][keep_last:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def found(folder: Path) -> list[Path]:
+    """The folder's checkpoints, the newest step first."""
+    return sorted(folder.glob("step_*.pt"), key=lambda path: int(path.name[5:13]), reverse=True)
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads one checkpoint to the CPU and checks its digest.
+
+    Raises:
+        CheckpointError: if it is missing, truncated, altered, or holds anything but plain types.
+    """
+    try:
+        state: Checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        claimed = state.pop("sha256")
+    except Exception as error:  # torch raises many kinds for one damaged file
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    if claimed != digest(state):
+        raise CheckpointError(f"{path} was altered after it was written: its SHA-256 does not match")
+    return state
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest readable checkpoint; warns of each unreadable one that it passes over. None if there is none.
+
+    Raises:
+        CheckpointError: if there are checkpoints, but none that can be read.
+    """
+    paths = found(folder)
+    for path in paths:
+        try:
+            return load(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
+    if paths:
+        raise CheckpointError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; move them away to start anew"
+        )
+    return None

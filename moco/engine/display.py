@@ -1,0 +1,98 @@
+"""What a person sees while a run goes: a live bar on a terminal, plain lines without one. Rank 0 only."""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:01:23."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def status_line(values: Mapping[str, float]) -> str:
+    """The figures of a step in one line, each next to what it is to be read against."""
+    chance = math.log1p(values["train/negatives"]) if "train/negatives" in values else None
+    parts = [
+        f"loss {values['train/loss']:.3f}" + (f" (chance {chance * values.get('losses', 1):.3f})" if chance else ""),
+        f"contrast acc {100 * values['train/contrast_accuracy']:.0f} %",
+        f"lr {values['train/lr']:.2g}",
+        f"{values['speed/images_per_second']:,.0f} img/s",
+        f"data wait {100 * values['speed/data_wait']:.0f} %",
+    ]
+    if "train/queue_fill" in values:
+        parts.append(f"queue {100 * values['train/queue_fill']:.0f} %")
+    return " · ".join(parts)
+
+
+class Display:
+    """The run's terminal.
+
+    Args:
+        total_steps, steps_per_epoch: the length of training.
+        start: the step it goes on from.
+        quiet: write nothing (ranks other than 0).
+    """
+
+    def __init__(self, total_steps: int, steps_per_epoch: int, start: int, quiet: bool) -> None:
+        self.console = Console(quiet=quiet, highlight=False)
+        self._total, self._steps_per_epoch, self._start = total_steps, steps_per_epoch, start
+        self._began = self._last_line = time.monotonic()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:3.0f} %"),
+            MofNCompleteColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._progress.add_task("epoch 1", total=total_steps, completed=start)
+        self._figures = Text("")
+        self._live: Live | None = None
+        if self.console.is_terminal and not quiet:
+            self._live = Live(Group(self._progress, self._figures), console=self.console, refresh_per_second=8)
+            self._live.start()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.console.print(line, markup=False)
+
+    def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        """Moves the bar behind `step` steps done; `values` are that step's figures where they were read."""
+        epochs = self._total // self._steps_per_epoch
+        epoch = min((step - 1) // self._steps_per_epoch + 1, epochs)
+        self._progress.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}")
+        if values is None:
+            return
+        line = status_line(values)
+        self._figures.plain = line
+        # Without a terminal: a line now and then, not one a step.
+        if self._live is None and (time.monotonic() - self._last_line > 10 or step == self._total):
+            self._last_line = time.monotonic()
+            rate = (self._last_line - self._began) / max(1, step - self._start)
+            left = duration(rate * (self._total - step))
+            self.say(f"epoch {epoch}/{epochs} step {step}/{self._total} · {line} · left {left}")
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def summary(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
+        """The closing panel."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, text in rows:
+            table.add_row(name, Text(text))
+        self.console.print(Panel(table, title=title, title_align="left", expand=False))

@@ -1,0 +1,67 @@
+"""The loop around the step: timing, records, live evaluation, checkpoints. What is trained is the caller's."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from moco.data.loader import Batch, Plan
+from moco.distributed import rank
+from moco.engine.step import NonFiniteLoss
+
+Values = dict[str, float]
+
+
+def fit(
+    plan: Plan,
+    batches: Iterator[Batch],
+    start: int,
+    step_once: Callable[[int, Batch], dict[str, torch.Tensor]],
+    settings: Callable[[int], Values],
+    log_every: int,
+    on_log: Callable[[int, Values], None],
+    on_step: Callable[[int], None],
+) -> None:
+    """Runs every step from `start` to the plan's end.
+
+    Args:
+        plan: the length of training and the batch size.
+        batches: from step `start` on.
+        start: steps done before.
+        step_once: one optimiser step: (step, batch) to its measures.
+        settings: what a step was told (lr, momentum, ...) and what is cheap to know, for the records.
+        log_every: steps between two records.
+        on_log: gets the number of steps done and the record.
+        on_step: gets the number of steps done, behind every step: the bar, evaluation, checkpoints.
+
+    Raises:
+        NonFiniteLoss: naming the step, its epoch and its samples.
+    """
+    busy, waited, counted = 0.0, 0.0, 0
+    for step in range(start, plan.total_steps):
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        try:
+            measures = step_once(step, batch)
+        except NonFiniteLoss as error:
+            epoch, position = divmod(step, plan.steps_per_epoch)
+            first = ", ".join(str(i) for i in batch.index[:8].tolist())
+            raise NonFiniteLoss(
+                f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {plan.steps_per_epoch}; "
+                f"rank {rank()} had samples {first}, ...) gave {error}. "
+                "The weights, the queue and the last checkpoint are untouched; lower optim.lr, lengthen optim.warmup_epochs, or set optim.clip_grad=1"
+            ) from error
+        # The step has read its loss, so the device has finished: this is time spent training and nothing else.
+        busy += time.perf_counter() - before
+        counted += 1
+        done = step + 1
+        if done % log_every == 0 or done == plan.total_steps or done == start + 1:
+            values = {f"train/{name}": value.item() for name, value in measures.items()}
+            values |= {f"train/{name}": value for name, value in settings(step).items()}
+            values["epoch"] = done / plan.steps_per_epoch
+            values["speed/images_per_second"] = counted * plan.batch_size / busy
+            values["speed/data_wait"] = waited / busy
+            on_log(done, values)
+            busy, waited, counted = 0.0, 0.0, 0
+        on_step(done)

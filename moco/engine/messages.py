@@ -1,0 +1,95 @@
+"""What a pretraining run says when it opens and when it closes, and the picture of its views."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.utils import make_grid, save_image
+
+import moco
+from moco.builder import MoCo
+from moco.config import TrainConfig
+from moco.data.loader import Plan, batches
+from moco.data.sources import Sources
+from moco.data.view import View
+from moco.distributed import world_size
+from moco.engine.display import Display, duration
+from moco.engine.live import knn_title
+from moco.engine.run import Journal
+from moco.evaluation.knn import Accuracy
+
+
+def announce(
+    display: Display,
+    config: TrainConfig,
+    method: MoCo,
+    sources: Sources,
+    plan: Plan,
+    device: torch.device,
+    peak_lr: float,
+    start: int,
+) -> None:
+    """The opening lines: what is about to be trained, on what."""
+    parameters = sum(p.numel() for p in method.encoder.parameters())
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    display.say(
+        f"moco {moco.__version__} · {config.model.backbone} ({parameters / 1e6:.2f} M parameters) on {config.data.name} "
+        f"({plan.length:,} images) · {world_size()} x {where}"
+    )
+    display.say(
+        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · queue "
+        f"{config.method.queue_size} · temperature {config.method.temperature} · lr {peak_lr:.3g} · into {config.run}"
+    )
+    if start:
+        display.say(f"resuming {config.run} at step {start} of {plan.total_steps}")
+    if config.evaluate.every_epochs and sources.held_out is None:
+        display.say("no labels, so no live kNN accuracy: the data source has no labelled held-out part")
+
+
+def show_views(
+    journal: Journal, path: Path, sources: Sources, plan: Plan, views: Sequence[View], device: torch.device
+) -> None:
+    """views.png and TensorBoard's first picture: what the model sees, the two views of 16 images."""
+    small = Plan(plan.length, min(16, plan.batch_size), 1, plan.seed)
+    batch = next(batches(sources.train, small, views, device, workers=0))
+    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
+    rows = [(view * std + mean).clamp(0, 1) for view in batch.views]
+    grid = make_grid(torch.cat(rows), nrow=len(batch.index), pad_value=1.0)
+    journal.picture("views", grid)
+    save_image(grid, path / "views.png")
+
+
+def summarise(
+    display: Display,
+    config: TrainConfig,
+    method: MoCo,
+    plan: Plan,
+    history: list[dict[str, Any]],
+    seconds: float,
+    already_done: bool,
+) -> None:
+    """The closing panel: what happened, where the files are, what to run next."""
+    rows = [
+        (
+            "trained",
+            f"{config.model.backbone} with MoCo on {config.data.name} ({plan.length:,} images), "
+            f"{plan.epochs} epochs, {plan.total_steps:,} steps",
+        ),
+        ("time", duration(seconds)),
+    ]
+    if history:
+        first, last = history[0], history[-1]
+        rows.append(("accuracy", knn_title(config.evaluate)))
+        if "raw_pixels" in first:
+            rows.append(("  raw pixels", str(Accuracy(*first["raw_pixels"]))))
+        rows.append(("  untrained", str(Accuracy(*first["knn"]))))
+        rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
+    files = Path(config.run)
+    rows += [
+        ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights, torchvision's names)"),
+        ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
+        ("next", f"tensorboard --logdir {files}"),
+        ("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_PICTURES run=runs/mine"),
+    ]
+    display.summary("already finished" if already_done else "done", rows)

@@ -1,0 +1,109 @@
+"""Optimisers, and schedules as pure functions of the step: nothing of them has to be saved (law 2)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from moco.models.norm import GroupedBatchNorm
+
+_NORMS = (
+    GroupedBatchNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.LayerNorm,
+    nn.GroupNorm,
+)
+
+
+def scaled_lr(lr: float, batch_size: int, base_batch: int | None) -> float:
+    """The linear scaling rule (Goyal et al., 2017): lr x batch / base; without a base, lr as it stands."""
+    return lr if base_batch is None else lr * batch_size / base_batch
+
+
+def lr_factor(
+    step: int,
+    steps_per_epoch: int,
+    epochs: int,
+    schedule: str,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+    warmup_epochs: float = 0.0,
+    end: float = 0.0,
+    per_epoch: bool = False,
+) -> float:
+    """What the peak learning rate is multiplied by at a step.
+
+    Args:
+        step: 0-based optimiser step.
+        steps_per_epoch, epochs: the length of training.
+        schedule: "cosine" from 1 to `end`; "step" multiplies by `gamma` at each milestone; "constant".
+        milestones: epochs.
+        warmup_epochs: linear from 0 in the first epochs; the cosine covers the rest.
+        per_epoch: hold the value of the epoch's first step, as facebookresearch/moco does.
+
+    Returns:
+        A factor in 0 ... 1.
+
+    Raises:
+        ValueError: for an unknown schedule.
+    """
+    epoch = step // steps_per_epoch if per_epoch else step / steps_per_epoch
+    if epoch < warmup_epochs:
+        # The first step already learns: at 0 it would be wasted.
+        done = epoch + 1 if per_epoch else (step + 1) / steps_per_epoch
+        return min(1.0, done / warmup_epochs)  # warm-up may end within a step, or an epoch that is held
+    if schedule == "constant":
+        return 1.0
+    if schedule == "step":
+        return float(gamma ** sum(epoch >= milestone for milestone in milestones))
+    if schedule == "cosine":
+        progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+        return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
+    raise ValueError(f"optim.schedule={schedule!r} must be cosine, step or constant")
+
+
+def momentum_at(step: int, total_steps: int, start: float, end: float | None) -> float:
+    """m of the momentum encoder: constant, or from `start` to `end` along half a cosine (BYOL; MoCo v3)."""
+    if end is None:
+        return start
+    return end - (end - start) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[str]) -> list[dict[str, object]]:
+    """Trainable parameters in two groups: decayed, and those that `exclude` ("bias", "norm") keeps out."""
+    kept: list[nn.Parameter] = []
+    left_out: list[nn.Parameter] = []
+    for layer in module.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                skip = ("norm" in exclude and isinstance(layer, _NORMS)) or ("bias" in exclude and name == "bias")
+                (left_out if skip else kept).append(parameter)
+    groups = [{"params": kept, "weight_decay": weight_decay}, {"params": left_out, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    module: nn.Module,
+    name: str,
+    lr: float,
+    momentum: float,
+    betas: Sequence[float],
+    weight_decay: float,
+    exclude: Sequence[str],
+) -> torch.optim.Optimizer:
+    """SGD, LARS (timm's; adapts only what is decayed, as in MoCo v3) or AdamW over the trainable parameters.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    groups = parameter_groups(module, weight_decay, exclude)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))
+    if name == "lars":
+        from timm.optim.lars import Lars  # timm costs a second at start-up, so only where it is used
+
+        return Lars(groups, lr=lr, momentum=momentum)
+    raise ValueError(f"optim.name={name!r} must be sgd, lars or adamw")

@@ -1,0 +1,225 @@
+"""Pretraining from a configuration to a summary: set up, build, resume, train, evaluate.
+
+The one module below the commands that knows the configuration: it hands each part its own values.
+"""
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moco.config import TrainConfig, check
+from moco.data.loader import Batch, Plan, batches
+from moco.distributed import (
+    average_running_statistics,
+    broadcast_module,
+    is_main,
+    on_main,
+    process_group,
+    rank,
+    world_size,
+)
+from moco.engine import checkpoint
+from moco.engine.display import Display
+from moco.engine.live import knn_title, live_knn
+from moco.engine.loop import Values, fit
+from moco.engine.messages import announce, show_views, summarise
+from moco.engine.optim import build_optimizer, lr_factor, momentum_at, scaled_lr
+from moco.engine.run import Journal, open_run
+from moco.engine.setup import (
+    PRECISIONS,
+    build_method,
+    build_views,
+    check_against_data,
+    data_parallel,
+    open_sources,
+    pick_device,
+)
+from moco.engine.step import train_step
+from moco.models.norm import set_calls_per_step
+
+
+def pretrain(config: TrainConfig) -> None:
+    """See `moco.train.train`."""
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with process_group(device):
+        _pretrain(config, device)
+
+
+def _pretrain(config: TrainConfig, device: torch.device) -> None:
+    path = Path(config.run)
+    views = build_views(config.augment)
+    sources = open_sources(config.data, config.evaluate.bank_size)
+    plan = Plan(len(sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
+    check_against_data(config, plan)
+
+    torch.manual_seed(config.seed)  # initial weights and the random queue; training draws nothing from it
+    method = build_method(config).to(device)
+    if config.channels_last:
+        method.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(
+        method,
+        config.optim.name,
+        lr=0.0,
+        momentum=config.optim.momentum,
+        betas=config.optim.betas,
+        weight_decay=config.optim.weight_decay,
+        exclude=config.optim.exclude,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+
+    on_main(lambda: open_run(path, asdict(config)))
+    state = on_main(lambda: checkpoint.load_newest(path / "checkpoints"))
+    start, history, seconds = 0, [], 0.0
+    if state is not None:
+        method.load_state_dict(state["method"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        start, history, seconds = state["step"], state["history"], state["seconds"]
+    broadcast_module(method)
+    if config.compile:
+        method.encoder.compile()
+        method.momentum_encoder.compile()
+    forward = data_parallel(method, device)
+
+    display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_main())
+    journal = Journal(path, start) if is_main() else None
+    peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
+    announce(display, config, method, sources, plan, device, peak_lr, start)
+    clock = Clock(seconds, config.checkpoint.every_minutes)
+
+    def settings(step: int) -> Values:
+        optim = config.optim
+        factor = lr_factor(
+            step,
+            plan.steps_per_epoch,
+            plan.epochs,
+            optim.schedule,
+            optim.milestones,
+            optim.gamma,
+            optim.warmup_epochs,
+            optim.lr_end,
+            optim.per_epoch,
+        )
+        momentum = momentum_at(step, plan.total_steps, config.method.momentum, config.method.momentum_end)
+        return {"lr": peak_lr * factor, "momentum": momentum}
+
+    def step_once(step: int, batch: Batch) -> dict[str, Tensor]:
+        told = settings(step)
+        return train_step(
+            method,
+            forward,
+            optimizer,
+            scaler,
+            batch.views,
+            batch.index,
+            plan.shuffles(step, len(views)) if config.model.shuffle_keys else None,
+            told["lr"],
+            told["momentum"],
+            config.accumulate,
+            PRECISIONS[config.precision],
+            config.optim.clip_grad,
+        )
+
+    def evaluate(done: int) -> None:
+        average_running_statistics(method)
+        scores = live_knn(config, method, sources, device, with_pixels=done == 0)
+        if not scores:
+            return
+        epoch = done / plan.steps_per_epoch
+        history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
+        if journal:
+            journal.record(done, {f"eval/{name}": score.mean for name, score in scores.items()})
+        names = {"knn": "untrained" if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
+        display.say(f"{knn_title(config.evaluate)}: " + ", ".join(f"{names[name]} {s}" for name, s in scores.items()))
+
+    def save(done: int, keep: bool) -> None:
+        average_running_statistics(method)
+        on_main(
+            lambda: checkpoint.save(
+                path / "checkpoints",
+                done,
+                {
+                    "config": asdict(config),
+                    "step": done,
+                    "history": history,
+                    "seconds": clock.total(),
+                    "method": method.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                },
+                config.checkpoint.keep_last,
+                keep,
+            )
+        )
+        clock.saved()
+
+    def on_log(done: int, values: Values) -> None:
+        values["train/queue_fill"] = method.queue.filled() / method.queue.size
+        if journal:
+            journal.record(done, values)
+        shown = values | {"losses": len(method.directions) if config.method.reduction == "sum" else 1}
+        display.step(done, shown)
+
+    def on_step(done: int) -> None:
+        display.step(done)
+        epoch, rest = divmod(done, plan.steps_per_epoch)
+        last = done == plan.total_steps
+        every = config.evaluate.every_epochs
+        if every and ((rest == 0 and epoch % every == 0) or last):
+            evaluate(done)
+        often, keep_every = config.checkpoint, config.checkpoint.keep_epochs
+        keep = bool(keep_every) and rest == 0 and epoch % keep_every == 0
+        at_epoch = bool(often.every_epochs) and rest == 0 and epoch % often.every_epochs == 0
+        at_step = bool(often.every_steps) and done % often.every_steps == 0
+        if last or keep or at_epoch or at_step or (done % config.log_every == 0 and on_main(clock.is_due)):
+            save(done, keep)
+
+    if start < plan.total_steps:
+        set_calls_per_step(method.encoder, len(method.directions) * config.accumulate)
+        set_calls_per_step(method.momentum_encoder, len(method.directions) * config.accumulate)
+        method.train()
+        if journal:
+            show_views(journal, path, sources, plan, views, device)
+        if start == 0 and config.evaluate.every_epochs:
+            evaluate(0)
+        stream = batches(sources.train, plan, views, device, config.data.workers, start)
+        try:
+            fit(plan, stream, start, step_once, settings, config.log_every, on_log, on_step)
+        finally:
+            display.close()
+    if is_main():
+        save_file(
+            {
+                name: tensor.contiguous().cpu()
+                for name, tensor in method.encoder.get_submodule("backbone").state_dict().items()
+            },
+            path / "encoder.safetensors",
+        )
+    if journal:
+        journal.close()
+    summarise(display, config, method, plan, history, clock.total(), already_done=start == plan.total_steps)
+
+
+class Clock:
+    """Training time over all attempts, and when the next checkpoint is due."""
+
+    def __init__(self, before: float, every_minutes: float) -> None:
+        self._before, self._every = before, 60 * every_minutes
+        self._began = self._saved = time.monotonic()
+
+    def total(self) -> float:
+        return self._before + time.monotonic() - self._began
+
+    def is_due(self) -> bool:
+        return self._every > 0 and time.monotonic() - self._saved > self._every
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()

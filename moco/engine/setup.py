@@ -1,0 +1,140 @@
+"""From the configuration to the parts: the one place that takes a group of fields and calls a constructor."""
+
+import inspect
+import os
+import warnings
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moco.builder import MoCo
+from moco.config import AugmentConfig, ConfigError, DataConfig, TrainConfig, require
+from moco.data.loader import Plan
+from moco.data.sources import Sources, limited, load_source
+from moco.data.view import View
+from moco.distributed import on_main, world_size
+from moco.models.encoder import build_encoder
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this process; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: if a GPU is asked for and there is none.
+    """
+    require(name != "cuda" or torch.cuda.is_available(), "device=cuda, but torch sees no GPU here: set device=cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_sources(config: DataConfig, bank_size: int) -> Sources:
+    """The data set, with at most `bank_size` reference images for the live kNN (0: all).
+
+    Raises:
+        FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
+    """
+
+    def load(download: bool) -> Sources:
+        return load_source(config.name, config.root, download, config.labels, config.eval_root, config.resident)
+
+    if config.download:
+        on_main(lambda: len(load(True).train))  # one rank downloads, then all of them read
+    sources = load(False)
+    return sources if sources.bank is None else replace(sources, bank=limited(sources.bank, bank_size))
+
+
+def build_views(config: AugmentConfig) -> tuple[View, View]:
+    """The two views' recipes: the group's fields, and those in which the second differs.
+
+    Raises:
+        ConfigError: for a field of `second` that is none, or a value that cannot be.
+    """
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in asdict(config).items()
+        if name not in ("second", "eval_resize")
+    }
+    unknown = set(config.second) - set(values)
+    require(not unknown, f"augment.second names {', '.join(sorted(unknown))}; it can hold {', '.join(values)}")
+    require("size" not in config.second, "augment.second cannot change size: both views have augment.size")
+    second = {name: tuple(value) if isinstance(value, list) else value for name, value in config.second.items()}
+    try:
+        return View(**values), View(**(values | second))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"augment.{error}") from error
+
+
+def build_method(config: TrainConfig) -> MoCo:
+    """The method that `method.name` names, on a new encoder."""
+    model, method = config.model, config.method
+    require(method.name == "moco", f"method.name={method.name!r} must be moco")
+    encoder = build_encoder(
+        model.backbone,
+        model.options,
+        model.head_layers,
+        model.head_hidden,
+        model.dim,
+        model.bn,  # type: ignore[arg-type]
+        model.bn_group_size,
+    )
+    return MoCo(
+        encoder,
+        model.dim,
+        method.queue_size,
+        method.temperature,
+        method.queue_start,
+        method.mask_own_keys,
+        method.symmetric,
+        method.reduction,  # type: ignore[arg-type]
+    )
+
+
+def data_parallel(method: MoCo, device: torch.device) -> nn.Module:
+    """DDP around the method, or the method itself in a world of one.
+
+    Buffers stay out of DDP: it would send the queue, 33 MB, before every forward, and rank 0's copy would win.
+    """
+    if world_size() == 1:
+        return method
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch >= 2.15, before
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None, **options)
+
+
+def check_against_data(config: TrainConfig, plan: Plan) -> None:
+    """What only shows once the data set's size is known.
+
+    Raises:
+        ConfigError: if an epoch would not fill one batch.
+    """
+    require(
+        plan.steps_per_epoch > 0,
+        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: lower it",
+    )
+    per_step = config.batch_size * (2 if config.method.symmetric else 1)
+    queue = config.method.queue_size
+    if queue >= plan.length * (2 if config.method.symmetric else 1):
+        fit_in = max(per_step, plan.length // 2 // per_step * per_step)
+        warnings.warn(
+            f"method.queue_size={queue} holds every one of the {plan.length} images at least once, so each query meets "
+            f"its own old keys (masked: {config.method.mask_own_keys}) and very stale ones; "
+            f"set method.queue_size={fit_in} or less",
+            stacklevel=2,
+        )
+    parts = config.batch_size // world_size() // config.accumulate
+    group = config.model.bn_group_size if config.model.bn == "grouped" else parts
+    if config.model.shuffle_keys and config.model.bn != "sync" and group >= config.batch_size:
+        warnings.warn(
+            f"model.shuffle_keys has nothing to shuffle between: BN sees all {config.batch_size} images as one group, "
+            "and query and key of an image share it; set model.bn=grouped with a smaller model.bn_group_size",
+            stacklevel=2,
+        )

@@ -1,0 +1,117 @@
+"""One optimiser step: the paper's Algorithm 1, on one process or many, in one piece or in micro-batches."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from moco.builder import Output
+from moco.distributed import mean_over_ranks
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss or its gradient is not finite. Nothing has changed: not a weight, a statistic, or a key in the queue."""
+
+
+class Method(Protocol):
+    """What the step asks of a method; `moco.builder.MoCo` is the first."""
+
+    def encode_keys(
+        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+    ) -> dict[int, Tensor]: ...
+
+    def update_momentum_encoder(self, momentum: float) -> None: ...
+
+    def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None: ...
+
+
+def train_step(
+    method: Method,
+    forward: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    views: Sequence[Tensor],
+    index: Tensor,
+    shuffles: Sequence[NDArray[np.int64]] | None,
+    lr: float,
+    momentum: float,
+    accumulate: int = 1,
+    precision: torch.dtype = torch.float32,
+    clip_grad: float = 0.0,
+) -> dict[str, Tensor]:
+    """Trains on one global batch.
+
+    Args:
+        method: owns the momentum encoder and the queue.
+        forward: the method, or DDP around it.
+        scaler: for fp16; disabled otherwise.
+        views: V tensors (n, 3, S, S), this rank's share.
+        index: its sample indices, (n,).
+        shuffles: one permutation of the global batch a view, or None.
+        lr: learning rate of this step.
+        momentum: m of this step.
+        accumulate: micro-batches.
+        precision: autocast's type; float32 is no autocast.
+        clip_grad: largest gradient norm; 0 is no clipping.
+
+    Returns:
+        This step's measures on the global batch: loss, contrast_accuracy, ..., each of shape ().
+
+    Raises:
+        NonFiniteLoss: on every rank together, if the loss or its gradient is not finite on any of them.
+    """
+    device, micro_batch = index.device, len(index) // accumulate
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    measures: dict[str, Tensor] = {}
+    statistics = [buffer for name, buffer in forward.named_buffers() if name.endswith(_STATISTICS)]
+    before = [buffer.clone() for buffer in statistics]
+    # ------------------------------------------------------------------ Algorithm 1
+    with autocast:
+        keys = method.encode_keys(views, shuffles, micro_batch)  # {view: (n, C)}
+    for part in range(accumulate):
+        at = slice(part * micro_batch, (part + 1) * micro_batch)
+        with _no_sync(forward, part < accumulate - 1):
+            with autocast:
+                output: Output = forward([view[at] for view in views], {v: k[at] for v, k in keys.items()}, index[at])
+            scaler.scale(output.loss / accumulate).backward()
+        for name, value in {"loss": output.loss.detach(), **output.measures}.items():
+            measures[name] = measures.get(name, 0) + value / accumulate
+
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    averages = mean_over_ranks(torch.stack(list(measures.values())))  # one collective for all of them
+    measures = dict(zip(measures, averages, strict=True)) | {"gradient_norm": norm}
+    # Loss and gradients are averages over the ranks by now, so all ranks decide alike.
+    finite_loss, finite_norm = torch.isfinite(torch.stack([measures["loss"], norm])).tolist()
+    if not finite_loss or not (finite_norm or scaler.is_enabled()):
+        torch._foreach_copy_(statistics, before)
+        raise NonFiniteLoss(f"loss {measures['loss']:.4g}, gradient norm {norm:.4g}")
+    if clip_grad:
+        torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    scaler.step(optimizer)
+    scaler.update()
+    # fp16's scaler expects an overflow now and then and skips that optimiser step:
+    # one optimiser step = one momentum update = one enqueue.
+    if finite_norm:
+        method.update_momentum_encoder(momentum)
+        method.enqueue(keys, index)
+    # ------------------------------------------------------------------
+    return measures
+
+
+def _no_sync(forward: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """DDP averages gradients in the last micro-batch only."""
+    if wanted and isinstance(forward, DistributedDataParallel):
+        return forward.no_sync()
+    return nullcontext()

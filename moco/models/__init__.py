@@ -1,0 +1,1 @@
+"""Backbones, heads and batch normalisation in groups."""

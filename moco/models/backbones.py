@@ -1,0 +1,82 @@
+"""Backbones: images (N, 3, S, S) to features (N, D). Names are torchvision's; `timm/NAME` is any timm model."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torchvision.models
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """Five 3x3 convolutions with BN and global average pooling: the small encoder for small images on a CPU.
+
+    Args:
+        width: channels of the first layer; D = 8 * width.
+        strides: of the five layers, e.g. (1, 2, 1, 2, 1): 16 px images end as 4x4 maps.
+    """
+
+    def __init__(self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1)) -> None:
+        super().__init__()
+        widths = [width, 2 * width, 4 * width, 4 * width, 8 * width]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out, stride in zip([3, *widths[:-1]], widths, strides, strict=True):
+            layers += [nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
+        self.num_features = widths[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x).mean(dim=(2, 3))  # (N, 8 * width)
+        return out
+
+
+def _resnet(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def make(stem: str = "imagenet", **options: Any) -> nn.Module:
+        if stem not in ("imagenet", "cifar"):
+            raise ValueError(f"model.options.stem={stem!r} must be 'imagenet' or 'cifar'")
+        network: Any = build(weights=None, **options)
+        network.num_features = network.fc.in_features
+        network.fc = nn.Identity()
+        if stem == "cifar":  # 3x3 stem without max-pool, as SimCLR's and the official MoCo CIFAR-10 notebook's
+            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            network.maxpool = nn.Identity()
+        return network  # type: ignore[no-any-return]
+
+    return make
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "convnet": ConvNet,
+    "resnet18": _resnet(torchvision.models.resnet18),
+    "resnet34": _resnet(torchvision.models.resnet34),
+    "resnet50": _resnet(torchvision.models.resnet50),
+    "resnet101": _resnet(torchvision.models.resnet101),
+    "resnet152": _resnet(torchvision.models.resnet152),
+}
+
+
+def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """A backbone without its classifier; its attribute `num_features` is D.
+
+    Args:
+        name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
+        options: keyword arguments of the constructor, e.g. {"stem": "cifar"} or timm's.
+
+    Raises:
+        ValueError: for an unknown name (with those that exist) or an option that the constructor does not take.
+    """
+    try:
+        if name.startswith("timm/"):
+            import timm  # costs a second at start-up, so only where it is used
+
+            if name.removeprefix("timm/") not in timm.list_models():
+                close = ", ".join(timm.list_models(f"*{name.removeprefix('timm/')[:6]}*")[:8])
+                raise ValueError(f"model.backbone={name!r}: timm knows no such model; close ones: {close or 'none'}")
+            network: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=0, **options)
+            # timm's num_features are those before the last layer, which some models (MobileNetV3, VGG) widen.
+            network.num_features = network.head_hidden_size
+            return network
+        if name not in BACKBONES:
+            raise ValueError(f"model.backbone={name!r} must be one of {', '.join(BACKBONES)}, or timm/NAME")
+        return BACKBONES[name](**options)
+    except TypeError as error:
+        raise ValueError(f"model.options={dict(options)} does not fit model.backbone={name!r}: {error}") from error

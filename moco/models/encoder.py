@@ -1,0 +1,63 @@
+"""The encoder that MoCo trains: a backbone and a projection head."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor, nn
+
+from moco.models.backbones import build_backbone
+from moco.models.norm import BatchNormKind, convert_batch_norm
+
+
+def projection_head(fan_in: int, hidden: int, dim: int, layers: int) -> nn.Module:
+    """MoCo v1's head is one linear layer; v2's is an MLP with ReLU between its layers.
+
+    Args:
+        fan_in: D, the backbone's features.
+        hidden: width of the layers between; 0 means D, as in MoCo v2.
+        dim: C, the embedding.
+        layers: linear layers, at least 1.
+    """
+    if layers < 1:
+        raise ValueError(f"model.head_layers={layers} must be at least 1")
+    widths = [fan_in, *[hidden or fan_in] * (layers - 1), dim]
+    parts: list[nn.Module] = []
+    for start, end in pairwise(widths):
+        parts += [nn.Linear(start, end), nn.ReLU()]
+    return nn.Sequential(*parts[:-1])
+
+
+class Encoder(nn.Module):
+    """Images (N, 3, S, S) to embeddings (N, C); `backbone` alone gives the features (N, D) that transfer."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = self.head(self.backbone(images))  # (N, D) -> (N, C)
+        return out
+
+
+def build_encoder(
+    backbone: str,
+    options: Mapping[str, Any],
+    head_layers: int,
+    head_hidden: int,
+    dim: int,
+    bn: BatchNormKind,
+    bn_group_size: int,
+) -> Encoder:
+    """The encoder as the configuration group `model` describes it; arguments are that group's fields.
+
+    Raises:
+        ValueError: for an unknown backbone, or options that do not fit it.
+    """
+    network = build_backbone(backbone, options)
+    fan_in = network.num_features
+    if not isinstance(fan_in, int):
+        raise ValueError(f"model.backbone={backbone!r} does not say how many features it has")
+    encoder = Encoder(network, projection_head(fan_in, head_hidden, dim, head_layers))
+    convert_batch_norm(encoder, bn, bn_group_size)
+    return encoder

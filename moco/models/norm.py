@@ -1,0 +1,148 @@
+"""Batch normalisation over groups of the global batch, so that its statistics do not depend on the topology.
+
+Eight GPUs with 32 images each normalise eight groups of 32. Here the group's size is set, and one GPU with 256
+images has the same eight groups (law 3). The key batch is shuffled so that a key's group tells
+nothing of its query's (MoCo, section 3.3, "Shuffling BN").
+
+Legend: N local batch, C channels, G groups, g images a group.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.distributed import sum_over_ranks, world_size
+
+BatchNormKind = Literal["grouped", "sync", "batch"]
+
+
+class GroupedBatchNorm(nn.Module):
+    """BN over consecutive groups of `group_size` images; group_size 0 means the whole global batch ("sync").
+
+    Holds the parameters and buffers of `nn.BatchNorm2d` under the same names. One optimiser step moves
+    the running statistics once, by the mean over the step's groups, however many calls the step makes.
+
+    Args:
+        channels: C.
+        group_size: g; must divide the batch of every training call.
+        eps, momentum, affine, track: as in `nn.BatchNorm2d`.
+        after: what timm's fused norm layers apply behind the normalisation (their activation).
+
+    Raises:
+        ValueError: in training, if `group_size` does not divide the batch.
+    """
+
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        group_size: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+        after: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.group_size, self.eps, self.momentum = group_size, eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.after = after or nn.Identity()
+        self.calls_per_step = 1  # views x micro-batches
+        self.call = 0  # of this step; a checkpoint falls between steps, so this is not state
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, ...) -> (N, C, ...)
+        if not self.training:
+            return self._after(
+                F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            )
+        if self.group_size and len(x) % self.group_size:
+            raise ValueError(f"model.bn_group_size={self.group_size} does not divide a batch of {len(x)} images")
+        if self.group_size == 0 and world_size() > 1:
+            return self._after(self._forward_sync(x))
+
+        groups = x.split(self.group_size or len(x))
+        statistics = x.new_zeros(2, len(groups), x.shape[1], dtype=torch.float32)  # (2, G, C): means, variances
+        # momentum=1 makes batch_norm write each group's own statistics into its row.
+        out = [
+            F.batch_norm(group, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+            for group, mean, var in zip(groups, *statistics, strict=True)
+        ]
+        self._track(*statistics.mean(dim=1))
+        return self._after(out[0] if len(out) == 1 else torch.cat(out))
+
+    def _after(self, x: Tensor) -> Tensor:
+        out: Tensor = self.after(x)
+        return out
+
+    def _forward_sync(self, x: Tensor) -> Tensor:
+        """BN over all ranks; two passes, because E[x^2] - E[x]^2 cancels in float32."""
+        values = x.float()
+        dims = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = values.numel() // values.shape[1] * world_size()
+        mean = sum_over_ranks(values.sum(dims)) / count  # (C,)
+        centred = values - mean.view(shape)
+        var = sum_over_ranks(centred.square().sum(dims)) / count  # (C,)
+        self._track(mean.detach(), var.detach() * count / (count - 1))
+        out = centred * (var + self.eps).rsqrt().view(shape)
+        if self.weight is not None and self.bias is not None:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor) -> None:
+        if self.call == 0:
+            self.num_batches_tracked.add_(1)
+            self.running_mean.mul_(1 - self.momentum)
+            self.running_var.mul_(1 - self.momentum)
+        share = self.momentum / self.calls_per_step
+        self.running_mean.add_(mean, alpha=share)
+        self.running_var.add_(var, alpha=share)
+        self.call = (self.call + 1) % self.calls_per_step
+
+
+def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) -> nn.Module:
+    """Puts `GroupedBatchNorm` in the place of every BatchNorm layer, with its parameters and buffers.
+
+    Args:
+        module: any network, e.g. torchvision's or timm's.
+        kind: "grouped" in groups of `group_size`; "sync" over the global batch; "batch" leaves the layers as they
+            are, over whatever one process sees in one call.
+        group_size: g, for "grouped".
+
+    Returns:
+        The same module, changed in place (or the new layer, if the module itself is one).
+    """
+    if kind == "batch":
+        return module
+    for name, child in module.named_children():
+        setattr(module, name, convert_batch_norm(child, kind, group_size))
+    if not isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        return module
+    # timm's BatchNormAct2d holds its dropout and activation inside.
+    after = [layer for layer in (getattr(module, "drop", None), getattr(module, "act", None)) if layer is not None]
+    new = GroupedBatchNorm(
+        module.num_features,
+        0 if kind == "sync" else group_size,
+        module.eps,
+        0.1 if module.momentum is None else module.momentum,
+        module.affine,
+        nn.Sequential(*after) if after else None,
+    )
+    new.load_state_dict(module.state_dict(), strict=False)
+    return new
+
+
+def set_calls_per_step(module: nn.Module, calls: int) -> None:
+    """Tells every grouped BN how many times one optimiser step calls it (views x micro-batches)."""
+    for layer in module.modules():
+        if isinstance(layer, GroupedBatchNorm):
+            layer.calls_per_step = calls

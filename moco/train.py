@@ -1,0 +1,24 @@
+"""Pretrain an encoder: `python -m moco.train [experiment=NAME] [field=value ...]`, or under torchrun.
+
+Reads from top to bottom: set up, build, resume, train, say what happened.
+"""
+
+from moco.cli import run_command
+from moco.config import TrainConfig
+
+
+def train(config: TrainConfig) -> None:
+    """Pretrains as configured, or goes on with the run that is in `config.run`.
+
+    Raises:
+        ConfigError: for a configuration that cannot run.
+        FileNotFoundError: for a data set that is not there.
+    """
+    # Composing the configuration, --help and a misspelt field need no torch: it is imported once there is work to do.
+    from moco.engine.pretrain import pretrain
+
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    run_command("train", TrainConfig, train)

@@ -1,0 +1,467 @@
+"""Each data set gives what it should, in one order, and what is missing is said in one sentence."""
+
+import hashlib
+import os
+import pickle
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+
+from moco.data.decode import ImageError
+from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source
+
+
+def picture(path: Path, colour: int | tuple[int, int, int] = 0, size: tuple[int, int] = (6, 5)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix.lower())
+    Image.new("RGB", size, (colour,) * 3 if isinstance(colour, int) else colour).save(path, kind)
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]
+
+
+def sentence(error: BaseException) -> str:
+    """The message, which must be one line."""
+    text = str(error)
+    assert "\n" not in text
+    return text
+
+
+# ---- digits ----
+
+
+def test_digits_split_is_fixed_balanced_and_disjoint() -> None:
+    first, second = load_source("digits"), load_source("digits")
+    train, held_out = first.train, first.held_out
+    assert held_out is not None
+    assert first.bank is train
+    assert (len(train), len(held_out)) == (1297, 500)
+    assert held_out.labels is not None
+    assert np.bincount(held_out.labels).tolist() == [50] * 10
+    assert sorted(names(train) + names(held_out), key=lambda name: int(name.split("/")[1])) == [
+        f"digits/{i}" for i in range(1797)
+    ]
+    assert names(second.train) == names(train)
+    assert train.classes == tuple("0123456789")
+    # Another split, or other pixels, would make figures incomparable with those published before.
+    digest = hashlib.sha256(",".join(names(held_out)).encode())
+    assert train.images is not None
+    digest.update(train.images.numpy().tobytes())
+    assert digest.hexdigest() == "24516a9ac42e80162914915744bd95324afc196d42222fa5beecdf0a31dce270"
+
+
+def test_digits_are_the_scans_at_twice_the_size() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    for source in (load_source("digits").train, load_source("digits").held_out):
+        assert source is not None
+        assert source.images is not None
+        assert source.labels is not None
+        assert source.images.dtype == torch.uint8
+        assert source.images.shape == (len(source), 3, 16, 16)
+        for i in (0, 17, len(source) - 1):
+            original = int(source.name(i).split("/")[1])
+            assert source.labels[i] == bunch.target[original]
+            image = source.image(i)
+            assert (image == source.images[i]).all()
+            assert (image[0] == image[1]).all()
+            assert (image[0] == image[2]).all()
+            # Bilinear weights at half pixels are 1/4 and 3/4, borders repeated: written out once more in whole numbers.
+            padded = np.pad(bunch.images[original], 1, mode="edge")
+            rows = np.empty((16, 10))
+            rows[0::2] = padded[:-2] * 0.25 + padded[1:-1] * 0.75
+            rows[1::2] = padded[1:-1] * 0.75 + padded[2:] * 0.25
+            columns = np.empty((16, 16))
+            columns[:, 0::2] = rows[:, :-2] * 0.25 + rows[:, 1:-1] * 0.75
+            columns[:, 1::2] = rows[:, 1:-1] * 0.75 + rows[:, 2:] * 0.25
+            assert (image[0].numpy() == np.rint(columns * 255 / 16)).all()
+
+
+# ---- CIFAR and STL-10, in torchvision's layout ----
+
+
+def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, fine: bool) -> np.ndarray:
+    """Two training images a batch file and four test images; returns the training images (N, 3, 32, 32)."""
+    dataset = datasets.CIFAR100 if fine else datasets.CIFAR10
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, _: os.path.isfile(path))
+    folder = root / dataset.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    key, parts = "fine_labels" if fine else "labels", []
+    for file, _ in dataset.train_list + dataset.test_list:
+        data = rng.integers(0, 256, (4 if "test" in file else 2, 3072), dtype=np.uint8)
+        if "test" not in file:
+            parts.append(data)
+        (folder / file).write_bytes(pickle.dumps({"data": data, key: [i % 10 for i in range(len(data))]}))
+    meta = {dataset.meta["key"]: [f"class{i}" for i in range(100 if fine else 10)]}
+    (folder / dataset.meta["filename"]).write_bytes(pickle.dumps(meta))
+    return np.concatenate(parts).reshape(-1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_one_tensor_in_file_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fake_cifar(tmp_path, monkeypatch, fine=name == "cifar100")
+    sources = load_source(name, str(tmp_path))
+    assert sources.bank is sources.train
+    assert sources.held_out is not None
+    assert sources.train.images is not None
+    assert sources.train.images.is_contiguous()
+    assert (sources.train.images.numpy() == expected).all()
+    assert sources.train.labels is not None
+    assert sources.train.labels.dtype == np.int64
+    assert sources.train.labels.tolist() == [0, 1] * (len(expected) // 2)
+    assert sources.held_out.labels is not None
+    assert sources.held_out.labels.tolist() == [0, 1, 2, 3]
+    assert len(sources.train.classes) == int(name.removeprefix("cifar"))
+    assert (sources.train.name(1), sources.held_out.name(3)) == (f"{name}/train/1", f"{name}/test/3")
+
+
+def test_stl10_trains_on_unlabelled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda path, _: os.path.isfile(path))
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    stored = {}
+    for split, count in (("unlabeled", 4), ("train", 3), ("test", 2)):
+        stored[split] = rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8)
+        stored[split].transpose(0, 1, 3, 2).tofile(folder / f"{split}_X.bin")  # the files are column by column
+    np.array([1, 10, 5], np.uint8).tofile(folder / "train_y.bin")  # 1-based
+    np.array([2, 2], np.uint8).tofile(folder / "test_y.bin")
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    sources = load_source("stl10", str(tmp_path))
+    assert sources.bank is not None
+    assert sources.held_out is not None
+    for split, source in (("unlabeled", sources.train), ("train", sources.bank), ("test", sources.held_out)):
+        assert source.images is not None
+        assert (source.images.numpy() == stored[split]).all()
+    assert sources.train.labels is None
+    assert sources.train.classes == ()
+    assert sources.bank.labels is not None
+    assert sources.bank.labels.tolist() == [0, 9, 4]
+    assert sources.held_out.classes == tuple("abcdefghij")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_missing_and_corrupted_sets_name_root_and_fix(name: str, tmp_path: Path) -> None:
+    root = tmp_path / "nowhere"
+    with pytest.raises(FileNotFoundError) as caught:
+        load_source(name, str(root))
+    text = sentence(caught.value)
+    assert f"data.root={root} ({root})" in text
+    assert "was not found" in text
+    assert "data.download=true" in text
+    base = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python", "stl10": "stl10_binary"}[name]
+    (root / base).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"is incomplete or corrupted.*should hold the folder {base}"):
+        load_source(name, str(root))
+
+
+def test_a_relative_root_is_shown_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        load_source("cifar10", "data")
+    assert f"data.root=data ({tmp_path / 'data'})" in sentence(caught.value)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [urllib.error.URLError("Name or service not known"), TimeoutError("timed out"), ConnectionResetError("reset")],
+)
+@pytest.mark.parametrize("name", ["cifar10", "stl10"])
+def test_a_failed_download_is_one_sentence(
+    name: str, failure: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(urllib.request, "urlopen", closed)
+    with pytest.raises(FileNotFoundError, match="could not be downloaded") as caught:
+        load_source(name, str(tmp_path / "data"), download=True)
+    text = sentence(caught.value)
+    assert str(tmp_path / "data") in text
+    assert str(failure) in text
+    assert "http" in text  # where to get it by hand
+    assert caught.value.__cause__ is failure
+
+
+def test_a_download_that_arrives_broken_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(
+        "torchvision.datasets.utils._urlretrieve", lambda _, path: Path(path).write_bytes(b"a login page")
+    )
+    with pytest.raises(FileNotFoundError, match=r"CIFAR10 could not be downloaded.*corrupted") as caught:
+        load_source("cifar10", str(tmp_path), download=True)
+    sentence(caught.value)
+
+
+# ---- folders ----
+
+
+def test_folder_finds_all_images_in_sorted_order(tmp_path: Path) -> None:
+    wanted = ["B/Z.PNG", "a.jpg", "a/deep/er/x.webp", "b.Jpeg", "b/ü 漢字.png", "c.bmp", "d.tif", "e.TIFF", "f.gif"]
+    for i, name in enumerate(reversed(wanted)):
+        picture(tmp_path / name, i * 20)
+    for name in (".hidden.jpg", ".cache/x.jpg", "notes.txt", "a/list.csv", "Makefile", "broken-link.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if name == "broken-link.jpg":
+            (tmp_path / name).symlink_to(tmp_path / "gone.jpg")
+        else:
+            (tmp_path / name).write_text("x")
+    sources = load_source("folder", str(tmp_path))
+    train = sources.train
+    assert isinstance(train, FolderSource)
+    assert names(train) == sorted(wanted)
+    assert train.ignored == 6
+    assert (train.labels, train.classes, train.images, sources.bank, sources.held_out) == (None, (), None, None, None)
+    assert train.image(wanted.index("b/ü 漢字.png")).shape == (3, 5, 6)
+    assert train.image(wanted.index("f.gif")).flatten().tolist() == [0] * 90
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "root"
+    for name in ("b/1.png", "a/2.png", "a/c/3.png", "4.png"):
+        picture(root / name)
+    (root / "a/to_b").symlink_to(root / "b")
+    picture(tmp_path / "outside/5.png")
+    (root / "link2").symlink_to(tmp_path)  # holds this very tree, and what link3 leads to
+    (root / "link3").symlink_to(tmp_path / "outside")
+    (root / "link1").symlink_to(root / "a")
+    expected = names(load_source("folder", str(root)).train)
+    assert expected == ["4.png", "a/2.png", "a/c/3.png", "b/1.png", "link2/outside/5.png"]
+    scandir = os.scandir
+
+    class Backwards:
+        def __init__(self, path: str) -> None:
+            with scandir(path) as entries:
+                self.entries = list(entries)[::-1]
+
+        def __enter__(self) -> Sequence[os.DirEntry[str]]:
+            return self.entries
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(os, "scandir", Backwards)
+    assert names(load_source("folder", str(root)).train) == expected
+
+
+def test_links_are_followed_once_and_loops_do_no_harm(tmp_path: Path) -> None:
+    picture(tmp_path / "outside/x.png")
+    picture(tmp_path / "root/real/y.png")
+    (tmp_path / "root/a_link").symlink_to(tmp_path / "root/real")  # sorts first, but the real folder keeps its name
+    (tmp_path / "root/real/loop").symlink_to(tmp_path / "root")
+    (tmp_path / "root/elsewhere").symlink_to(tmp_path / "outside")
+    (tmp_path / "root/zz").symlink_to(tmp_path / "outside")
+    (tmp_path / "outside/back").symlink_to(tmp_path / "root")
+    assert names(load_source("folder", str(tmp_path / "root")).train) == ["elsewhere/x.png", "real/y.png"]
+
+
+def test_names_that_are_no_utf8_can_be_opened(tmp_path: Path) -> None:
+    picture(tmp_path / "x.png", 7)
+    os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/\xff\xfe.png")
+    train = load_source("folder", str(tmp_path)).train
+    assert os.fsencode(train.name(0)) == b"\xff\xfe.png"
+    assert (train.image(0) == 7).all()
+
+
+def test_labels_are_first_level_folders(tmp_path: Path) -> None:
+    for i, name in enumerate(("dog/1.png", "cat/x/2.png", "cat/3.png", "cat-like/4.png")):
+        picture(tmp_path / name, i)
+    (tmp_path / "empty").mkdir()
+    sources = load_source("folder", str(tmp_path), labels="folder")
+    train = sources.train
+    assert train.classes == ("cat", "cat-like", "dog")
+    assert train.labels is not None
+    assert train.labels.dtype == np.int64
+    assert {name: train.classes[label] for name, label in zip(names(train), train.labels, strict=True)} == {
+        "cat/3.png": "cat",
+        "cat/x/2.png": "cat",
+        "cat-like/4.png": "cat-like",
+        "dog/1.png": "dog",
+    }
+    assert sources.bank is train
+    assert sources.held_out is None
+
+
+def test_labels_that_the_tree_does_not_give(tmp_path: Path) -> None:
+    picture(tmp_path / "only/1.png")
+    with pytest.raises(ValueError, match=r"one class folder only \(only\).*data\.labels=none"):
+        load_source("folder", str(tmp_path), labels="folder")
+    picture(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match=r"1 images outside class folders \(stray\.png\).*data\.labels=none"):
+        load_source("folder", str(tmp_path), labels="folder")
+    with pytest.raises(ValueError, match=r"data\.labels='class' is unknown"):
+        load_source("folder", str(tmp_path), labels="class")
+
+
+def test_eval_root_is_held_out(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png", "test/a/4.png"):
+        picture(tmp_path / name)
+    sources = load_source("folder", str(tmp_path / "train"), labels="folder", eval_root=str(tmp_path / "test"))
+    assert sources.bank is sources.train
+    assert sources.held_out is not None
+    assert names(sources.held_out) == ["a/4.png", "b/3.png"]
+    assert sources.held_out.classes == sources.train.classes
+
+
+def test_eval_root_that_does_not_fit(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png", "test/c/4.png"):
+        picture(tmp_path / name)
+    train, test = str(tmp_path / "train"), str(tmp_path / "test")
+    with pytest.raises(ValueError, match=r"only in \S*train: a; only in \S*test: c; give both"):
+        load_source("folder", train, labels="folder", eval_root=test)
+    with pytest.raises(ValueError, match=r"data\.labels=none: set data\.labels=folder"):
+        load_source("folder", train, eval_root=test)
+    with pytest.raises(FileNotFoundError, match=r"data\.eval_root=.*gone.* does not exist"):
+        load_source("folder", train, labels="folder", eval_root=str(tmp_path / "gone"))
+    for inside in (train, str(tmp_path), os.path.join(train, "b")):
+        with pytest.raises(ValueError, match="accuracy would be measured on training images"):
+            load_source("folder", train, labels="folder", eval_root=inside)
+    with pytest.raises(ValueError, match=r"data\.name=folder only, and digits has its own"):
+        load_source("digits", eval_root=test)
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.root=\S*gone \(\S*gone\) does not exist: check the path"):
+        load_source("folder", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match=r"found nothing; files that end in \.jpg \.jpeg"):
+        load_source("folder", str(tmp_path))
+    for name in ("a.txt", "b.TXT", "c.zip", "README", ".x.jpg"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"found 2 \.txt, 1 \.zip, 1 hidden, 1 without ending;"):
+        load_source("folder", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
+        load_source("folder", str(tmp_path / "a.txt"))
+
+
+def test_resident_equals_decoding_one_by_one(tmp_path: Path) -> None:
+    for i in range(150):
+        picture(tmp_path / f"{i % 3}/{i:03}.png", (i, 255 - i, 3 * i % 256))
+    streamed = load_source("folder", str(tmp_path), labels="folder").train
+    calls: list[tuple[int, int]] = []
+    sources = load_source(
+        "folder",
+        str(tmp_path),
+        labels="folder",
+        resident=True,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    train = sources.train
+    assert isinstance(train, ArraySource)
+    assert sources.bank is train
+    assert train.images.is_contiguous()
+    assert (train.images == torch.stack([streamed.image(i) for i in range(150)])).all()
+    assert names(train) == names(streamed)
+    assert train.labels is not None
+    assert train.labels.tolist() == [0] * 50 + [1] * 50 + [2] * 50
+    assert calls == [(64, 150), (128, 150), (150, 150)]
+
+
+def test_resident_refuses_two_sizes_and_broken_files(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", size=(9, 5))
+    with pytest.raises(ValueError, match=r"a\.png is 6 x 5 and b\.png is 9 x 5: set data\.resident=false"):
+        load_source("folder", str(tmp_path), resident=True)
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"b\.png: the file is empty"):
+        load_source("folder", str(tmp_path), resident=True)
+
+
+def test_a_file_that_vanishes_after_the_scan(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    train = load_source("folder", str(tmp_path)).train
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ImageError, match=r"a\.png: No such file"):
+        train.image(0)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_sources_go_to_worker_processes(resident: bool, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png", 9)
+    train = load_source("folder", str(tmp_path), resident=resident).train
+    copy: Source = pickle.loads(pickle.dumps(train))
+    assert names(copy) == ["a.png"]
+    assert (copy.image(0) == 9).all()
+
+
+# ---- ImageNet ----
+
+
+def test_imagenet_tree(tmp_path: Path) -> None:
+    for name in ("train/n02/1.JPEG", "train/n01/2.JPEG", "val/n01/3.JPEG", "val/n02/4.JPEG"):
+        picture(tmp_path / name)
+    sources = load_source("imagenet", str(tmp_path))
+    assert sources.bank is sources.train
+    assert sources.held_out is not None
+    assert names(sources.train) == ["n01/2.JPEG", "n02/1.JPEG"]
+    assert names(sources.held_out) == ["n01/3.JPEG", "n02/4.JPEG"]
+    assert sources.held_out.labels is not None
+    assert sources.held_out.labels.tolist() == [0, 1]
+    (tmp_path / "val/n02").rename(tmp_path / "val/n03")
+    with pytest.raises(ValueError, match=r"only in \S*train: n02; only in \S*val: n03"):
+        load_source("imagenet", str(tmp_path))
+
+
+def test_imagenet_that_is_not_ready(tmp_path: Path) -> None:
+    def message(root: Path) -> str:
+        with pytest.raises(FileNotFoundError) as caught:
+            load_source("imagenet", str(root))
+        assert "image-net.org" in str(caught.value)
+        assert "train/CLASS" in str(caught.value)
+        return sentence(caught.value)
+
+    assert "does not exist" in message(tmp_path / "gone")
+    assert "holds nothing" in message(tmp_path)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"x")
+    assert "holds ILSVRC2012_img_train.tar" in message(tmp_path)
+    picture(tmp_path / "train/n01/1.JPEG")
+    picture(tmp_path / "train/n02/1.JPEG")
+    picture(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")  # the validation archive holds no class folders
+    with pytest.raises(ValueError, match=r"val \(.*1 images outside class folders \(ILSVRC2012_val_00000001\.JPEG\)"):
+        load_source("imagenet", str(tmp_path))
+
+
+# ---- all ----
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.name='cifar' is unknown: choose one of digits, cifar10, cifar100, stl10"
+    ):
+        load_source("cifar")
+    assert list(SOURCES) == ["digits", "cifar10", "cifar100", "stl10", "imagenet", "folder"]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "digits"])
+def test_an_empty_root_is_said(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.root is empty"):
+        load_source(name)
+
+
+def test_real_cifar_jpegs(tmp_path: Path) -> None:
+    archive = Path(os.environ.get("MOCO_SHARED_DATA", ""), "cifar10_jpeg.tar.xz")
+    if not archive.is_file():
+        pytest.skip("MOCO_SHARED_DATA does not name a folder that holds cifar10_jpeg.tar.xz")
+    wanted = 0
+    with tarfile.open(archive, "r|xz") as stream:  # the first part only: unpacking all takes long
+        for member in stream:
+            if member.isfile() and not member.name.endswith("0.jpg"):
+                continue
+            stream.extract(member, tmp_path, filter="data")
+            wanted += member.isfile()
+            if wanted == 600:
+                break
+    train = load_source("folder", str(tmp_path), resident=True).train
+    assert train.images is not None
+    assert train.images.shape == (600, 3, 32, 32)
+    with Image.open(tmp_path / train.name(599)) as image:
+        assert (train.images[599].permute(1, 2, 0).numpy() == np.asarray(image.convert("RGB"))).all()

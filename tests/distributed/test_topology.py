@@ -1,0 +1,124 @@
+"""Law 3: one process with batch B, two with B/2 and four with B/4 compute the same steps, and so does accumulation."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moco.builder import MoCo
+from moco.data.augment import View
+from moco.data.loader import Plan, batches
+from moco.data.sources import ArraySource
+from moco.distributed import average_running_statistics, broadcast_module, rank, world_size
+from moco.engine.setup import data_parallel
+from moco.engine.step import train_step
+from moco.models.encoder import build_encoder
+from moco.models.norm import set_calls_per_step
+from tests.distributed.launch import run_ranks
+
+CPU = torch.device("cpu")
+STEPS, BATCH, GROUP = 5, 32, 4
+
+
+def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict[str, Any]:
+    """Five steps of a small MoCo; what every rank holds at their end."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (70, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    source = ArraySource(images, [str(i) for i in range(70)])
+    view = View(
+        16, (0.3, 1.0), jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray_p=0.2, flip_p=0.5
+    )
+    plan = Plan(70, BATCH, 3, seed=1, rank=rank(), processes=world_size())
+    # Ranks start from different weights on purpose: the broadcast must make them rank 0's.
+    torch.manual_seed(rank())
+    encoder = build_encoder("convnet", {"width": 4}, 2, 0, 16, bn, GROUP)  # type: ignore[arg-type]
+    method = MoCo(encoder, 16, queue_size=80, temperature=0.2, symmetric=symmetric)  # 80: the ring wraps within a batch
+    broadcast_module(method)
+    for each in (method.encoder, method.momentum_encoder):
+        set_calls_per_step(each, len(method.directions) * accumulate)
+    forward = data_parallel(method, CPU)
+    optimizer = torch.optim.SGD(method.encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses, gradients = [], []
+    stream = batches(source, plan, (view, view), CPU, workers=0)
+    for step in range(STEPS):
+        batch = next(stream)
+        shuffles = plan.shuffles(step, 2) if shuffle else None
+        measures = train_step(
+            method, forward, optimizer, scaler, batch.views, batch.index, shuffles, 0.05, 0.9, accumulate
+        )
+        losses.append(measures["loss"].item())
+        gradients.append({name: p.grad.clone() for name, p in method.encoder.named_parameters() if p.grad is not None})
+    average_running_statistics(method)
+    return {"losses": losses, "gradients": gradients, "method": method.state_dict()}
+
+
+SCENARIOS: dict[str, tuple[bool, int, str, bool]] = {  # symmetric, accumulate, bn, shuffle
+    "asymmetric": (False, 1, "grouped", True),
+    "symmetric": (True, 1, "grouped", True),
+    "symmetric, 2 micro-batches": (True, 2, "grouped", True),
+    "symmetric, 4 micro-batches": (True, 4, "grouped", True),
+    "sync": (False, 1, "sync", False),
+    "batch": (False, 1, "batch", False),
+}
+
+
+def all_scenarios(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    return {name: trajectory(*SCENARIOS[name]) for name in names}
+
+
+@cache
+def on(world: int) -> list[dict[str, dict[str, Any]]]:
+    """Each rank's scenarios; starting processes is what costs time, so each world starts once."""
+    names = ("asymmetric", "symmetric") if world == 4 else tuple(SCENARIOS)
+    return run_ranks(world, all_scenarios, names)
+
+
+def largest_difference(a: Any, b: Any) -> float:
+    if isinstance(a, Tensor):
+        return float((a.double() - b.double()).abs().max())
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        return max(largest_difference(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        return max(largest_difference(x, y) for x, y in zip(a, b, strict=True))
+    return float(abs(a - b))
+
+
+@pytest.mark.parametrize("scenario", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_several_processes_equal_one(world: int, scenario: str) -> None:
+    alone = on(1)[0][scenario]
+    for rank_of in on(world):
+        assert torch.equal(rank_of[scenario]["method"]["queue.index"], alone["method"]["queue.index"])
+        assert largest_difference(rank_of[scenario], alone) < 1e-5
+
+
+@pytest.mark.parametrize("scenario", ["symmetric, 2 micro-batches", "symmetric, 4 micro-batches"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_accumulation_changes_nothing(world: int, scenario: str) -> None:
+    for rank_of in on(world):
+        assert largest_difference(rank_of[scenario], on(1)[0]["symmetric"]) < 1e-5
+
+
+def test_synchronised_bn_over_two_processes_equals_one() -> None:
+    """Two steps: the formula is another one than F.batch_norm's, and rounding grows from step to step."""
+    alone = on(1)[0]["sync"]
+    for rank_of in on(2):
+        assert largest_difference(rank_of["sync"]["losses"][:2], alone["losses"][:2]) < 1e-5
+        assert largest_difference(rank_of["sync"]["gradients"][:2], alone["gradients"][:2]) < 1e-4
+
+
+def test_the_comparison_notices_plain_bn() -> None:
+    """BN over whatever a process sees is the topology in the mathematics: the check above must be able to fail."""
+    assert largest_difference(on(2)[0]["batch"]["losses"], on(1)[0]["batch"]["losses"]) > 1e-3
+
+
+def test_the_losses_are_not_trivial() -> None:
+    losses = np.array(on(1)[0]["asymmetric"]["losses"])
+    assert np.isfinite(losses).all()
+    assert len(set(losses.round(6))) == STEPS

@@ -1,0 +1,293 @@
+"""A checkpoint is whole or it is refused, and loading one runs no code."""
+
+import collections
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moco.engine import checkpoint
+from moco.engine.checkpoint import CheckpointError, digest, found, load, load_newest, save
+
+
+def state(seed: int = 0) -> dict[str, Any]:
+    """What training saves: state dicts, counters, strings, nested lists."""
+    torch.manual_seed(seed)
+    layer = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    return {
+        "config": {"run": "runs/a", "data": {"root": None, "sizes": [1, 2.5], "pair": (1, 2)}, "flag": True},
+        "step": seed,
+        "history": [{"step": 1, "knn": [61.5, 0.0, 1]}],
+        "method": layer.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": {},
+        "half": torch.randn(3).bfloat16(),
+        "mask": torch.tensor([True, False]),
+        "none": torch.empty(0, 3),
+        "scalar": torch.tensor(7),
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in every bit, type and name."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
+
+
+def steps(folder: Path) -> list[str]:
+    return [path.name for path in found(folder)]
+
+
+# ---- round trip ----
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path / "new" / "folder", 12, state(), keep_last=2)
+    assert path == tmp_path / "new" / "folder" / "step_00000012.pt"
+    assert same(load(path), state())
+    assert sorted(os.listdir(path.parent)) == ["step_00000012.pt"]
+
+
+def test_saving_leaves_the_state_as_it_was(tmp_path: Path) -> None:
+    given = state()
+    save(tmp_path, 1, given, keep_last=1)
+    assert same(given, state())
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1), keep_last=2)
+    assert same(load(save(tmp_path, 1, state(2), keep_last=2)), state(2))
+    assert steps(tmp_path) == ["step_00000001.pt"]
+
+
+@pytest.mark.parametrize("change", ["value", "type", "shape", "name", "plain"])
+def test_digest_sees_every_kind_of_change(change: str) -> None:
+    x = torch.tensor([1.0, 2.0])
+    changed = {
+        "value": {"x": torch.tensor([1.0, 2.0 + 2**-22]), "step": 1},
+        "type": {"x": x.view(torch.int32), "step": 1},
+        "shape": {"x": x.view(2, 1), "step": 1},
+        "name": {"y": x, "step": 1},
+        "plain": {"x": x, "step": 2},
+    }[change]
+    assert digest({"x": x, "step": 1}) == digest({"x": x.clone(), "step": 1})
+    assert digest({"x": x, "step": 1}) != digest(changed)
+
+
+def test_digest_does_not_depend_on_the_layout_in_memory() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    assert digest(x) == digest(x.to(memory_format=torch.channels_last))
+    assert digest(x[:, 1]) == digest(x[:, 1].contiguous())
+
+
+# ---- how many stay ----
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_the_newest_stay(keep_last: int, tmp_path: Path) -> None:
+    for step in (1, 2, 10, 9):
+        save(tmp_path, step, state(step), keep_last)
+    assert steps(tmp_path) == [f"step_{step:08d}.pt" for step in sorted((1, 2, 10, 9))[::-1][:keep_last]]
+
+
+def test_those_kept_for_good_stay_and_do_not_count(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, state(step), keep_last=2, keep=step % 2 == 1)
+    assert steps(tmp_path) == [f"step_{n:08d}{'.keep' * (n % 2)}.pt" for n in (6, 5, 4, 3, 1)]
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 6
+
+
+def test_one_kept_for_good_is_the_newest_where_it_is(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1), keep_last=1)
+    save(tmp_path, 2, state(2), keep_last=1, keep=True)
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 2
+
+
+# ---- never half ----
+
+
+@pytest.mark.parametrize("where", ["write", "flush", "rename"])
+def test_a_failure_while_writing_leaves_the_checkpoint_before(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, state(1), keep_last=1)
+    real = torch.save
+
+    def half(what: Any, file: Any) -> None:
+        real(what, tmp_path / "whole")
+        file.write((tmp_path / "whole").read_bytes()[:500])
+        (tmp_path / "whole").unlink()
+        raise OSError(28, "No space left on device")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if where == "write":
+            patch.setattr(torch, "save", half)
+        elif where == "flush":
+            patch.setattr(os, "fsync", fail)
+        else:
+            patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match=r"No space left|Input/output"):
+            save(tmp_path, 2, state(2), keep_last=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newest = load_newest(tmp_path)
+    assert newest is not None
+    assert same(newest, state(1))
+    assert steps(tmp_path) == ["step_00000001.pt"]
+    save(tmp_path, 2, state(2), keep_last=1)  # and the next one goes through
+    assert sorted(os.listdir(tmp_path)) == ["step_00000002.pt"]
+
+
+def test_the_file_appears_under_its_name_only_when_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    real = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.append(steps(tmp_path))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    save(tmp_path, 1, state(), keep_last=1)
+    assert seen == [[], ["step_00000001.pt"]]  # the file's bytes, then the folder's new name
+
+
+# ---- damage ----
+
+
+def test_a_flipped_byte_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, state(), keep_last=1)
+    data = bytearray(path.read_bytes())
+    weight = state()["method"]["0.weight"].numpy().tobytes()
+    at = bytes(data).index(weight)
+    data[at + 5] ^= 1
+    path.write_bytes(data)
+    assert not same(torch.load(path, weights_only=True)["method"], state()["method"])  # torch notices nothing
+    with pytest.raises(CheckpointError, match="was altered after it was written: its SHA-256 does not match"):
+        load(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    small = {"step": 3, "method": {"weight": torch.arange(12.0)}, "history": ["abc", 0.5]}
+    path = save(tmp_path, 1, small, keep_last=1)
+    whole, refused, harmless = path.read_bytes(), 0, 0
+    for at in range(0, len(whole), 5):
+        data = bytearray(whole)
+        data[at] ^= 0x10
+        path.write_bytes(data)
+        try:
+            loaded = load(path)
+        except CheckpointError:
+            refused += 1
+        else:  # padding, time stamps, torch's own check sums
+            assert same(loaded, small), f"byte {at}"
+            harmless += 1
+    assert refused > 50
+    assert harmless > 50
+
+
+@pytest.mark.parametrize("left", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused(left: float, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, state(), keep_last=1)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(left * len(data))])
+    with pytest.raises(CheckpointError, match=r"step_00000001\.pt cannot be read as a checkpoint"):
+        load(path)
+
+
+def test_a_missing_file_and_other_contents_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load(tmp_path / "step_00000001.pt")
+    for content in ([1, 2], torch.ones(3), {"step": 1}):
+        torch.save(content, tmp_path / "step_00000001.pt")
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            load(tmp_path / "step_00000001.pt")
+
+
+# ---- the newest ----
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "missing") is None
+
+
+def test_an_unreadable_one_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, state(step), keep_last=3)
+    (tmp_path / "step_00000003.pt").write_bytes(b"")
+    (tmp_path / "step_00000002.pt").write_bytes(b"PK and more")
+    with pytest.warns(UserWarning, match="falling back to the checkpoint before it") as caught:
+        newest = load_newest(tmp_path)
+    assert newest is not None
+    assert same(newest, state(1))
+    assert [f"step_0000000{step}" in str(each.message) for step, each in zip((3, 2), caught, strict=True)] == [True] * 2
+
+
+def test_none_readable_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, state(step), keep_last=2).write_bytes(b"x")
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be read"),
+    ):
+        load_newest(tmp_path)
+
+
+# ---- malice ----
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(form: str, tmp_path: Path) -> None:
+    path, target = tmp_path / "step_00000001.pt", tmp_path / "executed"
+    bomb = {**state(), "config": Evil(target), "sha256": digest(state())}
+    if form == "torch":
+        torch.save(bomb, path)
+        assert zipfile.is_zipfile(path)
+    else:
+        path.write_bytes(pickle.dumps(bomb))
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load(path)
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Evil(target)))  # the bomb is live: plain pickle sets it off
+    assert target.exists()
+
+
+def test_objects_that_are_not_plain_are_refused_when_loading(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, {"config": tmp_path}, keep_last=1)  # a Path
+    with pytest.raises(CheckpointError):
+        checkpoint.load(path)
+    ordered = save(tmp_path, 2, {"method": collections.OrderedDict(a=torch.ones(1))}, keep_last=1)
+    assert list(load(ordered)["method"]) == ["a"]
