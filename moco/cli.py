@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moco.config import ConfigError, config_dir
+from moco.config import ConfigError, RunWarning, config_dir
 
 Schema = TypeVar("Schema")
 
@@ -34,6 +35,10 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         schema: the dataclass that the composed configuration must fit.
         command: what to do with it.
     """
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *rest: (
+        f"moco: warning: {message}\n" if issubclass(category, RunWarning) else plain(message, category, *rest)
+    )
     composed: list[DictConfig] = []  # one, or with --multirun one a job; none after --help or --cfg
     # Hydra would print errors over several lines and exit; this makes it raise them instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -9,6 +9,10 @@ class ConfigError(ValueError):
     """A configuration that cannot run; its message is one sentence for the user."""
 
 
+class RunWarning(UserWarning):
+    """Something that a run can go on with, but that a person should know; its message is one sentence."""
+
+
 def config_dir() -> str:
     """The folder of the YAML files: inside an installed wheel, or at the top level of a checkout."""
     package = Path(__file__).resolve().parent

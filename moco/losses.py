@@ -13,7 +13,7 @@ def info_nce_logits(
 ) -> Tensor:
     """Similarity of each query to its key (column 0) and to the queue's keys, over the temperature.
 
-    MoCo (He et al., 2020), Algorithm 1 and Eq. 1. Computed in float32 whatever autocast says: at
+    MoCo (He et al., 2020), Algorithm 1 and Eq. 1. Computed in float32 (or float64) whatever autocast says: at
     temperature 0.07 a bf16 similarity is off by up to 0.06 in the logit.
 
     Args:
@@ -38,7 +38,8 @@ def info_nce_logits(
             "must have shapes (N, C), (N, C) and (K, C)"
         )
     with torch.autocast(query.device.type, enabled=False):
-        query, key, queue = query.float(), key.float(), queue.float()
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        query, key, queue = query.to(dtype), key.to(dtype), queue.to(dtype)
         positive = (query * key).sum(dim=1, keepdim=True)  # (N, 1)
         negative = query @ queue.T  # (N, K)
     if negatives is not None:

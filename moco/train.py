@@ -3,8 +3,10 @@
 Reads from top to bottom: set up, build, resume, train, say what happened.
 """
 
+import os
+
 from moco.cli import run_command
-from moco.config import TrainConfig
+from moco.config import TrainConfig, check
 
 
 def train(config: TrainConfig) -> None:
@@ -14,7 +16,8 @@ def train(config: TrainConfig) -> None:
         ConfigError: for a configuration that cannot run.
         FileNotFoundError: for a data set that is not there.
     """
-    # Composing the configuration, --help and a misspelt field need no torch: it is imported once there is work to do.
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
     from moco.engine.pretrain import pretrain
 
     pretrain(config)

@@ -6,6 +6,7 @@ A checkpoint is one file `step_00001234.pt` holding a dict with the keys "config
 
 import hashlib
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco.config import RunWarning
+
 Checkpoint = dict[str, Any]
+
+_NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 
 
 class CheckpointError(ValueError):
@@ -59,11 +64,14 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}{'.keep' if keep else ''}.pt"
     temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save({**state, "sha256": digest(state)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save({**state, "sha256": digest(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)  # the new name itself survives a power cut
@@ -76,7 +84,15 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
 
 def found(folder: Path) -> list[Path]:
     """The folder's checkpoints, the newest step first."""
-    return sorted(folder.glob("step_*.pt"), key=lambda path: int(path.name[5:13]), reverse=True)
+    steps = {path: _NAME.fullmatch(path.name) for path in folder.glob("step_*.pt")}
+    return sorted((path for path in steps if steps[path]), key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, path
+    return int(match[1])
 
 
 def load(path: Path) -> Checkpoint:
@@ -106,7 +122,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
         try:
             return load(path)
         except CheckpointError as error:
-            warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
+            warnings.warn(f"{error}; falling back to the checkpoint before it", RunWarning, stacklevel=2)
     if paths:
         raise CheckpointError(
             f"none of the {len(paths)} checkpoints in {folder} can be read; move them away to start anew"

@@ -49,8 +49,8 @@ def fit(
             first = ", ".join(str(i) for i in batch.index[:8].tolist())
             raise NonFiniteLoss(
                 f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {plan.steps_per_epoch}; "
-                f"rank {rank()} had samples {first}, ...) gave {error}. "
-                "The weights, the queue and the last checkpoint are untouched; lower optim.lr, lengthen optim.warmup_epochs, or set optim.clip_grad=1"
+                f"rank {rank()} had samples {first}, ...) gave {error}. The weights, the queue and the last "
+                "checkpoint are untouched; lower optim.lr, lengthen optim.warmup_epochs, or set optim.clip_grad=1"
             ) from error
         # The step has read its loss, so the device has finished: this is time spent training and nothing else.
         busy += time.perf_counter() - before

@@ -33,9 +33,9 @@ def announce(
     """The opening lines: what is about to be trained, on what."""
     parameters = sum(p.numel() for p in method.encoder.parameters())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    what = f"{config.model.backbone} ({parameters / 1e6:.2f} M parameters)"
     display.say(
-        f"moco {moco.__version__} · {config.model.backbone} ({parameters / 1e6:.2f} M parameters) on {config.data.name} "
-        f"({plan.length:,} images) · {world_size()} x {where}"
+        f"moco {moco.__version__} · {what} on {config.data.name} ({plan.length:,} images) · {world_size()} x {where}"
     )
     display.say(
         f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · queue "

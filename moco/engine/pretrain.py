@@ -3,7 +3,6 @@
 The one module below the commands that knows the configuration: it hands each part its own values.
 """
 
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moco.config import TrainConfig, check
+from moco.config import TrainConfig
 from moco.data.loader import Batch, Plan, batches
 from moco.distributed import (
     average_running_statistics,
@@ -45,7 +44,6 @@ from moco.models.norm import set_calls_per_step
 
 def pretrain(config: TrainConfig) -> None:
     """See `moco.train.train`."""
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)

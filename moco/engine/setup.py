@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.builder import MoCo
-from moco.config import AugmentConfig, ConfigError, DataConfig, TrainConfig, require
+from moco.config import AugmentConfig, ConfigError, DataConfig, RunWarning, TrainConfig, require
 from moco.data.loader import Plan
 from moco.data.sources import Sources, limited, load_source
 from moco.data.view import View
@@ -128,6 +128,7 @@ def check_against_data(config: TrainConfig, plan: Plan) -> None:
             f"method.queue_size={queue} holds every one of the {plan.length} images at least once, so each query meets "
             f"its own old keys (masked: {config.method.mask_own_keys}) and very stale ones; "
             f"set method.queue_size={fit_in} or less",
+            RunWarning,
             stacklevel=2,
         )
     parts = config.batch_size // world_size() // config.accumulate
@@ -136,5 +137,6 @@ def check_against_data(config: TrainConfig, plan: Plan) -> None:
         warnings.warn(
             f"model.shuffle_keys has nothing to shuffle between: BN sees all {config.batch_size} images as one group, "
             "and query and key of an image share it; set model.bn=grouped with a smaller model.bn_group_size",
+            RunWarning,
             stacklevel=2,
         )

@@ -89,12 +89,14 @@ def extract(
     training = isinstance(network, nn.Module) and network.training
     if isinstance(network, nn.Module):
         network.eval()
-    features = [
-        network((images.to(device).float() / 255 - centre) / spread).float()
-        for images in _images(source, rows, resize, size, batch_size, workers)
-    ]
-    if isinstance(network, nn.Module):
-        network.train(training)
+    try:
+        features = [
+            network((images.to(device).float() / 255 - centre) / spread).float()
+            for images in _images(source, rows, resize, size, batch_size, workers)
+        ]
+    finally:
+        if isinstance(network, nn.Module):
+            network.train(training)
     return gather(torch.cat(features))[: len(source)]
 
 

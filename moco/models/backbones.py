@@ -1,5 +1,6 @@
 """Backbones: images (N, 3, S, S) to features (N, D). Names are torchvision's; `timm/NAME` is any timm model."""
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,24 +9,31 @@ from torch import Tensor, nn
 
 
 class ConvNet(nn.Module):
-    """Five 3x3 convolutions with BN and global average pooling: the small encoder for small images on a CPU.
+    """Five 3x3 convolutions with BN, then average pooling: the small encoder for small images on a CPU.
 
     Args:
-        width: channels of the first layer; D = 8 * width.
+        width: channels of the first layer; D = 8 * width * pool**2.
         strides: of the five layers, e.g. (1, 2, 1, 2, 1): 16 px images end as 4x4 maps.
+        pool: side of the map that the features keep. 1 is global pooling; handwriting is centred, so that
+            where a stroke lies says something, and 2 keeps it.
     """
 
-    def __init__(self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1)) -> None:
+    def __init__(self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1), pool: int = 1) -> None:
         super().__init__()
+        if width < 1 or len(strides) != 5:
+            raise ValueError(
+                f"model.options: width={width} must be at least 1 and strides={list(strides)} five numbers"
+            )
         widths = [width, 2 * width, 4 * width, 4 * width, 8 * width]
         layers: list[nn.Module] = []
         for fan_in, fan_out, stride in zip([3, *widths[:-1]], widths, strides, strict=True):
             layers += [nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
-        self.num_features = widths[-1]
+        self.pool = nn.AdaptiveAvgPool2d(pool)
+        self.num_features = widths[-1] * pool**2
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x).mean(dim=(2, 3))  # (N, 8 * width)
+        out: Tensor = self.pool(self.layers(x)).flatten(1)  # (N, 8 * width * pool**2)
         return out
 
 
@@ -68,8 +76,8 @@ def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
         if name.startswith("timm/"):
             import timm  # costs a second at start-up, so only where it is used
 
-            if name.removeprefix("timm/") not in timm.list_models():
-                close = ", ".join(timm.list_models(f"*{name.removeprefix('timm/')[:6]}*")[:8])
+            if not timm.is_model(name.removeprefix("timm/")):
+                close = ", ".join(difflib.get_close_matches(name.removeprefix("timm/"), timm.list_models(), n=5))
                 raise ValueError(f"model.backbone={name!r}: timm knows no such model; close ones: {close or 'none'}")
             network: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=0, **options)
             # timm's num_features are those before the last layer, which some models (MobileNetV3, VGG) widen.

@@ -138,11 +138,13 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
         nn.Sequential(*after) if after else None,
     )
     new.load_state_dict(module.state_dict(), strict=False)
-    return new
+    for name, parameter in module.named_parameters(recurse=False):
+        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return new.train(module.training)
 
 
 def set_calls_per_step(module: nn.Module, calls: int) -> None:
     """Tells every grouped BN how many times one optimiser step calls it (views x micro-batches)."""
     for layer in module.modules():
         if isinstance(layer, GroupedBatchNorm):
-            layer.calls_per_step = calls
+            layer.calls_per_step, layer.call = calls, 0

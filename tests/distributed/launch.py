@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing
 
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -25,5 +25,5 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list
     if world == 1:
         return [function(*arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, folder, function, arguments), nprocs=world)  # type: ignore[no-untyped-call]
+        torch.multiprocessing.spawn(_rank, (world, folder, function, arguments), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]

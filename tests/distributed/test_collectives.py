@@ -21,6 +21,7 @@ from moco.distributed import (
     world_size,
 )
 from moco.evaluation.features import extract, pixels
+from moco.models.norm import GroupedBatchNorm
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
@@ -41,6 +42,12 @@ def collectives(batch: int) -> dict[str, Any]:
     weights = nn.Linear(2, 2)
     nn.init.constant_(weights.weight, rank() + 5.0)
     broadcast_module(weights)
+    images = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    images = images[rank() * share : (rank() + 1) * share].requires_grad_()
+    sync = GroupedBatchNorm(3, group_size=0)
+    normalised = sync(images)
+    scale = torch.arange(16.0)[rank() * share : (rank() + 1) * share].view(-1, 1, 1, 1)
+    (normalised * scale).sum().backward()
     try:
         on_main(_fail)
         failure = "none"
@@ -55,6 +62,9 @@ def collectives(batch: int) -> dict[str, Any]:
         "mean": mean_over_ranks(torch.tensor(float(rank()))),
         "running_mean": layer.running_mean,
         "weight": weights.weight.detach(),
+        "sync_out": normalised.detach(),
+        "sync_gradient": images.grad,
+        "sync_running": sync.state_dict(),
         "main": on_main(lambda: rank()),
         "failure": failure,
     }
@@ -78,6 +88,20 @@ def test_collectives_on_four_processes() -> None:
         assert torch.equal(result["weight"], torch.full((2, 2), 5.0))
         assert result["main"] == 0
         assert result["failure"] == "a bad directory"  # on every rank, so that none is left waiting
+
+
+def test_synchronised_bn_equals_batch_norm_over_all_images() -> None:
+    x = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer = nn.BatchNorm2d(3)
+    out = layer(x)
+    (out * torch.arange(16.0).view(-1, 1, 1, 1)).sum().backward()
+    assert x.grad is not None
+    for r, (result, _) in enumerate(four()):
+        rows = slice(4 * r, 4 * r + 4)
+        torch.testing.assert_close(result["sync_out"], out[rows].detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result["sync_gradient"], x.grad[rows], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result["sync_running"]["running_mean"], layer.running_mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result["sync_running"]["running_var"], layer.running_var, rtol=1e-5, atol=1e-6)
 
 
 def test_one_process_is_no_special_case() -> None:

@@ -106,11 +106,11 @@ def test_accumulation_changes_nothing(world: int, scenario: str) -> None:
 
 
 def test_synchronised_bn_over_two_processes_equals_one() -> None:
-    """Two steps: the formula is another one than F.batch_norm's, and rounding grows from step to step."""
+    """The first step: the formula is another one than F.batch_norm's, and rounding grows fast from step to step."""
     alone = on(1)[0]["sync"]
     for rank_of in on(2):
-        assert largest_difference(rank_of["sync"]["losses"][:2], alone["losses"][:2]) < 1e-5
-        assert largest_difference(rank_of["sync"]["gradients"][:2], alone["gradients"][:2]) < 1e-4
+        assert largest_difference(rank_of["sync"]["losses"][:1], alone["losses"][:1]) < 1e-5
+        assert largest_difference(rank_of["sync"]["gradients"][:1], alone["gradients"][:1]) < 1e-5
 
 
 def test_the_comparison_notices_plain_bn() -> None:

@@ -1,6 +1,5 @@
 """Backbones by name, heads by number, and a sentence for what does not exist."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,15 +9,6 @@ from torch import nn
 from moco.models.backbones import BACKBONES, build_backbone
 from moco.models.encoder import build_encoder, projection_head
 from moco.models.norm import BatchNormKind, GroupedBatchNorm
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second thread, ten times longer on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def attribute(module: nn.Module, path: str) -> Any:

@@ -1,7 +1,6 @@
 """BN in groups is BN on each group, however the groups arrive."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import timm
@@ -13,15 +12,6 @@ from torch import Tensor, nn
 from moco.models.norm import GroupedBatchNorm, convert_batch_norm, set_calls_per_step
 
 N, C, GROUP = 12, 5, 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second thread, ten times longer on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def images(seed: int, n: int = N) -> Tensor:

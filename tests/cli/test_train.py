@@ -1,0 +1,218 @@
+"""`python -m moco.train` as a person runs it: in a process of its own, from any directory."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from moco.config import config_dir
+from moco.engine import checkpoint
+
+REPOSITORY = Path(config_dir()).parent
+# A run of 12 steps in seconds: the digits recipe with a tiny encoder.
+TINY = [
+    "epochs=3",
+    "batch_size=256",
+    "threads=1",
+    "model.options.width=4",
+    "model.dim=16",
+    "method.queue_size=300",
+    "optim.warmup_epochs=0.5",
+    "evaluate.draws=3",
+    "evaluate.every_epochs=3",
+    "log_every=1",
+]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "moco.train", *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"}
+
+
+def train(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command(*arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def finished(folder: Path) -> checkpoint.Checkpoint:
+    return checkpoint.load(checkpoint.found(folder / "checkpoints")[0])
+
+
+def records(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    result = train(folder, *TINY, "run=whole")
+    assert result.returncode == 0, result.stderr
+    return folder / "whole", result.stdout
+
+
+def test_a_run_leaves_everything_and_says_what_happened(uninterrupted: tuple[Path, str]) -> None:
+    run, said = uninterrupted
+    for name in ("config.yaml", "metrics.jsonl", "views.png", "encoder.safetensors"):
+        assert (run / name).stat().st_size > 0
+    assert list(run.glob("events.out.tfevents.*"))
+    assert checkpoint.found(run / "checkpoints")[0].name == "step_00000015.pt"
+    for words in ("untrained", "raw pixels", "pretrained", "chance", "data wait", "whole/encoder.safetensors"):
+        assert words in said
+    written = records(run)
+    assert [each["step"] for each in written if "train/loss" in each] == list(range(1, 16))
+    assert [each["step"] for each in written if "eval/knn" in each] == [0, 15]
+    assert not (run.parent / "outputs").exists()  # nothing of Hydra's own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
+    uninterrupted: tuple[Path, str], tmp_path: Path, seed: int
+) -> None:
+    """SIGKILL at a random moment of training, once or more, then the same command again until it is done."""
+    chance = random.Random(seed)
+    arguments = [*TINY, "run=killed", "checkpoint.every_steps=2"]
+    run = tmp_path / "killed"
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(*arguments), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        # Wait for a random number of steps, then strike without warning.
+        already = len(records(run)) if (run / "metrics.jsonl").is_file() else 0
+        target = already + chance.randint(1, 6)
+        while process.poll() is None:
+            if (run / "metrics.jsonl").is_file() and len((run / "metrics.jsonl").read_text().splitlines()) >= target:
+                time.sleep(chance.random() * 0.2)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.02)
+        process.wait()
+    result = train(tmp_path, *arguments)
+    assert result.returncode == 0, result.stderr
+    whole, resumed = finished(uninterrupted[0]), finished(run)
+    assert checkpoint.digest(whole["method"]) == checkpoint.digest(resumed["method"])
+    assert checkpoint.digest(whole["optimizer"]) == checkpoint.digest(resumed["optimizer"])
+    # No record is missing or there twice, and each loss is the uninterrupted run's.
+    losses = [(each["step"], each["train/loss"]) for each in records(run) if "train/loss" in each]
+    assert losses == [(each["step"], each["train/loss"]) for each in records(uninterrupted[0]) if "train/loss" in each]
+
+
+def test_a_finished_run_started_again_trains_nothing(uninterrupted: tuple[Path, str]) -> None:
+    run, _ = uninterrupted
+    before = (run / "metrics.jsonl").read_text()
+    result = train(run.parent, *TINY, "run=whole")
+    assert result.returncode == 0, result.stderr
+    assert "already finished" in result.stdout
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_another_configuration_in_the_same_directory_is_refused(uninterrupted: tuple[Path, str]) -> None:
+    result = train(uninterrupted[0].parent, *TINY, "run=whole", "method.temperature=0.3", "seed=1")
+    assert result.returncode == 2
+    assert "method.temperature (there 0.2, now 0.3)" in result.stderr
+    assert "seed (there 0, now 1)" in result.stderr
+
+
+def test_an_unreadable_newest_checkpoint_falls_back_loudly(uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
+    result = train(tmp_path, *TINY, "run=hurt")
+    assert result.returncode == 0, result.stderr
+    newest, before = checkpoint.found(tmp_path / "hurt" / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    result = train(tmp_path, *TINY, "run=hurt")
+    assert result.returncode == 0, result.stderr
+    assert f"{newest.name} cannot be read" in result.stderr
+    assert f"resuming hurt at step {int(before.name[5:13])}" in result.stdout
+    assert checkpoint.digest(finished(tmp_path / "hurt")["method"]) == checkpoint.digest(
+        finished(uninterrupted[0])["method"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["optm.lr=1"], "moco: there is no field 'optm'; did you mean 'optim'?"),
+        (["+optim.learning_rate=1"], "moco: there is no field 'optim.learning_rate'"),
+        (["epochs=many"], "moco: epochs=many must be of type int"),
+        (["experiment=digit"], "moco: there is no 'experiment/digit'; did you mean 'digits'?"),
+        (["method.temperature=0"], "moco: method.temperature=0.0 must be above 0"),
+        (["batch_size=100"], "moco: model.bn_group_size="),
+        (["optim.schedule=step"], "moco: optim.milestones=[]"),
+        (["augment.jitter_p=1.5"], "moco: augment.jitter_p=1.5"),
+        (["augment.second={blurp: 1}"], "moco: augment.second names blurp"),
+        (["model.backbone=resnet19"], "moco: model.backbone='resnet19' must be one of"),
+        (["model.options={depth: 3}"], "moco: model.options={'depth': 3"),
+        (["data.name=folder", "data.root=nowhere"], "nowhere"),
+        (["data=cifar10"], "data.download=true"),
+        (["batch_size=2048"], "moco: batch_size=2048"),
+        (["device=cuda"], "moco: device=cuda"),
+    ],
+)
+def test_what_cannot_run_ends_with_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    if arguments == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    result = train(tmp_path, *arguments)
+    assert result.returncode in (1, 2)
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert sentence in result.stderr
+    assert not (tmp_path / "runs").exists()  # before any work starts
+
+
+def test_every_recipe_composes_and_opens_with_its_command() -> None:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from moco.config import TrainConfig, check
+    from moco.engine.setup import build_views
+
+    recipes = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))
+    assert {"digits", "cifar10_notebook", "moco_v1_imagenet", "moco_v2_folder"} <= {each.stem for each in recipes}
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        for recipe in recipes:
+            head = recipe.read_text().split("defaults:")[0]
+            for word in ("moco.train", "Hardware", "Expected"):
+                assert word in head, recipe.name
+            composed = compose("train", overrides=[f"experiment={recipe.stem}"])
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), composed))
+            assert isinstance(config, TrainConfig)
+            check(config, processes=8 if "imagenet" in recipe.stem else 1)
+            build_views(config.augment)
+            assert config.run == f"runs/{recipe.stem}"
+
+
+def test_cfg_job_prints_the_recipe_without_running_it(tmp_path: Path) -> None:
+    result = train(tmp_path, "experiment=cifar10_notebook", "--cfg", "job")
+    assert result.returncode == 0, result.stderr
+    printed = yaml.safe_load(result.stdout)
+    assert printed["optim"]["lr"] == 0.06
+    assert printed["method"]["queue_size"] == 4096
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "wide.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - digits\n  - _self_\nmethod:\n  temperature: 0.123\n"
+    )
+    result = train(tmp_path, "--config-dir", "mine", "experiment=wide", "--cfg", "job")
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load(result.stdout)["method"]["temperature"] == 0.123
+
+
+def test_help_names_recipes_and_groups(tmp_path: Path) -> None:
+    result = train(tmp_path, "--help")
+    assert result.returncode == 0, result.stderr
+    for words in ("experiment=NAME", "moco_v2_imagenet", "temperature", "--config-dir"):
+        assert words in result.stdout
