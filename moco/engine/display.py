@@ -52,7 +52,7 @@ class Display:
             TextColumn("{task.percentage:3.0f} %"),
             MofNCompleteColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            TimeRemainingColumn(),
             console=self.console,
             expand=True,
         )

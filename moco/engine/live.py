@@ -55,5 +55,6 @@ def live_knn(
 def knn_title(setting: EvaluateConfig) -> str:
     """What the live accuracy is, in words."""
     if setting.labels_per_class:
-        return f"held-out kNN, {setting.labels_per_class} label(s) a class, {setting.draws} draws"
+        labels = f"{setting.labels_per_class} label{'s' * (setting.labels_per_class > 1)} a class"
+        return f"held-out kNN, {labels}, {setting.draws} draws"
     return f"held-out kNN (k {setting.k})"

@@ -55,7 +55,9 @@ def show_views(
     batch = next(batches(sources.train, small, views, device, workers=0))
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
     rows = [(view * std + mean).clamp(0, 1) for view in batch.views]
-    grid = make_grid(torch.cat(rows), nrow=len(batch.index), pad_value=1.0)
+    enlarge = -(-64 // views[0].size)  # small images would be stamps on a screen
+    pictures = torch.cat(rows).repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    grid = make_grid(pictures, nrow=len(batch.index), pad_value=1.0)
     journal.picture("views", grid)
     save_image(grid, path / "views.png")
 
