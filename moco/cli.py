@@ -13,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,10 +44,13 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     # Hydra would print errors over several lines and exit; this makes it raise them instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)  # the first in the file's defaults
         # The command runs outside of Hydra, which would print a traceback of its own around any error.
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
         for each in composed:
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), each))
+            # Once more against the schema: `+field=value` adds to what Hydra composed, known or not.
+            plain_values = OmegaConf.to_container(each)
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain_values))
             assert isinstance(config, schema)
             command(config)
     except (HydraException, OmegaConfBaseException) as error:
@@ -78,7 +82,7 @@ def _composition_error(error: Exception, schema: type) -> str:
     )
     if key:
         wrong = full_key.group(1) if full_key else key.group(1)
-        close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7)
         return f"there is no field {wrong!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     value = re.search(r"Value '([^']*)' of type '(\w+)' could not be converted to (\w+)", text)
     if value and full_key:

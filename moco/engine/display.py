@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console, Group
@@ -31,6 +32,21 @@ def status_line(values: Mapping[str, float]) -> str:
     if "train/queue_fill" in values:
         parts.append(f"queue {100 * values['train/queue_fill']:.0f} %")
     return " · ".join(parts)
+
+
+@contextmanager
+def counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that counts: gives a function to call with (done, total). Gone when it is over."""
+    with Progress(
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=quiet,
+    ) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 class Display:
@@ -65,7 +81,7 @@ class Display:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        self.console.print(line, markup=False)
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Moves the bar behind `step` steps done; `values` are that step's figures where they were read."""

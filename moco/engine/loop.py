@@ -59,7 +59,7 @@ def fit(
         if done % log_every == 0 or done == plan.total_steps or done == start + 1:
             values = {f"train/{name}": value.item() for name, value in measures.items()}
             values |= {f"train/{name}": value for name, value in settings(step).items()}
-            values["epoch"] = done / plan.steps_per_epoch
+            values["train/epoch"] = done / plan.steps_per_epoch
             values["speed/images_per_second"] = counted * plan.batch_size / busy
             values["speed/data_wait"] = waited / busy
             on_log(done, values)

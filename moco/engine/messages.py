@@ -41,6 +41,8 @@ def announce(
         f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · queue "
         f"{config.method.queue_size} · temperature {config.method.temperature} · lr {peak_lr:.3g} · into {config.run}"
     )
+    if start == plan.total_steps:
+        return
     if start:
         display.say(f"resuming {config.run} at step {start} of {plan.total_steps}")
     if config.evaluate.every_epochs and sources.held_out is None:
@@ -50,8 +52,8 @@ def announce(
 def show_views(
     journal: Journal, path: Path, sources: Sources, plan: Plan, views: Sequence[View], device: torch.device
 ) -> None:
-    """views.png and TensorBoard's first picture: what the model sees, the two views of 16 images."""
-    small = Plan(plan.length, min(16, plan.batch_size), 1, plan.seed)
+    """views.png and TensorBoard's first picture: what the model sees, the two views of eight images."""
+    small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
     batch = next(batches(sources.train, small, views, device, workers=0))
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
     rows = [(view * std + mean).clamp(0, 1) for view in batch.views]

@@ -134,7 +134,10 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         epoch = done / plan.steps_per_epoch
         history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
         if journal:
-            journal.record(done, {f"eval/{name}": score.mean for name, score in scores.items()})
+            # The baselines again each time: flat lines in the picture to hold the curve against.
+            baselines = {"untrained": history[0]["knn"], "raw_pixels": history[0].get("raw_pixels")}
+            curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
+            journal.record(done, {f"accuracy/{name}": score[0] for name, score in curves.items()})
         names = {"knn": "untrained" if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
         display.say(f"{knn_title(config.evaluate)}: " + ", ".join(f"{names[name]} {s}" for name, s in scores.items()))
 

@@ -98,7 +98,7 @@ class Journal:
         self._events = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """One line and one point a curve; names are "train/loss", "eval/knn", ..."""
+        """One line and one point a curve; names are "train/loss", "accuracy/knn", ..."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)

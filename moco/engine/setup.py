@@ -15,7 +15,8 @@ from moco.config import AugmentConfig, ConfigError, DataConfig, RunWarning, Trai
 from moco.data.loader import Plan
 from moco.data.sources import Sources, limited, load_source
 from moco.data.view import View
-from moco.distributed import on_main, world_size
+from moco.distributed import is_main, on_main, world_size
+from moco.engine.display import counting
 from moco.models.encoder import build_encoder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,10 @@ def open_sources(config: DataConfig, bank_size: int) -> Sources:
     """
 
     def load(download: bool) -> Sources:
-        return load_source(config.name, config.root, download, config.labels, config.eval_root, config.resident)
+        with counting("decoding pictures", quiet=not is_main()) as progress:
+            return load_source(
+                config.name, config.root, download, config.labels, config.eval_root, config.resident, progress
+            )
 
     if config.download:
         on_main(lambda: len(load(True).train))  # one rank downloads, then all of them read

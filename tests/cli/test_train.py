@@ -72,7 +72,7 @@ def test_a_run_leaves_everything_and_says_what_happened(uninterrupted: tuple[Pat
         assert words in said
     written = records(run)
     assert [each["step"] for each in written if "train/loss" in each] == list(range(1, 16))
-    assert [each["step"] for each in written if "eval/knn" in each] == [0, 15]
+    assert [each["step"] for each in written if "accuracy/knn" in each] == [0, 15]
     assert not (run.parent / "outputs").exists()  # nothing of Hydra's own
 
 
@@ -144,7 +144,7 @@ def test_an_unreadable_newest_checkpoint_falls_back_loudly(uninterrupted: tuple[
     [
         (["optm.lr=1"], "moco: there is no field 'optm'; did you mean 'optim'?"),
         (["+optim.learning_rate=1"], "moco: there is no field 'optim.learning_rate'"),
-        (["epochs=many"], "moco: epochs=many must be of type int"),
+        (["epochs=many"], "moco: epochs=many must be of type integer"),
         (["experiment=digit"], "moco: there is no 'experiment/digit'; did you mean 'digits'?"),
         (["method.temperature=0"], "moco: method.temperature=0.0 must be above 0"),
         (["batch_size=100"], "moco: model.bn_group_size="),
