@@ -121,7 +121,7 @@ def test_a_finished_run_started_again_trains_nothing(uninterrupted: tuple[Path, 
 def test_another_configuration_in_the_same_directory_is_refused(uninterrupted: tuple[Path, str]) -> None:
     result = train(uninterrupted[0].parent, *TINY, "run=whole", "method.temperature=0.3", "seed=1")
     assert result.returncode == 2
-    assert "method.temperature (there 0.2, now 0.3)" in result.stderr
+    assert "method.temperature (there 0.5, now 0.3)" in result.stderr
     assert "seed (there 0, now 1)" in result.stderr
 
 
@@ -137,6 +137,18 @@ def test_an_unreadable_newest_checkpoint_falls_back_loudly(uninterrupted: tuple[
     assert checkpoint.digest(finished(tmp_path / "hurt")["method"]) == checkpoint.digest(
         finished(uninterrupted[0])["method"]
     )
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path) -> None:
+    result = train(tmp_path, *TINY, "run=lost", "optim.lr=1e20", "checkpoint.every_steps=1")
+    assert result.returncode == 1
+    (line,) = result.stderr.strip().splitlines()
+    for words in ("moco: step", "epoch 1, batch", "samples", "lower optim.lr"):
+        assert words in line
+    # What was saved last is the state before the step that failed, and it is finite.
+    newest = checkpoint.load(checkpoint.found(tmp_path / "lost" / "checkpoints")[0])
+    assert f"moco: step {newest['step'] + 1} (" in line
+    assert all(torch.isfinite(value).all() for value in newest["method"].values())
 
 
 @pytest.mark.parametrize(
