@@ -109,6 +109,7 @@ class MethodConfig:
     mask_own_keys: bool = True
     """a query's own stale keys are no negatives of it"""
     temperature: float = 0.2
+    """T: low punishes the nearest negatives most, high spares those that show the same thing"""
     momentum: float = 0.999
     """m of the momentum encoder"""
     momentum_end: float | None = None
@@ -129,7 +130,9 @@ class OptimConfig:
     base_batch: int | None = 256
     """lr is scaled by batch_size / base_batch; null: lr as it stands"""
     momentum: float = 0.9
+    """of sgd and lars"""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """of adamw"""
     weight_decay: float = 1e-4
     exclude: list[str] = field(default_factory=list)
     """what weight decay (and LARS's adaptation) leaves out: bias, norm"""
@@ -139,6 +142,7 @@ class OptimConfig:
     """epochs at which `step` multiplies the lr by gamma"""
     gamma: float = 0.1
     warmup_epochs: float = 0.0
+    """linear from zero to the peak lr in the first epochs"""
     lr_end: float = 0.0
     """where cosine ends, as a fraction of the peak"""
     per_epoch: bool = False
@@ -154,7 +158,9 @@ class EvaluateConfig:
     every_epochs: int = 1
     """live kNN every so many epochs, and before the first and after the last; 0: never"""
     k: int = 200
+    """neighbours that vote"""
     temperature: float = 0.1
+    """a vote weighs exp(similarity / temperature)"""
     features: str = "backbone"
     """backbone, or projection (the embedding that the loss sees)"""
     labels_per_class: int = 0
