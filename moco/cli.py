@@ -82,6 +82,9 @@ def _composition_error(error: Exception, schema: type) -> str:
     )
     if key:
         wrong = full_key.group(1) if full_key else key.group(1)
+        free = [name for name in known if wrong.startswith(f"{name}.")]
+        if free and not is_dataclass(_type_of(schema, free[-1])):
+            return f"{free[-1]} does not hold {wrong.removeprefix(f'{free[-1]}.')!r} yet: add it with +{wrong}=VALUE"
         close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7)
         return f"there is no field {wrong!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     value = re.search(r"Value '([^']*)' of type '(\w+)' could not be converted to (\w+)", text)
@@ -94,6 +97,13 @@ def _composition_error(error: Exception, schema: type) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"there is no {missing.group(1)!r}{hint}" + (f" There are: {', '.join(options)}" if options else "")
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _type_of(schema: Any, name: str) -> Any:
+    """The annotated type of a dotted field."""
+    for part in name.split("."):
+        schema = next(each.type for each in fields(schema) if each.name == part)
+    return schema
 
 
 def field_names(schema: Any, prefix: str = "") -> list[str]:

@@ -162,9 +162,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path) ->
         (["batch_size=100"], "moco: model.bn_group_size="),
         (["optim.schedule=step"], "moco: optim.milestones=[]"),
         (["augment.jitter_p=1.5"], "moco: augment.jitter_p=1.5"),
-        (["augment.second={blurp: 1}"], "moco: augment.second names blurp"),
+        (["augment.second={blurp: 1}"], "add it with +augment.second.blurp=VALUE"),
+        (["+augment.second.blurp=1"], "moco: augment.second names blurp"),
         (["model.backbone=resnet19"], "moco: model.backbone='resnet19' must be one of"),
-        (["model.options={depth: 3}"], "moco: model.options={'depth': 3"),
+        (["+model.options.depth=3"], "moco: model.options={"),
         (["data.name=folder", "data.root=nowhere"], "nowhere"),
         (["data=cifar10"], "data.download=true"),
         (["batch_size=2048"], "moco: batch_size=2048"),
@@ -184,11 +185,13 @@ def test_what_cannot_run_ends_with_one_sentence(tmp_path: Path, arguments: list[
 
 def test_every_recipe_composes_and_opens_with_its_command() -> None:
     from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
     from moco.config import TrainConfig, check
     from moco.engine.setup import build_views
 
+    ConfigStore.instance().store("train_schema", TrainConfig)
     recipes = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))
     assert {"digits", "cifar10_notebook", "moco_v1_imagenet", "moco_v2_folder"} <= {each.stem for each in recipes}
     with initialize_config_dir(config_dir(), version_base="1.3"):
