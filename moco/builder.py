@@ -201,5 +201,5 @@ class MoCo(nn.Module):
     def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None:
         """Enqueues all ranks' keys, view after view, each in the order of the global batch."""
         index = gather(index)  # (W N,)
-        for k in keys.values():
-            self.queue.enqueue(gather(k), index)
+        for view in sorted(keys):
+            self.queue.enqueue(gather(keys[view]), index)

@@ -7,6 +7,7 @@ import difflib
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
@@ -47,6 +48,12 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)  # the first in the file's defaults
         # The command runs outside of Hydra, which would print a traceback of its own around any error.
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
+        runs = [str(each.get("run")) for each in composed]
+        if len(set(runs)) < len(runs):
+            raise ConfigError(
+                f"--multirun puts {len(runs)} runs into run={runs[0]}: give each its own directory by what differs, "
+                "such as 'run=runs/lr_${optim.lr}'"
+            )
         for each in composed:
             # Once more against the schema: `+field=value` adds to what Hydra composed, known or not.
             plain_values = OmegaConf.to_container(each)
@@ -69,6 +76,8 @@ def _stop(status: int, sentence: str, error: BaseException) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0" or status == 1:  # what is wrong with the configuration is the same on every rank
         print(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}", file=sys.stderr)
+    else:
+        time.sleep(3)  # torchrun ends all ranks when the first one leaves: rank 0 must have spoken by then
     sys.exit(status)
 
 

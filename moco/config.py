@@ -1,6 +1,8 @@
 """The schema of a pretraining configuration: types, what each field means, and the checks. Values are in `configs/`."""
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ class ModelConfig:
     dim: int = 128
     """C, the embedding"""
     bn: str = "grouped"
-    """grouped (over bn_group_size images), sync (over the global batch) or batch (over what one process sees)"""
+    """grouped (over bn_group_size images), sync (over the global batch) or batch (over one process's forward pass)"""
     bn_group_size: int = 32
     """256 images on 8 GPUs, as published"""
     shuffle_keys: bool = True
@@ -249,6 +251,8 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     _one_of("evaluate.features", evaluate.features, ("backbone", "projection"))
     _one_of("method.queue_start", method.queue_start, ("random", "empty"))
     _one_of("method.reduction", method.reduction, ("sum", "mean"))
+    for name, each in _numbers(asdict(config)):
+        require(math.isfinite(each), f"{name}={each} must be a finite number")
     for name, value in {
         "epochs": config.epochs,
         "batch_size": config.batch_size,
@@ -295,17 +299,24 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         f"optim.base_batch={optim.base_batch} must be at least 1, or null for an lr that is not scaled",
     )
     require(
-        optim.warmup_epochs < config.epochs,
-        f"optim.warmup_epochs={optim.warmup_epochs} must be below epochs={config.epochs}",
-    )
-    require(
         (optim.schedule == "step") == bool(optim.milestones),
         f"optim.milestones={optim.milestones} does not fit optim.schedule={optim.schedule}: "
         "the step schedule needs milestones and no other takes them",
     )
     unknown = set(optim.exclude) - {"bias", "norm"}
     require(not unknown, f"optim.exclude names {', '.join(sorted(unknown))}; it can hold bias and norm")
-    require(len(optim.betas) == 2, f"optim.betas={optim.betas} must hold two numbers")
+    betas = optim.betas
+    two = len(betas) == 2 and all(0 <= each < 1 for each in betas)
+    require(two, f"optim.betas={betas} must hold two numbers in 0 ... 1, and below 1")
+    require(0 <= optim.momentum < 1, f"optim.momentum={optim.momentum} must lie in 0 ... 1, and below 1")
+    require(0 < optim.gamma <= 1, f"optim.gamma={optim.gamma} must be above 0 and at most 1")
+    require(0 <= optim.lr_end <= 1, f"optim.lr_end={optim.lr_end} must lie in 0 ... 1: it is a fraction of the peak")
+    require(config.data.workers <= 256, f"data.workers={config.data.workers} must be at most 256 processes")
+    require(
+        model.bn != "sync" or config.accumulate == 1,
+        f"accumulate={config.accumulate} would leave model.bn=sync one micro-batch to normalise over, not the global "
+        "batch: set accumulate=1 or model.bn=grouped",
+    )
 
     parts = processes * config.accumulate
     require(
@@ -320,6 +331,16 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
         f"take {_largest_divisor(micro_batch, model.bn_group_size)}, or model.bn=sync",
     )
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """All floats of a nested configuration with their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{name}.")
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, float):
+                yield f"{prefix}{name}", each
 
 
 def _largest_divisor(number: int, most: int) -> int:

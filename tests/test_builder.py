@@ -206,7 +206,7 @@ class Algorithm1:
         self.velocity = MOMENTUM * self.velocity + gradient + DECAY * self.f_q
         self.f_q = self.f_q - LR * self.velocity
         self.f_k = M * self.f_k + (1 - M) * self.f_q
-        for _, view in directions:
+        for view in sorted(keys):  # view after view, as the notebook concatenates them
             for key, i in zip(keys[view], index, strict=True):
                 self.queue = [*self.queue[1:], (key, i, True)]
         return loss, {name: sum(part[2][name] for part in parts) / len(parts) for name in parts[0][2]}

@@ -64,7 +64,13 @@ def test_counts_are_at_least_one(name: str) -> None:
         ("optim", "name", "lion", "must be one of sgd, lars, adamw"),
         ("optim", "lr", -1.0, "must not be negative"),
         ("optim", "base_batch", 0, "null for an lr that is not scaled"),
-        ("optim", "warmup_epochs", 200.0, "must be below epochs=200"),
+        ("optim", "lr", float("nan"), "must be a finite number"),
+        ("method", "temperature", float("inf"), "must be a finite number"),
+        ("optim", "momentum", 1.5, "must lie in 0 ... 1, and below 1"),
+        ("optim", "gamma", -1.0, "must be above 0 and at most 1"),
+        ("optim", "lr_end", 5.0, "must lie in 0 ... 1"),
+        ("optim", "betas", [0.9, 1.0], "two numbers"),
+        ("data", "workers", 9999, "must be at most 256"),
         ("optim", "milestones", [3.0], "the step schedule needs milestones and no other takes them"),
         ("optim", "exclude", ["bn"], "it can hold bias and norm"),
         ("evaluate", "features", "head", "must be one of backbone, projection"),
@@ -75,6 +81,13 @@ def test_impossible_values_are_named(group: str, name: str, value: object, words
     sentence = refusal(lambda config: setattr(getattr(config, group), name, value))
     assert f"{group}.{name}" in sentence
     assert words in sentence
+
+
+def test_synchronised_bn_is_not_split_into_micro_batches() -> None:
+    def change(config: TrainConfig) -> None:
+        config.model.bn, config.accumulate = "sync", 2
+
+    assert "accumulate=2 would leave model.bn=sync" in refusal(change)
 
 
 def test_every_field_says_what_it_is_for() -> None:

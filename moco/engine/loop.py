@@ -50,13 +50,14 @@ def fit(
             raise NonFiniteLoss(
                 f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {plan.steps_per_epoch}; "
                 f"rank {rank()} had samples {first}, ...) gave {error}. The weights, the queue and the last "
-                "checkpoint are untouched; lower optim.lr, lengthen optim.warmup_epochs, or set optim.clip_grad=1"
+                "checkpoint are untouched; in a new run=..., lower optim.lr, lengthen optim.warmup_epochs, "
+                "or set optim.clip_grad=1"
             ) from error
         # The step has read its loss, so the device has finished: this is time spent training and nothing else.
         busy += time.perf_counter() - before
         counted += 1
         done = step + 1
-        if done % log_every == 0 or done == plan.total_steps or done == start + 1:
+        if done % log_every == 0 or done == plan.total_steps or done == 1:
             values = {f"train/{name}": value.item() for name, value in measures.items()}
             values |= {f"train/{name}": value for name, value in settings(step).items()}
             values["train/epoch"] = done / plan.steps_per_epoch

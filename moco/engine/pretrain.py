@@ -6,6 +6,7 @@ The one module below the commands that knows the configuration: it hands each pa
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors.torch import save_file
@@ -28,7 +29,7 @@ from moco.engine.live import knn_title, live_knn
 from moco.engine.loop import Values, fit
 from moco.engine.messages import announce, show_views, summarise
 from moco.engine.optim import build_optimizer, lr_factor, momentum_at, scaled_lr
-from moco.engine.run import Journal, open_run
+from moco.engine.run import Journal, open_run, refuse_difference
 from moco.engine.setup import (
     PRECISIONS,
     build_method,
@@ -58,7 +59,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     plan = Plan(len(sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
     check_against_data(config, plan)
 
-    torch.manual_seed(config.seed)  # initial weights and the random queue; training draws nothing from it
+    torch.manual_seed(config.seed)  # initial weights and the random queue
     method = build_method(config).to(device)
     if config.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -73,10 +74,12 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
-    on_main(lambda: open_run(path, asdict(config)))
+    lock: list[IO[str]] = []  # held by rank 0 until the process ends
+    on_main(lambda: lock.append(open_run(path, asdict(config))))
     state = on_main(lambda: checkpoint.load_newest(path / "checkpoints"))
     start, history, seconds = 0, [], 0.0
     if state is not None:
+        refuse_difference(path, state["config"], asdict(config))
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -111,6 +114,9 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
 
     def step_once(step: int, batch: Batch) -> dict[str, Tensor]:
         told = settings(step)
+        # Only dropout and drop-path, where a timm model is told to have them, still draw from torch's generator:
+        # a seed of its own for each step makes their resume exact too. Their masks differ between ranks.
+        torch.manual_seed((config.seed + (step * world_size() + rank() + 1) * 0x9E3779B97F4A7C15) % 2**63)
         return train_step(
             method,
             forward,

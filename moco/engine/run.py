@@ -4,14 +4,20 @@ Rank 0 alone writes. A run started again in its directory resumes; the records t
 the checkpoint it resumes from are taken back, because it makes them again.
 """
 
+import fcntl
 import json
+import math
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from moco.config import ConfigError
+
+LOCK = ".lock"
 
 # What may differ when a run goes on: where things are and how fast they go, not what is computed.
 FREE_FIELDS = (
@@ -40,35 +46,78 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def open_run(path: Path, config: Mapping[str, Any]) -> None:
-    """Makes the directory and writes config.yaml, or checks that what is there is the same run.
+def refuse_difference(path: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming each field, if the run in `path` was configured to compute something else."""
+    before, now = flatten(there), flatten(config)
+    # Micro-batches change nothing where BN works in groups; elsewhere they are part of the mathematics.
+    free = [name for name in FREE_FIELDS if name != "accumulate" or before.get("model.bn") == "grouped"]
+    differing = [
+        f"{name} (there {before.get(name)!r}, now {now.get(name)!r})"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not any(name == each or name.startswith(f"{each}.") for each in free)
+    ]
+    if differing:
+        raise ConfigError(
+            f"run={path} holds a run with another configuration: {'; '.join(differing)}. "
+            "Give this one its own directory (run=...) or take those values back"
+        )
+
+
+def open_run(path: Path, config: Mapping[str, Any]) -> IO[str]:
+    """Makes the directory, locks it and writes config.yaml, or checks that what is there is the same run.
+
+    Returns:
+        The lock; it holds until the file is closed or the process ends, however it ends.
 
     Raises:
-        ConfigError: if the directory holds a run whose configuration differs, naming each field.
+        ConfigError: if another process trains in the directory, if it holds something else, or if it holds a
+            checkpoint of a run whose configuration differs.
     """
     file = path / "config.yaml"
-    if file.is_file():
-        before, now = flatten(yaml.safe_load(file.read_text())), flatten(config)
-        differing = [
-            f"{name} (there {before.get(name)!r}, now {now.get(name)!r})"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
-            and not any(name == free or name.startswith(f"{free}.") for free in FREE_FIELDS)
-        ]
-        if differing:
-            raise ConfigError(
-                f"run={path} holds a run with another configuration: {'; '.join(differing)}. "
-                "Give this one its own directory (run=...) or take those values back"
-            )
-    elif path.is_dir() and any(path.iterdir()):
+    if (
+        path.is_dir()
+        and not file.exists()
+        and not (path / "checkpoints").is_dir()
+        and any(each.name != LOCK for each in path.iterdir())
+    ):
         raise ConfigError(f"run={path} is not empty and holds no run (no config.yaml): choose another directory")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        lock = (path / LOCK).open("a+")
     except OSError as error:
         raise ConfigError(f"run={path} cannot be made: {error.strerror}") from error
+    try:
+        # A record lock belongs to this process alone: loader workers that outlive a killed run do not hold it.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        raise ConfigError(
+            f"run={path} is in use by process {lock.read().strip() or 'unknown'}: wait for it, end it, "
+            "or choose another directory"
+        ) from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    for half_written in (path / "checkpoints").glob("*.tmp"):
+        half_written.unlink()
+    # A directory without a checkpoint holds nothing to go on with: a failed start does not block it.
+    if file.is_file() and any((path / "checkpoints").glob("step_*.pt")):
+        refuse_difference(path, _read(file), config)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     temporary.replace(file)
+    return lock
+
+
+def _read(file: Path) -> dict[str, Any]:
+    damaged = ConfigError(f"{file} is damaged: remove it, the checkpoints beside it hold the configuration too")
+    try:
+        there = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise damaged from error
+    if not isinstance(there, dict):
+        raise damaged
+    return there
 
 
 class Journal:
@@ -99,7 +148,9 @@ class Journal:
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line and one point a curve; names are "train/loss", "accuracy/knn", ..."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON knows no NaN and no infinity (fp16's overflowing gradient norm): null.
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **plain}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 

@@ -124,6 +124,13 @@ def check_against_data(config: TrainConfig, plan: Plan) -> None:
         plan.steps_per_epoch > 0,
         f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: lower it",
     )
+    if config.optim.warmup_epochs >= config.epochs:
+        warnings.warn(
+            f"optim.warmup_epochs={config.optim.warmup_epochs} is not over within epochs={config.epochs}: "
+            "the learning rate never reaches its peak; set optim.warmup_epochs=0",
+            RunWarning,
+            stacklevel=2,
+        )
     per_step = config.batch_size * (2 if config.method.symmetric else 1)
     queue = config.method.queue_size
     if queue >= plan.length * (2 if config.method.symmetric else 1):

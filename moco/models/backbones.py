@@ -87,4 +87,7 @@ def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
             raise ValueError(f"model.backbone={name!r} must be one of {', '.join(BACKBONES)}, or timm/NAME")
         return BACKBONES[name](**options)
     except TypeError as error:
-        raise ValueError(f"model.options={dict(options)} does not fit model.backbone={name!r}: {error}") from error
+        raise ValueError(
+            f"model.options={dict(options)} does not fit model.backbone={name!r}: {error}; "
+            "set both, or take another group model=..."
+        ) from error

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,23 @@ def test_what_cannot_run_ends_with_one_sentence(tmp_path: Path, arguments: list[
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert sentence in result.stderr
     assert not (tmp_path / "runs").exists()  # before any work starts
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
+    """Its own configuration counts, whatever config.yaml beside it says."""
+    (tmp_path / "swapped").mkdir()
+    shutil.copytree(uninterrupted[0] / "checkpoints", tmp_path / "swapped" / "checkpoints")
+    result = train(tmp_path, *TINY, "run=swapped", "method.symmetric=true")
+    assert result.returncode == 2
+    assert "method.symmetric (there False, now True)" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_sweep_into_one_directory_is_refused_before_it_starts(tmp_path: Path) -> None:
+    result = train(tmp_path, "--multirun", *TINY, "optim.lr=0.01,0.02", "run=one")
+    assert result.returncode == 2
+    assert "--multirun puts 2 runs into run=one" in result.stderr
+    assert not (tmp_path / "one").exists()
 
 
 def test_every_recipe_composes_and_opens_with_its_command() -> None:

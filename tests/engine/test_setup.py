@@ -40,6 +40,13 @@ def test_one_bn_group_leaves_the_shuffle_nothing_to_do_and_says_so() -> None:
         check_against_data(made, plan(1000))
 
 
+def test_a_warm_up_that_is_not_over_says_so() -> None:
+    made = config()
+    made.epochs, made.optim.warmup_epochs = 1, 2.0
+    with pytest.warns(RunWarning, match=r"set optim\.warmup_epochs=0"):
+        check_against_data(made, plan(1000))
+
+
 def test_less_than_a_batch_of_images_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_size=64 exceeds the 63 images"):
         check_against_data(config(), plan(63))
