@@ -67,7 +67,11 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     except USER_ERRORS as error:
         _stop(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
     except KeyboardInterrupt as error:
-        _stop(130, "interrupted; the same command resumes from the last checkpoint", error)
+        _stop(
+            130,
+            "interrupted; the same command goes on from the last checkpoint, or from the start if there is none yet",
+            error,
+        )
 
 
 def _stop(status: int, sentence: str, error: BaseException) -> None:
@@ -91,6 +95,8 @@ def _composition_error(error: Exception, schema: type) -> str:
     )
     if key:
         wrong = full_key.group(1) if full_key else key.group(1)
+        if wrong == "experiment":
+            return "a recipe must open with the line '# @package _global_': see README, a recipe of your own"
         free = [name for name in known if wrong.startswith(f"{name}.")]
         if free and not is_dataclass(_type_of(schema, free[-1])):
             return f"{free[-1]} does not hold {wrong.removeprefix(f'{free[-1]}.')!r} yet: add it with +{wrong}=VALUE"
@@ -104,7 +110,7 @@ def _composition_error(error: Exception, schema: type) -> str:
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)
         close = difflib.get_close_matches(missing.group(1).split("/")[-1], options, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"there is no {missing.group(1)!r}{hint}" + (f" There are: {', '.join(options)}" if options else "")
+        return f"there is no {missing.group(1)!r}{hint}" + (f"; there are: {', '.join(options)}" if options else "")
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 

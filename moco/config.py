@@ -46,7 +46,7 @@ class DataConfig:
 
 @dataclass
 class AugmentConfig:
-    """Both views' augmentation; each field is one of `moco.data.augment.View`."""
+    """Both views' augmentation; each field is one of `moco.data.view.View` and explained there."""
 
     size: int = 224
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])

@@ -70,9 +70,7 @@ class Display:
         self._task = self._progress.add_task("epoch 1", total=total_steps, completed=start)
         self._figures = Text("")
         self._live: Live | None = None
-        if self.console.is_terminal and not quiet:
-            self._live = Live(Group(self._progress, self._figures), console=self.console, refresh_per_second=8)
-            self._live.start()
+        self._wanted = self.console.is_terminal and not quiet
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -80,6 +78,9 @@ class Display:
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Moves the bar behind `step` steps done; `values` are that step's figures where they were read."""
+        if self._wanted and self._live is None:  # from the first step on, so that no opening line runs through the bar
+            self._live = Live(Group(self._progress, self._figures), console=self.console, refresh_per_second=8)
+            self._live.start()
         epochs = self._total // self._steps_per_epoch
         epoch = min((step - 1) // self._steps_per_epoch + 1, epochs)
         self._progress.update(self._task, completed=step, description=f"epoch {epoch}/{epochs}")
@@ -97,7 +98,7 @@ class Display:
     def close(self) -> None:
         if self._live is not None:
             self._live.stop()
-            self._live = None
+            self._live, self._wanted = None, False
 
     def summary(self, title: str, rows: Iterable[tuple[str, str]]) -> None:
         """The closing panel."""

@@ -45,6 +45,10 @@ def announce(
         return
     if start:
         display.say(f"resuming {config.run} at step {start} of {plan.total_steps}")
+    if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
+        display.say(
+            f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote"
+        )
     if config.evaluate.every_epochs and sources.held_out is None:
         display.say("no labels, so no live kNN accuracy: the data source has no labelled held-out part")
 
@@ -91,9 +95,10 @@ def summarise(
         rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
     files = Path(config.run)
     rows += [
-        ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights, torchvision's names)"),
+        ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights; README says how to load them)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
         ("next", f"tensorboard --logdir {files}"),
-        ("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_PICTURES run=runs/mine"),
     ]
+    if config.data.name != "folder":
+        rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_PICTURES run=runs/mine"))
     display.summary("already finished" if already_done else "done", rows)

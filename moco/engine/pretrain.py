@@ -3,6 +3,7 @@
 The one module below the commands that knows the configuration: it hands each part its own values.
 """
 
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -209,6 +210,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
                 for name, tensor in method.encoder.get_submodule("backbone").state_dict().items()
             },
             path / "encoder.safetensors",
+            {"backbone": config.model.backbone, "options": json.dumps(config.model.options)},
         )
     if journal:
         journal.close()

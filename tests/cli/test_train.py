@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +109,16 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
     # No record is missing or there twice, and each loss is the uninterrupted run's.
     losses = [(each["step"], each["train/loss"]) for each in records(run) if "train/loss" in each]
     assert losses == [(each["step"], each["train/loss"]) for each in records(uninterrupted[0]) if "train/loss" in each]
+
+
+def test_the_saved_encoder_loads_as_the_readme_says(uninterrupted: tuple[Path, str]) -> None:
+    code = (REPOSITORY / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    # The README's own lines, on this run.
+    scope: dict[str, Any] = {}
+    exec(code.replace("runs/digits/encoder.safetensors", str(uninterrupted[0] / "encoder.safetensors")), scope)
+    trained = finished(uninterrupted[0])["method"]
+    for name, value in scope["encoder"].state_dict().items():
+        assert torch.equal(value, trained[f"encoder.backbone.{name}"]), name
 
 
 def test_a_finished_run_started_again_trains_nothing(uninterrupted: tuple[Path, str]) -> None:
@@ -239,6 +250,10 @@ def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment" / "wide.yaml").write_text(
         "# @package _global_\ndefaults:\n  - digits\n  - _self_\nmethod:\n  temperature: 0.123\n"
     )
+    (tmp_path / "mine" / "experiment" / "bare.yaml").write_text("method: {temperature: 0.1}\n")
+    result = train(tmp_path, "--config-dir", "mine", "experiment=bare")
+    assert result.returncode == 2
+    assert "must open with the line '# @package _global_'" in result.stderr
     result = train(tmp_path, "--config-dir", "mine", "experiment=wide", "--cfg", "job")
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load(result.stdout)["method"]["temperature"] == 0.123
