@@ -12,7 +12,7 @@ from moco.builder import MoCo
 from moco.data.augment import View
 from moco.data.loader import Plan, batches
 from moco.data.sources import ArraySource
-from moco.distributed import average_running_statistics, broadcast_module, rank, world_size
+from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size
 from moco.engine.setup import data_parallel
 from moco.engine.step import train_step
 from moco.models.encoder import build_encoder
@@ -51,10 +51,11 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict
     forward = data_parallel(method, CPU)
     optimizer = torch.optim.SGD(method.encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    losses, gradients = [], []
+    losses, gradients, seen = [], [], []
     stream = batches(source, plan, (view, view), CPU, workers=0)
     for step in range(STEPS):
         batch = next(stream)
+        seen.append([gather(each) for each in (batch.index, *batch.views)])
         shuffles = plan.shuffles(step, 2) if shuffle else None
         measures = train_step(
             method, forward, optimizer, scaler, batch.views, batch.index, shuffles, 0.05, 0.9, accumulate
@@ -62,7 +63,7 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict
         losses.append(measures["loss"].item())
         gradients.append({name: p.grad.clone() for name, p in method.encoder.named_parameters() if p.grad is not None})
     average_running_statistics(method)
-    return {"losses": losses, "gradients": gradients, "method": method.state_dict()}
+    return {"views": seen, "losses": losses, "gradients": gradients, "method": method.state_dict()}
 
 
 SCENARIOS: dict[str, tuple[bool, int, str, bool]] = {  # symmetric, accumulate, bn, shuffle
@@ -105,6 +106,16 @@ def test_several_processes_equal_one(world: int, scenario: str) -> None:
     for rank_of in on(world):
         assert torch.equal(rank_of[scenario]["method"]["queue.index"], alone["method"]["queue.index"])
         assert largest_difference(rank_of[scenario], alone) < 1e-5
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_views_of_several_processes_are_those_of_one_bit_for_bit(world: int) -> None:
+    alone = on(1)[0]["asymmetric"]["views"]
+    for rank_of in on(world):
+        together = rank_of["asymmetric"]["views"]
+        assert len(together) == len(alone) == STEPS
+        for step, expected in zip(together, alone, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(step, expected, strict=True))
 
 
 @pytest.mark.parametrize("scenario", ["symmetric, 2 micro-batches", "symmetric, 4 micro-batches"])
