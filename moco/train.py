@@ -18,7 +18,7 @@ def train(config: TrainConfig) -> None:
     """
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.engine.pretrain import pretrain
+    from moco.stages.pretrain import pretrain
 
     pretrain(config)
 

@@ -94,9 +94,9 @@ def test_every_field_says_what_it_is_for() -> None:
     """A field's meaning stands in a string below it, but where its name and type say all."""
     import inspect
 
-    import moco.config
+    import moco.config.train
 
-    source = inspect.getsource(moco.config)
+    source = inspect.getsource(moco.config.train)
     lines = source.splitlines()
     for name in ("temperature", "queue_size", "momentum_end", "bn_group_size", "base_batch", "eval_resize", "run"):
         at = next(i for i, line in enumerate(lines) if re.match(rf"    {name}: ", line))

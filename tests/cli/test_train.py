@@ -218,7 +218,7 @@ def test_every_recipe_composes_and_opens_with_its_command() -> None:
     from omegaconf import OmegaConf
 
     from moco.config import TrainConfig, check
-    from moco.engine.setup import build_views
+    from moco.stages.setup import build_views
 
     ConfigStore.instance().store("train_schema", TrainConfig)
     recipes = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))

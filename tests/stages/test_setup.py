@@ -7,7 +7,7 @@ import torch
 
 from moco.config import AugmentConfig, ConfigError, RunWarning, TrainConfig
 from moco.data.loader import Plan
-from moco.engine.setup import build_method, build_views, check_against_data, open_sources, pick_device
+from moco.stages.setup import build_method, build_views, check_against_data, open_sources, pick_device
 
 
 def config(queue_size: int = 512, symmetric: bool = False) -> TrainConfig:

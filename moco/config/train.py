@@ -1,27 +1,9 @@
 """The schema of a pretraining configuration: types, what each field means, and the checks. Values are in `configs/`."""
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; its message is one sentence for the user."""
-
-
-class RunWarning(UserWarning):
-    """Something that a run can go on with, but that a person should know; its message is one sentence."""
-
-
-def config_dir() -> str:
-    """The folder of the YAML files: inside an installed wheel, or at the top level of a checkout."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "train.yaml").is_file():
-            return str(folder)
-    raise FileNotFoundError(f"moco's configs are neither in {package / 'configs'} nor in {package.parent / 'configs'}")
+from moco.config.base import at_least, one_of, require, require_finite
 
 
 @dataclass
@@ -222,16 +204,6 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-def require(condition: bool, sentence: str) -> None:
-    """Raises `ConfigError(sentence)` unless the condition holds."""
-    if not condition:
-        raise ConfigError(sentence)
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}")
-
-
 def check(config: TrainConfig, processes: int = 1) -> None:
     """Refuses a configuration that cannot run, before any work starts.
 
@@ -243,48 +215,51 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         ConfigError: naming the field, its value and the fix.
     """
     model, method, optim, evaluate = config.model, config.method, config.optim, config.evaluate
-    _one_of("precision", config.precision, ("fp32", "bf16", "fp16"))
-    _one_of("device", config.device, ("auto", "cpu", "cuda"))
-    _one_of("model.bn", model.bn, ("grouped", "sync", "batch"))
-    _one_of("optim.name", optim.name, ("sgd", "lars", "adamw"))
-    _one_of("optim.schedule", optim.schedule, ("cosine", "step", "constant"))
-    _one_of("evaluate.features", evaluate.features, ("backbone", "projection"))
-    _one_of("method.queue_start", method.queue_start, ("random", "empty"))
-    _one_of("method.reduction", method.reduction, ("sum", "mean"))
-    for name, each in _numbers(asdict(config)):
-        require(math.isfinite(each), f"{name}={each} must be a finite number")
-    for name, value in {
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "accumulate": config.accumulate,
-        "log_every": config.log_every,
-        "model.head_layers": model.head_layers,
-        "model.dim": model.dim,
-        "model.bn_group_size": model.bn_group_size,
-        "method.queue_size": method.queue_size,
-        "evaluate.k": evaluate.k,
-        "evaluate.batch_size": evaluate.batch_size,
-        "evaluate.draws": evaluate.draws,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-    }.items():
-        require(value >= 1, f"{name}={value} must be at least 1")
-    for name, number in {
-        "threads": config.threads,
-        "data.workers": config.data.workers,
-        "optim.lr": optim.lr,
-        "optim.weight_decay": optim.weight_decay,
-        "optim.warmup_epochs": optim.warmup_epochs,
-        "optim.clip_grad": optim.clip_grad,
-        "evaluate.every_epochs": evaluate.every_epochs,
-        "evaluate.labels_per_class": evaluate.labels_per_class,
-        "evaluate.bank_size": evaluate.bank_size,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.every_minutes": config.checkpoint.every_minutes,
-        "checkpoint.every_epochs": config.checkpoint.every_epochs,
-        "checkpoint.keep_epochs": config.checkpoint.keep_epochs,
-        "model.head_hidden": model.head_hidden,
-    }.items():
-        require(number >= 0, f"{name}={number} must not be negative")
+    one_of("precision", config.precision, ("fp32", "bf16", "fp16"))
+    one_of("device", config.device, ("auto", "cpu", "cuda"))
+    one_of("model.bn", model.bn, ("grouped", "sync", "batch"))
+    one_of("optim.name", optim.name, ("sgd", "lars", "adamw"))
+    one_of("optim.schedule", optim.schedule, ("cosine", "step", "constant"))
+    one_of("evaluate.features", evaluate.features, ("backbone", "projection"))
+    one_of("method.queue_start", method.queue_start, ("random", "empty"))
+    one_of("method.reduction", method.reduction, ("sum", "mean"))
+    require_finite(config)
+    at_least(
+        1,
+        {
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "accumulate": config.accumulate,
+            "log_every": config.log_every,
+            "model.head_layers": model.head_layers,
+            "model.dim": model.dim,
+            "model.bn_group_size": model.bn_group_size,
+            "method.queue_size": method.queue_size,
+            "evaluate.k": evaluate.k,
+            "evaluate.batch_size": evaluate.batch_size,
+            "evaluate.draws": evaluate.draws,
+            "checkpoint.keep_last": config.checkpoint.keep_last,
+        },
+    )
+    at_least(
+        0,
+        {
+            "threads": config.threads,
+            "data.workers": config.data.workers,
+            "optim.lr": optim.lr,
+            "optim.weight_decay": optim.weight_decay,
+            "optim.warmup_epochs": optim.warmup_epochs,
+            "optim.clip_grad": optim.clip_grad,
+            "evaluate.every_epochs": evaluate.every_epochs,
+            "evaluate.labels_per_class": evaluate.labels_per_class,
+            "evaluate.bank_size": evaluate.bank_size,
+            "checkpoint.every_steps": config.checkpoint.every_steps,
+            "checkpoint.every_minutes": config.checkpoint.every_minutes,
+            "checkpoint.every_epochs": config.checkpoint.every_epochs,
+            "checkpoint.keep_epochs": config.checkpoint.keep_epochs,
+            "model.head_hidden": model.head_hidden,
+        },
+    )
     for name, number in {
         "method.temperature": method.temperature,
         "evaluate.temperature": evaluate.temperature,
@@ -331,16 +306,6 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
         f"take {_largest_divisor(micro_batch, model.bn_group_size)}, or model.bn=sync",
     )
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All floats of a nested configuration with their dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}.")
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, float):
-                yield f"{prefix}{name}", each
 
 
 def _largest_divisor(number: int, most: int) -> int:

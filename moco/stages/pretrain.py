@@ -26,12 +26,14 @@ from moco.distributed import (
 )
 from moco.engine import checkpoint
 from moco.engine.display import Display
-from moco.engine.live import knn_title, live_knn
 from moco.engine.loop import Values, fit
-from moco.engine.messages import announce, show_views, summarise
 from moco.engine.optim import build_optimizer, lr_factor, momentum_at, scaled_lr
 from moco.engine.run import Journal, open_run, refuse_difference
-from moco.engine.setup import (
+from moco.engine.step import train_step
+from moco.models.norm import set_calls_per_step
+from moco.stages.live import knn_title, live_knn
+from moco.stages.messages import announce, show_views, summarise
+from moco.stages.setup import (
     PRECISIONS,
     build_method,
     build_views,
@@ -40,8 +42,6 @@ from moco.engine.setup import (
     open_sources,
     pick_device,
 )
-from moco.engine.step import train_step
-from moco.models.norm import set_calls_per_step
 
 
 def pretrain(config: TrainConfig) -> None:

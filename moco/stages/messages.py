@@ -15,9 +15,9 @@ from moco.data.sources import Sources
 from moco.data.view import View
 from moco.distributed import world_size
 from moco.engine.display import Display, duration
-from moco.engine.live import knn_title
 from moco.engine.run import Journal
 from moco.evaluation.knn import Accuracy
+from moco.stages.live import knn_title
 
 
 def announce(

@@ -1,0 +1,33 @@
+"""The schemas of the commands' configurations."""
+
+from moco.config.base import ConfigError, RunWarning, at_least, config_dir, one_of, require, require_finite
+from moco.config.train import (
+    AugmentConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluateConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    check,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluateConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunWarning",
+    "TrainConfig",
+    "at_least",
+    "check",
+    "config_dir",
+    "one_of",
+    "require",
+    "require_finite",
+]
