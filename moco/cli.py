@@ -23,7 +23,23 @@ from moco.config import ConfigError, RunWarning, config_dir
 
 Schema = TypeVar("Schema")
 
+# Nothing of Hydra's own is written, and the directory stays. Each command's defaults name it behind their schema.
+_QUIET = {
+    "output_subdir": None,
+    "run": {"dir": "."},
+    "sweep": {"dir": ".", "subdir": "."},
+    "job": {"chdir": False},
+    "hydra_help": {"template": "${hydra.help.template}"},
+}
+
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
+
+
+def register(name: str, schema: type) -> None:
+    """Tells Hydra of the two entries that open the defaults of `configs/NAME.yaml`: NAME_schema and quiet."""
+    store = ConfigStore.instance()
+    store.store(name=f"{name}_schema", node=schema)
+    store.store(name="quiet", node={"hydra": _QUIET}, package="_global_")
 
 
 def run_command(name: str, schema: type[Schema], command: Callable[[Schema], None]) -> None:
@@ -45,7 +61,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     # Hydra would print errors over several lines and exit; this makes it raise them instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)  # the first in the file's defaults
+        register(name, schema)
         # The command runs outside of Hydra, which would print a traceback of its own around any error.
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
         runs = [str(each.get("run")) for each in composed]

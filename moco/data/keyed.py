@@ -19,6 +19,9 @@ ORDER = 1_000  # the order of the samples in an epoch
 SHUFFLE = 1_001  # the key batch's shuffle; one stream a view: SHUFFLE + view
 SPLIT = 3_000  # which digits are held out
 BANK = 3_001  # which images a limited kNN reference set keeps
+HOLD_OUT = 3_002  # which labelled images an evaluation holds out
+VALIDATION = 3_003  # which labelled images a choice (learning rate, k) is made on
+FEW_LABELS = 3_004  # which labelled images fine-tuning gets
 DRAW_LABELS = 10_000  # which labelled samples a few-label evaluation gets; one stream a draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

@@ -106,17 +106,21 @@ class Sources:
     held_out: Source | None = None  # labelled, disjoint from train and bank: accuracy is measured here
 
 
-def limited(source: Source, size: int) -> Source:
-    """At most `size` images of a source, the same ones always, in its order; 0 means all."""
-    if size == 0 or size >= len(source):
-        return source
-    rows = np.sort(permutation(_SPLIT_SEED, 0, len(source), BANK)[:size])
+def subset(source: Source, rows: NDArray[np.int64]) -> Source:
+    """Some of a source's images, in the order of `rows`."""
     labels = None if source.labels is None else source.labels[rows]
     if isinstance(source, FolderSource):
         return replace(source, paths=source.paths[rows], labels=labels)
     assert source.images is not None
     names = [source.name(int(row)) for row in rows]
     return ArraySource(source.images[torch.from_numpy(rows)], names, labels, source.classes)
+
+
+def limited(source: Source, size: int) -> Source:
+    """At most `size` images of a source, the same ones always, in its order; 0 means all."""
+    if size == 0 or size >= len(source):
+        return source
+    return subset(source, np.sort(permutation(_SPLIT_SEED, 0, len(source), BANK)[:size]))
 
 
 @dataclass(frozen=True)

@@ -103,12 +103,23 @@ def load(path: Path) -> Checkpoint:
     """
     try:
         state: Checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        claimed = state.pop("sha256")
     except Exception as error:  # torch raises many kinds for one damaged file
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
-    if claimed != digest(state):
+    return verified(path, state)
+
+
+def verified(path: Path, state: Any) -> Checkpoint:
+    """The content of a checkpoint of ours without its digest, which is checked.
+
+    Raises:
+        CheckpointError: if there is no digest, or it does not match.
+    """
+    if not isinstance(state, dict) or "sha256" not in state:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint (it has no SHA-256)")
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    if state["sha256"] != digest(content):
         raise CheckpointError(f"{path} was altered after it was written: its SHA-256 does not match")
-    return state
+    return content
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

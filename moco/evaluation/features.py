@@ -53,9 +53,52 @@ def _images(source: Source, rows: Sequence[int], resize: int, size: int, batch: 
         yield item
 
 
+Network = nn.Module | Callable[[Tensor], Tensor]
+
+
 @torch.no_grad()
+def stream(
+    network: Network,
+    source: Source,
+    rows: Sequence[int],
+    size: int,
+    resize: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device,
+    batch_size: int = 512,
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """Features of the given rows of a source on this process, in their order: batches (<= batch_size, D), float32.
+
+    Args:
+        network: images (N, 3, S, S) to features (N, D); a module is put into eval mode, and back at the end.
+        source: the images.
+        rows: which of them.
+        size, resize: of the evaluation view: shorter side to `resize`, central `size`.
+        mean, std: normalisation.
+        device: where the network is.
+        batch_size: images at once.
+        workers: loader processes for images that are not in memory.
+
+    Raises:
+        ImageError: for an image that cannot be decoded.
+    """
+    centre = torch.tensor(mean, device=device).view(3, 1, 1)
+    spread = torch.tensor(std, device=device).view(3, 1, 1)
+    training = isinstance(network, nn.Module) and network.training
+    if isinstance(network, nn.Module):
+        network.eval()
+    try:
+        for images in _images(source, rows, resize, size, batch_size, workers):
+            yield network((images.to(device).float() / 255 - centre) / spread).float()
+    finally:
+        if isinstance(network, nn.Module):
+            network.train(training)
+
+
 def extract(
-    network: nn.Module | Callable[[Tensor], Tensor],
+    network: Network,
     source: Source,
     size: int,
     resize: int,
@@ -67,36 +110,12 @@ def extract(
 ) -> Tensor:
     """Features (M, D) of every image of a source, in the source's order, on every rank.
 
-    Each rank computes M / W of them; a rank that runs short repeats its last row, and the repeats
-    are cut off again, so no image counts twice.
-
-    Args:
-        network: images (N, 3, S, S) to features (N, D); a module is put into eval mode and back.
-        source: the images.
-        size, resize: of the evaluation view: shorter side to `resize`, central `size`.
-        mean, std: normalisation.
-        device: where the network is.
-        batch_size: images at once.
-        workers: loader processes for images that are not in memory.
-
-    Raises:
-        ImageError: for an image that cannot be decoded.
+    Each rank computes M / W of them; a rank that runs short repeats the last row, and the repeats
+    are cut off again, so no image counts twice. Arguments and errors: see `stream`.
     """
     share = -(-len(source) // world_size())  # rows of a rank, rounded up
     rows = [min(row, len(source) - 1) for row in range(rank() * share, (rank() + 1) * share)]
-    centre = torch.tensor(mean, device=device).view(3, 1, 1)
-    spread = torch.tensor(std, device=device).view(3, 1, 1)
-    training = isinstance(network, nn.Module) and network.training
-    if isinstance(network, nn.Module):
-        network.eval()
-    try:
-        features = [
-            network((images.to(device).float() / 255 - centre) / spread).float()
-            for images in _images(source, rows, resize, size, batch_size, workers)
-        ]
-    finally:
-        if isinstance(network, nn.Module):
-            network.train(training)
+    features = list(stream(network, source, rows, size, resize, mean, std, device, batch_size, workers))
     return gather(torch.cat(features))[: len(source)]
 
 

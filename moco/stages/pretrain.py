@@ -3,14 +3,12 @@
 The one module below the commands that knows the configuration: it hands each part its own values.
 """
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moco.config import TrainConfig
@@ -30,6 +28,7 @@ from moco.engine.loop import Values, fit
 from moco.engine.optim import build_optimizer, lr_factor, momentum_at, scaled_lr
 from moco.engine.run import Journal, open_run, refuse_difference
 from moco.engine.step import train_step
+from moco.interop.encoder_file import save_encoder
 from moco.models.norm import set_calls_per_step
 from moco.stages.live import knn_title, live_knn
 from moco.stages.messages import announce, show_views, summarise
@@ -204,13 +203,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         finally:
             display.close()
     if is_main():
-        save_file(
-            {
-                name: tensor.contiguous().cpu()
-                for name, tensor in method.encoder.get_submodule("backbone").state_dict().items()
-            },
-            path / "encoder.safetensors",
-            {"backbone": config.model.backbone, "options": json.dumps(config.model.options)},
+        save_encoder(
+            path / "encoder.safetensors", method.encoder.get_submodule("backbone"), asdict(config), plan.total_steps
         )
     if journal:
         journal.close()

@@ -214,13 +214,13 @@ def test_a_sweep_into_one_directory_is_refused_before_it_starts(tmp_path: Path) 
 
 def test_every_recipe_composes_and_opens_with_its_command() -> None:
     from hydra import compose, initialize_config_dir
-    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
+    from moco.cli import register
     from moco.config import TrainConfig, check
     from moco.stages.setup import build_views
 
-    ConfigStore.instance().store("train_schema", TrainConfig)
+    register("train", TrainConfig)
     recipes = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))
     assert {"digits", "cifar10_notebook", "moco_v1_imagenet", "moco_v2_folder"} <= {each.stem for each in recipes}
     with initialize_config_dir(config_dir(), version_base="1.3"):

@@ -1,0 +1,86 @@
+"""What every command that judges or uses an encoder shares: which encoder, which data, which device."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from moco.config.base import at_least, one_of, require, require_finite
+
+
+@dataclass
+class JudgedDataConfig:
+    """The labelled data. What is null is as in the run, or, where the run's data is another, as in `DataConfig`."""
+
+    name: str | None = None
+    """digits, cifar10, cifar100, stl10, imagenet or folder"""
+    root: str | None = None
+    download: bool | None = None
+    labels: str | None = None
+    """for `folder`: folder (the first-level folder names are the classes)"""
+    eval_root: str | None = None
+    """for `folder`: held-out pictures in folders of the same class names"""
+    resident: bool | None = None
+    workers: int | None = None
+    hold_out: float = 0.0
+    """without a held-out split: hold out this part of each class; 0: refuse"""
+
+
+@dataclass
+class ImagesConfig:
+    """How a picture is shown to the encoder. What is null is as in the run, or as in ImageNet's recipes."""
+
+    size: int | None = None
+    """pixels of a side"""
+    resize: int | None = None
+    """shorter side before the central crop; 0: the pictures have the size already"""
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass
+class JudgeConfig:
+    """The fields that all these commands have."""
+
+    run: str = ""
+    """a run of moco.train: its newest checkpoint, its data, its pictures' size"""
+    checkpoint: str = ""
+    """or a file: a checkpoint or encoder.safetensors of ours, or an official MoCo v1, v2 or v3 file"""
+    weights: str = "encoder"
+    """encoder, or momentum_encoder where the file has one"""
+    backbone: str | None = None
+    """for a file that does not say its network: a name as in model.backbone"""
+    options: dict[str, Any] | None = None
+    """and its options as in model.options"""
+    output: str = ""
+    """where results.json and pictures go; empty: into the run, or into runs/NAME for checkpoint=.../NAME.ending"""
+    seed: int = 0
+    device: str = "auto"
+    """auto, cpu, cuda"""
+    threads: int = 0
+    """CPU threads of a process; 0: torch's choice"""
+    images_at_once: int = 512
+    """through the encoder without gradient; changes memory, not results"""
+    data: JudgedDataConfig = field(default_factory=JudgedDataConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+
+
+def check_judged(config: JudgeConfig) -> None:
+    """Refuses what no command of this family can run.
+
+    Raises:
+        ConfigError: naming the field, its value and the fix.
+    """
+    require_finite(config)
+    require(
+        bool(config.run) != bool(config.checkpoint),
+        "say which encoder: run=DIR for a run of moco.train, or checkpoint=FILE"
+        + (f" (not both: run={config.run}, checkpoint={config.checkpoint})" if config.run else ""),
+    )
+    one_of("weights", config.weights, ("encoder", "momentum_encoder"))
+    one_of("device", config.device, ("auto", "cpu", "cuda"))
+    at_least(0, {"threads": config.threads, "seed": config.seed})
+    at_least(1, {"images_at_once": config.images_at_once})
+    require(0 <= config.data.hold_out < 1, f"data.hold_out={config.data.hold_out} must lie in 0 ... 1, and below 1")
+    for name, value in {"size": config.images.size, "data.workers": config.data.workers}.items():
+        require(value is None or value >= (name == "size"), f"{name}={value} is too small")
+    for name, three in {"mean": config.images.mean, "std": config.images.std}.items():
+        require(three is None or len(three) == 3, f"images.{name}={three} must hold three numbers")

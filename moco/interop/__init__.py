@@ -1,0 +1,1 @@
+"""Reading and writing encoders in the formats of others."""

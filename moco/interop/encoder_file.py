@@ -1,0 +1,234 @@
+"""An encoder in a file: what network it is, its weights, and what the file says of pictures and data.
+
+Layouts, told apart by their keys: checkpoints and encoder.safetensors of ours; facebookresearch/moco v1 and v2
+(`module.encoder_q.*`); facebookresearch/moco-v3 (`module.base_encoder.*`); a plain state dict of a backbone.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from moco.engine import checkpoint
+from moco.models.backbones import build_backbone
+from moco.models.encoder import Encoder, projection_head
+
+State = Mapping[str, Tensor]
+
+# The architectures that official files name, as ours.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit_small": ("timm/vit_small_patch16_224", {"num_heads": 12}),  # 12 heads, where timm's own has 6
+    "vit_base": ("timm/vit_base_patch16_224", {}),
+}
+_WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's
+_CLASSIFIERS = ("fc.", "head.", "classifier.")  # of a plain supervised network: no part of the backbone
+
+
+class ForeignFileError(ValueError):
+    """A file that gives no encoder; its message is one sentence."""
+
+
+@dataclass(frozen=True)
+class EncoderFile:
+    """An encoder as a file holds it."""
+
+    source: str  # the path
+    layout: str
+    backbone: str
+    options: dict[str, Any]
+    weights: dict[str, Tensor]  # of the backbone
+    head_weights: dict[str, Tensor] = field(default_factory=dict)  # of the projection head; empty if there is none
+    step: int = 0  # optimiser steps it was trained for, where the file says so
+    images: dict[str, Any] = field(default_factory=dict)  # size, resize, mean, std
+    config: dict[str, Any] = field(default_factory=dict)  # of the run, where it is one of ours
+
+
+def read_encoder(
+    path: Path, weights: str = "encoder", backbone: str | None = None, options: dict[str, Any] | None = None
+) -> EncoderFile:
+    """Reads a file of any known layout. Nothing in it is run: tensors and plain values only.
+
+    Args:
+        path: the file.
+        weights: "encoder" (f_q; the base encoder of v3), or "momentum_encoder".
+        backbone, options: the network, where the file does not say it.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ForeignFileError, CheckpointError: if it cannot be read, is none of the layouts, or does not say its network.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint={path} does not exist")
+    if path.suffix == ".safetensors":
+        return _safetensors(path, backbone, options)
+    state = _load(path)
+    if "method" in state and "config" in state:
+        return _ours(path, checkpoint.verified(path, state), weights)
+    arch = state.get("arch")
+    tensors = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
+    tensors = {_unwrapped(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
+    prefix, layout = "", "plain state dict"
+    for ours, theirs, name in (
+        ("encoder", "encoder_q.", "MoCo v1/v2"),
+        ("momentum_encoder", "encoder_k.", "MoCo v1/v2"),
+        ("encoder", "base_encoder.", "MoCo v3"),
+        ("momentum_encoder", "momentum_encoder.", "MoCo v3"),
+    ):
+        if ours == weights and any(key.startswith(theirs) for key in tensors):
+            prefix, layout = theirs, f"official {name}"
+    if not prefix and weights != "encoder":
+        raise ForeignFileError(f"{path} holds one network only, no momentum encoder: set weights=encoder")
+    if backbone is None:
+        if not isinstance(arch, str):
+            raise ForeignFileError(f"{path} does not say its network: set backbone=NAME, e.g. backbone=resnet50")
+        backbone, options = ARCHITECTURES.get(arch, (arch, {}))
+    inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    head = {key: value for key, value in inside.items() if key.startswith(_CLASSIFIERS)}
+    body = {key: value for key, value in inside.items() if key not in head}
+    plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if layout == "official MoCo v1/v2" else {}
+    if set(plain_head) == {"weight", "bias"}:  # v1's one linear layer, numbered as v2's two are
+        plain_head = {f"0.{key}": value for key, value in plain_head.items()}
+    return EncoderFile(str(path), layout, backbone, options or {}, body, plain_head)
+
+
+def build(file: EncoderFile, seed: int | None = None) -> Encoder:
+    """The encoder in eval mode with the file's weights, or with a seed the same network untrained.
+
+    Its head is `nn.Identity` where the file holds none.
+
+    Raises:
+        ForeignFileError: if any weight of the backbone is missing, superfluous or of another shape.
+        ValueError: for a backbone or options that do not exist.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    backbone = build_backbone(file.backbone, file.options)
+    head: nn.Module = nn.Identity()
+    if file.head_weights:
+        shapes = [tuple(value.shape) for key, value in file.head_weights.items() if value.dim() == 2]
+        head = projection_head(shapes[0][1], shapes[0][0] if len(shapes) > 1 else 0, shapes[-1][0], len(shapes))
+    if seed is None:
+        _load_all(backbone, file.weights, f"{file.source} ({file.layout}) does not fit backbone={file.backbone}")
+        _load_all(head, file.head_weights, f"the projection head in {file.source} is unknown")
+    return Encoder(backbone, head).eval().requires_grad_(False)
+
+
+def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], step: int) -> None:
+    """Writes encoder.safetensors: the backbone's weights, and in its metadata all that `read_encoder` wants to know.
+
+    Args:
+        path: the file.
+        backbone: its weights go in.
+        config: of the run, with the groups "model" and "augment".
+        step: optimiser steps it was trained for.
+    """
+    model = config["model"]
+    about = {"options": model["options"], "images": images_of(config), "config": dict(config)}
+    metadata = {name: json.dumps(value) for name, value in about.items()}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(weights, temporary, metadata | {"backbone": model["backbone"], "step": str(step)})
+    temporary.replace(path)
+
+
+def _load_all(module: nn.Module, weights: State, complaint: str) -> None:
+    """Every weight, or an error that names what differs."""
+    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in weights.items()}
+    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing = sorted(wanted.keys() - there.keys() - optional)
+    extra = sorted(there.keys() - wanted.keys())
+    reshaped = [
+        f"{name} is {there[name]}, not {wanted[name]}"
+        for name in sorted(wanted.keys() & there.keys())
+        if wanted[name] != there[name]
+    ]
+    if missing or extra or reshaped:
+        parts = [
+            f"{len(missing)} of {len(wanted)} weights are missing ({_some(missing)})" if missing else "",
+            f"{len(extra)} are unknown to it ({_some(extra)})" if extra else "",
+            f"{len(reshaped)} have another shape ({_some(reshaped, 2)})" if reshaped else "",
+        ]
+        none = "no weight matches: " if len(missing) + len(reshaped) == len(wanted) else ""
+        raise ForeignFileError(f"{complaint}: {none}{'; '.join(part for part in parts if part)}")
+    module.load_state_dict(dict(weights), strict=False)
+
+
+def _some(names: Any, limit: int = 3) -> str:
+    names = [str(name) for name in names]
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+    return name.replace("._orig_mod.", ".")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ForeignFileError(
+            f"{path} is refused: it is no file of weights, or holds code beside them (nothing was run); "
+            "save its state dict alone, or as safetensors"
+        ) from error
+    except Exception as error:  # torch raises many kinds for one damaged file
+        raise ForeignFileError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise ForeignFileError(f"{path} holds a {type(state).__name__}, not a dict of weights")
+    return state
+
+
+def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
+    config, method = state["config"], state["method"]
+
+    def part(name: str) -> dict[str, Tensor]:
+        prefix = f"{weights}.{name}."
+        return {key.removeprefix(prefix): value for key, value in method.items() if key.startswith(prefix)}
+
+    model = config["model"]
+    return EncoderFile(
+        str(path),
+        "checkpoint of moco.train",
+        model["backbone"],
+        model["options"],
+        part("backbone"),
+        part("head"),
+        state["step"],
+        images_of(config),
+        config,
+    )
+
+
+def images_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run's configuration shows a picture to its encoder in evaluation."""
+    augment = config["augment"]
+    return {"size": augment["size"], "resize": augment["eval_resize"], "mean": augment["mean"], "std": augment["std"]}
+
+
+def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | None) -> EncoderFile:
+    try:
+        with safe_open(path, "pt") as file:
+            about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = {name: json.loads(about[name]) for name in ("options", "images", "config") if name in about}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise ForeignFileError(f"{path} cannot be read as safetensors ({error})") from error
+    if backbone is None and "backbone" not in about:
+        raise ForeignFileError(f"{path} does not say its network: set backbone=NAME, e.g. backbone=resnet50")
+    step = int(about.get("step", 0))
+    named = backbone or about["backbone"]
+    chosen = options if options is not None else said.get("options", {})
+    body = {key: value for key, value in weights.items() if "backbone" in about or not key.startswith(_CLASSIFIERS)}
+    return EncoderFile(
+        str(path), "safetensors", named, chosen, body, {}, step, said.get("images", {}), said.get("config", {})
+    )

@@ -1,0 +1,181 @@
+"""The encoder that a command judges, what it is compared with, and the labelled data it is judged on."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moco.config import ConfigError, DataConfig, require
+from moco.config.judge import JudgeConfig
+from moco.data.keyed import HOLD_OUT, permutation
+from moco.data.sources import Source, Sources, subset
+from moco.engine import checkpoint
+from moco.evaluation.features import extract, pixels
+from moco.interop.encoder_file import EncoderFile, build, read_encoder
+from moco.models.encoder import Encoder
+from moco.stages.setup import open_sources
+
+IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+
+@dataclass(frozen=True)
+class Look:
+    """The one view of a picture that evaluation shows: shorter side to `resize`, central `size`, normalised."""
+
+    size: int
+    resize: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What to judge."""
+
+    file: EncoderFile
+    output: Path
+    look: Look
+
+    @property
+    def step(self) -> int:
+        return self.file.step
+
+
+def open_judged(config: JudgeConfig) -> Judged:
+    """Reads the encoder's file that the configuration names and says how to show it pictures.
+
+    Raises:
+        ConfigError: for a run without a checkpoint.
+        FileNotFoundError, ForeignFileError, CheckpointError: see `read_encoder`.
+    """
+    if config.run:
+        run = Path(config.run)
+        found = checkpoint.found(run / "checkpoints")
+        require(run.is_dir(), f"run={config.run} does not exist: name the directory of a run, e.g. run=runs/digits")
+        require(bool(found), f"run={config.run} holds no checkpoint: train it first, python -m moco.train run={run}")
+        file = _newest_readable(found, config)
+    else:
+        file = read_encoder(Path(config.checkpoint), config.weights, config.backbone, config.options)
+    shown: dict[str, Any] = (
+        IMAGENET | file.images | {name: value for name, value in asdict(config.images).items() if value is not None}
+    )
+    look = Look(shown["size"], shown["resize"], tuple(shown["mean"]), tuple(shown["std"]))
+    name = Path(config.checkpoint).name.split(".")[0]
+    return Judged(file, Path(config.output or config.run or Path("runs") / name), look)
+
+
+def _newest_readable(paths: list[Path], config: JudgeConfig) -> EncoderFile:
+    """The run's newest checkpoint; an unreadable one is an error here, for a figure is of one checkpoint."""
+    try:
+        return read_encoder(paths[0], config.weights)
+    except ValueError as error:
+        rest = f": take an older one, checkpoint={paths[1]}" if len(paths) > 1 else ""
+        raise ConfigError(f"{error}{rest}") from error
+
+
+def encoders(judged: Judged, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:
+    """The encoder ("pretrained") and, where asked for, the same network "untrained", in eval mode on the device."""
+    seed = judged.file.config.get("seed", 0)  # of the run: its own first weights
+    for name in ["pretrained", *(each for each in compare if each == "untrained")]:
+        yield name, build(judged.file, None if name == "pretrained" else seed).to(device)
+
+
+def open_labelled(config: JudgeConfig, judged: Judged) -> tuple[Source, Source]:
+    """The labelled training split and the held-out split.
+
+    Raises:
+        ConfigError: if the data is not said, has no labels, one class only, no held-out split, or if a held-out class
+            has no training picture.
+        FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
+    """
+    sources = open_data(config, judged)
+    bank, held_out = sources.bank, sources.held_out
+    name = data_config(config, judged).name
+    require(
+        bank is not None and bank.labels is not None,
+        f"data.name={name} has no labels to judge by: "
+        + ("set data.labels=folder, with one folder a class" if name == "folder" else "choose a labelled data set"),
+    )
+    assert bank is not None
+    assert bank.labels is not None
+    if held_out is None and config.data.hold_out > 0:
+        bank, held_out = _split(bank, config.data.hold_out)
+    require(
+        held_out is not None and held_out.labels is not None,
+        f"data.name={name} has no held-out split: set data.eval_root=DIR to other pictures of the same classes, or "
+        "data.hold_out=0.2 to hold out a fifth of each class",
+    )
+    assert held_out is not None
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    present = set(np.unique(bank.labels).tolist())
+    require(len(present) >= 2, "the training split has one class only: two are needed to tell apart")
+    lacking = [bank.classes[label] for label in np.unique(held_out.labels) if label not in present]
+    require(not lacking, f"the training split has no picture of {', '.join(lacking[:5])}, which the held-out split has")
+    return bank, held_out
+
+
+def open_data(config: JudgeConfig, judged: Judged) -> Sources:
+    """The data set, labelled or not.
+
+    Raises:
+        FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
+    """
+    return open_sources(data_config(config, judged), bank_size=0)
+
+
+def data_config(config: JudgeConfig, judged: Judged) -> DataConfig:
+    """The run's data with what the configuration says otherwise; of another data set the defaults."""
+    told = {name: value for name, value in asdict(config.data).items() if value is not None and name != "hold_out"}
+    of_run = judged.file.config.get("data", {})
+    require(
+        "name" in told or bool(of_run),
+        f"{judged.file.source} does not say its data: choose data=cifar10, data=folder data.root=DIR ... yourself",
+    )
+    # Another data set, or other pictures in a folder: nothing else of the run's data fits.
+    same = told.get("name", of_run.get("name")) == of_run.get("name") and told.get("root", of_run.get("root")) == (
+        of_run.get("root")
+    )
+    known = {each.name for each in fields(DataConfig)}
+    kept = {name: value for name, value in of_run.items() if name in known and (same or name == "name")}
+    return DataConfig(**(kept | told))
+
+
+def _split(source: Source, part: float) -> tuple[Source, Source]:
+    """A labelled source without and with that part of each class, at least one picture of it: always the same ones."""
+    assert source.labels is not None
+    order = permutation(0, 0, len(source), HOLD_OUT)
+    held = []
+    for label in np.unique(source.labels):
+        of_class = order[source.labels[order] == label]
+        require(len(of_class) >= 2, f"data.hold_out={part}: class {source.classes[label]} has one picture only")
+        held.append(of_class[: min(len(of_class) - 1, max(1, round(part * len(of_class))))])
+    rows = np.sort(np.concatenate(held))
+    return subset(source, np.setdiff1d(order, rows)), subset(source, rows)
+
+
+def features_of(
+    network: nn.Module | Callable[[Tensor], Tensor],
+    source: Source,
+    judged: Judged,
+    config: JudgeConfig,
+    device: torch.device,
+) -> Tensor:
+    """Features (M, D) of a source in its order, on every rank; of raw pixels where the network is `pixels`."""
+    look = judged.look
+    raw = network is pixels
+    return extract(
+        network,
+        source,
+        look.size,
+        look.resize,
+        (0.0,) * 3 if raw else look.mean,
+        (1.0,) * 3 if raw else look.std,
+        device,
+        config.images_at_once,
+        data_config(config, judged).workers,
+    )

@@ -1,0 +1,115 @@
+"""What an evaluation leaves: an entry in results.json, points in TensorBoard, a table on the terminal. Rank 0 only."""
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import moco
+from moco.config import ConfigError
+from moco.distributed import is_main, world_size
+
+
+def provenance() -> dict[str, Any]:
+    """With what, on what and when a figure was made."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "moco": moco.__version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
+        "processes": world_size(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code runs from, with "-dirty" if it was changed; None outside of one."""
+    package = Path(moco.__file__).resolve().parent
+    if not (package.parent / ".git").exists():  # an installed wheel may lie inside somebody else's repository
+        return None
+    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
+    """Adds entries to `folder/results.json`, a list, and their figures to the folder's TensorBoard.
+
+    An entry holds "command", "encoder", "protocol", "data", "settings", "figures" (numbers by name) and what else the
+    command has to say; `provenance` is added here. Call it on rank 0 alone.
+
+    Args:
+        folder: the run.
+        entries: one for each encoder that was judged.
+        step: where TensorBoard puts the points: the encoder's training step.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ConfigError: if the folder cannot be written to or its results.json is damaged.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # costs seconds at start-up
+
+    file = folder / "results.json"
+    about = provenance()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".results.lock").open("a") as lock:  # two evaluations of one run may end at the same moment
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            known = json.loads(file.read_text()) if file.is_file() else []
+            if not isinstance(known, list):
+                raise ValueError("no list")
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(known + [dict(entry) | about for entry in entries], indent=1) + "\n")
+            temporary.replace(file)
+    except OSError as error:
+        raise ConfigError(f"output={folder} cannot be written to: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): move it away") from error
+    with SummaryWriter(str(folder)) as events:
+        for entry in entries:
+            for name, value in entry["figures"].items():
+                if isinstance(value, int | float):
+                    tag = f"evaluation/{entry['command']}_{entry['protocol']}/{entry['encoder']}_{name}"
+                    events.add_scalar(tag, value, step)
+    return file
+
+
+def say(line: str) -> None:
+    """A line of a command, on rank 0."""
+    if is_main():
+        Console(highlight=False).print(line, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
+    """A table, on rank 0."""
+    if not is_main():
+        return
+    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.ROUNDED)
+    for i, column in enumerate(columns):
+        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        out.add_row(*row)
+    Console(highlight=False).print(out)
+
+
+def percent(value: float | None, half_width: float | None = None) -> str:
+    """86.3, or 86.3 ± 0.4; a dash for what does not exist."""
+    if value is None:
+        return "–"
+    return f"{value:.1f}" + (f" ± {half_width:.1f}" if half_width is not None else "")
