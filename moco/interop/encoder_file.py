@@ -6,6 +6,7 @@ Layouts, told apart by their keys: checkpoints and encoder.safetensors of ours; 
 
 import json
 import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,10 +143,10 @@ def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], ste
 
 def _load_all(module: nn.Module, weights: State, complaint: str) -> None:
     """Every weight, or an error that names what differs."""
-    wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in weights.items()}
-    optional = {name for name in wanted if name.endswith("num_batches_tracked")}
-    missing = sorted(wanted.keys() - there.keys() - optional)
+    counted = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
+    wanted = {name: tuple(module.state_dict()[name].shape) for name in counted}
+    there = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    missing = sorted(wanted.keys() - there.keys())
     extra = sorted(there.keys() - wanted.keys())
     reshaped = [
         f"{name} is {there[name]}, not {wanted[name]}"
@@ -155,10 +156,10 @@ def _load_all(module: nn.Module, weights: State, complaint: str) -> None:
     if missing or extra or reshaped:
         parts = [
             f"{len(missing)} of {len(wanted)} weights are missing ({_some(missing)})" if missing else "",
-            f"{len(extra)} are unknown to it ({_some(extra)})" if extra else "",
+            f"{len(extra)} in the file are unknown to it ({_some(extra)})" if extra else "",
             f"{len(reshaped)} have another shape ({_some(reshaped, 2)})" if reshaped else "",
         ]
-        none = "no weight matches: " if len(missing) + len(reshaped) == len(wanted) else ""
+        none = "no weight matches: " if wanted and len(missing) + len(reshaped) == len(wanted) else ""
         raise ForeignFileError(f"{complaint}: {none}{'; '.join(part for part in parts if part)}")
     module.load_state_dict(dict(weights), strict=False)
 
@@ -176,7 +177,8 @@ def _unwrapped(name: str) -> str:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickle's protocol, which a refusal makes moot
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ForeignFileError(
             f"{path} is refused: it is no file of weights, or holds code beside them (nothing was run); "

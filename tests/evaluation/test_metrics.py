@@ -1,0 +1,75 @@
+"""Accuracies, intervals and the confusion matrix against scikit-learn, SciPy and plain counting."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, ttest_1samp
+from sklearn.metrics import confusion_matrix, top_k_accuracy_score
+
+from moco.evaluation.metrics import HeldOut, TestSplitReadTwice, figures, mean_interval
+
+SCORES = torch.randn(83, 7, generator=torch.Generator().manual_seed(0))
+LABELS = np.random.default_rng(0).integers(0, 6, 83)  # class 6 has no image
+
+
+def test_accuracies_and_confusion_equal_scikit_learn() -> None:
+    got = figures(SCORES, LABELS)
+    for k, value in ((1, got.top1), (5, got.top5)):
+        expected = 100 * top_k_accuracy_score(LABELS, SCORES.numpy(), k=k, labels=range(7))
+        assert value == pytest.approx(expected)
+    matrix = confusion_matrix(LABELS, SCORES.argmax(dim=1).numpy(), labels=range(7))
+    assert got.confusion.tolist() == matrix.tolist()
+    assert got.per_class[6] is None
+    for label in range(6):
+        assert got.per_class[label] == pytest.approx(100 * matrix[label, label] / matrix[label].sum())
+    assert got.count == 83
+
+
+def test_top5_says_nothing_of_five_classes() -> None:
+    assert figures(SCORES[:, :5], LABELS % 5).top5 is None
+
+
+def test_of_equal_scores_the_first_class_counts() -> None:
+    assert figures(torch.zeros(4, 3), np.array([0, 0, 1, 2])).top1 == 50.0
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (3, 10), (10, 10), (377, 500), (9876, 10000)])
+def test_interval_is_wilsons(right: int, count: int) -> None:
+    scores = torch.eye(2)[torch.tensor([0] * right + [1] * (count - right))]
+    expected = binomtest(right, count).proportion_ci(method="wilson")
+    assert figures(scores, np.zeros(count, np.int64)).interval() == pytest.approx(
+        (100 * expected.low, 100 * expected.high), abs=1e-6
+    )
+
+
+def test_interval_over_seeds_is_students() -> None:
+    values = [71.0, 73.5, 70.2, 72.9]
+    mean, half = mean_interval(values)
+    expected = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert half is not None
+    assert (mean - half, mean + half) == pytest.approx((expected.low, expected.high))
+    assert mean_interval([3.0]) == (3.0, None)
+
+
+def test_plain_figures_are_json() -> None:
+    plain = figures(SCORES, LABELS).plain()
+    assert plain["count"] == 83
+    assert math.isclose(sum(sum(row) for row in plain["confusion"]), 83)
+    assert len(plain["interval95"]) == 2
+
+
+def test_the_test_split_opens_once() -> None:
+    computed = []
+
+    def features() -> torch.Tensor:
+        computed.append(1)
+        return torch.ones(3, 2)
+
+    held_out = HeldOut(features, np.zeros(3, np.int64))
+    assert computed == []  # not before it is opened
+    assert held_out.open()[0].shape == (3, 2)
+    with pytest.raises(TestSplitReadTwice, match="choose on a part of the training split"):
+        held_out.open()
+    assert computed == [1]

@@ -1,0 +1,236 @@
+"""Encoders come out of every layout with every weight, or not at all, with what differs named."""
+
+import os
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moco.builder import MoCo
+from moco.config import TrainConfig
+from moco.engine import checkpoint
+from moco.engine.checkpoint import CheckpointError
+from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
+from moco.models.backbones import build_backbone
+from moco.models.encoder import build_encoder, projection_head
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def resnet(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    network = build_backbone("resnet18", {})
+    for name, buffer in network.named_buffers():  # as trained ones: neither zeros nor ones
+        if name.endswith(("running_mean", "running_var")):
+            buffer.copy_(torch.rand_like(buffer) + 0.5)
+    return network.eval()
+
+
+def official(network: nn.Module, head: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {f"module.{prefix}.{name}": value for name, value in (network.state_dict() | head).items()}
+
+
+def ours(folder: Path, seed: int = 0) -> tuple[Path, MoCo]:
+    config = TrainConfig(seed=seed)
+    config.model.backbone, config.model.options, config.model.dim = "convnet", {"width": 2}, 8
+    config.augment.size, config.augment.mean = 16, [0.1, 0.2, 0.3]
+    torch.manual_seed(seed)
+    method = MoCo(build_encoder("convnet", {"width": 2}, 2, 0, 8, "grouped", 4), 8, 16)
+    for parameter in method.momentum_encoder.parameters():
+        parameter.data.add_(0.1)
+    state = {"config": asdict(config), "step": 7, "method": method.state_dict()}
+    return checkpoint.save(folder, 7, state, keep_last=2), method.eval()
+
+
+# ---- ours ----
+
+
+@pytest.mark.parametrize("weights", ["encoder", "momentum_encoder"])
+def test_a_checkpoint_of_ours_gives_the_encoder_and_its_head(tmp_path: Path, weights: str) -> None:
+    path, method = ours(tmp_path)
+    file = read_encoder(path, weights)
+    assert (file.step, file.backbone, file.options) == (7, "convnet", {"width": 2})
+    assert file.images == {"size": 16, "resize": 0, "mean": [0.1, 0.2, 0.3], "std": [0.229, 0.224, 0.225]}
+    expected = getattr(method, weights)
+    encoder = build(file)
+    assert torch.equal(encoder(IMAGES), expected(IMAGES))
+    assert torch.equal(encoder.backbone(IMAGES), expected.backbone(IMAGES))
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_untrained_is_the_network_that_the_run_started_from(tmp_path: Path) -> None:
+    path, _ = ours(tmp_path, seed=5)
+    _, fresh = ours(tmp_path / "again", seed=5)
+    untrained = build(read_encoder(path), seed=5)
+    assert torch.equal(untrained(IMAGES), fresh.encoder(IMAGES))
+    assert not torch.equal(build(read_encoder(path), seed=6)(IMAGES), fresh.encoder(IMAGES))
+
+
+def test_encoder_safetensors_says_all_that_is_needed(tmp_path: Path) -> None:
+    path, method = ours(tmp_path)
+    config = read_encoder(path).config
+    save_encoder(tmp_path / "encoder.safetensors", method.encoder.get_submodule("backbone"), config, 7)
+    file = read_encoder(tmp_path / "encoder.safetensors")
+    assert (file.step, file.config, file.images) == (7, config, read_encoder(path).images)
+    assert torch.equal(build(file).backbone(IMAGES), method.encoder.get_submodule("backbone")(IMAGES))
+    assert isinstance(build(file).head, nn.Identity)
+
+
+def test_an_altered_checkpoint_is_refused(tmp_path: Path) -> None:
+    path, _ = ours(tmp_path)
+    state = torch.load(path, weights_only=True)
+    state["method"]["encoder.backbone.layers.0.weight"][0, 0, 0, 0] += 1e-3
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match="was altered"):
+        read_encoder(path)
+
+
+# ---- official files ----
+
+MLP = projection_head(512, 0, 16, 2).state_dict()
+LINEAR = projection_head(512, 0, 16, 1).state_dict()
+EXTRAS: dict[str, Any] = {"epoch": 200, "arch": "resnet18", "optimizer": {"state": {}, "param_groups": []}}
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("weights", ["encoder", "momentum_encoder"])
+def test_moco_v1_and_v2_files(tmp_path: Path, version: str, weights: str) -> None:
+    """The published layout: DDP's prefix, both encoders, the queue and its pointer, beside epoch and optimizer."""
+    query, key = resnet(0), resnet(1)
+    head = {f"fc.{name}": value for name, value in (MLP if version == "v2" else LINEAR).items()}
+    if version == "v1":
+        head = {name.replace("fc.0.", "fc."): value for name, value in head.items()}
+    state = official(query, head, "encoder_q") | official(key, head, "encoder_k")
+    state |= {"module.queue": torch.randn(16, 32), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    torch.save(EXTRAS | {"state_dict": state}, tmp_path / "moco.pth.tar")
+    file = read_encoder(tmp_path / "moco.pth.tar", weights)
+    assert (file.layout, file.backbone) == ("official MoCo v1/v2", "resnet18")
+    encoder = build(file)
+    expected = (query if weights == "encoder" else key)(IMAGES)
+    assert torch.equal(encoder.backbone(IMAGES), expected)
+    reference = projection_head(512, 0, 16, 2 if version == "v2" else 1)
+    reference.load_state_dict(MLP if version == "v2" else LINEAR)
+    assert torch.equal(encoder(IMAGES), reference(expected))
+
+
+def test_moco_v3_resnet_file(tmp_path: Path) -> None:
+    base, momentum = resnet(0), resnet(1)
+    head = {"fc.0.weight": torch.randn(64, 512), "fc.1.running_mean": torch.zeros(64)}
+    state = official(base, head, "base_encoder") | official(momentum, head, "momentum_encoder")
+    state |= {"module.predictor.0.weight": torch.randn(64, 16)}
+    torch.save(EXTRAS | {"state_dict": state}, tmp_path / "r18.pth.tar")
+    assert torch.equal(build(read_encoder(tmp_path / "r18.pth.tar")).backbone(IMAGES), base(IMAGES))
+    file = read_encoder(tmp_path / "r18.pth.tar", "momentum_encoder")
+    assert file.layout == "official MoCo v3"
+    assert torch.equal(build(file).backbone(IMAGES), momentum(IMAGES))
+
+
+def test_a_plain_state_dict_needs_its_network_named(tmp_path: Path) -> None:
+    network = resnet()
+    classifier = {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
+    wrapped = {f"_orig_mod.module.{name}": value for name, value in (network.state_dict() | classifier).items()}
+    torch.save(wrapped, tmp_path / "plain.pth")
+    with pytest.raises(ForeignFileError, match="does not say its network: set backbone=NAME"):
+        read_encoder(tmp_path / "plain.pth")
+    file = read_encoder(tmp_path / "plain.pth", backbone="resnet18", options={})
+    assert torch.equal(build(file).backbone(IMAGES), network(IMAGES))
+    with pytest.raises(ForeignFileError, match="no momentum encoder"):
+        read_encoder(tmp_path / "plain.pth", "momentum_encoder", "resnet18", {})
+
+
+def test_plain_safetensors_without_metadata(tmp_path: Path) -> None:
+    network = resnet()
+    save_file(network.state_dict(), tmp_path / "plain.safetensors")
+    with pytest.raises(ForeignFileError, match="does not say its network"):
+        read_encoder(tmp_path / "plain.safetensors")
+    file = read_encoder(tmp_path / "plain.safetensors", backbone="resnet18")
+    assert torch.equal(build(file).backbone(IMAGES), network(IMAGES))
+
+
+# ---- files that do not fit ----
+
+
+def saved(folder: Path, state: dict[str, Tensor], arch: str) -> Path:
+    torch.save({"arch": arch, "state_dict": state}, folder / "file.pth.tar")
+    return folder / "file.pth.tar"
+
+
+def test_a_missing_weight_is_named(tmp_path: Path) -> None:
+    state = official(resnet(), {}, "encoder_q")
+    del state["module.encoder_q.layer1.0.conv1.weight"]
+    with pytest.raises(ForeignFileError, match=r"1 of 100 weights are missing \(layer1\.0\.conv1\.weight\)"):
+        build(read_encoder(saved(tmp_path, state, "resnet18")))
+
+
+def test_a_larger_network_does_not_pass_for_a_smaller_one(tmp_path: Path) -> None:
+    """Every weight of a ResNet-50 is in a ResNet-101's file, with the same shapes."""
+    state = official(build_backbone("resnet101", {}), {}, "encoder_q")
+    with pytest.raises(ForeignFileError, match=r"255 in the file are unknown to it \(layer3\.10\.bn1\.bias"):
+        build(read_encoder(saved(tmp_path, state, "resnet50")))
+
+
+def test_another_shape_is_named(tmp_path: Path) -> None:
+    state = official(build_backbone("resnet18", {"stem": "cifar"}), {}, "encoder_q")
+    with pytest.raises(ForeignFileError, match=r"conv1\.weight is \(64, 3, 3, 3\), not \(64, 3, 7, 7\)"):
+        build(read_encoder(saved(tmp_path, state, "resnet18")))
+
+
+def test_weights_of_something_else_match_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(ForeignFileError, match="no weight matches: 100 of 100 weights are missing"):
+        build(read_encoder(saved(tmp_path, {"module.encoder_q.a.b": torch.zeros(3)}, "resnet18")))
+
+
+def test_untrained_weights_are_not_loaded_even_where_none_fit(tmp_path: Path) -> None:
+    file = read_encoder(saved(tmp_path, {"module.encoder_q.a.b": torch.zeros(3)}, "resnet18"))
+    assert build(file, seed=0).backbone(IMAGES).shape == (2, 512)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch EVIL",)
+
+
+def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.pth", "bare.pkl"):
+        with pytest.raises(ForeignFileError, match="is refused: it is no file of weights, or holds code"):
+            read_encoder(tmp_path / name)
+    assert not (tmp_path / "EVIL").exists()
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"", "cannot be read"), (b"no weights at all", "is refused")])
+def test_what_is_no_checkpoint(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(ForeignFileError, match=words):
+        read_encoder(tmp_path / "x.pth")
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ForeignFileError, match="cannot be read as safetensors"):
+        read_encoder(tmp_path / "x.safetensors")
+
+
+def test_a_truncated_file_and_one_without_weights(tmp_path: Path) -> None:
+    path, _ = ours(tmp_path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ForeignFileError, match="cannot be read as a checkpoint"):
+        read_encoder(path)
+    torch.save({"epoch": 3}, tmp_path / "y.pth")
+    with pytest.raises(ForeignFileError, match="holds no weights: its keys are epoch"):
+        read_encoder(tmp_path / "y.pth")
+    with pytest.raises(FileNotFoundError, match=r"z\.pth does not exist"):
+        read_encoder(tmp_path / "z.pth")
+
+
+def test_saving_leaves_no_half_file(tmp_path: Path) -> None:
+    network = resnet()
+    config = asdict(TrainConfig())
+    save_encoder(tmp_path / "e.safetensors", network, config, 0)
+    assert [each.name for each in tmp_path.iterdir()] == ["e.safetensors"]
+    assert load_file(tmp_path / "e.safetensors").keys() == network.state_dict().keys()

@@ -1,0 +1,194 @@
+"""The encoder, the data and the look that a command judges, from a run or a file; what cannot be is one sentence."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moco.builder import MoCo
+from moco.config import ConfigError, TrainConfig
+from moco.config.judge import JudgeConfig, check_judged
+from moco.engine import checkpoint
+from moco.models.encoder import build_encoder
+from moco.stages.judged import data_config, encoders, features_of, open_judged, open_labelled
+
+CPU = torch.device("cpu")
+
+
+def trained(folder: Path, data: str = "digits", step: int = 7, **fields: str) -> Path:
+    """A run's directory with a checkpoint of a tiny encoder."""
+    config = TrainConfig(seed=3)
+    config.model.backbone, config.model.options, config.model.dim = "convnet", {"width": 2}, 8
+    config.augment.size, config.augment.mean, config.augment.std = 16, [0.5] * 3, [0.5] * 3
+    config.data.name, config.data.workers = data, 0
+    for name, value in fields.items():
+        setattr(config.data, name, value)
+    torch.manual_seed(config.seed)
+    method = MoCo(build_encoder("convnet", {"width": 2}, 2, 0, 8, "grouped", 4), 8, 16)
+    if step:
+        for parameter in method.encoder.parameters():
+            parameter.data.mul_(1.5)
+    state = {"config": asdict(config), "step": step, "method": method.state_dict()}
+    checkpoint.save(folder / "checkpoints", step, state, keep_last=2)
+    return folder
+
+
+def pictures(folder: Path, counts: dict[str, int]) -> Path:
+    rng = np.random.default_rng(0)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / name / f"{i}.png")
+    return folder
+
+
+def judge(**fields: str) -> JudgeConfig:
+    return JudgeConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_a_run_brings_its_encoder_its_data_and_its_look(tmp_path: Path) -> None:
+    config = judge(run=str(trained(tmp_path / "run")))
+    judged = open_judged(config)
+    assert (judged.step, judged.output) == (7, tmp_path / "run")
+    assert (judged.look.size, judged.look.resize, judged.look.mean) == (16, 0, (0.5, 0.5, 0.5))
+    bank, held_out = open_labelled(config, judged)
+    assert (len(bank), len(held_out)) == (1297, 500)
+    found = dict(encoders(judged, ["untrained"], CPU))
+    assert list(found) == ["pretrained", "untrained"]
+    features = {name: features_of(each.backbone, held_out, judged, config, CPU) for name, each in found.items()}
+    assert features["pretrained"].shape == (500, 16)
+    assert not torch.equal(features["pretrained"], features["untrained"])
+
+
+def test_untrained_is_the_encoder_before_the_first_step(tmp_path: Path) -> None:
+    start = open_judged(judge(run=str(trained(tmp_path / "start", step=0))))
+    end = open_judged(judge(run=str(trained(tmp_path / "end"))))
+    images = torch.rand(2, 3, 16, 16)
+    first = dict(encoders(start, [], CPU))["pretrained"]
+    assert torch.equal(first(images), dict(encoders(end, ["untrained"], CPU))["untrained"].backbone(images)) is False
+    assert torch.equal(first.backbone(images), dict(encoders(end, ["untrained"], CPU))["untrained"].backbone(images))
+
+
+def test_a_file_judges_into_a_directory_of_its_name(tmp_path: Path) -> None:
+    path = checkpoint.found(trained(tmp_path / "run") / "checkpoints")[0]
+    assert open_judged(judge(checkpoint=str(path))).output == Path("runs/step_00000007")
+    assert open_judged(judge(checkpoint=str(path), output="there")).output == Path("there")
+
+
+def test_the_look_can_be_said_otherwise(tmp_path: Path) -> None:
+    config = judge(run=str(trained(tmp_path / "run")))
+    config.images.size, config.images.resize = 12, 14
+    look = open_judged(config).look
+    assert (look.size, look.resize, look.mean) == (12, 14, (0.5, 0.5, 0.5))
+
+
+def test_of_other_data_nothing_of_the_runs_is_kept(tmp_path: Path) -> None:
+    config = judge(run=str(trained(tmp_path / "run", "folder", root="theirs", eval_root="held", labels="folder")))
+    judged = open_judged(config)
+    assert data_config(config, judged).eval_root == "held"
+    config.data.workers = 5
+    assert (data_config(config, judged).eval_root, data_config(config, judged).workers) == ("held", 5)
+    config.data.root = "mine"
+    assert (data_config(config, judged).name, data_config(config, judged).eval_root) == ("folder", "")
+    config.data.name = "digits"
+    assert data_config(config, judged).labels == "none"
+
+
+def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "pictures", {"a": 10, "b": 2, "c": 5})
+    config = judge(run=str(trained(tmp_path / "run", "folder", root=str(root), labels="folder")))
+    config.data.hold_out = 0.4
+    bank, held_out = open_labelled(config, open_judged(config))
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    assert np.bincount(held_out.labels).tolist() == [4, 1, 2]
+    names = [each.name(i) for each in (bank, held_out) for i in range(len(each))]
+    assert sorted(names) == sorted(set(names))
+    assert len(names) == 17
+    again = open_labelled(config, open_judged(config))[1]
+    assert [again.name(i) for i in range(7)] == [held_out.name(i) for i in range(7)]
+
+
+# ---- what cannot be ----
+
+
+def sentence(config: JudgeConfig) -> str:
+    def attempt() -> None:
+        check_judged(config)
+        open_labelled(config, open_judged(config))
+
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        attempt()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_which_encoder_must_be_said() -> None:
+    assert "run=DIR for a run" in sentence(judge())
+    assert "not both" in sentence(judge(run="a", checkpoint="b"))
+
+
+def test_a_run_that_is_not_there_or_was_never_trained(tmp_path: Path) -> None:
+    assert "does not exist" in sentence(judge(run=str(tmp_path / "none")))
+    (tmp_path / "empty").mkdir()
+    assert "holds no checkpoint: train it first" in sentence(judge(run=str(tmp_path / "empty")))
+
+
+def test_a_damaged_newest_checkpoint_names_the_one_before(tmp_path: Path) -> None:
+    run = trained(trained(tmp_path / "run", step=5), step=9)
+    newest, before = checkpoint.found(run / "checkpoints")
+    newest.write_bytes(newest.read_bytes()[:-50])
+    assert f"take an older one, checkpoint={before}" in sentence(judge(run=str(run)))
+
+
+def test_data_without_labels(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "pictures", {"a": 2, "b": 2})
+    run = trained(tmp_path / "run", "folder", root=str(root))
+    assert "data.name=folder has no labels to judge by: set data.labels=folder" in sentence(judge(run=str(run)))
+
+
+def test_data_without_a_held_out_split(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "pictures", {"a": 2, "b": 2})
+    run = trained(tmp_path / "run", "folder", root=str(root), labels="folder")
+    assert "no held-out split: set data.eval_root=DIR" in sentence(judge(run=str(run)))
+
+
+def test_one_class_only_and_a_class_that_is_missing(tmp_path: Path) -> None:
+    held = pictures(tmp_path / "held", {"a": 2, "b": 2})
+    one = pictures(tmp_path / "one", {"a": 2})
+    run = trained(tmp_path / "run", "folder", root=str(one), labels="folder", eval_root=str(held))
+    assert "one class folder only (a)" in sentence(judge(run=str(run)))
+    two = pictures(tmp_path / "two", {"a": 2, "c": 2})
+    run = trained(tmp_path / "run2", "folder", root=str(two), labels="folder", eval_root=str(held))
+    assert "the class folders differ" in sentence(judge(run=str(run)))
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    run = trained(tmp_path / "run", "folder", root=str(tmp_path / "empty"), labels="folder")
+    assert "holds no images" in sentence(judge(run=str(run)))
+
+
+def test_a_file_that_does_not_say_its_data(tmp_path: Path) -> None:
+    network = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 4).backbone
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    config = judge(checkpoint=str(tmp_path / "plain.pth"), backbone="convnet")
+    config.options = {"width": 2}
+    assert "does not say its data: choose data=cifar10" in sentence(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weights", "best"), ("device", "tpu"), ("images_at_once", 0), ("threads", -1), ("seed", -1)]
+)
+def test_impossible_fields_are_named(name: str, value: object) -> None:
+    config = judge(run="x")
+    setattr(config, name, value)
+    with pytest.raises(ConfigError, match=name):
+        check_judged(config)
+    config = judge(run="x")
+    config.data.hold_out = 1.0
+    with pytest.raises(ConfigError, match=r"data\.hold_out=1\.0"):
+        check_judged(config)
