@@ -141,6 +141,7 @@ class MoCo(nn.Module):
         self.temperature, self.mask_own_keys, self.reduction = temperature, mask_own_keys, reduction
         # (query's view, key's view) of each direction
         self.directions = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
+        self.passes = len(self.directions)  # of an encoder in one micro-batch
 
     @torch.no_grad()
     def encode_keys(
@@ -165,27 +166,32 @@ class MoCo(nn.Module):
             keys[view] = k.float()  # (N, C)
         return keys
 
-    def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor) -> Output:
+    def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
         """The loss of one micro-batch against the queue as it was before this step.
 
         Args:
             views: V tensors (N, 3, S, S).
-            keys: {view: (N, C)} of the same samples.
-            index: their sample indices, (N,).
+            keys: {view: (n, C)} of the whole local batch, from `encode_keys`.
+            index: the micro-batch's sample indices, (N,).
+            start: where in the local batch the micro-batch begins.
         """
         negatives = self.queue.negatives(index, self.mask_own_keys)  # (N, K)
         losses, positives, correct = [], [], []
         for query_view, key_view in self.directions:
             q = F.normalize(self.encoder(views[query_view]), dim=1)  # (N, C)
-            loss, logits = info_nce(q, keys[key_view], self.queue.keys, self.temperature, negatives)
+            k = keys[key_view][start : start + len(q)]  # (N, C)
+            loss, logits = info_nce(q, k, self.queue.keys, self.temperature, negatives)
             losses.append(loss)
             positives.append(logits[:, 0].mean() * self.temperature)
             correct.append((logits[:, :1] > logits[:, 1:]).all(dim=1).float().mean())  # a tie is no success
         count = self.queue.size if negatives is None else negatives.expand(len(index), -1).sum(dim=1).float().mean()
+        count = torch.as_tensor(count, dtype=torch.float32, device=index.device)
+        directions = len(self.directions) if self.reduction == "sum" else 1
         measures = {
             "contrast_accuracy": torch.stack(correct).mean(),
             "positive_similarity": torch.stack(positives).mean(),
-            "negatives": torch.as_tensor(count, dtype=torch.float32, device=index.device),
+            "negatives": count,
+            "chance": directions * torch.log1p(count),  # the loss of a query to which all keys are alike
         }
         total = torch.stack(losses)
         return Output(total.sum() if self.reduction == "sum" else total.mean(), measures)

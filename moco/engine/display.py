@@ -1,6 +1,5 @@
 """What a person sees while a run goes: a live bar on a terminal, plain lines without one. Rank 0 only."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +20,9 @@ def duration(seconds: float) -> str:
 
 def status_line(values: Mapping[str, float]) -> str:
     """The figures of a step in one line, each next to what it is to be read against."""
-    chance = math.log1p(values["train/negatives"]) if "train/negatives" in values else None
+    chance = values.get("train/chance")
     parts = [
-        f"loss {values['train/loss']:.3f}" + (f" (chance {chance * values.get('losses', 1):.3f})" if chance else ""),
+        f"loss {values['train/loss']:.3f}" + (f" (chance {chance:.3f})" if chance else ""),
         f"contrast acc {100 * values['train/contrast_accuracy']:.0f} %",
         f"lr {values['train/lr']:.2g}",
         f"{values['speed/images_per_second']:,.0f} img/s",

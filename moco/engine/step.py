@@ -21,7 +21,13 @@ class NonFiniteLoss(FloatingPointError):
 
 
 class Method(Protocol):
-    """What the step asks of a method; `moco.builder.MoCo` is the first."""
+    """What a method is: a module of this shape; `moco.builder.MoCo` is the first, `moco.methods` has the others.
+
+    Its forward takes (views, keys, index, start) and returns an `Output`, as MoCo's does.
+    """
+
+    encoder: nn.Module
+    passes: int
 
     def encode_keys(
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
@@ -82,7 +88,7 @@ def train_step(
         at = slice(part * micro_batch, (part + 1) * micro_batch)
         with _no_sync(forward, part < accumulate - 1):
             with autocast:
-                output: Output = forward([view[at] for view in views], {v: k[at] for v, k in keys.items()}, index[at])
+                output: Output = forward([view[at] for view in views], keys, index[at], at.start)
             scaler.scale(output.loss / accumulate).backward()
         for name, value in {"loss": output.loss.detach(), **output.measures}.items():
             measures[name] = measures.get(name, 0) + value / accumulate

@@ -86,10 +86,12 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         start, history, seconds = state["step"], state["history"], state["seconds"]
     broadcast_module(method)
     if config.compile:
-        method.encoder.compile()
-        method.momentum_encoder.compile()
+        for name, network in method.named_children():
+            if name != "queue":
+                network.compile()
     forward = data_parallel(method, device)
 
+    queue = method.queue
     display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_main())
     journal = Journal(path, start) if is_main() else None
     peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
@@ -109,7 +111,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             optim.lr_end,
             optim.per_epoch,
         )
-        momentum = momentum_at(step, plan.total_steps, config.method.momentum, config.method.momentum_end)
+        # The update behind step s is the one that the papers make at the start of step s + 1, with that step's m.
+        momentum = momentum_at(step + 1, plan.total_steps, config.method.momentum, config.method.momentum_end)
         return {"lr": peak_lr * factor, "momentum": momentum}
 
     def step_once(step: int, batch: Batch) -> dict[str, Tensor]:
@@ -169,11 +172,11 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         clock.saved()
 
     def on_log(done: int, values: Values) -> None:
-        values["train/queue_fill"] = method.queue.filled() / method.queue.size
+        if queue is not None:
+            values["train/queue_fill"] = queue.filled() / queue.size
         if journal:
             journal.record(done, values)
-        shown = values | {"losses": len(method.directions) if config.method.reduction == "sum" else 1}
-        display.step(done, shown)
+        display.step(done, values)
 
     def on_step(done: int) -> None:
         display.step(done)
@@ -190,8 +193,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             save(done, keep)
 
     if start < plan.total_steps:
-        set_calls_per_step(method.encoder, len(method.directions) * config.accumulate)
-        set_calls_per_step(method.momentum_encoder, len(method.directions) * config.accumulate)
+        set_calls_per_step(method, method.passes * config.accumulate)
         method.train()
         if journal:
             show_views(journal, path, sources, plan, views, device)

@@ -289,7 +289,7 @@ def test_measures_are_scalars_of_the_whole_batch() -> None:
     set_calls_per_step(twin.momentum_encoder, 1)
     kept: list[list[Tensor]] = []
     measures = trainer.step(0, change=kept.append)
-    assert set(measures) == {"loss", "contrast_accuracy", "positive_similarity", "negatives", "gradient_norm"}
+    assert set(measures) == {"loss", "contrast_accuracy", "positive_similarity", "negatives", "chance", "gradient_norm"}
     assert all(value.shape == () and not value.requires_grad for value in measures.values())
     shuffles = [np.random.default_rng(v).permutation(N) for v in range(2)]
     keys = twin.encode_keys(kept[0], shuffles, N)
