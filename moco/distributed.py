@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -61,6 +61,37 @@ def gather(x: Tensor) -> Tensor:
         return x
     out = x.new_empty(world_size() * len(x), *x.shape[1:])
     dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; the gradient of a rank's rows is the sum of what all ranks' losses ask of them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)  # a reduce-scatter, which gloo has not; the gradient of embeddings is small
+        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """All ranks' rows in the order of the ranks, differentiable: (n, ...) -> (W n, ...).
+
+    Backward sums over ranks the gradients of this rank's rows, nothing is divided by W. Let each rank's loss be the
+    mean over its own n queries (against the gathered rows), so that the global batch's loss L is the mean of the
+    ranks' losses. Each rank then holds W times its share of dL/dparameters, through its queries and its rows, and
+    the average over ranks that DDP takes makes that dL/dparameters, as one process has it: nothing to multiply by W.
+
+    Backward is a collective: every rank must run it, in the same order as the others.
+    """
+    if world_size() == 1:
+        return x
+    out: Tensor = _GatherRows.apply(x)
     return out
 
 

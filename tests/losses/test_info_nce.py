@@ -4,21 +4,17 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moco.losses import info_nce, info_nce_logits
+from tests.losses import loops
+from tests.losses.loops import coins, dot
 
 N, C, K, T = 5, 6, 9, 0.3  # batch, embedding, queue, temperature
 
 
-def unit(rows: int, seed: int, dim: int = C, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype)
-
-
-def dot(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True))
+def unit(rows: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return loops.unit(rows, C, seed=seed, dtype=dtype)
 
 
 def looped(
@@ -71,12 +67,10 @@ def test_logits_hold_the_positive_first_and_the_queue_in_its_order() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradient_passes_gradcheck_in_float64(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The logits are taken in float32; without that cast finite differences can be exact.
-    monkeypatch.setattr(Tensor, "float", lambda self: self)
+def test_gradient_passes_gradcheck_in_float64(masked: bool) -> None:
     query = unit(N, 0, dtype=torch.float64).requires_grad_()
     key, queue = unit(N, 1, dtype=torch.float64), unit(K, 2, dtype=torch.float64)
-    negatives = torch.rand(N, K, generator=torch.Generator().manual_seed(3)) > 0.4 if masked else None
+    negatives = coins(N, K, seed=3, share=0.6) if masked else None
     assert torch.autograd.gradcheck(lambda q: info_nce(q, key, queue, T, negatives)[0], (query,))
 
 
@@ -87,6 +81,16 @@ def test_half_precision_inputs_are_compared_in_float32() -> None:
     assert logits.dtype == torch.float32
     exact = torch.cat([(query.double() * key.double()).sum(1, keepdim=True), query.double() @ queue.double().T], 1)
     torch.testing.assert_close(logits.double(), exact / 0.07, rtol=0, atol=1e-5)
+
+
+def test_gradient_of_half_precision_queries_is_rounded_once() -> None:
+    query, key, queue = (x.bfloat16() for x in (unit(N, 0), unit(N, 1), unit(K, 2)))
+    half, full = query.clone().requires_grad_(), query.float().requires_grad_()
+    for q in (half, full):
+        info_nce(q, key, queue, T)[0].backward()
+    assert half.grad is not None
+    assert full.grad is not None
+    assert torch.equal(half.grad, full.grad.bfloat16())
 
 
 # ---- closed forms ----
@@ -163,7 +167,7 @@ def test_masked_entries_are_as_if_they_were_not_there() -> None:
 
 def test_a_mask_of_each_query_equals_the_loops() -> None:
     query, key, queue = unit(N, 0), unit(N, 1), unit(K, 2)
-    negatives = torch.rand(N, K, generator=torch.Generator().manual_seed(3)) > 0.5
+    negatives = coins(N, K, seed=3)
     assert 0 < negatives.sum() < N * K
     loss = info_nce(query, key, queue, T, negatives)[0]
     assert loss.item() == pytest.approx(looped(query, key, queue, T, negatives)[0], rel=1e-5)

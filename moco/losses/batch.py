@@ -1,0 +1,169 @@
+"""Contrast within the batch: the candidates are the embeddings of the global batch, gathered by the caller.
+
+A loss is the mean over this process's anchors. Where embeddings have to carry gradient across processes they are
+gathered with `moco.distributed.gather_with_gradient`, which says how the gradients then fit together.
+
+Legend: N local samples, M samples of the global batch (M = N in one process), V views, C dimension.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.losses.margin import Margin, add_margin
+from moco.losses.similarity import ABSENT, Temperature, check_temperature, mean_over_positives, similarity
+
+
+def in_batch_info_nce(
+    query: Tensor,
+    keys: Tensor,
+    positives: Tensor,
+    temperature: Temperature,
+    *,
+    margin: float = 0.0,
+    margin_kind: Margin = "arc",
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE in which the other samples' keys are the negatives: `ctr` of MoCo v3's Algorithm 1.
+
+    Chen et al. (2021). Without its factor 2T, which is the method's to apply. There the keys carry no gradient;
+    nothing is detached here. For uniform logits the loss is log(M). One direction, and both, in one process:
+
+        index = torch.arange(len(a))
+        one = in_batch_info_nce(a, b, index, temperature)[0]
+        symmetric = (one + in_batch_info_nce(b, a, index, temperature)[0]) / 2
+
+    Args:
+        query: L2-normalised, shape (N, C).
+        keys: L2-normalised, shape (M, C), of all processes.
+        positives: the column of each query's key, integers of shape (N,): rank * N + 0 ... N - 1.
+        temperature: T > 0.
+        margin: see `add_margin`, on the positives; 0 is none.
+        margin_kind: see `add_margin`.
+
+    Returns:
+        The mean loss over the queries, shape (), and the detached logits before any margin, shape (N, M).
+
+    Raises:
+        ValueError: if the temperature is not positive, the shapes do not fit or the margin is out of range.
+    """
+    check_temperature(temperature)
+    if query.ndim != 2 or keys.shape[1:] != query.shape[1:] or positives.shape != query.shape[:1]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and positives {tuple(positives.shape)} "
+            "must have shapes (N, C), (M, C) and (N,)"
+        )
+    cosine = similarity(query, keys)  # (N, M)
+    logits = cosine / temperature
+    if margin == 0:
+        return F.cross_entropy(logits, positives), logits.detach()
+    positive = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, positives[:, None], True)  # (N, M)
+    lowered = torch.where(positive, add_margin(cosine, margin, margin_kind), cosine) / temperature
+    return F.cross_entropy(lowered, positives), logits.detach()
+
+
+def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
+    """The normalised temperature-scaled cross entropy of SimCLR (Chen et al., 2020), Eq. 1, for V >= 2 views.
+
+    Each embedding is an anchor against all others of the global batch, both views of every other sample and the
+    other view of its own, which is the positive. With V > 2 each other view of the sample is a positive with a softmax
+    term of its own, and the loss is their mean (SupCon's L_out in which each sample is its own class); the
+    paper has V = 2. For uniform logits the loss is log(V M - 1).
+
+    Args:
+        embeddings: L2-normalised, this process's anchors, shape (V, N, C).
+        others: L2-normalised, the global batch's embeddings, shape (V, M, C); `embeddings` itself in one process.
+        offset: the position of this process's first sample in `others`: rank * N.
+        temperature: T > 0.
+
+    Returns:
+        The mean loss over the V N anchors, shape (), and the detached logits, shape (V N, V M), -inf for an anchor
+        with itself. Rows and columns run view after view.
+
+    Raises:
+        ValueError: if the temperature is not positive, V is 1, or shapes and offset do not fit.
+    """
+    if len(embeddings) < 2:
+        raise ValueError(f"embeddings {tuple(embeddings.shape)} have {len(embeddings)} view; nt_xent needs 2 or more")
+    return sup_con(embeddings, others, offset, temperature)
+
+
+def sup_con(
+    embeddings: Tensor,
+    others: Tensor,
+    offset: int,
+    temperature: Temperature,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    base_temperature: float | None = None,
+    contrast_mode: Literal["all", "one"] = "all",
+) -> tuple[Tensor, Tensor]:
+    """The supervised contrastive loss (Khosla et al., 2020), Eq. 2, L_out: every embedding of a class is a positive.
+
+    Without labels and mask each sample is its own class, and the loss is `nt_xent`.
+
+    Deviations: an anchor without any positive (one view, and no other of its class) is left out of the mean, where the
+    official code divides by zero. The official factor T / base_temperature is off unless a base is given.
+
+    Across processes the mean of the processes' losses is that of the global batch if each has as many anchors with
+    a positive as any other: always with two views or more, unless a `mask` keeps a sample's views apart.
+
+    Args:
+        embeddings: L2-normalised, this process's samples, shape (V, N, C).
+        others: L2-normalised, the global batch's embeddings, shape (V, M, C); `embeddings` itself in one process.
+        offset: the position of this process's first sample in `others`: rank * N.
+        temperature: T > 0.
+        labels: the classes of the global batch, integers of shape (M,).
+        mask: in place of labels, boolean (N, M): which samples are positives of which. Column offset + n says
+            whether sample n's other views are; an embedding is never its own positive.
+        base_temperature: multiplies the loss with T / base_temperature (the official code: 0.07).
+        contrast_mode: "all": the anchors are the embeddings of all views. "one": of the first view only.
+
+    Returns:
+        The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1 views of
+        anchors; -inf for an anchor with itself. Rows and columns run view after view.
+
+    Raises:
+        ValueError: for values and shapes that do not fit.
+    """
+    check_temperature(temperature)
+    same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)
+    if contrast_mode not in ("all", "one"):
+        raise ValueError(f"contrast_mode={contrast_mode!r} must be 'all' or 'one'")
+    if base_temperature is not None and base_temperature <= 0:
+        raise ValueError(f"base_temperature={base_temperature} must be above 0, or None for no factor")
+    views, samples, total = len(embeddings), embeddings.shape[1], others.shape[1]
+    anchors = embeddings if contrast_mode == "all" else embeddings[:1]  # (A, N, C)
+    logits = similarity(anchors.flatten(0, 1), others.flatten(0, 1)) / temperature  # (A N, V M)
+    view = torch.arange(len(anchors), device=same.device)[:, None]
+    column = (view * total + offset + torch.arange(samples, device=same.device)).flatten()  # (A N,)
+    itself = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, column[:, None], True)
+    logits = logits.masked_fill(itself, ABSENT)
+    loss = mean_over_positives(logits, same.repeat(len(anchors), views) & ~itself)
+    if base_temperature is not None:
+        loss = loss * (temperature / base_temperature)
+    return loss, logits.detach()
+
+
+def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Which samples of the global batch are of an anchor's class, boolean (N, M); checks the shapes."""
+    shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"
+    if embeddings.ndim != 3 or others.ndim != 3 or embeddings.shape[::2] != others.shape[::2]:
+        raise ValueError(f"{shapes} must have shapes (V, N, C) and (V, M, C)")
+    samples, total = embeddings.shape[1], others.shape[1]
+    if not 0 <= offset <= total - samples:
+        raise ValueError(f"offset={offset} must be 0 ... {total - samples}: {shapes} must hold the same samples there")
+    if len(others) * total < 2:
+        raise ValueError(f"{shapes}: one embedding alone has nothing to be compared with; give a second view or sample")
+    if labels is not None and mask is not None:
+        raise ValueError("labels and mask both say which samples are positives; give one of them")
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != (samples, total):
+            raise ValueError(f"mask {tuple(mask.shape)} of {mask.dtype} must be bool of shape {(samples, total)}")
+        return mask
+    if labels is None:
+        labels = torch.arange(total, device=others.device)
+    if labels.shape != (total,):
+        raise ValueError(f"labels {tuple(labels.shape)} must have shape {(total,)}: those of the global batch")
+    return labels[offset : offset + samples, None] == labels  # (N, M)

@@ -1,0 +1,53 @@
+"""Finding false negatives: queue entries that show what the query shows, and should not be pushed away."""
+
+import torch
+from torch import Tensor
+
+from moco.losses.similarity import ABSENT, check_mask, similarity
+
+
+@torch.no_grad()
+def find_false_negatives(
+    support: Tensor,
+    queue: Tensor,
+    *,
+    threshold: float | None = None,
+    top: int | None = None,
+    candidates: Tensor | None = None,
+) -> Tensor:
+    """Which queue entries are likely of the query's class (Huynh et al., 2022, false negative cancellation).
+
+    Judged by the similarity to a support view of the query's sample, not to the query: its own key, which comes
+    from the same encoder as the queue's. (The paper takes further views and aggregates over them; this is one.)
+
+        found = find_false_negatives(key, queue, threshold=0.7, candidates=negatives)
+        elimination:  info_nce(query, key, queue, temperature, negatives & ~found)
+        attraction:   multi_positive_info_nce(query, key, queue, temperature, found, negatives)
+
+    Args:
+        support: L2-normalised, shape (N, C).
+        queue: L2-normalised, shape (K, C).
+        threshold: found are entries whose similarity is above it; -1 ... 1.
+        top: found are the entries of the `top` highest similarities; 1 ... K. With both, those that pass both.
+        candidates: optional boolean (N, K) or (1, K), the entries to look among.
+
+    Returns:
+        Boolean, shape (N, K).
+
+    Raises:
+        ValueError: without threshold and top, or if one is out of range.
+    """
+    if threshold is None and top is None:
+        raise ValueError("threshold=None and top=None: give one of them, or both")
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} must be a cosine, -1 ... 1")
+    if top is not None and not 1 <= top <= len(queue):
+        raise ValueError(f"top={top} must be 1 ... {len(queue)}, the length of the queue")
+    check_mask("candidates", candidates, (len(support), len(queue)))
+    cosine = similarity(support, queue)  # (N, K)
+    if candidates is not None:
+        cosine = cosine.masked_fill(~candidates, ABSENT)
+    found = cosine > (ABSENT if threshold is None else threshold)  # (N, K)
+    if top is not None:
+        found &= torch.zeros_like(found).scatter_(1, cosine.topk(top, dim=1).indices, True)
+    return found

@@ -1,0 +1,43 @@
+"""Margins on the positive: to count as alike, query and key have to be closer than the loss alone would ask."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Margin = Literal["arc", "cosine"]
+
+
+def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
+    """The positives' similarities, lowered by a margin; to be divided by the temperature afterwards.
+
+    "arc" is ArcFace (Deng et al., 2019), Eq. 3: cos(theta + m), an angle in radians. "cosine" is CosFace's large margin
+    cosine loss (Wang et al., 2018): cos(theta) - m.
+
+    Deviation: ArcFace's formula turns up again beyond theta = pi - m. From there on this is cos(theta) + cos(m) - 1,
+    which is continuous and falls with theta; the public implementations jump there.
+
+    Args:
+        cosine: similarities of unit vectors, any shape.
+        margin: m >= 0, below pi for "arc"; 0 changes nothing.
+        kind: "arc" or "cosine".
+
+    Returns:
+        The same shape, nowhere above `cosine`.
+
+    Raises:
+        ValueError: for an unknown kind or a margin out of range.
+    """
+    if kind not in ("arc", "cosine"):
+        raise ValueError(f"margin_kind={kind!r} must be 'arc' or 'cosine'")
+    if not 0 <= margin < (math.pi if kind == "arc" else math.inf):
+        raise ValueError(f"margin={margin} must be 0 or more" + (", and below pi (radians)" if kind == "arc" else ""))
+    if margin == 0:
+        return cosine
+    if kind == "cosine":
+        return cosine - margin
+    # The slope of sin(theta) is infinite at theta = 0, and rounding leads beyond it.
+    sine = (1 - cosine.square()).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
+    lowered = cosine * math.cos(margin) - sine * math.sin(margin)  # cos(theta + m)
+    return torch.where(cosine > -math.cos(margin), lowered, cosine + math.cos(margin) - 1)

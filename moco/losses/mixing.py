@@ -1,0 +1,73 @@
+"""Hard negatives made by mixing: MoCHi.
+
+Legend: N queries, C dimension, K queue length, s mixed pairs of negatives, s' mixed with the query.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.losses.similarity import ABSENT, check_mask, similarity
+
+
+@torch.no_grad()
+def mix_hard_negatives(
+    query: Tensor,
+    queue: Tensor,
+    hardest: int,
+    pair_uniforms: Tensor,
+    query_uniforms: Tensor,
+    negatives: Tensor | None = None,
+) -> Tensor:
+    """Synthetic negatives of MoCHi (Kalantidis et al., 2020), Section 4: further candidates beside the queue.
+
+    Of the `hardest` negatives n of a query q, those most similar to it (fewer, where fewer are allowed):
+
+        s of them:    h  = normalise(a n_i + (1 - a) n_j),   a from U(0, 1)
+        s' of them:   h' = normalise(b q   + (1 - b) n_j),   b from U(0, 0.5)
+
+    h' is closer to the query than the n_j it is made of. h lies between its two, at times closer to the query than
+    both; with i = j, which is not excluded, it is n_i once more. Random numbers are arguments (randomness is a
+    function of keys): with a = u, i and j = floor(hardest u), b = u / 2.
+
+    Args:
+        query: L2-normalised, shape (N, C).
+        queue: L2-normalised, shape (K, C).
+        hardest: how many of the hardest negatives to choose from, 1 ... K.
+        pair_uniforms: in [0, 1), shape (N, s, 3), for i, j and a.
+        query_uniforms: in [0, 1), shape (N, s', 2), for j and b.
+        negatives: as in `info_nce`; an entry that it takes out is not mixed.
+
+    Returns:
+        Unit vectors without gradient, shape (N, s + s', C), the s pairs first. Zero for a query that has no
+        negative at all, which `contrast` takes as absent.
+
+    Raises:
+        ValueError: if `hardest` is out of range or shapes do not fit.
+    """
+    if not 1 <= hardest <= len(queue):
+        raise ValueError(f"hardest={hardest} must be 1 ... {len(queue)}, the length of the queue")
+    for name, uniforms, numbers in [("pair_uniforms", pair_uniforms, 3), ("query_uniforms", query_uniforms, 2)]:
+        if uniforms.ndim != 3 or len(uniforms) != len(query) or uniforms.shape[2] != numbers:
+            raise ValueError(f"{name} {tuple(uniforms.shape)} must have shape ({len(query)}, any number, {numbers})")
+    check_mask("negatives", negatives, (len(query), len(queue)))
+    cosine = similarity(query, queue)  # (N, K)
+    query, queue = query.to(cosine.dtype), queue.to(cosine.dtype)
+    if negatives is not None:
+        cosine = cosine.masked_fill(~negatives, ABSENT)
+    top = cosine.topk(hardest, dim=1)
+    available = (top.values > ABSENT).sum(dim=1, keepdim=True)  # (N, 1)
+
+    def choose(uniform: Tensor) -> Tensor:
+        """One of a query's hardest negatives for each number: (N, s) -> (N, s, C)."""
+        last = (available - 1).clamp(min=0)
+        position = torch.minimum((uniform * available).long(), last)  # u * available may be rounded up
+        return queue[top.indices.gather(1, position)]
+
+    i, j, a = pair_uniforms.to(cosine.dtype).unbind(dim=2)
+    pairs = a[..., None] * choose(i) + (1 - a[..., None]) * choose(j)  # (N, s, C)
+    j, b = query_uniforms.to(cosine.dtype).unbind(dim=2)
+    share = b[..., None] / 2
+    with_query = share * query[:, None] + (1 - share) * choose(j)  # (N, s', C)
+    mixed = F.normalize(torch.cat([pairs, with_query], dim=1), dim=2)  # (N, s+s', C)
+    return mixed * (available[..., None] > 0)

@@ -1,0 +1,118 @@
+"""InfoNCE against a queue of keys: MoCo's loss, and the same with further positives in the queue.
+
+Legend: N queries, C dimension, K queue length.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.losses.similarity import (
+    ABSENT,
+    Temperature,
+    check_mask,
+    check_temperature,
+    full_precision,
+    mean_over_positives,
+    paired_similarity,
+    similarity,
+)
+
+
+def info_nce_logits(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, negatives: Tensor | None = None
+) -> Tensor:
+    """Similarity of each query to its key (column 0) and to the queue's keys, over the temperature.
+
+    MoCo (He et al., 2020), Algorithm 1 and Eq. 1. Computed in float32 (or float64) whatever autocast says.
+
+    Args:
+        query: L2-normalised, shape (N, C).
+        key: L2-normalised, shape (N, C), without gradient. Row n is the positive of query n.
+        queue: L2-normalised, shape (K, C), without gradient.
+        temperature: T > 0; a tensor of shape () if learned.
+        negatives: optional boolean (N, K) or (1, K); False takes a queue entry out of a query's
+            negatives (an unfilled entry, the query's own stale key).
+
+    Returns:
+        Logits, shape (N, 1 + K). The positive is class 0, so the labels are all zero.
+
+    Raises:
+        ValueError: if the temperature is not positive or the shapes do not fit.
+    """
+    check_temperature(temperature)
+    if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and queue {tuple(queue.shape)} "
+            "must have shapes (N, C), (N, C) and (K, C)"
+        )
+    query = full_precision(query)
+    positive = paired_similarity(query, key) / temperature  # (N, 1)
+    negative = similarity(query, queue) / temperature  # (N, K)
+    if negatives is not None:  # after the division: the gradient of -inf / T is nan for a learned T
+        negative = negative.masked_fill(~negatives, ABSENT)
+    return torch.cat([positive, negative], dim=1)  # (N, 1+K)
+
+
+def info_nce(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, negatives: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE with a queue: the cross entropy of `info_nce_logits` with class 0.
+
+    For uniform logits the loss is log(1 + K), its chance level.
+
+    Returns:
+        The mean loss over the queries, shape (), and the detached logits, shape (N, 1 + K).
+
+    Raises:
+        ValueError: see `info_nce_logits`.
+    """
+    logits = info_nce_logits(query, key, queue, temperature, negatives)
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
+    return F.cross_entropy(logits, labels), logits.detach()
+
+
+def multi_positive_info_nce(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: Temperature,
+    positives: Tensor,
+    negatives: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE with positives in the queue too: the mean over a query's key and its positives in the queue.
+
+    With the queue keys of the query's own label this is the contrast of SupMoCo (Majumder et al., 2021), in the form of
+    SupCon's L_out (Khosla et al., 2020, Eq. 2): one softmax term for each positive, over the key and the whole
+    queue. (SupMoCo's own equation was not at hand to compare.) With false negatives that were found it is the
+    attraction loss of Huynh et al. (2022).
+    UniMoCo (Dai et al., 2021) takes another form, log(1 + sum exp(negatives) * sum exp(-positives)); not this one.
+
+    Without any positive in the queue it is `info_nce`.
+
+    Args:
+        query: L2-normalised, shape (N, C).
+        key: L2-normalised, shape (N, C), without gradient. Always a positive of its query.
+        queue: L2-normalised, shape (K, C), without gradient.
+        temperature: T > 0.
+        positives: boolean (N, K) or (1, K), the queue entries that are positives too.
+        negatives: as in `info_nce`; an entry that it takes out takes no part, be it in `positives` or not.
+
+    Returns:
+        The mean loss, shape (), and the detached logits, shape (N, 1 + K).
+
+    Raises:
+        ValueError: see `info_nce_logits`; for a mask of another type or shape.
+    """
+    check_mask("positives", positives, (len(query), len(queue)))
+    logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
+    return mean_over_positives(logits, positive_columns(positives, negatives, logits)), logits.detach()
+
+
+def positive_columns(positives: Tensor, negatives: Tensor | None, logits: Tensor) -> Tensor:
+    """Which columns of `info_nce`'s logits are positives: the key's and those in the queue, (N, 1 + K)."""
+    if negatives is not None:
+        positives = positives & negatives
+    positive = torch.ones_like(logits, dtype=torch.bool)  # (N, 1+K), the key's column stays True
+    positive[:, 1:] = positives
+    return positive

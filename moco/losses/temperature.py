@@ -1,0 +1,62 @@
+"""Temperatures that change: on a schedule, or by gradient."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def temperature_at(step: float, period: float, low: float, high: float) -> float:
+    """The cosine schedule of Kukleva et al. (2023), "Temperature schedules for ... long-tail data".
+
+    T(step) = low + (high - low) (1 + cos(2 pi step / period)) / 2: from high down to low in half a period and back.
+
+    Args:
+        step: where training stands, in steps or epochs.
+        period: of one oscillation, in the same unit.
+        low: the lowest temperature, above 0.
+        high: the highest.
+
+    Returns:
+        The temperature.
+
+    Raises:
+        ValueError: unless 0 < low <= high and period > 0.
+    """
+    if period <= 0:
+        raise ValueError(f"period={period} must be above 0")
+    if not 0 < low <= high:
+        raise ValueError(f"low={low} and high={high} must be above 0 and in this order")
+    return low + (high - low) * (1 + math.cos(2 * math.pi * step / period)) / 2
+
+
+class LearnedTemperature(nn.Module):
+    """A temperature that is trained along, as log 1/T, CLIP's logit scale (Radford et al., 2021).
+
+    CLIP clamps the scale after each step so that 1/T stays below 100; here it is clamped before each use, which no
+    caller can forget. (A clamp inside the graph would stop the gradient, and a value once outside would stay there.)
+    An optimizer should not decay it: decay pulls towards T = 1.
+
+    Args:
+        initial: T at the start.
+        low: the lowest T.
+        high: the highest T.
+
+    Raises:
+        ValueError: unless 0 < low <= initial <= high.
+    """
+
+    log_scale: Tensor  # log 1/T, shape ()
+
+    def __init__(self, initial: float = 0.07, low: float = 0.01, high: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < low <= initial <= high:
+            raise ValueError(f"low={low}, initial={initial} and high={high} must be above 0 and in this order")
+        self.low, self.high = low, high
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)))
+
+    def forward(self) -> Tensor:
+        """T, shape ()."""
+        with torch.no_grad():
+            self.log_scale.clamp_(-math.log(self.high), -math.log(self.low))
+        return (-self.log_scale).exp()
