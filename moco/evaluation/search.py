@@ -1,0 +1,157 @@
+"""Search among features: nearest neighbours, groups of near-duplicates, what lies far from everything else.
+
+A similarity is a cosine, computed in double precision and rounded to a multiple of 2**-23, float32's own resolution.
+So equal pictures tie, ties go by row, and neither the size of the parts nor the device moves a result.
+
+Legend: M pictures, Q queries, D dimension, B rows at once, k neighbours.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+Progress = Callable[[int, int], None]  # called with (done, total)
+Features = NDArray[Any]  # (M, D) of any float type, in memory or a memmap: it is read B rows at a time
+
+BLOCK = 4096  # B: products of B x B numbers, 130 MB in double precision
+_STEPS = 2**23
+_ROW_BITS = 38  # a similarity in steps (25 bits with its sign) and a row share one int64
+_LAST_ROW = 2**_ROW_BITS - 1
+_NOTHING = -(2**62)
+_MOST_WAITING = 2**20  # links that wait until they are folded into the groups
+
+
+def _unit(rows: Features, device: torch.device | None) -> Tensor:
+    """Rows of length 1 (or 0), double, on the device."""
+    return F.normalize(torch.from_numpy(np.array(rows)).to(device).double(), dim=1)
+
+
+def _steps(a: Tensor, b: Tensor) -> Tensor:
+    return ((a @ b.T) * _STEPS).round().long()
+
+
+def nearest(
+    features: Features,
+    queries: Features,
+    k: int,
+    exclude: NDArray[np.int64] | None = None,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Each query's k most similar rows, the most similar first; of equal ones the earlier row first.
+
+    Args:
+        features: (M, D).
+        queries: (Q, D).
+        k: neighbours; more than there are means all.
+        exclude: a row that each query must not find, such as itself, shape (Q,); -1 for none.
+        block: B; changes memory, not results.
+        device: where to multiply.
+
+    Returns:
+        Similarities and rows, both (Q, k).
+    """
+    k = min(k, len(features) - (exclude is not None and bool((exclude >= 0).any())))
+    found = []
+    for start in range(0, len(queries), block):
+        part = _unit(queries[start : start + block], device)  # (B, D)
+        best = torch.full((len(part), 0), _NOTHING, device=device)  # (B, <= k)
+        for first in range(0, len(features), block):
+            steps = _steps(part, _unit(features[first : first + block], device))  # (B, B)
+            # One number that orders by similarity, then by row: no two are equal, so the order is a fact.
+            keys = (steps << _ROW_BITS) + (_LAST_ROW - first - torch.arange(steps.shape[1], device=device))
+            if exclude is not None:
+                at = torch.from_numpy(exclude[start : start + block]).to(device) - first  # (B,)
+                here = ((at >= 0) & (at < steps.shape[1])).nonzero()[:, 0]
+                keys[here, at[here]] = _NOTHING
+            pool = torch.cat([best, keys], dim=1)
+            best = pool.topk(min(k, pool.shape[1]), dim=1).values
+        found.append(best.cpu())
+    keys = torch.cat(found).numpy() if found else np.zeros((0, k), np.int64)  # (Q, k)
+    return (keys >> _ROW_BITS) / _STEPS, _LAST_ROW - (keys & _LAST_ROW)
+
+
+def outlier_scores(
+    features: Features,
+    k: int,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """Each row's mean similarity to its k nearest others: the lower, the lonelier.
+
+    Args:
+        features: (M, D), M >= 2.
+        k, block, device: see `nearest`.
+        progress: called with (rows done, M).
+
+    Returns:
+        (M,).
+    """
+    scores = np.zeros(len(features))
+    for start in range(0, len(features), block):
+        rows = np.arange(start, min(start + block, len(features)))
+        scores[rows] = nearest(features, features[start : start + block], k, rows, block, device)[0].mean(axis=1)
+        if progress is not None:
+            progress(int(rows[-1]) + 1, len(features))
+    return scores
+
+
+def duplicate_groups(
+    features: Features,
+    threshold: float,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> list[NDArray[np.int64]]:
+    """Groups of rows that a chain of similarities of at least `threshold` links.
+
+    Every two rows are compared, B x B at a time; what is kept is one number a row, however many links there are.
+
+    Args:
+        features: (M, D).
+        threshold: cosine, above -1, at most 1.
+        block, device: see `nearest`.
+        progress: called with (pairs of blocks done, their number).
+
+    Returns:
+        The groups of two rows or more, each in the order of its rows; the largest first, equal ones by their first row.
+    """
+    group = np.arange(len(features))  # each row's group so far
+    links: list[NDArray[np.int64]] = []
+    least, waiting, done = round(threshold * _STEPS), 0, 0
+    blocks = -(-len(features) // block)
+    for start in range(0, len(features), block):
+        part = _unit(features[start : start + block], device)
+        for first in range(start, len(features), block):  # the upper triangle: each pair once
+            steps = _steps(part, part if first == start else _unit(features[first : first + block], device))
+            found = (steps >= least).nonzero().cpu().numpy() + np.array([start, first])  # (links, 2)
+            done += 1
+            if len(found):
+                links.append(found)
+                waiting += len(found)
+            if waiting > _MOST_WAITING:
+                group, links, waiting = _joined(group, links), [], 0
+            if progress is not None:
+                progress(done, blocks * (blocks + 1) // 2)
+    group = _joined(group, links)
+    order = np.argsort(group, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
+    return sorted((each for each in groups if len(each) > 1), key=lambda rows: (-len(rows), int(rows[0])))
+
+
+def _joined(group: NDArray[np.int64], links: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """The groups (M,) after more links (each (L, 2)); a group's number is that of its first row."""
+    edges = np.concatenate([np.stack([np.arange(len(group)), group], axis=1), *links])
+    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(len(group),) * 2)
+    _, labels = connected_components(graph, directed=False)
+    _, first = np.unique(labels, return_index=True)
+    joined: NDArray[np.int64] = first[labels]
+    return joined

@@ -1,0 +1,37 @@
+"""A folder of pictures and a small encoder for the tests of embedding and searching."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moco.interop.encoder_file import save_encoder
+from moco.models.backbones import build_backbone
+
+CONFIG: dict[str, Any] = {
+    "model": {"backbone": "convnet", "options": {"width": 4, "pool": 2}},
+    "augment": {"size": 16, "eval_resize": 16, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+}
+
+
+def encoder(path: Path, seed: int = 0) -> Path:
+    """An untrained encoder of ours in a file."""
+    torch.manual_seed(seed)
+    save_encoder(path, build_backbone("convnet", CONFIG["model"]["options"]), CONFIG, step=3)
+    return path
+
+
+def gradient(seed: int, height: int = 48, width: int = 64) -> Image.Image:
+    """Something like a photograph: a smooth change between four random colours at the corners."""
+    corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
+    return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def folder(root: Path, count: int = 11) -> Path:
+    """Gradients 00.png, 01.png, ..."""
+    root.mkdir(parents=True)
+    for i in range(count):
+        gradient(i).save(root / f"{i:02}.png")
+    return root
