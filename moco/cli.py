@@ -121,6 +121,9 @@ def _composition_error(error: Exception, schema: type) -> str:
     value = re.search(r"Value '([^']*)' of type '(\w+)' could not be converted to (\w+)", text)
     if value and full_key:
         return f"{full_key.group(1)}={value.group(1)} must be of type {value.group(3).lower()}"
+    single = re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text)
+    if single:
+        return f"{single.group(1)}={single.group(2)} must be a list: {single.group(1)}=[{single.group(2)}]"
     missing = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'\n*((?:.*\n?)*)", text)
     if missing:
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)

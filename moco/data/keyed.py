@@ -17,11 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 # Streams 0, 1, 2, ... are the views of a sample; the rest are named here, so that no two uses share numbers.
 ORDER = 1_000  # the order of the samples in an epoch
 SHUFFLE = 1_001  # the key batch's shuffle; one stream a view: SHUFFLE + view
+MIX = 2_000  # mixed negatives, by the step and the place in its batch; one stream a query's view: MIX + view
 SPLIT = 3_000  # which digits are held out
 BANK = 3_001  # which images a limited kNN reference set keeps
 HOLD_OUT = 3_002  # which labelled images an evaluation holds out
 VALIDATION = 3_003  # which labelled images a choice (learning rate, k) is made on
 FEW_LABELS = 3_004  # which labelled images fine-tuning gets
+STEP = 3_005  # the seed that torch's own generator gets for a fine-tuning step: mixing, dropout
+SEARCH = 3_010  # which pictures a search draws as queries
 DRAW_LABELS = 10_000  # which labelled samples a few-label evaluation gets; one stream a draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

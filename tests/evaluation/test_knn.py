@@ -9,7 +9,17 @@ from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from moco.evaluation.knn import Accuracy, draw_labels, knn_accuracy, knn_predict
+from moco.evaluation.knn import (
+    Accuracy,
+    draw_labels,
+    knn_accuracy,
+    knn_predict,
+    knn_votes,
+    leave_one_out,
+    nearest,
+    votes_of_draws,
+)
+from tests.distributed.launch import run_ranks
 
 BANK, QUERIES, DIM, CLASSES = 60, 41, 7, 5
 
@@ -24,6 +34,13 @@ def classes(rows: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, CLASSES, rows)
 
 
+def judge(k: int, temperature: float) -> KNeighborsClassifier:
+    def weights(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.exp((1 - distance) / temperature)
+
+    return KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
+
+
 # ---- prediction ----
 
 
@@ -33,13 +50,8 @@ def test_predictions_equal_scikit_learn(k: int, temperature: float) -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
     similarity = np.sort(torch.nn.functional.cosine_similarity(queries[:, None], bank, dim=2).numpy(), axis=1)
     assert np.diff(similarity, axis=1).min() > 0  # distinct, so there is one right order
-
-    def weights(distance: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.exp((1 - distance) / temperature)
-
-    judge = KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
-    judge.fit(bank.double().numpy(), labels)
-    expected = judge.predict(queries.double().numpy())
+    fitted = judge(k, temperature).fit(bank.double().numpy(), labels)
+    expected = fitted.predict(queries.double().numpy())
     assert knn_predict(bank, torch.from_numpy(labels), queries, k, temperature).tolist() == expected.tolist()
 
 
@@ -75,6 +87,116 @@ def test_chunks_do_not_change_predictions(chunk: int) -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
     expected = torch.cat([knn_predict(bank, labels, queries[i : i + 1], 9, 0.1) for i in range(QUERIES)])
     assert torch.equal(knn_predict(bank, labels, queries, 9, 0.1, chunk), expected)
+
+
+# ---- votes of a grid, in parts ----
+
+KS, TEMPERATURES = (1, 3, 10, BANK), (0.05, 0.2, 1.0)
+
+
+@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9)])
+def test_votes_equal_scikit_learn_for_every_k_and_temperature(chunk: int, bank_chunk: int) -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
+    for k in KS:
+        for temperature in TEMPERATURES:
+            expected = judge(k, temperature).fit(bank.double().numpy(), labels).predict_proba(queries.double().numpy())
+            votes = knn_votes(
+                bank, torch.from_numpy(labels), queries, k, temperature, CLASSES, chunk, bank_chunk
+            ).double()
+            np.testing.assert_allclose(votes / votes.sum(dim=1, keepdim=True), expected, atol=2e-5)
+            assert votes.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9), (1, 1)])
+def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(chunk: int, bank_chunk: int) -> None:
+    bank, labels, rows = features(BANK, 0), classes(BANK, 2), [0, 3, 4, 17, 30, BANK - 1]
+    ks = (1, 3, 10, BANK - 1, 999)
+    got = leave_one_out(bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, chunk, bank_chunk)
+    for i, k in enumerate(ks):
+        for j, temperature in enumerate(TEMPERATURES):
+            right = 0
+            for row in rows:
+                others = np.delete(np.arange(BANK), row)
+                fitted = judge(min(k, BANK - 1), temperature).fit(bank[others].double().numpy(), labels[others])
+                right += int(fitted.predict(bank[row : row + 1].double().numpy())[0] == labels[row])
+            assert got[i, j] == pytest.approx(100 * right / len(rows))
+
+
+def signs(rows: int, seed: int) -> Tensor:
+    """Features of +1 and -1, 16 of them: each cosine is a multiple of 1/8, exactly, and most of them are tied."""
+    return torch.randint(0, 2, (rows, 16), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+
+
+@pytest.mark.parametrize("with_own", [False, True])
+@pytest.mark.parametrize("k", [1, 5, 59, 60, 99])
+def test_of_equally_near_references_the_lower_row_counts_in_any_parts(k: int, with_own: bool) -> None:
+    bank = signs(BANK, 0)
+    own = torch.tensor([5, 0, 59, 31]) if with_own else None
+    queries = signs(9, 1) if own is None else bank[own]
+    similarity = queries @ bank.T / 16  # exact
+    if own is not None:
+        similarity[torch.arange(len(own)), own] = -math.inf
+    values, order = similarity.sort(dim=1, descending=True, stable=True)
+    wanted = min(k, BANK - with_own)
+    for bank_chunk in (1, 7, 16, 59, 60, 1000):
+        got, rows = nearest(bank, queries, k, own, bank_chunk)
+        assert torch.equal(rows, order[:, :wanted])
+        assert torch.equal(got, values[:, :wanted])
+
+
+def test_copies_of_a_picture_are_tied_for_any_features() -> None:
+    bank, queries = features(500, 0, 192), features(100, 1, 192)
+    bank[[250, 499]] = bank[3].clone()
+    for bank_chunk in (100, 499, 1000):
+        similarity, rows = nearest(bank, bank[3] + 0.01 * queries, 4, bank_chunk=bank_chunk)
+        assert rows[:, :3].tolist() == [[3, 250, 499]] * 100
+        assert torch.equal(similarity[:, 0], similarity[:, 2])
+
+
+def test_half_precision_references_give_nearly_the_same_votes() -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
+    exact = knn_votes(bank, labels, queries, 20, 0.1, CLASSES)
+    torch.testing.assert_close(knn_votes(bank.half(), labels, queries, 20, 0.1, CLASSES), exact, rtol=0.02, atol=0.02)
+
+
+def test_draws_vote_with_their_few_labels_only() -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
+    each = list(votes_of_draws(bank, labels, queries, 3, 0.1, CLASSES, 2, draws=3))
+    assert len(each) == 3
+    for draw, votes in enumerate(each):
+        rows = draw_labels(labels, 2, draw)
+        few = torch.from_numpy(labels[rows])
+        assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, 3, 0.1, CLASSES))
+
+
+def everything() -> list[tuple[Tensor, NDArray[np.float64], Accuracy]]:
+    bank, queries, labels = features(131, 0), features(173, 1), classes(131, 2)
+    all_labels, rows = torch.from_numpy(labels), torch.arange(0, 131, 2)
+    few = knn_accuracy(bank, labels, queries, classes(173, 3), 3, 0.1, 2, 4)
+    return [
+        (
+            knn_votes(bank, all_labels, queries, 20, 0.1, CLASSES, chunk, 50),
+            leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], chunk, 50),
+            few,
+        )
+        for chunk in (20, 1024)  # 173 queries: nine parts, or one, which leaves the second rank none
+    ]
+
+
+def test_two_processes_equal_one_bit_for_bit() -> None:
+    expected = everything()
+    for found in run_ranks(2, everything):
+        for (votes, chosen, few), wanted in zip(found, expected, strict=True):
+            assert torch.equal(votes, wanted[0])
+            assert np.array_equal(chosen, wanted[1])
+            assert few == wanted[2]
+
+
+def test_progress_counts_the_parts() -> None:
+    seen: list[tuple[int, int]] = []
+    bank, labels = features(BANK, 0), torch.from_numpy(classes(BANK, 2))
+    knn_votes(bank, labels, features(QUERIES, 1), 1, 0.1, CLASSES, 10, progress=lambda *done: seen.append(done))
+    assert seen == [(done, 5) for done in range(5)]
 
 
 # ---- draws of few labels ----
@@ -135,11 +257,8 @@ def test_accuracy_with_few_labels_is_mean_and_deviation_over_the_draws() -> None
     scores = []
     for draw in range(7):
         rows = draw_labels(labels, 2, draw)
-        judge = KNeighborsClassifier(
-            3, weights=lambda distance: np.exp((1 - distance) / 0.1), metric="cosine", algorithm="brute"
-        )
-        judge.fit(bank.double().numpy()[rows], labels[rows])
-        scores.append(100 * float(np.mean(judge.predict(queries.double().numpy()) == truth)))
+        fitted = judge(3, 0.1).fit(bank.double().numpy()[rows], labels[rows])
+        scores.append(100 * float(np.mean(fitted.predict(queries.double().numpy()) == truth)))
     mean = sum(scores) / 7
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 7)
     score = knn_accuracy(bank, labels, queries, truth, 3, 0.1, labels_per_class=2, draws=7)

@@ -1,0 +1,165 @@
+"""`python -m moco.knn`: nearest neighbours of an encoder's features and of its baselines', judged in the same way.
+
+Legend: M training images, Q held-out images, L classes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.config import ConfigError, require
+from moco.config.knn import KnnConfig
+from moco.data.keyed import VALIDATION, permutation
+from moco.data.sources import Source
+from moco.distributed import is_main, process_group, world_size
+from moco.engine.display import counting
+from moco.evaluation.features import pixels
+from moco.evaluation.knn import knn_votes, leave_one_out, votes_of_draws
+from moco.evaluation.metrics import HeldOut, figures
+from moco.stages.judged import Judged, data_config, encoders, features_of, open_judged, open_labelled
+from moco.stages.knn_report import Result, report
+from moco.stages.results import say
+from moco.stages.setup import pick_device
+
+Network = nn.Module | Callable[[Tensor], Tensor]
+
+
+def judge_by_neighbours(config: KnnConfig) -> list[Result]:
+    """See `moco.knn.knn`.
+
+    Returns:
+        A result for the pretrained encoder, then one for each name in `compare`; the same on every rank.
+    """
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with process_group(device):
+        return _judge_all(config, device)
+
+
+def _judge_all(config: KnnConfig, device: torch.device) -> list[Result]:
+    judged = open_judged(config)
+    require(
+        config.features == "backbone" or bool(judged.file.head_weights),
+        f"features=projection, but {judged.file.source} ({judged.file.layout}) holds no projection head: "
+        "set features=backbone",
+    )
+    bank, held_out = open_labelled(config, judged)
+    available = _references(bank, config)
+    say(
+        f"{judged.file.source} · {judged.file.backbone}, {config.features} features · "
+        f"{data_config(config, judged).name}: {len(bank):,} training and {len(held_out):,} held-out images, "
+        f"{len(bank.classes)} classes"
+    )
+    if max(config.k) > available:
+        say(f"k={max(config.k)} exceeds the {available:,} reference images: all of them vote")
+    results = [
+        _judge(name, network, bank, held_out, judged, config, device)
+        for name, network in _networks(judged, config, device)
+    ]
+    report(results, bank, held_out, judged, config)
+    return results
+
+
+def _references(bank: Source, config: KnnConfig) -> int:
+    """How many references vote at most.
+
+    Raises:
+        ConfigError: if a class has fewer images than `labels_per_class`.
+    """
+    if not config.labels_per_class:
+        return len(bank)
+    assert bank.labels is not None
+    labels, counts = np.unique(bank.labels, return_counts=True)
+    fewest = int(counts.argmin())
+    require(
+        counts[fewest] >= config.labels_per_class,
+        f"labels_per_class={config.labels_per_class}, but class {bank.classes[labels[fewest]]} has "
+        f"{counts[fewest]} training images: lower it",
+    )
+    return config.labels_per_class * len(labels)
+
+
+def _networks(judged: Judged, config: KnnConfig, device: torch.device) -> Iterator[tuple[str, Network]]:
+    for name, encoder in encoders(judged, config.compare, device):
+        yield name, encoder if config.features == "projection" else encoder.backbone
+    if "pixels" in config.compare:
+        yield "pixels", pixels
+
+
+def _judge(
+    name: str, network: Network, bank: Source, held_out: Source, judged: Judged, config: KnnConfig, device: torch.device
+) -> Result:
+    """One encoder: choose k and temperature on the training split, then open the held-out split, once."""
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    held = HeldOut(lambda: _features(name, network, held_out, judged, config, device), held_out.labels)
+    references = _features(name, network, bank, judged, config, device)  # (M, D)
+    if config.half:
+        references = F.normalize(references, dim=1).half()  # of length 1: any feature's range fits
+    labels = torch.from_numpy(bank.labels).to(device)
+
+    k, temperature, grid = config.k[0], config.temperature[0], None
+    if len(config.k) * len(config.temperature) > 1:
+        drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
+        rows = torch.from_numpy(drawn).to(device)
+        with counting(f"choosing k and temperature, {name}", quiet=not is_main()) as progress:
+            grid = leave_one_out(
+                references,
+                labels,
+                rows,
+                config.k,
+                config.temperature,
+                config.queries_at_once,
+                config.references_at_once,
+                progress,
+            )
+        best = np.unravel_index(grid.argmax(), grid.shape)  # of equal ones the first
+        k, temperature = config.k[best[0]], config.temperature[best[1]]
+
+    queries, truth = held.open()
+    classes = len(bank.classes)
+    if config.labels_per_class:
+        few = config.labels_per_class
+        votes = votes_of_draws(references, bank.labels, queries, k, temperature, classes, few, config.draws)
+    else:
+        with counting(f"nearest neighbours, {name}", quiet=not is_main()) as progress:
+            sizes = (config.queries_at_once, config.references_at_once)
+            votes = iter([knn_votes(references, labels, queries, k, temperature, classes, *sizes, progress)])
+    each = [figures(one, truth) for one in votes]
+    if k < 5:  # fewer than five classes have a vote: the rest of the top five would be the first by number
+        each = [replace(one, top5=None) for one in each]
+    return Result(name, k, temperature, each, grid)
+
+
+def _features(
+    name: str, network: Network, source: Source, judged: Judged, config: KnnConfig, device: torch.device
+) -> Tensor:
+    """Features (M, D) on every rank, with a bar.
+
+    Raises:
+        ConfigError: for NaN or infinity among them.
+    """
+    done = 0
+    with counting(f"features of {len(source):,} images, {name}", quiet=not is_main()) as progress:
+
+        def count(*call: Any) -> None:
+            nonlocal done
+            done = min(len(source), done + len(call[-1]) * world_size())
+            progress(done, len(source))
+
+        handle = network.register_forward_hook(count) if isinstance(network, nn.Module) else None
+        features = features_of(network, source, judged, config, device)
+        if handle is not None:
+            handle.remove()
+    if not torch.stack(features.aminmax()).isfinite().all():
+        raise ConfigError(
+            f"the {name} encoder of {judged.file.source} gives features that are NaN or infinite: "
+            "its training diverged, take an older checkpoint=FILE"
+        )
+    return features
