@@ -48,8 +48,8 @@ class JudgeConfig:
     """encoder, or momentum_encoder where the file has one"""
     backbone: str | None = None
     """for a file that does not say its network: a name as in model.backbone"""
-    options: dict[str, Any] | None = None
-    """and its options as in model.options"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """and its options as in model.options, each as +options.NAME=VALUE; empty: the file's own, or none"""
     output: str = ""
     """where results.json and pictures go; empty: into the run, or into runs/NAME for checkpoint=.../NAME.ending"""
     seed: int = 0

@@ -59,7 +59,7 @@ def open_judged(config: JudgeConfig) -> Judged:
         require(bool(found), f"run={config.run} holds no checkpoint: train it first, python -m moco.train run={run}")
         file = _newest_readable(found, config)
     else:
-        file = read_encoder(Path(config.checkpoint), config.weights, config.backbone, config.options)
+        file = read_encoder(Path(config.checkpoint), config.weights, config.backbone, config.options or None)
     shown: dict[str, Any] = (
         IMAGENET | file.images | {name: value for name, value in asdict(config.images).items() if value is not None}
     )

@@ -1,0 +1,339 @@
+"""`moco.stages.finetune` from a configuration to its files, in this process, on digits and on small folders."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, RunWarning
+from moco.config.finetune import FinetuneConfig, check_finetune
+from moco.config.judge import ImagesConfig, JudgedDataConfig
+from moco.data.decode import ImageError
+from moco.data.sources import Source, load_source
+from moco.engine.step import NonFiniteLoss
+from moco.evaluation.features import extract
+from moco.evaluation.metrics import figures, mean_interval
+from moco.evaluation.subsets import SubsetError
+from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
+from moco.models.backbones import build_backbone
+from moco.stages import finetune as stage
+from moco.stages import judged as judged_stage
+from moco.stages.finetune import Outcome, pick, run_finetune, view_of
+from moco.stages.judged import open_judged
+
+RUN = {
+    "seed": 0,
+    "model": asdict(ModelConfig(backbone="convnet", options={"width": 4})),
+    "augment": asdict(
+        AugmentConfig(size=16, affine_p=1.0, degrees=10.0, mean=[0.5] * 3, std=[0.5] * 3, second={"degrees": 20.0})
+    ),
+    "data": asdict(DataConfig(name="digits")),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("encoder") / "small.safetensors"
+    torch.manual_seed(0)
+    save_encoder(path, build_backbone("convnet", {"width": 4}), RUN, step=7)
+    return str(path)
+
+
+def configured(encoder: str, output: Path, **changed: Any) -> FinetuneConfig:
+    values: dict[str, Any] = {
+        "checkpoint": encoder,
+        "output": str(output),
+        "device": "cpu",
+        "encoders": ["pretrained"],
+        "epochs": 1,
+        "min_steps": 4,
+        "lr": 0.05,
+    }
+    config = FinetuneConfig(**(values | changed))
+    check_finetune(config)
+    return config
+
+
+def written(output: Path) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads((output / "results.json").read_text())
+    return entries
+
+
+def pictures(folder: Path, per_class: int, classes: str = "ab", side: int = 12) -> Path:
+    """Class folders of small pictures, each class of another colour."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            colour = np.full((side, side, 3), 40 + i, np.uint8)
+            colour[..., number % 3] = 200
+            Image.fromarray(colour).save(folder / name / f"{name}_{i}.png")
+    return folder
+
+
+def test_it_leaves_figures_and_a_network_that_the_other_commands_read(
+    encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(encoder, tmp_path, encoders=["pretrained", "untrained"], fraction=0.1, seeds=2, min_steps=30)
+    outcomes = run_finetune(config)
+    said = capsys.readouterr().out
+    for words in (
+        "10 % of labels: 129 of 1,297 pictures of 10 classes",
+        "epochs=1 is raised to 30: min_steps=30",
+        "30 steps: 30 epochs of 1 with 128 pictures",
+        "untrained, seed 1:",
+        "pretrained less untrained, on the same pictures seed by seed:",
+        "python -m moco.knn checkpoint=",
+    ):
+        assert words in said
+
+    entries = written(tmp_path)
+    assert [each["encoder"] for each in entries] == ["pretrained", "untrained"]
+    entry = entries[0]
+    assert (entry["command"], entry["protocol"], entry["labelled"]) == ("finetune", "10 % of labels", 129)
+    assert entry["settings"]["steps"] == 30
+    assert entry["data"]["name"] == "digits"
+    each = [one["top1"] for one in entry["per_seed"]]
+    mean, half = mean_interval(each)
+    assert entry["figures"]["top1"] == pytest.approx(mean)
+    assert entry["figures"]["half_width"] == pytest.approx(half)
+    assert mean > 20  # chance is 10
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+    # Backbone and classifier from their files alone give the last seed's figure again.
+    folder = tmp_path / "finetune" / "pretrained_10percent"
+    assert outcomes[0].saved == folder
+    file = read_encoder(folder / "encoder.safetensors")
+    assert (file.backbone, file.options, file.step) == ("convnet", {"width": 4}, 7 + 30)
+    assert file.images == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert file.config["data"]["name"] == "digits"
+    held_out = load_source("digits").held_out
+    assert held_out is not None
+    assert held_out.labels is not None
+    backbone = build(file).get_submodule("backbone")
+    features = extract(backbone, held_out, 16, 0, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    with safe_open(folder / "head.safetensors", "pt") as head:
+        assert json.loads(head.metadata()["classes"]) == list("0123456789")
+        scores = features @ head.get_tensor("weight").T + head.get_tensor("bias")
+    assert figures(scores, held_out.labels).top1 == each[-1]
+    before = build(read_encoder(Path(encoder))).get_submodule("backbone").state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_the_same_command_gives_the_same_figures_and_another_seed_others(encoder: str, tmp_path: Path) -> None:
+    def top1(seed: int) -> list[float]:
+        (outcome,) = run_finetune(
+            configured(encoder, tmp_path, encoders=["untrained"], seed=seed, seeds=2, min_steps=25)
+        )
+        return [each.top1 for each in outcome.figures]
+
+    first = top1(0)
+    assert top1(0) == first
+    assert top1(1)[0] == first[1]  # repeats are seeds
+    assert first[0] != first[1]
+
+
+def test_the_held_out_split_opens_once_a_seed_and_never_in_validation(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+    real = judged_stage.features_of
+
+    def counted(network: Any, source: Source, *rest: Any) -> torch.Tensor:
+        judged.append(len(source))
+        return real(network, source, *rest)
+
+    monkeypatch.setattr(stage, "features_of", counted)
+    run_finetune(configured(encoder, tmp_path, encoders=["pretrained", "untrained"], seeds=2))
+    assert judged == [500] * 4
+    judged.clear()
+    run_finetune(configured(encoder, tmp_path, validation=0.2))
+    assert judged == [259]
+    assert written(tmp_path)[-1]["protocol"] == "1 % of labels, validation"
+    assert written(tmp_path)[-1]["labelled"] == 10
+
+
+def test_a_single_seed_gets_the_interval_of_its_test_pictures(
+    encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outcome,) = run_finetune(configured(encoder, tmp_path, labels_per_class=2))
+    low, high = outcome.figures[0].interval()
+    said = capsys.readouterr().out
+    assert f"({low:.1f} … {high:.1f})" in said
+    assert "Wilson" in said
+    assert "batch_size=128 is lowered to 20" in said
+    assert (tmp_path / "finetune" / "pretrained_2perclass" / "encoder.safetensors").is_file()
+
+
+def test_a_foreign_file_on_folders_with_a_list_of_names(tmp_path: Path) -> None:
+    """A plain state dict, streamed pictures, SimCLR's kind of list, bn=frozen, AdamW, MixUp."""
+    torch.manual_seed(0)
+    torch.save(build_backbone("convnet", {"width": 4}).state_dict(), tmp_path / "plain.pt")
+    (tmp_path / "few.txt").write_text("a_1.png\na_4.png\n\nb_0.png\nb_2.png\n")
+    config = configured(
+        str(tmp_path / "plain.pt"),
+        tmp_path / "out",
+        backbone="convnet",
+        options={"width": 4},
+        data=JudgedDataConfig(
+            name="folder",
+            root=str(pictures(tmp_path / "train", 6)),
+            eval_root=str(pictures(tmp_path / "test", 3)),
+            labels="folder",
+            workers=0,
+        ),
+        images=ImagesConfig(size=12, resize=12),
+        subset_list=str(tmp_path / "few.txt"),
+        bn="frozen",
+        optimizer="adamw",
+        lr=0.003,
+        mixup=0.2,
+        min_steps=40,
+    )
+    (outcome,) = run_finetune(config)
+    assert outcome.figures[0].top1 == 100  # two colours
+    (entry,) = written(tmp_path / "out")
+    assert (entry["labelled"], entry["protocol"]) == (4, "labels of few.txt")
+    file = read_encoder(outcome.saved / "encoder.safetensors")
+    assert file.images["size"] == 12
+    assert file.config["data"]["root"] == config.data.root
+
+
+def test_the_view_is_the_runs_first_unless_told_otherwise(encoder: str, tmp_path: Path) -> None:
+    config = configured(encoder, tmp_path, view={"degrees": 3.0, "crop_scale": [0.5, 1.0]})
+    view = view_of(config, open_judged(config))
+    assert (view.degrees, view.affine_p, view.crop_scale, view.size) == (3.0, 1.0, (0.5, 1.0), 16)
+    plain = configured(encoder, tmp_path)
+    assert view_of(plain, open_judged(plain)).degrees == 10.0
+    assert view_of(plain, open_judged(plain)).mean == (0.5, 0.5, 0.5)
+
+
+def test_a_vision_transformer_with_layer_decay_and_drop_path_keeps_its_options(tmp_path: Path) -> None:
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    run = RUN | {"model": asdict(ModelConfig(backbone="timm/vit_tiny_patch16_224", options=options))}
+    path = tmp_path / "vit.safetensors"
+    save_encoder(path, build_backbone("timm/vit_tiny_patch16_224", options), run, step=0)
+    told = {"layer_decay": 0.7, "drop_path": 0.2, "optimizer": "adamw", "lr": 0.001, "label_smoothing": 0.1}
+    (outcome,) = run_finetune(configured(str(path), tmp_path, **told))
+    file = read_encoder(outcome.saved / "encoder.safetensors")
+    assert file.options == options  # drop-path is for training only
+    assert build(file).get_submodule("backbone").num_features == 12
+    assert outcome.figures[0].count == 500
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"fraction": 0.0}, "fraction=0.0 must be above 0 and at most 1"),
+        ({"fraction": 1.5}, "fraction=1.5 must be above 0 and at most 1"),
+        ({"fraction": 0.1, "subset_list": "x.txt"}, "fraction=0.1 and subset_list=x.txt say which pictures"),
+        ({"labels_per_class": -1}, "labels_per_class=-1 must not be negative"),
+        ({"encoders": []}, r"encoders=\[\] names none"),
+        ({"encoders": ["random"]}, "encoders='random' must be one of pretrained, untrained"),
+        ({"encoders": ["untrained", "untrained"]}, "names one twice"),
+        ({"lr": 0.0}, "lr=0.0 must be above 0"),
+        ({"head_lr_factor": -1.0}, "head_lr_factor=-1.0 must be above 0"),
+        ({"lr": float("nan")}, "lr=nan must be a finite number"),
+        ({"mixup": -0.1}, "mixup=-0.1 must not be negative"),
+        ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),
+        ({"bn": "grouped"}, "bn='grouped' must be one of sync, frozen"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 must lie in"),
+        ({"optimizer": "adamw", "nesterov": True}, "nesterov=true needs optimizer=sgd"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0 must be above 0"),
+        ({"exclude": ["head"]}, "exclude names head"),
+        ({"betas": [0.9]}, "betas=.0.9. must hold two numbers"),
+        ({"checkpoint": ""}, "say which encoder"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(changed: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        configured("x.pt", Path("out"), **changed)
+
+
+def test_the_batch_must_be_shared_evenly() -> None:
+    config = configured("x.pt", Path("out"), batch_size=128)
+    with pytest.raises(ConfigError, match="batch_size=128 must be a multiple of the 3 processes: take 129"):
+        check_finetune(config, processes=3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "sentence"),
+    [
+        ({"layer_decay": 0.7}, ConfigError, "layer_decay=0.7 needs a vision transformer .*, which convnet is not"),
+        ({"drop_path": 0.1}, ConfigError, "drop_path=0.1 needs a vision transformer .*, which convnet is not"),
+        ({"labels_per_class": 500}, SubsetError, "labels_per_class=500 is more than the smallest class has: take 12"),
+        ({"view": {"size": 8}}, ConfigError, "view.size would differ .* set images.size"),
+        ({"view": {"flip": 1}}, ConfigError, "view.flip is no field of a view: there are affine_p"),
+        ({"view": {"flip_p": 2}}, ConfigError, "view.flip_p=2 must lie in 0 ... 1"),
+        ({"subset_list": "/nowhere/list.txt"}, FileNotFoundError, "subset_list=/nowhere/list.txt does not exist"),
+        ({"options": {"width": 5}}, ForeignFileError, "does not fit backbone=convnet"),
+        ({"lr": 1e30, "min_steps": 20}, NonFiniteLoss, "step .* of 20 gave loss .*: lower lr=1e.30"),
+        (
+            {"data": JudgedDataConfig(name="folder", root="/nowhere", labels="folder")},
+            FileNotFoundError,
+            "data.root=/nowhere .* does not exist",
+        ),
+    ],
+)
+def test_what_only_the_files_show_is_one_sentence(
+    encoder: str, tmp_path: Path, changed: dict[str, Any], kind: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(kind, match=sentence) as caught:
+        run_finetune(configured(encoder, tmp_path, **changed))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_lists_that_do_not_fit(encoder: str, tmp_path: Path) -> None:
+    train = load_source("folder", str(pictures(tmp_path / "train", 3, "abc")), labels="folder").train
+    for text, sentence in {
+        "": "names no picture",
+        "a_0.png\nz.png\n": r"few.txt: 1 of the listed pictures are not in the training split \(z.png\)",
+        "a_0.png\nc_1.png\n": "lists no picture of b: each class needs one",
+    }.items():
+        (tmp_path / "few.txt").write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)
+    (tmp_path / "few.txt").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(SubsetError, match="is no text"):
+        pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)
+
+
+def test_folders_that_cannot_be_judged_by(encoder: str, tmp_path: Path) -> None:
+    def attempt(root: Path, **more: Any) -> list[Outcome]:
+        told: dict[str, Any] = {
+            "name": "folder",
+            "root": str(root),
+            "labels": "folder",
+            "workers": 0,
+            "hold_out": 0.25,
+        } | more
+        images = ImagesConfig(size=12, resize=12)
+        return run_finetune(
+            configured(encoder, tmp_path / "out", data=JudgedDataConfig(**told), images=images, fraction=1.0)
+        )
+
+    good = pictures(tmp_path / "good", 4)
+    with pytest.raises(ConfigError, match=r"has no labels to judge by: set data.labels=folder"):
+        attempt(good, labels="none")
+    with pytest.raises(ConfigError, match=r"has no held-out split: set data.eval_root"):
+        attempt(good, hold_out=0.0)
+    with pytest.raises(ValueError, match="has one class folder only"):
+        attempt(pictures(tmp_path / "one", 4, "a"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        attempt(tmp_path / "empty")
+    for path in (good / "a").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ImageError, match=r"a_\d.png"):
+        attempt(good)
+
+
+def test_frozen_bn_without_pretraining_warns(encoder: str, tmp_path: Path) -> None:
+    with pytest.warns(RunWarning, match="bn=frozen leaves the untrained encoder"):
+        run_finetune(configured(encoder, tmp_path, encoders=["untrained"], bn="frozen", min_steps=1))
