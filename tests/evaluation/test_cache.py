@@ -1,0 +1,117 @@
+"""Features on disk are those that were computed, are found again by their key and never by another, and are whole."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moco.data.sources import ArraySource, load_source
+from moco.evaluation.cache import cached, key_of, source_digest
+from tests.distributed.launch import run_ranks
+
+CPU = torch.device("cpu")
+FEATURES = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
+
+
+def keep(folder: Path, key: str = "k", count: int = 7) -> tuple[Tensor, list[int]]:
+    """The features of `count` rows through the cache, and which rows were computed for it."""
+    seen: list[int] = []
+
+    def compute(rows: Sequence[int]) -> Iterator[Tensor]:
+        for row in rows:
+            seen.append(row)
+            yield FEATURES[row : row + 1]
+
+    return cached(folder, key, count, 3, compute, CPU), seen
+
+
+def test_the_second_time_nothing_is_computed(tmp_path: Path) -> None:
+    first, seen = keep(tmp_path / "new" / "features")
+    assert torch.equal(first, FEATURES)
+    assert seen == list(range(7))
+    second, seen = keep(tmp_path / "new" / "features")
+    assert torch.equal(second, FEATURES)
+    assert seen == []
+    assert [path.name for path in (tmp_path / "new" / "features").iterdir()] == ["k.npy"]
+
+
+def test_another_key_is_computed_anew(tmp_path: Path) -> None:
+    keep(tmp_path)
+    assert len(keep(tmp_path, "other")[1]) == 7
+
+
+def test_an_interrupted_writer_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    def broken(rows: Sequence[int]) -> Iterator[Tensor]:
+        yield FEATURES[:2]
+        raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        cached(tmp_path, "k", 7, 3, broken, CPU)
+    assert not (tmp_path / "k.npy").exists()
+    again, seen = keep(tmp_path)
+    assert torch.equal(again, FEATURES)
+    assert len(seen) == 7
+
+
+def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path) -> None:
+    keep(tmp_path)
+    whole = (tmp_path / "k.npy").read_bytes()
+    (tmp_path / "k.npy").write_bytes(whole[:-9])
+    again, seen = keep(tmp_path)
+    assert torch.equal(again, FEATURES)
+    assert len(seen) == 7
+
+
+def test_what_is_done_to_the_features_does_not_reach_the_file(tmp_path: Path) -> None:
+    keep(tmp_path)[0].zero_()
+    assert torch.equal(keep(tmp_path)[0], FEATURES)
+
+
+def keep_two(folder: Path) -> list[tuple[Tensor, list[int]]]:
+    return [keep(folder, "seven", 7), keep(folder, "one", 1)]
+
+
+def test_ranks_write_one_file_together(tmp_path: Path) -> None:
+    """Neither 7 nor 1 divides by two; of one row the second process has none."""
+    first, second = run_ranks(2, keep_two, tmp_path)
+    for count, (mine, seen), (theirs, others_seen) in zip((7, 1), first, second, strict=True):
+        assert torch.equal(mine, FEATURES[:count])
+        assert torch.equal(theirs, FEATURES[:count])
+        assert sorted(seen + others_seen) == list(range(count))
+
+
+# ---- keys ----
+
+
+def test_a_key_changes_with_every_part() -> None:
+    parts = {"weights": {"a": torch.ones(3)}, "look": {"size": 16}, "layers": ["output"]}
+    others = [
+        parts | {"weights": {"a": torch.tensor([1, 1, 1.0000001])}},
+        parts | {"look": {"size": 32}},
+        parts | {"layers": ["output", "layer3"]},
+    ]
+    keys = {key_of(each) for each in [parts, *others]}
+    assert len(keys) == 4
+    assert key_of(parts | {"weights": {"a": torch.ones(3)}}) in keys
+
+
+def test_pictures_in_memory_are_told_apart_by_their_pixels_and_names() -> None:
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    other = images.clone()
+    other[1, 0, 0, 0] = 1
+    digests = {source_digest(ArraySource(*each)) for each in [(images, "ab"), (other, "ab"), (images, "ac")]}
+    assert len(digests) == 3
+    assert source_digest(ArraySource(images.clone(), "ab")) in digests
+
+
+def test_files_are_told_apart_by_name_size_and_time(tmp_path: Path) -> None:
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(picture)
+    before = source_digest(load_source("folder", str(tmp_path)).train)
+    assert source_digest(load_source("folder", str(tmp_path)).train) == before
+    Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(picture)
+    assert source_digest(load_source("folder", str(tmp_path)).train) != before
