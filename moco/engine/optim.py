@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from moco.losses import LearnedTemperature
 from moco.models.norm import GroupedBatchNorm
 
 _NORMS = (
@@ -71,13 +72,17 @@ def momentum_at(step: int, total_steps: int, start: float, end: float | None) ->
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[str]) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: decayed, and those that `exclude` ("bias", "norm") keeps out."""
+    """Trainable parameters in two groups: decayed, and those that `exclude` ("bias", "norm") keeps out.
+
+    A learned temperature is never decayed: its parameter is log 1/T, and 0 is no better than any other.
+    """
     kept: list[nn.Parameter] = []
     left_out: list[nn.Parameter] = []
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.requires_grad:
                 skip = ("norm" in exclude and isinstance(layer, _NORMS)) or ("bias" in exclude and name == "bias")
+                skip = skip or isinstance(layer, LearnedTemperature)
                 (left_out if skip else kept).append(parameter)
     groups = [{"params": kept, "weight_decay": weight_decay}, {"params": left_out, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -91,8 +96,20 @@ def build_optimizer(
     betas: Sequence[float],
     weight_decay: float,
     exclude: Sequence[str],
+    trust: float = 0.001,
+    trust_clip: bool = False,
 ) -> torch.optim.Optimizer:
     """SGD, LARS (timm's; adapts only what is decayed, as in MoCo v3) or AdamW over the trainable parameters.
+
+    Args:
+        module: whose parameters.
+        name: sgd, lars or adamw.
+        lr: of the first step, until a schedule sets it.
+        momentum: of sgd and lars.
+        betas: of adamw.
+        weight_decay, exclude: see `parameter_groups`.
+        trust: LARS's coefficient: a layer's rate is lr x trust x |w| / |gradient|.
+        trust_clip: in place of that the smaller of lr and trust x |w| / |gradient|, as solo-learn has it (LARC).
 
     Raises:
         ValueError: for an unknown name.
@@ -105,5 +122,5 @@ def build_optimizer(
     if name == "lars":
         from timm.optim.lars import Lars  # timm costs a second at start-up, so only where it is used
 
-        return Lars(groups, lr=lr, momentum=momentum)
+        return Lars(groups, lr=lr, momentum=momentum, trust_coeff=trust, trust_clip=trust_clip)
     raise ValueError(f"optim.name={name!r} must be sgd, lars or adamw")

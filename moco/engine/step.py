@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.builder import Output
+from moco.builder import KeyQueue, Output
 from moco.distributed import mean_over_ranks
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -28,6 +28,9 @@ class Method(Protocol):
 
     encoder: nn.Module
     passes: int
+
+    @property
+    def queue(self) -> KeyQueue | None: ...  # None: the negatives are the batch, and `enqueue` does nothing
 
     def encode_keys(
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
@@ -55,7 +58,7 @@ def train_step(
     """Trains on one global batch.
 
     Args:
-        method: owns the momentum encoder and the queue.
+        method: owns the momentum encoder and, where it has one, the queue.
         forward: the method, or DDP around it.
         scaler: for fp16; disabled otherwise.
         views: V tensors (n, 3, S, S), this rank's share.

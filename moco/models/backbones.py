@@ -1,4 +1,4 @@
-"""Backbones: images (N, 3, S, S) to features (N, D). Names are torchvision's; `timm/NAME` is any timm model."""
+"""Backbones: images (N, 3, S, S) to features (N, D), by name. `timm/NAME` is any timm model."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -6,6 +6,8 @@ from typing import Any
 
 import torchvision.models
 from torch import Tensor, nn
+
+from moco.models.vit import vit, vit_base, vit_conv_base, vit_conv_small, vit_small
 
 
 class ConvNet(nn.Module):
@@ -59,6 +61,11 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet50": _resnet(torchvision.models.resnet50),
     "resnet101": _resnet(torchvision.models.resnet101),
     "resnet152": _resnet(torchvision.models.resnet152),
+    "vit": vit,
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_conv_small": vit_conv_small,
+    "vit_conv_base": vit_conv_base,
 }
 
 

@@ -1,4 +1,4 @@
-"""The encoder that MoCo trains: a backbone and a projection head."""
+"""The encoder that MoCo trains, a backbone and a projection head; and MoCo v3's predictor."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -10,22 +10,32 @@ from moco.models.backbones import build_backbone
 from moco.models.norm import BatchNormKind, convert_batch_norm
 
 
-def projection_head(fan_in: int, hidden: int, dim: int, layers: int) -> nn.Module:
-    """MoCo v1's head is one linear layer; v2's is an MLP with ReLU between its layers.
+def projection_head(
+    fan_in: int, hidden: int, dim: int, layers: int, norm: bool = False, last_norm: bool = True
+) -> nn.Module:
+    """MoCo v1's head is one linear layer; v2's is an MLP with ReLU between its layers; v3's has BN as well.
 
     Args:
         fan_in: D, the backbone's features.
         hidden: width of the layers between; 0 means D, as in MoCo v2.
         dim: C, the embedding.
         layers: linear layers, at least 1.
+        norm: BN behind each linear layer, which then has no bias: v3's projector and predictor.
+        last_norm: with `norm`, whether the last layer has one too, without weight and bias. Only the predictor
+            behind a ResNet has none.
     """
     if layers < 1:
         raise ValueError(f"model.head_layers={layers} must be at least 1")
     widths = [fan_in, *[hidden or fan_in] * (layers - 1), dim]
     parts: list[nn.Module] = []
-    for start, end in pairwise(widths):
-        parts += [nn.Linear(start, end), nn.ReLU()]
-    return nn.Sequential(*parts[:-1])
+    for number, (start, end) in enumerate(pairwise(widths), 1):
+        last = number == layers
+        parts.append(nn.Linear(start, end, bias=not norm))
+        if norm and (last_norm or not last):
+            parts.append(nn.BatchNorm1d(end, affine=not last))
+        if not last:
+            parts.append(nn.ReLU())
+    return nn.Sequential(*parts)
 
 
 class Encoder(nn.Module):
@@ -48,6 +58,7 @@ def build_encoder(
     dim: int,
     bn: BatchNormKind,
     bn_group_size: int,
+    head_norm: bool = False,
 ) -> Encoder:
     """The encoder as the configuration group `model` describes it; arguments are that group's fields.
 
@@ -58,6 +69,15 @@ def build_encoder(
     fan_in = network.num_features
     if not isinstance(fan_in, int):
         raise ValueError(f"model.backbone={backbone!r} does not say how many features it has")
-    encoder = Encoder(network, projection_head(fan_in, head_hidden, dim, head_layers))
+    encoder = Encoder(network, projection_head(fan_in, head_hidden, dim, head_layers, head_norm))
     convert_batch_norm(encoder, bn, bn_group_size)
     return encoder
+
+
+def build_predictor(
+    dim: int, hidden: int, layers: int, last_norm: bool, bn: BatchNormKind, bn_group_size: int
+) -> nn.Module:
+    """MoCo v3's predictor (N, C) -> (N, C), on the query's side alone; with 0 layers there is none."""
+    if layers == 0:
+        return nn.Identity()
+    return convert_batch_norm(projection_head(dim, hidden, dim, layers, True, last_norm), bn, bn_group_size)

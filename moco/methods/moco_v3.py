@@ -1,0 +1,122 @@
+"""MoCo v3: no queue, a predictor behind the query encoder, and the batch's other keys as negatives.
+
+    An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie, He, ICCV 2021)
+
+One training step is the paper's Algorithm 1 (see `moco/engine/step.py`):
+
+    keys = method.encode_keys(views)             k1, k2 = f_k(x1), f_k(x2), no gradient, all ranks'
+    loss = method(views, keys, index)            q1, q2 = f_q(x1), f_q(x2); ctr(q1, k2) + ctr(q2, k1)
+    loss.backward(); optimizer.step()            update f_q
+    method.update_momentum_encoder(momentum)     f_k = m f_k + (1 - m) f_q
+
+f_q is backbone, projector and predictor; f_k has no predictor. ResNet and ViT differ in the heads, the optimiser and
+the augmentation, which are configuration.
+
+Deliberate deviations from the official code:
+- It updates f_k between encoding queries and keys; here that happens at the end of the step before. The keys are the
+  same (in the first step f_k equals f_q), and a step that fails changes nothing.
+- Keys are normalised before they are gathered, not after. Logits are float32 also under autocast.
+- The accuracy that it logs counts a tie as a success, here it is none.
+- Keys may be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. Its BN is synchronised, and so are
+  the published recipes here (`model.bn=sync`, `model.shuffle_keys=false`).
+- LARS is timm's: its trust ratio is |w| / (|g| + wd |w|), the official one |w| / |g + wd w|; at the weight decay of
+  1e-6 they agree. In AdamW's recipes weight decay covers all trained weights, as in the official code.
+
+Legend: N local micro-batch, n local batch, W processes, M = W n global batch, C embedding.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moco.builder import Output
+from moco.distributed import gather, permute, rank, world_size
+from moco.losses import in_batch_info_nce
+
+
+class MoCoV3(nn.Module):
+    """MoCo v3, symmetric.
+
+    Args:
+        encoder: backbone and projector, images (N, 3, S, S) to (N, C). f_k starts as its copy.
+        predictor: (N, C) to (N, C), on the query's side alone; `nn.Identity` for none.
+        temperature: T.
+
+    Raises:
+        ValueError: if the temperature is not above 0.
+    """
+
+    queue: None = None  # the negatives are the batch
+    directions = ((0, 1), (1, 0))  # (query's view, key's view)
+    passes = 2  # of an encoder in one micro-batch
+
+    def __init__(self, encoder: nn.Module, predictor: nn.Module, temperature: float = 1.0) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"method.temperature={temperature} must be above 0")
+        self.encoder, self.predictor = encoder, predictor
+        self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.temperature = temperature
+
+    @torch.no_grad()
+    def encode_keys(
+        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+    ) -> dict[int, Tensor]:
+        """Both views' keys of the global batch: {view: (M, C)}. Micro-batches thus see all its negatives.
+
+        Args:
+            views: two tensors (n, 3, S, S).
+            shuffles: for each view a permutation of the global batch, or None; see `moco.builder.MoCo`.
+            micro_batch: how many images go through the encoder at once.
+        """
+        keys = {}
+        for view, images in enumerate(views):  # (n, 3, S, S)
+            x = images if shuffles is None else permute(images, shuffles[view])
+            k = torch.cat([F.normalize(self.momentum_encoder(part), dim=1) for part in x.split(micro_batch)])
+            k = k if shuffles is None else permute(k, np.argsort(shuffles[view]))  # (n, C)
+            keys[view] = gather(k.float())  # (M, C)
+        return keys
+
+    def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
+        """The loss of one micro-batch against the keys of the global batch: ctr(q1, k2) + ctr(q2, k1).
+
+        Args:
+            views: two tensors (N, 3, S, S).
+            keys: {view: (M, C)}, from `encode_keys`.
+            index: the micro-batch's sample indices, (N,).
+            start: where in the local batch the micro-batch begins.
+        """
+        local = len(keys[0]) // world_size()  # n
+        labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), each query's key
+        losses, positives, correct = [], [], []
+        for query_view, key_view in self.directions:
+            q = F.normalize(self.predictor(self.encoder(views[query_view])), dim=1)  # (N, C)
+            k = keys[key_view]  # (M, C)
+            loss, logits = in_batch_info_nce(q, k, labels, self.temperature)  # (), (N, M)
+            losses.append(2 * self.temperature * loss)  # ctr of Algorithm 1
+            positive = logits.gather(1, labels[:, None])  # (N, 1)
+            positives.append(positive.mean() * self.temperature)
+            correct.append(((logits >= positive).sum(dim=1) == 1).float().mean())  # itself alone: a tie is no success
+        total = torch.tensor(float(len(keys[0])), device=index.device)
+        measures = {
+            "contrast_accuracy": torch.stack(correct).mean(),
+            "positive_similarity": torch.stack(positives).mean(),
+            "negatives": total - 1,
+            "chance": 2 * (2 * self.temperature) * total.log(),  # if all keys are alike to a query
+        }
+        return Output(torch.stack(losses).sum(), measures)
+
+    @torch.no_grad()
+    def update_momentum_encoder(self, momentum: float) -> None:
+        """f_k = m f_k + (1 - m) f_q, without the predictor. Parameters only: BN's running statistics are f_k's own."""
+        torch._foreach_lerp_(
+            list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), weight=1 - momentum
+        )
+
+    def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None:
+        """Does nothing: keys are negatives in their own step alone. It is here because every method's step calls it."""

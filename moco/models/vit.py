@@ -1,0 +1,123 @@
+"""Vision transformers as MoCo v3 trains them: timm's, with fixed positions and a patch projection that stays random.
+
+    An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie, He, ICCV 2021)
+
+State-dict keys are timm's, which are those of the official files.
+
+Legend: N images, S side of an image, P patches, D width.
+"""
+
+import math
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def vit(
+    dim: int,
+    depth: int,
+    heads: int,
+    img_size: int = 224,
+    patch_size: int = 16,
+    stem: str = "patch",
+    freeze_patches: bool | None = None,
+    **options: Any,
+) -> nn.Module:
+    """A ViT from images (N, 3, S, S) to the class token's features (N, D).
+
+    Section 4.1 of the paper and its code: 2-D sin-cos positions that are not trained; Xavier initialisation in which
+    the weight of query, key and value counts as three. Section 4.2: the patch projection is random and not trained,
+    which is what makes training stable.
+
+    Args:
+        dim: D, a multiple of 4 and of `heads`.
+        depth: blocks.
+        heads: of the attention.
+        img_size: S, of every image; positions are fixed for it.
+        patch_size: side of a patch; must divide `img_size`.
+        stem: "patch" projects patches linearly. "conv" has four 3x3 convolutions of stride 2 in their place (Xiao et
+            al., 2021), so that `patch_size` must be 16; it is trained.
+        freeze_patches: whether the patch projection stays as it was drawn; None: it does, a conv stem does not.
+        options: further arguments of timm's VisionTransformer, e.g. drop_path_rate.
+
+    Raises:
+        ValueError: for values that do not fit each other; from forward, for images of another size.
+    """
+    from timm.models.vision_transformer import VisionTransformer  # costs a second at start-up
+
+    if dim < 4 or dim % 4 or heads < 1 or dim % heads:
+        raise ValueError(f"model.options: dim={dim} must be a multiple of 4 and of heads={heads}")
+    if patch_size < 1 or img_size < 1 or img_size % patch_size:
+        raise ValueError(f"model.options.patch_size={patch_size} must divide img_size={img_size} (augment.size)")
+    if stem not in ("patch", "conv"):
+        raise ValueError(f"model.options.stem={stem!r} must be 'patch' or 'conv'")
+    if stem == "conv" and (patch_size != 16 or dim % 8 or freeze_patches):
+        raise ValueError(
+            f"model.options.stem='conv' has patches of 16, is trained and widens to dim from dim / 8: "
+            f"patch_size={patch_size}, freeze_patches={freeze_patches} and dim={dim} do not fit"
+        )
+    network: Any = VisionTransformer(
+        img_size=img_size,
+        patch_size=patch_size,
+        num_classes=0,
+        global_pool="token",
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        weight_init="moco",  # Xavier; query, key and value as three; class token of std 1e-6
+        **options,
+    )
+    side = img_size // patch_size
+    network.pos_embed = nn.Parameter(sin_cos_positions(side, dim)[None], requires_grad=False)  # (1, 1 + P, D)
+    patches = network.patch_embed
+    if stem == "conv":
+        patches.proj = conv_stem(dim)
+    else:
+        bound = math.sqrt(6 / (3 * patch_size**2 + dim))  # Xavier's, of the projection as a linear layer
+        nn.init.uniform_(patches.proj.weight, -bound, bound)
+        nn.init.zeros_(patches.proj.bias)
+        patches.requires_grad_(freeze_patches is False)
+    network.register_forward_pre_hook(partial(_check_size, img_size))
+    return network  # type: ignore[no-any-return]
+
+
+def sin_cos_positions(side: int, dim: int) -> Tensor:
+    """Fixed positions of side x side patches, row after row, behind the class token's zeros: (1 + side**2, dim).
+
+    A quarter of the dimensions each: sine and cosine of the row, sine and cosine of the column, at frequencies
+    10000 ** -(0 ... 1).
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))  # (D/4,)
+    angles = torch.arange(side)[:, None] * frequencies  # (side, D/4)
+    wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
+    row = wave.repeat_interleave(side, dim=0)  # (P, D/2)
+    column = wave.repeat(side, 1)  # (P, D/2)
+    return torch.cat([torch.zeros(1, dim), torch.cat([row, column], dim=1)])
+
+
+def conv_stem(dim: int) -> nn.Sequential:
+    """Images (N, 3, S, S) to (N, D, S/16, S/16): D/8, D/4, D/2, D channels by 3x3, then 1x1."""
+    widths = [3, dim // 8, dim // 4, dim // 2, dim]
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in pairwise(widths):
+        layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
+
+
+def _check_size(img_size: int, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    height, width = inputs[0].shape[-2:]
+    if (height, width) != (img_size, img_size):
+        raise ValueError(
+            f"images of {height}x{width} px do not fit a ViT whose positions are fixed for {img_size}x{img_size}: "
+            f"set augment.size={img_size}, or model.options.img_size for a new one"
+        )
+
+
+vit_small = partial(vit, 384, 12, 12)  # 12 heads, where the usual ViT-S has 6
+vit_base = partial(vit, 768, 12, 12)
+vit_conv_small = partial(vit, 384, 11, 12, stem="conv")  # the stem costs about as much as the block that is left out
+vit_conv_base = partial(vit, 768, 11, 12, stem="conv")
