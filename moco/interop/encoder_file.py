@@ -1,10 +1,12 @@
 """An encoder in a file: what network it is, its weights, and what the file says of pictures and data.
 
 Layouts, told apart by their keys: checkpoints and encoder.safetensors of ours; facebookresearch/moco v1 and v2
-(`module.encoder_q.*`); facebookresearch/moco-v3 (`module.base_encoder.*`); a plain state dict of a backbone.
+(`module.encoder_q.*`); facebookresearch/moco-v3 (`module.base_encoder.*`); lightly's and solo-learn's modules
+(`backbone.*`); a plain state dict of a backbone, such as torchvision's and timm's.
 """
 
 import json
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -18,18 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moco.engine import checkpoint
+from moco.interop.foreign import MOCO_V2, MOCO_V3, PLAIN, layout_of, torchvision_named
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
 
 State = Mapping[str, Tensor]
 
-# The architectures that official files name, as ours.
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "vit_small": ("timm/vit_small_patch16_224", {"num_heads": 12}),  # 12 heads, where timm's own has 6
-    "vit_base": ("timm/vit_base_patch16_224", {}),
-}
 _WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's
 _CLASSIFIERS = ("fc.", "head.", "classifier.")  # of a plain supervised network: no part of the backbone
+_ONE_NETWORK = "holds one network only, no momentum encoder: set weights=encoder"
 
 
 class ForeignFileError(ValueError):
@@ -68,6 +67,8 @@ def read_encoder(
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint={path} does not exist")
     if path.suffix == ".safetensors":
+        if weights != "encoder":
+            raise ForeignFileError(f"{path} {_ONE_NETWORK}")
         return _safetensors(path, backbone, options)
     state = _load(path)
     if "method" in state and "config" in state:
@@ -77,28 +78,27 @@ def read_encoder(
     tensors = {_unwrapped(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
-    prefix, layout = "", "plain state dict"
-    for ours, theirs, name in (
-        ("encoder", "encoder_q.", "MoCo v1/v2"),
-        ("momentum_encoder", "encoder_k.", "MoCo v1/v2"),
-        ("encoder", "base_encoder.", "MoCo v3"),
-        ("momentum_encoder", "momentum_encoder.", "MoCo v3"),
-    ):
-        if ours == weights and any(key.startswith(theirs) for key in tensors):
-            prefix, layout = theirs, f"official {name}"
-    if not prefix and weights != "encoder":
-        raise ForeignFileError(f"{path} holds one network only, no momentum encoder: set weights=encoder")
+    layout = layout_of(tensors)
+    prefix = layout.encoder if weights == "encoder" else layout.momentum_encoder
+    if weights != "encoder" and not (prefix and any(key.startswith(prefix) for key in tensors)):
+        raise ForeignFileError(f"{path} {_ONE_NETWORK}")
     if backbone is None:
         if not isinstance(arch, str):
             raise ForeignFileError(f"{path} does not say its network: set backbone=NAME, e.g. backbone=resnet50")
-        backbone, options = ARCHITECTURES.get(arch, (arch, {}))
+        backbone, options = arch, {}  # the networks of official files have the same names here
     inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    head = {key: value for key, value in inside.items() if key.startswith(_CLASSIFIERS)}
-    body = {key: value for key, value in inside.items() if key not in head}
-    plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if layout == "official MoCo v1/v2" else {}
+    head = {key: value for key, value in inside.items() if _is_head(key)}
+    body = torchvision_named({key: value for key, value in inside.items() if key not in head})
+    official = layout in (MOCO_V2, MOCO_V3)
+    if layout not in (MOCO_V2, MOCO_V3, PLAIN) and _has_small_stem(body):
+        raise ForeignFileError(
+            f"{path} ({layout.name}) has a 3x3 first convolution and does not say how that pads (solo-learn: by 2, "
+            "which no backbone here does): if by 1, save the backbone's state dict alone and set options={stem: cifar}"
+        )
+    plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if official else {}
     if set(plain_head) == {"weight", "bias"}:  # v1's one linear layer, numbered as v2's two are
         plain_head = {f"0.{key}": value for key, value in plain_head.items()}
-    return EncoderFile(str(path), layout, backbone, options or {}, body, plain_head)
+    return EncoderFile(str(path), layout.name, backbone, options or {}, body, plain_head)
 
 
 def build(file: EncoderFile, seed: int | None = None) -> Encoder:
@@ -115,11 +115,13 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
     backbone = build_backbone(file.backbone, file.options)
     head: nn.Module = nn.Identity()
     if file.head_weights:
-        shapes = [tuple(value.shape) for key, value in file.head_weights.items() if value.dim() == 2]
-        head = projection_head(shapes[0][1], shapes[0][0] if len(shapes) > 1 else 0, shapes[-1][0], len(shapes))
+        shapes = [tuple(value.shape) for value in file.head_weights.values() if value.dim() == 2]
+        hidden = shapes[0][0] if len(shapes) > 1 else 0
+        norm = any(key.endswith("running_mean") for key in file.head_weights)  # v3's
+        head = projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), norm)
     if seed is None:
-        _load_all(backbone, file.weights, f"{file.source} ({file.layout}) does not fit backbone={file.backbone}")
-        _load_all(head, file.head_weights, f"the projection head in {file.source} is unknown")
+        load_all(backbone, file.weights, f"{file.source} ({file.layout}) does not fit backbone={file.backbone}")
+        load_all(head, file.head_weights, f"the projection head in {file.source} is unknown")
     return Encoder(backbone, head).eval().requires_grad_(False)
 
 
@@ -138,11 +140,23 @@ def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], ste
     weights = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
     temporary = path.with_suffix(".tmp")
     save_file(weights, temporary, metadata | {"backbone": model["backbone"], "step": str(step)})
+    mask = os.umask(0)  # safetensors writes for the owner alone; an encoder is as readable as any other file
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
     temporary.replace(path)
 
 
-def _load_all(module: nn.Module, weights: State, complaint: str) -> None:
-    """Every weight, or an error that names what differs."""
+def load_all(module: nn.Module, weights: State, complaint: str) -> None:
+    """Loads every weight.
+
+    Args:
+        module: where to.
+        weights: by name.
+        complaint: how the error begins.
+
+    Raises:
+        ForeignFileError: naming what is missing, superfluous or of another shape; nothing is loaded then.
+    """
     counted = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
     wanted = {name: tuple(module.state_dict()[name].shape) for name in counted}
     there = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith("num_batches_tracked")}
@@ -167,6 +181,14 @@ def _load_all(module: nn.Module, weights: State, complaint: str) -> None:
 def _some(names: Any, limit: int = 3) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+
+
+def _is_head(name: str) -> bool:
+    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # ConvNeXt's: before its classifier
+
+
+def _has_small_stem(body: State) -> bool:
+    return "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
 
 
 def _unwrapped(name: str) -> str:
@@ -198,6 +220,8 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
         prefix = f"{weights}.{name}."
         return {key.removeprefix(prefix): value for key, value in method.items() if key.startswith(prefix)}
 
+    if not part("backbone"):
+        raise ForeignFileError(f"{path} {_ONE_NETWORK}")
     model = config["model"]
     return EncoderFile(
         str(path),
@@ -230,7 +254,7 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
     step = int(about.get("step", 0))
     named = backbone or about["backbone"]
     chosen = options if options is not None else said.get("options", {})
-    body = {key: value for key, value in weights.items() if "backbone" in about or not key.startswith(_CLASSIFIERS)}
+    body = {key: value for key, value in weights.items() if "backbone" in about or not _is_head(key)}
     return EncoderFile(
         str(path), "safetensors", named, chosen, body, {}, step, said.get("images", {}), said.get("config", {})
     )

@@ -25,8 +25,10 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def resnet(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     network = build_backbone("resnet18", {})
-    for name, buffer in network.named_buffers():  # as trained ones: neither zeros nor ones
-        if name.endswith(("running_mean", "running_var")):
+    for name, buffer in network.named_buffers():  # as trained ones: neither zeros nor ones, and no signal dies of them
+        if name.endswith("running_mean"):
+            buffer.copy_(torch.randn_like(buffer) / 20)
+        elif name.endswith("running_var"):
             buffer.copy_(torch.rand_like(buffer) + 0.5)
     return network.eval()
 
@@ -121,7 +123,7 @@ def test_moco_v1_and_v2_files(tmp_path: Path, version: str, weights: str) -> Non
 
 def test_moco_v3_resnet_file(tmp_path: Path) -> None:
     base, momentum = resnet(0), resnet(1)
-    head = {"fc.0.weight": torch.randn(64, 512), "fc.1.running_mean": torch.zeros(64)}
+    head = {f"fc.{name}": value for name, value in projection_head(512, 64, 16, 2, norm=True).state_dict().items()}
     state = official(base, head, "base_encoder") | official(momentum, head, "momentum_encoder")
     state |= {"module.predictor.0.weight": torch.randn(64, 16)}
     torch.save(EXTRAS | {"state_dict": state}, tmp_path / "r18.pth.tar")

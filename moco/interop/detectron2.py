@@ -1,0 +1,91 @@
+"""Detectron2's file of a ResNet: a pickle of NumPy arrays under its names, as facebookresearch/moco converts to it.
+
+Source: detection/convert-pretrain-to-detectron2.py of facebookresearch/moco.
+"""
+
+import io
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# torchvision's names on the left; Detectron2's stages begin at 2, as the ResNet paper's.
+_TO_DETECTRON2 = (
+    (r"^(?!layer)", "stem."),
+    (r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}"),
+    (r"\bbn(\d)", r"conv\1.norm"),
+    (r"downsample\.0", "shortcut"),
+    (r"downsample\.1", "shortcut.norm"),
+)
+_FROM_DETECTRON2 = (
+    (r"^stem\.", ""),
+    (r"^res(\d)", lambda stage: f"layer{int(stage[1]) - 1}"),
+    (r"\bconv(\d)\.norm", r"bn\1"),
+    (r"shortcut\.norm", "downsample.1"),
+    (r"shortcut\b", "downsample.0"),
+)
+# What a pickled array names. NumPy 1 knows the first by the old name only, NumPy 2 by both.
+_RECONSTRUCT, _OLD_RECONSTRUCT = "numpy._core.multiarray", "numpy.core.multiarray"
+_ALLOWED = {
+    (_RECONSTRUCT, "_reconstruct"),
+    (_OLD_RECONSTRUCT, "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+}
+
+
+def to_detectron2(name: str) -> str:
+    """layer1.0.downsample.1.bias -> res2.0.shortcut.norm.bias."""
+    return _renamed(name, _TO_DETECTRON2)
+
+
+def from_detectron2(name: str) -> str:
+    """The inverse of `to_detectron2`."""
+    return _renamed(name, _FROM_DETECTRON2)
+
+
+def _renamed(name: str, rules: Any) -> str:
+    for pattern, new in rules:
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def save_detectron2(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes the file. BN's counters stay out: Detectron2's own layers have none.
+
+    Args:
+        path: a `.pkl`.
+        state: of a ResNet, under torchvision's names.
+    """
+    model = {
+        to_detectron2(name): value.detach().cpu().contiguous().numpy()
+        for name, value in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    # A pickle of protocol 3 names the function once, in plain text and before all arrays: under the name that every
+    # NumPy knows.
+    data = pickle.dumps({"model": model, "__author__": "moco", "matching_heuristics": True}, protocol=3)
+    old, new = (f"c{module}\n_reconstruct\n".encode() for module in (_RECONSTRUCT, _OLD_RECONSTRUCT))
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def load_detectron2(path: Path) -> dict[str, Tensor]:
+    """The weights under torchvision's names. Nothing in the file is run: arrays and plain values only.
+
+    Raises:
+        pickle.UnpicklingError: for a pickle that names anything else.
+    """
+    model = _ArraysOnly(io.BytesIO(path.read_bytes())).load()["model"]
+    return {from_detectron2(name): torch.from_numpy(np.array(value)) for name, value in model.items()}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
+        return super().find_class(module.replace(_OLD_RECONSTRUCT, _RECONSTRUCT), name)

@@ -1,0 +1,86 @@
+"""Encoders as graphs that run without this package: ONNX and torch.export, for a batch of any size.
+
+The graph takes pictures that are normalised already; how (and their size) stands beside it in the file.
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.config import ConfigError
+
+Features = Callable[[Tensor], Tensor]  # images (N, 3, S, S) to features (N, D)
+
+
+def save_onnx(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
+    """Writes a `.onnx` with the input "images" (batch, 3, S, S) and the output "features" (batch, D).
+
+    Args:
+        path: the file.
+        backbone: in eval mode, on the CPU.
+        images: "size", and what else is to stand in the file's metadata as JSON under "images".
+
+    Raises:
+        ConfigError: if a package is missing.
+    """
+    _onnxruntime()  # the file could not be checked without it
+    with warnings.catch_warnings(action="ignore"):  # the exporter's, of its own deprecated calls
+        program = torch.onnx.export(
+            backbone,
+            (_example(images),),
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.model.metadata_props["images"] = json.dumps(dict(images))
+    program.save(str(path))
+
+
+def load_onnx(path: Path) -> Features:
+    """The file as onnxruntime runs it on the CPU.
+
+    Raises:
+        ConfigError: if a package is missing.
+    """
+    session = _onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+
+
+def save_exported(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
+    """Writes a `.pt2` of torch.export; arguments as for `save_onnx`, with "images" as an extra file images.json."""
+    program = torch.export.export(
+        backbone, (_example(images),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
+    )
+    torch.export.save(program, path, extra_files={"images.json": json.dumps(dict(images))})
+
+
+def load_exported(path: Path) -> tuple[Features, dict[str, Any]]:
+    """The file as torch runs it, and its weights."""
+    with warnings.catch_warnings(action="ignore"):  # torch 2.11: its buffers are not writable
+        program = torch.export.load(path)
+    network = program.module()
+    return lambda images: network(images), program.state_dict  # no nn.Module to its caller: it has no eval()
+
+
+def _onnxruntime() -> Any:
+    """onnxruntime, where the exporter's package is there too."""
+    try:
+        import_module("onnxscript")
+        return import_module("onnxruntime")
+    except ImportError as error:
+        raise ConfigError(
+            "to=onnx needs onnx, onnxscript and onnxruntime: pip install 'momentum-contrast[onnx]'"
+        ) from error
+
+
+def _example(images: Mapping[str, Any]) -> Tensor:
+    return torch.zeros(2, 3, images["size"], images["size"])  # 2: a batch of one would be taken for a constant

@@ -1,0 +1,52 @@
+"""Where other projects' files keep their networks, and their names for a ResNet's weights in torchvision's words."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """Prefixes of one project's keys, behind DDP's `module.`; a momentum prefix that does not occur means none."""
+
+    name: str
+    encoder: str
+    momentum_encoder: str
+
+
+MOCO_V2 = Layout("official MoCo v1/v2", "encoder_q.", "encoder_k.")
+MOCO_V3 = Layout("official MoCo v3", "base_encoder.", "momentum_encoder.")
+PLAIN = Layout("plain state dict", "", "")
+_LAYOUTS = (
+    MOCO_V2,
+    MOCO_V3,
+    Layout("solo-learn", "backbone.", "momentum_backbone."),
+    Layout("lightly", "backbone.", "backbone_momentum."),
+    Layout("solo-learn before 2022", "encoder.", "momentum_encoder."),
+)
+# torchvision's own transformers have an "encoder." too: there it is a part of the network.
+_FIRST_LAYERS = ("encoder.conv1.weight", "encoder.patch_embed.proj.weight")
+
+# nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples; ReLU (2) and pooling (3, 8) hold no weights.
+_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def layout_of(names: Collection[str]) -> Layout:
+    """Whose layout it is, by the weights' names; `PLAIN` if the network's own names stand alone."""
+
+    def occurs(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in names)
+
+    possible = [each for each in _LAYOUTS if occurs(each.encoder)]
+    if not any(name in names for name in _FIRST_LAYERS):
+        possible = [each for each in possible if each.encoder != "encoder."]
+    return next((each for each in possible if occurs(each.momentum_encoder)), possible[0] if possible else PLAIN)
+
+
+def torchvision_named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A ResNet's weights under torchvision's names, where they are numbered as its children; others as they are."""
+    numbers = {name.split(".")[0] for name in state}
+    if numbers != _CHILDREN.keys():
+        return dict(state)
+    return {re.sub(r"^\d+", lambda number: _CHILDREN[number[0]], name): value for name, value in state.items()}

@@ -1,0 +1,282 @@
+"""An encoder's backbone in the formats of other projects, each with the reader that proves what was written.
+
+Every format has a function that writes it and one that reads it as its own project does, with none of the writer's
+code, so that a conversion can be checked before it counts.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision.models
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moco.interop.detectron2 import load_detectron2, save_detectron2
+from moco.interop.encoder_file import EncoderFile, State, build, load_all, read_encoder, save_encoder
+from moco.interop.exported import Features, load_exported, load_onnx, save_exported, save_onnx
+
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+_OFFICIAL_VITS = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
+_ONLY_IN_TRAINING = ("freeze_patches", "drop_path_rate", "zero_init_residual")  # options that change no feature
+_DEIT_NAMES = re.compile(
+    r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))"
+    r"\.(weight|bias)"
+)
+
+
+class Read(NamedTuple):
+    """What was read again."""
+
+    network: Features
+    weights: State
+    """under the source's names; empty where they are part of a graph that was simplified (ONNX)"""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that an encoder can be converted to."""
+
+    holds: str
+    """the networks that it holds, in words"""
+    fits: Callable[[EncoderFile], bool]
+    write: Callable[[Path, EncoderFile, nn.Module], None]
+    """of a path, what the source says of itself (`images` filled in) and its backbone in eval mode on the CPU"""
+    read: Callable[[Path, EncoderFile], Read]
+    """the file as its own project reads it; of the source only names are looked at, never weights"""
+    loading: Callable[[EncoderFile], str]
+    """a line of Python that loads FILE"""
+    tolerance: float = 1e-5
+    """largest difference between features, as a part of the largest feature"""
+
+
+# ---- which network it is, in others' words ----
+
+
+def torchvision_name(file: EncoderFile) -> str | None:
+    """The name of the torchvision ResNet that this is in every layer; None if it is none."""
+    name = file.backbone.removeprefix("timm/")
+    options = _options(file)
+    plain = not options or (options == {"stem": "imagenet"} and name == file.backbone)
+    return name if name in _RESNETS and plain else None
+
+
+def timm_name(file: EncoderFile) -> tuple[str, dict[str, Any]] | None:
+    """Name and options of the timm model that this is; None if it is none."""
+    resnet, options = torchvision_name(file), _options(file)
+    if resnet is not None:
+        return resnet, {}
+    if file.backbone.startswith("timm/"):
+        return file.backbone.removeprefix("timm/"), options
+    if file.backbone == "vit_small" and "stem" not in options:
+        return "vit_small_patch16_224", {"num_heads": 12} | options
+    if file.backbone == "vit_base" and "stem" not in options:
+        return "vit_base_patch16_224", options
+    return None
+
+
+def official_v3_name(file: EncoderFile) -> str | None:
+    """The `arch` of facebookresearch/moco-v3 that this is; None if it is none."""
+    standard = _options(file).items() <= {"img_size": 224, "patch_size": 16}.items()
+    return file.backbone if file.backbone in _OFFICIAL_VITS and standard else torchvision_name(file)
+
+
+def is_deit(file: EncoderFile) -> bool:
+    """Whether it is a plain ViT, as DeiT's."""
+    return timm_name(file) is not None and all(_DEIT_NAMES.fullmatch(name) for name in file.weights)
+
+
+def _options(file: EncoderFile) -> dict[str, Any]:
+    return {name: value for name, value in file.options.items() if name not in _ONLY_IN_TRAINING}
+
+
+# ---- writing ----
+
+
+def _state(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone().contiguous() for name, value in backbone.state_dict().items()}
+
+
+def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+    if path.suffix == ".safetensors":
+        save_file(_state(backbone), path)
+    else:
+        torch.save(_state(backbone), path)
+
+
+def _write_deit(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+    torch.save({"model": _state(backbone)}, path)
+
+
+def _write_detectron2(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+    save_detectron2(path, _state(backbone))
+
+
+def _write_moco_v2(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+    linear = {key.removeprefix("0."): value for key, value in file.head_weights.items()}
+    head = linear if set(linear) == {"weight", "bias"} else file.head_weights  # v1's one layer has no number
+    _write_official(path, file, torchvision_name(file), "encoder_q", _state(backbone), "fc", {} if _v3(file) else head)
+
+
+def _write_moco_v3(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+    name = "fc" if torchvision_name(file) else "head"
+    head = file.head_weights if _v3(file) else {}
+    _write_official(path, file, official_v3_name(file), "base_encoder", _state(backbone), name, head)
+
+
+def _v3(file: EncoderFile) -> bool:
+    return any(name.endswith("running_mean") for name in file.head_weights)  # its head has BN
+
+
+def _write_official(
+    path: Path,
+    file: EncoderFile,
+    arch: str | None,
+    prefix: str,
+    body: dict[str, Tensor],
+    head_name: str,
+    head: dict[str, Tensor],
+) -> None:
+    """Backbone and, where it is of that version, head; the epoch is the one the run was configured for."""
+    weights = body | {f"{head_name}.{name}": value.clone() for name, value in head.items()}
+    state = {f"module.{prefix}.{name}": value for name, value in weights.items()}
+    torch.save({"epoch": file.config.get("epochs", 0), "arch": arch, "state_dict": state}, path)
+
+
+def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+    look = {"eval_resize" if name == "resize" else name: value for name, value in file.images.items()}
+    config = file.config | {
+        "model": file.config.get("model", {}) | {"backbone": file.backbone, "options": file.options},
+        "augment": file.config.get("augment", {}) | look,
+    }
+    save_encoder(path, backbone, config, file.step)
+
+
+# ---- reading, as each project does ----
+
+
+def _read_torchvision(path: Path, file: EncoderFile) -> Read:
+    return _torchvision(file, torch.load(path, weights_only=True), path)
+
+
+def _read_detectron2(path: Path, file: EncoderFile) -> Read:
+    return _torchvision(file, load_detectron2(path), path)
+
+
+def _torchvision(file: EncoderFile, state: State, path: Path) -> Read:
+    name = torchvision_name(file)
+    assert name is not None
+    network: Any = getattr(torchvision.models, name)(weights=None)
+    network.fc = nn.Identity()
+    return _loaded(network, state, path)
+
+
+def _read_timm(path: Path, file: EncoderFile) -> Read:
+    return _timm(file, load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True), path)
+
+
+def _read_deit(path: Path, file: EncoderFile) -> Read:
+    return _timm(file, torch.load(path, weights_only=True)["model"], path)
+
+
+def _timm(file: EncoderFile, state: State, path: Path) -> Read:
+    import timm  # costs a second at start-up
+
+    named = timm_name(file)
+    assert named is not None
+    return _loaded(timm.create_model(named[0], num_classes=0, **named[1]), state, path)
+
+
+def _loaded(network: nn.Module, state: State, path: Path) -> Read:
+    load_all(network, state, f"{path.name} does not fit")
+    return Read(network.eval().requires_grad_(False), network.state_dict())
+
+
+def _read_ours(path: Path, file: EncoderFile) -> Read:
+    network = build(read_encoder(path)).get_submodule("backbone")
+    return Read(network, network.state_dict())
+
+
+# ---- the formats ----
+
+
+def _timm_call(file: EncoderFile) -> str:
+    name, options = timm_name(file) or ("", {})
+    return f"timm.create_model({', '.join([repr(name), 'num_classes=0', *(f'{k}={v!r}' for k, v in options.items())])})"
+
+
+FORMATS: dict[str, Format] = {
+    "torchvision": Format(
+        "torchvision's ResNets with their own stem",
+        lambda file: torchvision_name(file) is not None,
+        _write_state,
+        _read_torchvision,
+        lambda file: (
+            f"torchvision.models.{torchvision_name(file)}().load_state_dict(torch.load('FILE'), strict=False), with a "
+            "new fc"
+        ),
+    ),
+    "timm": Format(
+        "timm's models, torchvision's ResNets with their own stem, and vit_small and vit_base",
+        lambda file: timm_name(file) is not None,
+        _write_state,
+        _read_timm,
+        lambda file: f"{_timm_call(file)}.load_state_dict(timm.models.load_state_dict('FILE'))",
+    ),
+    "detectron2": Format(
+        "ResNets with torchvision's stem",
+        lambda file: torchvision_name(file) is not None,
+        _write_detectron2,
+        _read_detectron2,
+        lambda file: (
+            "MODEL.WEIGHTS FILE, with INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False and MODEL.PIXEL_MEAN and "
+            "_STD of 255 x mean and std"
+        ),
+    ),
+    "deit": Format(
+        "plain ViTs that timm knows",
+        is_deit,
+        _write_deit,
+        _read_deit,
+        lambda file: f"{_timm_call(file)}.load_state_dict(torch.load('FILE')['model'])",
+    ),
+    "moco_v2": Format(
+        "torchvision's ResNets with their own stem",
+        lambda file: torchvision_name(file) is not None,
+        _write_moco_v2,
+        _read_ours,
+        lambda file: f"main_lincls.py -a {torchvision_name(file)} --pretrained FILE, of facebookresearch/moco",
+    ),
+    "moco_v3": Format(
+        "torchvision's ResNets with their own stem, and vit_small, vit_base and vit_conv_* of 224 px",
+        lambda file: official_v3_name(file) is not None,
+        _write_moco_v3,
+        _read_ours,
+        lambda file: f"main_lincls.py -a {official_v3_name(file)} --pretrained FILE, of facebookresearch/moco-v3",
+    ),
+    "safetensors": Format(
+        "every network",
+        lambda file: True,
+        _write_safetensors,
+        _read_ours,
+        lambda file: "checkpoint=FILE in every command here",
+    ),
+    "onnx": Format(
+        "every network",
+        lambda file: True,
+        lambda path, file, backbone: save_onnx(path, backbone, file.images),
+        lambda path, file: Read(load_onnx(path), {}),
+        lambda file: "onnxruntime.InferenceSession('FILE').run(None, {'images': array})",
+        tolerance=1e-4,
+    ),
+    "torch_export": Format(
+        "every network",
+        lambda file: True,
+        lambda path, file, backbone: save_exported(path, backbone, file.images),
+        lambda path, file: Read(*load_exported(path)),
+        lambda file: "torch.export.load('FILE').module()(images)",
+    ),
+}
