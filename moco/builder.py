@@ -17,6 +17,11 @@ are configuration. v2+ is symmetric: each view is once the query and once the ke
 Deliberate deviation: the official code updates the momentum encoder between encoding query and key, at the start of
 the next step. The keys are the same; done at the end, a step that fails changes nothing.
 
+What is changed of InfoNCE on the way (`moco.losses.Switches`, labels, a learned temperature) stands behind the one
+call that compares; all of it is off unless asked for. With labels it is SupMoCo:
+
+    Supervised Momentum Contrastive Learning for Few-Shot Classification (Majumder et al., 2021)
+
 Legend: N local batch, C embedding, K queue length, V = 2 views, W processes.
 """
 
@@ -30,10 +35,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.distributed import gather, permute
-from moco.losses import info_nce
+from moco.data.keyed import MIX, keyed_uniform
+from moco.distributed import gather, permute, rank
+from moco.losses import LearnedTemperature, Switches, switched_contrast
 
 UNKNOWN = -1  # the sample index of a key that came from no image
+NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key
+
+
+def classes_of_their_own(labels: Tensor) -> Tensor:
+    """Labels (samples,) with each unknown one, below 0, made a class of that sample alone."""
+    return torch.where(labels < 0, -1 - torch.arange(len(labels), device=labels.device), labels)
 
 
 class KeyQueue(nn.Module):
@@ -116,10 +128,17 @@ class MoCo(nn.Module):
         mask_own_keys: see `KeyQueue.negatives`.
         symmetric: also query with the second view against the first (v2+).
         reduction: of the two directions' losses: "sum" (the official notebook) or "mean".
+        labels: the class of each sample of the data set, integers (samples,), -1 where unknown: the queue's keys of
+            a query's class are positives of it too (SupMoCo).
+        switches: what is changed of InfoNCE.
+        learned_temperature: trained along, in place of T.
+        seed: of the random numbers that mixing negatives needs; they are a function of it and of `step`.
 
     Raises:
         ValueError: for values that no step could use.
     """
+
+    labels: Tensor | None
 
     def __init__(
         self,
@@ -131,6 +150,10 @@ class MoCo(nn.Module):
         mask_own_keys: bool = True,
         symmetric: bool = False,
         reduction: Literal["sum", "mean"] = "mean",
+        labels: Tensor | None = None,
+        switches: Switches | None = None,
+        learned_temperature: LearnedTemperature | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if reduction not in ("sum", "mean"):
@@ -142,6 +165,9 @@ class MoCo(nn.Module):
         # (query's view, key's view) of each direction
         self.directions = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
         self.passes = len(self.directions)  # of an encoder in one micro-batch
+        self.register_buffer("labels", None if labels is None else classes_of_their_own(labels), persistent=False)
+        self.switches, self.learned_temperature = switches or Switches(), learned_temperature
+        self.seed, self.step = seed, 0  # whoever counts the steps says which one it is
 
     @torch.no_grad()
     def encode_keys(
@@ -176,25 +202,47 @@ class MoCo(nn.Module):
             start: where in the local batch the micro-batch begins.
         """
         negatives = self.queue.negatives(index, self.mask_own_keys)  # (N, K)
-        losses, positives, correct = [], [], []
+        positives = self._same_class(index)  # (N, K)
+        temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
+        losses, measured = [], []
         for query_view, key_view in self.directions:
             q = F.normalize(self.encoder(views[query_view]), dim=1)  # (N, C)
             k = keys[key_view][start : start + len(q)]  # (N, C)
-            loss, logits = info_nce(q, k, self.queue.keys, self.temperature, negatives)
+            uniforms = self._uniforms(query_view, rank() * len(keys[key_view]) + start, index)
+            loss, logits, found = switched_contrast(
+                q, k, self.queue.keys, temperature, self.switches, negatives, positives, uniforms
+            )
             losses.append(loss)
-            positives.append(logits[:, 0].mean() * self.temperature)
-            correct.append((logits[:, :1] > logits[:, 1:]).all(dim=1).float().mean())  # a tie is no success
-        count = self.queue.size if negatives is None else negatives.expand(len(index), -1).sum(dim=1).float().mean()
-        count = torch.as_tensor(count, dtype=torch.float32, device=index.device)
-        directions = len(self.directions) if self.reduction == "sum" else 1
-        measures = {
-            "contrast_accuracy": torch.stack(correct).mean(),
-            "positive_similarity": torch.stack(positives).mean(),
-            "negatives": count,
-            "chance": directions * torch.log1p(count),  # the loss of a query to which all keys are alike
-        }
+            correct = (logits[:, :1] > logits[:, 1:]).all(dim=1)  # a tie is no success
+            similarity = logits[:, 0].mean() * torch.as_tensor(temperature).detach()
+            measured.append(found | {"contrast_accuracy": correct.float().mean(), "positive_similarity": similarity})
+        measures = {name: torch.stack([each[name] for each in measured]).mean() for name in measured[0]}
+        measures["chance"] = measures["chance"] * (len(losses) if self.reduction == "sum" else 1)
+        if isinstance(temperature, Tensor):
+            measures["temperature"] = temperature.detach()
         total = torch.stack(losses)
         return Output(total.sum() if self.reduction == "sum" else total.mean(), measures)
+
+    def _same_class(self, index: Tensor) -> Tensor | None:
+        """Which entries are of the class of which query, (N, K), by the samples that they show; None without labels."""
+        if self.labels is None:
+            return None
+        owner = self.labels[self.queue.index.clamp(min=0)]  # (K,)
+        owner = owner.masked_fill(self.queue.index == UNKNOWN, NO_CLASS)
+        return self.labels[index][:, None] == owner
+
+    def _uniforms(self, view: int, first: int, index: Tensor) -> Tensor | None:
+        """Random numbers for mixing, (N, draws): of the queries from place `first` of the global batch on.
+
+        Their key is (seed, step, place, view), which says as much as the sample index would; that one is on the device
+        and the host would have to wait for it.
+        """
+        if not self.switches.draws:
+            return None
+        places = np.arange(first, first + len(index))
+        return torch.from_numpy(keyed_uniform(self.seed, self.step, places, MIX + view, self.switches.draws)).to(
+            index.device
+        )
 
     @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:

@@ -9,11 +9,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the top down. A room may import from rooms further down and from itself, not from its neighbours.
 ORDER = [
-    {"train", "linear", "knn", "finetune", "embed", "search"},  # commands; a new one is added here
+    {"train", "linear", "knn", "finetune", "embed", "search", "convert"},  # commands; a new one is added here
     {"cli"},
     {"stages"},
-    {"interop", "evaluation"},
+    {"interop", "evaluation", "analysis", "report"},
     {"engine"},
+    {"methods"},
     {"builder"},
     {"losses", "models", "data"},
     {"distributed", "config"},

@@ -446,10 +446,10 @@ def check_queue_wraps_around(make: type[MoCo]) -> None:
 class PositiveAmongNegatives(MoCo):
     """(a) The keys of this batch are in the queue when the loss is taken, each as a negative of its own query."""
 
-    def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor) -> Output:
+    def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
         before = copy.deepcopy(self.queue.state_dict())
         self.enqueue(keys, torch.full_like(index, UNKNOWN))
-        output = super().forward(views, keys, index)
+        output = super().forward(views, keys, index, start)
         self.queue = KeyQueue(self.queue.size, self.queue.keys.shape[1], self.queue.start)
         self.queue.load_state_dict(before)
         return output

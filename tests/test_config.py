@@ -94,10 +94,10 @@ def test_every_field_says_what_it_is_for() -> None:
     """A field's meaning stands in a string below it, but where its name and type say all."""
     import inspect
 
+    import moco.config.method
     import moco.config.train
 
-    source = inspect.getsource(moco.config.train)
-    lines = source.splitlines()
+    lines = [line for each in (moco.config.method, moco.config.train) for line in inspect.getsource(each).splitlines()]
     for name in ("temperature", "queue_size", "momentum_end", "bn_group_size", "base_batch", "eval_resize", "run"):
         at = next(i for i, line in enumerate(lines) if re.match(rf"    {name}: ", line))
         assert lines[at + 1].strip().startswith('"""'), name

@@ -1,12 +1,12 @@
 """The schemas of the commands' configurations."""
 
 from moco.config.base import ConfigError, RunWarning, at_least, config_dir, one_of, require, require_finite
+from moco.config.method import MethodConfig
 from moco.config.train import (
     AugmentConfig,
     CheckpointConfig,
     DataConfig,
     EvaluateConfig,
-    MethodConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.method import MethodConfig, check_method
 
 
 @dataclass
@@ -30,6 +31,8 @@ class DataConfig:
 class AugmentConfig:
     """Both views' augmentation; each field is one of `moco.data.view.View` and explained there."""
 
+    views: int = 2
+    """of each image; more than two repeat the two recipes in turn"""
     size: int = 224
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
@@ -64,44 +67,29 @@ class ModelConfig:
     """The encoder."""
 
     backbone: str = "resnet50"
-    """a torchvision ResNet, convnet, or timm/NAME"""
+    """a torchvision ResNet, a ViT of moco.models.vit, convnet, or timm/NAME"""
     options: dict[str, Any] = field(default_factory=dict)
     """the backbone's own arguments, e.g. {stem: cifar}"""
     head_layers: int = 2
     """1: MoCo v1's linear head; 2: MoCo v2's MLP"""
     head_hidden: int = 0
     """width of the MLP; 0: as wide as the features"""
+    head_norm: bool = False
+    """BN behind each layer of the head, which then have no biases: MoCo v3"""
     dim: int = 128
     """C, the embedding"""
+    predictor_layers: int = 0
+    """MoCo v3's second head, behind the first and on the query's side alone; 0: none"""
+    predictor_hidden: int = 0
+    """width of the predictor's MLP; 0: as wide as the embedding"""
+    predictor_last_norm: bool = True
+    """BN behind the predictor's last layer too: v3 with a ViT; without one: v3 with a ResNet"""
     bn: str = "grouped"
     """grouped (over bn_group_size images), sync (over the global batch) or batch (over one process's forward pass)"""
     bn_group_size: int = 32
     """256 images on 8 GPUs, as published"""
     shuffle_keys: bool = True
     """shuffle the key batch over the global batch before its encoder"""
-
-
-@dataclass
-class MethodConfig:
-    """The queue, the momentum encoder and the loss."""
-
-    name: str = "moco"
-    queue_size: int = 65536
-    """K"""
-    queue_start: str = "random"
-    """random (official: random keys count as negatives) or empty (only real keys do)"""
-    mask_own_keys: bool = True
-    """a query's own stale keys are no negatives of it"""
-    temperature: float = 0.2
-    """T: low punishes the nearest negatives most, high spares those that show the same thing"""
-    momentum: float = 0.999
-    """m of the momentum encoder"""
-    momentum_end: float | None = None
-    """m grows to this along half a cosine; null: constant"""
-    symmetric: bool = False
-    """each view is once the query (v2+)"""
-    reduction: str = "mean"
-    """of the two directions' losses: mean or sum"""
 
 
 @dataclass
@@ -120,6 +108,10 @@ class OptimConfig:
     weight_decay: float = 1e-4
     exclude: list[str] = field(default_factory=list)
     """what weight decay (and LARS's adaptation) leaves out: bias, norm"""
+    trust: float = 0.001
+    """of lars: a layer's rate is lr x trust x |w| / |gradient|"""
+    trust_clip: bool = False
+    """of lars: in place of that the smaller of lr and trust x |w| / |gradient|"""
     schedule: str = "cosine"
     """cosine, step or constant"""
     milestones: list[float] = field(default_factory=list)
@@ -179,6 +171,9 @@ class TrainConfig:
 
     run: str = "runs/digits"
     """the run's directory; started again there, it resumes"""
+    init_from: str = ""
+    """start from this file's encoder (any that read_encoder reads, e.g. an official checkpoint); a resumed run does not
+    read it again"""
     seed: int = 0
     epochs: int = 200
     batch_size: int = 256
@@ -214,15 +209,13 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    model, method, optim, evaluate = config.model, config.method, config.optim, config.evaluate
+    model, optim, evaluate = config.model, config.optim, config.evaluate
     one_of("precision", config.precision, ("fp32", "bf16", "fp16"))
     one_of("device", config.device, ("auto", "cpu", "cuda"))
     one_of("model.bn", model.bn, ("grouped", "sync", "batch"))
     one_of("optim.name", optim.name, ("sgd", "lars", "adamw"))
     one_of("optim.schedule", optim.schedule, ("cosine", "step", "constant"))
     one_of("evaluate.features", evaluate.features, ("backbone", "projection"))
-    one_of("method.queue_start", method.queue_start, ("random", "empty"))
-    one_of("method.reduction", method.reduction, ("sum", "mean"))
     require_finite(config)
     at_least(
         1,
@@ -233,8 +226,8 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             "log_every": config.log_every,
             "model.head_layers": model.head_layers,
             "model.dim": model.dim,
+            "augment.views": config.augment.views,
             "model.bn_group_size": model.bn_group_size,
-            "method.queue_size": method.queue_size,
             "evaluate.k": evaluate.k,
             "evaluate.batch_size": evaluate.batch_size,
             "evaluate.draws": evaluate.draws,
@@ -258,15 +251,12 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             "checkpoint.every_epochs": config.checkpoint.every_epochs,
             "checkpoint.keep_epochs": config.checkpoint.keep_epochs,
             "model.head_hidden": model.head_hidden,
+            "model.predictor_layers": model.predictor_layers,
+            "model.predictor_hidden": model.predictor_hidden,
         },
     )
-    for name, number in {
-        "method.temperature": method.temperature,
-        "evaluate.temperature": evaluate.temperature,
-    }.items():
-        require(number > 0, f"{name}={number} must be above 0")
-    for name, momentum in {"method.momentum": method.momentum, "method.momentum_end": method.momentum_end}.items():
-        require(momentum is None or 0 <= momentum <= 1, f"{name}={momentum} must lie in 0 ... 1")
+    check_method(config.method, config.batch_size, config.accumulate, config.augment.views)
+    require(evaluate.temperature > 0, f"evaluate.temperature={evaluate.temperature} must be above 0")
     require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
     require(bool(config.run.strip()), "run='' must name the run's directory, e.g. run=runs/first")
     require(
@@ -284,6 +274,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     two = len(betas) == 2 and all(0 <= each < 1 for each in betas)
     require(two, f"optim.betas={betas} must hold two numbers in 0 ... 1, and below 1")
     require(0 <= optim.momentum < 1, f"optim.momentum={optim.momentum} must lie in 0 ... 1, and below 1")
+    require(optim.trust > 0, f"optim.trust={optim.trust} must be above 0")
     require(0 < optim.gamma <= 1, f"optim.gamma={optim.gamma} must be above 0 and at most 1")
     require(0 <= optim.lr_end <= 1, f"optim.lr_end={optim.lr_end} must lie in 0 ... 1: it is a fraction of the peak")
     require(config.data.workers <= 256, f"data.workers={config.data.workers} must be at most 256 processes")

@@ -46,9 +46,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def refuse_difference(path: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming each field, if the run in `path` was configured to compute something else."""
-    before, now = flatten(there), flatten(config)
+def refuse_difference(
+    path: Path, there: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Raises ConfigError, naming each field, if the run in `path` was configured to compute something else.
+
+    A field that is newer than the run, which so does not know it, had its value of `defaults` then.
+    """
+    before, now, usual = flatten(there), flatten(config), flatten(defaults or {})
+    before |= {name: usual[name] for name in now.keys() & usual.keys() - before.keys()}
     # Micro-batches change nothing where BN works in groups; elsewhere they are part of the mathematics.
     free = [name for name in FREE_FIELDS if name != "accumulate" or before.get("model.bn") == "grouped"]
     differing = [
@@ -63,7 +69,7 @@ def refuse_difference(path: Path, there: Mapping[str, Any], config: Mapping[str,
         )
 
 
-def open_run(path: Path, config: Mapping[str, Any]) -> IO[str]:
+def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> IO[str]:
     """Makes the directory, locks it and writes config.yaml, or checks that what is there is the same run.
 
     Returns:
@@ -102,7 +108,7 @@ def open_run(path: Path, config: Mapping[str, Any]) -> IO[str]:
         half_written.unlink()
     # A directory without a checkpoint holds nothing to go on with: a failed start does not block it.
     if file.is_file() and any((path / "checkpoints").glob("step_*.pt")):
-        refuse_difference(path, _read(file), config)
+        refuse_difference(path, _read(file), config, defaults)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     temporary.replace(file)

@@ -11,11 +11,13 @@ from moco.losses.margin import Margin, add_margin
 from moco.losses.mixing import mix_hard_negatives
 from moco.losses.queue import info_nce, info_nce_logits, multi_positive_info_nce
 from moco.losses.similarity import Temperature
+from moco.losses.switches import Switches, switched_contrast
 from moco.losses.temperature import LearnedTemperature, temperature_at
 
 __all__ = [
     "LearnedTemperature",
     "Margin",
+    "Switches",
     "Temperature",
     "add_margin",
     "contrast",
@@ -28,5 +30,6 @@ __all__ = [
     "multi_positive_info_nce",
     "nt_xent",
     "sup_con",
+    "switched_contrast",
     "temperature_at",
 ]

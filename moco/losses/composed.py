@@ -9,13 +9,12 @@ from torch import Tensor
 
 from moco.losses.debias import debiased_cross_entropy
 from moco.losses.margin import Margin, add_margin
-from moco.losses.queue import info_nce, info_nce_logits, positive_columns
+from moco.losses.queue import info_nce, info_nce_logits, mean_over_key_and_positives, positive_columns
 from moco.losses.similarity import (
     ABSENT,
     Temperature,
     check_mask,
     full_precision,
-    mean_over_positives,
     paired_similarity,
     similarity,
 )
@@ -89,7 +88,7 @@ def contrast(
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
         return F.cross_entropy(logits, labels), plain.detach()
     positive = F.pad(positive, (0, logits.shape[1] - positive.shape[1]))  # no extra negative is a positive
-    return mean_over_positives(logits, positive), plain.detach()
+    return mean_over_key_and_positives(logits, positive), plain.detach()
 
 
 def _extra_logits(query: Tensor, extra: Tensor, temperature: Temperature) -> Tensor:

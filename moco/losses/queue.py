@@ -13,7 +13,6 @@ from moco.losses.similarity import (
     check_mask,
     check_temperature,
     full_precision,
-    mean_over_positives,
     paired_similarity,
     similarity,
 )
@@ -88,7 +87,7 @@ def multi_positive_info_nce(
     attraction loss of Huynh et al. (2022).
     UniMoCo (Dai et al., 2021) takes another form, log(1 + sum exp(negatives) * sum exp(-positives)); not this one.
 
-    Without any positive in the queue it is `info_nce`.
+    Without any positive in the queue it is `info_nce`, bit for bit.
 
     Args:
         query: L2-normalised, shape (N, C).
@@ -106,7 +105,24 @@ def multi_positive_info_nce(
     """
     check_mask("positives", positives, (len(query), len(queue)))
     logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
-    return mean_over_positives(logits, positive_columns(positives, negatives, logits)), logits.detach()
+    return mean_over_key_and_positives(logits, positive_columns(positives, negatives, logits)), logits.detach()
+
+
+def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
+    """`mean_over_positives` where column 0, the key's, is always one: its cross entropy, and what the others change.
+
+    A row's mean of -log softmax over its positives is the one of column 0, plus logits_0, minus the positives' mean
+    logit. The last two are one product with weights that are exactly 0 where there are no others.
+
+    Args:
+        logits: shape (N, M); -inf for a candidate that takes no part.
+        positive: boolean, shape (N, M), True in column 0, nowhere True where the logit is -inf.
+    """
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
+    weights = -positive.to(logits.dtype) / positive.sum(dim=1, keepdim=True)  # (N, M)
+    weights[:, 0] += 1
+    change = (logits.masked_fill(~positive, 0.0) * weights).sum(dim=1)  # (N,)
+    return F.cross_entropy(logits, labels) + change.mean()
 
 
 def positive_columns(positives: Tensor, negatives: Tensor | None, logits: Tensor) -> Tensor:

@@ -276,7 +276,7 @@ def _entries(task: Task, plan: Plan, outcomes: list[Outcome]) -> list[dict[str, 
             "images": asdict(task.judged.look),
             "settings": settings | made,
             "labelled": plan.length,
-            "figures": {"top1": outcome.top1()[0], "half_width": outcome.top1()[1], "top5": outcome.top5()},
+            "figures": {"top1": outcome.top1()[0], "top1_half_width95": outcome.top1()[1], "top5": outcome.top5()},
             "per_seed": [each.plain() for each in outcome.figures],
             "saved": str(outcome.saved),
         }

@@ -78,7 +78,10 @@ def _newest_readable(paths: list[Path], config: JudgeConfig) -> EncoderFile:
 
 
 def encoders(judged: Judged, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:
-    """The encoder ("pretrained") and, where asked for, the same network "untrained", in eval mode on the device."""
+    """The encoder ("pretrained") and, where asked for, the same network "untrained", in eval mode on the device.
+
+    Untrained is a run's network with its first random weights, also where the run then began with `init_from`.
+    """
     seed = judged.file.config.get("seed", 0)  # of the run: its own first weights
     for name in ["pretrained", *(each for each in compare if each == "untrained")]:
         yield name, build(judged.file, None if name == "pretrained" else seed).to(device)

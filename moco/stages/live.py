@@ -4,15 +4,15 @@ from typing import Any
 
 import torch
 
-from moco.builder import MoCo
 from moco.config import EvaluateConfig, TrainConfig
 from moco.data.sources import Sources
+from moco.engine.step import Method
 from moco.evaluation.features import extract, pixels
 from moco.evaluation.knn import Accuracy, knn_accuracy
 
 
 def live_knn(
-    config: TrainConfig, method: MoCo, sources: Sources, device: torch.device, with_pixels: bool
+    config: TrainConfig, method: Method, sources: Sources, device: torch.device, with_pixels: bool
 ) -> dict[str, Accuracy]:
     """kNN accuracy of the encoder as it is, {} without labels; with the raw pixels' where the config asks."""
     if sources.bank is None or sources.held_out is None:

@@ -8,7 +8,6 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 import moco
-from moco.builder import MoCo
 from moco.config import TrainConfig
 from moco.data.loader import Plan, batches
 from moco.data.sources import Sources
@@ -16,6 +15,7 @@ from moco.data.view import View
 from moco.distributed import world_size
 from moco.engine.display import Display, duration
 from moco.engine.run import Journal
+from moco.engine.step import Method
 from moco.evaluation.knn import Accuracy
 from moco.stages.live import knn_title
 
@@ -23,7 +23,7 @@ from moco.stages.live import knn_title
 def announce(
     display: Display,
     config: TrainConfig,
-    method: MoCo,
+    method: Method,
     sources: Sources,
     plan: Plan,
     device: torch.device,
@@ -37,12 +37,15 @@ def announce(
     display.say(
         f"moco {moco.__version__} · {what} on {config.data.name} ({plan.length:,} images) · {world_size()} x {where}"
     )
+    negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     display.say(
-        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · queue "
-        f"{config.method.queue_size} · temperature {config.method.temperature} · lr {peak_lr:.3g} · into {config.run}"
+        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · {negatives} · "
+        f"temperature {config.method.temperature} · lr {peak_lr:.3g} · into {config.run}"
     )
     if start == plan.total_steps:
         return
+    if config.method.labels:
+        display.say("method.labels=true: the encoder learns from the classes of the training images")
     if start:
         display.say(f"resuming {config.run} at step {start} of {plan.total_steps}")
     if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
@@ -71,17 +74,18 @@ def show_views(
 def summarise(
     display: Display,
     config: TrainConfig,
-    method: MoCo,
+    method: Method,
     plan: Plan,
     history: list[dict[str, Any]],
     seconds: float,
     already_done: bool,
 ) -> None:
     """The closing panel: what happened, where the files are, what to run next."""
+    how = type(method).__name__ + (" and labels" if config.method.labels else "")
     rows = [
         (
             "trained",
-            f"{config.model.backbone} with MoCo on {config.data.name} ({plan.length:,} images), "
+            f"{config.model.backbone} with {how} on {config.data.name} ({plan.length:,} images), "
             f"{plan.epochs} epochs, {plan.total_steps:,} steps",
         ),
         ("time", duration(seconds)),
@@ -91,13 +95,13 @@ def summarise(
         rows.append(("accuracy", knn_title(config.evaluate)))
         if "raw_pixels" in first:
             rows.append(("  raw pixels", str(Accuracy(*first["raw_pixels"]))))
-        rows.append(("  untrained", str(Accuracy(*first["knn"]))))
+        rows.append(("  initialised" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
         rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
     files = Path(config.run)
     rows += [
         ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights; README says how to load them)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
-        ("next", f"tensorboard --logdir {files}"),
+        ("next", f"python -m moco.linear run={files}" if history else f"tensorboard --logdir {files}"),
     ]
     if config.data.name != "folder":
         rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_PICTURES run=runs/mine"))

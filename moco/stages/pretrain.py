@@ -11,6 +11,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from moco.builder import MoCo
 from moco.config import TrainConfig
 from moco.data.loader import Batch, Plan, batches
 from moco.distributed import (
@@ -29,7 +30,9 @@ from moco.engine.optim import build_optimizer, lr_factor, momentum_at, scaled_lr
 from moco.engine.run import Journal, open_run, refuse_difference
 from moco.engine.step import train_step
 from moco.interop.encoder_file import save_encoder
+from moco.losses import temperature_at
 from moco.models.norm import set_calls_per_step
+from moco.stages.initial import initialise
 from moco.stages.live import knn_title, live_knn
 from moco.stages.messages import announce, show_views, summarise
 from moco.stages.setup import (
@@ -60,7 +63,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     check_against_data(config, plan)
 
     torch.manual_seed(config.seed)  # initial weights and the random queue
-    method = build_method(config).to(device)
+    method = build_method(config, sources.train.labels).to(device)
     if config.channels_last:
         method.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(
@@ -71,23 +74,27 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         betas=config.optim.betas,
         weight_decay=config.optim.weight_decay,
         exclude=config.optim.exclude,
+        trust=config.optim.trust,
+        trust_clip=config.optim.trust_clip,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     lock: list[IO[str]] = []  # held by rank 0 until the process ends
-    on_main(lambda: lock.append(open_run(path, asdict(config))))
+    on_main(lambda: lock.append(open_run(path, asdict(config), asdict(TrainConfig()))))
     state = on_main(lambda: checkpoint.load_newest(path / "checkpoints"))
-    start, history, seconds = 0, [], 0.0
+    start, history, seconds, initialised = 0, [], 0.0, ""
     if state is not None:
-        refuse_difference(path, state["config"], asdict(config))
+        refuse_difference(path, state["config"], asdict(config), asdict(TrainConfig()))
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, history, seconds = state["step"], state["history"], state["seconds"]
+    elif config.init_from:
+        initialised = initialise(config, method)
     broadcast_module(method)
     if config.compile:
         for name, network in method.named_children():
-            if name != "queue":
+            if name not in ("queue", "learned_temperature"):
                 network.compile()
     forward = data_parallel(method, device)
 
@@ -96,6 +103,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     journal = Journal(path, start) if is_main() else None
     peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
     announce(display, config, method, sources, plan, device, peak_lr, start)
+    if initialised:
+        display.say(initialised)
     clock = Clock(seconds, config.checkpoint.every_minutes)
 
     def settings(step: int) -> Values:
@@ -113,10 +122,19 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         )
         # The update behind step s is the one that the papers make at the start of step s + 1, with that step's m.
         momentum = momentum_at(step + 1, plan.total_steps, config.method.momentum, config.method.momentum_end)
-        return {"lr": peak_lr * factor, "momentum": momentum}
+        told = {"lr": peak_lr * factor, "momentum": momentum}
+        heat = config.method
+        if heat.temperature_schedule == "cosine":
+            told["temperature"] = temperature_at(
+                step / plan.steps_per_epoch, heat.temperature_period, heat.temperature_low, heat.temperature_high
+            )
+        return told
 
     def step_once(step: int, batch: Batch) -> dict[str, Tensor]:
         told = settings(step)
+        method.temperature = told.get("temperature", method.temperature)
+        if isinstance(method, MoCo):
+            method.step = step  # of which its random numbers are a function
         # Only dropout and drop-path, where a timm model is told to have them, still draw from torch's generator:
         # a seed of its own for each step makes their resume exact too. Their masks differ between ranks.
         torch.manual_seed((config.seed + (step * world_size() + rank() + 1) * 0x9E3779B97F4A7C15) % 2**63)
@@ -135,6 +153,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             config.optim.clip_grad,
         )
 
+    first = "initialised" if config.init_from else "untrained"  # what the run starts with
+
     def evaluate(done: int) -> None:
         average_running_statistics(method)
         scores = live_knn(config, method, sources, device, with_pixels=done == 0)
@@ -144,10 +164,10 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
         if journal:
             # The baselines again each time: flat lines in the picture to hold the curve against.
-            baselines = {"untrained": history[0]["knn"], "raw_pixels": history[0].get("raw_pixels")}
+            baselines = {first: history[0]["knn"], "raw_pixels": history[0].get("raw_pixels")}
             curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
             journal.record(done, {f"accuracy/{name}": score[0] for name, score in curves.items()})
-        names = {"knn": "untrained" if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
+        names = {"knn": first if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
         display.say(f"{knn_title(config.evaluate)}: " + ", ".join(f"{names[name]} {s}" for name, s in scores.items()))
 
     def save(done: int, keep: bool) -> None:
@@ -211,6 +231,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     if journal:
         journal.close()
     summarise(display, config, method, plan, history, clock.total(), already_done=start == plan.total_steps)
+    for each in lock:
+        each.close()
 
 
 class Clock:

@@ -3,21 +3,24 @@
 import inspect
 import os
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.builder import MoCo
 from moco.config import AugmentConfig, ConfigError, DataConfig, RunWarning, TrainConfig, require
 from moco.data.loader import Plan
 from moco.data.sources import Sources, limited, load_source
 from moco.data.view import View
 from moco.distributed import is_main, on_main, world_size
 from moco.engine.display import counting
-from moco.models.encoder import build_encoder
+from moco.losses import LearnedTemperature, Switches
+from moco.methods import METHODS, AnyMethod
+from moco.models.encoder import build_encoder, build_predictor
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -55,8 +58,8 @@ def open_sources(config: DataConfig, bank_size: int) -> Sources:
     return sources if sources.bank is None else replace(sources, bank=limited(sources.bank, bank_size))
 
 
-def build_views(config: AugmentConfig) -> tuple[View, View]:
-    """The two views' recipes: the group's fields, and those in which the second differs.
+def build_views(config: AugmentConfig) -> list[View]:
+    """The views' recipes: the group's fields, then those in which the second differs, and both again in turn.
 
     Raises:
         ConfigError: for a field of `second` that is none, or a value that cannot be.
@@ -64,44 +67,92 @@ def build_views(config: AugmentConfig) -> tuple[View, View]:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in asdict(config).items()
-        if name not in ("second", "eval_resize")
+        if name not in ("views", "second", "eval_resize")
     }
     unknown = set(config.second) - set(values)
     require(not unknown, f"augment.second names {', '.join(sorted(unknown))}; it can hold {', '.join(values)}")
     require("size" not in config.second, "augment.second cannot change size: both views have augment.size")
     second = {name: tuple(value) if isinstance(value, list) else value for name, value in config.second.items()}
     try:
-        return View(**values), View(**(values | second))
+        recipes = View(**values), View(**(values | second))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"augment.{error}") from error
+    return [recipes[view % 2] for view in range(config.views)]
 
 
-def build_method(config: TrainConfig) -> MoCo:
-    """The method that `method.name` names, on a new encoder."""
+def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -> AnyMethod:
+    """The method that `method.name` names, on a new encoder.
+
+    Args:
+        config: the run's.
+        labels: of the training images, (samples,); None where there are none. Only `method.labels` makes use of them.
+
+    Raises:
+        ConfigError: for a name that is none, a predictor for a method that has none, or labels that are missing.
+        ValueError: see `moco.models.encoder.build_encoder`.
+    """
     model, method = config.model, config.method
-    require(method.name == "moco", f"method.name={method.name!r} must be moco")
+    require(method.name in METHODS, f"method.name={method.name!r} must be one of {', '.join(METHODS)}")
+    require(
+        model.predictor_layers == 0 or method.name == "moco_v3",
+        f"model.predictor_layers={model.predictor_layers}: {method.name} has no predictor; "
+        "set model.predictor_layers=0 or method=moco_v3",
+    )
+    require(
+        not method.labels or labels is not None,
+        f"method.labels=true, but the training images of data.name={config.data.name} have no labels: set "
+        "data.labels=folder for a folder with a subfolder a class, or method.labels=false",
+    )
+    bn: Any = model.bn
     encoder = build_encoder(
         model.backbone,
         model.options,
         model.head_layers,
         model.head_hidden,
         model.dim,
-        model.bn,  # type: ignore[arg-type]
+        bn,
         model.bn_group_size,
+        model.head_norm,
     )
-    return MoCo(
-        encoder,
-        model.dim,
-        method.queue_size,
-        method.temperature,
-        method.queue_start,
-        method.mask_own_keys,
-        method.symmetric,
-        method.reduction,  # type: ignore[arg-type]
-    )
+    parts: dict[str, Any] = {"encoder": encoder, "temperature": method.temperature}
+    if method.name in ("moco", "simclr"):
+        parts["labels"] = torch.from_numpy(labels) if method.labels and labels is not None else None
+        if method.temperature_schedule == "learned":
+            parts["learned_temperature"] = LearnedTemperature(
+                method.temperature, method.temperature_low, method.temperature_high
+            )
+    if method.name == "simclr":
+        parts |= {
+            "candidates": method.candidates,
+            "contrast_mode": method.contrast_mode,
+            "base_temperature": method.base_temperature,
+            "margin": method.margin,
+            "margin_kind": method.margin_kind,
+        }
+    if method.name == "moco":
+        parts |= {
+            "dim": model.dim,
+            "queue_size": method.queue_size,
+            "queue_start": method.queue_start,
+            "mask_own_keys": method.mask_own_keys,
+            "symmetric": method.symmetric,
+            "reduction": method.reduction,
+            "switches": Switches(**{each.name: getattr(method, each.name) for each in fields(Switches)}),
+            "seed": config.seed,
+        }
+    if method.name == "moco_v3":
+        parts["predictor"] = build_predictor(
+            model.dim,
+            model.predictor_hidden,
+            model.predictor_layers,
+            model.predictor_last_norm,
+            bn,
+            model.bn_group_size,
+        )
+    return METHODS[method.name](**parts)
 
 
-def data_parallel(method: MoCo, device: torch.device) -> nn.Module:
+def data_parallel(method: nn.Module, device: torch.device) -> nn.Module:
     """DDP around the method, or the method itself in a world of one.
 
     Buffers stay out of DDP: it would send the queue, 33 MB, before every forward, and rank 0's copy would win.
@@ -142,6 +193,15 @@ def check_against_data(config: TrainConfig, plan: Plan) -> None:
             RunWarning,
             stacklevel=2,
         )
+    if config.method.name == "simclr":
+        if config.model.bn == "grouped":
+            warnings.warn(
+                "model.bn=grouped normalises an image's views in groups of the same images, which gives each other "
+                "away, and simclr shuffles nothing: set model.bn=sync",
+                RunWarning,
+                stacklevel=2,
+            )
+        return
     parts = config.batch_size // world_size() // config.accumulate
     group = config.model.bn_group_size if config.model.bn == "grouped" else parts
     if config.model.shuffle_keys and config.model.bn != "sync" and group >= config.batch_size:

@@ -54,6 +54,17 @@ def test_a_start_that_failed_before_its_first_checkpoint_does_not_block_the_dire
         open_run(tmp_path / "run", values(seed=2))
 
 
+def test_a_field_newer_than_the_run_had_its_default_value(tmp_path: Path) -> None:
+    older = values()
+    del older["seed"]
+    open_run(tmp_path / "run", older).close()
+    pretend_checkpoint(tmp_path / "run")
+    usual = asdict(TrainConfig())
+    open_run(tmp_path / "run", values(seed=usual["seed"]), usual).close()
+    with pytest.raises(ConfigError, match=r"seed \(there 0, now 2\)"):
+        open_run(tmp_path / "run", values(seed=2), usual)
+
+
 def test_what_is_not_computed_may_change(tmp_path: Path) -> None:
     open_run(tmp_path / "run", values()).close()
     pretend_checkpoint(tmp_path / "run")

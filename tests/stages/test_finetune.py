@@ -101,7 +101,7 @@ def test_it_leaves_figures_and_a_network_that_the_other_commands_read(
     each = [one["top1"] for one in entry["per_seed"]]
     mean, half = mean_interval(each)
     assert entry["figures"]["top1"] == pytest.approx(mean)
-    assert entry["figures"]["half_width"] == pytest.approx(half)
+    assert entry["figures"]["top1_half_width95"] == pytest.approx(half)
     assert mean > 20  # chance is 10
     assert list(tmp_path.glob("events.out.tfevents.*"))
 

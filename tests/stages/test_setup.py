@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from moco.builder import MoCo
 from moco.config import AugmentConfig, ConfigError, RunWarning, TrainConfig
 from moco.data.loader import Plan
 from moco.stages.setup import build_method, build_views, check_against_data, open_sources, pick_device
@@ -69,6 +70,7 @@ def test_the_method_gets_its_values() -> None:
     made = config(queue_size=96, symmetric=True)
     made.method.temperature = 0.3
     method = build_method(made)
+    assert isinstance(method, MoCo)
     assert method.temperature == 0.3
     assert method.queue.keys.shape == (96, 8)
     assert len(method.directions) == 2

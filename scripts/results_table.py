@@ -1,0 +1,37 @@
+"""One table of all that was found of a run: python scripts/results_table.py RUN.
+
+Rows are commands and protocols, columns the encoders, from RUN/results.json and RUN/supervised/results.json. Of a
+figure that was made twice the newest counts.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ENCODERS = ("pixels", "untrained", "pretrained", "supervised")
+
+
+def cell(figures: dict[str, Any]) -> str:
+    """A top-1 accuracy with its half width over seeds, or its deviation over draws."""
+    spread = figures.get("top1_half_width95") or figures.get("std")
+    return f"{figures['top1']:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+
+
+def main(run: Path) -> None:
+    """Prints the table in Markdown."""
+    found: dict[str, dict[str, str]] = {}
+    for folder, supervised in ((run, False), (run / "supervised", True)):
+        file = folder / "results.json"
+        for entry in json.loads(file.read_text()) if file.is_file() else []:
+            name = "supervised" if supervised else entry["encoder"]
+            found.setdefault(f"{entry['command']}, {entry['protocol']}", {})[name] = cell(entry["figures"])
+    columns = [name for name in ENCODERS if any(name in row for row in found.values())]
+    print("| top-1 % | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for what, row in found.items():
+        print(f"| {what} | " + " | ".join(row.get(name, "–") for name in columns) + " |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
