@@ -109,6 +109,11 @@ class KeyQueue(nn.Module):
         return allowed
 
 
+def unit_length(x: Tensor) -> Tensor:
+    """L2-normalised rows (N, C), in float32 at least: in bf16 their length would be off by a thousandth."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+
+
 class Output(NamedTuple):
     """What a method's forward returns: the loss to differentiate and detached measures, all of shape ()."""
 
@@ -186,10 +191,10 @@ class MoCo(nn.Module):
             images = views[view]  # (N, 3, S, S)
             if shuffles is not None:
                 images = permute(images, shuffles[view])
-            k = torch.cat([F.normalize(self.momentum_encoder(part), dim=1) for part in images.split(micro_batch)])
+            k = torch.cat([unit_length(self.momentum_encoder(part)) for part in images.split(micro_batch)])
             if shuffles is not None:
                 k = permute(k, np.argsort(shuffles[view]))
-            keys[view] = k.float()  # (N, C)
+            keys[view] = k  # (N, C)
         return keys
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
@@ -206,7 +211,7 @@ class MoCo(nn.Module):
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
         losses, measured = [], []
         for query_view, key_view in self.directions:
-            q = F.normalize(self.encoder(views[query_view]), dim=1)  # (N, C)
+            q = unit_length(self.encoder(views[query_view]))  # (N, C)
             k = keys[key_view][start : start + len(q)]  # (N, C)
             uniforms = self._uniforms(query_view, rank() * len(keys[key_view]) + start, index)
             loss, logits, found = switched_contrast(

@@ -6,6 +6,7 @@ Hydra composes; the schema (dataclasses in `moco.config`) checks names and types
 import difflib
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -15,11 +16,13 @@ from typing import Any, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moco.config import ConfigError, RunWarning, config_dir
+from moco.engine.stop import Stopped
+from moco.stages.hints import quoted
 
 Schema = TypeVar("Schema")
 
@@ -46,7 +49,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """Composes `configs/NAME.yaml` with the command line's overrides, checks it, and calls the command.
 
     Ends the process with status 2 and one sentence for a configuration that cannot be, with status
-    1 and one sentence for what the command says is wrong. MOCO_TRACEBACK=1 shows the traceback instead.
+    1 and one sentence for what the command says is wrong. MOCO_TRACEBACK=1 shows the traceback instead. A run that was
+    stopped before its end, with everything saved, ends with 75 (EX_TEMPFAIL: the same command goes on), or with 130
+    where Ctrl-C stopped it; a second Ctrl-C leaves at once, with 130 too.
 
     Args:
         name: the top-level YAML file, without its ending.
@@ -64,12 +69,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         register(name, schema)
         # The command runs outside of Hydra, which would print a traceback of its own around any error.
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
-        runs = [str(each.get("run")) for each in composed]
-        if len(set(runs)) < len(runs):
-            raise ConfigError(
-                f"--multirun puts {len(runs)} runs into run={runs[0]}: give each its own directory by what differs, "
-                "such as 'run=runs/lr_${optim.lr}'"
-            )
+        _refuse_one_place(composed, schema)
         for each in composed:
             # Once more against the schema: `+field=value` adds to what Hydra composed, known or not.
             plain_values = OmegaConf.to_container(each)
@@ -82,11 +82,34 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         _stop(2, str(error), error)
     except USER_ERRORS as error:
         _stop(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
+    except Stopped as stopped:  # nothing is wrong: no traceback is wanted
+        if os.environ.get("RANK", "0") == "0":
+            print(f"moco: {stopped}", file=sys.stderr)
+        sys.exit(stopped.status)
     except KeyboardInterrupt as error:
         _stop(
             130,
-            "interrupted; the same command goes on from the last checkpoint, or from the start if there is none yet",
+            "interrupted"
+            + "; the same command goes on from the last checkpoint, or from the start if there is none yet"
+            * (name == "train"),
             error,
+        )
+
+
+def _refuse_one_place(composed: list[DictConfig], schema: type) -> None:
+    """Refuses --multirun with jobs that would write over each other's files."""
+    names = field_names(schema)
+    place = "output" if "output" in names else "run"  # where `run` is what a command reads, it writes to `output`
+    written = [
+        next((f"{name}={each[name]}" for name in (place, "run", "checkpoint") if each.get(name)), "")
+        for each in composed
+    ]
+    if place in names and len(set(written)) < len(written):
+        example = "output=runs/seed_${seed}" if place == "output" else "run=runs/lr_${optim.lr}"
+        twice = max(written, key=written.count)
+        raise ConfigError(
+            f"--multirun puts {written.count(twice)} jobs into {twice or 'one directory'}: give each its own {place} "
+            f"by what differs, such as '{example}'"
         )
 
 
@@ -103,6 +126,10 @@ def _stop(status: int, sentence: str, error: BaseException) -> None:
 
 def _composition_error(error: Exception, schema: type) -> str:
     """One sentence out of Hydra's and OmegaConf's several lines, with the nearest field for a misspelt one."""
+    if isinstance(error, OverrideParseException):
+        field, _, said = error.override.partition("=")
+        fix = f"quote its value, {shlex.quote(f'{field}={quoted(said)}')}" if said else "write field=value"
+        return f"{error.override} cannot be read: {fix}"
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
     known = field_names(schema)
     full_key = re.search(r"full_key: (\S+)", text)
@@ -124,6 +151,11 @@ def _composition_error(error: Exception, schema: type) -> str:
     single = re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text)
     if single:
         return f"{single.group(1)}={single.group(2)} must be a list: {single.group(1)}=[{single.group(2)}]"
+    comma = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
+    if comma:
+        name, parts = comma.groups()
+        whole = shlex.quote(f"{name}={quoted(parts)}")
+        return f"{name}={parts} is a list, '{name}=[{parts}]', or text with a comma, {whole}: write which"
     missing = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'\n*((?:.*\n?)*)", text)
     if missing:
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)

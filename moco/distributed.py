@@ -7,9 +7,10 @@ Legend: W processes, n samples on each.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -161,6 +162,31 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return out / world_size()
 
 
+class HighestOverRanks:
+    """The highest of the numbers that ranks bring, for what any one of them may ask of all at any step.
+
+    With several ranks the answer is one call late, and the same on all: each call starts a reduction and gives what
+    the call before found. That costs no wait, because the device has been waited for in between: a step reads its
+    loss. The number does not ride on the measures that a step averages anyway, to keep the step free of what is not
+    in the paper. One process has its answer at once.
+
+    Args:
+        device: where the process group reduces.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._found = torch.zeros((), dtype=torch.int64)
+
+    def __call__(self, mine: int) -> int:
+        if world_size() == 1:
+            return mine
+        before, asked = self._found, torch.full((), mine, dtype=torch.int64, device=self._device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self._found = asked.to("cpu", non_blocking=True)  # from a GPU into pinned memory: the host goes on
+        return int(before)
+
+
 @torch.no_grad()
 def broadcast_module(module: nn.Module) -> None:
     """Rank 0's parameters and buffers become everyone's: once, before the first step."""
@@ -200,3 +226,39 @@ def on_main(function: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return cast(T, result)
+
+
+def everyone(function: Callable[[], T]) -> list[T]:
+    """Calls the function on every rank and gives all their results, in the order of the ranks.
+
+    If one raises, all raise that exception (of several the lowest rank's). Without this a rank that meets a picture it
+    cannot read leaves the others in a collective that never ends, or ends in an error that says nothing of the picture.
+    What they return travels pickled, so let it be small.
+    """
+    if world_size() == 1:
+        return [function()]
+    mine: tuple[T | None, Exception | None]
+    try:
+        mine = (function(), None)
+    except Exception as error:  # handed on to every rank
+        mine = (None, error)
+    outcomes: list[Any] = [None] * world_size()
+    dist.all_gather_object(outcomes, mine)
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in outcomes]
+
+
+def all_or_none(function: Callable[[], T]) -> T:
+    """What the function returns on this rank, of any size; if it raises on one rank, it raises on all."""
+    kept: list[T] = []
+    everyone(lambda: kept.append(function()))
+    return kept[0]
+
+
+def together(items: Iterable[T]) -> Iterator[T]:
+    """The items of this rank, as many as every other rank has; if getting one raises on one rank, it raises on all."""
+    left = iter(items)
+    while item := all_or_none(lambda: list(islice(left, 1))):
+        yield item[0]

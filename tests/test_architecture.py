@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the top down. A room may import from rooms further down and from itself, not from its neighbours.
 ORDER = [
-    {"train", "linear", "knn", "finetune", "embed", "search", "convert"},  # commands; a new one is added here
+    # commands; a new one is added here
+    {"train", "linear", "knn", "finetune", "embed", "search", "convert", "check_data"},
     {"cli"},
     {"stages"},
     {"interop", "evaluation", "analysis", "report"},

@@ -11,6 +11,7 @@ from moco.config.train import (
     OptimConfig,
     TrainConfig,
     check,
+    check_pictures,
 )
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "at_least",
     "check",
+    "check_pictures",
     "config_dir",
     "one_of",
     "require",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moco.config.base import one_of
+from moco.config.base import one_of, require
 from moco.config.judge import JudgeConfig, check_judged
 
 
@@ -36,6 +36,11 @@ def check_embed(config: EmbedConfig) -> None:
 
 def check_features(config: EmbedConfig) -> None:
     """The fields of this schema alone: a search through features that are there already names no encoder."""
+    require(
+        config.data.hold_out == 0,
+        f"data.hold_out={config.data.hold_out} says nothing here, where nothing is judged: leave it out "
+        "(split=held_out takes a data set's own held-out pictures)",
+    )
     one_of("features", config.features, ("backbone", "projection"))
     one_of("split", config.split, ("train", "bank", "held_out"))
     one_of("dtype", config.dtype, ("float32", "float16"))

@@ -6,7 +6,7 @@ from typing import Any
 from moco.config.base import at_least, one_of, require
 from moco.config.judge import JudgeConfig, check_judged
 
-DEFAULT_FRACTION = 0.01
+DEFAULT_FRACTION = 0.01  # where nothing says which pictures have labels
 
 
 @dataclass
@@ -124,6 +124,13 @@ def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
         f"batch_size={config.batch_size} must be a multiple of the {processes} processes: "
         f"take {max(1, round(config.batch_size / processes)) * processes}",
     )
+
+
+def fraction_of(config: FinetuneConfig) -> float | None:
+    """The part of each class that has labels; None where `labels_per_class` or `subset_list` says which have."""
+    if config.labels_per_class or config.subset_list:
+        return None
+    return config.fraction or DEFAULT_FRACTION
 
 
 def _check_labels(config: FinetuneConfig) -> None:

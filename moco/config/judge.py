@@ -75,12 +75,22 @@ def check_judged(config: JudgeConfig) -> None:
         "say which encoder: run=DIR for a run of moco.train, or checkpoint=FILE"
         + (f" (not both: run={config.run}, checkpoint={config.checkpoint})" if config.run else ""),
     )
+    told = [f"backbone={config.backbone}"] * bool(config.backbone) + [f"options={config.options}"] * bool(
+        config.options
+    )
+    require(
+        not (config.run and told),
+        f"run={config.run} says its network itself: leave {' and '.join(told)} out, or name a file, checkpoint=FILE",
+    )
     one_of("weights", config.weights, ("encoder", "momentum_encoder"))
     one_of("device", config.device, ("auto", "cpu", "cuda"))
-    at_least(0, {"threads": config.threads, "seed": config.seed})
+    at_least(0, {"threads": config.threads})
+    require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
     at_least(1, {"images_at_once": config.images_at_once})
     require(0 <= config.data.hold_out < 1, f"data.hold_out={config.data.hold_out} must lie in 0 ... 1, and below 1")
-    for name, value in {"size": config.images.size, "data.workers": config.data.workers}.items():
-        require(value is None or value >= (name == "size"), f"{name}={value} is too small")
-    for name, three in {"mean": config.images.mean, "std": config.images.std}.items():
+    images = config.images
+    at_least(1, {"images.size": 1 if images.size is None else images.size})
+    at_least(0, {"images.resize": images.resize or 0, "data.workers": config.data.workers or 0})
+    for name, three in {"mean": images.mean, "std": images.std}.items():
         require(three is None or len(three) == 3, f"images.{name}={three} must hold three numbers")
+    require(images.std is None or min(images.std) > 0, f"images.std={images.std} must hold numbers above 0")

@@ -19,7 +19,7 @@ class KnnConfig(JudgeConfig):
     choose_on: int = 10000
     """how many training images at most, drawn once by the seed, k and temperature are chosen on"""
     labels_per_class: int = 0
-    """so many labelled training images a class, averaged over draws of them; 0: all"""
+    """so many labelled training images a class, averaged over draws of them, which the seed makes; 0: all"""
     draws: int = 100
     compare: list[str] = field(default_factory=lambda: ["untrained"])
     """judged in the same way: untrained (the same network with its first weights), pixels"""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from moco.config.base import at_least, one_of, require
 
+NAMES = ("moco", "moco_v3", "simclr")  # the keys of moco.methods.METHODS
 NO_QUEUE = ("moco_v3", "simclr")  # methods whose negatives are the batch
 
 
@@ -87,6 +88,7 @@ def check_method(method: MethodConfig, batch_size: int, accumulate: int, views: 
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
+    one_of("method.name", method.name, NAMES)
     one_of("method.queue_start", method.queue_start, ("random", "empty"))
     one_of("method.reduction", method.reduction, ("sum", "mean"))
     one_of("method.candidates", method.candidates, ("all", "other_view"))
@@ -110,6 +112,7 @@ def check_method(method: MethodConfig, batch_size: int, accumulate: int, views: 
     _check_fit(method, accumulate, views)
     _check_temperature(method)
     _check_values(method)
+    _check_unused(method)
 
 
 _COUNTS = ("method.margin", "method.mix_hardest", "method.mix_pairs", "method.mix_query")
@@ -125,7 +128,20 @@ def _check_temperature(method: MethodConfig) -> None:
     )
     require(method.temperature_period > 0, f"method.temperature_period={method.temperature_period} must be above 0")
     base = method.base_temperature
+    require(
+        base is None or kind != "learned",
+        f"method.base_temperature={base} with method.temperature_schedule=learned: a temperature that is learned would "
+        "shrink the factor T / base with itself; set base_temperature=null",
+    )
     require(base is None or base > 0, f"method.base_temperature={base} must be above 0, or null for no factor")
+
+    off = MethodConfig()
+    for name in ("temperature_low", "temperature_high", "temperature_period"):
+        require(
+            kind != "constant" or getattr(method, name) == getattr(off, name),
+            f"method.{name}={getattr(method, name)} does nothing with method.temperature_schedule=constant: set cosine "
+            "or learned",
+        )
 
 
 def _check_values(method: MethodConfig) -> None:
@@ -142,7 +158,10 @@ def _check_values(method: MethodConfig) -> None:
         f"method.false_top={method.false_top}: eliminate and attract need one of the two, keep neither",
     )
     threshold, top, size = method.false_threshold, method.false_top, method.queue_size
-    require(threshold is None or -1 <= threshold <= 1, f"method.false_threshold={threshold} must be a cosine, -1 ... 1")
+    require(
+        threshold is None or -1 < threshold <= 1,
+        f"method.false_threshold={threshold} must be a cosine above -1, at which all keys are false negatives, up to 1",
+    )
     require(top is None or 1 <= top <= size, f"method.false_top={top} must be 1 ... {size}, method.queue_size")
     mixed = method.mix_pairs + method.mix_query
     require(
@@ -199,6 +218,8 @@ def _check_fit(method: MethodConfig, accumulate: int, views: int) -> None:
         method.temperature_schedule != "learned" or method.name != "moco_v3",
         "method.temperature_schedule=learned: moco_v3 has a constant one or cosine; set one of these",
     )
+    if method.name in NO_QUEUE:
+        require(method.queue_start == off.queue_start, f"method.queue_start={method.queue_start}: there is no queue")
     if method.name != "simclr":
         require(views == 2, f"augment.views={views} must be 2 for {method.name}; method.name=simclr takes more")
         return
@@ -207,12 +228,24 @@ def _check_fit(method: MethodConfig, accumulate: int, views: int) -> None:
         "margin" not in on or "candidates" in on,
         f"method.margin={method.margin} needs the one positive of method.candidates=other_view: set it, or margin=0",
     )
-    require(
-        views > 1 or (method.labels and method.candidates == "all"),
-        f"augment.views={views} leaves a sample no positive: set 2, or method.labels=true",
-    )
+    require(views > 1, f"augment.views={views} leaves a sample no positive of its own: set 2 or more")
     require(
         accumulate == 1,
         f"accumulate={accumulate} would leave simclr the negatives of one micro-batch: set accumulate=1 and take more "
         "processes, or method=moco_v2, whose negatives do not depend on the batch",
+    )
+
+
+def _check_unused(method: MethodConfig) -> None:
+    """What would do nothing, because the method is what it is."""
+    off = MethodConfig()
+    require(
+        method.name != "moco_v3" or (method.symmetric and method.reduction == "sum"),
+        f"method.symmetric={method.symmetric} and method.reduction={method.reduction}: moco_v3 is the sum of both "
+        "directions; set true and sum",
+    )
+    require(
+        method.name != "simclr" or (method.momentum_end is None and method.reduction == off.reduction),
+        f"method.momentum_end={method.momentum_end} and method.reduction={method.reduction}: simclr has no momentum "
+        f"encoder and no directions; set null and {off.reduction}",
     )

@@ -25,6 +25,11 @@ class DataConfig:
     """for `folder`: decode all pictures into memory once (they must have one size)"""
     workers: int = 2
     """loader processes for pictures that are not in memory, on each rank"""
+    on_bad_image: str = "raise"
+    """what training does at a picture that cannot be read: raise (end with its name), or replace (show another one,
+    always the same, and list it in bad_images.csv). The live accuracy is then measured without such pictures"""
+    max_bad: float = 0.01
+    """with replace: the run ends when more than this fraction of the pictures cannot be read"""
 
 
 @dataclass
@@ -163,6 +168,8 @@ class CheckpointConfig:
     """keep a checkpoint for good every so many epochs; 0: the last ones only"""
     keep_last: int = 2
     """how many of the newest to keep, so that an unreadable one has one before it"""
+    keep_best: bool = False
+    """also keep the one with the best live kNN accuracy so far, as checkpoints/best.pt; saves whenever there is one"""
 
 
 @dataclass
@@ -190,6 +197,9 @@ class TrainConfig:
     """CPU threads of a process; 0: torch's choice"""
     log_every: int = 10
     """steps between two records in metrics.jsonl and TensorBoard"""
+    stop_after: float = 0.0
+    """minutes after which the process saves and ends with status 75, to be started again: set it below the time limit
+    of a job by what a step, an evaluation and a checkpoint take; 0: never"""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -238,7 +248,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         0,
         {
             "threads": config.threads,
-            "data.workers": config.data.workers,
+            "stop_after": config.stop_after,
             "optim.lr": optim.lr,
             "optim.weight_decay": optim.weight_decay,
             "optim.warmup_epochs": optim.warmup_epochs,
@@ -255,7 +265,13 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             "model.predictor_hidden": model.predictor_hidden,
         },
     )
+    check_pictures(config.data)
     check_method(config.method, config.batch_size, config.accumulate, config.augment.views)
+    require(
+        evaluate.every_epochs > 0 or not config.checkpoint.keep_best,
+        f"checkpoint.keep_best=true needs the live kNN accuracy, which evaluate.every_epochs={evaluate.every_epochs} "
+        "turns off: set evaluate.every_epochs=1 or checkpoint.keep_best=false",
+    )
     require(evaluate.temperature > 0, f"evaluate.temperature={evaluate.temperature} must be above 0")
     require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
     require(bool(config.run.strip()), "run='' must name the run's directory, e.g. run=runs/first")
@@ -277,7 +293,6 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     require(optim.trust > 0, f"optim.trust={optim.trust} must be above 0")
     require(0 < optim.gamma <= 1, f"optim.gamma={optim.gamma} must be above 0 and at most 1")
     require(0 <= optim.lr_end <= 1, f"optim.lr_end={optim.lr_end} must lie in 0 ... 1: it is a fraction of the peak")
-    require(config.data.workers <= 256, f"data.workers={config.data.workers} must be at most 256 processes")
     require(
         model.bn != "sync" or config.accumulate == 1,
         f"accumulate={config.accumulate} would leave model.bn=sync one micro-batch to normalise over, not the global "
@@ -292,11 +307,30 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     )
     micro_batch = config.batch_size // parts
     require(
+        model.bn != "grouped" or model.bn_group_size > 1,
+        f"model.bn_group_size={model.bn_group_size}: one image has no variance to normalise by; set at least 2",
+    )
+    require(
         model.bn != "grouped" or micro_batch % model.bn_group_size == 0,
         f"model.bn_group_size={model.bn_group_size} must divide the {micro_batch} images of a process's forward pass "
         f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
         f"take {_largest_divisor(micro_batch, model.bn_group_size)}, or model.bn=sync",
     )
+
+
+def check_pictures(data: DataConfig) -> None:
+    """Refuses what no command can do with pictures.
+
+    Raises:
+        ConfigError: naming the field, its value and the fix.
+    """
+    one_of("data.on_bad_image", data.on_bad_image, ("raise", "replace"))
+    require(
+        0 <= data.max_bad < 1,
+        f"data.max_bad={data.max_bad} must lie in 0 ... 1, and below 1: it is a fraction, e.g. 0.01",
+    )
+    at_least(0, {"data.workers": data.workers})
+    require(data.workers <= 256, f"data.workers={data.workers} must be at most 256 processes")
 
 
 def _largest_divisor(number: int, most: int) -> int:

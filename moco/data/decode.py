@@ -13,12 +13,33 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+# What can be wrong with a file, as `ImageError.kind` says it, and what that means.
+FAULTS = {
+    "unreadable": "the system does not give the file: no permission, or gone",
+    "empty": "no bytes in it",
+    "no image": "the content is of no known format, whatever the name says",
+    "too large": "the header declares more pixels than are decoded",
+    "truncated": "the end is missing",
+    "damaged": "the decoder gave up, or values of no known scale",
+}
+MAX_PIXELS = 178_956_970  # PIL's own limit
+
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message names the file and the reason in one sentence."""
+    """An image file that cannot be used; the message names the file and the reason in one sentence.
+
+    Args:
+        sentence: the message.
+        kind: one of `FAULTS`; "" for what is no fault of a file.
+        reason: the message without the file's name.
+    """
+
+    def __init__(self, sentence: str, kind: str = "", reason: str = "") -> None:
+        super().__init__(sentence)
+        self.kind, self.reason = kind, reason or sentence
 
 
-def decode(path: str | Path, max_pixels: int = 178_956_970) -> Tensor:
+def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read an image file in any format that PIL knows, upright (EXIF orientation applied), first frame only.
 
     JPEGs take torchvision's decoder: a quarter less time than PIL's, and the same pixels, gray, CMYK and
@@ -29,7 +50,7 @@ def decode(path: str | Path, max_pixels: int = 178_956_970) -> Tensor:
     Args:
         path: the file.
         max_pixels: the largest width x height that is decoded. The header is checked first, for a file of a few
-            hundred kB can declare a picture of several GB. The default is PIL's own limit, which also holds.
+            hundred kB can declare a picture of several GB. The default is PIL's own limit.
 
     Returns:
         uint8, shape (3, H, W), in red, green, blue. In memory the channels come last, as decoders write
@@ -38,12 +59,26 @@ def decode(path: str | Path, max_pixels: int = 178_956_970) -> Tensor:
     Raises:
         ImageError: if the file cannot be read, is empty, truncated, too large, or not an image.
     """
+    return decode_bytes(path, read_bytes(path), max_pixels)
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        ImageError: if it cannot be read, or is empty.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ImageError(f"cannot read image {path}: {error.strerror or error}") from error
+        raise _refusal(path, "unreadable", error.strerror or str(error)) from error
     if not data:
-        raise ImageError(f"cannot read image {path}: the file is empty")
+        raise _refusal(path, "empty", "the file is empty")
+    return data
+
+
+def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """`decode` of a file whose content has been read; `path` names it in errors."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(path, image.size, max_pixels)
@@ -56,17 +91,26 @@ def decode(path: str | Path, max_pixels: int = 178_956_970) -> Tensor:
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"cannot read image {path}: no known image format, it begins with {data[:12]!r}") from error
+        raise _refusal(path, "no image", f"no known image format, it begins with {data[:12]!r}") from error
+    except Image.DecompressionBombError as error:  # PIL's own limit, which comes before ours
+        raise _refusal(path, "too large", str(error)) from error
     except Exception as error:  # PIL's readers raise whatever a broken file leads to: OSError, SyntaxError, IndexError
-        raise ImageError(f"cannot read image {path}: {str(error) or type(error).__name__}") from error
+        reason = str(error) or type(error).__name__
+        raise _refusal(path, "truncated" if "truncated" in reason.lower() else "damaged", reason) from error
+
+
+def _refusal(path: str | Path, kind: str, reason: str) -> ImageError:
+    return ImageError(f"cannot read image {path}: {reason}", kind, reason)
 
 
 def _check_size(path: str | Path, size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width * height > max_pixels:
-        raise ImageError(
-            f"cannot read image {path}: its header declares {width} x {height} = {width * height:,} pixels, "
-            f"more than max_pixels={max_pixels:,}; shrink or remove the file"
+        raise _refusal(
+            path,
+            "too large",
+            f"its header declares {width} x {height} = {width * height:,} pixels, more than max_pixels={max_pixels:,}; "
+            "shrink or remove the file",
         )
 
 
@@ -80,7 +124,7 @@ def _decode_jpeg(path: str | Path, data: bytes) -> Tensor | None:
         # PIL must not have the last word here: it fills the missing part of a file that ends in zeros, as an
         # interrupted download leaves it, with rubbish. (A file cut short but closed with an end marker deceives both.)
         if "truncated" in str(error):
-            raise ImageError(f"cannot read image {path}: the JPEG is truncated") from error
+            raise _refusal(path, "truncated", "the JPEG is truncated") from error
         return None
 
 

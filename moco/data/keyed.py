@@ -25,6 +25,7 @@ VALIDATION = 3_003  # which labelled images a choice (learning rate, k) is made 
 FEW_LABELS = 3_004  # which labelled images fine-tuning gets
 STEP = 3_005  # the seed that torch's own generator gets for a fine-tuning step: mixing, dropout
 SEARCH = 3_010  # which pictures a search draws as queries
+SUBSTITUTE = 3_020  # which pictures stand in for one that cannot be read
 DRAW_LABELS = 10_000  # which labelled samples a few-label evaluation gets; one stream a draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -52,6 +53,17 @@ def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike,
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
+def _key(seed: int) -> tuple[int, int]:
+    """The generator's key.
+
+    Raises:
+        ValueError: if the seed is negative or does not fit in 64 bits.
+    """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed} must lie in 0 ... 2**64 - 1")
+    return seed & 0xFFFFFFFF, seed >> 32
+
+
 def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: int) -> NDArray[np.float32]:
     """Uniform numbers in [0, 1), one row a sample.
 
@@ -68,11 +80,9 @@ def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: i
     Raises:
         ValueError: if the seed is negative or does not fit in 64 bits.
     """
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} must lie in 0 ... 2**64 - 1")
     rows = np.asarray(index, dtype=np.uint64).reshape(-1, 1)  # (N, 1)
     blocks = np.arange(-(-draws // 4), dtype=np.uint64)  # (ceil(D / 4),)
-    words = philox((seed & 0xFFFFFFFF, seed >> 32), (blocks, stream, rows, epoch))  # (N, ceil(D / 4), 4)
+    words = philox(_key(seed), (blocks, stream, rows, epoch))  # (N, ceil(D / 4), 4)
     words = words.reshape(len(rows), 4 * len(blocks))[:, :draws]  # (N, D)
     return (words >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
 
@@ -85,6 +95,9 @@ def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.i
 
     Returns:
         Shape (length,), each of 0 ... length - 1 once.
+
+    Raises:
+        ValueError: if the seed is negative or does not fit in 64 bits.
     """
-    words = philox((seed & 0xFFFFFFFF, seed >> 32), (0, stream, np.arange(length, dtype=np.uint64), epoch))
+    words = philox(_key(seed), (0, stream, np.arange(length, dtype=np.uint64), epoch))
     return np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")

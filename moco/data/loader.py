@@ -7,7 +7,8 @@ resumes at any step, on any number of processes, by starting to count there.
 Legend: B global batch, n = B / W this rank's share, V views, S size.
 """
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco.data.augment import augment, crop_batch, crop_one
+from moco.data.bad import readable
 from moco.data.decode import ImageError
 from moco.data.keyed import ORDER, SHUFFLE, permutation
-from moco.data.sources import Source
+from moco.data.sources import ArraySource, Source
 from moco.data.view import View, draw, draw_crop
 
 
@@ -64,14 +66,23 @@ class Plan:
 class Batch:
     """This rank's share of one global batch."""
 
-    index: Tensor  # (n,), sample indices
+    index: Tensor  # (n,), sample indices; of a substitute its own, for the queue and labels go by what is seen
     views: list[Tensor]  # V of (n, 3, S, S), float32, normalised
 
 
+OnBad = Callable[[Mapping[int, str]], None]  # gets the indices of pictures that cannot be read, and why
+
+
 def batches(
-    source: Source, plan: Plan, views: Sequence[View], device: torch.device, workers: int, start: int = 0
-) -> Iterator[Batch]:
-    """This rank's batches from step `start` to the end of training.
+    source: Source,
+    plan: Plan,
+    views: Sequence[View],
+    device: torch.device,
+    workers: int,
+    start: int = 0,
+    on_bad: OnBad | None = None,
+) -> Generator[Batch, None, None]:
+    """This rank's batches from step `start` to the end of training; `close` ends the loader processes before that.
 
     Args:
         source: the images; resident if `source.images` is there, streamed by loader processes otherwise.
@@ -80,68 +91,105 @@ def batches(
         device: where augmentation runs and the batch ends up.
         workers: loader processes for the streamed path; 0 decodes in this one.
         start: first step.
+        on_bad: told of pictures that cannot be decoded, in whose place others are shown (`moco.data.bad.substitutes`).
+            The views' random numbers stay those of the picture that was wanted, so that a substitute which is in the
+            batch itself does not show the same views twice. None: such a picture ends the run.
 
     Raises:
-        ImageError: for an image that cannot be decoded.
+        ImageError: for an image that cannot be decoded, and is not to be replaced.
     """
-    crops = _resident(source, plan, views, device, start)
+    crops = _resident(source, plan, views, device, start, on_bad)
     if source.images is None:
-        crops = _streamed(source, plan, views, device, workers, start)
-    for epoch, index, cut in crops:
+        crops = _streamed(source, plan, views, device, workers, start, on_bad)
+    for epoch, index, shown, cut in crops:
         out = [
             augment(each, draw(view, plan.seed, epoch, index, stream), view)
             for stream, (view, each) in enumerate(zip(views, cut, strict=True))
         ]
-        yield Batch(torch.from_numpy(index).to(device), out)
+        yield Batch(torch.from_numpy(shown).to(device), out)
 
 
-Crops = Iterator[tuple[int, NDArray[np.int64], list[Tensor]]]  # epoch, (n,), V of (n, 3, S, S) uint8 on the device
+# epoch, wanted samples (n,), shown samples (n,), V of (n, 3, S, S) uint8 on the device
+Crops = Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor]]]
 
 
-def _resident(source: Source, plan: Plan, views: Sequence[View], device: torch.device, start: int) -> Crops:
-    assert source.images is not None
+def _resident(
+    source: Source, plan: Plan, views: Sequence[View], device: torch.device, start: int, on_bad: OnBad | None
+) -> Crops:
+    assert isinstance(source, ArraySource)
+    instead = np.arange(len(source))
+    if source.bad:
+        if on_bad is None:
+            raise source.bad[min(source.bad)]
+        on_bad({i: error.reason for i, error in source.bad.items()})
+        for i in source.bad:
+            instead[i], _ = readable(source, i, {})
     images = source.images.to(device)
     for epoch, index in plan.samples(start):
-        picked = images[torch.from_numpy(index).to(device)]  # (n, 3, H, W)
+        shown = instead[index]
+        picked = images[torch.from_numpy(shown).to(device)]  # (n, 3, H, W)
         cut = [
             crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
         ]
-        yield epoch, index, cut
+        yield epoch, index, shown, cut
+
+
+# What a worker hands over: epoch, wanted, shown, the views, and what could not be read; or the error's sentence.
+Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
 
 
 class _Cutter:
     """The data set of the streamed path: a worker decodes each image once and cuts all views from it."""
 
-    def __init__(self, source: Source, views: Sequence[View], seed: int) -> None:
-        self.source, self.views, self.seed = source, views, seed
+    def __init__(self, source: Source, views: Sequence[View], seed: int, replace: bool) -> None:
+        self.source, self.views, self.seed, self.replace = source, views, seed, replace
 
-    def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> tuple[int, NDArray[np.int64], list[Tensor]] | str:
+    def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> Item | str:
         epoch, index = step
+        shown, bad = index.copy(), dict[int, str]()
         drawn = [draw_crop(self.seed, epoch, index, stream) for stream in range(len(self.views))]
         cut: list[list[Tensor]] = [[] for _ in self.views]
         for row, i in enumerate(index):
             try:
-                image = self.source.image(int(i))
+                if self.replace:
+                    shown[row], image = readable(self.source, int(i), bad)
+                else:
+                    image = self.source.image(int(i))
             except ImageError as error:
                 return str(error)  # an exception would reach the user as the worker's traceback
             for view, uniforms, out in zip(self.views, drawn, cut, strict=True):
                 out.append(crop_one(image, uniforms[row], view))
-        return epoch, index, [torch.stack(each) for each in cut]
+        return epoch, index, shown, [torch.stack(each) for each in cut], bad
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and Slurm reach every process; the parent ends its loaders itself, behind the step that it finishes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _streamed(
-    source: Source, plan: Plan, views: Sequence[View], device: torch.device, workers: int, start: int
+    source: Source,
+    plan: Plan,
+    views: Sequence[View],
+    device: torch.device,
+    workers: int,
+    start: int,
+    on_bad: OnBad | None,
 ) -> Crops:
     # One loader for all epochs: its workers never restart, and the sampler tells them the epoch.
     loader: DataLoader[Any] = DataLoader(
-        _Cutter(source, views, plan.seed),  # type: ignore[arg-type]
+        _Cutter(source, views, plan.seed, replace=on_bad is not None),  # type: ignore[arg-type]
         sampler=plan.samples(start),
         batch_size=None,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=device.type == "cuda",
     )
     for item in loader:
         if isinstance(item, str):
             raise ImageError(item)
-        epoch, index, cut = item
-        yield epoch, np.asarray(index), [each.to(device, non_blocking=True) for each in cut]
+        epoch, index, shown, cut, bad = item
+        if on_bad is not None and bad:
+            on_bad(bad)
+        yield epoch, np.asarray(index), np.asarray(shown), [each.to(device, non_blocking=True) for each in cut]

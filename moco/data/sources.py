@@ -5,10 +5,9 @@ Legend: N images.
 
 import os
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import datasets
 
-from moco.data.decode import decode
+from moco.data.decode import ImageError, decode
 from moco.data.keyed import BANK, SPLIT, permutation
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+from moco.data.walk import IMAGE_ENDINGS, walk
 
 _SPLIT_SEED = 1797  # a constant: the split is part of the data set, not of a run
 
@@ -60,11 +58,14 @@ class ArraySource:
     names: Sequence[str]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    bad: Mapping[int, ImageError] = field(default_factory=dict)  # rows without a picture, black here, and why
 
     def __len__(self) -> int:
         return len(self.images)
 
     def image(self, i: int) -> Tensor:
+        if i in self.bad:
+            raise self.bad[i]
         return self.images[i]
 
     def name(self, i: int) -> str:
@@ -81,7 +82,7 @@ class FolderSource:
     paths: NDArray[np.bytes_]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    ignored: int = 0  # hidden entries and files that are no images
+    ignored: Mapping[str, int] = field(default_factory=dict)  # how many entries were left out, by kind
 
     @property
     def images(self) -> None:
@@ -91,7 +92,11 @@ class FolderSource:
         return len(self.paths)
 
     def image(self, i: int) -> Tensor:
-        return decode(os.path.join(self.root, self.name(i)))
+        return decode(self.path(i))
+
+    def path(self, i: int) -> str:
+        """Where image i lies."""
+        return os.path.join(self.root, self.name(i))
 
     def name(self, i: int) -> str:
         return os.fsdecode(bytes(self.paths[i]))
@@ -111,9 +116,10 @@ def subset(source: Source, rows: NDArray[np.int64]) -> Source:
     labels = None if source.labels is None else source.labels[rows]
     if isinstance(source, FolderSource):
         return replace(source, paths=source.paths[rows], labels=labels)
-    assert source.images is not None
+    assert isinstance(source, ArraySource)
     names = [source.name(int(row)) for row in rows]
-    return ArraySource(source.images[torch.from_numpy(rows)], names, labels, source.classes)
+    bad = {new: source.bad[int(row)] for new, row in enumerate(rows) if int(row) in source.bad}
+    return ArraySource(source.images[torch.from_numpy(rows)], names, labels, source.classes, bad)
 
 
 def limited(source: Source, size: int) -> Source:
@@ -132,6 +138,7 @@ class _Options:
     labels: str
     eval_root: str
     resident: bool
+    keep_bad: bool
     progress: Progress | None
 
 
@@ -140,8 +147,8 @@ SOURCES: dict[str, Callable[[_Options], Sources]] = {
     "cifar10": lambda o: _cifar(datasets.CIFAR10, o.root, o.download),
     "cifar100": lambda o: _cifar(datasets.CIFAR100, o.root, o.download),
     "stl10": lambda o: _stl10(o.root, o.download),
-    "imagenet": lambda o: _imagenet(o.root, o.resident, o.progress),
-    "folder": lambda o: _folder(o.root, o.labels, o.eval_root, o.resident, o.progress),
+    "imagenet": lambda o: _imagenet(o),
+    "folder": lambda o: _folder(o),
 }
 
 
@@ -153,6 +160,7 @@ def load_source(
     eval_root: str = "",
     resident: bool = False,
     progress: Progress | None = None,
+    keep_bad: bool = False,
 ) -> Sources:
     """Open a data set. What is in it, and in which order, depends on the files alone, never on the run's seed.
 
@@ -165,6 +173,8 @@ def load_source(
         resident: decode a folder (or ImageNet tree) once into memory; all its images must have one size. CIFAR,
             STL-10 and digits are in memory always.
         progress: called with (done, total) while a resident folder is decoded.
+        keep_bad: let a picture that cannot be decoded keep its place in a resident source, where asking for it raises,
+            as it does in a folder that is not resident; False: it ends the call.
 
     Raises:
         FileNotFoundError: if the data is not there, or could not be downloaded.
@@ -184,7 +194,7 @@ def load_source(
         )
     if not root and name != "digits":
         raise FileNotFoundError(f"data.root is empty: set it to the folder that holds, or shall hold, {name}")
-    return SOURCES[name](_Options(root, download, labels, eval_root, resident, progress))
+    return SOURCES[name](_Options(root, download, labels, eval_root, resident, keep_bad, progress))
 
 
 def _digits() -> Sources:
@@ -256,8 +266,9 @@ def _open_torchvision(dataset: Any, root: str, download: bool, **split: Any) -> 
         ) from error
 
 
-def _imagenet(root: str, resident: bool, progress: Progress | None) -> Sources:
+def _imagenet(options: _Options) -> Sources:
     """ImageNet as root/train/CLASS and root/val/CLASS."""
+    root = options.root
     folder = os.path.abspath(os.path.expanduser(root))
     if not (Path(folder, "train").is_dir() and Path(folder, "val").is_dir()):
         found = sorted(os.listdir(folder)) if os.path.isdir(folder) else None
@@ -270,11 +281,12 @@ def _imagenet(root: str, resident: bool, progress: Progress | None) -> Sources:
     train = _scan(os.path.join(root, "train"), "data.root", "folder")
     held_out = _scan(os.path.join(root, "val"), "data.root", "folder")
     _check_same_classes(train, held_out)
-    return _judged(train, held_out, resident, progress)
+    return _judged(train, held_out, options)
 
 
-def _folder(root: str, labels: str, eval_root: str, resident: bool, progress: Progress | None) -> Sources:
+def _folder(options: _Options) -> Sources:
     """Any tree of images, with or without class folders."""
+    root, labels, eval_root = options.root, options.labels, options.eval_root
     if eval_root and labels == "none":
         raise ValueError(
             f"data.eval_root={eval_root!r} needs labels to measure accuracy with, but data.labels=none: "
@@ -289,16 +301,16 @@ def _folder(root: str, labels: str, eval_root: str, resident: bool, progress: Pr
             )
     train = _scan(root, "data.root", labels)
     if not eval_root:
-        return _judged(train, None, resident, progress)
+        return _judged(train, None, options)
     held_out = _scan(eval_root, "data.eval_root", labels)
     _check_same_classes(train, held_out)
-    return _judged(train, held_out, resident, progress)
+    return _judged(train, held_out, options)
 
 
-def _judged(train: FolderSource, held_out: FolderSource | None, resident: bool, progress: Progress | None) -> Sources:
+def _judged(train: FolderSource, held_out: FolderSource | None, options: _Options) -> Sources:
     """Training images double as bank where they have labels."""
-    first: Source = _decode_all(train, progress) if resident else train
-    second: Source | None = _decode_all(held_out, progress) if resident and held_out else held_out
+    first: Source = _decode_all(train, options) if options.resident else train
+    second: Source | None = _decode_all(held_out, options) if options.resident and held_out else held_out
     return Sources(first, first if first.labels is not None else None, second)
 
 
@@ -333,7 +345,7 @@ def _scan(root: str, field: str, labels: str) -> FolderSource:
     if not os.path.isdir(folder):
         state = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise FileNotFoundError(f"{where} {state}: check the path")
-    paths, ignored = _walk(folder)
+    paths, ignored = walk(folder)
     if not paths:
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items())) or "nothing"
         raise FileNotFoundError(
@@ -341,7 +353,7 @@ def _scan(root: str, field: str, labels: str) -> FolderSource:
         )
     packed = np.array([os.fsencode(path) for path in paths])
     if labels == "none":
-        return FolderSource(folder, packed, ignored=ignored.total())
+        return FolderSource(folder, packed, ignored=ignored)
     outside = [path for path in paths if "/" not in path]
     if outside:
         raise ValueError(
@@ -353,57 +365,39 @@ def _scan(root: str, field: str, labels: str) -> FolderSource:
     if len(classes) < 2:
         raise ValueError(f"{where} has one class folder only ({classes[0]}): two are needed, or set data.labels=none")
     index = {name: i for i, name in enumerate(classes)}
-    return FolderSource(folder, packed, np.array([index[name] for name in owners], np.int64), classes, ignored.total())
+    return FolderSource(folder, packed, np.array([index[name] for name in owners], np.int64), classes, ignored)
 
 
-def _walk(folder: str) -> tuple[list[str], Counter[str]]:
-    """Relative paths of all images with / between the parts, sorted, and what else was found, counted by kind.
-
-    Links are followed, and each real folder counts once, so that a link to a parent does no harm. Links wait, in order,
-    until all real folders are done: a folder keeps its own name, whatever order the file system lists.
-    """
-    paths: list[str] = []
-    ignored: Counter[str] = Counter()
-    seen: set[str] = set()
-    folders, links = [""], list[str]()
-    while folders or links:
-        if not folders:
-            links.sort()
-        relative = folders.pop() if folders else links.pop(0)
-        real = os.path.realpath(os.path.join(folder, relative))
-        if real in seen:
-            continue
-        seen.add(real)
-        with os.scandir(real) as entries:
-            for entry in entries:
-                path = f"{relative}/{entry.name}" if relative else entry.name
-                if entry.name.startswith("."):
-                    ignored["hidden"] += 1
-                elif entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(path)
-                elif entry.name.lower().endswith(IMAGE_ENDINGS) and entry.is_file():
-                    paths.append(path)
-                else:
-                    ignored[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
-    return sorted(paths), ignored
-
-
-def _decode_all(source: FolderSource, progress: Progress | None) -> ArraySource:
+def _decode_all(source: FolderSource, options: _Options) -> ArraySource:
     """A folder in memory, decoded by threads, as the decoders release the interpreter lock.
 
     Raises:
         ValueError: if two images differ in size.
-        ImageError: if an image cannot be decoded.
+        ImageError: if an image cannot be decoded and none may be missing, or all are.
     """
-    size = source.image(0).shape  # (3, H, W)
-    images = torch.empty((len(source), *size), dtype=torch.uint8)  # (N, 3, H, W)
+    bad: dict[int, ImageError] = {}
+
+    def decoded(i: int) -> Tensor | None:
+        try:
+            return source.image(i)
+        except ImageError as error:
+            if not options.keep_bad or len(bad) == len(source) - 1:
+                raise
+            bad[i] = error
+            return None
+
+    first, sample = next((i, image) for i in range(len(source)) if (image := decoded(i)) is not None)
+    size = sample.shape  # (3, H, W)
+    images = torch.zeros((len(source), *size), dtype=torch.uint8)  # (N, 3, H, W)
 
     def fill(part: range) -> int:
         for i in part:
-            image = source.image(i)
+            image = decoded(i) if i >= first else None
+            if image is None:
+                continue
             if image.shape != size:
                 raise ValueError(
-                    f"data.resident=true needs images of one size, but below {source.root} {source.name(0)} is "
+                    f"data.resident=true needs images of one size, but below {source.root} {source.name(first)} is "
                     f"{size[2]} x {size[1]} and {source.name(i)} is {image.shape[2]} x {image.shape[1]}: "
                     "set data.resident=false, or resize them"
                 )
@@ -413,7 +407,7 @@ def _decode_all(source: FolderSource, progress: Progress | None) -> ArraySource:
     parts = [range(start, min(start + 64, len(source))) for start in range(0, len(source), 64)]
     with ThreadPoolExecutor() as pool:
         for done in pool.map(fill, parts):  # in order, and the first error cancels the rest
-            if progress is not None:
-                progress(done, len(source))
+            if options.progress is not None:
+                options.progress(done, len(source))
     names = [source.name(i) for i in range(len(source))]
-    return ArraySource(images, names, source.labels, source.classes)
+    return ArraySource(images, names, source.labels, source.classes, bad)

@@ -1,12 +1,16 @@
 """Checkpoints of plain types, written atomically, read with `weights_only=True`.
 
 A checkpoint is one file `step_00001234.pt` holding a dict with the keys "config" (plain dict), "step", "epoch",
-"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far) and "sha256" of the tensors.
+"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far), "versions" and "world_size" (what wrote
+it) and "sha256" of it all. `best.pt` is a second name for one of them.
 """
 
+import copy
 import hashlib
 import os
 import re
+import shutil
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,13 @@ from moco.config import RunWarning
 
 Checkpoint = dict[str, Any]
 
+BEST = "best.pt"  # no name that `found` knows: a run resumes from its newest checkpoint, never from its best
+
 _NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; its message is one sentence."""
+    """A checkpoint that cannot be used, or not be written; its message is one sentence."""
 
 
 def digest(state: Any) -> str:
@@ -51,12 +57,13 @@ def digest(state: Any) -> str:
     return sha.hexdigest()
 
 
-def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool = False) -> Path:
+def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool = False, best: bool = False) -> Path:
     """Writes `folder/step_XXXXXXXX.pt`: to a temporary name first, flushed, then renamed, so never half.
 
     Args:
         keep_last: how many of the newest checkpoints to leave; older ones go, but those kept for good.
         keep: keep this one for good (its name ends in `.keep.pt`).
+        best: it becomes `best.pt` as well, and stays under that name until there is a better one.
 
     Returns:
         The file's path.
@@ -72,6 +79,8 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    if best:
+        _name_best(path)
     directory = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(directory)  # the new name itself survives a power cut
@@ -80,6 +89,110 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
     for old in [each for each in found(folder) if ".keep" not in each.name][keep_last:]:
         old.unlink(missing_ok=True)
     return path
+
+
+def _name_best(path: Path) -> None:
+    temporary = path.with_name("best.tmp")
+    try:
+        try:
+            temporary.hardlink_to(path)  # costs no space, and outlives the step's own name
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        temporary.replace(path.with_name(BEST))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_best(history: list[dict[str, Any]], step: int) -> bool:
+    """Whether training was evaluated behind `step` steps, and never as well before. Untrained does not count."""
+    scores = {each["step"]: each["knn"][0] for each in history if each["step"] > 0}
+    return step in scores and all(scores[step] > score for at, score in scores.items() if at < step)
+
+
+def on_host(state: Any) -> Any:
+    """A copy of a nested state whose tensors lie in host memory and share nothing with the state."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        copied = copy.copy(state)  # an OrderedDict stays one, and keeps what torch has noted on it
+        copied.update((name, on_host(value)) for name, value in state.items())
+        return copied
+    if isinstance(state, list | tuple):
+        return type(state)(on_host(value) for value in state)
+    return state
+
+
+class Saver:
+    """Writes checkpoints while training goes on, which waits only for a copy to host memory.
+
+    At most one is being written at a time. Its failure is raised by the next `save` or `join`. As a context it waits at
+    the end for what is being written, but for a KeyboardInterrupt, which leaves at once: what is half written then has
+    no checkpoint's name.
+
+    Args:
+        folder: where they go.
+        keep_last: see `save`.
+    """
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self._folder, self._keep_last = folder, keep_last
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, step: int, state: Checkpoint, keep: bool = False, best: bool = False) -> None:
+        """Waits for the checkpoint before this one, copies the state, and leaves the rest to another thread.
+
+        Raises:
+            CheckpointError: if the checkpoint before this one could not be written.
+        """
+        self.join()
+        # A daemon: the interpreter does not wait for it where the user has asked to leave at once.
+        self._writer = threading.Thread(target=self._write, args=(step, on_host(state), keep, best), daemon=True)
+        self._writer.start()
+
+    def failed(self) -> bool:
+        """Whether the checkpoint that was being written could not be; waits for nothing."""
+        return self._error is not None
+
+    def join(self) -> None:
+        """Waits until what was saved last is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written. The checkpoints before it are as they were.
+        """
+        if self._writer is not None:
+            self._writer.join()
+        error, self._writer, self._error = self._error, None, None
+        if error is not None:
+            raise CheckpointError(
+                f"no checkpoint could be written to {self._folder} ({_cause(error)}): make room there; "
+                "the one before is untouched, and the same command goes on from it"
+            ) from error
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.join()
+        elif self._writer is not None and not issubclass(kind, KeyboardInterrupt):
+            self._writer.join()  # and what ends the run is told, not what the writer may have to say
+
+    def _write(self, step: int, state: Checkpoint, keep: bool, best: bool) -> None:
+        try:
+            save(self._folder, step, state, self._keep_last, keep, best)
+        except Exception as error:  # told to the loop, which this thread cannot raise in
+            self._error = error
+
+
+def _cause(error: BaseException) -> str:
+    """What the system said; torch may raise an error of its own while it handles the system's."""
+    each: BaseException | None = error
+    while each is not None:
+        if isinstance(each, OSError) and each.strerror:
+            return each.strerror
+        each = each.__cause__ or each.__context__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def found(folder: Path) -> list[Path]:

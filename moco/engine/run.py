@@ -25,6 +25,7 @@ FREE_FIELDS = (
     "device",
     "threads",
     "log_every",
+    "stop_after",
     "accumulate",
     "compile",
     "channels_last",
@@ -32,6 +33,8 @@ FREE_FIELDS = (
     "data.eval_root",
     "data.download",
     "data.workers",
+    "data.on_bad_image",  # no picture that was shown so far would have been another
+    "data.max_bad",
     "checkpoint",
     "evaluate.batch_size",
 )

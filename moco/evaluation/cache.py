@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moco.data.sources import FolderSource, Source
-from moco.distributed import gather, on_main, rank, world_size
+from moco.distributed import everyone, on_main, rank, world_size
 from moco.engine import checkpoint
 
 Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # rows of a source to their features, batch by batch
@@ -26,21 +26,20 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """Which pictures, in which order: the pixels of a source in memory, names, sizes and times of files."""
+    """Which pictures, in which order, wherever they lie: pixels in memory; names, sizes and times of files."""
     sha = hashlib.sha256()
     if source.images is not None:
         sha.update(checkpoint.digest(source.images).encode())
     for i in range(len(source)):
-        name = source.name(i)
-        entry: list[Any] = [name]
+        entry: list[Any] = [source.name(i)]
         if isinstance(source, FolderSource):
-            stat = Path(source.root, name).stat()
-            entry += [source.root, stat.st_size, stat.st_mtime_ns]
+            stat = Path(source.path(i)).stat()
+            entry += [stat.st_size, stat.st_mtime_ns]
         sha.update(json.dumps(entry).encode())
     return sha.hexdigest()
 
 
-def cached(folder: Path, key: str, count: int, width: int, compute: Compute, device: torch.device) -> Tensor:
+def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> Tensor:
     """Features (M, D) that lie in `folder/KEY.npy`, float32, in the source's order; written there first if need be.
 
     The tensor is a view of the file: the system reads what is asked for, so no process has to hold all of it. Each rank
@@ -52,25 +51,18 @@ def cached(folder: Path, key: str, count: int, width: int, compute: Compute, dev
         key: see `key_of`.
         count, width: M and D.
         compute: gives the features of some rows, in their order.
-        device: of this process, for what ranks tell each other.
 
     Raises:
         OSError: if the folder cannot be written to.
+        Exception: what `compute` raises on any rank, on every rank.
     """
     path = folder / f"{key}.npy"
     if not on_main(lambda: _whole(path, count, width)):
         temporary = on_main(lambda: _start(path, count, width))
         share = -(-count // world_size())
         mine = range(min(count, rank() * share), min(count, (rank() + 1) * share))
-        out = np.lib.format.open_memmap(temporary, mode="r+")
-        done = mine.start
-        for batch in compute(mine) if mine else iter(()):
-            out[done : done + len(batch)] = batch.cpu().numpy()
-            done += len(batch)
-        out.flush()
-        del out
         # Ranks wait here for each other: only a file that all have finished gets its name.
-        written = int(gather(torch.tensor([done - mine.start], device=device)).sum())
+        written = sum(everyone(lambda: _fill(temporary, mine, compute)))
         assert written == count, f"{written} of {count} rows were computed"
         on_main(lambda: temporary.replace(path))
     # Copy on write: torch wants memory that may be written to; nothing ever goes back to the file.
@@ -90,3 +82,14 @@ def _start(path: Path, count: int, width: int) -> Path:
     temporary = path.with_suffix(".tmp")
     np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, width))
     return temporary
+
+
+def _fill(path: Path, rows: range, compute: Compute) -> int:
+    """Writes the features of these rows and says how many there were."""
+    out = np.lib.format.open_memmap(path, mode="r+")
+    done = rows.start
+    for batch in compute(rows) if rows else iter(()):
+        out[done : done + len(batch)] = batch.cpu().numpy()
+        done += len(batch)
+    out.flush()
+    return done - rows.start

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.distributed import gather, rank, world_size
+from moco.distributed import all_or_none, gather, rank, world_size
 
 
 class _Plain:
@@ -111,12 +111,15 @@ def extract(
     """Features (M, D) of every image of a source, in the source's order, on every rank.
 
     Each rank computes M / W of them; a rank that runs short repeats the last row, and the repeats
-    are cut off again, so no image counts twice. Arguments and errors: see `stream`.
+    are cut off again, so no image counts twice. Arguments and errors: see `stream`; an error of one rank is
+    raised on all.
     """
     share = -(-len(source) // world_size())  # rows of a rank, rounded up
     rows = [min(row, len(source) - 1) for row in range(rank() * share, (rank() + 1) * share)]
-    features = list(stream(network, source, rows, size, resize, mean, std, device, batch_size, workers))
-    return gather(torch.cat(features))[: len(source)]
+    features = all_or_none(
+        lambda: torch.cat(list(stream(network, source, rows, size, resize, mean, std, device, batch_size, workers)))
+    )
+    return gather(features)[: len(source)]
 
 
 def pixels(images: Tensor) -> Tensor:

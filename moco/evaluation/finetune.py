@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from moco.data.keyed import STEP, philox
 from moco.data.loader import Batch, Plan
-from moco.distributed import gather, mean_over_ranks, rank, world_size
+from moco.distributed import gather, mean_over_ranks, rank, together, world_size
 from moco.engine.optim import build_optimizer, lr_factor, parameter_groups
 from moco.engine.step import NonFiniteLoss
 from moco.models.norm import convert_batch_norm
@@ -100,12 +100,15 @@ def plan_of(pictures: int, batch_size: int, epochs: int, min_steps: int, seed: i
     """Which pictures each step sees: the batch lowered to what there is, the epochs raised to reach `min_steps`.
 
     Raises:
-        ValueError: if there are fewer pictures than processes.
+        ValueError: if the processes cannot share that batch evenly. Another batch would fit them, but would give other
+            figures than one process has.
     """
     processes = world_size()
-    batch = min(batch_size, pictures // processes * processes)
-    if batch == 0:
-        raise ValueError(f"{pictures} labelled pictures cannot be shared by {processes} processes: start fewer")
+    batch = min(batch_size, pictures)
+    if batch % processes:
+        even = batch // processes * processes
+        fix = f"set batch_size={even}, or start fewer" if even else "start fewer"
+        raise ValueError(f"{processes} processes cannot share a batch of the {batch} labelled pictures evenly: {fix}")
     return Plan(pictures, batch, max(epochs, -(-min_steps // (pictures // batch))), seed, rank(), processes)
 
 
@@ -206,10 +209,10 @@ def train(
 
     Raises:
         NonFiniteLoss: naming the step and the way out.
-        ImageError: for a picture that cannot be decoded.
+        ImageError: for a picture that cannot be decoded, on every rank.
     """
     warmup_epochs = warmup * plan.epochs
-    for step, batch in enumerate(batches):
+    for step, batch in enumerate(together(batches)):
         images, target = batch.views[0], labels[batch.index]
         if mix is not None:
             torch.manual_seed(step_seed(plan.seed, step, 0))

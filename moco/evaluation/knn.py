@@ -184,13 +184,13 @@ def leave_one_out(
     return 100 * counts / len(rows)
 
 
-def draw_labels(labels: NDArray[np.int64], per_class: int, draw: int) -> NDArray[np.int64]:
-    """Positions of `per_class` samples of each class, a function of the draw alone: every encoder gets the same.
+def draw_labels(labels: NDArray[np.int64], per_class: int, draw: int, seed: int = 0) -> NDArray[np.int64]:
+    """Positions of `per_class` samples of each class, a function of seed and draw: every encoder gets the same.
 
     Raises:
         ValueError: if a class has fewer samples.
     """
-    order = permutation(0, 0, len(labels), stream=DRAW_LABELS + draw)
+    order = permutation(seed, 0, len(labels), stream=DRAW_LABELS + draw)
     picked = [order[labels[order] == label][:per_class] for label in np.unique(labels)]
     if any(len(each) < per_class for each in picked):
         raise ValueError(
@@ -208,10 +208,11 @@ def votes_of_draws(
     classes: int,
     labels_per_class: int,
     draws: int,
+    seed: int = 0,
 ) -> Iterator[Tensor]:
     """Votes (Q, L) with few labels a class, once for each draw of them. Arguments: see `knn_votes`, `draw_labels`."""
     for draw in range(draws):
-        rows = draw_labels(bank_labels, labels_per_class, draw)
+        rows = draw_labels(bank_labels, labels_per_class, draw, seed)
         at = torch.from_numpy(rows).to(bank.device)
         few = torch.from_numpy(bank_labels[rows]).to(bank.device)
         yield knn_votes(bank[at], few, queries, k, temperature, classes)

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moco.data.loader import Plan, batches
 from moco.data.sources import Source
 from moco.data.view import View
-from moco.distributed import mean_over_ranks
+from moco.distributed import mean_over_ranks, together
 from moco.engine import checkpoint
+from moco.engine.weights import save_weights
 
 
 class BackboneChanged(RuntimeError):
@@ -47,10 +47,8 @@ class LinearHead:
 
 def save_head(path: Path, head: LinearHead) -> None:
     """Writes weight (L, D) and bias (L,), each entry of `about` as JSON in the metadata."""
-    temporary = path.with_suffix(".tmp")
-    tensors = {"weight": head.weight.detach().cpu().contiguous(), "bias": head.bias.detach().cpu().contiguous()}
-    save_file(tensors, temporary, {name: json.dumps(value) for name, value in head.about.items()})
-    temporary.replace(path)
+    about = {name: json.dumps(value) for name, value in head.about.items()}
+    save_weights(path, {"weight": head.weight, "bias": head.bias}, about)
 
 
 def load_head(path: Path) -> LinearHead:
@@ -99,7 +97,7 @@ def train_head(
     Raises:
         BackboneChanged: if any weight or buffer of the backbone is another afterwards, by a single bit.
         FloatingPointError: if the loss stops being finite.
-        ImageError: for a picture that cannot be decoded.
+        ImageError: for a picture that cannot be decoded, on every rank.
     """
     assert source.labels is not None
     labels = torch.from_numpy(source.labels).to(device)
@@ -107,7 +105,7 @@ def train_head(
     backbone.eval()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=momentum, weight_decay=weight_decay)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the epoch: loss, accuracy
-    for step, batch in enumerate(batches(source, plan, [view], device, workers)):
+    for step, batch in enumerate(together(batches(source, plan, [view], device, workers))):
         with torch.no_grad():
             features = backbone(batch.views[0])  # (n, D)
         scores = head(features)  # (n, L)

@@ -44,16 +44,26 @@ class Figures:
         }
 
 
-def figures(scores: Tensor, labels: NDArray[np.int64]) -> Figures:
-    """Accuracies of class scores (M, L) against the true classes (M,); of equal scores the first class counts."""
+def figures(scores: Tensor, labels: NDArray[np.int64], votes: bool = False) -> Figures:
+    """Accuracies of class scores against the true classes.
+
+    Args:
+        scores: (M, L); of equal ones the first class counts.
+        labels: (M,).
+        votes: the scores are shares of neighbours' votes, and a class without any is not among the top five. It would
+            stand there by its number alone where fewer than five classes have votes.
+    """
     classes, truth = scores.shape[1], np.asarray(labels)
     ranked = scores.float().argsort(dim=1, descending=True, stable=True)[:, : min(5, classes)].cpu().numpy()
     predicted = ranked[:, 0]
+    among_five = (ranked == truth[:, None]).any(axis=1)
+    if votes:
+        among_five &= scores.cpu().numpy()[np.arange(len(truth)), truth] > 0
     confusion = np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
     totals = confusion.sum(axis=1)
     return Figures(
         top1=100 * float(np.mean(predicted == truth)),
-        top5=100 * float(np.mean((ranked == truth[:, None]).any(axis=1))) if classes > 5 else None,
+        top5=100 * float(np.mean(among_five)) if classes > 5 else None,
         per_class=[
             100 * float(right) / int(total) if total else None
             for right, total in zip(np.diag(confusion), totals, strict=True)

@@ -16,9 +16,7 @@ class SubsetError(ValueError):
     """Pictures that cannot be picked; its message is one sentence."""
 
 
-def part_of_each_class(
-    labels: NDArray[np.int64], fraction: float, seed: int, stream: int = FEW_LABELS
-) -> NDArray[np.int64]:
+def part_of_each_class(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
     """Rows of a class-balanced part, ascending: of each class the rounded part, and at least one picture.
 
     With one seed a smaller part lies within a larger one: both are the beginning of one order.
@@ -27,9 +25,8 @@ def part_of_each_class(
         labels: (N,).
         fraction: above 0, at most 1.
         seed: another one picks others.
-        stream: what they are picked for.
     """
-    return _first_of_each_class(labels, lambda count: max(1, round(fraction * count)), seed, stream)
+    return _first_of_each_class(labels, lambda count: max(1, round(fraction * count)), seed)
 
 
 def so_many_of_each_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
@@ -41,7 +38,7 @@ def so_many_of_each_class(labels: NDArray[np.int64], count: int, seed: int) -> N
     smallest = int(np.unique(labels, return_counts=True)[1].min())
     if count > smallest:
         raise SubsetError(f"labels_per_class={count} is more than the smallest class has: take {smallest} at most")
-    return _first_of_each_class(labels, lambda _: count, seed, FEW_LABELS)
+    return _first_of_each_class(labels, lambda _: count, seed)
 
 
 def listed(names: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
@@ -80,10 +77,8 @@ def listed(names: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
     return np.sort(np.array(list(rows), np.int64))
 
 
-def _first_of_each_class(
-    labels: NDArray[np.int64], how_many: Callable[[int], int], seed: int, stream: int
-) -> NDArray[np.int64]:
-    order = permutation(seed, 0, len(labels), stream)
+def _first_of_each_class(labels: NDArray[np.int64], how_many: Callable[[int], int], seed: int) -> NDArray[np.int64]:
+    order = permutation(seed, 0, len(labels), FEW_LABELS)
     picked = []
     for label in np.unique(labels):
         of_class = order[labels[order] == label]

@@ -6,7 +6,6 @@ Layouts, told apart by their keys: checkpoints and encoder.safetensors of ours; 
 """
 
 import json
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moco.engine import checkpoint
+from moco.engine.weights import save_weights
 from moco.interop.foreign import MOCO_V2, MOCO_V3, PLAIN, layout_of, torchvision_named
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
@@ -28,6 +27,7 @@ State = Mapping[str, Tensor]
 
 _WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's
 _CLASSIFIERS = ("fc.", "head.", "classifier.")  # of a plain supervised network: no part of the backbone
+_ELSEWHERE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")  # timm's
 _ONE_NETWORK = "holds one network only, no momentum encoder: set weights=encoder"
 
 
@@ -75,7 +75,11 @@ def read_encoder(
         return _ours(path, checkpoint.verified(path, state), weights)
     arch = state.get("arch")
     tensors = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
-    tensors = {_unwrapped(name): value for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {
+        _unwrapped(name): value
+        for name, value in tensors.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
     layout = layout_of(tensors)
@@ -85,7 +89,9 @@ def read_encoder(
     if backbone is None:
         if not isinstance(arch, str):
             raise ForeignFileError(f"{path} does not say its network: set backbone=NAME, e.g. backbone=resnet50")
-        backbone, options = arch, {}  # the networks of official files have the same names here
+        backbone = arch  # the networks of official files have the same names here
+    elif layout == PLAIN:
+        _refuse_unknown_heads(path, backbone)
     inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     head = {key: value for key, value in inside.items() if _is_head(key)}
     body = torchvision_named({key: value for key, value in inside.items() if key not in head})
@@ -112,10 +118,20 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
     """
     if seed is not None:
         torch.manual_seed(seed)
-    backbone = build_backbone(file.backbone, file.options)
+    # What would fetch or open other weights is left out: all weights are the file's, or none are.
+    options = {name: value for name, value in file.options.items() if name not in _ELSEWHERE}
+    try:
+        backbone = build_backbone(file.backbone, options)
+    except (RuntimeError, MemoryError) as error:
+        reason = str(error).splitlines()[0]
+        raise ForeignFileError(
+            f"{file.source}: backbone={file.backbone} with {options} cannot be built ({reason})"
+        ) from error
     head: nn.Module = nn.Identity()
     if file.head_weights:
         shapes = [tuple(value.shape) for value in file.head_weights.values() if value.dim() == 2]
+        if not shapes:
+            raise ForeignFileError(f"the projection head in {file.source} is unknown: {_some(file.head_weights)}")
         hidden = shapes[0][0] if len(shapes) > 1 else 0
         norm = any(key.endswith("running_mean") for key in file.head_weights)  # v3's
         head = projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), norm)
@@ -137,13 +153,7 @@ def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], ste
     model = config["model"]
     about = {"options": model["options"], "images": images_of(config), "config": dict(config)}
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    weights = {name: tensor.contiguous().cpu() for name, tensor in backbone.state_dict().items()}
-    temporary = path.with_suffix(".tmp")
-    save_file(weights, temporary, metadata | {"backbone": model["backbone"], "step": str(step)})
-    mask = os.umask(0)  # safetensors writes for the owner alone; an encoder is as readable as any other file
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)
-    temporary.replace(path)
+    save_weights(path, backbone.state_dict(), metadata | {"backbone": model["backbone"], "step": str(step)})
 
 
 def load_all(module: nn.Module, weights: State, complaint: str) -> None:
@@ -160,6 +170,15 @@ def load_all(module: nn.Module, weights: State, complaint: str) -> None:
     counted = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
     wanted = {name: tuple(module.state_dict()[name].shape) for name in counted}
     there = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith("num_batches_tracked")}
+    odd = [
+        name
+        for name in sorted(wanted.keys() & there.keys())
+        if not _is_plain(weights[name]) or not bool(torch.isfinite(weights[name]).all())
+    ]
+    if odd:
+        raise ForeignFileError(
+            f"{complaint}: {len(odd)} weights are not finite numbers in a plain floating-point tensor ({_some(odd)})"
+        )
     missing = sorted(wanted.keys() - there.keys())
     extra = sorted(there.keys() - wanted.keys())
     reshaped = [
@@ -178,6 +197,10 @@ def load_all(module: nn.Module, weights: State, complaint: str) -> None:
     module.load_state_dict(dict(weights), strict=False)
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
+
+
 def _some(names: Any, limit: int = 3) -> str:
     names = [str(name) for name in names]
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
@@ -185,6 +208,16 @@ def _some(names: Any, limit: int = 3) -> str:
 
 def _is_head(name: str) -> bool:
     return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # ConvNeXt's: before its classifier
+
+
+def _refuse_unknown_heads(path: Path, backbone: str) -> None:
+    """A plain file of a ViT-S does not say its heads, and any number fits its weights."""
+    if backbone == "vit_small":
+        raise ForeignFileError(
+            f"{path} does not say how many heads its ViT has, and backbone=vit_small is MoCo v3's, with 12: set "
+            "backbone=timm/vit_small_patch16_224, which is timm's and DeiT's, with 6; for MoCo v3's weights also "
+            "+options.num_heads=12"
+        )
 
 
 def _has_small_stem(body: State) -> bool:
@@ -214,6 +247,13 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
+    try:
+        return _of_training(path, state, weights)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ForeignFileError(f"{path} does not hold what a checkpoint of moco.train holds ({error!r})") from error
+
+
+def _of_training(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     config, method = state["config"], state["method"]
 
     def part(name: str) -> dict[str, Tensor]:
@@ -226,8 +266,8 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     return EncoderFile(
         str(path),
         "checkpoint of moco.train",
-        model["backbone"],
-        model["options"],
+        str(model["backbone"]),
+        dict(model["options"]),
         part("backbone"),
         part("head"),
         state["step"],
@@ -246,12 +286,14 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
     try:
         with safe_open(path, "pt") as file:
             about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        said = {name: json.loads(about[name]) for name in ("options", "images", "config") if name in about}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        said = {name: dict(json.loads(about[name])) for name in ("options", "images", "config") if name in about}
+        step = int(about.get("step", 0))
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ForeignFileError(f"{path} cannot be read as safetensors ({error})") from error
     if backbone is None and "backbone" not in about:
         raise ForeignFileError(f"{path} does not say its network: set backbone=NAME, e.g. backbone=resnet50")
-    step = int(about.get("step", 0))
+    if "backbone" not in about and backbone is not None:
+        _refuse_unknown_heads(path, backbone)
     named = backbone or about["backbone"]
     chosen = options if options is not None else said.get("options", {})
     body = {key: value for key, value in weights.items() if "backbone" in about or not _is_head(key)}

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision.models
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moco.engine.weights import save_weights
 from moco.interop.detectron2 import load_detectron2, save_detectron2
 from moco.interop.encoder_file import EncoderFile, State, build, load_all, read_encoder, save_encoder
 from moco.interop.exported import Features, load_exported, load_onnx, save_exported, save_onnx
@@ -102,7 +103,7 @@ def _state(backbone: nn.Module) -> dict[str, Tensor]:
 
 def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
     if path.suffix == ".safetensors":
-        save_file(_state(backbone), path)
+        save_weights(path, _state(backbone))
     else:
         torch.save(_state(backbone), path)
 

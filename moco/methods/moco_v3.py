@@ -30,11 +30,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import Output
+from moco.builder import Output, unit_length
 from moco.distributed import gather, permute, rank, world_size
 from moco.losses import in_batch_info_nce
 
@@ -77,9 +76,9 @@ class MoCoV3(nn.Module):
         keys = {}
         for view, images in enumerate(views):  # (n, 3, S, S)
             x = images if shuffles is None else permute(images, shuffles[view])
-            k = torch.cat([F.normalize(self.momentum_encoder(part), dim=1) for part in x.split(micro_batch)])
+            k = torch.cat([unit_length(self.momentum_encoder(part)) for part in x.split(micro_batch)])
             k = k if shuffles is None else permute(k, np.argsort(shuffles[view]))  # (n, C)
-            keys[view] = gather(k.float())  # (M, C)
+            keys[view] = gather(k)  # (M, C)
         return keys
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
@@ -95,7 +94,7 @@ class MoCoV3(nn.Module):
         labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), each query's key
         losses, positives, correct = [], [], []
         for query_view, key_view in self.directions:
-            q = F.normalize(self.predictor(self.encoder(views[query_view])), dim=1)  # (N, C)
+            q = unit_length(self.predictor(self.encoder(views[query_view])))  # (N, C)
             k = keys[key_view]  # (M, C)
             loss, logits = in_batch_info_nce(q, k, labels, self.temperature)  # (), (N, M)
             losses.append(2 * self.temperature * loss)  # ctr of Algorithm 1

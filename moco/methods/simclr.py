@@ -23,11 +23,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import Output, classes_of_their_own
+from moco.builder import Output, classes_of_their_own, unit_length
 from moco.distributed import gather, gather_with_gradient, rank
 from moco.losses import LearnedTemperature, Margin, Temperature, in_batch_info_nce, sup_con
 
@@ -102,7 +101,7 @@ class SimCLR(nn.Module):
             index: the sample indices, (N,).
             start: not used.
         """
-        z = F.normalize(self.encoder(torch.cat(list(views))), dim=1).float()  # (V N, C)
+        z = unit_length(self.encoder(torch.cat(list(views))))  # (V N, C)
         z = z.unflatten(0, (len(views), len(index)))  # (V, N, C)
         others = gather_with_gradient(z.transpose(0, 1)).transpose(0, 1)  # rows are gathered: samples first; (V, M, C)
         sample = gather(index)  # (M,)

@@ -22,9 +22,10 @@ class ConvNet(nn.Module):
 
     def __init__(self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1), pool: int = 1) -> None:
         super().__init__()
-        if width < 1 or len(strides) != 5:
+        if width < 1 or pool < 1 or len(strides) != 5 or min(strides) < 1:
             raise ValueError(
-                f"model.options: width={width} must be at least 1 and strides={list(strides)} five numbers"
+                f"model.options: width={width} and pool={pool} must be at least 1, and strides={list(strides)} five "
+                "numbers of at least 1"
             )
         widths = [width, 2 * width, 4 * width, 4 * width, 8 * width]
         layers: list[nn.Module] = []

@@ -8,25 +8,25 @@ Legend: M pictures, D dimension, W processes.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.config import require
 from moco.config.embed import EmbedConfig
+from moco.config.judge import JudgeConfig
+from moco.data.bad import unreadable
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.distributed import is_main, on_main, process_group, rank, world_size
-from moco.engine.checkpoint import digest
+from moco.distributed import everyone, is_main, on_main, process_group, rank, world_size
 from moco.engine.display import Display, counting
+from moco.evaluation.cache import source_digest
 from moco.evaluation.features import stream
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.stages.embedding import (
@@ -43,7 +43,8 @@ from moco.stages.embedding import (
     pyarrow,
     write_json,
 )
-from moco.stages.judged import Judged, data_config, open_data, open_judged
+from moco.stages.hints import command
+from moco.stages.judged import Judged, data_config, data_written, open_data, open_judged, weights_digest
 from moco.stages.setup import pick_device
 
 
@@ -69,9 +70,10 @@ def _summarise(done: Embedding, config: EmbedConfig) -> None:
         [
             ("encoder", f"{done.stored['encoder']['source']}, {config.features}"),
             ("features", f"{done.folder / FEATURES}: {rows:,} × {dimension}, {config.dtype}"),
+            ("computed", "now" if done.computed else "nothing: already complete"),
             ("rows", str(done.folder / f"index.{config.table}")),
             ("unreadable", f"{skipped:,} left out, see {done.folder / 'unreadable.csv'}" if skipped else "none"),
-            ("next", f"python -m moco.search index={done.folder} mode=duplicates"),
+            ("next", command("moco.search", JudgeConfig(), index=str(done.folder), mode="duplicates")),
         ],
     )
 
@@ -111,7 +113,7 @@ def compute(config: EmbedConfig, judged: Judged, folder: Path, device: torch.dev
     finally:
         for each in lock:
             each.close()
-    return open_embedding(folder, source)
+    return replace(open_embedding(folder, source), computed=state is not None)
 
 
 def split_of(judged: Judged, config: EmbedConfig) -> Source:
@@ -148,7 +150,7 @@ def describe(config: EmbedConfig, judged: Judged, source: Source, dimension: int
     data = data_config(config, judged)
     return {
         "encoder": {
-            "source": file.source,
+            "source": str(Path(file.source).absolute()),
             "weights": config.weights,
             "backbone": file.backbone,
             "options": dict(file.options),
@@ -161,8 +163,9 @@ def describe(config: EmbedConfig, judged: Judged, source: Source, dimension: int
             "split": config.split,
             "count": len(source),
             "sha256": names_digest(source),
+            "content": on_main(lambda: source_digest(source)),
         },
-        "data": asdict(data),
+        "data": data_written(config, judged),
         "look": json.loads(json.dumps(asdict(judged.look))),
         "features": config.features,
         "normalize": config.normalize,
@@ -170,14 +173,6 @@ def describe(config: EmbedConfig, judged: Judged, source: Source, dimension: int
         "dimension": dimension,
         "images_at_once": config.images_at_once,
     }
-
-
-def weights_digest(file: EncoderFile, features: str) -> str:
-    """Of the weights that the features come from, in whatever file and order they lie."""
-    used = dict(file.weights) | {f"head.{key}": value for key, value in file.head_weights.items()}
-    kept = sorted(key for key in used if features == "projection" or key in file.weights)
-    kept = [key for key in kept if not key.endswith("num_batches_tracked")]
-    return digest({key: used[key] for key in kept} | {"backbone": file.backbone, "options": dict(file.options)})
 
 
 @dataclass(frozen=True)
@@ -212,7 +207,7 @@ def _fill(
     mine = _computed(chunks, streamed, source, skip)
     with counting("embedding pictures", quiet=not is_main()) as progress:
         for first in range(chunks.done, len(chunks), world_size()):
-            for bad in _everyone(lambda: _written(features, next(mine, None))):
+            for bad in everyone(lambda: _written(features, next(mine, None))):
                 state["unreadable"] |= bad
             state["done"] = min(first + world_size(), len(chunks))
             if is_main():
@@ -236,24 +231,9 @@ def _computed(
             if not skip:
                 raise
             rows = chunks.rows(left.pop(0))
-            bad = _unreadable(source, rows)
+            bad = {str(row): str(error) for row, error in unreadable(source, rows).items()}  # keys as JSON has them
             good = [row for row in rows if str(row) not in bad]
             yield good, next(streamed(good)) if good else None, bad
-
-
-def _unreadable(source: Source, rows: Sequence[int]) -> dict[str, str]:
-    """The rows that cannot be decoded, as JSON's keys, with the reason."""
-
-    def reason(row: int) -> str | None:
-        try:
-            source.image(row)
-        except ImageError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor() as pool:  # the decoders release the interpreter lock
-        reasons = pool.map(reason, rows)
-        return {str(row): why for row, why in zip(rows, reasons, strict=True) if why is not None}
 
 
 def _written(features: NDArray[Any], computed: Computed | None) -> dict[str, str]:
@@ -273,20 +253,3 @@ def _written(features: NDArray[Any], computed: Computed | None) -> dict[str, str
         assert isinstance(features, np.memmap)
         features.flush()
     return bad
-
-
-def _everyone(function: Callable[[], dict[str, str]]) -> list[dict[str, str]]:
-    """What each rank's call returns; if one raises, all do, so that no rank waits for it."""
-    outcome: dict[str, str] | Exception
-    try:
-        outcome = function()
-    except Exception as error:  # handed on to every rank
-        outcome = error
-    outcomes: list[Any] = [outcome]
-    if world_size() > 1:
-        outcomes = [None] * world_size()
-        dist.all_gather_object(outcomes, outcome)
-    for each in outcomes:
-        if isinstance(each, Exception):
-            raise each
-    return outcomes

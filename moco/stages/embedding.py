@@ -40,10 +40,11 @@ class Embedding:
     ids: NDArray[np.int64]  # (rows,), each row's picture in the source
     source: Source
     stored: Stored
+    computed: bool = True  # by this command; otherwise all was there already
 
 
 def names_digest(source: Source) -> str:
-    """Of the list of pictures, in its order."""
+    """Of the list of pictures, in its order, whatever is in them: copies of them in another place have the same."""
     sha = hashlib.sha256()
     for i in range(len(source)):
         sha.update(os.fsencode(source.name(i)) + b"\0")
@@ -134,9 +135,11 @@ def _refuse_other(folder: Path, there: Stored, now: Stored) -> None:
     differing = []
     if there["encoder"]["sha256"] != now["encoder"]["sha256"]:
         differing.append(f"another encoder ({there['encoder']['source']}, step {there['encoder']['step']})")
+    at = there["pictures"]["root"] or there["pictures"]["name"]
     if there["pictures"]["sha256"] != now["pictures"]["sha256"]:
-        at = there["pictures"]["root"] or there["pictures"]["name"]
         differing.append(f"other pictures ({there['pictures']['count']:,} of {at}, split={there['pictures']['split']})")
+    elif there["pictures"].get("content") != now["pictures"]["content"]:
+        differing.append(f"pictures of {at} that have changed since")
     differing += [
         f"{'images' if name == 'look' else name}={there[name]} (now {now[name]})"
         for name in ("look", "features", "normalize", "dtype", "images_at_once")

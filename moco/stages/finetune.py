@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +14,29 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
 from torch import nn
 
 from moco.config import ConfigError, RunWarning, require
-from moco.config.finetune import DEFAULT_FRACTION, FinetuneConfig
-from moco.config.judge import JudgeConfig
-from moco.data.keyed import VALIDATION
+from moco.config.finetune import FinetuneConfig, fraction_of
 from moco.data.loader import Plan, batches
 from moco.data.sources import Source, subset
 from moco.data.view import View
 from moco.distributed import broadcast_module, is_main, on_main, process_group
 from moco.engine.display import duration
+from moco.engine.weights import save_weights
 from moco.evaluation import subsets
 from moco.evaluation.finetune import classifier, mixing, optimizer_of, plan_of, train
-from moco.evaluation.metrics import Figures, HeldOut, figures, mean_interval
-from moco.interop.encoder_file import EncoderFile, build, save_encoder
+from moco.evaluation.metrics import HeldOut, figures
+from moco.evaluation.sweep import validation_rows
+from moco.interop.encoder_file import build, save_encoder
 from moco.stages import results
-from moco.stages.judged import Judged, data_config, features_of, open_judged, open_labelled
+from moco.stages.finetune_report import Outcome, Task, common, entries, protocol, summarise
+from moco.stages.judged import Judged, data_config, data_written, features_of, open_judged, open_labelled
 from moco.stages.setup import PRECISIONS, data_parallel, pick_device
 
 FOREIGN: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # of a file that says no augmentation
 
 OnStep = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every encoder and seed share."""
-
-    config: FinetuneConfig
-    judged: Judged
-    file: EncoderFile  # the judged one, with drop-path where it is asked for
-    labelled: Source
-    held_out: Source
-    view: View
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one encoder over all seeds."""
-
-    encoder: str
-    figures: list[Figures]  # one a seed
-    saved: Path  # where the last seed's network is
-
-    def top1(self) -> tuple[float, float | None]:
-        return mean_interval([each.top1 for each in self.figures])
-
-    def top5(self) -> float | None:
-        values = [each.top5 for each in self.figures if each.top5 is not None]
-        return float(np.mean(values)) if values else None
 
 
 def run_finetune(config: FinetuneConfig) -> list[Outcome]:
@@ -76,10 +47,12 @@ def run_finetune(config: FinetuneConfig) -> list[Outcome]:
     with process_group(device):
         task = _open(config, device)
         plan = _announce(task)
+        results.prepare(task.judged.output)
+        shared = common(task, plan)  # before the work: a list of pictures may be edited meanwhile
         with _bar(len(config.encoders) * config.seeds * plan.total_steps) as on_step:
             outcomes = [_finetune(task, name, on_step) for name in config.encoders]
-        file = on_main(lambda: results.record(task.judged.output, _entries(task, plan, outcomes), task.judged.step))
-        _summarise(task, plan, outcomes, file)
+        file = on_main(lambda: results.record(task.judged.output, entries(shared, outcomes), task.judged.step))
+        summarise(task, plan, outcomes, file)
     return outcomes
 
 
@@ -104,11 +77,22 @@ def _open(config: FinetuneConfig, device: torch.device) -> Task:
     view = view_of(config, judged)
     labelled, held_out = open_labelled(config, judged)
     if config.validation:
-        assert labelled.labels is not None
-        rows = subsets.part_of_each_class(labelled.labels, config.validation, 0, VALIDATION)
-        rest = np.setdiff1d(np.arange(len(labelled)), rows)
-        labelled, held_out = subset(labelled, rest), subset(labelled, rows)
+        labelled, held_out = _parted(labelled, config.validation)
     return Task(config, judged, file, labelled, held_out, view, device)
+
+
+def _parted(labelled: Source, validation: float) -> tuple[Source, Source]:
+    """What is left to label, and the part of each class to judge on."""
+    labels = labelled.labels
+    assert labels is not None
+    single = [labelled.classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)]
+    require(
+        not single,
+        f"validation={validation} needs two pictures of each class, and the training split has one of "
+        f"{', '.join(single[:5])}: add pictures, or leave validation=0",
+    )
+    rest, rows = validation_rows(labels, validation, 0)
+    return subset(labelled, rest), subset(labelled, rows)
 
 
 def view_of(config: FinetuneConfig, judged: Judged) -> View:
@@ -144,8 +128,8 @@ def pick(config: FinetuneConfig, labelled: Source, seed: int) -> NDArray[np.int6
     assert labels is not None
     if config.labels_per_class:
         return subsets.so_many_of_each_class(labels, config.labels_per_class, seed)
-    if not config.subset_list:
-        return subsets.part_of_each_class(labels, config.fraction or DEFAULT_FRACTION, seed)
+    if fraction := fraction_of(config):
+        return subsets.part_of_each_class(labels, fraction, seed)
     file = Path(config.subset_list)
     if not file.is_file():
         raise FileNotFoundError(f"subset_list={file} does not exist")
@@ -159,18 +143,6 @@ def pick(config: FinetuneConfig, labelled: Source, seed: int) -> NDArray[np.int6
     lacking = [labelled.classes[label] for label in np.setdiff1d(labels, labels[rows])]
     require(not lacking, f"subset_list={file} lists no picture of {', '.join(lacking[:5])}: each class needs one")
     return rows
-
-
-def protocol(config: FinetuneConfig) -> tuple[str, str]:
-    """What the labels are, for a person and for a folder's name."""
-    if config.labels_per_class:
-        said, short = f"{config.labels_per_class} labels a class", f"{config.labels_per_class}perclass"
-    elif config.subset_list:
-        said, short = f"labels of {Path(config.subset_list).name}", Path(config.subset_list).stem
-    else:
-        part = 100 * (config.fraction or DEFAULT_FRACTION)
-        said, short = f"{part:g} % of labels", f"{part:g}percent"
-    return (f"{said}, validation", f"{short}_validation") if config.validation else (said, short)
 
 
 def _plan(task: Task, pictures: int, seed: int) -> Plan:
@@ -253,64 +225,12 @@ def _save(task: Task, network: nn.Sequential, folder: Path, step: int) -> None:
     config = of_run | {
         "model": of_run.get("model", {}) | {"backbone": file.backbone, "options": file.options},
         "augment": of_run.get("augment", {}) | augment,
-        "data": asdict(data_config(task.config, task.judged)),
+        "data": data_written(task.config, task.judged),
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_encoder(folder / "encoder.safetensors", network.get_submodule("backbone"), config, step)
-    head = {key: value.contiguous().cpu() for key, value in network.get_submodule("head").state_dict().items()}
-    save_file(head, folder / "head.safetensors", {"classes": json.dumps(task.labelled.classes)})
-
-
-def _entries(task: Task, plan: Plan, outcomes: list[Outcome]) -> list[dict[str, Any]]:
-    common = {each.name for each in fields(JudgeConfig)} - {"seed", "weights"}
-    settings = {name: value for name, value in asdict(task.config).items() if name not in common}
-    made = {"batch_size": plan.batch_size, "epochs": plan.epochs, "steps": plan.total_steps}
-    return [
-        {
-            "command": "finetune",
-            "encoder": outcome.encoder,
-            "protocol": protocol(task.config)[0],
-            "source": task.judged.file.source,
-            "step": task.judged.step,
-            "data": asdict(data_config(task.config, task.judged)) | {"hold_out": task.config.data.hold_out},
-            "images": asdict(task.judged.look),
-            "settings": settings | made,
-            "labelled": plan.length,
-            "figures": {"top1": outcome.top1()[0], "top1_half_width95": outcome.top1()[1], "top5": outcome.top5()},
-            "per_seed": [each.plain() for each in outcome.figures],
-            "saved": str(outcome.saved),
-        }
-        for outcome in outcomes
-    ]
-
-
-def _summarise(task: Task, plan: Plan, outcomes: list[Outcome], file: Path) -> None:
-    rows = []
-    for outcome in outcomes:
-        mean, half = outcome.top1()
-        low, high = outcome.figures[0].interval()
-        shown = results.percent(mean, half) if half is not None else f"{mean:.1f} ({low:.1f} … {high:.1f})"
-        seeds = ", ".join(results.percent(each.top1) for each in outcome.figures)
-        rows.append([outcome.encoder, shown, results.percent(outcome.top5()), seeds])
-    repeats = task.config.seeds
-    meaning = f"± half of Student's 95 % interval over {repeats} seeds" if repeats > 1 else "Wilson's 95 % interval"
-    results.table(
-        f"fine-tuned, {protocol(task.config)[0]} ({plan.length:,} pictures, {plan.total_steps:,} steps)",
-        ["encoder", "top-1 %", "top-5 %", "each seed"],
-        rows,
-        f"{meaning}; judged on {len(task.held_out):,} pictures",
-    )
-    if len(outcomes) == 2 and repeats > 1:
-        gain, half = mean_interval(
-            [one.top1 - two.top1 for one, two in zip(*(o.figures for o in outcomes), strict=True)]
-        )
-        names = " less ".join(outcome.encoder for outcome in outcomes)
-        results.say(f"{names}, on the same pictures seed by seed: {gain:+.1f} ± {half:.1f}")
-    results.say(f"written: {file}")
-    for outcome in outcomes:
-        results.say(f"saved: {outcome.saved}/encoder.safetensors and head.safetensors (the last seed)")
-    held = f" data.hold_out={task.config.data.hold_out}" if task.config.data.hold_out else ""
-    results.say(f"next: python -m moco.knn checkpoint={outcomes[0].saved}/encoder.safetensors{held}")
+    head = network.get_submodule("head").state_dict()
+    save_weights(folder / "head.safetensors", head, {"classes": json.dumps(task.labelled.classes)})
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """The encoder that a command judges, what it is compared with, and the labelled data it is judged on."""
 
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -9,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.config import ConfigError, DataConfig, require
+from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.judge import JudgeConfig
 from moco.data.keyed import HOLD_OUT, permutation
 from moco.data.sources import Source, Sources, subset
+from moco.distributed import is_main
 from moco.engine import checkpoint
 from moco.evaluation.features import extract, pixels
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
@@ -49,7 +52,7 @@ def open_judged(config: JudgeConfig) -> Judged:
     """Reads the encoder's file that the configuration names and says how to show it pictures.
 
     Raises:
-        ConfigError: for a run without a checkpoint.
+        ConfigError: for a run without a checkpoint, or a view that cannot be.
         FileNotFoundError, ForeignFileError, CheckpointError: see `read_encoder`.
     """
     if config.run:
@@ -59,11 +62,18 @@ def open_judged(config: JudgeConfig) -> Judged:
         require(bool(found), f"run={config.run} holds no checkpoint: train it first, python -m moco.train run={run}")
         file = _newest_readable(found, config)
     else:
+        folder = Path(config.checkpoint).is_dir()
+        require(not folder, f"checkpoint={config.checkpoint} is a folder: say run={config.checkpoint}, or name a file")
         file = read_encoder(Path(config.checkpoint), config.weights, config.backbone, config.options or None)
     shown: dict[str, Any] = (
         IMAGENET | file.images | {name: value for name, value in asdict(config.images).items() if value is not None}
     )
     look = Look(shown["size"], shown["resize"], tuple(shown["mean"]), tuple(shown["std"]))
+    require(
+        look.resize == 0 or look.resize >= look.size,
+        f"images.size={look.size} exceeds images.resize={look.resize}: set both",
+    )
+    build(file)  # what does not fit is told before any picture is looked for
     name = Path(config.checkpoint).name.split(".")[0]
     return Judged(file, Path(config.output or config.run or Path("runs") / name), look)
 
@@ -105,7 +115,12 @@ def open_labelled(config: JudgeConfig, judged: Judged) -> tuple[Source, Source]:
     )
     assert bank is not None
     assert bank.labels is not None
-    if held_out is None and config.data.hold_out > 0:
+    if config.data.hold_out > 0:
+        require(
+            held_out is None,
+            f"data.hold_out={config.data.hold_out}, but data.name={name} has a held-out split: leave data.hold_out out",
+        )
+        _tell_what_was_seen(config, judged)
         bank, held_out = _split(bank, config.data.hold_out)
     require(
         held_out is not None and held_out.labels is not None,
@@ -128,7 +143,17 @@ def open_data(config: JudgeConfig, judged: Judged) -> Sources:
     Raises:
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
     """
-    return open_sources(data_config(config, judged), bank_size=0)
+    data = data_config(config, judged)
+    try:
+        return open_sources(data, bank_size=0)
+    except FileNotFoundError as error:
+        said = {name: path for name, path in _paths(data).items() if getattr(config.data, name) is None}
+        if not said:
+            raise
+        each = " and ".join(f"data.{name}={path}" for name, path in said.items())
+        fixes = " ".join(f"data.{name}=DIR" for name in said)
+        why = ", which was trained in another working directory" * (not all(map(os.path.isabs, said.values())))
+        raise FileNotFoundError(f"{error} ({each} is what the run says{why}: set {fixes})") from error
 
 
 def data_config(config: JudgeConfig, judged: Judged) -> DataConfig:
@@ -146,6 +171,79 @@ def data_config(config: JudgeConfig, judged: Judged) -> DataConfig:
     known = {each.name for each in fields(DataConfig)}
     kept = {name: value for name, value in of_run.items() if name in known and (same or name == "name")}
     return DataConfig(**(kept | told))
+
+
+def _paths(data: DataConfig) -> dict[str, str]:
+    """The paths that the configuration of a data set holds, by field."""
+    return {name: path for name, path in (("root", data.root), ("eval_root", data.eval_root)) if path}
+
+
+def data_written(config: JudgeConfig, judged: Judged) -> dict[str, Any]:
+    """`data_config` as it goes into a file, whose paths hold in every working directory."""
+    data = data_config(config, judged)
+    return asdict(data) | {name: str(Path(path).absolute()) for name, path in _paths(data).items()}
+
+
+def about(
+    judged: Judged, config: JudgeConfig, train: Source, held_out: Source, features: str = "backbone"
+) -> dict[str, Any]:
+    """What a figure is of, for its entry in results.json: encoder, weights, data, splits, view.
+
+    Args:
+        judged, config: what was judged.
+        train, held_out: the splits.
+        features: backbone or projection: whose weights "sha256" is of.
+    """
+    file = judged.file
+    return {
+        "source": str(Path(file.source).absolute()),
+        "layout": file.layout,
+        "weights": config.weights,
+        "backbone": file.backbone,
+        "options": dict(file.options),
+        "step": file.step,
+        "sha256": weights_digest(file, features),
+        "data": data_written(config, judged)
+        | {
+            "hold_out": config.data.hold_out,
+            "held_out_seen": config.data.hold_out > 0 and _trained_on_it(config, judged),  # without its labels
+            "training": len(train),
+            "held_out": len(held_out),
+            "classes": list(train.classes),
+        },
+        "look": {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(judged.look).items()
+        },
+    }
+
+
+def weights_digest(file: EncoderFile, features: str) -> str:
+    """Of the weights that the features come from, in whatever file and order they lie."""
+    used = dict(file.weights) | {f"head.{key}": value for key, value in file.head_weights.items()}
+    kept = sorted(key for key in used if features == "projection" or key in file.weights)
+    kept = [key for key in kept if not key.endswith("num_batches_tracked")]
+    return checkpoint.digest(
+        {key: used[key] for key in kept} | {"backbone": file.backbone, "options": dict(file.options)}
+    )
+
+
+def _trained_on_it(config: JudgeConfig, judged: Judged) -> bool:
+    """Whether the run's training pictures are those that are judged on: data.hold_out then parts what was seen."""
+    of_run, data = judged.file.config.get("data", {}), data_config(config, judged)
+    same_root = Path(of_run.get("root", "")).resolve() == Path(data.root).resolve()
+    return bool(of_run.get("name") == data.name and same_root)
+
+
+def _tell_what_was_seen(config: JudgeConfig, judged: Judged) -> None:
+    if not _trained_on_it(config, judged):
+        return
+    held = f"data.hold_out={config.data.hold_out} holds out pictures that the encoder was trained on"
+    if judged.file.config.get("method", {}).get("labels", False):
+        raise ConfigError(f"{held}, and these labels trained it: give data.eval_root=DIR, other pictures")
+    if is_main():
+        warnings.warn(
+            f"{held}, without their labels: data.eval_root=DIR, other pictures, tells more", RunWarning, stacklevel=2
+        )
 
 
 def _split(source: Source, part: float) -> tuple[Source, Source]:

@@ -23,7 +23,7 @@ from moco.evaluation.knn import knn_votes, leave_one_out, votes_of_draws
 from moco.evaluation.metrics import HeldOut, figures
 from moco.stages.judged import Judged, data_config, encoders, features_of, open_judged, open_labelled
 from moco.stages.knn_report import Result, report
-from moco.stages.results import say
+from moco.stages.results import prepare, say
 from moco.stages.setup import pick_device
 
 Network = nn.Module | Callable[[Tensor], Tensor]
@@ -51,6 +51,7 @@ def _judge_all(config: KnnConfig, device: torch.device) -> list[Result]:
     )
     bank, held_out = open_labelled(config, judged)
     available = _references(bank, config)
+    prepare(judged.output)
     say(
         f"{judged.file.source} · {judged.file.backbone}, {config.features} features · "
         f"{data_config(config, judged).name}: {len(bank):,} training and {len(held_out):,} held-out images, "
@@ -125,14 +126,14 @@ def _judge(
     queries, truth = held.open()
     classes = len(bank.classes)
     if config.labels_per_class:
-        few = config.labels_per_class
-        votes = votes_of_draws(references, bank.labels, queries, k, temperature, classes, few, config.draws)
+        few, draws, seed = config.labels_per_class, config.draws, config.seed
+        votes = votes_of_draws(references, bank.labels, queries, k, temperature, classes, few, draws, seed)
     else:
         with counting(f"nearest neighbours, {name}", quiet=not is_main()) as progress:
             sizes = (config.queries_at_once, config.references_at_once)
             votes = iter([knn_votes(references, labels, queries, k, temperature, classes, *sizes, progress)])
-    each = [figures(one, truth) for one in votes]
-    if k < 5:  # fewer than five classes have a vote: the rest of the top five would be the first by number
+    each = [figures(one, truth, votes=True) for one in votes]
+    if k < 5:  # there are no five classes to be among
         each = [replace(one, top5=None) for one in each]
     return Result(name, k, temperature, each, grid)
 

@@ -1,7 +1,8 @@
 """What `python -m moco.knn` says and leaves: its tables, its entries in results.json, what to run next."""
 
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from moco.config.knn import KnnConfig
 from moco.data.sources import Source
 from moco.distributed import on_main
 from moco.evaluation.metrics import Figures
-from moco.stages.judged import Judged, data_config
+from moco.stages.hints import command
+from moco.stages.judged import Judged, about
 from moco.stages.results import percent, record, say, table
 
 NAMES = {"pixels": "raw pixels"}  # others are called what they are
@@ -115,23 +117,12 @@ def _entry(
     result: Result, chosen_on: int, bank: Source, held_out: Source, judged: Judged, config: KnnConfig
 ) -> dict[str, Any]:
     """One encoder's entry of results.json."""
-    data = data_config(config, judged)
     entry: dict[str, Any] = {
         "command": "knn",
         "encoder": result.name,
         "protocol": protocol(config),
-        "data": {
-            "name": data.name,
-            "root": data.root,
-            "eval_root": data.eval_root,
-            "hold_out": config.data.hold_out,
-            "training": len(bank),
-            "held_out": len(held_out),
-            "classes": list(bank.classes),
-        },
+        **about(judged, config, bank, held_out, config.features),
         "settings": {
-            "file": judged.file.source,
-            "weights": config.weights,
             "features": config.features,
             "k": result.k,
             "temperature": result.temperature,
@@ -139,7 +130,6 @@ def _entry(
             "draws": config.draws if config.labels_per_class else 1,
             "half": config.half,
             "seed": config.seed,
-            "images": asdict(judged.look),
         },
         "figures": result.plain(),
     }
@@ -155,13 +145,10 @@ def _entry(
 
 def _next(judged: Judged, config: KnnConfig) -> Iterator[str]:
     """Commands that go on from here."""
-    which = f"run={config.run}" if config.run else f"checkpoint={config.checkpoint}"
     live = judged.file.config.get("evaluate", {})
     if live.get("labels_per_class") and not config.labels_per_class:
-        yield (
-            f"python -m moco.knn {which} 'k=[{live['k']}]' 'temperature=[{live['temperature']}]' "
-            f"features={live['features']} labels_per_class={live['labels_per_class']} draws={live['draws']} "
-            "'compare=[untrained,pixels]'  (few labels, as while training: all labels can saturate)"
-        )
-    yield f"python -m moco.linear {which}"
-    yield f"tensorboard --logdir {judged.output}"
+        few = {name: live[name] for name in ("features", "labels_per_class", "draws")}
+        few |= {"k": [live["k"]], "temperature": [live["temperature"]], "compare": ["untrained", "pixels"], "seed": 0}
+        yield f"{command('moco.knn', config, **few)}  (few labels, as while training: all labels can saturate)"
+    yield command("moco.linear", config)
+    yield shlex.join(["tensorboard", "--logdir", str(judged.output)])

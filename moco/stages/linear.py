@@ -27,8 +27,8 @@ from moco.evaluation.metrics import HeldOut, figures
 from moco.evaluation.sweep import Choice, Recipe, choose, retrain
 from moco.models.encoder import Encoder
 from moco.stages.judged import encoders, features_of, open_judged, open_labelled
-from moco.stages.linear_report import Outcome, Task, about_head, keep, show
-from moco.stages.results import say
+from moco.stages.linear_report import Outcome, Task, about_head, keep, say_next, show
+from moco.stages.results import prepare, say
 from moco.stages.setup import pick_device
 
 _CHUNK = 4096  # rows at once through a head
@@ -42,6 +42,7 @@ def probe(config: LinearConfig) -> None:
     with process_group(device):
         judged = open_judged(config)
         train, held_out = open_labelled(config, judged)
+        prepare(judged.output)
         task = Task(config, judged, train, held_out, device)
         say(
             f"{config.protocol}: {judged.file.source} ({judged.file.backbone}, step {judged.step}) on "
@@ -52,8 +53,10 @@ def probe(config: LinearConfig) -> None:
         outcomes = [judge(task, name, encoder) for name, encoder in encoders(judged, config.compare, device)]
         if "pixels" in config.compare:
             outcomes.append(_sweep(task, "pixels", None))
+        show(task, outcomes)  # first: what was found stays on the terminal, whatever becomes of the files
         files = on_main(lambda: keep(task, outcomes))
-        show(task, outcomes, files)
+        say(f"written to {judged.output}: {', '.join(path.name for path in files)}")
+        say_next(task)
 
 
 # ---- the two protocols ----
@@ -239,7 +242,7 @@ def _on_disk(task: Task, network: LayerFeatures, counted: Callable[[Tensor], Ten
         )
 
     try:
-        return cached(folder, key, len(source), network.width, compute, task.device)
+        return cached(folder, key, len(source), network.width, compute)
     except OSError as error:
         raise ConfigError(f"output: {folder} cannot be written to ({error.strerror}): set output=DIR") from error
 

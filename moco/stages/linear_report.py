@@ -13,8 +13,9 @@ from moco.evaluation.layers import OUTPUT
 from moco.evaluation.linear import LinearHead, save_head
 from moco.evaluation.metrics import Figures, mean_interval
 from moco.stages.confusion import draw_confusion
-from moco.stages.judged import Judged, data_config
-from moco.stages.results import percent, record, table
+from moco.stages.hints import command
+from moco.stages.judged import Judged, about, data_config
+from moco.stages.results import percent, record, say, table
 
 _MOST_CLASSES = 100  # in the picture of the confusion matrix
 
@@ -98,26 +99,22 @@ def keep(task: Task, outcomes: list[Outcome]) -> list[Path]:
 def _entry(task: Task, outcome: Outcome) -> dict[str, Any]:
     """For results.json."""
     config = task.config
-    told = ("epochs", "batch_size", "momentum", "seed", "seeds", "weights", config.kind)
+    told = ("epochs", "batch_size", "momentum", "seed", "seeds", config.kind)
     return {
         "command": "linear",
         "encoder": outcome.encoder,
         "protocol": config.protocol,
-        "source": task.judged.file.source,
-        "step": task.judged.step,
-        "data": asdict(data_config(config, task.judged)) | {"training": len(task.train)},
-        "look": asdict(task.judged.look),
+        **about(task.judged, config, task.train, task.held_out),
         "settings": {name: asdict(config)[name] for name in told}
         | ({"augment": config.augment} if config.kind == "official" else {})
         | outcome.settings,
         "chosen": outcome.chosen,
-        "classes": list(task.train.classes) if len(task.train.classes) <= 200 else None,
         "figures": outcome.summary(),
         "each_seed": [each.plain() for each in outcome.figures] if len(outcome.figures) > 1 else None,
     }
 
 
-def show(task: Task, outcomes: list[Outcome], files: list[Path]) -> None:
+def show(task: Task, outcomes: list[Outcome]) -> None:
     """The closing table."""
     config, swept = task.config, task.config.kind == "sweep"
     rows = []
@@ -146,21 +143,22 @@ def show(task: Task, outcomes: list[Outcome], files: list[Path]) -> None:
         )
     else:
         lines.append("The last epoch counts. The frozen weights and buffers are bit for bit those that were loaded.")
-    lines.append(f"Written to {task.judged.output}: {', '.join(path.name for path in files)}.")
-    lines.append(f"Next: {_next(task)}")
     columns = ("encoder", "top-1 %", "top-5 %", *(["validation %"] if swept else []), "setting")
     table(f"Linear probe, {config.protocol}", columns, rows, "\n".join(lines))
 
 
-def _next(task: Task) -> str:
+def say_next(task: Task) -> None:
+    """What to run next, and why."""
     config = task.config
-    which = f"run={config.run}" if config.run else f"checkpoint={config.checkpoint}"
-    same = f"python -m moco.linear {which}"
+    said: dict[str, Any] = {}
     if not config.compare:
-        baselines = "[untrained,pixels]" if config.kind == "sweep" else "[untrained]"
-        protocol = "" if config.protocol == "sweep" else f" protocol={config.protocol}"
-        return f"{same}{protocol} 'compare={baselines}' shows what there was to gain."
-    if config.kind == "sweep":
-        digits = "_digits" if task.data_name == "digits" else ""
-        return f"{same} protocol=moco_v2{digits} is the published protocol, with augmented pictures."
-    return f"{same} chooses learning rate, weight decay and layer on a validation part, in seconds."
+        said["compare"] = ["untrained", "pixels"] if config.kind == "sweep" else ["untrained"]
+        if config.protocol != "sweep":
+            said["protocol"] = config.protocol
+        why = "what there was to gain"
+    elif config.kind == "sweep":
+        said["protocol"] = "moco_v2_digits" if task.data_name == "digits" else "moco_v2"
+        why = "the published protocol, with augmented pictures"
+    else:
+        why = "chooses learning rate, weight decay and layer on a validation part, in seconds"
+    say(f"next: {command('moco.linear', config, **said)}  ({why})")

@@ -9,7 +9,8 @@ from torchvision.utils import make_grid, save_image
 
 import moco
 from moco.config import TrainConfig
-from moco.data.loader import Plan, batches
+from moco.data.bad import BadImages
+from moco.data.loader import OnBad, Plan, batches
 from moco.data.sources import Sources
 from moco.data.view import View
 from moco.distributed import world_size
@@ -57,11 +58,17 @@ def announce(
 
 
 def show_views(
-    journal: Journal, path: Path, sources: Sources, plan: Plan, views: Sequence[View], device: torch.device
+    journal: Journal,
+    path: Path,
+    sources: Sources,
+    plan: Plan,
+    views: Sequence[View],
+    device: torch.device,
+    on_bad: OnBad | None = None,
 ) -> None:
     """views.png and TensorBoard's first picture: what the model sees, the two views of eight images."""
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
-    batch = next(batches(sources.train, small, views, device, workers=0))
+    batch = next(batches(sources.train, small, views, device, workers=0, on_bad=on_bad))
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
     rows = [(view * std + mean).clamp(0, 1) for view in batch.views]
     enlarge = -(-64 // views[0].size)  # small images would be stamps on a screen
@@ -79,6 +86,7 @@ def summarise(
     history: list[dict[str, Any]],
     seconds: float,
     already_done: bool,
+    bad: BadImages | None = None,
 ) -> None:
     """The closing panel: what happened, where the files are, what to run next."""
     how = type(method).__name__ + (" and labels" if config.method.labels else "")
@@ -90,6 +98,13 @@ def summarise(
         ),
         ("time", duration(seconds)),
     ]
+    if bad is not None:
+        rows.append(
+            (
+                "bad pictures",
+                f"{len(bad.found):,} could not be read and were replaced: {bad.file}" if bad.found else "none",
+            )
+        )
     if history:
         first, last = history[0], history[-1]
         rows.append(("accuracy", knn_title(config.evaluate)))

@@ -4,6 +4,7 @@ The one module below the commands that knows the configuration: it hands each pa
 """
 
 import time
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
@@ -11,10 +12,13 @@ from typing import IO
 import torch
 from torch import Tensor
 
+import moco
 from moco.builder import MoCo
-from moco.config import TrainConfig
+from moco.config import TrainConfig, require
+from moco.data.bad import BadImages
 from moco.data.loader import Batch, Plan, batches
 from moco.distributed import (
+    HighestOverRanks,
     average_running_statistics,
     broadcast_module,
     is_main,
@@ -29,6 +33,7 @@ from moco.engine.loop import Values, fit
 from moco.engine.optim import build_optimizer, lr_factor, momentum_at, scaled_lr
 from moco.engine.run import Journal, open_run, refuse_difference
 from moco.engine.step import train_step
+from moco.engine.stop import Reason, Stop, Stopped
 from moco.interop.encoder_file import save_encoder
 from moco.losses import temperature_at
 from moco.models.norm import set_calls_per_step
@@ -43,6 +48,7 @@ from moco.stages.setup import (
     data_parallel,
     open_sources,
     pick_device,
+    without_bad_references,
 )
 
 
@@ -57,10 +63,17 @@ def pretrain(config: TrainConfig) -> None:
 
 def _pretrain(config: TrainConfig, device: torch.device) -> None:
     path = Path(config.run)
+    stop = Stop(config.stop_after, stay=world_size() > 1)
     views = build_views(config.augment)
-    sources = open_sources(config.data, config.evaluate.bank_size)
+    replacing = config.data.on_bad_image == "replace"
+    sources = open_sources(config.data, config.evaluate.bank_size, keep_bad=replacing)
     plan = Plan(len(sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
     check_against_data(config, plan)
+    require(
+        sources.held_out is not None or not config.checkpoint.keep_best,
+        f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labelled "
+        "held-out part: set checkpoint.keep_best=false",
+    )
 
     torch.manual_seed(config.seed)  # initial weights and the random queue
     method = build_method(config, sources.train.labels).to(device)
@@ -100,12 +113,19 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
 
     queue = method.queue
     display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_main())
-    journal = Journal(path, start) if is_main() else None
+    journal = Journal(path, start) if is_main() and start < plan.total_steps else None
     peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
     announce(display, config, method, sources, plan, device, peak_lr, start)
     if initialised:
         display.say(initialised)
+    bad = BadImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None
+    if replacing and config.evaluate.every_epochs and start < plan.total_steps:
+        sources, left_out = without_bad_references(sources, config.data)
+        for line in left_out:
+            display.say(line)
     clock = Clock(seconds, config.checkpoint.every_minutes)
+    saver = checkpoint.Saver(path / "checkpoints", config.checkpoint.keep_last)
+    over_ranks = HighestOverRanks(device)
 
     def settings(step: int) -> Values:
         optim = config.optim
@@ -170,11 +190,15 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         names = {"knn": first if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
         display.say(f"{knn_title(config.evaluate)}: " + ", ".join(f"{names[name]} {s}" for name, s in scores.items()))
 
-    def save(done: int, keep: bool) -> None:
+    def settle_bad() -> None:
+        if bad is not None and (new := bad.settle()) and new == len(bad.found):
+            display.say(f"pictures that cannot be read are replaced and listed in {bad.file}: {new} so far")
+
+    def save(done: int, keep: bool, best: bool) -> None:
+        settle_bad()
         average_running_statistics(method)
         on_main(
-            lambda: checkpoint.save(
-                path / "checkpoints",
+            lambda: saver.save(
                 done,
                 {
                     "config": asdict(config),
@@ -184,14 +208,17 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
                     "method": method.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
+                    "versions": {"moco": moco.__version__, "torch": str(torch.__version__)},
+                    "world_size": world_size(),
                 },
-                config.checkpoint.keep_last,
                 keep,
+                best,
             )
         )
         clock.saved()
 
     def on_log(done: int, values: Values) -> None:
+        settle_bad()
         if queue is not None:
             values["train/queue_fill"] = queue.filled() / queue.size
         if journal:
@@ -209,28 +236,39 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         keep = bool(keep_every) and rest == 0 and epoch % keep_every == 0
         at_epoch = bool(often.every_epochs) and rest == 0 and epoch % often.every_epochs == 0
         at_step = bool(often.every_steps) and done % often.every_steps == 0
-        if last or keep or at_epoch or at_step or (done % config.log_every == 0 and on_main(clock.is_due)):
-            save(done, keep)
+        best = often.keep_best and checkpoint.is_best(history, done)
+        due = last or keep or best or at_epoch or at_step or (done % config.log_every == 0 and on_main(clock.is_due))
+        if due:
+            save(done, keep, best)
+        reason = over_ranks(Reason.NOT_SAVED if saver.failed() else stop.reason())
+        if reason and not last:
+            if not due:
+                save(done, False, False)  # raises what the writer failed with, on all ranks
+            on_main(saver.join)
+            raise Stopped(Reason(reason), done, plan.total_steps)
 
     if start < plan.total_steps:
         set_calls_per_step(method, method.passes * config.accumulate)
         method.train()
         if journal:
-            show_views(journal, path, sources, plan, views, device)
+            show_views(journal, path, sources, plan, views, device, bad.note if bad else None)
         if start == 0 and config.evaluate.every_epochs:
             evaluate(0)
-        stream = batches(sources.train, plan, views, device, config.data.workers, start)
+        stream = batches(sources.train, plan, views, device, config.data.workers, start, bad.note if bad else None)
         try:
-            fit(plan, stream, start, step_once, settings, config.log_every, on_log, on_step)
+            with stop, saver, closing(stream):
+                fit(plan, stream, start, step_once, settings, config.log_every, on_log, on_step)
+                on_main(saver.join)
         finally:
             display.close()
+            if journal:
+                journal.close()
     if is_main():
         save_encoder(
             path / "encoder.safetensors", method.encoder.get_submodule("backbone"), asdict(config), plan.total_steps
         )
-    if journal:
-        journal.close()
-    summarise(display, config, method, plan, history, clock.total(), already_done=start == plan.total_steps)
+    finished_before = start == plan.total_steps
+    summarise(display, config, method, plan, history, clock.total(), already_done=finished_before, bad=bad)
     for each in lock:
         each.close()
 

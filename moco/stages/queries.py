@@ -14,9 +14,9 @@ from moco.data.decode import ImageError
 from moco.data.sources import FolderSource
 from moco.evaluation.features import stream
 from moco.interop.encoder_file import EncoderFile, read_encoder
-from moco.stages.embed import network_of, weights_digest
+from moco.stages.embed import network_of
 from moco.stages.embedding import Embedding, names_digest, open_embedding, read_about
-from moco.stages.judged import open_judged
+from moco.stages.judged import open_judged, weights_digest
 from moco.stages.setup import open_sources
 
 

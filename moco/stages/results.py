@@ -1,11 +1,12 @@
-"""What an evaluation leaves: an entry in results.json, points in TensorBoard, a table on the terminal. Rank 0 only."""
+"""What an evaluation leaves: an entry in results.json, points in TensorBoard, a table on the terminal."""
 
 import fcntl
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import moco
 from moco.config import ConfigError
-from moco.distributed import is_main, world_size
+from moco.distributed import is_main, on_main, world_size
 
 
 def provenance() -> dict[str, Any]:
@@ -67,20 +69,10 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
 
     file = folder / "results.json"
     about = provenance()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".results.lock").open("a") as lock:  # two evaluations of one run may end at the same moment
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-            known = json.loads(file.read_text()) if file.is_file() else []
-            if not isinstance(known, list):
-                raise ValueError("no list")
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(known + [dict(entry) | about for entry in entries], indent=1) + "\n")
-            temporary.replace(file)
-    except OSError as error:
-        raise ConfigError(f"output={folder} cannot be written to: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): move it away") from error
+    with _opened(folder) as known:
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known + [dict(entry) | about for entry in entries], indent=1) + "\n")
+        temporary.replace(file)
     with SummaryWriter(str(folder)) as events:
         for entry in entries:
             for name, value in entry["figures"].items():
@@ -90,6 +82,38 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
     return file
 
 
+def prepare(folder: Path) -> None:
+    """Makes the folder and sees that `record` will be able to write there, before the work. Every rank calls it.
+
+    Raises:
+        ConfigError: as `record` does.
+    """
+
+    def attempt() -> None:
+        with _opened(folder):
+            pass
+
+    on_main(attempt)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[list[Any]]:
+    """The entries that `folder/results.json` holds, locked: two evaluations of one run may end at the same moment."""
+    file = folder / "results.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".results.lock").open("a") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            known = json.loads(file.read_text()) if file.exists() else []
+            if not isinstance(known, list):
+                raise ValueError("no list")
+            yield known
+    except OSError as error:
+        raise ConfigError(f"output={folder} cannot be written to: {error.strerror}: set output=DIR") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): move it away") from error
+
+
 def say(line: str) -> None:
     """A line of a command, on rank 0."""
     if is_main():
@@ -97,14 +121,20 @@ def say(line: str) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
-    """A table, on rank 0."""
+    """A table, on rank 0. Brackets are letters here, no markup."""
     if not is_main():
         return
-    out = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.ROUNDED)
+    out = Table(
+        title=Text(title, style="table.title"),
+        title_justify="left",
+        caption=Text(caption, style="table.caption") if caption else None,
+        caption_justify="left",
+        box=box.ROUNDED,
+    )
     for i, column in enumerate(columns):
-        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        out.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        out.add_row(*row)
+        out.add_row(*map(Text, row))
     Console(highlight=False).print(out)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.config import AugmentConfig, ConfigError, DataConfig, RunWarning, TrainConfig, require
+from moco.data.bad import without_bad
 from moco.data.loader import Plan
 from moco.data.sources import Sources, limited, load_source
 from moco.data.view import View
@@ -39,8 +40,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_sources(config: DataConfig, bank_size: int) -> Sources:
+def open_sources(config: DataConfig, bank_size: int, keep_bad: bool = False) -> Sources:
     """The data set, with at most `bank_size` reference images for the live kNN (0: all).
+
+    Args:
+        config: which data set.
+        bank_size: see above.
+        keep_bad: see `moco.data.sources.load_source`.
 
     Raises:
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
@@ -49,13 +55,46 @@ def open_sources(config: DataConfig, bank_size: int) -> Sources:
     def load(download: bool) -> Sources:
         with counting("decoding pictures", quiet=not is_main()) as progress:
             return load_source(
-                config.name, config.root, download, config.labels, config.eval_root, config.resident, progress
+                config.name,
+                config.root,
+                download,
+                config.labels,
+                config.eval_root,
+                config.resident,
+                progress,
+                keep_bad,
             )
 
     if config.download:
         on_main(lambda: len(load(True).train))  # one rank downloads, then all of them read
     sources = load(False)
     return sources if sources.bank is None else replace(sources, bank=limited(sources.bank, bank_size))
+
+
+def without_bad_references(sources: Sources, config: DataConfig) -> tuple[Sources, list[str]]:
+    """The data set with a bank and a held-out split that can be read throughout, and a line on what was left out.
+
+    What accuracy is measured with has no substitutes. Every picture of both is decoded once, which takes about as long
+    as the first evaluation; each rank does a part.
+
+    Raises:
+        ImageError: if more of a split is bad than `data.max_bad`.
+    """
+    if sources.bank is None or sources.held_out is None:
+        return sources, []
+    said = []
+    kept = []
+    for name, source in (("reference", sources.bank), ("held-out", sources.held_out)):
+        with counting(f"reading the {name} pictures", quiet=not is_main()) as progress:
+            good, bad = without_bad(source, f"{name} pictures", config.max_bad, progress)
+        kept.append(good)
+        if bad:
+            first = min(bad)
+            said.append(
+                f"{len(bad)} of the {len(source):,} {name} pictures cannot be read and are left out of the live "
+                f"accuracy, the first: {source.name(first)} ({bad[first]})"
+            )
+    return replace(sources, bank=kept[0], held_out=kept[1]), said
 
 
 def build_views(config: AugmentConfig) -> list[View]:

@@ -59,6 +59,10 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         (["k=[0]", "run=nowhere"], "moco: k=[0] must hold at least one number of neighbours"),
         (["k=5", "run=nowhere"], "moco: k=5 must be a list: k=[5]"),
         (["run=nowhere", "data=cifar10"], "moco: run=nowhere does not exist"),
+        (
+            ["run=nowhere", "data.root=Bücher"],
+            "moco: data.root=Bücher cannot be read: quote its value, 'data.root=\"Bü",
+        ),
     ],
 )
 def test_what_cannot_run_ends_with_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
@@ -67,6 +71,33 @@ def test_what_cannot_run_ends_with_one_sentence(tmp_path: Path, arguments: list[
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(sentence)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_that_read_one_run_and_write_to_one_place(tmp_path: Path) -> None:
+    result = knn(tmp_path, "--multirun", "run=nowhere", "seed=1,2")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "moco: --multirun puts 2 jobs into run=nowhere: give each its own output by what differs, such as "
+        "'output=runs/seed_${seed}'\n"
+    )
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("knn", False), ("train", True)])
+def test_ctrl_c_promises_only_what_will_be(tmp_path: Path, name: str, goes_on: bool) -> None:
+    lines = [
+        "from moco.cli import run_command",
+        "from moco.config.knn import KnnConfig",
+        "from moco.config import TrainConfig",
+        "def stopped(config): raise KeyboardInterrupt",
+        f"run_command({name!r}, {'KnnConfig' if name == 'knn' else 'TrainConfig'}, stopped)",
+    ]
+    (tmp_path / "command.py").write_text("\n".join(lines))
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "command.py"), "run=x"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 130
+    assert result.stderr.startswith("moco: interrupted")
+    assert ("last checkpoint" in result.stderr) == goes_on
 
 
 def test_the_notebooks_preset_and_another_data_set_compose(tmp_path: Path) -> None:

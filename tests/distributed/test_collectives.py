@@ -1,26 +1,36 @@
 """gather, permute, on_main and the rest against what one process would compute from the whole batch."""
 
+from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from moco.data.decode import ImageError
 from moco.data.keyed import permutation
+from moco.data.loader import Plan, batches
 from moco.data.sources import ArraySource
+from moco.data.view import View
 from moco.distributed import (
     average_running_statistics,
     broadcast_module,
+    everyone,
     gather,
     mean_over_ranks,
     on_main,
     permute,
     rank,
     sum_over_ranks,
+    together,
     world_size,
 )
-from moco.evaluation.features import extract, pixels
+from moco.evaluation.cache import cached
+from moco.evaluation.features import extract, pixels, stream
+from moco.evaluation.finetune import train
+from moco.evaluation.linear import new_head, train_head
 from moco.models.norm import GroupedBatchNorm
 from tests.distributed.launch import run_ranks
 
@@ -131,3 +141,75 @@ def test_features_of_an_odd_number_of_images_are_the_same_on_four_processes() ->
     assert alone.shape == (37, 48)
     for _, each in four():
         assert torch.equal(each, alone)  # in order, none dropped, none twice
+
+
+# ---- an error of one rank is everyone's, and nobody waits for it ----
+
+
+class OneBad:
+    """Eight pictures, decoded when asked for; the sixth is none."""
+
+    images = None
+    labels = np.arange(8) % 2
+    classes = ("a", "b")
+
+    def __len__(self) -> int:
+        return 8
+
+    def image(self, i: int) -> torch.Tensor:
+        if i == 5:
+            raise ImageError("five.png: no picture")
+        return torch.full((3, 4, 4), i, dtype=torch.uint8)
+
+    def name(self, i: int) -> str:
+        return str(i)
+
+
+def raised(function: Callable[[], object]) -> str:
+    try:
+        function()
+    except ImageError as error:
+        return str(error)
+    return "none"
+
+
+def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
+    """What comes whole through `everyone` and `together`, and the errors of each way to meet picture five."""
+    shown = (4, 0, (0.0,) * 3, (1.0,) * 3, CPU, 2)
+    plan, views = Plan(8, 4, 2, 0, rank(), world_size()), [View(4)]
+    labels = torch.from_numpy(OneBad.labels)
+
+    def of_rank() -> Iterator[int]:
+        yield 10 * rank()
+        if rank() == 1:
+            raise ImageError("second of rank 1")
+        yield 10 * rank() + 1
+
+    seen: list[int] = []
+    attempts: list[Callable[[], object]] = [
+        lambda: seen.extend(together(of_rank())),
+        lambda: extract(pixels, OneBad(), *shown),
+        lambda: cached(folder, "key", 8, 48, lambda rows: stream(pixels, OneBad(), rows, *shown)),
+        lambda: train_head(
+            nn.Flatten(), new_head(48, 2, 0.01, 0), OneBad(), plan, views[0], lambda _: 0.1, 0.9, 0.0, CPU
+        ),
+        lambda: train(
+            (network := nn.Sequential(nn.Flatten(), nn.Linear(48, 2))),
+            torch.optim.SGD([{"params": network.parameters(), "lr_scale": 1.0}]),
+            batches(OneBad(), plan, views, CPU, 0),
+            labels,
+            plan,
+            *(0.1, 0.0, None, 0.0, torch.float32),
+            lambda *_: None,
+        ),
+    ]
+    return everyone(lambda: rank()), seen, [raised(each) for each in attempts]
+
+
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    for r, (ranks, seen, met) in enumerate(run_ranks(2, errors, tmp_path)):
+        assert ranks == [0, 1]
+        assert seen == [10 * r]
+        assert met == ["second of rank 1", *["five.png: no picture"] * 4]
+    assert not (tmp_path / "key.npy").exists()
+    assert errors(tmp_path)[2] == ["none", *["five.png: no picture"] * 4]  # one process, which has no rank 1

@@ -3,6 +3,12 @@
 import collections
 import os
 import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -12,8 +18,9 @@ import pytest
 import torch
 from torch import nn
 
+from moco.config import config_dir
 from moco.engine import checkpoint
-from moco.engine.checkpoint import CheckpointError, digest, found, load, load_newest, save
+from moco.engine.checkpoint import CheckpointError, Saver, digest, found, load, load_newest, save
 
 
 def state(seed: int = 0) -> dict[str, Any]:
@@ -291,3 +298,209 @@ def test_objects_that_are_not_plain_are_refused_when_loading(tmp_path: Path) -> 
         checkpoint.load(path)
     ordered = save(tmp_path, 2, {"method": collections.OrderedDict(a=torch.ones(1))}, keep_last=1)
     assert list(load(ordered)["method"]) == ["a"]
+
+
+# ---- in the background ----
+
+
+class Slow:
+    """A torch.save that begins to write, says so, and goes on only when told to."""
+
+    def __init__(self) -> None:
+        self.real, self.began, self.go = torch.save, threading.Event(), threading.Event()
+
+    def __call__(self, what: Any, file: Any) -> None:
+        file.write(b"PK")
+        file.flush()
+        self.began.set()
+        assert self.go.wait(20)
+        file.seek(0)
+        self.real(what, file)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    made = Slow()
+    monkeypatch.setattr(torch, "save", made)
+    return made
+
+
+def test_the_copy_shares_nothing_and_is_of_the_same_kind() -> None:
+    given = state()
+    copied = checkpoint.on_host(given)
+    assert same(copied, given)
+    assert digest(copied) == digest(given)
+    assert type(copied["method"]) is collections.OrderedDict
+    assert vars(copied["method"]) == vars(given["method"])  # torch's notes: the versions of modules
+    assert "_metadata" in vars(copied["method"])
+    for name, value in given["method"].items():
+        assert copied["method"][name].data_ptr() != value.data_ptr(), name
+    given["method"]["0.weight"].zero_()
+    given["history"].append("later")
+    given["config"]["data"]["sizes"].append(9)
+    assert same(copied, state())
+
+
+def test_training_goes_on_while_it_is_written_and_what_it_does_is_not_seen(tmp_path: Path, slow: Slow) -> None:
+    given, saver = state(), Saver(tmp_path, keep_last=2)
+    saver.save(1, given)
+    assert slow.began.wait(20)
+    given["method"]["0.weight"].zero_()  # the next step
+    given["history"].append("later")
+    assert steps(tmp_path) == []  # not under its name before it is whole
+    slow.go.set()
+    saver.join()
+    assert same(load(tmp_path / "step_00000001.pt"), state())
+
+
+def test_at_most_one_is_being_written(tmp_path: Path, slow: Slow) -> None:
+    saver, saved = Saver(tmp_path, keep_last=2), threading.Event()
+
+    def save_two() -> None:
+        saver.save(1, state(1))
+        saver.save(2, state(2))
+        saved.set()
+
+    loop = threading.Thread(target=save_two)
+    loop.start()
+    assert slow.began.wait(20)
+    assert not saved.wait(0.2)  # the second save waits for the first
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.tmp"]
+    slow.go.set()
+    loop.join()
+    saver.join()
+    assert steps(tmp_path) == ["step_00000002.pt", "step_00000001.pt"]
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    """A real limit on a file's size: the system's error, through torch's own writer."""
+    saver = Saver(tmp_path, keep_last=1)
+    saver.save(1, state(1))
+    saver.join()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        saver.save(2, state(2) | {"large": torch.zeros(100_000)})
+        deadline = time.monotonic() + 20
+        while not saver.failed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert saver.failed()
+        with pytest.raises(CheckpointError, match=r"no checkpoint could be written to .*\(File too large\): make room"):
+            saver.save(3, state(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt"]
+    assert same(load(tmp_path / "step_00000001.pt"), state(1))
+    saver.save(4, state(4))  # said once; with room again it goes on
+    saver.join()
+    assert steps(tmp_path) == ["step_00000004.pt"]
+
+
+def save_and_raise(folder: Path, error: BaseException | None) -> None:
+    with Saver(folder, keep_last=1) as saver:
+        saver.save(1, state())
+        if error is not None:
+            raise error
+
+
+def test_leaving_waits_for_the_writer_unless_it_must_be_at_once(tmp_path: Path, slow: Slow) -> None:
+    left = threading.Event()
+
+    def leave(error: BaseException, folder: Path) -> None:
+        with pytest.raises(type(error)):
+            save_and_raise(folder, error)
+        left.set()
+
+    leave(KeyboardInterrupt(), tmp_path / "at_once")
+    assert left.is_set()
+    assert slow.began.wait(20)
+    assert steps(tmp_path / "at_once") == []
+    left.clear()
+    waiting = threading.Thread(target=leave, args=(ValueError("a bad step"), tmp_path / "waits"))
+    waiting.start()
+    assert not left.wait(0.2)
+    slow.go.set()
+    waiting.join()
+    assert steps(tmp_path / "waits") == ["step_00000001.pt"]
+
+
+def test_what_ends_the_run_is_told_not_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(FloatingPointError, match="loss"):
+        save_and_raise(tmp_path, FloatingPointError("loss"))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_and_raise(tmp_path, None)
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+from moco.engine.checkpoint import Saver
+
+saver = Saver(Path(sys.argv[1]), keep_last=1)
+saver.save(1, {"weight": torch.ones(1000)})
+saver.join()
+real = torch.save
+
+def half(what, file):
+    real(what, sys.argv[1] + "/../whole")
+    file.write(Path(sys.argv[1] + "/../whole").read_bytes()[:2000])
+    file.flush()
+    print("half written", flush=True)
+    time.sleep(60)
+
+torch.save = half
+saver.save(2, {"weight": torch.zeros(1000)})
+saver.join()
+"""
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    environment = os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)}
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half written\n"
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (folder / "step_00000002.tmp").stat().st_size == 2000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to fall back from
+        newest = load_newest(folder)
+    assert newest is not None
+    assert torch.equal(newest["weight"], torch.ones(1000))
+
+
+# ---- the best ----
+
+
+def test_the_best_of_a_history() -> None:
+    scores = {0: 99.0, 10: 50.0, 20: 60.0, 30: 60.0, 40: 55.0, 50: 61.0}  # the untrained encoder's is not one of them
+    history = [{"step": step, "knn": [score, 0.0, 1]} for step, score in scores.items()]
+    assert [step for step in range(60) if checkpoint.is_best(history, step)] == [10, 20, 50]
+    assert not checkpoint.is_best([], 10)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_stays_whatever_goes(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    history: list[dict[str, Any]] = []
+    for step, score in ((1, 40.0), (2, 70.0), (3, 60.0), (4, 50.0)):
+        history.append({"step": step, "knn": [score, 0.0, 1]})
+        save(tmp_path, step, state(step), keep_last=1, best=checkpoint.is_best(history, step))
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_00000004.pt"]
+    assert load(tmp_path / "best.pt")["step"] == 2
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 4
+    (tmp_path / "step_00000004.pt").write_bytes(b"damaged")
+    assert same(load(tmp_path / "best.pt"), state(2))

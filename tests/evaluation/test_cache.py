@@ -1,5 +1,7 @@
 """Features on disk are those that were computed, are found again by their key and never by another, and are whole."""
 
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from moco.data.sources import ArraySource, load_source
 from moco.evaluation.cache import cached, key_of, source_digest
 from tests.distributed.launch import run_ranks
 
-CPU = torch.device("cpu")
 FEATURES = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
 
 
@@ -26,7 +27,7 @@ def keep(folder: Path, key: str = "k", count: int = 7) -> tuple[Tensor, list[int
             seen.append(row)
             yield FEATURES[row : row + 1]
 
-    return cached(folder, key, count, 3, compute, CPU), seen
+    return cached(folder, key, count, 3, compute), seen
 
 
 def test_the_second_time_nothing_is_computed(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_an_interrupted_writer_leaves_nothing_that_counts(tmp_path: Path) -> Non
         raise RuntimeError("power cut")
 
     with pytest.raises(RuntimeError, match="power cut"):
-        cached(tmp_path, "k", 7, 3, broken, CPU)
+        cached(tmp_path, "k", 7, 3, broken)
     assert not (tmp_path / "k.npy").exists()
     again, seen = keep(tmp_path)
     assert torch.equal(again, FEATURES)
@@ -113,5 +114,8 @@ def test_files_are_told_apart_by_name_size_and_time(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(picture)
     before = source_digest(load_source("folder", str(tmp_path)).train)
     assert source_digest(load_source("folder", str(tmp_path)).train) == before
+    with tempfile.TemporaryDirectory() as other:
+        shutil.copy2(picture, other)  # with its time
+        assert source_digest(load_source("folder", other).train) == before
     Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(picture)
     assert source_digest(load_source("folder", str(tmp_path)).train) != before

@@ -211,18 +211,21 @@ def test_few_labels_get_more_epochs(
     assert (plan.batch_size, plan.epochs, plan.total_steps) == expected
 
 
-def _small_world() -> tuple[int, str]:
-    try:
-        plan_of(1, 8, 1, 0, seed=0)
-    except ValueError as error:
-        return plan_of(7, 8, 1, 0, seed=0).batch_size, str(error)
-    return 0, ""
+def _lowered() -> list[int | str]:
+    found: list[int | str] = []
+    for pictures in (6, 7, 1):
+        try:
+            found.append(plan_of(pictures, 8, 1, 0, seed=0).batch_size)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
-def test_the_lowered_batch_is_a_multiple_of_the_processes() -> None:
-    for batch, sentence in run_ranks(2, _small_world):
-        assert batch == 6
-        assert sentence == "1 labelled pictures cannot be shared by 2 processes: start fewer"
+def test_the_lowered_batch_is_the_same_on_any_number_of_processes_or_refused() -> None:
+    assert _lowered() == [6, 7, 1]
+    sentence = "2 processes cannot share a batch of the {} labelled pictures evenly: {}start fewer"
+    wanted = [6, sentence.format(7, "set batch_size=6, or "), sentence.format(1, "")]
+    assert run_ranks(2, _lowered) == [wanted] * 2
 
 
 def test_layer_decay_scales_each_layer_as_timm_does_with_a_head_of_its_own() -> None:

@@ -219,6 +219,12 @@ def test_draw_is_a_function_of_labels_and_number_alone() -> None:
     assert len(draws) == 30
 
 
+def test_a_seed_makes_other_draws_and_zero_is_the_default() -> None:
+    labels = classes(200, 0)
+    assert np.array_equal(draw_labels(labels, 2, 3, seed=0), draw_labels(labels, 2, 3))
+    assert not np.array_equal(draw_labels(labels, 2, 3, seed=1), draw_labels(labels, 2, 3))
+
+
 def test_more_labels_a_class_contain_the_fewer() -> None:
     labels = classes(200, 0)
     assert set(draw_labels(labels, 1, 4).tolist()) < set(draw_labels(labels, 5, 4).tolist())

@@ -31,6 +31,14 @@ def test_top5_says_nothing_of_five_classes() -> None:
     assert figures(SCORES[:, :5], LABELS % 5).top5 is None
 
 
+def test_top5_of_votes_does_not_depend_on_the_classes_numbers() -> None:
+    votes = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1.0]]).expand(3, 7)
+    labels = np.array([0, 5, 6])  # the first has no vote: only its number would put it among the five
+    assert figures(votes, labels, votes=True).top5 == pytest.approx(200 / 3)
+    assert figures(votes.flip(1), 6 - labels, votes=True).top5 == pytest.approx(200 / 3)
+    assert figures(-SCORES.abs(), LABELS).top5 == figures(-SCORES.abs() + 10, LABELS).top5  # other scores have no zero
+
+
 def test_of_equal_scores_the_first_class_counts() -> None:
     assert figures(torch.zeros(4, 3), np.array([0, 0, 1, 2])).top1 == 50.0
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from moco.data.keyed import FEW_LABELS, VALIDATION
 from moco.evaluation.subsets import SubsetError, listed, part_of_each_class, so_many_of_each_class
 
 LABELS = np.repeat(np.arange(4), [200, 100, 30, 3])[np.random.default_rng(0).permutation(333)]
@@ -29,8 +28,6 @@ def test_less_lies_within_more_and_the_seed_alone_decides() -> None:
     assert len(parts[3]) == 333
     assert np.array_equal(part_of_each_class(LABELS, 0.1, 3), part_of_each_class(LABELS, 0.1, 3))
     assert not np.array_equal(part_of_each_class(LABELS, 0.1, 3), part_of_each_class(LABELS, 0.1, 4))
-    assert np.array_equal(part_of_each_class(LABELS, 0.1, 3), part_of_each_class(LABELS, 0.1, 3, FEW_LABELS))
-    assert not np.array_equal(part_of_each_class(LABELS, 0.1, 3), part_of_each_class(LABELS, 0.1, 3, VALIDATION))
 
 
 def test_every_picture_has_the_same_chance() -> None:

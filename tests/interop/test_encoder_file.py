@@ -193,6 +193,75 @@ def test_untrained_weights_are_not_loaded_even_where_none_fit(tmp_path: Path) ->
     assert build(file, seed=0).backbone(IMAGES).shape == (2, 512)
 
 
+def test_a_plain_vit_small_does_not_say_its_heads(tmp_path: Path) -> None:
+    torch.save({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "deit_small.pth")
+    with pytest.raises(ForeignFileError, match=r"how many heads its ViT has.*timm/vit_small_patch16_224"):
+        read_encoder(tmp_path / "deit_small.pth", backbone="vit_small")
+    save_file({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "deit_small.safetensors")
+    with pytest.raises(ForeignFileError, match="how many heads its ViT has"):
+        read_encoder(tmp_path / "deit_small.safetensors", backbone="vit_small")
+
+
+def test_a_file_cannot_make_timm_fetch_or_open_others(tmp_path: Path) -> None:
+    import timm
+
+    weights = timm.create_model("resnet18", num_classes=0).state_dict()
+    for options in ('{"pretrained": true}', '{"checkpoint_path": "nowhere.pth"}'):
+        save_file(weights, tmp_path / "g.safetensors", {"backbone": "timm/resnet18", "options": options})
+        assert build(read_encoder(tmp_path / "g.safetensors")).backbone(IMAGES).shape == (2, 512)
+
+
+@pytest.mark.parametrize("kind", ["complex", "integer", "nan", "sparse"])
+def test_weights_that_are_no_numbers(tmp_path: Path, kind: str) -> None:
+    state = official(resnet(), {}, "encoder_q")
+    name = "module.encoder_q.conv1.weight"
+    as_kind = {
+        "complex": lambda x: x.to(torch.complex64),
+        "integer": lambda x: x.long(),
+        "nan": lambda x: x * float("nan"),
+        "sparse": lambda x: x.to_sparse(),
+    }
+    state[name] = as_kind[kind](state[name])
+    with pytest.raises(ForeignFileError, match=r"1 weights are not finite numbers .* \(conv1\.weight\)"):
+        build(read_encoder(saved(tmp_path, state, "resnet18")))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"options": "[1, 2]"},
+        {"options": "5"},
+        {"options": "[" * 100000},
+        {"step": "abc"},
+        {"options": '{"width": 1e9}'},
+    ],
+)
+def test_absurd_metadata(tmp_path: Path, about: dict[str, str]) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {"backbone": "convnet"} | about)
+    with pytest.raises(ValueError, match=r"x\.safetensors|model\.options") as caught:
+        build(read_encoder(tmp_path / "x.safetensors"))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_no_text_and_checkpoints_of_something_else(tmp_path: Path) -> None:
+    torch.save({"state_dict": {1: torch.zeros(3), ("a", "b"): torch.zeros(3)}}, tmp_path / "numbers.pth")
+    with pytest.raises(ForeignFileError, match="holds no weights"):
+        read_encoder(tmp_path / "numbers.pth", backbone="resnet18")
+    for step, state in enumerate([{"config": 3, "method": 5}, {"config": {"model": {}}, "method": {}}]):
+        path = checkpoint.save(tmp_path, step, state, keep_last=9)
+        with pytest.raises(ForeignFileError, match="does not hold what a checkpoint of moco.train holds|one network"):
+            read_encoder(path)
+
+
+def test_an_official_file_with_another_stem_and_one_with_an_odd_head(tmp_path: Path) -> None:
+    cifar = build_backbone("resnet18", {"stem": "cifar"}).eval()
+    path = saved(tmp_path, official(cifar, {}, "encoder_q"), "resnet18")
+    assert torch.equal(build(read_encoder(path, options={"stem": "cifar"})).backbone(IMAGES), cifar(IMAGES))
+    path = saved(tmp_path, official(cifar, {"fc.bias": torch.zeros(3)}, "encoder_q"), "resnet18")
+    with pytest.raises(ForeignFileError, match="the projection head in .* is unknown"):
+        build(read_encoder(path, options={"stem": "cifar"}))
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch EVIL",)

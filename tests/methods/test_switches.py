@@ -392,7 +392,7 @@ SIMCLR: dict[str, Any] = {"name": "simclr", "queue_size": 0}
         (SIMCLR | {"base_temperature": 0.0}, r"method.base_temperature=0.0 must be above 0"),
         (SIMCLR | {"queue_size": 64}, r"simclr has no queue"),
         (SIMCLR | {"symmetric": True}, r"method.symmetric=true: with simclr"),
-        (SIMCLR | {"augment__views": 1}, r"augment.views=1 leaves a sample no positive"),
+        (SIMCLR | {"augment__views": 1}, r"augment.views=1 leaves a sample no positive of its own"),
         ({"name": "moco_v3", "queue_size": 0, "margin": 0.1}, r"is a switch of moco and simclr, not of moco_v3"),
         ({"name": "moco_v3", "queue_size": 0, "temperature_schedule": "learned"}, r"moco_v3 has a constant one"),
     ],
@@ -416,7 +416,7 @@ def test_micro_batches_are_refused_where_the_batch_is_the_negatives() -> None:
         {"margin": 0.1, "mix_hardest": 8, "mix_pairs": 4, "false_negatives": "attract", "false_top": 3},
         {"labels": True, "margin": 0.1, "mix_hardest": 8, "mix_query": 4},
         {"temperature_schedule": "learned", "debias": 0.1},
-        SIMCLR | {"labels": True, "contrast_mode": "one", "base_temperature": 0.07, "augment__views": 1},
+        SIMCLR | {"labels": True, "contrast_mode": "one", "base_temperature": 0.07, "augment__views": 3},
         SIMCLR | {"candidates": "other_view", "margin": 0.1, "temperature_schedule": "learned", "augment__views": 4},
     ],
 )

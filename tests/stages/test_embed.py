@@ -26,7 +26,7 @@ from moco.stages import embed as stage
 from moco.stages.embed import embed
 from moco.stages.embedding import read_about
 from tests.distributed.launch import run_ranks
-from tests.stages.pictures import encoder, folder
+from tests.stages.pictures import encoder, folder, gradient
 
 FILES = ("features.npy", "index.csv", "features.json")
 
@@ -136,14 +136,21 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
 
 
-def test_a_complete_output_is_not_computed_again(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_complete_output_is_not_computed_again_unless_a_picture_changed(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed(config(made, tmp_path / "out"))
     before = contents(tmp_path / "out")
     shutil.move(str(made[1] / "../pictures"), tmp_path / "moved")  # the same pictures in another place
     stop_after(0, monkeypatch)
     embed(config((made[0], tmp_path / "moved"), tmp_path / "out", images_at_once=100))
+    assert contents(tmp_path / "out") == before
+    now, later = capsys.readouterr().out.split("pictures of", 2)[1:]
+    assert "already complete" in later
+    assert "already complete" not in now
+    gradient(99).save(tmp_path / "moved" / "03.png")  # the same name, another picture
+    with pytest.raises(ConfigError, match=r"holds features of pictures of .* that have changed since: choose another"):
+        embed(config((made[0], tmp_path / "moved"), tmp_path / "out"))
     assert contents(tmp_path / "out") == before
 
 

@@ -1,5 +1,6 @@
 """`moco.stages.finetune` from a configuration to its files, in this process, on digits and on small folders."""
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,8 @@ from moco.interop.encoder_file import ForeignFileError, build, read_encoder, sav
 from moco.models.backbones import build_backbone
 from moco.stages import finetune as stage
 from moco.stages import judged as judged_stage
-from moco.stages.finetune import Outcome, pick, run_finetune, view_of
+from moco.stages.finetune import pick, run_finetune, view_of
+from moco.stages.finetune_report import Outcome
 from moco.stages.judged import open_judged
 
 RUN = {
@@ -96,7 +98,10 @@ def test_it_leaves_figures_and_a_network_that_the_other_commands_read(
     assert [each["encoder"] for each in entries] == ["pretrained", "untrained"]
     entry = entries[0]
     assert (entry["command"], entry["protocol"], entry["labelled"]) == ("finetune", "10 % of labels", 129)
-    assert entry["settings"]["steps"] == 30
+    assert (entry["settings"]["steps"], entry["settings"]["fraction"]) == (30, 0.1)
+    assert entry["settings"]["view"] == json.loads(json.dumps(asdict(view_of(config, open_judged(config)))))
+    assert (entry["weights"], entry["backbone"], entry["options"]) == ("encoder", "convnet", {"width": 4})
+    assert (entry["data"]["training"], entry["data"]["held_out"]) == (1297, 500)
     assert entry["data"]["name"] == "digits"
     each = [one["top1"] for one in entry["per_seed"]]
     mean, half = mean_interval(each)
@@ -156,6 +161,7 @@ def test_the_held_out_split_opens_once_a_seed_and_never_in_validation(
     assert judged == [259]
     assert written(tmp_path)[-1]["protocol"] == "1 % of labels, validation"
     assert written(tmp_path)[-1]["labelled"] == 10
+    assert written(tmp_path)[-1]["settings"]["fraction"] == 0.01  # what the null of the configuration stands for
 
 
 def test_a_single_seed_gets_the_interval_of_its_test_pictures(
@@ -199,6 +205,10 @@ def test_a_foreign_file_on_folders_with_a_list_of_names(tmp_path: Path) -> None:
     assert outcome.figures[0].top1 == 100  # two colours
     (entry,) = written(tmp_path / "out")
     assert (entry["labelled"], entry["protocol"]) == (4, "labels of few.txt")
+    listed = (tmp_path / "few.txt").read_bytes()
+    assert entry["settings"]["subset_list_sha256"] == hashlib.sha256(listed).hexdigest()
+    assert entry["settings"]["fraction"] is None
+    assert outcome.saved.name == "pretrained_list_few"
     file = read_encoder(outcome.saved / "encoder.safetensors")
     assert file.images["size"] == 12
     assert file.config["data"]["root"] == config.data.root
@@ -332,6 +342,29 @@ def test_folders_that_cannot_be_judged_by(encoder: str, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(ImageError, match=r"a_\d.png"):
         attempt(good)
+
+
+def test_validation_leaves_each_class_a_picture_to_label(encoder: str, tmp_path: Path) -> None:
+    test = pictures(tmp_path / "test", 1)
+
+    def attempt(root: Path) -> list[Outcome]:
+        data = JudgedDataConfig(name="folder", root=str(root), eval_root=str(test), labels="folder", workers=0)
+        images = ImagesConfig(size=12, resize=12)
+        return run_finetune(configured(encoder, tmp_path / "out", data=data, images=images, validation=0.9))
+
+    two = pictures(tmp_path / "two", 2)
+    (outcome,) = attempt(two)
+    assert outcome.figures[0].count == 2  # 0.9 of two would be both
+    (two / "b" / "b_1.png").unlink()
+    with pytest.raises(ConfigError, match=r"validation=0.9 needs two pictures of each class, .* has one of b: add"):
+        attempt(two)
+
+
+def test_what_cannot_be_recorded_is_told_before_training(encoder: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"results.json is damaged"):
+        run_finetune(configured(encoder, tmp_path))
+    assert not (tmp_path / "finetune").exists()
 
 
 def test_frozen_bn_without_pretraining_warns(encoder: str, tmp_path: Path) -> None:

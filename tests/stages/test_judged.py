@@ -1,5 +1,7 @@
 """The encoder, the data and the look that a command judges, from a run or a file; what cannot be is one sentence."""
 
+import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,21 +11,22 @@ import torch
 from PIL import Image
 
 from moco.builder import MoCo
-from moco.config import ConfigError, TrainConfig
+from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.judge import JudgeConfig, check_judged
 from moco.engine import checkpoint
 from moco.models.encoder import build_encoder
-from moco.stages.judged import data_config, encoders, features_of, open_judged, open_labelled
+from moco.stages.judged import about, data_config, encoders, features_of, open_judged, open_labelled
 
 CPU = torch.device("cpu")
 
 
-def trained(folder: Path, data: str = "digits", step: int = 7, **fields: str) -> Path:
+def trained(folder: Path, data: str = "digits", step: int = 7, supervised: bool = False, **fields: str) -> Path:
     """A run's directory with a checkpoint of a tiny encoder."""
     config = TrainConfig(seed=3)
     config.model.backbone, config.model.options, config.model.dim = "convnet", {"width": 2}, 8
     config.augment.size, config.augment.mean, config.augment.std = 16, [0.5] * 3, [0.5] * 3
     config.data.name, config.data.workers = data, 0
+    config.method.labels = supervised
     for name, value in fields.items():
         setattr(config.data, name, value)
     torch.manual_seed(config.seed)
@@ -101,18 +104,105 @@ def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures", {"a": 10, "b": 2, "c": 5})
     config = judge(run=str(trained(tmp_path / "run", "folder", root=str(root), labels="folder")))
     config.data.hold_out = 0.4
-    bank, held_out = open_labelled(config, open_judged(config))
+    with pytest.warns(RunWarning, match=r"hold_out=0\.4 holds out pictures that the encoder was trained on, without"):
+        bank, held_out = open_labelled(config, open_judged(config))
     assert bank.labels is not None
     assert held_out.labels is not None
     assert np.bincount(held_out.labels).tolist() == [4, 1, 2]
     names = [each.name(i) for each in (bank, held_out) for i in range(len(each))]
     assert sorted(names) == sorted(set(names))
     assert len(names) == 17
-    again = open_labelled(config, open_judged(config))[1]
+    with pytest.warns(RunWarning):
+        again = open_labelled(config, open_judged(config))[1]
     assert [again.name(i) for i in range(7)] == [held_out.name(i) for i in range(7)]
+    assert about(open_judged(config), config, bank, held_out)["data"]["held_out_seen"] is True
+    copy = pictures(tmp_path / "copy", {"a": 10, "b": 2, "c": 5})
+    config.data.name, config.data.root, config.data.labels = "folder", str(copy), "folder"
+    with warnings.catch_warnings(action="error"):  # these it has not seen
+        bank, held_out = open_labelled(config, open_judged(config))
+    assert about(open_judged(config), config, bank, held_out)["data"]["held_out_seen"] is False
+
+
+def test_about_holds_what_repeats_a_figure_in_any_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures(Path("train"), {"a": 3, "b": 2})
+    pictures(Path("test"), {"a": 1, "b": 1})
+    trained(Path("run"), "folder", root="train", eval_root="test", labels="folder")
+    config = judge(run="run")
+    judged = open_judged(config)
+    found = about(judged, config, *open_labelled(config, judged))
+    assert found["source"] == str(tmp_path / "run" / "checkpoints" / "step_00000007.pt")
+    assert (found["backbone"], found["options"]) == ("convnet", {"width": 2})
+    assert (found["weights"], found["step"]) == ("encoder", 7)
+    data = {name: found["data"][name] for name in ("root", "eval_root", "labels", "hold_out", "training", "held_out")}
+    assert data == {
+        "root": str(tmp_path / "train"),
+        "eval_root": str(tmp_path / "test"),
+        "labels": "folder",
+        "hold_out": 0.0,
+        "training": 5,
+        "held_out": 2,
+    }
+    assert found["look"] == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert json.loads(json.dumps(found)) == found
+    other = about(open_judged(judge(run=str(trained(Path("other"), step=0)))), config, *open_labelled(config, judged))
+    assert other["sha256"] != found["sha256"]
 
 
 # ---- what cannot be ----
+
+
+def test_labels_that_trained_the_encoder_do_not_judge_it(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "pictures", {"a": 5, "b": 5})
+    run = trained(tmp_path / "run", "folder", root=str(root), labels="folder", supervised=True)
+    config = judge(run=str(run))
+    config.data.hold_out = 0.2
+    assert "these labels trained it: give data.eval_root=DIR" in sentence(config)
+    config.data.root = str(root / ".." / "pictures")
+    config.data.labels = "folder"
+    assert "these labels trained it" in sentence(config)
+
+
+def test_hold_out_beside_a_held_out_split(tmp_path: Path) -> None:
+    config = judge(run=str(trained(tmp_path / "run")))
+    config.data.hold_out = 0.2
+    assert "data.hold_out=0.2, but data.name=digits has a held-out split: leave" in sentence(config)
+
+
+def test_a_network_is_not_said_beside_a_run(tmp_path: Path) -> None:
+    config = judge(run="run", backbone="resnet18")
+    config.options = {"stem": "cifar"}
+    assert "leave backbone=resnet18 and options={'stem': 'cifar'} out" in sentence(config)
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    assert f"is a folder: say run={tmp_path}" in sentence(judge(checkpoint=str(tmp_path)))
+
+
+def test_a_view_larger_than_the_picture_it_is_cut_from(tmp_path: Path) -> None:
+    config = judge(run=str(trained(tmp_path / "run")))
+    config.images.size, config.images.resize = 300, 256
+    assert sentence(config) == "images.size=300 exceeds images.resize=256: set both"
+
+
+def test_an_encoder_that_does_not_fit_is_told_before_its_data_is_looked_for(tmp_path: Path) -> None:
+    network = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 4).backbone
+    torch.save(network.state_dict(), tmp_path / "plain.pth")
+    config = judge(checkpoint=str(tmp_path / "plain.pth"), backbone="resnet18")
+    config.data.name, config.data.root = "folder", str(tmp_path / "missing")
+    assert "does not fit backbone=resnet18" in sentence(config)
+
+
+def test_a_relative_path_of_a_run_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path / "run", "folder", root="pictures", labels="folder")
+    monkeypatch.chdir(tmp_path)
+    said = sentence(judge(run=str(run)))
+    assert "(data.root=pictures is what the run says, which was trained in another working directory: set" in said
+    config = judge(run=str(run))
+    config.data.root = "mine"
+    assert "what the run says" not in sentence(config)
 
 
 def sentence(config: JudgeConfig) -> str:
@@ -181,13 +271,19 @@ def test_a_file_that_does_not_say_its_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("weights", "best"), ("device", "tpu"), ("images_at_once", 0), ("threads", -1), ("seed", -1)]
+    ("name", "value"),
+    [("weights", "best"), ("device", "tpu"), ("images_at_once", 0), ("threads", -1), ("seed", -1), ("seed", 2**64)],
 )
 def test_impossible_fields_are_named(name: str, value: object) -> None:
     config = judge(run="x")
     setattr(config, name, value)
     with pytest.raises(ConfigError, match=name):
         check_judged(config)
+    for name, value in {"size": 0, "resize": -1, "mean": [0.5], "std": [0.5, 0.0, 0.5]}.items():
+        config = judge(run="x")
+        setattr(config.images, name, value)
+        with pytest.raises(ConfigError, match=rf"images\.{name}="):
+            check_judged(config)
     config = judge(run="x")
     config.data.hold_out = 1.0
     with pytest.raises(ConfigError, match=r"data\.hold_out=1\.0"):

@@ -186,7 +186,24 @@ def test_the_projection_is_judged_where_there_is_one(run: Path, tmp_path: Path) 
     config = asked(run, k=[1], compare=[], features="projection", output=str(tmp_path))
     (projection,) = stage.judge_by_neighbours(config)
     assert not np.array_equal(backbone.confusion(), projection.confusion())
-    assert [entry["settings"]["features"] for entry in entries(tmp_path)] == ["backbone", "projection"]
+    first, second = entries(tmp_path)
+    assert [each["settings"]["features"] for each in (first, second)] == ["backbone", "projection"]
+    assert first["sha256"] != second["sha256"]
+
+
+def test_a_seed_draws_other_few_labels(run: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"k": [1], "labels_per_class": 1, "draws": 2, "compare": [], "output": str(tmp_path)}
+    found = [stage.judge_by_neighbours(asked(run, seed=seed, **values))[0].confusion() for seed in (0, 0, 2)]
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_a_damaged_results_file_is_told_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results.json").write_text("[{")
+    monkeypatch.setattr(stage, "features_of", None)  # nothing is computed
+    refused(asked(run, output=str(tmp_path)), r"results\.json is damaged")
 
 
 def test_the_most_confused_pairs_by_share_of_the_true_class() -> None:
@@ -251,7 +268,7 @@ def test_a_file_of_another_architecture(run: Path, tmp_path: Path) -> None:
 def test_features_that_are_not_finite(run: Path, tmp_path: Path) -> None:
     network = next(iter(encoders(open_judged(asked(run)), [], CPU)))[1].backbone
     state = checkpoint.load(checkpoint.found(run / "checkpoints")[0])
-    next(network.parameters()).data.fill_(torch.nan)
+    next(network.parameters()).data.fill_(1e38)  # finite, as a file's weights must be, but no sum of them is
     save_encoder(tmp_path / "encoder.safetensors", network, state["config"], 7)
     config = KnnConfig(checkpoint=str(tmp_path / "encoder.safetensors"), device="cpu", output=str(tmp_path))
     refused(config, "the pretrained encoder of .* gives features that are NaN or infinite")

@@ -177,6 +177,28 @@ def test_milestones_that_are_not_reached_are_told(tmp_path: Path) -> None:
         run(config)
 
 
+def test_the_table_is_shown_before_what_may_fail_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(stage, "keep", full)
+    with pytest.raises(OSError, match="no space left"):
+        stage.probe(swept(tmp_path))
+    assert "Linear probe, sweep" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = swept(tmp_path)
+    config.output = str(tmp_path / "encoder.safetensors" / "out")
+    monkeypatch.setattr(stage, "encoders", None)
+    with pytest.raises(ConfigError, match=r"output=.* cannot be written to"):
+        stage.probe(config)
+
+
 # ---- the test split chooses nothing ----
 
 

@@ -28,6 +28,7 @@ def config(run: str = "runs/v3", backbone: str = "convnet") -> TrainConfig:
     model.head_norm, model.predictor_layers, model.predictor_hidden = True, 2, 16
     model.bn, model.shuffle_keys = "sync", False
     method.name, method.queue_size, method.temperature, method.momentum_end = "moco_v3", 0, 1.0, 1.0
+    method.symmetric, method.reduction = True, "sum"
     optim.name, optim.exclude = ("adamw", []) if backbone == "vit" else ("lars", ["bias", "norm"])
     made.evaluate.every_epochs = 0
     made.checkpoint.every_steps, made.checkpoint.keep_last = 2, 9

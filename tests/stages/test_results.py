@@ -47,6 +47,26 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         results.record(tmp_path / "file" / "run", [entry(1.0)], step=0)
 
 
+def test_what_record_could_not_do_is_told_before_the_work(tmp_path: Path) -> None:
+    results.prepare(tmp_path / "new" / "run")
+    assert (tmp_path / "new" / "run").is_dir()
+    results.record(tmp_path, [entry(1.0)], step=0)
+    results.prepare(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written to: .*: set output=DIR"):
+        results.prepare(tmp_path / "file" / "run")
+    (tmp_path / "results.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"results\.json is damaged \(no list\): move it away"):
+        results.prepare(tmp_path)
+
+
+def test_brackets_in_a_table_are_letters(capsys: pytest.CaptureFixture[str]) -> None:
+    results.table("of [a]", ["[b]"], [["[c] [/]"]], "[20] [i]")
+    said = capsys.readouterr().out
+    for text in ("of [a]", "[b]", "[c] [/]", "[20] [i]"):
+        assert text in said
+
+
 def test_commit_is_that_of_the_checkout_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "repository" / "moco"
     package.mkdir(parents=True)

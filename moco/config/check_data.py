@@ -1,0 +1,31 @@
+"""The schema of `moco.check_data`: what is wrong with a folder of pictures, before a run."""
+
+from dataclasses import dataclass, field
+
+from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.train import DataConfig, check_pictures
+
+
+@dataclass
+class CheckDataConfig:
+    """Which pictures, judged by what a run with the same `data` would do with them."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))
+    """as for moco.train; its loader processes (data.workers) decode here too"""
+    output: str = "check_data.json"
+    """the report, with the files of each kind"""
+    listed: int = 1000
+    """at most so many files of a kind are named in the report; all are counted"""
+
+
+def check_check_data(config: CheckDataConfig) -> None:
+    """Refuses what cannot run.
+
+    Raises:
+        ConfigError: naming the field, its value and the fix.
+    """
+    require_finite(config)
+    one_of("data.name", config.data.name, ("folder", "imagenet"))  # the others are arrays, with checksums of their own
+    check_pictures(config.data)
+    at_least(1, {"listed": config.listed})
+    require(bool(config.output.strip()), "output='' must name the report's file, e.g. output=check_data.json")

@@ -1,0 +1,312 @@
+"""A run that is told to stop saves, says so and ends with its status; the same command then ends where one run does.
+
+A driver runs the command itself and has the process strike itself in the middle of a step: no race with a clock.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import moco
+from moco.cli import register
+from moco.config import ConfigError, TrainConfig, check, config_dir
+from moco.engine import checkpoint
+from moco.engine.checkpoint import Checkpoint, CheckpointError
+from moco.engine.step import train_step
+from moco.engine.stop import Stopped
+from moco.interop.encoder_file import read_encoder
+from moco.stages import pretrain as stage
+from moco.stages.pretrain import pretrain
+from tests.stages.test_judged import pictures
+
+REPOSITORY = Path(config_dir()).parent
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# 15 steps in seconds, of which nothing but the end is saved or evaluated.
+TINY = [
+    "epochs=3",
+    "batch_size=256",
+    "threads=1",
+    "model.options.width=4",
+    "model.dim=16",
+    "method.queue_size=300",
+    "optim.warmup_epochs=0.5",
+    "evaluate.draws=2",
+    "evaluate.every_epochs=0",
+    "checkpoint.every_epochs=0",
+    "log_every=5",
+]
+
+DRIVER = """
+import os, signal
+from moco.cli import run_command
+from moco.config import TrainConfig
+from moco.stages import pretrain
+from moco.train import train
+
+step, *blows = os.environ["STRIKE"].split()
+steps, train_step = 0, pretrain.train_step
+
+def struck(*arguments):
+    global steps
+    steps += 1
+    if steps == int(step) and os.environ.get("RANK", "0") == os.environ.get("STRIKE_RANK", "0"):
+        for name in blows:
+            os.kill(os.getpid(), getattr(signal, name))
+    return train_step(*arguments)
+
+pretrain.train_step = struck
+run_command("train", TrainConfig, train)
+"""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """What this process did on a signal before a test, it does after it."""
+    before = [signal.getsignal(each) for each in SIGNALS]
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def config(run: Path, *overrides: str) -> TrainConfig:
+    register("train", TrainConfig)
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        composed = compose("train", overrides=[*TINY, f"run={run}", *overrides])
+    made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), composed))
+    assert isinstance(made, TrainConfig)
+    check(made)
+    return made
+
+
+def strike(monkeypatch: pytest.MonkeyPatch, step: int, *blows: signal.Signals) -> None:
+    """In the run's `step`-th step from now everything is struck, loader processes first, as Slurm and Ctrl-C do."""
+    count = 0
+
+    def struck(*arguments: Any) -> dict[str, torch.Tensor]:
+        nonlocal count
+        count += 1
+        if count == step:
+            for number in blows:
+                struck_down = [*multiprocessing.active_children(), multiprocessing.current_process()]
+                # By another process: torch lets a loader that its parent ends go in peace.
+                subprocess.run(["kill", f"-{int(number)}", *(str(each.pid) for each in struck_down)], check=True)
+                time.sleep(0.2 * (len(struck_down) > 1))
+        return train_step(*arguments)
+
+    monkeypatch.setattr(stage, "train_step", struck)
+
+
+def newest(run: Path) -> Checkpoint:
+    found = checkpoint.load_newest(run / "checkpoints")
+    assert found is not None
+    return found
+
+
+def equal(one: Checkpoint, other: Checkpoint) -> bool:
+    return all(checkpoint.digest(one[name]) == checkpoint.digest(other[name]) for name in ("method", "optimizer"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """What an uninterrupted run ends with."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "whole"
+    pretrain(config(run))
+    return newest(run)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_lets_the_step_end_saves_it_and_the_run_goes_on_bit_for_bit(
+    number: signal.Signals, whole: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        strike(patch, 7, number)
+        with pytest.raises(Stopped, match=rf"stopped by {number.name} behind step 7 of 15") as stopped:
+            pretrain(config(run))
+    assert stopped.value.status == (130 if number == signal.SIGINT else 75)
+    assert newest(run)["step"] == 7
+    assert not (run / "encoder.safetensors").exists()
+    pretrain(config(run))
+    assert newest(run)["step"] == 15
+    assert equal(newest(run), whole)
+
+
+def test_the_time_limit_stops_each_turn_and_may_change_between_them(whole: Checkpoint, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for turn in (1, 2):  # the limit is over before the first step is: one step a turn
+        with pytest.raises(Stopped, match=rf"by the time limit stop_after behind step {turn} of 15") as stopped:
+            pretrain(config(run, "stop_after=1e-6"))
+        assert stopped.value.status == 75
+    pretrain(config(run, "stop_after=60"))
+    assert equal(newest(run), whole)
+
+
+def test_a_signal_in_the_last_step_is_late(whole: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    strike(monkeypatch, 15, signal.SIGTERM)
+    pretrain(config(tmp_path / "run"))
+    assert equal(newest(tmp_path / "run"), whole)
+    assert (tmp_path / "run" / "encoder.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_loader_processes_that_are_struck_too_do_not_cut_the_step_short(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path / "pictures", {"cat": 40, "dog": 40})
+    streamed = ["data=folder", f"data.root={tmp_path / 'pictures'}", "batch_size=16", "model.bn_group_size=8"]
+    made = config(tmp_path / "run", *streamed, "method.queue_size=32", "data.workers=2", "epochs=4")
+    strike(monkeypatch, 3, number)
+    with pytest.raises(Stopped, match="behind step 3 of 20"):
+        pretrain(made)
+    assert newest(tmp_path / "run")["step"] == 3
+    assert multiprocessing.active_children() == []
+
+
+def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    real = checkpoint.Saver.save
+
+    def count(saver: checkpoint.Saver, step: int, *arguments: Any) -> None:
+        saved.append(step)
+        real(saver, step, *arguments)
+
+    monkeypatch.setattr(checkpoint.Saver, "save", count)
+    strike(monkeypatch, 4, signal.SIGUSR1)
+    with pytest.raises(Stopped):
+        pretrain(config(tmp_path / "run", "checkpoint.every_steps=2"))
+    assert saved == [2, 4]
+
+
+def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, real = tmp_path / "run", torch.save
+
+    def full(what: Any, file: Any) -> None:
+        if what["step"] > 4:
+            raise OSError(28, "No space left on device")
+        real(what, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match=r"no checkpoint could be written .*No space left on device"):
+            pretrain(config(run, "checkpoint.every_steps=2"))
+    assert newest(run)["step"] == 4
+    assert sorted(each.name for each in (run / "checkpoints").iterdir()) == ["step_00000002.pt", "step_00000004.pt"]
+    pretrain(config(run))
+    assert newest(run)["step"] == 15
+
+
+def test_a_full_disk_while_stopping_is_not_called_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    strike(monkeypatch, 2, signal.SIGTERM)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        pretrain(config(tmp_path / "run"))
+
+
+def test_a_checkpoint_says_what_wrote_it(whole: Checkpoint) -> None:
+    assert whole["versions"] == {"moco": moco.__version__, "torch": torch.__version__}
+    assert {type(each) for each in whole["versions"].values()} == {str}
+    assert whole["world_size"] == 1
+
+
+def test_the_best_by_live_knn_stays_and_can_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scores are made up; what is saved under them is not."""
+    run, scores = tmp_path / "run", iter([90.0, 40.0, 60.0, 50.0])  # untrained, then behind each epoch
+    monkeypatch.setattr(stage, "live_knn", lambda *_, **__: {"knn": (next(scores), 0.0, 1)})
+    pretrain(config(run, "evaluate.every_epochs=1", "checkpoint.keep_best=true", "checkpoint.keep_last=1"))
+    assert sorted(each.name for each in (run / "checkpoints").iterdir()) == ["best.pt", "step_00000015.pt"]
+    best = checkpoint.load(run / "checkpoints" / "best.pt")
+    assert best["step"] == 10
+    assert newest(run)["step"] == 15
+    encoder = read_encoder(run / "checkpoints" / "best.pt")
+    assert encoder.step == 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["checkpoint.keep_best=true"], "checkpoint.keep_best=true needs .* evaluate.every_epochs=0 turns off"),
+        (["stop_after=-1"], r"stop_after=-1\.0"),
+        (["stop_after=nan"], "stop_after=nan"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        config(tmp_path, *overrides)
+
+
+# ---- as processes ----
+
+
+def start(
+    folder: Path, blows: str, *arguments: str, launcher: tuple[str, ...] = ()
+) -> "subprocess.CompletedProcess[str]":
+    driver = folder / "driver.py"
+    driver.write_text(DRIVER)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, sys.executable, str(driver), *TINY, *arguments],
+        cwd=folder,
+        env=environment | {"STRIKE": blows, "STRIKE_RANK": "1" if launcher else "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("blows", "status", "sentence"),
+    [
+        ("3 SIGTERM", 75, "moco: stopped by SIGTERM behind step 3 of 15, which is saved"),
+        ("3 SIGINT", 130, "moco: stopped by SIGINT behind step 3 of 15, which is saved"),
+        ("3 SIGINT SIGINT", 130, "moco: interrupted; the same command goes on from the last checkpoint"),
+    ],
+)
+def test_the_command_ends_with_its_status_and_one_sentence(
+    blows: str, status: int, sentence: str, tmp_path: Path
+) -> None:
+    result = start(tmp_path, blows, "run=run")
+    assert result.returncode == status, result.stderr
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith(sentence)
+    saved = [path.name for path in checkpoint.found(tmp_path / "run" / "checkpoints")]
+    assert saved == ([] if blows.count("SIGINT") == 2 else ["step_00000003.pt"])
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_together(tmp_path: Path) -> None:
+    """Rank 1 is struck; both leave with the status although torchrun strikes whichever is the last to leave."""
+    keep_status = 'trap : TERM; "$@"; status=$?; echo $status > status_$RANK; exit $status'
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    launcher = (sys.executable, *torchrun, "bash", "-c", keep_status, "bash")
+    result = start(tmp_path, "6 SIGTERM", "run=cut", launcher=launcher)
+    assert [(tmp_path / f"status_{rank}").read_text() for rank in (0, 1)] == ["75\n", "75\n"], result.stderr
+    assert "moco: stopped by SIGTERM behind step 7 of 15" in result.stderr  # ranks agree one step later
+    assert newest(tmp_path / "cut")["step"] == 7
+    assert newest(tmp_path / "cut")["world_size"] == 2
+    for run in ("cut", "whole"):
+        result = start(tmp_path, "0", f"run={run}", launcher=launcher)
+        assert result.returncode == 0, result.stderr
+    one, other = (newest(tmp_path / run) for run in ("cut", "whole"))
+    assert checkpoint.digest(one["optimizer"]) == checkpoint.digest(other["optimizer"])
+    # BN's running statistics, which no step reads, are averaged over ranks when saved: once more often here, rounding.
+    for name, value in other["method"].items():
+        if name.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(one["method"][name], value, rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(one["method"][name], value), name

@@ -1,0 +1,77 @@
+"""Files that cannot be read, and files that can but are odd, each made here."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def noise(seed: int = 0, height: int = 30, width: int = 40) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header declares 14,000 x 14,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 14_000, 14_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def bad_files() -> dict[str, tuple[bytes, str]]:
+    """Content and kind of fault by name."""
+    jpeg, png = encoded(noise(), "JPEG"), encoded(noise(), "PNG")
+    broken = bytearray(png)
+    broken[len(png) // 2] ^= 0xFF
+    return {
+        "empty.jpg": (b"", "empty"),
+        "text.jpg": (b"<html>404 not found</html>", "no image"),
+        "cut.jpg": (jpeg[: len(jpeg) // 2], "truncated"),
+        "zeros.jpg": (jpeg[: len(jpeg) // 2] + bytes(len(jpeg) // 2), "truncated"),
+        "cut.png": (png[: len(png) // 2], "truncated"),
+        "flipped.png": (bytes(broken), "damaged"),
+        "bomb.png": (bomb(), "too large"),
+    }
+
+
+def odd_files() -> dict[str, tuple[bytes, str]]:
+    """Content and kind of oddity by name."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gray = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
+    palette = noise().quantize(16)
+    glass = noise().convert("RGBA")
+    glass.putalpha(100)
+    return {
+        "sixteen.png": (encoded(Image.fromarray(gray), "PNG"), "16 bits"),
+        "cmyk.jpg": (encoded(noise().convert("CMYK"), "JPEG"), "CMYK"),
+        "palette.png": (encoded(palette, "PNG"), "palette"),
+        "turned.jpg": (encoded(noise(), "JPEG", exif=exif), "rotated by EXIF"),
+        "glass.png": (encoded(glass, "PNG"), "transparent"),
+        "moving.gif": (encoded(noise(), "GIF", save_all=True, append_images=[noise(1)]), "several frames"),
+        "dot.png": (encoded(noise(height=1, width=1), "PNG"), "tiny"),
+        "ribbon.png": (encoded(Image.new("RGB", (30_000, 20), "red"), "PNG"), "long"),
+        "liar.jpg": (encoded(noise(2), "PNG"), "misnamed"),
+        "größe 漢字.png": (encoded(noise(3), "PNG"), "name"),
+    }
+
+
+def folder(root: Path, good: int = 6, bad: bool = True, odd: bool = False) -> Path:
+    """Good pictures 00.png, 01.png, ... of one size, with every bad or odd file among them."""
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(good):
+        noise(100 + i).save(root / f"{i:02}.png")
+    for name, (data, _) in ((bad_files() if bad else {}) | (odd_files() if odd else {})).items():
+        (root / name).write_bytes(data)
+    return root

@@ -1,0 +1,332 @@
+"""A picture that cannot be read ends the run with a sentence, or is replaced: always by the same one, and on record."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moco.config import ConfigError
+from moco.data.augment import crop_one
+from moco.data.bad import TRIES, BadImages, readable, substitutes, unreadable, without_bad
+from moco.data.decode import FAULTS, ImageError, decode
+from moco.data.loader import Batch, Plan, batches
+from moco.data.sources import ArraySource, Source, load_source, subset
+from moco.data.view import View, draw_crop
+from tests.data.broken import bad_files, folder, noise, odd_files
+from tests.distributed.launch import run_ranks
+
+CPU = torch.device("cpu")
+# Nothing but a crop: a view is then the crop's pixels, which the tests compute on their own.
+VIEWS = (View(16, (0.2, 1.0), mean=(0, 0, 0), std=(1, 1, 1)),) * 2
+BAD = bad_files()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine good pictures and every bad one."""
+    return folder(tmp_path_factory.mktemp("mixed"), good=9)
+
+
+def opened(root: Path, resident: bool = False) -> Source:
+    return load_source("folder", str(root), resident=resident, keep_bad=True).train
+
+
+def plan(source: Source, rank: int = 0, processes: int = 1) -> Plan:
+    return Plan(len(source), 8, 3, 5, rank, processes)
+
+
+def replaced(
+    source: Source, which: Plan | None = None, workers: int = 0, start: int = 0
+) -> tuple[list[Batch], dict[int, str]]:
+    found: dict[int, str] = {}
+    return list(batches(source, which or plan(source), VIEWS, CPU, workers, start, found.update)), found
+
+
+def reasons(source: Source) -> dict[int, str]:
+    return {i: error.reason for i, error in unreadable(source, range(len(source))).items()}
+
+
+def equal(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.index, y.index) and all(torch.equal(v, w) for v, w in zip(x.views, y.views, strict=True))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+# ---- raise ----
+
+
+@pytest.mark.parametrize("name", list(BAD))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_default_ends_with_one_sentence(name: str, workers: int, tmp_path: Path) -> None:
+    folder(tmp_path, good=7, bad=False)
+    (tmp_path / name).write_bytes(BAD[name][0])
+    source = opened(tmp_path)
+    with pytest.raises(ImageError, match=rf"^cannot read image \S*{name}: ") as caught:
+        list(batches(source, plan(source), VIEWS, CPU, workers))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", list(BAD))
+def test_an_error_tells_kind_and_reason(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(BAD[name][0])
+    with pytest.raises(ImageError) as caught:
+        decode(tmp_path / name)
+    assert caught.value.kind == BAD[name][1]
+    assert caught.value.kind in FAULTS
+    assert str(caught.value) == f"cannot read image {tmp_path / name}: {caught.value.reason}"
+
+
+def test_a_resident_folder_with_bad_pictures_is_refused_unless_they_may_keep_their_places(mixed: Path) -> None:
+    with pytest.raises(ImageError, match="cannot read image"):
+        load_source("folder", str(mixed), resident=True)
+    source = opened(mixed, resident=True)
+    with pytest.raises(ImageError, match="cannot read image"):
+        list(batches(source, plan(source), VIEWS, CPU, 0))
+
+
+def test_a_resident_folder_of_bad_pictures_alone_is_refused(tmp_path: Path) -> None:
+    folder(tmp_path, good=0)
+    with pytest.raises(ImageError, match="cannot read image"):
+        opened(tmp_path, resident=True)
+
+
+# ---- replace ----
+
+
+def test_each_bad_picture_shows_the_first_good_one_of_its_substitutes(mixed: Path) -> None:
+    source = opened(mixed)
+    good = [i for i in range(len(source)) if source.name(i) not in BAD]
+    shown, _ = replaced(source)
+    seen = set()
+    for (epoch, wanted), batch in zip(plan(source).samples(0), shown, strict=True):
+        for row, i in enumerate(wanted.tolist()):
+            expected = next(each for each in (i, *substitutes(i, len(source))) if each in good)
+            assert batch.index[row] == expected
+            for stream, view in enumerate(VIEWS):  # the random numbers are the wanted picture's
+                crop = crop_one(source.image(expected), draw_crop(5, epoch, np.array([i]), stream)[0], view)
+                torch.testing.assert_close(batch.views[stream][row], crop.float() / 255)
+            seen.add(i)
+    assert seen - set(good)  # some bad ones were wanted
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_substitutes_do_not_depend_on_the_number_of_workers(mixed: Path, workers: int) -> None:
+    source = opened(mixed)
+    expected, found = replaced(source)
+    got, again = replaced(source, workers=workers)
+    assert equal(got, expected)
+    assert again == found
+    assert {source.name(i) for i in found} <= set(BAD)
+
+
+@pytest.mark.parametrize("start", [1, 3, 4])
+def test_substitutes_do_not_depend_on_the_point_of_resume(mixed: Path, start: int) -> None:
+    source = opened(mixed)
+    assert equal(replaced(source, start=start, workers=2)[0], replaced(source)[0][start:])
+
+
+def test_substitutes_do_not_depend_on_the_number_of_processes(mixed: Path) -> None:
+    source = opened(mixed)
+    expected, found = replaced(source)
+    shares = [replaced(source, plan(source, rank, 2)) for rank in range(2)]
+    together = [
+        Batch(torch.cat([a.index, b.index]), [torch.cat(pair) for pair in zip(a.views, b.views, strict=True)])
+        for a, b in zip(shares[0][0], shares[1][0], strict=True)
+    ]
+    assert equal(together, expected)
+    assert shares[0][1] | shares[1][1] == found
+
+
+def test_a_resident_folder_gives_the_same_bits(mixed: Path) -> None:
+    expected, found = replaced(opened(mixed))
+    source = opened(mixed, resident=True)
+    got, all_bad = replaced(source)
+    assert equal(got, expected)
+    assert {source.name(i) for i in all_bad} == set(BAD)  # here they are known from the start
+    assert found.items() <= all_bad.items()
+
+
+def test_odd_pictures_are_shown_and_not_replaced(tmp_path: Path) -> None:
+    folder(tmp_path, good=0, bad=False, odd=True)
+    source = opened(tmp_path)
+    shown, found = replaced(source, Plan(len(source), len(source), 2, 0))
+    assert found == {}
+    assert sorted(shown[0].index.tolist()) == list(range(len(odd_files())))
+    assert all(view.isfinite().all() and view.shape[1:] == (3, 16, 16) for batch in shown for view in batch.views)
+
+
+def test_a_file_that_vanishes_while_training_is_replaced_from_then_on(tmp_path: Path) -> None:
+    folder(tmp_path, good=8, bad=False)
+    source = opened(tmp_path)
+    found: dict[int, str] = {}
+    stream = batches(source, plan(source), VIEWS, CPU, 0, on_bad=found.update)
+    assert sorted(next(stream).index.tolist()) == list(range(8))
+    assert found == {}
+    (tmp_path / "03.png").unlink()
+    batch = next(stream)
+    assert found == {3: "No such file or directory"}
+    first = next(each for each in substitutes(3, 8) if each != 3)
+    assert sorted(batch.index.tolist()) == sorted([0, 1, 2, first, 4, 5, 6, 7])
+
+
+def test_substitutes_are_spread_and_a_function_of_the_index() -> None:
+    assert substitutes(7, 1000) == substitutes(7, 1000)
+    assert substitutes(7, 1000) != substitutes(8, 1000)
+    drawn = np.array([substitutes(i, 10) for i in range(300)])
+    assert drawn.shape == (300, TRIES)
+    share = np.bincount(drawn.ravel(), minlength=10) / drawn.size
+    assert np.abs(share - 0.1).max() < 5 * np.sqrt(0.09 / drawn.size)
+    # A row of bad files in the list does not make one picture stand in for all of them.
+    assert len({substitutes(i, 10_000)[0] for i in range(1000)}) > 900
+
+
+def test_where_nothing_can_be_read_the_run_ends(tmp_path: Path) -> None:
+    folder(tmp_path, good=8, bad=False)
+    source = opened(tmp_path)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(ImageError, match=rf"\.png: No such file.*; nor can {TRIES} others .* disk"):
+        readable(source, 0, {})
+    for workers in (0, 1):
+        with pytest.raises(ImageError, match="look whether the disk that holds them is there"):
+            replaced(source, workers=workers)
+
+
+# ---- on record ----
+
+
+def listed(file: Path) -> list[tuple[str, str]]:
+    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as lines:
+        return [(row["path"], row["reason"]) for row in csv.DictReader(lines)]
+
+
+def test_the_list_names_each_bad_picture_once(mixed: Path, tmp_path: Path) -> None:
+    source = opened(mixed)
+    bad = BadImages(source, tmp_path / "bad_images.csv", max_bad=0.9)
+    assert bad.settle() == 0
+    assert not bad.file.exists()
+    list(batches(source, plan(source), VIEWS, CPU, 2, 0, bad.note))
+    assert bad.settle() == len(bad.found) > 0
+    assert bad.settle() == 0
+    names = [name for name, _ in listed(bad.file)]
+    assert names == sorted(set(names))
+    assert set(names) <= set(BAD)
+    assert dict(listed(bad.file)).get("empty.jpg", "the file is empty") == "the file is empty"
+
+
+def test_more_than_the_fraction_ends_the_run_and_the_list_is_there(mixed: Path, tmp_path: Path) -> None:
+    source = opened(mixed)  # 9 good, 7 bad
+    for most, stops in ((7 / 16, False), (0.43, True)):
+        bad = BadImages(source, tmp_path / f"{most}.csv", most)
+        bad.note(reasons(source))
+        if not stops:
+            assert bad.settle() == 7
+            continue
+        with pytest.raises(ImageError, match=r"7 of the 16 training pictures cannot be read, more than data\.max_bad="):
+            bad.settle()
+    assert len(listed(tmp_path / "0.43.csv")) == 7
+
+
+def test_a_resumed_run_knows_what_was_found_and_takes_off_what_was_mended(mixed: Path, tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures", good=9)
+    source, file = opened(root), tmp_path / "bad_images.csv"
+    bad = BadImages(source, file, 0.9)
+    bad.note(reasons(source))
+    bad.settle()
+    before = dict(bad.found)
+    assert BadImages(source, file, 0.9).found == before
+    noise().save(root / "empty.jpg")
+    assert set(before) - set(BadImages(source, file, 0.0).found) == {i for i in before if source.name(i) == "empty.jpg"}
+    assert "empty.jpg" not in dict(listed(file))
+    for name in BAD:
+        noise().save(root / name)
+    assert BadImages(source, file, 0.9).found == {}
+    assert not file.exists()
+
+
+def test_a_list_of_other_pictures_counts_for_nothing(mixed: Path, tmp_path: Path) -> None:
+    source, file = opened(mixed), tmp_path / "bad_images.csv"
+    bad = next(i for i in range(len(source)) if source.name(i) in BAD)
+    file.write_text(f"index,path,reason\n{bad},other.png,empty\n99,empty.jpg,empty\n-1,{source.name(-1)},empty\n")
+    assert BadImages(source, file, 0.9).found == {}
+
+
+def test_a_list_that_is_none_is_refused(mixed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bad_images.csv"
+    file.write_text("index,path\nfirst,a.png\n")
+    with pytest.raises(ConfigError, match=r"bad_images\.csv is damaged: remove it"):
+        BadImages(opened(mixed), file, 0.1)
+
+
+def test_names_that_are_no_text_keep_their_bytes(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures", good=2, bad=False)
+    name = os.fsdecode(b'caf\xe9, "1".png')
+    (root / name).write_bytes(b"")
+    bad = BadImages(opened(root), tmp_path / "bad_images.csv", 0.9)
+    bad.note({2: "the file is empty"})
+    bad.settle()
+    assert listed(bad.file) == [(name, "the file is empty")]
+    assert BadImages(opened(root), bad.file, 0.9).found == {2: "the file is empty"}
+
+
+def _settled(root: str, file: str) -> tuple[dict[int, str], int, list[str], str]:
+    """On each rank: each notes a half of the bad ones, and both the first."""
+    source = opened(Path(root))
+    all_bad = reasons(source)
+    me = torch.distributed.get_rank()
+    mine = {i: why for number, (i, why) in enumerate(sorted(all_bad.items())) if number % 2 == me or number == 0}
+    bad = BadImages(source, Path(file), 0.9)
+    bad.note(mine)
+    new = bad.settle()
+    kept, left_out = without_bad(source, "reference pictures", 0.9)
+    assert left_out == all_bad
+    few = BadImages(source, Path(f"{file}.few.csv"), 0.1)
+    few.note(mine)
+    with pytest.raises(ImageError) as caught:
+        few.settle()
+    return bad.found, new, [kept.name(i) for i in range(len(kept))], str(caught.value)
+
+
+def test_all_ranks_know_what_each_found(mixed: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bad_images.csv"
+    first, second = run_ranks(2, _settled, str(mixed), str(file))
+    assert first == second
+    found, new, kept, sentence = first
+    assert found == reasons(opened(mixed))
+    assert (new, kept) == (7, [f"{i:02}.png" for i in range(9)])
+    assert "7 of the 16 training pictures" in sentence
+    assert {name for name, _ in listed(file)} == set(BAD)
+
+
+# ---- what accuracy is measured with ----
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_bad_pictures_leave_the_reference_set_with_their_labels(resident: bool, tmp_path: Path) -> None:
+    for label in "ab":
+        folder(tmp_path / label, good=3, bad=False)
+    (tmp_path / "a/01.png").write_bytes(b"")
+    source = load_source("folder", str(tmp_path), labels="folder", resident=resident, keep_bad=True).train
+    kept, bad = without_bad(source, "held-out pictures", 0.2)
+    assert bad == {1: "the file is empty"}
+    assert [kept.name(i) for i in range(5)] == ["a/00.png", "a/02.png", "b/00.png", "b/01.png", "b/02.png"]
+    assert kept.labels is not None
+    assert kept.labels.tolist() == [0, 0, 1, 1, 1]
+    for i, j in enumerate((0, 2, 3, 4, 5)):
+        assert torch.equal(kept.image(i), source.image(j))
+    with pytest.raises(ImageError, match=r"1 of the 6 held-out pictures .*data\.max_bad=0\.1.*a/01\.png"):
+        without_bad(source, "held-out pictures", 0.1)
+
+
+def test_a_part_of_a_resident_source_keeps_its_bad_rows() -> None:
+    images: Tensor = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    source = ArraySource(images, list("abcd"), bad={2: ImageError("c is bad")})
+    part = subset(source, np.array([3, 2]))
+    assert (part.image(0) == 3).all()
+    with pytest.raises(ImageError, match="c is bad"):
+        part.image(1)

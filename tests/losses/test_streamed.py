@@ -1,0 +1,354 @@
+"""InfoNCE in one pass against the materialised form, finite differences, float64, and what it allocates."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moco.analysis import hardness
+from moco.builder import KeyQueue
+from moco.losses import LearnedTemperature, Switches, info_nce, switched_contrast
+from moco.losses import streamed as module
+from moco.losses.streamed import Streamed, info_nce_streamed
+from tests.losses import loops
+from tests.losses.loops import coins
+
+N, C, K, T = 5, 6, 23, 0.3  # batch, embedding, queue, temperature
+CHUNKS = [1, 7, K, K + 40]
+
+
+def unit(rows: int, seed: int, dtype: torch.dtype = torch.float32, dim: int = C) -> Tensor:
+    return loops.unit(rows, dim, seed=seed, dtype=dtype)
+
+
+INDEX = torch.tensor([3, 8, 100, 3, 0])  # the samples that the queries show: 100 is not in the queue
+QUEUE_INDEX = torch.cat([torch.tensor([-1, 8, 3, 0, 8]), torch.arange(K - 5)])  # -1: of no image; 8, 3 and 0 repeat
+UNFILLED = torch.arange(K)[None] < 11
+NO_MASK, OWN = torch.ones(1, K, dtype=torch.bool), INDEX[:, None] != QUEUE_INDEX
+# What is given to the streamed form, and the mask that says the same.
+MASKS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
+    "none": ({}, NO_MASK),
+    "unfilled": ({"negatives": UNFILLED}, UNFILLED),
+    "each": ({"negatives": coins(N, K, seed=3)}, coins(N, K, seed=3)),
+    "own": ({"index": INDEX, "queue_index": QUEUE_INDEX}, OWN),
+    "own and unfilled": ({"negatives": UNFILLED, "index": INDEX, "queue_index": QUEUE_INDEX}, OWN & UNFILLED),
+    "own and each": (
+        {"negatives": coins(N, K, seed=4), "index": INDEX, "queue_index": QUEUE_INDEX},
+        OWN & coins(N, K, seed=4),
+    ),
+}
+
+
+def both(
+    given: dict[str, Tensor], mask: Tensor, chunk: int, dtype: torch.dtype = torch.float64, temperature: float = T
+) -> tuple[Streamed, Tensor, list[Tensor], list[Tensor]]:
+    """Streamed, the materialised logits, and the gradients by query and temperature of either."""
+    gradients = []
+    for streamed in (True, False):
+        query, learned = unit(N, 0, dtype).requires_grad_(), torch.tensor(temperature, dtype=dtype, requires_grad=True)
+        if streamed:
+            found = info_nce_streamed(query, unit(N, 1, dtype), unit(K, 2, dtype), learned, chunk=chunk, **given)
+            loss = found.loss
+        else:
+            loss, logits = info_nce(query, unit(N, 1, dtype), unit(K, 2, dtype), learned, mask)
+            torch.testing.assert_close(found.loss, loss, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
+        (loss * 3).backward()  # backward scales
+        assert query.grad is not None
+        assert learned.grad is not None
+        gradients.append([query.grad, learned.grad])
+    return found, logits, gradients[0], gradients[1]
+
+
+# ---- the materialised form ----
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_loss_and_gradients_equal_the_materialised_form(mask: str, chunk: int) -> None:
+    _, _, streamed, expected = both(*MASKS[mask], chunk)
+    for a, b in zip(streamed, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+        assert b.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_what_was_seen_equals_what_the_logits_say(mask: str, chunk: int) -> None:
+    given, allowed = MASKS[mask]
+    found, logits, _, _ = both(given, allowed, chunk)
+    torch.testing.assert_close(found.positive, logits[:, 0])
+    torch.testing.assert_close(found.hardest, logits[:, 1:].amax(dim=1))
+    torch.testing.assert_close(found.log_sum, logits[:, 1:].logsumexp(dim=1))
+    assert found.negatives.tolist() == allowed.expand(N, -1).sum(dim=1).tolist()
+    measures, expected = found.measures(), hardness(logits)
+    torch.testing.assert_close(measures["effective_negatives"], expected.effective_negatives)
+    torch.testing.assert_close(measures["push"], expected.push)
+    assert measures["contrast_accuracy"] == (logits[:, :1] > logits[:, 1:]).all(dim=1).double().mean()
+    _, _, counted = switched_contrast(unit(N, 0), unit(N, 1), unit(K, 2), T, Switches(), allowed)
+    for name in ("negatives", "chance"):
+        torch.testing.assert_close(measures[name].float(), counted[name])
+    assert not any(value.requires_grad for value in (*found[1:], *measures.values()))
+
+
+def test_the_indices_say_what_the_mask_of_the_queue_says() -> None:
+    queue = KeyQueue(K, C, start="empty")
+    for seed in range(3):
+        queue.enqueue(unit(4, seed), torch.arange(seed * 2, seed * 2 + 4))
+    mask = queue.negatives(INDEX, mask_own_keys=True)
+    assert mask is not None
+    assert set(mask.sum(dim=1).tolist()) == {10, 11, 12}  # 12 filled, less the own ones
+    loss, _ = info_nce(unit(N, 7), unit(N, 8), queue.keys, T, mask)
+    found = info_nce_streamed(
+        unit(N, 7), unit(N, 8), queue.keys, T, queue.negatives(INDEX, False), index=INDEX, queue_index=queue.index
+    )
+    torch.testing.assert_close(found.loss, loss)
+    assert found.negatives.tolist() == mask.sum(dim=1).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 2, N, N + 1])
+def test_queries_a_few_at_a_time_are_all_of_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS", rows)
+    for given, mask in MASKS.values():
+        found, _, streamed, expected = both(given, mask, chunk=7)
+        assert found.negatives.tolist() == mask.expand(N, -1).sum(dim=1).tolist()
+        for a, b in zip(streamed, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_a_learned_temperature_moves_as_with_info_nce() -> None:
+    slopes = []
+    for streamed in (True, False):
+        temperature = LearnedTemperature(initial=0.2)
+        given = unit(N, 0), unit(N, 1), unit(K, 2), temperature()
+        torch.autograd.backward(info_nce_streamed(*given).loss if streamed else info_nce(*given)[0])
+        slopes.append(temperature.log_scale.grad)
+    assert slopes[1] is not None
+    assert slopes[1].abs() > 1e-2
+    torch.testing.assert_close(slopes[0], slopes[1])
+
+
+# ---- finite differences ----
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients_pass_gradcheck_in_float64(mask: str) -> None:
+    key, queue = unit(N, 1, torch.float64), unit(K, 2, torch.float64)
+
+    def loss(query: Tensor, temperature: Tensor) -> Tensor:
+        return info_nce_streamed(query, key, queue, temperature, chunk=7, **MASKS[mask][0]).loss
+
+    inputs = (unit(N, 0, torch.float64).requires_grad_(), torch.tensor(T, dtype=torch.float64, requires_grad=True))
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_a_second_derivative_is_an_error_and_not_a_zero() -> None:
+    query = unit(N, 0).requires_grad_()
+    loss = info_nce_streamed(query, unit(N, 1), unit(K, 2), T).loss
+    with pytest.raises(RuntimeError, match="can be differentiated once; use info_nce"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
+def test_key_and_queue_get_no_gradient() -> None:
+    query, key, queue = (unit(rows, seed).requires_grad_() for seed, rows in enumerate((N, N, K)))
+    info_nce_streamed(query, key, queue, T).loss.backward()
+    assert query.grad is not None
+    assert key.grad is None
+    assert queue.grad is None
+
+
+# ---- precision ----
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.2])
+def test_float32_is_as_near_to_float64_as_the_materialised_form(temperature: float) -> None:
+    n, k, dim = 64, 8192, 128
+    query, key, queue = unit(n, 0, dim=dim), unit(n, 1, dim=dim), unit(k, 2, dim=dim)
+
+    def slope(loss: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+        q = query.to(dtype).requires_grad_()
+        return torch.autograd.grad(loss(q, key.to(dtype), queue.to(dtype), temperature), q)[0].double()
+
+    exact = slope(lambda *x: info_nce(*x)[0], torch.float64)
+    error = [
+        (float((slope(loss, torch.float32) - exact).norm() / exact.norm()))
+        for loss in (lambda *x: info_nce_streamed(*x).loss, lambda *x: info_nce(*x)[0])
+    ]
+    assert error[0] < max(error[1], torch.finfo(torch.float32).eps)  # or one unit in the last place
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_extreme_logits_do_not_overflow(chunk: int) -> None:
+    found, _, streamed, expected = both({}, NO_MASK, chunk, torch.float32, temperature=1e-3)
+    assert found.hardest.max() > 500
+    for a, b in zip(streamed, expected, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_logits_that_rise_or_fall_along_the_queue(order: int) -> None:
+    """Each chunk is a new maximum, or far below it."""
+    angle = torch.linspace(0, math.pi, K, dtype=torch.float64)
+    queue = torch.stack([angle.cos(), angle.sin()], dim=1)
+    queue = queue.flip(0) if order < 0 else queue
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    found = info_nce_streamed(query, query.flip(0), queue, 1e-3, chunk=2)
+    loss, logits = info_nce(query, query.flip(0), queue, 1e-3)
+    torch.testing.assert_close(found.loss, loss, rtol=1e-13, atol=0)
+    assert found.hardest.tolist() == pytest.approx(logits[:, 1:].amax(dim=1).tolist())
+
+
+def test_a_solved_contrast_keeps_its_small_loss_and_slope() -> None:
+    """log(1 + 5 exp(-1 / T)) is below what float32 tells from 1, and cross entropy makes it 0."""
+    query, queue = torch.eye(8)[:3].requires_grad_(), torch.eye(8)[3:]
+    found = info_nce_streamed(query, query.detach(), queue, 0.05)
+    assert found.loss.item() == pytest.approx(math.log1p(5 * math.exp(-20)), rel=1e-5)
+    (slope,) = torch.autograd.grad(found.loss, query)
+    assert slope[0, 0].item() == pytest.approx(-5 * math.exp(-20) / 0.05 / 3, rel=1e-5)
+
+
+def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:
+    query, key, queue = (x.bfloat16() for x in (unit(N, 0), unit(N, 1), unit(K, 2)))
+    half, full = query.clone().requires_grad_(), query.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = info_nce_streamed(half, key, queue, 0.07)
+    expected = info_nce_streamed(full, key.float(), queue.float(), 0.07)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    found.loss.backward()
+    expected.loss.backward()
+    assert half.grad is not None
+    assert full.grad is not None
+    assert torch.equal(half.grad, full.grad.bfloat16())
+
+
+# ---- closed forms ----
+
+
+@pytest.mark.parametrize("k", [1, 2, 512, 65536])
+def test_uniform_logits_give_log_1_plus_k_and_k_effective_negatives(k: int) -> None:
+    one = torch.eye(C)[:1]
+    found = info_nce_streamed(one.expand(3, -1), one.expand(3, -1), one.expand(k, -1), T)
+    assert found.loss.item() == pytest.approx(math.log(1 + k), rel=1e-6)
+    measures = {name: float(value) for name, value in found.measures().items()}
+    assert measures["effective_negatives"] == pytest.approx(k, rel=1e-4)
+    assert measures["chance"] == pytest.approx(math.log(1 + k))
+    assert measures["push"] == pytest.approx(k / (1 + k))
+    assert measures["contrast_accuracy"] == 0.0  # a tie is no success
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_without_any_negative_loss_and_gradient_are_zero(chunk: int) -> None:
+    nothing = torch.zeros(1, K, dtype=torch.bool)
+    query = unit(N, 0).requires_grad_()
+    temperature = torch.tensor(T, requires_grad=True)
+    found = info_nce_streamed(query, unit(N, 1), unit(K, 2), temperature, nothing, chunk=chunk)
+    slopes = torch.autograd.grad(found.loss, (query, temperature))
+    assert found.loss.item() == 0.0
+    assert [slope.abs().max().item() for slope in slopes] == [0.0, 0.0]
+    assert found.hardest.tolist() == [-math.inf] * N
+    assert {name: value.item() for name, value in found.measures().items()} == {
+        "negatives": 0.0,
+        "chance": 0.0,
+        "contrast_accuracy": 1.0,
+        "effective_negatives": 0.0,
+        "push": 0.0,
+    }
+
+
+def test_one_query_without_negatives_does_not_touch_the_others() -> None:
+    mask = torch.ones(N, K, dtype=torch.bool)
+    mask[2] = False
+    found, _, streamed, expected = both({"negatives": mask}, mask, chunk=7)
+    assert streamed[0][2].abs().max() == 0
+    torch.testing.assert_close(streamed[0], expected[0], rtol=1e-12, atol=1e-14)
+    assert found.hardest.isinf().tolist() == [False, False, True, False, False]
+
+
+def test_nan_is_not_swallowed() -> None:
+    query = unit(N, 0)
+    query[1, 0] = math.nan
+    found = info_nce_streamed(query, unit(N, 1), unit(K, 2), T)
+    assert found.loss.isnan()
+    assert found.hardest.isnan().tolist() == [False, True, False, False, False]
+
+
+# ---- memory ----
+
+
+class Largest(TorchDispatchMode):
+    """How many elements the largest tensor has that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for each in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
+        return out
+
+
+def test_nothing_of_the_size_of_the_logits_is_made() -> None:
+    n, k = 600, 4096
+    query, key, queue = unit(n, 0).requires_grad_(), unit(n, 1), unit(k, 2)
+    mask, index, queue_index = torch.arange(k)[None] < 3000, torch.arange(n), torch.arange(k) % 1500
+    streamed, materialised = Largest(), Largest()
+    with streamed:
+        info_nce_streamed(query, key, queue, T, mask, index=index, queue_index=queue_index).loss.backward()
+    assert streamed.elements <= module.ROWS * module.CHUNK
+    with materialised:
+        info_nce(query, key, queue, T, mask & (index[:, None] != queue_index))[0].backward()
+    assert materialised.elements >= n * k  # the measure sees what it is for
+
+
+def test_forward_keeps_no_more_than_queries_and_slopes() -> None:
+    n, k = 64, 1024
+    kept: list[int] = []
+
+    def pack(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        info_nce_streamed(unit(n, 0).requires_grad_(), unit(n, 1), unit(k, 2), torch.tensor(T, requires_grad=True))
+    assert max(kept) == n * C
+    assert sum(kept) <= n * C + 3 * n  # the rest is of shape (N,)
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.2])
+def test_temperature_must_be_positive(temperature: float) -> None:
+    with pytest.raises(ValueError, match=rf"temperature={temperature} must be above 0"):
+        info_nce_streamed(unit(N, 0), unit(N, 1), unit(K, 2), temperature)
+
+
+@pytest.mark.parametrize(("key", "queue"), [((N + 1, C), (K, C)), ((N, C + 1), (K, C)), ((N, C), (K, C + 1))])
+def test_shapes_that_do_not_fit_are_named(key: tuple[int, int], queue: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"key \({key[0]}, {key[1]}\) and queue \({queue[0]}, {queue[1]}\)"):
+        info_nce_streamed(unit(N, 0), torch.zeros(key), torch.zeros(queue), T)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"chunk": 0}, "chunk=0 must be at least 1"),
+        ({"negatives": torch.ones(N, K)}, "negatives is float32"),
+        ({"negatives": torch.ones(N, K + 1, dtype=torch.bool)}, r"negatives is bool of shape \(5, 24\)"),
+        ({"index": INDEX}, "queue_index=None; index and queue_index are compared"),
+        ({"queue_index": QUEUE_INDEX}, "index=None; index and queue_index are compared"),
+        ({"index": INDEX[:2], "queue_index": QUEUE_INDEX}, r"index \(2,\) and queue_index \(23,\)"),
+        ({"index": INDEX, "queue_index": QUEUE_INDEX[:2]}, r"index \(5,\) and queue_index \(2,\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        info_nce_streamed(unit(N, 0), unit(N, 1), unit(K, 2), T, **given)
