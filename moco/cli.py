@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,6 @@ Schema = TypeVar("Schema")
 _QUIET = {
     "output_subdir": None,
     "run": {"dir": "."},
-    "sweep": {"dir": ".", "subdir": "."},
     "job": {"chdir": False},
     "hydra_help": {"template": "${hydra.help.template}"},
 }
@@ -38,11 +38,17 @@ _QUIET = {
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 
-def register(name: str, schema: type) -> None:
-    """Tells Hydra of the two entries that open the defaults of `configs/NAME.yaml`: NAME_schema and quiet."""
+def register(name: str, schema: type, scratch: str = ".") -> None:
+    """Tells Hydra of the two entries that open the defaults of `configs/NAME.yaml`: NAME_schema and quiet.
+
+    Args:
+        name, schema: see `run_command`.
+        scratch: where --multirun puts Hydra's own multirun.yaml, which it cannot be told to leave out.
+    """
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
-    store.store(name="quiet", node={"hydra": _QUIET}, package="_global_")
+    quiet = _QUIET | {"sweep": {"dir": scratch, "subdir": "."}}
+    store.store(name="quiet", node={"hydra": quiet}, package="_global_")
 
 
 def run_command(name: str, schema: type[Schema], command: Callable[[Schema], None]) -> None:
@@ -66,9 +72,10 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     # Hydra would print errors over several lines and exit; this makes it raise them instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        register(name, schema)
-        # The command runs outside of Hydra, which would print a traceback of its own around any error.
-        hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
+        with tempfile.TemporaryDirectory() as scratch:
+            register(name, schema, scratch)
+            # The command runs outside of Hydra, which would print a traceback of its own around any error.
+            hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
         _refuse_one_place(composed, schema)
         for each in composed:
             # Once more against the schema: `+field=value` adds to what Hydra composed, known or not.

@@ -21,7 +21,7 @@ class JudgedDataConfig:
     resident: bool | None = None
     workers: int | None = None
     hold_out: float = 0.0
-    """without a held-out split: hold out this part of each class; 0: refuse"""
+    """without a held-out split: hold out this part of each class, unless their labels trained the encoder; 0: refuse"""
 
 
 @dataclass
@@ -51,7 +51,8 @@ class JudgeConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """and its options as in model.options, each as +options.NAME=VALUE; empty: the file's own, or none"""
     output: str = ""
-    """where results.json and pictures go; empty: into the run, or into runs/NAME for checkpoint=.../NAME.ending"""
+    """where results.json and pictures go; empty: into the run, beside an encoder.safetensors of ours, or into runs/NAME for
+    another checkpoint=.../NAME.ending"""
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda"""

@@ -74,8 +74,10 @@ def open_judged(config: JudgeConfig) -> Judged:
         f"images.size={look.size} exceeds images.resize={look.resize}: set both",
     )
     build(file)  # what does not fit is told before any picture is looked for
-    name = Path(config.checkpoint).name.split(".")[0]
-    return Judged(file, Path(config.output or config.run or Path("runs") / name), look)
+    beside = Path(config.checkpoint).parent  # every encoder.safetensors of ours has a directory of its own
+    by_name = Path("runs") / Path(config.checkpoint).name.split(".")[0]
+    own = beside if config.checkpoint and file.config and file.layout == "safetensors" else by_name
+    return Judged(file, Path(config.output or config.run or own), look)
 
 
 def _newest_readable(paths: list[Path], config: JudgeConfig) -> EncoderFile:
@@ -181,7 +183,7 @@ def _paths(data: DataConfig) -> dict[str, str]:
 def data_written(config: JudgeConfig, judged: Judged) -> dict[str, Any]:
     """`data_config` as it goes into a file, whose paths hold in every working directory."""
     data = data_config(config, judged)
-    return asdict(data) | {name: str(Path(path).absolute()) for name, path in _paths(data).items()}
+    return asdict(data) | {name: str(Path(path).expanduser().absolute()) for name, path in _paths(data).items()}
 
 
 def about(
@@ -196,7 +198,7 @@ def about(
     """
     file = judged.file
     return {
-        "source": str(Path(file.source).absolute()),
+        "source": str(Path(file.source).expanduser().absolute()),
         "layout": file.layout,
         "weights": config.weights,
         "backbone": file.backbone,
@@ -230,7 +232,7 @@ def weights_digest(file: EncoderFile, features: str) -> str:
 def _trained_on_it(config: JudgeConfig, judged: Judged) -> bool:
     """Whether the run's training pictures are those that are judged on: data.hold_out then parts what was seen."""
     of_run, data = judged.file.config.get("data", {}), data_config(config, judged)
-    same_root = Path(of_run.get("root", "")).resolve() == Path(data.root).resolve()
+    same_root = Path(of_run.get("root", "")).expanduser().resolve() == Path(data.root).resolve()
     return bool(of_run.get("name") == data.name and same_root)
 
 

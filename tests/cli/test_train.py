@@ -208,8 +208,9 @@ def test_a_checkpoint_of_another_configuration_is_refused(uninterrupted: tuple[P
 def test_a_sweep_into_one_directory_is_refused_before_it_starts(tmp_path: Path) -> None:
     result = train(tmp_path, "--multirun", *TINY, "optim.lr=0.01,0.02", "run=one")
     assert result.returncode == 2
-    assert "--multirun puts 2 runs into run=one" in result.stderr
+    assert "--multirun puts 2 jobs into run=one" in result.stderr
     assert not (tmp_path / "one").exists()
+    assert list(tmp_path.iterdir()) == []  # no multirun.yaml either
 
 
 def test_every_recipe_composes_and_opens_with_its_command() -> None:

@@ -249,7 +249,7 @@ def test_names_that_are_no_text_and_checkpoints_of_something_else(tmp_path: Path
         read_encoder(tmp_path / "numbers.pth", backbone="resnet18")
     for step, state in enumerate([{"config": 3, "method": 5}, {"config": {"model": {}}, "method": {}}]):
         path = checkpoint.save(tmp_path, step, state, keep_last=9)
-        with pytest.raises(ForeignFileError, match="does not hold what a checkpoint of moco.train holds|one network"):
+        with pytest.raises(ForeignFileError, match=r"does not hold what a checkpoint of moco\.train holds|one network"):
             read_encoder(path)
 
 
@@ -258,7 +258,7 @@ def test_an_official_file_with_another_stem_and_one_with_an_odd_head(tmp_path: P
     path = saved(tmp_path, official(cifar, {}, "encoder_q"), "resnet18")
     assert torch.equal(build(read_encoder(path, options={"stem": "cifar"})).backbone(IMAGES), cifar(IMAGES))
     path = saved(tmp_path, official(cifar, {"fc.bias": torch.zeros(3)}, "encoder_q"), "resnet18")
-    with pytest.raises(ForeignFileError, match="the projection head in .* is unknown"):
+    with pytest.raises(ForeignFileError, match=r"the projection head in .* is unknown"):
         build(read_encoder(path, options={"stem": "cifar"}))
 
 

@@ -14,6 +14,7 @@ from moco.builder import MoCo
 from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.judge import JudgeConfig, check_judged
 from moco.engine import checkpoint
+from moco.interop.encoder_file import build, save_encoder
 from moco.models.encoder import build_encoder
 from moco.stages.judged import about, data_config, encoders, features_of, open_judged, open_labelled
 
@@ -79,6 +80,14 @@ def test_a_file_judges_into_a_directory_of_its_name(tmp_path: Path) -> None:
     path = checkpoint.found(trained(tmp_path / "run") / "checkpoints")[0]
     assert open_judged(judge(checkpoint=str(path))).output == Path("runs/step_00000007")
     assert open_judged(judge(checkpoint=str(path), output="there")).output == Path("there")
+
+
+def test_an_encoder_of_ours_judges_into_its_own_directory(tmp_path: Path) -> None:
+    judged = open_judged(judge(run=str(trained(tmp_path / "run"))))
+    (tmp_path / "supervised").mkdir()
+    file = tmp_path / "supervised" / "encoder.safetensors"
+    save_encoder(file, build(judged.file).backbone, judged.file.config, 7)
+    assert open_judged(judge(checkpoint=str(file))).output == tmp_path / "supervised"
 
 
 def test_the_look_can_be_said_otherwise(tmp_path: Path) -> None:

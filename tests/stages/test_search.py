@@ -158,7 +158,10 @@ def test_pictures_that_went_or_were_skipped(made: tuple[Path, Path], tmp_path: P
     search(config(made, tmp_path / "out", mode="outliers", on_bad_image="skip", k=3))
     assert results(tmp_path / "out", "outliers")["outliers"][0]["path"] == "noise.png"
     (made[1] / "noise.png").write_bytes(b"damaged since")
-    search(config(made, tmp_path / "out", mode="outliers", on_bad_image="skip", k=3))
+    with pytest.raises(ConfigError, match="that have changed since: choose another output"):
+        search(config(made, tmp_path / "out", mode="outliers", on_bad_image="skip", k=3))
+    index = str(tmp_path / "out" / "features")  # as they were
+    search(SearchConfig(index=index, output=str(tmp_path / "out"), mode="outliers", k=3, device="cpu"))
     page = (tmp_path / "out" / "search" / "outliers.html").read_text()
     assert page.count("<figure") == 15
     assert page.count("cannot be read") == 1
