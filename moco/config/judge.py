@@ -51,8 +51,8 @@ class JudgeConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """and its options as in model.options, each as +options.NAME=VALUE; empty: the file's own, or none"""
     output: str = ""
-    """where results.json and pictures go; empty: into the run, beside an encoder.safetensors of ours, or into runs/NAME for
-    another checkpoint=.../NAME.ending"""
+    """where results.json and pictures go; empty: into the run, beside an encoder.safetensors of ours, or into runs/NAME
+    for another checkpoint=.../NAME.ending"""
     seed: int = 0
     device: str = "auto"
     """auto, cpu, cuda"""

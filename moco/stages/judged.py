@@ -232,7 +232,7 @@ def weights_digest(file: EncoderFile, features: str) -> str:
 def _trained_on_it(config: JudgeConfig, judged: Judged) -> bool:
     """Whether the run's training pictures are those that are judged on: data.hold_out then parts what was seen."""
     of_run, data = judged.file.config.get("data", {}), data_config(config, judged)
-    same_root = Path(of_run.get("root", "")).expanduser().resolve() == Path(data.root).resolve()
+    same_root = Path(of_run.get("root", "")).expanduser().resolve() == Path(data.root).expanduser().resolve()
     return bool(of_run.get("name") == data.name and same_root)
 
 

@@ -247,7 +247,8 @@ def test_names_that_are_no_text_and_checkpoints_of_something_else(tmp_path: Path
     torch.save({"state_dict": {1: torch.zeros(3), ("a", "b"): torch.zeros(3)}}, tmp_path / "numbers.pth")
     with pytest.raises(ForeignFileError, match="holds no weights"):
         read_encoder(tmp_path / "numbers.pth", backbone="resnet18")
-    for step, state in enumerate([{"config": 3, "method": 5}, {"config": {"model": {}}, "method": {}}]):
+    states: list[dict[str, Any]] = [{"config": 3, "method": 5}, {"config": {"model": {}}, "method": {}}]
+    for step, state in enumerate(states):
         path = checkpoint.save(tmp_path, step, state, keep_last=9)
         with pytest.raises(ForeignFileError, match=r"does not hold what a checkpoint of moco\.train holds|one network"):
             read_encoder(path)
