@@ -1,7 +1,4 @@
-"""Pretraining from a configuration to a summary: set up, build, resume, train, evaluate.
-
-The one module below the commands that knows the configuration: it hands each part its own values.
-"""
+"""Pretraining from a configuration to a summary: set up, build, resume, train, evaluate."""
 
 import time
 from contextlib import closing
