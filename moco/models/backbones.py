@@ -95,7 +95,8 @@ def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
             raise ValueError(f"model.backbone={name!r} must be one of {', '.join(BACKBONES)}, or timm/NAME")
         return BACKBONES[name](**options)
     except TypeError as error:
+        reason = str(error).splitlines()[0].removesuffix(" but expected one of:")  # torch lists all that it could take
         raise ValueError(
-            f"model.options={dict(options)} does not fit model.backbone={name!r}: {error}; "
+            f"model.options={dict(options)} does not fit model.backbone={name!r}: {reason}; "
             "set both, or take another group model=..."
         ) from error
