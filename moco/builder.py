@@ -37,10 +37,11 @@ from torch import Tensor, nn
 
 from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import gather, permute, rank
-from moco.losses import LearnedTemperature, Switches, switched_contrast
+from moco.losses import LearnedTemperature, Switches, Temperature, info_nce_streamed, logit_measures, switched_contrast
 
 UNKNOWN = -1  # the sample index of a key that came from no image
 NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key
+STREAM_FROM = 2**22  # N x K logits from which they are not kept: 16 MiB of float32, above what caches hold
 
 
 def classes_of_their_own(labels: Tensor) -> Tensor:
@@ -206,27 +207,39 @@ class MoCo(nn.Module):
             index: the micro-batch's sample indices, (N,).
             start: where in the local batch the micro-batch begins.
         """
-        negatives = self.queue.negatives(index, self.mask_own_keys)  # (N, K)
-        positives = self._same_class(index)  # (N, K)
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
         losses, measured = [], []
         for query_view, key_view in self.directions:
             q = unit_length(self.encoder(views[query_view]))  # (N, C)
             k = keys[key_view][start : start + len(q)]  # (N, C)
             uniforms = self._uniforms(query_view, rank() * len(keys[key_view]) + start, index)
-            loss, logits, found = switched_contrast(
-                q, k, self.queue.keys, temperature, self.switches, negatives, positives, uniforms
-            )
+            loss, found = self._contrast(q, k, index, temperature, uniforms)
             losses.append(loss)
-            correct = (logits[:, :1] > logits[:, 1:]).all(dim=1)  # a tie is no success
-            similarity = logits[:, 0].mean() * torch.as_tensor(temperature).detach()
-            measured.append(found | {"contrast_accuracy": correct.float().mean(), "positive_similarity": similarity})
+            measured.append(found)
         measures = {name: torch.stack([each[name] for each in measured]).mean() for name in measured[0]}
         measures["chance"] = measures["chance"] * (len(losses) if self.reduction == "sum" else 1)
         if isinstance(temperature, Tensor):
             measures["temperature"] = temperature.detach()
         total = torch.stack(losses)
         return Output(total.sum() if self.reduction == "sum" else total.mean(), measures)
+
+    def _contrast(
+        self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE(q, k, queue), shape (), and what is seen of its logits; without ever holding many of them."""
+        if self.switches == Switches() and self.labels is None and len(q) * self.queue.size >= STREAM_FROM:
+            filled = self.queue.negatives(index, mask_own_keys=False)  # (1, K)
+            samples = (index, self.queue.index) if self.mask_own_keys else (None, None)
+            streamed = info_nce_streamed(
+                q, k, self.queue.keys, temperature, filled, index=samples[0], queue_index=samples[1]
+            )
+            return streamed.loss, streamed.measures(temperature)
+        negatives = self.queue.negatives(index, self.mask_own_keys)  # (N, K)
+        positives = self._same_class(index)  # (N, K)
+        loss, logits, found = switched_contrast(
+            q, k, self.queue.keys, temperature, self.switches, negatives, positives, uniforms
+        )
+        return loss, found | logit_measures(logits, temperature)
 
     def _same_class(self, index: Tensor) -> Tensor | None:
         """Which entries are of the class of which query, (N, K), by the samples that they show; None without labels."""
@@ -260,5 +273,6 @@ class MoCo(nn.Module):
     def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None:
         """Enqueues all ranks' keys, view after view, each in the order of the global batch."""
         index = gather(index)  # (W N,)
-        for view in sorted(keys):
-            self.queue.enqueue(gather(keys[view]), index)
+        everyone = gather(torch.cat([keys[view] for view in sorted(keys)], dim=1))  # (W N, views C): one collective
+        for k in everyone.split(self.queue.keys.shape[1], dim=1):
+            self.queue.enqueue(k, index)  # (W N, C)

@@ -242,9 +242,17 @@ def check_steps_are_algorithm_1(
 @pytest.mark.parametrize("start", ["random", "empty"])
 @pytest.mark.parametrize("mask_own_keys", [True, False])
 @pytest.mark.parametrize(("symmetric", "reduction"), [(False, "mean"), (True, "mean"), (True, "sum")])
+@pytest.mark.parametrize("streamed", [False, True])
 def test_steps_are_algorithm_1(
-    start: str, mask_own_keys: bool, symmetric: bool, reduction: Literal["sum", "mean"]
+    start: str,
+    mask_own_keys: bool,
+    symmetric: bool,
+    reduction: Literal["sum", "mean"],
+    streamed: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if streamed:
+        monkeypatch.setattr("moco.builder.STREAM_FROM", 1)
     check_steps_are_algorithm_1(MoCo, start, mask_own_keys, symmetric, reduction)
 
 

@@ -11,6 +11,7 @@ Series = Mapping[str, Sequence[float]]  # each in the order of recording; length
 LOSS, CHANCE = "train/loss", "train/chance"
 CONTRAST_ACCURACY = "train/contrast_accuracy"  # 0 ... 1
 POSITIVE_SIMILARITY = "train/positive_similarity"
+EFFECTIVE_NEGATIVES = "train/effective_negatives"
 NEGATIVES, QUEUE_FILL = "train/negatives", "train/queue_fill"
 TEMPERATURE, GRADIENT_NORM, EPOCH = "train/temperature", "train/gradient_norm", "train/epoch"
 KNN, UNTRAINED = "accuracy/knn", "accuracy/untrained"  # percent
@@ -18,7 +19,6 @@ DATA_WAIT = "speed/data_wait"  # share of the time
 # What `moco.analysis` measures.
 EFFECTIVE_RANK = "analysis/effective_rank"  # `rank_me` of real keys, not of a queue's random start
 SPREAD = "analysis/spread"  # `spread` of the same
-EFFECTIVE_NEGATIVES = "analysis/effective_negatives"  # `hardness`
 DUPLICATES = "analysis/duplicate_share"  # `duplicate_share`
 LOSS_SHUFFLED, LOSS_UNSHUFFLED = "analysis/loss_shuffled", "analysis/loss_unshuffled"  # the same views, keys either way
 

@@ -1,17 +1,16 @@
 """The schemas of the commands' configurations."""
 
 from moco.config.base import ConfigError, RunWarning, at_least, config_dir, one_of, require, require_finite
+from moco.config.data import DataConfig, check_pictures
 from moco.config.method import MethodConfig
 from moco.config.train import (
     AugmentConfig,
     CheckpointConfig,
-    DataConfig,
     EvaluateConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
     check,
-    check_pictures,
 )
 
 __all__ = [

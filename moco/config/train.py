@@ -4,32 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.data import DataConfig, check_pictures
 from moco.config.method import MethodConfig, check_method
-
-
-@dataclass
-class DataConfig:
-    """Where the images come from."""
-
-    name: str = "digits"
-    """digits, cifar10, cifar100, stl10, imagenet or folder"""
-    root: str = "data"
-    """where the data set is, or is downloaded to; for `folder` the pictures themselves"""
-    download: bool = False
-    """fetch CIFAR or STL-10 into root if it is not there"""
-    labels: str = "none"
-    """for `folder`: none, or folder (the first-level folder names are the classes)"""
-    eval_root: str = ""
-    """for `folder` with labels: held-out pictures in folders of the same class names"""
-    resident: bool = False
-    """for `folder`: decode all pictures into memory once (they must have one size)"""
-    workers: int = 2
-    """loader processes for pictures that are not in memory, on each rank"""
-    on_bad_image: str = "raise"
-    """what training does at a picture that cannot be read: raise (end with its name), or replace (show another one,
-    always the same, and list it in bad_images.csv). The live accuracy is then measured without such pictures"""
-    max_bad: float = 0.01
-    """with replace: the run ends when more than this fraction of the pictures cannot be read"""
 
 
 @dataclass
@@ -130,6 +106,8 @@ class OptimConfig:
     """hold the lr within an epoch, as the official MoCo code does; false: change it every step"""
     clip_grad: float = 0.0
     """largest gradient norm; 0: no clipping"""
+    skip_nonfinite: int = 0
+    """how many steps with a non-finite loss or gradient a run leaves out before it ends; 0: it ends at the first"""
 
 
 @dataclass
@@ -189,10 +167,14 @@ class TrainConfig:
     """micro-batches in which a process takes its share of the batch"""
     device: str = "auto"
     """auto, cpu, cuda"""
-    precision: str = "fp32"
-    """fp32, bf16 or fp16"""
-    channels_last: bool = False
+    precision: str = "auto"
+    """fp32, bf16, fp16, or auto: bf16 where the device is faster with it (on a CPU that is measured), else fp32"""
+    channels_last: bool = True
+    """how images lie in memory; convolutions are faster so, the mathematics is the same"""
     compile: bool = False
+    """torch.compile for the encoders: minutes at the start, faster steps"""
+    profile: bool = False
+    """write a torch profiler trace and table of a few steps into the run's directory, profile/"""
     threads: int = 0
     """CPU threads of a process; 0: torch's choice"""
     log_every: int = 10
@@ -200,6 +182,9 @@ class TrainConfig:
     stop_after: float = 0.0
     """minutes after which the process saves and ends with status 75, to be started again: set it below the time limit
     of a job by what a step, an evaluation and a checkpoint take; 0: never"""
+    hang_after: float = 15.0
+    """minutes without a finished step after which the process names the rank that hangs and ends with status 69; more than
+    the longest step takes, with what is saved behind it (a live evaluation does not count); 0: wait as long as it takes"""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -220,7 +205,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         ConfigError: naming the field, its value and the fix.
     """
     model, optim, evaluate = config.model, config.optim, config.evaluate
-    one_of("precision", config.precision, ("fp32", "bf16", "fp16"))
+    one_of("precision", config.precision, ("auto", "fp32", "bf16", "fp16"))
     one_of("device", config.device, ("auto", "cpu", "cuda"))
     one_of("model.bn", model.bn, ("grouped", "sync", "batch"))
     one_of("optim.name", optim.name, ("sgd", "lars", "adamw"))
@@ -249,10 +234,12 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         {
             "threads": config.threads,
             "stop_after": config.stop_after,
+            "hang_after": config.hang_after,
             "optim.lr": optim.lr,
             "optim.weight_decay": optim.weight_decay,
             "optim.warmup_epochs": optim.warmup_epochs,
             "optim.clip_grad": optim.clip_grad,
+            "optim.skip_nonfinite": optim.skip_nonfinite,
             "evaluate.every_epochs": evaluate.every_epochs,
             "evaluate.labels_per_class": evaluate.labels_per_class,
             "evaluate.bank_size": evaluate.bank_size,
@@ -316,21 +303,6 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
         f"take {_largest_divisor(micro_batch, model.bn_group_size)}, or model.bn=sync",
     )
-
-
-def check_pictures(data: DataConfig) -> None:
-    """Refuses what no command can do with pictures.
-
-    Raises:
-        ConfigError: naming the field, its value and the fix.
-    """
-    one_of("data.on_bad_image", data.on_bad_image, ("raise", "replace"))
-    require(
-        0 <= data.max_bad < 1,
-        f"data.max_bad={data.max_bad} must lie in 0 ... 1, and below 1: it is a fraction, e.g. 0.01",
-    )
-    at_least(0, {"data.workers": data.workers})
-    require(data.workers <= 256, f"data.workers={data.workers} must be at most 256 processes")
 
 
 def _largest_divisor(number: int, most: int) -> int:

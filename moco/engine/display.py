@@ -28,6 +28,10 @@ def status_line(values: Mapping[str, float]) -> str:
         f"{values['speed/images_per_second']:,.0f} img/s",
         f"data wait {100 * values['speed/data_wait']:.0f} %",
     ]
+    if "speed/mfu" in values:
+        parts.append(f"MFU {100 * values['speed/mfu']:.0f} %")
+    if "speed/peak_memory_gib" in values:
+        parts.append(f"{values['speed/peak_memory_gib']:.1f} GiB")
     if "train/queue_fill" in values:
         parts.append(f"queue {100 * values['train/queue_fill']:.0f} %")
     return " · ".join(parts)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from moco.data.loader import Batch, Plan
-from moco.distributed import rank
-from moco.engine.step import NonFiniteLoss
 
 Values = dict[str, float]
 
@@ -16,7 +14,7 @@ def fit(
     plan: Plan,
     batches: Iterator[Batch],
     start: int,
-    step_once: Callable[[int, Batch], dict[str, torch.Tensor]],
+    step_once: Callable[[int, Batch], dict[str, torch.Tensor] | None],
     settings: Callable[[int], Values],
     log_every: int,
     on_log: Callable[[int, Values], None],
@@ -28,36 +26,24 @@ def fit(
         plan: the length of training and the batch size.
         batches: from step `start` on.
         start: steps done before.
-        step_once: one optimiser step: (step, batch) to its measures.
+        step_once: one optimiser step: (step, batch) to its measures; None for one that was skipped.
         settings: what a step was told (lr, momentum, ...) and what is cheap to know, for the records.
         log_every: steps between two records.
         on_log: gets the number of steps done and the record.
         on_step: gets the number of steps done, behind every step: the bar, evaluation, checkpoints.
-
-    Raises:
-        NonFiniteLoss: naming the step, its epoch and its samples.
     """
     busy, waited, counted = 0.0, 0.0, 0
+    measures: dict[str, torch.Tensor] = {}
     for step in range(start, plan.total_steps):
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
-        try:
-            measures = step_once(step, batch)
-        except NonFiniteLoss as error:
-            epoch, position = divmod(step, plan.steps_per_epoch)
-            first = ", ".join(str(i) for i in batch.index[:8].tolist())
-            raise NonFiniteLoss(
-                f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {plan.steps_per_epoch}; "
-                f"rank {rank()} had samples {first}, ...) gave {error}. The weights, the queue and the last "
-                "checkpoint are untouched; in a new run=..., lower optim.lr, lengthen optim.warmup_epochs, "
-                "or set optim.clip_grad=1"
-            ) from error
-        # The step has read its loss, so the device has finished: this is time spent training and nothing else.
+        measures = step_once(step, batch) or measures
+        # On a GPU the host is at most a step ahead of the device, which the mean over the steps hides.
         busy += time.perf_counter() - before
         counted += 1
         done = step + 1
-        if done % log_every == 0 or done == plan.total_steps or done == 1:
+        if measures and (done % log_every == 0 or done == plan.total_steps or done == 1):
             values = {f"train/{name}": value.item() for name, value in measures.items()}
             values |= {f"train/{name}": value for name, value in settings(step).items()}
             values["train/epoch"] = done / plan.steps_per_epoch

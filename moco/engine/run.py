@@ -9,7 +9,8 @@ import json
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,9 +27,12 @@ FREE_FIELDS = (
     "threads",
     "log_every",
     "stop_after",
+    "hang_after",
     "accumulate",
     "compile",
     "channels_last",
+    "profile",
+    "optim.skip_nonfinite",
     "data.root",
     "data.eval_root",
     "data.download",
@@ -104,17 +108,19 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
             f"run={path} is in use by process {lock.read().strip() or 'unknown'}: wait for it, end it, "
             "or choose another directory"
         ) from error
-    lock.truncate(0)
-    lock.write(f"{os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    with told(path / LOCK):
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {socket.gethostname()}")
+        lock.flush()
     for half_written in (path / "checkpoints").glob("*.tmp"):
         half_written.unlink()
     # A directory without a checkpoint holds nothing to go on with: a failed start does not block it.
     if file.is_file() and any((path / "checkpoints").glob("step_*.pt")):
         refuse_difference(path, _read(file), config, defaults)
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    temporary.replace(file)
+    with told(file):
+        temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        temporary.replace(file)
     return lock
 
 
@@ -129,8 +135,30 @@ def _read(file: Path) -> dict[str, Any]:
     return there
 
 
+class NotWritten(ValueError):
+    """A file of the run that cannot be written; its message is one sentence."""
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Makes one sentence of the system's error where files of a run are written.
+
+    Raises:
+        NotWritten: naming what could not be written, and why.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(
+            f"{path} cannot be written ({error.strerror or error}): make room there; the same command goes on from the "
+            "last checkpoint"
+        ) from error
+
+
 class Journal:
     """metrics.jsonl and TensorBoard's events of a run, from a step on.
+
+    Every method raises `NotWritten` where the disk is full or fails.
 
     Args:
         path: the run's directory.
@@ -140,33 +168,43 @@ class Journal:
     def __init__(self, path: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # costs seconds at start-up
 
-        file = path / "metrics.jsonl"
-        kept = []
-        if file.is_file():
-            for line in file.read_text().splitlines():
-                try:
-                    if json.loads(line)["step"] <= step and step > 0:
-                        kept.append(line)
-                except (json.JSONDecodeError, KeyError):
-                    continue  # the line that a kill cut in two; its step comes again
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(file)
-        self._file = file.open("a", buffering=1)
-        self._events = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+        self._path = file = path / "metrics.jsonl"
+        with told(file):
+            _keep(file, step)
+            self._file = file.open("a", buffering=1)
+            self._events = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line and one point a curve; names are "train/loss", "accuracy/knn", ..."""
         # JSON knows no NaN and no infinity (fp16's overflowing gradient norm): null.
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **plain}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with told(self._path):
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
 
     def picture(self, name: str, image: Any, step: int = 0) -> None:
         """A picture (3, H, W), float in 0 ... 1 or uint8, for TensorBoard."""
-        self._events.add_image(name, image, step)
+        with told(self._path):
+            self._events.add_image(name, image, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        with told(self._path):
+            self._file.close()
+            self._events.close()
+
+
+def _keep(file: Path, step: int) -> None:
+    """Leaves in metrics.jsonl the records up to a step."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step and step > 0:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line that a kill cut in two; its step comes again
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(file)

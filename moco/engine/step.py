@@ -54,6 +54,7 @@ def train_step(
     accumulate: int = 1,
     precision: torch.dtype = torch.float32,
     clip_grad: float = 0.0,
+    wait: bool = True,
 ) -> dict[str, Tensor]:
     """Trains on one global batch.
 
@@ -69,12 +70,14 @@ def train_step(
         accumulate: micro-batches.
         precision: autocast's type; float32 is no autocast.
         clip_grad: largest gradient norm; 0 is no clipping.
+        wait: let the host wait for the loss and its gradient before anything is changed. Without, nothing here waits
+            for the device, and it is for the caller to look at both later (`moco.engine.finite`). fp16 always waits.
 
     Returns:
         This step's measures on the global batch: loss, contrast_accuracy, ..., each of shape ().
 
     Raises:
-        NonFiniteLoss: on every rank together, if the loss or its gradient is not finite on any of them.
+        NonFiniteLoss: with `wait`, on every rank together, if the loss or its gradient is not finite on any of them.
     """
     device, micro_batch = index.device, len(index) // accumulate
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
@@ -82,7 +85,8 @@ def train_step(
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     measures: dict[str, Tensor] = {}
-    statistics = [buffer for name, buffer in forward.named_buffers() if name.endswith(_STATISTICS)]
+    wait = wait or scaler.is_enabled()
+    statistics = [buffer for name, buffer in forward.named_buffers() if name.endswith(_STATISTICS)] if wait else []
     before = [buffer.clone() for buffer in statistics]
     # ------------------------------------------------------------------ Algorithm 1
     with autocast:
@@ -102,7 +106,7 @@ def train_step(
     averages = mean_over_ranks(torch.stack(list(measures.values())))  # one collective for all of them
     measures = dict(zip(measures, averages, strict=True)) | {"gradient_norm": norm}
     # Loss and gradients are averages over the ranks by now, so all ranks decide alike.
-    finite_loss, finite_norm = torch.isfinite(torch.stack([measures["loss"], norm])).tolist()
+    finite_loss, finite_norm = torch.isfinite(torch.stack([measures["loss"], norm])).tolist() if wait else (True, True)
     if not finite_norm or not finite_loss:
         torch._foreach_copy_(statistics, before)
     # fp16's scaler expects an overflow now and then: it skips that step and halves its scale, down to 1 and no further.

@@ -11,12 +11,14 @@ from moco.losses.margin import Margin, add_margin
 from moco.losses.mixing import mix_hard_negatives
 from moco.losses.queue import info_nce, info_nce_logits, multi_positive_info_nce
 from moco.losses.similarity import Temperature
+from moco.losses.streamed import Streamed, info_nce_streamed, logit_measures
 from moco.losses.switches import Switches, switched_contrast
 from moco.losses.temperature import LearnedTemperature, temperature_at
 
 __all__ = [
     "LearnedTemperature",
     "Margin",
+    "Streamed",
     "Switches",
     "Temperature",
     "add_margin",
@@ -26,6 +28,8 @@ __all__ = [
     "in_batch_info_nce",
     "info_nce",
     "info_nce_logits",
+    "info_nce_streamed",
+    "logit_measures",
     "mix_hard_negatives",
     "multi_positive_info_nce",
     "nt_xent",

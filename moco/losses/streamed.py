@@ -29,10 +29,10 @@ from moco.losses.similarity import (
     paired_similarity,
 )
 
-# R and B: their logits are 1 MiB of float32, which stays in the processor's cache from one operation to the next.
-# Time is flat around here (within 10 % for B from 256 to 1,024); a GPU, not measured, will want a larger chunk.
-ROWS = 512
-CHUNK = 512
+# R and B by device. On a CPU their logits are 1 MiB of float32, which stays in the cache from one operation to the
+# next; time is flat around here (within 10 % for B from 256 to 1,024). A GPU wants few and large operations: 128 MiB.
+ROWS = {"cpu": 512, "cuda": 4096}
+CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class Streamed(NamedTuple):
@@ -45,21 +45,45 @@ class Streamed(NamedTuple):
     negatives: Tensor  # (N,), how many there are
     effective_negatives: Tensor  # (N,), exp of the entropy of the negatives' shares, 1 ... K; 0 without any
 
-    def measures(self) -> dict[str, Tensor]:
+    def measures(self, temperature: Temperature) -> dict[str, Tensor]:
         """Means over the queries, of shape (): what is logged of the logits, which do not exist here.
 
-        "negatives", how many; "chance", the loss if all candidates were alike; "contrast_accuracy", the share of
-        queries whose key is above every negative, a tie being no success; "effective_negatives"; "push", the share
-        of the softmax that all negatives together have, 0 (solved) ... 1: how much gradient is left.
+        "negatives", how many; "chance", the loss if all candidates were alike; and those of `logit_measures`.
         """
         count = self.negatives.to(self.positive.dtype)
         return {
             "negatives": count.mean(),
             "chance": count.log1p().mean(),
-            "contrast_accuracy": (self.positive > self.hardest).to(count.dtype).mean(),
-            "effective_negatives": self.effective_negatives.mean(),
-            "push": (self.log_sum - self.positive).sigmoid().mean(),
+            **_means(self.positive, self.hardest, self.log_sum, self.effective_negatives, temperature),
         }
+
+
+@torch.no_grad()
+def logit_measures(logits: Tensor, temperature: Temperature) -> dict[str, Tensor]:
+    """What is logged of `info_nce`'s logits, (N, 1 + K): means over the queries, of shape ().
+
+    "contrast_accuracy", the share of queries whose key is above every negative, a tie being no success;
+    "positive_similarity", the cosine of query and key; "effective_negatives", exp of the entropy of the negatives'
+    shares: over how many the loss spreads its push; "push", the share of the softmax that all negatives together
+    have, 0 (solved) ... 1: how much gradient is left.
+    """
+    positive, negative = logits[:, 0], logits[:, 1:]
+    log_sum = negative.logsumexp(dim=1)  # (N,)
+    entropy = torch.special.entr(negative.softmax(dim=1)).sum(dim=1)  # (N,), nan without any negative
+    effective = entropy.exp().masked_fill(log_sum == ABSENT, 0.0)
+    return _means(positive, negative.amax(dim=1), log_sum, effective, temperature)
+
+
+def _means(
+    positive: Tensor, hardest: Tensor, log_sum: Tensor, effective_negatives: Tensor, temperature: Temperature
+) -> dict[str, Tensor]:
+    """See `logit_measures`; all (N,)."""
+    return {
+        "contrast_accuracy": (positive > hardest).to(positive.dtype).mean(),
+        "positive_similarity": positive.mean() * torch.as_tensor(temperature).detach(),
+        "effective_negatives": effective_negatives.mean(),
+        "push": (log_sum - positive).sigmoid().mean(),
+    }
 
 
 def info_nce_streamed(
@@ -71,7 +95,7 @@ def info_nce_streamed(
     *,
     index: Tensor | None = None,
     queue_index: Tensor | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Streamed:
     """`info_nce` with the same loss and gradient up to rounding, in memory of the order of N C instead of N K.
 
@@ -84,10 +108,10 @@ def info_nce_streamed(
         temperature: T > 0; a tensor of shape () if learned.
         negatives: optional boolean (N, K) or (1, K), as in `info_nce`.
         index: which sample each query shows, integers of shape (N,). An entry of the queue that shows the same one is
-            no negative of it: the mask of `KeyQueue.negatives`, which never exists as a whole here. The host waits
-            once for the device, to learn where such entries stand.
+            no negative of it: the mask of `KeyQueue.negatives`, which never exists as a whole here.
         queue_index: which sample each entry of the queue shows, integers of shape (K,); with `index`.
-        chunk: B, how many entries of the queue to look at together; it changes nothing but speed and rounding.
+        chunk: B, how many entries of the queue to look at together; it changes nothing but speed and rounding. None:
+            what suits the device.
 
     Returns:
         The mean loss over the queries and what was seen of the logits, see `Streamed`.
@@ -103,24 +127,30 @@ def info_nce_streamed(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and queue {tuple(queue.shape)} "
             "must have shapes (N, C), (N, C) and (K, C)"
         )
-    if chunk < 1:
+    size = _for_device(CHUNK, query) if chunk is None else chunk
+    if size < 1:
         raise ValueError(f"chunk={chunk} must be at least 1, the entries of the queue to look at together")
     check_mask("negatives", negatives, (len(query), len(queue)))
-    own = None if index is None and queue_index is None else _OwnKeys.find(index, queue_index, query, queue, chunk)
+    own = None if index is None and queue_index is None else _OwnKeys.find(index, queue_index, query, queue, size)
     query = full_precision(query)
     with torch.autocast(query.device.type, enabled=False), torch.no_grad():
         scaled = query / temperature  # (N, C), u
         key = key.to(query.dtype)
         parts = []
-        for start in range(0, max(1, len(query)), ROWS):
-            rows = slice(start, start + ROWS)
+        height = _for_device(ROWS, query)
+        for start in range(0, max(1, len(query)), height):
+            rows = slice(start, start + height)
             allowed = negatives if negatives is None or len(negatives) == 1 else negatives[rows]
-            parts.append(_pass(scaled[rows], queue, allowed, own and own.of(rows), chunk))
+            parts.append(_pass(scaled[rows], queue, allowed, own and own.of(rows), size))
         hardest, log_sum, mean_key, count = (torch.cat(part) for part in zip(*parts, strict=True))
         positive = paired_similarity(scaled, key)[:, 0]  # (N,)
         mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, each with its share
     losses: Tensor = _Loss.apply(query, temperature, mean_key - key, mean_logit - positive, log_sum - positive)
     return Streamed(losses.mean(), positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
+
+
+def _for_device(sizes: dict[str, int], x: Tensor) -> int:
+    return sizes["cpu" if x.device.type == "cpu" else "cuda"]
 
 
 class _Loss(torch.autograd.Function):
@@ -149,7 +179,7 @@ class _OwnKeys(NamedTuple):
 
     sample: Tensor  # (N,), or (R,), the queries'
     queue_sample: Tensor  # (K,)
-    places: tuple[Tensor, ...]  # for each chunk, where in it there is any query's own; few, most often none
+    places: tuple[Tensor, ...] | None  # for each chunk, where in it there is any query's own; most often nowhere
 
     @classmethod
     def find(
@@ -164,9 +194,15 @@ class _OwnKeys(NamedTuple):
                 f"index {tuple(index.shape)} and queue_index {tuple(queue_index.shape)} "
                 f"must have shapes {tuple(query.shape[:1])} and {tuple(queue.shape[:1])}"
             )
+        if query.device.type != "cpu":  # the host would have to wait for the device, to which comparing all is little
+            return cls(index, queue_index, None)
         found = torch.isin(queue_index, index).nonzero()[:, 0]
         each = torch.bincount(found // chunk, minlength=-(-len(queue) // chunk))
         return cls(index, queue_index, (found % chunk).split(each.tolist()))
+
+    def at(self, number: int, keys: Tensor) -> Tensor:
+        """Where to look in a chunk with these keys."""
+        return torch.arange(len(keys), device=keys.device) if self.places is None else self.places[number]
 
     def of(self, rows: slice) -> "_OwnKeys":
         """The same for some of the queries."""
@@ -196,8 +232,8 @@ def _pass(
             part = allowed[:, columns]  # (R, B) or (1, B)
             weights.add_(torch.where(part, 0.0, ABSENT))  # several times faster than filling where the mask says so
             count += part.sum(dim=1)
-        if own is not None and len(own.places[number]):
-            at = own.places[number]  # (B',)
+        at = own and own.at(number, keys)  # (B',)
+        if own is not None and at is not None and len(at):
             same = own.sample[:, None] == own.queue_sample[start + at]  # (R, B')
             weights[:, at] = weights[:, at].masked_fill(same, ABSENT)
             count -= (same if allowed is None else same & part[:, at]).sum(dim=1)

@@ -23,6 +23,7 @@ from moco.data.sources import Source, subset
 from moco.data.view import View
 from moco.distributed import broadcast_module, is_main, on_main, process_group
 from moco.engine.display import duration
+from moco.engine.precision import PRECISIONS
 from moco.engine.weights import save_weights
 from moco.evaluation import subsets
 from moco.evaluation.finetune import classifier, mixing, optimizer_of, plan_of, train
@@ -32,7 +33,7 @@ from moco.interop.encoder_file import build, save_encoder
 from moco.stages import results
 from moco.stages.finetune_report import Outcome, Task, common, entries, protocol, summarise
 from moco.stages.judged import Judged, data_config, data_written, features_of, open_judged, open_labelled
-from moco.stages.setup import PRECISIONS, data_parallel, pick_device
+from moco.stages.setup import data_parallel, pick_device
 
 FOREIGN: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # of a file that says no augmentation
 

@@ -30,6 +30,7 @@ def announce(
     device: torch.device,
     peak_lr: float,
     start: int,
+    precision: str,
 ) -> None:
     """The opening lines: what is about to be trained, on what."""
     parameters = sum(p.numel() for p in method.encoder.parameters())
@@ -41,7 +42,7 @@ def announce(
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     display.say(
         f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · {negatives} · "
-        f"temperature {config.method.temperature} · lr {peak_lr:.3g} · into {config.run}"
+        f"temperature {config.method.temperature} · lr {peak_lr:.3g} · {precision} · into {config.run}"
     )
     if start == plan.total_steps:
         return
@@ -87,6 +88,8 @@ def summarise(
     seconds: float,
     already_done: bool,
     bad: BadImages | None = None,
+    skipped: int = 0,
+    speed: tuple[str, str] | None = None,
 ) -> None:
     """The closing panel: what happened, where the files are, what to run next."""
     how = type(method).__name__ + (" and labels" if config.method.labels else "")
@@ -98,6 +101,10 @@ def summarise(
         ),
         ("time", duration(seconds)),
     ]
+    if speed is not None:
+        rows.append(speed)
+    if skipped:
+        rows.append(("skipped", f"{skipped} steps whose loss or gradient was not finite: {config.run}/nonfinite/"))
     if bad is not None:
         rows.append(
             (

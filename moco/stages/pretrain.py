@@ -3,6 +3,7 @@
 import time
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -26,19 +27,23 @@ from moco.distributed import (
 )
 from moco.engine import checkpoint
 from moco.engine.display import Display
+from moco.engine.finite import FiniteSteps
 from moco.engine.loop import Values, fit
-from moco.engine.optim import build_optimizer, lr_factor, momentum_at, scaled_lr
+from moco.engine.memory import keep_freed_memory, memory_told
+from moco.engine.optim import build_optimizer, scaled_lr
+from moco.engine.precision import PRECISIONS, pick_precision
 from moco.engine.run import Journal, open_run, refuse_difference
 from moco.engine.step import train_step
 from moco.engine.stop import Reason, Stop, Stopped
+from moco.engine.telemetry import Profile
+from moco.engine.watch import Watch, meeting_point
 from moco.interop.encoder_file import save_encoder
-from moco.losses import temperature_at
 from moco.models.norm import set_calls_per_step
 from moco.stages.initial import initialise
 from moco.stages.live import knn_title, live_knn
 from moco.stages.messages import announce, show_views, summarise
+from moco.stages.schedule import told
 from moco.stages.setup import (
-    PRECISIONS,
     build_method,
     build_views,
     check_against_data,
@@ -47,6 +52,7 @@ from moco.stages.setup import (
     pick_device,
     without_bad_references,
 )
+from moco.stages.speed import Speed, start_profile
 
 
 def pretrain(config: TrainConfig) -> None:
@@ -54,7 +60,9 @@ def pretrain(config: TrainConfig) -> None:
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
-    with process_group(device):
+    if device.type == "cpu":
+        keep_freed_memory()
+    with process_group(device, timeout_minutes=max(10.0, config.hang_after + 5)):  # the watch is to speak first
         _pretrain(config, device)
 
 
@@ -87,21 +95,25 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         trust=config.optim.trust,
         trust_clip=config.optim.trust_clip,
     )
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    precision, why = on_main(lambda: pick_precision(config.precision, method.encoder, config.augment.size, device))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     lock: list[IO[str]] = []  # held by rank 0 until the process ends
     on_main(lambda: lock.append(open_run(path, asdict(config), asdict(TrainConfig()))))
     state = on_main(lambda: checkpoint.load_newest(path / "checkpoints"))
-    start, history, seconds, initialised = 0, [], 0.0, ""
+    start, history, seconds, skipped, initialised = 0, [], 0.0, 0, ""
     if state is not None:
         refuse_difference(path, state["config"], asdict(config), asdict(TrainConfig()))
         method.load_state_dict(state["method"])
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, history, seconds = state["step"], state["history"], state["seconds"]
+        skipped = state.get("skipped", 0)
     elif config.init_from:
         initialised = initialise(config, method)
     broadcast_module(method)
+    display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_main())
+    speed = Speed(config, method, device, precision, display)
     if config.compile:
         for name, network in method.named_children():
             if name not in ("queue", "learned_temperature"):
@@ -109,10 +121,13 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     forward = data_parallel(method, device)
 
     queue = method.queue
-    display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_main())
     journal = Journal(path, start) if is_main() and start < plan.total_steps else None
     peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
-    announce(display, config, method, sources, plan, device, peak_lr, start)
+    announce(display, config, method, sources, plan, device, peak_lr, start, f"{precision} ({why})")
+    if state is not None and state.get("precision", precision) != precision:
+        display.say(
+            f"the steps so far were computed in {state['precision']}; to go on so, set precision={state['precision']}"
+        )
     if initialised:
         display.say(initialised)
     bad = BadImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None
@@ -123,56 +138,50 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     clock = Clock(seconds, config.checkpoint.every_minutes)
     saver = checkpoint.Saver(path / "checkpoints", config.checkpoint.keep_last)
     over_ranks = HighestOverRanks(device)
+    watch = Watch(config.hang_after, meeting_point(), rank(), world_size())
 
-    def settings(step: int) -> Values:
-        optim = config.optim
-        factor = lr_factor(
-            step,
-            plan.steps_per_epoch,
-            plan.epochs,
-            optim.schedule,
-            optim.milestones,
-            optim.gamma,
-            optim.warmup_epochs,
-            optim.lr_end,
-            optim.per_epoch,
-        )
-        # The update behind step s is the one that the papers make at the start of step s + 1, with that step's m.
-        momentum = momentum_at(step + 1, plan.total_steps, config.method.momentum, config.method.momentum_end)
-        told = {"lr": peak_lr * factor, "momentum": momentum}
-        heat = config.method
-        if heat.temperature_schedule == "cosine":
-            told["temperature"] = temperature_at(
-                step / plan.steps_per_epoch, heat.temperature_period, heat.temperature_low, heat.temperature_high
-            )
-        return told
+    late = device.type == "cuda" and not scaler.is_enabled() and not config.optim.skip_nonfinite
+    finite = FiniteSteps(
+        plan,
+        late,
+        config.optim.skip_nonfinite,
+        skipped,
+        path / "nonfinite",
+        lambda: {"config": asdict(config), "method": method.state_dict(), "optimizer": optimizer.state_dict()},
+        display.say,
+    )
 
-    def step_once(step: int, batch: Batch) -> dict[str, Tensor]:
-        told = settings(step)
-        method.temperature = told.get("temperature", method.temperature)
+    def step_once(step: int, batch: Batch) -> dict[str, Tensor] | None:
+        now = told(config, plan, peak_lr, step)
+        method.temperature = now.get("temperature", method.temperature)
         if isinstance(method, MoCo):
             method.step = step  # of which its random numbers are a function
         # Only dropout and drop-path, where a timm model is told to have them, still draw from torch's generator:
         # a seed of its own for each step makes their resume exact too. Their masks differ between ranks.
         torch.manual_seed((config.seed + (step * world_size() + rank() + 1) * 0x9E3779B97F4A7C15) % 2**63)
-        return train_step(
+        shuffles = plan.shuffles(step, len(views)) if config.model.shuffle_keys else None
+        train = partial(
+            train_step,
             method,
             forward,
             optimizer,
             scaler,
             batch.views,
             batch.index,
-            plan.shuffles(step, len(views)) if config.model.shuffle_keys else None,
-            told["lr"],
-            told["momentum"],
+            shuffles,
+            now["lr"],
+            now["momentum"],
             config.accumulate,
-            PRECISIONS[config.precision],
+            PRECISIONS[precision],
             config.optim.clip_grad,
+            wait=not late,
         )
+        return finite.run(step, batch.index, train)
 
     first = "initialised" if config.init_from else "untrained"  # what the run starts with
 
     def evaluate(done: int) -> None:
+        finite.settle()
         average_running_statistics(method)
         scores = live_knn(config, method, sources, device, with_pixels=done == 0)
         if not scores:
@@ -192,6 +201,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             display.say(f"pictures that cannot be read are replaced and listed in {bad.file}: {new} so far")
 
     def save(done: int, keep: bool, best: bool) -> None:
+        finite.settle()
         settle_bad()
         average_running_statistics(method)
         on_main(
@@ -207,6 +217,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
                     "scaler": scaler.state_dict(),
                     "versions": {"moco": moco.__version__, "torch": str(torch.__version__)},
                     "world_size": world_size(),
+                    "skipped": finite.skipped,
+                    "precision": precision,
                 },
                 keep,
                 best,
@@ -218,17 +230,24 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         settle_bad()
         if queue is not None:
             values["train/queue_fill"] = queue.filled() / queue.size
+        speed.complete(values)
         if journal:
             journal.record(done, values)
         display.step(done, values)
 
+    profile: Profile | None = None
+
     def on_step(done: int) -> None:
+        watch.finished(done)
+        if profile is not None:
+            profile.step()
         display.step(done)
         epoch, rest = divmod(done, plan.steps_per_epoch)
         last = done == plan.total_steps
         every = config.evaluate.every_epochs
         if every and ((rest == 0 and epoch % every == 0) or last):
-            evaluate(done)
+            with watch.paused():
+                evaluate(done)
         often, keep_every = config.checkpoint, config.checkpoint.keep_epochs
         keep = bool(keep_every) and rest == 0 and epoch % keep_every == 0
         at_epoch = bool(often.every_epochs) and rest == 0 and epoch % often.every_epochs == 0
@@ -252,11 +271,16 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         if start == 0 and config.evaluate.every_epochs:
             evaluate(0)
         stream = batches(sources.train, plan, views, device, config.data.workers, start, bad.note if bad else None)
+        profile = start_profile(config, device, display)
+        enough = memory_told(device, config.batch_size, world_size(), config.accumulate, precision)
+        settings = partial(told, config, plan, peak_lr)
         try:
-            with stop, saver, closing(stream):
+            with stop, saver, watch, enough, closing(stream):
                 fit(plan, stream, start, step_once, settings, config.log_every, on_log, on_step)
                 on_main(saver.join)
         finally:
+            if profile is not None:
+                profile.close()
             display.close()
             if journal:
                 journal.close()
@@ -265,7 +289,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             path / "encoder.safetensors", method.encoder.get_submodule("backbone"), asdict(config), plan.total_steps
         )
     finished_before = start == plan.total_steps
-    summarise(display, config, method, plan, history, clock.total(), already_done=finished_before, bad=bad)
+    summarise(display, config, method, plan, history, clock.total(), finished_before, bad, finite.skipped, speed.row())
     for each in lock:
         each.close()
 

@@ -23,8 +23,6 @@ from moco.losses import LearnedTemperature, Switches
 from moco.methods import METHODS, AnyMethod
 from moco.models.encoder import build_encoder, build_predictor
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def pick_device(name: str) -> torch.device:
     """The device of this process; "auto" is a GPU where there is one.
@@ -63,6 +61,14 @@ def open_sources(config: DataConfig, bank_size: int, keep_bad: bool = False) -> 
                 config.resident,
                 progress,
                 keep_bad,
+                config.subset,
+                config.split,
+                config.eval_split,
+                config.image_column,
+                config.label_column,
+                config.length,
+                config.shuffle_buffer,
+                config.allow_pipe,
             )
 
     if config.download:

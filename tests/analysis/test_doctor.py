@@ -64,7 +64,7 @@ def healthy(**changed: Any) -> dict[str, list[float]]:
         "accuracy/knn": [20.0, 30.0, 40.0],
         "analysis/effective_rank": [30 + 30 * p for p in part],
         "analysis/spread": [0.4 + 0.5 * p for p in part],
-        "analysis/effective_negatives": [60000 - 20000 * p for p in part],
+        "train/effective_negatives": [60000 - 20000 * p for p in part],
         "analysis/duplicate_share": [0.0] * RECORDS,
         "analysis/loss_shuffled": [7.5] * RECORDS,
         "analysis/loss_unshuffled": [7.48] * RECORDS,
@@ -152,13 +152,13 @@ def test_the_queue_against_the_data_set(size: int, masked: bool, rings: bool) ->
 
 def test_a_low_temperature_by_value_and_by_the_negatives_that_count() -> None:
     rung(temperature_too_low({}, FACTS._replace(temperature=0.01)), "0.01")
-    rung(temperature_too_low(healthy(**{"analysis/effective_negatives": [1.4] * 9}), FACTS), "0.2; ", "1.4 negatives")
+    rung(temperature_too_low(healthy(**{"train/effective_negatives": [1.4] * 9}), FACTS), "0.2; ", "1.4 negatives")
     rung(temperature_too_low({"train/temperature": [0.2, 0.02]}, FACTS), "0.02")  # learned
 
 
 def test_a_high_temperature_by_value_and_by_the_negatives_that_count() -> None:
     rung(temperature_too_high({}, FACTS._replace(temperature=2)), "temperature 2")
-    alike = healthy(**{"analysis/effective_negatives": [65500.0] * 9, "train/contrast_accuracy": [0.1] * 9})
+    alike = healthy(**{"train/effective_negatives": [65500.0] * 9, "train/contrast_accuracy": [0.1] * 9})
     rung(temperature_too_high(alike, FACTS), "65500 of 65536", "10%")
     solved = alike | {"train/contrast_accuracy": [0.9] * 9}  # T = 1 with well-spread features
     assert temperature_too_high(solved, FACTS._replace(temperature=1.0)) is None

@@ -42,6 +42,7 @@ class Trainer:
         clip_grad: float = 0.0,
         change: Callable[[list[Tensor]], object] = lambda views: None,
         lr: float = 0.05,
+        wait: bool = True,
     ) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(number)
         images = torch.randn(N, 3, SIZE, SIZE, generator=generator)
@@ -61,6 +62,7 @@ class Trainer:
             self.accumulate,
             precision,
             clip_grad,
+            wait,
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -289,7 +291,8 @@ def test_measures_are_scalars_of_the_whole_batch() -> None:
     set_calls_per_step(twin.momentum_encoder, 1)
     kept: list[list[Tensor]] = []
     measures = trainer.step(0, change=kept.append)
-    assert set(measures) == {"loss", "contrast_accuracy", "positive_similarity", "negatives", "chance", "gradient_norm"}
+    hardness = {"contrast_accuracy", "positive_similarity", "effective_negatives", "push"}
+    assert set(measures) == {"loss", "negatives", "chance", "gradient_norm"} | hardness
     assert all(value.shape == () and not value.requires_grad for value in measures.values())
     shuffles = [np.random.default_rng(v).permutation(N) for v in range(2)]
     keys = twin.encode_keys(kept[0], shuffles, N)
@@ -297,3 +300,16 @@ def test_measures_are_scalars_of_the_whole_batch() -> None:
     assert measures["loss"].item() == pytest.approx(output.loss.item(), rel=1e-5)
     for name, value in output.measures.items():
         assert measures[name].item() == pytest.approx(value.item(), rel=1e-5), name
+
+
+def test_without_waiting_for_the_loss_a_step_computes_the_same() -> None:
+    waiting, late = Trainer(2, True), Trainer(2, True)
+    for number in range(2):
+        a, b = waiting.step(number), late.step(number, wait=False)
+        assert {name: value.item() for name, value in a.items()} == {name: value.item() for name, value in b.items()}
+    assert_bit_equal(waiting.state(), late.state())
+
+
+def test_without_waiting_a_bad_loss_is_in_the_measures() -> None:
+    trainer = Trainer()
+    assert math.isnan(trainer.step(0, change=nan_image, wait=False)["loss"].item())

@@ -13,7 +13,7 @@ from moco.analysis import hardness
 from moco.builder import KeyQueue
 from moco.losses import LearnedTemperature, Switches, info_nce, switched_contrast
 from moco.losses import streamed as module
-from moco.losses.streamed import Streamed, info_nce_streamed
+from moco.losses.streamed import Streamed, info_nce_streamed, logit_measures
 from tests.losses import loops
 from tests.losses.loops import coins
 
@@ -84,7 +84,9 @@ def test_what_was_seen_equals_what_the_logits_say(mask: str, chunk: int) -> None
     torch.testing.assert_close(found.hardest, logits[:, 1:].amax(dim=1))
     torch.testing.assert_close(found.log_sum, logits[:, 1:].logsumexp(dim=1))
     assert found.negatives.tolist() == allowed.expand(N, -1).sum(dim=1).tolist()
-    measures, expected = found.measures(), hardness(logits)
+    measures, expected = found.measures(T), hardness(logits)
+    for name, value in logit_measures(logits, T).items():
+        torch.testing.assert_close(measures[name], value)
     torch.testing.assert_close(measures["effective_negatives"], expected.effective_negatives)
     torch.testing.assert_close(measures["push"], expected.push)
     assert measures["contrast_accuracy"] == (logits[:, :1] > logits[:, 1:]).all(dim=1).double().mean()
@@ -111,7 +113,7 @@ def test_the_indices_say_what_the_mask_of_the_queue_says() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2, N, N + 1])
 def test_queries_a_few_at_a_time_are_all_of_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROWS", rows)
+    monkeypatch.setattr(module, "ROWS", {"cpu": rows})
     for given, mask in MASKS.values():
         found, _, streamed, expected = both(given, mask, chunk=7)
         assert found.negatives.tolist() == mask.expand(N, -1).sum(dim=1).tolist()
@@ -234,7 +236,7 @@ def test_uniform_logits_give_log_1_plus_k_and_k_effective_negatives(k: int) -> N
     one = torch.eye(C)[:1]
     found = info_nce_streamed(one.expand(3, -1), one.expand(3, -1), one.expand(k, -1), T)
     assert found.loss.item() == pytest.approx(math.log(1 + k), rel=1e-6)
-    measures = {name: float(value) for name, value in found.measures().items()}
+    measures = {name: float(value) for name, value in found.measures(T).items()}
     assert measures["effective_negatives"] == pytest.approx(k, rel=1e-4)
     assert measures["chance"] == pytest.approx(math.log(1 + k))
     assert measures["push"] == pytest.approx(k / (1 + k))
@@ -251,10 +253,12 @@ def test_without_any_negative_loss_and_gradient_are_zero(chunk: int) -> None:
     assert found.loss.item() == 0.0
     assert [slope.abs().max().item() for slope in slopes] == [0.0, 0.0]
     assert found.hardest.tolist() == [-math.inf] * N
-    assert {name: value.item() for name, value in found.measures().items()} == {
+    measures = found._replace(positive=torch.zeros(N)).measures(T)
+    assert {name: value.item() for name, value in measures.items()} == {
         "negatives": 0.0,
         "chance": 0.0,
         "contrast_accuracy": 1.0,
+        "positive_similarity": 0.0,
         "effective_negatives": 0.0,
         "push": 0.0,
     }
@@ -302,7 +306,7 @@ def test_nothing_of_the_size_of_the_logits_is_made() -> None:
     streamed, materialised = Largest(), Largest()
     with streamed:
         info_nce_streamed(query, key, queue, T, mask, index=index, queue_index=queue_index).loss.backward()
-    assert streamed.elements <= module.ROWS * module.CHUNK
+    assert streamed.elements <= module.ROWS["cpu"] * module.CHUNK["cpu"]
     with materialised:
         info_nce(query, key, queue, T, mask & (index[:, None] != queue_index))[0].backward()
     assert materialised.elements >= n * k  # the measure sees what it is for

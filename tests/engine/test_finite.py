@@ -1,0 +1,81 @@
+"""Steps that are not finite: named, kept for study, skipped up to a limit, or read one step late."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moco.data.loader import Plan
+from moco.engine.finite import FiniteSteps
+from moco.engine.step import NonFiniteLoss
+
+PLAN = Plan(length=40, batch_size=10, epochs=2, seed=0)
+INDEX = torch.arange(30, 40)
+
+
+def steps(folder: Path, late: bool = False, limit: int = 0, said: list[str] | None = None) -> FiniteSteps:
+    lines = [] if said is None else said
+    return FiniteSteps(PLAN, late, limit, 0, folder, lambda: {"method": {"w": torch.ones(2)}}, lines.append)
+
+
+def good(loss: float = 1.0) -> Callable[[], dict[str, Tensor]]:
+    return lambda: {"loss": torch.tensor(loss), "gradient_norm": torch.tensor(2.0)}
+
+
+def bad() -> dict[str, Tensor]:
+    raise NonFiniteLoss("loss nan, gradient norm nan")
+
+
+def test_a_bad_step_ends_the_run_and_its_state_is_kept(tmp_path: Path) -> None:
+    finite = steps(tmp_path / "nonfinite")
+    expected = (
+        r"step 6 \(epoch 2, batch 2 of 4; rank 0 had samples 30, 31, .*\) gave loss nan, gradient norm nan\. The "
+        r"weights, the queue and the last checkpoint are untouched, and .*step_6\.pt holds the state"
+    )
+    with pytest.raises(NonFiniteLoss, match=expected):
+        finite.run(5, INDEX, bad)
+    kept = torch.load(tmp_path / "nonfinite" / "step_6.pt", weights_only=True)
+    assert (kept["step"], kept["epoch"], kept["what"]) == (5, 1, "loss nan, gradient norm nan")
+    assert kept["index"].tolist() == INDEX.tolist()
+    assert kept["method"]["w"].tolist() == [1, 1]
+
+
+def test_so_many_are_skipped_and_no_more(tmp_path: Path) -> None:
+    said: list[str] = []
+    finite = steps(tmp_path, limit=2, said=said)
+    assert finite.run(0, INDEX, bad) is None
+    assert finite.run(1, INDEX, good()) is not None
+    assert finite.run(2, INDEX, bad) is None
+    assert finite.skipped == 2
+    assert ["step 1 gave" in said[0], "1 of at most optim.skip_nonfinite=2" in said[0]] == [True, True]
+    assert "step 3 gave" in said[1]
+    with pytest.raises(NonFiniteLoss, match="step 4 "):
+        finite.run(3, INDEX, bad)
+    assert [file.name for file in tmp_path.iterdir()] == ["step_1.pt"]  # one is enough to study
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient_norm"])
+def test_late_a_step_is_read_behind_the_next(broken: str, tmp_path: Path) -> None:
+    def measures() -> dict[str, Tensor]:
+        return good()() | {broken: torch.tensor(math.inf)}
+
+    finite = steps(tmp_path, late=True)
+    assert finite.run(0, INDEX, good()) is not None
+    assert finite.run(1, INDEX, measures) is not None
+    with pytest.raises(
+        NonFiniteLoss, match=rf"step 2 .*{broken.replace('_', ' ')} inf.*The last checkpoint is untouched"
+    ):
+        finite.run(2, INDEX, good())
+
+
+def test_late_before_saving_the_newest_step_is_read_too(tmp_path: Path) -> None:
+    finite = steps(tmp_path, late=True)
+    finite.run(0, INDEX, good())
+    finite.settle()
+    finite.settle()  # nothing is pending
+    finite.run(1, INDEX, good(math.nan))
+    with pytest.raises(NonFiniteLoss, match="step 2 "):
+        finite.settle()
