@@ -116,10 +116,12 @@ def unit_length(x: Tensor) -> Tensor:
 
 
 class Output(NamedTuple):
-    """What a method's forward returns: the loss to differentiate and detached measures, all of shape ()."""
+    """What a method's forward returns: the loss to differentiate, detached measures, and a pair of each sample."""
 
-    loss: Tensor
-    measures: dict[str, Tensor]
+    loss: Tensor  # ()
+    measures: dict[str, Tensor]  # each of shape ()
+    query: Tensor  # (N, C), detached; of two directions the first one's
+    key: Tensor  # (N, C), its positives
 
 
 class MoCo(nn.Module):
@@ -208,7 +210,7 @@ class MoCo(nn.Module):
             start: where in the local batch the micro-batch begins.
         """
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
-        losses, measured = [], []
+        losses, measured, pairs = [], [], []
         for query_view, key_view in self.directions:
             q = unit_length(self.encoder(views[query_view]))  # (N, C)
             k = keys[key_view][start : start + len(q)]  # (N, C)
@@ -216,12 +218,13 @@ class MoCo(nn.Module):
             loss, found = self._contrast(q, k, index, temperature, uniforms)
             losses.append(loss)
             measured.append(found)
+            pairs.append((q.detach(), k))
         measures = {name: torch.stack([each[name] for each in measured]).mean() for name in measured[0]}
         measures["chance"] = measures["chance"] * (len(losses) if self.reduction == "sum" else 1)
         if isinstance(temperature, Tensor):
             measures["temperature"] = temperature.detach()
         total = torch.stack(losses)
-        return Output(total.sum() if self.reduction == "sum" else total.mean(), measures)
+        return Output(total.sum() if self.reduction == "sum" else total.mean(), measures, *pairs[0])
 
     def _contrast(
         self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None

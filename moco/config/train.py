@@ -179,6 +179,9 @@ class TrainConfig:
     """CPU threads of a process; 0: torch's choice"""
     log_every: int = 10
     """steps between two records in metrics.jsonl and TensorBoard"""
+    analyse_every: int = 5
+    """records between two that also hold the measures of moco.analysis (alignment, uniformity, effective rank, ...);
+    0: never"""
     stop_after: float = 0.0
     """minutes after which the process saves and ends with status 75, to be started again: set it below the time limit
     of a job by what a step, an evaluation and a checkpoint take; 0: never"""
@@ -233,6 +236,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         0,
         {
             "threads": config.threads,
+            "analyse_every": config.analyse_every,
             "stop_after": config.stop_after,
             "hang_after": config.hang_after,
             "optim.lr": optim.lr,

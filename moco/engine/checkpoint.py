@@ -12,6 +12,8 @@ import re
 import shutil
 import threading
 import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,20 +217,48 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: if it is missing, truncated, altered, or holds anything but plain types.
     """
     try:
+        refuse_bomb(path)
         state: Checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises many kinds for one damaged file
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     return verified(path, state)
+
+
+def refuse_bomb(path: Path) -> None:
+    """Refuses a file of weights that would unpack to more than it is: torch compresses nothing.
+
+    Raises:
+        CheckpointError: if it would.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as parts:
+            unpacked = sum(each.file_size for each in parts.infolist())
+        if unpacked > path.stat().st_size:
+            raise CheckpointError(
+                f"{path} would unpack to {unpacked:,} bytes, more than it has: it is no file of torch's"
+            )
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    for each in state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ():
+        yield from _tensors(each)
 
 
 def verified(path: Path, state: Any) -> Checkpoint:
     """The content of a checkpoint of ours without its digest, which is checked.
 
     Raises:
-        CheckpointError: if there is no digest, or it does not match.
+        CheckpointError: if there is no digest, it does not match, or a tensor is larger than its bytes.
     """
     if not isinstance(state, dict) or "sha256" not in state:
         raise CheckpointError(f"{path} cannot be read as a checkpoint (it has no SHA-256)")
+    # A tensor may claim any shape over few bytes (stride 0); to look at one of those takes the memory that it claims.
+    if any(each.numel() * each.element_size() > each.untyped_storage().nbytes() for each in _tensors(state)):
+        raise CheckpointError(f"{path} cannot be read as a checkpoint (a tensor claims more than the file holds)")
     content = {name: value for name, value in state.items() if name != "sha256"}
     if state["sha256"] != digest(content):
         raise CheckpointError(f"{path} was altered after it was written: its SHA-256 does not match")

@@ -44,7 +44,7 @@ def fit(
         counted += 1
         done = step + 1
         if measures and (done % log_every == 0 or done == plan.total_steps or done == 1):
-            values = {f"train/{name}": value.item() for name, value in measures.items()}
+            values = {name if "/" in name else f"train/{name}": value.item() for name, value in measures.items()}
             values |= {f"train/{name}": value for name, value in settings(step).items()}
             values["train/epoch"] = done / plan.steps_per_epoch
             values["speed/images_per_second"] = counted * plan.batch_size / busy

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ FREE_FIELDS = (
     "device",
     "threads",
     "log_every",
+    "analyse_every",
     "stop_after",
     "hang_after",
     "accumulate",
@@ -172,6 +174,8 @@ class Journal:
         with told(file):
             _keep(file, step)
             self._file = file.open("a", buffering=1)
+            self._hook = threading.excepthook
+            threading.excepthook = self._heard
             self._events = SummaryWriter(str(path), purge_step=step + 1 if step else None)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
@@ -183,15 +187,34 @@ class Journal:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
+    def histogram(self, name: str, counts: Any, step: int) -> None:
+        """Counts in equal bins over -1 ... 1, shape (B,), for TensorBoard."""
+        size = len(counts)
+        edges = [-1 + 2 * (bin + 1) / size for bin in range(size)]
+        middles = [edge - 1 / size for edge in edges]
+        counts = [float(each) for each in counts]
+        total, mean = sum(counts), sum(c * m for c, m in zip(counts, middles, strict=True))
+        squares = sum(c * m * m for c, m in zip(counts, middles, strict=True))
+        with told(self._path):
+            self._events.add_histogram_raw(name, -1.0, 1.0, total, mean, squares, edges, counts, step)
+
     def picture(self, name: str, image: Any, step: int = 0) -> None:
         """A picture (3, H, W), float in 0 ... 1 or uint8, for TensorBoard."""
         with told(self._path):
             self._events.add_image(name, image, step)
 
     def close(self) -> None:
-        with told(self._path):
-            self._file.close()
-            self._events.close()
+        try:
+            with told(self._path):
+                self._file.close()
+                self._events.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _heard(self, error: threading.ExceptHookArgs) -> None:
+        """TensorBoard writes in a thread, whose error the next record raises again: no traceback besides."""
+        if not isinstance(error.exc_value, OSError):
+            self._hook(error)
 
 
 def _keep(file: Path, step: int) -> None:

@@ -1,6 +1,6 @@
 """One optimiser step: the paper's Algorithm 1, on one process or many, in one piece or in micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -55,6 +55,7 @@ def train_step(
     precision: torch.dtype = torch.float32,
     clip_grad: float = 0.0,
     wait: bool = True,
+    look: Callable[[Output, Sequence[Tensor], Tensor], dict[str, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Trains on one global batch.
 
@@ -72,6 +73,8 @@ def train_step(
         clip_grad: largest gradient norm; 0 is no clipping.
         wait: let the host wait for the loss and its gradient before anything is changed. Without, nothing here waits
             for the device, and it is for the caller to look at both later (`moco.engine.finite`). fp16 always waits.
+        look: measures the last micro-batch while weights and queue are those that its loss saw: gets its output, views
+            and sample indices, gives further measures of shape ().
 
     Returns:
         This step's measures on the global batch: loss, contrast_accuracy, ..., each of shape ().
@@ -99,6 +102,8 @@ def train_step(
             scaler.scale(output.loss / accumulate).backward()
         for name, value in {"loss": output.loss.detach(), **output.measures}.items():
             measures[name] = measures.get(name, 0) + value / accumulate
+    if look is not None:
+        measures |= look(output, [view[at] for view in views], index[at])
 
     scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from enum import IntEnum
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -71,6 +72,8 @@ class Stop:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         leaving = self._stay and kind is Stopped
+        if leaving:
+            _stop_torchrun()
         for number, handler in self._before.items():
             # Not `_hear`: Python takes its handlers away while it shuts down, and the default would strike then.
             signal.signal(number, signal.SIG_IGN if leaving and number != signal.SIGINT else handler)
@@ -79,3 +82,17 @@ class Stop:
         if number == signal.SIGINT and self._heard is Reason.SIGINT:
             raise KeyboardInterrupt
         self._heard = max(self._heard, Reason[signal.Signals(number).name])
+
+
+def _stop_torchrun() -> None:
+    """Ends a torchrun that would start the processes again (--max-restarts), for to it a stopped run has failed."""
+    most, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    if so_far >= most or os.environ.get("LOCAL_RANK") != "0":
+        return
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return
+    if b"torchrun" in command or b"torch.distributed.run" in command:
+        os.kill(parent, signal.SIGTERM)  # which it hands on to the other processes; those are deaf to it by now

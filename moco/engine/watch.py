@@ -34,7 +34,7 @@ class Sign:
 
     done: int  # steps
     place: str  # where in the code it stands; "" while that is of no interest
-    waits: bool  # it stands where one rank waits for the others: inside of a step, or in a collective
+    waits: bool  # it stands where ranks wait for each other: in a step, for its result, or in a collective
     silent: float = 0.0  # seconds since its last sign of life, if that is suspiciously long
 
 
@@ -44,7 +44,8 @@ def place(thread: int) -> tuple[str, bool]:
     ours = [each for each in traceback.extract_stack(frame) if Path(each.filename).is_relative_to(_PACKAGE)]
     if frame is None or not ours:
         return "", False
-    waits = any(each.name == "train_step" or Path(each.filename).name == "distributed.py" for each in ours)
+    files = {Path(each.filename).name for each in ours}
+    waits = any(each.name == "train_step" for each in ours) or bool(files & {"distributed.py", "finite.py"})
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
     return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waits
 

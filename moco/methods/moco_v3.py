@@ -92,12 +92,13 @@ class MoCoV3(nn.Module):
         """
         local = len(keys[0]) // world_size()  # n
         labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), each query's key
-        losses, positives, correct = [], [], []
+        losses, positives, correct, pairs = [], [], [], []
         for query_view, key_view in self.directions:
             q = unit_length(self.predictor(self.encoder(views[query_view])))  # (N, C)
             k = keys[key_view]  # (M, C)
             loss, logits = in_batch_info_nce(q, k, labels, self.temperature)  # (), (N, M)
             losses.append(2 * self.temperature * loss)  # ctr of Algorithm 1
+            pairs.append((q.detach(), k[labels]))
             positive = logits.gather(1, labels[:, None])  # (N, 1)
             positives.append(positive.mean() * self.temperature)
             correct.append(((logits >= positive).sum(dim=1) == 1).float().mean())  # itself alone: a tie is no success
@@ -108,7 +109,7 @@ class MoCoV3(nn.Module):
             "negatives": total - 1,
             "chance": 2 * (2 * self.temperature) * total.log(),  # if all keys are alike to a query
         }
-        return Output(torch.stack(losses).sum(), measures)
+        return Output(torch.stack(losses).sum(), measures, *pairs[0])
 
     @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:

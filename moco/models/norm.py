@@ -7,6 +7,8 @@ nothing of its query's (MoCo, section 3.3, "Shuffling BN").
 Legend: N local batch, C channels, G groups, g images a group.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -141,6 +143,28 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
     for name, parameter in module.named_parameters(recurse=False):
         new.get_parameter(name).requires_grad_(parameter.requires_grad)
     return new.train(module.training)
+
+
+@contextmanager
+def untracked(module: nn.Module) -> Iterator[None]:
+    """Forward passes in it leave every BN's running statistics as they are."""
+    layers = [
+        layer for layer in module.modules() if isinstance(layer, GroupedBatchNorm | nn.modules.batchnorm._BatchNorm)
+    ]
+    before = [
+        [None if x is None else x.clone() for x in (layer.running_mean, layer.running_var, layer.num_batches_tracked)]
+        for layer in layers
+    ]
+    calls = [layer.call if isinstance(layer, GroupedBatchNorm) else 0 for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, kept, call in zip(layers, before, calls, strict=True):
+            for x, value in zip((layer.running_mean, layer.running_var, layer.num_batches_tracked), kept, strict=True):
+                if x is not None and value is not None:
+                    x.copy_(value)
+            if isinstance(layer, GroupedBatchNorm):
+                layer.call = call
 
 
 def set_calls_per_step(module: nn.Module, calls: int) -> None:

@@ -18,6 +18,7 @@ from moco.engine.display import Display, duration
 from moco.engine.run import Journal
 from moco.engine.step import Method
 from moco.evaluation.knn import Accuracy
+from moco.stages.diagnosis import Doctor
 from moco.stages.live import knn_title
 
 
@@ -90,6 +91,7 @@ def summarise(
     bad: BadImages | None = None,
     skipped: int = 0,
     speed: tuple[str, str] | None = None,
+    doctor: Doctor | None = None,
 ) -> None:
     """The closing panel: what happened, where the files are, what to run next."""
     how = type(method).__name__ + (" and labels" if config.method.labels else "")
@@ -119,11 +121,14 @@ def summarise(
             rows.append(("  raw pixels", str(Accuracy(*first["raw_pixels"]))))
         rows.append(("  initialised" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
         rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
+    if doctor is not None:
+        rows += [("doctor", f"{each.name}: {each.evidence}. Try {each.remedy}") for each in doctor.found]
     files = Path(config.run)
     rows += [
         ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights; README says how to load them)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
         ("next", f"python -m moco.linear run={files}" if history else f"tensorboard --logdir {files}"),
+        ("", f"python -m moco.report run={files}"),
     ]
     if config.data.name != "folder":
         rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_PICTURES run=runs/mine"))

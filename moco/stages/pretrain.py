@@ -32,16 +32,18 @@ from moco.engine.loop import Values, fit
 from moco.engine.memory import keep_freed_memory, memory_told
 from moco.engine.optim import build_optimizer, scaled_lr
 from moco.engine.precision import PRECISIONS, pick_precision
-from moco.engine.run import Journal, open_run, refuse_difference
+from moco.engine.run import Journal, flatten, open_run, refuse_difference
 from moco.engine.step import train_step
 from moco.engine.stop import Reason, Stop, Stopped
 from moco.engine.telemetry import Profile
 from moco.engine.watch import Watch, meeting_point
 from moco.interop.encoder_file import save_encoder
 from moco.models.norm import set_calls_per_step
+from moco.stages.diagnosis import Doctor, facts_of
 from moco.stages.initial import initialise
 from moco.stages.live import knn_title, live_knn
 from moco.stages.messages import announce, show_views, summarise
+from moco.stages.observe import Observer
 from moco.stages.schedule import told
 from moco.stages.setup import (
     build_method,
@@ -151,6 +153,20 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         display.say,
     )
 
+    labels = sources.train.labels
+    observer = Observer(
+        method,
+        None if labels is None else torch.from_numpy(labels).to(device),
+        config.batch_size * method.passes,
+        config.model.shuffle_keys and config.model.bn == "grouped",
+        PRECISIONS[precision],
+    )
+    look_every = config.log_every * config.analyse_every
+    if config.batch_size // world_size() // config.accumulate < 2:
+        look_every = 0  # of one sample there is no spread
+    facts = facts_of(flatten(asdict(config)), plan.length)
+    doctor = Doctor(facts, path / "metrics.jsonl", display.say) if journal else None
+
     def step_once(step: int, batch: Batch) -> dict[str, Tensor] | None:
         now = told(config, plan, peak_lr, step)
         method.temperature = now.get("temperature", method.temperature)
@@ -175,6 +191,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             PRECISIONS[precision],
             config.optim.clip_grad,
             wait=not late,
+            look=observer if look_every and (step + 1) % look_every == 0 else None,
         )
         return finite.run(step, batch.index, train)
 
@@ -192,7 +209,10 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             # The baselines again each time: flat lines in the picture to hold the curve against.
             baselines = {first: history[0]["knn"], "raw_pixels": history[0].get("raw_pixels")}
             curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
-            journal.record(done, {f"accuracy/{name}": score[0] for name, score in curves.items()})
+            accuracies = {f"accuracy/{name}": score[0] for name, score in curves.items()}
+            journal.record(done, accuracies)
+            if doctor:
+                doctor.record(accuracies)
         names = {"knn": first if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
         display.say(f"{knn_title(config.evaluate)}: " + ", ".join(f"{names[name]} {s}" for name, s in scores.items()))
 
@@ -231,8 +251,12 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         if queue is not None:
             values["train/queue_fill"] = queue.filled() / queue.size
         speed.complete(values)
-        if journal:
+        if journal and doctor:
             journal.record(done, values)
+            doctor.record(values)
+            for name, counts in observer.histograms.items():
+                journal.histogram(f"similarity/{name}", counts, done)
+            observer.histograms = {}
         display.step(done, values)
 
     profile: Profile | None = None
@@ -244,6 +268,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         display.step(done)
         epoch, rest = divmod(done, plan.steps_per_epoch)
         last = done == plan.total_steps
+        if doctor and (rest == 0 or last):
+            doctor.look()
         every = config.evaluate.every_epochs
         if every and ((rest == 0 and epoch % every == 0) or last):
             with watch.paused():
@@ -289,7 +315,9 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             path / "encoder.safetensors", method.encoder.get_submodule("backbone"), asdict(config), plan.total_steps
         )
     finished_before = start == plan.total_steps
-    summarise(display, config, method, plan, history, clock.total(), finished_before, bad, finite.skipped, speed.row())
+    summarise(
+        display, config, method, plan, history, clock.total(), finished_before, bad, finite.skipped, speed.row(), doctor
+    )
     for each in lock:
         each.close()
 

@@ -1,0 +1,70 @@
+"""The training doctor beside a run: gathers what is recorded, and says each finding once."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moco.analysis import Alarm, Facts, diagnose
+
+
+def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
+    """What a run was told, as far as the doctor asks.
+
+    Args:
+        settings: the configuration, flat: "method.temperature" and the like.
+        images: of the data set.
+    """
+    name = settings.get("method.name", "moco")
+    both = name == "moco_v3" or settings.get("method.symmetric", False)
+    return Facts(
+        temperature=settings["method.temperature"],
+        momentum=0.99 if name == "simclr" else settings["method.momentum"],  # without a key encoder nothing to say
+        queue_size=settings["method.queue_size"] if name == "moco" else 0,
+        dataset_size=images,
+        keys_per_step=settings["batch_size"] * (2 if both else 1),
+        mask_own_keys=settings["method.mask_own_keys"],
+    )
+
+
+def recorded(file: Path) -> dict[str, list[float]]:
+    """The series of a metrics.jsonl, by name; a line that a kill cut in two is left out, null is nan."""
+    series: dict[str, list[float]] = {}
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        for name, value in record.items() if isinstance(record, dict) else ():
+            if name != "step":
+                series.setdefault(name, []).append(math.nan if value is None else float(value))
+    return series
+
+
+class Doctor:
+    """Looks at the records of rank 0 now and then.
+
+    Args:
+        facts: of the run.
+        file: its metrics.jsonl, with the records of earlier attempts.
+        say: gets a line for each new finding.
+    """
+
+    def __init__(self, facts: Facts, file: Path, say: Callable[[str], None]) -> None:
+        self._facts, self._say = facts, say
+        self._series = recorded(file)
+        self.found: list[Alarm] = []
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Takes in what the journal records."""
+        for name, value in values.items():
+            self._series.setdefault(name, []).append(value)
+
+    def look(self) -> None:
+        """Says what is new; `found` is then all that holds at present."""
+        before = {alarm.name for alarm in self.found}
+        self.found = diagnose(self._series, self._facts)
+        for alarm in self.found:
+            if alarm.name not in before:
+                self._say(f"doctor: {alarm.name}: {alarm.evidence}. Try {alarm.remedy}")

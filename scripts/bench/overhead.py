@@ -1,0 +1,56 @@
+"""What a step costs besides its encoders: forward and backward of f_q, and forward of f_k, on their own.
+
+Everything else (shuffle, logits, optimiser, momentum update, queue, measures) is overhead. Same precision, layout and
+batch on both sides.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from moco.engine.memory import keep_freed_memory
+from moco.engine.precision import PRECISIONS, pick_precision
+from scripts.bench.measure import Table, alternate, compared, per_second
+from scripts.bench.step import SIZE, encoder, inputs, ours
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--queue", type=int, nargs="+", default=[4096, 65536])
+    parser.add_argument("--backbone", default="resnet18")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """A table for each queue length: seconds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, _ = pick_precision("auto", encoder(options.backbone), SIZE, device)
+    views, index = inputs(options.batch, device)
+    f_q = encoder(options.backbone).to(device).train()
+    f_q.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        keep_freed_memory()
+
+    def alone() -> None:
+        with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+            with torch.no_grad():
+                f_q(views[1])
+            loss = f_q(views[0]).float().square().mean()
+        f_q.zero_grad()
+        loss.backward()
+
+    for queue in options.queue:
+        chosen = Namespace(**vars(options) | {"queue": queue})
+        step = ours(chosen, views, index, precision, compiled=False)
+        forms = {
+            name: partial(_seconds, work, options.clock) for name, work in {"its encoders": alone, "step": step}.items()
+        }
+        title = f"A step of {options.backbone}, batch {options.batch}, K {queue}, {precision}, s, {options.clock} time"
+        yield compared(title, alternate(forms, options.rounds), "s", less_is_faster=True)
+
+
+def _seconds(work: object, clock: str) -> float:
+    assert callable(work)
+    return 1 / per_second(1, work, clock)

@@ -1,0 +1,148 @@
+"""An epoch's pace end to end on CIFAR-10, from pictures to weights: this project's and lightly's MoCo v2.
+
+--data is CIFAR-10 as a folder of pictures, kept in memory by both. lightly is put together as its CIFAR-10 benchmark
+is: its transform on PIL pictures in two loader processes, its memory bank, projection head and loss, SGD, float32. Ours
+is `moco.train`'s loop with the machine's own choice of precision. Same backbone, batch, queue, head and temperature; BN
+in groups of 32 on our side and over the batch on theirs, which is the cheaper.
+"""
+
+import copy
+import importlib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
+
+from moco.builder import MoCo
+from moco.data.loader import Plan, batches
+from moco.data.sources import Source, load_source
+from moco.engine.memory import keep_freed_memory
+from moco.engine.optim import build_optimizer
+from moco.engine.precision import PRECISIONS, pick_precision
+from moco.engine.step import train_step
+from moco.models.backbones import build_backbone
+from moco.models.encoder import build_encoder
+from moco.models.norm import set_calls_per_step
+from scripts.bench.measure import Table, alternate, compared, stream_rate
+from scripts.bench.recipes import views
+
+C, T, M, LR, DECAY, WORKERS = 128, 0.1, 0.99, 0.06, 5e-4, 2
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=3, help="a round; the first is not counted")
+    parser.add_argument("--queue", type=int, default=4096)
+    parser.add_argument("--backbone", default="resnet18")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """One table: images a second."""
+    source = load_source("folder", options.data, resident=True).train
+    keep_freed_memory()
+    given: dict[str, object] = (
+        {"stem": "cifar"} if options.backbone.startswith("resnet") else {"width": 24, "strides": (2, 1, 2, 1, 2)}
+    )
+    forms = {
+        "lightly": partial(stream_rate, lightly_epoch(options, source, given), options.batch, options.clock),
+        "moco": partial(stream_rate, our_epoch(options, source, given), options.batch, options.clock),
+    }
+    title = f"CIFAR-10 end to end, {options.backbone}, batch {options.batch}, K {options.queue}, images/s"
+    yield compared(f"{title}, {options.clock} time", alternate(forms, options.rounds), "images/s")
+
+
+def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> Callable[[], Iterator[object]]:
+    """A stream of steps."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    encoder = build_encoder(options.backbone, given, 2, 0, C, "grouped", 32)
+    precision, _ = pick_precision("auto", encoder, 32, device)
+    method = MoCo(encoder, C, options.queue, T).to(device)
+    method.to(memory_format=torch.channels_last)
+    set_calls_per_step(method, 1)
+    optimizer = build_optimizer(method.train(), "sgd", 0.0, 0.9, (0.9, 0.999), DECAY, [])
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    plan = Plan(len(source), options.batch, epochs=1, seed=0)
+    late = device.type == "cuda"
+
+    def steps() -> Iterator[object]:
+        stream = batches(source, plan, views("cifar"), device, workers=0)
+        for number, batch in enumerate(islice(stream, options.batches)):
+            shuffles = plan.shuffles(number, 2)
+            yield train_step(
+                *(method, method, optimizer, scaler, batch.views, batch.index, shuffles, LR, M),
+                precision=PRECISIONS[precision],
+                wait=not late,
+            )
+
+    return steps
+
+
+def _lightly(name: str) -> Any:
+    """A module of the peer, which this comparison alone needs: it is no dependency."""
+    try:
+        return importlib.import_module(f"lightly.{name}")
+    except ModuleNotFoundError as error:
+        raise SystemExit("this comparison needs lightly: pip install lightly") from error
+
+
+class _Pictures:
+    """lightly's transform of pictures in memory, (N, 3, S, S)."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.transform = _lightly("transforms").MoCoV2Transform(input_size=32, gaussian_blur=0.0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = self.transform(Image.fromarray(self.images[i]))
+        return seen
+
+
+def lightly_epoch(options: Namespace, source: Source, given: dict[str, object]) -> Callable[[], Iterator[object]]:
+    """The same with lightly's parts, in the order of its example."""
+    assert source.images is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    backbone = build_backbone(options.backbone, given)
+    width = int(backbone.num_features)  # type: ignore[arg-type]
+    f_q = (
+        nn.Sequential(backbone, _lightly("models.modules.heads").MoCoProjectionHead(width, width, C)).to(device).train()
+    )
+    f_k = copy.deepcopy(f_q)
+    utilities = _lightly("models.utils")
+    utilities.deactivate_requires_grad(f_k)
+    loss_of = _lightly("loss").NTXentLoss(temperature=T, memory_bank_size=(options.queue, C)).to(device)
+    optimizer = torch.optim.SGD(f_q.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY)
+    pictures = _Pictures(source.images)
+
+    def steps() -> Iterator[object]:
+        loader = DataLoader(  # type: ignore[var-annotated]
+            pictures,  # type: ignore[arg-type]
+            batch_size=options.batch,
+            shuffle=True,
+            drop_last=True,
+            num_workers=WORKERS,
+        )
+        for first, second in islice(loader, options.batches):
+            utilities.update_momentum(f_q, f_k, m=M)
+            q = f_q(first.to(device))
+            with torch.no_grad():
+                order = torch.randperm(len(second))
+                k = f_k(second.to(device)[order])[order.argsort()]
+            loss = loss_of(q, k)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item()
+
+    return steps

@@ -1,0 +1,49 @@
+"""What it takes to start: `python -m moco.train --help`, the imports, and the peak memory of a run's first steps."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from functools import partial
+
+from scripts.bench.measure import Table, alternate, compared
+
+COMMANDS = {
+    "import torch": ["-c", "import torch"],
+    "python -m moco.train --help": ["-m", "moco.train", "--help"],
+    "import moco.builder": ["-c", "import moco.builder"],
+}
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--epochs", type=int, default=2, help="of the run whose memory is measured")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """Two tables: seconds, and MiB."""
+    forms = {name: partial(_seconds, words) for name, words in COMMANDS.items()}
+    yield compared("Start-up, s, wall time", alternate(forms, options.rounds), "s", less_is_faster=True)
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["-m", "moco.train", f"run={folder}/run", f"epochs={options.epochs}", "evaluate.every_epochs=0"]
+        rows = [[name, f"{_peak(each):,.0f}"] for name, each in (COMMANDS | {"the default run": words}).items()]
+    yield Table("Peak memory of the process", ["", "MiB"], rows)
+
+
+def _seconds(words: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def _peak(words: list[str]) -> float:
+    """Resident memory at its highest, in MiB (Linux)."""
+    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}")
+    return usage.ru_maxrss / 1024
