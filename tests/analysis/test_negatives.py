@@ -126,6 +126,24 @@ def test_histogram_is_numpys(bins: int, at_once: int, monkeypatch: pytest.Monkey
     np.testing.assert_allclose(bin_edges(bins).numpy(), edges, atol=1e-15)
 
 
+@pytest.mark.parametrize("at_once", [10, 2**21])
+def test_a_weighted_histogram_is_numpys(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(histogram_module, "ENTRIES_AT_ONCE", at_once)
+    values = unit(40, 5, seed=0, dtype=torch.float64)
+    weights = relative_penalty(values, 0.1)
+    sums = similarity_histogram(values, 7, weights)
+    expected, _ = np.histogram(values.numpy(), bins=7, range=(-1, 1), weights=weights.numpy())
+    np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-12)
+    assert sums.sum().item() == pytest.approx(40)  # each row's shares are 1
+    values[:, 1] = -math.inf
+    present = torch.ones(5, dtype=torch.bool)
+    present[1] = False
+    weights = relative_penalty(values, 0.1)
+    weights[:, 1] = math.nan
+    expected, _ = np.histogram(values[:, present].numpy(), 7, (-1, 1), weights=weights[:, present].numpy())
+    np.testing.assert_allclose(similarity_histogram(values, 7, weights).numpy(), expected, rtol=1e-12)
+
+
 def test_histogram_of_edges_rounding_and_absent_entries() -> None:
     values = torch.tensor([-1.0, -1.0000002, -0.5, 0.0, 0.5, 1.0, 1.0000001, -math.inf])
     assert similarity_histogram(values, 4).tolist() == [2, 1, 1, 3]
@@ -168,6 +186,8 @@ def test_what_does_not_fit_is_named() -> None:
         gradient_weights(torch.ones(2, 3), 0)
     with pytest.raises(ValueError, match=r"bins=0 must be 1 or more"):
         similarity_histogram(torch.ones(2), 0)
+    with pytest.raises(ValueError, match=r"weights \(3,\) must have the similarity's shape \(2,\)"):
+        similarity_histogram(torch.ones(2), 5, torch.ones(3))
     with pytest.raises(ValueError, match=r"answer=3 must be one of the candidates 0 \.\.\. 2"):
         explain_temperature(torch.tensor(THREE), 3, torch.ones(1))
     with pytest.raises(ValueError, match="temperatures from 0 on"):
