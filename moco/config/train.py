@@ -167,8 +167,9 @@ class TrainConfig:
     """micro-batches in which a process takes its share of the batch"""
     device: str = "auto"
     """auto, cpu, cuda"""
-    precision: str = "auto"
-    """fp32, bf16, fp16, or auto: bf16 where the device is faster with it (on a CPU that is measured), else fp32"""
+    precision: str = "fp32"
+    """fp32, bf16, fp16, or auto: bf16 where the device is faster with it (on a CPU that is measured), else fp32; a
+    resumed run keeps what it had"""
     channels_last: bool = True
     """how images lie in memory; convolutions are faster so, the mathematics is the same"""
     compile: bool = False
@@ -186,8 +187,8 @@ class TrainConfig:
     """minutes after which the process saves and ends with status 75, to be started again: set it below the time limit
     of a job by what a step, an evaluation and a checkpoint take; 0: never"""
     hang_after: float = 15.0
-    """minutes without a finished step after which the process names the rank that hangs and ends with status 69; more than
-    the longest step takes, with what is saved behind it (a live evaluation does not count); 0: wait as long as it takes"""
+    """minutes without a finished step after which the process names the rank that hangs and ends with status 69; more
+    than the longest step takes, with what is saved behind it (a live evaluation does not count); 0: wait for ever"""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

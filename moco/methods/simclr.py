@@ -121,7 +121,7 @@ class SimCLR(nn.Module):
             )
         else:
             loss, logits = self._between_views(z, others, first, temperature)
-        return Output(loss, self._measures(logits, same, temperature), z[0].detach(), z[1].detach())
+        return Output(loss, self._measures(logits, same, temperature), z[0].detach(), z[-1].detach())
 
     def _between_views(self, z: Tensor, others: Tensor, first: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
         """The mean InfoNCE over the pairs (anchor's view, other view), and the logits (pairs N, M)."""

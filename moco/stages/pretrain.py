@@ -97,12 +97,14 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         trust=config.optim.trust,
         trust_clip=config.optim.trust_clip,
     )
-    precision, why = on_main(lambda: pick_precision(config.precision, method.encoder, config.augment.size, device))
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-
     lock: list[IO[str]] = []  # held by rank 0 until the process ends
     on_main(lambda: lock.append(open_run(path, asdict(config), asdict(TrainConfig()))))
     state = on_main(lambda: checkpoint.load_newest(path / "checkpoints"))
+    if state is not None and config.precision == "auto":
+        precision, why = state.get("precision", "fp32"), "as before"
+    else:
+        precision, why = on_main(lambda: pick_precision(config.precision, method.encoder, config.augment.size, device))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     start, history, seconds, skipped, initialised = 0, [], 0.0, 0, ""
     if state is not None:
         refuse_difference(path, state["config"], asdict(config), asdict(TrainConfig()))
@@ -126,10 +128,6 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     journal = Journal(path, start) if is_main() and start < plan.total_steps else None
     peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
     announce(display, config, method, sources, plan, device, peak_lr, start, f"{precision} ({why})")
-    if state is not None and state.get("precision", precision) != precision:
-        display.say(
-            f"the steps so far were computed in {state['precision']}; to go on so, set precision={state['precision']}"
-        )
     if initialised:
         display.say(initialised)
     bad = BadImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None

@@ -25,6 +25,7 @@ from moco.engine import checkpoint
 from moco.engine.checkpoint import Checkpoint, CheckpointError
 from moco.engine.step import train_step
 from moco.engine.stop import Stopped
+from moco.evaluation.features import stream
 from moco.interop.encoder_file import read_encoder
 from moco.stages import pretrain as stage
 from moco.stages.pretrain import pretrain
@@ -57,13 +58,13 @@ from moco.train import train
 step, *blows = os.environ["STRIKE"].split()
 steps, train_step = 0, pretrain.train_step
 
-def struck(*arguments):
+def struck(*arguments, **options):
     global steps
     steps += 1
     if steps == int(step) and os.environ.get("RANK", "0") == os.environ.get("STRIKE_RANK", "0"):
         for name in blows:
             os.kill(os.getpid(), getattr(signal, name))
-    return train_step(*arguments)
+    return train_step(*arguments, **options)
 
 pretrain.train_step = struck
 run_command("train", TrainConfig, train)
@@ -93,7 +94,7 @@ def strike(monkeypatch: pytest.MonkeyPatch, step: int, *blows: signal.Signals) -
     """In the run's `step`-th step from now everything is struck, loader processes first, as Slurm and Ctrl-C do."""
     count = 0
 
-    def struck(*arguments: Any) -> dict[str, torch.Tensor]:
+    def struck(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
         nonlocal count
         count += 1
         if count == step:
@@ -102,7 +103,7 @@ def strike(monkeypatch: pytest.MonkeyPatch, step: int, *blows: signal.Signals) -
                 # By another process: torch lets a loader that its parent ends go in peace.
                 subprocess.run(["kill", f"-{int(number)}", *(str(each.pid) for each in struck_down)], check=True)
                 time.sleep(0.2 * (len(struck_down) > 1))
-        return train_step(*arguments)
+        return train_step(*arguments, **options)
 
     monkeypatch.setattr(stage, "train_step", struck)
 
@@ -172,6 +173,33 @@ def test_loader_processes_that_are_struck_too_do_not_cut_the_step_short(
         pretrain(made)
     assert newest(tmp_path / "run")["step"] == 3
     assert multiprocessing.active_children() == []
+
+
+class Struck:
+    """A picture whose reading strikes the process that reads it."""
+
+    images = None
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number, self.parent = number, os.getpid()
+
+    def __len__(self) -> int:
+        return 4
+
+    def image(self, i: int) -> torch.Tensor:
+        assert os.getpid() != self.parent
+        os.kill(os.getpid(), self.number)
+        return torch.full((3, 4, 4), i, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_loader_processes_of_the_live_evaluation_leave_signals_to_the_parent_too(number: signal.Signals) -> None:
+    given: Any = Struck(number)
+    parts = list(
+        stream(torch.nn.Flatten(), given, range(4), 4, 0, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"), 2, workers=1)
+    )
+    features = torch.cat(parts)[:, 0] * 255
+    torch.testing.assert_close(features, torch.arange(4.0))
 
 
 def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

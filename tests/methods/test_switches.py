@@ -518,11 +518,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
 
     import moco.stages.pretrain as stage
 
-    def stopped(*args: Any) -> dict[str, Tensor]:
+    def stopped(*args: Any, **options: Any) -> dict[str, Tensor]:
         stopped.steps += 1  # type: ignore[attr-defined]
         if stopped.steps == 8:  # type: ignore[attr-defined]
             raise KeyboardInterrupt
-        return train_step(*args)
+        return train_step(*args, **options)
 
     stopped.steps = 0  # type: ignore[attr-defined]
     monkeypatch.setattr(stage, "train_step", stopped)
