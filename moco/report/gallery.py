@@ -1,39 +1,17 @@
 """Galleries of pictures: one HTML file that loads nothing from elsewhere, or one PNG."""
 
-import base64
-import html
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from moco.report import html
+from moco.report.html import breaking, plain, text, thumbnail
+
 THUMBNAIL = 320  # pixels of the longer side at most: twice what the page shows, for dense displays
 _TILE = 168  # pixels of the shown picture
-_STYLE = """
-:root { color-scheme: light dark; --back: #fafafa; --card: #fff; --ink: #1c1c1e; --soft: #6b6b70; --line: #dcdce0;
-  --mark: #0a6cce; }
-@media (prefers-color-scheme: dark) { :root { --back: #161618; --card: #222225; --ink: #ececee; --soft: #a0a0a6;
-  --line: #38383c; --mark: #5eb0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 3rem; max-width: 1700px; background: var(--back);
-  color: var(--ink); font: 14px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
-.about { color: var(--soft); margin: 0 0 1.5rem; max-width: 75ch; overflow-wrap: anywhere; }
-section { border-top: 1px solid var(--line); padding: 1rem 0 1.25rem; }
-h2 { font-size: 1rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(168px, 1fr)); gap: .75rem; }
-figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; overflow: hidden; }
-figure.mark { border-color: var(--mark); box-shadow: 0 0 0 1px var(--mark); }
-img { display: block; width: 100%; height: 168px; object-fit: contain; background: var(--back); }
-img.small { image-rendering: pixelated; }
-figcaption { padding: .4rem .55rem .5rem; font-size: 12px; color: var(--soft); overflow-wrap: anywhere; }
-figcaption b { display: block; color: var(--ink); font-variant-numeric: tabular-nums; }
-figcaption i { display: block; font-style: normal; font-variant-numeric: tabular-nums; }
-figure.mark figcaption b { color: var(--mark); }
-"""
 
 
 @dataclass(frozen=True)
@@ -55,69 +33,45 @@ class Section:
     tiles: Sequence[Tile]
 
 
+def style() -> str:
+    """The style sheet of galleries, on which other pages build."""
+    return (html.DIRECTORY / "gallery.css").read_text()
+
+
 def write_html(path: Path, title: str, about: str, sections: Iterable[Section]) -> None:
     """A page with every picture inside it. One section is in memory at a time.
 
     All text is escaped, and the page's own policy forbids scripts and anything from elsewhere: a file's name
     can hold markup.
     """
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    temporary = path.with_name(f"{path.name}.tmp")
-    # A name that is no UTF-8 shows its odd bytes as \\udcXX.
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-            f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{_text(title)}</title>\n<style>{_STYLE}</style></head>\n<body>\n"
-            f'<h1>{_text(title)}</h1>\n<p class="about">{_text(about)}</p>\n'
-        )
+
+    def parts() -> Iterator[str]:
+        yield html.opening(title, style())
+        yield f'<h1>{text(title)}</h1>\n<p class="about">{text(about)}</p>\n'
         for section in sections:
-            file.write(f'<section><h2>{_text(section.title)}</h2>\n<div class="grid">\n')
-            file.writelines(_figure(tile) for tile in section.tiles)
-            file.write("</div></section>\n")
-        file.write("</body></html>\n")
-    temporary.replace(path)
+            yield f"<section><h2>{text(section.title)}</h2>\n{grid(section.tiles)}</section>\n"
+        yield html.closing()
+
+    html.write(path, parts())
+
+
+def grid(tiles: Iterable[Tile]) -> str:
+    """Pictures side by side."""
+    figures = "".join(map(_figure, tiles))
+    return f'<div class="grid">\n{figures}</div>'
 
 
 def _figure(tile: Tile) -> str:
     picture = "<img alt='cannot be read'>"
     if tile.image is not None:
         small = ' class="small"' if max(tile.image.shape[1:]) <= _TILE // 2 else ""
-        data = base64.b64encode(_jpeg(_thumbnail(tile.image, THUMBNAIL))).decode()
-        picture = f'<img{small} loading="lazy" alt="{_text(tile.caption)}" src="data:image/jpeg;base64,{data}">'
-    detail = f"<i>{_text(tile.detail)}</i>" if tile.detail else ""
+        source = html.jpeg(thumbnail(tile.image, THUMBNAIL))
+        picture = f'<img{small} loading="lazy" alt="{text(tile.caption)}" src="{source}">'
+    detail = f"<i>{text(tile.detail)}</i>" if tile.detail else ""
     return (
-        f'<figure{" class=mark" if tile.marked else ""} title="{_text(tile.caption)}">{picture}'
-        f"<figcaption><b>{_text(tile.headline)}</b>{detail}{_breaking(tile.caption)}</figcaption></figure>\n"
+        f'<figure{" class=mark" if tile.marked else ""} title="{text(tile.caption)}">{picture}'
+        f"<figcaption><b>{text(tile.headline)}</b>{detail}{breaking(tile.caption)}</figcaption></figure>\n"
     )
-
-
-def _text(text: str) -> str:
-    """Escaped; characters that steer the display (line ends, the direction of writing) become visible."""
-    return html.escape("".join(each if _is_plain(each) else "\N{REPLACEMENT CHARACTER}" for each in text))
-
-
-def _breaking(text: str) -> str:
-    """Escaped, with the places at which a long path may go on in the next line."""
-    return _text(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
-
-
-def _is_plain(character: str) -> bool:
-    return character.isprintable() or "\udc80" <= character <= "\udcff"  # the latter: bytes that are no UTF-8
-
-
-def _thumbnail(image: Tensor, side: int) -> Image.Image:
-    """A PIL picture whose longer side is at most `side`."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    picture.thumbnail((side, side))
-    return picture
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, "JPEG", quality=85)
-    return data.getvalue()
 
 
 def write_png(path: Path, title: str, about: str, sections: Iterable[Section], columns: int = 8) -> None:
@@ -158,8 +112,8 @@ def _headline(tile: Tile) -> str:
 def _fitted(image: Tensor, side: int) -> Image.Image:
     """The longer side to `side` exactly: small pictures grow, with their pixels visible."""
     if max(image.shape[1:]) >= side:
-        return _thumbnail(image, side)
-    picture = _thumbnail(image, side)
+        return thumbnail(image, side)
+    picture = thumbnail(image, side)
     times = side / max(picture.size)
     return picture.resize((round(picture.width * times), round(picture.height * times)), Image.Resampling.NEAREST)
 
@@ -170,18 +124,17 @@ def _lines(
     """A strip with lines of text: (text, font, height, colour)."""
     strip = Image.new("RGB", (width, gap + sum(height for _, _, height, _ in texts)), "white")
     draw, top = ImageDraw.Draw(strip), gap // 2
-    for text, font, height, colour in texts:
-        draw.text((gap, top), _cut(text, font, width - 2 * gap), colour, font)
+    for line, font, height, colour in texts:
+        draw.text((gap, top), _cut(line, font, width - 2 * gap), colour, font)
         top += height
     return strip
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+def _cut(raw: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """As much of the end of a text as fits: the end of a path tells files apart."""
-    text = "".join(each if _is_plain(each) else "\N{REPLACEMENT CHARACTER}" for each in text)
-    text = text.encode("utf-8", "replace").decode()
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(f"…{text}") > width:
-        text = text[1:]
-    return f"…{text}"
+    shown = plain(raw).encode("utf-8", "replace").decode()
+    if font.getlength(shown) <= width:
+        return shown
+    while shown and font.getlength(f"…{shown}") > width:
+        shown = shown[1:]
+    return f"…{shown}"

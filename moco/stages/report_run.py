@@ -1,0 +1,171 @@
+"""What a run's directory says of itself: configuration, curves, evaluations, newest checkpoint, the doctor's words."""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moco.analysis import Alarm, Facts, diagnose
+from moco.config import ConfigError, RunWarning, require
+from moco.engine import checkpoint
+
+Values = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run of moco.train as it lies on disk."""
+
+    path: Path
+    config: dict[str, Any]
+    values: Values
+    results: list[dict[str, Any]]
+    checkpoint: Path | None  # the newest that can be read
+    state: dict[str, Any]  # of it, without weights; {} without a checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.path.name or str(self.path)
+
+    def get(self, dotted: str, default: Any = None) -> Any:
+        """A field of the configuration; an old run may not know it."""
+        value: Any = self.config
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return default if value is None else value
+
+    @property
+    def step(self) -> int:
+        recorded = [steps[-1] for steps, _ in self.values.values() if steps]
+        return int(max([*recorded, self.state.get("step", 0)]))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """From what was recorded; nan where nothing was."""
+        epochs, steps = self.values.get("train/epoch", ([], []))[::-1]
+        return steps[-1] / epochs[-1] if epochs and epochs[-1] > 0 else math.nan
+
+    @property
+    def total_steps(self) -> float:
+        return float(self.get("epochs", math.nan)) * self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.step >= round(self.total_steps)) if not math.isnan(self.total_steps) else False
+
+
+def open_run(path: Path) -> Run:
+    """Reads a run.
+
+    Raises:
+        ConfigError: if there is none, or a file of it is damaged.
+    """
+    require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
+    file, state = _newest(path)
+    config = state.get("config") or _configuration(path)
+    values = _metrics(path / "metrics.jsonl")
+    require(
+        bool(values) or file is not None,
+        f"run={path} has recorded nothing and saved no checkpoint yet: train it first, python -m moco.train run={path}",
+    )
+    slim = {name: value for name, value in state.items() if name not in ("method", "optimizer", "scaler")}
+    return Run(path, config, values, _results(path / "results.json"), file, slim)
+
+
+def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that can be read."""
+    found = checkpoint.found(path / "checkpoints")
+    for file in found:
+        try:
+            state = checkpoint.load(file)
+        except checkpoint.CheckpointError as error:
+            warnings.warn(f"{error}; falling back to the checkpoint before it", RunWarning, stacklevel=3)
+            continue
+        if isinstance(state.get("config"), dict) and isinstance(state.get("method"), dict):
+            return file, state
+    require(
+        not found, f"run={path}: none of its {len(found)} checkpoints can be read: move them away, or take another run"
+    )
+    return None, {}
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    file = path / "config.yaml"
+    require(file.is_file(), f"run={path} holds no run of moco.train (no config.yaml): name the directory of a run")
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is damaged, and no checkpoint is there: name another run") from error
+    require(isinstance(config, dict), f"{file} is damaged, and no checkpoint is there: name another run")
+    return dict(config)
+
+
+def _metrics(file: Path) -> Values:
+    """Every series; a line that a kill cut in two is left out, what was not finite is nan."""
+    values: Values = {}
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        try:
+            record = json.loads(line)
+            step = float(record.pop("step"))
+            for name, value in record.items():
+                number = math.nan if value is None else float(value)
+                steps, series = values.setdefault(str(name), ([], []))
+                steps.append(step)
+                series.append(number)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return values
+
+
+def _results(file: Path) -> list[dict[str, Any]]:
+    try:
+        known = json.loads(file.read_text()) if file.is_file() else []
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): move it away") from error
+    require(isinstance(known, list), f"{file} is damaged (no list): move it away")
+    return [entry for entry in known if isinstance(entry, dict) and isinstance(entry.get("figures"), dict)]
+
+
+def findings(run: Run, images: int | None) -> list[Alarm]:
+    """What the training doctor says.
+
+    Args:
+        run: the run.
+        images: of its data set; None: what an epoch's steps show, at most a batch less.
+    """
+    count = images
+    if count is None and not math.isnan(run.steps_per_epoch):
+        count = round(run.steps_per_epoch * run.get("batch_size", 1))
+    both = run.get("method.symmetric", False) or run.get("method.name") == "moco_v3"
+    queued = run.get("method.name", "moco") == "moco"
+    has_keys = run.get("method.name") != "simclr"
+    facts = Facts(
+        temperature=run.get("method.temperature", 0.2),
+        momentum=run.get("method.momentum", 0.99) if has_keys else 0.99,  # without a key encoder nothing to say
+        queue_size=run.get("method.queue_size", 0) if queued else 0,
+        dataset_size=count or 2**62,
+        keys_per_step=run.get("batch_size", 1) * (2 if both else 1),
+        mask_own_keys=run.get("method.mask_own_keys", True),
+    )
+    return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
+
+
+def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Values], str]:
+    """The series of each run by its name, over epochs where all runs say how long theirs are, else over steps."""
+    epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
+    moved = {}
+    for run, name in zip(runs, names(runs), strict=True):
+        by = run.steps_per_epoch if epochs else 1.0
+        moved[name] = {key: ([step / by for step in steps], series) for key, (steps, series) in run.values.items()}
+    return moved, "epoch" if epochs else "step"
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """The last parts of the runs' paths, or the paths where two would be called alike."""
+    short = [run.name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.path) for run in runs]
