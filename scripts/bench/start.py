@@ -1,6 +1,6 @@
 """What it takes to start: `python -m moco.train --help`, the imports, and the peak memory of a run's first steps."""
 
-import os
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -8,6 +8,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 from scripts.bench.measure import Table, alternate, compared
 
@@ -40,10 +41,16 @@ def _seconds(words: list[str]) -> float:
 
 
 def _peak(words: list[str]) -> float:
-    """Resident memory at its highest, in MiB (Linux)."""
+    """Resident memory at its highest, in MiB, asked for until the process ends (Linux)."""
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    highest = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # it may end between the two
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            highest = max(
+                [highest, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))]
+            )
+        time.sleep(0.01)
     if process.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}")
-    return usage.ru_maxrss / 1024
+    return highest / 1024

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m scripts.bench NAME`, from the repository's root. One file a comparison."""

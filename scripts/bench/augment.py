@@ -1,0 +1,55 @@
+"""The device part of MoCo v2's views at 224 px next to the encoder that it feeds: it must not be the slower one.
+
+--data is a folder of photographs. A view is one image for either: colour, blur, flip and normalisation on one side,
+ResNet-50 forward and backward on the other (a training step adds the key encoder's forward to it).
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from moco.data.augment import augment
+from moco.data.loader import Plan, crops
+from moco.data.sources import load_source
+from moco.data.view import draw
+from moco.models.backbones import build_backbone
+from scripts.bench.measure import Table, alternate, compared, per_second
+from scripts.bench.recipes import views
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--batch", type=int, default=16, help="pictures")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """One table: views a second."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source, recipe = load_source("folder", options.data).train, views("moco_v2")
+    plan = Plan(len(source), options.batch, epochs=1, seed=0)
+    cut = [each[0] for _, _, _, each in crops(source, plan, recipe[:1], device, workers=0)]
+    encoder = build_backbone("resnet50", {}).to(device)
+    steps = iter(range(10**9))  # each call takes the next batch, with parameters of its own
+
+    def device_part() -> torch.Tensor:
+        step = next(steps)
+        index = np.arange(options.batch) + step * options.batch
+        return augment(cut[step % len(cut)], draw(recipe[0], 0, 0, index, 0), recipe[0])
+
+    def four_batches() -> None:
+        for _ in range(4):  # one is too short to be timed well
+            device_part()
+
+    views_ready = device_part()
+
+    def encode() -> None:
+        encoder(views_ready).square().mean().backward()
+
+    forms = {
+        "ResNet-50, forward and backward": lambda: per_second(options.batch, encode, options.clock),
+        "device part of the views": lambda: per_second(4 * options.batch, four_batches, options.clock),
+    }
+    title = f"224 px views on {device.type}, views/s, {options.clock} time"
+    yield compared(title, alternate(forms, options.rounds), "views/s")

@@ -1,0 +1,120 @@
+"""InfoNCE, materialised and streamed: time, memory and error of forward and backward.
+
+Memory is how far one pass raises the resident memory of a fresh process at its peak (Linux). The error is that of the
+gradient by the queries, relative to float64, norm to norm.
+
+"loss" is the loss alone; "step" is what a training step asks for: the queries' own stale keys taken out of the
+negatives, and contrast accuracy, which the streamed form has measured in any case.
+"""
+
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.losses import info_nce
+from moco.losses.streamed import CHUNK, info_nce_streamed
+from scripts.bench.measure import Table, alternate, compared, per_second
+
+K, C, T = 65536, 128, 0.07
+IMAGES = 50_000  # of the data set: an own key stands in the queue for every query or so
+Pass = Callable[[], Tensor]
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096], help="N, the queries")
+    parser.add_argument("--task", nargs="+", default=["loss", "step"], choices=["loss", "step"])
+    parser.add_argument("--chunk", type=int, default=CHUNK["cpu"])
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """A table of times for each size and task, and one of memory and error."""
+    spent = []
+    for n in options.sizes:
+        error = errors(n, options.chunk)
+        for task in options.task:
+            passes = both(n, task, options.chunk)
+            forms = {name: partial(_milliseconds, each, options.clock) for name, each in passes.items()}
+            what = f"InfoNCE, N {n}, K {K}, C {C}, {task}, chunk {options.chunk}, ms, {options.clock} time"
+            yield compared(what, alternate(forms, options.rounds), "ms", less_is_faster=True)
+            mb = {form: peak_elsewhere(n, task, options.chunk, form) for form in passes}
+            cells = [f"{value:.1f}" for value in (*mb.values(), mb["materialised"] / mb["streamed"])]
+            spent.append([f"N {n}, {task}", *cells, *(f"{value:.1e}" for value in error.values())])
+    columns = ["", "MB, materialised", "MB, streamed", "ratio", "error, materialised", "error, streamed"]
+    yield Table("InfoNCE, peak memory of a pass, and the gradient's error", columns, spent)
+
+
+def _milliseconds(work: Pass, clock: str) -> float:
+    return 1e3 / per_second(1, work, clock)
+
+
+def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
+    """Either form as a function from nothing to the gradient by the queries."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, queue = (F.normalize(torch.randn(rows, C, generator=generator), dim=1) for rows in (n, n, K))
+    index, queue_index = (torch.randint(IMAGES, (rows,), generator=generator) for rows in (n, K))
+
+    def materialised() -> Tensor:
+        q = query.clone().requires_grad_()
+        mask = queue_index != index[:, None] if task == "step" else None
+        loss, logits = info_nce(q, key, queue, T, mask)
+        if task == "step":
+            (logits[:, :1] > logits[:, 1:]).all(dim=1).float().mean()
+        del logits  # a step keeps them no longer
+        return torch.autograd.grad(loss, q)[0]
+
+    def streamed() -> Tensor:
+        q = query.clone().requires_grad_()
+        own = {"index": index, "queue_index": queue_index} if task == "step" else {}
+        found = info_nce_streamed(q, key, queue, T, chunk=chunk, **own)
+        found.measures(T)
+        return torch.autograd.grad(found.loss, q)[0]
+
+    return {"materialised": materialised, "streamed": streamed}
+
+
+def peak(n: int, task: str, chunk: int, form: str) -> float:
+    """By how many MB one pass raises resident memory at its peak: to be asked in a process of its own."""
+    both(2, task, chunk)[form]()  # what libraries take once for all
+    work = both(n, task, chunk)[form]
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = _resident("VmRSS")
+    work()
+    return (_resident("VmHWM") - before) / 1024
+
+
+def _resident(field: str) -> int:
+    """A field of this process's status in KiB; `resource` has a peak only, and one that an exec hands on."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def peak_elsewhere(n: int, task: str, chunk: int, form: str) -> float:
+    """`peak` in a fresh process whose malloc gives freed tensors back: a pass that used them again would look small."""
+    command = [sys.executable, "-m", "scripts.bench.info_nce", str(n), task, str(chunk), form]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def errors(n: int, chunk: int) -> dict[str, float]:
+    """Each form's gradient against float64, row by row so that it fits into memory."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, queue = (F.normalize(torch.randn(rows, C, generator=generator), dim=1).double() for rows in (n, n, K))
+    exact = []
+    for q, k in zip(query.split(64), key.split(64), strict=True):
+        part = q.clone().requires_grad_()
+        exact.append(torch.autograd.grad(info_nce(part, k, queue, T)[0] * len(q) / n, part)[0])
+    whole = torch.cat(exact)
+    return {name: float((each() - whole).norm() / whole.norm()) for name, each in both(n, "loss", chunk).items()}
+
+
+if __name__ == "__main__":
+    print(peak(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))

@@ -1,0 +1,110 @@
+"""What the measures in the loop cost: one look of `moco.stages.observe.Observer` next to the steps between two looks.
+
+The digits' recipe looks every 20 steps (analyse_every=2 x log_every=10), the others every 50 (5 x 10, the default). The
+queue is full, so that a look has all of its keys to look at; the look at a leak's second forward pass is among it.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.builder import MoCo, Output
+from moco.engine.memory import keep_freed_memory
+from moco.engine.optim import build_optimizer
+from moco.engine.precision import PRECISIONS, pick_precision
+from moco.engine.step import train_step
+from moco.models.encoder import Encoder, build_encoder
+from moco.models.norm import set_calls_per_step
+from moco.stages.observe import Observer
+from scripts.bench.measure import Table, alternate, per_second
+from scripts.bench.step import C, encoder
+
+BATCH, GROUP, CLASSES, IMAGES = 128, 32, 10, 50_000
+
+
+class Recipe(NamedTuple):
+    """What is trained, and how often it is looked at."""
+
+    title: str
+    encoder: Callable[[], Encoder]
+    dim: int
+    size: int  # of a picture
+    queue: int
+    steps: int  # between two looks
+    plain: bool = False  # float32, contiguous; otherwise as is fastest
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--queue", type=int, nargs="+", default=[4096, 65536], help="of ResNet-18")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """One table: seconds of a step and of a look, and the look's share."""
+    recipes = [Recipe("digits, K 512", _digits, 64, 16, 512, 20, plain=True)]
+    recipes += [Recipe(f"ResNet-18, K {k}", partial(encoder, "resnet18"), C, 32, k, 50) for k in options.queue]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
+    rows = []
+    for recipe in recipes:
+        step, look = prepared(recipe, device)
+        forms = {"step": step, "look": look}
+        clocks = {name: partial(_seconds, work, options.clock) for name, work in forms.items()}
+        found = alternate(clocks, options.rounds)
+        shares = [b / (recipe.steps * a) for a, b in zip(found["step"], found["look"], strict=True)]
+        middle = [f"{1000 * median(found[name]):,.1f}" for name in forms]
+        rows.append([recipe.title, *middle, str(recipe.steps), f"{median(shares):.2%}", f"{max(shares):.2%}"])
+    yield Table(
+        f"A step of {BATCH} images and a look at it, ms, {options.clock} time",
+        ["", "step", "look", "steps between looks", "share", "highest share"],
+        rows,
+    )
+
+
+def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
+    """A step without a look, and a look at the same step."""
+    torch.manual_seed(0)
+    network = recipe.encoder()
+    precision = "fp32" if recipe.plain else pick_precision("auto", network, recipe.size, device)[0]
+    method = MoCo(network, recipe.dim, recipe.queue, 0.2).to(device)
+    if not recipe.plain:
+        method.to(memory_format=torch.channels_last)
+    set_calls_per_step(method.train(), 1)
+    keys = F.normalize(torch.randn(recipe.queue, recipe.dim, device=device), dim=1)
+    method.queue.enqueue(keys, torch.randint(IMAGES, (recipe.queue,), device=device))
+    labels = torch.randint(CLASSES, (IMAGES,), device=device)
+    observer = Observer(method, labels, BATCH, True, PRECISIONS[precision])
+    optimizer = build_optimizer(method, "sgd", 0.0, 0.9, (0.9, 0.999), 5e-4, [])
+    views = [torch.randn(BATCH, 3, recipe.size, recipe.size, device=device) for _ in range(2)]
+    shuffles = [np.random.default_rng(view).permutation(BATCH) for view in range(2)]
+    step = partial(
+        train_step,
+        *(method, method, optimizer, torch.amp.GradScaler(device.type, enabled=False)),
+        *(views, torch.arange(BATCH, device=device), shuffles, 0.06, 0.99),
+        precision=PRECISIONS[precision],
+        wait=device.type == "cpu",
+    )
+    seen: list[tuple[Output, Sequence[Tensor], Tensor]] = []
+
+    def keep(*arguments: object) -> dict[str, Tensor]:
+        seen.append(arguments)  # type: ignore[arg-type]
+        return {}
+
+    step(look=keep)
+    return step, partial(observer, *seen[0])
+
+
+def _digits() -> Encoder:
+    return build_encoder("convnet", {"width": 16, "pool": 4}, 2, 128, 64, "grouped", GROUP)
+
+
+def _seconds(work: Callable[[], object], clock: str) -> float:
+    return 1 / per_second(1, work, clock)

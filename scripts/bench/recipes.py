@@ -1,0 +1,16 @@
+"""The views that are compared: those of the recipes in configs/augment/."""
+
+from pathlib import Path
+
+import yaml
+
+from moco.config import config_dir
+from moco.config.train import AugmentConfig
+from moco.data.view import View
+from moco.stages.setup import build_views
+
+
+def views(name: str) -> list[View]:
+    """Both views of configs/augment/NAME.yaml."""
+    values = yaml.safe_load(Path(config_dir(), "augment", f"{name}.yaml").read_text(encoding="utf-8"))
+    return build_views(AugmentConfig(**values))

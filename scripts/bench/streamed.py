@@ -1,0 +1,83 @@
+"""Two MoCo v2 views of image files: what loader workers deliver, ours and the official pipeline's.
+
+--data is a folder of photographs. The official workers deliver finished views. Ours deliver both crops in uint8, and
+the rest happens on the device: "to the end" has it here, in the main process. Threads are processes' rivals.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco.data.augment import augment
+from moco.data.folder import FolderSource
+from moco.data.loader import Cutter, Item, Plan, batches, crops
+from moco.data.sources import load_source
+from moco.data.view import View, draw
+from scripts.bench import official
+from scripts.bench.measure import Table, alternate, compared, stream_rate
+from scripts.bench.recipes import views
+
+CPU = torch.device("cpu")
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--passes", type=int, default=2, help="over the pictures, a round")
+    parser.add_argument("--batch", type=int, default=16, help="pictures")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """One table a number of workers: images a second."""
+    source = load_source("folder", options.data).train
+    assert isinstance(source, FolderSource)
+    plan = Plan(len(source), options.batch, options.passes, seed=0)
+    paths = [source.path(i) for i in range(len(source))]
+    order = [int(i) for _, index in plan.samples(0) for i in index]
+    recipe = views("moco_v2")
+    for workers in options.workers:
+        streams: dict[str, Callable[[], Any]] = {
+            "official, PIL": partial(
+                official.loader, paths, official.moco_v2(recipe[0].size), order, options.batch, workers
+            ),
+            "ours, from processes": partial(crops, source, plan, recipe, CPU, workers),
+            "ours, from threads": partial(_threads, source, plan, recipe, workers),
+            "ours, from processes, to the end": partial(batches, source, plan, recipe, CPU, workers),
+            "ours, from threads, to the end": partial(_threads_to_the_end, source, plan, recipe, workers),
+        }
+        forms = {name: partial(stream_rate, each, options.batch, options.clock) for name, each in streams.items()}
+        title = f"Two views of {len(source)} photographs, {workers} worker(s), images/s, {options.clock} time"
+        yield compared(title, alternate(forms, options.rounds), "images/s")
+
+
+def _threads(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[Item]:
+    """The workers' part by threads of this process, with as much ahead as a DataLoader has."""
+    cutter = Cutter(source, recipe, plan.seed, replace=False)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[Future[Item | str]] = deque()
+        for step in plan.samples(0):
+            waiting.append(pool.submit(cutter.__getitem__, step))
+            if len(waiting) == 2 * workers:
+                yield _item(waiting.popleft())
+        while waiting:
+            yield _item(waiting.popleft())
+
+
+def _item(done: Future[Item | str]) -> Item:
+    item = done.result()
+    assert not isinstance(item, str), item
+    return item
+
+
+def _threads_to_the_end(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[list[Tensor]]:
+    for epoch, index, _, cut, _ in _threads(source, plan, recipe, workers):
+        yield [
+            augment(each, draw(view, plan.seed, epoch, index, stream), view)
+            for stream, (view, each) in enumerate(zip(recipe, cut, strict=True))
+        ]

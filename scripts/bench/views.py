@@ -1,0 +1,47 @@
+"""Two views of pictures in memory, with the CIFAR-10 notebook's recipe: the resident path and PIL with two workers.
+
+--data is a folder of pictures of one size, such as CIFAR-10's. Both make whole batches of normalised float views.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+
+from moco.data.loader import Plan, batches
+from moco.data.sources import load_source
+from scripts.bench import official
+from scripts.bench.measure import Table, alternate, compared, stream_rate
+from scripts.bench.recipes import views
+
+BATCH, WORKERS = 512, 2
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """What this comparison takes besides the common arguments."""
+    parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} pictures a round, for either form")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """One table: views a second."""
+    source = load_source("folder", options.data, resident=True).train
+    assert source.images is not None
+    pictures = source.images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, 3)
+    plan = Plan(len(source), BATCH, epochs=1 + options.batches * BATCH // len(source), seed=0)
+    order = [int(i) for _, index in islice(plan.samples(0), options.batches) for i in index]
+    recipe = views("cifar")
+
+    def resident() -> Iterator[object]:
+        return islice(batches(source, plan, recipe, torch.device("cpu"), workers=0), options.batches)
+
+    def pil() -> Iterator[object]:
+        return iter(official.loader(pictures, official.cifar_notebook(), order, BATCH, WORKERS))
+
+    forms = {
+        f"PIL transforms, {WORKERS} workers": lambda: stream_rate(pil, 2 * BATCH, options.clock),
+        "resident": lambda: stream_rate(resident, 2 * BATCH, options.clock),
+    }
+    side = pictures.shape[1]
+    title = f"Two views of resident pictures ({side} x {side}), views/s, {options.clock} time"
+    yield compared(title, alternate(forms, options.rounds), "views/s")
