@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from moco.config.base import at_least, one_of, require, require_finite
-from moco.config.train import DataConfig, check_pictures
+from moco.config.data import DataConfig, check_pictures
 
 
 @dataclass

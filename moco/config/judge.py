@@ -11,7 +11,7 @@ class JudgedDataConfig:
     """The labelled data. What is null is as in the run, or, where the run's data is another, as in `DataConfig`."""
 
     name: str | None = None
-    """digits, cifar10, cifar100, stl10, imagenet or folder"""
+    """digits, cifar10, cifar100, stl10, imagenet, folder, shards or huggingface"""
     root: str | None = None
     download: bool | None = None
     labels: str | None = None
@@ -20,6 +20,12 @@ class JudgedDataConfig:
     """for `folder`: held-out pictures in folders of the same class names"""
     resident: bool | None = None
     workers: int | None = None
+    subset: str | None = None
+    """of huggingface, as the next four: see `DataConfig`"""
+    split: str | None = None
+    eval_split: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     hold_out: float = 0.0
     """without a held-out split: hold out this part of each class, unless their labels trained the encoder; 0: refuse"""
 

@@ -17,6 +17,8 @@ class AugmentConfig:
     size: int = 224
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    antialias: bool = True
+    """false: crops are resized by plain interpolation; evaluation stays antialiased"""
     jitter_p: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0

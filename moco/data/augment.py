@@ -14,6 +14,7 @@ noise, normalise. Deviation: the official pipelines round to 8 bits after each o
 Legend: N samples, S x S pixels of a view.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.data import ops
-from moco.data.crop import crop_boxes, resized_crop, resized_crops
+from moco.data.crop import crop_boxes, queue_copy, resized_crop, resized_crops, shrunk_box
 from moco.data.view import Params, View, draw, draw_crop
 
-__all__ = ["Params", "View", "augment", "crop_batch", "crop_one", "draw", "draw_crop"]
+__all__ = ["Params", "View", "augment", "crop_batch", "crop_one", "draw", "draw_crop", "largest_shrink"]
 
 _COLOUR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
 
@@ -36,13 +37,53 @@ _CPU_PART = 2**21
 def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
     """Stage 1 for a batch from a resident set: uint8 (N, 3, H, W) and `Params.crop` -> uint8 (N, 3, S, S)."""
     boxes = crop_boxes(uniforms, images.shape[2], images.shape[3], view.crop_scale, view.crop_ratio)
-    return resized_crops(images, boxes, view.size)
+    return resized_crops(images, boxes, view.size, view.antialias)
 
 
-def crop_one(image: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
-    """Stage 1 for one streamed image: uint8 (3, H, W) and one row of `draw_crop` -> uint8 (3, S, S)."""
-    boxes = crop_boxes(uniforms.reshape(1, -1), image.shape[1], image.shape[2], view.crop_scale, view.crop_ratio)
-    return resized_crop(image, boxes[0], view.size)
+def crop_one(
+    image: Tensor,
+    uniforms: NDArray[np.float32],
+    view: View,
+    whole: tuple[int, int] | None = None,
+    factor: int = 1,
+) -> Tensor:
+    """Stage 1 for one streamed image: uint8 (3, h, w) and one row of `draw_crop` -> uint8 (3, S, S).
+
+    Args:
+        image: the pixels.
+        uniforms: where the crop lies, with the size of the whole picture.
+        view: the recipe.
+        whole: height and width of the whole picture, if the image was decoded at a fraction of them.
+        factor: which fraction, see `moco.data.decode.Decoded`.
+    """
+    height, width = whole or image.shape[1:]
+    box = crop_boxes(uniforms.reshape(1, -1), height, width, view.crop_scale, view.crop_ratio)[0]
+    return resized_crop(image, shrunk_box(box, factor), view.size, view.antialias)
+
+
+def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]], height: int, width: int) -> int:
+    """By how much a picture may shrink in decoding so that no crop of it must be enlarged for that.
+
+    Not at all for a plain resize: decoding takes means, as antialiasing does, while a plain resize is to take single
+    pixels of the whole picture. One such view is enough, as a picture is decoded once for all of its views.
+
+    Args:
+        views: all that are cut from it.
+        uniforms: for each, the picture's row of `draw_crop`.
+        height: of the whole picture.
+        width: likewise.
+
+    Returns:
+        1, 2, 4 or 8. Above 1, each crop has at least S pixels a side in the smaller picture.
+    """
+    if not all(view.antialias for view in views):
+        return 1
+    boxes = [
+        crop_boxes(each.reshape(1, -1), height, width, view.crop_scale, view.crop_ratio)[0]
+        for view, each in zip(views, uniforms, strict=True)
+    ]
+    room = min(int(min(box[2:])) // view.size for view, box in zip(views, boxes, strict=True))
+    return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
 
 
 def augment(crops: Tensor, params: Params, view: View) -> Tensor:
@@ -168,9 +209,6 @@ def _send(plan: dict[str, NDArray[Any]], device: torch.device) -> dict[str, Tens
     for dtype in (np.int64, np.float32):
         arrays = {name: array for name, array in plan.items() if array.dtype == dtype}
         packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()] or [np.empty(0, dtype)]))
-        if device.type == "cuda":
-            packed = packed.pin_memory()  # a pinned copy is queued; the host does not wait
-        sizes = [array.size for array in arrays.values()]
-        parts = torch.split(packed.to(device, non_blocking=True), sizes)
+        parts = torch.split(queue_copy(packed, device), [array.size for array in arrays.values()])
         sent |= {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
     return sent

@@ -4,6 +4,10 @@ Two routes give the same bits. A streamed image is cut and resized by ATen alone
 cropped as a batch on its device by two matrix products a sample (`resized_crops`), whose weights are the integers
 that ATen uses for uint8. Bit equality is what lets one key give one view on either route (law 2).
 
+Both routes know two ways to shrink. Antialiased, a pixel is the weighted mean of all those that it stands for; plain,
+it is interpolated between the two nearest along each axis, and the others are never looked at. Enlarged, a crop is
+the same either way. No pixel outside the box plays a part.
+
 Legend: N samples, H x W the image, S the crop's output size, K weights (taps) an output pixel, L a length in pixels.
 """
 
@@ -78,26 +82,50 @@ def crop_boxes(
     return np.stack([top, left, box_h, box_w], axis=1)
 
 
-def resized_crop(image: Tensor, box: ArrayLike, size: int) -> Tensor:
+def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = True) -> Tensor:
     """Cut one box out of one image and resize it: the streamed route.
 
-    ATen is called directly: torchvision's `resized_crop(..., antialias=True)` makes the same call where the CPU has
-    AVX2, and rounds a float result (up to one level off) where it has not, so the views would depend on the machine.
+    ATen is called directly: torchvision's `resized_crop` makes the same call where the CPU has AVX2 (or is an ARM),
+    and rounds a float result (up to one level off) where it has not, so the views would depend on the machine.
 
     Args:
         image: uint8, shape (3, H, W), on the CPU.
         box: top, left, height, width in pixels.
         size: S.
+        antialias: as torchvision's argument: false for the plain resize.
 
     Returns:
         uint8, shape (3, S, S).
     """
     top, left, height, width = (int(value) for value in np.asarray(box))
     window = image[None, :, top : top + height, left : left + width]
-    return F.interpolate(window, size=(size, size), mode="bilinear", antialias=True)[0]
+    return F.interpolate(window, size=(size, size), mode="bilinear", antialias=antialias)[0]
 
 
-def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int) -> Tensor:
+def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
+    """Where a box of the whole picture lies in the one that was decoded at 1 / factor of its size.
+
+    Edges move to the nearest pixel: by at most half a pixel of the view, where the crop has as many pixels as that.
+
+    Args:
+        box: top, left, height, width in pixels of the whole picture, the last two at least `factor`.
+        factor: 1 leaves the box as it is.
+
+    Returns:
+        top, left, height, width in pixels of the smaller picture.
+    """
+    start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
+    return np.concatenate([start, stop - start])
+
+
+def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device. A pinned copy is queued: the host does not wait for the device."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias: bool = True) -> Tensor:
     """Cut a box out of each image and resize it: the resident route, equal to `resized_crop` bit for bit.
 
     Each axis is one matrix product with the sample's own weights, horizontal first and rounded to whole levels in
@@ -108,25 +136,23 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int) -> Tensor
         images: uint8, shape (N, 3, H, W), on any device with float64.
         boxes: top, left, height, width in pixels, shape (N, 4), on the host.
         size: S.
+        antialias: as in `resized_crop`.
 
     Returns:
         uint8, shape (N, 3, S, S), on the images' device.
     """
     count, channels, height, width = images.shape
     device = images.device
-    dtype = _exact_dtype(device, max(height, width), size)
-    where = torch.from_numpy(boxes)
-    if device.type == "cuda":
-        where = where.pin_memory()  # a pinned copy is queued; the host does not wait
-    where = where.to(device, non_blocking=True)  # (N, 4)
+    dtype = _exact_dtype(device, max(height, width), size, antialias)
+    where = queue_copy(torch.from_numpy(boxes), device)  # (N, 4)
     out = torch.empty(count, channels, size, size, dtype=torch.uint8, device=device)
     largest = max(height, size) * max(width, size) * channels
     part = max(1, _PART_NUMBERS.get(device.type, _PART_NUMBERS_ELSEWHERE) // largest)
     for start in range(0, count, part):
         rows = slice(start, start + part)
         top, left, box_h, box_w = where[rows].unbind(1)
-        across = _weights(left, box_w, width, size, dtype).transpose(1, 2)  # (n, W, S)
-        down = _weights(top, box_h, height, size, dtype)  # (n, S, H)
+        across = _weights(left, box_w, width, size, antialias, dtype).transpose(1, 2)  # (n, W, S)
+        down = _weights(top, box_h, height, size, antialias, dtype)  # (n, S, H)
         n = len(top)
         # Rows before channels, so that both products are plain batched ones and only the uint8 ends are permuted.
         pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, 3, W)
@@ -164,18 +190,20 @@ def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
     return image[:, top : top + size, left : left + size]
 
 
-def _exact_dtype(device: torch.device, extent: int, size: int) -> torch.dtype:
+def _exact_dtype(device: torch.device, extent: int, size: int, antialias: bool) -> torch.dtype:
     """The number type in which the sums of `resized_crops` are exact.
 
-    A sum is at most 255 * 2**precision. While a side shrinks by less than 2 the precision is at most 16, and float32's
-    24 bits are enough: about 3 times as fast on a CPU. Elsewhere float64 is hardly slower at this size, and no switch
-    for TF32 touches it.
+    A sum is at most 255 * 2**precision, and float32's 24 bits are enough for a precision of up to 16: about 3 times as
+    fast on a CPU. Antialiased that holds while a side shrinks by at most 2. Plain it always does: the larger of two
+    weights is at least a half, so the precision is at most 15. Elsewhere float64 is hardly slower at this size, and no
+    switch for TF32 touches it.
     """
     whole = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
-    return torch.float32 if device.type == "cpu" and whole and extent <= 2 * size else torch.float64
+    fits = extent <= 2 * size or not antialias
+    return torch.float32 if device.type == "cpu" and whole and fits else torch.float64
 
 
-def _weights(start: Tensor, length: Tensor, extent: int, size: int, dtype: torch.dtype) -> Tensor:
+def _weights(start: Tensor, length: Tensor, extent: int, size: int, antialias: bool, dtype: torch.dtype) -> Tensor:
     """Weight matrices that resize `length` pixels from `start` on to `size`, one a sample.
 
     Args:
@@ -183,12 +211,13 @@ def _weights(start: Tensor, length: Tensor, extent: int, size: int, dtype: torch
         length: pixels, int64, shape (n,).
         extent: the image's size along this axis, L.
         size: S.
+        antialias: as in `resized_crop`.
         dtype: of the weights.
 
     Returns:
         Shape (n, S, L), on the device of `start`; each row sums to about 1.
     """
-    first, taps = _tap_table(extent, size, start.device, dtype)  # (L + 1, S), (L + 1, S, K)
+    first, taps = _tap_table(extent, size, antialias, start.device, dtype)  # (L + 1, S), (L + 1, S, K)
     width = taps.shape[-1]
     columns = (first[length] + start[:, None])[:, :, None] + torch.arange(width, device=start.device)  # (n, S, K)
     # K columns more than the image is wide take the unused taps at its right border.
@@ -197,28 +226,21 @@ def _weights(start: Tensor, length: Tensor, extent: int, size: int, dtype: torch
 
 
 @functools.lru_cache(maxsize=16)
-def _tap_table(extent: int, size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """ATen's antialiased bilinear weights for uint8, for every length up to `extent`.
+def _tap_table(
+    extent: int, size: int, antialias: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """ATen's bilinear weights for uint8, for every length up to `extent`.
 
-    Follows `compute_index_ranges_int16_weights` in aten/src/ATen/native/cpu/UpSampleKernel.cpp: triangle weights in
-    float64, normalised, then rounded to multiples of 2**-precision, where precision is the largest for which the
-    axis's largest weight still fits in an int16.
+    Follows `compute_index_ranges_int16_weights` in aten/src/ATen/native/cpu/UpSampleKernel.cpp: weights in float64,
+    rounded to multiples of 2**-precision, where precision is the largest for which the axis's largest weight still
+    fits in an int16.
 
     Returns:
         The first pixel of each output pixel, int64, shape (L + 1, S), and its weights, shape (L + 1, S, K).
         Row 0 is unused.
     """
     lengths = np.arange(1, extent + 1, dtype=np.float64)[:, None]  # (L, 1)
-    scale = lengths / size  # input pixels an output pixel
-    support = np.maximum(scale, 1.0)
-    center = scale * (np.arange(size) + 0.5)  # (L, S)
-    first = np.maximum(np.trunc(center - support + 0.5), 0)  # (L, S)
-    after = np.minimum(np.trunc(center + support + 0.5), lengths)  # (L, S)
-    offsets = np.arange(int((after - first).max()))  # (K,)
-
-    distance = np.abs((offsets + first[..., None] - center[..., None] + 0.5) * (1.0 / support)[..., None])  # (L, S, K)
-    taps = np.where(offsets < (after - first)[..., None], np.maximum(1.0 - distance, 0.0), 0.0)
-    taps /= taps.sum(axis=2, keepdims=True)
+    first, taps = (antialiased_taps if antialias else plain_taps)(lengths, size)  # (L, S), (L, S, K)
     largest = taps.max(axis=(1, 2))  # (L,)
     precisions = np.arange(1, 23)
     too_large = np.trunc(0.5 + largest[:, None] * 2.0**precisions) >= 2**15  # (L, 22)
@@ -229,3 +251,37 @@ def _tap_table(extent: int, size: int, device: torch.device, dtype: torch.dtype)
     first = np.concatenate([np.zeros((1, size)), first]).astype(np.int64)
     taps = np.concatenate([np.zeros((1, *taps.shape[1:])), taps])
     return torch.from_numpy(first).to(device), torch.from_numpy(taps).to(device, dtype)
+
+
+def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it stands for.
+
+    Args:
+        lengths: pixels to be resized, shape (L, 1).
+        size: S, pixels to resize them to.
+
+    Returns:
+        The first pixel of each output pixel, shape (L, S), and its weights, shape (L, S, K); they sum to 1.
+    """
+    scale = lengths / size  # input pixels an output pixel
+    support = np.maximum(scale, 1.0)
+    center = scale * (np.arange(size) + 0.5)  # (L, S)
+    first = np.maximum(np.trunc(center - support + 0.5), 0)  # (L, S)
+    after = np.minimum(np.trunc(center + support + 0.5), lengths)  # (L, S)
+    offsets = np.arange(int((after - first).max()))  # (K,)
+
+    distance = np.abs((offsets + first[..., None] - center[..., None] + 0.5) * (1.0 / support)[..., None])  # (L, S, K)
+    taps = np.where(offsets < (after - first)[..., None], np.maximum(1.0 - distance, 0.0), 0.0)
+    taps /= taps.sum(axis=2, keepdims=True)
+    return first, taps
+
+
+def plain_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The weights of plain bilinear interpolation: the two pixels nearest to the output pixel's centre.
+
+    Args and returns as `antialiased_taps`, K = 2. A centre beyond the first or last pixel's takes that pixel alone.
+    """
+    center = np.maximum(lengths / size * (np.arange(size) + 0.5) - 0.5, 0.0)  # (L, S)
+    first = np.minimum(np.floor(center), lengths - 1)  # (L, S)
+    second = np.where(first < lengths - 1, center - first, 0.0)  # (L, S), the second pixel's weight
+    return first, np.stack([1.0 - second, second], axis=2)

@@ -5,7 +5,9 @@ Colour profiles are ignored, as torchvision and the published pipelines do.
 
 import contextlib
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,26 @@ FAULTS = {
     "damaged": "the decoder gave up, or values of no known scale",
 }
 MAX_PIXELS = 178_956_970  # PIL's own limit
+
+_JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_ORIENTATION = 0x0112  # EXIF's tag
+# From this many pixels on, a JPEG may be decoded at a fraction of its size. Below, that saves little or nothing: PIL,
+# which can do it, is slower than torchvision, which cannot. docs/benchmarks.md has the figures.
+SCALED_FROM = 1_500_000
+Shrink = Callable[[int, int], int]  # (height, width) of the whole picture -> by how much it may shrink: 1, 2, 4 or 8
+
+
+class Decoded(NamedTuple):
+    """A picture, and how it relates to the one in the file."""
+
+    pixels: Tensor  # uint8 (3, h, w) with h = ceil(H / factor), w = ceil(W / factor)
+    size: tuple[int, int]  # H, W of the whole picture, upright
+    factor: int = 1
+
+    @classmethod
+    def whole(cls, pixels: Tensor) -> "Decoded":
+        """A picture (3, H, W) in its own size."""
+        return cls(pixels, (pixels.shape[1], pixels.shape[2]))
 
 
 class ImageError(ValueError):
@@ -79,15 +101,34 @@ def read_bytes(path: str | Path) -> bytes:
 
 def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
     """`decode` of a file whose content has been read; `path` names it in errors."""
+    return decode_scaled(path, data, lambda height, width: 1, max_pixels).pixels
+
+
+def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """`decode_bytes`, but a large JPEG may come smaller, straight from its frequencies (libjpeg's scaled decoding).
+
+    A pixel is then about the mean of factor x factor pixels of the whole picture.
+
+    Args:
+        path: names the file in errors.
+        data: its content.
+        shrink: asked for pictures of `SCALED_FROM` pixels and more.
+        max_pixels: as for `decode`.
+
+    Raises:
+        ImageError: as `decode`.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_size(path, image.size, max_pixels)
-            if data.startswith(b"\xff\xd8\xff"):
-                pixels = _decode_jpeg(path, data)
-                if pixels is not None:
-                    return pixels
-            image.load()
-            return _pil_to_tensor(image)
+            scaled = _decode_scaled(image, data, shrink)
+            if scaled is not None:
+                return scaled
+            pixels = _decode_jpeg(path, data) if data.startswith(_JPEG) else None
+            if pixels is None:
+                image.load()
+                pixels = _pil_to_tensor(image)
+            return Decoded.whole(pixels)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -97,6 +138,33 @@ def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS) ->
     except Exception as error:  # PIL's readers raise whatever a broken file leads to: OSError, SyntaxError, IndexError
         reason = str(error) or type(error).__name__
         raise _refusal(path, "truncated" if "truncated" in reason.lower() else "damaged", reason) from error
+
+
+def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded | None:
+    """A large JPEG made smaller in decoding, or None where that is not to be, or the whole must be decoded to judge it.
+
+    PIL takes a file that was cut short and filled up with zeros for a whole one. So only a file that ends as a JPEG
+    does comes this way; the others (some cameras write more behind it) are left to torchvision's decoder.
+    """
+    width, height = image.size
+    if width * height < SCALED_FROM or not (data.startswith(_JPEG) and data.endswith(_JPEG_END)):
+        return None
+    image.info.pop("xmp", None)  # PIL would look for an orientation there too, torchvision does not
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # broken EXIF data, which the decoders read differently
+        return None
+    if orientation in (5, 6, 7, 8):  # lies on its side
+        width, height = height, width
+    factor = shrink(height, width)
+    # The last row and column stand for fewer pixels where the factor does not divide. Turned, they would come first.
+    if factor == 1 or (orientation != 1 and (height % factor or width % factor)):
+        return None
+    image.draft("RGB", (image.size[0] // factor, image.size[1] // factor))
+    image.load()
+    pixels = _pil_to_tensor(image)
+    assert pixels.shape[1:] == (-(-height // factor), -(-width // factor)), (pixels.shape, height, width, factor)
+    return Decoded(pixels, (height, width), factor)
 
 
 def _refusal(path: str | Path, kind: str, reason: str) -> ImageError:

@@ -25,7 +25,10 @@ VALIDATION = 3_003  # which labelled images a choice (learning rate, k) is made 
 FEW_LABELS = 3_004  # which labelled images fine-tuning gets
 STEP = 3_005  # the seed that torch's own generator gets for a fine-tuning step: mixing, dropout
 SEARCH = 3_010  # which pictures a search draws as queries
+REPORT = 3_011  # which pictures a report shows
 SUBSTITUTE = 3_020  # which pictures stand in for one that cannot be read
+SHARDS = 3_030  # the order in which a pass over a stream reads its shards
+MIXING = 5_000  # which of a worker's buffered pictures comes next in a stream; one stream a worker: MIXING + worker
 DRAW_LABELS = 10_000  # which labelled samples a few-label evaluation gets; one stream a draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

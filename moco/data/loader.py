@@ -8,8 +8,9 @@ Legend: B global batch, n = B / W this rank's share, V views, S size.
 """
 
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from moco.data.augment import augment, crop_batch, crop_one
+from moco.data.ahead import made_ahead
+from moco.data.augment import augment, crop_batch, crop_one, largest_shrink
 from moco.data.bad import readable
-from moco.data.decode import ImageError
+from moco.data.crop import queue_copy
+from moco.data.decode import Decoded, ImageError, decode_scaled
 from moco.data.keyed import ORDER, SHUFFLE, permutation
-from moco.data.sources import ArraySource, Source
+from moco.data.remote import RemoteSource, stream_loader
+from moco.data.sources import ArraySource, FileSource, Source
 from moco.data.view import View, draw, draw_crop
 
 
@@ -98,19 +102,47 @@ def batches(
     Raises:
         ImageError: for an image that cannot be decoded, and is not to be replaced.
     """
-    crops = _resident(source, plan, views, device, start, on_bad)
-    if source.images is None:
-        crops = _streamed(source, plan, views, device, workers, start, on_bad)
-    for epoch, index, shown, cut in crops:
-        out = [
-            augment(each, draw(view, plan.seed, epoch, index, stream), view)
-            for stream, (view, each) in enumerate(zip(views, cut, strict=True))
-        ]
-        yield Batch(torch.from_numpy(shown).to(device), out)
+    cut_views = crops(source, plan, views, device, workers, start, on_bad)
+    made: Iterable[Batch] = (_augmented(plan, views, device, *each) for each in cut_views)
+    if device.type == "cuda":
+        made = made_ahead(made, device, lambda batch: (batch.index, *batch.views))
+    yield from made
 
 
 # epoch, wanted samples (n,), shown samples (n,), V of (n, 3, S, S) uint8 on the device
 Crops = Iterator[tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor]]]
+
+
+def crops(
+    source: Source,
+    plan: Plan,
+    views: Sequence[View],
+    device: torch.device,
+    workers: int,
+    start: int = 0,
+    on_bad: OnBad | None = None,
+) -> Crops:
+    """The first stage of `batches`: for a streamed source what its workers deliver, brought to the device."""
+    if source.images is None:
+        return _streamed(source, plan, views, device, workers, start, on_bad)
+    return _resident(source, plan, views, device, start, on_bad)
+
+
+def _augmented(
+    plan: Plan,
+    views: Sequence[View],
+    device: torch.device,
+    epoch: int,
+    index: NDArray[np.int64],
+    shown: NDArray[np.int64],
+    cut: Sequence[Tensor],
+) -> Batch:
+    """The second stage, on the device."""
+    out = [
+        augment(each, draw(view, plan.seed, epoch, index, stream), view)
+        for stream, (view, each) in enumerate(zip(views, cut, strict=True))
+    ]
+    return Batch(queue_copy(torch.from_numpy(shown), device), out)
 
 
 def _resident(
@@ -127,7 +159,7 @@ def _resident(
     images = source.images.to(device)
     for epoch, index in plan.samples(start):
         shown = instead[index]
-        picked = images[torch.from_numpy(shown).to(device)]  # (n, 3, H, W)
+        picked = images[queue_copy(torch.from_numpy(shown), device)]  # (n, 3, H, W)
         cut = [
             crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
         ]
@@ -138,7 +170,7 @@ def _resident(
 Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
 
 
-class _Cutter:
+class Cutter:
     """The data set of the streamed path: a worker decodes each image once and cuts all views from it."""
 
     def __init__(self, source: Source, views: Sequence[View], seed: int, replace: bool) -> None:
@@ -147,22 +179,50 @@ class _Cutter:
     def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> Item | str:
         epoch, index = step
         shown, bad = index.copy(), dict[int, str]()
-        drawn = [draw_crop(self.seed, epoch, index, stream) for stream in range(len(self.views))]
+        drawn = self._draw(epoch, index)
+        try:
+            return epoch, index, shown, self._cut(drawn, self._pictures(shown, drawn, bad)), bad
+        except ImageError as error:
+            return str(error)  # an exception would reach the user as the worker's traceback
+
+    def cut(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
+        """All views of each image as it comes: V of (n, 3, S, S), by the keys of the samples `index` (n,)."""
+        return self._cut(self._draw(epoch, index), (Decoded.whole(image) for image in images))
+
+    def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
+        """The crops' uniforms, V of (n, 22)."""
+        return [draw_crop(self.seed, epoch, index, stream) for stream in range(len(self.views))]
+
+    def _cut(self, drawn: Sequence[NDArray[np.float32]], pictures: Iterable[Decoded]) -> list[Tensor]:
         cut: list[list[Tensor]] = [[] for _ in self.views]
-        for row, i in enumerate(index):
-            try:
-                if self.replace:
-                    shown[row], image = readable(self.source, int(i), bad)
-                else:
-                    image = self.source.image(int(i))
-            except ImageError as error:
-                return str(error)  # an exception would reach the user as the worker's traceback
+        for row, picture in enumerate(pictures):
             for view, uniforms, out in zip(self.views, drawn, cut, strict=True):
-                out.append(crop_one(image, uniforms[row], view))
-        return epoch, index, shown, [torch.stack(each) for each in cut], bad
+                out.append(crop_one(picture.pixels, uniforms[row], view, picture.size, picture.factor))
+        return [torch.stack(each) for each in cut]
+
+    def _pictures(
+        self, shown: NDArray[np.int64], drawn: Sequence[NDArray[np.float32]], bad: dict[int, str]
+    ) -> Iterator[Decoded]:
+        """The pictures of `shown`, in which substitutes then stand for those that cannot be read."""
+        for row, i in enumerate(shown.tolist()):
+            picture = self._decoded(i, [uniforms[row] for uniforms in drawn])
+            if picture is None and self.replace:
+                shown[row], image = readable(self.source, i, bad)
+                picture = Decoded.whole(image)
+            yield picture or Decoded.whole(self.source.image(i))
+
+    def _decoded(self, i: int, uniforms: Sequence[NDArray[np.float32]]) -> Decoded | None:
+        """Picture i, no larger than its crops need; None if it has no file, or a bad one: then the source says why."""
+        if not isinstance(self.source, FileSource):
+            return None
+        try:
+            shrink = partial(largest_shrink, self.views, uniforms)
+            return decode_scaled(self.source.name(i), self.source.content(i), shrink)
+        except ImageError:
+            return None
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and Slurm reach every process; the parent ends its loaders itself, behind the step that it finishes."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -178,14 +238,18 @@ def _streamed(
     on_bad: OnBad | None,
 ) -> Crops:
     # One loader for all epochs: its workers never restart, and the sampler tells them the epoch.
-    loader: DataLoader[Any] = DataLoader(
-        _Cutter(source, views, plan.seed, replace=on_bad is not None),  # type: ignore[arg-type]
-        sampler=plan.samples(start),
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_parent,
-        pin_memory=device.type == "cuda",
-    )
+    cutter = Cutter(source, views, plan.seed, replace=on_bad is not None)
+    options: dict[str, Any] = {
+        "batch_size": None,
+        "worker_init_fn": leave_signals_to_the_parent,
+        "pin_memory": device.type == "cuda",
+    }
+    if isinstance(source, RemoteSource):  # has no order to take samples from
+        loader = stream_loader(
+            source, cutter.cut, plan, range(start, plan.total_steps), workers, cutter.replace, options
+        )
+    else:
+        loader = DataLoader(cutter, sampler=plan.samples(start), num_workers=workers, **options)  # type: ignore[arg-type]
     for item in loader:
         if isinstance(item, str):
             raise ImageError(item)

@@ -1,15 +1,17 @@
 """Where images come from: each data set as up to three sources (pretraining, labelled bank, held out).
 
+Each kind has a module of its own: arrays in memory; a folder, shards or a Hugging Face data set, whose files are
+decoded when asked for; remote, a stream.
+
 Legend: N images.
 """
 
 import os
-import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,11 +19,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import datasets
 
-from moco.data.decode import ImageError, decode
-from moco.data.keyed import BANK, SPLIT, permutation
-from moco.data.walk import IMAGE_ENDINGS, walk
+from moco.data import arrays
+from moco.data.arrays import SPLIT_SEED, ArraySource
+from moco.data.decode import ImageError
+from moco.data.folder import FolderSource, scan, some
+from moco.data.hub import HubSource, open_hub
+from moco.data.keyed import BANK, permutation
+from moco.data.remote import open_remote
+from moco.data.shards import ShardSource, open_shards
 
-_SPLIT_SEED = 1797  # a constant: the split is part of the data set, not of a run
+__all__ = [
+    "SOURCES",
+    "ArraySource",
+    "FileSource",
+    "FolderSource",
+    "HubSource",
+    "Progress",
+    "ShardSource",
+    "Source",
+    "Sources",
+    "limited",
+    "load_source",
+    "subset",
+]
 
 Progress = Callable[[int, int], None]  # called with (done, total)
 
@@ -50,56 +70,7 @@ class Source(Protocol):
         """What to call image i in reports: its path below the root, or such as "digits/17"."""
 
 
-@dataclass(frozen=True, eq=False)  # eq would compare tensors
-class ArraySource:
-    """Images of one size in memory."""
-
-    images: Tensor  # uint8 (N, 3, H, W)
-    names: Sequence[str]
-    labels: NDArray[np.int64] | None = None
-    classes: tuple[str, ...] = ()
-    bad: Mapping[int, ImageError] = field(default_factory=dict)  # rows without a picture, black here, and why
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def image(self, i: int) -> Tensor:
-        if i in self.bad:
-            raise self.bad[i]
-        return self.images[i]
-
-    def name(self, i: int) -> str:
-        return self.names[i]
-
-
-@dataclass(frozen=True, eq=False)
-class FolderSource:
-    """Image files below a root, decoded when asked for."""
-
-    root: str  # absolute
-    # Relative to the root, as the system's bytes. An array, for a list of a million strings is copied into each worker
-    # process bit by bit, as Python writes their reference counts.
-    paths: NDArray[np.bytes_]
-    labels: NDArray[np.int64] | None = None
-    classes: tuple[str, ...] = ()
-    ignored: Mapping[str, int] = field(default_factory=dict)  # how many entries were left out, by kind
-
-    @property
-    def images(self) -> None:
-        return None
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def image(self, i: int) -> Tensor:
-        return decode(self.path(i))
-
-    def path(self, i: int) -> str:
-        """Where image i lies."""
-        return os.path.join(self.root, self.name(i))
-
-    def name(self, i: int) -> str:
-        return os.fsdecode(bytes(self.paths[i]))
+FileSource = FolderSource | ShardSource | HubSource  # what holds encoded files, which `content` gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +84,10 @@ class Sources:
 
 def subset(source: Source, rows: NDArray[np.int64]) -> Source:
     """Some of a source's images, in the order of `rows`."""
-    labels = None if source.labels is None else source.labels[rows]
-    if isinstance(source, FolderSource):
-        return replace(source, paths=source.paths[rows], labels=labels)
+    if isinstance(source, FileSource):
+        return source.subset(rows)
     assert isinstance(source, ArraySource)
+    labels = None if source.labels is None else source.labels[rows]
     names = [source.name(int(row)) for row in rows]
     bad = {new: source.bad[int(row)] for new, row in enumerate(rows) if int(row) in source.bad}
     return ArraySource(source.images[torch.from_numpy(rows)], names, labels, source.classes, bad)
@@ -126,7 +97,7 @@ def limited(source: Source, size: int) -> Source:
     """At most `size` images of a source, the same ones always, in its order; 0 means all."""
     if size == 0 or size >= len(source):
         return source
-    return subset(source, np.sort(permutation(_SPLIT_SEED, 0, len(source), BANK)[:size]))
+    return subset(source, np.sort(permutation(SPLIT_SEED, 0, len(source), BANK)[:size]))
 
 
 @dataclass(frozen=True)
@@ -140,15 +111,32 @@ class _Options:
     resident: bool
     keep_bad: bool
     progress: Progress | None
+    subset: str
+    split: str
+    eval_split: str
+    image_column: str
+    label_column: str
+    length: int
+    shuffle_buffer: int
+    allow_pipe: bool
 
 
 SOURCES: dict[str, Callable[[_Options], Sources]] = {
-    "digits": lambda _: _digits(),
-    "cifar10": lambda o: _cifar(datasets.CIFAR10, o.root, o.download),
-    "cifar100": lambda o: _cifar(datasets.CIFAR100, o.root, o.download),
-    "stl10": lambda o: _stl10(o.root, o.download),
+    "digits": lambda _: Sources(*arrays.digits()),
+    "cifar10": lambda o: Sources(*arrays.cifar(datasets.CIFAR10, o.root, o.download)),
+    "cifar100": lambda o: Sources(*arrays.cifar(datasets.CIFAR100, o.root, o.download)),
+    "stl10": lambda o: Sources(*arrays.stl10(o.root, o.download)),
     "imagenet": lambda o: _imagenet(o),
     "folder": lambda o: _folder(o),
+    "shards": lambda o: _shards(o),
+    "webdataset": lambda o: Sources(open_remote(o.root, o.length, o.shuffle_buffer, o.allow_pipe)),
+    "huggingface": lambda o: _hub(o),
+}
+
+_ROOTS = {  # what data.root is where it is not simply the data set's folder
+    "shards": "the output of moco.pack",
+    "webdataset": "the addresses of tar files, such as 'https://HOST/train-{000000..000099}.tar'",
+    "huggingface": "a name on the hub, or the folder of a data set",
 }
 
 
@@ -161,12 +149,21 @@ def load_source(
     resident: bool = False,
     progress: Progress | None = None,
     keep_bad: bool = False,
+    subset: str = "",
+    split: str = "train",
+    eval_split: str = "",
+    image_column: str = "",
+    label_column: str = "",
+    length: int = 0,
+    shuffle_buffer: int = 1000,
+    allow_pipe: bool = False,
 ) -> Sources:
     """Open a data set. What is in it, and in which order, depends on the files alone, never on the run's seed.
 
     Args:
         name: one of `SOURCES`.
-        root: the folder that holds the data; digits needs none.
+        root: the folder that holds the data; digits needs none. Of huggingface a folder or a name, of webdataset
+            addresses.
         download: fetch CIFAR or STL-10 into the root if it is not there.
         labels: for a folder: "none", or "folder" where the first-level folders are the classes.
         eval_root: for a labelled folder: another tree with the same classes, to measure accuracy on.
@@ -175,6 +172,8 @@ def load_source(
         progress: called with (done, total) while a resident folder is decoded.
         keep_bad: let a picture that cannot be decoded keep its place in a resident source, where asking for it raises,
             as it does in a folder that is not resident; False: it ends the call.
+        subset, split, eval_split, image_column, label_column: of huggingface, see `moco.data.hub.open_hub`.
+        length, shuffle_buffer, allow_pipe: of webdataset, see `moco.data.remote.open_remote`.
 
     Raises:
         FileNotFoundError: if the data is not there, or could not be downloaded.
@@ -189,81 +188,31 @@ def load_source(
         )
     if eval_root and name != "folder":
         raise ValueError(
-            f"data.eval_root={eval_root!r} works with data.name=folder only, and {name} has its own held-out images: "
-            "leave data.eval_root empty"
+            f"data.eval_root={eval_root!r} works with data.name=folder only, and {name} has its own held-out images"
+            f"{' if they were packed with it' * (name == 'shards')}: leave data.eval_root empty"
         )
     if not root and name != "digits":
-        raise FileNotFoundError(f"data.root is empty: set it to the folder that holds, or shall hold, {name}")
-    return SOURCES[name](_Options(root, download, labels, eval_root, resident, keep_bad, progress))
-
-
-def _digits() -> Sources:
-    """1,797 real 8x8 scans of handwritten digits at 16x16; 50 of each class are held out, the other 1,297 train."""
-    from sklearn.datasets import load_digits  # here: it would add 2 s to every start
-
-    bunch = load_digits()
-    targets: NDArray[np.int64] = bunch.target.astype(np.int64)  # (N,)
-    scans = torch.from_numpy(bunch.images).float().unsqueeze(1)  # (N, 1, 8, 8), 0 ... 16
-    # Bilinear, as bicubic overshoots 0 ... 16. Its weights are sixteenths and 255 comes after: all values are exact in
-    # float32, so the images are the same on every machine.
-    scans = torch.nn.functional.interpolate(scans, size=(16, 16), mode="bilinear")  # (N, 1, 16, 16)
-    images = (scans * 255 / 16).round().to(torch.uint8).repeat(1, 3, 1, 1)  # (N, 3, 16, 16)
-    order = permutation(_SPLIT_SEED, 0, len(targets), SPLIT)
-    held_out = np.sort(np.concatenate([order[targets[order] == digit][:50] for digit in range(10)]))
-    train = np.setdiff1d(order, held_out)  # sorted
-
-    def subset(indices: NDArray[np.int64]) -> ArraySource:
-        names = [f"digits/{i}" for i in indices]
-        return ArraySource(images[torch.from_numpy(indices)], names, targets[indices], tuple("0123456789"))
-
-    train_source = subset(train)
-    return Sources(train_source, train_source, subset(held_out))
-
-
-def _cifar(dataset: Any, root: str, download: bool) -> Sources:
-    """CIFAR-10 or -100: 50,000 training and 10,000 test images of 32x32."""
-
-    def split(train: bool) -> ArraySource:
-        data = _open_torchvision(dataset, root, download, train=train)
-        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
-        names = [f"{dataset.__name__.lower()}/{'train' if train else 'test'}/{i}" for i in range(len(images))]
-        return ArraySource(images, names, np.asarray(data.targets, np.int64), tuple(data.classes))
-
-    train = split(train=True)
-    return Sources(train, train, split(train=False))
-
-
-def _stl10(root: str, download: bool) -> Sources:
-    """STL-10 at 96x96: 100,000 unlabelled images to train on, 5,000 labelled as bank, 8,000 held out."""
-
-    def split(name: str) -> ArraySource:
-        data = _open_torchvision(datasets.STL10, root, download, split=name)
-        images = torch.from_numpy(data.data).contiguous()  # (N, 3, 96, 96)
-        names = [f"stl10/{name}/{i}" for i in range(len(images))]
-        if name == "unlabeled":
-            return ArraySource(images, names)
-        return ArraySource(images, names, np.asarray(data.labels, np.int64), tuple(data.classes))
-
-    return Sources(split("unlabeled"), split("train"), split("test"))
-
-
-def _open_torchvision(dataset: Any, root: str, download: bool, **split: Any) -> Any:
-    """Torchvision's data set, its errors put into one sentence: it says neither where it looked nor what to do here."""
-    folder = os.path.abspath(os.path.expanduser(root))
-    where = f"data.root={root} ({folder})"
-    try:
-        return dataset(folder, download=download, **split)
-    except (RuntimeError, OSError, EOFError, tarfile.TarError) as error:
-        if download:
-            raise FileNotFoundError(
-                f"{dataset.__name__} could not be downloaded to {where}: {error}; "
-                f"check network and disk, or put {dataset.url} there yourself"
-            ) from error
-        found = "is incomplete or corrupted" if Path(folder, dataset.base_folder).exists() else "was not found"
-        raise FileNotFoundError(
-            f"{dataset.__name__} {found} in {where}, which should hold the folder {dataset.base_folder}: "
-            "set data.download=true to fetch it, or correct data.root"
-        ) from error
+        kind = _ROOTS.get(name, f"the folder that holds, or shall hold, {name}")
+        raise FileNotFoundError(f"data.root is empty: set it to {kind}")
+    return SOURCES[name](
+        _Options(
+            root,
+            download,
+            labels,
+            eval_root,
+            resident,
+            keep_bad,
+            progress,
+            subset,
+            split,
+            eval_split,
+            image_column,
+            label_column,
+            length,
+            shuffle_buffer,
+            allow_pipe,
+        )
+    )
 
 
 def _imagenet(options: _Options) -> Sources:
@@ -278,8 +227,8 @@ def _imagenet(options: _Options) -> Sources:
             "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org (with an account: "
             "data.download cannot fetch them) and unpack both into one folder a class"
         )
-    train = _scan(os.path.join(root, "train"), "data.root", "folder")
-    held_out = _scan(os.path.join(root, "val"), "data.root", "folder")
+    train = scan(os.path.join(root, "train"), "data.root", "folder")
+    held_out = scan(os.path.join(root, "val"), "data.root", "folder")
     _check_same_classes(train, held_out)
     return _judged(train, held_out, options)
 
@@ -299,15 +248,32 @@ def _folder(options: _Options) -> Sources:
                 f"data.eval_root={eval_root!r} and data.root={root!r} lie in each other, so accuracy would be "
                 "measured on training images: give two separate trees"
             )
-    train = _scan(root, "data.root", labels)
+    train = scan(root, "data.root", labels)
     if not eval_root:
         return _judged(train, None, options)
-    held_out = _scan(eval_root, "data.eval_root", labels)
+    held_out = scan(eval_root, "data.eval_root", labels)
     _check_same_classes(train, held_out)
     return _judged(train, held_out, options)
 
 
-def _judged(train: FolderSource, held_out: FolderSource | None, options: _Options) -> Sources:
+def _shards(options: _Options) -> Sources:
+    """What moco.pack wrote."""
+    splits = open_shards(options.root)
+    sources = _judged(splits["train"], splits.get("held_out"), options)
+    bank = splits.get("bank")
+    if bank is None:
+        return sources
+    return Sources(sources.train, _decode_all(bank, options) if options.resident else bank, sources.held_out)
+
+
+def _hub(options: _Options) -> Sources:
+    """A Hugging Face data set."""
+    o = options
+    train, held_out = open_hub(o.root, o.subset, o.split, o.eval_split, o.image_column, o.label_column)
+    return _judged(train, held_out, options)
+
+
+def _judged(train: FileSource, held_out: FileSource | None, options: _Options) -> Sources:
     """Training images double as bank where they have labels."""
     first: Source = _decode_all(train, options) if options.resident else train
     second: Source | None = _decode_all(held_out, options) if options.resident and held_out else held_out
@@ -318,58 +284,13 @@ def _check_same_classes(train: FolderSource, held_out: FolderSource) -> None:
     missing, extra = set(train.classes) - set(held_out.classes), set(held_out.classes) - set(train.classes)
     if missing or extra:
         raise ValueError(
-            f"the class folders differ: only in {train.root}: {_some(sorted(missing))}; "
-            f"only in {held_out.root}: {_some(sorted(extra))}; give both the same class folders"
+            f"the class folders differ: only in {train.root}: {some(sorted(missing))}; "
+            f"only in {held_out.root}: {some(sorted(extra))}; give both the same class folders"
         )
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names, for an error."""
-    return (", ".join(names[:limit]) or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def _scan(root: str, field: str, labels: str) -> FolderSource:
-    """All images below a root in the order of their paths.
-
-    Args:
-        root: the tree.
-        field: how errors call it.
-        labels: "none" or "folder".
-
-    Raises:
-        FileNotFoundError: if there is no such folder, or no image in it.
-        ValueError: if labels are asked for and the tree does not give them.
-    """
-    folder = os.path.abspath(os.path.expanduser(root))
-    where = f"{field}={root} ({folder})"
-    if not os.path.isdir(folder):
-        state = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
-        raise FileNotFoundError(f"{where} {state}: check the path")
-    paths, ignored = walk(folder)
-    if not paths:
-        found = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items())) or "nothing"
-        raise FileNotFoundError(
-            f"{where} holds no images: found {found}; files that end in {' '.join(IMAGE_ENDINGS)} count, in any case"
-        )
-    packed = np.array([os.fsencode(path) for path in paths])
-    if labels == "none":
-        return FolderSource(folder, packed, ignored=ignored)
-    outside = [path for path in paths if "/" not in path]
-    if outside:
-        raise ValueError(
-            f"{where} has {len(outside)} images outside class folders ({_some(outside, 3)}): "
-            "move each into a folder of its class, or set data.labels=none"
-        )
-    owners = [path.split("/", 1)[0] for path in paths]
-    classes = tuple(sorted(set(owners)))
-    if len(classes) < 2:
-        raise ValueError(f"{where} has one class folder only ({classes[0]}): two are needed, or set data.labels=none")
-    index = {name: i for i, name in enumerate(classes)}
-    return FolderSource(folder, packed, np.array([index[name] for name in owners], np.int64), classes, ignored)
-
-
-def _decode_all(source: FolderSource, options: _Options) -> ArraySource:
-    """A folder in memory, decoded by threads, as the decoders release the interpreter lock.
+def _decode_all(source: FileSource, options: _Options) -> ArraySource:
+    """Files in memory, decoded by threads, as the decoders release the interpreter lock.
 
     Raises:
         ValueError: if two images differ in size.
@@ -397,7 +318,7 @@ def _decode_all(source: FolderSource, options: _Options) -> ArraySource:
                 continue
             if image.shape != size:
                 raise ValueError(
-                    f"data.resident=true needs images of one size, but below {source.root} {source.name(first)} is "
+                    f"data.resident=true needs images of one size, but in {options.root} {source.name(first)} is "
                     f"{size[2]} x {size[1]} and {source.name(i)} is {image.shape[2]} x {image.shape[1]}: "
                     "set data.resident=false, or resize them"
                 )

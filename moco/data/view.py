@@ -33,6 +33,9 @@ class View:
     """Lowest and highest area of the crop, as a fraction of the image's."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Lowest and highest width / height of the crop."""
+    antialias: bool = True
+    """Resize the crop with antialiasing; false: by plain interpolation, as torchvision's antialias=False. Then a shrunk
+    picture shows single pixels, and large JPEGs are decoded whole."""
     jitter_p: float = 0.0
     """Probability of the colour jitter: the four below, in random order."""
     brightness: float = 0.0
@@ -79,6 +82,9 @@ class View:
         """
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1 pixel")
+        for name in ("antialias", "gray_first"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "affine_p"):
             self._check_number(name, 0, 1)
         for name in ("brightness", "contrast", "saturation"):

@@ -38,6 +38,7 @@ FREE_FIELDS = (
     "data.root",
     "data.eval_root",
     "data.download",
+    "data.allow_pipe",
     "data.workers",
     "data.on_bad_image",  # no picture that was shown so far would have been another
     "data.max_bad",

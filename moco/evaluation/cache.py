@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.sources import FolderSource, Source
+from moco.data.folder import FolderSource
+from moco.data.hub import HubSource
+from moco.data.shards import ShardSource
+from moco.data.sources import Source
 from moco.distributed import everyone, on_main, rank, world_size
 from moco.engine import checkpoint
 
@@ -26,15 +29,20 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """Which pictures, in which order, wherever they lie: pixels in memory; names, sizes and times of files."""
+    """Which pictures, in which order, wherever they lie: pixels in memory; names, sizes and times of files; checksums in shards."""
     sha = hashlib.sha256()
     if source.images is not None:
         sha.update(checkpoint.digest(source.images).encode())
+    if isinstance(source, HubSource):
+        # datasets' hash of the table and of all that was done to it
+        sha.update(str(source.table._fingerprint).encode())
     for i in range(len(source)):
         entry: list[Any] = [source.name(i)]
         if isinstance(source, FolderSource):
             stat = Path(source.path(i)).stat()
             entry += [stat.st_size, stat.st_mtime_ns]
+        elif isinstance(source, ShardSource):
+            entry += [int(source.rows[i]["size"]), int(source.rows[i]["crc"])]
         sha.update(json.dumps(entry).encode())
     return sha.hexdigest()
 

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
+from moco.data.loader import leave_signals_to_the_parent
 from moco.data.sources import Source
 from moco.distributed import all_or_none, gather, rank, world_size
 
@@ -46,6 +47,7 @@ def _images(source: Source, rows: Sequence[int], resize: int, size: int, batch: 
         sampler=parts,
         batch_size=None,
         num_workers=min(workers, len(parts)),
+        worker_init_fn=leave_signals_to_the_parent,
     )
     for item in loader:
         if isinstance(item, str):

@@ -130,6 +130,6 @@ def summarise(
         ("next", f"python -m moco.linear run={files}" if history else f"tensorboard --logdir {files}"),
         ("", f"python -m moco.report run={files}"),
     ]
-    if config.data.name != "folder":
+    if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
         rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_PICTURES run=runs/mine"))
     display.summary("already finished" if already_done else "done", rows)

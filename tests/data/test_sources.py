@@ -438,7 +438,8 @@ def test_unknown_name_lists_the_known_ones() -> None:
         ValueError, match=r"data\.name='cifar' is unknown: choose one of digits, cifar10, cifar100, stl10"
     ):
         load_source("cifar")
-    assert list(SOURCES) == ["digits", "cifar10", "cifar100", "stl10", "imagenet", "folder"]
+    of_their_own = ["shards", "webdataset", "huggingface"]
+    assert list(SOURCES) == ["digits", "cifar10", "cifar100", "stl10", "imagenet", "folder", *of_their_own]
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "digits"])

@@ -1,0 +1,172 @@
+"""A stream of shards: every picture in a pass once, the same for the same topology, and no shell without leave."""
+
+import io
+import itertools
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moco.config import RunWarning
+from moco.data.augment import augment, crop_one, draw
+from moco.data.decode import ImageError, decode_bytes
+from moco.data.loader import Batch, Plan, batches
+from moco.data.remote import RemoteSource, StreamError, endless, open_remote, samples_of
+from moco.data.sources import load_source
+from moco.data.view import View
+from tests.data.broken import encoded, noise
+
+pytest.importorskip("webdataset", reason="data=webdataset needs the extra `webdataset`")
+CPU = torch.device("cpu")
+VIEWS = [View(size=8, crop_scale=(0.2, 1.0), flip_p=0.5)] * 2
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four shards of three pictures, as others write them: with labels, and folders in the names."""
+    root = tmp_path_factory.mktemp("shards")
+    for number in range(4):
+        members: dict[str, bytes] = {}
+        for i in range(3 * number, 3 * number + 3):
+            members |= {f"some/{i}.cls": b"1", f"some/{i}.jpg": encoded(noise(i, height=20 + i), "JPEG")}
+        tar(root / f"train-{number:06}.tar", members)
+    return root
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def source(shards: Path, length: int = 12, buffer: int = 4) -> RemoteSource:
+    return open_remote(f"{shards}/train-{{000000..000003}}.tar", length, buffer, allow_pipe=False)
+
+
+def drawn(stream: RemoteSource, plan: Plan, workers: int = 0, start: int = 0) -> list[Batch]:
+    return list(batches(stream, plan, VIEWS, CPU, workers, start))
+
+
+def test_a_pass_deals_each_picture_to_one_worker(shards: Path) -> None:
+    addresses = source(shards).addresses
+    everything = [sample.name for address in addresses for sample in samples_of(address)]
+    assert len(set(everything)) == 12
+    dealt: list[str] = []
+    for slot in range(2):  # two of the four shards in each pass
+        dealt += [sample.name for sample in itertools.islice(endless(addresses, 7, 0, slot, 2), 6)]
+    assert sorted(dealt) == sorted(everything)
+    orders = [[s.name for s in itertools.islice(endless(addresses, seed, 0, 0, 1), 24)] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    for order in orders:
+        assert sorted(order[:12]) == sorted(order[12:]) == sorted(everything)  # each pass has all, once
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_same_stream_every_time_and_views_by_the_running_number(shards: Path, workers: int) -> None:
+    plan = Plan(12, 4, 2, seed=5)
+    one, two = drawn(source(shards), plan, workers), drawn(source(shards), plan, workers)
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert torch.equal(a.index, b.index)
+        assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+    seen = torch.cat([batch.index for batch in one])
+    assert len(set(seen.tolist())) == 12  # identities: the same picture has the same one in every pass
+    assert int(seen.min()) >= 0
+    # The images of the stream shown as a source in memory's, under the running numbers' keys, have the very same views.
+    known = {s.identity: s for a in source(shards).addresses for s in samples_of(a)}
+    batch, numbers = one[4], np.arange(4, 8)  # step 4 is the second of epoch 1
+    for stream, view in enumerate(VIEWS):
+        params = draw(view, 5, 1, numbers, stream)
+        images = [decode_bytes(known[int(i)].name, known[int(i)].content) for i in batch.index]
+        crops = torch.stack([crop_one(image, params.crop[row], view) for row, image in enumerate(images)])
+        assert torch.equal(batch.views[stream], augment(crops, params, view))
+
+
+def test_ranks_read_shards_of_their_own(shards: Path) -> None:
+    seen = []
+    for rank in range(2):
+        plan = Plan(12, 4, 1, seed=5, rank=rank, processes=2)
+        first = drawn(source(shards, buffer=1), plan)[:2]
+        seen.append({int(i) for batch in first for i in batch.index})
+    assert not seen[0] & seen[1]
+    with pytest.raises(ValueError, match=r"data\.root names 4 shards for 5 processes"):
+        drawn(source(shards), Plan(12, 10, 1, seed=5, rank=0, processes=5))
+
+
+def test_going_on_is_said_and_begins_another_pass(shards: Path) -> None:
+    plan = Plan(12, 4, 4, seed=5)
+    whole = drawn(source(shards), plan)
+    with pytest.warns(RunWarning, match="cannot be entered where it was left, so the run goes on at step 6"):
+        rest = drawn(source(shards), plan, start=6)
+    assert len(rest) == 6
+    assert [b.index.tolist() for b in rest] != [b.index.tolist() for b in whole[6:]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RunWarning)
+        drawn(source(shards), plan)
+
+
+def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+    members = {"0.png": encoded(noise(), "PNG"), "1.jpg": b"nothing", "2.png": encoded(noise(2), "PNG")}
+    tar(tmp_path / "a.tar", members)
+    stream = open_remote(str(tmp_path / "a.tar"), 2, 1, allow_pipe=False)
+    plan = Plan(2, 2, 2, seed=0)
+    with pytest.raises(ImageError, match=r"cannot read image 1\.jpg of .*a\.tar: no known image format"):
+        drawn(stream, plan)
+    told: dict[int, str] = {}
+    got = list(batches(stream, plan, VIEWS, CPU, 0, on_bad=told.update))
+    assert len(got) == 2
+    assert [why.split(":")[0] for why in told.values()] == [f"1.jpg of {tmp_path / 'a.tar'}"]
+
+
+def test_a_command_runs_only_where_it_was_allowed(shards: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "ran"
+    pipe = f"pipe:touch {mark}; cat {shards}/train-000000.tar"
+    for root in (pipe, pipe.replace("pipe:", "PIPE:"), f"{shards}/train-000000.tar::{pipe}", f"{{{pipe},x}}"):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            load_source("webdataset", root, length=12)
+        assert "would run a shell command on this machine: set data.allow_pipe=true" in str(caught.value)
+    assert not mark.exists()
+    stream = load_source("webdataset", pipe, length=3, allow_pipe=True).train
+    assert isinstance(stream, RemoteSource)
+    assert not mark.exists()  # opening the source runs nothing: what judges an encoder never does
+    with pytest.raises(ValueError, match=r"is a stream, of which no picture can be asked for by its number"):
+        stream.image(0)
+    assert len(drawn(stream, Plan(3, 3, 1, seed=0))) == 1
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("root", "length", "words"),
+    [
+        ("HERE/train-{000000..000009}.tar", 12, r"the shard .*train-000004\.tar does not exist"),
+        ("HERE/train-000000.tar", 0, r"data\.length=0: a stream does not know its length"),
+        ("javascript:alert(1)", 12, r"javascript: is no way to a shard"),
+    ],
+)
+def test_addresses_that_cannot_be(root: str, length: int, words: str, shards: Path) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        load_source("webdataset", root.replace("HERE", str(shards)), length=length)
+
+
+def test_shards_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes((shards / "train-000000.tar").read_bytes()[:2200])
+    (tmp_path / "text.tar").write_text("no tar")
+    for address in (str(cut), str(tmp_path / "text.tar"), f"pipe:cat {shards}/train-000000.tar; exit 3"):
+        with pytest.raises(StreamError, match=r"the shard .* cannot be read \(") as caught:
+            list(samples_of(address))
+        assert "\n" not in str(caught.value)
+    plan = Plan(4, 2, 1, seed=0)
+    with pytest.raises(ValueError, match=r"the shard .*text\.tar cannot be read"):  # out of a worker, as a sentence
+        drawn(open_remote(str(tmp_path / "text.tar"), 4, 1, allow_pipe=False), plan, workers=1)
+    with pytest.raises(ValueError, match=r"the shard http://127\.0\.0\.1:9/a\.tar cannot be read"):
+        drawn(open_remote("http://127.0.0.1:9/a.tar", 4, 1, allow_pipe=False), plan)
+    tar(tmp_path / "words.tar", {"a.txt": b"words"})
+    with pytest.raises(ValueError, match=r"no picture in .*words\.tar"):
+        drawn(open_remote(str(tmp_path / "words.tar"), 4, 1, allow_pipe=False), plan)

@@ -1,0 +1,248 @@
+"""Pictures in shards are the folder's: the same bytes, order, labels and views; damage is noticed and said."""
+
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import tarfile
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moco.data import shards as module
+from moco.data.decode import ImageError
+from moco.data.loader import Batch, Plan, batches
+from moco.data.shards import OPEN_FILES, ShardSource, row_type
+from moco.data.sources import Source, load_source, subset
+from moco.data.view import View
+from tests.data.broken import encoded, noise
+from tests.data.packed import packed, pictures
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/, test/ and both packed."""
+    root = tmp_path_factory.mktemp("tree")
+    pictures(root / "train")
+    pictures(root / "test", count=5, first=50)
+    packed(root / "packed", root / "train", data_labels="folder", data_eval_root=str(root / "test"))
+    return root
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]
+
+
+def test_the_split_is_the_folders_in_its_order(tree: Path) -> None:
+    folder = load_source("folder", str(tree / "train"), labels="folder", eval_root=str(tree / "test"))
+    shards = load_source("shards", str(tree / "packed"))
+    assert shards.bank is shards.train
+    for one, other in ((folder.train, shards.train), (folder.held_out, shards.held_out)):
+        assert one is not None
+        assert other is not None
+        assert names(one) == names(other)
+        assert one.classes == other.classes == ("cat", "dog")
+        assert one.labels is not None
+        assert other.labels is not None
+        assert one.labels.tolist() == other.labels.tolist()
+        assert other.images is None
+        for i in range(len(one)):
+            assert torch.equal(one.image(i), other.image(i))
+    assert isinstance(shards.train, ShardSource)
+    assert len(shards.train.shards) > 2  # several, so that the right one has to be found
+
+
+def drawn(source: Source, workers: int, start: int) -> list[Batch]:
+    plan = Plan(len(source), 4, 2, seed=3)
+    views = [View(size=8, crop_scale=(0.2, 1.0), flip_p=0.5, jitter_p=0.8, brightness=0.4)] * 2
+    return list(batches(source, plan, views, CPU, workers, start))
+
+
+@pytest.mark.parametrize(("workers", "start"), [(0, 0), (2, 0), (1, 4)])
+def test_the_views_are_bit_identical_to_the_folders(tree: Path, workers: int, start: int) -> None:
+    folder = drawn(load_source("folder", str(tree / "train")).train, 0, 0)[start:]
+    shards = drawn(load_source("shards", str(tree / "packed")).train, workers, start)
+    assert len(folder) == len(shards) == 6 - start
+    for one, other in zip(folder, shards, strict=True):
+        assert torch.equal(one.index, other.index)
+        assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+
+def test_a_part_and_a_set_in_memory(tree: Path) -> None:
+    train = load_source("shards", str(tree / "packed")).train
+    part = subset(train, np.array([7, 2]))
+    assert names(part) == [train.name(7), train.name(2)]
+    assert part.labels is not None
+    assert train.labels is not None
+    assert part.labels.tolist() == train.labels[[7, 2]].tolist()
+    assert torch.equal(part.image(0), train.image(7))
+    with pytest.raises(ValueError, match=r"data\.resident=true needs images of one size, but in .*packed cat/00\.jpg"):
+        load_source("shards", str(tree / "packed"), resident=True)
+
+
+def test_any_reader_of_tar_finds_plain_webdataset(tree: Path) -> None:
+    """Read by tarfile alone: keys, endings by content, labels; the index points at the very same bytes."""
+    train = load_source("shards", str(tree / "packed")).train
+    assert isinstance(train, ShardSource)
+    found: dict[str, bytes] = {}
+    for shard, _ in train.shards:
+        with tarfile.open(tree / "packed" / shard) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                found[member.name] = file.read()
+    images = {name: data for name, data in found.items() if not name.endswith(".cls")}
+    # 03.png is the third of dog/, whose six follow cat/'s six; 04.jpg, the third of cat/, is a PNG inside.
+    assert sorted(images) == [f"{i:09}.{'png' if i in (2, 7) else 'jpg'}" for i in range(12)]
+    assert train.labels is not None
+    assert [int(found[f"{i:09}.cls"]) for i in range(12)] == train.labels.tolist()
+    for i, (_, data) in enumerate(sorted(images.items())):
+        assert data == train.content(i) == (tree / "train" / train.name(i)).read_bytes()
+
+
+def test_forks_and_more_shards_than_open_files(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handle opened before the fork is shared without harm, and their number stays bounded."""
+    packed(tmp_path / "many", tree / "train", shard_mb=0.001)
+    source = load_source("shards", str(tmp_path / "many")).train
+    assert isinstance(source, ShardSource)
+    assert len(source.shards) == 12
+    monkeypatch.setattr(module, "_opened", lru_cache(3)(module._opened.__wrapped__))
+    before = len(os.listdir("/proc/self/fd"))
+    expected = [source.content(i) for i in range(12)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if [source.content(i) for i in reversed(range(12))] == expected[::-1] else 1)
+    assert [source.content(i) for i in range(12)] == expected
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert OPEN_FILES >= 16
+
+
+def copy(tree: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in (tree / "packed").iterdir():
+        if file.is_file():
+            (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_a_picture_is_noticed_when_it_is_read(tree: Path, tmp_path: Path) -> None:
+    root = copy(tree, tmp_path / "copy")
+    first = load_source("shards", str(root)).train
+    assert isinstance(first, ShardSource)
+    flip(root / "train-000000.tar", int(first.rows[0]["offset"]) + int(first.rows[0]["size"]) // 2)
+    with pytest.raises(ImageError, match=r"cat/00\.jpg in .*train-000000\.tar: its bytes are not those") as caught:
+        first.image(0)
+    assert caught.value.kind == "damaged"
+    assert first.image(1).shape[0] == 3
+    # on_bad_image=replace goes on past it, and says which
+    told: dict[int, str] = {}
+    plan = Plan(12, 12, 1, seed=0)
+    batch = next(batches(first, plan, [View(size=8)], CPU, 0, on_bad=told.update))
+    assert list(told) == [0]
+    assert 0 not in batch.index.tolist()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def newer(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "words"),
+    [
+        ("index.json", Path.unlink, r"holds tar files but no index\.json: stream them with data=webdataset"),
+        ("index.json", cut, r"index\.json is damaged"),
+        ("index.json", newer, r"is of version 99, and this moco reads 1: install a newer moco"),
+        ("train.npy", Path.unlink, r"train\.npy is missing: copy the whole folder"),
+        ("train.npy", lambda path: flip(path, 300), r"train\.npy is damaged \(SHA-256\)"),
+        ("train-000001.tar", Path.unlink, r"train-000001\.tar is missing"),
+        ("held_out-000000.tar", cut, r"held_out-000000\.tar has [\d,]+ bytes and was packed with [\d,]+"),
+    ],
+)
+def test_what_is_missing_or_damaged_is_one_sentence(
+    file: str, harm: Callable[[Path], None], words: str, tree: Path, tmp_path: Path
+) -> None:
+    root = copy(tree, tmp_path / "copy")
+    harm(root / file)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        load_source("shards", str(root))
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_hold_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.*gone .* does not exist"):
+        load_source("shards", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match=r"holds no index\.json: make shards with python -m moco\.pack"):
+        load_source("shards", str(tmp_path))
+    (tmp_path / "parts").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is not packed to its end: start the same moco\.pack again"):
+        load_source("shards", str(tmp_path))
+    with pytest.raises(ValueError, match=r"data\.eval_root='x' works with data\.name=folder only"):
+        load_source("shards", str(tmp_path), eval_root="x")
+
+
+def synthetic(root: Path, count: int) -> Path:
+    """An index of `count` rows that all show one picture, as moco.pack would write it."""
+    root.mkdir()
+    content = encoded(noise(), "JPEG")
+    (root / "train-000000.tar").write_bytes(content)
+    rows = np.zeros(count, row_type(40))
+    rows["size"], rows["crc"] = len(content), zlib.crc32(content)
+    rows["name"] = np.arange(count).astype("S40")
+    np.save(root / "train.npy", rows)
+    shard = {"file": "train-000000.tar", "bytes": len(content), "sha256": module.digest_of(root / "train-000000.tar")}
+    split = {"rows": "train.npy", "sha256": module.digest_of(root / "train.npy"), "labelled": True, "shards": [shard]}
+    (root / "index.json").write_text(json.dumps({"version": 1, "classes": ["a", "b"], "splits": {"train": split}}))
+    return root
+
+
+def anonymous() -> int:
+    """Bytes of this process's own memory: without files that are mapped."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+
+def _measure(root: Path, count: int, answer: "multiprocessing.connection.Connection") -> None:
+    before = anonymous()
+    source = load_source("shards", str(root)).train
+    opened = anonymous() - before
+    assert isinstance(source, ShardSource)
+    after_first = 0
+    for epoch in range(2):
+        for i in np.random.default_rng(epoch).permutation(count)[:5000]:
+            assert source.name(int(i)) == str(i)
+            assert source.content(int(i))
+        after_first = after_first or anonymous()
+    answer.send((opened, anonymous() - after_first))
+
+
+def test_memory_stays_in_the_file(tmp_path: Path) -> None:
+    """A process holds its labels, 8 bytes a picture, not the index; a second epoch takes nothing more."""
+    count = 300_000
+    root = synthetic(tmp_path / "many", count)
+    assert (root / "train.npy").stat().st_size > 68 * count
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=_measure, args=(root, count, there))
+    process.start()
+    there.close()
+    opened, later = here.recv()
+    process.join()
+    assert opened < 12 * count  # the labels, and what opening leaves behind
+    assert later < 2**20

@@ -1,0 +1,54 @@
+"""What the benchmarks' figures rest on: turns, medians, ratios. Times themselves are no test."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from scripts.bench.__main__ import COMPARISONS, as_markdown, parsed
+from scripts.bench.measure import CLOCKS, alternate, compared, stream_rate
+
+
+def test_forms_take_turns_and_the_first_round_is_left_out() -> None:
+    calls: list[str] = []
+
+    def form(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    figures = alternate({"a": lambda: form("a"), "b": lambda: form("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3
+    assert figures == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+
+
+def test_a_table_has_the_median_of_each_rounds_ratio() -> None:
+    figures = {"one": [1.0, 2.0, 100.0], "other": [3.0, 4.0, 100.0]}
+    assert compared("t", figures, "images/s").rows == [
+        ["one", "2", "1.5 – 51", "1.00"],
+        ["other", "4", "3.5 – 52", "2.00"],
+    ]
+    assert [row[3] for row in compared("t", figures, "ms", less_is_faster=True).rows] == ["1.00", "0.50"]
+    assert as_markdown(compared("t", figures, "ms")).splitlines()[2] == "|  | ms | quartiles | × the first |"
+
+
+@pytest.mark.parametrize(("clock", "counted"), [("wall", 3), ("processor", 4)])
+def test_a_stream_is_timed_from_its_first_batch_on_the_wall(
+    clock: str, counted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setitem(CLOCKS, clock, lambda: now[0])
+
+    def opened() -> Iterator[None]:
+        for _ in range(4):
+            now[0] += 1
+            yield
+
+    expected = 8 * counted / (3 if clock == "wall" else 4)
+    assert stream_rate(opened, 8, clock) == expected
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_each_comparison_says_what_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed([name, "--help"])
+    assert ended.value.code == 0
+    assert "--rounds" in capsys.readouterr().out
