@@ -32,7 +32,7 @@ _SILENT = 4  # so many missed: no sign of life
 class Sign:
     """What is known of a rank."""
 
-    done: int  # steps
+    done: int  # steps; -1: not known
     place: str  # where in the code it stands; "" while that is of no interest
     waits: bool  # it stands where ranks wait for each other: in a step, for its result, or in a collective
     silent: float = 0.0  # seconds since its last sign of life, if that is suspiciously long
@@ -87,7 +87,7 @@ def _where(signs: Sequence[Sign], ranks: Sequence[int]) -> str:
     for each in ranks:
         sign = signs[each]
         state = f"no sign of life for {sign.silent:.0f} s" if sign.silent else f"at {sign.place or 'an unknown place'}"
-        alike.setdefault(f"behind step {sign.done}, {state}", []).append(each)
+        alike.setdefault(f"behind step {sign.done}, {state}" if sign.done >= 0 else state, []).append(each)
     return "; ".join(f"rank{'s' * (len(of) > 1)} {_list(of)} {state}" for state, of in alike.items())
 
 
@@ -124,7 +124,7 @@ class Watch:
         self._done, self._paused, self._idle = 0, False, 0.0
         self._over = threading.Event()
         self._thread = 0
-        self._signs = [(Sign(0, "", False), -1, 0.0)] * self._world  # each rank's, which beat it was, when it changed
+        self._signs = [(Sign(-1, "", False), -1, 0.0)] * self._world  # each rank's, which beat it was, when it changed
 
     def finished(self, done: int) -> None:
         """So many steps are done."""

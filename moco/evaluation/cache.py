@@ -29,7 +29,10 @@ def key_of(parts: Mapping[str, Any]) -> str:
 
 
 def source_digest(source: Source) -> str:
-    """Which pictures, in which order, wherever they lie: pixels in memory; names, sizes and times of files; checksums in shards."""
+    """Which pictures, in which order, wherever they lie.
+
+    By their pixels in memory; by names, sizes and times of files; by checksums in shards.
+    """
     sha = hashlib.sha256()
     if source.images is not None:
         sha.update(checkpoint.digest(source.images).encode())

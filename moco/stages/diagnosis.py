@@ -54,6 +54,7 @@ class Doctor:
     def __init__(self, facts: Facts, file: Path, say: Callable[[str], None]) -> None:
         self._facts, self._say = facts, say
         self._series = recorded(file)
+        self._said: set[str] = set()  # an alarm that comes and goes is said once
         self.found: list[Alarm] = []
 
     def record(self, values: Mapping[str, float]) -> None:
@@ -63,8 +64,10 @@ class Doctor:
 
     def look(self) -> None:
         """Says what is new; `found` is then all that holds at present."""
-        before = {alarm.name for alarm in self.found}
         self.found = diagnose(self._series, self._facts)
         for alarm in self.found:
-            if alarm.name not in before:
-                self._say(f"doctor: {alarm.name}: {alarm.evidence}. Try {alarm.remedy}")
+            if alarm.name not in self._said:
+                self._said.add(alarm.name)
+                epochs = self._series.get("train/epoch", ())
+                when = f", epoch {epochs[-1]:.3g}" if epochs else ""
+                self._say(f"doctor{when}: {alarm.name}: {alarm.evidence}. Try {alarm.remedy}")

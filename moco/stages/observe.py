@@ -1,9 +1,11 @@
 """Measures of the representation while it is trained: what `moco.analysis` says of a step's queries, keys and queue."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.analysis import (
@@ -26,12 +28,14 @@ from moco.analysis import (
     uniformity,
 )
 from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, unit_length
+from moco.distributed import gather, permute, world_size
 from moco.engine.step import Method
 from moco.losses import info_nce_logits, info_nce_streamed
-from moco.models.norm import untracked
+from moco.models.norm import GroupedBatchNorm, untracked
 
 KEYS = 4096  # whose spectrum is taken: the newest of the queue
 QUERIES = 16  # whose logits are looked at one by one
+GROUPS = 2  # of BN, whose keys are encoded a second time
 TOP = 10  # negatives of `top_share`
 LIKELY_FALSE = 0.9  # a queue's key this similar to the query's own is likely of the same thing
 
@@ -39,11 +43,15 @@ LIKELY_FALSE = 0.9  # a queue's key this similar to the query's own is likely of
 class Observer:
     """Looks at a step of two samples or more, see `train_step`; its measures are named "analysis/...".
 
+    All but the two losses are of the ranks' samples together, so they do not depend on how many ranks there are. With
+    micro-batches they are of the last one. Every look of every rank gives the same names in the same order: the step
+    averages them in one collective.
+
     Args:
         method: what is trained.
         labels: the class of each sample of the data set, (samples,), -1 where unknown; None without.
         keys_per_step: keys that a step enqueues, of all ranks and directions.
-        shuffled: whether keys are shuffled between BN groups.
+        shuffled: whether the step shuffles its keys between BN groups.
         precision: autocast's type.
     """
 
@@ -52,32 +60,34 @@ class Observer:
     ) -> None:
         self._method, self._labels, self._keys_per_step = method, labels, keys_per_step
         self._shuffled, self._precision = shuffled, precision
-        self.histograms: dict[str, Tensor] = {}  # of this rank's last look: counts over -1 ... 1
+        self.histograms: dict[str, Tensor] = {}  # of the last look: counts over -1 ... 1
 
     @torch.no_grad()
     def __call__(self, output: Output, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Measures of shape (), float32; nan where there is nothing to measure yet."""
-        query, key, queue = output.query, output.key, self._method.queue
-        temperature = self._temperature()
-        found = {"alignment": alignment(query, key), "uniformity": uniformity(key)}
+        """Measures of shape (), float32; nan where there is nothing to measure yet, or nothing finite."""
+        queue, temperature = self._method.queue, self._temperature()
+        query, key = gather(torch.cat([output.query, output.key], dim=1)).chunk(2, dim=1)  # (W N, C), one collective
+        samples = gather(index)  # (W N,)
         bank = key if queue is None else _newest(queue)
         if len(bank) < len(key):
             bank = key
-        found |= {
-            "effective_rank": rank_me(bank),
-            "alpha_req": _exponent(bank),
+        found = {
+            "alignment": alignment(query, key),
+            "uniformity": uniformity(key),
+            "effective_rank": _or_nan(rank_me, bank),
+            "alpha_req": _or_nan(_exponent, bank),
             "spread": spread(bank),
             "std_lowest": feature_std(bank).amin(),
         }
         if self._labels is not None:
-            known = self._labels[index] >= 0
-            if known.sum() > 1:
-                found["tolerance"] = tolerance(key[known], self._labels[index][known])
+            classes = self._labels[samples]
+            known = classes >= 0
+            found["tolerance"] = _or_nan(tolerance, key[known], classes[known])
         self.histograms = {"positives": similarity_histogram((query * key).sum(dim=1))}
         if queue is not None:
-            found |= self._against(queue, query, key, index, temperature)
-            if self._shuffled and isinstance(self._method, MoCo):
-                found |= self._leak(self._method, query, key, views, index, temperature)
+            found |= self._against(queue, query, key, samples, temperature)
+        if isinstance(self._method, MoCo):
+            found |= self._leak(self._method, output, views, index, temperature)
         return {f"analysis/{name}": value.float() for name, value in found.items()}
 
     def _temperature(self) -> float:
@@ -111,20 +121,48 @@ class Observer:
         return found
 
     def _leak(
-        self, method: MoCo, query: Tensor, key: Tensor, views: Sequence[Tensor], index: Tensor, temperature: float
+        self, method: MoCo, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
     ) -> dict[str, Tensor]:
-        """The loss with the keys as they are, and with keys that were normalised in the groups of their queries.
+        """The loss with keys that were normalised in the groups of their queries, and with shuffled ones.
 
-        Where statistics leak, the second is the lower one (He et al., 2020, Sec. 3.3).
+        One of the two is the step's own, the other costs a forward pass of f_k over `GROUPS` groups a rank. Where
+        statistics give keys away, the first is lower (He et al., 2020, Sec. 3.3). Empty where BN has one group: there
+        is nothing to shuffle.
         """
-        view = method.directions[0][1]
-        device = views[view].device.type
-        encoder: nn.Module = method.momentum_encoder
-        with untracked(encoder), torch.autocast(device, self._precision, enabled=self._precision != torch.float32):
-            plain = unit_length(encoder(views[view]))  # (N, C)
-        allowed = method.queue.negatives(index, mask_own_keys=False)
-        losses = [info_nce_streamed(query, keys, method.queue.keys, temperature, allowed).loss for keys in (key, plain)]
-        return {"loss_shuffled": losses[0], "loss_unshuffled": losses[1]}
+        encoder, group = method.momentum_encoder, _group_size(method.momentum_encoder)
+        some = slice(GROUPS * group)
+        images = views[method.directions[0][1]][some]  # (n, 3, S, S)
+        order = _across_groups(world_size() * len(images), group)
+        if order is None:
+            return {}
+        device, half = images.device.type, self._precision != torch.float32
+        with untracked(encoder), torch.autocast(device, self._precision, enabled=half):
+            if self._shuffled:
+                other = unit_length(encoder(images))  # (n, C)
+            else:
+                other = permute(unit_length(encoder(permute(images, order))), np.argsort(order))  # (n, C)
+        queue = method.queue
+        filled = queue.negatives(index[some], mask_own_keys=False)  # (1, K)
+        of, by = (index[some], queue.index) if method.mask_own_keys else (None, None)
+        own, other = (
+            info_nce_streamed(output.query[some], k, queue.keys, temperature, filled, index=of, queue_index=by).loss
+            for k in (output.key[some], other)
+        )
+        shuffled, unshuffled = (own, other) if self._shuffled else (other, own)
+        return {"loss_shuffled": shuffled, "loss_unshuffled": unshuffled}
+
+
+def _group_size(module: nn.Module) -> int:
+    """Of its first BN in groups; 0 without one."""
+    sizes = (layer.group_size for layer in module.modules() if isinstance(layer, GroupedBatchNorm))
+    return next(sizes, 0)
+
+
+def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
+    """An order of the samples in which each group draws evenly on all groups; None where there is one group."""
+    if group == 0 or samples <= group:
+        return None
+    return np.arange(samples).reshape(-1, group).T.ravel()
 
 
 def _newest(queue: KeyQueue) -> Tensor:
@@ -133,9 +171,13 @@ def _newest(queue: KeyQueue) -> Tensor:
     return queue.keys[slots[queue.index[slots] != UNKNOWN]]
 
 
-def _exponent(bank: Tensor) -> Tensor:
-    """alpha-ReQ; nan for features that have collapsed to fewer dimensions than its fit needs."""
+def _or_nan(measure: Callable[..., Tensor], features: Tensor, *more: Tensor) -> Tensor:
+    """A measure, or nan: of too few dimensions, of no two samples of a class, of a step that is not finite."""
     try:
-        return power_law_exponent(covariance_spectrum(bank))
-    except ValueError:
-        return bank.new_tensor(math.nan)
+        return measure(features, *more)
+    except (ValueError, torch.linalg.LinAlgError):
+        return features.new_tensor(math.nan)
+
+
+def _exponent(features: Tensor) -> Tensor:
+    return power_law_exponent(covariance_spectrum(features))

@@ -44,6 +44,7 @@ from moco.stages.initial import initialise
 from moco.stages.live import knn_title, live_knn
 from moco.stages.messages import announce, show_views, summarise
 from moco.stages.observe import Observer
+from moco.stages.results import commit
 from moco.stages.schedule import told
 from moco.stages.setup import (
     build_method,
@@ -138,6 +139,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     clock = Clock(seconds, config.checkpoint.every_minutes)
     saver = checkpoint.Saver(path / "checkpoints", config.checkpoint.keep_last)
     over_ranks = HighestOverRanks(device)
+    versions = {"moco": moco.__version__, "torch": str(torch.__version__), "commit": commit() if is_main() else None}
     watch = Watch(config.hang_after, meeting_point(), rank(), world_size())
 
     late = device.type == "cuda" and not scaler.is_enabled() and not config.optim.skip_nonfinite
@@ -233,7 +235,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
                     "method": method.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "scaler": scaler.state_dict(),
-                    "versions": {"moco": moco.__version__, "torch": str(torch.__version__)},
+                    "versions": versions,
                     "world_size": world_size(),
                     "skipped": finite.skipped,
                     "precision": precision,

@@ -210,7 +210,13 @@ def environment(run: Run) -> str:
     )
     rows: list[Fact] = [
         ("run", [str(run.path)]),
-        ("trained with", [f"moco {versions.get('moco', '?')}, torch {versions.get('torch', '?')}"]),
+        (
+            "trained with",
+            [
+                f"moco {versions.get('moco', '?')}, torch {versions.get('torch', '?')}"
+                + f", commit {versions['commit']}" * bool(versions.get("commit"))
+            ],
+        ),
         ("processes", [str(run.state.get("world_size", "?"))]),
         ("device, precision", [f"{run.get('device', '?')}, {run.get('precision', '?')}"]),
         ("checkpoint", [run.checkpoint.name if run.checkpoint else "none yet"]),
