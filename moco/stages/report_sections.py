@@ -213,8 +213,8 @@ def environment(run: Run) -> str:
         (
             "trained with",
             [
-                f"moco {versions.get('moco', '?')}, torch {versions.get('torch', '?')}"
-                + f", commit {versions['commit']}" * bool(versions.get("commit"))
+                f"moco {versions.get('moco', '?')}, torch {versions.get('torch', '?')}, "
+                f"commit {versions.get('commit') or 'unknown'}"
             ],
         ),
         ("processes", [str(run.state.get("world_size", "?"))]),
