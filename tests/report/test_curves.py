@@ -30,7 +30,7 @@ def test_everything_recorded_is_drawn_or_said() -> None:
         ("Held-out kNN accuracy", "accuracy"),
         ("Loss", "train"),
         ("Contrast accuracy", "train"),
-        ("Effective rank", "analysis"),
+        ("Effective rank (RankMe)", "analysis"),
         ("New measure", "mine"),
     ]
     assert constant == ["Momentum of the key encoder: 0.99"]
