@@ -155,6 +155,9 @@ def _composition_error(error: Exception, schema: type) -> str:
     value = re.search(r"Value '([^']*)' of type '(\w+)' could not be converted to (\w+)", text)
     if value and full_key:
         return f"{full_key.group(1)}={value.group(1)} must be of type {value.group(3).lower()}"
+    switch = re.search(r"Value '([^']*)' is not a valid bool", text)
+    if switch and full_key:
+        return f"{full_key.group(1)}={switch.group(1)} must be true or false"
     single = re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text)
     if single:
         return f"{single.group(1)}={single.group(2)} must be a list: {single.group(1)}=[{single.group(2)}]"

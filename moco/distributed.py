@@ -166,9 +166,8 @@ class HighestOverRanks:
     """The highest of the numbers that ranks bring, for what any one of them may ask of all at any step.
 
     With several ranks the answer is one call late, and the same on all: each call starts a reduction and gives what
-    the call before found. That costs no wait, because the device has been waited for in between: a step reads its
-    loss. The number does not ride on the measures that a step averages anyway, to keep the step free of what is not
-    in the paper. One process has its answer at once.
+    the call before found, whose answer has had a step's time to arrive. The number does not ride on the measures that
+    a step averages anyway, to keep the step free of what is not in the paper. One process has its answer at once.
 
     Args:
         device: where the process group reduces.
@@ -177,14 +176,20 @@ class HighestOverRanks:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._found = torch.zeros((), dtype=torch.int64)
+        self._arrived: torch.cuda.Event | None = None
 
     def __call__(self, mine: int) -> int:
         if world_size() == 1:
             return mine
-        before, asked = self._found, torch.full((), mine, dtype=torch.int64, device=self._device)
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        before, asked = int(self._found), torch.full((), mine, dtype=torch.int64, device=self._device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         self._found = asked.to("cpu", non_blocking=True)  # from a GPU into pinned memory: the host goes on
-        return int(before)
+        if self._device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        return before
 
 
 @torch.no_grad()

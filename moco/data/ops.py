@@ -1,10 +1,13 @@
 """Image operations on a batch, each with one parameter a sample.
 
-Each equals its namesake in torchvision.transforms.v2.functional on float images to 1e-5. All are built from
-operations that round once a number (multiply, add, minimum, floor, ...) and from exact sums, so the result for a
-sample has the same bits whatever batch it is in, however many threads work, and wherever their shares end (law 2).
-That rules out `lerp`, `addcmul` and `add(alpha=)`, which fuse in the vector loop but not in its tail, plain float
-`mean`, whose order depends on the threads, and matrix products, whose order depends on the batch.
+Each equals its namesake in torchvision.transforms.v2.functional on float images to 1e-5. On uint8 images torchvision
+turns the result of each operation into whole levels; with ours cut to whole levels too, they are at most one apart (in
+contrast and saturation the gray image is cut as well, so there it holds up to a factor of 2).
+
+All are built from operations that round once a number (multiply, add, minimum, floor, ...) and from exact sums, so the
+result for a sample has the same bits whatever batch it is in, however many threads work, and wherever their shares end
+(law 2). That rules out `lerp`, `addcmul` and `add(alpha=)`, which fuse in the vector loop but not in its tail, plain
+float `mean`, whose order depends on the threads, and matrix products, whose order depends on the batch.
 
 Legend: n samples, S x S pixels, values in 0 ... 1; a trailing underscore means in place.
 """

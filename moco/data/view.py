@@ -84,7 +84,7 @@ class View:
             raise ValueError(f"size={self.size} must be at least 1 pixel")
         for name in ("antialias", "gray_first"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+                raise ValueError(f"{name}={getattr(self, name)} must be true or false")
         for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "affine_p"):
             self._check_number(name, 0, 1)
         for name in ("brightness", "contrast", "saturation"):

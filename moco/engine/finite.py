@@ -130,4 +130,4 @@ class FiniteSteps:
             about = {"step": step, "epoch": step // self._plan.steps_per_epoch, "index": index.cpu(), "what": what}
             torch.save(about | self._state(), file)
         first = min(self._folder.glob("*.pt"), default=file)
-        return f"{first} holds the state of the first such step for study"
+        return f"{first} holds the state {'behind' if self._late else 'before'} the first such step for study"

@@ -33,12 +33,11 @@ def fit(
         on_step: gets the number of steps done, behind every step: the bar, evaluation, checkpoints.
     """
     busy, waited, counted = 0.0, 0.0, 0
-    measures: dict[str, torch.Tensor] = {}
     for step in range(start, plan.total_steps):
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
-        measures = step_once(step, batch) or measures
+        measures = step_once(step, batch)
         # On a GPU the host is at most a step ahead of the device, which the mean over the steps hides.
         busy += time.perf_counter() - before
         counted += 1

@@ -41,22 +41,21 @@ def peak_memory(device: torch.device) -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+# On a CPU torch has no class of its own for it.
+_SAID = ("not enough memory", "can't allocate memory", "CUDA error: out of memory")
+
+
 class OutOfMemory(ValueError):
     """A step that does not fit; the message is one sentence that says what to change."""
 
 
 @contextmanager
-def memory_told(
-    device: torch.device, batch_size: int, processes: int, accumulate: int, precision: str
-) -> Iterator[None]:
-    """Makes one sentence of torch's many where training does not fit into the device's memory.
+def memory_told(device: torch.device, fix: str) -> Iterator[None]:
+    """Makes one sentence of torch's many where something does not fit into the device's memory.
 
     Args:
-        device: where training runs.
-        batch_size: of the global batch.
-        processes: W.
-        accumulate: micro-batches.
-        precision: fp32, bf16 or fp16.
+        device: whose memory.
+        fix: what was asked for, and what to change, as the end of a sentence.
 
     Raises:
         OutOfMemory: in place of the allocator's error.
@@ -64,23 +63,33 @@ def memory_told(
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU torch has no class of its own for it.
-        if (
-            type(error) is RuntimeError
-            and "not enough memory" not in str(error)
-            and "allocate memory" not in str(error)
-        ):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not any(words in str(error) for words in _SAID):
             raise
         on_gpu = device.type == "cuda"
         total = (
             torch.cuda.mem_get_info(device)[1] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         )
-        more = 2 * accumulate
-        lower = ", precision=bf16" if on_gpu and precision == "fp32" else ""
         raise OutOfMemory(
-            f"out of memory on {device}: {batch_size // processes // accumulate} images at once "
-            f"(batch_size={batch_size} / {processes} processes / accumulate={accumulate}) took "
-            f"{peak_memory(device) / 2**30:.1f} of {total / 2**30:.1f} GiB before the next tensor failed: set "
-            f"accumulate={more} (the same mathematics where BN works in groups){lower}, or a smaller batch_size or "
-            "augment.size; the same command then goes on from the last checkpoint, where there is one"
+            f"out of memory on {device}: {peak_memory(device) / 2**30:.1f} of {total / 2**30:.1f} GiB were taken "
+            f"before the next tensor failed; {fix}"
         ) from error
+
+
+def training_fix(batch_size: int, processes: int, accumulate: int, on_gpu: bool, precision: str) -> str:
+    """What to change where a step does not fit.
+
+    Args:
+        batch_size: of the global batch.
+        processes: W.
+        accumulate: micro-batches.
+        on_gpu: whether half precision halves the memory.
+        precision: fp32, bf16 or fp16.
+    """
+    lower = ", precision=bf16" if on_gpu and precision == "fp32" else ""
+    return (
+        f"{batch_size // processes // accumulate} images went through at once (batch_size={batch_size} / {processes} "
+        f"processes / accumulate={accumulate}): set accumulate={2 * accumulate} (the same mathematics where BN works "
+        f"in groups){lower}, or a smaller batch_size or augment.size; the same command then goes on from the last "
+        "checkpoint, where there is one"
+    )

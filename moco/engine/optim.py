@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,6 +87,18 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[s
                 (left_out if skip else kept).append(parameter)
     groups = [{"params": kept, "weight_decay": weight_decay}, {"params": left_out, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict`, with each moment laid out in memory as its parameter is.
+
+    A fused kernel walks over both as they lie; a checkpoint of a run with another `channels_last` would mix them up.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, moment in moments.items():
+            if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
 def build_optimizer(

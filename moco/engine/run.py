@@ -177,7 +177,7 @@ class Journal:
             self._file = file.open("a", buffering=1)
             self._hook = threading.excepthook
             threading.excepthook = self._heard
-            self._events = SummaryWriter(str(path), purge_step=step + 1 if step else None)
+            self._events = SummaryWriter(str(path), purge_step=step + 1 if step else 0)
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """One line and one point a curve; names are "train/loss", "accuracy/knn", ..."""

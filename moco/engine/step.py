@@ -112,15 +112,17 @@ def train_step(
     measures = dict(zip(measures, averages, strict=True)) | {"gradient_norm": norm}
     # Loss and gradients are averages over the ranks by now, so all ranks decide alike.
     finite_loss, finite_norm = torch.isfinite(torch.stack([measures["loss"], norm])).tolist() if wait else (True, True)
-    if not finite_norm or not finite_loss:
+    if statistics and not (finite_norm and finite_loss):
         torch._foreach_copy_(statistics, before)
     # fp16's scaler expects an overflow now and then: it skips that step and halves its scale, down to 1 and no further.
     overflow = finite_loss and not finite_norm and scaler.is_enabled() and scaler.get_scale() >= 1
     if not finite_loss or not (finite_norm or overflow):
+        scaler.update(scaler.get_scale())  # forgets that this step's gradients were unscaled
         raise NonFiniteLoss(f"loss {measures['loss']:.4g}, gradient norm {norm:.4g}")
     if clip_grad:
         torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    scaler.step(optimizer)
+    if finite_norm:  # else a fused optimiser, told to skip its first step, would leave its state as the memory was
+        scaler.step(optimizer)
     scaler.update()
     if finite_norm:  # one optimiser step = one momentum update = one enqueue
         method.update_momentum_encoder(momentum)

@@ -82,25 +82,33 @@ class Profile:
         self._folder, self._on_done, self._gpu = folder, on_done, device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._gpu else [])]
         plan = schedule(wait=0, warmup=PROFILED, active=PROFILED, repeat=1)
-        self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True)
+        self._profile: profile | None = profile(
+            activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True
+        )
         self._left = 2 * PROFILED
         self._profile.start()
 
     def step(self) -> None:
         """Behind every step of training; costs nothing once the profile is written."""
-        if self._left:
+        if self._profile is not None:
             self._left -= 1
             self._profile.step()
             if not self._left:
                 self.close()
 
     def close(self) -> None:
-        """Ends it; one that saw fewer steps than it wanted writes nothing."""
-        if self._profile is not None:
-            self._profile.stop()
-            self._profile, self._left = None, 0  # type: ignore[assignment]
+        """Ends it; one that saw fewer steps than it wanted says so and writes nothing."""
+        running, self._profile = self._profile, None
+        if running is not None:
+            running.stop()
+            if self._left:
+                self._on_done(
+                    f"profile=true needs {2 * PROFILED} steps, and saw {2 * PROFILED - self._left}: none is written"
+                )
 
     def _write(self, finished: Any) -> None:
+        if self._left:  # torch hands over what it has when it is stopped
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._folder / "trace.json.gz"))
         order = "self_cuda_time_total" if self._gpu else "self_cpu_time_total"

@@ -59,6 +59,9 @@ class GroupedBatchNorm(nn.Module):
         self.after = after or nn.Identity()
         self.calls_per_step = 1  # views x micro-batches
         self.call = 0  # of this step; a checkpoint falls between steps, so this is not state
+        # The same for compiled code, which a Python number would make compile anew for each value.
+        self.compiled_call: Tensor
+        self.register_buffer("compiled_call", torch.tensor(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, ...) -> (N, C, ...)
         if not self.training:
@@ -101,14 +104,22 @@ class GroupedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        if self.call == 0:
+        if torch.compiler.is_compiling():
+            first = self.compiled_call == 0
+            kept = torch.where(first, 1 - self.momentum, 1.0)
+            self.num_batches_tracked.add_(first)
+            self.running_mean.mul_(kept)
+            self.running_var.mul_(kept)
+            self.compiled_call.add_(1).remainder_(self.calls_per_step)
+        elif self.call == 0:
             self.num_batches_tracked.add_(1)
             self.running_mean.mul_(1 - self.momentum)
             self.running_var.mul_(1 - self.momentum)
         share = self.momentum / self.calls_per_step
         self.running_mean.add_(mean, alpha=share)
         self.running_var.add_(var, alpha=share)
-        self.call = (self.call + 1) % self.calls_per_step
+        if not torch.compiler.is_compiling():
+            self.call = (self.call + 1) % self.calls_per_step
 
 
 def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) -> nn.Module:
@@ -151,18 +162,14 @@ def untracked(module: nn.Module) -> Iterator[None]:
     layers = [
         layer for layer in module.modules() if isinstance(layer, GroupedBatchNorm | nn.modules.batchnorm._BatchNorm)
     ]
-    before = [
-        [None if x is None else x.clone() for x in (layer.running_mean, layer.running_var, layer.num_batches_tracked)]
-        for layer in layers
-    ]
+    before = [[(x, x.clone()) for x in layer.buffers(recurse=False)] for layer in layers]
     calls = [layer.call if isinstance(layer, GroupedBatchNorm) else 0 for layer in layers]
     try:
         yield
     finally:
         for layer, kept, call in zip(layers, before, calls, strict=True):
-            for x, value in zip((layer.running_mean, layer.running_var, layer.num_batches_tracked), kept, strict=True):
-                if x is not None and value is not None:
-                    x.copy_(value)
+            for buffer, value in kept:
+                buffer.copy_(value)
             if isinstance(layer, GroupedBatchNorm):
                 layer.call = call
 
@@ -172,3 +179,4 @@ def set_calls_per_step(module: nn.Module, calls: int) -> None:
     for layer in module.modules():
         if isinstance(layer, GroupedBatchNorm):
             layer.calls_per_step, layer.call = calls, 0
+            layer.compiled_call.zero_()

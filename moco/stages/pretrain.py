@@ -1,6 +1,5 @@
 """Pretraining from a configuration to a summary: set up, build, resume, train, evaluate."""
 
-import time
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -29,8 +28,8 @@ from moco.engine import checkpoint
 from moco.engine.display import Display
 from moco.engine.finite import FiniteSteps
 from moco.engine.loop import Values, fit
-from moco.engine.memory import keep_freed_memory, memory_told
-from moco.engine.optim import build_optimizer, scaled_lr
+from moco.engine.memory import keep_freed_memory, memory_told, training_fix
+from moco.engine.optim import build_optimizer, load_optimizer, scaled_lr
 from moco.engine.precision import PRECISIONS, pick_precision
 from moco.engine.run import Journal, flatten, open_run, refuse_difference
 from moco.engine.step import train_step
@@ -39,6 +38,7 @@ from moco.engine.telemetry import Profile
 from moco.engine.watch import Watch, meeting_point
 from moco.interop.encoder_file import save_encoder
 from moco.models.norm import set_calls_per_step
+from moco.stages.clock import Clock
 from moco.stages.diagnosis import Doctor, facts_of
 from moco.stages.initial import initialise
 from moco.stages.live import knn_title, live_knn
@@ -83,10 +83,12 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         "held-out part: set checkpoint.keep_best=false",
     )
 
+    queue_size = config.method.queue_size
     torch.manual_seed(config.seed)  # initial weights and the random queue
-    method = build_method(config, sources.train.labels).to(device)
-    if config.channels_last:
-        method.to(memory_format=torch.channels_last)
+    with memory_told(device, f"set a smaller model than {config.model.backbone} or method.queue_size={queue_size}"):
+        method = build_method(config, sources.train.labels).to(device)
+        if config.channels_last:
+            method.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(
         method,
         config.optim.name,
@@ -110,7 +112,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     if state is not None:
         refuse_difference(path, state["config"], asdict(config), asdict(TrainConfig()))
         method.load_state_dict(state["method"])
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, history, seconds = state["step"], state["history"], state["seconds"]
         skipped = state.get("skipped", 0)
@@ -118,7 +120,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         initialised = initialise(config, method)
     broadcast_module(method)
     display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_main())
-    speed = Speed(config, method, device, precision, display)
+    speed = Speed(config, method, device, precision, display, start < plan.total_steps)
     if config.compile:
         for name, network in method.named_children():
             if name not in ("queue", "learned_temperature"):
@@ -200,7 +202,10 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     def evaluate(done: int) -> None:
         finite.settle()
         average_running_statistics(method)
-        scores = live_knn(config, method, sources, device, with_pixels=done == 0)
+        with memory_told(
+            device, f"set a smaller evaluate.batch_size={config.evaluate.batch_size} or evaluate.bank_size"
+        ):
+            scores = live_knn(config, method, sources, device, with_pixels=done == 0)
         if not scores:
             return
         epoch = done / plan.steps_per_epoch
@@ -279,7 +284,14 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         at_epoch = bool(often.every_epochs) and rest == 0 and epoch % often.every_epochs == 0
         at_step = bool(often.every_steps) and done % often.every_steps == 0
         best = often.keep_best and checkpoint.is_best(history, done)
-        due = last or keep or best or at_epoch or at_step or (done % config.log_every == 0 and on_main(clock.is_due))
+        due = (
+            last
+            or keep
+            or best
+            or at_epoch
+            or at_step
+            or (done % min(config.log_every, 10) == 0 and on_main(clock.is_due))
+        )
         if due:
             save(done, keep, best)
         reason = over_ranks(Reason.NOT_SAVED if saver.failed() else stop.reason())
@@ -298,7 +310,8 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             evaluate(0)
         stream = batches(sources.train, plan, views, device, config.data.workers, start, bad.note if bad else None)
         profile = start_profile(config, device, display)
-        enough = memory_told(device, config.batch_size, world_size(), config.accumulate, precision)
+        fix = training_fix(config.batch_size, world_size(), config.accumulate, device.type == "cuda", precision)
+        enough = memory_told(device, fix)
         settings = partial(told, config, plan, peak_lr)
         try:
             with stop, saver, watch, enough, closing(stream):
@@ -320,20 +333,3 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     )
     for each in lock:
         each.close()
-
-
-class Clock:
-    """Training time over all attempts, and when the next checkpoint is due."""
-
-    def __init__(self, before: float, every_minutes: float) -> None:
-        self._before, self._every = before, 60 * every_minutes
-        self._began = self._saved = time.monotonic()
-
-    def total(self) -> float:
-        return self._before + time.monotonic() - self._began
-
-    def is_due(self) -> bool:
-        return self._every > 0 and time.monotonic() - self._saved > self._every
-
-    def saved(self) -> None:
-        self._saved = time.monotonic()

@@ -24,14 +24,15 @@ class Speed:
         device: where.
         precision: the one that was picked.
         display: told where a model's operations cannot be counted.
+        wanted: whether any step is still to be done.
     """
 
     def __init__(
-        self, config: TrainConfig, method: Any, device: torch.device, precision: str, display: Display
+        self, config: TrainConfig, method: Any, device: torch.device, precision: str, display: Display, wanted: bool
     ) -> None:
         self._device, self._rates, self._waits, self._mfus = device, list[float](), list[float](), list[float]()
         self._flops, self._peak = 0, 1.0
-        if is_main():
+        if is_main() and wanted:
             images = config.batch_size // world_size() // config.accumulate
             try:
                 self._flops = step_flops(method, images, config.augment.size, config.augment.views)
@@ -40,7 +41,9 @@ class Speed:
                 display.say(
                     f"no MFU: the operations of model.backbone={config.model.backbone} cannot be counted ({why})"
                 )
-            self._peak = matrix_rate(device, PRECISIONS[precision]) * world_size()
+            # A CPU has no float16 to speak of; what runs under that name there is no measure of it.
+            measured = "fp32" if device.type == "cpu" and precision == "fp16" else precision
+            self._peak = matrix_rate(device, PRECISIONS[measured]) * world_size()
 
     def complete(self, values: Values) -> None:
         """Adds speed/mfu and speed/peak_memory_gib to a record that holds images and data wait."""

@@ -29,6 +29,7 @@ from moco.evaluation.features import stream
 from moco.interop.encoder_file import read_encoder
 from moco.stages import pretrain as stage
 from moco.stages.pretrain import pretrain
+from moco.stages.results import commit
 from tests.stages.test_judged import pictures
 
 REPOSITORY = Path(config_dir()).parent
@@ -246,8 +247,8 @@ def test_a_full_disk_while_stopping_is_not_called_saved(tmp_path: Path, monkeypa
 
 
 def test_a_checkpoint_says_what_wrote_it(whole: Checkpoint) -> None:
-    assert whole["versions"] == {"moco": moco.__version__, "torch": torch.__version__}
-    assert {type(each) for each in whole["versions"].values()} == {str}
+    assert whole["versions"] == {"moco": moco.__version__, "torch": torch.__version__, "commit": commit()}
+    assert {type(each) for each in whole["versions"].values()} <= {str, type(None)}  # no commit outside of a checkout
     assert whole["world_size"] == 1
 
 

@@ -14,7 +14,19 @@ from torch import Tensor
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix
 
 from moco.data import ops
-from moco.data.augment import Params, View, _plan, _send, augment, crop_batch, crop_one, draw, draw_crop
+from moco.data.augment import (
+    Params,
+    View,
+    _plan,
+    _send,
+    augment,
+    crop_batch,
+    crop_one,
+    draw,
+    draw_crop,
+    largest_shrink,
+)
+from moco.data.crop import crop_boxes
 from moco.data.keyed import keyed_uniform
 
 JITTER: dict[str, Any] = dict(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
@@ -53,29 +65,41 @@ def random_crops(count: int, size: int, seed: int = 0) -> Tensor:
     return crops.to(torch.uint8)
 
 
-def reference(crop: Tensor, params: Params, row: int, view: View) -> Tensor:
-    """One sample through torchvision's functionals."""
-    x = crop.float() / 255
-    if params.affine[row]:
-        # Back from the drawn map to torchvision's arguments is tested in test_affine; here its kernel is called.
-        x = ops.affine(x[None], torch.from_numpy(params.theta[row : row + 1]))[0]
+def by_torchvision(x: Tensor, params: Params, row: int, view: View) -> Tensor:
+    """One sample, uint8 or float, through torchvision's functionals in the sample's own order."""
     if view.gray_first and params.gray[row]:
         x = TF.rgb_to_grayscale(x, 3)
     if params.jitter[row]:
         colour = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+        strengths = (view.brightness, view.contrast, view.saturation, view.hue)
         for which in params.order[row]:
-            x = colour[which](x, float(params.factors[row, which]))
+            if strengths[which] > 0:
+                x = colour[which](x, float(params.factors[row, which]))
     if not view.gray_first and params.gray[row]:
         x = TF.rgb_to_grayscale(x, 3)
     if params.blur[row]:
         kernel = 2 * min(int(np.ceil(3 * view.blur_sigma[1])), view.size - 1) + 1
         x = TF.gaussian_blur(x, [kernel, kernel], [float(params.sigma[row])])
     if params.solarize[row]:
-        x = TF.solarize(x, view.solarize_threshold)
+        x = TF.solarize(x, view.solarize_threshold * (1 if x.is_floating_point() else 255))
     if params.flip[row]:
         x = TF.horizontal_flip(x)
-    normalised: Tensor = TF.normalize(x, list(view.mean), list(view.std))
+    return x
+
+
+def reference(crop: Tensor, params: Params, row: int, view: View) -> Tensor:
+    """One sample through torchvision's functionals on floats, from the crop to the normalised view."""
+    x = crop.float() / 255
+    if params.affine[row]:
+        # Back from the drawn map to torchvision's arguments is tested in test_affine; here its kernel is called.
+        x = ops.affine(x[None], torch.from_numpy(params.theta[row : row + 1]))[0]
+    normalised: Tensor = TF.normalize(by_torchvision(x, params, row, view), list(view.mean), list(view.std))
     return normalised
+
+
+def levels(x: Tensor) -> Tensor:
+    """Values 0 ... 1 as whole levels, cut off as torchvision does it; 1e-3 is for what float32 leaves below one."""
+    return (x * 255 + 1e-3).floor().int()
 
 
 @pytest.mark.parametrize(
@@ -105,6 +129,29 @@ def test_each_operation_equals_torchvision(fields: dict[str, Any]) -> None:
     assert (augment(crops, params, view) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(jitter_p=1, brightness=0.8),
+        dict(jitter_p=1, contrast=0.8),
+        dict(jitter_p=1, saturation=0.8),
+        dict(jitter_p=1, hue=0.5),
+        dict(gray_p=1),
+        dict(blur_p=1),
+        dict(blur_p=1, blur_sigma=(2, 5)),
+        dict(solarize_p=1),
+        dict(flip_p=1),
+    ],
+    ids=str,
+)
+def test_each_operation_is_within_a_level_of_torchvision_on_uint8(fields: dict[str, Any]) -> None:
+    view = View(size=17, **fields)
+    crops, params = random_crops(64, 17), draw(view, 0, 0, np.arange(64), 0)
+    theirs = torch.stack([by_torchvision(crops[row], params, row, view) for row in range(64)])
+    assert theirs.dtype == torch.uint8
+    assert (levels(augment(crops, params, view)) - theirs).abs().max() <= 1
+
+
 def test_everything_at_once_equals_torchvision() -> None:
     view = View(size=32, **EVERYTHING)
     crops, params = random_crops(64, 32), draw(view, 0, 0, np.arange(64), 0)
@@ -123,10 +170,12 @@ def test_affine_equals_torchvision() -> None:
         shift = [round((-0.2 + 0.4 * u[row, k]) * 17) for k in (40, 41)]
         matrix = np.array(_get_inverse_affine_matrix([0, 0], angle, shift, zoom, [shear, 0.0]))
         assert np.allclose(params.theta[row] * 17 / 2, matrix, atol=1e-5)
-        expected = TF.affine(
-            crops[row] / 255, angle, shift, zoom, [shear, 0.0], interpolation=TF.InterpolationMode.BILINEAR
+        floats, whole = (
+            TF.affine(crop, angle, shift, zoom, [shear, 0.0], interpolation=TF.InterpolationMode.BILINEAR)
+            for crop in (crops[row] / 255, crops[row])
         )
-        assert (ours[row] - expected).abs().max() < 2e-5  # a shift of 1e-6 pixels
+        assert (ours[row] - floats).abs().max() < 1e-5
+        assert (levels(ours[row]) - whole).abs().max() <= 1
 
 
 def test_hue_survives_ties_and_extremes() -> None:
@@ -177,14 +226,14 @@ def test_a_sample_does_not_depend_on_its_batch(count: int, size: int) -> None:
 
 
 def test_threads_and_parts_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    view = View(size=96, **EVERYTHING)
-    crops, params = random_crops(20, 96), draw(view, 0, 0, np.arange(20), 0)
+    view = View(size=80, **EVERYTHING)  # two samples are then enough for torch to divide them among threads
+    crops, params = random_crops(12, 80), draw(view, 0, 0, np.arange(12), 0)
     expected = augment(crops, params, view)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            monkeypatch.setattr("moco.data.augment._CPU_PART", 3 * 96**2 * (2 * count + 1))
+            monkeypatch.setattr("moco.data.augment._CPU_PART", 3 * 80**2 * (2 * count + 1))
             assert torch.equal(augment(crops, params, view), expected)
     finally:
         torch.set_num_threads(threads)
@@ -198,12 +247,28 @@ def test_adding_an_operation_changes_no_other_draw() -> None:
     assert np.array_equal(draw_crop(0, 0, np.arange(50), 0), a.crop)
 
 
-def test_streamed_and_resident_views_are_equal() -> None:
-    view = View(size=24, crop_scale=(0.2, 1), **EVERYTHING)
+@pytest.mark.parametrize("antialias", [True, False])
+def test_streamed_and_resident_views_are_equal(antialias: bool) -> None:
+    view = View(size=24, crop_scale=(0.2, 1), antialias=antialias, **EVERYTHING)
     images = torch.randint(0, 256, (16, 3, 40, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     params = draw(view, 0, 0, np.arange(16), 0)
     streamed = [crop_one(images[i], draw_crop(0, 0, [i], 0)[0], view) for i in range(16)]
     assert torch.equal(torch.stack(streamed), crop_batch(images, params.crop, view))
+
+
+def test_a_plain_view_is_torchvisions_and_wants_the_whole_picture() -> None:
+    view = View(size=16, crop_scale=(0.5, 1), antialias=False)
+    antialiased = dataclasses.replace(view, antialias=True)
+    image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for i in range(10):
+        uniforms = draw_crop(0, 0, [i], 0)[0]
+        (box,) = crop_boxes(uniforms[None], 90, 120, view.crop_scale, view.crop_ratio)
+        ours = crop_one(image, uniforms, view)
+        assert torch.equal(ours, TF.resized_crop(image, *box.tolist(), size=[16, 16], antialias=False))
+        assert not torch.equal(ours, crop_one(image, uniforms, antialiased))
+        # Decoded smaller, a picture's pixels are means: only where all of its views take means anyway.
+        assert largest_shrink([antialiased, antialiased], [uniforms, uniforms], 90, 120) > 1
+        assert largest_shrink([antialiased, view], [uniforms, uniforms], 90, 120) == 1
 
 
 def test_defaults_change_nothing() -> None:
@@ -225,6 +290,8 @@ def test_the_plan_arrives_whole_on_a_device() -> None:
     "fields",
     [
         dict(size=0),
+        dict(antialias="no"),
+        dict(gray_first=1),
         dict(jitter_p=1.1),
         dict(gray_p=-0.1),
         dict(hue=0.6),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from moco.data.crop import crop_boxes, resize_center_crop, resized_crop, resized_crops
+from moco.data.crop import antialiased_taps, crop_boxes, plain_taps, resize_center_crop, resized_crop, resized_crops
 from moco.data.keyed import keyed_uniform
 
 RATIO = (3 / 4, 4 / 3)
@@ -32,6 +32,14 @@ def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     images = torch.randint(0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(seed))
     images[::2] = (images[::2] > 127) * 255
     return images.to(torch.uint8)
+
+
+def bordered_images(boxes: NDArray[np.int64], height: int, width: int, border: int) -> Tensor:
+    """Noise within each sample's box, `border` around it."""
+    images = torch.full((len(boxes), 3, height, width), border, dtype=torch.uint8)
+    for image, inside, (top, left, h, w) in zip(images, random_images(len(boxes), height, width), boxes, strict=True):
+        image[:, top : top + h, left : left + w] = inside[:, top : top + h, left : left + w]
+    return images
 
 
 def reference_box(
@@ -96,49 +104,110 @@ def test_boxes_follow_torchvision_in_distribution() -> None:
     assert not same_boxes_in_distribution(crop_boxes(uniforms, 60, 80, (0.2, 1), (1, 1)), theirs)
 
 
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize(
     ("height", "width", "size", "count"),
     [
-        (32, 32, 32, 1_000),  # CIFAR, enlarging
-        (16, 16, 16, 600),  # digits
-        (96, 96, 64, 150),  # STL-10, both ways
-        (33, 47, 20, 300),  # odd sides, float32 sums at a scale of up to 2
-        (300, 200, 224, 12),  # several parts of the batch
-        (300, 200, 32, 30),  # float64 sums
-        (700, 900, 7, 5),  # scales of up to 100
+        (32, 32, 32, 500),  # CIFAR, enlarging
+        (16, 16, 16, 300),  # digits
+        (96, 96, 64, 80),  # STL-10, both ways
+        (33, 47, 20, 150),  # odd sides, float32 sums at a scale of up to 2
+        (300, 200, 224, 6),  # several parts of the batch
+        (300, 200, 32, 15),  # float64 sums where antialiased
+        (700, 900, 7, 3),  # scales of up to 100
+        (5, 6, 33, 50),  # enlarging by up to 33
     ],
 )
-def test_resident_crops_equal_torchvision_bit_for_bit(height: int, width: int, size: int, count: int) -> None:
+def test_resident_crops_equal_torchvision_bit_for_bit(
+    height: int, width: int, size: int, count: int, antialias: bool
+) -> None:
     images = random_images(count, height, width)
-    boxes = crop_boxes(keyed_uniform(3, 0, np.arange(count), 0, 22), height, width, (0.08, 1), RATIO)
-    ours = resized_crops(images, boxes, size)
+    boxes = crop_boxes(keyed_uniform(3, 0, np.arange(count), 0, 22), height, width, (0.01, 1), RATIO)
+    ours = resized_crops(images, boxes, size, antialias)
     assert ours.shape == (count, 3, size, size)
     assert ours.dtype == torch.uint8
     for image, box, crop in zip(images, boxes, ours, strict=True):
-        assert torch.equal(crop, TF.resized_crop(image, *box.tolist(), size=[size, size], antialias=True))
-        assert torch.equal(crop, resized_crop(image, box, size))
+        assert torch.equal(crop, TF.resized_crop(image, *box.tolist(), size=[size, size], antialias=antialias))
+        assert torch.equal(crop, resized_crop(image, box, size, antialias))
 
 
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [8, 19])
-def test_every_length_and_place(size: int) -> None:
+def test_every_length_and_place(size: int, antialias: bool) -> None:
     extent = 24
     boxes = np.array([[a, 1, n, 2] for n in range(1, extent + 1) for a in range(extent - n + 1)])
     images = random_images(len(boxes), extent, 4, seed=1)
-    ours = resized_crops(images, boxes, size)
-    theirs = torch.stack([resized_crop(image, box, size) for image, box in zip(images, boxes, strict=True)])
+    ours = resized_crops(images, boxes, size, antialias)
+    theirs = torch.stack([resized_crop(image, box, size, antialias) for image, box in zip(images, boxes, strict=True)])
     assert torch.equal(ours, theirs)
 
 
-def test_crops_survive_reduced_precision() -> None:
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 33])
+def test_the_weights_are_those_of_torchvision_on_floats(size: int, antialias: bool) -> None:
+    # Rounded to integers they give the uint8 result; as they are, the float one.
+    lengths = np.arange(1.0, 41.0)[:, None]
+    first, taps = (antialiased_taps if antialias else plain_taps)(lengths, size)  # (L, S), (L, S, K)
+    assert np.abs(taps.sum(axis=2) - 1).max() < 1e-12
+    assert taps.min() >= 0
+    image = torch.rand(1, 45, 45, generator=torch.Generator().manual_seed(0))
+    for h in range(1, 41):
+        w = 41 - h
+        down, across = np.zeros((size, 45 + taps.shape[2])), np.zeros((size, 45 + taps.shape[2]))
+        for pixel in range(size):
+            for k in range(taps.shape[2]):
+                down[pixel, 3 + int(first[h - 1, pixel]) + k] += taps[h - 1, pixel, k]
+                across[pixel, 2 + int(first[w - 1, pixel]) + k] += taps[w - 1, pixel, k]
+        ours = down[:, :45] @ image[0].numpy().astype(np.float64) @ across[:, :45].T
+        theirs = TF.resized_crop(image, 3, 2, h, w, size=[size, size], antialias=antialias)[0].numpy()
+        assert np.abs(ours - theirs).max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [3, 16])
+def test_a_plain_crop_is_within_a_level_of_one_made_of_floats(size: int) -> None:
+    # Each of the two axes rounds by at most half a level, and its two weights by at most 2**-15 each.
+    images, count = random_images(100, 40, 30), 100
+    boxes = crop_boxes(keyed_uniform(4, 0, np.arange(count), 0, 22), 40, 30, (0.01, 1), RATIO)
+    for image, box, crop in zip(images, boxes, resized_crops(images, boxes, size, antialias=False), strict=True):
+        floats = TF.resized_crop(image.double(), *box.tolist(), size=[size, size], antialias=False)
+        assert (crop - floats).abs().max() <= 1 + 4 * 255 * 2**-15
+
+
+def test_a_plain_crop_takes_single_pixels_and_an_antialiased_one_their_mean() -> None:
+    columns = torch.arange(27).remainder(3).eq(1).to(torch.uint8) * 255  # every third column is white
+    image, box = columns.expand(1, 3, 27, 27), np.array([[0, 0, 27, 27]])
+    assert (resized_crops(image, box, 9, antialias=False) == 255).all()
+    assert (resized_crops(image, box, 9)[..., 1:-1].int() - 255 / 3).abs().max() < 60
+    # Enlarged, there is nothing to take the mean of.
+    assert torch.equal(resized_crops(image, box, 50, antialias=False), resized_crops(image, box, 50))
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [4, 11])
+def test_nothing_beyond_the_box_shows(size: int, antialias: bool) -> None:
+    sides = [(h, w) for h in (1, 2, 5, 12) for w in (1, 3, 12)]
+    boxes = np.array([[top, left, h, w] for h, w in sides for top in (0, 14 - h) for left in (1, 15 - w)])
+    black, white = (bordered_images(boxes, 14, 15, border) for border in (0, 255))
+    ours = resized_crops(black, boxes, size, antialias)
+    assert torch.equal(ours, resized_crops(white, boxes, size, antialias))
+    for image, box, crop in zip(white, boxes, ours, strict=True):
+        assert torch.equal(resized_crop(image, box, size, antialias), crop)
+    point = (boxes[:, 2:] == 1).all(axis=1)  # of one pixel, which then fills the crop
+    assert point.sum() == 4
+    assert torch.equal(ours[point], ours[point][..., :1, :1].expand(-1, -1, size, size))
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+def test_crops_survive_reduced_precision(antialias: bool) -> None:
     images, uniforms = random_images(64, 32, 32), keyed_uniform(0, 0, np.arange(64), 0, 22)
     boxes = crop_boxes(uniforms, 32, 32, (0.2, 1), RATIO)
-    expected = resized_crops(images, boxes, 32)
+    expected = resized_crops(images, boxes, 32, antialias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(resized_crops(images, boxes, 32), expected)
+        assert torch.equal(resized_crops(images, boxes, 32, antialias), expected)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert torch.equal(resized_crops(images, boxes, 32), expected)
+        assert torch.equal(resized_crops(images, boxes, 32, antialias), expected)
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from moco.config import ConfigError, TrainConfig
-from moco.engine.run import Journal, open_run
+from moco.engine.run import Journal, NotWritten, open_run
 
 
 def values(**changes: object) -> dict[str, object]:
@@ -114,3 +117,60 @@ def test_the_journal_takes_back_what_comes_again(tmp_path: Path) -> None:
     journal.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 2.0}, {"step": 3, "train/loss": None}]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    journal = Journal(tmp_path, 0)
+    with pytest.raises(
+        NotWritten, match=r"metrics\.jsonl cannot be written \(No space left on device\): make room there"
+    ):
+        journal.record(1, {"train/loss": 1.0})
+    with suppress(NotWritten):
+        journal.close()
+    open_run(tmp_path / "run", values()).close()
+    (tmp_path / "run" / "config.tmp").symlink_to("/dev/full")
+    with pytest.raises(NotWritten, match=r"config\.yaml cannot be written \(No space left on device\)"):
+        open_run(tmp_path / "run", values())
+
+
+def record_for(seconds: float, journal: Journal) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        journal.record(1, {"train/loss": 1.0})
+        time.sleep(0.01)
+
+
+def test_the_error_of_tensorboards_thread_is_raised_by_a_record_and_prints_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    journal = Journal(tmp_path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        with pytest.raises(NotWritten, match="No space left on device"):
+            record_for(20, journal)
+        with suppress(NotWritten):
+            journal.close()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_histogram_reaches_tensorboard_with_its_counts_and_moments(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    journal = Journal(tmp_path, 0)
+    journal.histogram("similarity/positives", torch.tensor([3, 0, 0, 5]), 7)
+    journal.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0})
+    events.Reload()
+    (found,) = events.Histograms("similarity/positives")
+    value = found.histogram_value
+    assert found.step == 7
+    assert (value.min, value.max, value.num) == (-1, 1, 8)
+    assert value.bucket_limit == [-0.5, 0, 0.5, 1]  # the upper ends: TensorBoard's lower end is the limit before
+    assert value.bucket == [3, 0, 0, 5]
+    assert value.sum == pytest.approx(3 * -0.75 + 5 * 0.75)
+    assert value.sum_squares == pytest.approx(8 * 0.75**2)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

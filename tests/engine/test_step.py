@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import MoCo
+from moco.engine.optim import build_optimizer, load_optimizer
 from moco.engine.step import NonFiniteLoss, train_step
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
@@ -26,7 +27,7 @@ class Trainer:
         torch.manual_seed(0)
         encoder = build_encoder("convnet", {"width": 4}, 2, 0, DIM, "grouped", GROUP)
         self.method = MoCo(encoder, DIM, K, 0.2, symmetric=symmetric)
-        self.optimizer = torch.optim.SGD(
+        self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             self.method.encoder.parameters(), lr=99.0, momentum=momentum, weight_decay=1e-3
         )
         self.scaler = torch.amp.GradScaler("cpu", enabled=fp16)
@@ -313,3 +314,64 @@ def test_without_waiting_for_the_loss_a_step_computes_the_same() -> None:
 def test_without_waiting_a_bad_loss_is_in_the_measures() -> None:
     trainer = Trainer()
     assert math.isnan(trainer.step(0, change=nan_image, wait=False)["loss"].item())
+
+
+# ---- what a fused optimiser asks for ----
+
+
+def test_an_overflow_in_the_first_step_leaves_no_trace_in_the_optimiser() -> None:
+    trainer = Trainer(fp16=True)
+    trainer.optimizer = build_optimizer(trainer.method.encoder, "sgd", 0.05, 0.9, (0.9, 0.999), 1e-3, [])
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows until it has come down
+    seen = []
+    for number in range(30):
+        trainer.step(number, torch.float16)
+        moments = [state["momentum_buffer"] for state in trainer.optimizer.state.values() if "momentum_buffer" in state]
+        seen.append(max((float(m.abs().max()) for m in moments), default=0.0))
+    assert seen[0] == 0.0
+    assert 0 < max(seen) < 100
+    assert all(math.isfinite(value) for value in seen)
+
+
+def test_behind_a_step_that_was_left_out_fp16_goes_on() -> None:
+    trainer = Trainer(fp16=True)
+    with pytest.raises(NonFiniteLoss):
+        trainer.step(0, torch.float16, change=nan_image)
+    before = trainer.scaler.get_scale()
+    assert math.isfinite(trainer.step(1, torch.float16)["loss"].item())
+    assert trainer.scaler.get_scale() in (before, before / 2)
+
+
+def test_a_network_without_statistics_says_the_same_of_a_bad_step() -> None:
+    trainer = Trainer()
+    encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, DIM))
+    trainer.method = MoCo(encoder, DIM, K, 0.2)
+    trainer.optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    with pytest.raises(NonFiniteLoss):
+        trainer.step(0, change=nan_image)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_moments_lie_as_their_parameters_do(name: str) -> None:
+    def network(layout: torch.memory_format) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Conv2d(4, 8, 3).to(memory_format=layout)
+
+    def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for number in numbers:
+            images = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(number))
+            optimizer.zero_grad()
+            net(images).square().sum().backward()
+            optimizer.step()
+
+    plain = network(torch.contiguous_format)
+    first = build_optimizer(plain, name, 1e-3, 0.9, (0.9, 0.999), 0.0, [])
+    steps(plain, first, range(3))
+    other = network(torch.channels_last)
+    other.load_state_dict(plain.state_dict())
+    second = build_optimizer(other, name, 1e-3, 0.9, (0.9, 0.999), 0.0, [])
+    load_optimizer(second, copy.deepcopy(first.state_dict()))
+    steps(plain, first, range(3, 6))
+    steps(other, second, range(3, 6))
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

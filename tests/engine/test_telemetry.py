@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from moco.engine import memory, precision
-from moco.engine.memory import OutOfMemory, keep_freed_memory, memory_told, peak_memory
+from moco.engine import precision
+from moco.engine.memory import OutOfMemory, keep_freed_memory, memory_told, peak_memory, training_fix
 from moco.engine.precision import pick_precision
 from moco.engine.telemetry import PROFILED, Profile, encoder_flops, matrix_rate, step_flops
 from moco.models.encoder import build_encoder
@@ -133,20 +133,35 @@ def test_freed_memory_is_kept_by_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append((number, value))
             return 1
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
+    monkeypatch.setattr("moco.engine.memory.ctypes.CDLL", lambda name: Library)
     assert keep_freed_memory() is True
     assert {number for number, _ in calls} == {-4, -1, -2}
 
 
 def test_out_of_memory_is_one_sentence() -> None:
+    fix = training_fix(256, 2, 2, on_gpu=False, precision="fp32")
     expected = (
-        r"out of memory on cpu: 64 images at once \(batch_size=256 / 2 processes / accumulate=2\) took "
-        r"\d+\.\d of \d+\.\d GiB .* set accumulate=4 .*smaller batch_size"
+        r"out of memory on cpu: \d+\.\d of \d+\.\d GiB .*; 64 images went through at once \(batch_size=256 / 2 "
+        r"processes / accumulate=2\): set accumulate=4 .*smaller batch_size"
     )
-    with pytest.raises(OutOfMemory, match=expected), memory_told(CPU, 256, 2, 2, "fp32"):
+    with pytest.raises(OutOfMemory, match=expected), memory_told(CPU, fix):
         torch.empty(2**60)
+    assert "precision=bf16" in training_fix(256, 1, 1, on_gpu=True, precision="fp32")
 
 
-def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="boom"), memory_told(CPU, 256, 1, 1, "fp32"):
-        raise RuntimeError("boom")
+@pytest.mark.parametrize("error", [RuntimeError("boom"), NotImplementedError("no"), RecursionError("again")])
+def test_other_errors_stay_what_they_are(error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)), memory_told(CPU, "buy more"):
+        raise error
+
+
+def test_a_profile_of_too_few_steps_is_none(tmp_path: Path) -> None:
+    said: list[str] = []
+    profile = Profile(tmp_path / "profile", CPU, said.append)
+    for _ in range(PROFILED + 2):
+        torch.ones(8, 8) @ torch.ones(8, 8)
+        profile.step()
+    profile.close()
+    profile.close()
+    assert not (tmp_path / "profile").exists()
+    assert said == [f"profile=true needs {2 * PROFILED} steps, and saw {PROFILED + 2}: none is written"]

@@ -9,7 +9,7 @@ import torchvision
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from moco.models.norm import GroupedBatchNorm, convert_batch_norm, set_calls_per_step
+from moco.models.norm import BatchNormKind, GroupedBatchNorm, convert_batch_norm, set_calls_per_step, untracked
 
 N, C, GROUP = 12, 5, 4
 
@@ -184,6 +184,28 @@ def test_set_calls_reaches_every_layer() -> None:
     set_calls_per_step(network, 6)
     calls = [layer.calls_per_step for layer in network.modules() if isinstance(layer, GroupedBatchNorm)]
     assert calls == [6] * 20
+
+
+@pytest.mark.parametrize("kind", ["grouped", "sync", "batch"])
+def test_untracked_calls_leave_no_trace(kind: BatchNormKind) -> None:
+    """Statistics, counters and the count of calls are the same bits: in the middle of a step, and after an error."""
+    network = convert_batch_norm(nn.Sequential(official(), nn.ReLU(), official(0.3)), kind, GROUP)
+    network.add_module("plain", nn.BatchNorm2d(C, track_running_stats=False))  # nothing to keep
+    set_calls_per_step(network, 3)
+    network(images(0))  # a step of three calls has begun
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    calls = [layer.call for layer in network.modules() if isinstance(layer, GroupedBatchNorm)]
+    assert calls == ([] if kind == "batch" else [1, 1])
+    with untracked(network):
+        out = network(images(1))
+        assert not torch.equal(network.state_dict()["0.running_mean"], before["0.running_mean"])
+    network.add_module("last", nn.Linear(7, 7))  # does not fit
+    with pytest.raises(RuntimeError), untracked(network):
+        network(images(2))
+    del network.last
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+    assert [layer.call for layer in network.modules() if isinstance(layer, GroupedBatchNorm)] == calls
+    torch.testing.assert_close(network(images(1)), out, rtol=0, atol=0)  # training mode: the batch's own statistics
 
 
 # ---- conversion ----

@@ -90,6 +90,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     said = capsys.readouterr().out
     assert "step 3 gave loss nan" in said
     assert "1 steps whose loss or gradient was not finite" in said
+    assert [each["step"] for each in records(tmp_path / "run")] == [1, 2, *range(4, 11)]  # nothing is made up for it
     end = state(tmp_path / "run")
     assert (end["step"], end["skipped"]) == (10, 1)
     assert int(end["method"]["queue.count"]) == 9 * 128  # one step, one enqueue: none for the one left out
@@ -106,7 +107,7 @@ def test_one_more_than_may_be_left_out_ends_the_run(tmp_path: Path, monkeypatch:
 
 def test_out_of_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_at(2, monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB ..."))
-    with pytest.raises(OutOfMemory, match=r"128 images at once .* set accumulate=2"):
+    with pytest.raises(OutOfMemory, match=r"128 images went through at once .* set accumulate=2"):
         pretrain(config(tmp_path / "run"))
 
 
