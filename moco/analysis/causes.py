@@ -4,6 +4,7 @@ from moco.analysis.series import (
     CONTRAST_ACCURACY,
     EFFECTIVE_NEGATIVES,
     NEGATIVES,
+    SPREAD,
     Alarm,
     Facts,
     Series,
@@ -78,6 +79,7 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: 0.05 ... 1 (MoCo v3's ResNet); see also Wang & Liu
 FEW_NEGATIVES = 2.0  # the gradient of a query then comes from its nearest negative, often one of its own class
 ALL_NEGATIVES = 0.99  # of K; similarities within a tenth of T of each other: the loss tells no negative from another
+SPREAD_OUT = 0.5  # below, an untrained encoder's embeddings lie so close that negatives count alike whatever T is
 TOLD_APART = 0.5  # at T = 1 well-spread features weigh alike too, but more than a half of the queries find their key
 
 
@@ -99,7 +101,8 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     effective, negatives = latest(series, EFFECTIVE_NEGATIVES), latest(series, NEGATIVES)
     accuracy = latest(series, CONTRAST_ACCURACY)
     alike = ""
-    if effective > ALL_NEGATIVES * negatives and accuracy < TOLD_APART:
+    close = latest(series, SPREAD) < SPREAD_OUT
+    if effective > ALL_NEGATIVES * negatives and accuracy < TOLD_APART and not close:
         alike = f"; {effective:.0f} of {negatives:.0f} negatives count alike, contrast accuracy {accuracy:.0%}"
     if temperature <= HIGHEST_TEMPERATURE and not alike:
         return None

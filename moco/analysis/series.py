@@ -23,6 +23,7 @@ DUPLICATES = "analysis/duplicate_share"  # `duplicate_share`
 LOSS_SHUFFLED, LOSS_UNSHUFFLED = "analysis/loss_shuffled", "analysis/loss_unshuffled"  # the same views, keys either way
 
 LATEST = 5  # records whose mean is the present value: single batches are noisy
+LOOKS = 2  # the same for what is measured of thousands of keys, seldom: it is hardly noisy, and five would be late
 AT_CHANCE_COSINE = 0.05  # at chance: positives nearer than negatives by no more than this; over T it is nats ...
 AT_CHANCE_SHARE = 0.02  # ... and no more than this share of the chance level, which decides at a low T
 
@@ -36,6 +37,7 @@ class Facts(NamedTuple):
     dataset_size: int  # images
     keys_per_step: int  # of the global batch, times the directions
     mask_own_keys: bool = True
+    supervised: bool = False  # positives by labels
 
 
 class Alarm(NamedTuple):
@@ -52,10 +54,10 @@ def latest(series: Series, name: str) -> float:
     return fmean(values[-LATEST:]) if values else math.nan
 
 
-def highest(series: Series, name: str) -> float:
-    """The highest mean of `LATEST` records in a row; 0 with fewer."""
+def looks(series: Series, name: str) -> Sequence[float]:
+    """The means of `LOOKS` records in a row, the newest last; empty with fewer."""
     values = series.get(name, ())
-    return max((fmean(values[i : i + LATEST]) for i in range(len(values) - LATEST + 1)), default=0.0)
+    return [fmean(values[i : i + LOOKS]) for i in range(len(values) - LOOKS + 1)]
 
 
 def present_temperature(series: Series, facts: Facts) -> float:

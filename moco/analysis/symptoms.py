@@ -1,6 +1,7 @@
 """Alarms over what came of a run: leaks, collapse, a loss that stands still or jumps, a device that waits."""
 
 import math
+from itertools import pairwise
 from statistics import fmean, median
 
 from moco.analysis.series import (
@@ -13,6 +14,7 @@ from moco.analysis.series import (
     GRADIENT_NORM,
     KNN,
     LATEST,
+    LOOKS,
     LOSS,
     LOSS_SHUFFLED,
     LOSS_UNSHUFFLED,
@@ -24,8 +26,8 @@ from moco.analysis.series import (
     Series,
     at_chance,
     directions,
-    highest,
     latest,
+    looks,
     once_full,
 )
 
@@ -38,12 +40,13 @@ ONE_POINT = 0.98  # a positive similarity that means something only if the loss 
 def collapse(series: Series, facts: Facts) -> Alarm | None:
     """All images become one point, or fill ever fewer dimensions."""
     found = []
-    spread, rank = latest(series, SPREAD), latest(series, EFFECTIVE_RANK)
-    if spread < COLLAPSED_SPREAD:
-        found.append(f"the spread of the embeddings is {spread:.2f} (1 is uniform, 0 is one point)")
-    top = highest(series, EFFECTIVE_RANK)
-    if rank < RANK_FALL * top:
-        found.append(f"the effective rank fell from {top:.1f} to {rank:.1f}")
+    spreads = series.get(SPREAD, ())[-LOOKS:]
+    if _has_collapsed(series) and spreads[-1] <= spreads[0]:  # an untrained encoder's is low too, and grows
+        found.append(f"the spread of the embeddings is {spreads[-1]:.2g} (1 is uniform, 0 is one point)")
+    ranks = looks(series, EFFECTIVE_RANK)
+    # With labels a class becomes a point, and the rank falls to the number of classes.
+    if ranks and ranks[-1] < RANK_FALL * max(ranks) and not facts.supervised:
+        found.append(f"the effective rank fell from {max(ranks):.1f} to {ranks[-1]:.1f}")
     similarity, stuck = latest(series, POSITIVE_SIMILARITY), at_chance(series, facts) >= LATEST
     if similarity > ONE_POINT and stuck:
         found.append(f"the positives' similarity is {similarity:.3f} and the loss at chance: all keys are alike")
@@ -116,7 +119,7 @@ def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
 
 
 SPIKE_NATS, SPIKE_DEVIATIONS, SPIKES = 0.5, 6.0, 2  # a batch's mean loss varies by about 0.1 nats from step to step
-BEFORE = 10  # records a spike is compared with
+BEFORE = 10  # records whose steps from one to the next say how much a loss varies, falling or not
 NORM_GROWTH = 3.0  # over the window; it falls or stays in healthy runs (CIFAR-10: at most 1.4 times)
 
 
@@ -124,14 +127,17 @@ def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
     """The loss jumps up again and again, or the gradient grows."""
     losses, norms = once_full(series, LOSS), once_full(series, GRADIENT_NORM)
     found = []
-    spikes = 0
+    spikes, up = 0, False
     for i in range(BEFORE, len(losses)):
         before = losses[i - BEFORE : i]
-        middle = median(before)
-        deviation = median(abs(loss - middle) for loss in before)
-        spikes += losses[i] - middle > max(SPIKE_NATS * directions(series), SPIKE_DEVIATIONS * deviation)
+        varies = median(abs(after - loss) for loss, after in pairwise(before))
+        was_up, up = (
+            up,
+            losses[i] - median(before[-LATEST:]) > max(SPIKE_NATS * directions(series), SPIKE_DEVIATIONS * varies),
+        )
+        spikes += up and not was_up
     if spikes >= SPIKES:
-        found.append(f"the loss rose {spikes} times by {SPIKE_NATS:g} nats or more over the {BEFORE} records before")
+        found.append(f"the loss rose {spikes} times by {SPIKE_NATS:g} nats or more over the records before")
     quarter = len(norms) // 4
     if quarter >= LATEST and not at_chance(series, facts):
         early, late = median(norms[quarter : 2 * quarter]), median(norms[-quarter:])
@@ -142,17 +148,17 @@ def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("learning rate too high", "; ".join(found), "halve optim.lr, a longer warm-up, or optim.clip_grad=1")
 
 
-MOST_DUPLICATES = 0.01  # of the queries; a data set may hold an image twice
+MOST_DUPLICATES = 0.1  # of the queries: the defect gives all of them one; in a run that collapses some come about
 LOG_2_MARGIN = 0.05  # nats above log 2 that a well-trained run may still have to other negatives
 
 
 def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
     """The key is in the queue already when the loss is taken: the loss cannot fall below log 2."""
-    share, spread = latest(series, DUPLICATES), latest(series, SPREAD)
+    share = latest(series, DUPLICATES)
     losses = [loss / directions(series) for loss in series.get(LOSS, ())[-2 * LATEST :]]
     similarity, accuracy = latest(series, POSITIVE_SIMILARITY), latest(series, CONTRAST_ACCURACY)
     found = []
-    if share > MOST_DUPLICATES and not spread < COLLAPSED_SPREAD:
+    if share > MOST_DUPLICATES and not _has_collapsed(series):
         found.append(f"{share:.1%} of the queries have their own key among the negatives")
     at_floor = len(losses) == 2 * LATEST and all(-0.01 < loss - math.log(2) < LOG_2_MARGIN for loss in losses)
     if at_floor and similarity > 0.9 and accuracy < SOLVED:
@@ -172,6 +178,12 @@ def data_starvation(series: Series, facts: Facts) -> Alarm | None:
         return None
     remedy = "more data.workers, pictures prepared at a shorter side of 256, or data.resident=true"
     return Alarm("data starvation", f"{waiting:.0%} of the time went into waiting for batches", remedy)
+
+
+def _has_collapsed(series: Series) -> bool:
+    """Whether the embeddings were one point in each of the newest looks; False with fewer."""
+    spreads = series.get(SPREAD, ())[-LOOKS:]
+    return len(spreads) == LOOKS and max(spreads) < COLLAPSED_SPREAD
 
 
 def _views_alike(series: Series) -> bool:

@@ -25,6 +25,7 @@ def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
         dataset_size=images,
         keys_per_step=settings["batch_size"] * (2 if both else 1),
         mask_own_keys=settings["method.mask_own_keys"],
+        supervised=settings.get("method.labels", False),
     )
 
 

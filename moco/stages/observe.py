@@ -35,7 +35,7 @@ from moco.models.norm import GroupedBatchNorm, untracked
 
 KEYS = 4096  # whose spectrum is taken: the newest of the queue
 QUERIES = 16  # whose logits are looked at one by one
-GROUPS = 2  # of BN, whose keys are encoded a second time
+ENCODED = 64  # keys of a rank that are encoded a second time, in whole groups of BN and two of them at least
 TOP = 10  # negatives of `top_share`
 LIKELY_FALSE = 0.9  # a queue's key this similar to the query's own is likely of the same thing
 
@@ -43,9 +43,9 @@ LIKELY_FALSE = 0.9  # a queue's key this similar to the query's own is likely of
 class Observer:
     """Looks at a step of two samples or more, see `train_step`; its measures are named "analysis/...".
 
-    All but the two losses are of the ranks' samples together, so they do not depend on how many ranks there are. With
-    micro-batches they are of the last one. Every look of every rank gives the same names in the same order: the step
-    averages them in one collective.
+    They are of the ranks' samples together, and so do not depend on how many ranks there are, but for the two losses,
+    which are of `ENCODED` images a rank. With micro-batches they are of the last one. Every look of every rank gives
+    the same names in the same order: the step averages them in one collective.
 
     Args:
         method: what is trained.
@@ -125,12 +125,12 @@ class Observer:
     ) -> dict[str, Tensor]:
         """The loss with keys that were normalised in the groups of their queries, and with shuffled ones.
 
-        One of the two is the step's own, the other costs a forward pass of f_k over `GROUPS` groups a rank. Where
+        One of the two is the step's own, the other costs a forward pass of f_k over `ENCODED` images a rank. Where
         statistics give keys away, the first is lower (He et al., 2020, Sec. 3.3). Empty where BN has one group: there
         is nothing to shuffle.
         """
         encoder, group = method.momentum_encoder, _group_size(method.momentum_encoder)
-        some = slice(GROUPS * group)
+        some = slice(group * max(2, -(-ENCODED // group)) if group else 0)
         images = views[method.directions[0][1]][some]  # (n, 3, S, S)
         order = _across_groups(world_size() * len(images), group)
         if order is None:
@@ -175,7 +175,7 @@ def _or_nan(measure: Callable[..., Tensor], features: Tensor, *more: Tensor) -> 
     """A measure, or nan: of too few dimensions, of no two samples of a class, of a step that is not finite."""
     try:
         return measure(features, *more)
-    except (ValueError, torch.linalg.LinAlgError):
+    except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         return features.new_tensor(math.nan)
 
 

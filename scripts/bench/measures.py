@@ -87,8 +87,15 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
     shuffles = [np.random.default_rng(view).permutation(BATCH) for view in range(2)]
     step = partial(
         train_step,
-        *(method, method, optimizer, torch.amp.GradScaler(device.type, enabled=False)),
-        *(views, torch.arange(BATCH, device=device), shuffles, 0.06, 0.99),
+        method,
+        method,
+        optimizer,
+        torch.amp.GradScaler(device.type, enabled=False),
+        views,
+        torch.arange(BATCH, device=device),
+        shuffles,
+        lr=0.06,
+        momentum=0.99,
         precision=PRECISIONS[precision],
         wait=device.type == "cpu",
     )

@@ -160,6 +160,7 @@ def test_a_high_temperature_by_value_and_by_the_negatives_that_count() -> None:
     rung(temperature_too_high({}, FACTS._replace(temperature=2)), "temperature 2")
     alike = healthy(**{"train/effective_negatives": [65500.0] * 9, "train/contrast_accuracy": [0.1] * 9})
     rung(temperature_too_high(alike, FACTS), "65500 of 65536", "10%")
+    assert temperature_too_high(alike | {"analysis/spread": [0.2, 0.3]}, FACTS) is None  # not spread out yet
     solved = alike | {"train/contrast_accuracy": [0.9] * 9}  # T = 1 with well-spread features
     assert temperature_too_high(solved, FACTS._replace(temperature=1.0)) is None
 
@@ -168,6 +169,12 @@ def test_a_collapse_by_spread_rank_or_gradient() -> None:
     rung(collapse(healthy(**{"analysis/spread": [0.5, 0.3] + [0.02] * 5}), FACTS), "0.02")
     late = [60.0] * 40 + [60 * 0.8**i for i in range(20)]  # MoCo v3's late collapse
     rung(collapse(healthy(**{"analysis/effective_rank": late}), FACTS), "from 60.0 to")
+    labelled = FACTS._replace(supervised=True)  # a class becomes a point
+    assert collapse(healthy(**{"analysis/effective_rank": late}), labelled) is None
+    untrained = healthy(**{"analysis/spread": [0.03, 0.04]})  # a deep network's first embeddings are alike, and part
+    assert collapse(untrained, FACTS) is None
+    rung(collapse(healthy(**{"analysis/spread": [0.3, 0.04, 0.03]}), FACTS), "0.03")
+    assert collapse(healthy(**{"analysis/spread": [0.05]}), FACTS) is None  # one look does not show where it goes
     digits = [43.0, 34.0, 29.0, 28.5, 28.2, 27.4, 25.0, 23.0, 22.0]  # falls, and is healthy
     assert collapse(healthy(**{"analysis/effective_rank": digits}), FACTS) is None
     chance = math.log1p(65536)
@@ -214,14 +221,17 @@ def test_spikes_and_a_growing_gradient() -> None:
         loss[i] += 1.5
     rung(learning_rate_too_high(healthy(**{"train/loss": loss}), FACTS), "2 times")
     loss[45] -= 1.5
+    loss[31] += 1.5  # still the first one
     assert learning_rate_too_high(healthy(**{"train/loss": loss}), FACTS) is None  # once may happen
+    falling = [7 - 0.05 * i + (0.7 if i in (20, 21, 40) else 0.0) for i in range(RECORDS)]  # it still learns
+    rung(learning_rate_too_high(healthy(**{"train/loss": falling}), FACTS), "2 times")
     growing = [0.5 * 1.05**i for i in range(RECORDS)]
     rung(learning_rate_too_high(healthy(**{"train/gradient_norm": growing}), FACTS), "grew from")
 
 
 def test_the_rise_while_the_queue_fills_is_no_spike() -> None:
-    loss = [1.0] * 12 + [7.0, 7.2, 7.4] + [7.0] * 20
-    fill = [0.05 * i for i in range(15)] + [1.0] * 20
+    loss = [1.0] * 11 + [7.0, 1.0, 7.0, 7.2, 7.4] + [7.0] * 20
+    fill = [0.05 * i for i in range(15)] + [1.0] * 21
     assert learning_rate_too_high({"train/loss": loss, "train/queue_fill": fill}, FACTS) is None
     rung(learning_rate_too_high({"train/loss": loss}, FACTS))
 

@@ -1,0 +1,217 @@
+"""Each of the doctor's faults put into a real run of `moco.train`, and healthy runs of five methods: a measured table.
+
+    python -m tests.analysis.faults FOLDER                  all of it: the runs that FOLDER does not hold, and the table
+    python -m tests.analysis.faults FOLDER --only leak hot  some of it
+    python -m tests.analysis.faults --inject early FIELD=VALUE ...     python -m moco.train with a defect in its code
+
+A fault is put in by configuration where a user can cause it so, else by a defect in the code (`DEFECTS`). The table
+says in which epoch the doctor spoke, and what it said besides.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from moco.builder import MoCo
+from moco.cli import run_command
+from moco.config import TrainConfig
+from moco.stages import pretrain
+from moco.train import train
+
+# A look at the end of each epoch of 10 steps; the digits' recipe looks every second epoch.
+COMMON = ("threads=1", "log_every=5", "analyse_every=2")
+SHORT = ("epochs=4", "evaluate.every_epochs=0")
+PAIRS = ("model.bn_group_size=2", "method.temperature=0.1")
+OFTEN = ("log_every=2", "analyse_every=5")  # for alarms that want many records: the same looks
+
+
+Patch = Callable[[object, str, object], None]  # puts a value in the place of an attribute
+
+
+class Case(NamedTuple):
+    """A run, and what the doctor is to say of it."""
+
+    alarm: str  # "" for a healthy run
+    what: str
+    overrides: tuple[str, ...]
+    defect: str = ""
+
+
+CASES = {
+    "moco_v2": Case("", "MoCo v2", ()),
+    "moco_v2plus": Case("", "MoCo v2+", ("method.symmetric=true",)),
+    "moco_v3": Case("", "MoCo v3", ("experiment=moco_v3_digits",)),
+    "simclr": Case("", "SimCLR", ("experiment=simclr_digits",)),
+    "supmoco": Case("", "SupMoCo", ("experiment=supmoco_digits",)),
+    "fast_keys": Case("momentum too low", "keys change as fast as queries", (*SHORT, "method.momentum=0.5")),
+    "frozen_keys": Case("momentum of 1", "keys never change", (*SHORT, "method.momentum=1.0")),
+    "cold": Case("temperature too low", "temperature a hundredth", (*SHORT, "method.temperature=0.005")),
+    "hot": Case("temperature too high", "temperature 20 times as high", (*SHORT, "method.temperature=10")),
+    "long_queue": Case(
+        "queue too long for the data set",
+        "queue longer than the data set, own keys not masked",
+        (*SHORT, "method.queue_size=2048", "method.mask_own_keys=false"),
+    ),
+    "stale": Case(
+        "stale queue",
+        "queue of 32 steps at momentum 0.9",
+        (*SHORT, "batch_size=32", "method.queue_size=1024", "method.momentum=0.9"),
+    ),
+    "early": Case(
+        "positive among the negatives",
+        "keys enqueued before the loss",
+        (*SHORT, "method.mask_own_keys=false"),
+        "early",
+    ),
+    "weak": Case(
+        "augmentation too weak",
+        "augmentation off",
+        (*SHORT, "augment.affine_p=0.0", "augment.noise=[0.0,0.0]"),
+    ),
+    "leak": Case(
+        "BN leak",
+        "keys not shuffled, BN in groups of 2, temperature 0.1",
+        ("epochs=10", "evaluate.every_epochs=5", "model.shuffle_keys=false", *PAIRS),
+    ),
+    "no_leak": Case("", "the same with shuffled keys", ("epochs=10", "evaluate.every_epochs=5", *PAIRS)),
+    "jump": Case(
+        "learning rate too high",
+        "learning rate 200 times as high in every 20th step from 40 on",
+        (*SHORT, "epochs=12", *OFTEN),
+        "jump",
+    ),
+    "fast": Case("collapse", "learning rate 10 times as high", (*SHORT, "epochs=8", *OFTEN, "optim.lr=0.6")),
+    "wild": Case("collapse", "learning rate 160 times as high", (*SHORT, "optim.lr=10")),
+    "unrelated": Case("loss at chance", "the two views show two images", (*SHORT, "epochs=6", *OFTEN), "unrelated"),
+    "slow": Case("data starvation", "a batch takes as long to arrive as a step", SHORT, "slow"),
+}
+
+
+def early(patch: Patch) -> None:
+    """Keys are enqueued before the loss is taken, as a shipped queue once did: each query's own key is a negative."""
+    forward, enqueue = MoCo.forward, MoCo.enqueue
+
+    def hasty(self: MoCo, views: Any, keys: Any, index: Any, start: int = 0) -> Any:
+        enqueue(self, keys, index)
+        return forward(self, views, keys, index, start)
+
+    patch(MoCo, "forward", hasty)
+    patch(MoCo, "enqueue", lambda self, keys, index: None)
+
+
+def unrelated(patch: Patch) -> None:
+    """A pair's views show two images: each key is that of the batch's next image."""
+    encode = MoCo.encode_keys
+
+    def shifted(self: MoCo, views: Any, shuffles: Any, micro_batch: int) -> Any:
+        return encode(self, [view.roll(1, dims=0) for view in views], shuffles, micro_batch)
+
+    patch(MoCo, "encode_keys", shifted)
+
+
+def slow(patch: Patch) -> None:
+    """Each batch takes as long to arrive as the step before it took, whatever else the machine does."""
+    arriving = vars(pretrain)["batches"]
+
+    def late(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for batch in arriving(*arguments, **named):
+            given = time.monotonic()
+            yield batch
+            time.sleep(time.monotonic() - given)
+
+    patch(pretrain, "batches", late)
+
+
+def jump(patch: Patch) -> None:
+    """The schedule goes wrong: from step 40 on the learning rate of every 20th step is 200 times what it should be."""
+    told = vars(pretrain)["told"]
+
+    def wrong(config: Any, plan: Any, peak_lr: float, step: int) -> dict[str, float]:
+        now: dict[str, float] = told(config, plan, peak_lr, step)
+        return now | {"lr": now["lr"] * (200 if step >= 40 and step % 20 == 0 else 1)}
+
+    patch(pretrain, "told", wrong)
+
+
+DEFECTS: dict[str, Callable[[Patch], None]] = {
+    "early": early,
+    "unrelated": unrelated,
+    "slow": slow,
+    "jump": jump,
+}
+
+
+@contextmanager
+def defect(name: str) -> Iterator[None]:
+    """A defect in the code, or with "" none."""
+    with pytest.MonkeyPatch.context() as patch:
+        if name:
+            DEFECTS[name](patch.setattr)
+        yield
+
+
+def command(case: Case, run: Path) -> list[str]:
+    """What runs a case."""
+    start = ["tests.analysis.faults", "--inject", case.defect] if case.defect else ["moco.train"]
+    return [sys.executable, "-m", *start, *COMMON, *case.overrides, f"run={run}"]
+
+
+def log_of(name: str, folder: Path) -> str:
+    """What a case's run prints; runs it unless it is there."""
+    file = folder / f"{name}.log"
+    if not file.is_file():
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        done = subprocess.run(
+            command(CASES[name], folder / name), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment
+        )
+        file.with_suffix(".part").write_bytes(done.stdout)
+        file.with_suffix(".part").rename(file)
+    return file.read_text()
+
+
+SAID = re.compile(r"^doctor, epoch ([\d.]+): ([^:]+): (.*)$", re.MULTILINE)
+
+
+def row(case: Case, log: str) -> list[str]:
+    """A line of the table: fault, how, alarm, epoch, evidence, what else was said."""
+    said = {name: (epoch, evidence.split(". Try ")[0]) for epoch, name, evidence in SAID.findall(log)}
+    how = " ".join(word for word in case.overrides if word not in (*SHORT, *OFTEN) and not word.startswith("epochs="))
+    if case.defect:
+        how = f"--inject {case.defect} {how}".strip()
+    epoch, evidence = said.pop(case.alarm, ("-", "NOT SEEN" if case.alarm else ""))
+    also = "; ".join(f"{name} ({at})" for name, (at, _) in said.items()) or "nothing"
+    ended = "" if "─ done ─" in log else f"; ended: {log.strip().splitlines()[-1][:160]}"
+    return [case.what, f"`{how}`" if how else "as it comes", case.alarm or "none", epoch, evidence, also + ended]
+
+
+def main() -> None:
+    """The table, in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the runs and what they print go")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    rows = [["run", "how", "alarm expected", "in epoch", "evidence", "said besides"], ["---"] * 6]
+    for name in options.only:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        rows.append(row(CASES[name], log_of(name, options.folder)))
+    print("\n".join("| " + " | ".join(cells) + " |" for cells in rows))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inject"]:
+        injected = sys.argv[2]
+        del sys.argv[1:3]
+        with defect(injected):
+            run_command("train", TrainConfig, train)
+    else:
+        main()
