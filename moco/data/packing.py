@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from moco.data.decode import ImageError, decode_bytes
-from moco.data.shards import row_type
+from moco.data.shards import PARTS, row_type
 from moco.data.sources import ArraySource, FileSource, Source
 
 AT_ONCE = 16  # pictures in one errand of a worker
@@ -200,6 +200,11 @@ class Part(NamedTuple):
     end: int  # the source's row behind its last one
     before: int  # bytes of its pictures before packing
     skipped: list[list[str]]  # name, kind and reason of each that cannot be read
+
+
+def part_path(output: Path, split: str, number: int) -> Path:
+    """The file of a split's part in an unfinished folder."""
+    return output / PARTS / f"{split}-{number:06}.npz"
 
 
 def write_part(path: Path, part: Part) -> None:

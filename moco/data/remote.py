@@ -15,11 +15,13 @@ Legend: B global batch, n = B / W this rank's share, S shards.
 import contextlib
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from moco.config import RunWarning
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
+from moco.data.tars import pictures
 from moco.data.walk import IMAGE_ENDINGS
 from moco.distributed import is_main
 
@@ -86,8 +89,12 @@ def open_remote(root: str, length: int, buffer: int, allow_pipe: bool) -> Remote
         raise ValueError(f"data.shuffle_buffer={buffer} must be at least 1 (no mixing)")
     try:
         addresses = tuple(str(each) for each in expand_urls(root))
-    except AssertionError as error:  # an environment variable that is not set
-        raise ValueError(f"data.root={root}: {error}") from error
+    except (AssertionError, KeyError) as error:
+        raise ValueError(
+            f"data.root={root} names a variable that is not set: ${{NAME}} is what the environment's WDS_NAME holds"
+        ) from error
+    except ValueError as error:  # of braceexpand
+        raise ValueError(f"data.root={root}: {error}; it counts like this: train-{{000000..000099}}.tar") from error
     for address in addresses:
         _check_address(address, allow_pipe)
     return RemoteSource(addresses, length, buffer)
@@ -114,7 +121,7 @@ def _check_address(address: str, allow_pipe: bool) -> None:
                 "of yours"
             )
     elif scheme in ("", "file"):
-        path = Path(urlparse(address).path if scheme else address)
+        path = Path(url2pathname(urlparse(address).path) if scheme else address)
         if not path.is_file():
             raise FileNotFoundError(f"data.root: the shard {address} does not exist: correct the path")
     elif scheme not in SCHEMES:
@@ -246,43 +253,64 @@ def stream_loader(
 def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots: int) -> Iterator[Sample]:
     """The pictures of one of `slots` workers, pass after pass: in each, every shard belongs to one of them.
 
+    A worker whose shards of a pass hold no picture shows the next shard that holds any.
+
+    Warns:
+        RunWarning: once, of the first shard of which something is left out.
+
     Raises:
-        StreamError: if a shard cannot be read, or all of a pass hold no picture.
+        StreamError: if a shard cannot be read, or none holds a picture.
     """
-    passes = start  # so that a run which goes on begins with another order
+    passes, told = start, False  # so that a run which goes on begins with another order
     while True:
         order = permutation(seed, passes, len(addresses), SHARDS)
+        mine, others = order[slot::slots], np.delete(order, np.s_[slot::slots])
         found = False
-        for at in order[slot::slots]:
-            for sample in samples_of(addresses[at]):
+        for number, at in enumerate(np.concatenate([mine, others])):
+            if found and number >= len(mine):
+                break
+            left: Counter[str] = Counter()
+            for sample in samples_of(addresses[at], left):
                 found = True
                 yield sample
+            if found and left.total() and not told:
+                told = True
+                warnings.warn(_left_out(addresses[at], left), RunWarning, stacklevel=2)
         if not found:
             raise StreamError(
-                f"data.root: no picture in {addresses[order[slot]]}: shards hold files that end in "
-                f"{' '.join(IMAGE_ENDINGS)}"
+                f"data.root: no picture in {addresses[order[slot]]}, nor in any other shard: pictures are files that "
+                f"end in {' '.join(IMAGE_ENDINGS)}"
             )
         passes += 1
 
 
-def samples_of(address: str) -> Iterator[Sample]:
+def _left_out(address: str, left: Counter[str]) -> str:
+    counts = ", ".join(f"{what} ({count:,})" for what, count in left.items() if count)
+    return (
+        f"data.root: left out of {address}, and likewise of the other shards: {counts}; pictures are files that end in "
+        f"{' '.join(IMAGE_ENDINGS)}"
+    )
+
+
+def samples_of(address: str, left: Counter[str] | None = None) -> Iterator[Sample]:
     """The pictures of one shard, in its order.
+
+    Args:
+        address: of the shard.
+        left: gets what is left out of it, see `moco.data.tars.pictures`.
 
     Raises:
         StreamError: if it cannot be opened or read to its end.
     """
     from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_expander
 
     stream = None
     try:
         stream = gopen(address)
-        for sample in group_by_keys(tar_file_expander([{"url": address, "stream": stream}])):
-            ending = next((each for each in IMAGE_ENDINGS if each[1:] in sample), None)
-            if ending is not None:
-                name = f"{sample['__key__']}{ending} of {address}"
-                digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-                yield Sample(int.from_bytes(digest) >> 1, name, sample[ending[1:]])
+        for member, content in pictures(stream, Counter() if left is None else left):
+            name = f"{member} of {address}"
+            digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            yield Sample(int.from_bytes(digest) >> 1, name, content)
         while stream.read(2**16):  # to the very end, so that the program which sends it can say how it went
             pass
         stream.close()

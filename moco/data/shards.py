@@ -6,7 +6,7 @@ A packed folder, as `moco.pack` writes it:
     train.npy              one row a picture (`row_type`): shard, offset, size, checksum, label, name
     held_out-000000.tar, held_out.npy, bank-000000.tar, bank.npy      likewise, where the data set has them
     skipped.csv            what was left out, and why
-    index.json             classes, settings and the SHA-256 of every file above, written last
+    index.json             classes, settings, the SHA-256 of every file above and of its own content; written last
 
 Memory: the rows stay in their file, of which the system maps what is asked for; a process holds 8 bytes a picture, for
 its label.
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from moco.data.decode import ImageError, decode_bytes
 
-INDEX, PARTS, VERSION = "index.json", "parts", 1
+INDEX, PARTS, SKIPPED, VERSION = "index.json", "parts", "skipped.csv", 2
 SPLITS = ("train", "bank", "held_out")
 OPEN_FILES = 64  # of a process at a time, whatever the number of shards
 
@@ -131,19 +131,51 @@ def open_shards(root: str) -> dict[str, ShardSource]:
 
 
 def read_index(folder: Path, where: str) -> dict[str, Any]:
-    """What index.json says; `where` is how errors call the folder."""
+    """What index.json says; `where` is how errors call the folder.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is damaged, or of another version.
+    """
     file = folder / INDEX
     if not file.is_file():
         raise FileNotFoundError(f"{where} {_what_there_is(folder)}")
+    about = read_sealed(file, f"take it from a copy, or remove {folder} and pack the pictures again", VERSION)
+    assert isinstance(about["splits"], dict)
+    return about
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Values for a JSON file, with the SHA-256 over them: a flipped bit leaves most files good JSON."""
+    return value | {"sha256": _seal(value)}
+
+
+def read_sealed(file: Path, mend: str, version: int) -> dict[str, Any]:
+    """What `sealed` gave, without the seal.
+
+    Args:
+        file: JSON.
+        mend: the way out if it is damaged.
+        version: that it must be of.
+
+    Raises:
+        ValueError: if it is damaged, or of another version.
+    """
     try:
-        about = json.loads(file.read_text())
-        version = int(about["version"])
-        assert isinstance(about["splits"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{file} is damaged: pack the pictures again, into another folder") from error
-    if version > VERSION:
-        raise ValueError(f"{file} is of version {version}, and this moco reads {VERSION}: install a newer moco")
-    return dict(about)
+        value = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        value = None
+    found = value.get("version") if isinstance(value, dict) else None
+    if isinstance(found, int) and found != version:
+        newer = "install a newer moco" if found > version else "pack the pictures again, into another folder"
+        raise ValueError(f"{file} is of version {found}, and this moco reads {version}: {newer}")
+    if not isinstance(value, dict) or value.pop("sha256", None) != _seal(value):
+        raise ValueError(f"{file} is damaged: {mend}")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _what_there_is(folder: Path) -> str:
@@ -182,21 +214,30 @@ def _open_split(folder: Path, about: dict[str, Any], classes: list[str]) -> Shar
 
 
 def damaged(folder: Path, about: dict[str, Any], progress: Callable[[int, int], None]) -> list[str]:
-    """The shards whose bytes are not those that were packed, by name: each is read to its end.
+    """The files whose bytes are not those that were packed, by name: each is read to its end.
 
     Args:
         folder: the packed one.
         about: what its index says.
         progress: called with (done, total).
     """
-    shards = [shard for split in about["splits"].values() for shard in split["shards"]]
+    splits = about["splits"].values()
+    files = {split["rows"]: split["sha256"] for split in splits} | {SKIPPED: about["skipped"]}
+    files |= {shard["file"]: shard["sha256"] for split in splits for shard in split["shards"]}
     wrong = []
-    for number, shard in enumerate(shards):
-        path = folder / shard["file"]
-        if not path.is_file() or digest_of(path) != shard["sha256"]:
-            wrong.append(shard["file"])
-        progress(number + 1, len(shards))
+    for number, (name, digest) in enumerate(files.items()):
+        if not intact(folder / name, digest):
+            wrong.append(name)
+        progress(number + 1, len(files))
     return wrong
+
+
+def intact(path: Path, digest: str) -> bool:
+    """Whether the file is there, can be read, and has this SHA-256."""
+    try:
+        return digest_of(path) == digest
+    except OSError:
+        return False
 
 
 def digest_of(path: Path) -> str:

@@ -2,39 +2,42 @@
 
 While it goes on, `output/parts/` holds the settings and, of each finished shard, its part of the index; `index.json` is
 written last, and `parts/` goes. What is written depends on the pictures and the settings alone: not on the number of
-workers, nor on where it was interrupted.
+workers, nor on where it was interrupted. So a damaged folder can be mended by packing its rest again.
 
 Legend: N pictures of a split.
 """
 
 import csv
-import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
-from moco.config import ConfigError, require
 from moco.config.judge import JudgeConfig
 from moco.config.pack import PackConfig
 from moco.data.decode import ImageError
-from moco.data.packing import Part, Picture, Shard, no_rows, prepared, read_part, write_part, write_rows
-from moco.data.shards import INDEX, PARTS, SPLITS, VERSION, damaged, digest_of, read_index
+from moco.data.packing import Part, Picture, Shard, no_rows, part_path, prepared, read_part, write_part, write_rows
+from moco.data.shards import INDEX, PARTS, SKIPPED, SPLITS, VERSION, digest_of, intact, read_index, sealed
 from moco.data.sources import Source, Sources
 from moco.engine.display import Display, counting, duration
-from moco.evaluation.cache import source_digest
 from moco.stages.embedding import locked, write_json
 from moco.stages.hints import command
+from moco.stages.packing import begin, refuse_other, settings, whole, writing
 from moco.stages.setup import open_sources
 
-SETTINGS = "settings.json"
-SKIPPED = "skipped.csv"
+# The recipe to train with next, by data.name: of pictures that are small, their own, and all in memory.
+_RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {"data.resident": True},  # the recipe that needs no name
+    "cifar10": {"experiment": "moco_v2plus_cifar10", "data.resident": True},
+    "cifar100": {"experiment": "moco_v2plus_cifar100", "data.resident": True},
+    "stl10": {"experiment": "moco_v2_stl10", "data.resident": True},
+    "imagenet": {"experiment": "moco_v2_imagenet"},
+}
+_QUEUE = 4096  # of moco_v2_folder
 
 
 def pack(config: PackConfig) -> None:
@@ -45,21 +48,32 @@ def pack(config: PackConfig) -> None:
     wanted = settings(config, splits)
     lock = locked(output)
     try:
-        if (output / INDEX).is_file():
-            about = read_index(output, f"output={output}")
-            refuse_other(output, about["settings"], wanted)
-            verify(output, about)
-            title = "already packed, and every shard is as it was written"
-        else:
+        about, title = finished(output, wanted)
+        if about is None:
             begin(output, wanted)
             with writing(output):
                 parts = {name: pack_split(config, name, source) for name, source in splits.items()}
                 about = finish(output, splits, parts, wanted)
-            title = "packed"
         shutil.rmtree(output / PARTS, ignore_errors=True)
     finally:
         lock.close()
     summarise(config, about, title, time.monotonic() - began)
+
+
+def finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """The index of a folder that is packed to its end, and the closing table's title; None where there is work to do.
+
+    Raises:
+        ConfigError: if it holds something else than what is wanted.
+        ValueError: if its index is damaged.
+    """
+    if not (output / INDEX).is_file():
+        return None, "packed"
+    about = read_index(output, f"output={output}")
+    refuse_other(output, about["settings"], wanted)
+    if whole(output, about):
+        return about, "already packed, and every file is as it was written"
+    return None, "mended: what was damaged is packed again"
 
 
 def splits_of(sources: Sources) -> dict[str, Source]:
@@ -69,96 +83,6 @@ def splits_of(sources: Sources) -> dict[str, Source]:
         found["bank"] = None
     assert tuple(found) == SPLITS
     return {name: source for name, source in found.items() if source is not None}
-
-
-def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
-    """All that determines the shards, by the names of the fields; `pictures` is what is in each split."""
-    data = config.data
-    with counting("looking at the pictures' names and dates", quiet=False) as progress:
-        pictures = {}
-        for number, (name, source) in enumerate(splits.items()):
-            pictures[name] = {"count": len(source), "sha256": source_digest(source)}
-            progress(number + 1, len(splits))
-    return {
-        "short_side": config.short_side,
-        "quality": config.quality if config.short_side else None,
-        "shard_mb": config.shard_mb,
-        "data.name": data.name,
-        "data.labels": data.labels,
-        "pictures": pictures,
-    }
-
-
-def refuse_other(output: Path, there: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ConfigError, naming each field, if the folder holds shards of other pictures or settings."""
-    differing = [
-        f"{name}={there.get(name)} (now {value})"
-        for name, value in wanted.items()
-        if name != "pictures" and there.get(name) != value
-    ]
-    if not differing and there.get("pictures") != wanted["pictures"]:
-        counts = [
-            ", ".join(f"{split['count']:,} {name}" for name, split in each.items())
-            for each in (there["pictures"], wanted["pictures"])
-        ]
-        differing.append(f"other pictures, or the same ones changed since ({counts[0]}; now {counts[1]})")
-    require(
-        not differing,
-        f"output={output} holds shards with {' and '.join(differing)}: choose another output, or remove that folder",
-    )
-
-
-def verify(output: Path, about: dict[str, Any]) -> None:
-    """Reads every shard of a finished folder.
-
-    Raises:
-        ValueError: if one is not as it was written.
-    """
-    with counting("checking shards", quiet=False) as progress:
-        wrong = damaged(output, about, progress)
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(
-            f"{output / wrong[0]}{more} are not as they were written (SHA-256): take them from a copy, or remove "
-            f"{output} and pack again"
-        )
-
-
-def begin(output: Path, wanted: dict[str, Any]) -> None:
-    """Makes the folder for parts, or checks that what was begun there is the same.
-
-    Raises:
-        ConfigError: if the folder holds something else.
-    """
-    file = output / PARTS / SETTINGS
-    if file.is_file():
-        try:
-            there = json.loads(file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{file} is damaged: remove {output} and start again") from error
-        refuse_other(output, there, wanted)
-        return
-    others = sorted(each.name for each in output.iterdir() if each.name not in (".lock", PARTS))
-    require(not others, f"output={output} is not empty and holds no shards ({others[:1]}): choose another folder")
-    with writing(output):
-        (output / PARTS).mkdir(exist_ok=True)
-        write_json(file, wanted)
-
-
-@contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """A disk that is full or gone ends in one sentence; what is finished stays.
-
-    Raises:
-        ValueError: in place of the system's error.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"output={output} cannot be written to ({error.strerror or error}): make room there, then start the same "
-            "command again, it goes on behind the last finished shard"
-        ) from error
 
 
 class Packer:
@@ -185,7 +109,8 @@ class Packer:
         files = sorted((self.output / PARTS).glob(f"{self.split}-*.npz"))
         with counting(f"checking finished shards of {self.split}", quiet=False) as progress:
             for number, file in enumerate(files):
-                part = self._whole(file)
+                # Behind a gap in the numbers, pictures would be missing.
+                part = self._whole(file) if file == part_path(self.output, self.split, number) else None
                 if part is None:
                     break
                 self._count(file, part)
@@ -197,10 +122,10 @@ class Packer:
         """A finished part, or None if it or its shard is damaged."""
         try:
             part = read_part(file)
-        except (ValueError, KeyError, EOFError, BadZipFile):
+            good = not part.shard or intact(self.output / part.shard["file"], part.shard["sha256"])
+        except Exception:  # each byte of a zip that is wrong makes an error of its own; redoing the part mends all
             return None
-        shard = self.output / part.shard["file"] if part.shard else None
-        return part if shard is None or (shard.is_file() and digest_of(shard) == part.shard["sha256"]) else None
+        return part if good else None
 
     def _count(self, file: Path, part: Part) -> None:
         self.parts.append(file)
@@ -239,7 +164,7 @@ class Packer:
         rows, about = (no_rows(), {}) if self._shard is None else self._shard.close()
         self._shard = None
         part = Part(rows, about, end, self._before, self._bad)
-        file = self.output / PARTS / f"{self.split}-{len(self.parts):06}.npz"
+        file = part_path(self.output, self.split, len(self.parts))
         write_part(file, part)
         self._count(file, part)
         self._before, self._bad = 0, []
@@ -252,10 +177,11 @@ class Packer:
     def _refuse_many(self, name: str, reason: str) -> None:
         bad = self._skipped + len(self._bad)
         if bad > self.max_bad * len(self.source):
+            way_out = ", or raise data.max_bad" if bad < len(self.source) else ""  # it stays below 1
             raise ImageError(
                 f"{bad} of the {len(self.source):,} {self.split} pictures cannot be read, more than data.max_bad="
                 f"{self.max_bad:g} allows, the last: {name} ({reason}); python -m moco.check_data finds all: mend or "
-                "remove them, or raise data.max_bad"
+                f"remove them{way_out}"
             )
 
 
@@ -285,8 +211,11 @@ def finish(
     """
     about: dict[str, Any] = {}
     for name, source in splits.items():
-        told = [read_part(file)._replace(rows=no_rows()) for file in parts[name]]  # the rows, part by part, below
-        shards = [part.shard for part in told if part.shard]
+        shards, told = list[dict[str, Any]](), list[dict[str, Any]]()
+        for part in map(read_part, parts[name]):
+            shards += [part.shard] if part.shard else []
+            # With rows and shards all of the part, as `packing.whole` needs it.
+            told.append({"rows": len(part.rows), "end": part.end, "before": part.before, "skipped": part.skipped})
         if not shards:
             raise ValueError(f"none of the {len(source):,} {name} pictures can be read: look into data.root")
         rows = output / f"{name}.npy"
@@ -296,14 +225,14 @@ def finish(
             "sha256": digest_of(rows),
             "pictures": count,
             "labelled": source.labels is not None,
-            "bytes_before": sum(part.before for part in told),
-            "skipped": dict(Counter(kind for part in told for _, kind, _ in part.skipped)),
             "shards": shards,
+            "parts": told,
         }
     _write_skipped(output / SKIPPED, parts)
     classes = next((list(source.classes) for source in splits.values() if source.labels is not None), [])
     index = {"version": VERSION, "classes": classes, "splits": about, "settings": wanted}
-    write_json(output / INDEX, index)
+    index["skipped"] = digest_of(output / SKIPPED)
+    write_json(output / INDEX, sealed(index))
     return index
 
 
@@ -312,7 +241,7 @@ def _write_skipped(path: Path, parts: dict[str, list[Path]]) -> None:
     temporary = path.with_suffix(".tmp")
     # A name that is no text is written as the bytes that it is.
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file, lineterminator="\n")
+        table = csv.writer(file)  # with its own line ends: with others it leaves carriage returns in names unquoted
         table.writerow(("split", "path", "kind", "reason"))
         for split, files in parts.items():
             for part in files:
@@ -325,12 +254,12 @@ def summarise(config: PackConfig, about: dict[str, Any], title: str, seconds: fl
     splits, output = about["splits"], Path(config.output)
     every = list(splits.values())
     shards = [shard for split in every for shard in split["shards"]]
-    before, after = sum(split["bytes_before"] for split in every), sum(shard["bytes"] for shard in shards)
-    skipped: Counter[str] = sum((Counter(split["skipped"]) for split in every), Counter())
+    parts = [part for split in every for part in split["parts"]]
+    before, after = sum(part["before"] for part in parts), sum(shard["bytes"] for shard in shards)
+    skipped = Counter(kind for part in parts for _, kind, _ in part["skipped"])
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
     pictures = ", ".join(f"{split['pictures']:,} {name}" for name, split in splits.items())
     how = f"shorter side at most {config.short_side}, quality {config.quality}" if config.short_side else "as they were"
-    on_shards = {"experiment": "moco_v2_folder", "data": "shards", "data.root": str(output), "run": "runs/packed"}
     rows = [
         ("pictures", f"{pictures}; {how}"),
         ("classes", f"{len(about['classes']):,}" if about["classes"] else "none: packed without labels"),
@@ -339,6 +268,19 @@ def summarise(config: PackConfig, about: dict[str, Any], title: str, seconds: fl
         ("skipped", f"{sum(skipped.values()):,} ({kinds}), see {output / SKIPPED}" if skipped else "none"),
         ("time", duration(seconds)),
         ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in every)}, the shards, {SKIPPED}"),
-        ("next", command("moco.train", JudgeConfig(), **on_shards)),
+        ("next", _next(config.data.name, output, splits["train"]["pictures"])),
     ]
     Display(1, 1, 0, quiet=False).summary(title, rows)
+
+
+def _next(name: str, output: Path, count: int) -> str:
+    """The command that trains on the shards, with a recipe that fits pictures of this kind and number."""
+    recipe = _RECIPES.get(name, {"experiment": "moco_v2_folder"})
+    if name not in _RECIPES and count < 2 * _QUEUE:  # its queue would hold the same pictures again and again
+        batch = 256 if count >= 512 else 64
+        queue = count // 2 // batch * batch
+        if queue == 0:
+            return f"too few pictures for a recipe; moco.train takes data=shards data.root={output}"
+        recipe |= {"method.queue_size": queue} | ({"batch_size": batch} if batch < 256 else {})
+    on_shards = recipe | {"data": "shards", "data.root": str(output), "run": "runs/packed"}
+    return command("moco.train", JudgeConfig(), **on_shards)

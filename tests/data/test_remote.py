@@ -99,6 +99,15 @@ def test_ranks_read_shards_of_their_own(shards: Path) -> None:
         drawn(source(shards), Plan(12, 10, 1, seed=5, rank=0, processes=5))
 
 
+def test_two_ranks_of_two_workers_see_each_picture_once_an_epoch(tmp_path: Path) -> None:
+    for number in range(8):  # two of them for each worker, and two batches of four
+        tar(tmp_path / f"{number}.tar", {f"{number}.{i}.jpg": encoded(noise(4 * number + i), "JPEG") for i in range(4)})
+    stream = open_remote(f"{tmp_path}/{{0..7}}.tar", 32, 1, allow_pipe=False)
+    plans = [Plan(32, 8, 1, seed=5, rank=rank, processes=2) for rank in range(2)]
+    seen = [int(i) for plan in plans for batch in drawn(stream, plan, 2) for i in batch.index]
+    assert len(seen) == len(set(seen)) == 32
+
+
 def test_going_on_is_said_and_begins_another_pass(shards: Path) -> None:
     plan = Plan(12, 4, 4, seed=5)
     whole = drawn(source(shards), plan)
@@ -147,6 +156,8 @@ def test_a_command_runs_only_where_it_was_allowed(shards: Path, tmp_path: Path) 
         ("HERE/train-{000000..000009}.tar", 12, r"the shard .*train-000004\.tar does not exist"),
         ("HERE/train-000000.tar", 0, r"data\.length=0: a stream does not know its length"),
         ("javascript:alert(1)", 12, r"javascript: is no way to a shard"),
+        ("HERE/train-{000000..000003.tar", 12, r"data\.root=.*: Unbalanced braces.*; it counts like this: train-"),
+        ("HERE/${NOT_SET}.tar", 12, r"data\.root=.*\$\{NOT_SET\}.* names a variable that is not set: .*WDS_NAME"),
     ],
 )
 def test_addresses_that_cannot_be(root: str, length: int, words: str, shards: Path) -> None:
@@ -154,11 +165,51 @@ def test_addresses_that_cannot_be(root: str, length: int, words: str, shards: Pa
         load_source("webdataset", root.replace("HERE", str(shards)), length=length)
 
 
+def test_what_is_left_out_is_said_once_and_an_empty_shard_is_no_error(tmp_path: Path) -> None:
+    shown = {
+        "IMG.2020.01.jpg": encoded(noise(1), "JPEG"),
+        "1.jpg": encoded(noise(2), "JPEG"),
+        "1.mask.png": b"",
+        "2.txt": b"",
+    }
+    tar(tmp_path / "0.tar", shown)
+    for number in (1, 2, 3):
+        tar(tmp_path / f"{number}.tar", {})
+    stream = open_remote(f"{tmp_path}/{{0..3}}.tar", 4, 1, allow_pipe=False)
+    for slot in range(4):  # three of four workers have nothing of their own
+        with pytest.warns(
+            RunWarning, match=r"left out of .*0\.tar.*: samples without .* \(1\), further pictures .* \(1\)"
+        ) as told:
+            got = list(itertools.islice(endless(stream.addresses, 1, 0, slot, 4), 8))
+        assert len(told) == 1
+        assert {sample.name.split(" of ")[0] for sample in got} == {"IMG.2020.01.jpg", "1.jpg"}
+
+
+def test_addresses_of_files_are_decoded_as_they_are_opened(shards: Path, tmp_path: Path) -> None:
+    odd = tmp_path / "a b%.tar"
+    odd.write_bytes((shards / "train-000000.tar").read_bytes())
+    stream = open_remote(odd.as_uri(), 3, 1, allow_pipe=False)
+    assert "%20" in stream.addresses[0]
+    assert len(list(samples_of(stream.addresses[0]))) == 3
+
+
 def test_shards_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
-    cut.write_bytes((shards / "train-000000.tar").read_bytes()[:2200])
+    whole = (shards / "train-000000.tar").read_bytes()
+    cut.write_bytes(whole[:2200])
     (tmp_path / "text.tar").write_text("no tar")
-    for address in (str(cut), str(tmp_path / "text.tar"), f"pipe:cat {shards}/train-000000.tar; exit 3"):
+    border, flipped = tmp_path / "border.tar", tmp_path / "flipped.tar"
+    with tarfile.open(shards / "train-000000.tar") as file:
+        second = file.getmembers()[2].offset
+    border.write_bytes(whole[:second])
+    flipped.write_bytes(whole[:second] + bytes([whole[second] ^ 1]) + whole[second + 1 :])
+    for address in (
+        str(cut),
+        str(border),
+        str(flipped),
+        str(tmp_path / "text.tar"),
+        f"pipe:cat {shards}/train-000000.tar; exit 3",
+    ):
         with pytest.raises(StreamError, match=r"the shard .* cannot be read \(") as caught:
             list(samples_of(address))
         assert "\n" not in str(caught.value)

@@ -75,6 +75,20 @@ def test_the_views_are_bit_identical_to_the_folders(tree: Path, workers: int, st
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
 
 
+def test_two_ranks_are_one_and_see_each_picture_once_an_epoch(tree: Path) -> None:
+    source = load_source("shards", str(tree / "packed")).train
+    views = [View(size=8, flip_p=0.5)] * 2
+    whole, *ranks = (
+        list(batches(source, Plan(12, 4, 2, seed=3, rank=rank, processes=of), views, CPU, of - 1))
+        for rank, of in ((0, 1), (0, 2), (1, 2))
+    )
+    for one, first, second in zip(whole, *ranks, strict=True):
+        assert torch.equal(one.index, torch.cat([first.index, second.index]))
+        for a, b, c in zip(one.views, first.views, second.views, strict=True):
+            assert torch.equal(a, torch.cat([b, c]))
+    assert sorted(torch.cat([batch.index for batch in whole[:3]]).tolist()) == list(range(12))
+
+
 def test_a_part_and_a_set_in_memory(tree: Path) -> None:
     train = load_source("shards", str(tree / "packed")).train
     part = subset(train, np.array([7, 2]))
@@ -160,8 +174,11 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def newer(path: Path) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+def other(**fields: object) -> Callable[[Path], None]:
+    def harm(path: Path) -> None:
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return harm
 
 
 @pytest.mark.parametrize(
@@ -169,7 +186,12 @@ def newer(path: Path) -> None:
     [
         ("index.json", Path.unlink, r"holds tar files but no index\.json: stream them with data=webdataset"),
         ("index.json", cut, r"index\.json is damaged"),
-        ("index.json", newer, r"is of version 99, and this moco reads 1: install a newer moco"),
+        ("index.json", lambda path: path.write_text("[]"), r"index\.json is damaged: take it from a copy, or remove"),
+        ("index.json", lambda path: path.write_text(path.read_text().replace('"rows"', '"rowt"')), r"is damaged"),
+        ("index.json", other(classes=["dog", "cat"]), r"index\.json is damaged"),
+        ("index.json", other(splits={}), r"index\.json is damaged"),
+        ("index.json", other(version=99), r"is of version 99, and this moco reads 2: install a newer moco"),
+        ("index.json", other(version=1), r"is of version 1, and this moco reads 2: pack the pictures again"),
         ("train.npy", Path.unlink, r"train\.npy is missing: copy the whole folder"),
         ("train.npy", lambda path: flip(path, 300), r"train\.npy is damaged \(SHA-256\)"),
         ("train-000001.tar", Path.unlink, r"train-000001\.tar is missing"),
@@ -184,6 +206,24 @@ def test_what_is_missing_or_damaged_is_one_sentence(
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         load_source("shards", str(root))
     assert "\n" not in str(caught.value)
+
+
+def test_no_flipped_bit_of_the_index_passes(tree: Path, tmp_path: Path) -> None:
+    root = copy(tree, tmp_path / "copy")
+    file = root / "index.json"
+    whole, about = file.read_bytes(), module.read_index(root, "here")
+    for at in range(0, len(whole), 7):
+        for bit in (1, 4):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            if _read_or_refused(root) is not None:
+                assert module.read_index(root, "here") == about  # white space between the values
+
+
+def _read_or_refused(root: Path) -> object:
+    try:
+        return module.read_index(root, "here")
+    except ValueError:
+        return None
 
 
 def test_folders_that_hold_no_shards(tmp_path: Path) -> None:
@@ -209,7 +249,8 @@ def synthetic(root: Path, count: int) -> Path:
     np.save(root / "train.npy", rows)
     shard = {"file": "train-000000.tar", "bytes": len(content), "sha256": module.digest_of(root / "train-000000.tar")}
     split = {"rows": "train.npy", "sha256": module.digest_of(root / "train.npy"), "labelled": True, "shards": [shard]}
-    (root / "index.json").write_text(json.dumps({"version": 1, "classes": ["a", "b"], "splits": {"train": split}}))
+    index = {"version": module.VERSION, "classes": ["a", "b"], "splits": {"train": split}}
+    (root / "index.json").write_text(json.dumps(module.sealed(index)))
     return root
 
 

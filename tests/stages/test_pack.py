@@ -53,12 +53,35 @@ def test_workers_change_nothing_and_a_finished_folder_is_checked(
 
     capsys.readouterr()
     packed(tmp_path / "one", root)
-    assert "already packed, and every shard is as it was written" in capsys.readouterr().out
+    assert "already packed, and every file is as it was written" in capsys.readouterr().out
     assert everything(tmp_path / "one") == one
-    shard = tmp_path / "one" / "train-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"train-000001\.tar are not as they were written \(SHA-256\)"):
-        packed(tmp_path / "one", root)
+
+
+def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "train")
+    names = ["cat/a\rb.jpg", "cat/c\nd.jpg", 'cat/e",f.jpg']
+    for name in names:
+        (root / name).write_bytes(b"none")
+    packed(tmp_path / "out", root, data_max_bad=0.5)
+    with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "words"),
+    [
+        ("digits", 1297, "data.resident=true data=shards"),
+        ("cifar10", 50_000, "experiment=moco_v2plus_cifar10 data.resident=true data=shards"),
+        ("folder", 1_000_000, "experiment=moco_v2_folder data=shards data.root=out run=runs/packed"),
+        ("folder", 3000, "experiment=moco_v2_folder method.queue_size=1280 data=shards"),
+        ("huggingface", 200, "experiment=moco_v2_folder method.queue_size=64 batch_size=64"),
+        ("folder", 20, "too few pictures for a recipe; data=shards data.root=out"),
+    ],
+)
+def test_what_to_run_next_fits_the_pictures(name: str, count: int, words: str) -> None:
+    said = stage._next(name, Path("out"), count)
+    assert set(words.split()) <= set(said.split())
+    assert ("experiment=" in said, "queue_size=" in said) == ("experiment=" in words, "queue_size=" in words)
 
 
 def _pack_slowly(output: Path, root: Path) -> None:
@@ -92,7 +115,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, monke
     # A finished shard that was harmed meanwhile is made again, and those behind it; the one before it is kept.
     kept = (output / "train-000000.tar").stat().st_mtime_ns
     os.truncate(output / "train-000001.tar", 100)
-    monkeypatch.setattr(stage, "prepared", prepared := _noting(packing.prepared))
+    monkeypatch.setattr(stage, "prepared", prepared := Noting(packing.prepared))
     with pytest.raises(ConfigError, match=r"holds shards with shard_mb=0\.012 \(now 0\.02\): choose another output"):
         packed(output, root, shard_mb=0.02, data_max_bad=0.1)
     packed(output, root, data_max_bad=0.1)
@@ -102,7 +125,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, monke
     assert everything(output) == whole
 
 
-class _noting:  # noqa: N801 - stands for a function
+class Noting:
     """Calls a function and keeps where each call began."""
 
     def __init__(self, function: Any) -> None:
