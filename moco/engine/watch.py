@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from moco.distributed import on_main, world_size
 
@@ -91,7 +91,7 @@ def _where(signs: Sequence[Sign], ranks: Sequence[int]) -> str:
     return "; ".join(f"rank{'s' * (len(of) > 1)} {_list(of)} {state}" for state, of in alike.items())
 
 
-def meeting_point() -> dist.Store | None:
+def meeting_point() -> Store | None:
     """Where the ranks of this attempt leave their signs: torchrun's store, over a connection of our own.
 
     Collective. None for one process, and for a process group that was not announced in the environment.
@@ -101,8 +101,8 @@ def meeting_point() -> dist.Store | None:
     attempt = on_main(time.time_ns)  # signs of an attempt before this one are none
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = timedelta(seconds=10)
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
-    return dist.PrefixStore(f"moco/watch/{attempt}", store)
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+    return PrefixStore(f"moco/watch/{attempt}", store)
 
 
 class Watch:
@@ -117,7 +117,7 @@ class Watch:
         rank, world: this one, of how many.
     """
 
-    def __init__(self, minutes: float, store: dist.Store | None = None, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, minutes: float, store: Store | None = None, rank: int = 0, world: int = 1) -> None:
         self._limit, self._store = 60 * minutes, store
         self._rank, self._world = (rank, world) if store is not None else (0, 1)
         self._every = min(5.0, self._limit / _BEATS)

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moco.config import config_dir
 from moco.engine.watch import HUNG, Sign, Watch, place, report
@@ -171,7 +171,7 @@ def test_zero_watches_nothing() -> None:
 
 def test_ranks_read_each_other_in_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two watches of one store in one process: rank 1 is told to say nothing more, rank 0 names it."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     left: list[int] = []
     said: list[str] = []
     monkeypatch.setattr(os, "_exit", lambda status: left.append(status))

@@ -1,0 +1,99 @@
+"""SIGKILL at random moments, in the middle of saves too, and damage to the newest checkpoint: the end is the same."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from moco.engine import checkpoint
+from tests.faults import runs
+from tests.faults.runs import LONG, STEPS
+
+KILLS = 100 if LONG else 6
+DAMAGED = 20 if LONG else 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "whole"
+    runs.to_the_end(run)
+    assert runs.newest(run)["step"] == STEPS
+    return run
+
+
+def half_written(run: Path) -> bool:
+    return any((run / "checkpoints").glob("*.tmp"))
+
+
+def strike(run: Path, seed: int) -> str:
+    """Starts the run and kills it: before its first step, some steps later, or while it writes a checkpoint.
+
+    Returns:
+        What was met: "save", "step", "start", or "late" where the run had ended before.
+    """
+    chance = runs.chance(seed)
+    before, further = runs.saved(run), chance.randint(0, 9)
+    processes = runs.start(run)
+    if further == 0:
+        time.sleep(chance.random())
+    elif not runs.until_saved(run, before + further, processes):
+        return "late"
+    elif chance.random() < 0.5:
+        time.sleep(0.03 * chance.random())
+    else:
+        while not half_written(run) and processes[0].exitcode is None:
+            time.sleep(0.001)
+    runs.kill(processes)
+    if processes[0].exitcode == 0:
+        return "late"
+    assert processes[0].exitcode == -9, runs.said(run)
+    return "save" if half_written(run) else "step" if runs.saved(run) > before else "start"
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_and_in_saves_a_run_ends_bit_for_bit_as_if_it_had_not_been(
+    whole: Path, tmp_path: Path
+) -> None:
+    met: list[str] = []
+    finished = 0
+    while sum(each != "late" for each in met) < KILLS:
+        run = tmp_path / f"run{finished}"
+        while (
+            sum(each != "late" for each in met) < KILLS
+            and runs.saved(run) < STEPS - 10
+            and (not met or met[-1] != "late")
+        ):
+            met.append(strike(run, seed=len(met)))
+        if met[-1] == "late":
+            met[-1] = "late, and over"
+        runs.to_the_end(run)
+        runs.same_end(run, whole)
+        finished += 1
+    counts = {each: met.count(each) for each in sorted(set(met))}
+    print(f"faults: {KILLS} kills in {finished} runs of {STEPS} steps: {counts}")
+    assert counts.get("save", 0) >= KILLS // 10
+    assert counts.get("step", 0) >= KILLS // 10
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(whole: Path, tmp_path: Path) -> None:
+    """A bit flipped anywhere, or the file cut off anywhere; what nothing reads (padding) may be harmless."""
+    noticed = 0
+    for seed in range(DAMAGED):
+        chance, run = runs.chance(seed), tmp_path / f"run{seed}"
+        processes = runs.start(run)
+        assert runs.until_saved(run, 5 + seed % 20, processes)
+        runs.kill(processes)
+        path = checkpoint.found(run / "checkpoints")[0]
+        data = bytearray(path.read_bytes())
+        if seed % 2:
+            del data[chance.randrange(len(data)) :]
+        else:
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
+        runs.to_the_end(run)
+        runs.same_end(run, whole)
+        noticed += path.name in runs.said(run) and "falling back to the checkpoint before it" in runs.said(run)
+    print(f"faults: {DAMAGED} damaged checkpoints, {noticed} noticed and passed over, the others harmless")
+    assert noticed >= DAMAGED * 3 // 4

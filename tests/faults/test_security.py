@@ -1,0 +1,211 @@
+"""Each attack that a stranger's file or name could try, tried."""
+
+import ast
+import csv
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from moco.data.bad import BadImages
+from moco.data.sources import load_source
+from moco.engine import checkpoint
+from moco.engine.checkpoint import CheckpointError
+from moco.interop.encoder_file import build, read_encoder
+from tests.data.broken import noise
+from tests.faults import runs
+from tests.faults.runs import REPOSITORY
+
+NASTY = [
+    "$(touch EVIL)",
+    "`touch EVIL`",
+    "; touch EVIL",
+    "| touch EVIL",
+    "&& touch EVIL",
+    "'\"; touch EVIL; '",
+    "a\nb",
+]
+CODE = sorted((REPOSITORY / "moco").rglob("*.py")) + sorted((REPOSITORY / "scripts").rglob("*.py"))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch EVIL",)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an attack makes, it makes here."""
+    monkeypatch.chdir(tmp_path)
+
+
+def untouched(folder: Path) -> bool:
+    return not any(each.name == "EVIL" for each in folder.rglob("*"))
+
+
+# ---- code in files ----
+
+
+@pytest.mark.slow
+def test_a_pickle_with_code_among_a_runs_checkpoints_is_passed_over_and_not_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    runs.to_the_end(run, "epochs=1", "checkpoint.keep_last=1")
+    for step in (90, 91):
+        torch.save({"step": step, "sha256": "0", "config": Evil()}, run / "checkpoints" / f"step_{step:08d}.pt")
+    (run / "checkpoints" / "step_00000092.pt").write_bytes(pickle.dumps(Evil()))
+    runs.to_the_end(run, "epochs=1", "checkpoint.keep_last=1")
+    assert runs.said(run).count("falling back to the checkpoint before it") == 3
+    assert untouched(tmp_path)
+    os.system("touch EVIL")
+    assert not untouched(tmp_path)  # the test would see it
+
+
+def ours(config: dict[str, Any], path: Path) -> Path:
+    """A checkpoint whose digest is right: the stranger has made it with this code."""
+    method = {"encoder.backbone.weight": torch.ones(2), "encoder.head.0.weight": torch.ones(2)}
+    return checkpoint.save(path, 1, {"step": 1, "config": config, "method": method, "history": []}, keep_last=1)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"backbone": "resnet18", "options": {"_target_": "os.system", "command": "touch EVIL"}},
+        {"backbone": {"_target_": "os.system", "command": "touch EVIL"}, "options": {}},
+        {"backbone": "os.system", "options": {"command": "touch EVIL"}},
+        {"backbone": "timm/os.system", "options": {}},
+        {"backbone": "timm/resnet18", "options": {"checkpoint_path": "evil.pt"}},
+        {"backbone": "timm/resnet18", "options": {"pretrained": True}},
+        {"backbone": "timm/hf_hub:evil/model", "options": {}},
+        {"backbone": "timm/local-dir:evil", "options": {}},
+    ],
+)
+def test_a_checkpoints_configuration_names_no_code(backbone: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "config.json").write_text('{"architecture": "resnet18", "pretrained_cfg": {}}')
+    model = {"head_layers": 1, "head_hidden": 0, "dim": 2, "bn": "batch", "bn_group_size": 2} | backbone
+    with pytest.raises((ValueError, TypeError)):
+        build(read_encoder(ours({"model": model}, tmp_path / "there")))
+    assert untouched(tmp_path)
+
+
+def test_safetensors_metadata_is_text(tmp_path: Path) -> None:
+    about = {
+        "backbone": "os.system",
+        "options": '{"command": "touch EVIL"}',
+        "images": "{}",
+        "config": "{}",
+        "step": "1",
+    }
+    save_file({"weight": torch.ones(2)}, tmp_path / "x.safetensors", about)
+    with pytest.raises(ValueError, match=r"os\.system"):
+        build(read_encoder(tmp_path / "x.safetensors"))
+    assert untouched(tmp_path)
+
+
+# ---- code in configurations ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+model.options._target_=os.system",
+        "+model._target_=os.system",
+        "+_target_=os.system",
+        "+augment.second._target_=os.system",
+        "+hydra.callbacks.evil={_target_: subprocess.call, _args_: [[touch, EVIL]]}",
+        "model.backbone=os.system",
+        "experiment=../../../evil",
+    ],
+)
+def test_an_override_names_no_code(override: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (status,) = runs.wait(runs.start(run, override))
+    assert status in (1, 2), runs.said(run)
+    assert "Traceback" not in runs.said(run)
+    assert len(runs.said(run).strip().splitlines()) == 1
+    assert untouched(tmp_path)
+
+
+# ---- names ----
+
+
+@pytest.mark.slow
+def test_names_of_pictures_and_runs_reach_no_shell(tmp_path: Path) -> None:
+    """A folder of nasty names, some of them unreadable, trained into a run of a nasty name."""
+    root = tmp_path / "pictures $(touch EVIL)"
+    root.mkdir()
+    for number, name in enumerate(NASTY):
+        for copy in range(4):
+            noise(4 * number + copy, 16, 16).save(root / f"{copy}{name.replace('/', '_')}.png")
+    broken = root / f"9{NASTY[0]}.png"
+    broken.write_bytes(b"")
+    run = tmp_path / "run $(touch EVIL) `touch EVIL`; touch EVIL"
+    given = ["data=folder", f"data.root='{root}'", "data.workers=1", "data.on_bad_image=replace", "data.max_bad=0.2"]
+    given += ["batch_size=16", "model.bn_group_size=8", "epochs=2", "method.queue_size=16"]
+    (status,) = runs.wait(runs.start(run, *given))
+    assert status == 0, runs.said(run)
+    assert untouched(tmp_path)
+
+
+def test_a_name_cannot_forge_a_line_of_a_table(tmp_path: Path) -> None:
+    """Quotes, commas and line ends stay inside of their field. A formula stays one: see docs/reliability.md."""
+    names = ['a",1,forged\n2,"b.png', "=HYPERLINK(1).png", "c,d.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    noise().save(tmp_path / "good.png")
+    source = load_source("folder", str(tmp_path)).train
+    bad = BadImages(source, tmp_path / "bad_images.csv", max_bad=0.9)
+    bad.note({i: "empty" for i in range(len(source)) if source.name(i) in names})
+    bad.settle()
+    with (tmp_path / "bad_images.csv").open(newline="") as file:
+        assert sorted(row["path"] for row in csv.DictReader(file)) == sorted(names)
+
+
+# ---- bombs ----
+
+
+def test_a_checkpoint_that_would_unpack_to_more_than_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "step_00000001.pt"
+    torch.save({"weight": torch.zeros(10_000_000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for each in plain.infolist():
+            packed.writestr(each.filename, plain.read(each))
+    assert path.stat().st_size < 1_000_000
+    with pytest.raises(CheckpointError, match=r"would unpack to 40,\d+,\d+ bytes, more than it has"):
+        checkpoint.load(path)
+
+
+def test_a_tensor_that_claims_more_than_its_file_holds(tmp_path: Path) -> None:
+    """A terabyte of one number: to look at it takes the terabyte."""
+    torch.save({"weight": torch.zeros(1).expand(2**38), "sha256": "0"}, tmp_path / "step_00000001.pt")
+    with pytest.raises(CheckpointError, match="a tensor claims more than the file holds"):
+        checkpoint.load(tmp_path / "step_00000001.pt")
+
+
+# ---- what no code of ours may do ----
+
+
+def calls(tree: ast.AST) -> list[tuple[str, ast.Call]]:
+    return [(ast.unparse(each.func), each) for each in ast.walk(tree) if isinstance(each, ast.Call)]
+
+
+def keyword(call: ast.Call, name: str) -> str:
+    return next((ast.unparse(each.value) for each in call.keywords if each.arg == name), "")
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
+def test_no_shell_no_unpickling_no_evaluation(path: Path) -> None:
+    for name, call in calls(ast.parse(path.read_text())):
+        assert keyword(call, "shell") in ("", "False"), name
+        assert keyword(call, "allow_pickle") in ("", "False"), name
+        assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), name
+        assert name not in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "marshal.loads"), name
+        assert name != "torch.load" or keyword(call, "weights_only") == "True", name
+        assert name not in ("hydra.utils.instantiate", "hydra.utils.call", "instantiate"), name

@@ -1,0 +1,75 @@
+"""scripts/train_slurm.sbatch with a Slurm made of three shell scripts: who is put back into the queue, and when."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import REPOSITORY
+
+# Training that says when it has begun, saves when told to stop, and ends as torchrun does.
+SRUN = """#!/usr/bin/env bash
+echo "srun $*" >> calls
+trap 'sleep 0.3; echo saved >> calls; exit STATUS' TERM
+touch begun
+for _ in $(seq 200); do [[ -f end ]] && exit "$(cat end)"; sleep 0.05; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi
+"""
+
+
+def submit(folder: Path, at_the_end: int = 1) -> "subprocess.Popen[bytes]":
+    for name, text in (("srun", SRUN.replace("STATUS", str(at_the_end))), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    slurm = {"NNODES": "2", "JOB_NODELIST": "node[7-8]", "JOB_ID": "4711", "CPUS_PER_TASK": "3"}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    script = REPOSITORY / "scripts" / "train_slurm.sbatch"
+    job = subprocess.Popen(["bash", str(script), "epochs=3", "run=a b"], cwd=folder, env=os.environ | environment)
+    until = time.monotonic() + 20
+    while not (folder / "begun").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return job
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
+
+
+STARTED = "srun --cpus-per-task=3 bash scripts/train_multi_node.sh epochs=3 run=a b"
+
+
+def test_near_its_time_limit_the_job_saves_first_and_is_queued_again_then(tmp_path: Path) -> None:
+    job = submit(tmp_path)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 1
+    assert calls(tmp_path) == [STARTED, "saved", "scontrol requeue 4711"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_what_ends_by_itself_is_not_queued_again(status: int, tmp_path: Path) -> None:
+    job = submit(tmp_path)
+    (tmp_path / "end").write_text(str(status))
+    assert job.wait(20) == status
+    assert calls(tmp_path) == [STARTED]
+
+
+def test_what_ends_well_in_the_time_that_was_left_is_not_queued_again(tmp_path: Path) -> None:
+    """The signal comes in the last step."""
+    job = submit(tmp_path, at_the_end=0)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(20) == 0
+    assert calls(tmp_path) == [STARTED, "saved"]
+
+
+def test_every_script_is_sound_shell() -> None:
+    scripts = sorted((REPOSITORY / "scripts").glob("*.s*h")) + sorted((REPOSITORY / "scripts").glob("*.sbatch"))
+    assert len(scripts) >= 4
+    for script in scripts:
+        subprocess.run(["bash", "-n", str(script)], check=True)
