@@ -1,0 +1,129 @@
+"""Small stand-ins for what the documentation's commands name: PICTURES, CIFAR, ImageNet, an official file, a run.
+
+And the overrides that make each command small. They come behind the command's own words, so all of these are read and
+checked first; what a page says about batch, epochs or network is then replaced by less.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from moco.models.backbones import build_backbone
+from tests.docs.pages import REPOSITORY, blocks
+from tests.stages.pictures import gradient
+
+CLASSES = ("cat", "dog")
+# How a page calls what is made here under another name.
+RENAMED = {"/data/imagenet": "imagenet", "moco.NAME": "moco.train", "=NAME": "=digits", "=YOURS": "=digits"}
+RENAMED |= {"epochs=SHORT": "epochs=1", "overrides=[...]": "overrides=[]"}
+
+DIGITS = ["epochs=1", "batch_size=256", "model.options.width=4", "evaluate.draws=2", "checkpoint.keep_epochs=1"]
+PICTURES = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
+PICTURES += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
+PICTURES += ["data.workers=0", "optim.warmup_epochs=0", "evaluate.k=5", "precision=fp32", "threads=1"]
+NO_QUEUE = ["method.queue_size=0", "model.bn=sync", "model.shuffle_keys=false"]
+TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hidden=16", "model.predictor_hidden=16"]
+SWEEP = ["epochs=1", "sweep.lrs=[0.1]", "sweep.weight_decays=[0.0]"]
+FEW = ["threads=1", "data.workers=0"]
+
+
+def small(module: str, arguments: tuple[str, ...]) -> list[str]:
+    """The overrides that make `python -m MODULE ARGUMENTS` small.
+
+    Raises:
+        ValueError: for a command that is not known here: the documentation has a new one.
+    """
+    if module == "moco.train":
+        return small_training(arguments)
+    if module == "moco.linear":
+        official = any(each.startswith("protocol=moco") for each in arguments)
+        return [*FEW, *(["epochs=1"] if official else SWEEP)]
+    if module == "moco.temperature" and "mode=explain" not in arguments:
+        training = [*(each for each in DIGITS if "epochs" not in each), "evaluate.every_epochs=0", "device=cpu"]
+        fields = ["temperatures=[0.2]", "seeds=1", "epochs=1", "images=60", "draws=2", "bins=10"]
+        keep = ["keep_epochs=1"] * any(each.startswith("keep_epochs=") for each in arguments)
+        return [*fields, *keep, f"overrides={json.dumps(training)}"]
+    found = {
+        "moco.temperature": [],
+        "moco.knn": [*FEW, *(["draws=2"] if any("labels_per_class" in each for each in arguments) else [])],
+        "moco.finetune": [*FEW, "epochs=1", "min_steps=1", "seeds=1"],
+        "moco.embed": FEW,
+        "moco.search": ["threads=1"],
+        "moco.convert": [*FEW, "pictures=2"],
+        "moco.check_data": ["data.workers=1"],
+        "moco.pack": ["workers=1", "data.workers=1"],
+        "moco.report": [*FEW, "pictures=20", "perplexity=3", "queries=2", "references=20", "images_at_once=20"],
+        "moco.choose": ["images=60", "draws=2", "probe_labels_per_class=1", "threads=1"],
+    }.get(module)
+    if found is None:
+        raise ValueError(f"{module} is new in the documentation: say in tests/docs/stand_ins.py what makes it small")
+    return found
+
+
+def small_training(arguments: tuple[str, ...]) -> list[str]:
+    """As `small`, by the recipe."""
+    recipe = next((each.partition("=")[2] for each in arguments if each.startswith("experiment=")), "digits")
+    if "digits" in recipe or recipe == "mine":
+        return DIGITS
+    if "v3" in recipe:
+        return [*PICTURES, *NO_QUEUE, *TWO_HEADS, *without_options(recipe)]
+    return [*PICTURES, *(NO_QUEUE if recipe.startswith(("simclr", "supcon")) else ["method.queue_size=32"])]
+
+
+def without_options(recipe: str) -> list[str]:
+    """Takes out what a recipe itself says of its backbone, which the small one does not know."""
+    said = yaml.safe_load((REPOSITORY / "configs" / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    return [f"~model.options.{name}" for name in said.get("model", {}).get("options", {})]
+
+
+class SmallCifar:
+    """torchvision's CIFAR10 and CIFAR100 without the archive: 40 gradients, 20 held out."""
+
+    def __init__(self, root: str, train: bool, download: bool) -> None:
+        pictures = range(40) if train else range(100, 120)
+        self.data = np.stack([np.asarray(gradient(seed, 32, 32)) for seed in pictures])  # (N, 32, 32, 3)
+        self.targets = [seed % 2 for seed in pictures]
+        self.classes = list(CLASSES)
+
+
+def tree(root: Path, each: int, first: int) -> None:
+    """So many pictures a class, ROOT/CLASS/NUMBER.png."""
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for number in range(each):
+            gradient(first + 2 * number + label).save(root / name / f"{number:02}.png")
+
+
+def official_file(path: Path) -> None:
+    """A file in facebookresearch/moco's layout: a ResNet-18 with random weights, both encoders and a queue."""
+    torch.manual_seed(0)
+    state = build_backbone("resnet18", {}).state_dict()
+    encoders = {f"module.encoder_{which}.{name}": value for which in "qk" for name, value in state.items()}
+    torch.save({"epoch": 800, "arch": "resnet18", "state_dict": encoders}, path)
+
+
+def make(root: Path) -> None:
+    """All that pages may name, but the runs."""
+    tree(root / "TRAIN", each=20, first=0)
+    tree(root / "TEST", each=8, first=100)
+    for place, target in {
+        "CIFAR/train": "../TRAIN",
+        "CIFAR/test": "../TEST",
+        "imagenet/train": "../TRAIN",
+        "imagenet/val": "../TEST",
+        "scripts": str(REPOSITORY / "scripts"),
+        "RUN": "runs/cifar10_cpu",  # results.md: whatever the run before it on the page was called
+    }.items():
+        (root / place).parent.mkdir(exist_ok=True)
+        os.symlink(target, root / place)
+    (root / "PICTURES").mkdir()
+    for number, name in enumerate(["a", "b", *(f"{i:02}" for i in range(34))]):
+        gradient(number).save(root / "PICTURES" / f"{name}.jpg")
+    official_file(root / "moco_v2_800ep_pretrain.pth.tar")
+    (root / "DIR" / "experiment").mkdir(parents=True)
+    (recipe,) = [text for _, text in blocks(REPOSITORY / "README.md", "yaml")]
+    (root / "DIR" / "experiment" / "mine.yaml").write_text(recipe)

@@ -1,0 +1,55 @@
+"""The pages of docs/config/ are what the schemas and configs/ say."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from moco.config import MethodConfig
+from scripts import config_pages
+
+
+def test_the_pages_are_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
+    assert config_pages.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_a_stale_a_missing_and_a_surplus_page_are_named_and_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(config_pages, "PAGES", tmp_path)
+    assert config_pages.main([]) == 0
+    (tmp_path / "data.md").write_text("something else")
+    (tmp_path / "knn.md").unlink()
+    (tmp_path / "gone.md").write_text("of a group that is no more")
+    capsys.readouterr()
+    assert config_pages.main(["--check"]) == 1
+    said = capsys.readouterr().err
+    assert [f"docs/config/{name} is not" in said for name in ("data.md", "gone.md", "knn.md")] == [True] * 3
+    assert len(said.splitlines()) == 3
+    assert config_pages.main([]) == 0
+    assert config_pages.main(["--check"]) == 0
+    assert not (tmp_path / "gone.md").exists()
+
+
+def test_a_page_has_every_field_with_its_type_default_and_meaning() -> None:
+    page = config_pages.pages()["method.md"]
+    assert "| `queue_size` | int | `65536` | K; 0 where the method has no queue |" in page
+    assert "| `momentum_end` | float or null | `null` | m grows to this along half a cosine; null: constant |" in page
+    for name in config_pages.explained(MethodConfig):
+        assert f"| `{name}` |" in page
+    assert "### moco_v2plus" in page  # an option, with what its file says
+
+
+def test_the_string_below_a_field_is_its_meaning() -> None:
+    @dataclass
+    class Schema:
+        """Words."""
+
+        bare: int = 1
+        told: float | None = None
+        """of two
+        lines"""
+
+    assert config_pages.explained(Schema) == {"bare": ("int", ""), "told": ("float | None", "of two lines")}
+    (line, *_) = [each for each in config_pages.table(Schema, {"told": 0.5}) if "told" in each]
+    assert line == "| `told` | float or null | `0.5` | of two lines |\n"
