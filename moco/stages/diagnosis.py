@@ -2,11 +2,14 @@
 
 import json
 import math
+from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moco.analysis import Alarm, Facts, diagnose
+
+Recorded = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
 
 
 def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
@@ -29,17 +32,20 @@ def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
     )
 
 
-def recorded(file: Path) -> dict[str, list[float]]:
-    """The series of a metrics.jsonl, by name; a line that a kill cut in two is left out, null is nan."""
-    series: dict[str, list[float]] = {}
+def recorded(file: Path) -> Recorded:
+    """The series of a metrics.jsonl. What is no record (a line that a kill cut in two) is left out; null is nan."""
+    series: Recorded = {}
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            step = float(record.pop("step"))
+            values = {name: math.nan if value is None else float(value) for name, value in record.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue
-        for name, value in record.items() if isinstance(record, dict) else ():
-            if name != "step":
-                series.setdefault(name, []).append(math.nan if value is None else float(value))
+        for name, value in values.items():
+            steps, numbers = series.setdefault(name, ([], []))
+            steps.append(step)
+            numbers.append(value)
     return series
 
 
@@ -54,14 +60,15 @@ class Doctor:
 
     def __init__(self, facts: Facts, file: Path, say: Callable[[str], None]) -> None:
         self._facts, self._say = facts, say
-        self._series = recorded(file)
+        # Of the whole run: 8 bytes a value.
+        self._series = {name: array("d", values) for name, (_, values) in recorded(file).items()}
         self._said: set[str] = set()  # an alarm that comes and goes is said once
         self.found: list[Alarm] = []
 
     def record(self, values: Mapping[str, float]) -> None:
         """Takes in what the journal records."""
         for name, value in values.items():
-            self._series.setdefault(name, []).append(value)
+            self._series.setdefault(name, array("d")).append(value)
 
     def look(self) -> None:
         """Says what is new; `found` is then all that holds at present."""
@@ -69,6 +76,6 @@ class Doctor:
         for alarm in self.found:
             if alarm.name not in self._said:
                 self._said.add(alarm.name)
-                epochs = self._series.get("train/epoch", ())
+                epochs = self._series.get("train/epoch")
                 when = f", epoch {epochs[-1]:.3g}" if epochs else ""
                 self._say(f"doctor{when}: {alarm.name}: {alarm.evidence}. Try {alarm.remedy}")

@@ -273,12 +273,12 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         display.step(done)
         epoch, rest = divmod(done, plan.steps_per_epoch)
         last = done == plan.total_steps
-        if doctor and (rest == 0 or last):
-            doctor.look()
         every = config.evaluate.every_epochs
         if every and ((rest == 0 and epoch % every == 0) or last):
             with watch.paused():
                 evaluate(done)
+        if doctor and (rest == 0 or last):
+            doctor.look()
         often, keep_every = config.checkpoint, config.checkpoint.keep_epochs
         keep = bool(keep_every) and rest == 0 and epoch % keep_every == 0
         at_epoch = bool(often.every_epochs) and rest == 0 and epoch % often.every_epochs == 0

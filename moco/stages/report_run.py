@@ -4,17 +4,17 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from moco.analysis import Alarm, Facts, diagnose
-from moco.config import ConfigError, RunWarning, require
+from moco.analysis import Alarm, diagnose
+from moco.config import ConfigError, RunWarning, TrainConfig, require
 from moco.engine import checkpoint
-
-Values = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
+from moco.engine.run import flatten
+from moco.stages.diagnosis import Recorded, facts_of, recorded
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Run:
 
     path: Path
     config: dict[str, Any]
-    values: Values
+    values: Recorded
     results: list[dict[str, Any]]
     checkpoint: Path | None  # the newest that can be read
     state: dict[str, Any]  # of it, without weights; {} without a checkpoint
@@ -68,7 +68,7 @@ def open_run(path: Path) -> Run:
     require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path)
     config = state.get("config") or _configuration(path)
-    values = _metrics(path / "metrics.jsonl")
+    values = recorded(path / "metrics.jsonl")
     require(
         bool(values) or file is not None,
         f"run={path} has recorded nothing and saved no checkpoint yet: train it first, python -m moco.train run={path}",
@@ -105,23 +105,6 @@ def _configuration(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _metrics(file: Path) -> Values:
-    """Every series; a line that a kill cut in two is left out, what was not finite is nan."""
-    values: Values = {}
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        try:
-            record = json.loads(line)
-            step = float(record.pop("step"))
-            for name, value in record.items():
-                number = math.nan if value is None else float(value)
-                steps, series = values.setdefault(str(name), ([], []))
-                steps.append(step)
-                series.append(number)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return values
-
-
 def _results(file: Path) -> list[dict[str, Any]]:
     try:
         known = json.loads(file.read_text()) if file.is_file() else []
@@ -141,21 +124,12 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
     count = images
     if count is None and not math.isnan(run.steps_per_epoch):
         count = round(run.steps_per_epoch * run.get("batch_size", 1))
-    both = run.get("method.symmetric", False) or run.get("method.name") == "moco_v3"
-    queued = run.get("method.name", "moco") == "moco"
-    has_keys = run.get("method.name") != "simclr"
-    facts = Facts(
-        temperature=run.get("method.temperature", 0.2),
-        momentum=run.get("method.momentum", 0.99) if has_keys else 0.99,  # without a key encoder nothing to say
-        queue_size=run.get("method.queue_size", 0) if queued else 0,
-        dataset_size=count or 2**62,
-        keys_per_step=run.get("batch_size", 1) * (2 if both else 1),
-        mask_own_keys=run.get("method.mask_own_keys", True),
-    )
+    settings = flatten(asdict(TrainConfig())) | flatten(run.config)  # an old run may not know all fields
+    facts = facts_of(settings, count or 2**62)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 
 
-def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Values], str]:
+def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Recorded], str]:
     """The series of each run by its name, over epochs where all runs say how long theirs are, else over steps."""
     epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
     moved = {}

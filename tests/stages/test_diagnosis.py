@@ -45,8 +45,8 @@ def test_recorded_series_leave_out_a_cut_line_and_read_null_as_nan(tmp_path: Pat
     file.write_text("\n".join([*lines, "[3]", "7", '{"step": 3, "train/loss": 1', ""]))
     found = recorded(file)
     assert found.keys() == {"train/loss", "analysis/key_drift", "accuracy/knn"}
-    assert found["train/loss"] == [2.5]
-    assert math.isnan(found["analysis/key_drift"][0])
+    assert found["train/loss"] == ([1.0], [2.5])
+    assert math.isnan(found["analysis/key_drift"][1][0])
 
 
 def waiting(share: float, epoch: float = 1.0) -> dict[str, float]:
@@ -151,7 +151,7 @@ def test_the_doctor_speaks_in_a_run_with_a_fault_and_in_no_other(
     assert said.items() >= alarms.items()
     assert said.keys() - alarms.keys() <= besides
     names = recorded(tmp_path / "run" / "metrics.jsonl")
-    assert len(names["analysis/effective_rank"]) == 5 * config.epochs
+    assert len(names["analysis/effective_rank"][1]) == 5 * config.epochs
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -175,5 +175,5 @@ def test_looks_do_not_change_a_run_and_a_resumed_one_keeps_its_series(tmp_path: 
     one, two, none = (recorded(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut", "blind"))
     measures = [name for name in one if name.startswith("analysis/")]
     assert len(measures) == 16
-    assert all(one[name] == pytest.approx(two[name], nan_ok=True, abs=0) for name in measures)
+    assert all(one[name][1] == pytest.approx(two[name][1], nan_ok=True, abs=0) for name in measures)
     assert not [name for name in none if name.startswith("analysis/")]
