@@ -25,6 +25,11 @@ def check_check_data(config: CheckDataConfig) -> None:
         ConfigError: naming the field, its value and the fix.
     """
     require_finite(config)
+    require(
+        config.data.name != "shards",
+        "data.name=shards: a packed folder is checked, and mended, by the same moco.pack command once more; "
+        "moco.check_data is for the pictures before that, data=folder",
+    )
     one_of("data.name", config.data.name, ("folder", "imagenet"))  # the others are arrays, with checksums of their own
     check_pictures(config.data)
     at_least(1, {"listed": config.listed})

@@ -235,7 +235,7 @@ def _write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]
     temporary = path.with_suffix(".tmp")
     # A path that is no UTF-8 is written with its own bytes.
     with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(lines)
     temporary.replace(path)

@@ -171,6 +171,7 @@ def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
     for data, words in (
         (DataConfig(name="cifar10"), "folder, imagenet"),
+        (DataConfig(name="shards", root="packed"), "by the same moco.pack command once more"),
         (DataConfig(name="folder", workers=-1), "-1"),
     ):
         with pytest.raises(ConfigError, match=words):

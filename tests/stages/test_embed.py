@@ -297,4 +297,4 @@ def test_parquet_holds_what_the_csv_holds(made: tuple[Path, Path], tmp_path: Pat
     there = parquet.read_table(tmp_path / "out" / "index.parquet").to_pydict()
     assert there["path"] == [*(f"{i:02}.png" for i in range(11)), "caf\\xe9.png"]
     assert there["id"] == there["row"] == list(range(12))
-    assert b"11,11,caf\xe9.png\n" in (tmp_path / "out" / "index.csv").read_bytes()  # a CSV keeps the bytes
+    assert b"11,11,caf\xe9.png\r\n" in (tmp_path / "out" / "index.csv").read_bytes()  # a CSV keeps the bytes
