@@ -18,7 +18,7 @@ touch begun
 for _ in $(seq 200); do [[ -f end ]] && exit "$(cat end)"; sleep 0.05; done
 """
 SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then echo node7; echo node8; else echo "scontrol $*" >> calls; fi
+if [[ $1 == show ]]; then echo node7; sleep 0.1; echo node8; else echo "scontrol $*" >> calls; fi
 """
 
 
