@@ -29,7 +29,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """W."""
+    """The number of processes, W."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -108,7 +108,7 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
         order: a permutation of 0 ... W n - 1, the same on every rank.
 
     Returns:
-        Shape (n, ...): rows order[rank * n : (rank + 1) * n] of the global batch.
+        Rows rank n ... (rank + 1) n - 1 of global[order], shape (n, ...).
     """
     ranks, me, n = world_size(), rank(), len(x)
     if ranks == 1:

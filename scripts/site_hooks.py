@@ -37,6 +37,14 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_post_build(config: Any) -> None:
+    """A page that is opened from the disk may not start the search's worker: it hides the box and stays silent."""
+    script = Path(config["site_dir"]) / "search" / "main.js"
+    hide = "document.querySelectorAll('[role=search]').forEach(box => { box.hidden = true; });"
+    searched = script.read_text(encoding="utf-8")
+    script.write_text(f"if (location.protocol === 'file:') {{ {hide} }} else {{\n{searched}\n}}\n", encoding="utf-8")
+
+
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Each page as it goes into the site."""
     return to_the_top(markdown)

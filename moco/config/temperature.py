@@ -1,8 +1,9 @@
 """The schema of `moco.temperature`: what the temperature does, explained on three logits or swept over real runs."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.base import at_least, config_dir, one_of, require, require_finite
 
 OWN = ("run", "seed", "epochs", "experiment", "method.temperature", "checkpoint.keep_epochs")  # set by the sweep itself
 
@@ -17,10 +18,10 @@ class TemperatureConfig:
     """each gets its own runs; more can be added later, and finished runs are not run again"""
     seeds: int = 1
     """runs at each temperature, with seed 0, 1, ...; two or more show the spread"""
-    experiment: str = "digits"
-    """the recipe of moco.train"""
+    recipe: str = "digits"
+    """what moco.train calls experiment=: the name of a file in configs/experiment/"""
     overrides: list[str] = field(default_factory=list)
-    """further overrides for each run, as moco.train takes them, e.g. [data.root=PICTURES,batch_size=64]"""
+    """further ones for each run, as moco.train has them, in quotes: 'overrides=["data.root=PICTURES","threads=1"]'"""
     epochs: int | None = None
     """of each run; null: the recipe's"""
     keep_epochs: int = 0
@@ -53,6 +54,9 @@ def check_temperature(config: TemperatureConfig) -> None:
     """
     require_finite(config)
     one_of("mode", config.mode, ("sweep", "explain"))
+    one_of(
+        "recipe", config.recipe, tuple(sorted(path.stem for path in Path(config_dir(), "experiment").glob("*.yaml")))
+    )
     one_of("device", config.device, ("auto", "cpu", "cuda"))
     temperatures = config.temperatures
     require(bool(temperatures), "temperatures=[] must hold one or more, e.g. temperatures=[0.05,0.1,0.2,0.5]")
@@ -90,7 +94,7 @@ def _check_override(override: str) -> None:
     require(
         name not in OWN,
         f"overrides: {override!r} is the sweep's own business: set temperatures, seeds, epochs, keep_epochs, "
-        "experiment or output instead",
+        "recipe or output instead",
     )
     require(
         not (name == "method.temperature_schedule" and value != "constant"),

@@ -48,7 +48,7 @@ def crop_boxes(
         ratio: lowest and highest width / height.
 
     Returns:
-        Shape (N, 4): top, left, height, width in pixels.
+        Top, left, height, width in pixels, shape (N, 4).
 
     Raises:
         ValueError: if `uniforms` is not (N, 22).

@@ -74,11 +74,11 @@ def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: i
         seed: the run's seed, 0 <= seed < 2**64.
         epoch: 0-based.
         index: sample indices, shape (N,), each below 2**32.
-        stream: the view, or one of the named streams above.
+        stream: the view, or one of the named streams of this module.
         draws: D, how many numbers a sample needs. Number d is the same whatever D is.
 
     Returns:
-        Shape (N, D), multiples of 2**-24: exact in float32, so equal on every device.
+        Shape (N, D), multiples of 2^-24, exact in float32, so equal on every device.
 
     Raises:
         ValueError: if the seed is negative or does not fit in 64 bits.
@@ -93,7 +93,7 @@ def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: i
 def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.int64]:
     """A random order of `length` items that depends on nothing but its arguments.
 
-    Each item gets a 64-bit key and the keys are sorted; ties (chance below length**2 / 2**65) keep
+    Each item gets a 64-bit key and the keys are sorted; ties (chance below length^2 / 2^65) keep
     the items' own order.
 
     Returns:

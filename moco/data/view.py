@@ -37,13 +37,15 @@ class View:
     """Resize the crop with antialiasing; false: by plain interpolation, as torchvision's antialias=False. Then a shrunk
     picture shows single pixels, and large JPEGs are decoded whole."""
     jitter_p: float = 0.0
-    """Probability of the colour jitter: the four below, in random order."""
+    """Probability of the colour jitter: brightness, contrast, saturation and hue, in random order."""
     brightness: float = 0.0
-    """The factor is uniform in 1 - brightness (at least 0) ... 1 + brightness; likewise the next two."""
+    """The factor is uniform in 1 - brightness (at least 0) ... 1 + brightness."""
     contrast: float = 0.0
+    """As brightness: the factor of what differs from the view's mean gray."""
     saturation: float = 0.0
+    """As brightness: the factor of what differs from gray, pixel by pixel."""
     hue: float = 0.0
-    """The turn is uniform in -hue ... hue, as a fraction of the circle."""
+    """The turn of the hue is uniform in -hue ... hue, as a fraction of the circle."""
     gray_p: float = 0.0
     """Probability of grayscale."""
     gray_first: bool = False
@@ -51,28 +53,29 @@ class View:
     blur_p: float = 0.0
     """Probability of the Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Its standard deviation in pixels; the kernel reaches to 3 times the higher one."""
+    """Lowest and highest standard deviation of the blur in pixels; the kernel reaches to 3 times the higher one."""
     solarize_p: float = 0.0
-    """Probability of inverting the values from the threshold on."""
+    """Probability of inverting the values from solarize_threshold on."""
     solarize_threshold: float = 0.5
+    """Of images in 0 ... 1."""
     flip_p: float = 0.0
     """Probability of the horizontal flip."""
     affine_p: float = 0.0
-    """Probability of the affine map: the four below, together."""
+    """Probability of the affine map: rotation, shift, zoom and shear, together."""
     degrees: float = 0.0
     """The rotation is uniform in -degrees ... degrees."""
     translate: float = 0.0
     """The shift along each axis is uniform in -translate ... translate of a side, in whole pixels."""
     zoom: tuple[float, float] = (1.0, 1.0)
-    """Lowest and highest factor of size."""
+    """Lowest and highest factor by which what is seen grows."""
     shear: float = 0.0
     """The horizontal shear is uniform in -shear ... shear degrees."""
     noise: tuple[float, float] = (0.0, 0.0)
     """Lowest and highest standard deviation of Gaussian noise (images are 0 ... 1), the same on all three channels."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Subtracted from each channel at the end,"""
+    """Of each channel, subtracted at the end (images are 0 ... 1)."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """and then divided by."""
+    """Of each channel, divided by after that."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values.

@@ -77,7 +77,7 @@ def train_step(
             and sample indices, gives further measures of shape ().
 
     Returns:
-        This step's measures on the global batch: loss, contrast_accuracy, ..., each of shape ().
+        This step's measures on the global batch (loss, contrast_accuracy, ...), each of shape ().
 
     Raises:
         NonFiniteLoss: with `wait`, on every rank together, if the loss or its gradient is not finite on any of them.

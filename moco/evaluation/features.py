@@ -30,7 +30,7 @@ class _Plain:
 
 
 def evaluation_view(image: Tensor, resize: int, size: int) -> Tensor:
-    """The one deterministic view of an image (3, H, W) uint8; resize 0 stretches nothing that has the size already."""
+    """The one deterministic view of an image, uint8 (3, H, W); with resize 0 one that has the size stays as it is."""
     if resize == 0 and image.shape[-2:] == (size, size):
         return image
     return resize_center_crop(image, resize or size, size)

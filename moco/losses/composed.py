@@ -51,7 +51,7 @@ def contrast(
         debias: the class prior tau+, see `debiased_cross_entropy`; 0 is none.
 
     Returns:
-        The mean loss over the queries, shape (), and the detached logits of `info_nce`, shape (N, 1 + K): without
+        The mean loss over the queries, shape (), and the detached logits of `info_nce`, shape (N, 1 + K), without
         margin and extra negatives, so that what is measured on them compares between runs.
 
     Raises:

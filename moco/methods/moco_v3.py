@@ -13,6 +13,7 @@ f_q is backbone, projector and predictor; f_k has no predictor. ResNet and ViT d
 the augmentation, which are configuration.
 
 Deliberate deviations from the official code:
+
 - It updates f_k between encoding queries and keys; here that happens at the end of the step before. The keys are the
   same (in the first step f_k equals f_q), and a step that fails changes nothing.
 - Keys are normalised before they are gathered, not after. Logits are float32 also under autocast.

@@ -11,6 +11,7 @@ One training step (see `moco/engine/step.py`; what MoCo does besides has nothing
 SupCon whose every sample is a class of its own is SimCLR, so they are one method, told apart by its labels.
 
 Deliberate deviations from the official codes:
+
 - More than two views are allowed; the paper's NT-Xent with V > 2 is SupCon's loss without labels.
 - SupCon's factor T / 0.07 is off unless `base_temperature` is given.
 

@@ -111,12 +111,12 @@ def _folder(name: str) -> Path:
 
 def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
     """Temperatures and seeds may be added to a study; what its runs have in common stays."""
-    common = {name: getattr(config, name) for name in ("experiment", "overrides", "epochs")}
+    common = {name: getattr(config, name) for name in ("recipe", "overrides", "epochs")}
     file = output / "study.json"
     if file.is_file():
         there = json.loads(file.read_text())
         differing = [
-            f"{name}={there.get(name)} (now {value})" for name, value in common.items() if there[name] != value
+            f"{name}={there.get(name)} (now {value})" for name, value in common.items() if there.get(name) != value
         ]
         if differing:
             raise ConfigError(
@@ -148,7 +148,7 @@ def command_of(config: TemperatureConfig, temperature: float, seed: int, folder:
         sys.executable,
         "-m",
         "moco.train",
-        f"experiment={config.experiment}",
+        f"experiment={config.recipe}",
         *config.overrides,
         *([] if config.epochs is None else [f"epochs={config.epochs}"]),
         *([f"checkpoint.keep_epochs={config.keep_epochs}"] if config.keep_epochs else []),

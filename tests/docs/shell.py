@@ -2,9 +2,9 @@
 
 A command of moco runs as `python -m` would run it, by `runpy`, with all that it says plus what makes it small. What
 torchrun is told is read by its own parser, and what it would start runs as one process (tests/faults/ and tests/cli/
-start torchrun itself). A script of ours is run by bash with a PATH on which python, torchrun, srun and the like only
-write down how they were called; those calls are run next. What cannot run here stands in `ELSEWHERE`, with what is
-checked instead.
+start torchrun itself). What is said twice runs once. A script of ours is run by bash with a PATH on which python,
+torchrun, srun and the like only write down how they were called; those calls are run next. What cannot run here stands
+in `ELSEWHERE`, with what is checked instead.
 """
 
 import ast
@@ -13,15 +13,16 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import pytest
 import yaml
@@ -43,6 +44,13 @@ FAKES = {
 SLURM = {"SLURM_NODEID": "0", "SLURM_JOB_ID": "1", "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_NODELIST": "node0"}
 
 
+class Said(NamedTuple):
+    """A command as it is started, and what it finds."""
+
+    words: tuple[str, ...]
+    finds: frozenset[str]
+
+
 class InThisProcess:
     """What moco.temperature starts as `python -m moco.train ...`, where it stands for `subprocess.Popen`."""
 
@@ -61,6 +69,51 @@ class InThisProcess:
         raise AssertionError(f"nobody sends signal {number}")
 
 
+class Done:
+    """What commands have run, in whatever folder, and what each has left there: none is run a second time."""
+
+    def __init__(self) -> None:
+        self._left: dict[Said, tuple[Path, list[Path]]] = {}
+
+    @staticmethod
+    def said(folder: Path, words: list[str], environment: dict[str, str]) -> Said:
+        """A command, and which of the paths that it names are there before it: with others it is not the same one.
+
+        Of a field that is set twice, by the page and to make the command small, the last word counts, as for Hydra.
+        """
+        last = {word.partition("=")[0]: place for place, word in enumerate(words)}
+        words = [word for place, word in enumerate(words) if last[word.partition("=")[0]] == place]
+        named = {part for word in words for part in re.split(r"[=\[\],\"']", word) if part and (folder / part).exists()}
+        return Said((*words, *sorted(f"{name}={value}" for name, value in environment.items())), frozenset(named))
+
+    def again(self, said: Said, folder: Path) -> bool:
+        """Whether it ran before; if so, what it left is put into this folder as well."""
+        if said not in self._left:
+            return False
+        there, left = self._left[said]
+        for path in left:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(there / path, folder / path)
+        return True
+
+    @contextlib.contextmanager
+    def noting(self, said: Said, folder: Path) -> Iterator[None]:
+        """Notes what a command leaves, unless it fails."""
+        before = files(folder)
+        yield
+        self._left[said] = folder, [path for path, state in files(folder).items() if before.get(path) != state]
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Each file below a folder, links not followed, with its size and time."""
+    return {
+        Path(at, name).relative_to(folder): (state.st_size, state.st_mtime_ns)
+        for at, _, names in os.walk(folder)
+        for name in names
+        for state in [Path(at, name).lstat()]
+    }
+
+
 class Shell:
     """Runs commands in a folder.
 
@@ -68,10 +121,13 @@ class Shell:
         folder: the working directory, with the stand-ins.
         monkeypatch: of the test.
         output: gives what was printed since it was last asked.
+        done: what other shells have run.
     """
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, output: Callable[[], str]) -> None:
-        self.folder, self.monkeypatch, self.output = folder, monkeypatch, output
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, output: Callable[[], str], done: Done | None = None
+    ) -> None:
+        self.folder, self.monkeypatch, self.output, self.done = folder, monkeypatch, output, done or Done()
         self.ran: list[str] = []
 
     def run(self, command: Command) -> None:
@@ -136,7 +192,10 @@ class Shell:
 
     def _call(self, start: Callable[[], object], words: list[str], command: Command) -> None:
         self.output()
-        with self.monkeypatch.context() as patch, warnings.catch_warnings():
+        said = self.done.said(self.folder, words, command.environment)
+        if self.done.again(said, self.folder):
+            return
+        with self.done.noting(said, self.folder), self.monkeypatch.context() as patch, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # small queues and short schedules are warned of, rightly
             patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # a command changes it, as its own
             patch.setenv("HYDRA_FULL_ERROR", "1")  # and this
@@ -149,7 +208,7 @@ class Shell:
                 start()
             except SystemExit as end:
                 status = end.code
-        assert status in (None, 0), f"{command}\nran as {shlex.join(words)}\n{status}\n{self.output()}"
+            assert status in (None, 0), f"{command}\nran as {shlex.join(words)}\n{status}\n{self.output()}"
 
     def _left(self, module: str, arguments: list[str], command: Command) -> None:
         """A run leaves its encoder, any other command what it was asked to write."""

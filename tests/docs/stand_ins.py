@@ -18,8 +18,7 @@ from tests.stages.pictures import gradient
 
 CLASSES = ("cat", "dog")
 # How a page calls what is made here under another name.
-RENAMED = {"/data/imagenet": "imagenet", "moco.NAME": "moco.train", "=NAME": "=digits", "=YOURS": "=digits"}
-RENAMED |= {"epochs=SHORT": "epochs=1", "overrides=[...]": "overrides=[]"}
+RENAMED = {"/data/imagenet": "imagenet", "moco.NAME": "moco.train", "=NAME": "=digits"}
 
 DIGITS = ["epochs=1", "batch_size=256", "model.options.width=4", "evaluate.draws=2", "checkpoint.keep_epochs=1"]
 PICTURES = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
@@ -41,12 +40,12 @@ def small(module: str, arguments: tuple[str, ...]) -> list[str]:
         return small_training(arguments)
     if module == "moco.linear":
         official = any(each.startswith("protocol=moco") for each in arguments)
-        return [*FEW, *(["epochs=1"] if official else SWEEP)]
+        pictures = ["images.size=32", "images.resize=36"] * any(each.startswith("data=imagenet") for each in arguments)
+        return [*FEW, *(["epochs=1"] if official else SWEEP), *pictures]
     if module == "moco.temperature" and "mode=explain" not in arguments:
         training = [*(each for each in DIGITS if "epochs" not in each), "evaluate.every_epochs=0", "device=cpu"]
-        fields = ["temperatures=[0.2]", "seeds=1", "epochs=1", "images=60", "draws=2", "bins=10"]
-        keep = ["keep_epochs=1"] * any(each.startswith("keep_epochs=") for each in arguments)
-        return [*fields, *keep, f"overrides={json.dumps(training)}"]
+        fields = ["temperatures=[0.2]", "seeds=1", "epochs=1", "images=60", "draws=2", "bins=10", "keep_epochs=1"]
+        return [*fields, f"overrides={json.dumps(training)}"]
     found = {
         "moco.temperature": [],
         "moco.knn": [*FEW, *(["draws=2"] if any("labels_per_class" in each for each in arguments) else [])],

@@ -131,7 +131,7 @@ def test_another_study_is_refused_and_more_temperatures_are_not(copy: Path) -> N
 
 
 def test_the_command_of_a_run() -> None:
-    told = config(Path("o"), overrides=["batch_size=8"], epochs=None, keep_epochs=2, experiment="mine")
+    told = config(Path("o"), overrides=["batch_size=8"], epochs=None, keep_epochs=2, recipe="mine")
     assert command_of(told, 0.07, 3, Path("o/t0.07/seed3"))[1:] == [
         "-m",
         "moco.train",
@@ -225,6 +225,7 @@ def test_without_matplotlib_nothing_is_trained(tmp_path: Path, monkeypatch: pyte
         ({"temperatures": [0.1, 0.0]}, "0 must be above 0, for logits are divided by it"),
         ({"temperatures": [0.1, 0.1]}, r"holds 0\.1 twice"),
         ({"temperatures": [math.nan]}, "temperatures=nan must be a finite number"),
+        ({"recipe": "digit"}, "recipe='digit' must be one of cifar10_cpu, .*, digits, .*, supmoco_digits$"),
         ({"seeds": 0}, "seeds=0 must be at least 1"),
         ({"epochs": 0}, "epochs=0 must be at least 1"),
         ({"mode": "both"}, "mode='both' must be one of sweep, explain"),
