@@ -26,6 +26,7 @@ class FinetuneConfig(JudgeConfig):
     seeds: int = 1
     """repeats from `seed` on: each with its own pictures, first weights, order and augmentation"""
     epochs: int = 100
+    """passes over the labelled pictures"""
     min_steps: int = 0
     """few labels: more epochs, until so many steps are made"""
     batch_size: int = 128
@@ -43,6 +44,7 @@ class FinetuneConfig(JudgeConfig):
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """of adamw"""
     weight_decay: float = 0.0
+    """of weights that `exclude` does not leave out"""
     exclude: list[str] = field(default_factory=list)
     """what weight decay leaves out: bias, norm"""
     warmup: float = 0.0
@@ -53,6 +55,7 @@ class FinetuneConfig(JudgeConfig):
     drop_path: float | None = None
     """of the same networks: the rate at which the deepest block is left out in training"""
     label_smoothing: float = 0.0
+    """so much of a target is spread over all classes; 0: none"""
     mixup: float = 0.0
     """alpha of MixUp; 0: none; with cutmix, each step draws one of the two"""
     cutmix: float = 0.0

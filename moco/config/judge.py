@@ -13,19 +13,27 @@ class JudgedDataConfig:
     name: str | None = None
     """digits, cifar10, cifar100, stl10, imagenet, folder, shards or huggingface"""
     root: str | None = None
+    """where the data set is; for `folder` the labelled training pictures"""
     download: bool | None = None
+    """fetch CIFAR or STL-10 into root if it is not there"""
     labels: str | None = None
     """for `folder`: folder (the first-level folder names are the classes)"""
     eval_root: str | None = None
     """for `folder`: held-out pictures in folders of the same class names"""
     resident: bool | None = None
+    """decode all pictures into memory once"""
     workers: int | None = None
+    """loader processes of each rank"""
     subset: str | None = None
-    """of huggingface, as the next four: see `DataConfig`"""
+    """for `huggingface`, as the next four: which configuration of a data set that has several"""
     split: str | None = None
+    """the split whose labels are learned from"""
     eval_split: str | None = None
+    """the held-out split"""
     image_column: str | None = None
+    """the pictures' column"""
     label_column: str | None = None
+    """the labels' column"""
     hold_out: float = 0.0
     """without a held-out split: hold out this part of each class, unless their labels trained the encoder; 0: refuse"""
 
@@ -39,7 +47,9 @@ class ImagesConfig:
     resize: int | None = None
     """shorter side before the central crop; 0: the pictures have the size already"""
     mean: list[float] | None = None
+    """of each channel (images are 0 ... 1), subtracted"""
     std: list[float] | None = None
+    """of each channel, divided by after that"""
 
 
 @dataclass
@@ -60,6 +70,7 @@ class JudgeConfig:
     """where results.json and pictures go; empty: into the run, beside an encoder.safetensors of ours, or into runs/NAME
     for another checkpoint=.../NAME.ending"""
     seed: int = 0
+    """of all draws: labels, orders, views, first weights"""
     device: str = "auto"
     """auto, cpu, cuda"""
     threads: int = 0

@@ -21,6 +21,7 @@ class KnnConfig(JudgeConfig):
     labels_per_class: int = 0
     """so many labelled training images a class, averaged over draws of them, which the seed makes; 0: all"""
     draws: int = 100
+    """how often labels_per_class labels are drawn; the figure is their mean"""
     compare: list[str] = field(default_factory=lambda: ["untrained"])
     """judged in the same way: untrained (the same network with its first weights), pixels"""
     half: bool = False
@@ -28,6 +29,7 @@ class KnnConfig(JudgeConfig):
     queries_at_once: int = 1024
     """this and references_at_once set the memory of the search; they change no result"""
     references_at_once: int = 65536
+    """see queries_at_once"""
 
 
 def check_knn(config: KnnConfig) -> None:

@@ -30,14 +30,17 @@ class OfficialConfig:
     """A recipe of main_lincls.py: the head learns from augmented pictures, at one learning rate."""
 
     lr: float = 30.0
+    """the peak, before it is scaled"""
     base_batch: int | None = None
     """lr is scaled by batch_size / base_batch; null: lr as it stands"""
     weight_decay: float = 0.0
+    """of the head"""
     schedule: str = "step"
     """cosine, step or constant, held within an epoch"""
     milestones: list[float] = field(default_factory=list)
     """epochs at which `step` multiplies the lr by gamma"""
     gamma: float = 0.1
+    """see milestones"""
     head_std: float = 0.01
     """of the head's first weights"""
 
@@ -51,9 +54,11 @@ class LinearConfig(JudgeConfig):
     kind: str = "sweep"
     """which of the two procedures the recipe is: sweep or official"""
     epochs: int = 100
+    """passes over the training features or pictures"""
     batch_size: int = 512
     """over all processes; a smaller data set lowers it, and says so"""
     momentum: float = 0.9
+    """of sgd"""
     seeds: int = 1
     """repeat with other orders, views, first weights and validation parts: mean and Student's 95 % interval"""
     compare: list[str] = field(default_factory=list)

@@ -82,6 +82,7 @@ class OptimConfig:
     name: str = "sgd"
     """sgd, lars or adamw"""
     lr: float = 0.03
+    """the peak, before it is scaled"""
     base_batch: int | None = 256
     """lr is scaled by batch_size / base_batch; null: lr as it stands"""
     momentum: float = 0.9
@@ -89,6 +90,7 @@ class OptimConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """of adamw"""
     weight_decay: float = 1e-4
+    """of weights that `exclude` does not leave out"""
     exclude: list[str] = field(default_factory=list)
     """what weight decay (and LARS's adaptation) leaves out: bias, norm"""
     trust: float = 0.001
@@ -100,6 +102,7 @@ class OptimConfig:
     milestones: list[float] = field(default_factory=list)
     """epochs at which `step` multiplies the lr by gamma"""
     gamma: float = 0.1
+    """see milestones"""
     warmup_epochs: float = 0.0
     """linear from zero to the peak lr in the first epochs"""
     lr_end: float = 0.0
@@ -127,11 +130,13 @@ class EvaluateConfig:
     labels_per_class: int = 0
     """a reference set of so many labels a class, averaged over draws; 0: all labels"""
     draws: int = 100
+    """how often labels_per_class labels are drawn; the figure is their mean and spread"""
     bank_size: int = 0
     """at most so many reference images, drawn once; 0: all"""
     raw_pixels: bool = False
     """also report kNN on the raw pixels"""
     batch_size: int = 512
+    """images at once through the encoder; changes memory, not results"""
 
 
 @dataclass
@@ -162,7 +167,9 @@ class TrainConfig:
     """start from this file's encoder (any that read_encoder reads, e.g. an official checkpoint); a resumed run does not
     read it again"""
     seed: int = 0
+    """of the first weights, the order of the samples and every view"""
     epochs: int = 200
+    """passes over the data set; the schedules end with the last"""
     batch_size: int = 256
     """images in one optimiser step, over all processes"""
     accumulate: int = 1

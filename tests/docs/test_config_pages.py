@@ -53,3 +53,14 @@ def test_the_string_below_a_field_is_its_meaning() -> None:
     assert config_pages.explained(Schema) == {"bare": ("int", ""), "told": ("float | None", "of two lines")}
     (line, *_) = [each for each in config_pages.table(Schema, {"told": 0.5}) if "told" in each]
     assert line == "| `told` | float or null | `0.5` | of two lines |\n"
+
+
+@pytest.mark.parametrize("schema", [*config_pages.GROUPS.values(), *config_pages.commands().values()])
+def test_every_field_says_what_it_means(schema: type) -> None:
+    told = config_pages.explained(config_pages.EXPLAINED.get(schema, schema))
+    silent = {
+        name
+        for name, (_, meaning) in config_pages.explained(schema).items()
+        if not meaning and not told.get(name, ("", ""))[1]
+    }
+    assert silent <= {*config_pages.GROUPS, "images", "sweep", "official"}  # groups of fields
