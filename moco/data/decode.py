@@ -15,9 +15,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from moco.data.walk import GONE, IMAGE_FORMATS
+
 # What can be wrong with a file, as `ImageError.kind` says it, and what that means.
 FAULTS = {
     "unreadable": "the system does not give the file: no permission, or gone",
+    "broken link": "the file that it leads to is not there",
     "empty": "no bytes in it",
     "no image": "the content is of no known format, whatever the name says",
     "too large": "the header declares more pixels than are decoded",
@@ -62,7 +65,7 @@ class ImageError(ValueError):
 
 
 def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read an image file in any format that PIL knows, upright (EXIF orientation applied), first frame only.
+    """Read an image file in any of `IMAGE_FORMATS`, upright (EXIF orientation applied), first frame only.
 
     JPEGs take torchvision's decoder: a quarter less time than PIL's, and the same pixels, gray, CMYK and
     Adobe-inverted files included (measured; both take every CMYK JPEG as inverted, which is how all common
@@ -93,7 +96,10 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise _refusal(path, "unreadable", error.strerror or str(error)) from error
+        reason = error.strerror or str(error)
+        if error.errno in GONE and Path(path).is_symlink():
+            raise _refusal(path, "broken link", f"a link to {Path(path).readlink()}: {reason}") from error
+        raise _refusal(path, "unreadable", reason) from error
     if not data:
         raise _refusal(path, "empty", "the file is empty")
     return data
@@ -119,7 +125,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
         ImageError: as `decode`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             _check_size(path, image.size, max_pixels)
             scaled = _decode_scaled(image, data, shrink)
             if scaled is not None:
@@ -132,7 +138,8 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise _refusal(path, "no image", f"no known image format, it begins with {data[:12]!r}") from error
+        known = ", ".join(IMAGE_FORMATS)
+        raise _refusal(path, "no image", f"no known image format ({known}), it begins with {data[:12]!r}") from error
     except Image.DecompressionBombError as error:  # PIL's own limit, which comes before ours
         raise _refusal(path, "too large", str(error)) from error
     except Exception as error:  # PIL's readers raise whatever a broken file leads to: OSError, SyntaxError, IndexError

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from moco.data.decode import ImageError, decode_bytes, read_bytes
+from moco.data.walk import IMAGE_FORMATS
 
 TINY, LONG, HUGE = 8, 10, 50_000_000
 
@@ -70,7 +71,7 @@ def inspect(path: str) -> Facts:
 
 def _header(data: bytes) -> tuple[str, dict[str, bool]]:
     """Format and mode, and what the header of a picture that decodes has of `ODDITIES`."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         # PIL opens PNGs and TIFFs with 16 bits a colour as RGB; only how it unpacks them ("RGB;16B") tells.
         layouts = [str(tile[3]) for tile in getattr(image, "tile", [])]
         orientation = 1

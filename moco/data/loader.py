@@ -7,7 +7,6 @@ resumes at any step, on any number of processes, by starting to count there.
 Legend: B global batch, n = B / W this rank's share, V views, S size.
 """
 
-import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from moco.data.keyed import ORDER, SHUFFLE, permutation
 from moco.data.remote import RemoteSource, stream_loader
 from moco.data.sources import ArraySource, FileSource, Source
 from moco.data.view import View, draw, draw_crop
+from moco.data.workers import LoaderError, as_it_is, delivered, handed_over, leave_signals_to_the_parent
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def batches(
 
     Raises:
         ImageError: for an image that cannot be decoded, and is not to be replaced.
+        LoaderError: if a loader process dies, or finds no shared memory.
     """
     cut_views = crops(source, plan, views, device, workers, start, on_bad)
     made: Iterable[Batch] = (_augmented(plan, views, device, *each) for each in cut_views)
@@ -166,7 +167,7 @@ def _resident(
         yield epoch, index, shown, cut
 
 
-# What a worker hands over: epoch, wanted, shown, the views, and what could not be read; or the error's sentence.
+# What a worker hands over: epoch, wanted, shown, the views, and what could not be read.
 Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
 
 
@@ -176,18 +177,18 @@ class Cutter:
     def __init__(self, source: Source, views: Sequence[View], seed: int, replace: bool) -> None:
         self.source, self.views, self.seed, self.replace = source, views, seed, replace
 
-    def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> Item | str:
+    def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> Item | ImageError | LoaderError:
         epoch, index = step
         shown, bad = index.copy(), dict[int, str]()
         drawn = self._draw(epoch, index)
         try:
-            return epoch, index, shown, self._cut(drawn, self._pictures(shown, drawn, bad)), bad
-        except ImageError as error:
-            return str(error)  # an exception would reach the user as the worker's traceback
+            return epoch, index, shown, handed_over(self._cut(drawn, self._pictures(shown, drawn, bad))), bad
+        except (ImageError, LoaderError) as error:
+            return error  # raised here it would reach the user as the worker's traceback
 
     def cut(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
         """All views of each image as it comes: V of (n, 3, S, S), by the keys of the samples `index` (n,)."""
-        return self._cut(self._draw(epoch, index), (Decoded.whole(image) for image in images))
+        return handed_over(self._cut(self._draw(epoch, index), (Decoded.whole(image) for image in images)))
 
     def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """The crops' uniforms, V of (n, 22)."""
@@ -222,12 +223,6 @@ class Cutter:
             return None
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and Slurm reach every process; the parent ends its loaders itself, behind the step that it finishes."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _streamed(
     source: Source,
     plan: Plan,
@@ -241,6 +236,7 @@ def _streamed(
     cutter = Cutter(source, views, plan.seed, replace=on_bad is not None)
     options: dict[str, Any] = {
         "batch_size": None,
+        "collate_fn": as_it_is,
         "worker_init_fn": leave_signals_to_the_parent,
         "pin_memory": device.type == "cuda",
     }
@@ -250,10 +246,7 @@ def _streamed(
         )
     else:
         loader = DataLoader(cutter, sampler=plan.samples(start), num_workers=workers, **options)  # type: ignore[arg-type]
-    for item in loader:
-        if isinstance(item, str):
-            raise ImageError(item)
-        epoch, index, shown, cut, bad = item
+    for epoch, index, shown, cut, bad in delivered(loader, "data.workers"):
         if on_bad is not None and bad:
             on_bad(bad)
-        yield epoch, np.asarray(index), np.asarray(shown), [each.to(device, non_blocking=True) for each in cut]
+        yield epoch, index, shown, [each.to(device, non_blocking=True) for each in cut]

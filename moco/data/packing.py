@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import tarfile
 import warnings
 import zlib
@@ -26,6 +25,8 @@ from torchvision.transforms.v2.functional import resize
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.shards import PARTS, row_type
 from moco.data.sources import ArraySource, FileSource, Source
+from moco.data.walk import IMAGE_FORMATS
+from moco.data.workers import as_it_is, delivered, leave_signals_to_the_parent
 
 AT_ONCE = 16  # pictures in one errand of a worker
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # the others are the format's name
@@ -61,7 +62,7 @@ def picture(source: Source, i: int, short_side: int, quality: int) -> Picture:
     if 0 < short_side < min(pixels.shape[1:]):
         small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (3, h, w)
         return Picture(_encoded(small, "JPEG", quality=quality), "jpg", before)
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
         kind = image.format or "bin"
     return Picture(content, _ENDINGS.get(kind, kind.lower()), before)
 
@@ -84,21 +85,13 @@ class _Errands:
             return [picture(self.source, i, self.short_side, self.quality) for i in rows]
 
 
-def _as_it_is(pictures: list[Picture]) -> list[Picture]:
-    return pictures
-
-
-def _begin_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent speaks for them
-
-
 def prepared(source: Source, start: int, workers: int, short_side: int, quality: int) -> Generator[Picture, None, None]:
     """The pictures from `start` on, in the source's order, by worker processes; few are under way at a time.
 
     `close` ends the processes.
 
     Raises:
-        ValueError: if a worker process dies.
+        LoaderError: if a worker process dies.
     """
     # PyTorch's loader for its order, its bound on what is under way, and workers that end when their parent is killed.
     loader: DataLoader[Any] = DataLoader(
@@ -106,16 +99,11 @@ def prepared(source: Source, start: int, workers: int, short_side: int, quality:
         sampler=(range(at, min(at + AT_ONCE, len(source))) for at in range(start, len(source), AT_ONCE)),
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_begin_worker,
+        collate_fn=as_it_is,
+        worker_init_fn=leave_signals_to_the_parent,
     )
-    try:
-        for pictures in loader:
-            yield from pictures
-    except RuntimeError as error:
-        raise ValueError(
-            f"a worker process died, most likely for want of memory: lower workers={workers} (0: no worker processes)"
-        ) from error
+    for pictures in delivered(loader, "workers"):
+        yield from pictures
 
 
 class Shard:

@@ -33,6 +33,7 @@ from moco.data.decode import ImageError, decode_bytes
 from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
 from moco.data.tars import pictures
 from moco.data.walk import IMAGE_ENDINGS
+from moco.data.workers import LoaderError
 from moco.distributed import is_main
 
 SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # opened by a program that gets the address
@@ -165,7 +166,7 @@ class _Stream(IterableDataset[Any]):
     def __init__(self, source: RemoteSource, cut: Cut, plan: Steps, steps: range, replace: bool) -> None:
         self.source, self.cut, self.plan, self.steps, self.replace = source, cut, plan, steps, replace
 
-    def __iter__(self) -> Iterator[Item | str]:
+    def __iter__(self) -> Iterator[Item | ValueError]:
         plan, about = self.plan, get_worker_info()
         worker, workers = (about.id, about.num_workers) if about else (0, 1)
         slot, slots = plan.rank * workers + worker, plan.processes * workers
@@ -185,8 +186,8 @@ class _Stream(IterableDataset[Any]):
             bad: dict[int, str] = {}
             try:
                 yield epoch, index, shown, self.cut(epoch, index, self._images(samples, shown, bad)), bad
-            except (ImageError, StreamError) as error:
-                yield str(error)  # an exception would reach the user as the worker's traceback
+            except (ImageError, StreamError, LoaderError) as error:
+                yield error  # raised here it would reach the user as the worker's traceback
                 return
 
     def _images(self, samples: Iterator[Sample], shown: NDArray[np.int64], bad: dict[int, str]) -> Iterator[Tensor]:

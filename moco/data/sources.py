@@ -119,6 +119,7 @@ class _Options:
     length: int
     shuffle_buffer: int
     allow_pipe: bool
+    keep_unreadable: bool
 
 
 SOURCES: dict[str, Callable[[_Options], Sources]] = {
@@ -157,6 +158,7 @@ def load_source(
     length: int = 0,
     shuffle_buffer: int = 1000,
     allow_pipe: bool = False,
+    keep_unreadable: bool = False,
 ) -> Sources:
     """Open a data set. What is in it, and in which order, depends on the files alone, never on the run's seed.
 
@@ -174,6 +176,7 @@ def load_source(
             as it does in a folder that is not resident; False: it ends the call.
         subset, split, eval_split, image_column, label_column: of huggingface, see `moco.data.hub.open_hub`.
         length, shuffle_buffer, allow_pipe: of webdataset, see `moco.data.remote.open_remote`.
+        keep_unreadable: of folders and ImageNet, see `moco.data.folder.scan`.
 
     Raises:
         FileNotFoundError: if the data is not there, or could not be downloaded.
@@ -211,6 +214,7 @@ def load_source(
             length,
             shuffle_buffer,
             allow_pipe,
+            keep_unreadable,
         )
     )
 
@@ -227,8 +231,9 @@ def _imagenet(options: _Options) -> Sources:
             "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org (with an account: "
             "data.download cannot fetch them) and unpack both into one folder a class"
         )
-    train = scan(os.path.join(root, "train"), "data.root", "folder")
-    held_out = scan(os.path.join(root, "val"), "data.root", "folder")
+    train, held_out = (
+        scan(os.path.join(root, part), "data.root", "folder", options.keep_unreadable) for part in ("train", "val")
+    )
     _check_same_classes(train, held_out)
     return _judged(train, held_out, options)
 
@@ -248,10 +253,10 @@ def _folder(options: _Options) -> Sources:
                 f"data.eval_root={eval_root!r} and data.root={root!r} lie in each other, so accuracy would be "
                 "measured on training images: give two separate trees"
             )
-    train = scan(root, "data.root", labels)
+    train = scan(root, "data.root", labels, options.keep_unreadable)
     if not eval_root:
         return _judged(train, None, options)
-    held_out = scan(eval_root, "data.eval_root", labels)
+    held_out = scan(eval_root, "data.eval_root", labels, options.keep_unreadable)
     _check_same_classes(train, held_out)
     return _judged(train, held_out, options)
 

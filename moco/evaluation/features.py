@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
-from moco.data.loader import leave_signals_to_the_parent
 from moco.data.sources import Source
+from moco.data.workers import LoaderError, as_it_is, delivered, handed_over, leave_signals_to_the_parent
 from moco.distributed import all_or_none, gather, rank, world_size
 
 
@@ -22,11 +22,12 @@ class _Plain:
     def __init__(self, source: Source, resize: int, size: int) -> None:
         self.source, self.resize, self.size = source, resize, size
 
-    def __getitem__(self, rows: list[int]) -> Tensor | str:
+    def __getitem__(self, rows: list[int]) -> Tensor | ImageError | LoaderError:
         try:
-            return torch.stack([evaluation_view(self.source.image(row), self.resize, self.size) for row in rows])
-        except ImageError as error:
-            return str(error)
+            images = torch.stack([evaluation_view(self.source.image(row), self.resize, self.size) for row in rows])
+            return handed_over([images])[0]
+        except (ImageError, LoaderError) as error:
+            return error  # raised here it would reach the user as the worker's traceback
 
 
 def evaluation_view(image: Tensor, resize: int, size: int) -> Tensor:
@@ -42,17 +43,15 @@ def _images(source: Source, rows: Sequence[int], resize: int, size: int, batch: 
     if source.images is not None and source.images.shape[-2:] == (size, size) and resize in (0, size):
         yield from (source.images[torch.tensor(part)] for part in parts)
         return
-    loader: DataLoader[Tensor | str] = DataLoader(
+    loader: DataLoader[Tensor] = DataLoader(
         _Plain(source, resize, size),  # type: ignore[arg-type]
         sampler=parts,
         batch_size=None,
         num_workers=min(workers, len(parts)),
+        collate_fn=as_it_is,
         worker_init_fn=leave_signals_to_the_parent,
     )
-    for item in loader:
-        if isinstance(item, str):
-            raise ImageError(item)
-        yield item
+    yield from delivered(loader, "data.workers")
 
 
 Network = nn.Module | Callable[[Tensor], Tensor]
@@ -85,6 +84,7 @@ def stream(
 
     Raises:
         ImageError: for an image that cannot be decoded.
+        LoaderError: if a loader process dies, or finds no shared memory.
     """
     centre = torch.tensor(mean, device=device).view(3, 1, 1)
     spread = torch.tensor(std, device=device).view(3, 1, 1)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -27,10 +26,12 @@ from moco.config.check_data import CheckDataConfig
 from moco.data.decode import FAULTS
 from moco.data.inspect import ODDITIES, Facts, inspect
 from moco.data.sources import FolderSource, load_source
-from moco.engine.display import counting
+from moco.engine.display import Terminal, counting
 from moco.stages.results import provenance
 
 PART = 16  # files in one errand of a worker
+_FOLDER = "unreadable folder"
+_TREE_FAULTS = FAULTS | {_FOLDER: "the system does not list it: the pictures in it are missing here"}
 
 
 @dataclass
@@ -48,13 +49,17 @@ class Findings:
     def add(self, row: int, path: str, facts: Facts) -> None:
         self.bytes += facts.length
         for kind in (facts.fault,) if facts.fault else facts.odd:
-            self.counts[kind] += 1
-            named = self.files.setdefault(kind, [])
-            if len(named) < self.listed:
-                named.append({"path": path} | ({"reason": facts.reason} if facts.fault else {}))
+            self.note(kind, path, facts.reason)
         if not facts.fault:
             self.sizes[row], self.digests[row] = facts.size, np.void(facts.digest)
             self.formats[facts.format] += 1
+
+    def note(self, kind: str, path: str, reason: str) -> None:
+        """Counts one of a kind, and names it."""
+        self.counts[kind] += 1
+        named = self.files.setdefault(kind, [])
+        if len(named) < self.listed:
+            named.append({"path": path} | ({"reason": reason} if reason else {}))
 
     @property
     def good(self) -> NDArray[np.bool_]:
@@ -65,7 +70,7 @@ class Findings:
 def check_data(config: CheckDataConfig) -> None:
     """See `moco.check_data.check_data`."""
     data = config.data
-    sources = load_source(data.name, data.root, labels=data.labels, eval_root=data.eval_root)
+    sources = load_source(data.name, data.root, labels=data.labels, eval_root=data.eval_root, keep_unreadable=True)
     trees = [each for each in (sources.train, sources.held_out) if isinstance(each, FolderSource)]
     total = sum(len(tree) for tree in trees)
     findings = Findings(config.listed, np.zeros((total, 2), np.int32), np.zeros(total, "V16"))
@@ -76,6 +81,10 @@ def check_data(config: CheckDataConfig) -> None:
                 findings.add(row, tree.path(i), facts)
                 row += 1
                 progress(row, total)
+            for path, why in tree.unreadable.items():
+                findings.note(_FOLDER, str(Path(tree.root, path)), why)
+            for path, target in tree.broken.items():
+                findings.note("broken link", str(Path(tree.root, path)), f"a link to {target}, left out")
     lengths = [len(tree) for tree in trees]
     report = describe(config, trees, findings)
     output = Path(config.output)
@@ -138,6 +147,9 @@ def _inspect_all(paths: Sequence[str]) -> list[Facts]:
 def what_stops(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
     """Why a run with these data fields would end, one clause a reason."""
     stops = []
+    if folders := findings.counts[_FOLDER]:
+        many = f"{folders:,} folder{'s' * (folders > 1)} cannot be read"
+        stops.append(f"{many} (give this user the right to, or move them out of the tree)")
     trees: list[NDArray[np.int32]] = np.split(findings.sizes, np.cumsum(lengths)[:-1])
     for name, sizes in zip(("training", "held-out"), trees, strict=False):
         good = sizes[sizes[:, 0] > 0]
@@ -171,7 +183,7 @@ def describe(config: CheckDataConfig, trees: Sequence[FolderSource], findings: F
         "data": asdict(config.data),
         "pictures": len(findings.sizes),
         "bytes": findings.bytes,
-        "unreadable": told(FAULTS),
+        "unreadable": told(_TREE_FAULTS),
         "odd": told(ODDITIES),
         "duplicates": duplicates(trees, findings),
         "ignored": dict(ignored.most_common()),
@@ -247,7 +259,7 @@ def show(report: dict[str, Any], output: Path) -> None:
     for side in ("width", "height") if report["sizes"] else ():
         marks = " / ".join(f"{each:,}" for each in report["sizes"][side])
         table.add_row(side, "", marks, "smallest / 5 % / median / 95 % / largest")
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     console.print(table)
     console.print(f"the files of each kind: {output}", markup=False, soft_wrap=True)
 

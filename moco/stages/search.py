@@ -18,6 +18,7 @@ from moco.config.search import SearchConfig
 from moco.data.decode import ImageError
 from moco.data.keyed import SEARCH, permutation
 from moco.data.sources import FolderSource, Source
+from moco.data.walk import IMAGE_FORMATS
 from moco.distributed import is_main, process_group
 from moco.engine.display import Display, counting
 from moco.evaluation.search import duplicate_groups, nearest, outlier_scores
@@ -257,7 +258,7 @@ def _size(index: Embedding, row: int) -> dict[str, int]:
         return {"width": width, "height": height, "bytes": 3 * width * height}
     path = Path(source.root, source.name(i))
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             width, height = image.size
         return {"width": width, "height": height, "bytes": path.stat().st_size}
     except OSError:

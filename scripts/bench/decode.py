@@ -21,6 +21,7 @@ from moco.data.augment import crop_one, largest_shrink
 from moco.data.folder import FolderSource
 from moco.data.sources import load_source
 from moco.data.view import View, draw_crop
+from moco.data.walk import IMAGE_FORMATS
 from scripts.bench.measure import Table, alternate, compared, per_second
 from scripts.bench.recipes import views
 
@@ -62,7 +63,7 @@ def _paths(source: FolderSource) -> Iterator[str]:
 
 
 def _enlarged(path: str, side: int, quality: int) -> bytes:
-    with Image.open(path) as image:
+    with Image.open(path, formats=IMAGE_FORMATS) as image:
         factor = side / max(image.size)
         size = (round(image.width * factor), round(image.height * factor))
         file = io.BytesIO()

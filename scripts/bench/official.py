@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms as v1
 
+from moco.data.walk import IMAGE_FORMATS
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -64,7 +66,7 @@ class TwoViews:
     def __getitem__(self, i: int) -> list[Tensor]:
         picture = self.pictures[i]
         if isinstance(picture, str):
-            with Image.open(picture) as file:
+            with Image.open(picture, formats=IMAGE_FORMATS) as file:
                 image = file.convert("RGB")
         else:
             image = Image.fromarray(picture)

@@ -60,7 +60,7 @@ def _threads(source: FolderSource, plan: Plan, recipe: list[View], workers: int)
     """The workers' part by threads of this process, with as much ahead as a DataLoader has."""
     cutter = Cutter(source, recipe, plan.seed, replace=False)
     with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[Future[Item | str]] = deque()
+        waiting: deque[Future[Item | ValueError]] = deque()
         for step in plan.samples(0):
             waiting.append(pool.submit(cutter.__getitem__, step))
             if len(waiting) == 2 * workers:
@@ -69,9 +69,9 @@ def _threads(source: FolderSource, plan: Plan, recipe: list[View], workers: int)
             yield _item(waiting.popleft())
 
 
-def _item(done: Future[Item | str]) -> Item:
+def _item(done: Future[Item | ValueError]) -> Item:
     item = done.result()
-    assert not isinstance(item, str), item
+    assert not isinstance(item, ValueError), item
     return item
 
 

@@ -1,11 +1,15 @@
 """Files that cannot be read, and files that can but are odd, each made here."""
 
+import errno
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -75,3 +79,15 @@ def folder(root: Path, good: int = 6, bad: bool = True, odd: bool = False) -> Pa
     for name, (data, _) in ((bad_files() if bad else {}) | (odd_files() if odd else {})).items():
         (root / name).write_bytes(data)
     return root
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Makes them folders that may not be listed. The tests may run as root, whom no mode stops."""
+    scandir = os.scandir
+
+    def denied(path: str) -> Any:
+        if Path(path) in folders:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)

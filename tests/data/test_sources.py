@@ -1,13 +1,18 @@
 """Each data set gives what it should, in one order, and what is missing is said in one sentence."""
 
+import errno
 import hashlib
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import tarfile
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +20,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from moco.config import RunWarning, config_dir
 from moco.data.decode import ImageError
 from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source
+from tests.data.broken import forbid
 
 
 def picture(path: Path, colour: int | tuple[int, int, int] = 0, size: tuple[int, int] = (6, 5)) -> None:
@@ -209,19 +216,28 @@ def test_a_download_that_arrives_broken_is_one_sentence(tmp_path: Path, monkeypa
 
 def test_folder_finds_all_images_in_sorted_order(tmp_path: Path) -> None:
     wanted = ["B/Z.PNG", "a.jpg", "a/deep/er/x.webp", "b.Jpeg", "b/ü 漢字.png", "c.bmp", "d.tif", "e.TIFF", "f.gif"]
+    lost = "broken-link.jpg"  # a picture by its name, which keeps its place and cannot be read
     for i, name in enumerate(reversed(wanted)):
         picture(tmp_path / name, i * 20)
-    for name in (".hidden.jpg", ".cache/x.jpg", "notes.txt", "a/list.csv", "Makefile", "broken-link.jpg"):
+    for name in (".hidden.jpg", ".cache/x.jpg", "notes.txt", "a/list.csv", "Makefile", lost, "b/notes"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        if name == "broken-link.jpg":
-            (tmp_path / name).symlink_to(tmp_path / "gone.jpg")
+        if name in (lost, "b/notes"):
+            (tmp_path / name).symlink_to("gone.jpg")
         else:
             (tmp_path / name).write_text("x")
-    sources = load_source("folder", str(tmp_path))
+    with pytest.warns(
+        RunWarning, match=r"data\.root=.*: left out are links that lead nowhere \(1\): b/notes -> gone\.jpg"
+    ):
+        sources = load_source("folder", str(tmp_path))
     train = sources.train
     assert isinstance(train, FolderSource)
-    assert names(train) == sorted(wanted)
-    assert train.ignored == {"hidden": 2, ".txt": 1, ".csv": 1, "without ending": 1, "broken link": 1}
+    assert names(train) == sorted([*wanted, lost])
+    with pytest.raises(ImageError, match=r"broken-link\.jpg: a link to gone\.jpg: No such file or directory") as caught:
+        train.image(names(train).index(lost))
+    assert caught.value.kind == "broken link"
+    wanted = names(train)
+    assert train.ignored == {"hidden": 2, ".txt": 1, ".csv": 1, "without ending": 1}
+    assert (train.unreadable, train.broken) == ({}, {"b/notes": "gone.jpg"})
     assert (train.labels, train.classes, train.images, sources.bank, sources.held_out) == (None, (), None, None, None)
     assert train.image(wanted.index("b/ü 漢字.png")).shape == (3, 5, 6)
     assert train.image(wanted.index("f.gif")).flatten().tolist() == [0] * 90
@@ -263,6 +279,70 @@ def test_links_are_followed_once_and_loops_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "root/zz").symlink_to(tmp_path / "outside")
     (tmp_path / "outside/back").symlink_to(tmp_path / "root")
     assert names(load_source("folder", str(tmp_path / "root")).train) == ["elsewhere/x.png", "real/y.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/1.png", "b/2.png", "c/deep/3.png"):
+        picture(tmp_path / name)
+    forbid(monkeypatch, tmp_path / "b", tmp_path / "c/deep")
+    for labels in ("none", "folder"):
+        with pytest.raises(
+            ValueError,
+            match=r"^data\.root=\S+ \(\S+\) holds 2 folders that cannot be read: b \(Permission denied\), c/deep "
+            r"\(Permission denied\); give this user the right to",
+        ):
+            load_source("folder", str(tmp_path), labels=labels)
+    train = load_source("folder", str(tmp_path), keep_unreadable=True).train
+    assert isinstance(train, FolderSource)
+    assert (names(train), set(train.unreadable)) == (["a/1.png"], {"b", "c/deep"})
+    with pytest.raises(ValueError, match="2 folders that cannot be read"):  # of the classes one is left
+        load_source("folder", str(tmp_path), labels="folder", keep_unreadable=True)
+    forbid(monkeypatch, tmp_path)
+    for keep in (False, True):
+        with pytest.raises(ValueError, match=r"data\.root=.* cannot be read: \. \(Permission denied\)"):
+            load_source("folder", str(tmp_path), keep_unreadable=keep)
+
+
+def test_a_link_that_may_not_be_followed_is_no_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "1.png")
+    (tmp_path / "more").symlink_to(tmp_path / "elsewhere")
+    stat = os.stat
+
+    def denied(path: Any, *given: Any, **named: Any) -> os.stat_result:
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(ValueError, match=r"1 folder that cannot be read: more \(Permission denied\)"):
+        load_source("folder", str(tmp_path))
+
+
+_setpriv = shutil.which("setpriv")
+_AS_ANYONE = ["--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-dac_override,-dac_read_search"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and _setpriv is None, reason="modes stop root only without capabilities")
+def test_a_folder_that_cannot_be_read_for_real(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/2.png"):
+        picture(tmp_path / name)
+    (tmp_path / "b").chmod(0)
+    try:
+        script = "import sys; from moco.data.walk import walk; t = walk(sys.argv[1]); print(t.pictures, t.unreadable)"
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        if os.geteuid() == 0:
+            command = [str(_setpriv), *_AS_ANYONE, *command]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        (tmp_path / "b").chmod(0o755)
+    assert done.stdout == "['a/1.png'] {'b': 'Permission denied'}\n", done.stderr
 
 
 def test_names_that_are_no_utf8_can_be_opened(tmp_path: Path) -> None:

@@ -1,23 +1,41 @@
 """Each attack that a stranger's file or name could try, tried."""
 
 import ast
+import contextlib
 import csv
+import io
+import json
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import save_file
 
+from moco.check_data import check_data
+from moco.config import DataConfig
+from moco.config.check_data import CheckDataConfig
+from moco.config.pack import PackConfig
 from moco.data.bad import BadImages
+from moco.data.decode import ImageError, decode
+from moco.data.inspect import inspect
 from moco.data.sources import load_source
+from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
 from moco.engine import checkpoint
 from moco.engine.checkpoint import CheckpointError
+from moco.evaluation.features import pixels, stream
 from moco.interop.encoder_file import build, read_encoder
-from tests.data.broken import noise
+from moco.stages import search
+from moco.stages.embedding import Embedding
+from moco.stages.pack import pack
+from moco.stages.queries import files
+from tests.data.broken import encoded, folder, noise, odd_files
 from tests.faults import runs
 from tests.faults.runs import REPOSITORY
 
@@ -168,6 +186,82 @@ def test_a_name_cannot_forge_a_line_of_a_table(tmp_path: Path) -> None:
         assert sorted(row["path"] for row in csv.DictReader(file)) == sorted(names)
 
 
+# ---- programs that a picture could start ----
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n"
+
+
+def odd_tiff(compression: int, strip: bytes) -> bytes:
+    """A TIFF of 40 x 40 gray pixels that says its one strip were compressed so."""
+    tags = [(256, 40), (257, 40), (258, 8), (259, compression), (262, 1), (273, 8), (277, 1), (278, 40)]
+    tags.append((279, len(strip)))
+    strip += bytes(len(strip) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(strip)) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that programs by the names of those which PIL calls leave behind."""
+    mark, programs = tmp_path / "EVIL", tmp_path / "programs"
+    programs.mkdir()
+    for name in ("gs", "djpeg", "xdg-open", "display"):
+        (programs / name).write_text(f"#!/bin/sh\ntouch {mark}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked for once in a process
+    return mark
+
+
+def test_a_picture_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
+    """PostScript by the name of a photograph, which PIL would hand to Ghostscript, wherever pictures are read."""
+    root = folder(tmp_path / "pictures", good=9, bad=False)
+    (root / "zz.jpg").write_bytes(POSTSCRIPT)
+    with pytest.raises(ImageError, match="no known image format") as refused:
+        decode(root / "zz.jpg")
+    assert refused.value.kind == "no image"
+    assert inspect(str(root / "zz.jpg")).fault == "no image"
+
+    data = DataConfig(name="folder", root=str(root), workers=1, max_bad=0.5)
+    with pytest.raises(ValueError, match="1 of the 10 training pictures cannot be read"):
+        check_data(CheckDataConfig(data, str(tmp_path / "report.json")))
+    told = json.loads((tmp_path / "report.json").read_text())["unreadable"]
+    assert [Path(each["path"]).name for each in told["no image"]["files"]] == ["zz.jpg"]
+
+    pack(PackConfig(data, str(tmp_path / "packed")))
+    with (tmp_path / "packed" / "skipped.csv").open(newline="") as file:
+        assert [(row["path"], row["kind"]) for row in csv.DictReader(file)] == [("zz.jpg", "no image")]
+
+    source = load_source("folder", str(root)).train
+    index = Embedding(tmp_path, np.zeros((10, 2), np.float32), np.arange(10), source, {})
+    assert search._size(index, 9) == {"width": 0, "height": 0, "bytes": 0}
+    with pytest.raises(ImageError, match="no known image format"):
+        list(stream(pixels, files([str(root / "zz.jpg")]), [0], 8, 0, (0.0,) * 3, (1.0,) * 3, torch.device("cpu")))
+
+    for compression in (1, 2, 3, 5, 6, 7, 8, 32773, 34676, 34712, 34925, 50000, 50001, 60000):
+        (root / "odd.tif").write_bytes(odd_tiff(compression, POSTSCRIPT))
+        with contextlib.suppress(ImageError):
+            decode(root / "odd.tif")
+    assert not ghostscript.exists()
+    with contextlib.suppress(OSError), Image.open(root / "zz.jpg") as image:
+        image.load()
+    assert ghostscript.exists()  # the test would see it
+
+
+def test_whatever_is_promised_can_be_read(tmp_path: Path) -> None:
+    """Each ending by its format, and the kinds that come under another format's name."""
+    names = Image.registered_extensions()
+    assert {names[ending] for ending in IMAGE_ENDINGS} == set(IMAGE_FORMATS)
+    stereo = io.BytesIO()
+    noise().save(stereo, "MPO", save_all=True, append_images=[noise(1)])
+    readable = {name: data for name, (data, _) in odd_files().items()} | {"stereo.jpg": stereo.getvalue()}
+    readable |= {f"plain{ending}": encoded(noise(), names[ending]) for ending in IMAGE_ENDINGS}
+    for name, data in readable.items():
+        (tmp_path / name).write_bytes(data)
+        assert decode(tmp_path / name).shape[0] == 3, name
+        assert inspect(str(tmp_path / name)).fault == "", name
+
+
 # ---- bombs ----
 
 
@@ -202,7 +296,9 @@ def keyword(call: ast.Call, name: str) -> str:
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.name)
 def test_no_shell_no_unpickling_no_evaluation(path: Path) -> None:
+    assert "from PIL.Image import" not in path.read_text()
     for name, call in calls(ast.parse(path.read_text())):
+        assert not name.endswith("Image.open") or keyword(call, "formats") == "IMAGE_FORMATS", name
         assert keyword(call, "shell") in ("", "False"), name
         assert keyword(call, "allow_pickle") in ("", "False"), name
         assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), name

@@ -19,7 +19,7 @@ from moco.data.decode import FAULTS, ImageError
 from moco.data.inspect import ODDITIES, inspect
 from moco.data.sources import FolderSource, load_source
 from moco.stages import check_data as module
-from tests.data.broken import bad_files, encoded, folder, noise, odd_files
+from tests.data.broken import bad_files, encoded, folder, forbid, noise, odd_files
 
 
 def checked(output: Path, stops: str = "", **data: Any) -> dict[str, Any]:
@@ -48,9 +48,9 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
     (root / "nowhere.png").symlink_to(root / "gone.png")
     (root / "up").symlink_to(tmp_path)
     report = checked(
-        tmp_path / "report.json", r"7 of the 23 training pictures .*report\.json", root=str(root), workers=workers
+        tmp_path / "report.json", r"8 of the 24 training pictures .*report\.json", root=str(root), workers=workers
     )
-    wanted: dict[str, list[str]] = {}
+    wanted: dict[str, list[str]] = {"broken link": ["circle", "nowhere.png"]}
     for name, (_, kind) in (bad_files() | odd_files()).items():
         wanted.setdefault(kind, []).append(name)
     assert set(wanted) == (set(FAULTS) | set(ODDITIES)) - {"unreadable", "huge"}  # planted in tests of their own
@@ -59,8 +59,12 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
         kind: sorted(each) for kind, each in wanted.items()
     }
     assert all(told["count"] == len(told["files"]) for told in found.values())
-    assert report["pictures"] == 23
-    assert report["ignored"] == {"broken link": 2, ".txt": 1, "without ending": 1, "hidden": 1}
+    assert report["pictures"] == 24
+    assert report["unreadable"]["broken link"]["files"] == [
+        {"path": str(root / "nowhere.png"), "reason": f"a link to {root}/gone.png: No such file or directory"},
+        {"path": str(root / "circle"), "reason": f"a link to {root}/circle, left out"},
+    ]
+    assert report["ignored"] == {".txt": 1, "without ending": 1, "hidden": 1}
     assert report["formats"]["JPEG CMYK"] == 1
     assert sum(report["formats"].values()) == 16
     said = capsys.readouterr().out
@@ -136,6 +140,21 @@ def test_gone_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "read_bytes", denied)
     facts = inspect(str(tmp_path / "secret.png"))
     assert (facts.fault, facts.reason) == ("unreadable", "Permission denied")
+
+
+def test_a_folder_that_cannot_be_read_is_a_fault_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "pictures", good=2)
+    folder(root / "closed", good=1, bad=False)
+    forbid(monkeypatch, root / "closed")
+    words = r"stop here: 1 folder cannot be read \(give this user .*; 7 of the 9 training pictures"
+    report = checked(tmp_path / "report.json", words, root=str(root))
+    told = report["unreadable"]
+    assert told["unreadable folder"]["files"] == [{"path": str(root / "closed"), "reason": "Permission denied"}]
+    assert told["empty"]["count"] == 1
+    clean = folder(tmp_path / "clean", bad=False)
+    forbid(monkeypatch, clean)
+    with pytest.raises(ValueError, match=r"data\.root=.* cannot be read: \."):
+        check_data(CheckDataConfig(DataConfig(name="folder", root=str(clean))))
 
 
 def test_huge_and_sixteen_bit_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,178 @@
+"""What loader processes can meet (a kill, a stop, no shared memory) ends in a sentence wherever it is noticed."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from moco.config import config_dir
+from moco.data.loader import Plan, batches
+from moco.data.packing import prepared
+from moco.data.sources import Source, load_source
+from moco.data.view import View
+from moco.data.workers import LoaderError, as_it_is, delivered, leave_signals_to_the_parent
+from moco.evaluation.features import extract, stream
+from tests.data.broken import folder
+
+CPU = torch.device("cpu")
+PLAN, VIEWS = Plan(40, 4, 100, seed=0), (View(8, (0.2, 1.0)),) * 2
+DIED = (
+    r"^a loader process died \(Killed\), most likely for want of memory: lower {}=1 \(0: no loader processes\) or give "
+    r"more memory, and start the same command again$"
+)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return load_source("folder", str(folder(tmp_path / "pictures", good=40, bad=False))).train
+
+
+def strike() -> None:
+    """Kills a loader process, as the system does for want of memory, and waits where this process is just then."""
+    (process,) = multiprocessing.active_children()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    for _ in range(1000):  # the handler runs between two of these
+        time.sleep(0.01)
+    raise AssertionError("nothing was said")
+
+
+def test_a_death_is_told_in_training_between_two_batches(source: Source) -> None:
+    made = batches(source, PLAN, VIEWS, CPU, workers=1)
+    next(made)
+    with pytest.raises(LoaderError, match=DIED.format("data.workers")):
+        strike()
+    made.close()
+    assert multiprocessing.active_children() == []
+
+
+def test_a_death_is_told_in_an_evaluation(source: Source) -> None:
+    def network(images: Tensor) -> Tensor:
+        strike()
+        return images
+
+    with pytest.raises(LoaderError, match=DIED.format("data.workers")):
+        extract(network, source, 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, 4, workers=1)
+    pictures = stream(lambda images: images, source, range(40), 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, 4, workers=1)
+    next(pictures)
+    with pytest.raises(LoaderError, match=DIED.format("data.workers")):
+        strike()
+    del pictures
+    assert multiprocessing.active_children() == []
+
+
+def test_a_death_is_told_in_packing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moco.data.packing.picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(LoaderError, match=DIED.format("workers")):  # noticed while it waits
+        list(prepared(source, 0, 1, 0, 90))
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+            r"died \(no word of how\), most likely for want of mem",
+        ),
+        ("DataLoader worker (pid 7) is killed by signal: Terminated. ", r"died \(Terminated\): lower data\.workers=1"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", "shared memory: make /dev/shm larger"),
+        ("Too many open files. Communication with the workers", r"raise ulimit -n, or lower data\.workers=1"),
+    ],
+)
+def test_each_end_has_its_words(said: str, words: str) -> None:
+    with pytest.raises(LoaderError, match=words) as caught:
+        list(delivered(Fails(said), "data.workers"))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"^the size of tensor a"):
+        list(delivered(Fails("the size of tensor a"), "data.workers"))  # type: ignore[arg-type]
+
+
+class Fails:
+    """A loader that raises so."""
+
+    def __init__(self, said: str) -> None:
+        self.said, self.num_workers = said, 1
+
+    def __iter__(self) -> "Fails":
+        return self
+
+    def __next__(self) -> None:
+        raise RuntimeError(self.said)
+
+
+def _stopped_at_its_start(worker: int) -> None:
+    """A stop that reaches all processes comes before this one ignores it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
+    leave_signals_to_the_parent(worker)
+
+
+def test_a_stop_that_reaches_all_processes_ends_no_loader() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    loader: Any = DataLoader(
+        range(4),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=1,
+        collate_fn=as_it_is,
+        worker_init_fn=_stopped_at_its_start,
+    )
+    assert list(delivered(loader, "data.workers")) == [0, 1, 2, 3]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def _full(self: Tensor) -> Tensor:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def test_no_shared_memory_is_a_sentence(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "share_memory_", _full)  # in the processes too, which are forked
+    words = r"finds no shared memory for a batch of 0\.0 MB \(unable .*docker run --shm-size=8g.* data\.workers=0"
+    with pytest.raises(LoaderError, match=words):
+        next(batches(source, PLAN, VIEWS, CPU, workers=1))
+    with pytest.raises(LoaderError, match=words):
+        extract(torch.nn.Flatten(), source, 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, 4, workers=1)
+    assert multiprocessing.active_children() == []
+    assert len(next(batches(source, PLAN, VIEWS, CPU, workers=0)).index) == 4
+
+
+SCRIPT = """
+import sys, torch
+from moco.data.loader import Plan, batches
+from moco.data.sources import load_source
+from moco.data.view import View
+source, view = load_source("folder", sys.argv[1]).train, View(96, (0.2, 1.0))
+held = batches(source, Plan(40, 40, 9, 0), (view,), torch.device("cpu"), 2)
+next(held)
+"""
+_unshare = shutil.which("unshare")
+_may = (
+    _unshare is not None and subprocess.run([_unshare, "-m", "true"], capture_output=True, check=False).returncode == 0
+)
+
+
+@pytest.mark.skipif(not _may, reason="a /dev/shm of its own takes root and unshare")
+def test_a_small_dev_shm_for_real(source: Source, tmp_path: Path) -> None:
+    """1 MB, for batches of 1.1 MB. What holds the loader to the end of the program does not keep it from ending."""
+    small = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+    assert _unshare is not None
+    done = subprocess.run(
+        [_unshare, "-m", "sh", "-c", small, "sh", sys.executable, "-c", SCRIPT, str(tmp_path / "pictures")],
+        env=os.environ | {"PYTHONPATH": str(Path(config_dir()).parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "LoaderError: a loader process finds no shared memory for a batch of 1.1 MB" in done.stderr.splitlines()[-1]
