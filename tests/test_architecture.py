@@ -31,7 +31,7 @@ ORDER = [
     {"methods"},
     {"builder"},
     {"losses", "models", "data"},
-    {"distributed", "config"},
+    {"distributed", "config", "files"},
 ]
 HYDRA_USERS = {"cli"}
 MOST_LINES = 350

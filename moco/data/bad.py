@@ -17,6 +17,7 @@ from moco.data.decode import ImageError
 from moco.data.keyed import SUBSTITUTE, philox
 from moco.data.sources import Progress, Source, subset
 from moco.distributed import on_main, rank, world_size
+from moco.files import told, whole
 
 # Substitutes in a row that may be unreadable too. With a hundredth of the pictures bad, three in a row are one in a
 # million: only where the disk is gone, or nearly all is broken, are these not enough.
@@ -128,6 +129,7 @@ class BadImages:
 
         Raises:
             ImageError: on every rank, if more than `max_bad` of the pictures are bad.
+            NotWritten: on every rank, if the file cannot be written.
         """
         new = _of_all_ranks(self._noted)
         self._noted = {}
@@ -152,15 +154,17 @@ class BadImages:
 
     def _write(self) -> None:
         if not self.found:
-            self.file.unlink(missing_ok=True)
+            with told(self.file):
+                self.file.unlink(missing_ok=True)
             return
-        temporary = self.file.with_suffix(".tmp")
-        # A name that is no text is written as the bytes that it is.
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            whole(self.file) as temporary,
+            # A name that is no text is written as the bytes that it is.
+            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             table = csv.writer(file)
             table.writerow(("index", "path", "reason"))
             table.writerows((i, self._source.name(i), self.found[i]) for i in sorted(self.found))
-        temporary.replace(self.file)
 
 
 def _reasons(errors: Mapping[int, ImageError]) -> dict[int, str]:

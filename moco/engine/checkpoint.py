@@ -9,6 +9,7 @@ import copy
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import threading
 import warnings
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from moco.config import RunWarning
+from moco.files import cause
 
 Checkpoint = dict[str, Any]
 
@@ -167,7 +169,7 @@ class Saver:
         error, self._writer, self._error = self._error, None, None
         if error is not None:
             raise CheckpointError(
-                f"no checkpoint could be written to {self._folder} ({_cause(error)}): make room there; "
+                f"no checkpoint could be written to {self._folder} ({cause(error)}): make room there; "
                 "the one before is untouched, and the same command goes on from it"
             ) from error
 
@@ -185,16 +187,6 @@ class Saver:
             save(self._folder, step, state, self._keep_last, keep, best)
         except Exception as error:  # told to the loop, which this thread cannot raise in
             self._error = error
-
-
-def _cause(error: BaseException) -> str:
-    """What the system said; torch may raise an error of its own while it handles the system's."""
-    each: BaseException | None = error
-    while each is not None:
-        if isinstance(each, OSError) and each.strerror:
-            return each.strerror
-        each = each.__cause__ or each.__context__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def found(folder: Path) -> list[Path]:
@@ -269,16 +261,26 @@ def load_newest(folder: Path) -> Checkpoint | None:
     """The newest readable checkpoint; warns of each unreadable one that it passes over. None if there is none.
 
     Raises:
-        CheckpointError: if there are checkpoints, but none that can be read.
+        CheckpointError: if there are checkpoints, but none that can be read; says whether the best one can.
     """
     paths = found(folder)
     for path in paths:
         try:
             return load(path)
         except CheckpointError as error:
+            if path == paths[-1]:
+                all_of_them = f", and none of the {len(paths)} checkpoints in {folder} can be read" * (len(paths) > 1)
+                raise CheckpointError(f"{error}{all_of_them}; {_way_out(folder, len(paths))}") from error
             warnings.warn(f"{error}; falling back to the checkpoint before it", RunWarning, stacklevel=2)
-    if paths:
-        raise CheckpointError(
-            f"none of the {len(paths)} checkpoints in {folder} can be read; move them away to start anew"
-        )
     return None
+
+
+def _way_out(folder: Path, damaged: int) -> str:
+    """How a run goes on that has so many checkpoints, none of which can be read."""
+    best = folder / BEST
+    try:
+        step = load(best)["step"]
+    except CheckpointError:
+        return f"move {'it' if damaged == 1 else 'them'} away to start anew"
+    copy = shlex.join(["cp", str(best), str(best.with_name(f"step_{step:08d}.pt"))])
+    return f"{best} can be read: after {copy} the same command goes on from step {step}"

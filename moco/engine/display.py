@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,6 +12,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
+
+from moco.engine.streams import mute
 
 
 def duration(seconds: float) -> str:
@@ -37,10 +40,27 @@ def status_line(values: Mapping[str, float]) -> str:
     return " · ".join(parts)
 
 
+class Terminal(Console):
+    """A console whose reader may leave (`| head`, a terminal that is closed): the work goes on, unheard.
+
+    rich's own ends the process there, and leaves the way to another end to a subclass.
+    """
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        mute(self.file)
+
+    def __exit__(self, *about: Any) -> None:
+        try:
+            super().__exit__(*about)  # which is where rich writes
+        except OSError:  # a terminal that is gone, a log on a full disk
+            self.on_broken_pipe()
+
+
 @contextmanager
 def counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar for work that counts: gives a function to call with (done, total). Gone when it is over."""
-    console = Console()
+    console = Terminal()
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, visible=False)
@@ -57,7 +77,7 @@ class Display:
     """
 
     def __init__(self, total_steps: int, steps_per_epoch: int, start: int, quiet: bool) -> None:
-        self.console = Console(quiet=quiet, highlight=False)
+        self.console = Terminal(quiet=quiet, highlight=False)
         self._total, self._steps_per_epoch, self._start = total_steps, steps_per_epoch, start
         self._began = self._last_line = time.monotonic()
         self._progress = Progress(

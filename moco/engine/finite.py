@@ -1,5 +1,9 @@
 """Steps whose loss or gradient is not finite: seen by all ranks alike, kept for study, skipped if so wished.
 
+Of the first such step a file is kept, `step_N.pt`: "step" and "epoch" from 0, "what" was not finite, "index", the
+samples of the global batch in the order of the ranks (rank r had the r-th of "world_size" equal parts), "rank", which
+wrote it, and the state. The views are a function of the seed, the epoch and the samples, so the culprit can be found.
+
 Without a limit on skipping, a GPU is not waited for: a step's loss is read once the next step is queued, and before
 anything is saved. A step that is found so has changed the weights, which no checkpoint holds; the run ends.
 """
@@ -13,8 +17,9 @@ import torch
 from torch import Tensor
 
 from moco.data.loader import Plan
-from moco.distributed import is_main, rank
+from moco.distributed import gather, on_main, rank, world_size
 from moco.engine.step import NonFiniteLoss
+from moco.files import NotWritten, cause, whole
 
 Measures = dict[str, Tensor]
 
@@ -78,7 +83,7 @@ class FiniteSteps:
             self.skipped += 1
             self._say(
                 f"step {step + 1} gave {error} and was skipped, {self.skipped} of at most optim.skip_nonfinite="
-                f"{self._limit}; {kept}"
+                f"{self._limit}{kept}"
             )
             return None
         if self._late:
@@ -117,17 +122,31 @@ class FiniteSteps:
         first = ", ".join(str(i) for i in index[:8].tolist())
         return (
             f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {self._plan.steps_per_epoch}; "
-            f"rank {rank()} had samples {first}, ...) gave {what}. {unchanged}, and {kept}; in a new run=..., lower "
+            f"rank {rank()} had samples {first}, ...) gave {what}. {unchanged}{kept}; in a new run=..., lower "
             "optim.lr, lengthen optim.warmup_epochs, or set optim.clip_grad=1; optim.skip_nonfinite=10 leaves out as "
             "many such steps"
         )
 
     def _keep(self, step: int, index: Tensor, what: str) -> str:
-        """Writes what is known; the views are a function of the seed, the epoch and the samples."""
-        file = self._folder / f"step_{step + 1}.pt"
-        if is_main() and not any(self._folder.glob("*.pt")):  # one is enough to study, and each is a checkpoint's size
-            self._folder.mkdir(parents=True, exist_ok=True)
-            about = {"step": step, "epoch": step // self._plan.steps_per_epoch, "index": index.cpu(), "what": what}
-            torch.save(about | self._state(), file)
-        first = min(self._folder.glob("*.pt"), default=file)
-        return f"{first} holds the state {'behind' if self._late else 'before'} the first such step for study"
+        """Writes what is known, and says where it is or why it is not; every rank calls it."""
+        everyone = gather(index)  # (W n,)
+        about = {
+            "step": step,
+            "epoch": step // self._plan.steps_per_epoch,
+            "index": everyone.cpu(),
+            "world_size": world_size(),
+            "rank": rank(),
+            "what": what,
+        }
+        return on_main(lambda: self._write(self._folder / f"step_{step + 1}.pt", about))
+
+    def _write(self, file: Path, about: dict[str, Any]) -> str:
+        try:
+            if not any(self._folder.glob("*.pt")):  # one is enough to study, and each is a checkpoint's size
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with whole(file) as temporary, temporary.open("wb") as opened:
+                    torch.save(about | self._state(), opened)
+        except (OSError, NotWritten) as error:  # what the step gave matters more than that it could not be kept
+            return f" (the state could not be kept: {file}: {cause(error)})"
+        first = min(self._folder.glob("*.pt"))
+        return f", and {first} holds the state {'behind' if self._late else 'before'} the first such step for study"

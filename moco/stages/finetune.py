@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
@@ -22,7 +21,7 @@ from moco.data.loader import Plan, batches
 from moco.data.sources import Source, subset
 from moco.data.view import View
 from moco.distributed import broadcast_module, is_main, on_main, process_group
-from moco.engine.display import duration
+from moco.engine.display import Terminal, duration
 from moco.engine.precision import PRECISIONS
 from moco.engine.weights import save_weights
 from moco.evaluation import subsets
@@ -237,7 +236,7 @@ def _save(task: Task, network: nn.Sequential, folder: Path, step: int) -> None:
 @contextmanager
 def _bar(total: int) -> Iterator[OnStep]:
     """A bar over all steps of all encoders and seeds; without a terminal a line every half minute. Rank 0 only."""
-    console = Console(quiet=not is_main(), highlight=False)
+    console = Terminal(quiet=not is_main(), highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     began = said = time.monotonic()
     done = 0

@@ -1,5 +1,6 @@
 """What a pretraining run says when it opens and when it closes, and the picture of its views."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 import moco
-from moco.config import TrainConfig
+from moco.config import RunWarning, TrainConfig
 from moco.data.bad import BadImages
 from moco.data.loader import OnBad, Plan, batches
 from moco.data.sources import Sources
@@ -18,6 +19,7 @@ from moco.engine.display import Display, duration
 from moco.engine.run import Journal
 from moco.engine.step import Method
 from moco.evaluation.knn import Accuracy
+from moco.files import NotWritten, cause, whole
 from moco.stages.diagnosis import Doctor
 from moco.stages.live import knn_title
 
@@ -68,7 +70,10 @@ def show_views(
     device: torch.device,
     on_bad: OnBad | None = None,
 ) -> None:
-    """views.png and TensorBoard's first picture: what the model sees, the two views of eight images."""
+    """views.png and TensorBoard's first picture: what the model sees, the two views of eight images.
+
+    They help a person to look, and training needs neither: where the file cannot be written a warning says so.
+    """
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
     batch = next(batches(sources.train, small, views, device, workers=0, on_bad=on_bad))
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
@@ -77,7 +82,14 @@ def show_views(
     pictures = torch.cat(rows).repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     grid = make_grid(pictures, nrow=len(batch.index), pad_value=1.0)
     journal.picture("views", grid)
-    save_image(grid, path / "views.png")
+    file = path / "views.png"
+    try:
+        with whole(file) as temporary:
+            save_image(grid, temporary, format="png")
+    except NotWritten as error:
+        warnings.warn(
+            f"{file} cannot be written ({cause(error)}); training goes on without it", RunWarning, stacklevel=2
+        )
 
 
 def summarise(

@@ -84,7 +84,8 @@ def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
         try:
             state = checkpoint.load(file)
         except checkpoint.CheckpointError as error:
-            warnings.warn(f"{error}; falling back to the checkpoint before it", RunWarning, stacklevel=3)
+            before = "" if file == found[-1] else "; falling back to the checkpoint before it"
+            warnings.warn(f"{error}{before}", RunWarning, stacklevel=3)
             continue
         if isinstance(state.get("config"), dict) and isinstance(state.get("method"), dict):
             return file, state

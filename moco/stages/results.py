@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import moco
 from moco.config import ConfigError
 from moco.distributed import is_main, on_main, world_size
+from moco.engine.display import Terminal
 
 
 def provenance() -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _opened(folder: Path) -> Iterator[list[Any]]:
 def say(line: str) -> None:
     """A line of a command, on rank 0."""
     if is_main():
-        Console(highlight=False).print(line, markup=False, soft_wrap=True)
+        Terminal(highlight=False).print(line, markup=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
@@ -135,7 +135,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], cap
         out.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         out.add_row(*map(Text, row))
-    Console(highlight=False).print(out)
+    Terminal(highlight=False).print(out)
 
 
 def percent(value: float | None, half_width: float | None = None) -> str:

@@ -16,6 +16,7 @@ from moco.data.decode import FAULTS, ImageError, decode
 from moco.data.loader import Batch, Plan, batches
 from moco.data.sources import ArraySource, Source, load_source, subset
 from moco.data.view import View, draw_crop
+from moco.files import NotWritten
 from tests.data.broken import bad_files, folder, noise, odd_files
 from tests.distributed.launch import run_ranks
 
@@ -330,3 +331,24 @@ def test_a_part_of_a_resident_source_keeps_its_bad_rows() -> None:
     assert (part.image(0) == 3).all()
     with pytest.raises(ImageError, match="c is bad"):
         part.image(1)
+
+
+def test_a_list_that_cannot_be_written_is_one_sentence_and_the_one_of_before_stays(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures", good=9)
+    source, file = opened(root), tmp_path / "bad_images.csv"
+    found = reasons(source)
+    first = min(found)
+    bad = BadImages(source, file, 0.9)
+    bad.note({first: found[first]})
+    bad.settle()
+    bad.note(found)
+    file.with_suffix(".tmp").symlink_to("/dev/full")
+    with pytest.raises(NotWritten, match=r"bad_images\.csv cannot be written \(No space left on device\): make room"):
+        bad.settle()
+    assert [name for name, _ in listed(file)] == [source.name(first)]
+    assert not file.with_suffix(".tmp").is_symlink()
+    file.with_suffix(".tmp").write_text("torn by a kill")
+    again = BadImages(source, file, 0.9)
+    again.note(found)
+    assert again.settle() == len(found) - 1
+    assert len(listed(file)) == len(found)

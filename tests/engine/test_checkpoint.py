@@ -3,7 +3,9 @@
 import collections
 import os
 import pickle
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -257,9 +259,34 @@ def test_none_readable_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
         save(tmp_path, step, state(step), keep_last=2).write_bytes(b"x")
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* can be read"),
+        pytest.raises(
+            CheckpointError, match=r"step_00000001\.pt cannot .* none of the 2 checkpoints in .* can be read; move them"
+        ),
     ):
         load_newest(tmp_path)
+
+
+def test_a_single_damaged_one_is_no_reason_to_fall_back(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1), keep_last=2).write_bytes(b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match=r"step_00000001\.pt cannot be read .*; move it away to start anew$"):
+            load_newest(tmp_path)
+
+
+def test_the_best_is_named_where_it_alone_can_be_read_and_can_be_gone_on_with(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    save(folder, 2, state(2), keep_last=1, best=True)
+    save(folder, 3, state(3), keep_last=1).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"best\.pt can be read: after cp .* goes on from step 2$") as caught:
+        load_newest(folder)
+    copy = re.search(r"after (cp .*) the same", str(caught.value))
+    assert copy is not None
+    subprocess.run(shlex.split(copy[1]), check=True)
+    with pytest.warns(UserWarning, match=r"step_00000003.*falling back to the checkpoint before it"):
+        newest = load_newest(folder)
+    assert newest is not None
+    assert same(newest, state(2))
 
 
 # ---- malice ----

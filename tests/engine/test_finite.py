@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor
 
 from moco.data.loader import Plan
+from moco.distributed import rank
 from moco.engine.finite import FiniteSteps
 from moco.engine.step import NonFiniteLoss
+from tests.distributed.launch import run_ranks
 
 PLAN = Plan(length=40, batch_size=10, epochs=2, seed=0)
 INDEX = torch.arange(30, 40)
@@ -40,6 +43,7 @@ def test_a_bad_step_ends_the_run_and_its_state_is_kept(tmp_path: Path) -> None:
     kept = torch.load(tmp_path / "nonfinite" / "step_6.pt", weights_only=True)
     assert (kept["step"], kept["epoch"], kept["what"]) == (5, 1, "loss nan, gradient norm nan")
     assert kept["index"].tolist() == INDEX.tolist()
+    assert (kept["world_size"], kept["rank"]) == (1, 0)
     assert kept["method"]["w"].tolist() == [1, 1]
 
 
@@ -79,3 +83,39 @@ def test_late_before_saving_the_newest_step_is_read_too(tmp_path: Path) -> None:
     finite.run(1, INDEX, good(math.nan))
     with pytest.raises(NonFiniteLoss, match="step 2 "):
         finite.settle()
+
+
+def test_a_state_that_cannot_be_kept_hides_nothing_and_the_next_is(tmp_path: Path) -> None:
+    """A full disk under the file, then a torn file of an earlier attempt, then room."""
+    said: list[str] = []
+    finite = steps(tmp_path, limit=2, said=said)
+    (tmp_path / "step_6.tmp").symlink_to("/dev/full")
+    assert finite.run(5, INDEX, bad) is None
+    assert said[0].endswith(
+        f"skip_nonfinite=2 (the state could not be kept: {tmp_path}/step_6.pt: No space left on device)"
+    )
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "step_7.tmp").write_bytes(b"torn")
+    with pytest.raises(NonFiniteLoss, match=r"untouched, and .*step_7\.pt holds the state before the first such step"):
+        steps(tmp_path).run(6, INDEX, bad)
+    assert [each.name for each in tmp_path.iterdir()] == ["step_7.pt"]
+    shut = tmp_path / "file" / "nonfinite"
+    shut.parent.touch()
+    with pytest.raises(NonFiniteLoss, match=r"step 6 .* gave loss nan.*untouched \(the state could not be kept: "):
+        steps(shut).run(5, INDEX, bad)
+
+
+def of_rank(folder: str) -> str:
+    """What this rank says of a step in which it had samples 10 r ... 10 r + 3."""
+    with pytest.raises(NonFiniteLoss) as caught:
+        steps(Path(folder)).run(0, 10 * rank() + torch.arange(4), bad)
+    return str(caught.value)
+
+
+def test_the_samples_of_all_ranks_are_kept_in_their_order(tmp_path: Path) -> None:
+    sentences = run_ranks(2, partial(of_rank, str(tmp_path)))
+    kept = torch.load(tmp_path / "step_1.pt", weights_only=True)
+    assert kept["index"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+    assert (kept["world_size"], kept["rank"]) == (2, 0)
+    assert "rank 1 had samples 10, 11, 12, 13" in sentences[1]
+    assert all("step_1.pt holds the state" in each for each in sentences)

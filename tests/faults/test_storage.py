@@ -1,15 +1,26 @@
-"""A disk that is really full, and pictures that vanish, while a run goes on."""
+"""A disk that is really full, and pictures that vanish, while a run goes on.
+
+In the short form single files meet a full disk in tests/engine/test_finite.py, tests/engine/test_weights.py,
+tests/data/test_bad_images.py and tests/stages/test_messages.py.
+"""
 
 import csv
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from moco.engine import checkpoint
+from moco.data.bad import BadImages
+from moco.engine import checkpoint, weights
+from moco.engine.finite import FiniteSteps
+from moco.interop.encoder_file import read_encoder
+from moco.stages import messages
 from tests.data.broken import folder
 from tests.faults import runs
 from tests.faults.runs import LONG
@@ -64,6 +75,69 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_with_room_it_goes_on_bit_f
         runs.same_end(run, whole)
         shutil.rmtree(small_disk / run.name)
     print(f"faults: {turns} full disks")
+
+
+# What writes a file of a run besides its checkpoints and records: where it is found, and what it writes.
+WRITERS: dict[str, tuple[Any, str]] = {
+    "encoder.safetensors": (weights, "save_file"),
+    "views.png": (messages, "save_image"),
+    "bad_images.csv": (BadImages, "_write"),
+    "nonfinite/step_": (FiniteSteps, "_write"),
+}
+
+
+def full_before(place: Path, name: str) -> None:
+    """In the process of the run: the disk is full when the file is about to be written."""
+    owner, function = WRITERS[name]
+    write = getattr(owner, function)
+
+    def on_a_full_disk(*given: Any, **named: Any) -> Any:
+        fill(place)
+        return write(*given, **named)
+
+    setattr(owner, function, on_a_full_disk)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason="the long form: MOCO_FAULTS=long; single files are tested where they are written")
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_each_file_of_a_run_meets_a_full_disk_with_a_sentence_and_is_there_with_room(
+    name: str, small_disk: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.symlink_to(small_disk / run.name)
+    (small_disk / run.name).mkdir()
+    given = ["epochs=1"]
+    if name == "bad_images.csv":
+        root = folder(tmp_path / "pictures", good=40)
+        given += ["data=folder", f"data.root={root}", "data.on_bad_image=replace", "data.max_bad=0.5", "augment=cifar"]
+        given += ["batch_size=16", "model.bn_group_size=8", "method.queue_size=32"]
+    if name.startswith("nonfinite"):
+        given += ["optim.lr=1e30", "optim.warmup_epochs=0"]
+    assert runs.wait(runs.start(run, *given, prepare=partial(full_before, small_disk, name))) == [1], runs.said(run)
+    said = runs.said(run)
+    (line,) = [each for each in said.splitlines() if name in each and "No space left on device" in each]
+    assert "Traceback" not in said
+    if name == "views.png":  # an aid: what ends the run is the next record, which has no room either
+        assert line.startswith("moco: warning: ")
+        assert line.endswith("training goes on without it")
+        assert sum("No space left on device" in each for each in said.splitlines()) == 2
+    elif name.startswith("nonfinite"):
+        assert line.startswith("moco: step ")
+        assert "(the state could not be kept: " in line
+    else:
+        assert line.startswith("moco: ")
+        assert "make room there" in line
+    assert not [each for each in (small_disk / run.name).rglob("*") if each.suffix == ".tmp" or name in str(each)]
+    (small_disk / "ballast").unlink()
+    if name.startswith("nonfinite"):
+        assert runs.wait(runs.start(run, *given)) == [1]
+        (kept,) = (run / "nonfinite").iterdir()
+        assert "method" in torch.load(kept, weights_only=True)
+        return
+    runs.to_the_end(run, *given)
+    assert (run / name).stat().st_size > 0
+    assert read_encoder(run / "encoder.safetensors").step == runs.saved(run) > 0
 
 
 @pytest.mark.slow
