@@ -22,7 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moco.config import ConfigError, RunWarning, config_dir
-from moco.engine.stop import Stopped
+from moco.engine.stop import Stopped, leave_for_good
+from moco.engine.streams import lasting_streams, say, while_read
 from moco.stages.hints import quoted
 
 Schema = TypeVar("Schema")
@@ -51,13 +52,15 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
 
 
+@lasting_streams()
 def run_command(name: str, schema: type[Schema], command: Callable[[Schema], None]) -> None:
     """Composes `configs/NAME.yaml` with the command line's overrides, checks it, and calls the command.
 
     Ends the process with status 2 and one sentence for a configuration that cannot be, with status
     1 and one sentence for what the command says is wrong. MOCO_TRACEBACK=1 shows the traceback instead. A run that was
     stopped before its end, with everything saved, ends with 75 (EX_TEMPFAIL: the same command goes on), or with 130
-    where Ctrl-C stopped it; a second Ctrl-C leaves at once, with 130 too.
+    where Ctrl-C stopped it; a second Ctrl-C leaves at once, with 130 too. Help that nobody reads to its end (`| head`)
+    ends with 141, as a shell has it.
 
     Args:
         name: the top-level YAML file, without its ending.
@@ -72,7 +75,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     # Hydra would print errors over several lines and exit; this makes it raise them instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, while_read():
             register(name, schema, scratch)
             # The command runs outside of Hydra, which would print a traceback of its own around any error.
             hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
@@ -91,7 +94,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         _stop(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
     except Stopped as stopped:  # nothing is wrong: no traceback is wanted
         if os.environ.get("RANK", "0") == "0":
-            print(f"moco: {stopped}", file=sys.stderr)
+            say(f"moco: {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt as error:
         _stop(
@@ -123,19 +126,28 @@ def _refuse_one_place(composed: list[DictConfig], schema: type) -> None:
 def _stop(status: int, sentence: str, error: BaseException) -> None:
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
-    rank = os.environ.get("RANK", "0")
-    if rank == "0" or status == 1:  # what is wrong with the configuration is the same on every rank
-        print(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}", file=sys.stderr)
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if status == 2 or _comes_again(error):
+        leave_for_good()  # --max-restarts would come to the same end, as often
+    if local_rank == "0" or status == 1:  # what is wrong with the configuration is the same on every rank of a machine
+        say(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
     else:
-        time.sleep(3)  # torchrun ends all ranks when the first one leaves: rank 0 must have spoken by then
+        time.sleep(3)  # torchrun ends all ranks when the first one leaves: that one must have spoken by then
     sys.exit(status)
+
+
+def _comes_again(error: BaseException) -> bool:
+    """Whether what a command failed with is a property of the data or of training, and so comes again: no accident."""
+    decode = sys.modules.get("moco.data.decode")  # which imports torch: where it was not imported no picture was read
+    return isinstance(error, FloatingPointError) or (decode is not None and isinstance(error, decode.ImageError))
 
 
 def _composition_error(error: Exception, schema: type) -> str:
     """One sentence out of Hydra's and OmegaConf's several lines, with the nearest field for a misspelt one."""
     if isinstance(error, OverrideParseException):
         field, _, said = error.override.partition("=")
-        fix = f"quote its value, {shlex.quote(f'{field}={quoted(said)}')}" if said else "write field=value"
+        value = f"[{','.join(map(quoted, said[1:-1].split(',')))}]" if re.fullmatch(r"\[.*\]", said) else quoted(said)
+        fix = f"quote its value, {shlex.quote(f'{field}={value}')}" if said else "write field=value"
         return f"{error.override} cannot be read: {fix}"
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
     known = field_names(schema)
@@ -145,12 +157,14 @@ def _composition_error(error: Exception, schema: type) -> str:
     )
     if key:
         wrong = full_key.group(1) if full_key else key.group(1)
-        if wrong == "experiment":
+        if wrong == "experiment" and "method.name" in known:  # where a recipe can be taken at all
             return "a recipe must open with the line '# @package _global_': see README, a recipe of your own"
         free = [name for name in known if wrong.startswith(f"{name}.")]
         if free and not is_dataclass(_type_of(schema, free[-1])):
             return f"{free[-1]} does not hold {wrong.removeprefix(f'{free[-1]}.')!r} yet: add it with +{wrong}=VALUE"
         close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7)
+        if wrong == "experiment" and "recipe" in known:
+            close = ["recipe"]
         return f"there is no field {wrong!r}" + (f"; did you mean {close[0]!r}?" if close else "")
     value = re.search(r"Value '([^']*)' of type '(\w+)' could not be converted to (\w+)", text)
     if value and full_key:

@@ -7,6 +7,7 @@ Legend: W processes, n samples on each.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,9 +39,21 @@ def is_main() -> bool:
     return rank() == 0
 
 
+class PeerLost(ValueError):
+    """A process that others wait for has ended; the message is one sentence."""
+
+
+# What gloo says, in errors of no class of their own, of a peer that is gone. NCCL and the store have classes.
+_GONE = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
+
+
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterator[None]:
-    """Joins the process group that torchrun announced in the environment; without one, does nothing."""
+    """Joins the process group that torchrun announced in the environment; without one, does nothing.
+
+    Raises:
+        PeerLost: in place of the backend's error where another process has gone.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
@@ -51,6 +64,13 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
     )
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _GONE.search(str(error)):
+            raise
+        raise PeerLost(
+            f"another process of this run has ended or does not answer ({str(error).splitlines()[0]:.200}): its own "
+            "words say why"
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -253,6 +273,11 @@ def everyone(function: Callable[[], T]) -> list[T]:
         if failure is not None:
             raise failure
     return [result for result, _ in outcomes]
+
+
+def highest(mine: int) -> int:
+    """The highest of the ranks' numbers, at once: for where all wait for each other anyway; see `HighestOverRanks`."""
+    return max(everyone(lambda: mine))
 
 
 def all_or_none(function: Callable[[], T]) -> T:

@@ -196,8 +196,9 @@ class TrainConfig:
     """minutes after which the process saves and ends with status 75, to be started again: set it below the time limit
     of a job by what a step, an evaluation and a checkpoint take; 0: never"""
     hang_after: float = 15.0
-    """minutes without a finished step after which the process names the rank that hangs and ends with status 69; more
-    than the longest step takes, with what is saved behind it (a live evaluation does not count); 0: wait for ever"""
+    """minutes in which no rank finished anything, a step or a batch of an evaluation, after which the process names the
+    rank that hangs and ends with status 69; more than the longest step takes, with what is saved behind it; 0: wait
+    for ever"""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

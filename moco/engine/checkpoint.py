@@ -1,8 +1,8 @@
 """Checkpoints of plain types, written atomically, read with `weights_only=True`.
 
 A checkpoint is one file `step_00001234.pt` holding a dict with the keys "config" (plain dict), "step", "epoch",
-"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far), "versions" and "world_size" (what wrote
-it) and "sha256" of it all. `best.pt` is a second name for one of them.
+"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far), "data" (what the pictures were),
+"versions" and "world_size" (what wrote it) and "sha256" of it all. `best.pt` is a second name for one of them.
 """
 
 import copy

@@ -10,14 +10,14 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
 from moco.config import ConfigError
+from moco.files import told
 
 LOCK = ".lock"
 
@@ -115,8 +115,9 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {socket.gethostname()}")
         lock.flush()
-    for half_written in (path / "checkpoints").glob("*.tmp"):
-        half_written.unlink()
+    with told(path / "checkpoints"):
+        for half_written in (path / "checkpoints").glob("*.tmp"):
+            half_written.unlink()
     # A directory without a checkpoint holds nothing to go on with: a failed start does not block it.
     if file.is_file() and any((path / "checkpoints").glob("step_*.pt")):
         refuse_difference(path, _read(file), config, defaults)
@@ -136,26 +137,6 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(there, dict):
         raise damaged
     return there
-
-
-class NotWritten(ValueError):
-    """A file of the run that cannot be written; its message is one sentence."""
-
-
-@contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Makes one sentence of the system's error where files of a run are written.
-
-    Raises:
-        NotWritten: naming what could not be written, and why.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise NotWritten(
-            f"{path} cannot be written ({error.strerror or error}): make room there; the same command goes on from the "
-            "last checkpoint"
-        ) from error
 
 
 class Journal:
@@ -223,12 +204,12 @@ def _keep(file: Path, step: int) -> None:
     if not file.is_file():
         return
     kept = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step and step > 0:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # the line that a kill cut in two; its step comes again
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue  # no record: the line that a kill cut in two, whose step comes again, or what somebody wrote
     temporary = file.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))
     temporary.replace(file)

@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
@@ -29,39 +31,58 @@ class Reason(IntEnum):
 
 
 class Stopped(Exception):
-    """The run has stopped before its end, with everything saved; its message is one sentence."""
+    """The run has stopped before its end, with everything saved; its message is one sentence.
 
-    def __init__(self, reason: Reason, done: int, total: int) -> None:
+    Args:
+        reason: why.
+        done, total: how many steps are saved, of how many; None: no step of this attempt was begun.
+    """
+
+    def __init__(self, reason: Reason, done: int | None = None, total: int = 0) -> None:
         self.status = INTERRUPTED if reason is Reason.SIGINT else PREEMPTED
         by = "the time limit stop_after" if reason is Reason.TIME_LIMIT else reason.name
-        super().__init__(
-            f"stopped by {by} behind step {done} of {total}, which is saved; the same command goes on from there "
-            f"(status {self.status})"
-        )
+        if done is None:
+            what = f"stopped by {by} before its first step: there is nothing new to save; the same command starts again"
+        else:
+            what = f"stopped by {by} behind step {done} of {total}, which is saved; the same command goes on from there"
+        super().__init__(f"{what} (status {self.status})")
 
 
 class Stop:
     """Hears SIGTERM, SIGUSR1 and SIGINT in place of dying of them, and watches the time limit.
 
-    In use as a context. A second SIGINT raises KeyboardInterrupt at once. A signal that the process was started to
-    ignore (nohup) stays ignored, and outside the main thread, where Python allows no handler, only the time counts.
+    In use as a context, as wide as can be: what is heard while torch is imported or data are opened is remembered and
+    looked at once the ranks can act alike. SIGINT waits for the step's end where there are steps, see `stepping`;
+    before and behind them, and where it is the second one, it raises KeyboardInterrupt at once. A signal that the
+    process was started to ignore (nohup) stays ignored, and outside the main thread, where Python allows no handler,
+    only the time counts.
 
     Args:
         minutes: the time limit, counted from now; 0: none.
-        stay: behind a `Stopped` be deaf to SIGTERM and SIGUSR1 to the end of the process: torchrun sends SIGTERM to
-            all other ranks once one has left, and that must not change the status with which the slower ones leave.
     """
 
-    def __init__(self, minutes: float, stay: bool = False) -> None:
+    def __init__(self, minutes: float) -> None:
         self._until = time.monotonic() + 60 * minutes if minutes else float("inf")
-        self._stay = stay
-        self._heard = Reason.NONE
+        self._heard, self._stepping = Reason.NONE, False
         self._before: dict[signal.Signals, Any] = {}
+
+    def heard(self) -> Reason:
+        """The signal that has arrived so far; the time limit does not count."""
+        return self._heard
 
     def reason(self) -> Reason:
         """Why this process wants to stop by now; NONE while it does not."""
         late = Reason.TIME_LIMIT if time.monotonic() >= self._until else Reason.NONE
         return max(self._heard, late)
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """While steps are taken: the first SIGINT is remembered as well."""
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -71,21 +92,31 @@ class Stop:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        leaving = self._stay and kind is Stopped
-        if leaving:
-            _stop_torchrun()
+        if kind is Stopped:
+            leave_for_good()
         for number, handler in self._before.items():
-            # Not `_hear`: Python takes its handlers away while it shuts down, and the default would strike then.
-            signal.signal(number, signal.SIG_IGN if leaving and number != signal.SIGINT else handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._heard is Reason.SIGINT:
+        if number == signal.SIGINT and (self._heard is Reason.SIGINT or not self._stepping):
             raise KeyboardInterrupt
         self._heard = max(self._heard, Reason[signal.Signals(number).name])
 
 
-def _stop_torchrun() -> None:
-    """Ends a torchrun that would start the processes again (--max-restarts), for to it a stopped run has failed."""
+def leave_for_good() -> None:
+    """Before an end that is wanted, or that the same processes, started again at once, would come to once more.
+
+    Without a launcher does nothing. Makes this process deaf to SIGTERM and SIGUSR1: torchrun sends SIGTERM to all other
+    ranks once one has left, and that must not change the status with which the slower ones leave. Then ends a torchrun
+    that would start them again (--max-restarts), for to it every status but 0 has failed.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            # No handler of ours: Python takes those away while it shuts down, and the default would strike then.
+            signal.signal(number, signal.SIG_IGN)
     most, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     if so_far >= most or os.environ.get("LOCAL_RANK") != "0":
         return

@@ -1,8 +1,9 @@
 """Names the rank that a run hangs on, and ends the run so that its launcher can start it again.
 
 A rank that stands still takes all others with it: each waits for it in a collective, and none can say for whom. So each
-rank tells the others now and then that it lives, behind which step it is and, once it has waited for long, where in the
-code it stands. Two threads beside training do that; a step costs them one assignment, and the device is not asked.
+rank tells the others now and then that it lives, behind which step it is, whether it gets on and, once it has waited
+for long, where in the code it stands. Two threads beside training do that; a step costs them one assignment, and the
+device is not asked.
 """
 
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from moco.distributed import on_main, world_size
+from moco.engine.streams import say
 
 HUNG = os.EX_UNAVAILABLE  # 69
 
@@ -59,7 +61,7 @@ def report(signs: Sequence[Sign], minutes: float) -> str:
 
     Args:
         signs: of each rank.
-        minutes: for which no step was finished.
+        minutes: for which nothing was finished.
     """
     ranks = range(len(signs))
     hung = [each for each in ranks if signs[each].silent]
@@ -68,12 +70,12 @@ def report(signs: Sequence[Sign], minutes: float) -> str:
     named = hung or list(ranks)
     others = [each for each in ranks if each not in named]
     who = f"rank{'s' * (len(named) > 1)} {_list(named)} hang{'s' * (len(named) == 1)}"
-    sentence = f"{who}: no step was finished for {minutes:.3g} minutes; {_where(signs, named)}"
+    sentence = f"{who}: nothing was finished for {minutes:.3g} minutes; {_where(signs, named)}"
     if others:
         sentence += f"; the others wait, {_where(signs, others)}"
     return (
-        f"{sentence} (status {HUNG}; the same command goes on from the last checkpoint; if a step does take that long, "
-        "raise hang_after)"
+        f"{sentence} (status {HUNG}; the same command goes on from the last checkpoint; if a step or a batch does "
+        "take that long, raise hang_after)"
     )
 
 
@@ -106,13 +108,15 @@ def meeting_point() -> Store | None:
 
 
 class Watch:
-    """Ends this process with status 69 when no step was finished for too long, naming the ranks that hang.
+    """Ends this process with status 69 when nothing was finished for too long, naming the ranks that hang.
 
-    In use as a context around training. Of the living ranks the lowest speaks. It is `os._exit` that ends the process:
-    a thread that waits in a collective hears no exception. What is being written then has no checkpoint's name yet.
+    In use as a context around all that a run does. What counts is a step, or a part of other work (`alive`), of any
+    rank: while one is busy alone the others wait for it, and that is no hang. Of the living ranks the lowest speaks. It
+    is `os._exit` that ends the process: a thread that waits in a collective hears no exception. What is being written
+    then has no checkpoint's name yet.
 
     Args:
-        minutes: how long a step may take; 0: nothing is watched.
+        minutes: how long a step, or a part of other work, may take; 0: nothing is watched.
         store: where ranks meet, see `meeting_point`; None: this rank knows of itself only.
         rank, world: this one, of how many.
     """
@@ -121,7 +125,9 @@ class Watch:
         self._limit, self._store = 60 * minutes, store
         self._rank, self._world = (rank, world) if store is not None else (0, 1)
         self._every = min(5.0, self._limit / _BEATS)
-        self._done, self._paused, self._idle = 0, False, 0.0
+        self._done, self._parts, self._paused, self._idle = 0, 0, False, 0.0
+        self._elsewhere = 0  # how often others were seen to get on while this rank was idle
+        self._known: list[tuple[int, int]] = []  # what others had done when they were last asked; []: they were not
         self._over = threading.Event()
         self._thread = 0
         self._signs = [(Sign(-1, "", False), -1, 0.0)] * self._world  # each rank's, which beat it was, when it changed
@@ -129,10 +135,15 @@ class Watch:
     def finished(self, done: int) -> None:
         """So many steps are done."""
         self._done = done
+        self.alive()
+
+    def alive(self, *_: object) -> None:
+        """A part of some other work is done: a batch of an evaluation, a picture that was read; takes any arguments."""
+        self._parts += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Work that takes as long as it takes, and is no step: the live evaluation."""
+        """Work that takes as long as it takes and gives no sign: a download by somebody else's code."""
         self._paused = True
         try:
             yield
@@ -150,15 +161,16 @@ class Watch:
         self._over.set()
 
     def _count(self) -> None:
-        """Adds up the time without a step. It never asks the store, which may not answer."""
-        seen, before = self._done, time.monotonic()
+        """Adds up the time in which nothing was finished. It never asks the store, which may not answer."""
+        seen, before = (0, 0), time.monotonic()
         while not self._over.wait(self._every):
             now = time.monotonic()
             # No more than the wait: a process that was stopped itself (Ctrl-Z) has not been waiting for anybody.
             self._idle += min(now - before, 2 * self._every)
             before = now
-            if self._done != seen or self._paused:
-                seen, self._idle = self._done, 0.0
+            now_seen = (self._parts, self._elsewhere)
+            if now_seen != seen or self._paused:
+                seen, self._idle = now_seen, 0.0
             if self._idle > self._limit:
                 self._leave()
 
@@ -171,9 +183,12 @@ class Watch:
             reason = self._idle > self._limit / 2
             try:
                 where, waits = place(self._thread) if reason else ("", False)
-                self._store.set(str(self._rank), json.dumps([beat, self._done, where, waits]))
+                sign = [beat, self._done, self._parts + self._paused * beat, where, waits]
+                self._store.set(str(self._rank), json.dumps(sign))
                 if reason:
                     self._read()
+                else:
+                    self._known = []
             except Exception:  # no store, no answer: to this rank the others are silent, which is what it will say
                 pass
             self._over.wait(self._every)
@@ -182,10 +197,15 @@ class Watch:
         assert self._store is not None
         now = time.monotonic()
         self._signs = [(sign, beat, at or now) for sign, beat, at in self._signs]  # silent from here on, if at all
+        others = []
         for other, text in enumerate(self._store.multi_get([str(each) for each in range(self._world)])):
-            beat, done, where, waits = json.loads(text)
+            beat, done, parts, where, waits = json.loads(text)
+            others.append((done, parts))
             if beat != self._signs[other][1]:
                 self._signs[other] = (Sign(done, where, waits), beat, now)
+        if self._known and others != self._known:
+            self._elsewhere += 1
+        self._known = others
 
     def _leave(self) -> None:
         now = time.monotonic()
@@ -197,6 +217,6 @@ class Watch:
         if any(not sign.silent for sign in signs[: self._rank]):
             time.sleep(_SILENT * self._every)  # torchrun ends all once one has left: a lower rank must have spoken
         elif not self._over.is_set():
-            print(f"moco: {report(signs, self._limit / 60)}", file=sys.stderr, flush=True)
+            say(f"moco: {report(signs, self._limit / 60)}")
         if not self._over.is_set():  # it has come back to life, or is on its way out
             os._exit(HUNG)

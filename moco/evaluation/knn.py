@@ -209,13 +209,14 @@ def votes_of_draws(
     labels_per_class: int,
     draws: int,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Iterator[Tensor]:
     """Votes (Q, L) with few labels a class, once for each draw of them. Arguments: see `knn_votes`, `draw_labels`."""
     for draw in range(draws):
         rows = draw_labels(bank_labels, labels_per_class, draw, seed)
         at = torch.from_numpy(rows).to(bank.device)
         few = torch.from_numpy(bank_labels[rows]).to(bank.device)
-        yield knn_votes(bank[at], few, queries, k, temperature, classes)
+        yield knn_votes(bank[at], few, queries, k, temperature, classes, progress=progress)
 
 
 def knn_accuracy(
@@ -227,6 +228,7 @@ def knn_accuracy(
     temperature: float = 0.1,
     labels_per_class: int = 0,
     draws: int = 100,
+    progress: Progress | None = None,
 ) -> Accuracy:
     """kNN accuracy with all labels, or with few labels a class averaged over many draws of them.
 
@@ -238,13 +240,16 @@ def knn_accuracy(
         k, temperature: see `knn_votes`.
         labels_per_class: 0 uses the whole bank, once.
         draws: how many draws of the few labels.
+        progress: see `knn_votes`; of each draw anew.
     """
     truth = torch.from_numpy(labels).to(bank.device)
     classes = int(bank_labels.max()) + 1
     if labels_per_class:
-        each = votes_of_draws(bank, bank_labels, queries, k, temperature, classes, labels_per_class, draws)
+        each = votes_of_draws(
+            bank, bank_labels, queries, k, temperature, classes, labels_per_class, draws, progress=progress
+        )
     else:
         all_labels = torch.from_numpy(bank_labels).to(bank.device)
-        each = iter([knn_votes(bank, all_labels, queries, k, temperature, classes)])
+        each = iter([knn_votes(bank, all_labels, queries, k, temperature, classes, progress=progress)])
     scores = [100 * (votes.argmax(dim=1) == truth).double().mean().item() for votes in each]
     return Accuracy(float(np.mean(scores)), float(np.std(scores)), len(scores))

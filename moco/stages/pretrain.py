@@ -1,6 +1,6 @@
 """Pretraining from a configuration to a summary: set up, build, resume, train, evaluate."""
 
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from moco.distributed import (
     HighestOverRanks,
     average_running_statistics,
     broadcast_module,
+    highest,
     is_main,
     on_main,
     process_group,
@@ -38,10 +39,11 @@ from moco.engine.telemetry import Profile
 from moco.engine.watch import Watch, meeting_point
 from moco.interop.encoder_file import save_encoder
 from moco.models.norm import set_calls_per_step
+from moco.stages.alike import open_alike, refuse_other_data, refuse_other_settings
 from moco.stages.clock import Clock
 from moco.stages.diagnosis import Doctor, facts_of
 from moco.stages.initial import initialise
-from moco.stages.live import knn_title, live_knn
+from moco.stages.live import LiveAccuracy
 from moco.stages.messages import announce, show_views, summarise
 from moco.stages.observe import Observer
 from moco.stages.results import commit
@@ -58,23 +60,47 @@ from moco.stages.setup import (
 from moco.stages.speed import Speed, start_profile
 
 
-def pretrain(config: TrainConfig) -> None:
-    """See `moco.train.train`."""
+def pretrain(config: TrainConfig, stop: Stop | None = None) -> None:
+    """See `moco.train.train`.
+
+    Args:
+        config: the run's.
+        stop: what hears signals already; None: they are heard from here on.
+    """
+    if stop is None:
+        with Stop(config.stop_after) as stop:
+            return pretrain(config, stop)
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    with process_group(device, timeout_minutes=max(10.0, config.hang_after + 5)):  # the watch is to speak first
-        _pretrain(config, device)
+    patience = max(10.0, config.hang_after + 5)  # the watch is to speak first
+    with (
+        process_group(device, timeout_minutes=patience),
+        Watch(config.hang_after, meeting_point(), rank(), world_size()) as watch,
+    ):
+        _pretrain(config, device, stop, watch)
 
 
-def _pretrain(config: TrainConfig, device: torch.device) -> None:
+def _pretrain(config: TrainConfig, device: torch.device, stop: Stop, watch: Watch) -> None:
+    def leave_if_told() -> None:
+        """Before the first step, where all ranks are: one of them may have heard a signal."""
+        watch.alive()
+        if reason := highest(stop.heard()):
+            raise Stopped(Reason(reason))
+
+    refuse_other_settings(asdict(config))
+    leave_if_told()
     path = Path(config.run)
-    stop = Stop(config.stop_after, stay=world_size() > 1)
     views = build_views(config.augment)
     replacing = config.data.on_bad_image == "replace"
-    sources = open_sources(config.data, config.evaluate.bank_size, keep_bad=replacing)
+    fetching = config.data.download or config.data.name == "huggingface"  # by somebody else's code, without a sign
+    with watch.paused() if fetching else nullcontext():
+        sources, pictures = open_alike(
+            lambda: open_sources(config.data, config.evaluate.bank_size, replacing, watch.alive)
+        )
+    leave_if_told()
     plan = Plan(len(sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
     check_against_data(config, plan)
     require(
@@ -111,11 +137,13 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
     start, history, seconds, skipped, initialised = 0, [], 0.0, 0, ""
     if state is not None:
         refuse_difference(path, state["config"], asdict(config), asdict(TrainConfig()))
+        refuse_other_data(path, state, pictures, config.data)
         method.load_state_dict(state["method"])
         load_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, history, seconds = state["step"], state["history"], state["seconds"]
         skipped = state.get("skipped", 0)
+        watch.finished(start)
     elif config.init_from:
         initialised = initialise(config, method)
     broadcast_module(method)
@@ -135,14 +163,13 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         display.say(initialised)
     bad = BadImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None
     if replacing and config.evaluate.every_epochs and start < plan.total_steps:
-        sources, left_out = without_bad_references(sources, config.data)
+        sources, left_out = without_bad_references(sources, config.data, watch.alive)
         for line in left_out:
             display.say(line)
-    clock = Clock(seconds, config.checkpoint.every_minutes)
+    clock = Clock(seconds, config.checkpoint, plan.steps_per_epoch)
     saver = checkpoint.Saver(path / "checkpoints", config.checkpoint.keep_last)
     over_ranks = HighestOverRanks(device)
     versions = {"moco": moco.__version__, "torch": str(torch.__version__), "commit": commit() if is_main() else None}
-    watch = Watch(config.hang_after, meeting_point(), rank(), world_size())
 
     late = device.type == "cuda" and not scaler.is_enabled() and not config.optim.skip_nonfinite
     finite = FiniteSteps(
@@ -197,29 +224,14 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         )
         return finite.run(step, batch.index, train)
 
-    first = "initialised" if config.init_from else "untrained"  # what the run starts with
+    live = LiveAccuracy(config, method, sources, device, plan, history, journal, doctor, display.say, watch.alive)
 
     def evaluate(done: int) -> None:
         finite.settle()
         average_running_statistics(method)
-        with memory_told(
-            device, f"set a smaller evaluate.batch_size={config.evaluate.batch_size} or evaluate.bank_size"
-        ):
-            scores = live_knn(config, method, sources, device, with_pixels=done == 0)
-        if not scores:
-            return
-        epoch = done / plan.steps_per_epoch
-        history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
-        if journal:
-            # The baselines again each time: flat lines in the picture to hold the curve against.
-            baselines = {first: history[0]["knn"], "raw_pixels": history[0].get("raw_pixels")}
-            curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
-            accuracies = {f"accuracy/{name}": score[0] for name, score in curves.items()}
-            journal.record(done, accuracies)
-            if doctor:
-                doctor.record(accuracies)
-        names = {"knn": first if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
-        display.say(f"{knn_title(config.evaluate)}: " + ", ".join(f"{names[name]} {s}" for name, s in scores.items()))
+        fix = f"set a smaller evaluate.batch_size={config.evaluate.batch_size} or evaluate.bank_size"
+        with memory_told(device, fix):
+            live.evaluate(done)
 
     def settle_bad() -> None:
         if bad is not None and (new := bad.settle()) and new == len(bad.found):
@@ -244,6 +256,7 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
                     "world_size": world_size(),
                     "skipped": finite.skipped,
                     "precision": precision,
+                    "data": pictures,
                 },
                 keep,
                 best,
@@ -264,6 +277,9 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
             observer.histograms = {}
         display.step(done, values)
 
+    def is_best(done: int) -> bool:
+        return config.checkpoint.keep_best and checkpoint.is_best(history, done)
+
     profile: Profile | None = None
 
     def on_step(done: int) -> None:
@@ -271,30 +287,22 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         if profile is not None:
             profile.step()
         display.step(done)
-        epoch, rest = divmod(done, plan.steps_per_epoch)
         last = done == plan.total_steps
-        every = config.evaluate.every_epochs
-        if every and ((rest == 0 and epoch % every == 0) or last):
-            with watch.paused():
-                evaluate(done)
-        if doctor and (rest == 0 or last):
+        # An evaluation may take longer than a launcher waits for the end: nobody begins one who has been told to stop.
+        evaluating = live.due(done)
+        told_to = highest(stop.reason()) if evaluating else Reason.NONE
+        if told_to and last:
+            save(done, False, False)  # behind which nothing is lost; the evaluation is all that is left
+        if evaluating and (last or not told_to):
+            evaluate(done)
+        if doctor and (done % plan.steps_per_epoch == 0 or last):
             doctor.look()
-        often, keep_every = config.checkpoint, config.checkpoint.keep_epochs
-        keep = bool(keep_every) and rest == 0 and epoch % keep_every == 0
-        at_epoch = bool(often.every_epochs) and rest == 0 and epoch % often.every_epochs == 0
-        at_step = bool(often.every_steps) and done % often.every_steps == 0
-        best = often.keep_best and checkpoint.is_best(history, done)
-        due = (
-            last
-            or keep
-            or best
-            or at_epoch
-            or at_step
-            or (done % min(config.log_every, 10) == 0 and on_main(clock.is_due))
-        )
+        best = is_best(done)
+        timed = done % min(config.log_every, 10) == 0
+        due = last or best or clock.is_due(done) or (timed and on_main(clock.is_late))
         if due:
-            save(done, keep, best)
-        reason = over_ranks(Reason.NOT_SAVED if saver.failed() else stop.reason())
+            save(done, clock.keeps(done), best)
+        reason = max(told_to, over_ranks(Reason.NOT_SAVED if saver.failed() else stop.reason()))
         if reason and not last:
             if not due:
                 save(done, False, False)  # raises what the writer failed with, on all ranks
@@ -306,17 +314,22 @@ def _pretrain(config: TrainConfig, device: torch.device) -> None:
         method.train()
         if journal:
             show_views(journal, path, sources, plan, views, device, bad.note if bad else None)
-        if start == 0 and config.evaluate.every_epochs:
-            evaluate(0)
         stream = batches(sources.train, plan, views, device, config.data.workers, start, bad.note if bad else None)
         profile = start_profile(config, device, display)
         fix = training_fix(config.batch_size, world_size(), config.accumulate, device.type == "cuda", precision)
         enough = memory_told(device, fix)
         settings = partial(told, config, plan, peak_lr)
         try:
-            with stop, saver, watch, enough, closing(stream):
-                fit(plan, stream, start, step_once, settings, config.log_every, on_log, on_step)
-                on_main(saver.join)
+            with saver, enough, closing(stream):
+                leave_if_told()
+                if live.due(start):  # before the first step; or the run was stopped in place of it
+                    evaluate(start)
+                    leave_if_told()
+                    if start:
+                        save(start, clock.keeps(start), is_best(start))
+                with stop.stepping():
+                    fit(plan, stream, start, step_once, settings, config.log_every, on_log, on_step)
+                    on_main(saver.join)
         finally:
             if profile is not None:
                 profile.close()

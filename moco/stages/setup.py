@@ -3,6 +3,7 @@
 import inspect
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco.config import AugmentConfig, ConfigError, DataConfig, RunWarning, TrainConfig, require
 from moco.data.bad import without_bad
 from moco.data.loader import Plan
-from moco.data.sources import Sources, limited, load_source
+from moco.data.sources import Progress, Sources, limited, load_source
 from moco.data.view import View
 from moco.distributed import is_main, on_main, world_size
 from moco.engine.display import counting
@@ -38,20 +39,23 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_sources(config: DataConfig, bank_size: int, keep_bad: bool = False) -> Sources:
+def open_sources(
+    config: DataConfig, bank_size: int, keep_bad: bool = False, alive: Callable[[], None] = lambda: None
+) -> Sources:
     """The data set, with at most `bank_size` reference images for the live kNN (0: all).
 
     Args:
         config: which data set.
         bank_size: see above.
         keep_bad: see `moco.data.sources.load_source`.
+        alive: called now and then while pictures are decoded.
 
     Raises:
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
     """
 
     def load(download: bool) -> Sources:
-        with counting("decoding pictures", quiet=not is_main()) as progress:
+        with counting("decoding pictures", quiet=not is_main()) as shown:
             return load_source(
                 config.name,
                 config.root,
@@ -59,7 +63,7 @@ def open_sources(config: DataConfig, bank_size: int, keep_bad: bool = False) -> 
                 config.labels,
                 config.eval_root,
                 config.resident,
-                progress,
+                _signing(shown, alive),
                 keep_bad,
                 config.subset,
                 config.split,
@@ -77,11 +81,23 @@ def open_sources(config: DataConfig, bank_size: int, keep_bad: bool = False) -> 
     return sources if sources.bank is None else replace(sources, bank=limited(sources.bank, bank_size))
 
 
-def without_bad_references(sources: Sources, config: DataConfig) -> tuple[Sources, list[str]]:
+def _signing(shown: Progress, alive: Callable[[], None]) -> Progress:
+    """Shows how far work is, and gives a sign of life with it."""
+
+    def progress(done: int, total: int) -> None:
+        alive()
+        shown(done, total)
+
+    return progress
+
+
+def without_bad_references(
+    sources: Sources, config: DataConfig, alive: Callable[[], None]
+) -> tuple[Sources, list[str]]:
     """The data set with a bank and a held-out split that can be read throughout, and a line on what was left out.
 
     What accuracy is measured with has no substitutes. Every picture of both is decoded once, which takes about as long
-    as the first evaluation; each rank does a part.
+    as the first evaluation; each rank does a part. `alive` is called now and then.
 
     Raises:
         ImageError: if more of a split is bad than `data.max_bad`.
@@ -91,8 +107,8 @@ def without_bad_references(sources: Sources, config: DataConfig) -> tuple[Source
     said = []
     kept = []
     for name, source in (("reference", sources.bank), ("held-out", sources.held_out)):
-        with counting(f"reading the {name} pictures", quiet=not is_main()) as progress:
-            good, bad = without_bad(source, f"{name} pictures", config.max_bad, progress)
+        with counting(f"reading the {name} pictures", quiet=not is_main()) as shown:
+            good, bad = without_bad(source, f"{name} pictures", config.max_bad, _signing(shown, alive))
         kept.append(good)
         if bad:
             first = min(bad)

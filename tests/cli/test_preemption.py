@@ -19,14 +19,18 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import moco
+from moco import cli
 from moco.cli import register
 from moco.config import ConfigError, TrainConfig, check, config_dir
+from moco.data.decode import ImageError
+from moco.distributed import PeerLost
 from moco.engine import checkpoint
 from moco.engine.checkpoint import Checkpoint, CheckpointError
-from moco.engine.step import train_step
+from moco.engine.step import NonFiniteLoss, train_step
 from moco.engine.stop import Stopped
 from moco.evaluation.features import stream
 from moco.interop.encoder_file import read_encoder
+from moco.stages import live
 from moco.stages import pretrain as stage
 from moco.stages.pretrain import pretrain
 from moco.stages.results import commit
@@ -255,7 +259,7 @@ def test_a_checkpoint_says_what_wrote_it(whole: Checkpoint) -> None:
 def test_the_best_by_live_knn_stays_and_can_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scores are made up; what is saved under them is not."""
     run, scores = tmp_path / "run", iter([90.0, 40.0, 60.0, 50.0])  # untrained, then behind each epoch
-    monkeypatch.setattr(stage, "live_knn", lambda *_, **__: {"knn": (next(scores), 0.0, 1)})
+    monkeypatch.setattr(live, "live_knn", lambda *_, **__: {"knn": (next(scores), 0.0, 1)})
     pretrain(config(run, "evaluate.every_epochs=1", "checkpoint.keep_best=true", "checkpoint.keep_last=1"))
     assert sorted(each.name for each in (run / "checkpoints").iterdir()) == ["best.pt", "step_00000015.pt"]
     best = checkpoint.load(run / "checkpoints" / "best.pt")
@@ -276,6 +280,28 @@ def test_the_best_by_live_knn_stays_and_can_be_judged(tmp_path: Path, monkeypatc
 def test_what_cannot_be_asked_for_is_refused(overrides: list[str], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=sentence):
         config(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "for_good"),
+    [
+        (2, ConfigError("lr"), True),
+        (1, ImageError("a.jpg"), True),
+        (1, NonFiniteLoss("nan"), True),
+        (1, CheckpointError("full"), False),  # somebody may make room
+        (1, PeerLost("gone"), False),
+        (130, KeyboardInterrupt(), False),
+    ],
+)
+def test_a_launcher_is_to_start_again_what_can_succeed_only(
+    status: int, error: BaseException, for_good: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr(cli, "leave_for_good", lambda: ended.append(True))
+    with pytest.raises(SystemExit) as left:
+        cli._stop(status, "sentence", error)
+    assert left.value.code == status
+    assert bool(ended) == for_good
 
 
 # ---- as processes ----

@@ -1,6 +1,8 @@
 """The run directory: one run, one process, one configuration."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 from moco.config import ConfigError, TrainConfig
-from moco.engine.run import Journal, NotWritten, open_run
+from moco.engine.run import Journal, open_run
+from moco.files import NotWritten
 
 
 def values(**changes: object) -> dict[str, object]:
@@ -105,13 +108,27 @@ def test_half_written_checkpoints_are_swept_up(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
+def test_what_cannot_be_swept_up_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000001.tmp").write_bytes(b"half")
+
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "unlink", read_only)  # a test that runs as root may write everywhere
+    with pytest.raises(NotWritten, match=r"run/checkpoints cannot be written \(Read-only file system\)"):
+        open_run(tmp_path / "run", values())
+
+
 def test_the_journal_takes_back_what_comes_again(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0)
     for step in (1, 2, 3):
         journal.record(step, {"train/loss": float(step)})
     journal.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "tra')  # a kill in the middle of a line
+        file.write('5\nnull\n[1]\n{"step": null}\n{"step": "1"}\n{"step": 4, "tra')  # by hand; a kill within a line
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe\n{"step": 1, "\xff')
     journal = Journal(tmp_path, 2)
     journal.record(3, {"train/loss": float("inf")})
     journal.close()

@@ -36,15 +36,34 @@ def strike(number: signal.Signals) -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_heard_in_place_of_dying_of_it(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with Stop(0) as stop:
+    with Stop(0) as stop, stop.stepping():
         assert stop.reason() is Reason.NONE
         strike(number)
-        assert stop.reason().name == number.name
+        assert stop.reason().name == stop.heard().name == number.name
     assert signal.getsignal(number) == before
 
 
-def test_the_second_interrupt_leaves_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_outside_of_steps_a_signal_is_remembered_too(number: signal.Signals) -> None:
     with Stop(0) as stop:
+        strike(number)
+        with stop.stepping():
+            assert stop.reason().name == number.name
+
+
+def test_outside_of_steps_the_first_interrupt_leaves_at_once() -> None:
+    with Stop(0) as stop:
+        with pytest.raises(KeyboardInterrupt):
+            strike(signal.SIGINT)
+        with stop.stepping():
+            pass
+        with pytest.raises(KeyboardInterrupt):
+            strike(signal.SIGINT)
+        assert stop.reason() is Reason.NONE
+
+
+def test_the_second_interrupt_leaves_at_once() -> None:
+    with Stop(0) as stop, stop.stepping():
         strike(signal.SIGINT)
         assert stop.reason() is Reason.SIGINT
         with pytest.raises(KeyboardInterrupt):
@@ -52,7 +71,7 @@ def test_the_second_interrupt_leaves_at_once() -> None:
 
 
 def test_a_second_signal_of_another_kind_does_not() -> None:
-    with Stop(0) as stop:
+    with Stop(0) as stop, stop.stepping():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             strike(number)
         assert stop.reason() is Reason.SIGINT
@@ -63,6 +82,7 @@ def test_the_time_limit_counts_from_the_beginning_and_zero_is_none() -> None:
     assert limited.reason() is Reason.NONE
     time.sleep(0.06)
     assert limited.reason() is Reason.TIME_LIMIT
+    assert limited.heard() is Reason.NONE
     assert free.reason() is Reason.NONE
     with limited:
         strike(signal.SIGTERM)
@@ -78,22 +98,24 @@ def test_what_the_process_was_started_to_ignore_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-@pytest.mark.parametrize("stay", [True, False])
-def test_a_rank_that_leaves_last_is_not_struck_down_on_its_way(stay: bool) -> None:
+@pytest.mark.parametrize("launched", [True, False])
+def test_a_rank_that_leaves_last_is_not_struck_down_on_its_way(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if launched:
+        monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun restarts one process, too
     before = signal.getsignal(signal.SIGTERM)
-    stop = Stop(0, stay)
-    with pytest.raises(Stopped), stop:
+    with pytest.raises(Stopped), Stop(0):
         raise Stopped(Reason.SIGTERM, 1, 2)
-    assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if stay else before)
+    assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if launched else before)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C still leaves
 
 
-def test_a_run_that_failed_or_ended_is_struck_as_ever() -> None:
+def test_a_run_that_failed_or_ended_is_struck_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(ValueError, match="other"), Stop(0, stay=True):
+    with pytest.raises(ValueError, match="other"), Stop(0):
         raise ValueError("other")
     assert signal.getsignal(signal.SIGTERM) == before
-    with Stop(0, stay=True):
+    with Stop(0):
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -119,6 +141,10 @@ def test_the_status_tells_ctrl_c_from_what_comes_from_outside() -> None:
     assert {status for reason, status in statuses.items() if reason is not Reason.SIGINT} == {PREEMPTED} == {75}
     assert "stopped by SIGTERM behind step 3 of 9" in str(Stopped(Reason.SIGTERM, 3, 9))
     assert "stop_after" in str(Stopped(Reason.TIME_LIMIT, 3, 9))
+    assert str(Stopped(Reason.SIGTERM)) == (
+        "stopped by SIGTERM before its first step: there is nothing new to save; the same command starts again "
+        "(status 75)"
+    )
 
 
 def test_commands_know_of_it_without_torch() -> None:

@@ -27,7 +27,7 @@ def waiting(done: int = 7) -> Sign:
 def named(signs: list[Sign]) -> str:
     """The ranks that the sentence opens with."""
     found = re.match(
-        r"ranks? ([\d, ]+(?: and \d+ more)?) hangs?: no step was finished for 2 minutes; ", report(signs, 2)
+        r"ranks? ([\d, ]+(?: and \d+ more)?) hangs?: nothing was finished for 2 minutes; ", report(signs, 2)
     )
     assert found is not None
     return found[1]
@@ -54,9 +54,9 @@ def test_where_all_stand_alike_all_are_named() -> None:
 def test_the_sentence_says_where_everybody_is_those_alike_together() -> None:
     silent = Sign(7, "", False, silent=34.2)
     assert report([waiting(), silent, waiting(), waiting(8)], 0.5) == (
-        "rank 1 hangs: no step was finished for 0.5 minutes; rank 1 behind step 7, no sign of life for 34 s; the "
+        "rank 1 hangs: nothing was finished for 0.5 minutes; rank 1 behind step 7, no sign of life for 34 s; the "
         f"others wait, ranks 0, 2 behind step 7, at {STEP}; rank 3 behind step 8, at {STEP} (status 69; the same "
-        "command goes on from the last checkpoint; if a step does take that long, raise hang_after)"
+        "command goes on from the last checkpoint; if a step or a batch does take that long, raise hang_after)"
     )
 
 
@@ -127,6 +127,9 @@ with Watch(float(sys.argv[1]) / 60) as watch:
     for done in range(1, 9):
         time.sleep(0.4)
         watch.finished(done)
+    for batch in range(8):
+        time.sleep(0.4)
+        watch.alive()
     with watch.paused():
         time.sleep(3)
     print("evaluated", flush=True)
@@ -141,12 +144,12 @@ def alone(limit: float, sleep: float) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_one_process_alone_is_watched_too_and_not_while_its_steps_go_on_or_it_evaluates() -> None:
+def test_one_process_alone_is_watched_too_and_is_let_be_while_steps_or_batches_go_on_or_it_downloads() -> None:
     process = alone(2.4, 60)
     out, err = process.communicate(timeout=60)
     assert process.returncode == HUNG == 69
     assert out == "evaluated\n"
-    assert err.startswith("moco: rank 0 hangs: no step was finished for 0.04 minutes; rank 0 behind step 8, at ")
+    assert err.startswith("moco: rank 0 hangs: nothing was finished for 0.04 minutes; rank 0 behind step 8, at ")
     assert len(err.splitlines()) == 1
 
 
@@ -187,5 +190,22 @@ def test_ranks_read_each_other_in_a_store(monkeypatch: pytest.MonkeyPatch) -> No
             time.sleep(0.05)
     assert left[0] == HUNG
     assert said[0].startswith(
-        "moco: rank 1 hangs: no step was finished for 0.02 minutes; rank 1 behind step 3, no sign"
+        "moco: rank 1 hangs: nothing was finished for 0.02 minutes; rank 1 behind step 3, no sign"
     )
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_rank_that_gets_on_alone_is_waited_for(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 evaluates for three times the limit, in batches, while rank 0 has nothing left to do."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", lambda status: left.append(status))
+    monkeypatch.setattr("builtins.print", lambda *_, **__: None)
+    watches = [Watch(0.02, store, rank, 2) for rank in (0, 1)]
+    with watches[0], watches[1]:
+        until = time.monotonic() + 3.6
+        while time.monotonic() < until:
+            time.sleep(0.1)
+            if busy:
+                watches[1].alive()
+    assert bool(left) != busy

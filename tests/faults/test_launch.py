@@ -91,6 +91,50 @@ def test_a_run_that_was_told_to_stop_is_not_started_again(launch: Launch, tmp_pa
     runs.to_the_end(run, world=2)
 
 
+# `python -m moco.train`, of which rank 1 is struck when it begins to import torch.
+STRUCK = """
+import os, runpy, signal, sys
+
+class Strike:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+if os.environ["RANK"] == "1":
+    sys.meta_path.insert(0, Strike())
+runpy.run_module("moco.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_was_told_to_stop_while_it_starts_is_not_started_again(launch: Launch, tmp_path: Path) -> None:
+    run, log, driver = tmp_path / "run", tmp_path / "log", tmp_path / "driver.py"
+    driver.write_text(STRUCK)
+    torchrun = launch(
+        "log", *TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", str(driver), *TINY, f"run={run}"
+    )
+    assert torchrun.wait(300) != 0
+    assert log.read_text().count("moco: stopped by SIGTERM before its first step") == 1, log.read_text()
+    assert not run.exists()
+    runs.to_the_end(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("optim.lr=abc", "moco: optim.lr=abc must be of type float"),
+        ("optim.lr=1e30", "gave loss nan"),
+    ][: 1 + LONG],
+)
+def test_what_cannot_succeed_is_not_tried_again(wrong: str, sentence: str, launch: Launch, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "-m", "moco.train", *TINY, f"run={run}"]
+    assert launch("log", *command, wrong).wait(300) != 0
+    assert log.read_text().count(sentence) == (1 if "abc" in wrong else 2), log.read_text()  # or by each rank
+
+
 def host(number: int) -> str:
     return f"moco{os.getpid()}h{number}"
 

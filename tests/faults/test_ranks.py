@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,139 @@ def test_a_signal_to_one_of_four_processes_stops_all_with_their_status(tmp_path:
         assert f"stopped by {number.name} behind step {runs.saved(run)} of {STEPS}, which is saved" in runs.said(run)
 
 
+def struck(where: str) -> None:
+    """Rank 1 of the run strikes itself with SIGTERM at a moment at which it takes no steps; at the export rank 0."""
+    from moco.stages import live, pretrain
+
+    module = live if where == "live_knn" else pretrain
+    real = vars(module)[where]
+
+    def strike(*arguments: Any, **options: Any) -> Any:
+        if os.environ["RANK"] == ("0" if where == "save_encoder" else "1"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    vars(module)[where] = strike
+
+
+MOMENTS = {  # what is called then, and how both processes end
+    "before the ranks meet": ("pick_device", PREEMPTED),
+    "while data are opened": ("open_sources", PREEMPTED),
+    "while the model is made": ("build_method", PREEMPTED),
+    "in the first evaluation": ("live_knn", PREEMPTED),
+    "in the closing export": ("save_encoder", 0),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", list(MOMENTS) if LONG else [*MOMENTS][:1] + [*MOMENTS][3:])
+def test_a_signal_to_one_of_two_processes_is_heard_where_no_steps_are_taken(moment: str, tmp_path: Path) -> None:
+    run, (where, status) = tmp_path / "run", MOMENTS[moment]
+    given = ["evaluate.every_epochs=1", "evaluate.draws=2", "epochs=1"]
+    processes = runs.start(run, *given, world=2, prepare=partial(struck, where))
+    assert runs.wait(processes) == [status] * 2, runs.said(run)
+    assert "Traceback" not in runs.said(run)
+    assert (run / "encoder.safetensors").exists() == (status == 0)
+    if status:
+        (line,) = [each for each in runs.said(run).splitlines() if each.startswith("moco: ")]
+        assert line.startswith("moco: stopped by SIGTERM before its first step")
+        runs.to_the_end(run, *given, world=2)
+
+
+def stop_in_an_epochs_last_step() -> None:
+    """Rank 1, or a process alone, strikes itself in the 20th step; from then on no evaluation may begin there."""
+    from moco.stages import live, pretrain
+
+    real, count = vars(pretrain)["train_step"], 0
+
+    def strike(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 20:
+            vars(live)["live_knn"] = None
+            if os.environ.get("RANK", "1") == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    vars(pretrain)["train_step"] = strike
+
+
+@pytest.mark.slow
+def test_who_is_told_to_stop_saves_in_place_of_evaluating_and_the_next_attempt_evaluates(tmp_path: Path) -> None:
+    run, whole, world = tmp_path / "run", tmp_path / "whole", 2 if LONG else 1
+    given = ["evaluate.every_epochs=1", "evaluate.draws=2"]
+    processes = runs.start(run, *given, world=world, prepare=stop_in_an_epochs_last_step)
+    assert runs.wait(processes) == [PREEMPTED] * world, runs.said(run)
+    assert "stopped by SIGTERM behind step 20 of 40" in runs.said(run)
+    for each in (run, whole):
+        runs.to_the_end(each, *given, world=world)
+    assert [each["step"] for each in runs.newest(run)["history"]] == [0, 20, 40]
+    assert runs.newest(run)["history"] == runs.newest(whole)["history"]
+    runs.same_end(run, whole)
+
+
+def other_setting() -> None:
+    os.environ["LEARNING_RATE"] = "0.3" if os.environ["RANK"] == "1" else "0.1"
+
+
+@pytest.mark.slow
+def test_ranks_with_other_settings_end_alike_before_anything_is_written(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = runs.start(run, "optim.lr=${oc.env:LEARNING_RATE}", world=2, prepare=other_setting)
+    assert runs.wait(processes) == [2, 2], runs.said(run)
+    sentence = "rank 1 has another configuration than rank 0: optim.lr (0.3, on rank 0 0.1). Start the same command"
+    (line,) = runs.said(run).splitlines()
+    (other,) = run.with_name("run.1.log").read_text().splitlines()
+    assert line.startswith(f"moco: {sentence}")
+    assert other.startswith(f"moco (rank 1): {sentence}")
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_leaves_the_others_with_a_sentence(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    processes = runs.start(run, world=2)
+    assert runs.until_saved(run, 3, processes), runs.said(run)
+    processes[1].kill()
+    assert runs.wait(processes)[0] == 1, runs.said(run)
+    assert "Traceback" not in runs.said(run)
+    (line,) = [each for each in runs.said(run).splitlines() if each.startswith("moco: ")]
+    assert line.startswith("moco: another process of this run has ended or does not answer (")
+
+
+def stuck_in_the_first_evaluation() -> None:
+    """Rank 1 does not come back from it."""
+    from moco.stages import live
+
+    real = vars(live)["knn_accuracy"]
+
+    def stuck(*arguments: Any) -> Any:
+        if os.environ.get("RANK", "1") == "1":
+            time.sleep(1000)
+        return real(*arguments)
+
+    vars(live)["knn_accuracy"] = stuck
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2] if LONG else [2])
+def test_a_rank_that_hangs_in_the_first_evaluation_is_named(world: int, tmp_path: Path) -> None:
+    """And one process alone, which names itself."""
+    run, began = tmp_path / "run", time.monotonic()
+    given = ["evaluate.every_epochs=1", "evaluate.draws=2", "hang_after=0.1"]
+    processes = runs.start(run, *given, world=world, prepare=stuck_in_the_first_evaluation)
+    processes[0].join(120)
+    assert processes[0].exitcode == HUNG, runs.said(run)
+    (line,) = [each for each in runs.said(run).splitlines() if each.startswith("moco: ")]
+    assert line.startswith(
+        f"moco: rank {world - 1} hangs: nothing was finished for 0.1 minutes; rank {world - 1} behind "
+    )
+    assert f"rank {world - 1} behind step 0, at moco/stages/live.py:" in line
+    print(
+        f"faults: a first evaluation that hangs, {world} processes: named {time.monotonic() - began:.1f} s after start"
+    )
+
+
 def stuck_in_data() -> None:
     """Rank 1's disk does not answer: its ninth batch never comes."""
     from moco.stages import pretrain
@@ -104,7 +238,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends_within_the_configured_time(
     took = time.monotonic() - began
     assert processes[0].exitcode == HUNG, runs.said(run)
     (line,) = [each for each in runs.said(run).splitlines() if each.startswith("moco: rank")]
-    assert line.startswith("moco: rank 1 hangs: no step was finished for 0.15 minutes; rank 1 behind step ")
+    assert line.startswith("moco: rank 1 hangs: nothing was finished for 0.15 minutes; rank 1 behind step ")
     assert "the others wait, rank 0 behind step" in line
     if how == "stopped":
         assert "rank 1 behind step" in line
