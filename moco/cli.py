@@ -146,8 +146,8 @@ def _composition_error(error: Exception, schema: type) -> str:
     """One sentence out of Hydra's and OmegaConf's several lines, with the nearest field for a misspelt one."""
     if isinstance(error, OverrideParseException):
         field, _, said = error.override.partition("=")
-        value = f"[{','.join(map(quoted, said[1:-1].split(',')))}]" if re.fullmatch(r"\[.*\]", said) else quoted(said)
-        fix = f"quote its value, {shlex.quote(f'{field}={value}')}" if said else "write field=value"
+        whole = f"[{','.join(map(quoted, said[1:-1].split(',')))}]" if re.fullmatch(r"\[.*\]", said) else quoted(said)
+        fix = f"quote its value, {shlex.quote(f'{field}={whole}')}" if said else "write field=value"
         return f"{error.override} cannot be read: {fix}"
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
     known = field_names(schema)
