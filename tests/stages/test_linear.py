@@ -17,6 +17,7 @@ import moco.stages.linear as stage
 from moco.config import ConfigError, RunWarning
 from moco.config.linear import LinearConfig, check_linear
 from moco.data.sources import load_source, subset
+from moco.distributed import on_main
 from moco.evaluation.features import extract
 from moco.evaluation.linear import load_head
 from moco.evaluation.metrics import HeldOut, TestSplitReadTwice
@@ -44,7 +45,7 @@ def encoder_file(folder: Path, data: dict[str, Any] | None = None) -> Path:
     for layer in backbone.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.weight.data.mul_(4)  # untrained features fade from layer to layer: a head would learn for long
-    save_encoder(folder / "encoder.safetensors", backbone, config, 12)
+    on_main(lambda: save_encoder(folder / "encoder.safetensors", backbone, config, 12))
     return folder / "encoder.safetensors"
 
 
