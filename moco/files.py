@@ -1,9 +1,12 @@
 """Files that are whole or not there, and one sentence where the system does not let them be written."""
 
+import csv
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class NotWritten(ValueError):
@@ -38,7 +41,7 @@ def whole(path: Path) -> Iterator[Path]:
     Raises:
         NotWritten: see `told`. A file that was there before is as it was.
     """
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     with told(path):
         try:
             yield temporary
@@ -46,6 +49,23 @@ def whole(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all; see `whole`."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """A table, whole or not at all; see `whole`. A name that is no UTF-8 is written with its own bytes."""
+    with (
+        whole(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        table = csv.writer(file)  # with its own line ends: with others it leaves carriage returns in names unquoted
+        table.writerow(columns)
+        table.writerows(lines)
 
 
 def _flush(path: Path) -> None:

@@ -17,7 +17,7 @@ from moco.data.decode import ImageError
 from moco.data.keyed import SUBSTITUTE, philox
 from moco.data.sources import Progress, Source, subset
 from moco.distributed import on_main, rank, world_size
-from moco.files import told, whole
+from moco.files import told, write_csv
 
 # Substitutes in a row that may be unreadable too. With a hundredth of the pictures bad, three in a row are one in a
 # million: only where the disk is gone, or nearly all is broken, are these not enough.
@@ -157,14 +157,8 @@ class BadImages:
             with told(self.file):
                 self.file.unlink(missing_ok=True)
             return
-        with (
-            whole(self.file) as temporary,
-            # A name that is no text is written as the bytes that it is.
-            temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-        ):
-            table = csv.writer(file)
-            table.writerow(("index", "path", "reason"))
-            table.writerows((i, self._source.name(i), self.found[i]) for i in sorted(self.found))
+        lines = ((i, self._source.name(i), self.found[i]) for i in sorted(self.found))
+        write_csv(self.file, ("index", "path", "reason"), lines)
 
 
 def _reasons(errors: Mapping[int, ImageError]) -> dict[int, str]:

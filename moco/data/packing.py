@@ -10,7 +10,7 @@ import os
 import tarfile
 import warnings
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from moco.data.shards import PARTS, row_type
 from moco.data.sources import ArraySource, FileSource, Source
 from moco.data.walk import IMAGE_FORMATS
 from moco.data.workers import as_it_is, delivered, leave_signals_to_the_parent
+from moco.files import whole
 
 AT_ONCE = 16  # pictures in one errand of a worker
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # the others are the format's name
@@ -198,7 +199,8 @@ def part_path(output: Path, split: str, number: int) -> Path:
 def write_part(path: Path, part: Part) -> None:
     """Puts a part into a file, whole or not at all."""
     about = json.dumps([part.shard, part.end, part.before, part.skipped])
-    write_whole(path, lambda temporary: np.savez(temporary, rows=part.rows, about=np.array(about)))
+    with whole(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, rows=part.rows, about=np.array(about))
 
 
 def read_part(path: Path) -> Part:
@@ -207,29 +209,17 @@ def read_part(path: Path) -> Part:
         return Part(file["rows"], *json.loads(str(file["about"])))
 
 
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Calls `write` with a binary file that gets its name, safely on disk, once it is complete."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def write_rows(path: Path, parts: Sequence[Path]) -> int:
     """Joins the rows of all parts into one .npy file, a part in memory at a time; gives their number N."""
     shapes = [(len(rows), rows.dtype["name"].itemsize) for rows in (read_part(part).rows for part in parts)]
     count, width = sum(length for length, _ in shapes), max(bytes_ for _, bytes_ in shapes)
 
-    def write(file: Any) -> None:
-        dtype = row_type(width)
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    dtype = row_type(width)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    with whole(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_2_0(file, header)
         for part in parts:
             file.write(read_part(part).rows.astype(dtype).tobytes())
-
-    write_whole(path, write)
     return count
 
 

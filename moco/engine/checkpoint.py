@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from moco.config import RunWarning
-from moco.files import cause
+from moco.files import cause, whole
 
 Checkpoint = dict[str, Any]
 
@@ -74,15 +74,8 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}{'.keep' if keep else ''}.pt"
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save({**state, "sha256": digest(state)}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as temporary, temporary.open("wb") as file:
+        torch.save({**state, "sha256": digest(state)}, file)
     if best:
         _name_best(path)
     directory = os.open(folder, os.O_RDONLY)

@@ -17,7 +17,7 @@ from typing import IO, Any
 import yaml
 
 from moco.config import ConfigError
-from moco.files import told
+from moco.files import told, whole
 
 LOCK = ".lock"
 
@@ -121,10 +121,8 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     # A directory without a checkpoint holds nothing to go on with: a failed start does not block it.
     if file.is_file() and any((path / "checkpoints").glob("step_*.pt")):
         refuse_difference(path, _read(file), config, defaults)
-    temporary = file.with_suffix(".tmp")
-    with told(file):
+    with whole(file) as temporary:
         temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        temporary.replace(file)
     return lock
 
 
@@ -210,6 +208,5 @@ def _keep(file: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue  # no record: the line that a kill cut in two, whose step comes again, or what somebody wrote
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(file)
+    with whole(file) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept))

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from moco.files import whole
 from moco.report import html
 from moco.report.html import breaking, plain, text, thumbnail
 
@@ -100,9 +101,8 @@ def write_png(path: Path, title: str, about: str, sections: Iterable[Section], c
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    temporary = path.with_name(f"{path.name}.tmp")
-    sheet.save(temporary, "PNG")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        sheet.save(temporary, "PNG")
 
 
 def _headline(tile: Tile) -> str:

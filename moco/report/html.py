@@ -12,6 +12,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from moco.files import whole
+
 DIRECTORY = Path(__file__).parent  # where the style sheets and scripts lie
 
 
@@ -111,7 +113,5 @@ def closing(scripts: Sequence[str] = ()) -> str:
 
 def write(path: Path, parts: Iterable[str]) -> None:
     """The page's parts to a temporary name first: never half a file. A name that is no UTF-8 shows its odd bytes."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with whole(path) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(parts)
-    temporary.replace(path)

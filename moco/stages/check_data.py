@@ -3,7 +3,6 @@
 Legend: N pictures, of the training tree and then of the held-out one.
 """
 
-import json
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -21,12 +20,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from moco.config import ConfigError, DataConfig
+from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
 from moco.data.decode import FAULTS
 from moco.data.inspect import ODDITIES, Facts, inspect
 from moco.data.sources import FolderSource, load_source
 from moco.engine.display import Terminal, counting
+from moco.files import told, write_json
 from moco.stages.results import provenance
 
 PART = 16  # files in one errand of a worker
@@ -88,13 +88,9 @@ def check_data(config: CheckDataConfig) -> None:
     lengths = [len(tree) for tree in trees]
     report = describe(config, trees, findings)
     output = Path(config.output)
-    try:
+    with told(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(f"{output.name}.tmp")
-        temporary.write_text(json.dumps(report, indent=1))
-        temporary.replace(output)
-    except OSError as error:
-        raise ConfigError(f"output={output} cannot be written: {error.strerror}") from error
+    write_json(output, report)
     show(report, output)
     stops = what_stops(data, lengths, findings)
     if stops:
@@ -168,7 +164,7 @@ def what_stops(data: DataConfig, lengths: Sequence[int], findings: Findings) -> 
 def describe(config: CheckDataConfig, trees: Sequence[FolderSource], findings: Findings) -> dict[str, Any]:
     """The report, of plain types."""
 
-    def told(kinds: dict[str, str]) -> dict[str, Any]:
+    def described(kinds: dict[str, str]) -> dict[str, Any]:
         return {
             kind: {"count": findings.counts[kind], "meaning": meaning, "files": findings.files[kind]}
             for kind, meaning in kinds.items()
@@ -183,8 +179,8 @@ def describe(config: CheckDataConfig, trees: Sequence[FolderSource], findings: F
         "data": asdict(config.data),
         "pictures": len(findings.sizes),
         "bytes": findings.bytes,
-        "unreadable": told(_TREE_FAULTS),
-        "odd": told(ODDITIES),
+        "unreadable": described(_TREE_FAULTS),
+        "odd": described(ODDITIES),
         "duplicates": duplicates(trees, findings),
         "ignored": dict(ignored.most_common()),
         "formats": dict(findings.formats.most_common()),
@@ -236,13 +232,13 @@ def show(report: dict[str, Any], output: Path) -> None:
     for name in ("", "files", "first", "what it means"):
         table.add_column(name, justify="right" if name == "files" else "left", overflow="fold")
     for style, part in (("bold red", "unreadable"), ("", "odd")):
-        for kind, told in report[part].items():
-            first = told["files"][0]
+        for kind, entry in report[part].items():
+            first = entry["files"][0]
             table.add_row(
                 kind,
-                f"{told['count']:,}",
+                f"{entry['count']:,}",
                 _printable(Path(first["path"]).name),
-                _printable(first.get("reason", told["meaning"])),
+                _printable(first.get("reason", entry["meaning"])),
                 style=style,
             )
     copies = report["duplicates"]

@@ -9,7 +9,6 @@ Legend: M measured pictures, n checkpoints.
 """
 
 import glob
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from moco.evaluation.knn import knn_accuracy
 from moco.evaluation.metrics import figures
 from moco.evaluation.subsets import so_many_of_each_class
 from moco.evaluation.sweep import Recipe, Setting, retrain
+from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.stages.results import provenance, say, table
 from moco.stages.setup import open_sources, pick_device
@@ -270,9 +270,7 @@ def _write(
         "checkpoints": [_plain(point) for point in points],
         "provenance": provenance(),
     }
-    temporary = output / "results.tmp"
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(output / "results.json")
+    write_json(output / "results.json", results)
 
 
 def _plain(point: Point) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from moco.distributed import everyone, is_main, on_main, process_group, rank, wo
 from moco.engine.display import Display, counting
 from moco.evaluation.cache import source_digest
 from moco.evaluation.features import stream
+from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.stages.embedding import (
     FEATURES,
@@ -41,7 +42,6 @@ from moco.stages.embedding import (
     names_digest,
     open_embedding,
     pyarrow,
-    write_json,
 )
 from moco.stages.hints import command
 from moco.stages.judged import Judged, data_config, data_written, open_data, open_judged, weights_digest

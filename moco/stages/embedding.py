@@ -6,14 +6,13 @@ a line for each row, features.json (what the features are of), and unreadable.cs
 Legend: M pictures, D dimension.
 """
 
-import csv
 import fcntl
 import hashlib
 import importlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from moco.config import ConfigError, require
 from moco.data.sources import Source
+from moco.files import whole, write_csv, write_json
 
 FEATURES, PART, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
 _ROWS = 65_536  # of a table or of features in memory at once
@@ -107,7 +107,7 @@ def begin(folder: Path, stored: Stored) -> Stored | None:
         if state["done"] > 0:  # with nothing done there is nothing to go on with
             _refuse_other(folder, state, stored)
             return stored | {"done": state["done"], "unreadable": state["unreadable"]}
-    ours = {PROGRESS, PART, "progress.tmp", "search"}
+    ours = {PROGRESS, PART, f"{PROGRESS}.tmp", "search"}
     others = [each.name for each in folder.iterdir() if not each.name.startswith(".") and each.name not in ours]
     require(
         not others,
@@ -162,13 +162,13 @@ def finish(folder: Path, source: Source, kind: str, state: Stored | None) -> Non
     _write_table(folder, source, ids, kind)
     if state is None:
         return
-    whole = folder / PART
+    features = folder / PART
     if bad:
         lines = ([i, source.name(i), bad[i]] for i in sorted(bad))
-        _write_csv(folder / "unreadable.csv", ["id", "path", "reason"], lines)
-        whole = _without(folder, ids)
+        write_csv(folder / "unreadable.csv", ["id", "path", "reason"], lines)
+        features = _without(folder, ids)
     write_json(folder / ABOUT, {name: value for name, value in state.items() if name != "done"} | {"rows": len(ids)})
-    whole.replace(folder / FEATURES)
+    features.replace(folder / FEATURES)
     _clean(folder)
 
 
@@ -187,17 +187,6 @@ def _without(folder: Path, ids: Sequence[int]) -> Path:
         kept[start : start + _ROWS] = every[ids[start : start + _ROWS]]
     kept.flush()
     return path
-
-
-def write_json(path: Path, value: Any) -> None:
-    """To a temporary name first, flushed, then renamed: never half a file."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _read(path: Path) -> Stored:
@@ -226,27 +215,16 @@ def _lines(source: Source, ids: Sequence[int]) -> Iterator[list[Any]]:
 
 def _write_table(folder: Path, source: Source, ids: Sequence[int], kind: str) -> None:
     if kind == "csv":
-        _write_csv(folder / "index.csv", _columns(source), _lines(source, ids))
+        write_csv(folder / "index.csv", _columns(source), _lines(source, ids))
     else:
         _write_parquet(folder / "index.parquet", _columns(source), _lines(source, ids))
-
-
-def _write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    # A path that is no UTF-8 is written with its own bytes.
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(lines)
-    temporary.replace(path)
 
 
 def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[Any]]) -> None:
     arrow, parquet = pyarrow()
     text = {"path", "class"}
     schema = arrow.schema([(name, arrow.string() if name in text else arrow.int64()) for name in columns])
-    temporary = path.with_suffix(".tmp")
-    with parquet.ParquetWriter(str(temporary), schema) as writer:
+    with whole(path) as temporary, parquet.ParquetWriter(str(temporary), schema) as writer:
         while part := list(islice(lines, _ROWS)):
             values = [list(column) for column in zip(*part, strict=True)]
             plain = [
@@ -254,7 +232,6 @@ def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[
                 for name, column in zip(columns, values, strict=True)
             ]
             writer.write_table(arrow.table(plain, schema=schema))
-    temporary.replace(path)
 
 
 def _utf8(name: str) -> str:

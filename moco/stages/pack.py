@@ -7,7 +7,6 @@ workers, nor on where it was interrupted. So a damaged folder can be mended by p
 Legend: N pictures of a split.
 """
 
-import csv
 import os
 import shutil
 import time
@@ -24,9 +23,10 @@ from moco.data.packing import Part, Picture, Shard, no_rows, part_path, prepared
 from moco.data.shards import INDEX, PARTS, SKIPPED, SPLITS, VERSION, digest_of, intact, read_index, sealed
 from moco.data.sources import Source, Sources
 from moco.engine.display import Display, counting, duration
-from moco.stages.embedding import locked, write_json
+from moco.files import told, write_csv, write_json
+from moco.stages.embedding import locked
 from moco.stages.hints import command
-from moco.stages.packing import begin, refuse_other, settings, whole, writing
+from moco.stages.packing import begin, is_whole, refuse_other, settings
 from moco.stages.setup import open_sources
 
 # The recipe to train with next, by data.name: of pictures that are small, their own, and all in memory.
@@ -51,7 +51,7 @@ def pack(config: PackConfig) -> None:
         about, title = finished(output, wanted)
         if about is None:
             begin(output, wanted)
-            with writing(output):
+            with told(output):
                 parts = {name: pack_split(config, name, source) for name, source in splits.items()}
                 about = finish(output, splits, parts, wanted)
         shutil.rmtree(output / PARTS, ignore_errors=True)
@@ -71,7 +71,7 @@ def finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | Non
         return None, "packed"
     about = read_index(output, f"output={output}")
     refuse_other(output, about["settings"], wanted)
-    if whole(output, about):
+    if is_whole(output, about):
         return about, "already packed, and every file is as it was written"
     return None, "mended: what was damaged is packed again"
 
@@ -211,11 +211,11 @@ def finish(
     """
     about: dict[str, Any] = {}
     for name, source in splits.items():
-        shards, told = list[dict[str, Any]](), list[dict[str, Any]]()
+        shards, ended = list[dict[str, Any]](), list[dict[str, Any]]()
         for part in map(read_part, parts[name]):
             shards += [part.shard] if part.shard else []
             # With rows and shards all of the part, as `packing.whole` needs it.
-            told.append({"rows": len(part.rows), "end": part.end, "before": part.before, "skipped": part.skipped})
+            ended.append({"rows": len(part.rows), "end": part.end, "before": part.before, "skipped": part.skipped})
         if not shards:
             raise ValueError(f"none of the {len(source):,} {name} pictures can be read: look into data.root")
         rows = output / f"{name}.npy"
@@ -226,27 +226,15 @@ def finish(
             "pictures": count,
             "labelled": source.labels is not None,
             "shards": shards,
-            "parts": told,
+            "parts": ended,
         }
-    _write_skipped(output / SKIPPED, parts)
+    left_out = ((split, *line) for split, files in parts.items() for part in files for line in read_part(part).skipped)
+    write_csv(output / SKIPPED, ("split", "path", "kind", "reason"), left_out)
     classes = next((list(source.classes) for source in splits.values() if source.labels is not None), [])
     index = {"version": VERSION, "classes": classes, "splits": about, "settings": wanted}
     index["skipped"] = digest_of(output / SKIPPED)
     write_json(output / INDEX, sealed(index))
     return index
-
-
-def _write_skipped(path: Path, parts: dict[str, list[Path]]) -> None:
-    """The list of what was left out, as its columns say."""
-    temporary = path.with_suffix(".tmp")
-    # A name that is no text is written as the bytes that it is.
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)  # with its own line ends: with others it leaves carriage returns in names unquoted
-        table.writerow(("split", "path", "kind", "reason"))
-        for split, files in parts.items():
-            for part in files:
-                table.writerows((split, *line) for line in read_part(part).skipped)
-    temporary.replace(path)
 
 
 def summarise(config: PackConfig, about: dict[str, Any], title: str, seconds: float) -> None:

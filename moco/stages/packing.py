@@ -6,8 +6,6 @@ folder that is damaged becomes such an unfinished one again: its index has all t
 
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from moco.data.shards import INDEX, PARTS, VERSION, damaged, read_sealed, sealed
 from moco.data.sources import Source
 from moco.engine.display import counting
 from moco.evaluation.cache import key_of, source_digest
-from moco.stages.embedding import write_json
+from moco.files import told, write_json
 
 SETTINGS = "settings.json"
 # Of these the digests in `pictures` decide: the same labels may come from a column that was named, or found.
@@ -91,7 +89,7 @@ def begin(output: Path, wanted: dict[str, Any]) -> None:
         return
     others = sorted(each.name for each in output.iterdir() if each.name not in (".lock", PARTS))
     require(not others, f"output={output} is not empty and holds no shards ({others[:1]}): choose another folder")
-    with writing(output):
+    with told(output):
         _write_settings(output, wanted)
 
 
@@ -100,7 +98,7 @@ def _write_settings(output: Path, wanted: dict[str, Any]) -> None:
     write_json(output / PARTS / SETTINGS, sealed({"version": VERSION, "settings": wanted}))
 
 
-def whole(output: Path, about: dict[str, Any]) -> bool:
+def is_whole(output: Path, about: dict[str, Any]) -> bool:
     """Reads every file of a finished folder; one that holds damage is unfinished then, from the first damaged shard on.
 
     Warns:
@@ -116,7 +114,7 @@ def whole(output: Path, about: dict[str, Any]) -> bool:
         RunWarning,
         stacklevel=2,
     )
-    with writing(output):
+    with told(output):
         _reopen(output, about, wrong)
     return False
 
@@ -128,31 +126,12 @@ def _reopen(output: Path, about: dict[str, Any], wrong: list[str]) -> None:
     for name, split in about["splits"].items():
         if split["rows"] in wrong:  # nothing says any more where its pictures lie
             continue
-        rows, first, shards = (
-            np.load(output / split["rows"], mmap_mode="r", allow_pickle=False),
-            0,
-            iter(split["shards"]),
-        )
+        rows = np.load(output / split["rows"], mmap_mode="r", allow_pickle=False)
+        first, shards = 0, iter(split["shards"])
         for number, part in enumerate(split["parts"]):
             end = first + part["rows"]
             shard = next(shards) if part["rows"] else {}
-            told = Part(rows[first:end], shard, part["end"], part["before"], part["skipped"])
-            write_part(part_path(output, name, number), told)
+            again = Part(rows[first:end], shard, part["end"], part["before"], part["skipped"])
+            write_part(part_path(output, name, number), again)
             first = end
     (output / INDEX).unlink()
-
-
-@contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """A disk that is full or gone ends in one sentence; what is finished stays.
-
-    Raises:
-        ValueError: in place of the system's error.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"output={output} cannot be written to ({error.strerror or error}): make room there, then start the same "
-            "command again, it goes on behind the last finished shard"
-        ) from error

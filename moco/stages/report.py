@@ -14,6 +14,7 @@ from moco.config.report import ReportConfig
 from moco.distributed import is_main, process_group
 from moco.engine.display import Display
 from moco.evaluation.features import evaluation_view
+from moco.files import NotWritten, cause
 from moco.report import html, page
 from moco.report.curves import plotly
 from moco.report.page import Figures, Section
@@ -68,8 +69,8 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         page.write(out, f"Report of {title}", about, body, figures)
-    except OSError as error:
-        raise ConfigError(f"output={out} cannot be written ({error.strerror}): set output=FILE") from error
+    except (OSError, NotWritten) as error:
+        raise ConfigError(f"output={out} cannot be written ({cause(error)}): set output=FILE") from error
     projected = [
         _project(run, each, where)
         for run, each, where in zip(runs, seen, placed, strict=True)

@@ -20,6 +20,7 @@ import moco
 from moco.config import ConfigError
 from moco.distributed import is_main, on_main, world_size
 from moco.engine.display import Terminal
+from moco.files import NotWritten, write_json
 
 
 def provenance() -> dict[str, Any]:
@@ -70,9 +71,7 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
     file = folder / "results.json"
     about = provenance()
     with _opened(folder) as known:
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known + [dict(entry) | about for entry in entries], indent=1) + "\n")
-        temporary.replace(file)
+        write_json(file, known + [dict(entry) | about for entry in entries])
     with SummaryWriter(str(folder)) as events:
         for entry in entries:
             for name, value in entry["figures"].items():
@@ -110,6 +109,8 @@ def _opened(folder: Path) -> Iterator[list[Any]]:
             yield known
     except OSError as error:
         raise ConfigError(f"output={folder} cannot be written to: {error.strerror}: set output=DIR") from error
+    except NotWritten:
+        raise
     except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}): move it away") from error
 

@@ -22,6 +22,7 @@ from moco.data.walk import IMAGE_FORMATS
 from moco.distributed import is_main, process_group
 from moco.engine.display import Display, counting
 from moco.evaluation.search import duplicate_groups, nearest, outlier_scores
+from moco.files import whole
 from moco.report.gallery import Section, Tile, write_html, write_png
 from moco.stages.embed import compute
 from moco.stages.embedding import Embedding
@@ -109,13 +110,11 @@ def _title(config: SearchConfig) -> str:
 
 def _write_entries(path: Path, head: Entry, found: Found) -> None:
     """One JSON object, an entry a line: entries are many, and are never all in memory."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
+    with whole(path) as temporary, temporary.open("w") as file:
         file.write(json.dumps(head)[:-1] + f', "{found.what}": [')
         for i, entry in enumerate(found.entries):
             file.write(("," if i else "") + "\n" + json.dumps(entry))
         file.write("\n]}\n")
-    temporary.replace(path)
 
 
 def _nearest(config: SearchConfig, index: Embedding, device: torch.device) -> Found:

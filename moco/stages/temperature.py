@@ -24,6 +24,7 @@ from moco.analysis import bin_edges, explain_temperature
 from moco.config import ConfigError, DataConfig
 from moco.config.temperature import TemperatureConfig
 from moco.engine.display import counting, duration
+from moco.files import write_json
 from moco.stages.results import percent, provenance, say, table
 from moco.stages.setup import open_sources, pick_device
 from moco.stages.temperature_figures import (
@@ -122,7 +123,7 @@ def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
             raise ConfigError(
                 f"output={output} holds a study with {', '.join(differing)}: choose another output, or take that back"
             )
-    file.write_text(json.dumps(common, indent=1) + "\n")
+    write_json(file, common)
 
 
 def run_folder(output: Path, temperature: float, seed: int) -> Path:
@@ -280,9 +281,7 @@ def _write(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> None
         "runs": [run.plain() for run in runs],
         "provenance": provenance(),
     }
-    temporary = output / "results.tmp"
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(output / "results.json")
+    write_json(output / "results.json", results)
     for name, draw in FIGURES.items():
         draw(output / name, runs)
 
