@@ -3,7 +3,7 @@
     Momentum Contrast for Unsupervised Visual Representation Learning (He et al., CVPR 2020)
     Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020)
 
-One training step is the paper's Algorithm 1, in its order (see `moco/engine/step.py`):
+One training step is the paper's Algorithm 1, in its order (see `moco/training/step.py`):
 
     keys = moco.encode_keys(views)                     k = f_k(x_k), no gradient
     loss = moco(views, keys, index); loss.backward()   q = f_q(x_q); InfoNCE(q, k, queue)
@@ -276,6 +276,6 @@ class MoCo(nn.Module):
     def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None:
         """Enqueues all ranks' keys, view after view, each in the order of the global batch."""
         index = gather(index)  # (W N,)
-        everyone = gather(torch.cat([keys[view] for view in sorted(keys)], dim=1))  # (W N, views C): one collective
-        for k in everyone.split(self.queue.keys.shape[1], dim=1):
+        all_keys = gather(torch.cat([keys[view] for view in sorted(keys)], dim=1))  # (W N, views C): one collective
+        for k in all_keys.split(self.queue.keys.shape[1], dim=1):
             self.queue.enqueue(k, index)  # (W N, C)

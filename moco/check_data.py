@@ -14,7 +14,7 @@ def check_data(config: CheckDataConfig) -> None:
     """
     check_check_data(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.check_data import check_data as run
+    from moco.data.check import check_data as run
 
     run(config)
 

@@ -22,9 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moco.config import ConfigError, RunWarning, config_dir
-from moco.engine.stop import Stopped, leave_for_good
-from moco.engine.streams import lasting_streams, say, while_read
-from moco.stages.hints import quoted
+from moco.runtime.next_command import quoted
+from moco.runtime.preemption import Preempted, prevent_restart
+from moco.runtime.stdio import exit_on_broken_pipe, log, protected_streams
 
 Schema = TypeVar("Schema")
 
@@ -52,7 +52,7 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
 
 
-@lasting_streams()
+@protected_streams()
 def run_command(name: str, schema: type[Schema], command: Callable[[Schema], None]) -> None:
     """Composes `configs/NAME.yaml` with the command line's overrides, checks it, and calls the command.
 
@@ -75,7 +75,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     # Hydra would print errors over several lines and exit; this makes it raise them instead.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with tempfile.TemporaryDirectory() as scratch, while_read():
+        with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe():
             register(name, schema, scratch)
             # The command runs outside of Hydra, which would print a traceback of its own around any error.
             hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
@@ -92,9 +92,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         _stop(2, str(error), error)
     except USER_ERRORS as error:
         _stop(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
-    except Stopped as stopped:  # nothing is wrong: no traceback is wanted
+    except Preempted as stopped:  # nothing is wrong: no traceback is wanted
         if os.environ.get("RANK", "0") == "0":
-            say(f"moco: {stopped}")
+            log(f"moco: {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt as error:
         _stop(
@@ -128,9 +128,9 @@ def _stop(status: int, sentence: str, error: BaseException) -> None:
         raise error
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if status == 2 or _comes_again(error):
-        leave_for_good()  # --max-restarts would come to the same end, as often
+        prevent_restart()  # --max-restarts would come to the same end, as often
     if local_rank == "0" or status == 1:  # what is wrong with the configuration is the same on every rank of a machine
-        say(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
+        log(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
     else:
         time.sleep(3)  # torchrun ends all ranks when the first one leaves: that one must have spoken by then
     sys.exit(status)

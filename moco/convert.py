@@ -14,7 +14,7 @@ def convert(config: ConvertConfig) -> None:
     """
     check_convert(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.convert import convert_encoder
+    from moco.interop.convert import convert_encoder
 
     convert_encoder(config)
 

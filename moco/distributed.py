@@ -6,6 +6,7 @@ mathematics sees is defined on it (law 3).
 Legend: W processes, n samples on each.
 """
 
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -34,7 +36,7 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main() -> bool:
+def is_rank_zero() -> bool:
     """Whether this is rank 0, which alone writes and speaks."""
     return rank() == 0
 
@@ -182,7 +184,7 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return out / world_size()
 
 
-class HighestOverRanks:
+class MaxOverRanks:
     """The highest of the numbers that ranks bring, for what any one of them may ask of all at any step.
 
     With several ranks the answer is one call late, and the same on all: each call starts a reduction and gives what
@@ -233,7 +235,7 @@ def average_running_statistics(module: nn.Module) -> None:
                 buffer.copy_(mean_over_ranks(buffer))
 
 
-def on_main(function: Callable[[], T]) -> T:
+def on_rank_zero(function: Callable[[], T]) -> T:
     """Calls the function on rank 0 alone; every rank gets its result, or raises its exception.
 
     Without this a rank 0 that finds a bad directory leaves the others waiting for it.
@@ -241,7 +243,7 @@ def on_main(function: Callable[[], T]) -> T:
     if world_size() == 1:
         return function()
     outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if is_main():
+    if is_rank_zero():
         try:
             outcome = [(function(), None)]
         except Exception as error:  # handed on to every rank
@@ -253,7 +255,7 @@ def on_main(function: Callable[[], T]) -> T:
     return cast(T, result)
 
 
-def everyone(function: Callable[[], T]) -> list[T]:
+def all_gather_object(function: Callable[[], T]) -> list[T]:
     """Calls the function on every rank and gives all their results, in the order of the ranks.
 
     If one raises, all raise that exception (of several the lowest rank's). Without this a rank that meets a picture it
@@ -275,20 +277,33 @@ def everyone(function: Callable[[], T]) -> list[T]:
     return [result for result, _ in outcomes]
 
 
-def highest(mine: int) -> int:
-    """The highest of the ranks' numbers, at once: for where all wait for each other anyway; see `HighestOverRanks`."""
-    return max(everyone(lambda: mine))
+def max_over_ranks(mine: int) -> int:
+    """The highest of the ranks' numbers, at once: for where all wait for each other anyway; see `MaxOverRanks`."""
+    return max(all_gather_object(lambda: mine))
 
 
 def all_or_none(function: Callable[[], T]) -> T:
     """What the function returns on this rank, of any size; if it raises on one rank, it raises on all."""
     kept: list[T] = []
-    everyone(lambda: kept.append(function()))
+    all_gather_object(lambda: kept.append(function()))
     return kept[0]
 
 
-def together(items: Iterable[T]) -> Iterator[T]:
+def synchronized(items: Iterable[T]) -> Iterator[T]:
     """The items of this rank, as many as every other rank has; if getting one raises on one rank, it raises on all."""
     left = iter(items)
     while item := all_or_none(lambda: list(islice(left, 1))):
         yield item[0]
+
+
+def data_parallel(method: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around the method, or the method itself in a world of one.
+
+    Buffers stay out of DDP: it would send the queue, 33 MB, before every forward, and rank 0's copy would win.
+    """
+    if world_size() == 1:
+        return method
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch >= 2.15, before
+    options: dict[str, Any] = {name: False}
+    return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None, **options)

@@ -14,7 +14,7 @@ def embed(config: EmbedConfig) -> None:
     """
     check_embed(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.embed import embed as run
+    from moco.retrieval.embed import embed as run
 
     run(config)
 

@@ -9,40 +9,40 @@ from pathlib import Path
 from typing import Any
 
 
-class NotWritten(ValueError):
+class WriteError(ValueError):
     """A file that cannot be written; its message is one sentence."""
 
 
 @contextmanager
-def told(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Makes one sentence of the system's error where a file is written.
 
     Args:
         path: the file, as the sentence names it.
 
     Raises:
-        NotWritten: naming what could not be written, and why.
+        WriteError: naming what could not be written, and why.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
         if _of_the_system(error) is None:
             raise
-        raise NotWritten(
+        raise WriteError(
             f"{path} cannot be written ({cause(error)}): make room there or make it writable, then give the same "
             "command again"
         ) from error
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write under, which becomes `path` at the end; what fails half-way leaves nothing.
 
     Raises:
-        NotWritten: see `told`. A file that was there before is as it was.
+        WriteError: see `write_errors`. A file that was there before is as it was.
     """
     temporary = path.with_name(f"{path.name}.tmp")
-    with told(path):
+    with write_errors(path):
         try:
             yield temporary
             _flush(temporary)
@@ -52,15 +52,15 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all; see `whole`."""
-    with whole(path) as temporary:
+    """A JSON file, whole or not at all; see `atomic_write`."""
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-    """A table, whole or not at all; see `whole`. A name that is no UTF-8 is written with its own bytes."""
+    """A table, whole or not at all; see `atomic_write`. A name that is no UTF-8 is written with its own bytes."""
     with (
-        whole(path) as temporary,
+        atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         table = csv.writer(file)  # with its own line ends: with others it leaves carriage returns in names unquoted

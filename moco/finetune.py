@@ -18,9 +18,9 @@ def finetune(config: FinetuneConfig) -> None:
     """
     check_finetune(config, int(os.environ.get("WORLD_SIZE", "1")))
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.finetune import run_finetune
+    from moco.evaluation.finetune import evaluate_finetune
 
-    run_finetune(config)
+    evaluate_finetune(config)
 
 
 if __name__ == "__main__":

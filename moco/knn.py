@@ -13,9 +13,9 @@ def knn(config: KnnConfig) -> None:
     """
     check_knn(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.knn import judge_by_neighbours
+    from moco.evaluation.knn import evaluate_knn
 
-    judge_by_neighbours(config)
+    evaluate_knn(config)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ def linear(config: LinearConfig) -> None:
     """
     check_linear(config, int(os.environ.get("WORLD_SIZE", "1")))
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.linear import probe
+    from moco.evaluation.linear import evaluate_linear
 
-    probe(config)
+    evaluate_linear(config)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def pack(config: PackConfig) -> None:
     """
     check_pack(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.pack import pack as run
+    from moco.data.pack import pack as run
 
     run(config)
 

@@ -14,7 +14,7 @@ def search(config: SearchConfig) -> None:
     """
     check_search(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.stages.search import search as run
+    from moco.retrieval.search import search as run
 
     run(config)
 

@@ -7,7 +7,7 @@ import os
 
 from moco.cli import run_command
 from moco.config import TrainConfig, check
-from moco.engine.stop import Stop
+from moco.runtime.preemption import PreemptionHandler
 
 
 def train(config: TrainConfig) -> None:
@@ -16,13 +16,13 @@ def train(config: TrainConfig) -> None:
     Raises:
         ConfigError: for a configuration that cannot run.
         FileNotFoundError: for a data set that is not there.
-        Stopped: if a signal or `config.stop_after` ended the run before its end.
+        Preempted: if a signal or `config.stop_after` ended the run before its end.
     """
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     # From here on a signal is heard: to import torch takes seconds, in which a launcher may want to stop already.
-    with Stop(config.stop_after) as stop:
+    with PreemptionHandler(config.stop_after) as stop:
         # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-        from moco.stages.pretrain import pretrain
+        from moco.training.trainer import pretrain
 
         pretrain(config, stop)
 

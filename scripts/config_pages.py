@@ -30,7 +30,7 @@ from moco.config import (
     OptimConfig,
     config_dir,
 )
-from moco.config.judge import JudgeConfig
+from moco.config.subject import SubjectConfig
 from moco.data.view import View
 
 CONFIGS = Path(config_dir())
@@ -62,7 +62,7 @@ def commands() -> dict[str, type]:
 
 def own_pages() -> dict[type, str]:
     """The page of each schema that has one."""
-    return {JudgeConfig: "judge"} | {schema: name for name, schema in (GROUPS | commands()).items()}
+    return {SubjectConfig: "judge"} | {schema: name for name, schema in (GROUPS | commands()).items()}
 
 
 def explained(schema: type) -> dict[str, tuple[str, str]]:
@@ -215,7 +215,7 @@ def index_page() -> Iterator[str]:
     yield "".join(f"- [{name}]({name}.md): {first(schema)}\n" for name, schema in GROUPS.items())
     yield "- [experiment](experiment.md): the recipes.\n\n## Commands\n\n"
     yield "".join(f"- [moco.{name}]({name}.md): {first(schema)}\n" for name, schema in commands().items())
-    yield f"- [judge](judge.md): {first(JudgeConfig)}\n"
+    yield f"- [judge](judge.md): {first(SubjectConfig)}\n"
 
 
 def first(schema: type) -> str:
@@ -233,8 +233,8 @@ def pages() -> dict[str, str]:
     made = {"index": index_page(), "experiment": recipes_page()}
     made |= {name: group_page(name, schema) for name, schema in GROUPS.items()}
     made |= {name: command_page(name, schema) for name, schema in commands().items()}
-    about = "# judge\n\nWhat the commands that judge or use an encoder share. Schema: `moco/config/judge.py`.\n\n"
-    made["judge"] = iter([about, *table(JudgeConfig, {})])
+    about = "# judge\n\nWhat the commands that judge or use an encoder share. Schema: `moco/config/subject.py`.\n\n"
+    made["judge"] = iter([about, *table(SubjectConfig, {})])
     return {f"{name}.md": HEAD + "".join(parts) for name, parts in made.items()}
 
 

@@ -71,26 +71,26 @@ def train(run: Path, overrides: list[str]) -> int:
     Raises:
         SystemExit: behind the trial, if this process was to stop meanwhile.
     """
-    heard: list[int] = []
+    signal_received: list[int] = []
     trial: subprocess.Popen[bytes] | None = None
 
     def stop(number: int, frame: FrameType | None) -> None:
         # To wait for the trial is not for here: the wait that this interrupts holds the lock that it would take.
-        heard.append(number)
-        if trial is not None and len(heard) == 1:
+        signal_received.append(number)
+        if trial is not None and len(signal_received) == 1:
             trial.send_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes()]
     trial = subprocess.Popen([*torchrun, "-m", "moco.train", *overrides, f"run={run}"])
-    if heard:
+    if signal_received:
         trial.send_signal(signal.SIGTERM)
     status = trial.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    if heard:
+    if signal_received:
         print("sweep: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(128 + heard[0])
+        sys.exit(128 + signal_received[0])
     return status
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from moco.cli import field_names
 from moco.config import ConfigError, TrainConfig, check
-from moco.engine.run import FREE_FIELDS, flatten
+from moco.runs.directory import FREE_FIELDS, flatten
 
 
 def refusal(change: Callable[[TrainConfig], None], processes: int = 1) -> str:

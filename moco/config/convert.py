@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moco.config.base import at_least, one_of, require
-from moco.config.judge import JudgeConfig, check_judged
+from moco.config.subject import SubjectConfig, check_subject
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "torchvision": (".pth", ".pt"),
@@ -19,7 +19,7 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass
-class ConvertConfig(JudgeConfig):
+class ConvertConfig(SubjectConfig):
     """An encoder in another format, checked by reading it again; `data` and `images` say with which pictures."""
 
     to: str = ""
@@ -38,7 +38,7 @@ def check_convert(config: ConvertConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    check_judged(config)
+    check_subject(config)
     one_of("to", config.to, tuple(ENDINGS))
     endings = ENDINGS[config.to]
     example = f"output=encoder{endings[0]}"

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from moco.config.base import one_of, require
-from moco.config.judge import JudgeConfig, check_judged
+from moco.config.subject import SubjectConfig, check_subject
 
 
 @dataclass
-class EmbedConfig(JudgeConfig):
+class EmbedConfig(SubjectConfig):
     """What to compute and how to write it. `output` is its own folder here; empty: features/ inside the run."""
 
     features: str = "backbone"
@@ -30,7 +30,7 @@ def check_embed(config: EmbedConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    check_judged(config)
+    check_subject(config)
     check_features(config)
 
 

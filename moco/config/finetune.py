@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco.config.base import at_least, one_of, require
-from moco.config.judge import JudgeConfig, check_judged
+from moco.config.subject import SubjectConfig, check_subject
 
 DEFAULT_FRACTION = 0.01  # where nothing says which pictures have labels
 
 
 @dataclass
-class FinetuneConfig(JudgeConfig):
+class FinetuneConfig(SubjectConfig):
     """All of a fine-tuning."""
 
     encoders: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    check_judged(config)
+    check_subject(config)
     one_of("optimizer", config.optimizer, ("sgd", "adamw"))
     one_of("bn", config.bn, ("sync", "frozen"))
     one_of("precision", config.precision, ("fp32", "bf16"))

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from moco.config.base import at_least, one_of, require
-from moco.config.judge import JudgeConfig, check_judged
+from moco.config.subject import SubjectConfig, check_subject
 
 
 @dataclass
-class KnnConfig(JudgeConfig):
+class KnnConfig(SubjectConfig):
     """Weighted k-nearest-neighbour classification on frozen features."""
 
     k: list[int] = field(default_factory=lambda: [200])
@@ -38,7 +38,7 @@ def check_knn(config: KnnConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    check_judged(config)
+    check_subject(config)
     require(
         bool(config.k) and min(config.k) >= 1,
         f"k={config.k} must hold at least one number of neighbours, none below 1, e.g. k=[20]",

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco.config.base import at_least, one_of, require
-from moco.config.judge import JudgeConfig, check_judged
+from moco.config.subject import SubjectConfig, check_subject
 
 
 @dataclass
@@ -46,7 +46,7 @@ class OfficialConfig:
 
 
 @dataclass
-class LinearConfig(JudgeConfig):
+class LinearConfig(SubjectConfig):
     """A linear probe."""
 
     protocol: str = "sweep"
@@ -75,7 +75,7 @@ def check_linear(config: LinearConfig, processes: int) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    check_judged(config)
+    check_subject(config)
     one_of("kind", config.kind, ("sweep", "official"))
     at_least(1, {"epochs": config.epochs, "batch_size": config.batch_size, "seeds": config.seeds})
     require(0 <= config.momentum < 1, f"momentum={config.momentum} must lie in 0 ... 1, and below 1")

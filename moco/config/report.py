@@ -1,9 +1,9 @@
-"""The schema of `moco.report`: a page about one run, or about several side by side."""
+"""The schema of `moco.reporting`: a page about one run, or about several side by side."""
 
 from dataclasses import dataclass, field
 
 from moco.config.base import at_least, one_of, require, require_finite
-from moco.config.judge import JudgedDataConfig
+from moco.config.subject import SubjectDataConfig
 
 
 @dataclass
@@ -41,7 +41,7 @@ class ReportConfig:
     """CPU threads; 0: torch's choice"""
     images_at_once: int = 512
     """through the encoder without gradient; changes memory, not results"""
-    data: JudgedDataConfig = field(default_factory=JudgedDataConfig)
+    data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
     """where the pictures are now, for all runs, if not where the runs say"""
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from moco.config.base import at_least, one_of, require, require_finite
 from moco.config.embed import EmbedConfig, check_features
-from moco.config.judge import check_judged
+from moco.config.subject import check_subject
 
 
 @dataclass
@@ -37,7 +37,7 @@ def check_search(config: SearchConfig) -> None:
     """
     require_finite(config)
     if not (config.index and not config.run and not config.checkpoint):  # an index knows its encoder
-        check_judged(config)
+        check_subject(config)
     check_features(config)
     one_of("mode", config.mode, ("nearest", "duplicates", "outliers"))
     one_of("gallery", config.gallery, ("html", "png", "none"))

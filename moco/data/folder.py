@@ -17,7 +17,7 @@ from torch import Tensor
 from moco.config import RunWarning
 from moco.data.decode import decode, read_bytes
 from moco.data.walk import IMAGE_ENDINGS, Tree, walk
-from moco.distributed import is_main
+from moco.distributed import is_rank_zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def scan(root: str, field: str, labels: str, keep_unreadable: bool = False) -> F
         raise FileNotFoundError(
             f"{where} holds no images: found {found}; files that end in {' '.join(IMAGE_ENDINGS)} count, in any case"
         )
-    if tree.broken and not keep_unreadable and is_main():
+    if tree.broken and not keep_unreadable and is_rank_zero():
         named = [f"{path} -> {target}" for path, target in sorted(tree.broken.items())]
         warnings.warn(f"{where}: left out are links that lead nowhere ({len(named)}): {some(named, 3)}", RunWarning, 2)
     packed = np.array([os.fsencode(path) for path in paths])

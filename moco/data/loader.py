@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from moco.data.ahead import made_ahead
 from moco.data.augment import augment, crop_batch, crop_one, largest_shrink
-from moco.data.bad import readable
+from moco.data.bad_images import readable
 from moco.data.crop import queue_copy
 from moco.data.decode import Decoded, ImageError, decode_scaled
 from moco.data.keyed import ORDER, SHUFFLE, permutation
+from moco.data.prefetch import made_ahead
 from moco.data.remote import RemoteSource, stream_loader
 from moco.data.sources import ArraySource, FileSource, Source
 from moco.data.view import View, draw, draw_crop
-from moco.data.workers import LoaderError, as_it_is, delivered, handed_over, leave_signals_to_the_parent
+from moco.data.workers import LoaderError, delivered, identity_collate, leave_signals_to_the_parent, to_shared_memory
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def batches(
         device: where augmentation runs and the batch ends up.
         workers: loader processes for the streamed path; 0 decodes in this one.
         start: first step.
-        on_bad: told of pictures that cannot be decoded, in whose place others are shown (`moco.data.bad.substitutes`).
+        on_bad: told of pictures that cannot be decoded, replaced by substitutes (`moco.data.bad_images`).
             The views' random numbers stay those of the picture that was wanted, so that a substitute which is in the
             batch itself does not show the same views twice. None: such a picture ends the run.
 
@@ -182,13 +182,13 @@ class Cutter:
         shown, bad = index.copy(), dict[int, str]()
         drawn = self._draw(epoch, index)
         try:
-            return epoch, index, shown, handed_over(self._cut(drawn, self._pictures(shown, drawn, bad))), bad
+            return epoch, index, shown, to_shared_memory(self._cut(drawn, self._pictures(shown, drawn, bad))), bad
         except (ImageError, LoaderError) as error:
             return error  # raised here it would reach the user as the worker's traceback
 
     def cut(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
         """All views of each image as it comes: V of (n, 3, S, S), by the keys of the samples `index` (n,)."""
-        return handed_over(self._cut(self._draw(epoch, index), (Decoded.whole(image) for image in images)))
+        return to_shared_memory(self._cut(self._draw(epoch, index), (Decoded.whole(image) for image in images)))
 
     def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """The crops' uniforms, V of (n, 22)."""
@@ -236,7 +236,7 @@ def _streamed(
     cutter = Cutter(source, views, plan.seed, replace=on_bad is not None)
     options: dict[str, Any] = {
         "batch_size": None,
-        "collate_fn": as_it_is,
+        "collate_fn": identity_collate,
         "worker_init_fn": leave_signals_to_the_parent,
         "pin_memory": device.type == "cuda",
     }

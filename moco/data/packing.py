@@ -26,8 +26,8 @@ from moco.data.decode import ImageError, decode_bytes
 from moco.data.shards import PARTS, row_type
 from moco.data.sources import ArraySource, FileSource, Source
 from moco.data.walk import IMAGE_FORMATS
-from moco.data.workers import as_it_is, delivered, leave_signals_to_the_parent
-from moco.files import whole
+from moco.data.workers import delivered, identity_collate, leave_signals_to_the_parent
+from moco.files import atomic_write
 
 AT_ONCE = 16  # pictures in one errand of a worker
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # the others are the format's name
@@ -100,7 +100,7 @@ def prepared(source: Source, start: int, workers: int, short_side: int, quality:
         sampler=(range(at, min(at + AT_ONCE, len(source))) for at in range(start, len(source), AT_ONCE)),
         batch_size=None,
         num_workers=workers,
-        collate_fn=as_it_is,
+        collate_fn=identity_collate,
         worker_init_fn=leave_signals_to_the_parent,
     )
     for pictures in delivered(loader, "workers"):
@@ -199,7 +199,7 @@ def part_path(output: Path, split: str, number: int) -> Path:
 def write_part(path: Path, part: Part) -> None:
     """Puts a part into a file, whole or not at all."""
     about = json.dumps([part.shard, part.end, part.before, part.skipped])
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, rows=part.rows, about=np.array(about))
 
 
@@ -216,7 +216,7 @@ def write_rows(path: Path, parts: Sequence[Path]) -> int:
 
     dtype = row_type(width)
     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
-    with whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.lib.format.write_array_header_2_0(file, header)
         for part in parts:
             file.write(read_part(part).rows.astype(dtype).tobytes())

@@ -34,7 +34,7 @@ from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
 from moco.data.tars import pictures
 from moco.data.walk import IMAGE_ENDINGS
 from moco.data.workers import LoaderError
-from moco.distributed import is_main
+from moco.distributed import is_rank_zero
 
 SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # opened by a program that gets the address
 _DRAWN_AT_ONCE = 1024
@@ -240,7 +240,7 @@ def stream_loader(
             f"data.root names {count} shards for {plan.processes} processes, each of which reads shards of its own: "
             "make more and smaller ones, or run fewer processes"
         )
-    if steps.start and is_main():
+    if steps.start and is_rank_zero():
         warnings.warn(
             f"data.name=webdataset: a stream cannot be entered where it was left, so the run goes on at step "
             f"{steps.start} with a new pass over the shards; some pictures of this epoch come twice, others later",

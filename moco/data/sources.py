@@ -235,7 +235,7 @@ def _imagenet(options: _Options) -> Sources:
         scan(os.path.join(root, part), "data.root", "folder", options.keep_unreadable) for part in ("train", "val")
     )
     _check_same_classes(train, held_out)
-    return _judged(train, held_out, options)
+    return _subject(train, held_out, options)
 
 
 def _folder(options: _Options) -> Sources:
@@ -255,16 +255,16 @@ def _folder(options: _Options) -> Sources:
             )
     train = scan(root, "data.root", labels, options.keep_unreadable)
     if not eval_root:
-        return _judged(train, None, options)
+        return _subject(train, None, options)
     held_out = scan(eval_root, "data.eval_root", labels, options.keep_unreadable)
     _check_same_classes(train, held_out)
-    return _judged(train, held_out, options)
+    return _subject(train, held_out, options)
 
 
 def _shards(options: _Options) -> Sources:
     """What moco.pack wrote."""
     splits = open_shards(options.root)
-    sources = _judged(splits["train"], splits.get("held_out"), options)
+    sources = _subject(splits["train"], splits.get("held_out"), options)
     bank = splits.get("bank")
     if bank is None:
         return sources
@@ -275,10 +275,10 @@ def _hub(options: _Options) -> Sources:
     """A Hugging Face data set."""
     o = options
     train, held_out = open_hub(o.root, o.subset, o.split, o.eval_split, o.image_column, o.label_column)
-    return _judged(train, held_out, options)
+    return _subject(train, held_out, options)
 
 
-def _judged(train: FileSource, held_out: FileSource | None, options: _Options) -> Sources:
+def _subject(train: FileSource, held_out: FileSource | None, options: _Options) -> Sources:
     """Training images double as bank where they have labels."""
     first: Source = _decode_all(train, options) if options.resident else train
     second: Source | None = _decode_all(held_out, options) if options.resident and held_out else held_out

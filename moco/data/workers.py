@@ -27,12 +27,12 @@ def leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def as_it_is(item: T) -> T:
+def identity_collate(item: T) -> T:
     """Leaves an item to the way between processes: torch's loader would make tensors of its arrays."""
     return item
 
 
-def handed_over(tensors: list[Tensor]) -> list[Tensor]:
+def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors, in a loader process put into the shared memory in which they reach the parent.
 
     torch does so in a thread of the process, of whose errors the parent never hears: it would wait for ever.
@@ -57,7 +57,7 @@ def delivered(loader: DataLoader[T], field: str) -> Iterator[T]:
     SIGCHLD raises there, and here its words are replaced.
 
     Args:
-        loader: with `leave_signals_to_the_parent` and `as_it_is`, where it has processes.
+        loader: with `leave_signals_to_the_parent` and `identity_collate`, where it has processes.
         field: how errors call the number of processes, such as data.workers.
 
     Raises:
@@ -96,7 +96,7 @@ def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    atexit.register(lambda alive: _end(alive()), weakref.ref(items))
+    atexit.register(lambda heartbeat: _end(heartbeat()), weakref.ref(items))
     handler: Any = signal.getsignal(signal.SIGCHLD)
     if isinstance(handler, _Telling):
         handler.field = field

@@ -17,8 +17,8 @@ from moco.data.folder import FolderSource
 from moco.data.hub import HubSource
 from moco.data.shards import ShardSource
 from moco.data.sources import Source
-from moco.distributed import everyone, on_main, rank, world_size
-from moco.engine import checkpoint
+from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
+from moco.runs import checkpoint
 
 Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # rows of a source to their features, batch by batch
 
@@ -68,14 +68,14 @@ def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> 
         Exception: what `compute` raises on any rank, on every rank.
     """
     path = folder / f"{key}.npy"
-    if not on_main(lambda: _whole(path, count, width)):
-        temporary = on_main(lambda: _start(path, count, width))
+    if not on_rank_zero(lambda: _whole(path, count, width)):
+        temporary = on_rank_zero(lambda: _start(path, count, width))
         share = -(-count // world_size())
         mine = range(min(count, rank() * share), min(count, (rank() + 1) * share))
         # Ranks wait here for each other: only a file that all have finished gets its name.
-        written = sum(everyone(lambda: _fill(temporary, mine, compute)))
+        written = sum(all_gather_object(lambda: _fill(temporary, mine, compute)))
         assert written == count, f"{written} of {count} rows were computed"
-        on_main(lambda: temporary.replace(path))
+        on_rank_zero(lambda: temporary.replace(path))
     # Copy on write: torch wants memory that may be written to; nothing ever goes back to the file.
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.data.workers import LoaderError, as_it_is, delivered, handed_over, leave_signals_to_the_parent
+from moco.data.workers import LoaderError, delivered, identity_collate, leave_signals_to_the_parent, to_shared_memory
 from moco.distributed import all_or_none, gather, rank, world_size
 
 
@@ -25,7 +25,7 @@ class _Plain:
     def __getitem__(self, rows: list[int]) -> Tensor | ImageError | LoaderError:
         try:
             images = torch.stack([evaluation_view(self.source.image(row), self.resize, self.size) for row in rows])
-            return handed_over([images])[0]
+            return to_shared_memory([images])[0]
         except (ImageError, LoaderError) as error:
             return error  # raised here it would reach the user as the worker's traceback
 
@@ -48,7 +48,7 @@ def _images(source: Source, rows: Sequence[int], resize: int, size: int, batch: 
         sampler=parts,
         batch_size=None,
         num_workers=min(workers, len(parts)),
-        collate_fn=as_it_is,
+        collate_fn=identity_collate,
         worker_init_fn=leave_signals_to_the_parent,
     )
     yield from delivered(loader, "data.workers")

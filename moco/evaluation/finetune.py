@@ -1,229 +1,257 @@
-"""End-to-end fine-tuning: a linear classifier on a backbone, both trained on labelled pictures.
+"""Fine-tuning from a configuration to a table: pick the labelled pictures, train each encoder and seed, judge, save."""
 
-Nothing of it depends on the topology: W processes make the steps of one (law 3), and every random number is a
-function of (seed, step) or of a picture's own key (law 2).
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
-Legend: N pictures with labels, B global batch, n = B / W of this rank, D features, L classes, S size.
-"""
-
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
-
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.transforms import v2
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
 
-from moco.data.keyed import STEP, philox
-from moco.data.loader import Batch, Plan
-from moco.distributed import gather, mean_over_ranks, rank, together, world_size
-from moco.engine.optim import build_optimizer, lr_factor, parameter_groups
-from moco.engine.step import NonFiniteLoss
-from moco.models.norm import convert_batch_norm
+from moco.config import ConfigError, RunWarning, require
+from moco.config.finetune import FinetuneConfig, fraction_of
+from moco.data.loader import Plan, batches
+from moco.data.sources import Source, subset
+from moco.data.view import View
+from moco.distributed import broadcast_module, data_parallel, is_rank_zero, on_rank_zero, process_group
+from moco.evaluation import subsets
+from moco.evaluation.finetune_report import Outcome, Task, common, entries, protocol, summarise
+from moco.evaluation.finetuning import classifier, mixing, optimizer_of, plan_of, train
+from moco.evaluation.metrics import HeldOut, figures
+from moco.evaluation.subject import Subject, data_config, data_written, features_of, open_labelled, open_subject
+from moco.evaluation.sweep import validation_rows
+from moco.interop.encoder_file import build, save_encoder
+from moco.interop.weights import save_weights
+from moco.runs import results
+from moco.runtime import console
+from moco.runtime.console import Terminal, duration
+from moco.runtime.device import pick_device
+from moco.runtime.precision import PRECISIONS
 
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (B, 3, S, S) and (B,) -> mixed, and (B, L)
+FOREIGN: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # of a file that says no augmentation
 
-
-def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequential:
-    """`backbone`, then `head`: a new linear layer with weights from N(0, 0.01) and no bias at first; in training mode.
-
-    All is trained, also what pretraining kept fixed (MoCo v3's patch projection and positions), as its authors do.
-
-    Args:
-        backbone: changed in place; its `num_features` is D.
-        classes: L.
-        bn: "sync" normalises over the global batch and moves the running statistics; "frozen" uses them as they are.
-            Scale and shift are trained either way.
-        seed: of the head's weights.
-    """
-    torch.manual_seed(seed)
-    head = nn.Linear(cast(int, backbone.num_features), classes)
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
-    if bn == "sync":
-        backbone = convert_batch_norm(backbone, "sync", 0)
-    network = nn.Sequential(OrderedDict(backbone=backbone, head=head)).requires_grad_(True).train()
-    if bn == "frozen":
-        for layer in network.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.eval()
-    return network
+OnStep = Callable[[str, float], None]
 
 
-def optimizer_of(
-    network: nn.Sequential,
-    name: str,
-    momentum: float,
-    nesterov: bool,
-    betas: Sequence[float],
-    weight_decay: float,
-    exclude: Sequence[str],
-    head_lr_factor: float,
-    layer_decay: float | None,
-) -> torch.optim.Optimizer:
-    """An optimiser whose groups each say in "lr_scale" what their learning rate is multiplied by.
-
-    Args:
-        network: from `classifier`.
-        name: "sgd" or "adamw".
-        momentum, nesterov: of SGD.
-        betas: of AdamW.
-        weight_decay, exclude: see `moco.engine.optim.parameter_groups`.
-        head_lr_factor: the head's scale.
-        layer_decay: of a timm network: each layer's scale is this times that of the layer above, the head's being 1
-            (BEiT, Bao et al., 2022); weight decay then leaves out the backbone's vectors and what it names. None: the
-            backbone's scale is 1.
-    """
-    backbone: Any = network.get_submodule("backbone")
-    optimizer = build_optimizer(network.get_submodule("head"), name, 0.0, momentum, betas, weight_decay, exclude)
-    for group in optimizer.param_groups:
-        group["lr_scale"] = head_lr_factor
-    groups: list[dict[str, Any]] = parameter_groups(backbone, weight_decay, exclude)
-    if layer_decay is not None:
-        # timm costs a second at start-up, so only where it is used
-        from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
-
-        spared = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
-        groups = param_groups_layer_decay(backbone, weight_decay, spared, layer_decay=layer_decay)
-        for group in groups:
-            group["lr_scale"] *= layer_decay  # timm counts from the last layer it sees, and the head is ours
-    for group in groups:
-        optimizer.add_param_group({"lr_scale": 1.0} | group)
-    if name == "sgd":
-        for group in optimizer.param_groups:
-            group["nesterov"] = nesterov
-    return optimizer
+def evaluate_finetune(config: FinetuneConfig) -> list[Outcome]:
+    """See `moco.finetune.finetune`."""
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with process_group(device):
+        task = _open(config, device)
+        plan = _announce(task)
+        results.prepare(task.subject.output)
+        shared = common(task, plan)  # before the work: a list of pictures may be edited meanwhile
+        with _bar(len(config.encoders) * config.seeds * plan.total_steps) as on_step:
+            outcomes = [_finetune(task, name, on_step) for name in config.encoders]
+        file = on_rank_zero(lambda: results.record(task.subject.output, entries(shared, outcomes), task.subject.step))
+        summarise(task, plan, outcomes, file)
+    return outcomes
 
 
-def plan_of(pictures: int, batch_size: int, epochs: int, min_steps: int, seed: int) -> Plan:
-    """Which pictures each step sees: the batch lowered to what there is, the epochs raised to reach `min_steps`.
-
-    Raises:
-        ValueError: if the processes cannot share that batch evenly. Another batch would fit them, but would give other
-            figures than one process has.
-    """
-    processes = world_size()
-    batch = min(batch_size, pictures)
-    if batch % processes:
-        even = batch // processes * processes
-        fix = f"set batch_size={even}, or start fewer" if even else "start fewer"
-        raise ValueError(f"{processes} processes cannot share a batch of the {batch} labelled pictures evenly: {fix}")
-    return Plan(pictures, batch, max(epochs, -(-min_steps // (pictures // batch))), seed, rank(), processes)
-
-
-def mixing(mixup: float, cutmix: float, classes: int) -> Mix | None:
-    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) with these alphas, one of them a step; None: neither."""
-    chosen = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
-    transforms = [kind(alpha=alpha, num_classes=classes) for kind, alpha in chosen if alpha > 0]
-    if not transforms:
-        return None
-    return cast(Mix, v2.RandomChoice(transforms) if len(transforms) > 1 else transforms[0])
-
-
-def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's share of the mixed global batch: (n, 3, S, S), and the classes' parts (n, L).
-
-    Both transforms mix each picture with the one before it in the batch. A rank's first has it on the rank before.
-    """
-    before = (rank() - 1) % world_size()
-    images, labels = (
-        torch.cat([gather(each[-1:])[before : before + 1], each]) for each in (images, labels)
-    )  # (1 + n, ...)
-    images, parts = mix(images, labels)
-    return images[1:], parts[1:]
+def _open(config: FinetuneConfig, device: torch.device) -> Task:
+    subject = open_subject(config)
+    file = subject.file
+    told = {name: getattr(config, name) for name in ("layer_decay", "drop_path") if getattr(config, name) is not None}
+    if told and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # timm's list of the layers
+        each = " ".join(f"{name}={value}" for name, value in told.items())
+        raise ConfigError(
+            f"{each} needs a vision transformer or a timm network, which {file.backbone} is not: leave it"
+        )
+    if config.drop_path is not None:
+        file = replace(file, options=file.options | {"drop_path_rate": config.drop_path})
+    if config.bn == "frozen" and "untrained" in config.encoders:
+        warnings.warn(
+            "bn=frozen leaves the untrained encoder with statistics that no picture ever moved, as if it had no BN: "
+            "compare with bn=sync",
+            RunWarning,
+            stacklevel=2,
+        )
+    view = view_of(config, subject)
+    labelled, held_out = open_labelled(config, subject)
+    if config.validation:
+        labelled, held_out = _parted(labelled, config.validation)
+    return Task(config, subject, file, labelled, held_out, view, device)
 
 
-def step_seed(seed: int, step: int, process: int) -> int:
-    """For `torch.manual_seed`, as mixing and dropout draw from torch's generator: process 0 is all ranks together."""
-    words = philox((seed & 0xFFFFFFFF, seed >> 32), (process, STEP, step, 0))
-    return int(words[0] << 31 | words[1] >> 1)  # 63 bits
+def _parted(labelled: Source, validation: float) -> tuple[Source, Source]:
+    """What is left to label, and the part of each class to judge on."""
+    labels = labelled.labels
+    assert labels is not None
+    single = [labelled.classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)]
+    require(
+        not single,
+        f"validation={validation} needs two pictures of each class, and the training split has one of "
+        f"{', '.join(single[:5])}: add pictures, or leave validation=0",
+    )
+    rest, rows = validation_rows(labels, validation, 0)
+    return subset(labelled, rest), subset(labelled, rows)
 
 
-def train_step(
-    forward: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    target: Tensor,
-    lr: float,
-    label_smoothing: float,
-    precision: torch.dtype,
-) -> float:
-    """Trains on one global batch and returns its loss.
-
-    Args:
-        forward: the network, or DDP around it.
-        optimizer: from `optimizer_of`.
-        images: this rank's share, (n, 3, S, S).
-        target: its classes (n,), or their parts (n, L).
-        lr: of this step, before each group's own scale.
-        label_smoothing: this much of a target is spread over all classes.
-        precision: autocast's type; float32 is no autocast.
+def view_of(config: FinetuneConfig, subject: Subject) -> View:
+    """The training view: the run's first, or crops and a flip, at the size and colours of the subject pictures.
 
     Raises:
-        NonFiniteLoss: on every rank together, before any weight has changed.
+        ConfigError: for a field of `view` that is none, or a value that cannot be.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
-        logits = forward(images)  # (n, L)
-    loss = F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
-    loss.backward()
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    value = mean_over_ranks(loss.detach())
-    # Loss and gradients are averages over the ranks by now, so all ranks decide alike.
-    if not torch.isfinite(torch.stack([value, norm])).all():
-        raise NonFiniteLoss(f"loss {value:.4g}, gradient norm {norm:.4g}")
-    optimizer.step()
-    return value.item()
+    known = {each.name for each in fields(View)}
+    of_run = {name: value for name, value in subject.file.config.get("augment", {}).items() if name in known}
+    look = {"size": subject.look.size, "mean": subject.look.mean, "std": subject.look.std}
+    for name in config.view:
+        free = ", ".join(sorted(known - set(look)))
+        require(name not in look, f"view.{name} would differ from what is subject: set images.{name} instead")
+        require(name in known, f"view.{name} is no field of a view: there are {free}")
+    told = (of_run or FOREIGN) | config.view | look
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    try:
+        return View(**values)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"view.{error}") from error
 
 
-def train(
-    forward: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Batch],
-    labels: Tensor,
-    plan: Plan,
-    lr: float,
-    warmup: float,
-    mix: Mix | None,
-    label_smoothing: float,
-    precision: torch.dtype,
-    on_step: Callable[[int, float], None],
-) -> None:
-    """All steps of a plan.
-
-    Args:
-        forward: the network in training mode, or DDP around it.
-        optimizer: from `optimizer_of`.
-        batches: the plan's, one view each.
-        labels: of all pictures of the plan, (N,), on the device.
-        plan: the length of training and its seed.
-        lr: the peak; a cosine leads from it to 0.
-        warmup: part of all steps in which it rises.
-        mix: from `mixing`.
-        label_smoothing, precision: see `train_step`.
-        on_step: gets the steps done and the last one's loss.
+def pick(config: FinetuneConfig, labelled: Source, seed: int) -> NDArray[np.int64]:
+    """Rows of the pictures whose labels are used.
 
     Raises:
-        NonFiniteLoss: naming the step and the way out.
-        ImageError: for a picture that cannot be decoded, on every rank.
+        FileNotFoundError: if the list is not there.
+        SubsetError: see `moco.evaluation.subsets`.
+        ConfigError: if a class has no picture.
     """
-    warmup_epochs = warmup * plan.epochs
-    for step, batch in enumerate(together(batches)):
-        images, target = batch.views[0], labels[batch.index]
-        if mix is not None:
-            torch.manual_seed(step_seed(plan.seed, step, 0))
-            images, target = mixed(mix, images, target)
-        torch.manual_seed(step_seed(plan.seed, step, 1 + rank()))  # dropout and drop-path: masks differ between ranks
-        factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, "cosine", warmup_epochs=warmup_epochs)
-        try:
-            loss = train_step(forward, optimizer, images, target, lr * factor, label_smoothing, precision)
-        except NonFiniteLoss as error:
-            raise NonFiniteLoss(
-                f"step {step + 1} of {plan.total_steps} gave {error} at lr {lr * factor:.3g}: lower lr={lr:g} or "
-                "head_lr_factor, or lengthen warmup"
-            ) from error
-        on_step(step + 1, loss)
+    labels = labelled.labels
+    assert labels is not None
+    if config.labels_per_class:
+        return subsets.per_class(labels, config.labels_per_class, seed)
+    if fraction := fraction_of(config):
+        return subsets.part_of_each_class(labels, fraction, seed)
+    file = Path(config.subset_list)
+    if not file.is_file():
+        raise FileNotFoundError(f"subset_list={file} does not exist")
+    try:
+        wanted = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        rows = subsets.listed([labelled.name(row) for row in range(len(labelled))], wanted)
+    except subsets.SubsetError as error:
+        raise subsets.SubsetError(f"subset_list={file}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise subsets.SubsetError(f"subset_list={file} is no text") from error
+    lacking = [labelled.classes[label] for label in np.setdiff1d(labels, labels[rows])]
+    require(not lacking, f"subset_list={file} lists no picture of {', '.join(lacking[:5])}: each class needs one")
+    return rows
+
+
+def _plan(task: Task, pictures: int, seed: int) -> Plan:
+    return plan_of(pictures, task.config.batch_size, task.config.epochs, task.config.min_steps, seed)
+
+
+def _announce(task: Task) -> Plan:
+    config, file, log = task.config, task.subject.file, console.log
+    pictures = len(pick(config, task.labelled, config.seed))
+    plan = _plan(task, pictures, config.seed)
+    log(f"{file.source}: {file.backbone} ({file.layout}, step {file.step})")
+    classes = len(task.labelled.classes)
+    judged_on = "pictures of the training split" if config.validation else "held-out pictures"
+    log(f"{protocol(config)[0]}: {pictures:,} of {len(task.labelled):,} pictures of {classes} classes")
+    log(f"subject on {len(task.held_out):,} {judged_on}, with {config.seeds} seed{'s' * (config.seeds > 1)} an encoder")
+    if plan.batch_size < config.batch_size:
+        log(f"batch_size={config.batch_size} is lowered to {plan.batch_size}: there are {pictures} labelled pictures")
+    if plan.epochs > config.epochs:
+        log(f"epochs={config.epochs} is raised to {plan.epochs}: min_steps={config.min_steps} asks for so many steps")
+    log(f"{plan.total_steps:,} steps: {plan.epochs} epochs of {plan.steps_per_epoch} with {plan.batch_size} pictures")
+    return plan
+
+
+def _finetune(task: Task, name: str, on_step: OnStep) -> Outcome:
+    """One encoder over all seeds; the last one's network is saved."""
+    found = []
+    for seed in range(task.config.seed, task.config.seed + task.config.seeds):
+        network, plan = _trained(task, name, seed, on_step)
+        judge = HeldOut(
+            lambda network=network: features_of(network, task.held_out, task.subject, task.config, task.device),
+            np.asarray(task.held_out.labels),
+        )
+        found.append(figures(*judge.open()))
+        console.log(f"{name}, seed {seed}: {console.percent(found[-1].top1)} %")
+    folder = task.subject.output / "finetune" / f"{name}_{protocol(task.config)[1]}"
+    steps = plan.total_steps + (task.subject.step if name == "pretrained" else 0)
+    on_rank_zero(lambda: _save(task, network, folder, steps))
+    return Outcome(name, found, folder)
+
+
+def _trained(task: Task, name: str, seed: int, on_step: OnStep) -> tuple[nn.Sequential, Plan]:
+    config = task.config
+    picked = subset(task.labelled, pick(config, task.labelled, seed))
+    plan = _plan(task, len(picked), seed)
+    backbone = build(task.file, seed if name == "untrained" else None).get_submodule("backbone")
+    classes = len(task.labelled.classes)
+    network = classifier(backbone, classes, config.bn, seed).to(task.device)
+    broadcast_module(network)
+    optimizer = optimizer_of(
+        network,
+        config.optimizer,
+        config.momentum,
+        config.nesterov,
+        config.betas,
+        config.weight_decay,
+        config.exclude,
+        config.head_lr_factor,
+        config.layer_decay,
+    )
+    train(
+        data_parallel(network, task.device),
+        optimizer,
+        batches(picked, plan, [task.view], task.device, data_config(config, task.subject).workers),
+        torch.from_numpy(np.asarray(picked.labels)).to(task.device),
+        plan,
+        config.lr,
+        config.warmup,
+        mixing(config.mixup, config.cutmix, classes),
+        config.label_smoothing,
+        PRECISIONS[config.precision],
+        lambda _, loss: on_step(f"{name}, seed {seed}", loss),
+    )
+    return network, plan
+
+
+def _save(task: Task, network: nn.Sequential, folder: Path, step: int) -> None:
+    """The encoder as the other commands read it, and the classifier on it with its classes' names."""
+    file, look, of_run = task.subject.file, task.subject.look, task.subject.file.config
+    augment = {name: getattr(look, name) for name in ("size", "mean", "std")} | {"eval_resize": look.resize}
+    config = of_run | {
+        "model": of_run.get("model", {}) | {"backbone": file.backbone, "options": file.options},
+        "augment": of_run.get("augment", {}) | augment,
+        "data": data_written(task.config, task.subject),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_encoder(folder / "encoder.safetensors", network.get_submodule("backbone"), config, step)
+    head = network.get_submodule("head").state_dict()
+    save_weights(folder / "head.safetensors", head, {"classes": json.dumps(task.labelled.classes)})
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[OnStep]:
+    """A bar over all steps of all encoders and seeds; without a terminal a line every half minute. Rank 0 only."""
+    terminal = Terminal(quiet=not is_rank_zero(), highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    began = said = time.monotonic()
+    done = 0
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def on_step(what: str, loss: float) -> None:
+            nonlocal said, done
+            done += 1
+            line = f"{what}: loss {loss:.3f}"
+            bar.update(task, completed=done, description=line)
+            if not terminal.is_terminal and time.monotonic() - said > 30:
+                said = time.monotonic()
+                left = duration((said - began) / done * (total - done))
+                console.log(f"step {done}/{total} · {line} · left {left}")
+
+        yield on_step

@@ -29,7 +29,7 @@ def part_of_each_class(labels: NDArray[np.int64], fraction: float, seed: int) ->
     return _first_of_each_class(labels, lambda count: max(1, round(fraction * count)), seed)
 
 
-def so_many_of_each_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+def per_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
     """Rows of `count` pictures of each class that occurs, ascending; fewer lie within more.
 
     Raises:

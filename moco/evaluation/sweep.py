@@ -18,7 +18,7 @@ from torch import Tensor
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.loader import Plan
 from moco.distributed import rank, sum_over_ranks, world_size
-from moco.engine.optim import lr_factor
+from moco.optim.schedules import lr_factor
 
 Columns = Mapping[str, slice]  # of each layer within features (M, D)
 Progress = Callable[[int, int], None]

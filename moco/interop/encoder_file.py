@@ -17,11 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moco.engine import checkpoint
-from moco.engine.weights import save_weights
 from moco.interop.foreign import MOCO_V2, MOCO_V3, PLAIN, layout_of, torchvision_named
+from moco.interop.weights import save_weights
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
+from moco.runs import checkpoint
 
 State = Mapping[str, Tensor]
 

@@ -17,7 +17,7 @@ def find_false_negatives(
 ) -> Tensor:
     """Which queue entries are likely of the query's class (Huynh et al., 2022, false negative cancellation).
 
-    Judged by the similarity to a support view of the query's sample, not to the query: its own key, which comes
+    Subject by the similarity to a support view of the query's sample, not to the query: its own key, which comes
     from the same encoder as the queue's. (The paper takes further views and aggregates over them; this is one.)
 
         found = find_false_negatives(key, queue, threshold=0.7, candidates=negatives)

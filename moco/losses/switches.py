@@ -80,8 +80,8 @@ def switched_contrast(
         else:
             measures["attracted"] = _mean_count(found)
             positives = found if positives is None else positives | found
-    everyone = torch.ones(1, len(queue), dtype=torch.bool, device=queue.device)
-    candidates = only_negatives = everyone if negatives is None else negatives  # (N, K) or (1, K)
+    all_gather_object = torch.ones(1, len(queue), dtype=torch.bool, device=queue.device)
+    candidates = only_negatives = all_gather_object if negatives is None else negatives  # (N, K) or (1, K)
     if positives is not None:
         positives = positives & candidates
         measures["positives"] = _mean_count(positives)

@@ -1,6 +1,6 @@
 """The methods by the name that a configuration gives them (`method.name`); a new one is added here.
 
-What a method is says `moco.engine.step.Method`.
+What a method is says `moco.training.step.Method`.
 """
 
 from collections.abc import Callable

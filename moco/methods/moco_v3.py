@@ -2,7 +2,7 @@
 
     An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie, He, ICCV 2021)
 
-One training step is the paper's Algorithm 1 (see `moco/engine/step.py`):
+One training step is the paper's Algorithm 1 (see `moco/training/step.py`):
 
     keys = method.encode_keys(views)             k1, k2 = f_k(x1), f_k(x2), no gradient, all ranks'
     loss = method(views, keys, index)            q1, q2 = f_q(x1), f_q(x2); ctr(q1, k2) + ctr(q2, k1)

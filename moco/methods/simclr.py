@@ -3,7 +3,7 @@
     A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., ICML 2020)
     Supervised Contrastive Learning (Khosla et al., NeurIPS 2020)
 
-One training step (see `moco/engine/step.py`; what MoCo does besides has nothing to do here):
+One training step (see `moco/training/step.py`; what MoCo does besides has nothing to do here):
 
     z = f(all views), all ranks' gathered with gradient; the loss compares each with all others of the global batch
     loss.backward(); optimizer.step()            update f

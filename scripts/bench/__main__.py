@@ -39,11 +39,11 @@ def main() -> None:
     options = parsed(sys.argv[1:])
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
-    say = print if options.markdown else Console(highlight=False).print
-    say("\n".join(machine()) + "\n")
+    log = print if options.markdown else Console(highlight=False).print
+    log("\n".join(machine()) + "\n")
     run: Callable[[argparse.Namespace], Iterator[Table]] = COMPARISONS[options.name].run
     for found in run(options):
-        say(as_markdown(found) if options.markdown else as_text(found))
+        log(as_markdown(found) if options.markdown else as_text(found))
 
 
 def parsed(words: list[str]) -> argparse.Namespace:

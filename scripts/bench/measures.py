@@ -1,4 +1,4 @@
-"""What the measures in the loop cost: one look of `moco.stages.observe.Observer` next to the steps between two looks.
+"""What the measures in the loop cost: one look of `moco.training.monitor.Monitor` next to the steps between two looks.
 
 The digits' recipe looks every 20 steps (analyse_every=2 x log_every=10), the others every 50 (5 x 10, the default). The
 queue is full, so that a look has all of its keys to look at; the look at a leak's second forward pass is among it.
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.builder import MoCo, Output
-from moco.engine.memory import keep_freed_memory
-from moco.engine.optim import build_optimizer
-from moco.engine.precision import PRECISIONS, pick_precision
-from moco.engine.step import train_step
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
-from moco.stages.observe import Observer
+from moco.optim.optimizers import build_optimizer
+from moco.runtime.memory import keep_freed_memory
+from moco.runtime.precision import PRECISIONS, pick_precision
+from moco.training.monitor import Monitor
+from moco.training.step import train_step
 from scripts.bench.measure import Table, alternate, per_second
 from scripts.bench.step import C, encoder
 
@@ -81,7 +81,7 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
     keys = F.normalize(torch.randn(recipe.queue, recipe.dim, device=device), dim=1)
     method.queue.enqueue(keys, torch.randint(IMAGES, (recipe.queue,), device=device))
     labels = torch.randint(CLASSES, (IMAGES,), device=device)
-    observer = Observer(method, labels, BATCH, True, PRECISIONS[precision])
+    observer = Monitor(method, labels, BATCH, True, PRECISIONS[precision])
     optimizer = build_optimizer(method, "sgd", 0.0, 0.9, (0.9, 0.999), 5e-4, [])
     views = [torch.randn(BATCH, 3, recipe.size, recipe.size, device=device) for _ in range(2)]
     shuffles = [np.random.default_rng(view).permutation(BATCH) for view in range(2)]

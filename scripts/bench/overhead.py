@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from moco.engine.memory import keep_freed_memory
-from moco.engine.precision import PRECISIONS, pick_precision
+from moco.runtime.memory import keep_freed_memory
+from moco.runtime.precision import PRECISIONS, pick_precision
 from scripts.bench.measure import Table, alternate, compared, per_second
 from scripts.bench.step import SIZE, encoder, inputs, ours
 

@@ -22,13 +22,13 @@ from torch.utils.data import DataLoader
 from moco.builder import MoCo
 from moco.data.loader import Plan, batches
 from moco.data.sources import Source, load_source
-from moco.engine.memory import keep_freed_memory
-from moco.engine.optim import build_optimizer
-from moco.engine.precision import PRECISIONS, pick_precision
-from moco.engine.step import train_step
 from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
+from moco.optim.optimizers import build_optimizer
+from moco.runtime.memory import keep_freed_memory
+from moco.runtime.precision import PRECISIONS, pick_precision
+from moco.training.step import train_step
 from scripts.bench.measure import Table, alternate, compared, stream_rate
 from scripts.bench.recipes import views
 

@@ -6,8 +6,8 @@ import yaml
 
 from moco.config import config_dir
 from moco.config.train import AugmentConfig
+from moco.data.opening import build_views
 from moco.data.view import View
-from moco.stages.setup import build_views
 
 
 def views(name: str) -> list[View]:

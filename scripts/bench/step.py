@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.builder import MoCo
-from moco.engine.memory import keep_freed_memory
-from moco.engine.optim import build_optimizer
-from moco.engine.precision import PRECISIONS, pick_precision
-from moco.engine.step import train_step
-from moco.engine.telemetry import matrix_rate, step_flops
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
+from moco.optim.optimizers import build_optimizer
+from moco.runtime.memory import keep_freed_memory
+from moco.runtime.precision import PRECISIONS, pick_precision
+from moco.training.step import train_step
+from moco.training.throughput import matrix_rate, step_flops
 from scripts.bench.measure import Table, alternate, compared, per_second
 
 SIZE, C, T, M, LR, DECAY, GROUP = 32, 128, 0.1, 0.99, 0.06, 5e-4, 32
@@ -77,7 +77,7 @@ def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
 
 
 def ours(options: Namespace, views: list[Tensor], index: Tensor, precision: str, compiled: bool) -> Step:
-    """`moco.engine.step.train_step` as pretraining calls it."""
+    """`moco.training.step.train_step` as pretraining calls it."""
     device = index.device
     method = MoCo(encoder(options.backbone), C, options.queue, T, mask_own_keys=False).to(device)
     method.to(memory_format=torch.channels_last)

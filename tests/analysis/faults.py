@@ -24,8 +24,8 @@ import pytest
 from moco.builder import MoCo
 from moco.cli import run_command
 from moco.config import TrainConfig
-from moco.stages import pretrain
 from moco.train import train
+from moco.training import trainer as pretrain
 
 # A look at the end of each epoch of 10 steps; the digits' recipe looks every second epoch.
 COMMON = ("threads=1", "log_every=5", "analyse_every=2")

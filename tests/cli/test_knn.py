@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from moco.config import config_dir
-from tests.stages.test_judged import pictures, trained
+from tests.evaluation.test_subject import pictures, trained
 
 REPOSITORY = Path(config_dir()).parent
 

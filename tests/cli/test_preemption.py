@@ -24,17 +24,18 @@ from moco.cli import register
 from moco.config import ConfigError, TrainConfig, check, config_dir
 from moco.data.decode import ImageError
 from moco.distributed import PeerLost
-from moco.engine import checkpoint
-from moco.engine.checkpoint import Checkpoint, CheckpointError
-from moco.engine.step import NonFiniteLoss, train_step
-from moco.engine.stop import Stopped
 from moco.evaluation.features import stream
 from moco.interop.encoder_file import read_encoder
-from moco.stages import live
-from moco.stages import pretrain as stage
-from moco.stages.pretrain import pretrain
-from moco.stages.results import commit
-from tests.stages.test_judged import pictures
+from moco.runs import checkpoint
+from moco.runs.checkpoint import Checkpoint, CheckpointError
+from moco.runtime.errors import NonFiniteLoss
+from moco.runtime.preemption import Preempted
+from moco.runtime.provenance import commit
+from moco.training import live_knn as live
+from moco.training import trainer as stage
+from moco.training.step import train_step
+from moco.training.trainer import pretrain
+from tests.evaluation.test_subject import pictures
 
 REPOSITORY = Path(config_dir()).parent
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -57,7 +58,7 @@ DRIVER = """
 import os, signal
 from moco.cli import run_command
 from moco.config import TrainConfig
-from moco.stages import pretrain
+from moco.training import trainer as pretrain
 from moco.train import train
 
 step, *blows = os.environ["STRIKE"].split()
@@ -138,7 +139,7 @@ def test_a_signal_lets_the_step_end_saves_it_and_the_run_goes_on_bit_for_bit(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         strike(patch, 7, number)
-        with pytest.raises(Stopped, match=rf"stopped by {number.name} behind step 7 of 15") as stopped:
+        with pytest.raises(Preempted, match=rf"stopped by {number.name} behind step 7 of 15") as stopped:
             pretrain(config(run))
     assert stopped.value.status == (130 if number == signal.SIGINT else 75)
     assert newest(run)["step"] == 7
@@ -151,7 +152,7 @@ def test_a_signal_lets_the_step_end_saves_it_and_the_run_goes_on_bit_for_bit(
 def test_the_time_limit_stops_each_turn_and_may_change_between_them(whole: Checkpoint, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for turn in (1, 2):  # the limit is over before the first step is: one step a turn
-        with pytest.raises(Stopped, match=rf"by the time limit stop_after behind step {turn} of 15") as stopped:
+        with pytest.raises(Preempted, match=rf"by the time limit stop_after behind step {turn} of 15") as stopped:
             pretrain(config(run, "stop_after=1e-6"))
         assert stopped.value.status == 75
     pretrain(config(run, "stop_after=60"))
@@ -174,7 +175,7 @@ def test_loader_processes_that_are_struck_too_do_not_cut_the_step_short(
     streamed = ["data=folder", f"data.root={tmp_path / 'pictures'}", "batch_size=16", "model.bn_group_size=8"]
     made = config(tmp_path / "run", *streamed, "method.queue_size=32", "data.workers=2", "epochs=4")
     strike(monkeypatch, 3, number)
-    with pytest.raises(Stopped, match="behind step 3 of 20"):
+    with pytest.raises(Preempted, match="behind step 3 of 20"):
         pretrain(made)
     assert newest(tmp_path / "run")["step"] == 3
     assert multiprocessing.active_children() == []
@@ -217,7 +218,7 @@ def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(checkpoint.Saver, "save", count)
     strike(monkeypatch, 4, signal.SIGUSR1)
-    with pytest.raises(Stopped):
+    with pytest.raises(Preempted):
         pretrain(config(tmp_path / "run", "checkpoint.every_steps=2"))
     assert saved == [2, 4]
 
@@ -297,7 +298,7 @@ def test_a_launcher_is_to_start_again_what_can_succeed_only(
     status: int, error: BaseException, for_good: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[bool] = []
-    monkeypatch.setattr(cli, "leave_for_good", lambda: ended.append(True))
+    monkeypatch.setattr(cli, "prevent_restart", lambda: ended.append(True))
     with pytest.raises(SystemExit) as left:
         cli._stop(status, "sentence", error)
     assert left.value.code == status

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from moco.config import config_dir
-from moco.engine import checkpoint
+from moco.runs import checkpoint
 
 REPOSITORY = Path(config_dir()).parent
 # A run of 12 steps in seconds: the digits recipe with a tiny encoder.
@@ -219,7 +219,7 @@ def test_every_recipe_composes_and_opens_with_its_command() -> None:
 
     from moco.cli import register
     from moco.config import TrainConfig, check
-    from moco.stages.setup import build_views
+    from moco.data.opening import build_views
 
     register("train", TrainConfig)
     recipes = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from moco.config import ConfigError
 from moco.data.augment import crop_one
-from moco.data.bad import TRIES, BadImages, readable, substitutes, unreadable, without_bad
+from moco.data.bad_images import TRIES, BadImages, readable, substitutes, unreadable, without_bad
 from moco.data.decode import FAULTS, ImageError, decode
 from moco.data.loader import Batch, Plan, batches
 from moco.data.sources import ArraySource, Source, load_source, subset
 from moco.data.view import View, draw_crop
-from moco.files import NotWritten
+from moco.files import WriteError
 from tests.data.broken import bad_files, folder, noise, odd_files
 from tests.distributed.launch import run_ranks
 
@@ -343,7 +343,7 @@ def test_a_list_that_cannot_be_written_is_one_sentence_and_the_one_of_before_sta
     bad.settle()
     bad.note(found)
     file.with_suffix(".tmp").symlink_to("/dev/full")
-    with pytest.raises(NotWritten, match=r"bad_images\.csv cannot be written \(No space left on device\): make room"):
+    with pytest.raises(WriteError, match=r"bad_images\.csv cannot be written \(No space left on device\): make room"):
         bad.settle()
     assert [name for name, _ in listed(file)] == [source.name(first)]
     assert not file.with_suffix(".tmp").is_symlink()

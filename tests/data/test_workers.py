@@ -20,7 +20,7 @@ from moco.data.loader import Plan, batches
 from moco.data.packing import prepared
 from moco.data.sources import Source, load_source
 from moco.data.view import View
-from moco.data.workers import LoaderError, as_it_is, delivered, leave_signals_to_the_parent
+from moco.data.workers import LoaderError, delivered, identity_collate, leave_signals_to_the_parent
 from moco.evaluation.features import extract, stream
 from tests.data.broken import folder
 
@@ -124,7 +124,7 @@ def test_a_stop_that_reaches_all_processes_ends_no_loader() -> None:
         range(4),  # type: ignore[arg-type]
         batch_size=None,
         num_workers=1,
-        collate_fn=as_it_is,
+        collate_fn=identity_collate,
         worker_init_fn=_stopped_at_its_start,
     )
     assert list(delivered(loader, "data.workers")) == [0, 1, 2, 3]

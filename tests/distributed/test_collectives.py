@@ -1,4 +1,4 @@
-"""gather, permute, on_main and the rest against what one process would compute from the whole batch."""
+"""gather, permute, on_rank_zero and the rest against what one process would compute from the whole batch."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -15,22 +15,22 @@ from moco.data.loader import Plan, batches
 from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import (
+    all_gather_object,
     average_running_statistics,
     broadcast_module,
-    everyone,
     gather,
     mean_over_ranks,
-    on_main,
+    on_rank_zero,
     permute,
     rank,
     sum_over_ranks,
-    together,
+    synchronized,
     world_size,
 )
 from moco.evaluation.cache import cached
 from moco.evaluation.features import extract, pixels, stream
-from moco.evaluation.finetune import train
-from moco.evaluation.linear import new_head, train_head
+from moco.evaluation.finetuning import train
+from moco.evaluation.linear_probe import new_head, train_head
 from moco.models.norm import GroupedBatchNorm
 from tests.distributed.launch import run_ranks
 
@@ -59,7 +59,7 @@ def collectives(batch: int) -> dict[str, Any]:
     scale = torch.arange(16.0)[rank() * share : (rank() + 1) * share].view(-1, 1, 1, 1)
     (normalised * scale).sum().backward()
     try:
-        on_main(_fail)
+        on_rank_zero(_fail)
         failure = "none"
     except ValueError as error:
         failure = str(error)
@@ -75,7 +75,7 @@ def collectives(batch: int) -> dict[str, Any]:
         "sync_out": normalised.detach(),
         "sync_gradient": images.grad,
         "sync_running": sync.state_dict(),
-        "main": on_main(lambda: rank()),
+        "main": on_rank_zero(lambda: rank()),
         "failure": failure,
     }
 
@@ -174,7 +174,7 @@ def raised(function: Callable[[], object]) -> str:
 
 
 def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
-    """What comes whole through `everyone` and `together`, and the errors of each way to meet picture five."""
+    """What `all_gather_object` and `synchronized` return, and the errors of each way to read image five."""
     shown = (4, 0, (0.0,) * 3, (1.0,) * 3, CPU, 2)
     plan, views = Plan(8, 4, 2, 0, rank(), world_size()), [View(4)]
     labels = torch.from_numpy(OneBad.labels)
@@ -187,7 +187,7 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
 
     seen: list[int] = []
     attempts: list[Callable[[], object]] = [
-        lambda: seen.extend(together(of_rank())),
+        lambda: seen.extend(synchronized(of_rank())),
         lambda: extract(pixels, OneBad(), *shown),
         lambda: cached(folder, "key", 8, 48, lambda rows: stream(pixels, OneBad(), rows, *shown)),
         lambda: train_head(
@@ -203,7 +203,7 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
             lambda *_: None,
         ),
     ]
-    return everyone(lambda: rank()), seen, [raised(each) for each in attempts]
+    return all_gather_object(lambda: rank()), seen, [raised(each) for each in attempts]
 
 
 def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:

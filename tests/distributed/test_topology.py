@@ -12,11 +12,10 @@ from moco.builder import MoCo
 from moco.data.augment import View
 from moco.data.loader import Plan, batches
 from moco.data.sources import ArraySource
-from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size
-from moco.engine.step import train_step
+from moco.distributed import average_running_statistics, broadcast_module, data_parallel, gather, rank, world_size
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
-from moco.stages.setup import data_parallel
+from moco.training.step import train_step
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco.distributed import average_running_statistics, broadcast_module, rank, world_size
-from moco.engine.step import train_step
+from moco.distributed import average_running_statistics, broadcast_module, data_parallel, rank, world_size
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import set_calls_per_step
-from moco.stages.setup import data_parallel
+from moco.training.step import train_step
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_topology import largest_difference, smooth
 

@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from moco.models.backbones import build_backbone
+from tests.data.pictures import gradient
 from tests.docs.pages import REPOSITORY, blocks
-from tests.stages.pictures import gradient
 
 CLASSES = ("cat", "dog")
 # How a page calls what is made here under another name.

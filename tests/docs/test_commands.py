@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from moco.stages import speed
+from moco.training import speed
 from tests.docs.pages import Command, block_commands, commands_in, inline_commands, name_of, pages
 from tests.docs.shell import Done, Shell
 from tests.docs.stand_ins import SmallCifar, make

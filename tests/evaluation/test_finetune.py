@@ -1,313 +1,372 @@
-"""Fine-tuning: against plain loops, closed forms, and one process against two."""
+"""`moco.evaluation.finetune` from a configuration to its files, in this process, on digits and on small folders."""
 
-import copy
-import math
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
-from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from PIL import Image
+from safetensors import safe_open
 
-from moco.data.loader import Batch, Plan, batches
-from moco.data.sources import ArraySource
-from moco.data.view import View
-from moco.distributed import rank, world_size
-from moco.engine.step import NonFiniteLoss
+from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, RunWarning
+from moco.config.finetune import FinetuneConfig, check_finetune
+from moco.config.subject import ImagesConfig, SubjectDataConfig
+from moco.data.decode import ImageError
+from moco.data.sources import Source, load_source
+from moco.evaluation import finetune as stage
+from moco.evaluation import subject as judged_stage
 from moco.evaluation.features import extract
-from moco.evaluation.finetune import classifier, mixed, mixing, optimizer_of, plan_of, step_seed, train
+from moco.evaluation.finetune import evaluate_finetune, pick, view_of
+from moco.evaluation.finetune_report import Outcome
+from moco.evaluation.metrics import figures, mean_interval
+from moco.evaluation.subject import open_subject
+from moco.evaluation.subsets import SubsetError
+from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
-from moco.stages.setup import data_parallel
-from tests.distributed.launch import run_ranks
+from moco.runtime.errors import NonFiniteLoss
 
-CPU = torch.device("cpu")
-PLAIN: dict[str, Any] = {
-    "name": "sgd",
-    "momentum": 0.9,
-    "nesterov": False,
-    "betas": (0.9, 0.999),
-    "weight_decay": 1e-2,
-    "exclude": (),
-    "head_lr_factor": 1.0,
-    "layer_decay": None,
+RUN = {
+    "seed": 0,
+    "model": asdict(ModelConfig(backbone="convnet", options={"width": 4})),
+    "augment": asdict(
+        AugmentConfig(size=16, affine_p=1.0, degrees=10.0, mean=[0.5] * 3, std=[0.5] * 3, second={"degrees": 20.0})
+    ),
+    "data": asdict(DataConfig(name="digits")),
 }
 
 
-class Smooth(nn.Module):
-    """A small network without kinks, so that rounding stays rounding."""
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("encoder") / "small.safetensors"
+    torch.manual_seed(0)
+    save_encoder(path, build_backbone("convnet", {"width": 4}), RUN, step=7)
+    return str(path)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()
+
+def configured(encoder: str, output: Path, **changed: Any) -> FinetuneConfig:
+    values: dict[str, Any] = {
+        "checkpoint": encoder,
+        "output": str(output),
+        "device": "cpu",
+        "encoders": ["pretrained"],
+        "epochs": 1,
+        "min_steps": 4,
+        "lr": 0.05,
+    }
+    config = FinetuneConfig(**(values | changed))
+    check_finetune(config)
+    return config
+
+
+def written(output: Path) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads((output / "results.json").read_text())
+    return entries
+
+
+def pictures(folder: Path, per_class: int, classes: str = "ab", side: int = 12) -> Path:
+    """Class folders of small pictures, each class of another colour."""
+    for number, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            colour = np.full((side, side, 3), 40 + i, np.uint8)
+            colour[..., number % 3] = 200
+            Image.fromarray(colour).save(folder / name / f"{name}_{i}.png")
+    return folder
+
+
+def test_it_leaves_figures_and_a_network_that_the_other_commands_read(
+    encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configured(encoder, tmp_path, encoders=["pretrained", "untrained"], fraction=0.1, seeds=2, min_steps=30)
+    outcomes = evaluate_finetune(config)
+    said = capsys.readouterr().out
+    for words in (
+        "10 % of labels: 129 of 1,297 pictures of 10 classes",
+        "epochs=1 is raised to 30: min_steps=30",
+        "30 steps: 30 epochs of 1 with 128 pictures",
+        "untrained, seed 1:",
+        "pretrained less untrained, on the same pictures seed by seed:",
+        "python -m moco.knn checkpoint=",
+    ):
+        assert words in said
+
+    entries = written(tmp_path)
+    assert [each["encoder"] for each in entries] == ["pretrained", "untrained"]
+    entry = entries[0]
+    assert (entry["command"], entry["protocol"], entry["labelled"]) == ("finetune", "10 % of labels", 129)
+    assert (entry["settings"]["steps"], entry["settings"]["fraction"]) == (30, 0.1)
+    assert entry["settings"]["view"] == json.loads(json.dumps(asdict(view_of(config, open_subject(config)))))
+    assert (entry["weights"], entry["backbone"], entry["options"]) == ("encoder", "convnet", {"width": 4})
+    assert (entry["data"]["training"], entry["data"]["held_out"]) == (1297, 500)
+    assert entry["data"]["name"] == "digits"
+    each = [one["top1"] for one in entry["per_seed"]]
+    mean, half = mean_interval(each)
+    assert entry["figures"]["top1"] == pytest.approx(mean)
+    assert entry["figures"]["top1_half_width95"] == pytest.approx(half)
+    assert mean > 20  # chance is 10
+    assert list(tmp_path.glob("events.out.tfevents.*"))
+
+    # Backbone and classifier from their files alone give the last seed's figure again.
+    folder = tmp_path / "finetune" / "pretrained_10percent"
+    assert outcomes[0].saved == folder
+    file = read_encoder(folder / "encoder.safetensors")
+    assert (file.backbone, file.options, file.step) == ("convnet", {"width": 4}, 7 + 30)
+    assert file.images == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
+    assert file.config["data"]["name"] == "digits"
+    held_out = load_source("digits").held_out
+    assert held_out is not None
+    assert held_out.labels is not None
+    backbone = build(file).get_submodule("backbone")
+    features = extract(backbone, held_out, 16, 0, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    with safe_open(folder / "head.safetensors", "pt") as head:
+        assert json.loads(head.metadata()["classes"]) == list("0123456789")
+        scores = features @ head.get_tensor("weight").T + head.get_tensor("bias")
+    assert figures(scores, held_out.labels).top1 == each[-1]
+    before = build(read_encoder(Path(encoder))).get_submodule("backbone").state_dict()
+    assert any(not torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_the_same_command_gives_the_same_figures_and_another_seed_others(encoder: str, tmp_path: Path) -> None:
+    def top1(seed: int) -> list[float]:
+        (outcome,) = evaluate_finetune(
+            configured(encoder, tmp_path, encoders=["untrained"], seed=seed, seeds=2, min_steps=25)
         )
-        self.num_features = 24
+        return [each.top1 for each in outcome.figures]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
-
-
-def smooth(bn: str = "sync", classes: int = 3) -> nn.Sequential:
-    torch.manual_seed(5)
-    return classifier(Smooth(), classes, bn, seed=1)
+    first = top1(0)
+    assert top1(0) == first
+    assert top1(1)[0] == first[1]  # repeats are seeds
+    assert first[0] != first[1]
 
 
-def source(count: int) -> ArraySource:
-    """Pictures whose class is their brightest channel."""
-    labels = np.arange(count) % 3
-    images = torch.randint(0, 160, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    images[torch.arange(count), torch.from_numpy(labels)] += 90
-    return ArraySource(images, [str(i) for i in range(count)], labels, ("r", "g", "b"))
+def test_the_held_out_split_opens_once_a_seed_and_never_in_validation(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject: list[int] = []
+    real = judged_stage.features_of
+
+    def counted(network: Any, source: Source, *rest: Any) -> torch.Tensor:
+        subject.append(len(source))
+        return real(network, source, *rest)
+
+    monkeypatch.setattr(stage, "features_of", counted)
+    evaluate_finetune(configured(encoder, tmp_path, encoders=["pretrained", "untrained"], seeds=2))
+    assert subject == [500] * 4
+    subject.clear()
+    evaluate_finetune(configured(encoder, tmp_path, validation=0.2))
+    assert subject == [259]
+    assert written(tmp_path)[-1]["protocol"] == "1 % of labels, validation"
+    assert written(tmp_path)[-1]["labelled"] == 10
+    assert written(tmp_path)[-1]["settings"]["fraction"] == 0.01  # what the null of the configuration stands for
 
 
-def fit(network: nn.Sequential, plan: Plan, mixup: float = 0.0, lr: float = 0.05, **changed: Any) -> list[float]:
-    pictures = source(plan.length)
-    losses: list[float] = []
-    stream = batches(pictures, plan, [View(8, crop_scale=(0.5, 1.0), flip_p=0.5)], CPU, workers=0)
-    train(
-        data_parallel(network, CPU),
-        optimizer_of(network, **(PLAIN | changed)),
-        stream,
-        torch.from_numpy(pictures.labels),
-        plan,
-        lr,
-        0.2,
-        mixing(mixup, mixup, 3),
-        0.1,
-        torch.float32,
-        lambda _, loss: losses.append(loss),
+def test_a_single_seed_gets_the_interval_of_its_test_pictures(
+    encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (outcome,) = evaluate_finetune(configured(encoder, tmp_path, labels_per_class=2))
+    low, high = outcome.figures[0].interval()
+    said = capsys.readouterr().out
+    assert f"({low:.1f} … {high:.1f})" in said
+    assert "Wilson" in said
+    assert "batch_size=128 is lowered to 20" in said
+    assert (tmp_path / "finetune" / "pretrained_2perclass" / "encoder.safetensors").is_file()
+
+
+def test_a_foreign_file_on_folders_with_a_list_of_names(tmp_path: Path) -> None:
+    """A plain state dict, streamed pictures, SimCLR's kind of list, bn=frozen, AdamW, MixUp."""
+    torch.manual_seed(0)
+    torch.save(build_backbone("convnet", {"width": 4}).state_dict(), tmp_path / "plain.pt")
+    (tmp_path / "few.txt").write_text("a_1.png\na_4.png\n\nb_0.png\nb_2.png\n")
+    config = configured(
+        str(tmp_path / "plain.pt"),
+        tmp_path / "out",
+        backbone="convnet",
+        options={"width": 4},
+        data=SubjectDataConfig(
+            name="folder",
+            root=str(pictures(tmp_path / "train", 6)),
+            eval_root=str(pictures(tmp_path / "test", 3)),
+            labels="folder",
+            workers=0,
+        ),
+        images=ImagesConfig(size=12, resize=12),
+        subset_list=str(tmp_path / "few.txt"),
+        bn="frozen",
+        optimizer="adamw",
+        lr=0.003,
+        mixup=0.2,
+        min_steps=40,
     )
-    return losses
+    (outcome,) = evaluate_finetune(config)
+    assert outcome.figures[0].top1 == 100  # two colours
+    (entry,) = written(tmp_path / "out")
+    assert (entry["labelled"], entry["protocol"]) == (4, "labels of few.txt")
+    listed = (tmp_path / "few.txt").read_bytes()
+    assert entry["settings"]["subset_list_sha256"] == hashlib.sha256(listed).hexdigest()
+    assert entry["settings"]["fraction"] is None
+    assert outcome.saved.name == "pretrained_list_few"
+    file = read_encoder(outcome.saved / "encoder.safetensors")
+    assert file.images["size"] == 12
+    assert file.config["data"]["root"] == config.data.root
 
 
-def test_the_steps_are_those_of_a_plain_loop() -> None:
-    plan = plan_of(pictures=27, batch_size=12, epochs=4, min_steps=0, seed=3)
-    assert plan.total_steps == 8
-    network = smooth()
-    reference = nn.Sequential(copy.deepcopy(Smooth()), nn.Linear(24, 3))
-    torch.manual_seed(5)
-    reference[0] = Smooth()  # with torch's own BN
-    reference[1].load_state_dict(network[1].state_dict())
-    fit(network, plan, lr=0.05, head_lr_factor=4.0, nesterov=True)
-
-    groups = [{"params": reference[0].parameters(), "scale": 1.0}, {"params": reference[1].parameters(), "scale": 4.0}]
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2)
-    pictures = source(27)
-    view = View(8, crop_scale=(0.5, 1.0), flip_p=0.5)
-    for step, batch in enumerate(batches(pictures, plan, [view], CPU, workers=0)):
-        epoch = step / 2
-        rise = 0.2 * 4
-        factor = (
-            min(1.0, (step + 1) / 2 / rise)
-            if epoch < rise
-            else (1 + math.cos(math.pi * (epoch - rise) / (4 - rise))) / 2
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05 * factor * group["scale"]
-        optimizer.zero_grad()
-        F.cross_entropy(
-            reference(batch.views[0]), torch.from_numpy(pictures.labels)[batch.index], label_smoothing=0.1
-        ).backward()
-        optimizer.step()
-    for mine, theirs in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+def test_the_view_is_the_runs_first_unless_told_otherwise(encoder: str, tmp_path: Path) -> None:
+    config = configured(encoder, tmp_path, view={"degrees": 3.0, "crop_scale": [0.5, 1.0]})
+    view = view_of(config, open_subject(config))
+    assert (view.degrees, view.affine_p, view.crop_scale, view.size) == (3.0, 1.0, (0.5, 1.0), 16)
+    plain = configured(encoder, tmp_path)
+    assert view_of(plain, open_subject(plain)).degrees == 10.0
+    assert view_of(plain, open_subject(plain)).mean == (0.5, 0.5, 0.5)
 
 
-def _steps(mixup: float, name: str) -> tuple[dict[str, Tensor], list[float], Tensor]:
-    network = smooth()
-    plan = plan_of(pictures=31, batch_size=8, epochs=3, min_steps=0, seed=3)
-    assert (plan.rank, plan.processes) == (rank(), world_size())
-    losses = fit(network, plan, mixup, name=name, lr=0.05 if name == "sgd" else 0.003)
-    scores = extract(network, source(23), 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, batch_size=4)
-    return dict(network.state_dict()), losses, scores
-
-
-@pytest.mark.parametrize(("mixup", "name"), [(0.0, "sgd"), (0.5, "adamw")])
-def test_two_processes_make_the_steps_of_one(mixup: float, name: str) -> None:
-    """Also with MixUp and CutMix, whose pairs reach over the ranks, and 23 held-out pictures."""
-    weights, losses, scores = _steps(mixup, name)
-    truth = np.arange(23) % 3
-    assert len(losses) == 9
-    for other_weights, other_losses, other_scores in run_ranks(2, _steps, mixup, name):
-        assert other_losses == pytest.approx(losses, abs=1e-5)
-        for key, value in weights.items():
-            torch.testing.assert_close(other_weights[key], value, atol=1e-5, rtol=1e-5)
-        assert np.array_equal(other_scores.argmax(1).numpy() == truth, scores.argmax(1).numpy() == truth)
-        torch.testing.assert_close(other_scores, scores, atol=1e-4, rtol=1e-4)
-
-
-def test_frozen_bn_keeps_its_statistics_and_trains_its_scale() -> None:
-    network = smooth("frozen")
-    before = copy.deepcopy(network.state_dict())
-    fit(network, plan_of(24, 12, 2, 0, seed=0))
-    bn = "backbone.layers.1."
-    for name in ("running_mean", "running_var", "num_batches_tracked"):
-        assert torch.equal(network.state_dict()[bn + name], before[bn + name])
-    assert not torch.equal(network.state_dict()[bn + "weight"], before[bn + "weight"])
-
-
-def test_mixup_and_cutmix_pair_each_picture_with_the_one_before() -> None:
-    images, labels = torch.rand(5, 3, 6, 6), torch.tensor([0, 1, 2, 0, 1])
-    hot = F.one_hot(labels, 3).float()
-    mixup = mixing(0.7, 0.0, 3)
-    assert mixup is not None
-    torch.manual_seed(4)
-    out, parts = mixed(mixup, images, labels)
-    torch.manual_seed(4)
-    share = torch.distributions.Beta(torch.tensor(0.7), torch.tensor(0.7)).sample().item()
-    for i in range(5):
-        torch.testing.assert_close(out[i], share * images[i] + (1 - share) * images[i - 1])
-        torch.testing.assert_close(parts[i], share * hot[i] + (1 - share) * hot[i - 1])
-
-    cutmix = mixing(0.0, 1.0, 3)
-    assert cutmix is not None
-    torch.manual_seed(9)
-    out, parts = mixed(cutmix, images, labels)
-    assert 0 < int((out == images).sum()) < out.numel()
-    for i in range(5):
-        kept = (out[i] == images[i]).all(0)
-        assert torch.equal(out[i][:, ~kept], images[i - 1][:, ~kept])
-        torch.testing.assert_close(parts[i], kept.float().mean() * hot[i] + (~kept).float().mean() * hot[i - 1])
-    assert mixing(0.0, 0.0, 3) is None
-
-
-def test_both_mixings_take_turns_as_the_step_says() -> None:
-    both = mixing(1.0, 1.0, 2)
-    assert both is not None
-    images, labels = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 9, 9), torch.tensor([0, 1])
-    kinds = []
-    for step in range(12):
-        for _ in range(2):  # the same step mixes the same
-            torch.manual_seed(step_seed(0, step, 0))
-            out, _ = mixed(both, images, labels)
-            kinds.append("cut" if set(out.unique().tolist()) <= {0.0, 1.0} else "mix")
-    assert kinds[::2] == kinds[1::2]
-    assert {"cut", "mix"} == set(kinds)
-
-
-def test_seeds_of_steps_differ() -> None:
-    seeds = {step_seed(seed, step, process) for seed in range(3) for step in range(50) for process in range(4)}
-    assert len(seeds) == 600
-    assert all(0 <= seed < 2**63 for seed in seeds)
+def test_a_vision_transformer_with_layer_decay_and_drop_path_keeps_its_options(tmp_path: Path) -> None:
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 2}
+    run = RUN | {"model": asdict(ModelConfig(backbone="timm/vit_tiny_patch16_224", options=options))}
+    path = tmp_path / "vit.safetensors"
+    save_encoder(path, build_backbone("timm/vit_tiny_patch16_224", options), run, step=0)
+    told = {"layer_decay": 0.7, "drop_path": 0.2, "optimizer": "adamw", "lr": 0.001, "label_smoothing": 0.1}
+    (outcome,) = evaluate_finetune(configured(str(path), tmp_path, **told))
+    file = read_encoder(outcome.saved / "encoder.safetensors")
+    assert file.options == options  # drop-path is for training only
+    assert build(file).get_submodule("backbone").num_features == 12
+    assert outcome.figures[0].count == 500
 
 
 @pytest.mark.parametrize(
-    ("pictures", "batch", "epochs", "min_steps", "expected"),
+    ("changed", "sentence"),
     [
-        (10, 128, 30, 300, (10, 300, 300)),  # fewer than a batch
-        (130, 128, 30, 300, (128, 300, 300)),
-        (1297, 128, 30, 305, (128, 31, 310)),  # 10 steps an epoch
-        (1297, 128, 40, 300, (128, 40, 400)),
+        ({"fraction": 0.0}, "fraction=0.0 must be above 0 and at most 1"),
+        ({"fraction": 1.5}, "fraction=1.5 must be above 0 and at most 1"),
+        ({"fraction": 0.1, "subset_list": "x.txt"}, "fraction=0.1 and subset_list=x.txt say which pictures"),
+        ({"labels_per_class": -1}, "labels_per_class=-1 must not be negative"),
+        ({"encoders": []}, r"encoders=\[\] names none"),
+        ({"encoders": ["random"]}, "encoders='random' must be one of pretrained, untrained"),
+        ({"encoders": ["untrained", "untrained"]}, "names one twice"),
+        ({"lr": 0.0}, "lr=0.0 must be above 0"),
+        ({"head_lr_factor": -1.0}, "head_lr_factor=-1.0 must be above 0"),
+        ({"lr": float("nan")}, "lr=nan must be a finite number"),
+        ({"mixup": -0.1}, "mixup=-0.1 must not be negative"),
+        ({"precision": "fp8"}, "precision='fp8' must be one of fp32, bf16"),
+        ({"bn": "grouped"}, "bn='grouped' must be one of sync, frozen"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 must lie in"),
+        ({"optimizer": "adamw", "nesterov": True}, "nesterov=true needs optimizer=sgd"),
+        ({"layer_decay": 0.0}, "layer_decay=0.0 must be above 0"),
+        ({"exclude": ["head"]}, "exclude names head"),
+        ({"betas": [0.9]}, "betas=.0.9. must hold two numbers"),
+        ({"checkpoint": ""}, "say which encoder"),
     ],
 )
-def test_few_labels_get_more_epochs(
-    pictures: int, batch: int, epochs: int, min_steps: int, expected: tuple[int, int, int]
+def test_a_configuration_that_cannot_be_is_refused(changed: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        configured("x.pt", Path("out"), **changed)
+
+
+def test_the_batch_must_be_shared_evenly() -> None:
+    config = configured("x.pt", Path("out"), batch_size=128)
+    with pytest.raises(ConfigError, match="batch_size=128 must be a multiple of the 3 processes: take 129"):
+        check_finetune(config, processes=3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "sentence"),
+    [
+        ({"layer_decay": 0.7}, ConfigError, "layer_decay=0.7 needs a vision transformer .*, which convnet is not"),
+        ({"drop_path": 0.1}, ConfigError, "drop_path=0.1 needs a vision transformer .*, which convnet is not"),
+        ({"labels_per_class": 500}, SubsetError, "labels_per_class=500 is more than the smallest class has: take 12"),
+        ({"view": {"size": 8}}, ConfigError, "view.size would differ .* set images.size"),
+        ({"view": {"flip": 1}}, ConfigError, "view.flip is no field of a view: there are affine_p"),
+        ({"view": {"flip_p": 2}}, ConfigError, "view.flip_p=2 must lie in 0 ... 1"),
+        ({"subset_list": "/nowhere/list.txt"}, FileNotFoundError, "subset_list=/nowhere/list.txt does not exist"),
+        ({"options": {"width": 5}}, ForeignFileError, "does not fit backbone=convnet"),
+        ({"lr": 1e30, "min_steps": 20}, NonFiniteLoss, "step .* of 20 gave loss .*: lower lr=1e.30"),
+        (
+            {"data": SubjectDataConfig(name="folder", root="/nowhere", labels="folder")},
+            FileNotFoundError,
+            "data.root=/nowhere .* does not exist",
+        ),
+    ],
+)
+def test_what_only_the_files_show_is_one_sentence(
+    encoder: str, tmp_path: Path, changed: dict[str, Any], kind: type[Exception], sentence: str
 ) -> None:
-    plan = plan_of(pictures, batch, epochs, min_steps, seed=0)
-    assert (plan.batch_size, plan.epochs, plan.total_steps) == expected
+    with pytest.raises(kind, match=sentence) as caught:
+        evaluate_finetune(configured(encoder, tmp_path, **changed))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "results.json").exists()
 
 
-def _lowered() -> list[int | str]:
-    found: list[int | str] = []
-    for pictures in (6, 7, 1):
-        try:
-            found.append(plan_of(pictures, 8, 1, 0, seed=0).batch_size)
-        except ValueError as error:
-            found.append(str(error))
-    return found
+def test_lists_that_do_not_fit(encoder: str, tmp_path: Path) -> None:
+    train = load_source("folder", str(pictures(tmp_path / "train", 3, "abc")), labels="folder").train
+    for text, sentence in {
+        "": "names no picture",
+        "a_0.png\nz.png\n": r"few.txt: 1 of the listed pictures are not in the training split \(z.png\)",
+        "a_0.png\nc_1.png\n": "lists no picture of b: each class needs one",
+    }.items():
+        (tmp_path / "few.txt").write_text(text)
+        with pytest.raises(ValueError, match=sentence):
+            pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)
+    (tmp_path / "few.txt").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(SubsetError, match="is no text"):
+        pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)
 
 
-def test_the_lowered_batch_is_the_same_on_any_number_of_processes_or_refused() -> None:
-    assert _lowered() == [6, 7, 1]
-    sentence = "2 processes cannot share a batch of the {} labelled pictures evenly: {}start fewer"
-    wanted = [6, sentence.format(7, "set batch_size=6, or "), sentence.format(1, "")]
-    assert run_ranks(2, _lowered) == [wanted] * 2
-
-
-def test_layer_decay_scales_each_layer_as_timm_does_with_a_head_of_its_own() -> None:
-    options: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
-    network = classifier(build_backbone("timm/vit_tiny_patch16_224", options), 5, "sync", seed=0)
-    optimizer = optimizer_of(network, **(PLAIN | {"name": "adamw", "head_lr_factor": 2.0, "layer_decay": 0.5}))
-    names = {parameter: name for name, parameter in network.named_parameters()}
-    found = {names[each]: group for group in optimizer.param_groups for each in group["params"]}
-    assert set(found) == set(names.values())
-    assert found["head.weight"]["lr_scale"] == 2.0
-    assert found["backbone.blocks.2.attn.qkv.weight"]["lr_scale"] == 0.5
-    assert found["backbone.patch_embed.proj.weight"]["lr_scale"] == 0.0625
-
-    whole: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, **options)
-    theirs = param_groups_layer_decay(whole, 1e-2, whole.no_weight_decay(), layer_decay=0.5)
-    names = {parameter: name for name, parameter in whole.named_parameters()}
-    for group in theirs:
-        for each in group["params"]:
-            if not names[each].startswith("head."):
-                ours = found[f"backbone.{names[each]}"]
-                assert (ours["lr_scale"], ours["weight_decay"]) == (group["lr_scale"], group["weight_decay"])
-    assert found["backbone.pos_embed"]["weight_decay"] == 0
-
-
-def test_exclude_and_the_two_learning_rates() -> None:
-    network = smooth()
-    optimizer = optimizer_of(network, **(PLAIN | {"exclude": ("norm", "bias"), "head_lr_factor": 10.0}))
-    said = {id(each): group for group in optimizer.param_groups for each in group["params"]}
-    found = {
-        name: (said[id(each)]["lr_scale"], said[id(each)]["weight_decay"]) for name, each in network.named_parameters()
-    }
-    assert found == {
-        "backbone.layers.0.weight": (1.0, 1e-2),
-        "backbone.layers.1.weight": (1.0, 0.0),
-        "backbone.layers.1.bias": (1.0, 0.0),
-        "head.weight": (10.0, 1e-2),
-        "head.bias": (10.0, 0.0),
-    }
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
-    network = smooth()
-    plan = plan_of(24, 12, 2, 0, seed=0)
-    weights: list[dict[str, Tensor]] = []
-    stream = [Batch(torch.arange(12), [torch.rand(12, 3, 8, 8)]) for _ in range(4)]
-    stream[2].views[0][3, 0, 0, 0] = math.inf
-    with pytest.raises(NonFiniteLoss, match=r"step 3 of 4 gave loss nan, .*: lower lr=0.05 or head_lr_factor"):
-        train(
-            network,
-            optimizer_of(network, **PLAIN),
-            stream,
-            torch.from_numpy(source(24).labels),
-            plan,
-            0.05,
-            0.0,
-            None,
-            0.0,
-            torch.float32,
-            lambda *_: weights.append({name: p.detach().clone() for name, p in network.named_parameters()}),
+def test_folders_that_cannot_be_judged_by(encoder: str, tmp_path: Path) -> None:
+    def attempt(root: Path, **more: Any) -> list[Outcome]:
+        told: dict[str, Any] = {
+            "name": "folder",
+            "root": str(root),
+            "labels": "folder",
+            "workers": 0,
+            "hold_out": 0.25,
+        } | more
+        images = ImagesConfig(size=12, resize=12)
+        return evaluate_finetune(
+            configured(encoder, tmp_path / "out", data=SubjectDataConfig(**told), images=images, fraction=1.0)
         )
-    assert len(weights) == 2
-    for name, parameter in network.named_parameters():
-        assert torch.equal(parameter, weights[-1][name])
+
+    good = pictures(tmp_path / "good", 4)
+    with pytest.raises(ConfigError, match=r"has no labels to judge by: set data.labels=folder"):
+        attempt(good, labels="none")
+    with pytest.raises(ConfigError, match=r"has no held-out split: set data.eval_root"):
+        attempt(good, hold_out=0.0)
+    with pytest.raises(ValueError, match="has one class folder only"):
+        attempt(pictures(tmp_path / "one", 4, "a"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        attempt(tmp_path / "empty")
+    for path in (good / "a").iterdir():
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ImageError, match=r"a_\d.png"):
+        attempt(good)
 
 
-def test_bf16_autocast_stays_near_float32() -> None:
-    first, second = smooth(), smooth()
-    assert fit(first, plan_of(24, 12, 2, 0, seed=0))[0] == pytest.approx(math.log(3), abs=0.05)  # chance, at the start
-    pictures = source(24)
-    losses: list[float] = []
-    train(
-        second,
-        optimizer_of(second, **PLAIN),
-        batches(pictures, plan_of(24, 12, 2, 0, seed=0), [View(8)], CPU, workers=0),
-        torch.from_numpy(pictures.labels),
-        plan_of(24, 12, 2, 0, seed=0),
-        0.05,
-        0.0,
-        None,
-        0.0,
-        torch.bfloat16,
-        lambda _, loss: losses.append(loss),
-    )
-    assert losses[0] == pytest.approx(math.log(3), abs=0.05)
-    assert all(parameter.dtype == torch.float32 for parameter in second.parameters())
+def test_validation_leaves_each_class_a_picture_to_label(encoder: str, tmp_path: Path) -> None:
+    test = pictures(tmp_path / "test", 1)
+
+    def attempt(root: Path) -> list[Outcome]:
+        data = SubjectDataConfig(name="folder", root=str(root), eval_root=str(test), labels="folder", workers=0)
+        images = ImagesConfig(size=12, resize=12)
+        return evaluate_finetune(configured(encoder, tmp_path / "out", data=data, images=images, validation=0.9))
+
+    two = pictures(tmp_path / "two", 2)
+    (outcome,) = attempt(two)
+    assert outcome.figures[0].count == 2  # 0.9 of two would be both
+    (two / "b" / "b_1.png").unlink()
+    with pytest.raises(ConfigError, match=r"validation=0.9 needs two pictures of each class, .* has one of b: add"):
+        attempt(two)
+
+
+def test_what_cannot_be_recorded_is_told_before_training(encoder: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"results.json is damaged"):
+        evaluate_finetune(configured(encoder, tmp_path))
+    assert not (tmp_path / "finetune").exists()
+
+
+def test_frozen_bn_without_pretraining_warns(encoder: str, tmp_path: Path) -> None:
+    with pytest.warns(RunWarning, match="bn=frozen leaves the untrained encoder"):
+        evaluate_finetune(configured(encoder, tmp_path, encoders=["untrained"], bn="frozen", min_steps=1))

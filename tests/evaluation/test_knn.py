@@ -1,288 +1,303 @@
-"""kNN against scikit-learn, and few-label draws that every encoder shares."""
+"""Judging by nearest neighbours, from a configuration to results.json: figures, the choice, and what is refused."""
 
-import math
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from sklearn.neighbors import KNeighborsClassifier
-from torch import Tensor
 
-from moco.evaluation.knn import (
-    Accuracy,
-    draw_labels,
-    knn_accuracy,
-    knn_predict,
-    knn_votes,
-    leave_one_out,
-    nearest,
-    votes_of_draws,
+from moco.config import ConfigError
+from moco.config.knn import KnnConfig
+from moco.data.decode import ImageError
+from moco.data.keyed import VALIDATION, permutation
+from moco.evaluation import knn as stage
+from moco.evaluation.features import pixels
+from moco.evaluation.knn_classifier import knn_accuracy, leave_one_out
+from moco.evaluation.knn_report import confused
+from moco.evaluation.subject import encoders, features_of, open_labelled, open_subject
+from moco.interop.encoder_file import save_encoder
+from moco.knn import knn
+from moco.runs import checkpoint
+from tests.evaluation.test_subject import pictures, trained
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder on the digits; nothing but results.json and TensorBoard's files is written here."""
+    return trained(tmp_path_factory.mktemp("knn") / "run")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise in two classes, and held out five and two more of it."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pictures(folder / "train", {"cat": 6, "dog": 5})
+    pictures(folder / "test", {"cat": 5, "dog": 2})
+    return folder
+
+
+def asked(where: Path, **values: Any) -> KnnConfig:
+    config = KnnConfig(run=str(where), device="cpu")
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
+
+
+def on_pictures(run: Path, root: Path, eval_root: Path | None, **values: Any) -> KnnConfig:
+    config = asked(run, **values)
+    config.data.name, config.data.root, config.data.labels, config.data.workers = "folder", str(root), "folder", 0
+    config.data.eval_root = None if eval_root is None else str(eval_root)
+    return config
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+# ---- figures ----
+
+
+def test_few_labels_give_the_live_figures_exactly(run: Path, tmp_path: Path) -> None:
+    config = asked(run, k=[1], labels_per_class=1, draws=9, compare=["untrained", "pixels"], output=str(tmp_path))
+    results = stage.evaluate_knn(config)
+    subject = open_subject(config)
+    bank, held_out = open_labelled(config, subject)
+    networks: dict[str, Any] = {name: each.backbone for name, each in encoders(subject, ["untrained"], CPU)}
+    assert [each.name for each in results] == ["pretrained", "untrained", "pixels"]
+    for result, entry in zip(results, entries(tmp_path), strict=True):
+        network = networks.get(result.name, pixels)
+        features = [features_of(network, source, subject, config, CPU) for source in (bank, held_out)]
+        assert bank.labels is not None
+        assert held_out.labels is not None
+        live = knn_accuracy(features[0], bank.labels, features[1], held_out.labels, 1, 0.1, 1, 9)
+        figures = entry["figures"]
+        assert (figures["top1"], figures["std"], figures["draws"]) == tuple(live)
+        assert figures["top5"] is None  # one neighbour has one class
+        assert "interval95" not in figures
+        confusion = np.array(figures["confusion"])
+        assert confusion.sum(axis=1).tolist() == [9 * 50] * 10
+        np.testing.assert_allclose(figures["per_class"], 100 * np.diag(confusion) / 450)
+        assert entry["protocol"] == "1 label a class"
+        assert "choice" not in entry
+
+
+def test_one_pair_is_judged_without_a_choice(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = asked(run, k=[20], temperature=[0.2], compare=[], output=str(tmp_path))
+    (result,) = stage.evaluate_knn(config)
+    subject = open_subject(config)
+    bank, held_out = open_labelled(config, subject)
+    network = next(iter(encoders(subject, [], CPU)))[1].backbone
+    features = [features_of(network, source, subject, config, CPU) for source in (bank, held_out)]
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    assert result.top1 == knn_accuracy(features[0], bank.labels, features[1], held_out.labels, 20, 0.2).mean
+    assert result.grid is None
+    (entry,) = entries(tmp_path)
+    assert entry["figures"]["interval95"][0] < result.top1 < entry["figures"]["interval95"][1]
+    assert entry["figures"]["top5"] >= result.top1
+    assert (entry["settings"]["k"], entry["settings"]["temperature"]) == (20, 0.2)
+    assert entry["data"]["training"] == 1297
+    said = capsys.readouterr().out
+    for words in ("all labels", "95 % interval", "most confused", "results.json", "next: python -m moco.linear run="):
+        assert words in said
+    assert "leave-one-out" not in said
+
+
+def test_k_and_temperature_are_chosen_on_the_training_split_alone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ks, temperatures = [1, 5, 200], [0.05, 0.3]
+    config = asked(run, k=ks, temperature=temperatures, choose_on=150, seed=4, output=str(tmp_path))
+    config.compare = ["pixels"]
+    seen: list[int] = []
+
+    def watched(network: Any, source: Any, *rest: Any) -> Any:
+        seen.append(len(source))
+        return features_of(network, source, *rest)
+
+    def choose(*arguments: Any) -> Any:
+        assert seen[-1] == 1297, "the held-out split is opened after the choice"
+        return leave_one_out(*arguments)
+
+    monkeypatch.setattr(stage, "features_of", watched)
+    monkeypatch.setattr(stage, "leave_one_out", choose)
+    results = stage.evaluate_knn(config)
+    assert seen == [1297, 500, 1297, 500]  # each encoder's test features once
+
+    subject = open_subject(config)
+    bank, _ = open_labelled(config, subject)
+    assert bank.labels is not None
+    rows = torch.from_numpy(np.sort(permutation(4, 0, 1297, VALIDATION)[:150]))
+    networks: list[Any] = [next(iter(encoders(subject, [], CPU)))[1].backbone, pixels]
+    for result, network, entry in zip(results, networks, entries(tmp_path), strict=True):
+        references = features_of(network, bank, subject, config, CPU)
+        grid = leave_one_out(references, torch.from_numpy(bank.labels), rows, ks, temperatures)
+        assert entry["choice"] == {
+            "k": ks,
+            "temperature": temperatures,
+            "leave_one_out": grid.tolist(),
+            "images": 150,
+        }
+        assert grid[ks.index(result.k), temperatures.index(result.temperature)] == grid.max() > grid.min()
+        assert (entry["settings"]["k"], entry["settings"]["temperature"]) == (result.k, result.temperature)
+    said = capsys.readouterr().out
+    assert "on 150 of 1,297" in said
+    assert said.count(" <") >= 1
+
+
+def test_more_neighbours_than_references_says_that_all_vote(
+    run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = on_pictures(run, tree / "train", tree / "test", k=[200], compare=[], output=str(tmp_path / "many"))
+    (many,) = stage.evaluate_knn(config)
+    assert "k=200 exceeds the 11 reference images: all of them vote" in capsys.readouterr().out
+    config.k, config.output = [11], str(tmp_path / "all")
+    (every,) = stage.evaluate_knn(config)
+    assert "exceeds" not in capsys.readouterr().out
+    assert np.array_equal(many.confusion(), every.confusion())
+    assert many.confusion().sum() == 7
+
+
+def test_a_folder_without_a_held_out_tree_gives_a_part_of_itself(run: Path, tree: Path, tmp_path: Path) -> None:
+    config = on_pictures(run, tree / "train", None, k=[1], compare=[], output=str(tmp_path))
+    config.data.hold_out = 0.3
+    (result,) = stage.evaluate_knn(config)
+    assert result.confusion().sum(axis=1).tolist() == [2, 2]  # of six and of five
+    (entry,) = entries(tmp_path)
+    assert (entry["data"]["training"], entry["data"]["hold_out"]) == (7, 0.3)
+
+
+def test_parts_and_half_precision_do_not_change_what_comes_out(run: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"k": [20], "compare": [], "output": str(tmp_path)}
+    (plain,) = stage.evaluate_knn(asked(run, **values))
+    (parts,) = stage.evaluate_knn(asked(run, queries_at_once=64, references_at_once=100, **values))
+    (half,) = stage.evaluate_knn(asked(run, half=True, **values))
+    assert np.array_equal(parts.confusion(), plain.confusion())
+    assert half.top1 == pytest.approx(plain.top1, abs=1)
+
+
+def test_the_projection_is_judged_where_there_is_one(run: Path, tmp_path: Path) -> None:
+    (backbone,) = stage.evaluate_knn(asked(run, k=[1], compare=[], output=str(tmp_path)))
+    config = asked(run, k=[1], compare=[], features="projection", output=str(tmp_path))
+    (projection,) = stage.evaluate_knn(config)
+    assert not np.array_equal(backbone.confusion(), projection.confusion())
+    first, second = entries(tmp_path)
+    assert [each["settings"]["features"] for each in (first, second)] == ["backbone", "projection"]
+    assert first["sha256"] != second["sha256"]
+
+
+def test_a_seed_draws_other_few_labels(run: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"k": [1], "labels_per_class": 1, "draws": 2, "compare": [], "output": str(tmp_path)}
+    found = [stage.evaluate_knn(asked(run, seed=seed, **values))[0].confusion() for seed in (0, 0, 2)]
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+def test_a_damaged_results_file_is_told_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "results.json").write_text("[{")
+    monkeypatch.setattr(stage, "features_of", None)  # nothing is computed
+    refused(asked(run, output=str(tmp_path)), r"results\.json is damaged")
+
+
+def test_the_most_confused_pairs_by_share_of_the_true_class() -> None:
+    confusion = np.array([[6, 4, 0], [1, 99, 0], [1, 1, 2]])
+    assert confused(confusion, ("a", "b", "c")) == ["a for b 40.0 %", "c for a 25.0 %", "c for b 25.0 %"]
+    assert confused(np.diag([3, 0, 2]), ("a", "b", "c")) == []
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"k": [0]}, r"k=\[0\] must hold at least one number of neighbours, none below 1"),
+        ({"k": []}, r"k=\[\] must hold at least one"),
+        ({"temperature": [0.1, 0.0]}, r"temperature=\[0.1, 0.0\] must hold at least one number, all above 0"),
+        ({"temperature": []}, r"temperature=\[\] must hold"),
+        ({"temperature": [float("nan")]}, "temperature=nan must be a finite number"),
+        ({"features": "head"}, "features='head' must be one of backbone, projection"),
+        ({"compare": ["raw"]}, "compare names raw; it can hold untrained and pixels"),
+        ({"choose_on": 0}, "choose_on=0 must be at least 1"),
+        ({"references_at_once": 1}, "references_at_once=1 must be at least 64"),
+        ({"labels_per_class": -1}, "labels_per_class=-1 must not be negative"),
+        ({"labels_per_class": 1, "k": [1, 5]}, r"labels_per_class=1 leaves too few .* e\.g\. k=\[1\]"),
+        ({"run": ""}, "say which encoder: run=DIR"),
+    ],
 )
-from tests.distributed.launch import run_ranks
-
-BANK, QUERIES, DIM, CLASSES = 60, 41, 7, 5
-
-
-def features(rows: int, seed: int, dim: int = DIM) -> Tensor:
-    """Of any length, as an encoder gives them."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, dim, generator=generator) * (1 + 3 * torch.rand(rows, 1, generator=generator))
-
-
-def classes(rows: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, CLASSES, rows)
-
-
-def judge(k: int, temperature: float) -> KNeighborsClassifier:
-    def weights(distance: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.exp((1 - distance) / temperature)
-
-    return KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
-
-
-# ---- prediction ----
-
-
-@pytest.mark.parametrize("k", [1, 5, 20, BANK])
-@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
-def test_predictions_equal_scikit_learn(k: int, temperature: float) -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
-    similarity = np.sort(torch.nn.functional.cosine_similarity(queries[:, None], bank, dim=2).numpy(), axis=1)
-    assert np.diff(similarity, axis=1).min() > 0  # distinct, so there is one right order
-    fitted = judge(k, temperature).fit(bank.double().numpy(), labels)
-    expected = fitted.predict(queries.double().numpy())
-    assert knn_predict(bank, torch.from_numpy(labels), queries, k, temperature).tolist() == expected.tolist()
-
-
-def test_votes_are_weighted_by_similarity() -> None:
-    angles = torch.tensor([0.1, 0.6, 0.6])
-    bank = torch.stack([angles.cos(), angles.sin()], dim=1)
-    query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([1, 0, 0])
-    near, far = math.cos(0.1), math.cos(0.6)
-    even = (near - far) / math.log(2)  # the temperature at which one near neighbour outweighs two far ones
-    assert knn_predict(bank, labels, query, 3, even * 0.9).tolist() == [1]
-    assert knn_predict(bank, labels, query, 3, even * 1.1).tolist() == [0]
-
-
-def test_length_of_features_does_not_matter() -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    expected = knn_predict(bank, labels, queries, 9, 0.1)
-    stretched = torch.linspace(0.01, 100, BANK)[:, None] * bank
-    assert torch.equal(knn_predict(stretched, labels, 50 * queries, 9, 0.1), expected)
-
-
-def test_very_low_temperature_is_the_nearest_neighbour() -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    assert torch.equal(knn_predict(bank, labels, queries, 20, 1e-5), knn_predict(bank, labels, queries, 1, 0.1))
-
-
-def test_more_neighbours_than_samples_means_all() -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    assert torch.equal(knn_predict(bank, labels, queries, 999, 0.1), knn_predict(bank, labels, queries, BANK, 0.1))
-
-
-@pytest.mark.parametrize("chunk", [1, 7, QUERIES, 1000])
-def test_chunks_do_not_change_predictions(chunk: int) -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    expected = torch.cat([knn_predict(bank, labels, queries[i : i + 1], 9, 0.1) for i in range(QUERIES)])
-    assert torch.equal(knn_predict(bank, labels, queries, 9, 0.1, chunk), expected)
-
-
-# ---- votes of a grid, in parts ----
-
-KS, TEMPERATURES = (1, 3, 10, BANK), (0.05, 0.2, 1.0)
-
-
-@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9)])
-def test_votes_equal_scikit_learn_for_every_k_and_temperature(chunk: int, bank_chunk: int) -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
-    for k in KS:
-        for temperature in TEMPERATURES:
-            expected = judge(k, temperature).fit(bank.double().numpy(), labels).predict_proba(queries.double().numpy())
-            votes = knn_votes(
-                bank, torch.from_numpy(labels), queries, k, temperature, CLASSES, chunk, bank_chunk
-            ).double()
-            np.testing.assert_allclose(votes / votes.sum(dim=1, keepdim=True), expected, atol=2e-5)
-            assert votes.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
-
-
-@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9), (1, 1)])
-def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(chunk: int, bank_chunk: int) -> None:
-    bank, labels, rows = features(BANK, 0), classes(BANK, 2), [0, 3, 4, 17, 30, BANK - 1]
-    ks = (1, 3, 10, BANK - 1, 999)
-    got = leave_one_out(bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, chunk, bank_chunk)
-    for i, k in enumerate(ks):
-        for j, temperature in enumerate(TEMPERATURES):
-            right = 0
-            for row in rows:
-                others = np.delete(np.arange(BANK), row)
-                fitted = judge(min(k, BANK - 1), temperature).fit(bank[others].double().numpy(), labels[others])
-                right += int(fitted.predict(bank[row : row + 1].double().numpy())[0] == labels[row])
-            assert got[i, j] == pytest.approx(100 * right / len(rows))
-
-
-def signs(rows: int, seed: int) -> Tensor:
-    """Features of +1 and -1, 16 of them: each cosine is a multiple of 1/8, exactly, and most of them are tied."""
-    return torch.randint(0, 2, (rows, 16), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
-
-
-@pytest.mark.parametrize("with_own", [False, True])
-@pytest.mark.parametrize("k", [1, 5, 59, 60, 99])
-def test_of_equally_near_references_the_lower_row_counts_in_any_parts(k: int, with_own: bool) -> None:
-    bank = signs(BANK, 0)
-    own = torch.tensor([5, 0, 59, 31]) if with_own else None
-    queries = signs(9, 1) if own is None else bank[own]
-    similarity = queries @ bank.T / 16  # exact
-    if own is not None:
-        similarity[torch.arange(len(own)), own] = -math.inf
-    values, order = similarity.sort(dim=1, descending=True, stable=True)
-    wanted = min(k, BANK - with_own)
-    for bank_chunk in (1, 7, 16, 59, 60, 1000):
-        got, rows = nearest(bank, queries, k, own, bank_chunk)
-        assert torch.equal(rows, order[:, :wanted])
-        assert torch.equal(got, values[:, :wanted])
-
-
-def test_copies_of_a_picture_are_tied_for_any_features() -> None:
-    bank, queries = features(500, 0, 192), features(100, 1, 192)
-    bank[[250, 499]] = bank[3].clone()
-    for bank_chunk in (100, 499, 1000):
-        similarity, rows = nearest(bank, bank[3] + 0.01 * queries, 4, bank_chunk=bank_chunk)
-        assert rows[:, :3].tolist() == [[3, 250, 499]] * 100
-        assert torch.equal(similarity[:, 0], similarity[:, 2])
-
-
-def test_half_precision_references_give_nearly_the_same_votes() -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    exact = knn_votes(bank, labels, queries, 20, 0.1, CLASSES)
-    torch.testing.assert_close(knn_votes(bank.half(), labels, queries, 20, 0.1, CLASSES), exact, rtol=0.02, atol=0.02)
-
-
-def test_draws_vote_with_their_few_labels_only() -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
-    each = list(votes_of_draws(bank, labels, queries, 3, 0.1, CLASSES, 2, draws=3))
-    assert len(each) == 3
-    for draw, votes in enumerate(each):
-        rows = draw_labels(labels, 2, draw)
-        few = torch.from_numpy(labels[rows])
-        assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, 3, 0.1, CLASSES))
-
-
-def everything() -> list[tuple[Tensor, NDArray[np.float64], Accuracy]]:
-    bank, queries, labels = features(131, 0), features(173, 1), classes(131, 2)
-    all_labels, rows = torch.from_numpy(labels), torch.arange(0, 131, 2)
-    few = knn_accuracy(bank, labels, queries, classes(173, 3), 3, 0.1, 2, 4)
-    return [
-        (
-            knn_votes(bank, all_labels, queries, 20, 0.1, CLASSES, chunk, 50),
-            leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], chunk, 50),
-            few,
-        )
-        for chunk in (20, 1024)  # 173 queries: nine parts, or one, which leaves the second rank none
-    ]
-
-
-def test_two_processes_equal_one_bit_for_bit() -> None:
-    expected = everything()
-    for found in run_ranks(2, everything):
-        for (votes, chosen, few), wanted in zip(found, expected, strict=True):
-            assert torch.equal(votes, wanted[0])
-            assert np.array_equal(chosen, wanted[1])
-            assert few == wanted[2]
-
-
-def test_progress_counts_the_parts() -> None:
-    seen: list[tuple[int, int]] = []
-    bank, labels = features(BANK, 0), torch.from_numpy(classes(BANK, 2))
-    knn_votes(bank, labels, features(QUERIES, 1), 1, 0.1, CLASSES, 10, progress=lambda *done: seen.append(done))
-    assert seen == [(done, 5) for done in range(5)]
-
-
-# ---- draws of few labels ----
-
-
-def test_draw_holds_so_many_of_each_class_and_none_twice() -> None:
-    labels = classes(200, 0)
-    rows = draw_labels(labels, 6, draw=3)
-    assert len(set(rows.tolist())) == len(rows) == 6 * CLASSES
-    assert np.bincount(labels[rows]).tolist() == [6] * CLASSES
-
-
-def test_draw_is_a_function_of_labels_and_number_alone() -> None:
-    labels = classes(200, 0)
-    first = draw_labels(labels, 2, draw=0)
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    assert np.array_equal(draw_labels(labels, 2, draw=0), first)
-    draws = {tuple(sorted(draw_labels(labels, 2, draw).tolist())) for draw in range(30)}
-    assert len(draws) == 30
-
-
-def test_a_seed_makes_other_draws_and_zero_is_the_default() -> None:
-    labels = classes(200, 0)
-    assert np.array_equal(draw_labels(labels, 2, 3, seed=0), draw_labels(labels, 2, 3))
-    assert not np.array_equal(draw_labels(labels, 2, 3, seed=1), draw_labels(labels, 2, 3))
-
-
-def test_more_labels_a_class_contain_the_fewer() -> None:
-    labels = classes(200, 0)
-    assert set(draw_labels(labels, 1, 4).tolist()) < set(draw_labels(labels, 5, 4).tolist())
-
-
-def test_every_sample_is_drawn_about_equally_often() -> None:
-    labels = np.repeat(np.arange(2), 10)
-    counts = np.bincount(np.concatenate([draw_labels(labels, 3, draw) for draw in range(400)]), minlength=20)
-    # 400 x 3/10 = 120 each; the standard deviation is 9
-    assert abs(counts - 120).max() < 45
-
-
-def test_too_few_samples_name_the_smallest_class() -> None:
-    labels = np.array([0] * 9 + [1] * 3 + [2] * 9)
-    with pytest.raises(ValueError, match=r"evaluate\.labels_per_class=4, but the smallest class has 3 samples"):
-        draw_labels(labels, 4, 0)
-
-
-# ---- accuracy ----
-
-
-def test_accuracy_with_all_labels_counts_right_predictions() -> None:
-    bank, queries = features(BANK, 0), features(QUERIES, 1)
-    labels, truth = classes(BANK, 2), classes(QUERIES, 3)
-    predictions = knn_predict(bank, torch.from_numpy(labels), queries, 9, 0.1).tolist()
-    right = sum(int(a == b) for a, b in zip(predictions, truth.tolist(), strict=True))
-    score = knn_accuracy(bank, labels, queries, truth, 9, 0.1)
-    assert score.mean == pytest.approx(100 * right / QUERIES)
-    assert (score.std, score.draws) == (0.0, 1)
-    assert str(score) == f"{100 * right / QUERIES:.1f} %"
-
-
-def test_accuracy_with_few_labels_is_mean_and_deviation_over_the_draws() -> None:
-    bank, queries = features(BANK, 0), features(QUERIES, 1)
-    labels, truth = classes(BANK, 2), classes(QUERIES, 3)
-    scores = []
-    for draw in range(7):
-        rows = draw_labels(labels, 2, draw)
-        fitted = judge(3, 0.1).fit(bank.double().numpy()[rows], labels[rows])
-        scores.append(100 * float(np.mean(fitted.predict(queries.double().numpy()) == truth)))
-    mean = sum(scores) / 7
-    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 7)
-    score = knn_accuracy(bank, labels, queries, truth, 3, 0.1, labels_per_class=2, draws=7)
-    assert score.draws == 7
-    assert score.mean == pytest.approx(mean)
-    assert score.std == pytest.approx(deviation)
-    assert str(score) == f"{mean:.1f} % ± {deviation:.1f}"
-
-
-def test_perfect_features_score_100_and_a_class_missing_from_the_bank_scores_0() -> None:
-    labels = np.repeat(np.arange(CLASSES), 4)
-    perfect = torch.eye(CLASSES)[torch.from_numpy(labels)]
-    assert knn_accuracy(perfect, labels, perfect, labels, 4).mean == 100.0
-    assert knn_accuracy(perfect, labels, perfect, labels, 4, labels_per_class=1, draws=5) == Accuracy(100.0, 0.0, 5)
-    assert knn_accuracy(perfect[:-4], labels[:-4], perfect[-4:], labels[-4:], 4).mean == 0.0
-
-
-def test_features_of_noise_score_at_chance() -> None:
-    labels, truth = np.repeat(np.arange(CLASSES), 40), np.repeat(np.arange(CLASSES), 200)
-    score = knn_accuracy(features(200, 0), labels, features(1000, 1), truth, 20, labels_per_class=10, draws=10)
-    assert score.mean == pytest.approx(100 / CLASSES, abs=4)
+def test_a_value_that_cannot_be_is_one_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        knn(asked(Path("nowhere"), **values))
+
+
+def refused(config: KnnConfig, sentence: str, kind: type[Exception] = ValueError) -> None:
+    with pytest.raises(kind, match=sentence) as caught:
+        knn(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(asked(tmp_path / "empty"), "empty holds no checkpoint: train it first")
+    refused(asked(tmp_path / "none"), "none does not exist")
+
+
+def test_a_file_without_a_projection_head(run: Path, tmp_path: Path) -> None:
+    state = checkpoint.load(checkpoint.found(run / "checkpoints")[0])
+    network = next(iter(encoders(open_subject(asked(run)), [], CPU)))[1].backbone
+    save_encoder(tmp_path / "encoder.safetensors", network, state["config"], 7)
+    config = KnnConfig(checkpoint=str(tmp_path / "encoder.safetensors"), features="projection", device="cpu")
+    refused(config, r"features=projection, but .*encoder\.safetensors .* holds no projection head: set features=backb")
+
+
+def test_a_file_of_another_architecture(run: Path, tmp_path: Path) -> None:
+    network = next(iter(encoders(open_subject(asked(run)), [], CPU)))[1].backbone
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    config = KnnConfig(checkpoint=str(tmp_path / "weights.pt"), backbone="resnet18", device="cpu")
+    config.data.name = "digits"
+    refused(config, r"weights\.pt .* does not fit backbone=resnet18: no weight matches")
+
+
+def test_features_that_are_not_finite(run: Path, tmp_path: Path) -> None:
+    network = next(iter(encoders(open_subject(asked(run)), [], CPU)))[1].backbone
+    state = checkpoint.load(checkpoint.found(run / "checkpoints")[0])
+    next(network.parameters()).data.fill_(1e38)  # finite, as a file's weights must be, but no sum of them is
+    save_encoder(tmp_path / "encoder.safetensors", network, state["config"], 7)
+    config = KnnConfig(checkpoint=str(tmp_path / "encoder.safetensors"), device="cpu", output=str(tmp_path))
+    refused(config, "the pretrained encoder of .* gives features that are NaN or infinite")
+
+
+def test_pictures_that_cannot_be_judged_by(run: Path, tree: Path, tmp_path: Path) -> None:
+    train, test = tree / "train", tree / "test"
+    refused(on_pictures(run, train, None), "no held-out split: set data.eval_root=DIR")
+    unlabelled = on_pictures(run, train, None)
+    unlabelled.data.labels = "none"
+    refused(unlabelled, "has no labels to judge by: set data.labels=folder")
+    pictures(tmp_path / "single", {"cat": 3, "dog": 1})
+    held = on_pictures(run, tmp_path / "single", None)
+    held.data.hold_out = 0.2
+    refused(held, r"data\.hold_out=0\.2: class dog has one picture only")
+    (tmp_path / "nothing").mkdir()
+    refused(on_pictures(run, tmp_path / "nothing", test), "nothing.* holds no images", FileNotFoundError)
+    refused(on_pictures(run, tmp_path / "missing", test), "missing.* does not exist", FileNotFoundError)
+    pictures(tmp_path / "one", {"cat": 3})
+    refused(on_pictures(run, tmp_path / "one", test), r"one class folder only \(cat\)")
+    pictures(tmp_path / "other", {"cat": 3, "cow": 3})
+    refused(on_pictures(run, tmp_path / "other", test), "class folders differ: .*cow.*dog")
+    few = on_pictures(run, train, test, k=[1], labels_per_class=6)
+    refused(few, "labels_per_class=6, but class dog has 5 training images")
+
+
+def test_an_unreadable_picture_is_named(run: Path, tree: Path, tmp_path: Path) -> None:
+    pictures(tmp_path / "test", {"cat": 2, "dog": 2})
+    (tmp_path / "test" / "dog" / "1.png").write_bytes(b"no picture")
+    config = on_pictures(run, tree / "train", tmp_path / "test", k=[1], output=str(tmp_path))
+    refused(config, r"dog/1\.png", ImageError)
+    assert not (tmp_path / "results.json").exists()

@@ -1,161 +1,347 @@
-"""The official probe's loop is plain SGD on a frozen backbone; the head in a file gives the same scores."""
+"""The whole probe in this process: what it leaves, what chooses without the test split, what cannot be."""
 
-import math
+import contextlib
+import io
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 
-from moco.data.loader import Plan, batches
-from moco.data.sources import ArraySource
-from moco.data.view import View
-from moco.distributed import rank, world_size
-from moco.evaluation.linear import (
-    BackboneChanged,
-    LinearHead,
-    fitting_batch,
-    load_head,
-    new_head,
-    save_head,
-    train_head,
-)
+import moco.evaluation.linear as stage
+from moco.config import ConfigError, RunWarning
+from moco.config.linear import LinearConfig, check_linear
+from moco.data.sources import load_source, subset
+from moco.distributed import on_rank_zero
+from moco.evaluation.features import extract
+from moco.evaluation.linear_probe import load_head
+from moco.evaluation.metrics import HeldOut, TestSplitReadTwice
+from moco.evaluation.subject import open_labelled
+from moco.evaluation.sweep import Choice, choose
+from moco.interop.encoder_file import build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
-VIEW = View(size=8, crop_scale=(0.5, 1.0), flip_p=0.5, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+AUGMENT = {"crop_scale": [1.0, 1.0], "affine_p": 1.0, "degrees": 5.0}
 
 
-def source(count: int = 21) -> ArraySource:
-    """Pictures of three classes, told apart by their brightest channel."""
-    labels = np.arange(count) % 3
-    images = torch.randint(0, 120, (count, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-    for i, label in enumerate(labels):
-        images[i, label] += 100
-    return ArraySource(images, [str(i) for i in range(count)], labels.astype(np.int64), ("a", "b", "c"))
-
-
-def backbone() -> nn.Module:
+def encoder_file(folder: Path, data: dict[str, Any] | None = None) -> Path:
+    """An encoder.safetensors of a tiny network, as a run leaves it."""
     torch.manual_seed(0)
-    network = build_backbone("convnet", {"width": 2})
-    for layer in network.modules():
+    config = {
+        "seed": 0,
+        "model": {"backbone": "convnet", "options": {"width": 2, "pool": 2}},
+        "augment": {"size": 16, "eval_resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "data": data or {"name": "digits"},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    backbone = build_backbone("convnet", {"width": 2, "pool": 2})
+    for layer in backbone.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.weight.data.mul_(4)  # untrained features fade from layer to layer: a head would learn for long
-    return network
+    on_rank_zero(lambda: save_encoder(folder / "encoder.safetensors", backbone, config, 12))
+    return folder / "encoder.safetensors"
 
 
-def lr_at(step: int) -> float:
-    return 3.0 if step < 6 else 0.3
+def pictures(folder: Path, counts: dict[str, int], shade: int = 0) -> Path:
+    """Noisy pictures, a class a brightness."""
+    rng = np.random.default_rng(shade)
+    for number, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 60, (16, 16, 3)) + 60 * number
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return folder
 
 
-def trained(seed: int = 4, epochs: int = 4) -> tuple[Tensor, Tensor, list[tuple[int, float, float]]]:
-    told: list[tuple[int, float, float]] = []
-    head = new_head(16, 3, 0.01, seed)
-    plan = Plan(21, 8, epochs, seed, rank(), world_size())
-    train_head(
-        backbone(), head, source(), plan, VIEW, lr_at, 0.9, 1e-3, CPU, on_epoch=lambda *values: told.append(values)
-    )
-    return head.weight.detach(), head.bias.detach(), told
+def swept(folder: Path, **fields: Any) -> LinearConfig:
+    config = LinearConfig(checkpoint=str(encoder_file(folder)), output=str(folder), epochs=4, batch_size=256, **fields)
+    config.sweep.lrs, config.sweep.weight_decays = [0.01, 0.1, 1.0], [0.0, 0.01]
+    return config
 
 
-def test_the_loop_is_sgd_on_frozen_features() -> None:
-    """Against momentum and weight decay written out, on the same batches."""
-    network, pictures, head = backbone().eval(), source(), new_head(16, 3, 0.01, 4)
-    weight, bias = head.weight.detach().clone().requires_grad_(), head.bias.detach().clone().requires_grad_()
-    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    assert pictures.labels is not None
-    losses = []
-    for step, batch in enumerate(batches(pictures, Plan(21, 8, 4, 4), [VIEW], CPU, 0)):
-        with torch.no_grad():
-            features = network(batch.views[0])
-        loss = F.cross_entropy(features @ weight.T + bias, torch.from_numpy(pictures.labels)[batch.index])
-        losses.append(loss.item())
-        for number, (parameter, slope) in enumerate(
-            zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True)
-        ):
-            speed[number] = 0.9 * speed[number] + slope + 1e-3 * parameter.detach()
-            parameter.data -= lr_at(step) * speed[number]
-    got_weight, got_bias, told = trained()
-    torch.testing.assert_close(got_weight, weight.detach(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(got_bias, bias.detach(), rtol=1e-4, atol=1e-5)
-    assert [done for done, _, _ in told] == [1, 2, 3, 4]
-    assert told[0][1] == pytest.approx(np.mean(losses[:2]), rel=1e-5)
+def official(folder: Path, **fields: Any) -> LinearConfig:
+    config = LinearConfig(checkpoint=str(encoder_file(folder)), output=str(folder), epochs=2, batch_size=256, **fields)
+    config.protocol, config.kind, config.augment = "moco_v2", "official", dict(AUGMENT)
+    return config
 
 
-def test_it_learns_what_there_is_to_learn() -> None:
-    _, _, told = trained(epochs=40)
-    assert told[0][2] < 50
-    assert told[-1][2] > 85
+def on_folders(config: LinearConfig, train: Path, test: Path | None) -> LinearConfig:
+    config.data.name, config.data.root, config.data.labels, config.data.workers = "folder", str(train), "folder", 0
+    config.data.eval_root = "" if test is None else str(test)
+    return config
 
 
-def test_two_processes_train_the_same_head_and_tell_the_same_figures() -> None:
-    weight, bias, told = trained()
-    for other_weight, other_bias, others_told in run_ranks(2, trained):
-        torch.testing.assert_close(other_weight, weight, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(other_bias, bias, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.tensor(others_told), torch.tensor(told), rtol=1e-4, atol=1e-5)
+def run(config: LinearConfig) -> list[dict[str, Any]]:
+    check_linear(config, 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        stage.evaluate_linear(config)
+    return json.loads((Path(config.output) / "results.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_the_first_weights_are_those_of_the_official_code() -> None:
-    head = new_head(400, 300, 0.01, 0)
-    assert head.weight.std().item() == pytest.approx(0.01, rel=0.02)
-    assert abs(head.weight.mean().item()) < 1e-4
-    assert not head.bias.any()
-    assert torch.equal(new_head(400, 300, 0.01, 0).weight, head.weight)
-    assert not torch.equal(new_head(400, 300, 0.01, 1).weight, head.weight)
+# ---- what comes out ----
 
 
-class Drifting(nn.Module):
-    """A backbone that does not hold still: a buffer moves in each forward, as BN's in training mode would."""
-
-    seen: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = backbone()
-        self.register_buffer("seen", torch.zeros(1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.seen = self.seen + 1e-7
-        return self.inner(images)  # type: ignore[no-any-return]
-
-
-def test_a_backbone_that_changes_by_a_bit_is_noticed() -> None:
-    with pytest.raises(BackboneChanged, match="changed while its head was trained: seen"):
-        train_head(Drifting(), new_head(16, 3, 0.01, 0), source(), Plan(21, 8, 1, 0), VIEW, lr_at, 0.9, 0.0, CPU)
-
-
-def test_the_backbone_sees_evaluation_mode_and_keeps_its_statistics() -> None:
-    network = backbone().train()
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    train_head(network, new_head(16, 3, 0.01, 0), source(), Plan(21, 8, 1, 0), VIEW, lr_at, 0.9, 0.0, CPU)
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    assert all(parameter.grad is None for parameter in network.parameters())
-
-
-def test_a_loss_that_leaves_the_numbers_stops() -> None:
-    with pytest.raises(FloatingPointError, match=r"lower official\.lr"):
-        train_head(
-            backbone(), new_head(16, 3, 0.01, 0), source(), Plan(21, 8, 3, 0), VIEW, lambda _: 1e38, 0.9, 0.0, CPU
-        )
+def test_a_sweep_with_baselines_leaves_table_results_picture_and_head(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = swept(tmp_path, compare=["untrained", "pixels"])
+    config.sweep.layers = ["layers.8", "output"]
+    check_linear(config, 1)
+    stage.evaluate_linear(config)
+    text = capsys.readouterr().out
+    assert re.search(r"pretrained.*untrained.*pixels.*opened once.*results\.json", text, re.S)
+    entries = json.loads((tmp_path / "results.json").read_text())
+    assert [(each["command"], each["encoder"], each["protocol"]) for each in entries] == [
+        ("linear", "pretrained", "sweep"),
+        ("linear", "untrained", "sweep"),
+        ("linear", "pixels", "sweep"),
+    ]
+    figures, chosen = entries[0]["figures"], entries[0]["chosen"][0]
+    assert figures["count"] == 500
+    assert 15 < figures["top1"] <= figures["top5"] <= 100
+    assert figures["interval95"][0] < figures["top1"] < figures["interval95"][1]
+    assert len(figures["per_class"]) == 10
+    assert np.sum(figures["confusion"]) == 500
+    assert np.trace(figures["confusion"]) == pytest.approx(figures["top1"] * 5)
+    assert chosen["layer"] in ("layers.8", "output")
+    assert chosen["lr"] in config.sweep.lrs
+    assert chosen["validation_count"] == pytest.approx(0.2 * 1297, abs=5)
+    assert entries[2]["chosen"][0]["layer"] == "pixels"
+    assert entries[2]["figures"]["top1"] > 80
+    with Image.open(tmp_path / "confusion_linear.png") as picture:
+        assert picture.width > 400
 
 
-@pytest.mark.parametrize(("wanted", "count", "expected"), [(256, 1297, 256), (1024, 1000, 512), (8, 8, 8), (256, 3, 2)])
-def test_a_batch_larger_than_the_data_becomes_a_power_of_two(wanted: int, count: int, expected: int) -> None:
-    assert fitting_batch(wanted, count) == expected
-    assert math.log2(fitting_batch(wanted, count)).is_integer()
+@pytest.mark.parametrize("make", [swept, official])
+@pytest.mark.parametrize("normalize", ["standard", "l2"])
+def test_the_saved_head_reproduces_the_figure(make: Any, normalize: str, tmp_path: Path) -> None:
+    config = make(tmp_path)
+    if config.kind == "sweep":
+        config.sweep.normalize = normalize
+    figures = run(config)[0]["figures"]
+    head, sources = load_head(tmp_path / "linear.safetensors"), load_source("digits")
+    assert sources.held_out is not None
+    backbone = build(read_encoder(tmp_path / "encoder.safetensors")).get_submodule("backbone")
+    look = head.about["look"]
+    features = extract(backbone, sources.held_out, look["size"], look["resize"], look["mean"], look["std"], CPU)
+    right = head(features).argmax(dim=1).numpy() == sources.held_out.labels
+    assert 100 * right.mean() == pytest.approx(figures["top1"])
+    assert head.about["classes"] == list("0123456789")
 
 
-@pytest.mark.parametrize("unit", [False, True])
-def test_a_head_in_a_file_gives_the_same_scores(unit: bool, tmp_path: Path) -> None:
-    weight, bias, features = torch.randn(3, 5), torch.randn(3), torch.randn(4, 5)
-    about = {"unit": unit, "classes": ["a", "ü", 'c"'], "layer": "layer3"}
-    save_head(tmp_path / "linear.safetensors", LinearHead(weight, bias, about))
-    head = load_head(tmp_path / "linear.safetensors")
-    assert head.about == about
-    expected = (features / features.norm(dim=1, keepdim=True) if unit else features) @ weight.T + bias
-    torch.testing.assert_close(head(features), expected)
-    assert [path.name for path in tmp_path.iterdir()] == ["linear.safetensors"]
+def test_several_seeds_give_a_mean_and_students_interval(tmp_path: Path) -> None:
+    for config in (official(tmp_path, seeds=3), swept(tmp_path, seeds=3)):
+        entry = run(config)[-1]
+        scores = [each["top1"] for each in entry["each_seed"]]
+        assert len(set(scores)) > 1
+        assert entry["figures"]["top1"] == pytest.approx(np.mean(scores))
+        half = 4.302652729911275 * np.std(scores, ddof=1) / np.sqrt(3)  # Student's 97.5 % quantile with 2 degrees
+        assert entry["figures"]["top1_half_width95"] == pytest.approx(half)
+
+
+def test_features_on_disk_give_the_same_figures_and_are_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = swept(tmp_path)
+    first = run(config)[0]
+    config.sweep.cache = "disk"
+    second = run(config)[1]
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 2
+    monkeypatch.setattr(stage, "stream", None)  # nothing is computed any more
+    third = run(config)[2]
+    for entry in (second, third):
+        assert (entry["figures"], entry["chosen"]) == (first["figures"], first["chosen"])
+
+
+def test_a_batch_beyond_the_data_is_lowered_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = pictures(tmp_path / "train", {"dark": 11, "light": 10})
+    config = on_folders(official(tmp_path), train, pictures(tmp_path / "test", {"dark": 3, "light": 4}, 1))
+    stage.evaluate_linear(config)
+    assert "batch_size=256 is lowered to 16: the training split has 21 pictures" in capsys.readouterr().out
+    entry = json.loads((tmp_path / "results.json").read_text())[0]
+    assert entry["settings"]["batch_size"] == 16
+    assert entry["figures"]["count"] == 7
+    assert entry["figures"]["top5"] is None
+
+
+def test_milestones_that_are_not_reached_are_told(tmp_path: Path) -> None:
+    config = official(tmp_path)
+    config.official.milestones = [60, 80]
+    with pytest.warns(RunWarning, match=r"milestones=\[60, 80\] are not all reached within epochs=2"):
+        run(config)
+
+
+def test_the_table_is_shown_before_what_may_fail_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(stage, "keep", full)
+    with pytest.raises(OSError, match="no space left"):
+        stage.evaluate_linear(swept(tmp_path))
+    assert "Linear probe, sweep" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = swept(tmp_path)
+    config.output = str(tmp_path / "encoder.safetensors" / "out")
+    monkeypatch.setattr(stage, "encoders", None)
+    with pytest.raises(ConfigError, match=r"output=.* cannot be written to"):
+        stage.evaluate_linear(config)
+
+
+# ---- the test split chooses nothing ----
+
+
+def test_a_chooser_that_peeks_at_the_test_split_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[HeldOut] = []
+
+    class Watched(HeldOut):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            opened.append(self)
+
+    def peeking(*arguments: Any, **named: Any) -> Choice:
+        opened[-1].open()  # its accuracy on the test split could now steer the choice
+        return choose(*arguments, **named)
+
+    monkeypatch.setattr(stage, "HeldOut", Watched)
+    monkeypatch.setattr(stage, "choose", peeking)
+    with pytest.raises(TestSplitReadTwice, match="was read once already"):
+        stage.evaluate_linear(swept(tmp_path))
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_random_test_labels_change_the_figure_and_not_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = run(swept(tmp_path))[0]
+
+    def shuffled(*arguments: Any) -> Any:
+        train, held_out = open_labelled(*arguments)
+        mixed = subset(held_out, np.arange(len(held_out)))
+        assert mixed.labels is not None
+        mixed.labels[:] = np.random.default_rng(0).permutation(mixed.labels)
+        return train, mixed
+
+    monkeypatch.setattr(stage, "open_labelled", shuffled)
+    blind = run(swept(tmp_path))[1]
+    assert blind["chosen"] == honest["chosen"]
+    assert blind["figures"]["top1"] < 20 < honest["figures"]["top1"]
+
+
+# ---- several processes ----
+
+
+def both_protocols(folder: Path) -> list[tuple[dict[str, Any], Any]]:
+    """The figures of either protocol on 23 training and 7 held-out pictures; every rank reads rank 0's file."""
+    outcomes = []
+    for make in (swept, official):
+        config = on_folders(make(folder / make.__name__), folder / "train", folder / "test")
+        config.batch_size = 8
+        entries = run(config)
+        outcomes.append((entries[-1]["figures"], entries[-1]["chosen"]))
+    return outcomes
+
+
+def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
+    pictures(tmp_path / "train", {"dark": 8, "middle": 8, "light": 7})
+    pictures(tmp_path / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
+    one = both_protocols(tmp_path)
+    assert [figures["count"] for figures, _ in one] == [7, 7]
+    for folder in ("swept", "official"):
+        (tmp_path / folder / "results.json").unlink()
+    assert run_ranks(2, both_protocols, tmp_path)[0] == one
+
+
+# ---- what cannot be ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "processes", "sentence"),
+    [
+        ("official", {"batch_size": 255}, 2, "batch_size=255 must be a multiple of the 2 processes"),
+        ("official", {"official.lr": 0.0}, 1, r"official\.lr=0\.0 must be above 0"),
+        ("official", {"official.schedule": "linear"}, 1, r"official\.schedule='linear' must be one of"),
+        ("official", {"augment": {"size": 8}}, 1, r"augment\.size .* set images\.size"),
+        ("official", {"compare": ["pixels"]}, 1, "set protocol=sweep"),
+        ("official", {"sweep.layers": ["layer3"]}, 1, "says nothing to protocol=moco_v2"),
+        ("sweep", {"official.lr": 3.0}, 1, "say nothing to protocol=sweep"),
+        ("sweep", {"sweep.lrs": []}, 1, r"sweep\.lrs is empty"),
+        ("sweep", {"sweep.lrs": [0.1, -1.0]}, 1, r"sweep\.lrs holds -1\.0: each must be above 0"),
+        ("sweep", {"sweep.weight_decays": []}, 1, r"sweep\.weight_decays is empty"),
+        ("sweep", {"sweep.layers": []}, 1, r"sweep\.layers is empty"),
+        ("sweep", {"sweep.layers": ["a", "a"]}, 1, "names a layer twice"),
+        ("sweep", {"sweep.validation": 0.0}, 1, r"sweep\.validation=0\.0 must lie between 0 and 1"),
+        ("sweep", {"sweep.validation": 1.0}, 1, r"sweep\.validation=1\.0 must lie between 0 and 1"),
+        ("sweep", {"sweep.normalize": "max"}, 1, r"sweep\.normalize='max' must be one of standard, l2, none"),
+        ("sweep", {"sweep.cache": "ram"}, 1, r"sweep\.cache='ram' must be one of memory, disk"),
+        ("sweep", {"compare": ["random"]}, 1, "compare='random' must be one of untrained, pixels"),
+        ("sweep", {"epochs": 0}, 1, "epochs=0 must be at least 1"),
+        ("sweep", {"momentum": 1.0}, 1, r"momentum=1\.0 must lie in"),
+        ("sweep", {"kind": "other"}, 1, "kind='other' must be one of sweep, official"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_sentence(
+    kind: str, changes: dict[str, Any], processes: int, sentence: str
+) -> None:
+    config = LinearConfig(checkpoint="x.pt")
+    if kind == "official":
+        config.kind, config.protocol = "official", "moco_v2"
+    else:
+        config.sweep.lrs, config.sweep.weight_decays = [0.1], [0.0]
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        setattr(getattr(config, path[0]) if path else config, last, value)
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        check_linear(config, processes)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    config = swept(tmp_path)
+    config.sweep.layers = ["layers.99"]
+    with pytest.raises(ConfigError, match=r"sweep\.layers: layer 'layers\.99' is not in .* there are: output, layers"):
+        stage.evaluate_linear(config)
+
+
+@pytest.mark.parametrize("augment", [{"flips": 0.5}, {"flip_p": 2.0}, {"crop_scale": [0.0, 1.0]}])
+def test_a_view_that_cannot_be_is_told(augment: dict[str, Any], tmp_path: Path) -> None:
+    config = official(tmp_path)
+    config.augment = augment
+    with pytest.raises(ConfigError, match=f"augment: .*{next(iter(augment))}"):
+        stage.evaluate_linear(config)
+
+
+def test_a_class_with_one_picture_cannot_be_chosen_on(tmp_path: Path) -> None:
+    train = pictures(tmp_path / "train", {"dark": 5, "light": 1})
+    test = pictures(tmp_path / "test", {"dark": 2, "light": 2}, 1)
+    with pytest.raises(ConfigError, match="class light has one training picture only"):
+        stage.evaluate_linear(on_folders(swept(tmp_path), train, test))
+
+
+@pytest.mark.parametrize("make", [swept, official])
+def test_a_picture_that_cannot_be_read_is_named(make: Any, tmp_path: Path) -> None:
+    train = pictures(tmp_path / "train", {"dark": 5, "light": 5})
+    test = pictures(tmp_path / "test", {"dark": 2, "light": 2}, 1)
+    (train / "light" / "3.png").write_bytes(b"no picture")
+    config = on_folders(make(tmp_path), train, test)
+    config.batch_size = 4
+    with pytest.raises(ValueError, match=r"light/3\.png"):
+        stage.evaluate_linear(config)
+
+
+def test_an_encoder_of_another_architecture_is_told(tmp_path: Path) -> None:
+    config = swept(tmp_path, backbone="convnet", options={"width": 4, "pool": 2})
+    with pytest.raises(ValueError, match=r"does not fit backbone=convnet: .* have another shape"):
+        stage.evaluate_linear(config)

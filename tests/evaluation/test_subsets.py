@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from moco.evaluation.subsets import SubsetError, listed, part_of_each_class, so_many_of_each_class
+from moco.evaluation.subsets import SubsetError, listed, part_of_each_class, per_class
 
 LABELS = np.repeat(np.arange(4), [200, 100, 30, 3])[np.random.default_rng(0).permutation(333)]
 
 
-def per_class(rows: np.ndarray) -> list[int]:
+def counts_per_class(rows: np.ndarray) -> list[int]:
     return [int((LABELS[rows] == label).sum()) for label in range(4)]
 
 
@@ -18,7 +18,7 @@ def per_class(rows: np.ndarray) -> list[int]:
 )
 def test_each_class_gives_its_part_and_at_least_one(fraction: float, counts: list[int]) -> None:
     rows = part_of_each_class(LABELS, fraction, seed=7)
-    assert per_class(rows) == counts
+    assert counts_per_class(rows) == counts
     assert np.array_equal(rows, np.unique(rows))
 
 
@@ -41,11 +41,11 @@ def test_every_picture_has_the_same_chance() -> None:
 
 
 def test_so_many_of_each_class() -> None:
-    assert per_class(so_many_of_each_class(LABELS, 3, seed=0)) == [3, 3, 3, 3]
-    few, more = (set(so_many_of_each_class(LABELS, count, 0).tolist()) for count in (1, 2))
+    assert counts_per_class(per_class(LABELS, 3, seed=0)) == [3, 3, 3, 3]
+    few, more = (set(per_class(LABELS, count, 0).tolist()) for count in (1, 2))
     assert few < more
     with pytest.raises(SubsetError, match="labels_per_class=4 is more than the smallest class has: take 3 at most"):
-        so_many_of_each_class(LABELS, 4, seed=0)
+        per_class(LABELS, 4, seed=0)
 
 
 NAMES = ["n01/n01_5.JPEG", "n01/n01_15.JPEG", "n02/n02_5.JPEG", "n02/x.png", "deep/n02/x.png", "plain.png"]

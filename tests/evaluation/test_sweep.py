@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from moco.data.loader import Plan
 from moco.data.sources import load_source
-from moco.engine.optim import lr_factor
 from moco.evaluation import sweep
 from moco.evaluation.sweep import Choice, Recipe, Setting, choose, retrain, scaling_of, train_heads, validation_rows
+from moco.optim.schedules import lr_factor
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")

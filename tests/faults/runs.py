@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 from moco.config import config_dir
-from moco.engine import checkpoint
-from moco.engine.checkpoint import Checkpoint
+from moco.runs import checkpoint
+from moco.runs.checkpoint import Checkpoint
 
 LONG = os.environ.get("MOCO_FAULTS") == "long"
 REPOSITORY = Path(config_dir()).parent
@@ -45,7 +45,7 @@ STEPS = 40
 
 _started: list[ForkServerProcess] = []
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["moco.stages.pretrain", "moco.cli", "torch.utils.tensorboard", "sklearn.datasets"])
+_server.set_forkserver_preload(["moco.training.trainer", "moco.cli", "torch.utils.tensorboard", "sklearn.datasets"])
 
 
 def _train(arguments: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moco.engine import checkpoint
+from moco.runs import checkpoint
 from tests.faults import runs
 from tests.faults.runs import LONG, STEPS
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from moco.data.loader import Plan
-from moco.engine.stop import PREEMPTED
-from moco.engine.watch import HUNG
+from moco.runtime.preemption import PREEMPTED
+from moco.runtime.watchdog import HUNG
 from tests.faults import runs
 from tests.faults.runs import LONG, STEPS
 
@@ -77,7 +77,8 @@ def test_a_signal_to_one_of_four_processes_stops_all_with_their_status(tmp_path:
 
 def struck(where: str) -> None:
     """Rank 1 of the run strikes itself with SIGTERM at a moment at which it takes no steps; at the export rank 0."""
-    from moco.stages import live, pretrain
+    from moco.training import live_knn as live
+    from moco.training import trainer as pretrain
 
     module = live if where == "live_knn" else pretrain
     real = vars(module)[where]
@@ -116,7 +117,8 @@ def test_a_signal_to_one_of_two_processes_is_heard_where_no_steps_are_taken(mome
 
 def stop_in_an_epochs_last_step() -> None:
     """Rank 1, or a process alone, strikes itself in the 20th step; from then on no evaluation may begin there."""
-    from moco.stages import live, pretrain
+    from moco.training import live_knn as live
+    from moco.training import trainer as pretrain
 
     real, count = vars(pretrain)["train_step"], 0
 
@@ -177,7 +179,7 @@ def test_a_rank_that_is_killed_leaves_the_others_with_a_sentence(tmp_path: Path)
 
 def stuck_in_the_first_evaluation() -> None:
     """Rank 1 does not come back from it."""
-    from moco.stages import live
+    from moco.training import live_knn as live
 
     real = vars(live)["knn_accuracy"]
 
@@ -202,7 +204,7 @@ def test_a_rank_that_hangs_in_the_first_evaluation_is_named(world: int, tmp_path
     assert line.startswith(
         f"moco: rank {world - 1} hangs: nothing was finished for 0.1 minutes; rank {world - 1} behind "
     )
-    assert f"rank {world - 1} behind step 0, at moco/stages/live.py:" in line
+    assert f"rank {world - 1} behind step 0, at moco/training/live_knn.py:" in line
     print(
         f"faults: a first evaluation that hangs, {world} processes: named {time.monotonic() - began:.1f} s after start"
     )
@@ -210,7 +212,7 @@ def test_a_rank_that_hangs_in_the_first_evaluation_is_named(world: int, tmp_path
 
 def stuck_in_data() -> None:
     """Rank 1's disk does not answer: its ninth batch never comes."""
-    from moco.stages import pretrain
+    from moco.training import trainer as pretrain
 
     real = vars(pretrain)["batches"]
 
@@ -244,7 +246,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends_within_the_configured_time(
         assert "rank 1 behind step" in line
         assert "no sign of life for" in line
     else:
-        assert "rank 1 behind step 8, at moco/engine/loop.py:" in line
+        assert "rank 1 behind step 8, at moco/training/loop.py:" in line
         assert "(fit)" in line
     print(f"faults: a rank that hangs ({how}) is named {took:.1f} s after, hang_after=9 s")
     assert took < 60

@@ -22,19 +22,19 @@ from moco.check_data import check_data
 from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
 from moco.config.pack import PackConfig
-from moco.data.bad import BadImages
+from moco.data.bad_images import BadImages
 from moco.data.decode import ImageError, decode
 from moco.data.inspect import inspect
+from moco.data.pack import pack
 from moco.data.sources import load_source
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
-from moco.engine import checkpoint
-from moco.engine.checkpoint import CheckpointError
 from moco.evaluation.features import pixels, stream
 from moco.interop.encoder_file import build, read_encoder
-from moco.stages import search
-from moco.stages.embedding import Embedding
-from moco.stages.pack import pack
-from moco.stages.queries import files
+from moco.retrieval import search
+from moco.retrieval.queries import files
+from moco.retrieval.store import Embedding
+from moco.runs import checkpoint
+from moco.runs.checkpoint import CheckpointError
 from tests.data.broken import encoded, folder, noise, odd_files
 from tests.faults import runs
 from tests.faults.runs import REPOSITORY

@@ -1,7 +1,7 @@
 """A disk that is really full, and pictures that vanish, while a run goes on.
 
-In the short form single files meet a full disk in tests/engine/test_finite.py, tests/engine/test_weights.py,
-tests/data/test_bad_images.py and tests/stages/test_messages.py.
+In the short form single files meet a full disk in tests/training/test_nonfinite.py, tests/interop/test_weights.py,
+tests/data/test_bad_images.py and tests/training/test_summary.py.
 """
 
 import csv
@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from moco.data.bad import BadImages
-from moco.engine import checkpoint, weights
-from moco.engine.finite import FiniteSteps
+from moco.data.bad_images import BadImages
+from moco.interop import weights
 from moco.interop.encoder_file import read_encoder
-from moco.stages import messages
+from moco.runs import checkpoint
+from moco.training import summary as messages
+from moco.training.nonfinite import NonFiniteGuard
 from tests.data.broken import folder
 from tests.faults import runs
 from tests.faults.runs import LONG
@@ -82,7 +83,7 @@ WRITERS: dict[str, tuple[Any, str]] = {
     "encoder.safetensors": (weights, "save_file"),
     "views.png": (messages, "save_image"),
     "bad_images.csv": (BadImages, "_write"),
-    "nonfinite/step_": (FiniteSteps, "_write"),
+    "nonfinite/step_": (NonFiniteGuard, "_write"),
 }
 
 

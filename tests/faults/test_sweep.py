@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moco.engine import checkpoint
+from moco.runs import checkpoint
 from scripts import sweep
 from tests.faults.runs import LONG, REPOSITORY, TINY
 

@@ -16,9 +16,9 @@ from moco.builder import MoCo
 from moco.data.loader import Plan, batches
 from moco.data.sources import load_source
 from moco.data.view import View
-from moco.engine.step import train_step
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
+from moco.training.step import train_step
 
 FILE = Path(__file__).parent / "trajectory.json"
 STEPS = 10

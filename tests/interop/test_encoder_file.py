@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from moco.builder import MoCo
 from moco.config import TrainConfig
-from moco.engine import checkpoint
-from moco.engine.checkpoint import CheckpointError
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder, projection_head
+from moco.runs import checkpoint
+from moco.runs.checkpoint import CheckpointError
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import Output
-from moco.engine.optim import build_optimizer
-from moco.engine.step import train_step
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import set_calls_per_step
+from moco.optim.optimizers import build_optimizer
+from moco.training.step import train_step
 from tests.distributed.test_topology import smooth
 
 Array = NDArray[np.float64]

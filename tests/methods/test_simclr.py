@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import Output
-from moco.distributed import broadcast_module, rank, world_size
-from moco.engine.step import train_step
+from moco.distributed import broadcast_module, data_parallel, rank, world_size
 from moco.losses import LearnedTemperature
 from moco.methods.simclr import SimCLR
 from moco.models.encoder import build_encoder
-from moco.stages.setup import data_parallel
+from moco.training.step import train_step
 from tests.distributed.launch import run_ranks
 
 Array = NDArray[np.float64]

@@ -22,14 +22,16 @@ from moco.builder import MoCo, Output
 from moco.config import ConfigError, RunWarning, TrainConfig, check
 from moco.data.keyed import MIX, keyed_uniform
 from moco.data.loader import Plan
-from moco.distributed import rank, world_size
-from moco.engine.optim import parameter_groups
-from moco.engine.step import train_step
+from moco.data.opening import build_views
+from moco.distributed import data_parallel, rank, world_size
 from moco.losses import LearnedTemperature, Switches
+from moco.methods.build import build_method
 from moco.methods.moco_v3 import MoCoV3
 from moco.methods.simclr import SimCLR
-from moco.stages.pretrain import pretrain
-from moco.stages.setup import build_method, build_views, check_against_data, data_parallel
+from moco.optim.optimizers import parameter_groups
+from moco.training.build import check_against_data
+from moco.training.step import train_step
+from moco.training.trainer import pretrain
 from tests.distributed.launch import run_ranks
 
 N, C, K, P, T = 4, 5, 12, 12, 0.3
@@ -516,7 +518,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
 ) -> None:
     whole = records(tmp_path / "whole", **values)
 
-    import moco.stages.pretrain as stage
+    import moco.training.trainer as stage
 
     def stopped(*args: Any, **options: Any) -> dict[str, Tensor]:
         stopped.steps += 1  # type: ignore[attr-defined]

@@ -10,10 +10,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from moco.engine.optim import build_optimizer
 from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder
 from moco.models.vit import sin_cos_positions
+from moco.optim.optimizers import build_optimizer
 
 SMALL = {"dim": 32, "depth": 2, "heads": 4, "img_size": 16, "patch_size": 4}
 

@@ -1,1 +1,0 @@
-"""Training: the step, the loop around it, optimisers and schedules, checkpoints, logging."""

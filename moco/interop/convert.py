@@ -1,0 +1,133 @@
+"""A conversion from a configuration to a file: open, write, read again, compare, and only then leave it."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moco.config import ConfigError, require
+from moco.config.convert import ConvertConfig
+from moco.data.sources import Source, load_source
+from moco.evaluation.features import Network, stream
+from moco.evaluation.subject import Subject, data_config, open_data, open_subject
+from moco.interop.encoder_file import EncoderFile, build
+from moco.interop.write import FORMATS
+from moco.runtime.console import Display, log
+
+_AT_ONCE = 16  # pictures through an encoder
+
+
+class ConversionError(ValueError):
+    """What was written is not the encoder that was read; its message is one sentence."""
+
+
+def convert_encoder(config: ConvertConfig) -> None:
+    """See `moco.convert.convert`."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    output = Path(config.output)
+    require(not output.is_dir(), f"output={output} is a directory: name a file in it")
+    require(config.overwrite or not output.exists(), f"output={output} exists: choose another, or set overwrite=true")
+    subject = open_subject(config)
+    file, look = replace(subject.file, images=asdict(subject.look)), subject.look
+    require(not output.exists() or not output.samefile(file.source), f"output={output} is the file that is read")
+    _refuse_what_does_not_fit(config.to, file)
+    backbone = build(file).get_submodule("backbone")
+    source, data = _pictures(config, subject)
+    rows = range(0, len(source), max(1, len(source) // config.pictures))[: config.pictures]
+
+    def features(network: Network) -> Tensor:  # (M, D)
+        cpu = torch.device("cpu")
+        parts = stream(network, source, rows, look.size, look.resize, look.mean, look.std, cpu, _AT_ONCE)
+        return torch.cat(list(parts))
+
+    log(f"{file.source} ({file.layout}: {file.backbone}, step {file.step}) to {config.to}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".convert-", dir=output.parent)  # beside it: for the rename
+    except OSError as error:
+        raise ConfigError(f"output={output} cannot be written: {error.strerror}") from error
+    with folder:
+        temporary = Path(folder.name) / output.name
+        difference, largest = write_and_compare(config.to, temporary, file, backbone, features)
+        temporary.replace(output)
+    resized = f", the shorter side to {look.resize} first" if look.resize else ""
+    Display(1, 1, 0, quiet=False).summary(
+        "converted",
+        [
+            ("encoder", f"{file.source} ({file.backbone}, {config.weights}, step {file.step})"),
+            ("file", f"{output} ({output.stat().st_size / 1e6:.1f} MB)"),
+            ("checked", f"read again: features of {len(rows)} pictures ({data}) differ by {difference:.2g} at most,"),
+            ("", f"the largest is {largest:.3g}"),
+            ("pictures", f"{look.size} px{resized}; minus mean {list(look.mean)}, by std {list(look.std)}"),
+            ("load", FORMATS[config.to].loading(file).replace("FILE", str(output))),
+        ],
+    )
+
+
+def write_and_compare(
+    to: str, path: Path, file: EncoderFile, backbone: nn.Module, features: Callable[[Network], Tensor]
+) -> tuple[float, float]:
+    """Writes a file and reads it again.
+
+    Args:
+        to: the format.
+        path: where to.
+        file: the source, with `images`.
+        backbone: its backbone, in eval mode on the CPU.
+        features: gives a network's features (M, D) of the same pictures.
+
+    Returns:
+        The largest difference between features of the source and of the file, and the largest feature.
+
+    Raises:
+        ConversionError: if any weight is not the same bit for bit, if the difference exceeds the format's tolerance,
+            or if all features are 0, which any broken file would give as well.
+    """
+    chosen = FORMATS[to]
+    chosen.write(path, file, backbone)
+    again = chosen.read(path, file)
+    changed = [
+        name
+        for name, value in backbone.state_dict().items()
+        if again.weights and not name.endswith("num_batches_tracked") and not torch.equal(value, again.weights[name])
+    ]
+    if changed:
+        raise ConversionError(
+            f"to={to}: {len(changed)} weights of the file read again are others ({', '.join(changed[:3])}): "
+            "nothing was written"
+        )
+    wanted = features(backbone)
+    if not wanted.any():
+        raise ConversionError(f"{file.source} gives every picture the features 0: there is nothing to compare")
+    difference, largest = (features(again.network) - wanted).abs().max().item(), wanted.abs().max().item()
+    if not difference <= chosen.tolerance * largest:  # a NaN is no agreement either
+        raise ConversionError(
+            f"to={to}: features of the file read again differ by {difference:.2g} where the largest is {largest:.2g}, "
+            f"more than {chosen.tolerance:g} of it: nothing was written"
+        )
+    return difference, largest
+
+
+def _refuse_what_does_not_fit(to: str, file: EncoderFile) -> None:
+    fitting = [name for name, each in FORMATS.items() if each.fits(file)]
+    require(
+        to in fitting,
+        f"to={to} holds {FORMATS[to].holds}, and {file.source} is backbone={file.backbone} options={file.options}: "
+        f"it can be to={', '.join(fitting)}",
+    )
+
+
+def _pictures(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
+    """The run's pictures and their name; the embedded digits where none are said, or the run's are not here."""
+    if config.data.name is not None or subject.file.config.get("data"):
+        lazily = replace(config, data=replace(config.data, resident=False))  # a few are needed, not all in memory
+        try:
+            return open_data(lazily, subject).train, data_config(lazily, subject).name
+        except (FileNotFoundError, ValueError):
+            if config.data.name is not None:  # asked for: its absence is an error
+                raise
+    return load_source("digits").train, "digits"

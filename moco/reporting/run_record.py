@@ -1,0 +1,146 @@
+"""What a run's directory says of itself: configuration, curves, evaluations, newest checkpoint, the doctor's words."""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moco.analysis import Alarm, diagnose
+from moco.analysis.diagnosis import Recorded, facts_of, recorded
+from moco.config import ConfigError, RunWarning, TrainConfig, require
+from moco.runs import checkpoint
+from moco.runs.directory import flatten
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run of moco.train as it lies on disk."""
+
+    path: Path
+    config: dict[str, Any]
+    values: Recorded
+    results: list[dict[str, Any]]
+    checkpoint: Path | None  # the newest that can be read
+    state: dict[str, Any]  # of it, without weights; {} without a checkpoint
+
+    @property
+    def name(self) -> str:
+        return self.path.name or str(self.path)
+
+    def get(self, dotted: str, default: Any = None) -> Any:
+        """A field of the configuration; an old run may not know it."""
+        value: Any = self.config
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return default if value is None else value
+
+    @property
+    def step(self) -> int:
+        recorded = [steps[-1] for steps, _ in self.values.values() if steps]
+        return int(max([*recorded, self.state.get("step", 0)]))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """From what was recorded; nan where nothing was."""
+        epochs, steps = self.values.get("train/epoch", ([], []))[::-1]
+        return steps[-1] / epochs[-1] if epochs and epochs[-1] > 0 else math.nan
+
+    @property
+    def total_steps(self) -> float:
+        return float(self.get("epochs", math.nan)) * self.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.step >= round(self.total_steps)) if not math.isnan(self.total_steps) else False
+
+
+def open_run(path: Path) -> Run:
+    """Reads a run.
+
+    Raises:
+        ConfigError: if there is none, or a file of it is damaged.
+    """
+    require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
+    file, state = _newest(path)
+    config = state.get("config") or _configuration(path)
+    values = recorded(path / "metrics.jsonl")
+    require(
+        bool(values) or file is not None,
+        f"run={path} has recorded nothing and saved no checkpoint yet: train it first, python -m moco.train run={path}",
+    )
+    slim = {name: value for name, value in state.items() if name not in ("method", "optimizer", "scaler")}
+    return Run(path, config, values, _results(path / "results.json"), file, slim)
+
+
+def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that can be read."""
+    found = checkpoint.found(path / "checkpoints")
+    for file in found:
+        try:
+            state = checkpoint.load(file)
+        except checkpoint.CheckpointError as error:
+            before = "" if file == found[-1] else "; falling back to the checkpoint before it"
+            warnings.warn(f"{error}{before}", RunWarning, stacklevel=3)
+            continue
+        if isinstance(state.get("config"), dict) and isinstance(state.get("method"), dict):
+            return file, state
+    require(
+        not found, f"run={path}: none of its {len(found)} checkpoints can be read: move them away, or take another run"
+    )
+    return None, {}
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    file = path / "config.yaml"
+    require(file.is_file(), f"run={path} holds no run of moco.train (no config.yaml): name the directory of a run")
+    try:
+        config = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is damaged, and no checkpoint is there: name another run") from error
+    require(isinstance(config, dict), f"{file} is damaged, and no checkpoint is there: name another run")
+    return dict(config)
+
+
+def _results(file: Path) -> list[dict[str, Any]]:
+    try:
+        known = json.loads(file.read_text()) if file.is_file() else []
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): move it away") from error
+    require(isinstance(known, list), f"{file} is damaged (no list): move it away")
+    return [entry for entry in known if isinstance(entry, dict) and isinstance(entry.get("figures"), dict)]
+
+
+def findings(run: Run, images: int | None) -> list[Alarm]:
+    """What the training doctor says.
+
+    Args:
+        run: the run.
+        images: of its data set; None: what an epoch's steps show, at most a batch less.
+    """
+    count = images
+    if count is None and not math.isnan(run.steps_per_epoch):
+        count = round(run.steps_per_epoch * run.get("batch_size", 1))
+    settings = flatten(asdict(TrainConfig())) | flatten(run.config)  # an old run may not know all fields
+    facts = facts_of(settings, count or 2**62)
+    return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
+
+
+def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Recorded], str]:
+    """The series of each run by its name, over epochs where all runs say how long theirs are, else over steps."""
+    epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
+    moved = {}
+    for run, name in zip(runs, names(runs), strict=True):
+        by = run.steps_per_epoch if epochs else 1.0
+        moved[name] = {key: ([step / by for step in steps], series) for key, (steps, series) in run.values.items()}
+    return moved, "epoch" if epochs else "step"
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """The last parts of the runs' paths, or the paths where two would be called alike."""
+    short = [run.name for run in runs]
+    return short if len(set(short)) == len(short) else [str(run.path) for run in runs]

@@ -1,0 +1,1 @@
+"""Features on disk, and search in them."""

@@ -1,0 +1,1 @@
+"""The process: console, standard streams, preemption, watchdog, memory and precision."""

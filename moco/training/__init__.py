@@ -1,0 +1,1 @@
+"""A pretraining run, from its configuration to its summary."""

@@ -1,0 +1,183 @@
+"""Measures of the representation while it is trained: what `moco.analysis` says of a step's queries, keys and queue."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moco.analysis import (
+    EMPTY,
+    alignment,
+    covariance_spectrum,
+    duplicate_share,
+    feature_std,
+    hardness,
+    key_ages,
+    key_drift,
+    own_key_share,
+    power_law_exponent,
+    rank_me,
+    same_label_share,
+    similar_share,
+    similarity_histogram,
+    spread,
+    tolerance,
+    uniformity,
+)
+from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, unit_length
+from moco.distributed import gather, permute, world_size
+from moco.losses import info_nce_logits, info_nce_streamed
+from moco.models.norm import GroupedBatchNorm, untracked
+from moco.training.step import Method
+
+KEYS = 4096  # whose spectrum is taken: the newest of the queue
+QUERIES = 16  # whose logits are looked at one by one
+ENCODED = 64  # keys of a rank that are encoded a second time, in whole groups of BN and two of them at least
+TOP = 10  # negatives of `top_share`
+LIKELY_FALSE = 0.9  # a queue's key this similar to the query's own is likely of the same thing
+
+
+class Monitor:
+    """Looks at a step of two samples or more, see `train_step`; its measures are named "analysis/...".
+
+    They are of the ranks' samples together, and so do not depend on how many ranks there are, but for the two losses,
+    which are of `ENCODED` images a rank. With micro-batches they are of the last one. Every look of every rank gives
+    the same names in the same order: the step averages them in one collective.
+
+    Args:
+        method: what is trained.
+        labels: the class of each sample of the data set, (samples,), -1 where unknown; None without.
+        keys_per_step: keys that a step enqueues, of all ranks and directions.
+        shuffled: whether the step shuffles its keys between BN groups.
+        precision: autocast's type.
+    """
+
+    def __init__(
+        self, method: Method, labels: Tensor | None, keys_per_step: int, shuffled: bool, precision: torch.dtype
+    ) -> None:
+        self._method, self._labels, self._keys_per_step = method, labels, keys_per_step
+        self._shuffled, self._precision = shuffled, precision
+        self.histograms: dict[str, Tensor] = {}  # of the last look: counts over -1 ... 1
+
+    @torch.no_grad()
+    def __call__(self, output: Output, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
+        """Measures of shape (), float32; nan where there is nothing to measure yet, or nothing finite."""
+        queue, temperature = self._method.queue, self._temperature()
+        query, key = gather(torch.cat([output.query, output.key], dim=1)).chunk(2, dim=1)  # (W N, C), one collective
+        samples = gather(index)  # (W N,)
+        bank = key if queue is None else _newest(queue)
+        if len(bank) < len(key):
+            bank = key
+        found = {
+            "alignment": alignment(query, key),
+            "uniformity": uniformity(key),
+            "effective_rank": _or_nan(rank_me, bank),
+            "alpha_req": _or_nan(_exponent, bank),
+            "spread": spread(bank),
+            "std_lowest": feature_std(bank).amin(),
+        }
+        if self._labels is not None:
+            classes = self._labels[samples]
+            known = classes >= 0
+            found["tolerance"] = _or_nan(tolerance, key[known], classes[known])
+        self.histograms = {"positives": similarity_histogram((query * key).sum(dim=1))}
+        if queue is not None:
+            found |= self._against(queue, query, key, samples, temperature)
+        if isinstance(self._method, MoCo):
+            found |= self._leak(self._method, output, views, index, temperature)
+        return {f"analysis/{name}": value.float() for name, value in found.items()}
+
+    def _temperature(self) -> float:
+        learned = getattr(self._method, "learned_temperature", None)
+        value = self._method.temperature if learned is None else learned()  # type: ignore[attr-defined]
+        return float(value)
+
+    def _against(
+        self, queue: KeyQueue, query: Tensor, key: Tensor, index: Tensor, temperature: float
+    ) -> dict[str, Tensor]:
+        """What the queue's keys are to the batch."""
+        some = slice(QUERIES)
+        masked = bool(getattr(self._method, "mask_own_keys", False))
+        allowed = queue.negatives(index[some], masked)  # (16, K) or (1, K)
+        logits = info_nce_logits(query[some], key[some], queue.keys, temperature, allowed)  # (16, 1 + K)
+        self.histograms["negatives"] = similarity_histogram(logits[:, 1:] * temperature)
+        ages = key_ages(queue.count, queue.size, self._keys_per_step).float()
+        found = {
+            "top_share": hardness(logits, TOP).top_share,
+            "key_age": ages.masked_fill(ages == EMPTY, torch.nan).nanmean(),
+            "key_drift": key_drift(queue.keys, queue.index, key, index).nanmean(),
+            "own_key_share": own_key_share(queue.index, index).mean(),
+            "likely_false_share": similar_share(key[some], queue.keys, LIKELY_FALSE, allowed).mean(),
+            "duplicate_share": duplicate_share(key[some], queue.keys, allowed),
+        }
+        if self._labels is not None:
+            known = self._labels[index[some]] >= 0
+            owners = self._labels[queue.index.clamp(min=0)].masked_fill(queue.index == UNKNOWN, -2)
+            share = same_label_share(self._labels[index[some]], owners, allowed)
+            found["same_label_share"] = share.masked_fill(~known, torch.nan).nanmean()
+        return found
+
+    def _leak(
+        self, method: MoCo, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
+    ) -> dict[str, Tensor]:
+        """The loss with keys that were normalised in the groups of their queries, and with shuffled ones.
+
+        One of the two is the step's own, the other costs a forward pass of f_k over `ENCODED` images a rank. Where
+        statistics give keys away, the first is lower (He et al., 2020, Sec. 3.3). Empty where BN has one group: there
+        is nothing to shuffle.
+        """
+        encoder, group = method.momentum_encoder, _group_size(method.momentum_encoder)
+        some = slice(group * max(2, -(-ENCODED // group)) if group else 0)
+        images = views[method.directions[0][1]][some]  # (n, 3, S, S)
+        order = _across_groups(world_size() * len(images), group)
+        if order is None:
+            return {}
+        device, half = images.device.type, self._precision != torch.float32
+        with untracked(encoder), torch.autocast(device, self._precision, enabled=half):
+            if self._shuffled:
+                other = unit_length(encoder(images))  # (n, C)
+            else:
+                other = permute(unit_length(encoder(permute(images, order))), np.argsort(order))  # (n, C)
+        queue = method.queue
+        filled = queue.negatives(index[some], mask_own_keys=False)  # (1, K)
+        of, by = (index[some], queue.index) if method.mask_own_keys else (None, None)
+        own, other = (
+            info_nce_streamed(output.query[some], k, queue.keys, temperature, filled, index=of, queue_index=by).loss
+            for k in (output.key[some], other)
+        )
+        shuffled, unshuffled = (own, other) if self._shuffled else (other, own)
+        return {"loss_shuffled": shuffled, "loss_unshuffled": unshuffled}
+
+
+def _group_size(module: nn.Module) -> int:
+    """Of its first BN in groups; 0 without one."""
+    sizes = (layer.group_size for layer in module.modules() if isinstance(layer, GroupedBatchNorm))
+    return next(sizes, 0)
+
+
+def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
+    """An order of the samples in which each group draws evenly on all groups; None where there is one group."""
+    if group == 0 or samples <= group:
+        return None
+    return np.arange(samples).reshape(-1, group).T.ravel()
+
+
+def _newest(queue: KeyQueue) -> Tensor:
+    """The newest keys of images, at most `KEYS`, (M, C)."""
+    slots = (queue.count - 1 - torch.arange(min(KEYS, queue.size), device=queue.count.device)) % queue.size
+    return queue.keys[slots[queue.index[slots] != UNKNOWN]]
+
+
+def _or_nan(measure: Callable[..., Tensor], features: Tensor, *more: Tensor) -> Tensor:
+    """A measure, or nan: of too few dimensions, of no two samples of a class, of a step that is not finite."""
+    try:
+        return measure(features, *more)
+    except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return features.new_tensor(math.nan)
+
+
+def _exponent(features: Tensor) -> Tensor:
+    return power_law_exponent(covariance_spectrum(features))

@@ -1,0 +1,265 @@
+"""The temperature study: what is measured, that finished runs stay, what a failing run does, what is refused."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from moco.analysis import temperature as stage
+from moco.analysis.temperature import command_of, explain, summary, sweep
+from moco.analysis.temperature_figures import draw_curves, penalties
+from moco.analysis.temperature_measures import Contrast, Run, Space, contrast_of, measure
+from moco.config import AugmentConfig, ConfigError, MethodConfig, ModelConfig, TrainConfig
+from moco.config.temperature import TemperatureConfig, check_temperature
+from moco.data.sources import load_source
+from moco.evaluation.knn_classifier import Accuracy
+from moco.methods.build import build_method
+from moco.runs import checkpoint
+from moco.temperature import temperature
+from tests.losses.loops import dot, unit
+
+SMALL = ["batch_size=64", "method.queue_size=64", "model.options.width=4", "threads=1", "device=cpu"]
+SMALL += ["optim.warmup_epochs=0", "evaluate.every_epochs=0"]
+
+
+def config(output: Path, **changes: Any) -> TemperatureConfig:
+    values: dict[str, Any] = {
+        "temperatures": [0.1, 1.0],
+        "overrides": SMALL,
+        "epochs": 1,
+        "images": 60,
+        "draws": 3,
+        "bins": 20,
+        "device": "cpu",
+    }
+    return TemperatureConfig(output=str(output), **(values | changes))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
+    """Two real runs of one epoch, as the command makes them."""
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib: pip install 'momentum-contrast[figures]'")
+    output = tmp_path_factory.mktemp("study") / "out"
+    return output, sweep(config(output))
+
+
+@pytest.fixture
+def copy(study: tuple[Path, list[Run]], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(study[0], tmp_path / "out"))
+
+
+def test_a_study_is_its_runs_measures_and_figures(study: tuple[Path, list[Run]]) -> None:
+    output, runs = study
+    assert [(run.temperature, run.seed, run.step, run.pictures) for run in runs] == [(0.1, 0, 20, 60), (1.0, 0, 20, 60)]
+    for run in runs:
+        told = checkpoint.load_newest(Path(run.path) / "checkpoints")
+        assert told is not None
+        assert told["config"]["method"]["temperature"] == run.temperature
+        assert run.seconds == told["seconds"]
+        assert run.knn is not None
+        assert 0 < run.knn.mean < 100
+        assert run.projection.tolerance is not None
+        assert run.projection != run.backbone
+        assert run.contrast.negatives == 64
+        assert sum(run.contrast.positives_at) == 60
+        assert sum(run.contrast.negatives_at) == 60 * 64
+        assert sum(run.contrast.push_at) == pytest.approx(1)
+    assert runs[0].contrast.effective_negatives < runs[1].contrast.effective_negatives <= 64
+    written = json.loads((output / "results.json").read_text())
+    assert [each["temperature"] for each in written["runs"]] == [0.1, 1.0]
+    assert written["summary"][0]["knn"] == {"mean": runs[0].knn.mean if runs[0].knn else None, "std": None}
+    assert written["runs"][1]["contrast"]["push_at"] == runs[1].contrast.push_at
+    for name in stage.FIGURES:
+        assert "<svg" in (output / name).read_text()
+
+
+def test_finished_runs_are_not_run_again(
+    copy: Path, study: tuple[Path, list[Run]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "_train", lambda command, folder: pytest.fail(f"{folder} was run again"))
+    again = sweep(config(copy))
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out
+    for run, before in zip(again, study[1], strict=True):
+        assert (run.knn, run.contrast, run.projection) == (before.knn, before.contrast, before.projection)
+
+
+def test_a_failing_run_is_named_with_what_it_said_and_the_rest_goes_on(copy: Path, tmp_path: Path) -> None:
+    blocked = copy / "t0.2" / "seed0"
+    blocked.mkdir(parents=True)
+    (blocked / "mine.txt").write_text("no run")
+    with pytest.raises(ValueError, match=r"1 of 3 runs failed: .*t0\.2/seed0: moco: run=.* holds no run") as caught:
+        sweep(config(copy, temperatures=[0.1, 0.2, 1.0]))
+    assert "\n" not in str(caught.value)
+    assert [each["temperature"] for each in json.loads((copy / "results.json").read_text())["runs"]] == [0.1, 1.0]
+
+
+def test_a_run_that_was_stopped_stops_the_study_with_its_status(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = [sys.executable, "-c", "import os; print('saved', flush=True); os._exit(75)"]
+    monkeypatch.setattr(stage, "command_of", lambda *_: says)
+    with pytest.raises(SystemExit) as caught:
+        sweep(config(copy, seeds=2))
+    assert caught.value.code == 75
+    assert "saved" in capsys.readouterr().out
+
+
+def test_sigterm_reaches_the_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run gets it, saves and leaves with 75; the study leaves with it."""
+    waits = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: os._exit(75)); "
+        f"os.kill({os.getpid()}, signal.SIGTERM); time.sleep(60)"
+    )
+    monkeypatch.setattr(stage, "command_of", lambda *_: [sys.executable, "-c", waits])
+    with pytest.raises(SystemExit) as caught:
+        sweep(config(copy, seeds=2))
+    assert caught.value.code == 75
+
+
+def test_another_study_is_refused_and_more_temperatures_are_not(copy: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds a study with epochs=1 \(now 2\)"):
+        sweep(config(copy, epochs=2))
+    assert len(sweep(config(copy, temperatures=[0.1]))) == 1
+
+
+def test_the_command_of_a_run() -> None:
+    told = config(Path("o"), overrides=["batch_size=8"], epochs=None, keep_epochs=2, recipe="mine")
+    assert command_of(told, 0.07, 3, Path("o/t0.07/seed3"))[1:] == [
+        "-m",
+        "moco.train",
+        "experiment=mine",
+        "batch_size=8",
+        "checkpoint.keep_epochs=2",
+        "method.temperature=0.07",
+        "seed=3",
+        "run=o/t0.07/seed3",
+    ]
+
+
+@pytest.mark.parametrize("with_queue", [True, False])
+def test_similarities_and_pushes_equal_the_loops(with_queue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moco.analysis.temperature_measures.ROWS", 3)  # parts that do not divide
+    query, key, queue = unit(5, 4, seed=0), unit(5, 4, seed=1), unit(9, 4, seed=2)
+    told = contrast_of(query, key, queue if with_queue else None, 0.2, bins=8)
+    negatives_at, push_at, effective, push = [0] * 8, [0.0] * 8, 0.0, 0.0
+    for n, q in enumerate(query.tolist()):
+        others = queue.tolist() if with_queue else [k for j, k in enumerate(key.tolist()) if j != n]
+        weights = [math.exp(dot(q, k) / 0.2) for k in others]
+        shares = [weight / sum(weights) for weight in weights]
+        effective += math.exp(-sum(share * math.log(share) for share in shares)) / 5
+        push += sum(weights) / (sum(weights) + math.exp(dot(q, key[n].tolist()) / 0.2)) / 5
+        for k, share in zip(others, shares, strict=True):
+            place = int((dot(q, k) + 1) * 4)
+            negatives_at[place] += 1
+            push_at[place] += share / 5
+    assert told.negatives == (9 if with_queue else 4)
+    assert told.negatives_at == negatives_at
+    assert told.push_at == pytest.approx(push_at, abs=1e-6)
+    assert told.effective_negatives == pytest.approx(effective, rel=1e-5)
+    assert told.push == pytest.approx(push, rel=1e-5)
+    assert told.positive_similarity == pytest.approx((query * key).sum(dim=1).mean().item(), abs=1e-6)
+
+
+def made(temperature: float, seed: int, knn: float | None, contrast: Contrast) -> Run:
+    accuracy = None if knn is None else Accuracy(knn, 1.0, 3)
+    space = Space(-2.0 + seed, 0.5, 0.1)
+    return Run(temperature, seed, "", 1, 10.0, 4, accuracy, space, space, contrast)
+
+
+def test_a_summary_is_mean_and_spread_over_seeds() -> None:
+    contrast = Contrast(0.9, 4, 2.0, 0.1, [4], [16], [1.0])
+    rows = summary([made(0.5, 0, 70.0, contrast), made(0.5, 1, 74.0, contrast), made(0.1, 0, None, contrast)])
+    assert [(row["temperature"], row["seeds"]) for row in rows] == [(0.1, 1), (0.5, 2)]
+    assert rows[0]["knn"] == {"mean": None, "std": None}
+    assert rows[1]["knn"] == {"mean": 72.0, "std": pytest.approx(math.sqrt(8))}
+    assert rows[1]["uniformity"] == {"mean": -1.5, "std": pytest.approx(math.sqrt(0.5))}
+
+
+def test_penalty_curves_are_shares_and_multiples_of_the_mean() -> None:
+    contrast = Contrast(0.9, 4, 2.0, 0.1, [4, 0, 0], [60, 40, 5], [0.2, 0.7, 0.1])
+    share, one = penalties([made(0.5, 0, 70.0, contrast)])
+    np.testing.assert_allclose(share, [0.2, 0.7, 0.1])
+    np.testing.assert_allclose(one, [0.2 * 105 / 60, 0.7 * 105 / 40, np.nan])  # the last holds too few
+
+
+def test_without_labels_the_curves_say_so(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    contrast = Contrast(0.9, 4, 2.0, 0.1, [4], [16], [1.0])
+    draw_curves(tmp_path / "curves.svg", [made(0.1, 0, None, contrast), made(0.5, 0, None, contrast)])
+    assert "needs labels" in (tmp_path / "curves.svg").read_text()
+
+
+def test_three_logits_are_explained_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    explain(config(tmp_path / "out", mode="explain", temperatures=[0.1]))
+    said = capsys.readouterr().out
+    z = [math.exp(each / 0.1) for each in (0.8, 0.5, 0.1)]
+    assert f"{100 * z[0] / sum(z):.1f}" in said  # 95.2
+    assert f"{-math.log(z[1] / sum(z)):.3g}" in said  # 3.05
+    assert f"{(1 - z[1] / sum(z)) / 0.1:.3g}" in said  # 9.53
+    first = (tmp_path / "out" / "explain.svg").read_bytes()
+    assert b"<svg" in first
+    explain(config(tmp_path / "out", mode="explain", temperatures=[0.1]))
+    assert (tmp_path / "out" / "explain.svg").read_bytes() == first  # a figure is a function of its numbers
+
+
+def test_without_matplotlib_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"figures need matplotlib: pip install 'momentum-contrast\[figures\]'"):
+        sweep(config(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"temperatures": []}, r"temperatures=\[\] must hold one or more"),
+        ({"temperatures": [0.1, 0.0]}, "0 must be above 0, for logits are divided by it"),
+        ({"temperatures": [0.1, 0.1]}, r"holds 0\.1 twice"),
+        ({"temperatures": [math.nan]}, "temperatures=nan must be a finite number"),
+        ({"recipe": "digit"}, "recipe='digit' must be one of cifar10_cpu, .*, digits, .*, supmoco_digits$"),
+        ({"seeds": 0}, "seeds=0 must be at least 1"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"mode": "both"}, "mode='both' must be one of sweep, explain"),
+        ({"overrides": ["seed=3"]}, "'seed=3' is the sweep's own business"),
+        ({"overrides": ["+run=x"]}, "'\\+run=x' is the sweep's own business"),
+        ({"overrides": ["--multirun"]}, "'--multirun' must be field=value"),
+        ({"overrides": ["method.temperature_schedule=learned"]}, "would change the temperature while a run trains"),
+        ({"similarities": [0.1]}, r"similarities=\[0\.1\] must hold two to six cosines"),
+        ({"images": 1}, "images=1 must be at least 2"),
+        ({"output": " "}, "output='' must name the study's directory"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        temperature(
+            config(tmp_path, **changes) if "output" not in changes else TemperatureConfig(temperatures=[1.0], **changes)
+        )
+    assert "\n" not in str(caught.value)
+    check_temperature(config(tmp_path))
+
+
+def test_a_method_without_a_queue_has_the_other_pictures_as_negatives(tmp_path: Path) -> None:
+    """SimCLR keeps no momentum encoder and no keys."""
+    told = TrainConfig(
+        augment=AugmentConfig(size=16, mean=[0.5] * 3, std=[0.5] * 3),
+        model=ModelConfig(backbone="convnet", options={"width": 4}, dim=8, bn="sync"),
+        method=MethodConfig(name="simclr", queue_size=0),
+    )
+    state = {"config": asdict(told), "step": 3, "seconds": 1.0, "method": build_method(told).state_dict()}
+    checkpoint.save(tmp_path / "run" / "checkpoints", 3, state, 1)
+    sources = replace(load_source("digits"), held_out=None)  # and nothing is held out
+    few = {"images": 60, "k": 1, "labels_per_class": 1, "draws": 3, "bins": 20}
+    run = measure(tmp_path / "run", 0.5, 0, sources, device=torch.device("cpu"), **few)
+    assert run.knn is None
+    assert run.contrast.negatives == 59
+    assert sum(run.contrast.negatives_at) == 60 * 59
+    assert sum(run.contrast.push_at) == pytest.approx(1)

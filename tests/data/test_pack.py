@@ -1,0 +1,275 @@
+"""`moco.pack` keeps every byte, goes on after a kill to the same end, and says what it left out."""
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from moco.config import ConfigError
+from moco.config.pack import PackConfig, check_pack
+from moco.data import pack as stage
+from moco.data import packing
+from moco.data.decode import ImageError, decode
+from moco.data.shards import ShardSource
+from moco.data.sources import load_source
+from tests.data.broken import bad_files, encoded, noise, odd_files
+from tests.data.packed import packed, pictures
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All files but the lock, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
+
+
+def files_of(root: Path, name: str = "train") -> ShardSource:
+    source = getattr(load_source("shards", str(root)), name)
+    assert isinstance(source, ShardSource)
+    return source
+
+
+def test_workers_change_nothing_and_a_finished_folder_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = pictures(tmp_path / "train", count=40)
+    one = everything(packed(tmp_path / "one", root))
+    said = capsys.readouterr().out
+    assert "40 train; as they were" in said
+    assert f"data.root={tmp_path / 'one'}" in "".join(said.replace("│", " ").split("\n")).replace(" ", "")
+    assert everything(packed(tmp_path / "two", root, workers=2)) == one
+    assert {"index.json", "skipped.csv", "train.npy", "train-000000.tar", "train-000001.tar"} <= set(one)
+    assert not (tmp_path / "one" / "parts").exists()
+    assert all(len(data) <= 12_000 + 10_240 for name, data in one.items() if name.endswith(".tar"))  # tar's last zeros
+
+    capsys.readouterr()
+    packed(tmp_path / "one", root)
+    assert "already packed, and every file is as it was written" in capsys.readouterr().out
+    assert everything(tmp_path / "one") == one
+
+
+def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "train")
+    names = ["cat/a\rb.jpg", "cat/c\nd.jpg", 'cat/e",f.jpg']
+    for name in names:
+        (root / name).write_bytes(b"none")
+    packed(tmp_path / "out", root, data_max_bad=0.5)
+    with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == names
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "words"),
+    [
+        ("digits", 1297, "data.resident=true data=shards"),
+        ("cifar10", 50_000, "experiment=moco_v2plus_cifar10 data.resident=true data=shards"),
+        ("folder", 1_000_000, "experiment=moco_v2_folder data=shards data.root=out run=runs/packed"),
+        ("folder", 3000, "experiment=moco_v2_folder method.queue_size=1280 data=shards"),
+        ("huggingface", 200, "experiment=moco_v2_folder method.queue_size=64 batch_size=64"),
+        ("folder", 20, "too few pictures for a recipe; data=shards data.root=out"),
+    ],
+)
+def test_what_to_run_next_fits_the_pictures(name: str, count: int, words: str) -> None:
+    said = stage._next(name, Path("out"), count)
+    assert set(words.split()) <= set(said.split())
+    assert ("experiment=" in said, "queue_size=" in said) == ("experiment=" in words, "queue_size=" in words)
+
+
+def _pack_slowly(output: Path, root: Path) -> None:
+    take = stage.Packer.take
+
+    def slow(self: Any, i: int, picture: packing.Picture) -> None:
+        time.sleep(0.02)
+        take(self, i, picture)
+
+    stage.Packer.take = slow  # type: ignore[method-assign]
+    packed(output, root)
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = pictures(tmp_path / "train", count=60)
+    (root / "cat" / "30bad.jpg").write_bytes(b"no picture")
+    whole = everything(packed(tmp_path / "whole", root, data_max_bad=0.1))
+    output = tmp_path / "killed"
+    process = multiprocessing.get_context("fork").Process(target=_pack_slowly, args=(output, root))
+    process.start()
+    until = time.monotonic() + 60
+    while len(list((output / "parts").glob("train-*.npz"))) < 3 and time.monotonic() < until:
+        time.sleep(0.005)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    parts = sorted((output / "parts").glob("train-*.npz"))
+    assert 3 <= len(parts) < len([name for name in whole if name.endswith(".tar")])
+    assert not (output / "index.json").exists()
+
+    # A finished shard that was harmed meanwhile is made again, and those behind it; the one before it is kept.
+    kept = (output / "train-000000.tar").stat().st_mtime_ns
+    os.truncate(output / "train-000001.tar", 100)
+    monkeypatch.setattr(stage, "prepared", prepared := Noting(packing.prepared))
+    with pytest.raises(ConfigError, match=r"holds shards with shard_mb=0\.012 \(now 0\.02\): choose another output"):
+        packed(output, root, shard_mb=0.02, data_max_bad=0.1)
+    packed(output, root, data_max_bad=0.1)
+    assert len(prepared.starts) == 1
+    assert 0 < prepared.starts[0] < 20  # behind the first shard
+    assert (output / "train-000000.tar").stat().st_mtime_ns == kept
+    assert everything(output) == whole
+
+
+class Noting:
+    """Calls a function and keeps where each call began."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.starts = function, list[int]()
+
+    def __call__(self, source: Any, start: int, *rest: Any) -> Any:
+        self.starts.append(start)
+        return self.function(source, start, *rest)
+
+
+def test_what_cannot_be_read_is_left_out_and_listed(tmp_path: Path) -> None:
+    root = tmp_path / "mixed"
+    root.mkdir()
+    for name, (data, _) in (bad_files() | odd_files()).items():
+        (root / name).write_bytes(data)
+    with pytest.raises(ImageError, match=r"1 of the 17 train pictures cannot be read, more than data\.max_bad=0\.01"):
+        packed(tmp_path / "out", root)
+    packed(tmp_path / "out", root, data_max_bad=0.5)  # a free field: the same command goes on
+    with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
+        listed = {row["path"]: (row["split"], row["kind"]) for row in csv.DictReader(file)}
+    assert listed == {name: ("train", kind) for name, (_, kind) in bad_files().items()}
+    source = files_of(tmp_path / "out")
+    assert [source.name(i) for i in range(len(source))] == sorted(odd_files())
+    for i in range(len(source)):
+        assert source.content(i) == odd_files()[source.name(i)][0]
+
+
+def test_large_pictures_are_scaled_and_small_ones_keep_their_bytes(tmp_path: Path) -> None:
+    root = tmp_path / "sizes"
+    root.mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: 60 x 90 when upright
+    smooth = Image.linear_gradient("L").convert("RGB")
+    for name, data in {
+        "a.png": encoded(smooth.resize((200, 100)), "PNG"),
+        "b.jpg": encoded(smooth.resize((90, 60)), "JPEG", exif=exif),
+        "c.jpg": encoded(smooth.resize((32, 300)), "JPEG"),
+        "d.png": encoded(noise(height=20, width=50), "PNG"),
+    }.items():
+        (root / name).write_bytes(data)
+    source = files_of(packed(tmp_path / "out", root, short_side=32))
+    assert [tuple(source.image(i).shape[1:]) for i in range(4)] == [(32, 64), (48, 32), (300, 32), (20, 50)]
+    for i, name in ((2, "c.jpg"), (3, "d.png")):  # not larger than asked for
+        assert source.content(i) == (root / name).read_bytes()
+    with Image.open(io.BytesIO(source.content(0))) as image:
+        assert image.format == "JPEG"
+    # Antialiased and nearly without loss: close to the mean over the pixels that each small one stands for.
+    small, large = source.image(0).float(), decode(root / "a.png").float()
+    mean = torch.nn.functional.interpolate(large[None], (32, 64), mode="area")[0]
+    assert (small - mean).abs().mean() < 2
+    first = len(source.content(0))
+    assert len(files_of(packed(tmp_path / "fine", root, short_side=32, quality=95)).content(0)) > first
+
+
+def test_a_data_set_in_memory_keeps_its_pixels_and_all_splits(tmp_path: Path) -> None:
+    packed(tmp_path / "out", Path("unused"), data_name="digits", shard_mb=1)
+    digits = load_source("digits")
+    for name in ("train", "held_out"):
+        one, other = getattr(digits, name), files_of(tmp_path / "out", name)
+        assert len(one) == len(other)
+        assert one.classes == other.classes
+        assert one.labels.tolist() == (other.labels.tolist() if other.labels is not None else None)
+        assert [one.name(i) for i in range(len(one))] == [other.name(i) for i in range(len(other))]
+        assert all(torch.equal(one.image(i), other.image(i)) for i in range(0, len(one), 50))
+    # and shards are a source like any other
+    resident = load_source("shards", str(tmp_path / "out"), resident=True)
+    assert resident.train.images is not None
+    assert digits.train.images is not None
+    assert torch.equal(resident.train.images, digits.train.images)
+
+
+def test_foreign_folders_and_pictures_that_change(tmp_path: Path) -> None:
+    root = pictures(tmp_path / "train")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"is not empty and holds no shards \(\['thesis\.txt'\]\)"):
+        packed(other, root)
+    packed(tmp_path / "out", root)
+    (root / "cat" / "00.jpg").write_bytes(encoded(noise(77), "JPEG"))
+    with pytest.raises(ConfigError, match=r"other pictures, or the same ones changed since \(12 train; now 12 train\)"):
+        packed(tmp_path / "out", root)
+    with pytest.raises(ConfigError, match=r"data\.labels=none \(now folder\) and data\.name=|data\.labels=none"):
+        packed(tmp_path / "out", root, data_labels="folder")
+
+
+def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = pictures(tmp_path / "train")
+
+    def full(self: Any, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packing._Sink, "write", full)
+        with pytest.raises(ValueError, match=r"cannot be written to \(No space left on device\): make room there"):
+            packed(tmp_path / "out", root)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    packed(tmp_path / "out", root)
+    assert len(files_of(tmp_path / "out")) == 12
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("output", " ", "must name the folder"),
+        ("quality", 96, "quality=96 must lie in 1 ... 95"),
+        ("short_side", -1, "short_side=-1 must not be negative"),
+        ("shard_mb", 0.0, "shard_mb=0 must be above 0"),
+        ("workers", 999, "workers=999 must be at most 256"),
+    ],
+)
+def test_impossible_values_are_named(field: str, value: object, words: str) -> None:
+    config = PackConfig(output="out")
+    setattr(config, field, value)
+    with pytest.raises(ConfigError) as caught:
+        check_pack(config)
+    assert words in str(caught.value)
+
+
+def test_a_stream_is_not_packed_again() -> None:
+    config = PackConfig(output="out")
+    config.data.name = "webdataset"
+    with pytest.raises(ConfigError, match=r"data\.name=webdataset is in shards already"):
+        check_pack(config)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """As it is typed: packs, and a run trains on the shards with the live accuracy of the held-out ones."""
+    root = pictures(tmp_path / "train", count=20)
+    pictures(tmp_path / "test", count=6, first=50)
+    command = [sys.executable, "-m", "moco.pack", f"data.root={root}", "data.labels=folder", "data.workers=0"]
+    said = subprocess.run(
+        [*command, f"data.eval_root={tmp_path / 'test'}", f"output={tmp_path / 'out'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stderr
+    assert "20 train, 6 held_out" in said.stdout
+    about = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert about["classes"] == ["cat", "dog"]
+    small = ["epochs=1", "batch_size=8", "method.queue_size=8", "model.bn_group_size=4", "augment.eval_resize=16"]
+    fields = ["data=shards", f"data.root={tmp_path / 'out'}", "data.workers=0", f"run={tmp_path / 'run'}", *small]
+    trained = subprocess.run([sys.executable, "-m", "moco.train", *fields], capture_output=True, text=True, check=False)
+    assert trained.returncode == 0, trained.stderr
+    assert "on shards (20 images)" in trained.stdout
+    assert "held-out kNN" in trained.stdout

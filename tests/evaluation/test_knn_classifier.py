@@ -1,0 +1,288 @@
+"""kNN against scikit-learn, and few-label draws that every encoder shares."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
+
+from moco.evaluation.knn_classifier import (
+    Accuracy,
+    draw_labels,
+    knn_accuracy,
+    knn_predict,
+    knn_votes,
+    leave_one_out,
+    nearest,
+    votes_of_draws,
+)
+from tests.distributed.launch import run_ranks
+
+BANK, QUERIES, DIM, CLASSES = 60, 41, 7, 5
+
+
+def features(rows: int, seed: int, dim: int = DIM) -> Tensor:
+    """Of any length, as an encoder gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, dim, generator=generator) * (1 + 3 * torch.rand(rows, 1, generator=generator))
+
+
+def classes(rows: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, CLASSES, rows)
+
+
+def judge(k: int, temperature: float) -> KNeighborsClassifier:
+    def weights(distance: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.exp((1 - distance) / temperature)
+
+    return KNeighborsClassifier(k, weights=weights, metric="cosine", algorithm="brute")
+
+
+# ---- prediction ----
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, BANK])
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+def test_predictions_equal_scikit_learn(k: int, temperature: float) -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
+    similarity = np.sort(torch.nn.functional.cosine_similarity(queries[:, None], bank, dim=2).numpy(), axis=1)
+    assert np.diff(similarity, axis=1).min() > 0  # distinct, so there is one right order
+    fitted = judge(k, temperature).fit(bank.double().numpy(), labels)
+    expected = fitted.predict(queries.double().numpy())
+    assert knn_predict(bank, torch.from_numpy(labels), queries, k, temperature).tolist() == expected.tolist()
+
+
+def test_votes_are_weighted_by_similarity() -> None:
+    angles = torch.tensor([0.1, 0.6, 0.6])
+    bank = torch.stack([angles.cos(), angles.sin()], dim=1)
+    query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([1, 0, 0])
+    near, far = math.cos(0.1), math.cos(0.6)
+    even = (near - far) / math.log(2)  # the temperature at which one near neighbour outweighs two far ones
+    assert knn_predict(bank, labels, query, 3, even * 0.9).tolist() == [1]
+    assert knn_predict(bank, labels, query, 3, even * 1.1).tolist() == [0]
+
+
+def test_length_of_features_does_not_matter() -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
+    expected = knn_predict(bank, labels, queries, 9, 0.1)
+    stretched = torch.linspace(0.01, 100, BANK)[:, None] * bank
+    assert torch.equal(knn_predict(stretched, labels, 50 * queries, 9, 0.1), expected)
+
+
+def test_very_low_temperature_is_the_nearest_neighbour() -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
+    assert torch.equal(knn_predict(bank, labels, queries, 20, 1e-5), knn_predict(bank, labels, queries, 1, 0.1))
+
+
+def test_more_neighbours_than_samples_means_all() -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
+    assert torch.equal(knn_predict(bank, labels, queries, 999, 0.1), knn_predict(bank, labels, queries, BANK, 0.1))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, QUERIES, 1000])
+def test_chunks_do_not_change_predictions(chunk: int) -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
+    expected = torch.cat([knn_predict(bank, labels, queries[i : i + 1], 9, 0.1) for i in range(QUERIES)])
+    assert torch.equal(knn_predict(bank, labels, queries, 9, 0.1, chunk), expected)
+
+
+# ---- votes of a grid, in parts ----
+
+KS, TEMPERATURES = (1, 3, 10, BANK), (0.05, 0.2, 1.0)
+
+
+@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9)])
+def test_votes_equal_scikit_learn_for_every_k_and_temperature(chunk: int, bank_chunk: int) -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
+    for k in KS:
+        for temperature in TEMPERATURES:
+            expected = judge(k, temperature).fit(bank.double().numpy(), labels).predict_proba(queries.double().numpy())
+            votes = knn_votes(
+                bank, torch.from_numpy(labels), queries, k, temperature, CLASSES, chunk, bank_chunk
+            ).double()
+            np.testing.assert_allclose(votes / votes.sum(dim=1, keepdim=True), expected, atol=2e-5)
+            assert votes.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
+
+
+@pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9), (1, 1)])
+def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(chunk: int, bank_chunk: int) -> None:
+    bank, labels, rows = features(BANK, 0), classes(BANK, 2), [0, 3, 4, 17, 30, BANK - 1]
+    ks = (1, 3, 10, BANK - 1, 999)
+    got = leave_one_out(bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, chunk, bank_chunk)
+    for i, k in enumerate(ks):
+        for j, temperature in enumerate(TEMPERATURES):
+            right = 0
+            for row in rows:
+                others = np.delete(np.arange(BANK), row)
+                fitted = judge(min(k, BANK - 1), temperature).fit(bank[others].double().numpy(), labels[others])
+                right += int(fitted.predict(bank[row : row + 1].double().numpy())[0] == labels[row])
+            assert got[i, j] == pytest.approx(100 * right / len(rows))
+
+
+def signs(rows: int, seed: int) -> Tensor:
+    """Features of +1 and -1, 16 of them: each cosine is a multiple of 1/8, exactly, and most of them are tied."""
+    return torch.randint(0, 2, (rows, 16), generator=torch.Generator().manual_seed(seed)) * 2.0 - 1
+
+
+@pytest.mark.parametrize("with_own", [False, True])
+@pytest.mark.parametrize("k", [1, 5, 59, 60, 99])
+def test_of_equally_near_references_the_lower_row_counts_in_any_parts(k: int, with_own: bool) -> None:
+    bank = signs(BANK, 0)
+    own = torch.tensor([5, 0, 59, 31]) if with_own else None
+    queries = signs(9, 1) if own is None else bank[own]
+    similarity = queries @ bank.T / 16  # exact
+    if own is not None:
+        similarity[torch.arange(len(own)), own] = -math.inf
+    values, order = similarity.sort(dim=1, descending=True, stable=True)
+    wanted = min(k, BANK - with_own)
+    for bank_chunk in (1, 7, 16, 59, 60, 1000):
+        got, rows = nearest(bank, queries, k, own, bank_chunk)
+        assert torch.equal(rows, order[:, :wanted])
+        assert torch.equal(got, values[:, :wanted])
+
+
+def test_copies_of_a_picture_are_tied_for_any_features() -> None:
+    bank, queries = features(500, 0, 192), features(100, 1, 192)
+    bank[[250, 499]] = bank[3].clone()
+    for bank_chunk in (100, 499, 1000):
+        similarity, rows = nearest(bank, bank[3] + 0.01 * queries, 4, bank_chunk=bank_chunk)
+        assert rows[:, :3].tolist() == [[3, 250, 499]] * 100
+        assert torch.equal(similarity[:, 0], similarity[:, 2])
+
+
+def test_half_precision_references_give_nearly_the_same_votes() -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
+    exact = knn_votes(bank, labels, queries, 20, 0.1, CLASSES)
+    torch.testing.assert_close(knn_votes(bank.half(), labels, queries, 20, 0.1, CLASSES), exact, rtol=0.02, atol=0.02)
+
+
+def test_draws_vote_with_their_few_labels_only() -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
+    each = list(votes_of_draws(bank, labels, queries, 3, 0.1, CLASSES, 2, draws=3))
+    assert len(each) == 3
+    for draw, votes in enumerate(each):
+        rows = draw_labels(labels, 2, draw)
+        few = torch.from_numpy(labels[rows])
+        assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, 3, 0.1, CLASSES))
+
+
+def everything() -> list[tuple[Tensor, NDArray[np.float64], Accuracy]]:
+    bank, queries, labels = features(131, 0), features(173, 1), classes(131, 2)
+    all_labels, rows = torch.from_numpy(labels), torch.arange(0, 131, 2)
+    few = knn_accuracy(bank, labels, queries, classes(173, 3), 3, 0.1, 2, 4)
+    return [
+        (
+            knn_votes(bank, all_labels, queries, 20, 0.1, CLASSES, chunk, 50),
+            leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], chunk, 50),
+            few,
+        )
+        for chunk in (20, 1024)  # 173 queries: nine parts, or one, which leaves the second rank none
+    ]
+
+
+def test_two_processes_equal_one_bit_for_bit() -> None:
+    expected = everything()
+    for found in run_ranks(2, everything):
+        for (votes, chosen, few), wanted in zip(found, expected, strict=True):
+            assert torch.equal(votes, wanted[0])
+            assert np.array_equal(chosen, wanted[1])
+            assert few == wanted[2]
+
+
+def test_progress_counts_the_parts() -> None:
+    seen: list[tuple[int, int]] = []
+    bank, labels = features(BANK, 0), torch.from_numpy(classes(BANK, 2))
+    knn_votes(bank, labels, features(QUERIES, 1), 1, 0.1, CLASSES, 10, progress=lambda *done: seen.append(done))
+    assert seen == [(done, 5) for done in range(5)]
+
+
+# ---- draws of few labels ----
+
+
+def test_draw_holds_so_many_of_each_class_and_none_twice() -> None:
+    labels = classes(200, 0)
+    rows = draw_labels(labels, 6, draw=3)
+    assert len(set(rows.tolist())) == len(rows) == 6 * CLASSES
+    assert np.bincount(labels[rows]).tolist() == [6] * CLASSES
+
+
+def test_draw_is_a_function_of_labels_and_number_alone() -> None:
+    labels = classes(200, 0)
+    first = draw_labels(labels, 2, draw=0)
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    assert np.array_equal(draw_labels(labels, 2, draw=0), first)
+    draws = {tuple(sorted(draw_labels(labels, 2, draw).tolist())) for draw in range(30)}
+    assert len(draws) == 30
+
+
+def test_a_seed_makes_other_draws_and_zero_is_the_default() -> None:
+    labels = classes(200, 0)
+    assert np.array_equal(draw_labels(labels, 2, 3, seed=0), draw_labels(labels, 2, 3))
+    assert not np.array_equal(draw_labels(labels, 2, 3, seed=1), draw_labels(labels, 2, 3))
+
+
+def test_more_labels_a_class_contain_the_fewer() -> None:
+    labels = classes(200, 0)
+    assert set(draw_labels(labels, 1, 4).tolist()) < set(draw_labels(labels, 5, 4).tolist())
+
+
+def test_every_sample_is_drawn_about_equally_often() -> None:
+    labels = np.repeat(np.arange(2), 10)
+    counts = np.bincount(np.concatenate([draw_labels(labels, 3, draw) for draw in range(400)]), minlength=20)
+    # 400 x 3/10 = 120 each; the standard deviation is 9
+    assert abs(counts - 120).max() < 45
+
+
+def test_too_few_samples_name_the_smallest_class() -> None:
+    labels = np.array([0] * 9 + [1] * 3 + [2] * 9)
+    with pytest.raises(ValueError, match=r"evaluate\.labels_per_class=4, but the smallest class has 3 samples"):
+        draw_labels(labels, 4, 0)
+
+
+# ---- accuracy ----
+
+
+def test_accuracy_with_all_labels_counts_right_predictions() -> None:
+    bank, queries = features(BANK, 0), features(QUERIES, 1)
+    labels, truth = classes(BANK, 2), classes(QUERIES, 3)
+    predictions = knn_predict(bank, torch.from_numpy(labels), queries, 9, 0.1).tolist()
+    right = sum(int(a == b) for a, b in zip(predictions, truth.tolist(), strict=True))
+    score = knn_accuracy(bank, labels, queries, truth, 9, 0.1)
+    assert score.mean == pytest.approx(100 * right / QUERIES)
+    assert (score.std, score.draws) == (0.0, 1)
+    assert str(score) == f"{100 * right / QUERIES:.1f} %"
+
+
+def test_accuracy_with_few_labels_is_mean_and_deviation_over_the_draws() -> None:
+    bank, queries = features(BANK, 0), features(QUERIES, 1)
+    labels, truth = classes(BANK, 2), classes(QUERIES, 3)
+    scores = []
+    for draw in range(7):
+        rows = draw_labels(labels, 2, draw)
+        fitted = judge(3, 0.1).fit(bank.double().numpy()[rows], labels[rows])
+        scores.append(100 * float(np.mean(fitted.predict(queries.double().numpy()) == truth)))
+    mean = sum(scores) / 7
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 7)
+    score = knn_accuracy(bank, labels, queries, truth, 3, 0.1, labels_per_class=2, draws=7)
+    assert score.draws == 7
+    assert score.mean == pytest.approx(mean)
+    assert score.std == pytest.approx(deviation)
+    assert str(score) == f"{mean:.1f} % ± {deviation:.1f}"
+
+
+def test_perfect_features_score_100_and_a_class_missing_from_the_bank_scores_0() -> None:
+    labels = np.repeat(np.arange(CLASSES), 4)
+    perfect = torch.eye(CLASSES)[torch.from_numpy(labels)]
+    assert knn_accuracy(perfect, labels, perfect, labels, 4).mean == 100.0
+    assert knn_accuracy(perfect, labels, perfect, labels, 4, labels_per_class=1, draws=5) == Accuracy(100.0, 0.0, 5)
+    assert knn_accuracy(perfect[:-4], labels[:-4], perfect[-4:], labels[-4:], 4).mean == 0.0
+
+
+def test_features_of_noise_score_at_chance() -> None:
+    labels, truth = np.repeat(np.arange(CLASSES), 40), np.repeat(np.arange(CLASSES), 200)
+    score = knn_accuracy(features(200, 0), labels, features(1000, 1), truth, 20, labels_per_class=10, draws=10)
+    assert score.mean == pytest.approx(100 / CLASSES, abs=4)

@@ -1,0 +1,116 @@
+"""Search among features against brute force written with plain loops."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moco.evaluation.neighbours import duplicate_groups, nearest, outlier_scores
+from moco.evaluation import neighbours as search
+
+STEPS = 2**23
+
+
+def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """In double precision, rounded to 2**-23, as the module says."""
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    length = max(float(np.linalg.norm(x)), 1e-12) * max(float(np.linalg.norm(y)), 1e-12)
+    return float(np.rint((x @ y) / length * STEPS)) / STEPS
+
+
+def brute_nearest(
+    features: NDArray[np.float32], queries: NDArray[np.float32], k: int, exclude: list[int]
+) -> tuple[list[list[float]], list[list[int]]]:
+    scores, rows = [], []
+    for query, banned in zip(queries, exclude, strict=True):
+        pool = sorted((-cosine(query, other), row) for row, other in enumerate(features) if row != banned)[:k]
+        scores.append([-score for score, _ in pool])
+        rows.append([row for _, row in pool])
+    return scores, rows
+
+
+def brute_groups(features: NDArray[np.float32], threshold: float) -> list[list[int]]:
+    """Grows each group from its first row."""
+    left, groups = set(range(len(features))), []
+    while left:
+        group = [min(left)]
+        left.remove(group[0])
+        for member in group:  # grows while it is walked
+            near = sorted(row for row in left if cosine(features[member], features[row]) >= threshold)
+            left -= set(near)
+            group += near
+        if len(group) > 1:
+            groups.append(sorted(group))
+    return sorted(groups, key=lambda group: (-len(group), group[0]))
+
+
+@pytest.fixture
+def features() -> NDArray[np.float32]:
+    """Thirty vectors in a plane's neighbourhood, so that similarities spread, with repeats, opposites and a zero."""
+    angles = np.linspace(0, 3, 30) ** 1.5
+    rows = np.stack([np.cos(angles), np.sin(angles), 0.1 * np.sin(7 * angles)], axis=1).astype(np.float32)
+    rows[[5, 17, 29]] = rows[2]  # equal to each other: ties
+    rows[11] = -rows[3]
+    rows[20] = 0  # no direction: similar to nothing
+    rows[8] *= 1000  # length does not count
+    return rows
+
+
+@pytest.mark.parametrize("block", [1, 7, 30, 4096])
+@pytest.mark.parametrize("k", [1, 4, 29, 100])
+def test_nearest_equals_brute_force(features: NDArray[np.float32], k: int, block: int) -> None:
+    own = np.arange(len(features))
+    scores, rows = nearest(features, features, k, own, block)
+    wanted_scores, wanted_rows = brute_nearest(features, features, k, list(own))
+    assert rows.tolist() == wanted_rows
+    assert scores.tolist() == wanted_scores
+
+
+def test_ties_go_by_row_and_nothing_is_excluded_by_minus_one(features: NDArray[np.float32]) -> None:
+    _, rows = nearest(features, features[[2, 2]], 4, np.array([-1, 5]))
+    assert rows[0].tolist() == [2, 5, 17, 29]
+    assert rows[1, :3].tolist() == [2, 17, 29]
+    _, every = nearest(features, features[:1], 100)
+    assert sorted(every[0].tolist()) == list(range(30))
+    opposite, _ = nearest(features[[11]], features[[3]], 1)
+    assert opposite.tolist() == [[-1.0]]
+
+
+def test_features_may_lie_on_disk_and_be_halves(features: NDArray[np.float32], tmp_path: object) -> None:
+    halves = np.lib.format.open_memmap(f"{tmp_path}/f.npy", mode="w+", dtype=np.float16, shape=features.shape)
+    halves[:] = features
+    same = np.array(halves, np.float32)
+    assert nearest(halves, halves, 3)[1].tolist() == nearest(same, same, 3)[1].tolist()
+
+
+@pytest.mark.parametrize("block", [1, 4, 64])
+@pytest.mark.parametrize("threshold", [1.0, 0.999, 0.95, 0.5, -0.99])
+def test_groups_equal_brute_force(features: NDArray[np.float32], threshold: float, block: int) -> None:
+    groups = [group.tolist() for group in duplicate_groups(features, threshold, block)]
+    assert groups == brute_groups(features, threshold)
+    if threshold == 1.0:
+        assert groups == [[2, 5, 17, 29]]
+
+
+def test_groups_do_not_depend_on_how_many_links_may_wait(
+    features: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = brute_groups(features, 0.99)
+    assert len(wanted) > 1
+    monkeypatch.setattr(search, "_MOST_WAITING", 2)  # folded into the groups again and again
+    assert [group.tolist() for group in duplicate_groups(features, 0.99, block=3)] == wanted
+
+
+def test_a_chain_is_one_group() -> None:
+    angles = np.deg2rad([0, 10, 20, 30, 90])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    assert [group.tolist() for group in duplicate_groups(features, 0.98, block=2)] == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("block", [1, 6, 4096])
+def test_outlier_scores_are_means_over_the_nearest_others(features: NDArray[np.float32], block: int) -> None:
+    told: list[tuple[int, int]] = []
+    scores = outlier_scores(features, 3, block, progress=lambda done, total: told.append((done, total)))
+    wanted, _ = brute_nearest(features, features, 3, list(range(30)))
+    assert scores.tolist() == pytest.approx([sum(each) / 3 for each in wanted], abs=1e-12)
+    assert int(scores.argmin()) == 20  # the zero: similar to nothing
+    assert told[-1] == (30, 30)

@@ -1,0 +1,232 @@
+"""A conversion leaves a file that was read again with the same features, or nothing and one sentence."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moco.builder import MoCo
+from moco.config import ConfigError, TrainConfig
+from moco.config.convert import ConvertConfig, check_convert
+from moco.config.subject import SubjectDataConfig
+from moco.evaluation.features import Network
+from moco.interop.convert import ConversionError, convert_encoder, write_and_compare
+from moco.interop.encoder_file import EncoderFile, build, read_encoder
+from moco.interop.write import FORMATS, Read
+from moco.models.encoder import build_encoder
+from moco.runs import checkpoint
+from tests.data.pictures import folder as folder_of_pictures
+from tests.interop.networks import IMAGES, saved, source, trained
+
+CONVNET = {"width": 2}
+
+
+def convnet(path: Path) -> str:
+    """A small network in a plain file."""
+    return str(saved(path, trained("convnet", CONVNET).state_dict()))
+
+
+def resnet(path: Path) -> str:
+    return str(saved(path, {"arch": "resnet18", "state_dict": trained().state_dict()}))
+
+
+def conversion(**fields: Any) -> ConvertConfig:
+    config = ConvertConfig(**fields)
+    config.images.size, config.pictures = 32, 4
+    return config
+
+
+def run_with_data(path: Path, **data: Any) -> str:
+    config = TrainConfig()
+    config.model.backbone, config.model.options, config.augment.size = "convnet", CONVNET, 16
+    config.data.workers = 0
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    torch.manual_seed(0)
+    method = MoCo(build_encoder("convnet", CONVNET, 2, 0, 8, "grouped", 4), 8, 16)
+    for parameter in method.momentum_encoder.parameters():
+        parameter.data.add_(0.1)
+    checkpoint.save(path / "checkpoints", 5, {"config": asdict(config), "step": 5, "method": method.state_dict()}, 1)
+    return str(path)
+
+
+# ---- what is left ----
+
+
+def test_a_file_is_left_with_what_was_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "resnet18.pth"
+    convert_encoder(conversion(checkpoint=resnet(tmp_path / "x.pth.tar"), to="torchvision", output=str(output)))
+    assert [each.name for each in output.parent.iterdir()] == ["resnet18.pth"]
+    written = read_encoder(output, backbone="resnet18")
+    assert torch.equal(build(written).get_submodule("backbone")(IMAGES), trained()(IMAGES))
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for words in ("features of 4 pictures (digits) differ by 0 at most", "torchvision.models.resnet18()", "32 px"):
+        assert words in said
+
+
+@pytest.mark.parametrize(("weights", "added"), [("encoder", 0.0), ("momentum_encoder", 0.1)])
+def test_of_a_run_the_chosen_network_is_converted(tmp_path: Path, weights: str, added: float) -> None:
+    run = run_with_data(tmp_path / "run")
+    output = tmp_path / "x.safetensors"
+    convert_encoder(ConvertConfig(run=run, to="safetensors", output=str(output), weights=weights, pictures=2))
+    torch.manual_seed(0)
+    first = build_encoder("convnet", CONVNET, 2, 0, 8, "grouped", 4).get_parameter("backbone.layers.0.weight")
+    written = read_encoder(output)
+    assert torch.equal(written.weights["layers.0.weight"], first + added)
+    assert (written.step, written.images["size"]) == (5, 16)
+    assert written.config["data"]["name"] == "digits"
+
+
+def test_the_runs_own_pictures_are_compared_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = folder_of_pictures(tmp_path / "pictures", 3)
+    # resident is the run's matter: pictures of many sizes do for the comparison
+    run = run_with_data(tmp_path / "run", name="folder", root=str(pictures), resident=True)
+    config = ConvertConfig(run=run, to="safetensors", output=str(tmp_path / "x.safetensors"), overwrite=True)
+    convert_encoder(config)
+    assert "features of 3 pictures (folder)" in " ".join(capsys.readouterr().out.split())
+    for each in pictures.iterdir():
+        each.unlink()
+    convert_encoder(config)
+    assert "features of 16 pictures (digits)" in " ".join(capsys.readouterr().out.split())
+    config.data = SubjectDataConfig(name="folder", root=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        convert_encoder(config)
+
+
+# ---- what is not left ----
+
+
+def perturbed(write: Callable[[Path, EncoderFile, nn.Module], None], size: float) -> Any:
+    """A writer that gets one weight wrong."""
+
+    def wrong(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+        weight = next(backbone.parameters())
+        before = weight.clone()
+        weight.reshape(-1)[0] += size
+        write(path, file, backbone)
+        weight.copy_(before)
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("to", "ending", "words"),
+    [
+        ("safetensors", ".safetensors", r"1 weights of the file read again are others \(layers\.0\.weight\)"),
+        ("torch_export", ".pt2", r"1 weights of the file read again are others \(layers\.0\.weight\)"),
+    ],
+)
+def test_a_wrong_file_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, ending: str, words: str
+) -> None:
+    monkeypatch.setitem(FORMATS, to, replace(FORMATS[to], write=perturbed(FORMATS[to].write, 0.1)))
+    output = tmp_path / f"x{ending}"
+    output.write_text("what was there")
+    path = convnet(tmp_path / "source.pth")
+    config = conversion(checkpoint=path, backbone="convnet", options=CONVNET, to=to, output=str(output), overwrite=True)
+    with pytest.raises(ConversionError, match=f"to={to}: {words}.*: nothing was written"):
+        convert_encoder(config)
+    assert output.read_text() == "what was there"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["source.pth", output.name]
+
+
+@pytest.mark.parametrize(("error", "refused"), [(0.0, False), (0.9e-5, False), (1.1e-5, True), (float("nan"), True)])
+def test_the_tolerance_is_a_part_of_the_largest_feature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, refused: bool
+) -> None:
+    network = trained("convnet", CONVNET)
+
+    def wrong(images: Tensor) -> Tensor:
+        return images * (1 + error)
+
+    monkeypatch.setitem(FORMATS, "onnx", replace(FORMATS["safetensors"], read=lambda path, file: Read(wrong, {})))
+
+    def features(each: Network) -> Tensor:
+        return torch.tensor([[-200.0, 0.0, 1.0]]) if each is network else each(torch.tensor([[-200.0, 0.0, 1.0]]))
+
+    file = source(network, "convnet", CONVNET)
+    if refused:
+        with pytest.raises(ConversionError, match="differ by"):
+            write_and_compare("onnx", tmp_path / "x.safetensors", file, network, features)
+    else:
+        difference, largest = write_and_compare("onnx", tmp_path / "x.safetensors", file, network, features)
+        assert difference == pytest.approx(200 * error, rel=0.05)
+        assert largest == 200
+
+
+def test_features_of_zero_prove_nothing(tmp_path: Path) -> None:
+    network = trained("convnet", CONVNET)
+    with pytest.raises(ConversionError, match="gives every picture the features 0"):
+        write_and_compare(
+            "safetensors",
+            tmp_path / "x.safetensors",
+            source(network, "convnet", CONVNET),
+            network,
+            lambda each: torch.zeros(2, 16),
+        )
+
+
+def test_a_file_that_is_there_stays_unless_told(tmp_path: Path) -> None:
+    path, output = convnet(tmp_path / "x.pth"), tmp_path / "y.safetensors"
+    output.write_text("dear")
+    config = conversion(checkpoint=path, backbone="convnet", options=CONVNET, to="safetensors", output=str(output))
+    with pytest.raises(ConfigError, match="exists: choose another, or set overwrite=true"):
+        convert_encoder(config)
+    assert output.read_text() == "dear"
+    config.overwrite = True
+    convert_encoder(config)
+    assert read_encoder(output).backbone == "convnet"
+    config.checkpoint = str(output)
+    with pytest.raises(ConfigError, match="is the file that is read"):
+        convert_encoder(config)
+    (tmp_path / "folder.safetensors").mkdir()
+    config.output = str(tmp_path / "folder.safetensors")
+    with pytest.raises(ConfigError, match="is a directory: name a file in it"):
+        convert_encoder(config)
+    config.output = str(tmp_path / "x.pth" / "y.safetensors")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        convert_encoder(config)
+
+
+@pytest.mark.parametrize(
+    ("to", "backbone", "options", "words"),
+    [
+        (
+            "torchvision",
+            "convnet",
+            CONVNET,
+            "torchvision's ResNets with their own stem.*it can be to=safetensors, onnx, torch_export",
+        ),
+        ("moco_v2", "resnet18", {"stem": "cifar"}, ".*it can be to=safetensors, onnx, torch_export"),
+        ("deit", "resnet18", {}, "plain ViTs.*to=torchvision, timm, detectron2, moco_v2, moco_v3, safetensors"),
+    ],
+)
+def test_a_network_that_the_format_does_not_hold(
+    tmp_path: Path, to: str, backbone: str, options: dict[str, Any], words: str
+) -> None:
+    path = saved(tmp_path / "x.pth", trained(backbone, options).state_dict())
+    config = conversion(checkpoint=str(path), backbone=backbone, options=options, to=to, output=str(tmp_path / "y.pth"))
+    with pytest.raises(ConfigError, match=f"to={to} holds {words}"):
+        convert_encoder(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"to": ""}, "to='' must be one of torchvision, timm, detectron2"),
+        ({"output": ""}, "output='' must name the file to write, e.g. output=encoder.onnx"),
+        ({"output": "x.pth"}, r"output=x\.pth must end in \.onnx for to=onnx"),
+        ({"to": "moco_v2", "output": "x.pt"}, r"must end in \.pth\.tar or \.pth"),
+        ({"device": "cuda"}, "done and checked on the CPU, set device=cpu"),
+        ({"pictures": 0}, "pictures=0 must be at least 1"),
+        ({"run": ""}, "say which encoder"),
+    ],
+)
+def test_what_cannot_run_is_refused_first(fields: dict[str, Any], words: str) -> None:
+    check_convert(ConvertConfig(run="r", to="onnx", output="x.onnx"))
+    with pytest.raises(ConfigError, match=words):
+        check_convert(ConvertConfig(**({"run": "r", "to": "onnx", "output": "x.onnx"} | fields)))

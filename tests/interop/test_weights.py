@@ -1,0 +1,41 @@
+"""Weights are written whole or not at all."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from moco.files import WriteError
+from moco.interop import weights
+from moco.interop.weights import save_weights
+
+
+def test_a_full_disk_is_one_sentence_and_the_file_of_before_stays(tmp_path: Path) -> None:
+    """A real limit on a file's size, which safetensors meets in its own code."""
+    file = tmp_path / "encoder.safetensors"
+    save_weights(file, {"w": torch.zeros(3)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(WriteError, match=r"encoder\.safetensors cannot be written \(File too large\): make room"):
+            save_weights(file, {"w": torch.ones(30_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ["encoder.safetensors"]
+    assert load_file(file)["w"].tolist() == [0, 0, 0]
+    save_weights(file, {"w": torch.ones(3)})
+    assert load_file(file)["w"].tolist() == [1, 1, 1]
+
+
+def test_what_safetensors_itself_refuses_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise SafetensorError("invalid header")
+
+    monkeypatch.setattr(weights, "save_file", refuse)
+    with pytest.raises(SafetensorError, match="invalid header"):
+        save_weights(tmp_path / "a.safetensors", {})
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,94 @@
+"""Curves: what is drawn, what is only said, what stays when points are left out."""
+
+import math
+import sys
+
+import numpy as np
+import pytest
+
+from moco.config import ConfigError
+from moco.reporting import curves
+from moco.reporting.curves import MOST_POINTS, PALETTE, Chart, Curve, Series, charts, figure, in_words, markup, thinned
+
+RUN: Series = {
+    "train/loss": ([1, 10, 20], [6.0, math.nan, 4.0]),
+    "train/chance": ([1, 10, 20], [6.2, 6.2, 6.2]),
+    "train/contrast_accuracy": ([1, 10, 20], [0.5, 0.25, 0.75]),
+    "train/momentum": ([1, 10, 20], [0.99, 0.99, 0.99]),
+    "train/epoch": ([1, 10, 20], [0.1, 1.0, 2.0]),
+    "analysis/effective_rank": ([10, 20], [30.0, 40.0]),
+    "accuracy/knn": ([0, 20], [60.0, 75.0]),
+    "accuracy/untrained": ([0, 20], [60.0, 60.0]),
+    "accuracy/raw_pixels": ([0, 20], [64.0, 64.0]),
+    "mine/new_measure": ([10, 20], [1.0, 2.0]),
+}
+
+
+def test_everything_recorded_is_drawn_or_said() -> None:
+    drawn, constant = charts({"run": RUN})
+    assert [(each.title.partition(":")[0], each.group) for each in drawn] == [
+        ("Held-out kNN accuracy", "accuracy"),
+        ("Loss", "train"),
+        ("Contrast accuracy", "train"),
+        ("Effective rank (RankMe)", "analysis"),
+        ("New measure", "mine"),
+    ]
+    assert constant == ["Momentum of the key encoder: 0.99"]
+    assert [(curve.name, curve.reference) for curve in drawn[0].curves] == [
+        ("knn", False),
+        ("untrained", True),
+        ("raw pixels", True),
+    ]
+    assert [curve.name for curve in drawn[1].curves] == ["loss", "chance"]
+    assert drawn[2].curves[0].y == [50.0, 25.0, 75.0]  # percent
+
+
+def test_runs_share_a_chart_and_differ_in_colour() -> None:
+    other: Series = {"train/loss": ([1, 5], [6.0, 3.0]), "train/momentum": ([1, 5], [0.9, 0.9])}
+    drawn, constant = charts({"one": RUN, "two": other})
+    loss = next(each for each in drawn if each.title == "Loss")
+    assert [(curve.name, curve.run) for curve in loss.curves] == [("one", 0), ("one, chance", 0), ("two", 1)]
+    assert constant == []  # the two momentums differ
+    lines = [trace["line"] for trace in figure(loss, "epoch")["data"]]
+    assert [line["color"] for line in lines] == [PALETTE[0], PALETTE[0], PALETTE[1]]
+    assert [line["dash"] for line in lines] == ["solid", "dash", "solid"]
+    assert [trace["showlegend"] for trace in figure(loss, "epoch")["data"]] == [True, False, True]
+
+
+def test_a_figure_holds_the_numbers_and_nothing_for_nan() -> None:
+    drawn, _ = charts({"run": RUN})
+    made = figure(drawn[1], "epoch")
+    assert made["data"][0]["x"] == [1, 10, 20]
+    assert made["data"][0]["y"] == [6.0, None, 4.0]
+    assert made["layout"]["xaxis"]["title"]["text"] == "epoch"
+    assert "template" not in made["layout"]
+
+
+def test_no_spike_is_lost_when_a_long_curve_is_thinned() -> None:
+    rng = np.random.default_rng(0)
+    x, y = list(range(100_000)), rng.normal(size=100_000).tolist()
+    y[33_333], y[70_001], y[5] = 99.0, -99.0, math.nan
+    kept_x, kept_y = thinned(x, y)
+    assert len(kept_x) <= MOST_POINTS
+    assert list(kept_x) == sorted(set(kept_x))
+    assert [y[int(at)] for at in kept_x] == list(kept_y)
+    assert max(kept_y) == 99.0
+    assert min(kept_y) == -99.0
+    assert thinned(x[:MOST_POINTS], y[:MOST_POINTS])[0] == x[:MOST_POINTS]
+    assert len(thinned(x, [math.nan] * len(x))[0]) == MOST_POINTS // 2  # gaps stay gaps
+
+
+def test_a_chart_is_told_in_words_and_in_a_table() -> None:
+    chart = Chart("Loss <x>", "nats", [Curve("loss", [0, 1, 2], [5.0, 2.0, math.nan]), Curve("chance", [0], [6.0])])
+    assert in_words(chart) == "loss from 5 to 2, lowest 2, highest 5; chance 6 (nats)"
+    made = markup("chart-0", chart, "epoch")
+    assert 'role="img" aria-label="Loss &lt;x&gt;: loss from 5 to 2' in made
+    assert "<td>5</td><td>6</td>" in made
+    assert "<td>–</td><td>–</td>" in made
+    assert "<x>" not in made
+
+
+def test_a_missing_plotly_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(ConfigError, match=r"needs plotly: pip install 'momentum-contrast\[report\]'"):
+        curves.plotly()

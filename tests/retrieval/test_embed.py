@@ -1,0 +1,300 @@
+"""Features in files: what they are, that a stop costs nothing, that processes agree, what is refused."""
+
+import csv
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from moco.config import ConfigError
+from moco.config.embed import EmbedConfig, check_embed
+from moco.config.subject import ImagesConfig, SubjectDataConfig
+from moco.data.decode import ImageError
+from moco.data.sources import load_source
+from moco.evaluation import features
+from moco.evaluation.features import extract
+from moco.interop.encoder_file import ForeignFileError, build, read_encoder
+from moco.retrieval import embed as stage
+from moco.retrieval.embed import embed
+from moco.retrieval.store import read_about
+from tests.data.pictures import encoder, folder, gradient
+from tests.distributed.launch import run_ranks
+
+FILES = ("features.npy", "index.csv", "features.json")
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Path]:
+    return encoder(tmp_path / "encoder.safetensors"), folder(tmp_path / "pictures")
+
+
+def config(made: tuple[Path, Path], output: Path, **changes: Any) -> EmbedConfig:
+    data = changes.pop("data", SubjectDataConfig("folder", str(made[1]), workers=0))
+    values: dict[str, Any] = {"images_at_once": 4, "device": "cpu", "data": data} | changes
+    return EmbedConfig(checkpoint=str(made[0]), output=str(output), **values)
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in output.iterdir() if each.name != ".lock"}
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / "index.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_features_are_the_encoders(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    output = tmp_path / "out"
+    embed(config(made, output))
+    assert set(contents(output)) == set(FILES)
+    written = np.load(output / "features.npy")
+    source = load_source("folder", str(made[1])).train
+    network = build(read_encoder(made[0])).backbone
+    wanted = extract(network, source, 16, 16, [0.5] * 3, [0.25] * 3, torch.device("cpu"), batch_size=4)
+    assert written.dtype == np.float32
+    assert np.array_equal(written, wanted.numpy())
+    assert [each["path"] for each in rows(output)] == [f"{i:02}.png" for i in range(11)]
+    about = read_about(output)
+    assert (about["rows"], about["dimension"], about["encoder"]["step"]) == (11, 128, 3)
+    assert f"python -m moco.search index={output} mode=duplicates" in capsys.readouterr().out
+
+
+def test_labels_lengths_and_halves(tmp_path: Path) -> None:
+    for name in ("dog", "cat"):
+        folder(tmp_path / "pictures" / name, 2)
+    made = encoder(tmp_path / "encoder.safetensors"), tmp_path / "pictures"
+    data = SubjectDataConfig("folder", str(made[1]), labels="folder", workers=0)
+    embed(config(made, tmp_path / "out", data=data, normalize=True, dtype="float16"))
+    written = np.load(tmp_path / "out" / "features.npy")
+    assert written.dtype == np.float16
+    assert np.linalg.norm(written.astype(float), axis=1) == pytest.approx(np.ones(4), abs=1e-3)
+    assert [(each["label"], each["class"], each["path"]) for each in rows(tmp_path / "out")] == [
+        ("0", "cat", "cat/00.png"),
+        ("0", "cat", "cat/01.png"),
+        ("1", "dog", "dog/00.png"),
+        ("1", "dog", "dog/01.png"),
+    ]
+    with pytest.raises(ConfigError, match=r"split=held_out: data.name=folder has none here"):
+        embed(config(made, tmp_path / "other", data=data, split="held_out"))
+
+
+class Killed(RuntimeError):
+    pass
+
+
+def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream of features breaks off after so many batches, as a killed process does."""
+    whole = features.stream
+
+    def broken(*arguments: Any) -> Iterator[Tensor]:
+        for i, part in enumerate(whole(*arguments)):
+            if i == batches:
+                raise Killed
+            yield part
+
+    monkeypatch.setattr(stage, "stream", broken)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (made[1] / "04.png").write_bytes(b"no picture")
+    embed(config(made, tmp_path / "whole", images_at_once=2, on_bad_image="skip"))
+    halves = config(made, tmp_path / "halves", images_at_once=2, on_bad_image="skip")
+    for batches, done in ((1, 1), (1, 4), (0, 4)):  # the second attempt passes over chunk 2, which holds 04.png
+        with monkeypatch.context() as patch:
+            stop_after(batches, patch)
+            with pytest.raises(Killed):
+                embed(halves)
+        assert json.loads((tmp_path / "halves" / "progress.json").read_text())["done"] == done
+        assert not (tmp_path / "halves" / "features.npy").exists()
+    with pytest.raises(ConfigError, match=r"is not complete: start the same moco.embed again"):
+        read_about(tmp_path / "halves")
+    computed: list[int] = []
+    network_of = stage.network_of
+
+    def progress_bar(*arguments: Any) -> torch.nn.Module:
+        network = network_of(*arguments)
+        network.register_forward_hook(lambda _module, inputs, _out: computed.append(len(inputs[0])))
+        return network
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "network_of", progress_bar)
+        embed(halves)
+    assert computed == [1, 2, 1]  # one for its width, then what was left: rows 8, 9 and 10
+    assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
+
+
+def test_a_complete_output_is_not_computed_again_unless_a_picture_changed(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embed(config(made, tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    shutil.move(str(made[1] / "../pictures"), tmp_path / "moved")  # the same pictures in another place
+    stop_after(0, monkeypatch)
+    embed(config((made[0], tmp_path / "moved"), tmp_path / "out", images_at_once=100))
+    assert contents(tmp_path / "out") == before
+    now, later = capsys.readouterr().out.split("pictures of", 2)[1:]
+    assert "already complete" in later
+    assert "already complete" not in now
+    gradient(99).save(tmp_path / "moved" / "03.png")  # the same name, another picture
+    with pytest.raises(ConfigError, match=r"holds features of pictures of .* that have changed since: choose another"):
+        embed(config((made[0], tmp_path / "moved"), tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+
+
+def _skip_and_stop(made: tuple[Path, Path], output: Path) -> str:
+    """Two embeddings, of which the second fails: its error."""
+    embed(config(made, output / "skip", images_at_once=2, on_bad_image="skip"))  # six chunks
+    try:
+        embed(config(made, output / "stop", images_at_once=2))
+    except ImageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_writes(made: tuple[Path, Path], tmp_path: Path) -> None:
+    (made[1] / "09.png").write_bytes(b"no picture")
+    alone = run_ranks(1, _skip_and_stop, made, tmp_path / "one")
+    both = run_ranks(2, _skip_and_stop, made, tmp_path / "two")
+    assert contents(tmp_path / "two" / "skip") == contents(tmp_path / "one" / "skip")
+    assert set(contents(tmp_path / "two" / "skip")) == {*FILES, "unreadable.csv"}
+    assert both == alone * 2  # the error of the one rank that met the picture is everyone's: nobody waits for it
+    assert "09.png" in both[0]
+
+
+def test_an_unreadable_picture_stops_or_is_listed(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    for name in ("02.png", "05.png", "06.png"):
+        (made[1] / name).write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"05.png|02.png"):
+        embed(config(made, output))
+    embed(config(made, output, on_bad_image="skip"))
+    assert "3 left out" in capsys.readouterr().out
+    kept = [0, 1, 3, 4, 7, 8, 9, 10]
+    assert [int(each["id"]) for each in rows(output)] == kept
+    assert [int(each["row"]) for each in rows(output)] == list(range(8))
+    with (output / "unreadable.csv").open(newline="") as file:
+        bad = list(csv.DictReader(file))
+    assert [(each["id"], each["path"]) for each in bad] == [("2", "02.png"), ("5", "05.png"), ("6", "06.png")]
+    assert all("no known image format" in each["reason"] for each in bad)
+    for name in ("02.png", "05.png", "06.png"):
+        (made[1] / name).unlink()
+    embed(config(made, tmp_path / "without"))
+    written, without = (np.load(each / "features.npy") for each in (output, tmp_path / "without"))
+    assert np.allclose(written, without, atol=1e-6)
+    for each in made[1].iterdir():
+        each.write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match="none of the 8 pictures can be read"):
+        embed(config(made, tmp_path / "nothing", on_bad_image="skip"))
+
+
+def test_another_content_is_refused(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    embed(config(made, output))
+    before = contents(output)
+    with pytest.raises(ConfigError, match=r"holds features of another encoder .*encoder.safetensors, step 3"):
+        embed(config((encoder(tmp_path / "second.safetensors", seed=1), made[1]), output))
+    with pytest.raises(ConfigError, match=r"holds features of other pictures .11 of .*pictures, split=train"):
+        embed(config((made[0], folder(tmp_path / "fewer", 9)), output))
+    with pytest.raises(ConfigError, match=r"holds features of images=.* and normalize=False \(now True\) and dtype"):
+        embed(config(made, output, normalize=True, dtype="float16", images=ImagesConfig(size=8)))
+    assert contents(output) == before
+    with pytest.raises(ConfigError, match=r"holds something else \(00.png, 01.png, 02.png\): choose another"):
+        embed(config(made, made[1]))
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(Killed):
+            embed(config(made, tmp_path / "half"))
+    with pytest.raises(ConfigError, match=r"images_at_once=4 \(now 3\)"):  # other chunks: not the same bytes
+        embed(config(made, tmp_path / "half", images_at_once=3))
+
+
+def test_what_else_is_wrong_gets_a_sentence(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        embed(config((made[0], tmp_path / "empty"), tmp_path / "out"))
+    with pytest.raises(ForeignFileError, match="holds no projection head: set features=backbone"):
+        embed(config(made, tmp_path / "out", features="projection"))
+    for field in ("features", "split", "dtype", "table", "on_bad_image"):
+        with pytest.raises(ConfigError, match=f"{field}='x' must be one of"):
+            check_embed(config(made, tmp_path / "out", **{field: "x"}))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(ConfigError, match=r"0.0 GB are free there: choose another"):
+            embed(config(made, tmp_path / "full"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file/out cannot be written to: Not a directory"):
+        embed(config(made, tmp_path / "file" / "out"))
+    hot = stage.network_of
+
+    def overflowing(*arguments: Any) -> torch.nn.Module:
+        class Hot(torch.nn.Module):
+            def forward(self, images: Tensor) -> Tensor:
+                out: Tensor = hot(*arguments)(images) + 1e6
+                return out
+
+        return Hot()
+
+    monkeypatch.setattr(stage, "network_of", overflowing)
+    with pytest.raises(FloatingPointError, match=r"rows 0 ... 3 are not finite in float16: set dtype=float32"):
+        embed(config(made, tmp_path / "hot", dtype="float16"))
+
+
+def test_a_second_process_waits_outside(made: tuple[Path, Path], tmp_path: Path) -> None:
+    from moco.retrieval.store import locked
+
+    output = tmp_path / "out"
+    with locked(output):
+        child = os.fork()  # a lock is a process's own: only another one can be refused
+        if child == 0:
+            try:
+                embed(config(made, output))
+            except ConfigError as error:
+                os._exit(7 if "another process" in str(error) else 8)
+            os._exit(9)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_parquet_without_pyarrow(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    plain = importlib.import_module
+
+    def without(name: str) -> Any:
+        if name.startswith("pyarrow"):
+            raise ModuleNotFoundError(name)
+        return plain(name)
+
+    monkeypatch.setattr(importlib, "import_module", without)
+    with pytest.raises(ConfigError, match=r"pip install 'momentum-contrast\[parquet\]', or set table=csv"):
+        embed(config(made, tmp_path / "out", table="parquet"))
+    assert not (tmp_path / "out").exists()  # said before any work
+
+
+def test_parquet_holds_what_the_csv_holds(made: tuple[Path, Path], tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    odd = os.fsencode(made[1]) + b"/caf\xe9.png"
+    shutil.copy(os.fsencode(made[1] / "00.png"), odd)
+    embed(config(made, tmp_path / "out", table="parquet"))
+    embed(config(made, tmp_path / "out"))  # complete: only the other table is added
+    there = parquet.read_table(tmp_path / "out" / "index.parquet").to_pydict()
+    assert there["path"] == [*(f"{i:02}.png" for i in range(11)), "caf\\xe9.png"]
+    assert there["id"] == there["row"] == list(range(12))
+    assert b"11,11,caf\xe9.png\r\n" in (tmp_path / "out" / "index.csv").read_bytes()  # a CSV keeps the bytes

@@ -1,0 +1,533 @@
+"""A checkpoint is whole or it is refused, and loading one runs no code."""
+
+import collections
+import os
+import pickle
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moco.config import config_dir
+from moco.runs import checkpoint
+from moco.runs.checkpoint import CheckpointError, Saver, digest, found, load, load_newest, save
+
+
+def state(seed: int = 0) -> dict[str, Any]:
+    """What training saves: state dicts, counters, strings, nested lists."""
+    torch.manual_seed(seed)
+    layer = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    return {
+        "config": {"run": "runs/a", "data": {"root": None, "sizes": [1, 2.5], "pair": (1, 2)}, "flag": True},
+        "step": seed,
+        "history": [{"step": 1, "knn": [61.5, 0.0, 1]}],
+        "method": layer.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": {},
+        "half": torch.randn(3).bfloat16(),
+        "mask": torch.tensor([True, False]),
+        "none": torch.empty(0, 3),
+        "scalar": torch.tensor(7),
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal in every bit, type and name."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
+
+
+def steps(folder: Path) -> list[str]:
+    return [path.name for path in found(folder)]
+
+
+# ---- round trip ----
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = save(tmp_path / "new" / "folder", 12, state(), keep_last=2)
+    assert path == tmp_path / "new" / "folder" / "step_00000012.pt"
+    assert same(load(path), state())
+    assert sorted(os.listdir(path.parent)) == ["step_00000012.pt"]
+
+
+def test_saving_leaves_the_state_as_it_was(tmp_path: Path) -> None:
+    given = state()
+    save(tmp_path, 1, given, keep_last=1)
+    assert same(given, state())
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1), keep_last=2)
+    assert same(load(save(tmp_path, 1, state(2), keep_last=2)), state(2))
+    assert steps(tmp_path) == ["step_00000001.pt"]
+
+
+@pytest.mark.parametrize("change", ["value", "type", "shape", "name", "plain"])
+def test_digest_sees_every_kind_of_change(change: str) -> None:
+    x = torch.tensor([1.0, 2.0])
+    changed = {
+        "value": {"x": torch.tensor([1.0, 2.0 + 2**-22]), "step": 1},
+        "type": {"x": x.view(torch.int32), "step": 1},
+        "shape": {"x": x.view(2, 1), "step": 1},
+        "name": {"y": x, "step": 1},
+        "plain": {"x": x, "step": 2},
+    }[change]
+    assert digest({"x": x, "step": 1}) == digest({"x": x.clone(), "step": 1})
+    assert digest({"x": x, "step": 1}) != digest(changed)
+
+
+def test_digest_does_not_depend_on_the_layout_in_memory() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    assert digest(x) == digest(x.to(memory_format=torch.channels_last))
+    assert digest(x[:, 1]) == digest(x[:, 1].contiguous())
+
+
+# ---- how many stay ----
+
+
+@pytest.mark.parametrize("keep_last", [1, 2, 3])
+def test_the_newest_stay(keep_last: int, tmp_path: Path) -> None:
+    for step in (1, 2, 10, 9):
+        save(tmp_path, step, state(step), keep_last)
+    assert steps(tmp_path) == [f"step_{step:08d}.pt" for step in sorted((1, 2, 10, 9))[::-1][:keep_last]]
+
+
+def test_those_kept_for_good_stay_and_do_not_count(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        save(tmp_path, step, state(step), keep_last=2, keep=step % 2 == 1)
+    assert steps(tmp_path) == [f"step_{n:08d}{'.keep' * (n % 2)}.pt" for n in (6, 5, 4, 3, 1)]
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 6
+
+
+def test_one_kept_for_good_is_the_newest_where_it_is(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1), keep_last=1)
+    save(tmp_path, 2, state(2), keep_last=1, keep=True)
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 2
+
+
+# ---- never half ----
+
+
+@pytest.mark.parametrize("where", ["write", "flush", "rename"])
+def test_a_failure_while_writing_leaves_the_checkpoint_before(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, state(1), keep_last=1)
+    real = torch.save
+
+    def half(what: Any, file: Any) -> None:
+        real(what, tmp_path / "whole")
+        file.write((tmp_path / "whole").read_bytes()[:500])
+        (tmp_path / "whole").unlink()
+        raise OSError(28, "No space left on device")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        if where == "write":
+            patch.setattr(torch, "save", half)
+        elif where == "flush":
+            patch.setattr(os, "fsync", fail)
+        else:
+            patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match=r"No space left|Input/output"):
+            save(tmp_path, 2, state(2), keep_last=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newest = load_newest(tmp_path)
+    assert newest is not None
+    assert same(newest, state(1))
+    assert steps(tmp_path) == ["step_00000001.pt"]
+    save(tmp_path, 2, state(2), keep_last=1)  # and the next one goes through
+    assert sorted(os.listdir(tmp_path)) == ["step_00000002.pt"]
+
+
+def test_the_file_appears_under_its_name_only_when_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    real = os.fsync
+
+    def look(descriptor: int) -> None:
+        seen.append(steps(tmp_path))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", look)
+    save(tmp_path, 1, state(), keep_last=1)
+    assert seen == [[], ["step_00000001.pt"]]  # the file's bytes, then the folder's new name
+
+
+# ---- damage ----
+
+
+def test_a_flipped_byte_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, state(), keep_last=1)
+    data = bytearray(path.read_bytes())
+    weight = state()["method"]["0.weight"].numpy().tobytes()
+    at = bytes(data).index(weight)
+    data[at + 5] ^= 1
+    path.write_bytes(data)
+    assert not same(torch.load(path, weights_only=True)["method"], state()["method"])  # torch notices nothing
+    with pytest.raises(CheckpointError, match="was altered after it was written: its SHA-256 does not match"):
+        load(path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    small = {"step": 3, "method": {"weight": torch.arange(12.0)}, "history": ["abc", 0.5]}
+    path = save(tmp_path, 1, small, keep_last=1)
+    whole, refused, harmless = path.read_bytes(), 0, 0
+    for at in range(0, len(whole), 5):
+        data = bytearray(whole)
+        data[at] ^= 0x10
+        path.write_bytes(data)
+        try:
+            loaded = load(path)
+        except CheckpointError:
+            refused += 1
+        else:  # padding, time stamps, torch's own check sums
+            assert same(loaded, small), f"byte {at}"
+            harmless += 1
+    assert refused > 50
+    assert harmless > 50
+
+
+@pytest.mark.parametrize("left", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused(left: float, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, state(), keep_last=1)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(left * len(data))])
+    with pytest.raises(CheckpointError, match=r"step_00000001\.pt cannot be read as a checkpoint"):
+        load(path)
+
+
+def test_a_missing_file_and_other_contents_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load(tmp_path / "step_00000001.pt")
+    for content in ([1, 2], torch.ones(3), {"step": 1}):
+        torch.save(content, tmp_path / "step_00000001.pt")
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+            load(tmp_path / "step_00000001.pt")
+
+
+# ---- the newest ----
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert load_newest(tmp_path) is None
+    assert load_newest(tmp_path / "missing") is None
+
+
+def test_an_unreadable_one_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, state(step), keep_last=3)
+    (tmp_path / "step_00000003.pt").write_bytes(b"")
+    (tmp_path / "step_00000002.pt").write_bytes(b"PK and more")
+    with pytest.warns(UserWarning, match="falling back to the checkpoint before it") as caught:
+        newest = load_newest(tmp_path)
+    assert newest is not None
+    assert same(newest, state(1))
+    assert [f"step_0000000{step}" in str(each.message) for step, each in zip((3, 2), caught, strict=True)] == [True] * 2
+
+
+def test_none_readable_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, state(step), keep_last=2).write_bytes(b"x")
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(
+            CheckpointError, match=r"step_00000001\.pt cannot .* none of the 2 checkpoints in .* can be read; move them"
+        ),
+    ):
+        load_newest(tmp_path)
+
+
+def test_a_single_damaged_one_is_no_reason_to_fall_back(tmp_path: Path) -> None:
+    save(tmp_path, 1, state(1), keep_last=2).write_bytes(b"x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match=r"step_00000001\.pt cannot be read .*; move it away to start anew$"):
+            load_newest(tmp_path)
+
+
+def test_the_best_is_named_where_it_alone_can_be_read_and_can_be_gone_on_with(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    save(folder, 2, state(2), keep_last=1, best=True)
+    save(folder, 3, state(3), keep_last=1).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"best\.pt can be read: after cp .* goes on from step 2$") as caught:
+        load_newest(folder)
+    copy = re.search(r"after (cp .*) the same", str(caught.value))
+    assert copy is not None
+    subprocess.run(shlex.split(copy[1]), check=True)
+    with pytest.warns(UserWarning, match=r"step_00000003.*falling back to the checkpoint before it"):
+        newest = load_newest(folder)
+    assert newest is not None
+    assert same(newest, state(2))
+
+
+# ---- malice ----
+
+
+class Evil:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(form: str, tmp_path: Path) -> None:
+    path, target = tmp_path / "step_00000001.pt", tmp_path / "executed"
+    bomb = {**state(), "config": Evil(target), "sha256": digest(state())}
+    if form == "torch":
+        torch.save(bomb, path)
+        assert zipfile.is_zipfile(path)
+    else:
+        path.write_bytes(pickle.dumps(bomb))
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        load(path)
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Evil(target)))  # the bomb is live: plain pickle sets it off
+    assert target.exists()
+
+
+def test_objects_that_are_not_plain_are_refused_when_loading(tmp_path: Path) -> None:
+    path = save(tmp_path, 1, {"config": tmp_path}, keep_last=1)  # a Path
+    with pytest.raises(CheckpointError):
+        checkpoint.load(path)
+    ordered = save(tmp_path, 2, {"method": collections.OrderedDict(a=torch.ones(1))}, keep_last=1)
+    assert list(load(ordered)["method"]) == ["a"]
+
+
+# ---- in the background ----
+
+
+class Slow:
+    """A torch.save that begins to write, says so, and goes on only when told to."""
+
+    def __init__(self) -> None:
+        self.real, self.began, self.go = torch.save, threading.Event(), threading.Event()
+
+    def __call__(self, what: Any, file: Any) -> None:
+        file.write(b"PK")
+        file.flush()
+        self.began.set()
+        assert self.go.wait(20)
+        file.seek(0)
+        self.real(what, file)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    made = Slow()
+    monkeypatch.setattr(torch, "save", made)
+    return made
+
+
+def test_the_copy_shares_nothing_and_is_of_the_same_kind() -> None:
+    given = state()
+    copied = checkpoint.on_host(given)
+    assert same(copied, given)
+    assert digest(copied) == digest(given)
+    assert type(copied["method"]) is collections.OrderedDict
+    assert vars(copied["method"]) == vars(given["method"])  # torch's notes: the versions of modules
+    assert "_metadata" in vars(copied["method"])
+    for name, value in given["method"].items():
+        assert copied["method"][name].data_ptr() != value.data_ptr(), name
+    given["method"]["0.weight"].zero_()
+    given["history"].append("later")
+    given["config"]["data"]["sizes"].append(9)
+    assert same(copied, state())
+
+
+def test_training_goes_on_while_it_is_written_and_what_it_does_is_not_seen(tmp_path: Path, slow: Slow) -> None:
+    given, saver = state(), Saver(tmp_path, keep_last=2)
+    saver.save(1, given)
+    assert slow.began.wait(20)
+    given["method"]["0.weight"].zero_()  # the next step
+    given["history"].append("later")
+    assert steps(tmp_path) == []  # not under its name before it is whole
+    slow.go.set()
+    saver.join()
+    assert same(load(tmp_path / "step_00000001.pt"), state())
+
+
+def test_at_most_one_is_being_written(tmp_path: Path, slow: Slow) -> None:
+    saver, saved = Saver(tmp_path, keep_last=2), threading.Event()
+
+    def save_two() -> None:
+        saver.save(1, state(1))
+        saver.save(2, state(2))
+        saved.set()
+
+    loop = threading.Thread(target=save_two)
+    loop.start()
+    assert slow.began.wait(20)
+    assert not saved.wait(0.2)  # the second save waits for the first
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.tmp"]
+    slow.go.set()
+    loop.join()
+    saver.join()
+    assert steps(tmp_path) == ["step_00000002.pt", "step_00000001.pt"]
+
+
+def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
+    """A real limit on a file's size: the system's error, through torch's own writer."""
+    saver = Saver(tmp_path, keep_last=1)
+    saver.save(1, state(1))
+    saver.join()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        saver.save(2, state(2) | {"large": torch.zeros(100_000)})
+        deadline = time.monotonic() + 20
+        while not saver.failed() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert saver.failed()
+        with pytest.raises(CheckpointError, match=r"no checkpoint could be written to .*\(File too large\): make room"):
+            saver.save(3, state(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt"]
+    assert same(load(tmp_path / "step_00000001.pt"), state(1))
+    saver.save(4, state(4))  # said once; with room again it goes on
+    saver.join()
+    assert steps(tmp_path) == ["step_00000004.pt"]
+
+
+def save_and_raise(folder: Path, error: BaseException | None) -> None:
+    with Saver(folder, keep_last=1) as saver:
+        saver.save(1, state())
+        if error is not None:
+            raise error
+
+
+def test_leaving_waits_for_the_writer_unless_it_must_be_at_once(tmp_path: Path, slow: Slow) -> None:
+    left = threading.Event()
+
+    def leave(error: BaseException, folder: Path) -> None:
+        with pytest.raises(type(error)):
+            save_and_raise(folder, error)
+        left.set()
+
+    leave(KeyboardInterrupt(), tmp_path / "at_once")
+    assert left.is_set()
+    assert slow.began.wait(20)
+    assert steps(tmp_path / "at_once") == []
+    left.clear()
+    waiting = threading.Thread(target=leave, args=(ValueError("a bad step"), tmp_path / "waits"))
+    waiting.start()
+    assert not left.wait(0.2)
+    slow.go.set()
+    waiting.join()
+    assert steps(tmp_path / "waits") == ["step_00000001.pt"]
+
+
+def test_what_ends_the_run_is_told_not_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(FloatingPointError, match="loss"):
+        save_and_raise(tmp_path, FloatingPointError("loss"))
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_and_raise(tmp_path, None)
+
+
+KILLED = """
+import sys, time, torch
+from pathlib import Path
+from moco.runs.checkpoint import Saver
+
+saver = Saver(Path(sys.argv[1]), keep_last=1)
+saver.save(1, {"weight": torch.ones(1000)})
+saver.join()
+real = torch.save
+
+def half(what, file):
+    real(what, sys.argv[1] + "/../whole")
+    file.write(Path(sys.argv[1] + "/../whole").read_bytes()[:2000])
+    file.flush()
+    print("half written", flush=True)
+    time.sleep(60)
+
+torch.save = half
+saver.save(2, {"weight": torch.zeros(1000)})
+saver.join()
+"""
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    environment = os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)}
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half written\n"
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert (folder / "step_00000002.tmp").stat().st_size == 2000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing to fall back from
+        newest = load_newest(folder)
+    assert newest is not None
+    assert torch.equal(newest["weight"], torch.ones(1000))
+
+
+# ---- the best ----
+
+
+def test_the_best_of_a_history() -> None:
+    scores = {0: 99.0, 10: 50.0, 20: 60.0, 30: 60.0, 40: 55.0, 50: 61.0}  # the untrained encoder's is not one of them
+    history = [{"step": step, "knn": [score, 0.0, 1]} for step, score in scores.items()]
+    assert [step for step in range(60) if checkpoint.is_best(history, step)] == [10, 20, 50]
+    assert not checkpoint.is_best([], 10)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_stays_whatever_goes(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    history: list[dict[str, Any]] = []
+    for step, score in ((1, 40.0), (2, 70.0), (3, 60.0), (4, 50.0)):
+        history.append({"step": step, "knn": [score, 0.0, 1]})
+        save(tmp_path, step, state(step), keep_last=1, best=checkpoint.is_best(history, step))
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_00000004.pt"]
+    assert load(tmp_path / "best.pt")["step"] == 2
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 4
+    (tmp_path / "step_00000004.pt").write_bytes(b"damaged")
+    assert same(load(tmp_path / "best.pt"), state(2))

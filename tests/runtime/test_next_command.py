@@ -1,0 +1,62 @@
+"""The next command carries what was said to this one, through the shell and through Hydra."""
+
+import shlex
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from moco.config.knn import KnnConfig
+from moco.config.subject import SubjectConfig
+from moco.runtime.next_command import command, quoted
+
+
+def read(line: str) -> dict[str, Any]:
+    """A command's overrides, as its shell and Hydra read them."""
+    words = shlex.split(line)
+    assert words[:2] == ["python", "-m"]
+    found = [OverridesParser.create().parse_override(word) for word in words[3:]]
+    return {("+" * bool(each.is_add())) + each.key_or_group: each.value() for each in found}
+
+
+def test_defaults_and_other_commands_fields_are_left_out() -> None:
+    assert command("moco.linear", KnnConfig(run="runs/digits", k=[7], half=True)) == (
+        "python -m moco.linear run=runs/digits"
+    )
+
+
+def test_all_that_was_said_goes_on() -> None:
+    config = SubjectConfig(checkpoint="a b/Bücher (1)=[x].pth", backbone="convnet", seed=3, device="cpu")
+    config.options = {"width": 2, "stem": {"kind": "null", "on": True}}
+    config.data.name, config.data.root, config.data.hold_out = "folder", "it's \\", 0.2
+    config.data.download, config.images.std = False, [0.5, 1e-7, 2.0]
+    line = command("moco.knn", config, k=[20], compare=["untrained", "pixels"])
+    assert read(line) == {
+        "checkpoint": "a b/Bücher (1)=[x].pth",
+        "backbone": "convnet",
+        "seed": 3,
+        "device": "cpu",
+        "+options.width": 2,
+        "+options.stem.kind": "null",
+        "+options.stem.on": True,
+        "data.name": "folder",
+        "data.root": "it's \\",
+        "data.hold_out": 0.2,
+        "data.download": False,
+        "images.std": [0.5, 1e-7, 2.0],
+        "k": [20],
+        "compare": ["untrained", "pixels"],
+    }
+
+
+def test_what_is_said_instead_goes_in_and_a_default_goes_out() -> None:
+    config = SubjectConfig(run="run", seed=4, output="there")
+    assert read(command("moco.knn", config, run="", checkpoint="file", seed=0)) == {
+        "checkpoint": "file",
+        "output": "there",
+    }
+
+
+@pytest.mark.parametrize("text", ["", "007", "true", 'a"b', 'a\\"b', "a\\\\", "~/x", "a,b", "{x", "a b "])
+def test_quoted_text_is_read_letter_by_letter(text: str) -> None:
+    assert OverridesParser.create().parse_override(f"a={quoted(text)}").value() == text

@@ -1,0 +1,70 @@
+"""Output that nobody reads, or that cannot be written, stops no work and changes no status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moco.config import config_dir
+from moco.runtime.console import Display, Terminal, progress_bar
+
+REPOSITORY = Path(config_dir()).parent
+
+LATE = """
+import os
+from moco.runtime.console import Terminal
+from moco.runtime.stdio import protected_streams, say
+with protected_streams():
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+    say("moco: a sentence")
+    Terminal().print("a line")
+    with open("result", "w") as file:
+        file.write(str(min(opened)))
+"""
+
+
+def run(code: str, folder: Path, redirection: str) -> int:
+    command = f"{sys.executable} -c '{code}' {redirection}"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=environment, timeout=60).returncode
+
+
+@pytest.mark.parametrize("redirection", [">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_closed_and_full_streams_change_no_status_and_take_no_file(redirection: str, tmp_path: Path) -> None:
+    assert run(LATE, tmp_path, redirection) == 0
+    assert int((tmp_path / "result").read_text()) > 2
+
+
+def broken(name: str) -> int:
+    """A number to write to: a pipe, or a terminal, whose other end is gone."""
+    other, end = os.pipe() if name == "pipe" else os.openpty()
+    os.close(other)
+    return end
+
+
+@pytest.mark.parametrize("name", ["pipe", "terminal"])
+def test_a_display_whose_reader_has_gone_says_nothing_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = broken(name)
+    with os.fdopen(end, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        if name == "terminal":
+            monkeypatch.setattr(Console, "is_terminal", True)
+        display = Display(10, 10, 0, quiet=False)
+        for step in range(1, 11):
+            display.step(step)
+        display.log("a line")
+        display.close()
+        display.summary("done", [("a", "b")])
+        assert display.console.quiet
+        with progress_bar("work", quiet=False) as progress:
+            progress(1, 2)
+        print("what others print goes nowhere as well", flush=True)
+        assert os.readlink(f"/proc/self/fd/{end}") == os.devnull
+
+
+def test_what_rich_itself_raises_is_still_raised() -> None:
+    with pytest.raises(ValueError, match="a defect"), Terminal(quiet=True):
+        raise ValueError("a defect")

@@ -1,0 +1,115 @@
+"""A run over a folder with bad pictures: it ends with a sentence, or replaces, lists, resumes and sums up."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moco.config import ConfigError, TrainConfig, check
+from moco.data.decode import ImageError
+from moco.runs import checkpoint
+from moco.training.trainer import pretrain
+from tests.data.broken import folder, noise
+
+# a run's lock is held to the end of the process
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:method.queue_size")
+
+
+def config(root: Path, run: Path) -> TrainConfig:
+    """Two steps an epoch, three epochs."""
+    made = TrainConfig(run=str(run), epochs=3, batch_size=8, device="cpu", threads=1, log_every=1)
+    made.augment.size, made.augment.eval_resize = 16, 16
+    made.model.backbone, made.model.options, made.model.dim = "convnet", {"width": 2}, 8
+    made.model.bn_group_size, made.method.queue_size = 4, 16
+    made.evaluate.every_epochs, made.evaluate.k = 0, 3
+    made.data.name, made.data.root, made.data.workers = "folder", str(root), 0
+    made.checkpoint.every_steps, made.checkpoint.keep_last = 1, 9
+    return made
+
+
+def rows(run: Path) -> dict[str, str]:
+    with (run / "bad_images.csv").open(newline="") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def test_raise_then_replace_in_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "pictures", good=16, bad=False)
+    (root / "03.png").write_bytes(b"")
+    made = config(root, tmp_path / "run")
+    with pytest.raises(ImageError, match=r"03\.png: the file is empty"):
+        pretrain(made)
+    made.data.on_bad_image, made.data.max_bad = "replace", 0.1  # a free field: what was saved so far stays valid
+    pretrain(made)
+    said = capsys.readouterr().out
+    assert rows(tmp_path / "run") == {"03.png": "the file is empty"}
+    assert "pictures that cannot be read are replaced and listed in" in said
+    assert "1 could not be read and were replaced" in " ".join(said.replace("│", " ").split())
+
+
+def test_too_many_end_the_run_and_mending_lets_it_go_on(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures", good=16, bad=False)
+    for name in ("03.png", "07.png"):
+        (root / name).write_bytes(b"")
+    made = config(root, tmp_path / "run")
+    made.data.on_bad_image, made.data.max_bad = "replace", 0.1
+    with pytest.raises(ImageError, match=r"2 of the 16 training pictures .*data\.max_bad=0\.1.*bad_images\.csv lists"):
+        pretrain(made)
+    assert set(rows(tmp_path / "run")) == {"03.png", "07.png"}
+    noise().save(root / "03.png")
+    pretrain(made)
+    assert set(rows(tmp_path / "run")) == {"07.png"}
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures", good=16)
+    whole, cut = (config(root, tmp_path / name) for name in ("whole", "cut"))
+    for each in (whole, cut):
+        each.data.on_bad_image, each.data.max_bad = "replace", 0.5
+    pretrain(whole)
+    (tmp_path / "cut/checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "bad_images.csv", "checkpoints/step_00000002.pt"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "cut" / name)
+    cut.data.workers = 2
+    pretrain(cut)
+    one, other = (checkpoint.load(checkpoint.found(tmp_path / run / "checkpoints")[0]) for run in ("whole", "cut"))
+    assert one["step"] == other["step"] == 6
+    assert checkpoint.digest(one["method"]) == checkpoint.digest(other["method"])
+    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_the_live_accuracy_leaves_bad_pictures_out_and_says_so(
+    resident: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("train/a", "train/b", "test/a", "test/b"):
+        folder(tmp_path / part, good=8, bad=False)
+    for name in ("train/b/01.png", "test/a/02.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    made = config(tmp_path / "train", tmp_path / "run")
+    made.data.labels, made.data.eval_root, made.data.resident = "folder", str(tmp_path / "test"), resident
+    made.evaluate.every_epochs = 3
+    with pytest.raises(ImageError, match="no known image format"):
+        pretrain(made)
+    made.data.on_bad_image, made.data.max_bad = "replace", 0.2
+    pretrain(made)
+    said = capsys.readouterr().out
+    assert (
+        "1 of the 16 reference pictures cannot be read and are left out of the live accuracy, the first: b/01.png"
+        in said
+    )
+    assert "1 of the 16 held-out pictures cannot be read" in said
+    state = checkpoint.load(checkpoint.found(tmp_path / "run/checkpoints")[0])
+    assert [each["step"] for each in state["history"]] == [0, 6]
+    correct = state["history"][-1]["knn"][0] / 100 * 15  # of the fifteen that are left
+    assert correct == pytest.approx(round(correct), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"), [("on_bad_image", "skip", "raise, replace"), ("max_bad", 1.0, "0.01")]
+)
+def test_values_that_cannot_be_are_named(field: str, value: object, words: str) -> None:
+    made = TrainConfig()
+    setattr(made.data, field, value)
+    with pytest.raises(ConfigError, match=rf"data\.{field}='?{value}'? must .*{words}"):
+        check(made)

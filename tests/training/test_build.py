@@ -1,0 +1,104 @@
+"""From the configuration to the parts, and the warnings that need the data set's size."""
+
+import warnings
+
+import pytest
+import torch
+
+from moco.builder import MoCo
+from moco.config import AugmentConfig, ConfigError, RunWarning, TrainConfig
+from moco.data.loader import Plan
+from moco.data.opening import build_views, open_sources
+from moco.methods.build import build_method
+from moco.runtime.device import pick_device
+from moco.training.build import check_against_data
+
+
+def config(queue_size: int = 512, symmetric: bool = False) -> TrainConfig:
+    made = TrainConfig(batch_size=64)
+    made.model.backbone, made.model.options, made.model.dim = "convnet", {"width": 2}, 8
+    made.method.queue_size, made.method.symmetric = queue_size, symmetric
+    return made
+
+
+def plan(length: int) -> Plan:
+    return Plan(length, 64, 1, 0)
+
+
+def test_a_queue_as_long_as_the_data_set_warns_and_says_what_to_set() -> None:
+    with pytest.warns(RunWarning, match=r"queue_size=1000 .* 1000 images .* set method\.queue_size=448 or less"):
+        check_against_data(config(queue_size=1000), plan(1000))
+
+
+def test_a_shorter_queue_is_silent() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_against_data(config(queue_size=999), plan(1000))
+        check_against_data(config(queue_size=1999, symmetric=True), plan(1000))  # two keys an image
+
+
+def test_one_bn_group_leaves_the_shuffle_nothing_to_do_and_says_so() -> None:
+    made = config()
+    made.model.bn = "batch"
+    with pytest.warns(RunWarning, match=r"set model\.bn=grouped"):
+        check_against_data(made, plan(1000))
+
+
+def test_a_warm_up_that_is_not_over_says_so() -> None:
+    made = config()
+    made.epochs, made.optim.warmup_epochs = 1, 2.0
+    with pytest.warns(RunWarning, match=r"set optim\.warmup_epochs=0"):
+        check_against_data(made, plan(1000))
+
+
+def test_less_than_a_batch_of_images_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size=64 exceeds the 63 images"):
+        check_against_data(config(), plan(63))
+
+
+def test_the_second_view_differs_where_it_is_told_to() -> None:
+    first, second = build_views(AugmentConfig(size=32, blur_p=1.0, second={"blur_p": 0.1, "solarize_p": 0.2}))
+    assert (first.blur_p, first.solarize_p) == (1.0, 0.0)
+    assert (second.blur_p, second.solarize_p) == (0.1, 0.2)
+    assert first.crop_scale == second.crop_scale == (0.2, 1.0)
+
+
+@pytest.mark.parametrize("second", [{"blurp": 1.0}, {"size": 16}, {"blur_p": 2.0}])
+def test_a_second_view_that_cannot_be_is_refused(second: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"augment\."):
+        build_views(AugmentConfig(size=32, second=second))
+
+
+def test_the_method_gets_its_values() -> None:
+    made = config(queue_size=96, symmetric=True)
+    made.method.temperature = 0.3
+    method = build_method(made)
+    assert isinstance(method, MoCo)
+    assert method.temperature == 0.3
+    assert method.queue.keys.shape == (96, 8)
+    assert len(method.directions) == 2
+
+
+def test_a_limited_bank_is_the_same_each_time() -> None:
+    made = config()
+    made.data.name = "digits"
+    one, two = (open_sources(made.data, bank_size=100) for _ in range(2))
+    assert one.bank is not None
+    assert two.bank is not None
+    assert len(one.bank) == 100
+    assert len(one.train) == 1297
+    names = [one.bank.name(i) for i in range(100)]
+    assert names == [two.bank.name(i) for i in range(100)]
+    labels = one.bank.labels
+    assert labels is not None
+    where = {one.train.name(i): i for i in range(1297)}
+    assert one.train.labels is not None
+    assert all(one.train.labels[where[name]] == label for name, label in zip(names, labels, strict=True))
+
+
+def test_the_device() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == torch.device("cpu")
+        with pytest.raises(ConfigError, match="set device=cpu"):
+            pick_device("cuda")

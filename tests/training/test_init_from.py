@@ -1,0 +1,150 @@
+"""A run that starts from a published encoder has its features, and refuses any other network."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moco.builder import MoCo
+from moco.config import ConfigError, TrainConfig
+from moco.interop.encoder_file import ForeignFileError, read_encoder, save_encoder
+from moco.models.encoder import build_encoder, projection_head
+from moco.runs import checkpoint
+from moco.training.init_from import load_initial_weights
+from moco.training.trainer import pretrain
+from tests.interop.networks import IMAGES, VIT, prefixed, saved, trained
+
+TINY_VIT = "timm/vit_tiny_patch16_224"
+
+
+def configured(path: Path, backbone: str = "resnet18", options: dict[str, Any] | None = None) -> TrainConfig:
+    config = TrainConfig(init_from=str(path))
+    config.model.backbone, config.model.options, config.model.dim = backbone, options or {}, 8
+    config.augment.size = 32
+    return config
+
+
+def method(config: TrainConfig, head_layers: int = 2) -> MoCo:
+    torch.manual_seed(1)
+    model = config.model
+    return MoCo(build_encoder(model.backbone, model.options, head_layers, 0, model.dim, "grouped", 2), model.dim, 16)
+
+
+def official(path: Path, head: nn.Module) -> Path:
+    """MoCo v2's file of both networks, the second one with another head."""
+    state = prefixed("module.encoder_q.", trained(seed=0).state_dict() | prefixed("fc.", head.state_dict()))
+    doubled = {name: 2 * value for name, value in head.state_dict().items()}
+    state |= prefixed("module.encoder_k.", trained(seed=1).state_dict() | prefixed("fc.", doubled))
+    return saved(path, {"arch": "resnet18", "state_dict": state})
+
+
+def features(network: nn.Module, images: Tensor = IMAGES) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = network.eval()(images)
+    return out
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_both_networks_of_an_official_file(tmp_path: Path, fits: bool) -> None:
+    head = projection_head(512, 0, 8, 2)
+    path = official(tmp_path / "moco.pth.tar", head)
+    config = configured(path)
+    new = method(config, 2 if fits else 1)
+    before = copy.deepcopy(new)
+    said = load_initial_weights(config, new)
+    for network, seed in ((new.encoder, 0), (new.momentum_encoder, 1)):
+        torch.testing.assert_close(features(network.get_submodule("backbone")), features(trained(seed=seed)))
+    assert torch.equal(new.queue.keys, before.queue.keys)
+    assert "momentum encoder from its own weights" in said
+    weight = "head.0.weight"
+    if fits:
+        assert "backbone and head;" in said
+        assert torch.equal(new.encoder.get_parameter(weight), head.state_dict()["0.weight"])
+        assert torch.equal(new.momentum_encoder.get_parameter(weight), 2 * head.state_dict()["0.weight"])
+    else:
+        assert "the head does not fit and is new" in said
+        assert torch.equal(new.encoder.get_parameter(weight), before.encoder.get_parameter(weight))
+        assert torch.equal(new.momentum_encoder.get_parameter(weight), before.encoder.get_parameter(weight))
+
+
+def test_a_file_of_one_network_gives_it_to_both(tmp_path: Path) -> None:
+    """It does not say its network: the configuration does. So does timm's name of the same network."""
+    path = saved(tmp_path / "x.pth", trained().state_dict())
+    for backbone in ("resnet18", "timm/resnet18"):
+        config = configured(path, backbone)
+        new = method(config)
+        said = load_initial_weights(config, new)
+        for network in (new.encoder, new.momentum_encoder):
+            torch.testing.assert_close(features(network.get_submodule("backbone")), features(trained()))
+        assert "the head is not in the file and is new; momentum encoder from the same weights" in said
+
+
+def test_a_method_without_a_momentum_encoder(tmp_path: Path) -> None:
+    class Plain(nn.Module):
+        def __init__(self, encoder: nn.Module) -> None:
+            super().__init__()
+            self.encoder = encoder
+
+    config = configured(saved(tmp_path / "x.pth", trained().state_dict()))
+    new = Plain(method(config).encoder)
+    assert "momentum" not in load_initial_weights(config, new)
+    torch.testing.assert_close(features(new.encoder.get_submodule("backbone")), features(trained()))
+
+
+def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"arch": "resnet18", "state_dict": trained().state_dict()})
+    config = configured(path, "resnet34")
+    with pytest.raises(
+        ForeignFileError, match=r"resnet18\) does not fit model\.backbone=resnet34: .*weights are missing"
+    ):
+        load_initial_weights(config, method(config))
+    config = configured(tmp_path / "gone.pth")
+    with pytest.raises(ConfigError, match=r"init_from=.*gone\.pth does not exist"):
+        load_initial_weights(config, method(config))
+
+
+def test_heads_of_attention_are_no_weights_and_still_must_agree(tmp_path: Path) -> None:
+    config = configured(tmp_path / "vit.safetensors", TINY_VIT, VIT)
+    about = {
+        "model": {"backbone": TINY_VIT, "options": VIT},
+        "augment": {"size": 32, "eval_resize": 0, "mean": [0.5] * 3, "std": [0.25] * 3},
+    }
+    save_encoder(tmp_path / "vit.safetensors", trained(TINY_VIT, VIT), about, 1)
+    load_initial_weights(config, method(config))
+    config.model.options = VIT | {"num_heads": 6}
+    with pytest.raises(ConfigError, match=r"whose features are others than those of model\.backbone=.*'num_heads': 6"):
+        load_initial_weights(config, method(config))
+
+
+# A run's lock is let go with the process.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_starts_from_it_and_a_resumed_one_does_not_read_it_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = trained("convnet", {"width": 2})
+    path = saved(tmp_path / "x.pth", network.state_dict())
+    config = configured(path, "convnet", {"width": 2})
+    config.run, config.epochs, config.batch_size, config.threads = str(tmp_path / "run"), 1, 256, 1
+    config.augment.size, config.method.queue_size, config.model.dim = 16, 300, 8
+    config.optim.lr = 0.0  # so that the weights show where they came from
+    config.evaluate.draws, config.evaluate.raw_pixels = 2, False
+    pretrain(config)
+    said = capsys.readouterr().out
+    assert f"starting from {path} (plain state dict: convnet): backbone" in " ".join(said.split())
+    assert "untrained" not in said
+    assert "initialised" in said
+    state = checkpoint.load(checkpoint.found(tmp_path / "run" / "checkpoints")[0])
+    assert state["step"] == 5
+    for name, parameter in network.named_parameters():
+        assert torch.equal(state["method"][f"encoder.backbone.{name}"], parameter)
+        assert torch.allclose(state["method"][f"momentum_encoder.backbone.{name}"], parameter, rtol=0, atol=1e-6)
+    path.unlink()
+    pretrain(config)
+    assert "already finished" in capsys.readouterr().out
+    assert read_encoder(tmp_path / "run" / "encoder.safetensors").step == 5
+    config.init_from = ""
+    with pytest.raises(ConfigError, match="init_from"):
+        pretrain(config)

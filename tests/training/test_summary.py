@@ -1,0 +1,33 @@
+"""The picture of the views, which helps a person to look and ends no run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from moco.config import RunWarning
+from moco.data.loader import Plan
+from moco.data.sources import load_source
+from moco.data.view import View
+from moco.runs.directory import Journal
+from moco.training.summary import show_views
+
+
+def show(path: Path) -> None:
+    sources = load_source("digits")
+    journal = Journal(path, 0)
+    show_views(journal, path, sources, Plan(len(sources.train), 8, 1, 0), [View(8)] * 2, torch.device("cpu"))
+    journal.close()
+
+
+def test_views_that_cannot_be_written_are_one_warning_and_the_next_attempt_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "views.tmp").symlink_to("/dev/full")
+    with pytest.warns(RunWarning, match=r"views\.png cannot be written \(No space left on device\); training goes on"):
+        show(tmp_path)
+    assert not list(tmp_path.glob("views.*"))
+    (tmp_path / "views.tmp").write_bytes(b"torn by a kill")
+    show(tmp_path)
+    assert [each.name for each in tmp_path.glob("views.*")] == ["views.png"]
+    with Image.open(tmp_path / "views.png", formats=["PNG"]) as picture:
+        assert picture.size == (8 * 66 + 2, 2 * 66 + 2)  # two rows of eight, enlarged to 64, in frames of 2

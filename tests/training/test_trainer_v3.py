@@ -1,0 +1,95 @@
+"""A MoCo v3 run from its configuration: it resumes exactly, for a convnet and a ViT, and says what does not fit."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moco.config import ConfigError, TrainConfig, check
+from moco.methods import METHODS
+from moco.methods.build import build_method
+from moco.methods.moco_v3 import MoCoV3
+from moco.models.norm import GroupedBatchNorm
+from moco.runs import checkpoint
+from moco.training.trainer import pretrain
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "convnet": {"width": 2},
+    "vit": {"dim": 16, "depth": 1, "heads": 2, "img_size": 16, "patch_size": 8},
+}
+
+
+def config(run: str = "runs/v3", backbone: str = "convnet") -> TrainConfig:
+    made = TrainConfig(run=run, epochs=1, batch_size=256, device="cpu", threads=1, log_every=1)
+    made.augment.size, made.augment.crop_scale = 16, [0.5, 1.0]
+    model, method, optim = made.model, made.method, made.optim
+    model.backbone, model.options, model.dim, model.head_hidden = backbone, BACKBONES[backbone], 8, 16
+    model.head_norm, model.predictor_layers, model.predictor_hidden = True, 2, 16
+    model.bn, model.shuffle_keys = "sync", False
+    method.name, method.queue_size, method.temperature, method.momentum_end = "moco_v3", 0, 1.0, 1.0
+    method.symmetric, method.reduction = True, "sum"
+    optim.name, optim.exclude = ("adamw", []) if backbone == "vit" else ("lars", ["bias", "norm"])
+    made.evaluate.every_epochs = 0
+    made.checkpoint.every_steps, made.checkpoint.keep_last = 2, 9
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run's lock is held to the end
+@pytest.mark.parametrize("backbone", list(BACKBONES))
+def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path: Path, backbone: str) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pretrain(config(str(whole), backbone))
+    (cut / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "config.yaml", cut)
+    shutil.copy(whole / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
+    pretrain(config(str(cut), backbone))
+    one, other = (checkpoint.load(checkpoint.found(run / "checkpoints")[0]) for run in (whole, cut))
+    assert one["step"] == other["step"] == 5
+    assert checkpoint.digest(one["method"]) == checkpoint.digest(other["method"])
+    assert checkpoint.digest(one["optimizer"]) == checkpoint.digest(other["optimizer"])
+    earlier = checkpoint.load(whole / "checkpoints" / "step_00000002.pt")
+    assert checkpoint.digest(one["method"]) != checkpoint.digest(earlier["method"])
+
+
+def test_the_method_gets_its_heads() -> None:
+    made = config()
+    made.model.predictor_last_norm = False
+    method = build_method(made)
+    assert isinstance(method, MoCoV3)
+    assert METHODS["moco_v3"] is MoCoV3
+    assert method.temperature == 1.0
+    predictor = [type(layer).__name__ for layer in method.predictor.children()]
+    assert predictor == ["Linear", "GroupedBatchNorm", "ReLU", "Linear"]
+    head = list(method.encoder.get_submodule("head").children())
+    assert [type(layer).__name__ for layer in head] == [*predictor, "GroupedBatchNorm"]
+    assert {layer.group_size for layer in method.modules() if isinstance(layer, GroupedBatchNorm)} == {0}
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "sentence"),
+    [
+        ("method", "queue_size", 8, "method.queue_size=8: moco_v3 has no queue, its negatives are the batch"),
+        ("", "batch_size", 1, "batch_size=1 leaves moco_v3 no negatives"),
+        ("", "accumulate", 2, "accumulate=2 would leave model.bn=sync one micro-batch"),
+        ("model", "predictor_layers", -1, "model.predictor_layers=-1 must not be negative"),
+        ("optim", "trust", 0.0, "optim.trust=0.0 must be above 0"),
+    ],
+)
+def test_what_does_not_fit_gives_a_sentence(group: str, field: str, value: float, sentence: str) -> None:
+    made = config()
+    check(made)
+    setattr(getattr(made, group) if group else made, field, value)
+    with pytest.raises(ConfigError) as caught:
+        check(made)
+    assert sentence in str(caught.value)
+
+
+def test_a_predictor_for_a_method_without_one_and_an_unknown_method_are_refused() -> None:
+    made = config()
+    made.method.name, made.method.queue_size = "moco", 64
+    with pytest.raises(ConfigError, match=r"model\.predictor_layers=2: moco has no predictor"):
+        build_method(made)
+    made.method.name = "moco_v4"
+    with pytest.raises(ConfigError, match=r"method\.name='moco_v4' must be one of moco, moco_v3"):
+        build_method(made)
