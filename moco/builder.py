@@ -111,7 +111,7 @@ class KeyQueue(nn.Module):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """L2-normalised rows (N, C), in float32 at least: in bf16 their length would be off by a thousandth."""
+    """L2-normalized rows (N, C), in float32 at least: in bf16 their length would be off by a thousandth."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 

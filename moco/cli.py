@@ -143,7 +143,7 @@ def _comes_again(error: BaseException) -> bool:
 
 
 def _composition_error(error: Exception, schema: type) -> str:
-    """One sentence out of Hydra's and OmegaConf's several lines, with the nearest field for a misspelt one."""
+    """One sentence out of Hydra's and OmegaConf's several lines, with the nearest field for a misspelled one."""
     if isinstance(error, OverrideParseException):
         field, _, said = error.override.partition("=")
         whole = f"[{','.join(map(quoted, said[1:-1].split(',')))}]" if re.fullmatch(r"\[.*\]", said) else quoted(said)

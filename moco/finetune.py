@@ -1,6 +1,6 @@
 """Fine-tune an encoder on few labels or all: `python -m moco.finetune run=DIR|checkpoint=FILE [field=value ...]`.
 
-Reads from top to bottom: check, then train on the labelled pictures and judge on the held-out ones.
+Reads from top to bottom: check, then train on the labeled pictures and judge on the held-out ones.
 """
 
 import os

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# From the top down. A package may import from packages further down and from itself, not from its neighbours. A module
+# From the top down. A package may import from packages further down and from itself, not from its neighbors. A module
 # that does a command's work may stand higher than its package: it is listed with its full name below `moco`.
 ORDER = [
     {
@@ -111,7 +111,7 @@ def test_imports_run_downward() -> None:
         ("moco.models.norm", "def f():\n    from moco.training.step import train_step", False),
         ("moco.models.norm", "from ..training import step", False),
         ("moco.models.norm", "from . import encoder", True),
-        ("moco.models.norm", "from moco.data.crop import crop", False),  # a neighbour
+        ("moco.models.norm", "from moco.data.crop import crop", False),  # a neighbor
         ("moco.evaluation.knn", "from moco.training.step import train_step", False),
         ("moco.training.live_knn", "from moco.evaluation.knn_classifier import knn_accuracy", True),
         ("moco.training.live_knn", "import hydra.utils", False),

@@ -364,7 +364,7 @@ def test_without_batch_norm_neither_shuffle_nor_micro_batches_change_the_keys(mi
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_at_initialisation_the_loss_is_near_chance(symmetric: bool) -> None:
+def test_at_initialization_the_loss_is_near_chance(symmetric: bool) -> None:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(P, 128))
     reductions: list[Literal["mean", "sum"]] = ["mean", "sum"]

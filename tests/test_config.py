@@ -83,7 +83,7 @@ def test_impossible_values_are_named(group: str, name: str, value: object, words
     assert words in sentence
 
 
-def test_synchronised_bn_is_not_split_into_micro_batches() -> None:
+def test_synchronized_bn_is_not_split_into_micro_batches() -> None:
     def change(config: TrainConfig) -> None:
         config.model.bn, config.accumulate = "sync", 2
 

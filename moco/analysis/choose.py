@@ -1,4 +1,4 @@
-"""Choosing a checkpoint without labels: measures of unlabelled pictures, and how well they agree with labels.
+"""Choosing a checkpoint without labels: measures of unlabeled pictures, and how well they agree with labels.
 
     RankMe (Garrido et al., ICML 2023); alpha-ReQ (Agrawal et al., NeurIPS 2022); Wang & Isola (ICML 2020)
 
@@ -196,7 +196,7 @@ def _judge(file: EncoderFile, sources: Sources, config: ChooseConfig, device: to
     some, labels = references[torch.from_numpy(rows).to(device)], subset(bank, rows).labels
     assert labels is not None
     whole = {"output": slice(0, some.shape[1])}
-    # One setting for every checkpoint, chosen nowhere: SGD on standardised features, long enough to fit them.
+    # One setting for every checkpoint, chosen nowhere: SGD on standardized features, long enough to fit them.
     recipe = Recipe(epochs=100, batch_size=len(some), momentum=0.9, normalize="standard", seed=0)
     weight, bias = retrain(some, whole, labels, len(bank.classes), Setting("output", 0.1, 1e-3), recipe, device)
     return {"knn": knn.mean, "probe": figures(queries @ weight.T + bias, held_out.labels).top1}

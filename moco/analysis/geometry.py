@@ -1,9 +1,9 @@
 """Where embeddings lie on the unit sphere: alignment, uniformity, tolerance.
 
     Understanding Contrastive Representation Learning through Alignment and Uniformity (Wang & Isola, ICML 2020)
-    Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021)
+    Understanding the Behavior of Contrastive Loss (Wang & Liu, CVPR 2021)
 
-Features may have any length; they are normalised here. A zero vector stays zero.
+Features may have any length; they are normalized here. A zero vector stays zero.
 
 Legend: N pairs, M samples, C dimension, L classes.
 """

@@ -1,6 +1,6 @@
 """Which negatives a query's gradient comes from, and how the temperature decides it.
 
-    Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021), Sec. 3
+    Understanding the Behavior of Contrastive Loss (Wang & Liu, CVPR 2021), Sec. 3
 
 With P_ij the softmax of query i over its positive and its negatives, the loss's slopes by the similarities s are
 

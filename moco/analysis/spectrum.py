@@ -26,7 +26,7 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
     """The effective rank: exp of the entropy of the singular values' shares.
 
     Garrido et al. (2023), Eq. 1: exp(-sum over k of p_k log p_k), p_k = sigma_k / |sigma|_1 + epsilon. The paper takes
-    25,600 samples, raw embeddings and no centring, and compares runs of one method only. Normalise or centre before,
+    25,600 samples, raw embeddings and no centring, and compares runs of one method only. Normalize or center before,
     if wanted.
 
     Args:
@@ -51,15 +51,15 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @torch.no_grad()
 def covariance_spectrum(features: Tensor) -> Tensor:
-    """Eigenvalues of the centred features' covariance (divided by M), falling, float64, shape (R,).
+    """Eigenvalues of the centered features' covariance (divided by M), falling, float64, shape (R,).
 
     Raises:
         ValueError: with fewer than two samples.
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with two samples or more")
-    centred = features.double() - features.double().mean(dim=0)
-    return _gram_spectrum(centred) / len(features)
+    centered = features.double() - features.double().mean(dim=0)
+    return _gram_spectrum(centered) / len(features)
 
 
 def alpha_req(features: Tensor, first: int = FIRST_RANK, last: int = LAST_RANK) -> Tensor:
@@ -105,12 +105,12 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Each dimension's standard deviation over the samples, of normalised features.
+    """Each dimension's standard deviation over the samples, of normalized features.
 
     Chen & He (2021), Sec. 4.1, Fig. 2: 0 means collapse, and 1 / sqrt(C) on average a uniform spread over the sphere.
 
     Args:
-        features: shape (M, C); normalised here. The deviation is the population's (divided by M).
+        features: shape (M, C); normalized here. The deviation is the population's (divided by M).
 
     Returns:
         Shape (C,); the root of its mean square is at most 1 / sqrt(C).

@@ -18,7 +18,7 @@ ENTRIES_AT_ONCE = 2**22  # similarities at once: 16 MiB of float32
 
 @torch.no_grad()
 def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
-    """The age of each slot's key: for how many optimiser steps other keys have been enqueued since.
+    """The age of each slot's key: for how many optimizer steps other keys have been enqueued since.
 
     The newest keys have age 0; when the next step's queries meet them the encoder is one update further.
     In a full queue the oldest key's is about K / keys_per_step.
@@ -99,8 +99,8 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
     Huynh et al. (2022), as `moco.losses.find_false_negatives`, which says why the key is asked and not the query.
 
     Args:
-        key: L2-normalised, shape (N, C).
-        queue: L2-normalised, shape (K, C).
+        key: L2-normalized, shape (N, C).
+        queue: L2-normalized, shape (K, C).
         threshold: a cosine, -1 ... 1.
         negatives: which entries are negatives, boolean (N, K) or (1, K); None means all.
 

@@ -97,7 +97,7 @@ def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
         "augmentation too weak",
         f"positives had a similarity of {series[POSITIVE_SIMILARITY][0]:.3f} in the first step, and after "
         f"{EARLY_EPOCHS:g} epochs {early[-1]:.1%} of the queries find their key",
-        "smaller crops (augment.crop_scale=[0.2,1.0]), more colour jitter, grayscale and blur",
+        "smaller crops (augment.crop_scale=[0.2,1.0]), more color jitter, grayscale and blur",
     )
 
 

@@ -56,7 +56,7 @@ def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, h
             softmax, loss, slope = axes[row]
             for place, similarity in enumerate(similarities):
                 role = "the answer" if place == answer else "a negative"
-                style = {"color": _colours(len(similarities))[place], "linestyle": "-" if place == answer else "--"}
+                style = {"color": _colors(len(similarities))[place], "linestyle": "-" if place == answer else "--"}
                 softmax.plot(grid, told.softmax[:, place], label=f"s = {similarity:g}, {role}", **style)
                 slope.plot(grid, told.gradient[:, place].abs(), **style)
             loss.plot(grid, told.loss, color="#333333")
@@ -109,10 +109,10 @@ def draw_similarities(path: Path, runs: Sequence[Run]) -> None:
         for axis in axes.flat[len(by_temperature) :]:
             axis.set_visible(False)
         for axis, (temperature, group) in zip(axes.flat, by_temperature.items(), strict=False):
-            for name, colour in (("positives_at", "#c2571a"), ("negatives_at", "#1f5fa8")):
+            for name, color in (("positives_at", "#c2571a"), ("negatives_at", "#1f5fa8")):
                 counts = np.sum([getattr(each.contrast, name) for each in group], axis=0)
                 edges = bin_edges(len(counts))
-                axis.stairs(counts / counts.max(), edges, fill=True, alpha=0.55, color=colour, label=name[:9])
+                axis.stairs(counts / counts.max(), edges, fill=True, alpha=0.55, color=color, label=name[:9])
             axis.set(title=f"T = {temperature:g}", xlim=(-1, 1), xticks=[-1, 0, 1], yticks=[])
         axes.flat[0].legend(fontsize=7, loc="upper left")
         figure.supxlabel("cosine similarity to the query", fontsize=9)
@@ -124,12 +124,12 @@ def draw_penalties(path: Path, runs: Sequence[Run]) -> None:
     by_temperature = _by_temperature(runs)
     with matplotlib().rc_context(_STYLE):
         figure, (whole, single) = _panels(1, 2, 9.0, 3.6)
-        colours = _colours(len(by_temperature))
-        for colour, (temperature, group) in zip(colours, by_temperature.items(), strict=True):
+        colors = _colors(len(by_temperature))
+        for color, (temperature, group) in zip(colors, by_temperature.items(), strict=True):
             share, one = penalties(group)
-            centres = (bin_edges(len(share))[1:] + bin_edges(len(share))[:-1]) / 2
-            whole.plot(centres, share * len(share) / 2, color=colour, label=f"T = {temperature:g}")
-            single.plot(centres, one, color=colour)
+            centers = (bin_edges(len(share))[1:] + bin_edges(len(share))[:-1]) / 2
+            whole.plot(centers, share * len(share) / 2, color=color, label=f"T = {temperature:g}")
+            single.plot(centers, one, color=color)
         whole.set(title="where the push goes (density)", xlabel="similarity of the negative", xlim=(-1, 1))
         single.set(title="push on one negative ÷ the mean's", xlabel="similarity of the negative", xlim=(-1, 1))
         single.set(yscale="log", ylim=(1e-6, None))  # what is below moves nothing
@@ -156,8 +156,8 @@ def _by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
     return {at: [run for run in runs if run.temperature == at] for at in sorted({run.temperature for run in runs})}
 
 
-def _colours(count: int) -> list[Any]:
-    """From dark to light in viridis, whose order shows without colour vision too; the lightest, yellow, is left out."""
+def _colors(count: int) -> list[Any]:
+    """From dark to light in viridis, whose order shows without color vision too; the lightest, yellow, is left out."""
     shades = matplotlib().colormaps["viridis"](np.linspace(0, 0.85, max(2, count)))
     return list(shades)[:count]
 

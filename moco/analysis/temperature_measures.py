@@ -29,7 +29,7 @@ from moco.models.encoder import Encoder
 from moco.runs import checkpoint
 
 ROWS = 256  # pictures or queries at once; changes memory, not results
-VOTE = 0.1  # a neighbour's vote weighs exp(similarity / VOTE); with one neighbour all the same
+VOTE = 0.1  # a neighbor's vote weighs exp(similarity / VOTE); with one neighbor all the same
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Run:
     step: int
     seconds: float  # of training
     pictures: int  # N
-    knn: Accuracy | None  # percent; None without labelled held-out pictures
+    knn: Accuracy | None  # percent; None without labeled held-out pictures
     projection: Space
     backbone: Space
     contrast: Contrast

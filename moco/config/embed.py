@@ -13,7 +13,7 @@ class EmbedConfig(SubjectConfig):
     features: str = "backbone"
     """backbone (what transfers), or projection (the head's output) where the file holds a head"""
     split: str = "train"
-    """train (all pictures of an unlabelled folder), bank (the labelled references), or held_out"""
+    """train (all pictures of an unlabeled folder), bank (the labeled references), or held_out"""
     normalize: bool = False
     """scale each feature vector to length 1"""
     dtype: str = "float32"

@@ -26,11 +26,11 @@ class FinetuneConfig(SubjectConfig):
     seeds: int = 1
     """repeats from `seed` on: each with its own pictures, first weights, order and augmentation"""
     epochs: int = 100
-    """passes over the labelled pictures"""
+    """passes over the labeled pictures"""
     min_steps: int = 0
     """few labels: more epochs, until so many steps are made"""
     batch_size: int = 128
-    """over all processes; as many as there are where there are fewer labelled pictures"""
+    """over all processes; as many as there are where there are fewer labeled pictures"""
     optimizer: str = "sgd"
     """sgd or adamw"""
     lr: float = 0.01

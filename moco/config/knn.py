@@ -8,10 +8,10 @@ from moco.config.subject import SubjectConfig, check_subject
 
 @dataclass
 class KnnConfig(SubjectConfig):
-    """Weighted k-nearest-neighbour classification on frozen features."""
+    """Weighted k-nearest-neighbor classification on frozen features."""
 
     k: list[int] = field(default_factory=lambda: [200])
-    """neighbours that vote; of several, leave-one-out on the training split chooses"""
+    """neighbors that vote; of several, leave-one-out on the training split chooses"""
     temperature: list[float] = field(default_factory=lambda: [0.1])
     """a vote weighs exp(cosine / temperature); of several, chosen as k is"""
     features: str = "backbone"
@@ -19,7 +19,7 @@ class KnnConfig(SubjectConfig):
     choose_on: int = 10000
     """how many training images at most, drawn once by the seed, k and temperature are chosen on"""
     labels_per_class: int = 0
-    """so many labelled training images a class, averaged over draws of them, which the seed makes; 0: all"""
+    """so many labeled training images a class, averaged over draws of them, which the seed makes; 0: all"""
     draws: int = 100
     """how often labels_per_class labels are drawn; the figure is their mean"""
     compare: list[str] = field(default_factory=lambda: ["untrained"])
@@ -41,7 +41,7 @@ def check_knn(config: KnnConfig) -> None:
     check_subject(config)
     require(
         bool(config.k) and min(config.k) >= 1,
-        f"k={config.k} must hold at least one number of neighbours, none below 1, e.g. k=[20]",
+        f"k={config.k} must hold at least one number of neighbors, none below 1, e.g. k=[20]",
     )
     require(
         bool(config.temperature) and min(config.temperature) >= 1e-6,  # float32 divides by it

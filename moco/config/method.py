@@ -81,7 +81,7 @@ def check_method(method: MethodConfig, batch_size: int, accumulate: int, views: 
 
     Args:
         method: the group.
-        batch_size: images in one optimiser step.
+        batch_size: images in one optimizer step.
         accumulate: micro-batches.
         views: V.
 

@@ -17,20 +17,20 @@ class ReportConfig:
     output: str = ""
     """the file; empty: report.html in the run"""
     pictures: int = 1000
-    """held-out pictures (without any: training pictures) in the map, drawn by the seed; 0: no map, neighbours or
+    """held-out pictures (without any: training pictures) in the map, drawn by the seed; 0: no map, neighbors or
     attention, and the data set is not opened"""
     map: str = "tsne"
     """tsne, umap (needs umap-learn), or none"""
     perplexity: float = 30.0
-    """about how many neighbours of a picture the map tries to keep"""
+    """about how many neighbors of a picture the map tries to keep"""
     clusters: int = 0
     """groups found by k-means in the features; 0: as many as there are classes (at most 20), 10 without labels"""
     queries: int = 8
-    """pictures of which the nearest neighbours, and for a ViT the attention, are shown; at most `pictures`"""
+    """pictures of which the nearest neighbors, and for a ViT the attention, are shown; at most `pictures`"""
     neighbours: int = 6
     """of each query"""
     references: int = 5000
-    """the training pictures among which neighbours are looked for, drawn by the seed; 0: all"""
+    """the training pictures among which neighbors are looked for, drawn by the seed; 0: all"""
     projector: bool = True
     """also write the embedding for TensorBoard's projector, with the pictures, into projector/ in each run"""
     seed: int = 0

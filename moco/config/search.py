@@ -20,7 +20,7 @@ class SearchConfig(EmbedConfig):
     sample: int = 0
     """for `nearest`: or so many pictures of the data set itself, drawn by the seed; 8 where nothing is said"""
     k: int = 12
-    """neighbours; for `outliers` those whose mean similarity is the score"""
+    """neighbors; for `outliers` those whose mean similarity is the score"""
     threshold: float = 0.95
     """for `duplicates`: pictures at least as similar (cosine) are linked, and what is linked is one group"""
     show: int = 60

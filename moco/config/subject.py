@@ -8,12 +8,12 @@ from moco.config.base import at_least, one_of, require, require_finite
 
 @dataclass
 class SubjectDataConfig:
-    """The labelled data. What is null is as in the run, or, where the run's data is another, as in `DataConfig`."""
+    """The labeled data. What is null is as in the run, or, where the run's data is another, as in `DataConfig`."""
 
     name: str | None = None
     """digits, cifar10, cifar100, stl10, imagenet, folder, shards or huggingface"""
     root: str | None = None
-    """where the data set is; for `folder` the labelled training pictures"""
+    """where the data set is; for `folder` the labeled training pictures"""
     download: bool | None = None
     """fetch CIFAR or STL-10 into root if it is not there"""
     labels: str | None = None

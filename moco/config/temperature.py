@@ -33,7 +33,7 @@ class TemperatureConfig:
     labels_per_class: int = 1
     """of the few-label kNN"""
     k: int = 1
-    """its neighbours"""
+    """its neighbors"""
     draws: int = 100
     """of the few labels"""
     bins: int = 100

@@ -77,7 +77,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """The optimiser and its schedule."""
+    """The optimizer and its schedule."""
 
     name: str = "sgd"
     """sgd, lars or adamw"""
@@ -122,7 +122,7 @@ class EvaluateConfig:
     every_epochs: int = 1
     """live kNN every so many epochs, and before the first and after the last; 0: never"""
     k: int = 200
-    """neighbours that vote"""
+    """neighbors that vote"""
     temperature: float = 0.1
     """a vote weighs exp(similarity / temperature)"""
     features: str = "backbone"
@@ -171,7 +171,7 @@ class TrainConfig:
     epochs: int = 200
     """passes over the data set; the schedules end with the last"""
     batch_size: int = 256
-    """images in one optimiser step, over all processes"""
+    """images in one optimizer step, over all processes"""
     accumulate: int = 1
     """micro-batches in which a process takes its share of the batch"""
     device: str = "auto"
@@ -297,7 +297,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     require(0 <= optim.lr_end <= 1, f"optim.lr_end={optim.lr_end} must lie in 0 ... 1: it is a fraction of the peak")
     require(
         model.bn != "sync" or config.accumulate == 1,
-        f"accumulate={config.accumulate} would leave model.bn=sync one micro-batch to normalise over, not the global "
+        f"accumulate={config.accumulate} would leave model.bn=sync one micro-batch to normalize over, not the global "
         "batch: set accumulate=1 or model.bn=grouped",
     )
 
@@ -310,7 +310,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     micro_batch = config.batch_size // parts
     require(
         model.bn != "grouped" or model.bn_group_size > 1,
-        f"model.bn_group_size={model.bn_group_size}: one image has no variance to normalise by; set at least 2",
+        f"model.bn_group_size={model.bn_group_size}: one image has no variance to normalize by; set at least 2",
     )
     require(
         model.bn != "grouped" or micro_batch % model.bn_group_size == 0,

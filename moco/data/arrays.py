@@ -44,7 +44,7 @@ class ArraySource:
         return self.names[i]
 
 
-Splits = tuple[ArraySource, ArraySource, ArraySource]  # to train on, labelled references, held out
+Splits = tuple[ArraySource, ArraySource, ArraySource]  # to train on, labeled references, held out
 
 
 def digits() -> Splits:
@@ -84,7 +84,7 @@ def cifar(dataset: Any, root: str, download: bool) -> Splits:
 
 
 def stl10(root: str, download: bool) -> Splits:
-    """STL-10 at 96x96: 100,000 unlabelled images to train on, 5,000 labelled as bank, 8,000 held out."""
+    """STL-10 at 96x96: 100,000 unlabeled images to train on, 5,000 labeled as bank, 8,000 held out."""
 
     def split(name: str) -> ArraySource:
         data = _open_torchvision(datasets.STL10, root, download, split=name)

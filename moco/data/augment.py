@@ -1,4 +1,4 @@
-"""Stage 2 of a view: batched augmentation with parameters, and an order of the colour operations, for each sample.
+"""Stage 2 of a view: batched augmentation with parameters, and an order of the color operations, for each sample.
 
 All parameters are drawn on the host as a function of (seed, epoch, sample index, stream), each from its own numbered
 draw (law 2). Which samples an operation touches is thus known on the host, and the device is never waited for: index
@@ -8,8 +8,8 @@ lists and parameters go there in two queued copies.
     crops = crop_batch(images, params.crop, view)        # resident; a loader's worker calls crop_one instead
     query = augment(crops, params, view)
 
-The order of operations is the official recipes': affine (digits), colour jitter, grayscale, blur, solarise, flip,
-noise, normalise. Deviation: the official pipelines round to 8 bits after each operation, this one stays in float32.
+The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarise, flip,
+noise, normalize. Deviation: the official pipelines round to 8 bits after each operation, this one stays in float32.
 
 Legend: N samples, S x S pixels of a view.
 """
@@ -28,7 +28,7 @@ from moco.data.view import Params, View, draw, draw_crop
 
 __all__ = ["Params", "View", "augment", "crop_batch", "crop_one", "draw", "draw_crop", "largest_shrink"]
 
-_COLOUR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
+_COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
 
 # Numbers worked on at a time on a CPU, so that they stay in its cache between operations.
 _CPU_PART = 2**21
@@ -87,7 +87,7 @@ def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]
 
 
 def augment(crops: Tensor, params: Params, view: View) -> Tensor:
-    """Stage 2: colour, blur, flip and normalise a batch of crops.
+    """Stage 2: color, blur, flip and normalize a batch of crops.
 
     Args:
         crops: uint8, shape (N, 3, S, S), on any device.
@@ -142,7 +142,7 @@ def _gray_(x: Tensor, plan: dict[str, Tensor]) -> None:
 
 
 def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:
-    """The four colour operations, in each sample's own order.
+    """The four color operations, in each sample's own order.
 
     In each of four turns the samples are sorted by the operation that is next for them, so that an operation works in
     place on one contiguous block; that costs one copy a turn.
@@ -157,7 +157,7 @@ def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> 
         for which, count in enumerate(np.bincount(order[:, turn], minlength=4).tolist()):
             stop = start + count
             if count and strengths[which] > 0:
-                _COLOUR_OPS[which](block[start:stop], factor[start:stop])
+                _COLOR_OPS[which](block[start:stop], factor[start:stop])
             start = stop
     x.index_copy_(0, plan["jitter"], block)
 
@@ -190,7 +190,7 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
 
 
 def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]:
-    """Gaussian weights at distances 0 ... r, normalised over -r ... r, shape (b, r + 1).
+    """Gaussian weights at distances 0 ... r, normalized over -r ... r, shape (b, r + 1).
 
     r is 3 times the view's highest sigma, rounded up (beyond are 0.3 % of the weight), and less than the image side,
     as the reflected border needs.

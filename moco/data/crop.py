@@ -35,7 +35,7 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> NDArray[np.int64]:
-    """Boxes of a random resized crop: torchvision's `RandomResizedCrop.make_params`, vectorised over the batch.
+    """Boxes of a random resized crop: torchvision's `RandomResizedCrop.make_params`, vectorized over the batch.
 
     Ten tries of area and log aspect ratio; the first that fits is placed uniformly. If none fits, the largest central
     box within the ratio.
@@ -277,9 +277,9 @@ def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[n
 
 
 def plain_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The weights of plain bilinear interpolation: the two pixels nearest to the output pixel's centre.
+    """The weights of plain bilinear interpolation: the two pixels nearest to the output pixel's center.
 
-    Args and returns as `antialiased_taps`, K = 2. A centre beyond the first or last pixel's takes that pixel alone.
+    Args and returns as `antialiased_taps`, K = 2. A center beyond the first or last pixel's takes that pixel alone.
     """
     center = np.maximum(lengths / size * (np.arange(size) + 0.5) - 0.5, 0.0)  # (L, S)
     first = np.minimum(np.floor(center), lengths - 1)  # (L, S)

@@ -1,6 +1,6 @@
 """Image files to uint8 RGB tensors: one function, and one error for all that can be wrong with a file.
 
-Colour profiles are ignored, as torchvision and the published pipelines do.
+Color profiles are ignored, as torchvision and the published pipelines do.
 """
 
 import contextlib
@@ -233,5 +233,5 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
         )
     if image.mode == "F":
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
-    # The upper byte, as PIL and libpng do it for 16-bit colour: the same picture in gray and colour stays the same.
+    # The upper byte, as PIL and libpng do it for 16-bit color: the same picture in gray and color stays the same.
     return Image.fromarray((values >> 8).astype(np.uint8))

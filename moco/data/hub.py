@@ -74,7 +74,7 @@ def open_hub(
     image_column: str = "",
     label_column: str = "",
 ) -> tuple[HubSource, HubSource | None]:
-    """The training split of a data set, and a labelled held-out one if it has any.
+    """The training split of a data set, and a labeled held-out one if it has any.
 
     Args:
         root: a folder that `save_to_disk` wrote, one of data files (parquet, pictures), or a name on the hub.

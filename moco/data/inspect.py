@@ -17,7 +17,7 @@ TINY, LONG, HUGE = 8, 10, 50_000_000
 # What does not stop a run, and what becomes of it.
 ODDITIES = {
     "16 bits": "the upper 8 of each value are used",
-    "CMYK": "converted to RGB without its colour profile",
+    "CMYK": "converted to RGB without its color profile",
     "palette": "converted to RGB",
     "transparent": "laid on white",
     "rotated by EXIF": "shown upright",
@@ -72,7 +72,7 @@ def inspect(path: str) -> Facts:
 def _header(data: bytes) -> tuple[str, dict[str, bool]]:
     """Format and mode, and what the header of a picture that decodes has of `ODDITIES`."""
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        # PIL opens PNGs and TIFFs with 16 bits a colour as RGB; only how it unpacks them ("RGB;16B") tells.
+        # PIL opens PNGs and TIFFs with 16 bits a color as RGB; only how it unpacks them ("RGB;16B") tells.
         layouts = [str(tile[3]) for tile in getattr(image, "tile", [])]
         orientation = 1
         with contextlib.suppress(Exception):  # broken EXIF data

@@ -1,7 +1,7 @@
 """Keyed randomness: every random number is a function of its key, never of a state (law 2).
 
 The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
-SC 2011): a bijection on 128-bit counters, chosen because it needs no state, vectorises over a batch,
+SC 2011): a bijection on 128-bit counters, chosen because it needs no state, vectorizes over a batch,
 and gives the same bits on every machine. A number is addressed by
 
     (seed, epoch, sample index, stream, draw)
@@ -20,16 +20,16 @@ SHUFFLE = 1_001  # the key batch's shuffle; one stream a view: SHUFFLE + view
 MIX = 2_000  # mixed negatives, by the step and the place in its batch; one stream a query's view: MIX + view
 SPLIT = 3_000  # which digits are held out
 BANK = 3_001  # which images a limited kNN reference set keeps
-HOLD_OUT = 3_002  # which labelled images an evaluation holds out
-VALIDATION = 3_003  # which labelled images a choice (learning rate, k) is made on
-FEW_LABELS = 3_004  # which labelled images fine-tuning gets
+HOLD_OUT = 3_002  # which labeled images an evaluation holds out
+VALIDATION = 3_003  # which labeled images a choice (learning rate, k) is made on
+FEW_LABELS = 3_004  # which labeled images fine-tuning gets
 STEP = 3_005  # the seed that torch's own generator gets for a fine-tuning step: mixing, dropout
 SEARCH = 3_010  # which pictures a search draws as queries
 REPORT = 3_011  # which pictures a report shows
 SUBSTITUTE = 3_020  # which pictures stand in for one that cannot be read
 SHARDS = 3_030  # the order in which a pass over a stream reads its shards
 MIXING = 5_000  # which of a worker's buffered pictures comes next in a stream; one stream a worker: MIXING + worker
-DRAW_LABELS = 10_000  # which labelled samples a few-label evaluation gets; one stream a draw
+DRAW_LABELS = 10_000  # which labeled samples a few-label evaluation gets; one stream a draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))

@@ -71,7 +71,7 @@ class Batch:
     """This rank's share of one global batch."""
 
     index: Tensor  # (n,), sample indices; of a substitute its own, for the queue and labels go by what is seen
-    views: list[Tensor]  # V of (n, 3, S, S), float32, normalised
+    views: list[Tensor]  # V of (n, 3, S, S), float32, normalized
 
 
 OnBad = Callable[[Mapping[int, str]], None]  # gets the indices of pictures that cannot be read, and why

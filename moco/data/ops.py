@@ -27,7 +27,7 @@ def grayscale(x: Tensor) -> Tensor:
 
 
 def brightness_(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale towards black (below 1) or beyond (above 1). x (n, 3, S, S), factor (n,)."""
+    """Scale toward black (below 1) or beyond (above 1). x (n, 3, S, S), factor (n,)."""
     return x.mul_(_column(factor)).clamp_(0, 1)
 
 
@@ -110,7 +110,7 @@ def affine(x: Tensor, theta: Tensor) -> Tensor:
 
     Args:
         x: shape (n, 3, S, S).
-        theta: output to input map, from centred pixels to units of half the image side, shape (n, 6).
+        theta: output to input map, from centered pixels to units of half the image side, shape (n, 6).
 
     Returns:
         A new tensor, shape (n, 3, S, S).

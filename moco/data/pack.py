@@ -57,7 +57,7 @@ def pack(config: PackConfig) -> None:
         shutil.rmtree(output / PARTS, ignore_errors=True)
     finally:
         lock.close()
-    summarise(config, about, title, time.monotonic() - began)
+    summarize(config, about, title, time.monotonic() - began)
 
 
 def finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -237,7 +237,7 @@ def finish(
     return index
 
 
-def summarise(config: PackConfig, about: dict[str, Any], title: str, seconds: float) -> None:
+def summarize(config: PackConfig, about: dict[str, Any], title: str, seconds: float) -> None:
     """The closing panel: what happened, where it is, what to run next."""
     splits, output = about["splits"], Path(config.output)
     every = list(splits.values())

@@ -47,7 +47,7 @@ def picture(source: Source, i: int, short_side: int, quality: int) -> Picture:
     """Picture i as it goes into a shard, decoded once to know that it can be.
 
     Its file's own bytes, untouched, unless its shorter side exceeds `short_side`: then it is scaled down to that,
-    upright, bicubic and antialiased, and encoded as JPEG with 4:2:0 colour. A picture that has no file (CIFAR, digits)
+    upright, bicubic and antialiased, and encoded as JPEG with 4:2:0 color. A picture that has no file (CIFAR, digits)
     becomes a PNG, without loss.
     """
     try:

@@ -1,4 +1,4 @@
-"""Where images come from: each data set as up to three sources (pretraining, labelled bank, held out).
+"""Where images come from: each data set as up to three sources (pretraining, labeled bank, held out).
 
 Each kind has a module of its own: arrays in memory; a folder, shards or a Hugging Face data set, whose files are
 decoded when asked for; remote, a stream.
@@ -55,11 +55,11 @@ class Source(Protocol):
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
-        """Indices into `classes`, shape (N,); None where unlabelled."""
+        """Indices into `classes`, shape (N,); None where unlabeled."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; empty where unlabelled."""
+        """The names of the classes; empty where unlabeled."""
 
     def __len__(self) -> int: ...
 
@@ -78,8 +78,8 @@ class Sources:
     """A data set: what pretraining sees, and what its features are judged on."""
 
     train: Source
-    bank: Source | None = None  # labelled references, for kNN and linear probes
-    held_out: Source | None = None  # labelled, disjoint from train and bank: accuracy is measured here
+    bank: Source | None = None  # labeled references, for kNN and linear probes
+    held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
 
 
 def subset(source: Source, rows: NDArray[np.int64]) -> Source:
@@ -168,7 +168,7 @@ def load_source(
             addresses.
         download: fetch CIFAR or STL-10 into the root if it is not there.
         labels: for a folder: "none", or "folder" where the first-level folders are the classes.
-        eval_root: for a labelled folder: another tree with the same classes, to measure accuracy on.
+        eval_root: for a labeled folder: another tree with the same classes, to measure accuracy on.
         resident: decode a folder (or ImageNet tree) once into memory; all its images must have one size. CIFAR,
             STL-10 and digits are in memory always.
         progress: called with (done, total) while a resident folder is decoded.

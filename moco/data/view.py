@@ -37,7 +37,7 @@ class View:
     """Resize the crop with antialiasing; false: by plain interpolation, as torchvision's antialias=False. Then a shrunk
     picture shows single pixels, and large JPEGs are decoded whole."""
     jitter_p: float = 0.0
-    """Probability of the colour jitter: brightness, contrast, saturation and hue, in random order."""
+    """Probability of the color jitter: brightness, contrast, saturation and hue, in random order."""
     brightness: float = 0.0
     """The factor is uniform in 1 - brightness (at least 0) ... 1 + brightness."""
     contrast: float = 0.0
@@ -163,13 +163,13 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
     noisy = view.noise[1] > 0
     u = keyed_uniform(seed, epoch, index, stream, _PIXELS + view.size**2 + 1 if noisy else _DRAWS).astype(np.float64)
     strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
-    centre = np.array([1.0, 1.0, 1.0, 0.0])
-    low = np.where(centre > 0, np.maximum(centre - strengths, 0), -strengths)  # a factor is never negative
+    center = np.array([1.0, 1.0, 1.0, 0.0])
+    low = np.where(center > 0, np.maximum(center - strengths, 0), -strengths)  # a factor is never negative
     count = len(u)
     return Params(
         crop=u[:, :CROP_DRAWS].astype(np.float32),
         jitter=u[:, _JITTER] < (view.jitter_p if strengths.any() else 0),
-        factors=_between(u[:, _FACTORS], low, centre + strengths).astype(np.float32),
+        factors=_between(u[:, _FACTORS], low, center + strengths).astype(np.float32),
         order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
         gray=u[:, _GRAY] < view.gray_p,
         blur=u[:, _BLUR] < view.blur_p,
@@ -188,7 +188,7 @@ def _between(u: NDArray[np.float64], low: ArrayLike, high: ArrayLike) -> NDArray
 
 
 def _affine_theta(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
-    """The map of torchvision's `_get_inverse_affine_matrix` around the image centre, for `ops.affine`.
+    """The map of torchvision's `_get_inverse_affine_matrix` around the image center, for `ops.affine`.
 
     Args:
         u: the uniform draws, shape (N, D).

@@ -25,8 +25,8 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
     cell = max(4, _SIDE // len(confusion))
     part = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))  # (L, L)
     shade = np.sqrt(part)  # a confusion of one in a hundred shows too
-    colour = 255 - shade[..., None].repeat(cell, 0).repeat(cell, 1) * (255 - _BLUE)  # (L cell, L cell, 3)
-    matrix = Image.fromarray(colour.round().astype(np.uint8))
+    color = 255 - shade[..., None].repeat(cell, 0).repeat(cell, 1) * (255 - _BLUE)  # (L cell, L cell, 3)
+    matrix = Image.fromarray(color.round().astype(np.uint8))
     side = matrix.width
     legend = textwrap.wrap(f"rows: truth; columns: prediction; from the top left: {', '.join(classes)}", side // 6)
     canvas = Image.new("RGB", (side + 2 * _MARGIN, side + 40 + 14 * len(legend) + _MARGIN), "white")

@@ -17,7 +17,7 @@ from moco.distributed import all_or_none, gather, rank, world_size
 
 
 class _Plain:
-    """The streamed path of evaluation: a worker decodes and centre-crops."""
+    """The streamed path of evaluation: a worker decodes and center-crops."""
 
     def __init__(self, source: Source, resize: int, size: int) -> None:
         self.source, self.resize, self.size = source, resize, size
@@ -77,7 +77,7 @@ def stream(
         source: the images.
         rows: which of them.
         size, resize: of the evaluation view: shorter side to `resize`, central `size`.
-        mean, std: normalisation.
+        mean, std: normalization.
         device: where the network is.
         batch_size: images at once.
         workers: loader processes for images that are not in memory.
@@ -86,14 +86,14 @@ def stream(
         ImageError: for an image that cannot be decoded.
         LoaderError: if a loader process dies, or finds no shared memory.
     """
-    centre = torch.tensor(mean, device=device).view(3, 1, 1)
+    center = torch.tensor(mean, device=device).view(3, 1, 1)
     spread = torch.tensor(std, device=device).view(3, 1, 1)
     training = isinstance(network, nn.Module) and network.training
     if isinstance(network, nn.Module):
         network.eval()
     try:
         for images in _images(source, rows, resize, size, batch_size, workers):
-            yield network((images.to(device).float() / 255 - centre) / spread).float()
+            yield network((images.to(device).float() / 255 - center) / spread).float()
     finally:
         if isinstance(network, nn.Module):
             network.train(training)

@@ -1,4 +1,4 @@
-"""Fine-tuning from a configuration to a table: pick the labelled pictures, train each encoder and seed, judge, save."""
+"""Fine-tuning from a configuration to a table: pick the labeled pictures, train each encoder and seed, judge, save."""
 
 import json
 import time
@@ -22,10 +22,10 @@ from moco.data.sources import Source, subset
 from moco.data.view import View
 from moco.distributed import broadcast_module, data_parallel, is_rank_zero, on_rank_zero, process_group
 from moco.evaluation import subsets
-from moco.evaluation.finetune_report import Outcome, Task, common, entries, protocol, summarise
+from moco.evaluation.finetune_report import Outcome, Task, common, entries, protocol, summarize
 from moco.evaluation.finetuning import classifier, mixing, optimizer_of, plan_of, train
 from moco.evaluation.metrics import HeldOut, figures
-from moco.evaluation.subject import Subject, data_config, data_written, features_of, open_labelled, open_subject
+from moco.evaluation.subject import Subject, data_config, data_written, features_of, open_labeled, open_subject
 from moco.evaluation.sweep import validation_rows
 from moco.interop.encoder_file import build, save_encoder
 from moco.interop.weights import save_weights
@@ -53,7 +53,7 @@ def evaluate_finetune(config: FinetuneConfig) -> list[Outcome]:
         with _bar(len(config.encoders) * config.seeds * plan.total_steps) as on_step:
             outcomes = [_finetune(task, name, on_step) for name in config.encoders]
         file = on_rank_zero(lambda: results.record(task.subject.output, entries(shared, outcomes), task.subject.step))
-        summarise(task, plan, outcomes, file)
+        summarize(task, plan, outcomes, file)
     return outcomes
 
 
@@ -76,28 +76,28 @@ def _open(config: FinetuneConfig, device: torch.device) -> Task:
             stacklevel=2,
         )
     view = view_of(config, subject)
-    labelled, held_out = open_labelled(config, subject)
+    labeled, held_out = open_labeled(config, subject)
     if config.validation:
-        labelled, held_out = _parted(labelled, config.validation)
-    return Task(config, subject, file, labelled, held_out, view, device)
+        labeled, held_out = _parted(labeled, config.validation)
+    return Task(config, subject, file, labeled, held_out, view, device)
 
 
-def _parted(labelled: Source, validation: float) -> tuple[Source, Source]:
+def _parted(labeled: Source, validation: float) -> tuple[Source, Source]:
     """What is left to label, and the part of each class to judge on."""
-    labels = labelled.labels
+    labels = labeled.labels
     assert labels is not None
-    single = [labelled.classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)]
+    single = [labeled.classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)]
     require(
         not single,
         f"validation={validation} needs two pictures of each class, and the training split has one of "
         f"{', '.join(single[:5])}: add pictures, or leave validation=0",
     )
     rest, rows = validation_rows(labels, validation, 0)
-    return subset(labelled, rest), subset(labelled, rows)
+    return subset(labeled, rest), subset(labeled, rows)
 
 
 def view_of(config: FinetuneConfig, subject: Subject) -> View:
-    """The training view: the run's first, or crops and a flip, at the size and colours of the subject pictures.
+    """The training view: the run's first, or crops and a flip, at the size and colors of the subject pictures.
 
     Raises:
         ConfigError: for a field of `view` that is none, or a value that cannot be.
@@ -117,7 +117,7 @@ def view_of(config: FinetuneConfig, subject: Subject) -> View:
         raise ConfigError(f"view.{error}") from error
 
 
-def pick(config: FinetuneConfig, labelled: Source, seed: int) -> NDArray[np.int64]:
+def pick(config: FinetuneConfig, labeled: Source, seed: int) -> NDArray[np.int64]:
     """Rows of the pictures whose labels are used.
 
     Raises:
@@ -125,7 +125,7 @@ def pick(config: FinetuneConfig, labelled: Source, seed: int) -> NDArray[np.int6
         SubsetError: see `moco.evaluation.subsets`.
         ConfigError: if a class has no picture.
     """
-    labels = labelled.labels
+    labels = labeled.labels
     assert labels is not None
     if config.labels_per_class:
         return subsets.per_class(labels, config.labels_per_class, seed)
@@ -136,12 +136,12 @@ def pick(config: FinetuneConfig, labelled: Source, seed: int) -> NDArray[np.int6
         raise FileNotFoundError(f"subset_list={file} does not exist")
     try:
         wanted = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        rows = subsets.listed([labelled.name(row) for row in range(len(labelled))], wanted)
+        rows = subsets.listed([labeled.name(row) for row in range(len(labeled))], wanted)
     except subsets.SubsetError as error:
         raise subsets.SubsetError(f"subset_list={file}: {error}") from error
     except UnicodeDecodeError as error:
         raise subsets.SubsetError(f"subset_list={file} is no text") from error
-    lacking = [labelled.classes[label] for label in np.setdiff1d(labels, labels[rows])]
+    lacking = [labeled.classes[label] for label in np.setdiff1d(labels, labels[rows])]
     require(not lacking, f"subset_list={file} lists no picture of {', '.join(lacking[:5])}: each class needs one")
     return rows
 
@@ -152,15 +152,15 @@ def _plan(task: Task, pictures: int, seed: int) -> Plan:
 
 def _announce(task: Task) -> Plan:
     config, file, log = task.config, task.subject.file, console.log
-    pictures = len(pick(config, task.labelled, config.seed))
+    pictures = len(pick(config, task.labeled, config.seed))
     plan = _plan(task, pictures, config.seed)
     log(f"{file.source}: {file.backbone} ({file.layout}, step {file.step})")
-    classes = len(task.labelled.classes)
+    classes = len(task.labeled.classes)
     judged_on = "pictures of the training split" if config.validation else "held-out pictures"
-    log(f"{protocol(config)[0]}: {pictures:,} of {len(task.labelled):,} pictures of {classes} classes")
+    log(f"{protocol(config)[0]}: {pictures:,} of {len(task.labeled):,} pictures of {classes} classes")
     log(f"subject on {len(task.held_out):,} {judged_on}, with {config.seeds} seed{'s' * (config.seeds > 1)} an encoder")
     if plan.batch_size < config.batch_size:
-        log(f"batch_size={config.batch_size} is lowered to {plan.batch_size}: there are {pictures} labelled pictures")
+        log(f"batch_size={config.batch_size} is lowered to {plan.batch_size}: there are {pictures} labeled pictures")
     if plan.epochs > config.epochs:
         log(f"epochs={config.epochs} is raised to {plan.epochs}: min_steps={config.min_steps} asks for so many steps")
     log(f"{plan.total_steps:,} steps: {plan.epochs} epochs of {plan.steps_per_epoch} with {plan.batch_size} pictures")
@@ -186,10 +186,10 @@ def _finetune(task: Task, name: str, on_step: OnStep) -> Outcome:
 
 def _trained(task: Task, name: str, seed: int, on_step: OnStep) -> tuple[nn.Sequential, Plan]:
     config = task.config
-    picked = subset(task.labelled, pick(config, task.labelled, seed))
+    picked = subset(task.labeled, pick(config, task.labeled, seed))
     plan = _plan(task, len(picked), seed)
     backbone = build(task.file, seed if name == "untrained" else None).get_submodule("backbone")
-    classes = len(task.labelled.classes)
+    classes = len(task.labeled.classes)
     network = classifier(backbone, classes, config.bn, seed).to(task.device)
     broadcast_module(network)
     optimizer = optimizer_of(
@@ -231,7 +231,7 @@ def _save(task: Task, network: nn.Sequential, folder: Path, step: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_encoder(folder / "encoder.safetensors", network.get_submodule("backbone"), config, step)
     head = network.get_submodule("head").state_dict()
-    save_weights(folder / "head.safetensors", head, {"classes": json.dumps(task.labelled.classes)})
+    save_weights(folder / "head.safetensors", head, {"classes": json.dumps(task.labeled.classes)})
 
 
 @contextmanager

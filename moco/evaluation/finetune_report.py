@@ -27,7 +27,7 @@ class Task:
     config: FinetuneConfig
     subject: Subject
     file: EncoderFile  # the subject one, with drop-path where it is asked for
-    labelled: Source
+    labeled: Source
     held_out: Source
     view: View
     device: torch.device
@@ -73,7 +73,7 @@ def common(task: Task, plan: Plan) -> dict[str, Any]:
     return {
         "command": "finetune",
         "protocol": protocol(config)[0],
-        **about(task.subject, config, task.labelled, task.held_out),
+        **about(task.subject, config, task.labeled, task.held_out),
         "settings": settings,
         "labelled": plan.length,
     }
@@ -93,7 +93,7 @@ def entries(shared: dict[str, Any], outcomes: list[Outcome]) -> list[dict[str, A
     ]
 
 
-def summarise(task: Task, plan: Plan, outcomes: list[Outcome], file: Path) -> None:
+def summarize(task: Task, plan: Plan, outcomes: list[Outcome], file: Path) -> None:
     """The closing table, what was written, and what to do next; on rank 0."""
     rows = []
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""End-to-end fine-tuning: a linear classifier on a backbone, both trained on labelled pictures.
+"""End-to-end fine-tuning: a linear classifier on a backbone, both trained on labeled pictures.
 
 Nothing of it depends on the topology: W processes make the steps of one (law 3), and every random number is a
 function of (seed, step) or of a picture's own key (law 2).
@@ -34,7 +34,7 @@ def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequ
     Args:
         backbone: changed in place; its `num_features` is D.
         classes: L.
-        bn: "sync" normalises over the global batch and moves the running statistics; "frozen" uses them as they are.
+        bn: "sync" normalizes over the global batch and moves the running statistics; "frozen" uses them as they are.
             Scale and shift are trained either way.
         seed: of the head's weights.
     """
@@ -63,7 +63,7 @@ def optimizer_of(
     head_lr_factor: float,
     layer_decay: float | None,
 ) -> torch.optim.Optimizer:
-    """An optimiser whose groups each say in "lr_scale" what their learning rate is multiplied by.
+    """An optimizer whose groups each say in "lr_scale" what their learning rate is multiplied by.
 
     Args:
         network: from `classifier`.
@@ -109,7 +109,7 @@ def plan_of(pictures: int, batch_size: int, epochs: int, min_steps: int, seed: i
     if batch % processes:
         even = batch // processes * processes
         fix = f"set batch_size={even}, or start fewer" if even else "start fewer"
-        raise ValueError(f"{processes} processes cannot share a batch of the {batch} labelled pictures evenly: {fix}")
+        raise ValueError(f"{processes} processes cannot share a batch of the {batch} labeled pictures evenly: {fix}")
     return Plan(pictures, batch, max(epochs, -(-min_steps // (pictures // batch))), seed, rank(), processes)
 
 

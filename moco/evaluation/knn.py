@@ -1,4 +1,4 @@
-"""`python -m moco.knn`: nearest neighbours of an encoder's features and of its baselines', subject in the same way.
+"""`python -m moco.knn`: nearest neighbors of an encoder's features and of its baselines', subject in the same way.
 
 Legend: M training images, Q held-out images, L classes.
 """
@@ -21,7 +21,7 @@ from moco.evaluation.features import pixels
 from moco.evaluation.knn_classifier import knn_votes, leave_one_out, votes_of_draws
 from moco.evaluation.knn_report import Result, report
 from moco.evaluation.metrics import HeldOut, figures
-from moco.evaluation.subject import Subject, data_config, encoders, features_of, open_labelled, open_subject
+from moco.evaluation.subject import Subject, data_config, encoders, features_of, open_labeled, open_subject
 from moco.runs.results import prepare
 from moco.runtime.console import log, progress_bar
 from moco.runtime.device import pick_device
@@ -49,7 +49,7 @@ def _judge_all(config: KnnConfig, device: torch.device) -> list[Result]:
         f"features=projection, but {subject.file.source} ({subject.file.layout}) holds no projection head: "
         "set features=backbone",
     )
-    bank, held_out = open_labelled(config, subject)
+    bank, held_out = open_labeled(config, subject)
     available = _references(bank, config)
     prepare(subject.output)
     log(
@@ -135,7 +135,7 @@ def _judge(
         few, draws, seed = config.labels_per_class, config.draws, config.seed
         votes = votes_of_draws(references, bank.labels, queries, k, temperature, classes, few, draws, seed)
     else:
-        with progress_bar(f"nearest neighbours, {name}", quiet=not is_rank_zero()) as progress:
+        with progress_bar(f"nearest neighbors, {name}", quiet=not is_rank_zero()) as progress:
             sizes = (config.queries_at_once, config.references_at_once)
             votes = iter([knn_votes(references, labels, queries, k, temperature, classes, *sizes, progress)])
     each = [figures(one, truth, votes=True) for one in votes]

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification on frozen features (Wu et al., CVPR 2018, section 3.4).
+"""Weighted k-nearest-neighbor classification on frozen features (Wu et al., CVPR 2018, section 3.4).
 
 Queries and references are taken in parts, so memory is a part of one times a part of the other, whatever their number.
 With several processes each answers some of the parts of the queries; every rank must call, and every rank gets all.
@@ -42,14 +42,14 @@ def nearest(
     """Each query's k nearest references by cosine, the nearest first; of equally near ones the lower row first.
 
     Args:
-        bank: features (M, D), of any length and precision; they are normalised here, a part at a time.
+        bank: features (M, D), of any length and precision; they are normalized here, a part at a time.
         queries: (Q, D).
-        k: neighbours; more than there are means all.
-        own: (Q,), each query's own row in the bank, which is no neighbour of it.
+        k: neighbors; more than there are means all.
+        own: (Q,), each query's own row in the bank, which is no neighbor of it.
         bank_chunk: references at once; memory is Q x (k + bank_chunk).
 
     Returns:
-        Similarity and row in the bank, each (Q, min(k, M)), or one neighbour fewer with `own` where k reaches M.
+        Similarity and row in the bank, each (Q, min(k, M)), or one neighbor fewer with `own` where k reaches M.
     """
     k = min(k, len(bank) - (own is not None))
     queries = F.normalize(queries.float(), dim=1)
@@ -84,7 +84,7 @@ def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
-    """Votes (Q, L) of neighbours with this similarity and these labels, both (Q, k), the nearest first."""
+    """Votes (Q, L) of neighbors with this similarity and these labels, both (Q, k), the nearest first."""
     # Less the largest, which no vote changes: exp(1 / 0.01) is beyond float32.
     weights = ((similarity - similarity[:, :1]) / temperature).exp()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
@@ -126,14 +126,14 @@ def knn_votes(
         bank: features (M, D), of any length.
         bank_labels: (M,), classes from 0.
         queries: (Q, D).
-        k: neighbours; more than M means all M.
+        k: neighbors; more than M means all M.
         temperature: above 0.
         classes: L.
         chunk, bank_chunk: queries and references at once; memory is chunk x bank_chunk.
         progress: called with (done, total).
 
     Returns:
-        Shape (Q, L), in units of the nearest neighbour's vote.
+        Shape (Q, L), in units of the nearest neighbor's vote.
     """
     votes = torch.zeros(len(queries), classes, device=queries.device)
     for part in _mine(len(queries), chunk, progress):
@@ -159,9 +159,9 @@ def leave_one_out(
     bank_chunk: int = REFERENCES_AT_ONCE,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """Accuracy on the reference set itself, where no sample is its own neighbour: to choose k and temperature by.
+    """Accuracy on the reference set itself, where no sample is its own neighbor: to choose k and temperature by.
 
-    The neighbours are searched for once, for the largest k.
+    The neighbors are searched for once, for the largest k.
 
     Args:
         bank, bank_labels, chunk, bank_chunk, progress: see `knn_votes`.

@@ -89,7 +89,7 @@ def report(results: list[Result], bank: Source, held_out: Source, subject: Subje
                 [str(k), *(percent(value) + (" <" if (i, j) == at else "") for j, value in enumerate(line))]
                 for i, (k, line) in enumerate(zip(config.k, first.grid, strict=True))
             ],
-            f"on {chosen_on:,} of {len(bank):,}, none its own neighbour; < is taken",
+            f"on {chosen_on:,} of {len(bank):,}, none its own neighbor; < is taken",
         )
     draws = len(first.each)
     table(

@@ -23,7 +23,7 @@ from moco.evaluation.layers import LayerFeatures
 from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, train_head
 from moco.evaluation.linear_report import Outcome, Task, about_head, keep, say_next, show
 from moco.evaluation.metrics import HeldOut, figures
-from moco.evaluation.subject import encoders, features_of, open_labelled, open_subject
+from moco.evaluation.subject import encoders, features_of, open_labeled, open_subject
 from moco.evaluation.sweep import Choice, Recipe, choose, retrain
 from moco.models.encoder import Encoder
 from moco.optim.schedules import lr_factor, scaled_lr
@@ -41,7 +41,7 @@ def evaluate_linear(config: LinearConfig) -> None:
         torch.set_num_threads(config.threads)
     with process_group(device):
         subject = open_subject(config)
-        train, held_out = open_labelled(config, subject)
+        train, held_out = open_labeled(config, subject)
         prepare(subject.output)
         task = Task(config, subject, train, held_out, device)
         log(
@@ -266,7 +266,7 @@ def _training_view(task: Task) -> View:
 
 
 def _labels(source: Source) -> Any:
-    assert source.labels is not None  # open_labelled saw to it
+    assert source.labels is not None  # open_labeled saw to it
     return source.labels
 
 

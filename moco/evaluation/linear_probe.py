@@ -85,7 +85,7 @@ def train_head(
     Args:
         backbone: pictures (n, 3, S, S) to features (n, D); put into eval mode, never changed.
         head: on the device.
-        source: the labelled training pictures.
+        source: the labeled training pictures.
         plan: which of them each step sees; its seed is also the augmentation's.
         view: the augmentation.
         lr_at: learning rate at a step.

@@ -28,9 +28,9 @@ class Figures:
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of top1, percent: what another draw of as many test images could have given."""
         p, n = self.top1 / 100, self.count
-        centre = (p + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
+        center = (p + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
         half = _Z95 * math.sqrt(p * (1 - p) / n + _Z95**2 / (4 * n**2)) / (1 + _Z95**2 / n)
-        return 100 * (centre - half), 100 * (centre + half)
+        return 100 * (center - half), 100 * (center + half)
 
     def plain(self) -> dict[str, Any]:
         """For results.json."""
@@ -50,7 +50,7 @@ def figures(scores: Tensor, labels: NDArray[np.int64], votes: bool = False) -> F
     Args:
         scores: (M, L); of equal ones the first class counts.
         labels: (M,).
-        votes: the scores are shares of neighbours' votes, and a class without any is not among the top five. It would
+        votes: the scores are shares of neighbors' votes, and a class without any is not among the top five. It would
             stand there by its number alone where fewer than five classes have votes.
     """
     classes, truth = scores.shape[1], np.asarray(labels)

@@ -1,4 +1,4 @@
-"""The encoder that a command judges, what it is compared with, and the labelled data it is subject on."""
+"""The encoder that a command judges, what it is compared with, and the labeled data it is subject on."""
 
 import os
 import warnings
@@ -27,7 +27,7 @@ IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The one view of a picture that evaluation shows: shorter side to `resize`, central `size`, normalised."""
+    """The one view of a picture that evaluation shows: shorter side to `resize`, central `size`, normalized."""
 
     size: int
     resize: int
@@ -99,8 +99,8 @@ def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iter
         yield name, build(subject.file, None if name == "pretrained" else seed).to(device)
 
 
-def open_labelled(config: SubjectConfig, subject: Subject) -> tuple[Source, Source]:
-    """The labelled training split and the held-out split.
+def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Source]:
+    """The labeled training split and the held-out split.
 
     Raises:
         ConfigError: if the data is not said, has no labels, one class only, no held-out split, or if a held-out class
@@ -113,7 +113,7 @@ def open_labelled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sour
     require(
         bank is not None and bank.labels is not None,
         f"data.name={name} has no labels to judge by: "
-        + ("set data.labels=folder, with one folder a class" if name == "folder" else "choose a labelled data set"),
+        + ("set data.labels=folder, with one folder a class" if name == "folder" else "choose a labeled data set"),
     )
     assert bank is not None
     assert bank.labels is not None
@@ -140,7 +140,7 @@ def open_labelled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sour
 
 
 def open_data(config: SubjectConfig, subject: Subject) -> Sources:
-    """The data set, labelled or not.
+    """The data set, labeled or not.
 
     Raises:
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
@@ -249,7 +249,7 @@ def _tell_what_was_seen(config: SubjectConfig, subject: Subject) -> None:
 
 
 def _split(source: Source, part: float) -> tuple[Source, Source]:
-    """A labelled source without and with that part of each class, at least one picture of it: always the same ones."""
+    """A labeled source without and with that part of each class, at least one picture of it: always the same ones."""
     assert source.labels is not None
     order = permutation(0, 0, len(source), HOLD_OUT)
     held = []

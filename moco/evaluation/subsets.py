@@ -1,6 +1,6 @@
-"""Which labelled pictures fine-tuning gets: a part of each class, so many of each class, or those of a list.
+"""Which labeled pictures fine-tuning gets: a part of each class, so many of each class, or those of a list.
 
-Legend: N labelled pictures, L classes.
+Legend: N labeled pictures, L classes.
 """
 
 from collections import Counter

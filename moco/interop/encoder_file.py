@@ -45,7 +45,7 @@ class EncoderFile:
     options: dict[str, Any]
     weights: dict[str, Tensor]  # of the backbone
     head_weights: dict[str, Tensor] = field(default_factory=dict)  # of the projection head; empty if there is none
-    step: int = 0  # optimiser steps it was trained for, where the file says so
+    step: int = 0  # optimizer steps it was trained for, where the file says so
     images: dict[str, Any] = field(default_factory=dict)  # size, resize, mean, std
     config: dict[str, Any] = field(default_factory=dict)  # of the run, where it is one of ours
 
@@ -148,7 +148,7 @@ def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], ste
         path: the file.
         backbone: its weights go in.
         config: of the run, with the groups "model" and "augment".
-        step: optimiser steps it was trained for.
+        step: optimizer steps it was trained for.
     """
     model = config["model"]
     about = {"options": model["options"], "images": images_of(config), "config": dict(config)}

@@ -1,6 +1,6 @@
 """Encoders as graphs that run without this package: ONNX and torch.export, for a batch of any size.
 
-The graph takes pictures that are normalised already; how (and their size) stands beside it in the file.
+The graph takes pictures that are normalized already; how (and their size) stands beside it in the file.
 """
 
 import json

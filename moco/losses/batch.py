@@ -35,8 +35,8 @@ def in_batch_info_nce(
         symmetric = (one + in_batch_info_nce(b, a, index, temperature)[0]) / 2
 
     Args:
-        query: L2-normalised, shape (N, C).
-        keys: L2-normalised, shape (M, C), of all processes.
+        query: L2-normalized, shape (N, C).
+        keys: L2-normalized, shape (M, C), of all processes.
         positives: the column of each query's key, integers of shape (N,): rank * N + 0 ... N - 1.
         temperature: T > 0.
         margin: see `add_margin`, on the positives; 0 is none.
@@ -64,7 +64,7 @@ def in_batch_info_nce(
 
 
 def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
-    """The normalised temperature-scaled cross entropy of SimCLR (Chen et al., 2020), Eq. 1, for V >= 2 views.
+    """The normalized temperature-scaled cross entropy of SimCLR (Chen et al., 2020), Eq. 1, for V >= 2 views.
 
     Each embedding is an anchor against all others of the global batch, both views of every other sample and the
     other view of its own, which is the positive. With V > 2 each other view of the sample is a positive with a softmax
@@ -72,8 +72,8 @@ def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temper
     paper has V = 2. For uniform logits the loss is log(V M - 1).
 
     Args:
-        embeddings: L2-normalised, this process's anchors, shape (V, N, C).
-        others: L2-normalised, the global batch's embeddings, shape (V, M, C); `embeddings` itself in one process.
+        embeddings: L2-normalized, this process's anchors, shape (V, N, C).
+        others: L2-normalized, the global batch's embeddings, shape (V, M, C); `embeddings` itself in one process.
         offset: the position of this process's first sample in `others`: rank * N.
         temperature: T > 0.
 
@@ -110,8 +110,8 @@ def sup_con(
     a positive as any other: always with two views or more, unless a `mask` keeps a sample's views apart.
 
     Args:
-        embeddings: L2-normalised, this process's samples, shape (V, N, C).
-        others: L2-normalised, the global batch's embeddings, shape (V, M, C); `embeddings` itself in one process.
+        embeddings: L2-normalized, this process's samples, shape (V, N, C).
+        others: L2-normalized, the global batch's embeddings, shape (V, M, C); `embeddings` itself in one process.
         offset: the position of this process's first sample in `others`: rank * N.
         temperature: T > 0.
         labels: the classes of the global batch, integers of shape (M,).

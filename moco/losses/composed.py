@@ -39,9 +39,9 @@ def contrast(
     is one of an expectation over negatives as the data has them.
 
     Args:
-        query: L2-normalised, shape (N, C).
-        key: L2-normalised, shape (N, C), without gradient.
-        queue: L2-normalised, shape (K, C), without gradient.
+        query: L2-normalized, shape (N, C).
+        key: L2-normalized, shape (N, C), without gradient.
+        queue: L2-normalized, shape (K, C), without gradient.
         temperature: T > 0; a tensor of shape () if learned.
         negatives: as in `info_nce`; to eliminate false negatives, `negatives & ~find_false_negatives(...)`.
         margin: on the similarity of each positive, see `add_margin`; 0 is none.

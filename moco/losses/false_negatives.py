@@ -25,8 +25,8 @@ def find_false_negatives(
         attraction:   multi_positive_info_nce(query, key, queue, temperature, found, negatives)
 
     Args:
-        support: L2-normalised, shape (N, C).
-        queue: L2-normalised, shape (K, C).
+        support: L2-normalized, shape (N, C).
+        queue: L2-normalized, shape (K, C).
         threshold: found are entries whose similarity is above it; -1 ... 1.
         top: found are the entries of the `top` highest similarities; 1 ... K. With both, those that pass both.
         candidates: optional boolean (N, K) or (1, K), the entries to look among.

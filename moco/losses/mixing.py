@@ -23,16 +23,16 @@ def mix_hard_negatives(
 
     Of the `hardest` negatives n of a query q, those most similar to it (fewer, where fewer are allowed):
 
-        s of them:    h  = normalise(a n_i + (1 - a) n_j),   a from U(0, 1)
-        s' of them:   h' = normalise(b q   + (1 - b) n_j),   b from U(0, 0.5)
+        s of them:    h  = normalize(a n_i + (1 - a) n_j),   a from U(0, 1)
+        s' of them:   h' = normalize(b q   + (1 - b) n_j),   b from U(0, 0.5)
 
     h' is closer to the query than the n_j it is made of. h lies between its two, at times closer to the query than
     both; with i = j, which is not excluded, it is n_i once more. Random numbers are arguments (randomness is a
     function of keys): with a = u, i and j = floor(hardest u), b = u / 2.
 
     Args:
-        query: L2-normalised, shape (N, C).
-        queue: L2-normalised, shape (K, C).
+        query: L2-normalized, shape (N, C).
+        queue: L2-normalized, shape (K, C).
         hardest: how many of the hardest negatives to choose from, 1 ... K.
         pair_uniforms: in [0, 1), shape (N, s, 3), for i, j and a.
         query_uniforms: in [0, 1), shape (N, s', 2), for j and b.

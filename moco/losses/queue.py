@@ -26,9 +26,9 @@ def info_nce_logits(
     MoCo (He et al., 2020), Algorithm 1 and Eq. 1. Computed in float32 (or float64) whatever autocast says.
 
     Args:
-        query: L2-normalised, shape (N, C).
-        key: L2-normalised, shape (N, C), without gradient. Row n is the positive of query n.
-        queue: L2-normalised, shape (K, C), without gradient.
+        query: L2-normalized, shape (N, C).
+        key: L2-normalized, shape (N, C), without gradient. Row n is the positive of query n.
+        queue: L2-normalized, shape (K, C), without gradient.
         temperature: T > 0; a tensor of shape () if learned.
         negatives: optional boolean (N, K) or (1, K); False takes a queue entry out of a query's
             negatives (an unfilled entry, the query's own stale key).
@@ -90,9 +90,9 @@ def multi_positive_info_nce(
     Without any positive in the queue it is `info_nce`, bit for bit.
 
     Args:
-        query: L2-normalised, shape (N, C).
-        key: L2-normalised, shape (N, C), without gradient. Always a positive of its query.
-        queue: L2-normalised, shape (K, C), without gradient.
+        query: L2-normalized, shape (N, C).
+        key: L2-normalized, shape (N, C), without gradient. Always a positive of its query.
+        queue: L2-normalized, shape (K, C), without gradient.
         temperature: T > 0.
         positives: boolean (N, K) or (1, K), the queue entries that are positives too.
         negatives: as in `info_nce`; an entry that it takes out takes no part, be it in `positives` or not.

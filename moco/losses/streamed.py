@@ -102,9 +102,9 @@ def info_nce_streamed(
     Computed in float32 (or float64) whatever autocast says. Key and queue are detached: no gradient reaches them.
 
     Args:
-        query: L2-normalised, shape (N, C).
-        key: L2-normalised, shape (N, C). Row n is the positive of query n.
-        queue: L2-normalised, shape (K, C).
+        query: L2-normalized, shape (N, C).
+        key: L2-normalized, shape (N, C). Row n is the positive of query n.
+        queue: L2-normalized, shape (K, C).
         temperature: T > 0; a tensor of shape () if learned.
         negatives: optional boolean (N, K) or (1, K), as in `info_nce`.
         index: which sample each query shows, integers of shape (N,). An entry of the queue that shows the same one is

@@ -35,7 +35,7 @@ class LearnedTemperature(nn.Module):
 
     CLIP clamps the scale after each step so that 1/T stays below 100; here it is clamped before each use, which no
     caller can forget. (A clamp inside the graph would stop the gradient, and a value once outside would stay there.)
-    An optimizer should not decay it: decay pulls towards T = 1.
+    An optimizer should not decay it: decay pulls toward T = 1.
 
     Args:
         initial: T at the start.

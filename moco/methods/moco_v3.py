@@ -9,16 +9,16 @@ One training step is the paper's Algorithm 1 (see `moco/training/step.py`):
     loss.backward(); optimizer.step()            update f_q
     method.update_momentum_encoder(momentum)     f_k = m f_k + (1 - m) f_q
 
-f_q is backbone, projector and predictor; f_k has no predictor. ResNet and ViT differ in the heads, the optimiser and
+f_q is backbone, projector and predictor; f_k has no predictor. ResNet and ViT differ in the heads, the optimizer and
 the augmentation, which are configuration.
 
 Deliberate deviations from the official code:
 
 - It updates f_k between encoding queries and keys; here that happens at the end of the step before. The keys are the
   same (in the first step f_k equals f_q), and a step that fails changes nothing.
-- Keys are normalised before they are gathered, not after. Logits are float32 also under autocast.
+- Keys are normalized before they are gathered, not after. Logits are float32 also under autocast.
 - The accuracy that it logs counts a tie as a success, here it is none.
-- Keys may be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. Its BN is synchronised, and so are
+- Keys may be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. Its BN is synchronized, and so are
   the published recipes here (`model.bn=sync`, `model.shuffle_keys=false`).
 - LARS is timm's: its trust ratio is |w| / (|g| + wd |w|), the official one |w| / |g + wd w|; at the weight decay of
   1e-6 they agree. In AdamW's recipes weight decay covers all trained weights, as in the official code.

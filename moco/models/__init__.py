@@ -1,1 +1,1 @@
-"""Backbones, heads and batch normalisation in groups."""
+"""Backbones, heads and batch normalization in groups."""

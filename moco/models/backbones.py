@@ -16,7 +16,7 @@ class ConvNet(nn.Module):
     Args:
         width: channels of the first layer; D = 8 * width * pool**2.
         strides: of the five layers, e.g. (1, 2, 1, 2, 1): 16 px images end as 4x4 maps.
-        pool: side of the map that the features keep. 1 is global pooling; handwriting is centred, so that
+        pool: side of the map that the features keep. 1 is global pooling; handwriting is centered, so that
             where a stroke lies says something, and 2 keeps it.
     """
 

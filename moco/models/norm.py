@@ -1,6 +1,6 @@
-"""Batch normalisation over groups of the global batch, so that its statistics do not depend on the topology.
+"""Batch normalization over groups of the global batch, so that its statistics do not depend on the topology.
 
-Eight GPUs with 32 images each normalise eight groups of 32. Here the group's size is set, and one GPU with 256
+Eight GPUs with 32 images each normalize eight groups of 32. Here the group's size is set, and one GPU with 256
 images has the same eight groups (law 3). The key batch is shuffled so that a key's group tells
 nothing of its query's (MoCo, section 3.3, "Shuffling BN").
 
@@ -23,14 +23,14 @@ BatchNormKind = Literal["grouped", "sync", "batch"]
 class GroupedBatchNorm(nn.Module):
     """BN over consecutive groups of `group_size` images; group_size 0 means the whole global batch ("sync").
 
-    Holds the parameters and buffers of `nn.BatchNorm2d` under the same names. One optimiser step moves
+    Holds the parameters and buffers of `nn.BatchNorm2d` under the same names. One optimizer step moves
     the running statistics once, by the mean over the step's groups, however many calls the step makes.
 
     Args:
         channels: C.
         group_size: g; must divide the batch of every training call.
         eps, momentum, affine, track: as in `nn.BatchNorm2d`.
-        after: what timm's fused norm layers apply behind the normalisation (their activation).
+        after: what timm's fused norm layers apply behind the normalization (their activation).
 
     Raises:
         ValueError: in training, if `group_size` does not divide the batch.
@@ -94,10 +94,10 @@ class GroupedBatchNorm(nn.Module):
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = values.numel() // values.shape[1] * world_size()
         mean = sum_over_ranks(values.sum(dims)) / count  # (C,)
-        centred = values - mean.view(shape)
-        var = sum_over_ranks(centred.square().sum(dims)) / count  # (C,)
+        centered = values - mean.view(shape)
+        var = sum_over_ranks(centered.square().sum(dims)) / count  # (C,)
         self._track(mean.detach(), var.detach() * count / (count - 1))
-        out = centred * (var + self.eps).rsqrt().view(shape)
+        out = centered * (var + self.eps).rsqrt().view(shape)
         if self.weight is not None and self.bias is not None:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)
@@ -175,7 +175,7 @@ def untracked(module: nn.Module) -> Iterator[None]:
 
 
 def set_calls_per_step(module: nn.Module, calls: int) -> None:
-    """Tells every grouped BN how many times one optimiser step calls it (views x micro-batches)."""
+    """Tells every grouped BN how many times one optimizer step calls it (views x micro-batches)."""
     for layer in module.modules():
         if isinstance(layer, GroupedBatchNorm):
             layer.calls_per_step, layer.call = calls, 0

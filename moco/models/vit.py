@@ -28,7 +28,7 @@ def vit(
 ) -> nn.Module:
     """A ViT from images (N, 3, S, S) to the class token's features (N, D).
 
-    Section 4.1 of the paper and its code: 2-D sin-cos positions that are not trained; Xavier initialisation in which
+    Section 4.1 of the paper and its code: 2-D sin-cos positions that are not trained; Xavier initialization in which
     the weight of query, key and value counts as three. Section 4.2: the patch projection is random and not trained,
     which is what makes training stable.
 

@@ -1,4 +1,4 @@
-"""Optimisers, and schedules as pure functions of the step: nothing of them has to be saved (law 2)."""
+"""Optimizers, and schedules as pure functions of the step: nothing of them has to be saved (law 2)."""
 
 from collections.abc import Sequence
 from typing import Any

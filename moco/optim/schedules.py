@@ -23,7 +23,7 @@ def lr_factor(
     """What the peak learning rate is multiplied by at a step.
 
     Args:
-        step: 0-based optimiser step.
+        step: 0-based optimizer step.
         steps_per_epoch, epochs: the length of training.
         schedule: "cosine" from 1 to `end`; "step" multiplies by `gamma` at each milestone; "constant".
         milestones: epochs.

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ORANGE = (255.0, 140.0, 26.0)
-_STRONGEST = 0.8  # how much of the colour the most attended patch has: the picture still shows through
-_GREY = 0.7  # of the picture's brightness, so that white stays darker than the colour
+_STRONGEST = 0.8  # how much of the color the most attended patch has: the picture still shows through
+_GREY = 0.7  # of the picture's brightness, so that white stays darker than the color
 
 
 def has_class_token(backbone: nn.Module) -> bool:
@@ -35,7 +35,7 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
 
     Args:
         backbone: of which `has_class_token` holds, in eval mode.
-        images: normalised, (N, 3, S, S).
+        images: normalized, (N, 3, S, S).
     """
     from timm.utils.attention_extract import AttentionExtract  # costs a second at start-up
 
@@ -61,7 +61,7 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
 
 
 def lit(image: Tensor, attention: Tensor) -> Tensor:
-    """The picture in grey, the more orange where it is attended to more; that shows on dark and bright pictures alike.
+    """The picture in gray, the more orange where it is attended to more; that shows on dark and bright pictures alike.
 
     Args:
         image: uint8 (3, S, S).
@@ -72,5 +72,5 @@ def lit(image: Tensor, attention: Tensor) -> Tensor:
     """
     share = attention / attention.max().clamp_min(1e-12)
     alpha = _STRONGEST * F.interpolate(share[None, None].cpu(), size=image.shape[1:], mode="nearest")[0]  # (1, S, S)
-    grey = _GREY * image.float().mean(dim=0, keepdim=True)  # (1, S, S)
-    return ((1 - alpha) * grey + alpha * torch.tensor(_ORANGE).view(3, 1, 1)).round().to(torch.uint8)
+    gray = _GREY * image.float().mean(dim=0, keepdim=True)  # (1, S, S)
+    return ((1 - alpha) * gray + alpha * torch.tensor(_ORANGE).view(3, 1, 1)).round().to(torch.uint8)

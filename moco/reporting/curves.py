@@ -17,7 +17,7 @@ from moco.reporting.html import text
 MOST_POINTS = 600  # of a curve in the page
 _TABLE_ROWS = 12
 _DASHES = ("dash", "dot", "dashdot", "longdash")
-# Each at least 3:1 against the page in light and in dark; neighbours differ in lightness or hue.
+# Each at least 3:1 against the page in light and in dark; neighbors differ in lightness or hue.
 PALETTE = (
     "#2f7ed8",
     "#d9541e",
@@ -63,7 +63,7 @@ class _Known:
 
 _KNOWN = {
     "accuracy/knn": _Known(
-        "Held-out kNN accuracy", "%", 1.0, ("accuracy/untrained", "accuracy/initialised", "accuracy/raw_pixels")
+        "Held-out kNN accuracy", "%", 1.0, ("accuracy/untrained", "accuracy/initialized", "accuracy/raw_pixels")
     ),
     "train/loss": _Known("Loss", "nats", 1.0, ("train/chance",)),
     "train/contrast_accuracy": _Known("Contrast accuracy: the positive beats every negative", "%", 100.0),
@@ -76,7 +76,7 @@ _KNOWN = {
     "train/negatives": _Known("Negatives of a query"),
     "speed/images_per_second": _Known("Images a second"),
     "speed/data_wait": _Known("Time spent waiting for data", "%", 100.0),
-    "speed/mfu": _Known("FLOP utilisation (MFU)", "%", 100.0),
+    "speed/mfu": _Known("FLOP utilization (MFU)", "%", 100.0),
     "speed/peak_memory_gib": _Known("Peak memory so far", "GiB"),
     "train/effective_negatives": _Known("Effective number of negatives"),
     "train/push": _Known("Share of the softmax that negatives have", "%", 100.0),
@@ -186,7 +186,7 @@ def figure(chart: Chart, x_title: str) -> dict[str, Any]:
     references = [curve for curve in chart.curves if curve.reference]
     traces = []
     for curve in chart.curves:
-        colour = PALETTE[curve.run % len(PALETTE)] if several or not curve.reference else PALETTE[7]
+        color = PALETTE[curve.run % len(PALETTE)] if several or not curve.reference else PALETTE[7]
         at = references.index(curve) if curve.reference and not several else curve.run * curve.reference
         style = _DASHES[at % len(_DASHES)] if curve.reference else "solid"
         traces.append(
@@ -196,7 +196,7 @@ def figure(chart: Chart, x_title: str) -> dict[str, Any]:
                 x=[_short(value) for value in curve.x],
                 y=[_short(value) for value in curve.y],
                 mode="lines" if len(curve.x) > 40 or (curve.reference and len(curve.x) > 1) else "lines+markers",
-                line={"color": colour, "width": 1.5 if curve.reference else 2, "dash": style},
+                line={"color": color, "width": 1.5 if curve.reference else 2, "dash": style},
                 marker={"size": 5},
                 hovertemplate="%{y:.4g} at %{x:.4g}",
             )
@@ -235,7 +235,7 @@ _AXIS: dict[str, Any] = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": Fals
 
 
 def base_layout(graph: Any) -> dict[str, Any]:
-    """What all figures share: the page's own background; colours of text come from its style sheet."""
+    """What all figures share: the page's own background; colors of text come from its style sheet."""
     return {
         "template": graph.layout.Template(),
         "paper_bgcolor": "rgba(0,0,0,0)",

@@ -88,8 +88,8 @@ def write_png(path: Path, title: str, about: str, sections: Iterable[Section], c
             draw = ImageDraw.Draw(row)
             for i, tile in enumerate(section.tiles[start : start + columns]):
                 left = gap + i * (_TILE + gap)
-                colour = "#0a6cce" if tile.marked else "#dcdce0"
-                draw.rectangle((left - 2, 0, left + _TILE + 1, _TILE + 3), "#f2f2f4", colour, 2 if tile.marked else 1)
+                color = "#0a6cce" if tile.marked else "#dcdce0"
+                draw.rectangle((left - 2, 0, left + _TILE + 1, _TILE + 3), "#f2f2f4", color, 2 if tile.marked else 1)
                 if tile.image is not None:
                     picture = _fitted(tile.image, _TILE)
                     row.paste(picture, (left + (_TILE - picture.width) // 2, 2 + (_TILE - picture.height) // 2))
@@ -121,11 +121,11 @@ def _fitted(image: Tensor, side: int) -> Image.Image:
 def _lines(
     width: int, gap: int, texts: Sequence[tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont, int, str]]
 ) -> Image.Image:
-    """A strip with lines of text: (text, font, height, colour)."""
+    """A strip with lines of text: (text, font, height, color)."""
     strip = Image.new("RGB", (width, gap + sum(height for _, _, height, _ in texts)), "white")
     draw, top = ImageDraw.Draw(strip), gap // 2
-    for line, font, height, colour in texts:
-        draw.text((gap, top), _cut(line, font, width - 2 * gap), colour, font)
+    for line, font, height, color in texts:
+        draw.text((gap, top), _cut(line, font, width - 2 * gap), color, font)
         top += height
     return strip
 

@@ -1,6 +1,6 @@
-"""What a run's newest encoder makes of pictures: features, a map and groups, neighbours, attention.
+"""What a run's newest encoder makes of pictures: features, a map and groups, neighbors, attention.
 
-Legend: M pictures, R references, D dimension, k neighbours.
+Legend: M pictures, R references, D dimension, k neighbors.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from moco.data.decode import ImageError
 from moco.data.keyed import REPORT, permutation
 from moco.data.sources import Source
 from moco.evaluation.features import evaluation_view, stream
-from moco.evaluation.neighbours import nearest
+from moco.evaluation.neighbors import nearest
 from moco.evaluation.subject import EvalTransform, data_config, open_data, open_subject
 from moco.interop.encoder_file import build
 from moco.reporting.attention import class_attention, has_class_token, lit
@@ -64,7 +64,7 @@ class Pictures:
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """A run's encoder, pictures to show and references to find their neighbours among."""
+    """A run's encoder, pictures to show and references to find their neighbors among."""
 
     backbone: nn.Module
     look: EvalTransform
@@ -181,7 +181,7 @@ def as_map(config: ReportConfig, seen: ImageFeatures, placed: Layout, numbers: S
     return Map(f"{seen.what()}, {kind}", placed.places, names, numbers, placed.groups)
 
 
-def neighbours(config: ReportConfig, seen: ImageFeatures) -> tuple[list[tuple[str, list[Tile]]], str]:
+def neighbors(config: ReportConfig, seen: ImageFeatures) -> tuple[list[tuple[str, list[Tile]]], str]:
     """Some pictures with those nearest to them, and a sentence on how many share their label."""
     shown, among = seen.shown, seen.references
     queries = np.arange(min(config.queries, len(shown)))
@@ -203,7 +203,7 @@ def neighbours(config: ReportConfig, seen: ImageFeatures) -> tuple[list[tuple[st
         "is the cosine of the two (1: the same direction)."
     )
     if shown.label(0) is not None:
-        said += f" {same} of the {found.size} neighbours below have their query's label."
+        said += f" {same} of the {found.size} neighbors below have their query's label."
     return sections, said
 
 

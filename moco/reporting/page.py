@@ -73,7 +73,7 @@ def _parts(
     yield '<noscript><p class="note">Curves and map need JavaScript; the numbers of the curves are in the tables.</p>'
     yield '</noscript>\n<main id="main" tabindex="-1">\n'
     for i, each in enumerate(sections):
-        yield f'<section id="s{i}" aria-labelledby="h{i}"><h2 id="h{i}">{text(each.title)}</h2>\n{each.body}'
+        yield f'<section id="s{i}" aria-labeledby="h{i}"><h2 id="h{i}">{text(each.title)}</h2>\n{each.body}'
         for part in each.parts:
             yield f"<h3>{text(part.title)}</h3>\n{part.body}"
         yield "</section>\n"
@@ -114,7 +114,7 @@ def views(data: bytes, said: str) -> str:
 
 
 def queries(found: Sequence[tuple[str, Sequence[gallery.Tile]]], level: int) -> str:
-    """Each query with its neighbours, the query first."""
+    """Each query with its neighbors, the query first."""
     return "".join(
         f'<div class="query"><h{level}>{text(title)}</h{level}>{gallery.grid(tiles)}</div>\n' for title, tiles in found
     )

@@ -25,13 +25,13 @@ _OTHERS = "others"
 
 
 def coordinates(features: NDArray[Any], kind: str, perplexity: float, seed: int) -> NDArray[np.float64]:
-    """Where each picture lies in a plane in which neighbours by cosine stay neighbours: (M, 2).
+    """Where each picture lies in a plane in which neighbors by cosine stay neighbours: (M, 2).
 
     Args:
         features: (M, D), M at least `LEAST`.
         kind: "tsne", or "umap", which needs umap-learn.
-        perplexity: about how many neighbours count; at most (M - 1) / 3 are used.
-        seed: of the optimisation.
+        perplexity: about how many neighbors count; at most (M - 1) / 3 are used.
+        seed: of the optimization.
 
     Raises:
         ConfigError: if umap-learn is asked for and not installed.
@@ -76,11 +76,11 @@ class Map:
     places: NDArray[np.float64]  # (M, 2)
     names: Sequence[str]
     pictures: Sequence[int]  # of each its number among the page's pictures
-    groups: Mapping[str, Sequence[str]]  # by what may be coloured, "label" or "cluster": each picture's group
+    groups: Mapping[str, Sequence[str]]  # by what may be colored, "label" or "cluster": each picture's group
 
 
 def figure(each: Map) -> dict[str, Any]:
-    """A map as the page's script wants it: its points, and traces of plotly for each way to colour them.
+    """A map as the page's script wants it: its points, and traces of plotly for each way to color them.
 
     Raises:
         ConfigError: if plotly is not installed.
@@ -97,12 +97,12 @@ def figure(each: Map) -> dict[str, Any]:
         "dragmode": False,
     }
     x, y = each.places.round(3).T.tolist()
-    colourings = {}
+    colorings = {}
     for kind, groups in each.groups.items():
         traces, legend = [], []
         for number, (name, rows) in enumerate(_grouped(groups).items()):
-            colour = PALETTE[7] if name == _OTHERS else PALETTE[number % len(PALETTE)]
-            # Ten colours times seven shapes, of which no two are alike: colour is not the only sign.
+            color = PALETTE[7] if name == _OTHERS else PALETTE[number % len(PALETTE)]
+            # Ten colors times seven shapes, of which no two are alike: color is not the only sign.
             shape = (number + number // len(PALETTE)) % len(_SYMBOLS)
             traces.append(
                 graph.Scatter(
@@ -111,15 +111,15 @@ def figure(each: Map) -> dict[str, Any]:
                     y=[y[row] for row in rows],
                     customdata=rows,
                     mode="markers",
-                    marker={"size": 9, "color": colour, "symbol": _SYMBOLS[shape]},
+                    marker={"size": 9, "color": color, "symbol": _SYMBOLS[shape]},
                     hoverinfo="none",
                 )
             )
-            legend.append({"name": _shown(name), "count": len(rows), "colour": colour, "sign": _SIGNS[shape]})
-        colourings[kind] = {"traces": plain_figure(graph, traces, layout)["data"], "legend": legend}
+            legend.append({"name": _shown(name), "count": len(rows), "color": color, "sign": _SIGNS[shape]})
+        colorings[kind] = {"traces": plain_figure(graph, traces, layout)["data"], "legend": legend}
     return {
         "layout": plain_figure(graph, [], layout)["layout"],
-        "colourings": colourings,
+        "colorings": colorings,
         "x": x,
         "y": y,
         "names": [_shown(name) for name in each.names],
@@ -157,7 +157,7 @@ def markup(name: str, each: Map) -> str:
         for i, kind in enumerate(each.groups)
     )
     return f"""<div class="map" id="{name}">
-<div class="controls"><fieldset><legend>Colour by</legend>{choices}</fieldset>
+<div class="controls"><fieldset><legend>Color by</legend>{choices}</fieldset>
 <div class="legend" role="group" aria-label="Groups: press to hide or show"></div>
 <p class="buttons"><button type="button" data-do="all">Show all</button>
 <button type="button" data-do="none">Hide all</button> <button type="button" data-do="in">Zoom in</button>

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts and the maps of a report. Each is a figure of plotly that the page holds as JSON; colours of text
+// Draws the charts and the maps of a report. Each is a figure of plotly that the page holds as JSON; colors of text
 // and lines come from the style sheet, so that light and dark need no second drawing.
 (() => {
   const page = JSON.parse(document.getElementById("figures").textContent);
@@ -24,12 +24,12 @@
       mode: "markers", hoverinfo: "skip", cliponaxis: false,
       marker: { size: 19, color: "rgba(0,0,0,0)", line: { width: 3, color: getComputedStyle(root).color } },
     });
-    const visible = () => map.colourings[kind].traces
+    const visible = () => map.colorings[kind].traces
       .filter((_, number) => !hidden.has(number)).flatMap((trace) => trace.customdata);
 
     function draw() {
       const size = plot.clientWidth < 500 ? 6 : 9; // a phone's map is small
-      const traces = map.colourings[kind].traces.map((trace, number) => (
+      const traces = map.colorings[kind].traces.map((trace, number) => (
         { ...trace, visible: !hidden.has(number), marker: { ...trace.marker, size } }));
       const layout = structuredClone(map.layout);
       const ranges = zoomed ?? { x: range(map.x), y: range(map.y) }; // kept, whatever is hidden
@@ -44,13 +44,13 @@
     }
 
     function legend() {
-      const buttons = map.colourings[kind].legend.map((group, number) => {
+      const buttons = map.colorings[kind].legend.map((group, number) => {
         const each = document.createElement("button");
         const sign = document.createElement("span");
         each.type = "button";
         each.setAttribute("aria-pressed", String(!hidden.has(number)));
         sign.textContent = group.sign;
-        sign.style.color = group.colour;
+        sign.style.color = group.color;
         sign.setAttribute("aria-hidden", "true");
         each.append(sign, ` ${group.name} `);
         const count = document.createElement("small");
@@ -76,7 +76,7 @@
       find(".name").textContent = map.names[point];
       find(".group").textContent = Object.entries(map.groups)
         .map(([what, groups]) => (groups[point].startsWith(what) ? groups[point] : `${what} ${groups[point]}`)).join(" · ");
-      const last = map.colourings[kind].traces.length; // the ring's place
+      const last = map.colorings[kind].traces.length; // the ring's place
       Plotly.restyle(plot, { x: [[map.x[point]]], y: [[map.y[point]]] }, [last]);
     }
 
@@ -87,7 +87,7 @@
       show(points[at < 0 ? (by > 0 ? 0 : points.length - 1) : (at + by + points.length) % points.length]);
     }
 
-    function towards(right, up) {
+    function toward(right, up) {
       const points = visible().filter((point) => point !== current);
       if (current < 0) return step(1);
       let best = -1, least = Infinity;
@@ -121,7 +121,7 @@
       const way = arrows[event.key];
       if (!way || event.ctrlKey || event.altKey || event.metaKey) return;
       event.preventDefault();
-      towards(...way);
+      toward(...way);
     });
     button("next").addEventListener("click", () => step(1));
     button("previous").addEventListener("click", () => step(-1));
@@ -129,7 +129,7 @@
     button("out").addEventListener("click", () => zoom(0));
     for (const [what, none] of [["all", false], ["none", true]]) {
       button(what).addEventListener("click", () => {
-        hidden = new Set(none ? map.colourings[kind].traces.keys() : []);
+        hidden = new Set(none ? map.colorings[kind].traces.keys() : []);
         legend();
         draw();
       });

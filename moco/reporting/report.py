@@ -17,7 +17,7 @@ from moco.files import WriteError, cause
 from moco.reporting import html, page
 from moco.reporting import sections as sections
 from moco.reporting.curves import plotly
-from moco.reporting.images import ImageFeatures, Layout, as_map, attention, compute_features, compute_layout, neighbours
+from moco.reporting.images import ImageFeatures, Layout, as_map, attention, compute_features, compute_layout, neighbors
 from moco.reporting.page import Figures, Section
 from moco.reporting.run_record import Run, findings, names, open_run
 from moco.runtime.console import Display
@@ -76,7 +76,7 @@ def _report(config: ReportConfig, device: torch.device) -> None:
         for run, each, where in zip(runs, seen, placed, strict=True)
         if config.projector and each is not None and each.shown.finite
     ]
-    _summarise(runs, out, found, projected)
+    _summarize(runs, out, found, projected)
 
 
 def _of_run(
@@ -110,7 +110,7 @@ def _pictures(
     figures: Figures,
     device: torch.device,
 ) -> list[Section]:
-    """Neighbours, map and attention, or why there are none."""
+    """Neighbors, map and attention, or why there are none."""
     if seen is None:
         why = "Left out: pictures=0." if run.checkpoint else "None: the run has saved no checkpoint yet."
         return [Section("Pictures", page.paragraph(why))]
@@ -120,8 +120,8 @@ def _pictures(
     parts = []
     level = 4 if config.compare else 3
     if config.queries:
-        found, said = neighbours(config, seen)
-        parts.append(Section("Nearest neighbours", page.paragraph(said) + page.queries(found, level)))
+        found, said = neighbors(config, seen)
+        parts.append(Section("Nearest neighbors", page.paragraph(said) + page.queries(found, level)))
     if placed is not None:
         numbers = [figures.picture(seen.shown.image(i)) for i in range(len(seen.shown))]
         drawn = as_map(config, seen, placed, numbers)
@@ -169,7 +169,7 @@ def _project(run: Run, seen: ImageFeatures, placed: Layout | None) -> Path:
     return folder
 
 
-def _summarise(runs: Sequence[Run], out: Path, found: Sequence[Sequence[Alarm]], projected: Sequence[Path]) -> None:
+def _summarize(runs: Sequence[Run], out: Path, found: Sequence[Sequence[Alarm]], projected: Sequence[Path]) -> None:
     """The closing table."""
     rows = [(name, sections.state(run)) for name, run in zip(names(runs), runs, strict=True)]
     for name, alarms in zip(names(runs), found, strict=True):

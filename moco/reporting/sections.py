@@ -43,7 +43,7 @@ def headline(runs: Sequence[Run], images: Sequence[int | None], found: Sequence[
         ("encoder", [_encoder(run) for run in runs]),
         ("data", [_data(run, count) for run, count in zip(runs, images, strict=True)]),
         ("batch", [f"{run.get('batch_size', '?')}" for run in runs]),
-        ("optimiser", [_optimiser(run) for run in runs]),
+        ("optimizer", [_optimizer(run) for run in runs]),
         ("training time", [duration(run.state["seconds"]) if "seconds" in run.state else "–" for run in runs]),
         *_accuracies(runs),
         ("doctor", [f"{len(each)} finding{'s' * (len(each) != 1)}" if each else "nothing to report" for each in found]),
@@ -83,7 +83,7 @@ def _data(run: Run, count: int | None) -> str:
     return f"{name}{where}" + (f", {count:,} training pictures" if count else "")
 
 
-def _optimiser(run: Run) -> str:
+def _optimizer(run: Run) -> str:
     optim = run.get("optim", {})
     per = f" at batch {optim['base_batch']}" if optim.get("base_batch") else ""
     return f"{optim.get('name', '?')}, lr {optim.get('lr', '?')}{per}, {optim.get('schedule', '?')}"
@@ -93,7 +93,7 @@ def _accuracies(runs: Sequence[Run]) -> list[Fact]:
     """The live accuracy against its baselines, where any run has one."""
     each = [_accuracy(run) for run in runs]
     kinds = [
-        kind for kind in ("raw pixels", "untrained", "initialised", "best", "last") if any(kind in one for one in each)
+        kind for kind in ("raw pixels", "untrained", "initialized", "best", "last") if any(kind in one for one in each)
     ]
     titles = [_title(run) if one else "no labels" for run, one in zip(runs, each, strict=True)]
     lines = [(f"accuracy, {kind}", [one.get(kind, "–") for one in each]) for kind in kinds]
@@ -101,7 +101,7 @@ def _accuracies(runs: Sequence[Run]) -> list[Fact]:
 
 
 def _accuracy(run: Run) -> dict[str, str]:
-    first = "initialised" if run.get("init_from") else "untrained"
+    first = "initialized" if run.get("init_from") else "untrained"
     history: list[dict[str, Any]] = run.state.get("history") or []
     if history and all("knn" in entry for entry in history):
         start, last = history[0], history[-1]

@@ -58,10 +58,10 @@ def embed(config: EmbedConfig) -> None:
         folder = Path(config.output) if config.output else subject.output / "features"
         done = compute(config, subject, folder, device)
         if is_rank_zero():
-            _summarise(done, config)
+            _summarize(done, config)
 
 
-def _summarise(done: Embedding, config: EmbedConfig) -> None:
+def _summarize(done: Embedding, config: EmbedConfig) -> None:
     rows, dimension = done.features.shape
     skipped = len(done.stored["unreadable"])
     pictures = done.stored["pictures"]

@@ -20,7 +20,7 @@ from moco.data.keyed import SEARCH, permutation
 from moco.data.sources import FolderSource, Source
 from moco.data.walk import IMAGE_FORMATS
 from moco.distributed import is_rank_zero, process_group
-from moco.evaluation.neighbours import duplicate_groups, nearest, outlier_scores
+from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
 from moco.evaluation.subject import open_subject
 from moco.files import atomic_write
 from moco.reporting.gallery import Section, Tile, write_html, write_png

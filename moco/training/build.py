@@ -38,7 +38,7 @@ def check_against_data(config: TrainConfig, plan: Plan) -> None:
     if config.method.name == "simclr":
         if config.model.bn == "grouped":
             warnings.warn(
-                "model.bn=grouped normalises an image's views in groups of the same images, which gives each other "
+                "model.bn=grouped normalizes an image's views in groups of the same images, which gives each other "
                 "away, and simclr shuffles nothing: set model.bn=sync",
                 RunWarning,
                 stacklevel=2,

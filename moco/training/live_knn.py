@@ -61,7 +61,7 @@ class LiveKnn:
         self._config, self._method, self._sources, self._device = config, method, sources, device
         self._plan, self._history, self._journal, self._doctor = plan, history, journal, doctor
         self._log, self._alive = log, heartbeat
-        self._first = "initialised" if config.init_from else "untrained"  # what the run starts with
+        self._first = "initialized" if config.init_from else "untrained"  # what the run starts with
 
     def due(self, done: int) -> bool:
         """Whether the accuracy behind so many steps is wanted, and not known yet."""

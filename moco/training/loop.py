@@ -26,7 +26,7 @@ def fit(
         plan: the length of training and the batch size.
         batches: from step `start` on.
         start: steps done before.
-        step_once: one optimiser step: (step, batch) to its measures; None for one that was skipped.
+        step_once: one optimizer step: (step, batch) to its measures; None for one that was skipped.
         settings: what a step was told (lr, momentum, ...) and what is cheap to know, for the records.
         log_every: steps between two records.
         on_log: gets the number of steps done and the record.

@@ -123,7 +123,7 @@ class Monitor:
     def _leak(
         self, method: MoCo, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
     ) -> dict[str, Tensor]:
-        """The loss with keys that were normalised in the groups of their queries, and with shuffled ones.
+        """The loss with keys that were normalized in the groups of their queries, and with shuffled ones.
 
         One of the two is the step's own, the other costs a forward pass of f_k over `ENCODED` images a rank. Where
         statistics give keys away, the first is lower (He et al., 2020, Sec. 3.3). Empty where BN has one group: there

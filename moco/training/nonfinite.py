@@ -42,7 +42,7 @@ class NonFiniteGuard:
         limit: how many steps a run may skip; skipping needs late=False.
         skipped: how many it has skipped so far.
         folder: where what is known of such a step is kept.
-        state: gives what to keep besides the step and its samples: weights and the optimiser's state.
+        state: gives what to keep besides the step and its samples: weights and the optimizer's state.
         say: gets a line about a skipped step.
     """
 

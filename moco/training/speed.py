@@ -1,4 +1,4 @@
-"""What pretraining says of its own speed: images, data wait, utilisation, memory; and a profile if asked for."""
+"""What pretraining says of its own speed: images, data wait, utilization, memory; and a profile if asked for."""
 
 from pathlib import Path
 from statistics import median

@@ -1,4 +1,4 @@
-"""One optimiser step: the paper's Algorithm 1, on one process or many, in one piece or in micro-batches."""
+"""One optimizer step: the paper's Algorithm 1, on one process or many, in one piece or in micro-batches."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -118,10 +118,10 @@ def train_step(
         raise NonFiniteLoss(f"loss {measures['loss']:.4g}, gradient norm {norm:.4g}")
     if clip_grad:
         torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    if finite_norm:  # else a fused optimiser, told to skip its first step, would leave its state as the memory was
+    if finite_norm:  # else a fused optimizer, told to skip its first step, would leave its state as the memory was
         scaler.step(optimizer)
     scaler.update()
-    if finite_norm:  # one optimiser step = one momentum update = one enqueue
+    if finite_norm:  # one optimizer step = one momentum update = one enqueue
         method.update_momentum_encoder(momentum)
         method.enqueue(keys, index)
     # ------------------------------------------------------------------

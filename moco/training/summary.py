@@ -57,7 +57,7 @@ def announce(
             f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote"
         )
     if config.evaluate.every_epochs and sources.held_out is None:
-        display.log("no labels, so no live kNN accuracy: the data source has no labelled held-out part")
+        display.log("no labels, so no live kNN accuracy: the data source has no labeled held-out part")
 
 
 def show_views(
@@ -91,7 +91,7 @@ def show_views(
         )
 
 
-def summarise(
+def summarize(
     display: Display,
     config: TrainConfig,
     method: Method,
@@ -130,7 +130,7 @@ def summarise(
         rows.append(("accuracy", knn_title(config.evaluate)))
         if "raw_pixels" in first:
             rows.append(("  raw pixels", str(Accuracy(*first["raw_pixels"]))))
-        rows.append(("  initialised" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
+        rows.append(("  initialized" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
         rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
     if doctor is not None:
         rows += [("doctor", f"{each.name}: {each.evidence}. Try {each.remedy}") for each in doctor.found]

@@ -22,7 +22,7 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
 
     Args:
         encoder: (N, 3, S, S) to (N, C).
-        images: N of one pass, a number that its batch normalisation divides into groups.
+        images: N of one pass, a number that its batch normalization divides into groups.
         size: S.
     """
     shadow = copy.deepcopy(encoder).to("meta").train()

@@ -53,7 +53,7 @@ from moco.training.nonfinite import NonFiniteGuard
 from moco.training.schedules import schedule_values
 from moco.training.speed import Speed, start_profile
 from moco.training.step import train_step
-from moco.training.summary import announce, show_views, summarise
+from moco.training.summary import announce, show_views, summarize
 from moco.training.throughput import Profile
 
 
@@ -102,7 +102,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
     check_against_data(config, plan)
     require(
         sources.held_out is not None or not config.checkpoint.keep_best,
-        f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labelled "
+        f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labeled "
         "held-out part: set checkpoint.keep_best=false",
     )
 
@@ -135,7 +135,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
             lambda: pick_precision(config.precision, method.encoder, config.augment.size, device)
         )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    start, history, seconds, skipped, initialised = 0, [], 0.0, 0, ""
+    start, history, seconds, skipped, initialized = 0, [], 0.0, 0, ""
     if state is not None:
         refuse_difference(path, state["config"], asdict(config), asdict(TrainConfig()))
         refuse_other_data(path, state, pictures, config.data)
@@ -146,7 +146,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
         skipped = state.get("skipped", 0)
         watch.finished(start)
     elif config.init_from:
-        initialised = load_initial_weights(config, method)
+        initialized = load_initial_weights(config, method)
     broadcast_module(method)
     display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_rank_zero())
     speed = Speed(config, method, device, precision, display, start < plan.total_steps)
@@ -160,8 +160,8 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
     journal = Journal(path, start) if is_rank_zero() and start < plan.total_steps else None
     peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
     announce(display, config, method, sources, plan, device, peak_lr, start, f"{precision} ({why})")
-    if initialised:
-        display.log(initialised)
+    if initialized:
+        display.log(initialized)
     bad = BadImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None
     if replacing and config.evaluate.every_epochs and start < plan.total_steps:
         sources, left_out = without_bad_references(sources, config.data, watch.heartbeat)
@@ -346,7 +346,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
             path / "encoder.safetensors", method.encoder.get_submodule("backbone"), asdict(config), plan.total_steps
         )
     finished_before = start == plan.total_steps
-    summarise(
+    summarize(
         display, config, method, plan, history, clock.total(), finished_before, bad, finite.skipped, speed.row(), doctor
     )
     for each in lock:

@@ -1,6 +1,6 @@
 """The device part of MoCo v2's views at 224 px next to the encoder that it feeds: it must not be the slower one.
 
---data is a folder of photographs. A view is one image for either: colour, blur, flip and normalisation on one side,
+--data is a folder of photographs. A view is one image for either: color, blur, flip and normalization on one side,
 ResNet-50 forward and backward on the other (a training step adds the key encoder's forward to it).
 """
 

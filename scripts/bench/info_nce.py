@@ -1,4 +1,4 @@
-"""InfoNCE, materialised and streamed: time, memory and error of forward and backward.
+"""InfoNCE, materialized and streamed: time, memory and error of forward and backward.
 
 Memory is how far one pass raises the resident memory of a fresh process at its peak (Linux). The error is that of the
 gradient by the queries, relative to float64, norm to norm.
@@ -46,9 +46,9 @@ def run(options: Namespace) -> Iterator[Table]:
             what = f"InfoNCE, N {n}, K {K}, C {C}, {task}, chunk {options.chunk}, ms, {options.clock} time"
             yield compared(what, alternate(forms, options.rounds), "ms", less_is_faster=True)
             mb = {form: peak_elsewhere(n, task, options.chunk, form) for form in passes}
-            cells = [f"{value:.1f}" for value in (*mb.values(), mb["materialised"] / mb["streamed"])]
+            cells = [f"{value:.1f}" for value in (*mb.values(), mb["materialized"] / mb["streamed"])]
             spent.append([f"N {n}, {task}", *cells, *(f"{value:.1e}" for value in error.values())])
-    columns = ["", "MB, materialised", "MB, streamed", "ratio", "error, materialised", "error, streamed"]
+    columns = ["", "MB, materialized", "MB, streamed", "ratio", "error, materialized", "error, streamed"]
     yield Table("InfoNCE, peak memory of a pass, and the gradient's error", columns, spent)
 
 
@@ -62,7 +62,7 @@ def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
     query, key, queue = (F.normalize(torch.randn(rows, C, generator=generator), dim=1) for rows in (n, n, K))
     index, queue_index = (torch.randint(IMAGES, (rows,), generator=generator) for rows in (n, K))
 
-    def materialised() -> Tensor:
+    def materialized() -> Tensor:
         q = query.clone().requires_grad_()
         mask = queue_index != index[:, None] if task == "step" else None
         loss, logits = info_nce(q, key, queue, T, mask)
@@ -78,7 +78,7 @@ def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
         found.measures(T)
         return torch.autograd.grad(found.loss, q)[0]
 
-    return {"materialised": materialised, "streamed": streamed}
+    return {"materialized": materialized, "streamed": streamed}
 
 
 def peak(n: int, task: str, chunk: int, form: str) -> float:

@@ -1,6 +1,6 @@
 """What a step costs besides its encoders: forward and backward of f_q, and forward of f_k, on their own.
 
-Everything else (shuffle, logits, optimiser, momentum update, queue, measures) is overhead. Same precision, layout and
+Everything else (shuffle, logits, optimizer, momentum update, queue, measures) is overhead. Same precision, layout and
 batch on both sides.
 """
 

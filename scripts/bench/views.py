@@ -1,6 +1,6 @@
 """Two views of pictures in memory, with the CIFAR-10 notebook's recipe: the resident path and PIL with two workers.
 
---data is a folder of pictures of one size, such as CIFAR-10's. Both make whole batches of normalised float views.
+--data is a folder of pictures of one size, such as CIFAR-10's. Both make whole batches of normalized float views.
 """
 
 from argparse import ArgumentParser, Namespace

@@ -169,8 +169,8 @@ def test_a_collapse_by_spread_rank_or_gradient() -> None:
     rung(collapse(healthy(**{"analysis/spread": [0.5, 0.3] + [0.02] * 5}), FACTS), "0.02")
     late = [60.0] * 40 + [60 * 0.8**i for i in range(20)]  # MoCo v3's late collapse
     rung(collapse(healthy(**{"analysis/effective_rank": late}), FACTS), "from 60.0 to")
-    labelled = FACTS._replace(supervised=True)  # a class becomes a point
-    assert collapse(healthy(**{"analysis/effective_rank": late}), labelled) is None
+    labeled = FACTS._replace(supervised=True)  # a class becomes a point
+    assert collapse(healthy(**{"analysis/effective_rank": late}), labeled) is None
     untrained = healthy(**{"analysis/spread": [0.03, 0.04]})  # a deep network's first embeddings are alike, and part
     assert collapse(untrained, FACTS) is None
     rung(collapse(healthy(**{"analysis/spread": [0.3, 0.04, 0.03]}), FACTS), "0.03")

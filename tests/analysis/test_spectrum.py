@@ -14,10 +14,10 @@ C = 8
 
 
 def with_spectrum(sigma: Tensor, samples: int, seed: int = 0) -> Tensor:
-    """Centred (samples, R) features with these singular values."""
+    """Centered (samples, R) features with these singular values."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.randn(samples, len(sigma), generator=generator, dtype=torch.float64)
-    left = torch.linalg.qr(left - left.mean(dim=0))[0]  # columns stay centred
+    left = torch.linalg.qr(left - left.mean(dim=0))[0]  # columns stay centered
     right = torch.linalg.qr(torch.randn(len(sigma), len(sigma), generator=generator, dtype=torch.float64))[0]
     features: Tensor = left * sigma @ right.T
     return features

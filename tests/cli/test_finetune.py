@@ -56,16 +56,16 @@ def test_a_group_of_data_can_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "labelled",
     [
-        ["fraction=0.1", "epochs=2", "batch_size=50"],  # odd numbers on purpose: 129 labelled pictures
+        ["fraction=0.1", "epochs=2", "batch_size=50"],  # odd numbers on purpose: 129 labeled pictures
         ["labels_per_class=1", "epochs=6", "batch_size=128"],  # lowered to the ten that there are
     ],
 )
-def test_two_processes_give_the_figures_of_one(tmp_path: Path, labelled: list[str]) -> None:
+def test_two_processes_give_the_figures_of_one(tmp_path: Path, labeled: list[str]) -> None:
     import torch
 
     torch.save(build_backbone("convnet", {"width": 4}).state_dict(), tmp_path / "plain.pt")
     told = ["checkpoint=plain.pt", "backbone=convnet", "+options.width=4", "data=digits", "images.size=16"]
-    told += ["images.resize=0", "threads=1", "min_steps=6", "seeds=1", *labelled]
+    told += ["images.resize=0", "threads=1", "min_steps=6", "seeds=1", *labeled]
     for processes in (1, 2):
         result = finetune(tmp_path, *told, f"output=out{processes}", "mixup=0.2", processes=processes)
         assert result.returncode == 0, result.stderr

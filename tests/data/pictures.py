@@ -24,7 +24,7 @@ def encoder(path: Path, seed: int = 0) -> Path:
 
 
 def gradient(seed: int, height: int = 48, width: int = 64) -> Image.Image:
-    """Something like a photograph: a smooth change between four random colours at the corners."""
+    """Something like a photograph: a smooth change between four random colors at the corners."""
     corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
     return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -56,7 +56,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_crops(count: int, size: int, seed: int = 0) -> Tensor:
-    """Noise, flat colours, gray images, and few levels, where channels tie."""
+    """Noise, flat colors, gray images, and few levels, where channels tie."""
     generator = torch.Generator().manual_seed(seed)
     crops = torch.randint(0, 256, (count, 3, size, size), generator=generator)
     crops[1::4] = crops[1::4, :, :1, :1]
@@ -70,11 +70,11 @@ def by_torchvision(x: Tensor, params: Params, row: int, view: View) -> Tensor:
     if view.gray_first and params.gray[row]:
         x = TF.rgb_to_grayscale(x, 3)
     if params.jitter[row]:
-        colour = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+        color = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
         strengths = (view.brightness, view.contrast, view.saturation, view.hue)
         for which in params.order[row]:
             if strengths[which] > 0:
-                x = colour[which](x, float(params.factors[row, which]))
+                x = color[which](x, float(params.factors[row, which]))
     if not view.gray_first and params.gray[row]:
         x = TF.rgb_to_grayscale(x, 3)
     if params.blur[row]:
@@ -88,13 +88,13 @@ def by_torchvision(x: Tensor, params: Params, row: int, view: View) -> Tensor:
 
 
 def reference(crop: Tensor, params: Params, row: int, view: View) -> Tensor:
-    """One sample through torchvision's functionals on floats, from the crop to the normalised view."""
+    """One sample through torchvision's functionals on floats, from the crop to the normalized view."""
     x = crop.float() / 255
     if params.affine[row]:
         # Back from the drawn map to torchvision's arguments is tested in test_affine; here its kernel is called.
         x = ops.affine(x[None], torch.from_numpy(params.theta[row : row + 1]))[0]
-    normalised: Tensor = TF.normalize(by_torchvision(x, params, row, view), list(view.mean), list(view.std))
-    return normalised
+    normalized: Tensor = TF.normalize(by_torchvision(x, params, row, view), list(view.mean), list(view.std))
+    return normalized
 
 
 def levels(x: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def test_everything_at_once_equals_torchvision() -> None:
     view = View(size=32, **EVERYTHING)
     crops, params = random_crops(64, 32), draw(view, 0, 0, np.arange(64), 0)
     expected = torch.stack([reference(crops[row], params, row, view) for row in range(64)])
-    # Normalising divides by 0.225, so 1e-5 of the pixels' range is 5e-5 here.
+    # Normalizing divides by 0.225, so 1e-5 of the pixels' range is 5e-5 here.
     assert (augment(crops, params, view) - expected).abs().max() < 5e-5
 
 

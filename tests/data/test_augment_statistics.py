@@ -129,7 +129,7 @@ FIELDS = dict(
 
 @pytest.fixture(scope="module")
 def source() -> Tensor:
-    """A coloured image with shading from left to right and some detail."""
+    """A colored image with shading from left to right and some detail."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(3, 8, 8, generator=generator) * 80 + torch.linspace(0, 90, 8)
     return (image + torch.tensor([80.0, 20.0, 0.0])[:, None, None]).to(torch.uint8)

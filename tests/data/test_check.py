@@ -157,7 +157,7 @@ def test_a_folder_that_cannot_be_read_is_a_fault_like_others(tmp_path: Path, mon
         check_data(CheckDataConfig(DataConfig(name="folder", root=str(clean))))
 
 
-def test_huge_and_sixteen_bit_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huge_and_sixteen_bit_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise().save(tmp_path / "a.png")
     monkeypatch.setattr(inspect_module, "HUGE", 1199)
     assert inspect(str(tmp_path / "a.png")).odd == ("huge",)

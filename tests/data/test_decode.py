@@ -46,13 +46,13 @@ def written(folder: Path, data: bytes, name: str = "image.bin") -> Path:
     return path
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
+def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
     """A PNG by hand, for what PIL does not write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -170,15 +170,15 @@ def test_alpha_is_laid_on_white(kind: str, pixels: NDArray[np.uint8], tmp_path: 
 def test_palette_with_and_without_a_transparent_entry(kind: str, tmp_path: Path) -> None:
     image = Image.fromarray(np.arange(H * W, dtype=np.uint8).reshape(H, W) % 3, "P")
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
     indices = np.asarray(image)
-    assert (hwc(decode(written(tmp_path, encoded(image, kind)))) == colours[indices]).all()
-    colours[1] = 255  # entry 1 is transparent: the white page shows
-    assert (hwc(decode(written(tmp_path, encoded(image, kind, transparency=1)))) == colours[indices]).all()
+    assert (hwc(decode(written(tmp_path, encoded(image, kind)))) == colors[indices]).all()
+    colors[1] = 255  # entry 1 is transparent: the white page shows
+    assert (hwc(decode(written(tmp_path, encoded(image, kind, transparency=1)))) == colors[indices]).all()
 
 
 def test_a_gif_gives_its_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (W, H), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (W, H), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     Image.open(io.BytesIO(data)).seek(1)  # there is a second one
     assert (hwc(decode(written(tmp_path, data))) == (255, 0, 0)).all()
@@ -192,11 +192,11 @@ def test_sixteen_bits_are_scaled_not_saturated(kind: str, tmp_path: Path) -> Non
     assert len(np.unique(got)) > 150  # PIL's convert("RGB") leaves 255 nearly everywhere
 
 
-def test_sixteen_bit_gray_and_colour_agree(tmp_path: Path) -> None:
+def test_sixteen_bit_gray_and_color_agree(tmp_path: Path) -> None:
     values = np.linspace(0, 65535, H * W).astype(">u2").reshape(H, W)
     gray = png(W, H, 16, 0, b"".join(b"\0" + row.tobytes() for row in values))
-    colour = png(W, H, 16, 2, b"".join(b"\0" + np.repeat(row, 3).tobytes() for row in values))
-    assert (hwc(decode(written(tmp_path, gray))) == hwc(decode(written(tmp_path, colour)))).all()
+    color = png(W, H, 16, 2, b"".join(b"\0" + np.repeat(row, 3).tobytes() for row in values))
+    assert (hwc(decode(written(tmp_path, gray))) == hwc(decode(written(tmp_path, color)))).all()
 
 
 def test_int32_and_float_tiffs_have_one_scale_or_are_refused(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_columns_and_splits_by_name(tmp_path: Path) -> None:
     for fields, words in (
         ({}, "data.split=train: "),
         ({"split": "first"}, "has 2 columns with class labels (coarse, second): set data.label_column"),
-        ({"split": "first", "label_column": "colour"}, "data.label_column=colour: "),
+        ({"split": "first", "label_column": "color"}, "data.label_column=color: "),
         (
             {"split": "first", "label_column": "coarse", "eval_split": "first"},
             "data.eval_split=first is data.split too",

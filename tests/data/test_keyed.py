@@ -25,7 +25,7 @@ def test_philox_known_answers(
     assert philox(key, counter).tolist() == list(output)
 
 
-def test_philox_is_vectorised_over_counters() -> None:
+def test_philox_is_vectorized_over_counters() -> None:
     words = philox((1, 2), (np.arange(5), 3, np.arange(7)[:, None], 4))  # (7, 5, 4)
     assert words.shape == (7, 5, 4)
     assert words[6, 2].tolist() == philox((1, 2), (2, 3, 6, 4)).tolist()
@@ -38,7 +38,7 @@ def test_uniform() -> None:
     assert numbers.max() < 1
     assert stats.kstest(numbers.ravel(), "uniform").pvalue > 1e-3
     assert np.array_equal(numbers * 2**24, np.floor(numbers * 2**24))
-    # Neighbouring draws and neighbouring samples are uncorrelated: |r| sqrt(n) is a standard normal.
+    # Neighboring draws and neighboring samples are uncorrelated: |r| sqrt(n) is a standard normal.
     for a, b in ((numbers[:, :-1], numbers[:, 1:]), (numbers[:-1], numbers[1:])):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) * np.sqrt(a.size) < 3.5
 

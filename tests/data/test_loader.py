@@ -16,7 +16,7 @@ from moco.data.sources import ArraySource, Source, load_source
 from moco.data.view import View
 
 CPU = torch.device("cpu")
-COLOUR = View(
+COLOR = View(
     24,
     (0.2, 1.0),
     jitter_p=0.8,
@@ -28,7 +28,7 @@ COLOUR = View(
     blur_p=0.5,
     flip_p=0.5,
 )
-VIEWS = (COLOUR, View(24, (0.2, 1.0), solarize_p=0.2, flip_p=0.5, noise=(0.0, 0.1)))
+VIEWS = (COLOR, View(24, (0.2, 1.0), solarize_p=0.2, flip_p=0.5, noise=(0.0, 0.1)))
 LENGTH, BATCH, EPOCHS, SEED = 22, 8, 3, 7
 
 
@@ -104,7 +104,7 @@ def test_another_seed_epoch_or_view_gives_other_views(streamed: Source, referenc
     other = next(batches(streamed, Plan(LENGTH, BATCH, EPOCHS, SEED + 1), VIEWS, CPU, 0))
     assert not torch.equal(other.views[0], reference[0].views[0])
     # The same image in two epochs, and the same recipe as first and as second view.
-    same = next(batches(streamed, plan(), (COLOUR, COLOUR), CPU, 0))
+    same = next(batches(streamed, plan(), (COLOR, COLOR), CPU, 0))
     assert not torch.equal(same.views[0], same.views[1])
     first = {int(i): view for batch in reference[:2] for i, view in zip(batch.index, batch.views[0], strict=True)}
     again = {int(i): view for batch in reference[2:4] for i, view in zip(batch.index, batch.views[0], strict=True)}

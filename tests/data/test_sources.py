@@ -26,10 +26,10 @@ from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_s
 from tests.data.broken import forbid
 
 
-def picture(path: Path, colour: int | tuple[int, int, int] = 0, size: tuple[int, int] = (6, 5)) -> None:
+def picture(path: Path, color: int | tuple[int, int, int] = 0, size: tuple[int, int] = (6, 5)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix.lower())
-    Image.new("RGB", size, (colour,) * 3 if isinstance(colour, int) else colour).save(path, kind)
+    Image.new("RGB", size, (color,) * 3 if isinstance(color, int) else color).save(path, kind)
 
 
 def names(source: Source) -> list[str]:
@@ -133,7 +133,7 @@ def test_cifar_is_one_tensor_in_file_order(name: str, tmp_path: Path, monkeypatc
     assert (sources.train.name(1), sources.held_out.name(3)) == (f"{name}/train/1", f"{name}/test/3")
 
 
-def test_stl10_trains_on_unlabelled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stl10_trains_on_unlabeled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda path, _: os.path.isfile(path))
     folder = tmp_path / "stl10_binary"
     folder.mkdir()

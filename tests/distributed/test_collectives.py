@@ -55,9 +55,9 @@ def collectives(batch: int) -> dict[str, Any]:
     images = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     images = images[rank() * share : (rank() + 1) * share].requires_grad_()
     sync = GroupedBatchNorm(3, group_size=0)
-    normalised = sync(images)
+    normalized = sync(images)
     scale = torch.arange(16.0)[rank() * share : (rank() + 1) * share].view(-1, 1, 1, 1)
-    (normalised * scale).sum().backward()
+    (normalized * scale).sum().backward()
     try:
         on_rank_zero(_fail)
         failure = "none"
@@ -72,7 +72,7 @@ def collectives(batch: int) -> dict[str, Any]:
         "mean": mean_over_ranks(torch.tensor(float(rank()))),
         "running_mean": layer.running_mean,
         "weight": weights.weight.detach(),
-        "sync_out": normalised.detach(),
+        "sync_out": normalized.detach(),
         "sync_gradient": images.grad,
         "sync_running": sync.state_dict(),
         "main": on_rank_zero(lambda: rank()),
@@ -100,7 +100,7 @@ def test_collectives_on_four_processes() -> None:
         assert result["failure"] == "a bad directory"  # on every rank, so that none is left waiting
 
 
-def test_synchronised_bn_equals_batch_norm_over_all_images() -> None:
+def test_synchronized_bn_equals_batch_norm_over_all_images() -> None:
     x = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     layer = nn.BatchNorm2d(3)
     out = layer(x)

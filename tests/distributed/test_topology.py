@@ -124,7 +124,7 @@ def test_accumulation_changes_nothing(world: int, scenario: str) -> None:
         assert largest_difference(rank_of[scenario], on(1)[0]["symmetric"]) < 1e-5
 
 
-def test_synchronised_bn_over_two_processes_equals_one() -> None:
+def test_synchronized_bn_over_two_processes_equals_one() -> None:
     """The first step: the formula is another one than F.batch_norm's, and rounding grows fast from step to step."""
     alone = on(1)[0]["sync"]
     for rank_of in on(2):

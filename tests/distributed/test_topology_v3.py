@@ -89,7 +89,7 @@ def test_accumulation_changes_nothing(world: int) -> None:
         assert largest_difference(rank_of["2 micro-batches"], on(1)[0]["grouped"]) < CLOSE
 
 
-def test_synchronised_bn_over_two_processes_equals_one() -> None:
+def test_synchronized_bn_over_two_processes_equals_one() -> None:
     """The first step: the formula is another one than F.batch_norm's, and rounding grows from step to step."""
     alone = on(1)[0]["sync"]
     for rank_of in on(2):

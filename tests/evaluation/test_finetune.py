@@ -68,13 +68,13 @@ def written(output: Path) -> list[dict[str, Any]]:
 
 
 def pictures(folder: Path, per_class: int, classes: str = "ab", side: int = 12) -> Path:
-    """Class folders of small pictures, each class of another colour."""
+    """Class folders of small pictures, each class of another color."""
     for number, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
-            colour = np.full((side, side, 3), 40 + i, np.uint8)
-            colour[..., number % 3] = 200
-            Image.fromarray(colour).save(folder / name / f"{name}_{i}.png")
+            color = np.full((side, side, 3), 40 + i, np.uint8)
+            color[..., number % 3] = 200
+            Image.fromarray(color).save(folder / name / f"{name}_{i}.png")
     return folder
 
 
@@ -202,7 +202,7 @@ def test_a_foreign_file_on_folders_with_a_list_of_names(tmp_path: Path) -> None:
         min_steps=40,
     )
     (outcome,) = evaluate_finetune(config)
-    assert outcome.figures[0].top1 == 100  # two colours
+    assert outcome.figures[0].top1 == 100  # two colors
     (entry,) = written(tmp_path / "out")
     assert (entry["labelled"], entry["protocol"]) == (4, "labels of few.txt")
     listed = (tmp_path / "few.txt").read_bytes()

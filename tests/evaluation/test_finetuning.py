@@ -222,7 +222,7 @@ def _lowered() -> list[int | str]:
 
 def test_the_lowered_batch_is_the_same_on_any_number_of_processes_or_refused() -> None:
     assert _lowered() == [6, 7, 1]
-    sentence = "2 processes cannot share a batch of the {} labelled pictures evenly: {}start fewer"
+    sentence = "2 processes cannot share a batch of the {} labeled pictures evenly: {}start fewer"
     wanted = [6, sentence.format(7, "set batch_size=6, or "), sentence.format(1, "")]
     assert run_ranks(2, _lowered) == [wanted] * 2
 

@@ -1,4 +1,4 @@
-"""Judging by nearest neighbours, from a configuration to results.json: figures, the choice, and what is refused."""
+"""Judging by nearest neighbors, from a configuration to results.json: figures, the choice, and what is refused."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from moco.evaluation import knn as stage
 from moco.evaluation.features import pixels
 from moco.evaluation.knn_classifier import knn_accuracy, leave_one_out
 from moco.evaluation.knn_report import confused
-from moco.evaluation.subject import encoders, features_of, open_labelled, open_subject
+from moco.evaluation.subject import encoders, features_of, open_labeled, open_subject
 from moco.interop.encoder_file import save_encoder
 from moco.knn import knn
 from moco.runs import checkpoint
@@ -66,7 +66,7 @@ def test_few_labels_give_the_live_figures_exactly(run: Path, tmp_path: Path) -> 
     config = asked(run, k=[1], labels_per_class=1, draws=9, compare=["untrained", "pixels"], output=str(tmp_path))
     results = stage.evaluate_knn(config)
     subject = open_subject(config)
-    bank, held_out = open_labelled(config, subject)
+    bank, held_out = open_labeled(config, subject)
     networks: dict[str, Any] = {name: each.backbone for name, each in encoders(subject, ["untrained"], CPU)}
     assert [each.name for each in results] == ["pretrained", "untrained", "pixels"]
     for result, entry in zip(results, entries(tmp_path), strict=True):
@@ -77,7 +77,7 @@ def test_few_labels_give_the_live_figures_exactly(run: Path, tmp_path: Path) -> 
         live = knn_accuracy(features[0], bank.labels, features[1], held_out.labels, 1, 0.1, 1, 9)
         figures = entry["figures"]
         assert (figures["top1"], figures["std"], figures["draws"]) == tuple(live)
-        assert figures["top5"] is None  # one neighbour has one class
+        assert figures["top5"] is None  # one neighbor has one class
         assert "interval95" not in figures
         confusion = np.array(figures["confusion"])
         assert confusion.sum(axis=1).tolist() == [9 * 50] * 10
@@ -90,7 +90,7 @@ def test_one_pair_is_judged_without_a_choice(run: Path, tmp_path: Path, capsys: 
     config = asked(run, k=[20], temperature=[0.2], compare=[], output=str(tmp_path))
     (result,) = stage.evaluate_knn(config)
     subject = open_subject(config)
-    bank, held_out = open_labelled(config, subject)
+    bank, held_out = open_labeled(config, subject)
     network = next(iter(encoders(subject, [], CPU)))[1].backbone
     features = [features_of(network, source, subject, config, CPU) for source in (bank, held_out)]
     assert bank.labels is not None
@@ -130,7 +130,7 @@ def test_k_and_temperature_are_chosen_on_the_training_split_alone(
     assert seen == [1297, 500, 1297, 500]  # each encoder's test features once
 
     subject = open_subject(config)
-    bank, _ = open_labelled(config, subject)
+    bank, _ = open_labeled(config, subject)
     assert bank.labels is not None
     rows = torch.from_numpy(np.sort(permutation(4, 0, 1297, VALIDATION)[:150]))
     networks: list[Any] = [next(iter(encoders(subject, [], CPU)))[1].backbone, pixels]
@@ -150,7 +150,7 @@ def test_k_and_temperature_are_chosen_on_the_training_split_alone(
     assert said.count(" <") >= 1
 
 
-def test_more_neighbours_than_references_says_that_all_vote(
+def test_more_neighbors_than_references_says_that_all_vote(
     run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = on_pictures(run, tree / "train", tree / "test", k=[200], compare=[], output=str(tmp_path / "many"))
@@ -218,7 +218,7 @@ def test_the_most_confused_pairs_by_share_of_the_true_class() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"k": [0]}, r"k=\[0\] must hold at least one number of neighbours, none below 1"),
+        ({"k": [0]}, r"k=\[0\] must hold at least one number of neighbors, none below 1"),
         ({"k": []}, r"k=\[\] must hold at least one"),
         ({"temperature": [0.1, 0.0]}, r"temperature=\[0.1, 0.0\] must hold at least one number, all above 0"),
         ({"temperature": []}, r"temperature=\[\] must hold"),
@@ -277,9 +277,9 @@ def test_features_that_are_not_finite(run: Path, tmp_path: Path) -> None:
 def test_pictures_that_cannot_be_judged_by(run: Path, tree: Path, tmp_path: Path) -> None:
     train, test = tree / "train", tree / "test"
     refused(on_pictures(run, train, None), "no held-out split: set data.eval_root=DIR")
-    unlabelled = on_pictures(run, train, None)
-    unlabelled.data.labels = "none"
-    refused(unlabelled, "has no labels to judge by: set data.labels=folder")
+    unlabeled = on_pictures(run, train, None)
+    unlabeled.data.labels = "none"
+    refused(unlabeled, "has no labels to judge by: set data.labels=folder")
     pictures(tmp_path / "single", {"cat": 3, "dog": 1})
     held = on_pictures(run, tmp_path / "single", None)
     held.data.hold_out = 0.2

@@ -60,7 +60,7 @@ def test_votes_are_weighted_by_similarity() -> None:
     bank = torch.stack([angles.cos(), angles.sin()], dim=1)
     query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([1, 0, 0])
     near, far = math.cos(0.1), math.cos(0.6)
-    even = (near - far) / math.log(2)  # the temperature at which one near neighbour outweighs two far ones
+    even = (near - far) / math.log(2)  # the temperature at which one near neighbor outweighs two far ones
     assert knn_predict(bank, labels, query, 3, even * 0.9).tolist() == [1]
     assert knn_predict(bank, labels, query, 3, even * 1.1).tolist() == [0]
 
@@ -72,12 +72,12 @@ def test_length_of_features_does_not_matter() -> None:
     assert torch.equal(knn_predict(stretched, labels, 50 * queries, 9, 0.1), expected)
 
 
-def test_very_low_temperature_is_the_nearest_neighbour() -> None:
+def test_very_low_temperature_is_the_nearest_neighbor() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
     assert torch.equal(knn_predict(bank, labels, queries, 20, 1e-5), knn_predict(bank, labels, queries, 1, 0.1))
 
 
-def test_more_neighbours_than_samples_means_all() -> None:
+def test_more_neighbors_than_samples_means_all() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
     assert torch.equal(knn_predict(bank, labels, queries, 999, 0.1), knn_predict(bank, labels, queries, BANK, 0.1))
 

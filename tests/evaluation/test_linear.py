@@ -21,7 +21,7 @@ from moco.distributed import on_rank_zero
 from moco.evaluation.features import extract
 from moco.evaluation.linear_probe import load_head
 from moco.evaluation.metrics import HeldOut, TestSplitReadTwice
-from moco.evaluation.subject import open_labelled
+from moco.evaluation.subject import open_labeled
 from moco.evaluation.sweep import Choice, choose
 from moco.interop.encoder_file import build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
@@ -228,13 +228,13 @@ def test_random_test_labels_change_the_figure_and_not_the_choice(
     honest = run(swept(tmp_path))[0]
 
     def shuffled(*arguments: Any) -> Any:
-        train, held_out = open_labelled(*arguments)
+        train, held_out = open_labeled(*arguments)
         mixed = subset(held_out, np.arange(len(held_out)))
         assert mixed.labels is not None
         mixed.labels[:] = np.random.default_rng(0).permutation(mixed.labels)
         return train, mixed
 
-    monkeypatch.setattr(stage, "open_labelled", shuffled)
+    monkeypatch.setattr(stage, "open_labeled", shuffled)
     blind = run(swept(tmp_path))[1]
     assert blind["chosen"] == honest["chosen"]
     assert blind["figures"]["top1"] < 20 < honest["figures"]["top1"]

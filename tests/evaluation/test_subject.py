@@ -13,7 +13,7 @@ from PIL import Image
 from moco.builder import MoCo
 from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.subject import SubjectConfig, check_subject
-from moco.evaluation.subject import about, data_config, encoders, features_of, open_labelled, open_subject
+from moco.evaluation.subject import about, data_config, encoders, features_of, open_labeled, open_subject
 from moco.interop.encoder_file import build, save_encoder
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
@@ -58,7 +58,7 @@ def test_a_run_brings_its_encoder_its_data_and_its_look(tmp_path: Path) -> None:
     subject = open_subject(config)
     assert (subject.step, subject.output) == (7, tmp_path / "run")
     assert (subject.look.size, subject.look.resize, subject.look.mean) == (16, 0, (0.5, 0.5, 0.5))
-    bank, held_out = open_labelled(config, subject)
+    bank, held_out = open_labeled(config, subject)
     assert (len(bank), len(held_out)) == (1297, 500)
     found = dict(encoders(subject, ["untrained"], CPU))
     assert list(found) == ["pretrained", "untrained"]
@@ -114,7 +114,7 @@ def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
     config = judge(run=str(trained(tmp_path / "run", "folder", root=str(root), labels="folder")))
     config.data.hold_out = 0.4
     with pytest.warns(RunWarning, match=r"hold_out=0\.4 holds out pictures that the encoder was trained on, without"):
-        bank, held_out = open_labelled(config, open_subject(config))
+        bank, held_out = open_labeled(config, open_subject(config))
     assert bank.labels is not None
     assert held_out.labels is not None
     assert np.bincount(held_out.labels).tolist() == [4, 1, 2]
@@ -122,13 +122,13 @@ def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
     assert sorted(names) == sorted(set(names))
     assert len(names) == 17
     with pytest.warns(RunWarning):
-        again = open_labelled(config, open_subject(config))[1]
+        again = open_labeled(config, open_subject(config))[1]
     assert [again.name(i) for i in range(7)] == [held_out.name(i) for i in range(7)]
     assert about(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is True
     copy = pictures(tmp_path / "copy", {"a": 10, "b": 2, "c": 5})
     config.data.name, config.data.root, config.data.labels = "folder", str(copy), "folder"
     with warnings.catch_warnings(action="error"):  # these it has not seen
-        bank, held_out = open_labelled(config, open_subject(config))
+        bank, held_out = open_labeled(config, open_subject(config))
     assert about(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is False
 
 
@@ -141,7 +141,7 @@ def test_about_holds_what_repeats_a_figure_in_any_working_directory(
     trained(Path("run"), "folder", root="train", eval_root="test", labels="folder")
     config = judge(run="run")
     subject = open_subject(config)
-    found = about(subject, config, *open_labelled(config, subject))
+    found = about(subject, config, *open_labeled(config, subject))
     assert found["source"] == str(tmp_path / "run" / "checkpoints" / "step_00000007.pt")
     assert (found["backbone"], found["options"]) == ("convnet", {"width": 2})
     assert (found["weights"], found["step"]) == ("encoder", 7)
@@ -156,7 +156,7 @@ def test_about_holds_what_repeats_a_figure_in_any_working_directory(
     }
     assert found["look"] == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
     assert json.loads(json.dumps(found)) == found
-    other = about(open_subject(judge(run=str(trained(Path("other"), step=0)))), config, *open_labelled(config, subject))
+    other = about(open_subject(judge(run=str(trained(Path("other"), step=0)))), config, *open_labeled(config, subject))
     assert other["sha256"] != found["sha256"]
 
 
@@ -217,7 +217,7 @@ def test_a_relative_path_of_a_run_from_elsewhere(tmp_path: Path, monkeypatch: py
 def sentence(config: SubjectConfig) -> str:
     def attempt() -> None:
         check_subject(config)
-        open_labelled(config, open_subject(config))
+        open_labeled(config, open_subject(config))
 
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         attempt()

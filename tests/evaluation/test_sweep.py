@@ -19,7 +19,7 @@ GRID = [(0.01, 0.0), (0.1, 0.0), (0.1, 0.05), (2.0, 0.01)]
 
 
 def blobs(count: int, width: int = 5, classes: int = 3, seed: int = 0) -> tuple[Tensor, NDArray[np.int64]]:
-    """Features (M, D) around class centres, far from standardised, and labels."""
+    """Features (M, D) around class centers, far from standardized, and labels."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % classes
     features = rng.normal(size=(count, width)) + 1.5 * rng.normal(size=(classes, width))[labels]
@@ -176,7 +176,7 @@ def test_two_processes_choose_and_score_as_one() -> None:
 # ---- against scikit-learn ----
 
 
-def test_the_solver_reaches_scikit_learns_accuracy_at_the_same_regularisation() -> None:
+def test_the_solver_reaches_scikit_learns_accuracy_at_the_same_regularization() -> None:
     """Raw pixels of the digits; sklearn's C is 1 / (weight decay x samples)."""
     from sklearn.linear_model import LogisticRegression
 

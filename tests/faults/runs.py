@@ -145,7 +145,7 @@ def records(run: Path) -> list[tuple[int, float]]:
 
 
 def same_end(run: Path, whole: Path) -> None:
-    """The run has ended as the other did: every bit of weights, queue and optimiser, every record once."""
+    """The run has ended as the other did: every bit of weights, queue and optimizer, every record once."""
     one, other = newest(run), newest(whole)
     assert one["step"] == other["step"]
     for part in ("method", "optimizer"):

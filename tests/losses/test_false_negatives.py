@@ -69,7 +69,7 @@ def test_elimination_lowers_the_loss_and_stops_the_push() -> None:
     torch.testing.assert_close(eliminated, expected, rtol=1e-5, atol=0)
 
 
-def test_attraction_moves_the_query_towards_what_was_found() -> None:
+def test_attraction_moves_the_query_toward_what_was_found() -> None:
     query, key, queue = planted()
     query.requires_grad_()
     found = find_false_negatives(key, queue, threshold=0.8)

@@ -58,7 +58,7 @@ def test_a_pair_is_at_least_as_hard_as_its_easier_half_and_can_be_harder_than_bo
     query, queue, _, singles = inputs()
     mixed = mix_hard_negatives(query, queue, HARDEST, uniforms(N, 300, 3), singles[:, :0])
     top = (query @ queue.T).topk(HARDEST, dim=1).values
-    assert (top > 0).all()  # so that normalising moves towards the query, not away
+    assert (top > 0).all()  # so that normalizing moves toward the query, not away
     similarity = torch.einsum("nc,nec->ne", query, mixed)
     assert (similarity >= top[:, -1:] - 1e-6).all()
     assert (similarity > top[:, :1]).any()  # on the chord's arc between two, closer than either end

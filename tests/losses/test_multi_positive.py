@@ -72,8 +72,8 @@ def test_gradient_passes_gradcheck_and_attracts_the_positive() -> None:
     entry = torch.zeros(1, K, dtype=torch.bool)
     entry[0, 0] = True
     attracted, pushed = multi_positive_info_nce(query, key, queue, T, entry)[0], info_nce(query, key, queue, T)[0]
-    towards = [-(torch.autograd.grad(loss, query)[0] @ queue[0]).mean() for loss in (attracted, pushed)]
-    assert towards[0] > towards[1]  # a step down the gradient goes more towards the entry
+    toward = [-(torch.autograd.grad(loss, query)[0] @ queue[0]).mean() for loss in (attracted, pushed)]
+    assert toward[0] > toward[1]  # a step down the gradient goes more toward the entry
 
 
 def test_order_of_the_queue_does_not_matter_if_the_mask_follows() -> None:

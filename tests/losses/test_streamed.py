@@ -1,4 +1,4 @@
-"""InfoNCE in one pass against the materialised form, finite differences, float64, and what it allocates."""
+"""InfoNCE in one pass against the materialized form, finite differences, float64, and what it allocates."""
 
 import math
 from collections.abc import Callable
@@ -46,7 +46,7 @@ MASKS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
 def both(
     given: dict[str, Tensor], mask: Tensor, chunk: int, dtype: torch.dtype = torch.float64, temperature: float = T
 ) -> tuple[Streamed, Tensor, list[Tensor], list[Tensor]]:
-    """Streamed, the materialised logits, and the gradients by query and temperature of either."""
+    """Streamed, the materialized logits, and the gradients by query and temperature of either."""
     gradients = []
     for streamed in (True, False):
         query, learned = unit(N, 0, dtype).requires_grad_(), torch.tensor(temperature, dtype=dtype, requires_grad=True)
@@ -63,12 +63,12 @@ def both(
     return found, logits, gradients[0], gradients[1]
 
 
-# ---- the materialised form ----
+# ---- the materialized form ----
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("mask", MASKS)
-def test_loss_and_gradients_equal_the_materialised_form(mask: str, chunk: int) -> None:
+def test_loss_and_gradients_equal_the_materialized_form(mask: str, chunk: int) -> None:
     _, _, streamed, expected = both(*MASKS[mask], chunk)
     for a, b in zip(streamed, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
@@ -166,7 +166,7 @@ def test_key_and_queue_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
-def test_float32_is_as_near_to_float64_as_the_materialised_form(temperature: float) -> None:
+def test_float32_is_as_near_to_float64_as_the_materialized_form(temperature: float) -> None:
     n, k, dim = 64, 8192, 128
     query, key, queue = unit(n, 0, dim=dim), unit(n, 1, dim=dim), unit(k, 2, dim=dim)
 
@@ -303,13 +303,13 @@ def test_nothing_of_the_size_of_the_logits_is_made() -> None:
     n, k = 600, 4096
     query, key, queue = unit(n, 0).requires_grad_(), unit(n, 1), unit(k, 2)
     mask, index, queue_index = torch.arange(k)[None] < 3000, torch.arange(n), torch.arange(k) % 1500
-    streamed, materialised = Largest(), Largest()
+    streamed, materialized = Largest(), Largest()
     with streamed:
         info_nce_streamed(query, key, queue, T, mask, index=index, queue_index=queue_index).loss.backward()
     assert streamed.elements <= module.ROWS["cpu"] * module.CHUNK["cpu"]
-    with materialised:
+    with materialized:
         info_nce(query, key, queue, T, mask & (index[:, None] != queue_index))[0].backward()
-    assert materialised.elements >= n * k  # the measure sees what it is for
+    assert materialized.elements >= n * k  # the measure sees what it is for
 
 
 def test_forward_keeps_no_more_than_queries_and_slopes() -> None:

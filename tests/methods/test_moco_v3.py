@@ -25,7 +25,7 @@ from tests.distributed.test_topology import smooth
 
 Array = NDArray[np.float64]
 N, C, P = 5, 3, 12
-LR, MOMENTUM, DECAY, M, T = 0.3, 0.9, 0.01, 0.8, 0.3  # the optimiser's three, the momentum encoder's, the temperature
+LR, MOMENTUM, DECAY, M, T = 0.3, 0.9, 0.01, 0.8, 0.3  # the optimizer's three, the momentum encoder's, the temperature
 
 
 def linear(fan_in: int) -> nn.Sequential:

@@ -46,7 +46,7 @@ def test_a_backbone_gives_as_many_features_as_it_says(
 
 @pytest.mark.parametrize("name", sorted(name for name in BACKBONES if name.startswith("resnet")))
 def test_each_resnet_is_as_deep_as_its_name_says_without_the_classifier(name: str) -> None:
-    with torch.device("meta"):  # no memory, no initialisation
+    with torch.device("meta"):  # no memory, no initialization
         network = build_backbone(name, {})
     layers = [path for path, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     counted = [path for path in layers if "downsample" not in path]

@@ -40,7 +40,7 @@ def values(network: nn.Module) -> dict[str, Tensor]:
     ],
 )
 def test_sizes_and_twelve_heads(name: str, dim: int, depth: int, millions: float) -> None:
-    with torch.device("meta"):  # no memory, no initialisation
+    with torch.device("meta"):  # no memory, no initialization
         network: Any = build_backbone(name, {})
     tokens = dim + 197 * dim + 2 * dim  # class token, positions, last norm
     block = 12 * dim**2 + 13 * dim
@@ -115,7 +115,7 @@ def uniform(weight: Tensor, bound: float) -> None:
     assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
-def test_initialisation_is_the_published_one() -> None:
+def test_initialization_is_the_published_one() -> None:
     network = small()
     linear = {name: layer for name, layer in network.named_modules() if isinstance(layer, nn.Linear)}
     assert len(linear) == 2 * 4

@@ -1,4 +1,4 @@
-"""Schedules against their closed forms, weight decay on the right parameters, optimisers that optimise."""
+"""Schedules against their closed forms, weight decay on the right parameters, optimizers that optimize."""
 
 import math
 from collections.abc import Callable
@@ -165,7 +165,7 @@ def test_frozen_parameters_are_in_no_group(network: nn.Module) -> None:
     assert all(parameter.requires_grad for parameter in grouped)
 
 
-# ---- optimisers ----
+# ---- optimizers ----
 
 
 @pytest.mark.parametrize(("name", "lr"), [("sgd", 0.1), ("adamw", 0.1), ("lars", 50.0)])

@@ -20,20 +20,20 @@ EVIL = "<script>alert(1)<_script>'&.png"
 CLASSES = ("blue", "green", "red")
 
 
-def colour(i: int, count: int) -> tuple[int, int, int]:
-    """Colour i of `count` that a JPEG keeps apart."""
+def color(i: int, count: int) -> tuple[int, int, int]:
+    """Color i of `count` that a JPEG keeps apart."""
     red, green, blue = colorsys.hsv_to_rgb(i / count, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def pictures(root: Path, per_class: int = 0, count: int = 0) -> Path:
-    """Flat pictures of a colour each: root/CLASS/N.png, or with `count` root/N.png; one has markup for a name."""
+    """Flat pictures of a color each: root/CLASS/N.png, or with `count` root/N.png; one has markup for a name."""
     names = [f"{each}/{i}.png" for each in CLASSES for i in range(per_class)] + [f"{i}.png" for i in range(count)]
     names[-1] = str(Path(names[-1]).with_name(EVIL))
     for i, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 16), colour(i, len(names))).save(path)
+        Image.new("RGB", (20, 16), color(i, len(names))).save(path)
     return root
 
 
@@ -54,7 +54,7 @@ def run(
 
     Args:
         folder: where.
-        root: its pictures, labelled where `eval_root` holds others of the same classes; None: the digits.
+        root: its pictures, labeled where `eval_root` holds others of the same classes; None: the digits.
         eval_root: see above.
         epochs: that it was told to train.
         done: steps behind it.

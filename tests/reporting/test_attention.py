@@ -51,7 +51,7 @@ def test_a_convolutional_network_has_none(name: str) -> None:
 def test_what_is_attended_to_turns_orange() -> None:
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
     shown = lit(image, torch.tensor([[0.2, 0.0], [0.1, 0.0]]))
-    assert shown[:, 0, 0].tolist() == [232, 140, 49]  # 0.8 of the colour, 0.2 of the grey 140
+    assert shown[:, 0, 0].tolist() == [232, 140, 49]  # 0.8 of the color, 0.2 of the gray 140
     assert shown[:, 4, 0].tolist() == [186, 140, 94]  # half as much attended to: 0.4 and 0.6
     assert shown[:, 0, 4].tolist() == [140, 140, 140]
     assert torch.equal(shown[:, :4, :4], shown[:, :1, :1].expand(3, 4, 4))

@@ -30,7 +30,7 @@ PHONE = {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of fifteen held-out pictures, each of a colour of its own, in three classes."""
+    """A report of fifteen held-out pictures, each of a color of its own, in three classes."""
     root = tmp_path_factory.mktemp("browser")
     one = run(root / "run", pictures(root / "train", 6), pictures(root / "test", 5))
     report(ReportConfig(run=str(one), device="cpu", queries=2, neighbours=3, projector=False))
@@ -63,15 +63,15 @@ def opened(browser: Any, made: Path) -> Iterator[Any]:
     page.close()
 
 
-def shown_colour(page: Any) -> tuple[str, list[int]]:
-    """What the card says the picture is, and the colour of the picture in it."""
+def shown_color(page: Any) -> tuple[str, list[int]]:
+    """What the card says the picture is, and the color of the picture in it."""
     source = page.get_attribute(".card img", "src")
     assert page.get_attribute(".card img", "alt") == page.inner_text(".card .name")
     image = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB")
     return page.inner_text(".card .name"), np.asarray(image).reshape(-1, 3).mean(axis=0).round().astype(int).tolist()
 
 
-def true_colour(made: Path, name: str) -> list[int]:
+def true_color(made: Path, name: str) -> list[int]:
     with Image.open(made.parents[1] / "test" / name) as image:
         return list(image.convert("RGB").getpixel((0, 0)))  # type: ignore[arg-type]
 
@@ -85,8 +85,8 @@ def test_pointing_at_a_picture_shows_that_picture(opened: Any, made: Path) -> No
         box = point.bounding_box()
         opened.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         opened.wait_for_timeout(150)
-        name, colour = shown_colour(opened)
-        np.testing.assert_allclose(colour, true_colour(made, name), atol=4)
+        name, color = shown_color(opened)
+        np.testing.assert_allclose(color, true_color(made, name), atol=4)
         assert f"label {name.split('/')[0]}" in opened.inner_text(".card .group")
         seen.add(name)
     assert len(seen) == len(points[::4])
@@ -117,18 +117,18 @@ def test_pictures_are_reached_by_keyboard(opened: Any, made: Path) -> None:
     names = []
     for _ in range(15):
         opened.keyboard.press("Enter")
-        names.append(shown_colour(opened)[0])
+        names.append(shown_color(opened)[0])
     assert len(set(names)) == 15
     opened.keyboard.press("Enter")
-    assert shown_colour(opened)[0] == names[0]  # around
+    assert shown_color(opened)[0] == names[0]  # around
     opened.locator("[data-do=previous]").press("Enter")
-    assert shown_colour(opened)[0] == names[-1]
+    assert shown_color(opened)[0] == names[-1]
     opened.locator(".map .plot").focus()
     reached = set()
     for key in ("ArrowRight", "ArrowLeft", "ArrowUp", "ArrowDown") * 6:
         opened.keyboard.press(key)
-        name, colour = shown_colour(opened)
-        np.testing.assert_allclose(colour, true_colour(made, name), atol=4)
+        name, color = shown_color(opened)
+        np.testing.assert_allclose(color, true_color(made, name), atol=4)
         reached.add(name)
     assert len(reached) > 2
     opened.keyboard.press("Tab")  # the arrow keys are no trap
@@ -155,8 +155,8 @@ def test_a_phone_shows_all_of_it(browser: Any, made: Path, scheme: str) -> None:
     box = page.query_selector_all(".map .scatterlayer .point")[3].bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_timeout(150)
-    name, colour = shown_colour(page)
-    np.testing.assert_allclose(colour, true_colour(made, name), atol=4)
+    name, color = shown_color(page)
+    np.testing.assert_allclose(color, true_color(made, name), atol=4)
     assert page.evaluate("document.querySelector('.map .plot').clientWidth") > 300
     ink, back = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"

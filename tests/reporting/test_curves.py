@@ -43,7 +43,7 @@ def test_everything_recorded_is_drawn_or_said() -> None:
     assert drawn[2].curves[0].y == [50.0, 25.0, 75.0]  # percent
 
 
-def test_runs_share_a_chart_and_differ_in_colour() -> None:
+def test_runs_share_a_chart_and_differ_in_color() -> None:
     other: Series = {"train/loss": ([1, 5], [6.0, 3.0]), "train/momentum": ([1, 5], [0.9, 0.9])}
     drawn, constant = charts({"one": RUN, "two": other})
     loss = next(each for each in drawn if each.title == "Loss")

@@ -17,8 +17,8 @@ from moco.reporting.gallery import Section, Tile, write_html, write_png
 EVIL = '<script>alert(1)</script>"onerror="x\' & \u202egpj.exe\n'
 
 
-def flat(height: int, width: int, colour: tuple[int, int, int]) -> Tensor:
-    return torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).expand(3, height, width)
+def flat(height: int, width: int, color: tuple[int, int, int]) -> Tensor:
+    return torch.tensor(color, dtype=torch.uint8).view(3, 1, 1).expand(3, height, width)
 
 
 class Page(HTMLParser):
@@ -90,12 +90,12 @@ def test_names_that_are_no_utf8_are_shown_by_their_bytes(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("height", "width"), [(400, 800), (10, 10), (3000, 20)])
 def test_the_picture_has_its_tiles(tmp_path: Path, height: int, width: int) -> None:
-    colour = (220, 40, 10)
+    color = (220, 40, 10)
     path = tmp_path / "g.png"
-    tile = Tile(flat(height, width, colour), "0.9", f"{'long/' * 40}name.png", marked=True)
+    tile = Tile(flat(height, width, color), "0.9", f"{'long/' * 40}name.png", marked=True)
     write_png(path, "Title", EVIL, [Section("one", [tile] * 3), Section("two", [Tile(None, "0.1", "gone")])], columns=2)
     sheet = np.asarray(Image.open(path)).astype(int)
-    shown = (np.abs(sheet - colour).max(axis=2) < 6).sum()
+    shown = (np.abs(sheet - color).max(axis=2) < 6).sum()
     area = 168 * 168 * min(height, width) / max(height, width)
     assert shown == pytest.approx(3 * area, rel=0.15, abs=400)
     assert sheet.shape[1] == 12 + 2 * (168 + 12)

@@ -1,4 +1,4 @@
-"""What pages are made of: no text becomes markup, no script but the page's own may run, colours can be read."""
+"""What pages are made of: no text becomes markup, no script but the page's own may run, colors can be read."""
 
 import json
 import re
@@ -63,9 +63,9 @@ def test_half_a_page_is_never_there(tmp_path: Path) -> None:
     assert path.read_text() == "caf\\udce9"
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """WCAG 2.2's relative luminance."""
-    digits = colour.lstrip("#")
+    digits = color.lstrip("#")
     digits = "".join(2 * each for each in digits) if len(digits) == 3 else digits
     parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
@@ -78,7 +78,7 @@ def contrast(one: str, two: str) -> float:
 
 
 def schemes() -> list[dict[str, str]]:
-    """The colours of the style sheet in light and in dark."""
+    """The colors of the style sheet in light and in dark."""
     found = re.findall(r":root \{([^}]*)\}", gallery.style())
     return [dict(re.findall(r"--(\w+): (#\w+)", each)) for each in found]
 
@@ -86,10 +86,10 @@ def schemes() -> list[dict[str, str]]:
 def test_text_can_be_read_in_light_and_dark() -> None:
     assert contrast("#000", "#fff") == pytest.approx(21)
     light, dark = schemes()
-    for colours in (light, dark):
+    for colors in (light, dark):
         for ink in ("ink", "soft", "mark"):
             for back in ("back", "card"):
-                assert contrast(colours[ink], colours[back]) >= 4.5, (ink, back, colours)
+                assert contrast(colors[ink], colors[back]) >= 4.5, (ink, back, colors)
 
 
 def test_lines_and_points_can_be_told_from_the_background() -> None:
@@ -97,6 +97,6 @@ def test_lines_and_points_can_be_told_from_the_background() -> None:
 
     light, dark = schemes()
     assert len(set(PALETTE)) == len(PALETTE)
-    for colour in PALETTE:
-        for colours in (light, dark):
-            assert contrast(colour, colours["card"]) >= 3, (colour, colours["card"])
+    for color in PALETTE:
+        for colors in (light, dark):
+            assert contrast(color, colors["card"]) >= 3, (color, colors["card"])

@@ -18,7 +18,7 @@ def blobs(per: int = 20) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return (features * rng.uniform(0.1, 10, (3 * per, 1))).astype(np.float32), truth
 
 
-def test_a_map_keeps_neighbours_and_is_the_same_each_time() -> None:
+def test_a_map_keeps_neighbors_and_is_the_same_each_time() -> None:
     features, truth = blobs()
     placed = coordinates(features, "tsne", 30, 3)
     assert placed.shape == (60, 2)
@@ -55,27 +55,27 @@ def made(groups: list[str]) -> Map:
 
 def test_every_point_is_in_one_trace_with_its_place() -> None:
     each = figure(made(list("abcabcaab")))
-    traces = each["colourings"]["label"]["traces"]
+    traces = each["colorings"]["label"]["traces"]
     assert [trace["name"] for trace in traces] == ["a", "b", "c"]
     assert sorted(i for trace in traces for i in trace["customdata"]) == list(range(9))
     for trace in traces:
         assert trace["x"] == [each["x"][i] for i in trace["customdata"]]
         assert trace["y"] == [each["y"][i] for i in trace["customdata"]]
         assert {each["groups"]["label"][i] for i in trace["customdata"]} == {trace["name"]}
-    legend = each["colourings"]["label"]["legend"]
+    legend = each["colorings"]["label"]["legend"]
     assert [(entry["name"], entry["count"]) for entry in legend] == [("a", 4), ("b", 3), ("c", 2)]
-    assert [entry["colour"] for entry in legend] == [trace["marker"]["color"] for trace in traces]
+    assert [entry["color"] for entry in legend] == [trace["marker"]["color"] for trace in traces]
     assert each["pictures"] == list(range(9))[::-1]
     assert each["names"][0] == "<b>0\N{REPLACEMENT CHARACTER}"  # as text; the script sets it as text too
 
 
 def test_many_groups_become_thirty_and_others() -> None:
     groups = [f"cluster {i}" for i in range(40) for _ in range(40 - i)]
-    traces = figure(made(groups))["colourings"]["label"]["traces"]
+    traces = figure(made(groups))["colorings"]["label"]["traces"]
     assert [trace["name"] for trace in traces] == [*(f"cluster {i}" for i in range(30)), "others"]
     assert sum(len(trace["x"]) for trace in traces) == len(groups)
     looks = [(trace["marker"]["color"], trace["marker"]["symbol"]) for trace in traces[:-1]]
-    assert len(set(looks)) == len(looks)  # colour and shape together tell all apart
+    assert len(set(looks)) == len(looks)  # color and shape together tell all apart
 
 
 def test_the_place_of_a_map_can_be_used_without_a_mouse() -> None:

@@ -1,4 +1,4 @@
-"""Reports of runs: finished and not, labelled and not, one and two; what cannot be is one sentence."""
+"""Reports of runs: finished and not, labeled and not, one and two; what cannot be is one sentence."""
 
 import csv
 import json
@@ -34,18 +34,18 @@ def page(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture
-def labelled(tmp_path: Path) -> Path:
+def labeled(tmp_path: Path) -> Path:
     return run(tmp_path / "run", pictures(tmp_path / "train", 6), pictures(tmp_path / "test", 5))
 
 
-def test_a_labelled_run(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (labelled / "views.png").write_bytes(b"\x89PNG views")
+def test_a_labeled_run(labeled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (labeled / "views.png").write_bytes(b"\x89PNG views")
     entry = {"command": "knn", "protocol": "all labels", "encoder": "pretrained", "step": 20, "settings": {}}
     older = {**entry, "figures": {"top1": 11.1}, "time": "2026-01-01T00:00:00+00:00"}
     newer = {**entry, "figures": {"top1": 66.6, "interval95": [60.0, 70.0], "mAP": 12.34}, "commit": "abc123"}
-    (labelled / "results.json").write_text(json.dumps([older, newer]))
-    report(config(labelled))
-    markup, figures = page(labelled / "report.html")
+    (labeled / "results.json").write_text(json.dumps([older, newer]))
+    report(config(labeled))
+    markup, figures = page(labeled / "report.html")
     for said in (
         "finished: 2 epochs, 20 steps",
         "18 training pictures",
@@ -58,7 +58,7 @@ def test_a_labelled_run(labelled: Path, capsys: pytest.CaptureFixture[str]) -> N
         "abc123",
         "moco 0.1.0, torch 2.12.0",
         "Never changed: ",
-        "of the 6 neighbours below have their query&#x27;s label",
+        "of the 6 neighbors below have their query&#x27;s label",
         "queue_size: 16",
         'src="data:image/png;base64,iVBORyB2aWV3cw==',
     ):
@@ -78,27 +78,27 @@ def test_a_labelled_run(labelled: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "finished: 2 epochs" in capsys.readouterr().out
 
 
-def test_nothing_of_a_name_becomes_markup(labelled: Path) -> None:
-    report(config(labelled, pictures=99, queries=15))  # all fifteen held-out pictures
-    markup, figures = page(labelled / "report.html")
+def test_nothing_of_a_name_becomes_markup(labeled: Path) -> None:
+    report(config(labeled, pictures=99, queries=15))  # all fifteen held-out pictures
+    markup, figures = page(labeled / "report.html")
     assert "<script" not in markup
     assert "&lt;script&gt;" in markup
     [drawn] = figures["maps"].values()
     assert f"red/{EVIL}" in drawn["names"]
-    text = (labelled / "report.html").read_text()
+    text = (labeled / "report.html").read_text()
     assert text.count("<script>") == 2  # plotly and the page's own
     assert "unsafe-eval" not in text.split("<style>")[0]
     assert not re.search(r'(src|href)="(https?:)?//', text.split("<script>")[0])
 
 
-def test_an_unlabelled_run_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unlabeled_run_that_is_not_finished(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = run(tmp_path / "run", pictures(tmp_path / "all", count=14), epochs=4, done=16)
     report(config(made, clusters=3))
     markup, figures = page(made / "report.html")
     assert "not finished: step 16 of 40 (epoch 1.6 of 4)" in markup
     assert "12 of 14 training pictures, t-SNE" in markup
     assert "accuracy" not in markup.split('id="s1"')[0]
-    assert "label" not in markup[markup.index("Nearest neighbours</h2>") : markup.index("Map</h2>")].replace(
+    assert "label" not in markup[markup.index("Nearest neighbors</h2>") : markup.index("Map</h2>")].replace(
         "aria-label", ""
     )
     [drawn] = figures["maps"].values()
@@ -107,7 +107,7 @@ def test_an_unlabelled_run_that_is_not_finished(tmp_path: Path, capsys: pytest.C
     assert "the same command again when the run has gone on" in capsys.readouterr().out
 
 
-def test_a_query_is_not_its_own_neighbour(tmp_path: Path) -> None:
+def test_a_query_is_not_its_own_neighbor(tmp_path: Path) -> None:
     made = run(tmp_path / "run", pictures(tmp_path / "all", count=8))
     report(config(made, queries=8, neighbours=7, map="none"))
     markup, _ = page(made / "report.html")
@@ -128,9 +128,9 @@ def test_before_the_first_checkpoint(tmp_path: Path) -> None:
     assert figures["charts"]
 
 
-def test_two_runs_side_by_side(labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_side_by_side(labeled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = run(tmp_path / "other", tmp_path / "train", tmp_path / "test", momentum=0.5, temperature=0.3)
-    report(config(labelled, other, output=str(tmp_path / "both.html")))
+    report(config(labeled, other, output=str(tmp_path / "both.html")))
     markup, figures = page(tmp_path / "both.html")
     differ = markup[markup.index("Settings that differ</caption>") :].split("</table>")[0]
     assert re.findall(r'<th scope="row">(.*?)</th>', differ) == ["method.momentum", "method.temperature"]
@@ -173,9 +173,9 @@ def test_features_that_are_not_finite_leave_the_rest(tmp_path: Path) -> None:
     assert "its training diverged" in page(made / "report.html")[0]
 
 
-def test_the_projector_gets_features_names_and_pictures(labelled: Path) -> None:
-    report(config(labelled, projector=True))
-    folder = labelled / "projector"
+def test_the_projector_gets_features_names_and_pictures(labeled: Path) -> None:
+    report(config(labeled, projector=True))
+    folder = labeled / "projector"
     said = (folder / "projector_config.pbtxt").read_text()
     assert 'tensor_path: "00020/backbone/tensors.tsv"' in said
     assert said.count("embeddings {") == 1
@@ -189,7 +189,7 @@ def test_the_projector_gets_features_names_and_pictures(labelled: Path) -> None:
     assert all(row[0].startswith(f"{row[1]}/") for row in rows[1:])
     assert len(tensors.read_text().splitlines()) == 12
     assert Image.open(sprite).size == (4 * 64, 4 * 64)
-    report(config(labelled, projector=True))  # again: in its place, not beside it
+    report(config(labeled, projector=True))  # again: in its place, not beside it
     assert (folder / "projector_config.pbtxt").read_text().count("embeddings {") == 1
 
 
@@ -294,9 +294,9 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         report(config(made, output=str(tmp_path)))
 
 
-def test_the_same_run_gives_the_same_map(labelled: Path) -> None:
+def test_the_same_run_gives_the_same_map(labeled: Path) -> None:
     found = []
     for _ in range(2):
-        report(config(labelled))
-        found.append(page(labelled / "report.html")[1]["maps"])
+        report(config(labeled))
+        found.append(page(labeled / "report.html")[1]["maps"])
     assert found[0] == found[1]

@@ -107,7 +107,7 @@ def by_loops(output: Output, index: Tensor, before: dict[str, Tensor], keys_per_
     same = [float(k[a] @ k[b]) for a, b in pairs if classes[a] == classes[b]]
     ages = [(count - 1 - slot) % len(queue) // keys_per_step for slot in real]
     drift = [1 - float(queue[s] @ k[index.tolist().index(owner[s])]) for s in real if owner[s] in index.tolist()]
-    top, false, duplicate, labelled = [], [], [], []
+    top, false, duplicate, labeled = [], [], [], []
     for i, sample in enumerate(index.tolist()):
         negatives = [s for s in range(len(queue)) if owner[s] != sample]
         push = sorted((math.exp(float(q[i] @ queue[s]) / T) for s in negatives), reverse=True)
@@ -115,7 +115,7 @@ def by_loops(output: Output, index: Tensor, before: dict[str, Tensor], keys_per_
         similar = [float(k[i] @ queue[s]) for s in negatives]
         false.append(sum(each >= 0.9 for each in similar) / len(negatives))
         duplicate.append(float(any(each >= 1 - 1e-5 for each in similar)))
-        labelled.append(sum(owner[s] in real_labels(classes[i]) for s in negatives) / len(negatives))
+        labeled.append(sum(owner[s] in real_labels(classes[i]) for s in negatives) / len(negatives))
     deviations = unit.std(dim=0, correction=0)
     return {
         "alignment": float(np.mean([float((a - b).square().sum()) for a, b in zip(q, k, strict=True)])),
@@ -131,7 +131,7 @@ def by_loops(output: Output, index: Tensor, before: dict[str, Tensor], keys_per_
         "own_key_share": float(np.mean([owner.count(sample) / len(queue) for sample in index.tolist()])),
         "likely_false_share": float(np.mean(false)),
         "duplicate_share": float(np.mean(duplicate)),
-        "same_label_share": float(np.mean(labelled)),
+        "same_label_share": float(np.mean(labeled)),
     }
 
 

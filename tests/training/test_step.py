@@ -22,7 +22,7 @@ N, SIZE, DIM, K, GROUP = 16, 8, 8, 40, 4
 
 
 class Trainer:
-    """A method with its optimiser, built alike each time, and steps on random images."""
+    """A method with its optimizer, built alike each time, and steps on random images."""
 
     def __init__(self, accumulate: int = 1, symmetric: bool = False, momentum: float = 0.9, fp16: bool = False) -> None:
         torch.manual_seed(0)
@@ -68,7 +68,7 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, statistics, queue, and what the optimiser remembers."""
+        """Weights, statistics, queue, and what the optimizer remembers."""
         state = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
         for number, memory in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{number}.{name}": value.clone() for name, value in memory.items()}
@@ -317,10 +317,10 @@ def test_without_waiting_a_bad_loss_is_in_the_measures() -> None:
     assert math.isnan(trainer.step(0, change=nan_image, wait=False)["loss"].item())
 
 
-# ---- what a fused optimiser asks for ----
+# ---- what a fused optimizer asks for ----
 
 
-def test_an_overflow_in_the_first_step_leaves_no_trace_in_the_optimiser() -> None:
+def test_an_overflow_in_the_first_step_leaves_no_trace_in_the_optimizer() -> None:
     trainer = Trainer(fp16=True)
     trainer.optimizer = build_optimizer(trainer.method.encoder, "sgd", 0.05, 0.9, (0.9, 0.999), 1e-3, [])
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows until it has come down

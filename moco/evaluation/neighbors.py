@@ -1,9 +1,9 @@
-"""Search among features: nearest neighbours, groups of near-duplicates, what lies far from everything else.
+"""Search among features: nearest neighbors, groups of near-duplicates, what lies far from everything else.
 
 A similarity is a cosine, computed in double precision and rounded to a multiple of 2**-23, float32's own resolution.
 So equal pictures tie, ties go by row, and neither the size of the parts nor the device moves a result.
 
-Legend: M pictures, Q queries, D dimension, B rows at once, k neighbours.
+Legend: M pictures, Q queries, D dimension, B rows at once, k neighbors.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def nearest(
     Args:
         features: (M, D).
         queries: (Q, D).
-        k: neighbours; more than there are means all.
+        k: neighbors; more than there are means all.
         exclude: a row that each query must not find, such as itself, shape (Q,); -1 for none.
         block: B; changes memory, not results.
         device: where to multiply.

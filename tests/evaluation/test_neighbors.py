@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moco.evaluation.neighbours import duplicate_groups, nearest, outlier_scores
-from moco.evaluation import neighbours as search
+from moco.evaluation import neighbors as search
+from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
 
 STEPS = 2**23
 
@@ -45,7 +45,7 @@ def brute_groups(features: NDArray[np.float32], threshold: float) -> list[list[i
 
 @pytest.fixture
 def features() -> NDArray[np.float32]:
-    """Thirty vectors in a plane's neighbourhood, so that similarities spread, with repeats, opposites and a zero."""
+    """Thirty vectors in a plane's neighborhood, so that similarities spread, with repeats, opposites and a zero."""
     angles = np.linspace(0, 3, 30) ** 1.5
     rows = np.stack([np.cos(angles), np.sin(angles), 0.1 * np.sin(7 * angles)], axis=1).astype(np.float32)
     rows[[5, 17, 29]] = rows[2]  # equal to each other: ties
