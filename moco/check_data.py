@@ -1,4 +1,4 @@
-"""All that is wrong with a folder of pictures, before a run: `python -m moco.check_data data.root=PICTURES`."""
+"""All that is wrong with a folder of pictures, before a run: `python -m moco.check_data data.root=IMAGES`."""
 
 from moco.cli import run_command
 from moco.config.check_data import CheckDataConfig, check_check_data

@@ -1,4 +1,4 @@
-"""Features of any pictures, in files: `python -m moco.embed run=DIR data=folder data.root=PICTURES output=OUT`."""
+"""Features of any pictures, in files: `python -m moco.embed run=DIR data=folder data.root=IMAGES output=OUT`."""
 
 from moco.cli import run_command
 from moco.config.embed import EmbedConfig, check_embed

@@ -1,4 +1,4 @@
-"""Pictures into WebDataset tar shards with an index: `python -m moco.pack data.root=PICTURES output=DIR`."""
+"""Pictures into WebDataset tar shards with an index: `python -m moco.pack data.root=IMAGES output=DIR`."""
 
 from moco.cli import run_command
 from moco.config.pack import PackConfig, check_pack

@@ -1,4 +1,4 @@
-"""Nearest pictures, near-duplicates, outliers: `python -m moco.search run=DIR data=folder data.root=PICTURES`."""
+"""Nearest pictures, near-duplicates, outliers: `python -m moco.search run=DIR data=folder data.root=IMAGES`."""
 
 from moco.cli import run_command
 from moco.config.search import SearchConfig, check_search

@@ -21,7 +21,7 @@ class TemperatureConfig:
     recipe: str = "digits"
     """what moco.train calls experiment=: the name of a file in configs/experiment/"""
     overrides: list[str] = field(default_factory=list)
-    """further ones for each run, as moco.train has them, in quotes: 'overrides=["data.root=PICTURES","threads=1"]'"""
+    """further ones for each run, as moco.train has them, in quotes: 'overrides=["data.root=IMAGES","threads=1"]'"""
     epochs: int | None = None
     """of each run; null: the recipe's"""
     keep_epochs: int = 0

@@ -189,7 +189,7 @@ def _what_there_is(folder: Path) -> str:
             f"holds tar files but no {INDEX}: stream them with data=webdataset "
             f"'data.root={folder}/NAME-{{000000..000009}}.tar' data.length=IMAGES, or pack the pictures with moco.pack"
         )
-    return f"holds no {INDEX}: make shards with python -m moco.pack data.root=PICTURES output={folder}"
+    return f"holds no {INDEX}: make shards with python -m moco.pack data.root=IMAGES output={folder}"
 
 
 def _open_split(folder: Path, about: dict[str, Any], classes: list[str]) -> ShardSource:

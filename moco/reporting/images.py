@@ -92,7 +92,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
     require(
         data_config(judge, subject).name != "webdataset",
         f"run={run.path} was trained on a stream, of which no picture can be asked for: name others, data.name=folder "
-        "data.root=PICTURES, or set pictures=0 for a report without",
+        "data.root=IMAGES, or set pictures=0 for a report without",
     )
     try:
         sources = open_data(judge, subject)

@@ -142,5 +142,5 @@ def summarize(
         ("", f"python -m moco.report run={files}"),
     ]
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
-        rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_PICTURES run=runs/mine"))
+        rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_IMAGES run=runs/mine"))
     display.summary("already finished" if already_done else "done", rows)

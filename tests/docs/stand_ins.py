@@ -1,4 +1,4 @@
-"""Small stand-ins for what the documentation's commands name: PICTURES, CIFAR, ImageNet, an official file, a run.
+"""Small stand-ins for what the documentation's commands name: IMAGES, CIFAR, ImageNet, an official file, a run.
 
 And the overrides that make each command small. They come behind the command's own words, so all of these are read and
 checked first; what a page says about batch, epochs or network is then replaced by less.
@@ -21,9 +21,9 @@ CLASSES = ("cat", "dog")
 RENAMED = {"/data/imagenet": "imagenet", "moco.NAME": "moco.train", "=NAME": "=digits"}
 
 DIGITS = ["epochs=1", "batch_size=256", "model.options.width=4", "evaluate.draws=2", "checkpoint.keep_epochs=1"]
-PICTURES = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
-PICTURES += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
-PICTURES += ["data.workers=0", "optim.warmup_epochs=0", "evaluate.k=5", "precision=fp32", "threads=1"]
+SMALL = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
+SMALL += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
+SMALL += ["data.workers=0", "optim.warmup_epochs=0", "evaluate.k=5", "precision=fp32", "threads=1"]
 NO_QUEUE = ["method.queue_size=0", "model.bn=sync", "model.shuffle_keys=false"]
 TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hidden=16", "model.predictor_hidden=16"]
 SWEEP = ["epochs=1", "sweep.lrs=[0.1]", "sweep.weight_decays=[0.0]"]
@@ -69,8 +69,8 @@ def small_training(arguments: tuple[str, ...]) -> list[str]:
     if "digits" in recipe or recipe == "mine":
         return DIGITS
     if "v3" in recipe:
-        return [*PICTURES, *NO_QUEUE, *TWO_HEADS, *without_options(recipe)]
-    return [*PICTURES, *(NO_QUEUE if recipe.startswith(("simclr", "supcon")) else ["method.queue_size=32"])]
+        return [*SMALL, *NO_QUEUE, *TWO_HEADS, *without_options(recipe)]
+    return [*SMALL, *(NO_QUEUE if recipe.startswith(("simclr", "supcon")) else ["method.queue_size=32"])]
 
 
 def without_options(recipe: str) -> list[str]:
@@ -119,9 +119,9 @@ def make(root: Path) -> None:
     }.items():
         (root / place).parent.mkdir(exist_ok=True)
         os.symlink(target, root / place)
-    (root / "PICTURES").mkdir()
+    (root / "IMAGES").mkdir()
     for number, name in enumerate(["a", "b", *(f"{i:02}" for i in range(34))]):
-        gradient(number).save(root / "PICTURES" / f"{name}.jpg")
+        gradient(number).save(root / "IMAGES" / f"{name}.jpg")
     official_file(root / "moco_v2_800ep_pretrain.pth.tar")
     (root / "DIR" / "experiment").mkdir(parents=True)
     (recipe,) = [text for _, text in blocks(REPOSITORY / "README.md", "yaml")]

@@ -81,7 +81,7 @@ def test_of_a_run_the_chosen_network_is_converted(tmp_path: Path, weights: str, 
     assert written.config["data"]["name"] == "digits"
 
 
-def test_the_runs_own_pictures_are_compared_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_runs_own_images_are_compared_where_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pictures = folder_of_pictures(tmp_path / "pictures", 3)
     # resident is the run's matter: pictures of many sizes do for the comparison
     run = run_with_data(tmp_path / "run", name="folder", root=str(pictures), resident=True)
