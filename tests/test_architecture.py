@@ -26,6 +26,7 @@ ORDER = [
     },  # the commands
     {"cli"},
     {"training"},
+    {"data.pack", "data.pack_folder", "data.check"},
     {"retrieval"},
     {"reporting"},
     {"analysis.temperature", "analysis.temperature_figures", "analysis.temperature_measures", "analysis.choose"},
@@ -33,7 +34,6 @@ ORDER = [
     {"evaluation"},
     {"analysis"},
     {"interop"},
-    {"data.pack", "data.pack_folder", "data.check"},
     {"runs"},
     {"optim"},
     {"methods"},
