@@ -74,7 +74,9 @@ class GroupedBatchNorm(nn.Module):
             return self._after(self._forward_sync(x))
 
         groups = x.split(self.group_size or len(x))
-        statistics = x.new_zeros(2, len(groups), x.shape[1], dtype=torch.float32)  # (2, G, C): means, variances
+        statistics = x.new_zeros(
+            2, len(groups), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
+        )  # (2, G, C)
         # momentum=1 makes batch_norm write each group's own statistics into its row.
         out = [
             F.batch_norm(group, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
