@@ -21,7 +21,7 @@ def test_a_file_appears_under_its_name_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_left_does_not_hinder(tmp_path: Path) -> None:
-    (tmp_path / "a.tmp").write_text("torn by a kill")
+    (tmp_path / "a.txt.tmp").write_text("torn by a kill")
     with atomic_write(tmp_path / "a.txt") as temporary:
         temporary.write_text("new")
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"a.txt": "new"}
@@ -30,7 +30,7 @@ def test_what_a_kill_left_does_not_hinder(tmp_path: Path) -> None:
 def test_a_full_disk_is_one_sentence_and_leaves_the_file_of_before(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("before")
-    (tmp_path / "a.tmp").symlink_to("/dev/full")
+    (tmp_path / "a.txt.tmp").symlink_to("/dev/full")
     with (
         pytest.raises(WriteError, match=r"a\.txt cannot be written \(No space left on device\): make room there"),
         atomic_write(file) as temporary,

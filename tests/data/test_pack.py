@@ -220,7 +220,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as patch:
         patch.setattr(packing._Sink, "write", full)
-        with pytest.raises(ValueError, match=r"cannot be written to \(No space left on device\): make room there"):
+        with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
             packed(tmp_path / "out", root)
     assert not list((tmp_path / "out").glob("*.tmp"))
     packed(tmp_path / "out", root)

@@ -67,7 +67,7 @@ def interrupted(output: Path, root: Path) -> None:
     """Packs all but the index."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "finish", _no_disk)
-        with pytest.raises(ValueError, match="cannot be written to"):
+        with pytest.raises(ValueError, match="cannot be written"):
             packed(output, root)
     assert len(list((output / "parts").glob("*.npz"))) >= 3
 
@@ -134,7 +134,7 @@ def test_other_labels_of_the_same_pictures_are_refused(finished: bool, tmp_path:
     else:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(stage, "finish", _no_disk)
-            with pytest.raises(ValueError, match="cannot be written to"):
+            with pytest.raises(ValueError, match="cannot be written"):
                 run("fine")
     for other in ("coarse", "none"):
         with pytest.raises(ConfigError, match=rf"other labels or .* \(data\.label_column='fine'; now '{other}'\)"):

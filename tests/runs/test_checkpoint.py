@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from moco.config import config_dir
+from moco.files import WriteError
 from moco.runs import checkpoint
 from moco.runs.checkpoint import CheckpointError, Saver, digest, found, load, load_newest, save
 
@@ -156,7 +157,7 @@ def test_a_failure_while_writing_leaves_the_checkpoint_before(
             patch.setattr(os, "fsync", fail)
         else:
             patch.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match=r"No space left|Input/output"):
+        with pytest.raises(WriteError, match=r"No space left|Input/output"):
             save(tmp_path, 2, state(2), keep_last=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -392,7 +393,7 @@ def test_at_most_one_is_being_written(tmp_path: Path, slow: Slow) -> None:
     loop.start()
     assert slow.began.wait(20)
     assert not saved.wait(0.2)  # the second save waits for the first
-    assert sorted(os.listdir(tmp_path)) == ["step_00000001.tmp"]
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt.tmp"]
     slow.go.set()
     loop.join()
     saver.join()
@@ -495,7 +496,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert (folder / "step_00000002.tmp").stat().st_size == 2000
+    assert (folder / "step_00000002.pt.tmp").stat().st_size == 2000
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing to fall back from
         newest = load_newest(folder)

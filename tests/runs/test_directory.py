@@ -103,14 +103,14 @@ def test_somebody_elses_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_half_written_checkpoints_are_swept_up(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "step_00000001.tmp").write_bytes(b"half")
+    (tmp_path / "run" / "checkpoints" / "step_00000001.pt.tmp").write_bytes(b"half")
     open_run(tmp_path / "run", values()).close()
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_what_cannot_be_swept_up_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "run" / "checkpoints" / "step_00000001.tmp").write_bytes(b"half")
+    (tmp_path / "run" / "checkpoints" / "step_00000001.pt.tmp").write_bytes(b"half")
 
     def read_only(path: Path) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with suppress(WriteError):
         journal.close()
     open_run(tmp_path / "run", values()).close()
-    (tmp_path / "run" / "config.tmp").symlink_to("/dev/full")
+    (tmp_path / "run" / "config.yaml.tmp").symlink_to("/dev/full")
     with pytest.raises(WriteError, match=r"config\.yaml cannot be written \(No space left on device\)"):
         open_run(tmp_path / "run", values())
 

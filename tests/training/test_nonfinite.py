@@ -89,13 +89,13 @@ def test_a_state_that_cannot_be_kept_hides_nothing_and_the_next_is(tmp_path: Pat
     """A full disk under the file, then a torn file of an earlier attempt, then room."""
     said: list[str] = []
     finite = steps(tmp_path, limit=2, said=said)
-    (tmp_path / "step_6.tmp").symlink_to("/dev/full")
+    (tmp_path / "step_6.pt.tmp").symlink_to("/dev/full")
     assert finite.run(5, INDEX, bad) is None
     assert said[0].endswith(
         f"skip_nonfinite=2 (the state could not be kept: {tmp_path}/step_6.pt: No space left on device)"
     )
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "step_7.tmp").write_bytes(b"torn")
+    (tmp_path / "step_7.pt.tmp").write_bytes(b"torn")
     with pytest.raises(NonFiniteLoss, match=r"untouched, and .*step_7\.pt holds the state before the first such step"):
         steps(tmp_path).run(6, INDEX, bad)
     assert [each.name for each in tmp_path.iterdir()] == ["step_7.pt"]

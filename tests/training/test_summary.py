@@ -22,11 +22,11 @@ def show(path: Path) -> None:
 
 
 def test_views_that_cannot_be_written_are_one_warning_and_the_next_attempt_writes_them(tmp_path: Path) -> None:
-    (tmp_path / "views.tmp").symlink_to("/dev/full")
+    (tmp_path / "views.png.tmp").symlink_to("/dev/full")
     with pytest.warns(RunWarning, match=r"views\.png cannot be written \(No space left on device\); training goes on"):
         show(tmp_path)
     assert not list(tmp_path.glob("views.*"))
-    (tmp_path / "views.tmp").write_bytes(b"torn by a kill")
+    (tmp_path / "views.png.tmp").write_bytes(b"torn by a kill")
     show(tmp_path)
     assert [each.name for each in tmp_path.glob("views.*")] == ["views.png"]
     with Image.open(tmp_path / "views.png", formats=["PNG"]) as picture:
