@@ -13,7 +13,7 @@ def choose(config: ChooseConfig) -> None:
     """
     check_choose(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.analysis.choose import choose as run
+    from moco.analysis.studies.choose import choose as run
 
     run(config)
 

@@ -13,7 +13,7 @@ def temperature(config: TemperatureConfig) -> None:
     """
     check_temperature(config)
     # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.analysis.temperature import explain, sweep
+    from moco.analysis.studies.temperature import explain, sweep
 
     (explain if config.mode == "explain" else sweep)(config)
 

@@ -29,7 +29,7 @@ ORDER = [
     {"data.pack", "data.pack_folder", "data.check"},
     {"retrieval"},
     {"reporting"},
-    {"analysis.temperature", "analysis.temperature_figures", "analysis.temperature_measures", "analysis.choose"},
+    {"analysis.studies"},
     {"interop.convert"},
     {"evaluation"},
     {"analysis"},

@@ -1,10 +1,9 @@
-"""Measures of contrastive representations as pure functions of tensors, and the training doctor over their records.
+"""Measures of contrastive representations, pure functions of tensors. The training doctor reads their records.
 
-Measures stay on the device of what they measure. Those of spectra, `tolerance` and `explain_temperature` make the host
-wait for it; the others do not, so a training loop may take them every few steps.
+A measure is computed on the device of its input. The spectra, `tolerance` and `explain_temperature` make the host wait
+for the device; the others do not, so a training loop can compute them every few steps.
 """
 
-from moco.analysis.doctor import ALARMS, diagnose
 from moco.analysis.explain import THREE, Explained, explain_temperature
 from moco.analysis.geometry import UniformityTolerance, alignment, tolerance, uniformity, uniformity_tolerance
 from moco.analysis.histogram import bin_edges, similarity_histogram
@@ -16,7 +15,6 @@ from moco.analysis.negatives import (
     relative_penalty,
     top_share,
 )
-from moco.analysis.series import Alarm, Facts, Series
 from moco.analysis.spectrum import alpha_req, covariance_spectrum, feature_std, power_law_exponent, rank_me, spread
 from moco.analysis.staleness import (
     EMPTY,
@@ -29,20 +27,15 @@ from moco.analysis.staleness import (
 )
 
 __all__ = [
-    "ALARMS",
     "EMPTY",
     "THREE",
-    "Alarm",
     "Explained",
-    "Facts",
     "Hardness",
-    "Series",
     "UniformityTolerance",
     "alignment",
     "alpha_req",
     "bin_edges",
     "covariance_spectrum",
-    "diagnose",
     "duplicate_share",
     "effective_negatives",
     "explain_temperature",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moco.analysis import Alarm
+from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
 from moco.config.report import ReportConfig
 from moco.config.subject import SubjectConfig

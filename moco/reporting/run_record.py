@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from moco.analysis import Alarm, diagnose
-from moco.analysis.diagnosis import Recorded, facts_of, recorded
+from moco.analysis.doctor import Alarm, Recorded, diagnose, facts_of, recorded
 from moco.config import ConfigError, RunWarning, TrainConfig, require
 from moco.runs import checkpoint
 from moco.runs.directory import flatten

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from moco.analysis import Alarm
+from moco.analysis.doctor import Alarm
 from moco.config import EvaluateConfig, TrainConfig
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.reporting import html, page

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco.analysis.diagnosis import Doctor
+from moco.analysis.doctor import Doctor
 from moco.config import TrainConfig
 from moco.data.loader import Plan
 from moco.data.sources import Sources

@@ -9,7 +9,7 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 import moco
-from moco.analysis.diagnosis import Doctor
+from moco.analysis.doctor import Doctor
 from moco.config import RunWarning, TrainConfig
 from moco.data.bad_images import BadImages
 from moco.data.loader import OnBad, Plan, batches
@@ -133,7 +133,7 @@ def summarize(
         rows.append(("  initialized" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
         rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
     if doctor is not None:
-        rows += [("doctor", f"{each.name}: {each.evidence}. Try {each.remedy}") for each in doctor.found]
+        rows += [("doctor", str(each)) for each in doctor.found]
     files = Path(config.run)
     rows += [
         ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights; README says how to load them)"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import moco
-from moco.analysis.diagnosis import Doctor, facts_of
+from moco.analysis.doctor import Doctor, facts_of
 from moco.builder import MoCo
 from moco.config import TrainConfig, require
 from moco.data.bad_images import BadImages
@@ -301,7 +301,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
         if evaluating and (last or not told_to):
             evaluate(done)
         if doctor and (done % plan.steps_per_epoch == 0 or last):
-            doctor.look()
+            doctor.check()
         best = is_best(done)
         timed = done % min(config.log_every, 10) == 0
         due = last or best or clock.is_due(done) or (timed and on_rank_zero(clock.is_late))

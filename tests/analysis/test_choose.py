@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moco.analysis import alpha_req, rank_me, uniformity
-from moco.analysis.choose import JUDGES, MEASURES, Point, agreements, choose, taken
+from moco.analysis.studies.choose import JUDGES, MEASURES, Point, agreements, choose, taken
 from moco.choose import choose as command
 from moco.config import AugmentConfig, ConfigError, DataConfig, MethodConfig, ModelConfig, TrainConfig
 from moco.config.choose import ChooseConfig

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from moco.analysis import Facts
-from moco.analysis.diagnosis import Doctor, facts_of, recorded
+from moco.analysis.doctor import Doctor, Facts, facts_of, recorded
 from moco.config import TrainConfig
 from moco.runs import checkpoint
 from moco.runs.directory import flatten
@@ -35,7 +34,7 @@ def test_facts_of_each_method() -> None:
     v3 = facts_of(settings(name="moco_v3", queue_size=0, temperature=1.0, momentum=0.99), 1000)
     assert v3 == Facts(1.0, 0.99, 0, 1000, 128, True)
     simclr = facts_of(settings(name="simclr", queue_size=0, momentum=0.0), 1000)
-    assert (simclr.momentum, simclr.queue_size, simclr.keys_per_step) == (0.99, 0, 64)  # no momentum to complain about
+    assert (simclr.momentum, simclr.queue_size, simclr.keys_per_step) == (None, 0, 64)  # no momentum to complain about
 
 
 def test_recorded_series_leave_out_a_cut_line_and_read_null_as_nan(tmp_path: Path) -> None:
@@ -56,17 +55,17 @@ def waiting(share: float, epoch: float = 1.0) -> dict[str, float]:
 def test_each_finding_is_said_once_even_if_it_goes_and_comes_back(tmp_path: Path) -> None:
     said: list[str] = []
     doctor = Doctor(FACTS._replace(momentum=0.5), tmp_path / "metrics.jsonl", said.append)
-    doctor.look()
+    doctor.check()
     assert [line.split(":")[1] for line in said] == [" momentum too low"]
     assert "Try method.momentum=0.999" in said[0]
     for _ in range(5):
         doctor.record(waiting(0.9, 2.0))
-    doctor.look()
+    doctor.check()
     assert said[1].startswith("doctor, epoch 2: data starvation: 90% of the time")
     for share in (0.0, 0.9):
         for _ in range(5):
             doctor.record(waiting(share))
-        doctor.look()
+        doctor.check()
         assert [alarm.name for alarm in doctor.found] == ["momentum too low"] + ["data starvation"] * (share > 0)
     assert len(said) == 2
 
@@ -79,11 +78,11 @@ def test_a_run_that_goes_on_is_judged_by_all_its_records(tmp_path: Path) -> None
     said: list[str] = []
     doctor = Doctor(FACTS, file, said.append)
     doctor.record(waiting(0.0, 3.0))
-    doctor.look()
+    doctor.check()
     assert [line.partition(" of the time")[0] for line in said] == ["doctor, epoch 3: data starvation: 24%"]
     alone = Doctor(FACTS, tmp_path / "other.jsonl", said.append)
     alone.record(waiting(0.0))
-    alone.look()
+    alone.check()
     assert alone.found == []
 
 

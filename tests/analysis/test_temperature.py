@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from moco.analysis import temperature as stage
-from moco.analysis.temperature import command_of, explain, summary, sweep
-from moco.analysis.temperature_figures import draw_curves, penalties
-from moco.analysis.temperature_measures import Contrast, Run, Space, contrast_of, measure
+from moco.analysis.studies import temperature as stage
+from moco.analysis.studies.figures import draw_curves, penalties
+from moco.analysis.studies.measures import Contrast, Run, Space, contrast_of, measure
+from moco.analysis.studies.temperature import command_of, explain, summary, sweep
 from moco.config import AugmentConfig, ConfigError, MethodConfig, ModelConfig, TrainConfig
 from moco.config.temperature import TemperatureConfig, check_temperature
 from moco.data.sources import load_source
@@ -146,7 +146,7 @@ def test_the_command_of_a_run() -> None:
 
 @pytest.mark.parametrize("with_queue", [True, False])
 def test_similarities_and_pushes_equal_the_loops(with_queue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moco.analysis.temperature_measures.ROWS", 3)  # parts that do not divide
+    monkeypatch.setattr("moco.analysis.studies.measures.ROWS", 3)  # parts that do not divide
     query, key, queue = unit(5, 4, seed=0), unit(5, 4, seed=1), unit(9, 4, seed=2)
     told = contrast_of(query, key, queue if with_queue else None, 0.2, bins=8)
     negatives_at, push_at, effective, push = [0] * 8, [0.0] * 8, 0.0, 0.0

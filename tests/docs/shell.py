@@ -27,7 +27,7 @@ from typing import NamedTuple, TextIO
 import pytest
 import yaml
 
-from moco.analysis import temperature
+from moco.analysis.studies import temperature
 from scripts import sweep
 from tests.docs.pages import REPOSITORY, Command, commands_in
 from tests.docs.stand_ins import RENAMED, small

@@ -1,4 +1,4 @@
-"""The training doctor beside a run: gathers what is recorded, and says each finding once."""
+"""The training doctor: run all alarms over the records of a run, and log each finding once."""
 
 import json
 import math
@@ -7,23 +7,37 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moco.analysis import Alarm, Facts, diagnose
+from moco.analysis.doctor.behavior import BEHAVIOR_ALARMS
+from moco.analysis.doctor.series import Alarm, Check, Facts, Series
+from moco.analysis.doctor.settings import SETTINGS_ALARMS
 
+ALARMS: tuple[Check, ...] = (*SETTINGS_ALARMS, *BEHAVIOR_ALARMS)  # causes before their consequences
 Recorded = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
 
 
-def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
-    """What a run was told, as far as the doctor asks.
+def diagnose(series: Series, facts: Facts) -> list[Alarm]:
+    """Return all findings, in the order in which to act on them.
 
     Args:
-        settings: the configuration, flat: "method.temperature" and the like.
-        images: of the data set.
+        series: the records of the run so far, or the newest part of them. Two alarms compare with the first records
+            of the run, and find nothing without those.
+        facts: settings of the run.
+    """
+    return [alarm for check in ALARMS if (alarm := check(series, facts)) is not None]
+
+
+def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
+    """Return the settings that the doctor needs.
+
+    Args:
+        settings: the configuration, flat: "method.temperature" and so on.
+        images: size of the data set.
     """
     name = settings.get("method.name", "moco")
     both = name == "moco_v3" or settings.get("method.symmetric", False)
     return Facts(
         temperature=settings["method.temperature"],
-        momentum=0.99 if name == "simclr" else settings["method.momentum"],  # without a key encoder nothing to say
+        momentum=None if name == "simclr" else settings["method.momentum"],
         queue_size=settings["method.queue_size"] if name == "moco" else 0,
         dataset_size=images,
         keys_per_step=settings["batch_size"] * (2 if both else 1),
@@ -33,7 +47,7 @@ def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
 
 
 def recorded(file: Path) -> Recorded:
-    """The series of a metrics.jsonl. What is no record (a line that a kill cut in two) is left out; null is nan."""
+    """Read metrics.jsonl. Lines that are no record, such as one cut off by a kill, are skipped; null becomes nan."""
     series: Recorded = {}
     for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         try:
@@ -50,32 +64,31 @@ def recorded(file: Path) -> Recorded:
 
 
 class Doctor:
-    """Looks at the records of rank 0 now and then.
+    """Collects the records of a run on rank 0 and checks them for problems.
 
     Args:
-        facts: of the run.
+        facts: settings of the run.
         file: its metrics.jsonl, with the records of earlier attempts.
-        say: gets a line for each new finding.
+        log: is called with one line per new finding.
     """
 
     def __init__(self, facts: Facts, file: Path, log: Callable[[str], None]) -> None:
         self._facts, self._log = facts, log
-        # Of the whole run: 8 bytes a value.
-        self._series = {name: array("d", values) for name, (_, values) in recorded(file).items()}
-        self._said: set[str] = set()  # an alarm that comes and goes is said once
+        self._series = {name: array("d", values) for name, (_, values) in recorded(file).items()}  # 8 bytes per value
+        self._reported: set[str] = set()  # an alarm that stops and returns is logged once
         self.found: list[Alarm] = []
 
     def record(self, values: Mapping[str, float]) -> None:
-        """Takes in what the journal records."""
+        """Append one record."""
         for name, value in values.items():
             self._series.setdefault(name, array("d")).append(value)
 
-    def look(self) -> None:
-        """Says what is new; `found` is then all that holds at present."""
+    def check(self) -> None:
+        """Run all alarms, log the new findings and keep all present ones in `found`."""
         self.found = diagnose(self._series, self._facts)
         for alarm in self.found:
-            if alarm.name not in self._said:
-                self._said.add(alarm.name)
+            if alarm.name not in self._reported:
+                self._reported.add(alarm.name)
                 epochs = self._series.get("train/epoch")
                 when = f", epoch {epochs[-1]:.3g}" if epochs else ""
-                self._log(f"doctor{when}: {alarm.name}: {alarm.evidence}. Try {alarm.remedy}")
+                self._log(f"doctor{when}: {alarm}")

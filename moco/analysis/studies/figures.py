@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moco.analysis import bin_edges, explain_temperature
-from moco.analysis.temperature_measures import Run
+from moco.analysis.studies.measures import Run
 from moco.config import ConfigError
 
 RIGHT, WRONG = 0, 1  # which candidate is the answer

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moco.analysis import alignment, alpha_req, rank_me, uniformity
-from moco.analysis.temperature_measures import VOTE, in_parts, plain_features, two_views
+from moco.analysis.studies.measures import VOTE, in_parts, plain_features, two_views
 from moco.config import ConfigError, DataConfig, require
 from moco.config.choose import ChooseConfig
 from moco.data.opening import open_sources

@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from moco.analysis import bin_edges, explain_temperature
-from moco.analysis.temperature_figures import (
+from moco.analysis.studies.figures import (
     RIGHT,
     WRONG,
     draw_curves,
@@ -30,7 +30,7 @@ from moco.analysis.temperature_figures import (
     draw_similarities,
     matplotlib,
 )
-from moco.analysis.temperature_measures import Run, measure
+from moco.analysis.studies.measures import Run, measure
 from moco.config import ConfigError, DataConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources

@@ -1,0 +1,211 @@
+"""Alarms about what training shows: leaks, collapse, a loss that stalls or jumps, a device that waits.
+
+The thresholds are set so that this project's own runs (digits, CIFAR-10) raise no alarm and deliberately broken runs on
+the digits do; `tests/analysis/runs.json` holds the records.
+"""
+
+import math
+from itertools import pairwise
+from statistics import fmean, median
+
+from moco.analysis.doctor.series import (
+    CHANCE,
+    CONTRAST_ACCURACY,
+    DATA_WAIT,
+    DUPLICATES,
+    EFFECTIVE_RANK,
+    EPOCH,
+    GRADIENT_NORM,
+    KNN,
+    LATEST,
+    LATEST_MEASURES,
+    LOSS,
+    LOSS_SHUFFLED,
+    LOSS_UNSHUFFLED,
+    POSITIVE_SIMILARITY,
+    SPREAD,
+    UNTRAINED,
+    Alarm,
+    Check,
+    Facts,
+    Series,
+    at_chance,
+    directions,
+    latest,
+    once_full,
+    running_means,
+)
+
+MOST_DUPLICATES = 0.1  # of the queries: the defect affects all of them, a run that is collapsing some
+LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
+SOLVED = 0.99  # of the queries find their key; without shuffling over 99.9 % do (He et al., 2020, Fig. 5)
+
+
+def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
+    """Find a key that is in the queue before the loss is computed: the loss cannot fall below log 2."""
+    share = latest(series, DUPLICATES)
+    losses = [loss / directions(series) for loss in series.get(LOSS, ())[-2 * LATEST :]]
+    similarity, accuracy = latest(series, POSITIVE_SIMILARITY), latest(series, CONTRAST_ACCURACY)
+    found = []
+    if share > MOST_DUPLICATES and not _has_collapsed(series):
+        found.append(f"{share:.1%} of the queries have their own key among the negatives")
+    at_floor = len(losses) == 2 * LATEST and all(-0.01 < loss - math.log(2) < LOG_2_MARGIN for loss in losses)
+    if at_floor and similarity > 0.9 and accuracy < SOLVED:
+        found.append(
+            f"the loss stays at {losses[-1]:.3f} (log 2) although positives have a similarity of {similarity:.2f}"
+        )
+    remedy = "enqueueing after the loss, or method.mask_own_keys=true"
+    return _alarm("positive among the negatives", found, remedy)
+
+
+VIEWS_SIMILAR = 0.98  # mean similarity of two views for an untrained encoder; this project's recipes have 0.72 to 0.85
+EARLY_EPOCHS = 3.0
+EARLY_SOLVED = 0.9  # of the keys found by then: digits 20 %, CIFAR-10 15 %, digits without augmentation 96 %
+
+
+def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
+    """Find views that an untrained encoder already recognizes, so that the task is solved within a few epochs."""
+    records = zip(series.get(EPOCH, ()), series.get(CONTRAST_ACCURACY, ()), strict=False)
+    early = [accuracy for epoch, accuracy in records if 1 <= epoch <= EARLY_EPOCHS]
+    if not early or early[-1] < EARLY_SOLVED or not _views_similar(series):
+        return None
+    return Alarm(
+        "augmentation too weak",
+        f"positives had a similarity of {series[POSITIVE_SIMILARITY][0]:.3f} in the first step, and after "
+        f"{EARLY_EPOCHS:g} epochs {early[-1]:.1%} of the queries find their key",
+        "smaller crops (augment.crop_scale=[0.2,1.0]), stronger color jitter, grayscale and blur",
+    )
+
+
+NO_GAIN = 1.0  # percentage points of kNN above the untrained encoder
+LEAK_NATS = 0.1  # between the two losses; they are of the same views, so the noise of a batch is far smaller
+
+
+def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
+    """Find BN statistics that reveal the key, so that the features need not improve (He et al., 2020, Sec. 3.3)."""
+    shuffled, unshuffled = latest(series, LOSS_SHUFFLED), latest(series, LOSS_UNSHUFFLED)
+    remedy = "model.shuffle_keys=true with model.bn=grouped, and a larger model.bn_group_size"
+    if shuffled - unshuffled > LEAK_NATS:
+        evidence = f"the loss is {unshuffled:.2f} with keys in the BN groups of their queries and {shuffled:.2f} with "
+        return Alarm("BN leak", f"{evidence}shuffled keys", remedy)
+    accuracies, knns, untrained = once_full(series, CONTRAST_ACCURACY), series.get(KNN, ()), latest(series, UNTRAINED)
+    if len(accuracies) < LATEST or len(knns) < 2:  # the first kNN is the untrained encoder's
+        return None
+    accuracy, knn = fmean(accuracies[-LATEST:]), knns[-1]
+    if accuracy < SOLVED or not knn <= untrained + NO_GAIN or _views_similar(series) or at_chance(series, facts):
+        return None
+    evidence = f"{accuracy:.1%} of the queries find their key, but kNN is {knn:.1f} % (untrained: {untrained:.1f} %)"
+    return Alarm("BN leak", evidence, f"{remedy}; otherwise look for what the two views share besides the image")
+
+
+SPIKE_NATS, SPIKE_DEVIATIONS, SPIKES = 0.5, 6.0, 2  # the mean loss of a batch varies by about 0.1 nats between steps
+BEFORE = 10  # records whose consecutive differences show how much the loss varies, falling or not
+NORM_GROWTH = 3.0  # over the records so far; it falls or stays in healthy runs (CIFAR-10: at most 1.4 times)
+
+
+def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
+    """Find a loss that jumps up repeatedly, or a growing gradient."""
+    found = []
+    spikes = _spikes(series)
+    if spikes >= SPIKES:
+        found.append(f"the loss rose {spikes} times by at least {SPIKE_NATS:g} nats above its latest values")
+    norms = once_full(series, GRADIENT_NORM)
+    quarter = len(norms) // 4
+    if quarter >= LATEST and not at_chance(series, facts):
+        early, late = median(norms[quarter : 2 * quarter]), median(norms[-quarter:])
+        if late > NORM_GROWTH * early > 0:
+            found.append(f"the gradient norm grew from {early:.2g} to {late:.2g}")
+    remedy = "half of optim.lr, a longer warm-up, or optim.clip_grad=1"
+    return _alarm("learning rate too high", found, remedy)
+
+
+def _spikes(series: Series) -> int:
+    """Count the jumps of the loss; consecutive high records are one jump."""
+    losses, spikes, high = once_full(series, LOSS), 0, False
+    for i in range(BEFORE, len(losses)):
+        before = losses[i - BEFORE : i]
+        variation = median(abs(after - loss) for loss, after in pairwise(before))
+        jump = losses[i] - median(before[-LATEST:])
+        was_high, high = high, jump > max(SPIKE_NATS * directions(series), SPIKE_DEVIATIONS * variation)
+        spikes += high and not was_high
+    return spikes
+
+
+COLLAPSED_SPREAD = 0.1  # the mean cosine of two images is then 0.99; digits: 0.8 to 0.96, below 0.02 once collapsed
+RANK_FALL = 0.25  # of the highest rank, which falls in healthy runs too (digits: 43 to 27); collapsed runs have 1.1
+GRADIENT_GONE = 0.01  # of the first step's; healthy runs on the digits end at 0.06 of it, broken ones at 0.002
+ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the loss is at chance
+
+
+def collapse(series: Series, facts: Facts) -> Alarm | None:
+    """Find embeddings that become one point or use ever fewer dimensions."""
+    found = []
+    spreads = series.get(SPREAD, ())[-LATEST_MEASURES:]
+    if _has_collapsed(series) and spreads[-1] <= spreads[0]:  # an untrained encoder's spread is low too, but grows
+        found.append(f"the spread of the embeddings is {spreads[-1]:.2g} (1 is uniform, 0 is a single point)")
+    ranks = running_means(series, EFFECTIVE_RANK)
+    # With labels each class becomes a point, and the rank falls to the number of classes.
+    if ranks and ranks[-1] < RANK_FALL * max(ranks) and not facts.supervised:
+        found.append(f"the effective rank fell from {max(ranks):.1f} to {ranks[-1]:.1f}")
+    similarity, stuck = latest(series, POSITIVE_SIMILARITY), at_chance(series, facts) >= LATEST
+    if similarity > ONE_POINT and stuck:
+        found.append(f"all keys are the same: the positive similarity is {similarity:.3f} with the loss at chance")
+    norm, first = latest(series, GRADIENT_NORM), (*series.get(GRADIENT_NORM, ()), 0.0)[0]
+    if norm < GRADIENT_GONE * first and stuck:
+        found.append(f"the gradient norm fell from {first:.2g} to {norm:.2g} with the loss at chance")
+    return _alarm("collapse", found, "a lower optim.lr, method.temperature=0.2, method.momentum=0.99 or higher")
+
+
+LONG_EPOCHS, LONG_RECORDS = 3.0, 20  # the loss of a healthy run is below chance after an epoch or two
+
+
+def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
+    """Find a run that learns nothing (moco issues 9 and 12: "stuck at 6.9")."""
+    count, epochs = at_chance(series, facts), series.get(EPOCH, ())
+    if count < LONG_RECORDS or (len(epochs) >= count and epochs[-1] - epochs[-count] < LONG_EPOCHS):
+        return None
+    return Alarm(
+        "loss at chance",
+        f"the last {count} records of the loss are at chance: {series[LOSS][-1]:.2f}, where random keys give "
+        f"{series[CHANCE][-1]:.2f}",
+        "a lower optim.lr or a warm-up, method.temperature=0.2; check in views.png that both views show the same image",
+    )
+
+
+MOST_WAITING = 0.2  # of the time; the digits wait 9 %, CIFAR-10 on a CPU 5 %
+
+
+def data_starvation(series: Series, facts: Facts) -> Alarm | None:
+    """Find a device that waits for images."""
+    waiting = latest(series, DATA_WAIT)
+    if not waiting > MOST_WAITING:
+        return None
+    remedy = "more data.workers, images resized to a shorter side of 256, or data.resident=true"
+    return Alarm("data starvation", f"{waiting:.0%} of the time is spent waiting for batches", remedy)
+
+
+def _alarm(name: str, found: list[str], remedy: str) -> Alarm | None:
+    return Alarm(name, "; ".join(found), remedy) if found else None
+
+
+def _has_collapsed(series: Series) -> bool:
+    """Return whether the embeddings were a single point in each of the newest measurements; False with fewer."""
+    spreads = series.get(SPREAD, ())[-LATEST_MEASURES:]
+    return len(spreads) == LATEST_MEASURES and max(spreads) < COLLAPSED_SPREAD
+
+
+def _views_similar(series: Series) -> bool:
+    """Return whether the positives of the first step were already similar; False without records of the start."""
+    epochs, similarity = series.get(EPOCH, ()), series.get(POSITIVE_SIMILARITY, ())
+    return bool(epochs and similarity) and epochs[0] <= 1 and similarity[0] > VIEWS_SIMILAR
+
+
+BEHAVIOR_ALARMS: tuple[Check, ...] = (
+    positive_among_negatives,
+    augmentation_too_weak,
+    statistics_leak,
+    learning_rate_too_high,
+    collapse,
+    loss_at_chance,
+    data_starvation,
+)

@@ -1,0 +1,100 @@
+"""What an alarm is made of: recorded series by their names in metrics.jsonl, facts about the run, the finding.
+
+A check whose series was not recorded finds nothing: `latest` is nan then, and every comparison with nan is false.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+Series = Mapping[str, Sequence[float]]  # each in the order of recording; lengths may differ
+
+# Recorded by the training loop.
+LOSS, CHANCE = "train/loss", "train/chance"
+CONTRAST_ACCURACY = "train/contrast_accuracy"  # 0 ... 1
+POSITIVE_SIMILARITY = "train/positive_similarity"
+EFFECTIVE_NEGATIVES = "train/effective_negatives"
+NEGATIVES, QUEUE_FILL = "train/negatives", "train/queue_fill"
+TEMPERATURE, GRADIENT_NORM, EPOCH = "train/temperature", "train/gradient_norm", "train/epoch"
+KNN, UNTRAINED = "accuracy/knn", "accuracy/untrained"  # percent
+DATA_WAIT = "speed/data_wait"  # share of the time
+# Recorded by `moco.training.monitor`.
+EFFECTIVE_RANK = "analysis/effective_rank"  # `rank_me` of keys of images, without a queue's random initial keys
+SPREAD = "analysis/spread"  # `spread` of the same keys
+DUPLICATES = "analysis/duplicate_share"
+LOSS_SHUFFLED, LOSS_UNSHUFFLED = "analysis/loss_shuffled", "analysis/loss_unshuffled"  # of the same views
+
+LATEST = 5  # records whose mean is the present value: single batches are noisy
+LATEST_MEASURES = 2  # the same for measures of thousands of keys: they are recorded rarely and have little noise
+AT_CHANCE_COSINE = 0.05  # at chance: positives are closer than negatives by at most this (divided by T: nats) ...
+AT_CHANCE_SHARE = 0.02  # ... or by at most this share of the chance level, which is the tighter bound at a low T
+
+
+class Facts(NamedTuple):
+    """Settings of the run that the alarms depend on."""
+
+    temperature: float
+    momentum: float | None  # of the momentum encoder; None without one
+    queue_size: int  # K; 0 without a queue: the negatives are the batch
+    dataset_size: int  # images
+    keys_per_step: int  # keys of the global batch: images times directions
+    mask_own_keys: bool = True
+    supervised: bool = False  # the labels define the positives
+
+
+class Alarm(NamedTuple):
+    """One finding."""
+
+    name: str
+    evidence: str  # with the numbers
+    remedy: str  # fields to change, the most likely first
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.evidence}. Try {self.remedy}"
+
+
+Check = Callable[[Series, Facts], Alarm | None]
+
+
+def latest(series: Series, name: str) -> float:
+    """Return the mean of the newest records; nan without a record."""
+    values = series.get(name, ())
+    return fmean(values[-LATEST:]) if values else math.nan
+
+
+def running_means(series: Series, name: str) -> Sequence[float]:
+    """Return the means of `LATEST_MEASURES` consecutive records, the newest last; empty with fewer records."""
+    values = series.get(name, ())
+    return [fmean(values[i : i + LATEST_MEASURES]) for i in range(len(values) - LATEST_MEASURES + 1)]
+
+
+def present_temperature(series: Series, facts: Facts) -> float:
+    """Return the newest recorded temperature, or the configured one."""
+    return series[TEMPERATURE][-1] if series.get(TEMPERATURE) else facts.temperature
+
+
+def directions(series: Series) -> int:
+    """Return how many losses the recorded loss adds up: 2 for a symmetric loss with reduction=sum, else 1."""
+    chance, negatives = series.get(CHANCE), series.get(NEGATIVES)
+    if not chance or not negatives or negatives[-1] <= 0:
+        return 1
+    return max(1, round(chance[-1] / math.log1p(negatives[-1])))
+
+
+def at_chance(series: Series, facts: Facts) -> int:
+    """Count the newest consecutive records whose loss is at chance level or above."""
+    temperature, count = present_temperature(series, facts), 0
+    nats = AT_CHANCE_COSINE / temperature * directions(series)
+    for loss, chance in zip(reversed(series.get(LOSS, ())), reversed(series.get(CHANCE, ())), strict=False):
+        if loss < chance - min(nats, AT_CHANCE_SHARE * chance):
+            break
+        count += 1
+    return count
+
+
+def once_full(series: Series, name: str) -> Sequence[float]:
+    """Return the records made with a full queue: its random initial keys make the loss low and rising at first."""
+    values, fill = series.get(name, ()), series.get(QUEUE_FILL, ())
+    start = next((i for i, share in enumerate(fill) if share >= 1), len(fill))
+    return values[max(0, start - len(fill) + len(values)) :] if fill else values

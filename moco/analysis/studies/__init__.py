@@ -1,0 +1,1 @@
+"""Studies over several runs: the effect of the temperature, and choosing a checkpoint without labels."""
