@@ -40,7 +40,7 @@ ORDER = [
     {"builder"},
     {"losses", "models", "data"},
     {"runtime"},
-    {"distributed", "config", "files"},
+    {"distributed", "config", "files", "digest"},
 ]
 HYDRA_USERS = {"cli"}
 LONGEST_FILE = 400  # lines

@@ -17,15 +17,15 @@ from moco.data.folder import FolderSource
 from moco.data.hub import HubSource
 from moco.data.shards import ShardSource
 from moco.data.sources import Source
+from moco.digest import digest
 from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
-from moco.runs import checkpoint
 
 Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # rows of a source to their features, batch by batch
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
     """A name for what the features are made of: hexadecimal digits of the SHA-256 over plain values and tensors."""
-    return checkpoint.digest(dict(parts))[:24]
+    return digest(dict(parts))[:24]
 
 
 def source_digest(source: Source) -> str:
@@ -35,7 +35,7 @@ def source_digest(source: Source) -> str:
     """
     sha = hashlib.sha256()
     if source.images is not None:
-        sha.update(checkpoint.digest(source.images).encode())
+        sha.update(digest(source.images).encode())
     if isinstance(source, HubSource):
         # datasets' hash of the table and of all that was done to it
         sha.update(str(source.table._fingerprint).encode())

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from moco.data.loader import Plan, batches
 from moco.data.sources import Source
 from moco.data.view import View
+from moco.digest import digest
 from moco.distributed import mean_over_ranks, synchronized
 from moco.interop.weights import save_weights
-from moco.runs import checkpoint
 
 
 class BackboneChanged(RuntimeError):
@@ -145,7 +145,7 @@ def require_unchanged(backbone: nn.Module, loaded: dict[str, str]) -> None:
 
 
 def _fingerprints(module: nn.Module) -> dict[str, str]:
-    return {name: checkpoint.digest(value) for name, value in module.state_dict().items()}
+    return {name: digest(value) for name, value in module.state_dict().items()}
 
 
 def fitting_batch(batch_size: int, count: int) -> int:

@@ -6,7 +6,6 @@ A checkpoint is one file `step_00001234.pt` holding a dict with the keys "config
 """
 
 import copy
-import hashlib
 import os
 import re
 import shlex
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from moco.config import RunWarning
+from moco.digest import digest
 from moco.files import atomic_write, cause
 
 Checkpoint = dict[str, Any]
@@ -33,32 +33,6 @@ _NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used, or not be written; its message is one sentence."""
-
-
-def digest(state: Any) -> str:
-    """SHA-256 over every tensor (bytes, type, shape) and plain value of a nested state, in its order.
-
-    A flipped bit in a `.pt` file loads without any error, silently wrong; the digest notices.
-    """
-    sha = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            data = value.detach().cpu().contiguous()
-            sha.update(f"{data.dtype}{tuple(data.shape)}".encode())
-            sha.update(data.reshape(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                sha.update(repr(key).encode())
-                add(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-        else:
-            sha.update(repr(value).encode())
-
-    add(state)
-    return sha.hexdigest()
 
 
 def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool = False, best: bool = False) -> Path:

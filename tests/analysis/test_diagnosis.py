@@ -12,6 +12,7 @@ import pytest
 
 from moco.analysis.doctor import Doctor, Facts, facts_of, recorded
 from moco.config import TrainConfig
+from moco.digest import digest
 from moco.runs import checkpoint
 from moco.runs.directory import flatten
 from moco.training.trainer import pretrain
@@ -169,8 +170,8 @@ def test_looks_do_not_change_a_run_and_a_resumed_one_keeps_its_series(tmp_path: 
         checkpoint.load(checkpoint.found(tmp_path / name / "checkpoints")[0]) for name in ("whole", "cut", "blind")
     )
     for other in others:
-        assert checkpoint.digest(first["method"]) == checkpoint.digest(other["method"])
-        assert checkpoint.digest(first["optimizer"]) == checkpoint.digest(other["optimizer"])
+        assert digest(first["method"]) == digest(other["method"])
+        assert digest(first["optimizer"]) == digest(other["optimizer"])
     one, two, none = (recorded(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut", "blind"))
     measures = [name for name in one if name.startswith("analysis/")]
     assert len(measures) == 16

@@ -23,6 +23,7 @@ from moco import cli
 from moco.cli import register
 from moco.config import ConfigError, TrainConfig, check, config_dir
 from moco.data.decode import ImageError
+from moco.digest import digest
 from moco.distributed import PeerLost
 from moco.evaluation.features import stream
 from moco.interop.encoder_file import read_encoder
@@ -121,7 +122,7 @@ def newest(run: Path) -> Checkpoint:
 
 
 def equal(one: Checkpoint, other: Checkpoint) -> bool:
-    return all(checkpoint.digest(one[name]) == checkpoint.digest(other[name]) for name in ("method", "optimizer"))
+    return all(digest(one[name]) == digest(other[name]) for name in ("method", "optimizer"))
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +360,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_together(tmp_path: Path) ->
         result = start(tmp_path, "0", f"run={run}", launcher=launcher)
         assert result.returncode == 0, result.stderr
     one, other = (newest(tmp_path / run) for run in ("cut", "whole"))
-    assert checkpoint.digest(one["optimizer"]) == checkpoint.digest(other["optimizer"])
+    assert digest(one["optimizer"]) == digest(other["optimizer"])
     # BN's running statistics, which no step reads, are averaged over ranks when saved: once more often here, rounding.
     for name, value in other["method"].items():
         if name.endswith(("running_mean", "running_var")):

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from moco.config import config_dir
+from moco.digest import digest
 from moco.runs import checkpoint
 
 REPOSITORY = Path(config_dir()).parent
@@ -104,8 +105,8 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
     result = train(tmp_path, *arguments)
     assert result.returncode == 0, result.stderr
     whole, resumed = finished(uninterrupted[0]), finished(run)
-    assert checkpoint.digest(whole["method"]) == checkpoint.digest(resumed["method"])
-    assert checkpoint.digest(whole["optimizer"]) == checkpoint.digest(resumed["optimizer"])
+    assert digest(whole["method"]) == digest(resumed["method"])
+    assert digest(whole["optimizer"]) == digest(resumed["optimizer"])
     # No record is missing or there twice, and each loss is the uninterrupted run's.
     losses = [(each["step"], each["train/loss"]) for each in records(run) if "train/loss" in each]
     assert losses == [(each["step"], each["train/loss"]) for each in records(uninterrupted[0]) if "train/loss" in each]
@@ -146,9 +147,7 @@ def test_an_unreadable_newest_checkpoint_falls_back_loudly(uninterrupted: tuple[
     assert result.returncode == 0, result.stderr
     assert f"{newest.name} cannot be read" in result.stderr
     assert f"resuming hurt at step {int(before.name[5:13])}" in result.stdout
-    assert checkpoint.digest(finished(tmp_path / "hurt")["method"]) == checkpoint.digest(
-        finished(uninterrupted[0])["method"]
-    )
+    assert digest(finished(tmp_path / "hurt")["method"]) == digest(finished(uninterrupted[0])["method"])
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from moco.config import config_dir
+from moco.digest import digest
 from moco.runs import checkpoint
 from moco.runs.checkpoint import Checkpoint
 
@@ -149,7 +150,7 @@ def same_end(run: Path, whole: Path) -> None:
     one, other = newest(run), newest(whole)
     assert one["step"] == other["step"]
     for part in ("method", "optimizer"):
-        assert checkpoint.digest(one[part]) == checkpoint.digest(other[part]), part
+        assert digest(one[part]) == digest(other[part]), part
     assert records(run) == records(whole)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from moco.digest import digest
 from moco.runs import checkpoint
 from scripts import sweep
 from tests.faults.runs import LONG, REPOSITORY, TINY
@@ -137,7 +138,7 @@ def ends(folder: Path) -> None:
     ]
     found = [checkpoint.load(folder / f"sweep/seed-{seed}/checkpoints/step_00000040.pt") for seed in (0, 1)]
     assert [each["config"]["seed"] for each in found] == [0, 1]
-    assert checkpoint.digest(found[0]["method"]) != checkpoint.digest(found[1]["method"])
+    assert digest(found[0]["method"]) != digest(found[1]["method"])
 
 
 @pytest.mark.slow

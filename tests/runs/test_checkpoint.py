@@ -21,9 +21,10 @@ import torch
 from torch import nn
 
 from moco.config import config_dir
+from moco.digest import digest
 from moco.files import WriteError
 from moco.runs import checkpoint
-from moco.runs.checkpoint import CheckpointError, Saver, digest, found, load, load_newest, save
+from moco.runs.checkpoint import CheckpointError, Saver, found, load, load_newest, save
 
 
 def state(seed: int = 0) -> dict[str, Any]:

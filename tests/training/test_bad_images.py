@@ -8,6 +8,7 @@ import pytest
 
 from moco.config import ConfigError, TrainConfig, check
 from moco.data.decode import ImageError
+from moco.digest import digest
 from moco.runs import checkpoint
 from moco.training.trainer import pretrain
 from tests.data.broken import folder, noise
@@ -74,7 +75,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path:
     pretrain(cut)
     one, other = (checkpoint.load(checkpoint.found(tmp_path / run / "checkpoints")[0]) for run in ("whole", "cut"))
     assert one["step"] == other["step"] == 6
-    assert checkpoint.digest(one["method"]) == checkpoint.digest(other["method"])
+    assert digest(one["method"]) == digest(other["method"])
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
 
 
