@@ -115,8 +115,12 @@ def row(*cells: str) -> str:
 
 
 def table(schema: type, told: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The fields that a schema itself declares, and below it a table for each nested schema without a page."""
-    pages, said = own_pages(), explained(schema)
+    """The fields of a schema and of its parents, and a table for each nested schema: all those without a page."""
+    pages = own_pages()
+    said: dict[str, tuple[str, str]] = {}
+    for base in reversed(schema.__mro__):
+        if base is schema or (is_dataclass(base) and base not in pages):
+            said |= explained(base)
     elsewhere = explained(EXPLAINED[schema]) if schema in EXPLAINED else {}
     yield row("field", "type", "default", "meaning") + row("---", "---", "---", "---")
     nested = []
@@ -133,7 +137,8 @@ def table(schema: type, told: Mapping[str, Any], prefix: str = "") -> Iterator[s
             kind, default = (f"[{page}]({page}.md)" if page else "the fields below"), ""
             nested += [] if page else [each]
         else:
-            kind, default = kind.replace(" | None", " or null"), written(default)
+            optional = default is None and "None" not in kind
+            kind, default = kind.replace(" | None", " or null") + " or null" * optional, written(default)
         yield row(f"`{prefix}{each.name}`", kind, default, meaning)
     for each in nested:
         assert isinstance(each.type, type)

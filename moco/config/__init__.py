@@ -1,7 +1,7 @@
 """The schemas of the commands' configurations."""
 
 from moco.config.base import ConfigError, RunWarning, at_least, config_dir, one_of, require, require_finite
-from moco.config.data import DataConfig, check_pictures
+from moco.config.data import DataConfig, check_data_fields
 from moco.config.method import MethodConfig
 from moco.config.train import (
     AugmentConfig,
@@ -26,7 +26,7 @@ __all__ = [
     "TrainConfig",
     "at_least",
     "check",
-    "check_pictures",
+    "check_data_fields",
     "config_dir",
     "one_of",
     "require",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from moco.config.base import at_least, one_of, require, require_finite
-from moco.config.data import DataConfig, check_pictures
+from moco.config.data import DataConfig, check_data_fields
 
 
 @dataclass
@@ -31,6 +31,6 @@ def check_check_data(config: CheckDataConfig) -> None:
         "moco.check_data is for the pictures before that, data=folder",
     )
     one_of("data.name", config.data.name, ("folder", "imagenet"))  # the others are arrays, with checksums of their own
-    check_pictures(config.data)
+    check_data_fields(config.data)
     at_least(1, {"listed": config.listed})
     require(bool(config.output.strip()), "output='' must name the report's file, e.g. output=check_data.json")

@@ -1,63 +1,111 @@
-"""The schema of a data set: where the pictures are, and what a run does with those that cannot be read."""
+"""The schema of a data set: where its images are, how they are read, and how unreadable images are handled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from moco.config.base import at_least, one_of, require
 
+Schema = TypeVar("Schema")
+
 
 @dataclass
-class DataConfig:
-    """Where the images come from."""
+class SourceConfig:
+    """Which data set to open. Every command that reads images has these fields."""
 
     name: str = "digits"
-    """digits, cifar10, cifar100, stl10, imagenet, folder, shards, huggingface or webdataset"""
+    """The data set: digits, cifar10, cifar100, stl10, imagenet, folder, shards, huggingface or webdataset (webdataset
+    works with moco.train only)."""
     root: str = "data"
-    """where the data set is, or is downloaded to; for `folder` the pictures themselves; for `shards` what moco.pack
-    wrote; for `huggingface` a name on the hub, or a folder; for `webdataset` addresses of tar files, in which
-    {000000..000099} counts"""
+    """The folder that holds the data set, or into which it is downloaded. For `folder`: the folder of images. For
+    `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or a folder. For `webdataset`: addresses of
+    tar files, in which {000000..000099} expands to 100 numbers."""
     download: bool = False
-    """fetch CIFAR or STL-10 into root if it is not there"""
+    """Download CIFAR or STL-10 into root if it is not there."""
     labels: str = "none"
-    """for `folder`: none, or folder (the first-level folder names are the classes)"""
+    """For `folder`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = ""
-    """for `folder` with labels: held-out pictures in folders of the same class names"""
+    """For `folder` with labels: a separate folder of held-out images with the same class folders."""
     resident: bool = False
-    """for `folder`, `shards` and `huggingface`: decode all pictures into memory once (they must have one size)"""
+    """For `folder`, `imagenet`, `shards` and `huggingface`: decode all images into memory once. All images must have
+    the same size."""
     workers: int = 2
-    """loader processes for pictures that are not in memory, on each rank"""
+    """Loader processes per rank, for images that are not in memory; 0: load in the main process."""
     subset: str = ""
-    """for `huggingface`: which configuration of a data set that has several"""
+    """For `huggingface`: the configuration of a data set that has several."""
     split: str = "train"
-    """for `huggingface`: the split to train on"""
+    """For `huggingface`: the training split."""
     eval_split: str = ""
-    """for `huggingface`: the held-out split; empty: the first of test, validation, valid and val that has labels"""
+    """For `huggingface`: the held-out split; empty: the first of test, validation, valid and val that has labels."""
     image_column: str = ""
-    """for `huggingface`: the pictures' column; empty: the only one there is"""
+    """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
-    """for `huggingface`: the labels' column, or none; empty: the only one with class labels, if any"""
+    """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one."""
+
+
+@dataclass
+class DataConfig(SourceConfig):
+    """The data set that a run reads."""
+
     length: int = 0
-    """for `webdataset`: images in an epoch, which a stream cannot know"""
+    """For `webdataset`: the number of images per epoch, which a stream does not know."""
     shuffle_buffer: int = 1000
-    """for `webdataset`: so many undecoded pictures each loader process holds and picks the next one from"""
+    """For `webdataset`: the number of encoded images that each loader process buffers to shuffle them."""
     allow_pipe: bool = False
-    """for `webdataset`: let an address that begins with pipe: run its shell command"""
+    """For `webdataset`: allow an address pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = "raise"
-    """what training does at a picture that cannot be read: raise (end with its name), or replace (show another one,
-    always the same, and list it in bad_images.csv). The live accuracy is then measured without such pictures"""
+    """Training on an unreadable image: raise (end with its name), or replace (use another image, always the same one,
+    and list the unreadable image in bad_images.csv). With replace, unreadable images are also excluded from the live
+    accuracy."""
     max_bad: float = 0.01
-    """with replace: the run ends when more than this fraction of the pictures cannot be read"""
+    """With on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
 
 
-def check_pictures(data: DataConfig) -> None:
-    """Refuses what no command can do with pictures.
+def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
+    """Let every inherited field of a schema also be null, and make null its default.
+
+    The type checker still sees the types of the parent class.
+    """
+    for each in fields(schema):  # type: ignore[arg-type] # the parent is a dataclass
+        kind: Any = each.type
+        schema.__annotations__.setdefault(each.name, kind | None)
+        setattr(schema, each.name, None)
+    return schema
+
+
+@dataclass
+@_inherited_fields_optional
+class SubjectDataConfig(SourceConfig):
+    """The labeled data of an evaluation. A field that is null has the run's value.
+
+    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead.
+    """
+
+    hold_out: float = 0.0
+    """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. Refused as well
+    if the labels of these images trained the encoder."""
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the fields of `DataConfig` that are not null."""
+        values = {each.name: getattr(self, each.name) for each in fields(SourceConfig)}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def check_data_fields(data: DataConfig) -> None:
+    """Check the fields of a data set.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: if a value is invalid.
     """
+    one_of("data.labels", data.labels, ("none", "folder"))
+    require(
+        not data.eval_root or data.name == "folder",
+        f"data.eval_root={data.eval_root!r} works with data.name=folder only, and data.name={data.name}: leave "
+        "data.eval_root empty to use the data set's own held-out images, if it has any",
+    )
     one_of("data.on_bad_image", data.on_bad_image, ("raise", "replace"))
     require(
         0 <= data.max_bad < 1,
-        f"data.max_bad={data.max_bad} must lie in 0 ... 1, and below 1: it is a fraction, e.g. 0.01",
+        f"data.max_bad={data.max_bad} must be at least 0 and below 1: it is a fraction",
     )
     at_least(0, {"data.workers": data.workers, "data.length": data.length})
     at_least(1, {"data.shuffle_buffer": data.shuffle_buffer})

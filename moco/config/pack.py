@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from moco.config.base import at_least, require, require_finite
-from moco.config.data import DataConfig, check_pictures
+from moco.config.data import DataConfig, check_data_fields
 
 
 @dataclass
@@ -32,7 +32,7 @@ def check_pack(config: PackConfig) -> None:
         ConfigError: naming the field, its value and the fix.
     """
     require_finite(config)
-    check_pictures(config.data)
+    check_data_fields(config.data)
     require(
         bool(config.output.strip()), "output='' must name the folder for the shards, e.g. output=/data/pictures_packed"
     )

@@ -4,38 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.data import SubjectDataConfig
 
-
-@dataclass
-class SubjectDataConfig:
-    """The labeled data. What is null is as in the run, or, where the run's data is another, as in `DataConfig`."""
-
-    name: str | None = None
-    """digits, cifar10, cifar100, stl10, imagenet, folder, shards or huggingface"""
-    root: str | None = None
-    """where the data set is; for `folder` the labeled training pictures"""
-    download: bool | None = None
-    """fetch CIFAR or STL-10 into root if it is not there"""
-    labels: str | None = None
-    """for `folder`: folder (the first-level folder names are the classes)"""
-    eval_root: str | None = None
-    """for `folder`: held-out pictures in folders of the same class names"""
-    resident: bool | None = None
-    """decode all pictures into memory once"""
-    workers: int | None = None
-    """loader processes of each rank"""
-    subset: str | None = None
-    """for `huggingface`, as the next four: which configuration of a data set that has several"""
-    split: str | None = None
-    """the split whose labels are learned from"""
-    eval_split: str | None = None
-    """the held-out split"""
-    image_column: str | None = None
-    """the pictures' column"""
-    label_column: str | None = None
-    """the labels' column"""
-    hold_out: float = 0.0
-    """without a held-out split: hold out this part of each class, unless their labels trained the encoder; 0: refuse"""
+__all__ = ["ImagesConfig", "SubjectConfig", "SubjectDataConfig", "check_subject"]
 
 
 @dataclass

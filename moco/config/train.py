@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco.config.base import at_least, one_of, require, require_finite
-from moco.config.data import DataConfig, check_pictures
+from moco.config.data import DataConfig, check_data_fields
 from moco.config.method import MethodConfig, check_method
 
 
@@ -267,7 +267,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
             "model.predictor_hidden": model.predictor_hidden,
         },
     )
-    check_pictures(config.data)
+    check_data_fields(config.data)
     check_method(config.method, config.batch_size, config.accumulate, config.augment.views)
     require(
         evaluate.every_epochs > 0 or not config.checkpoint.keep_best,

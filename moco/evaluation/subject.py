@@ -16,6 +16,7 @@ from moco.config.subject import SubjectConfig
 from moco.data.keyed import HOLD_OUT, permutation
 from moco.data.opening import open_sources
 from moco.data.sources import Source, Sources, subset
+from moco.digest import digest
 from moco.distributed import is_rank_zero
 from moco.evaluation.features import extract, pixels
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
@@ -160,7 +161,7 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
 
 def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     """The run's data with what the configuration says otherwise; of another data set the defaults."""
-    told = {name: value for name, value in asdict(config.data).items() if value is not None and name != "hold_out"}
+    told = config.data.overrides()
     of_run = subject.file.config.get("data", {})
     require(
         "name" in told or bool(of_run),
@@ -224,9 +225,7 @@ def weights_digest(file: EncoderFile, features: str) -> str:
     used = dict(file.weights) | {f"head.{key}": value for key, value in file.head_weights.items()}
     kept = sorted(key for key in used if features == "projection" or key in file.weights)
     kept = [key for key in kept if not key.endswith("num_batches_tracked")]
-    return checkpoint.digest(
-        {key: used[key] for key in kept} | {"backbone": file.backbone, "options": dict(file.options)}
-    )
+    return digest({key: used[key] for key in kept} | {"backbone": file.backbone, "options": dict(file.options)})
 
 
 def _trained_on_it(config: SubjectConfig, subject: Subject) -> bool:

@@ -86,7 +86,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
         FileNotFoundError, ValueError: for data that is not there or does not fit; for a checkpoint that is odd.
     """
     # A resident folder would be decoded as a whole; some thousand pictures are wanted.
-    data = replace(config.data, resident=False if config.data.resident is None else config.data.resident)
+    data = replace(config.data, resident=bool(config.data.resident))
     judge = SubjectConfig(checkpoint=str(run.checkpoint), data=data, images_at_once=config.images_at_once)
     subject = open_subject(judge)
     require(

@@ -1,6 +1,5 @@
 """What a search stands on: features with their pictures, and the features of the pictures it asks for."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,7 @@ from moco.retrieval.store import Embedding, names_digest, open_embedding, read_a
 def open_index(config: SearchConfig) -> Embedding:
     """The output of moco.embed that `index` names, with its pictures, which may have moved to another data.root."""
     stored = read_about(Path(config.index))
-    told = {name: value for name, value in asdict(config.data).items() if value is not None and name != "hold_out"}
-    sources = open_sources(DataConfig(**(stored["data"] | told)), bank_size=0)
+    sources = open_sources(DataConfig(**(stored["data"] | config.data.overrides())), bank_size=0)
     source = getattr(sources, stored["pictures"]["split"])
     require(
         source is not None and names_digest(source) == stored["pictures"]["sha256"],

@@ -50,7 +50,8 @@ def asked(where: Path, **values: Any) -> KnnConfig:
 def on_pictures(run: Path, root: Path, eval_root: Path | None, **values: Any) -> KnnConfig:
     config = asked(run, **values)
     config.data.name, config.data.root, config.data.labels, config.data.workers = "folder", str(root), "folder", 0
-    config.data.eval_root = None if eval_root is None else str(eval_root)
+    if eval_root is not None:
+        config.data.eval_root = str(eval_root)
     return config
 
 
