@@ -1,7 +1,7 @@
-"""The packages of the wheel; everything else about the project stands in pyproject.toml.
+"""Lists the packages of the wheel; pyproject.toml holds everything else.
 
-Only code can say "every package of moco/, and configs/ as moco.configs": a list in pyproject.toml would drop a
-sub-package that someone forgot to add, and nothing but the wheel would show it.
+A list in pyproject.toml cannot express "every package of moco/, and configs/ as moco.configs". A forgotten subpackage
+would be missing from the wheel, and only the wheel would show it.
 """
 
 from setuptools import find_packages, setup
