@@ -1,91 +1,129 @@
-"""Files that are whole or not there, and one sentence where the system does not let them be written."""
+"""Write files atomically, report write errors in one sentence, lock a file."""
 
 import csv
+import fcntl
 import json
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class WriteError(ValueError):
-    """A file that cannot be written; its message is one sentence."""
+    """A file could not be written; the message is one sentence."""
+
+
+class FileLocked(Exception):
+    """Another process holds the lock; the message names the process and its host."""
 
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Makes one sentence of the system's error where a file is written.
+    """Convert the system's errors while writing `path` into a `WriteError`.
 
-    Args:
-        path: the file, as the sentence names it.
-
-    Raises:
-        WriteError: naming what could not be written, and why.
+    An error of a library counts if it was raised while handling one of the system's, as torch does.
     """
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if _of_the_system(error) is None:
+        if _system_error(error) is None:
             raise
         raise WriteError(
-            f"{path} cannot be written ({cause(error)}): make room there or make it writable, then give the same "
+            f"{path} cannot be written ({cause(error)}): free some space or make it writable, then run the same "
             "command again"
         ) from error
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write under, which becomes `path` at the end; what fails half-way leaves nothing.
+    """Yield the temporary name `path`.tmp to write to, then flush that file and rename it to `path`.
+
+    If anything fails, the temporary file is removed and an earlier `path` is left unchanged.
 
     Raises:
-        WriteError: see `write_errors`. A file that was there before is as it was.
+        WriteError: if the system does not let the file be written.
     """
     temporary = path.with_name(f"{path.name}.tmp")
     with write_errors(path):
         try:
             yield temporary
-            _flush(temporary)
+            flush(temporary)  # some file systems report a full disk only now
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file, whole or not at all; see `atomic_write`."""
+    """Write a JSON file atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-    """A table, whole or not at all; see `atomic_write`. A name that is no UTF-8 is written with its own bytes."""
+    """Write a table atomically. File names that are not valid UTF-8 keep their bytes."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        table = csv.writer(file)  # with its own line ends: with others it leaves carriage returns in names unquoted
+        table = csv.writer(file)  # with its default line ends: with others it does not quote carriage returns
         table.writerow(columns)
         table.writerows(lines)
 
 
-def _flush(path: Path) -> None:
-    """Waits for the disk: some file systems notice only then that they are full."""
-    file = os.open(path, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file)
+        os.fsync(descriptor)
     finally:
-        os.close(file)
+        os.close(descriptor)
+
+
+def lock(path: Path, wait: bool = False) -> IO[str]:
+    """Create the file `path` if needed, lock it, and write this process's number and host into it.
+
+    The lock holds until the returned file is closed or the process ends, even by SIGKILL.
+
+    Args:
+        wait: wait while another process holds the lock.
+
+    Raises:
+        FileLocked: if another process holds the lock and `wait` is false.
+        OSError: if the file cannot be created or locked.
+        WriteError: if the disk is full.
+    """
+    file = path.open("a+")
+    try:
+        # A record lock belongs to this process only. With flock, which the package filelock uses, loader workers would
+        # inherit the lock and still hold it after the process was killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        with write_errors(path):
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {socket.gethostname()}")
+            file.flush()
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise FileLocked(f"process {holder}") from error
+    except Exception:
+        file.close()
+        raise
+    return file
 
 
 def cause(error: BaseException) -> str:
-    """What the system said; torch may raise an error of its own while it handles the system's."""
-    system = _of_the_system(error)
+    """Return the system's message if the error comes from the system, otherwise the first line of the error."""
+    system = _system_error(error)
     if system is not None:
         return system.strerror or str(system)
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _of_the_system(error: BaseException) -> OSError | None:
+def _system_error(error: BaseException) -> OSError | None:
+    """Return the first OSError among the error and its causes."""
     each: BaseException | None = error
     while each is not None and not isinstance(each, OSError):
         each = each.__cause__ or each.__context__

@@ -25,9 +25,9 @@ from moco.data.packing import Part, Picture, Shard, no_rows, part_path, prepared
 from moco.data.shards import INDEX, PARTS, SKIPPED, SPLITS, VERSION, digest_of, intact, read_index, sealed
 from moco.data.sources import Source, Sources
 from moco.files import write_csv, write_errors, write_json
-from moco.retrieval.store import locked
 from moco.runtime.console import Display, duration, progress_bar
 from moco.runtime.next_command import command
+from moco.runtime.output_directory import lock_directory
 
 # The recipe to train with next, by data.name: of pictures that are small, their own, and all in memory.
 _RECIPES: dict[str, dict[str, Any]] = {
@@ -46,7 +46,7 @@ def pack(config: PackConfig) -> None:
     data = replace(config.data, resident=False)  # a few pictures at a time are enough
     splits = splits_of(open_sources(data, bank_size=0, keep_bad=True))
     wanted = settings(config, splits)
-    lock = locked(output)
+    lock = lock_directory(output, "output")
     try:
         about, title = finished(output, wanted)
         if about is None:

@@ -58,7 +58,7 @@ def open_subject(config: SubjectConfig) -> Subject:
     """
     if config.run:
         run = Path(config.run)
-        found = checkpoint.found(run / "checkpoints")
+        found = checkpoint.list_checkpoints(run / "checkpoints")
         require(run.is_dir(), f"run={config.run} does not exist: name the directory of a run, e.g. run=runs/digits")
         require(bool(found), f"run={config.run} holds no checkpoint: train it first, python -m moco.train run={run}")
         file = _newest_readable(found, config)

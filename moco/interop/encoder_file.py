@@ -72,7 +72,7 @@ def read_encoder(
         return _safetensors(path, backbone, options)
     state = _load(path)
     if "method" in state and "config" in state:
-        return _ours(path, checkpoint.verified(path, state), weights)
+        return _ours(path, checkpoint.verify(path, state), weights)
     arch = state.get("arch")
     tensors = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
     tensors = {

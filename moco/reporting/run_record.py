@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from moco.analysis.doctor import Alarm, Recorded, diagnose, facts_of, recorded
+from moco.analysis.doctor import Alarm, diagnose, facts_of
 from moco.config import ConfigError, RunWarning, TrainConfig, require
 from moco.runs import checkpoint
 from moco.runs.directory import flatten
+from moco.runs.metrics import Metrics, read_metrics
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class Run:
 
     path: Path
     config: dict[str, Any]
-    values: Recorded
+    values: Metrics
     results: list[dict[str, Any]]
     checkpoint: Path | None  # the newest that can be read
     state: dict[str, Any]  # of it, without weights; {} without a checkpoint
@@ -67,7 +68,7 @@ def open_run(path: Path) -> Run:
     require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path)
     config = state.get("config") or _configuration(path)
-    values = recorded(path / "metrics.jsonl")
+    values = read_metrics(path / "metrics.jsonl")
     require(
         bool(values) or file is not None,
         f"run={path} has recorded nothing and saved no checkpoint yet: train it first, python -m moco.train run={path}",
@@ -78,12 +79,12 @@ def open_run(path: Path) -> Run:
 
 def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
     """The newest checkpoint that can be read."""
-    found = checkpoint.found(path / "checkpoints")
+    found = checkpoint.list_checkpoints(path / "checkpoints")
     for file in found:
         try:
             state = checkpoint.load(file)
         except checkpoint.CheckpointError as error:
-            before = "" if file == found[-1] else "; falling back to the checkpoint before it"
+            before = "" if file == found[-1] else "; using the previous checkpoint"
             warnings.warn(f"{error}{before}", RunWarning, stacklevel=3)
             continue
         if isinstance(state.get("config"), dict) and isinstance(state.get("method"), dict):
@@ -129,7 +130,7 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 
 
-def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Recorded], str]:
+def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Metrics], str]:
     """The series of each run by its name, over epochs where all runs say how long theirs are, else over steps."""
     epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
     moved = {}

@@ -38,7 +38,6 @@ from moco.retrieval.store import (
     Stored,
     begin,
     finish,
-    locked,
     names_digest,
     open_embedding,
     pyarrow,
@@ -46,6 +45,7 @@ from moco.retrieval.store import (
 from moco.runtime.console import Display, progress_bar
 from moco.runtime.device import pick_device
 from moco.runtime.next_command import command
+from moco.runtime.output_directory import lock_directory
 
 
 def embed(config: EmbedConfig) -> None:
@@ -94,7 +94,7 @@ def compute(config: EmbedConfig, subject: Subject, folder: Path, device: torch.d
     dimension = network(torch.zeros(1, 3, look.size, look.size, device=device)).shape[1]
     stored = describe(config, subject, source, dimension)
     lock: list[IO[str]] = []  # held by rank 0
-    on_rank_zero(lambda: lock.append(locked(folder)))
+    on_rank_zero(lambda: lock.append(lock_directory(folder, "output")))
     try:
         state = on_rank_zero(lambda: begin(folder, stored))
         if state is not None:

@@ -6,7 +6,6 @@ a line for each row, features.json (what the features are of), and unreadable.cs
 Legend: M pictures, D dimension.
 """
 
-import fcntl
 import hashlib
 import importlib
 import json
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,24 +71,6 @@ def read_about(folder: Path) -> Stored:
         f"{folder} holds no {FEATURES} of moco.embed: name its output",
     )
     return _read(folder / ABOUT)
-
-
-def locked(folder: Path) -> IO[str]:
-    """Makes the folder and takes it for this process.
-
-    Raises:
-        ConfigError: if it cannot be made, or another process writes to it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("a")
-    except OSError as error:
-        raise ConfigError(f"output={folder} cannot be written to: {error.strerror}") from error
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(f"output={folder} is being written by another process: wait for it, or end it") from error
-    return lock
 
 
 def begin(folder: Path, stored: Stored) -> Stored | None:

@@ -1,12 +1,12 @@
-"""Checkpoints of plain types, written atomically, read with `weights_only=True`.
+"""Checkpoints of plain types, written atomically and read with `weights_only=True`.
 
-A checkpoint is one file `step_00001234.pt` holding a dict with the keys "config" (plain dict), "step", "epoch",
-"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far), "data" (what the pictures were),
-"versions" and "world_size" (what wrote it) and "sha256" of it all. `best.pt` is a second name for one of them.
+A checkpoint is a file `step_00001234.pt` that holds a dict with the keys "config" (plain dict), "step", "epoch",
+"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far), "data" (a description of the images),
+"versions" and "world_size" (of the run that wrote it) and "sha256" of all the others. `best.pt` is a second name of one
+of these files.
 """
 
 import copy
-import os
 import re
 import shlex
 import shutil
@@ -22,51 +22,44 @@ from torch import Tensor
 
 from moco.config import RunWarning
 from moco.digest import digest
-from moco.files import atomic_write, cause
+from moco.files import atomic_write, cause, flush
 
 Checkpoint = dict[str, Any]
 
-BEST = "best.pt"  # no name that `found` knows: a run resumes from its newest checkpoint, never from its best
+BEST = "best.pt"  # not listed by `list_checkpoints`: a run resumes from its newest checkpoint, never from its best
 
 _NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, or not be written; its message is one sentence."""
+    """A checkpoint cannot be used or written; the message is one sentence."""
 
 
 def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool = False, best: bool = False) -> Path:
-    """Writes `folder/step_XXXXXXXX.pt`: to a temporary name first, flushed, then renamed, so never half.
+    """Write `folder/step_XXXXXXXX.pt` atomically and return its path.
 
     Args:
-        keep_last: how many of the newest checkpoints to leave; older ones go, but those kept for good.
-        keep: keep this one for good (its name ends in `.keep.pt`).
-        best: it becomes `best.pt` as well, and stays under that name until there is a better one.
-
-    Returns:
-        The file's path.
+        keep_last: number of newest checkpoints to keep; older ones are deleted, except those kept permanently.
+        keep: keep this one permanently (its name ends in `.keep.pt`).
+        best: also name it `best.pt`, until there is a better one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}{'.keep' if keep else ''}.pt"
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save({**state, "sha256": digest(state)}, file)
     if best:
-        _name_best(path)
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name itself survives a power cut
-    finally:
-        os.close(directory)
-    for old in [each for each in found(folder) if ".keep" not in each.name][keep_last:]:
+        _link_best(path)
+    flush(folder)  # so that the new name survives a power failure
+    for old in [each for each in list_checkpoints(folder) if ".keep" not in each.name][keep_last:]:
         old.unlink(missing_ok=True)
     return path
 
 
-def _name_best(path: Path) -> None:
-    temporary = path.with_name("best.tmp")
+def _link_best(path: Path) -> None:
+    temporary = path.with_name(f"{BEST}.tmp")
     try:
         try:
-            temporary.hardlink_to(path)  # costs no space, and outlives the step's own name
+            temporary.hardlink_to(path)  # takes no space, and remains when the step's own name is deleted
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
         temporary.replace(path.with_name(BEST))
@@ -75,33 +68,33 @@ def _name_best(path: Path) -> None:
 
 
 def is_best(history: list[dict[str, Any]], step: int) -> bool:
-    """Whether training was evaluated behind `step` steps, and never as well before. Untrained does not count."""
+    """Return whether the evaluation after `step` steps is better than all earlier ones, step 0 excepted."""
     scores = {each["step"]: each["knn"][0] for each in history if each["step"] > 0}
     return step in scores and all(scores[step] > score for at, score in scores.items() if at < step)
 
 
-def on_host(state: Any) -> Any:
-    """A copy of a nested state whose tensors lie in host memory and share nothing with the state."""
+def copy_to_host(state: Any) -> Any:
+    """Copy a nested state; the tensors of the copy are in host memory."""
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
-        copied = copy.copy(state)  # an OrderedDict stays one, and keeps what torch has noted on it
-        copied.update((name, on_host(value)) for name, value in state.items())
+        copied = copy.copy(state)  # keeps an OrderedDict, and the attributes that torch has set on it
+        copied.update((name, copy_to_host(value)) for name, value in state.items())
         return copied
     if isinstance(state, list | tuple):
-        return type(state)(on_host(value) for value in state)
+        return type(state)(copy_to_host(value) for value in state)
     return state
 
 
 class Saver:
-    """Writes checkpoints while training goes on, which waits only for a copy to host memory.
+    """Writes checkpoints in another thread, one at a time. Training waits only for a copy to host memory.
 
-    At most one is being written at a time. Its failure is raised by the next `save` or `join`. As a context it waits at
-    the end for what is being written, but for a KeyboardInterrupt, which leaves at once: what is half written then has
-    no checkpoint's name.
+    An error while writing is raised by the next `save` or `join`. Used as a context manager, it waits at the end for
+    the checkpoint that is being written, except after KeyboardInterrupt: the unfinished file then keeps its temporary
+    name.
 
     Args:
-        folder: where they go.
+        folder: the directory of the checkpoints.
         keep_last: see `save`.
     """
 
@@ -111,33 +104,33 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, step: int, state: Checkpoint, keep: bool = False, best: bool = False) -> None:
-        """Waits for the checkpoint before this one, copies the state, and leaves the rest to another thread.
+        """Wait until the previous checkpoint is written, copy the state, and start to write it.
 
         Raises:
-            CheckpointError: if the checkpoint before this one could not be written.
+            CheckpointError: if the previous checkpoint could not be written.
         """
         self.join()
-        # A daemon: the interpreter does not wait for it where the user has asked to leave at once.
-        self._writer = threading.Thread(target=self._write, args=(step, on_host(state), keep, best), daemon=True)
+        # A daemon, so that the interpreter does not wait for it after a KeyboardInterrupt.
+        self._writer = threading.Thread(target=self._write, args=(step, copy_to_host(state), keep, best), daemon=True)
         self._writer.start()
 
     def failed(self) -> bool:
-        """Whether the checkpoint that was being written could not be; waits for nothing."""
+        """Return whether writing has failed since the last `save` or `join`, without waiting."""
         return self._error is not None
 
     def join(self) -> None:
-        """Waits until what was saved last is on disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
-            CheckpointError: if it could not be written. The checkpoints before it are as they were.
+            CheckpointError: if it could not be written. The previous checkpoints are unchanged.
         """
         if self._writer is not None:
             self._writer.join()
         error, self._writer, self._error = self._error, None, None
         if error is not None:
             raise CheckpointError(
-                f"no checkpoint could be written to {self._folder} ({cause(error)}): make room there; "
-                "the one before is untouched, and the same command goes on from it"
+                f"no checkpoint could be written to {self._folder} ({cause(error)}): free some space there, then run "
+                "the same command again to resume; the previous checkpoint is untouched"
             ) from error
 
     def __enter__(self) -> "Saver":
@@ -147,56 +140,51 @@ class Saver:
         if kind is None:
             self.join()
         elif self._writer is not None and not issubclass(kind, KeyboardInterrupt):
-            self._writer.join()  # and what ends the run is told, not what the writer may have to say
+            self._writer.join()  # without raising its error: the run already ends with another one
 
     def _write(self, step: int, state: Checkpoint, keep: bool, best: bool) -> None:
         try:
             save(self._folder, step, state, self._keep_last, keep, best)
-        except Exception as error:  # told to the loop, which this thread cannot raise in
+        except Exception as error:  # raised by the next `save` or `join`
             self._error = error
 
 
-def found(folder: Path) -> list[Path]:
-    """The folder's checkpoints, the newest step first."""
-    steps = {path: _NAME.fullmatch(path.name) for path in folder.glob("step_*.pt")}
-    return sorted((path for path in steps if steps[path]), key=step_of, reverse=True)
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a directory, newest step first."""
+    return sorted((path for path in folder.glob("step_*.pt") if _NAME.fullmatch(path.name)), key=step_of, reverse=True)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's file name."""
     match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
 
 
 def load(path: Path) -> Checkpoint:
-    """Reads one checkpoint to the CPU and checks its digest.
+    """Read a checkpoint to the CPU and check its digest.
 
     Raises:
         CheckpointError: if it is missing, truncated, altered, or holds anything but plain types.
     """
     try:
-        refuse_bomb(path)
+        refuse_zip_bomb(path)
         state: Checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # torch raises many kinds for one damaged file
+    except Exception as error:  # torch raises many types of error for a damaged file
         raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
-    return verified(path, state)
+    return verify(path, state)
 
 
-def refuse_bomb(path: Path) -> None:
-    """Refuses a file of weights that would unpack to more than it is: torch compresses nothing.
-
-    Raises:
-        CheckpointError: if it would.
-    """
+def refuse_zip_bomb(path: Path) -> None:
+    """Raise CheckpointError if a file of weights would unpack to more than its size: torch does not compress."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as parts:
             unpacked = sum(each.file_size for each in parts.infolist())
         if unpacked > path.stat().st_size:
             raise CheckpointError(
-                f"{path} would unpack to {unpacked:,} bytes, more than it has: it is no file of torch's"
+                f"{path} would unpack to {unpacked:,} bytes, more than its size: it was not written by torch"
             )
 
 
@@ -207,17 +195,17 @@ def _tensors(state: Any) -> Iterator[Tensor]:
         yield from _tensors(each)
 
 
-def verified(path: Path, state: Any) -> Checkpoint:
-    """The content of a checkpoint of ours without its digest, which is checked.
+def verify(path: Path, state: Any) -> Checkpoint:
+    """Check the digest of a loaded checkpoint and return the content without it.
 
     Raises:
         CheckpointError: if there is no digest, it does not match, or a tensor is larger than its bytes.
     """
     if not isinstance(state, dict) or "sha256" not in state:
         raise CheckpointError(f"{path} cannot be read as a checkpoint (it has no SHA-256)")
-    # A tensor may claim any shape over few bytes (stride 0); to look at one of those takes the memory that it claims.
+    # With stride 0 a tensor can have any shape over few bytes; computing its digest would take memory for the shape.
     if any(each.numel() * each.element_size() > each.untyped_storage().nbytes() for each in _tensors(state)):
-        raise CheckpointError(f"{path} cannot be read as a checkpoint (a tensor claims more than the file holds)")
+        raise CheckpointError(f"{path} cannot be read as a checkpoint (a tensor is larger than its bytes in the file)")
     content = {name: value for name, value in state.items() if name != "sha256"}
     if state["sha256"] != digest(content):
         raise CheckpointError(f"{path} was altered after it was written: its SHA-256 does not match")
@@ -225,29 +213,29 @@ def verified(path: Path, state: Any) -> Checkpoint:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest readable checkpoint; warns of each unreadable one that it passes over. None if there is none.
+    """Return the newest readable checkpoint, or None if there is none. Warn of each unreadable one before it.
 
     Raises:
-        CheckpointError: if there are checkpoints, but none that can be read; says whether the best one can.
+        CheckpointError: if there are checkpoints but none can be read.
     """
-    paths = found(folder)
+    paths = list_checkpoints(folder)
     for path in paths:
         try:
             return load(path)
         except CheckpointError as error:
             if path == paths[-1]:
-                all_of_them = f", and none of the {len(paths)} checkpoints in {folder} can be read" * (len(paths) > 1)
-                raise CheckpointError(f"{error}{all_of_them}; {_way_out(folder, len(paths))}") from error
-            warnings.warn(f"{error}; falling back to the checkpoint before it", RunWarning, stacklevel=2)
+                others = f", and none of the {len(paths)} checkpoints in {folder} can be read" * (len(paths) > 1)
+                raise CheckpointError(f"{error}{others}; {_advice(folder, len(paths))}") from error
+            warnings.warn(f"{error}; using the previous checkpoint", RunWarning, stacklevel=2)
     return None
 
 
-def _way_out(folder: Path, damaged: int) -> str:
-    """How a run goes on that has so many checkpoints, none of which can be read."""
+def _advice(folder: Path, damaged: int) -> str:
+    """Describe how to continue a run if all its checkpoints are damaged."""
     best = folder / BEST
     try:
         step = load(best)["step"]
     except CheckpointError:
-        return f"move {'it' if damaged == 1 else 'them'} away to start anew"
+        return f"move {'it' if damaged == 1 else 'them'} away to start again from step 0"
     copy = shlex.join(["cp", str(best), str(best.with_name(f"step_{step:08d}.pt"))])
-    return f"{best} can be read: after {copy} the same command goes on from step {step}"
+    return f"{best} can be read: run {copy}, then the same command again to resume from step {step}"

@@ -1,6 +1,5 @@
 """What an evaluation leaves: an entry in results.json, points in TensorBoard, a table on the terminal."""
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import Any
 
 from moco.config import ConfigError
 from moco.distributed import on_rank_zero
-from moco.files import WriteError, write_json
+from moco.files import WriteError, lock, write_json
 from moco.runtime.provenance import provenance
 
 
@@ -65,8 +64,7 @@ def _opened(folder: Path) -> Iterator[list[Any]]:
     file = folder / "results.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".results.lock").open("a") as lock:
-            fcntl.lockf(lock, fcntl.LOCK_EX)
+        with lock(folder / ".results.lock", wait=True):
             known = json.loads(file.read_text()) if file.exists() else []
             if not isinstance(known, list):
                 raise ValueError("no list")

@@ -65,7 +65,12 @@ def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: 
     else:
         what = f"{now['length']:,} pictures, and now there are as many with other names, or in another order"
     file = next(
-        (each for each in checkpoint.found(run / "checkpoints") if checkpoint.step_of(each) == state["step"]), None
+        (
+            each
+            for each in checkpoint.list_checkpoints(run / "checkpoints")
+            if checkpoint.step_of(each) == state["step"]
+        ),
+        None,
     )
     replaced = (
         "; data.on_bad_image=replace stands in for a picture that cannot be read, not for one that is gone, behind "

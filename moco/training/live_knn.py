@@ -12,7 +12,7 @@ from moco.data.loader import Plan
 from moco.data.sources import Sources
 from moco.evaluation.features import Network, extract, pixels
 from moco.evaluation.knn_classifier import Accuracy, knn_accuracy, knn_title
-from moco.runs.directory import Journal
+from moco.runs.metrics import MetricsLogger
 from moco.training.step import Method
 
 
@@ -40,7 +40,7 @@ class LiveKnn:
         device: where.
         plan: the length of training.
         history: the evaluations so far, which a checkpoint holds; gets the new ones.
-        journal, doctor: of rank 0; get the accuracies.
+        metrics_log, doctor: of rank 0; get the accuracies.
         say: gets a line.
         alive: called with each part of the work.
     """
@@ -53,13 +53,13 @@ class LiveKnn:
         device: torch.device,
         plan: Plan,
         history: list[dict[str, Any]],
-        journal: Journal | None,
+        metrics_log: MetricsLogger | None,
         doctor: Doctor | None,
         log: Callable[[str], None],
         heartbeat: Callable[[], None],
     ) -> None:
         self._config, self._method, self._sources, self._device = config, method, sources, device
-        self._plan, self._history, self._journal, self._doctor = plan, history, journal, doctor
+        self._plan, self._history, self._metrics_log, self._doctor = plan, history, metrics_log, doctor
         self._log, self._alive = log, heartbeat
         self._first = "initialized" if config.init_from else "untrained"  # what the run starts with
 
@@ -79,12 +79,12 @@ class LiveKnn:
         )
         epoch, first = done / self._plan.steps_per_epoch, self._first
         self._history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
-        if self._journal:
+        if self._metrics_log:
             # The baselines again each time: flat lines in the picture to hold the curve against.
             baselines = {first: self._history[0]["knn"], "raw_pixels": self._history[0].get("raw_pixels")}
             curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
             accuracies = {f"accuracy/{name}": score[0] for name, score in curves.items()}
-            self._journal.record(done, accuracies)
+            self._metrics_log.log(done, accuracies)
             if self._doctor:
                 self._doctor.record(accuracies)
         names = {"knn": first if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}

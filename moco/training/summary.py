@@ -18,7 +18,7 @@ from moco.data.view import View
 from moco.distributed import world_size
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.files import WriteError, atomic_write, cause
-from moco.runs.directory import Journal
+from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display, duration
 from moco.training.step import Method
 
@@ -61,7 +61,7 @@ def announce(
 
 
 def show_views(
-    journal: Journal,
+    metrics_log: MetricsLogger,
     path: Path,
     sources: Sources,
     plan: Plan,
@@ -80,7 +80,7 @@ def show_views(
     enlarge = -(-64 // views[0].size)  # small images would be stamps on a screen
     pictures = torch.cat(rows).repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     grid = make_grid(pictures, nrow=len(batch.index), pad_value=1.0)
-    journal.picture("views", grid)
+    metrics_log.log_image("views", grid)
     file = path / "views.png"
     try:
         with atomic_write(file) as temporary:

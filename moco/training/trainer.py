@@ -34,7 +34,8 @@ from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr
 from moco.runs import checkpoint
-from moco.runs.directory import Journal, flatten, open_run, refuse_difference
+from moco.runs.directory import flatten, open_run, refuse_difference
+from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display
 from moco.runtime.device import pick_device
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
@@ -157,7 +158,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
     forward = data_parallel(method, device)
 
     queue = method.queue
-    journal = Journal(path, start) if is_rank_zero() and start < plan.total_steps else None
+    metrics_log = MetricsLogger(path, start) if is_rank_zero() and start < plan.total_steps else None
     peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
     announce(display, config, method, sources, plan, device, peak_lr, start, f"{precision} ({why})")
     if initialized:
@@ -199,7 +200,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
     if config.batch_size // world_size() // config.accumulate < 2:
         look_every = 0  # of one sample there is no spread
     facts = facts_of(flatten(asdict(config)), plan.length)
-    doctor = Doctor(facts, path / "metrics.jsonl", display.log) if journal else None
+    doctor = Doctor(facts, path / "metrics.jsonl", display.log) if metrics_log else None
 
     def step_once(step: int, batch: Batch) -> dict[str, Tensor] | None:
         now = schedule_values(config, plan, peak_lr, step)
@@ -229,7 +230,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
         )
         return finite.run(step, batch.index, train)
 
-    live = LiveKnn(config, method, sources, device, plan, history, journal, doctor, display.log, watch.heartbeat)
+    live = LiveKnn(config, method, sources, device, plan, history, metrics_log, doctor, display.log, watch.heartbeat)
 
     def evaluate(done: int) -> None:
         finite.settle()
@@ -274,11 +275,11 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
         if queue is not None:
             values["train/queue_fill"] = queue.filled() / queue.size
         speed.complete(values)
-        if journal and doctor:
-            journal.record(done, values)
+        if metrics_log and doctor:
+            metrics_log.log(done, values)
             doctor.record(values)
             for name, counts in observer.histograms.items():
-                journal.histogram(f"similarity/{name}", counts, done)
+                metrics_log.log_histogram(f"similarity/{name}", counts, done)
             observer.histograms = {}
         display.step(done, values)
 
@@ -317,8 +318,8 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
     if start < plan.total_steps:
         set_calls_per_step(method, method.passes * config.accumulate)
         method.train()
-        if journal:
-            show_views(journal, path, sources, plan, views, device, bad.note if bad else None)
+        if metrics_log:
+            show_views(metrics_log, path, sources, plan, views, device, bad.note if bad else None)
         stream = batches(sources.train, plan, views, device, config.data.workers, start, bad.note if bad else None)
         profile = start_profile(config, device, display)
         fix = training_fix(config.batch_size, world_size(), config.accumulate, device.type == "cuda", precision)
@@ -339,8 +340,8 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
             if profile is not None:
                 profile.close()
             display.close()
-            if journal:
-                journal.close()
+            if metrics_log:
+                metrics_log.close()
     if is_rank_zero():
         save_encoder(
             path / "encoder.safetensors", method.encoder.get_submodule("backbone"), asdict(config), plan.total_steps

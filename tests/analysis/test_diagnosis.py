@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from moco.analysis.doctor import Doctor, Facts, facts_of, recorded
+from moco.analysis.doctor import Doctor, Facts, facts_of
 from moco.config import TrainConfig
 from moco.digest import digest
 from moco.runs import checkpoint
 from moco.runs.directory import flatten
+from moco.runs.metrics import read_metrics
 from moco.training.trainer import pretrain
 from tests.analysis.faults import SAID, defect
 
@@ -40,10 +41,10 @@ def test_facts_of_each_method() -> None:
 
 def test_recorded_series_leave_out_a_cut_line_and_read_null_as_nan(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    assert recorded(file) == {}
+    assert read_metrics(file) == {}
     lines = ['{"step": 1, "train/loss": 2.5, "analysis/key_drift": null}', '{"step": 2, "accuracy/knn": 60.0}']
     file.write_text("\n".join([*lines, "[3]", "7", '{"step": 3, "train/loss": 1', ""]))
-    found = recorded(file)
+    found = read_metrics(file)
     assert found.keys() == {"train/loss", "analysis/key_drift", "accuracy/knn"}
     assert found["train/loss"] == ([1.0], [2.5])
     assert math.isnan(found["analysis/key_drift"][1][0])
@@ -150,7 +151,7 @@ def test_the_doctor_speaks_in_a_run_with_a_fault_and_in_no_other(
     besides = {"data starvation"} | ({"collapse"} if alarms else set())
     assert said.items() >= alarms.items()
     assert said.keys() - alarms.keys() <= besides
-    names = recorded(tmp_path / "run" / "metrics.jsonl")
+    names = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(names["analysis/effective_rank"][1]) == 5 * config.epochs
 
 
@@ -167,12 +168,13 @@ def test_looks_do_not_change_a_run_and_a_resumed_one_keeps_its_series(tmp_path: 
         shutil.copy(tmp_path / "whole" / name, tmp_path / "cut" / name)
     pretrain(cut)
     first, *others = (
-        checkpoint.load(checkpoint.found(tmp_path / name / "checkpoints")[0]) for name in ("whole", "cut", "blind")
+        checkpoint.load(checkpoint.list_checkpoints(tmp_path / name / "checkpoints")[0])
+        for name in ("whole", "cut", "blind")
     )
     for other in others:
         assert digest(first["method"]) == digest(other["method"])
         assert digest(first["optimizer"]) == digest(other["optimizer"])
-    one, two, none = (recorded(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut", "blind"))
+    one, two, none = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut", "blind"))
     measures = [name for name in one if name.startswith("analysis/")]
     assert len(measures) == 16
     assert all(one[name][1] == pytest.approx(two[name][1], nan_ok=True, abs=0) for name in measures)

@@ -341,7 +341,7 @@ def test_the_command_ends_with_its_status_and_one_sentence(
     assert result.returncode == status, result.stderr
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(sentence)
-    saved = [path.name for path in checkpoint.found(tmp_path / "run" / "checkpoints")]
+    saved = [path.name for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
     assert saved == ([] if blows.count("SIGINT") == 2 else ["step_00000003.pt"])
 
 

@@ -50,7 +50,7 @@ def train(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def finished(folder: Path) -> checkpoint.Checkpoint:
-    return checkpoint.load(checkpoint.found(folder / "checkpoints")[0])
+    return checkpoint.load(checkpoint.list_checkpoints(folder / "checkpoints")[0])
 
 
 def records(run: Path) -> list[dict[str, float]]:
@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_and_says_what_happened(uninterrupted: tuple[Pat
     for name in ("config.yaml", "metrics.jsonl", "views.png", "encoder.safetensors"):
         assert (run / name).stat().st_size > 0
     assert list(run.glob("events.out.tfevents.*"))
-    assert checkpoint.found(run / "checkpoints")[0].name == "step_00000015.pt"
+    assert checkpoint.list_checkpoints(run / "checkpoints")[0].name == "step_00000015.pt"
     for words in ("untrained", "raw pixels", "pretrained", "chance", "data wait", "whole/encoder.safetensors"):
         assert words in said
     written = records(run)
@@ -141,7 +141,7 @@ def test_another_configuration_in_the_same_directory_is_refused(uninterrupted: t
 def test_an_unreadable_newest_checkpoint_falls_back_loudly(uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
     result = train(tmp_path, *TINY, "run=hurt")
     assert result.returncode == 0, result.stderr
-    newest, before = checkpoint.found(tmp_path / "hurt" / "checkpoints")
+    newest, before = checkpoint.list_checkpoints(tmp_path / "hurt" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-1000])
     result = train(tmp_path, *TINY, "run=hurt")
     assert result.returncode == 0, result.stderr
@@ -157,7 +157,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path) ->
     for words in ("moco: step", "epoch 1, batch", "samples", "lower optim.lr"):
         assert words in line
     # What was saved last is the state before the step that failed, and it is finite.
-    newest = checkpoint.load(checkpoint.found(tmp_path / "lost" / "checkpoints")[0])
+    newest = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "lost" / "checkpoints")[0])
     assert f"moco: step {newest['step'] + 1} (" in line
     assert all(torch.isfinite(value).all() for value in newest["method"].values())
 

@@ -251,7 +251,7 @@ def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_projection_head(run: Path, tmp_path: Path) -> None:
-    state = checkpoint.load(checkpoint.found(run / "checkpoints")[0])
+    state = checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0])
     network = next(iter(encoders(open_subject(asked(run)), [], CPU)))[1].backbone
     save_encoder(tmp_path / "encoder.safetensors", network, state["config"], 7)
     config = KnnConfig(checkpoint=str(tmp_path / "encoder.safetensors"), features="projection", device="cpu")
@@ -268,7 +268,7 @@ def test_a_file_of_another_architecture(run: Path, tmp_path: Path) -> None:
 
 def test_features_that_are_not_finite(run: Path, tmp_path: Path) -> None:
     network = next(iter(encoders(open_subject(asked(run)), [], CPU)))[1].backbone
-    state = checkpoint.load(checkpoint.found(run / "checkpoints")[0])
+    state = checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0])
     next(network.parameters()).data.fill_(1e38)  # finite, as a file's weights must be, but no sum of them is
     save_encoder(tmp_path / "encoder.safetensors", network, state["config"], 7)
     config = KnnConfig(checkpoint=str(tmp_path / "encoder.safetensors"), device="cpu", output=str(tmp_path))

@@ -77,7 +77,7 @@ def test_untrained_is_the_encoder_before_the_first_step(tmp_path: Path) -> None:
 
 
 def test_a_file_judges_into_a_directory_of_its_name(tmp_path: Path) -> None:
-    path = checkpoint.found(trained(tmp_path / "run") / "checkpoints")[0]
+    path = checkpoint.list_checkpoints(trained(tmp_path / "run") / "checkpoints")[0]
     assert open_subject(judge(checkpoint=str(path))).output == Path("runs/step_00000007")
     assert open_subject(judge(checkpoint=str(path), output="there")).output == Path("there")
 
@@ -238,7 +238,7 @@ def test_a_run_that_is_not_there_or_was_never_trained(tmp_path: Path) -> None:
 
 def test_a_damaged_newest_checkpoint_names_the_one_before(tmp_path: Path) -> None:
     run = trained(trained(tmp_path / "run", step=5), step=9)
-    newest, before = checkpoint.found(run / "checkpoints")
+    newest, before = checkpoint.list_checkpoints(run / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-50])
     assert f"take an older one, checkpoint={before}" in sentence(judge(run=str(run)))
 

@@ -119,7 +119,7 @@ def said(run: Path) -> str:
 
 def saved(run: Path) -> int:
     """The step of the newest checkpoint by its name; 0: none."""
-    return max((checkpoint.step_of(path) for path in checkpoint.found(run / "checkpoints")), default=0)
+    return max((checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run / "checkpoints")), default=0)
 
 
 def until_saved(run: Path, step: int, processes: list[ForkServerProcess], seconds: float = 600) -> bool:

@@ -77,7 +77,7 @@ def test_a_pickle_with_code_among_a_runs_checkpoints_is_passed_over_and_not_run(
         torch.save({"step": step, "sha256": "0", "config": Evil()}, run / "checkpoints" / f"step_{step:08d}.pt")
     (run / "checkpoints" / "step_00000092.pt").write_bytes(pickle.dumps(Evil()))
     runs.to_the_end(run, "epochs=1", "checkpoint.keep_last=1")
-    assert runs.said(run).count("falling back to the checkpoint before it") == 3
+    assert runs.said(run).count("using the previous checkpoint") == 3
     assert untouched(tmp_path)
     os.system("touch EVIL")
     assert not untouched(tmp_path)  # the test would see it

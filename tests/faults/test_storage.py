@@ -66,11 +66,11 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_with_room_it_goes_on_bit_f
         assert runs.wait(processes) == [1], runs.said(run)
         (line,) = [each for each in runs.said(run).splitlines() if "No space left on device" in each]
         assert line.startswith("moco: ")
-        assert "make room there" in line
+        assert "free some space" in line
         assert "Traceback" not in runs.said(run)
         assert not list((run / "checkpoints").glob("*.tmp"))
         (small_disk / "ballast").unlink()
-        assert checkpoint.load(checkpoint.found(run / "checkpoints")[0])["step"] == runs.saved(run)
+        assert checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0])["step"] == runs.saved(run)
         runs.to_the_end(run)
         assert "falling back" not in runs.said(run)
         runs.same_end(run, whole)
@@ -128,7 +128,7 @@ def test_each_file_of_a_run_meets_a_full_disk_with_a_sentence_and_is_there_with_
         assert "(the state could not be kept: " in line
     else:
         assert line.startswith("moco: ")
-        assert "make room there" in line
+        assert "free some space" in line
     assert not [each for each in (small_disk / run.name).rglob("*") if each.suffix == ".tmp" or name in str(each)]
     (small_disk / "ballast").unlink()
     if name.startswith("nonfinite"):

@@ -156,13 +156,13 @@ def test_a_sweep_that_is_told_to_stop_goes_on_where_it_was(
     checkpoints = tmp_path / "sweep" / "seed-0" / "checkpoints"
     with swept(tmp_path, start_new_session=True) as process:
         try:
-            until(lambda: checkpoint.found(checkpoints))
+            until(lambda: checkpoint.list_checkpoints(checkpoints))
             (os.killpg if group else os.kill)(process.pid, number)
             _, error = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == status, error
     assert "which is saved; the same command goes on from there" in error
-    assert 0 < checkpoint.step_of(checkpoint.found(checkpoints)[0]) < 40
+    assert 0 < checkpoint.step_of(checkpoint.list_checkpoints(checkpoints)[0]) < 40
     assert not (tmp_path / "sweep" / "seed-1").exists()
     ends(tmp_path)

@@ -161,7 +161,7 @@ def test_features_that_are_not_finite_leave_the_rest(tmp_path: Path) -> None:
     from moco.runs import checkpoint
 
     made = run(tmp_path / "run", pictures(tmp_path / "all", count=6))
-    [file] = checkpoint.found(made / "checkpoints")
+    [file] = checkpoint.list_checkpoints(made / "checkpoints")
     state = checkpoint.load(file)
     for name, value in state["method"].items():
         if name.endswith("running_var"):
@@ -247,7 +247,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> Non
     made = run(tmp_path / "run", tmp_path / "nowhere", done=10)
     newest = made / "checkpoints" / "step_00000020.pt"
     newest.write_bytes(b"half")
-    with pytest.warns(UserWarning, match="falling back to the checkpoint before it"):
+    with pytest.warns(UserWarning, match="using the previous checkpoint"):
         opened = open_run(made)
     assert opened.checkpoint == made / "checkpoints" / "step_00000010.pt"
     (made / "checkpoints" / "step_00000010.pt").write_bytes(b"half")

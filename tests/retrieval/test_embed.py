@@ -240,7 +240,7 @@ def test_what_else_is_wrong_gets_a_sentence(
         with pytest.raises(ConfigError, match=r"0.0 GB are free there: choose another"):
             embed(config(made, tmp_path / "full"))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file/out cannot be written to: Not a directory"):
+    with pytest.raises(ConfigError, match=r"output=.*file/out cannot be .*Not a directory"):
         embed(config(made, tmp_path / "file" / "out"))
     hot = stage.network_of
 
@@ -258,16 +258,16 @@ def test_what_else_is_wrong_gets_a_sentence(
 
 
 def test_a_second_process_waits_outside(made: tuple[Path, Path], tmp_path: Path) -> None:
-    from moco.retrieval.store import locked
+    from moco.runtime.output_directory import lock_directory
 
     output = tmp_path / "out"
-    with locked(output):
+    with lock_directory(output, "output"):
         child = os.fork()  # a lock is a process's own: only another one can be refused
         if child == 0:
             try:
                 embed(config(made, output))
             except ConfigError as error:
-                os._exit(7 if "another process" in str(error) else 8)
+                os._exit(7 if f"is in use by process {os.getppid()}" in str(error) else 8)
             os._exit(9)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 

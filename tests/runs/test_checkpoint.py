@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is refused, and loading one runs no code."""
+"""Checkpoints: damaged ones are refused, and loading one runs no code."""
 
 import collections
 import os
@@ -24,11 +24,11 @@ from moco.config import config_dir
 from moco.digest import digest
 from moco.files import WriteError
 from moco.runs import checkpoint
-from moco.runs.checkpoint import CheckpointError, Saver, found, load, load_newest, save
+from moco.runs.checkpoint import CheckpointError, Saver, list_checkpoints, load, load_newest, save
 
 
 def state(seed: int = 0) -> dict[str, Any]:
-    """What training saves: state dicts, counters, strings, nested lists."""
+    """A state such as training saves: state dicts, counters, strings, nested lists."""
     torch.manual_seed(seed)
     layer = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
@@ -60,20 +60,20 @@ def same(a: Any, b: Any) -> bool:
 
 
 def steps(folder: Path) -> list[str]:
-    return [path.name for path in found(folder)]
+    return [path.name for path in list_checkpoints(folder)]
 
 
 # ---- round trip ----
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+def test_load_returns_what_was_saved(tmp_path: Path) -> None:
     path = save(tmp_path / "new" / "folder", 12, state(), keep_last=2)
     assert path == tmp_path / "new" / "folder" / "step_00000012.pt"
     assert same(load(path), state())
     assert sorted(os.listdir(path.parent)) == ["step_00000012.pt"]
 
 
-def test_saving_leaves_the_state_as_it_was(tmp_path: Path) -> None:
+def test_saving_does_not_change_the_state(tmp_path: Path) -> None:
     given = state()
     save(tmp_path, 1, given, keep_last=1)
     assert same(given, state())
@@ -86,7 +86,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["value", "type", "shape", "name", "plain"])
-def test_digest_sees_every_kind_of_change(change: str) -> None:
+def test_digest_detects_every_kind_of_change(change: str) -> None:
     x = torch.tensor([1.0, 2.0])
     changed = {
         "value": {"x": torch.tensor([1.0, 2.0 + 2**-22]), "step": 1},
@@ -99,23 +99,23 @@ def test_digest_sees_every_kind_of_change(change: str) -> None:
     assert digest({"x": x, "step": 1}) != digest(changed)
 
 
-def test_digest_does_not_depend_on_the_layout_in_memory() -> None:
+def test_digest_does_not_depend_on_the_memory_format() -> None:
     x = torch.randn(2, 3, 4, 4)
     assert digest(x) == digest(x.to(memory_format=torch.channels_last))
     assert digest(x[:, 1]) == digest(x[:, 1].contiguous())
 
 
-# ---- how many stay ----
+# ---- how many are kept ----
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, 3])
-def test_the_newest_stay(keep_last: int, tmp_path: Path) -> None:
+def test_only_the_newest_checkpoints_are_kept(keep_last: int, tmp_path: Path) -> None:
     for step in (1, 2, 10, 9):
         save(tmp_path, step, state(step), keep_last)
     assert steps(tmp_path) == [f"step_{step:08d}.pt" for step in sorted((1, 2, 10, 9))[::-1][:keep_last]]
 
 
-def test_those_kept_for_good_stay_and_do_not_count(tmp_path: Path) -> None:
+def test_permanent_checkpoints_are_kept_in_addition(tmp_path: Path) -> None:
     for step in range(1, 7):
         save(tmp_path, step, state(step), keep_last=2, keep=step % 2 == 1)
     assert steps(tmp_path) == [f"step_{n:08d}{'.keep' * (n % 2)}.pt" for n in (6, 5, 4, 3, 1)]
@@ -124,7 +124,7 @@ def test_those_kept_for_good_stay_and_do_not_count(tmp_path: Path) -> None:
     assert newest["step"] == 6
 
 
-def test_one_kept_for_good_is_the_newest_where_it_is(tmp_path: Path) -> None:
+def test_a_permanent_checkpoint_can_be_the_newest(tmp_path: Path) -> None:
     save(tmp_path, 1, state(1), keep_last=1)
     save(tmp_path, 2, state(2), keep_last=1, keep=True)
     newest = load_newest(tmp_path)
@@ -132,11 +132,11 @@ def test_one_kept_for_good_is_the_newest_where_it_is(tmp_path: Path) -> None:
     assert newest["step"] == 2
 
 
-# ---- never half ----
+# ---- atomic writes ----
 
 
 @pytest.mark.parametrize("where", ["write", "flush", "rename"])
-def test_a_failure_while_writing_leaves_the_checkpoint_before(
+def test_a_failure_while_writing_leaves_the_previous_checkpoint(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1, state(1), keep_last=1)
@@ -166,11 +166,11 @@ def test_a_failure_while_writing_leaves_the_checkpoint_before(
     assert newest is not None
     assert same(newest, state(1))
     assert steps(tmp_path) == ["step_00000001.pt"]
-    save(tmp_path, 2, state(2), keep_last=1)  # and the next one goes through
+    save(tmp_path, 2, state(2), keep_last=1)
     assert sorted(os.listdir(tmp_path)) == ["step_00000002.pt"]
 
 
-def test_the_file_appears_under_its_name_only_when_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_is_renamed_after_it_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     real = os.fsync
 
@@ -180,7 +180,7 @@ def test_the_file_appears_under_its_name_only_when_flushed(tmp_path: Path, monke
 
     monkeypatch.setattr(os, "fsync", look)
     save(tmp_path, 1, state(), keep_last=1)
-    assert seen == [[], ["step_00000001.pt"]]  # the file's bytes, then the folder's new name
+    assert seen == [[], ["step_00000001.pt"]]  # the file, then the directory
 
 
 # ---- damage ----
@@ -193,7 +193,7 @@ def test_a_flipped_byte_of_a_tensor_is_refused(tmp_path: Path) -> None:
     at = bytes(data).index(weight)
     data[at + 5] ^= 1
     path.write_bytes(data)
-    assert not same(torch.load(path, weights_only=True)["method"], state()["method"])  # torch notices nothing
+    assert not same(torch.load(path, weights_only=True)["method"], state()["method"])  # torch does not notice
     with pytest.raises(CheckpointError, match="was altered after it was written: its SHA-256 does not match"):
         load(path)
 
@@ -227,7 +227,7 @@ def test_a_truncated_file_is_refused(left: float, tmp_path: Path) -> None:
         load(path)
 
 
-def test_a_missing_file_and_other_contents_are_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_other_content_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         load(tmp_path / "step_00000001.pt")
     for content in ([1, 2], torch.ones(3), {"step": 1}):
@@ -236,7 +236,7 @@ def test_a_missing_file_and_other_contents_are_refused(tmp_path: Path) -> None:
             load(tmp_path / "step_00000001.pt")
 
 
-# ---- the newest ----
+# ---- the newest checkpoint ----
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
@@ -244,19 +244,19 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "missing") is None
 
 
-def test_an_unreadable_one_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+def test_an_unreadable_checkpoint_is_skipped_with_a_warning(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, state(step), keep_last=3)
     (tmp_path / "step_00000003.pt").write_bytes(b"")
     (tmp_path / "step_00000002.pt").write_bytes(b"PK and more")
-    with pytest.warns(UserWarning, match="falling back to the checkpoint before it") as caught:
+    with pytest.warns(UserWarning, match="using the previous checkpoint") as caught:
         newest = load_newest(tmp_path)
     assert newest is not None
     assert same(newest, state(1))
     assert [f"step_0000000{step}" in str(each.message) for step, each in zip((3, 2), caught, strict=True)] == [True] * 2
 
 
-def test_none_readable_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+def test_no_readable_checkpoint_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path, step, state(step), keep_last=2).write_bytes(b"x")
     with (
@@ -268,30 +268,30 @@ def test_none_readable_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
         load_newest(tmp_path)
 
 
-def test_a_single_damaged_one_is_no_reason_to_fall_back(tmp_path: Path) -> None:
+def test_a_single_damaged_checkpoint_is_an_error(tmp_path: Path) -> None:
     save(tmp_path, 1, state(1), keep_last=2).write_bytes(b"x")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(CheckpointError, match=r"step_00000001\.pt cannot be read .*; move it away to start anew$"):
+        with pytest.raises(CheckpointError, match=r"step_00000001\.pt cannot be read .*; move it away"):
             load_newest(tmp_path)
 
 
-def test_the_best_is_named_where_it_alone_can_be_read_and_can_be_gone_on_with(tmp_path: Path) -> None:
+def test_the_error_tells_how_to_resume_from_the_best_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "a run"
     save(folder, 2, state(2), keep_last=1, best=True)
     save(folder, 3, state(3), keep_last=1).write_bytes(b"x")
-    with pytest.raises(CheckpointError, match=r"best\.pt can be read: after cp .* goes on from step 2$") as caught:
+    with pytest.raises(CheckpointError, match=r"best\.pt can be read: run cp .* step 2$") as caught:
         load_newest(folder)
-    copy = re.search(r"after (cp .*) the same", str(caught.value))
+    copy = re.search(r"run (cp .*), then", str(caught.value))
     assert copy is not None
     subprocess.run(shlex.split(copy[1]), check=True)
-    with pytest.warns(UserWarning, match=r"step_00000003.*falling back to the checkpoint before it"):
+    with pytest.warns(UserWarning, match=r"step_00000003.*using the previous checkpoint"):
         newest = load_newest(folder)
     assert newest is not None
     assert same(newest, state(2))
 
 
-# ---- malice ----
+# ---- malicious files ----
 
 
 class Evil:
@@ -317,11 +317,11 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(form: str, tmp_path
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         load(path)
     assert not target.exists()
-    pickle.loads(pickle.dumps(Evil(target)))  # the bomb is live: plain pickle sets it off
+    pickle.loads(pickle.dumps(Evil(target)))  # with plain pickle the code runs
     assert target.exists()
 
 
-def test_objects_that_are_not_plain_are_refused_when_loading(tmp_path: Path) -> None:
+def test_objects_of_other_types_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1, {"config": tmp_path}, keep_last=1)  # a Path
     with pytest.raises(CheckpointError):
         checkpoint.load(path)
@@ -333,7 +333,7 @@ def test_objects_that_are_not_plain_are_refused_when_loading(tmp_path: Path) -> 
 
 
 class Slow:
-    """A torch.save that begins to write, says so, and goes on only when told to."""
+    """A torch.save that begins to write, sets `began`, and waits for `go`."""
 
     def __init__(self) -> None:
         self.real, self.began, self.go = torch.save, threading.Event(), threading.Event()
@@ -354,13 +354,13 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
     return made
 
 
-def test_the_copy_shares_nothing_and_is_of_the_same_kind() -> None:
+def test_copy_to_host_shares_nothing_and_keeps_types() -> None:
     given = state()
-    copied = checkpoint.on_host(given)
+    copied = checkpoint.copy_to_host(given)
     assert same(copied, given)
     assert digest(copied) == digest(given)
     assert type(copied["method"]) is collections.OrderedDict
-    assert vars(copied["method"]) == vars(given["method"])  # torch's notes: the versions of modules
+    assert vars(copied["method"]) == vars(given["method"])  # torch stores module versions there
     assert "_metadata" in vars(copied["method"])
     for name, value in given["method"].items():
         assert copied["method"][name].data_ptr() != value.data_ptr(), name
@@ -370,19 +370,19 @@ def test_the_copy_shares_nothing_and_is_of_the_same_kind() -> None:
     assert same(copied, state())
 
 
-def test_training_goes_on_while_it_is_written_and_what_it_does_is_not_seen(tmp_path: Path, slow: Slow) -> None:
+def test_later_changes_of_the_state_are_not_saved(tmp_path: Path, slow: Slow) -> None:
     given, saver = state(), Saver(tmp_path, keep_last=2)
     saver.save(1, given)
     assert slow.began.wait(20)
     given["method"]["0.weight"].zero_()  # the next step
     given["history"].append("later")
-    assert steps(tmp_path) == []  # not under its name before it is whole
+    assert steps(tmp_path) == []
     slow.go.set()
     saver.join()
     assert same(load(tmp_path / "step_00000001.pt"), state())
 
 
-def test_at_most_one_is_being_written(tmp_path: Path, slow: Slow) -> None:
+def test_one_checkpoint_is_written_at_a_time(tmp_path: Path, slow: Slow) -> None:
     saver, saved = Saver(tmp_path, keep_last=2), threading.Event()
 
     def save_two() -> None:
@@ -401,8 +401,8 @@ def test_at_most_one_is_being_written(tmp_path: Path, slow: Slow) -> None:
     assert steps(tmp_path) == ["step_00000002.pt", "step_00000001.pt"]
 
 
-def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path: Path) -> None:
-    """A real limit on a file's size: the system's error, through torch's own writer."""
+def test_a_full_disk_is_one_sentence_and_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    """Use a real limit on the file size, so that torch's writer meets the system's error."""
     saver = Saver(tmp_path, keep_last=1)
     saver.save(1, state(1))
     saver.join()
@@ -414,13 +414,16 @@ def test_a_full_disk_is_one_sentence_and_the_checkpoint_before_stays(tmp_path: P
         while not saver.failed() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert saver.failed()
-        with pytest.raises(CheckpointError, match=r"no checkpoint could be written to .*\(File too large\): make room"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"\(File too large\).* previous checkpoint is untouched",
+        ):
             saver.save(3, state(3))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt"]
     assert same(load(tmp_path / "step_00000001.pt"), state(1))
-    saver.save(4, state(4))  # said once; with room again it goes on
+    saver.save(4, state(4))  # the error is raised once; later checkpoints are written
     saver.join()
     assert steps(tmp_path) == ["step_00000004.pt"]
 
@@ -432,7 +435,7 @@ def save_and_raise(folder: Path, error: BaseException | None) -> None:
             raise error
 
 
-def test_leaving_waits_for_the_writer_unless_it_must_be_at_once(tmp_path: Path, slow: Slow) -> None:
+def test_exit_waits_for_the_writer_except_after_a_keyboard_interrupt(tmp_path: Path, slow: Slow) -> None:
     left = threading.Event()
 
     def leave(error: BaseException, folder: Path) -> None:
@@ -453,7 +456,7 @@ def test_leaving_waits_for_the_writer_unless_it_must_be_at_once(tmp_path: Path, 
     assert steps(tmp_path / "waits") == ["step_00000001.pt"]
 
 
-def test_what_ends_the_run_is_told_not_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_the_run_hides_the_error_of_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -487,7 +490,7 @@ saver.join()
 """
 
 
-def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     environment = os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)}
     command = [sys.executable, "-c", KILLED, str(folder)]
@@ -499,24 +502,24 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_checkpoint_before(tmp_path: 
     assert process.returncode == -signal.SIGKILL
     assert (folder / "step_00000002.pt.tmp").stat().st_size == 2000
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing to fall back from
+        warnings.simplefilter("error")  # the unfinished file is not a checkpoint
         newest = load_newest(folder)
     assert newest is not None
     assert torch.equal(newest["weight"], torch.ones(1000))
 
 
-# ---- the best ----
+# ---- the best checkpoint ----
 
 
-def test_the_best_of_a_history() -> None:
-    scores = {0: 99.0, 10: 50.0, 20: 60.0, 30: 60.0, 40: 55.0, 50: 61.0}  # the untrained encoder's is not one of them
+def test_is_best() -> None:
+    scores = {0: 99.0, 10: 50.0, 20: 60.0, 30: 60.0, 40: 55.0, 50: 61.0}  # step 0 does not count
     history = [{"step": step, "knn": [score, 0.0, 1]} for step, score in scores.items()]
     assert [step for step in range(60) if checkpoint.is_best(history, step)] == [10, 20, 50]
     assert not checkpoint.is_best([], 10)
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_the_best_stays_whatever_goes(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_checkpoint_is_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(1, "Operation not permitted")
 

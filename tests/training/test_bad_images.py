@@ -73,7 +73,9 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path:
         shutil.copy(tmp_path / "whole" / name, tmp_path / "cut" / name)
     cut.data.workers = 2
     pretrain(cut)
-    one, other = (checkpoint.load(checkpoint.found(tmp_path / run / "checkpoints")[0]) for run in ("whole", "cut"))
+    one, other = (
+        checkpoint.load(checkpoint.list_checkpoints(tmp_path / run / "checkpoints")[0]) for run in ("whole", "cut")
+    )
     assert one["step"] == other["step"] == 6
     assert digest(one["method"]) == digest(other["method"])
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
@@ -100,7 +102,7 @@ def test_the_live_accuracy_leaves_bad_pictures_out_and_says_so(
         in said
     )
     assert "1 of the 16 held-out pictures cannot be read" in said
-    state = checkpoint.load(checkpoint.found(tmp_path / "run/checkpoints")[0])
+    state = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[0])
     assert [each["step"] for each in state["history"]] == [0, 6]
     correct = state["history"][-1]["knn"][0] / 100 * 15  # of the fifteen that are left
     assert correct == pytest.approx(round(correct), abs=1e-3)

@@ -134,13 +134,13 @@ def test_to_replace_bad_pictures_is_no_way_around_one_that_is_gone(tmp_path: Pat
 
 def test_a_checkpoint_from_before_this_check_goes_on(tmp_path: Path) -> None:
     made = begun(tmp_path)
-    (old,) = checkpoint.found(tmp_path / "run" / "checkpoints")
+    (old,) = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
     state = checkpoint.load(old)
     assert state.pop("data")["length"] == 20
     checkpoint.save(old.parent, state["step"], state, keep_last=1)
     (tmp_path / "pictures" / "07.png").unlink()
     pretrain(made)
-    assert checkpoint.load(checkpoint.found(old.parent)[0])["data"]["length"] == 19
+    assert checkpoint.load(checkpoint.list_checkpoints(old.parent)[0])["data"]["length"] == 19
 
 
 # ---- ranks ----

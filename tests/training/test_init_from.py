@@ -136,7 +136,7 @@ def test_a_run_starts_from_it_and_a_resumed_one_does_not_read_it_again(
     assert f"starting from {path} (plain state dict: convnet): backbone" in " ".join(said.split())
     assert "untrained" not in said
     assert "initialized" in said
-    state = checkpoint.load(checkpoint.found(tmp_path / "run" / "checkpoints")[0])
+    state = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[0])
     assert state["step"] == 5
     for name, parameter in network.named_parameters():
         assert torch.equal(state["method"][f"encoder.backbone.{name}"], parameter)

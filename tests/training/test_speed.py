@@ -33,7 +33,7 @@ def records(run: Path) -> list[dict[str, float]]:
 
 
 def state(run: Path) -> dict[str, Any]:
-    return checkpoint.load(checkpoint.found(run / "checkpoints")[0])
+    return checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0])
 
 
 def broken_at(step: int, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:

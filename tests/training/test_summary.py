@@ -10,15 +10,15 @@ from moco.config import RunWarning
 from moco.data.loader import Plan
 from moco.data.sources import load_source
 from moco.data.view import View
-from moco.runs.directory import Journal
+from moco.runs.metrics import MetricsLogger
 from moco.training.summary import show_views
 
 
 def show(path: Path) -> None:
     sources = load_source("digits")
-    journal = Journal(path, 0)
-    show_views(journal, path, sources, Plan(len(sources.train), 8, 1, 0), [View(8)] * 2, torch.device("cpu"))
-    journal.close()
+    metrics_log = MetricsLogger(path, 0)
+    show_views(metrics_log, path, sources, Plan(len(sources.train), 8, 1, 0), [View(8)] * 2, torch.device("cpu"))
+    metrics_log.close()
 
 
 def test_views_that_cannot_be_written_are_one_warning_and_the_next_attempt_writes_them(tmp_path: Path) -> None:

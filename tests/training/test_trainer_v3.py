@@ -45,7 +45,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path:
     shutil.copy(whole / "config.yaml", cut)
     shutil.copy(whole / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
     pretrain(config(str(cut), backbone))
-    one, other = (checkpoint.load(checkpoint.found(run / "checkpoints")[0]) for run in (whole, cut))
+    one, other = (checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0]) for run in (whole, cut))
     assert one["step"] == other["step"] == 5
     assert digest(one["method"]) == digest(other["method"])
     assert digest(one["optimizer"]) == digest(other["optimizer"])

@@ -1,7 +1,5 @@
 """The training doctor: run all alarms over the records of a run, and log each finding once."""
 
-import json
-import math
 from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +8,9 @@ from typing import Any
 from moco.analysis.doctor.behavior import BEHAVIOR_ALARMS
 from moco.analysis.doctor.series import Alarm, Check, Facts, Series
 from moco.analysis.doctor.settings import SETTINGS_ALARMS
+from moco.runs.metrics import read_metrics
 
 ALARMS: tuple[Check, ...] = (*SETTINGS_ALARMS, *BEHAVIOR_ALARMS)  # causes before their consequences
-Recorded = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
 
 
 def diagnose(series: Series, facts: Facts) -> list[Alarm]:
@@ -46,23 +44,6 @@ def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
     )
 
 
-def recorded(file: Path) -> Recorded:
-    """Read metrics.jsonl. Lines that are no record, such as one cut off by a kill, are skipped; null becomes nan."""
-    series: Recorded = {}
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
-        try:
-            record = json.loads(line)
-            step = float(record.pop("step"))
-            values = {name: math.nan if value is None else float(value) for name, value in record.items()}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-        for name, value in values.items():
-            steps, numbers = series.setdefault(name, ([], []))
-            steps.append(step)
-            numbers.append(value)
-    return series
-
-
 class Doctor:
     """Collects the records of a run on rank 0 and checks them for problems.
 
@@ -74,7 +55,7 @@ class Doctor:
 
     def __init__(self, facts: Facts, file: Path, log: Callable[[str], None]) -> None:
         self._facts, self._log = facts, log
-        self._series = {name: array("d", values) for name, (_, values) in recorded(file).items()}  # 8 bytes per value
+        self._series = {name: array("d", values) for name, (_, values) in read_metrics(file).items()}
         self._reported: set[str] = set()  # an alarm that stops and returns is logged once
         self.found: list[Alarm] = []
 

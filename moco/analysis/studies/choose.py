@@ -133,7 +133,7 @@ def _runs(patterns: Sequence[str]) -> list[str]:
 
 def _checkpoints(run: str) -> list[Path]:
     """A run's checkpoints, the oldest first."""
-    found = checkpoint.found(Path(run) / "checkpoints")
+    found = checkpoint.list_checkpoints(Path(run) / "checkpoints")
     require(bool(found), f"runs: {run} holds no checkpoint: leave it out, or train it: python -m moco.train run={run}")
     return found[::-1]
 

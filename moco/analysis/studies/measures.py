@@ -101,7 +101,7 @@ def measure(
         ConfigError: if the run holds no checkpoint, or there are too few pictures.
         CheckpointError, ForeignFileError: if it cannot be read.
     """
-    found = checkpoint.found(path / "checkpoints")
+    found = checkpoint.list_checkpoints(path / "checkpoints")
     require(bool(found), f"{path} holds no checkpoint: remove it, and the same command trains it again")
     file, state = read_encoder(found[0]), checkpoint.load(found[0])
     encoder = build(file).to(device)

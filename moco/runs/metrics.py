@@ -1,0 +1,104 @@
+"""Write and read the metrics of a run: metrics.jsonl and TensorBoard's event files."""
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moco.files import atomic_write, write_errors
+
+METRICS = "metrics.jsonl"
+
+Metrics = dict[str, tuple[list[float], list[float]]]
+"""by name: steps and values"""
+
+
+class MetricsLogger:
+    """Writes metrics.jsonl and TensorBoard's events. Every method raises `WriteError` if the disk is full.
+
+    Args:
+        path: the run's directory.
+        step: the step from which training resumes. Later records of an earlier attempt are dropped: this attempt
+            writes them again.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # costs seconds at start-up
+
+        self._path = file = path / METRICS
+        with write_errors(file):
+            if file.is_file():
+                kept = [line for line, at, _ in _records(file) if at <= step and step > 0]
+                with atomic_write(file) as temporary:
+                    temporary.write_text("".join(f"{line}\n" for line in kept))
+            self._file = file.open("a", buffering=1)
+            self._hook = threading.excepthook
+            threading.excepthook = self._on_thread_error
+            self._events = SummaryWriter(str(path), purge_step=step + 1 if step else 0)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line, and one point per curve; names are "train/loss", "accuracy/knn", ..."""
+        # JSON has no NaN and no infinity, as the overflowing gradient norm of fp16: null.
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with write_errors(self._path):
+            self._file.write(json.dumps({"step": step, **plain}) + "\n")
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def log_histogram(self, name: str, counts: Any, step: int) -> None:
+        """Add counts in equal bins over -1 ... 1, shape (B,), to TensorBoard."""
+        size = len(counts)
+        edges = [-1 + 2 * (bin + 1) / size for bin in range(size)]
+        middles = [edge - 1 / size for edge in edges]
+        counts = [float(each) for each in counts]
+        total, mean = sum(counts), sum(c * m for c, m in zip(counts, middles, strict=True))
+        squares = sum(c * m * m for c, m in zip(counts, middles, strict=True))
+        with write_errors(self._path):
+            self._events.add_histogram_raw(name, -1.0, 1.0, total, mean, squares, edges, counts, step)
+
+    def log_image(self, name: str, image: Any, step: int = 0) -> None:
+        """Add an image (3, H, W), float in 0 ... 1 or uint8, to TensorBoard."""
+        with write_errors(self._path):
+            self._events.add_image(name, image, step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        try:
+            with write_errors(self._path):
+                self._file.close()
+                self._events.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
+        """Suppress the traceback of TensorBoard's writer thread: the next record raises its OSError again."""
+        if not isinstance(error.exc_value, OSError):
+            self._hook(error)
+
+
+def read_metrics(file: Path) -> Metrics:
+    """Return the series in a metrics.jsonl, empty if there is no such file. null becomes nan."""
+    metrics: Metrics = {}
+    for _, step, record in _records(file):
+        try:
+            values = {name: math.nan if value is None else float(value) for name, value in record.items()}
+        except (ValueError, TypeError):
+            continue
+        for name, value in values.items():
+            steps, numbers = metrics.setdefault(name, ([], []))
+            steps.append(step)
+            numbers.append(value)
+    return metrics
+
+
+def _records(file: Path) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """Yield each line with its step and values; skip invalid lines, such as one that a kill cut in two."""
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
+        try:
+            record = json.loads(line)
+            step = record.pop("step") + 0.0
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+        yield line, step, record
