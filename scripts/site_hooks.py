@@ -1,7 +1,7 @@
-"""What mkdocs.yml asks for beside its plugins: README.md and CONTRIBUTING.md are pages of the site, kept once.
+"""Hooks of mkdocs.yml: add README.md, CONTRIBUTING.md and CHANGELOG.md to the site.
 
-They stand at the top level, where GitHub shows them, and mkdocs reads docs/ alone. Links between the two places are
-written for GitHub, and turned here to where the pages are in the site.
+They are at the top level, where GitHub shows them, but mkdocs reads only docs/. Links between the two places are
+written for GitHub; the hooks convert them to the paths in the site.
 """
 
 import re
@@ -11,40 +11,40 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 
 
-def from_the_top(text: str) -> str:
-    """A page of the top level as one of docs/: `docs/results.md` is `results.md`, `README.md` is `readme.md`."""
+def links_from_top_level(text: str) -> str:
+    """Convert a top-level page's links: `docs/results.md` becomes `results.md`, `README.md` becomes `readme.md`."""
     text = re.sub(r"\]\(docs/", "](", text)
     for page, name in PAGES.items():
         text = text.replace(f"]({page}", f"]({name}")
     return text
 
 
-def to_the_top(text: str) -> str:
-    """A page of docs/ with links to `../README.md`, or `../../README.md`, turned to the copy inside."""
+def links_to_top_level(text: str) -> str:
+    """Convert a page's links to `../README.md` or `../../README.md` to the copy in the site."""
     for page, name in PAGES.items():
         text = re.sub(rf"\]\(((?:\.\./)*)\.\./{re.escape(page)}", rf"](\1{name}", text)
     return text
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages of the top level."""
+    """Add the top-level pages."""
     for page, name in PAGES.items():
         text = (ROOT / page).read_text(encoding="utf-8")
-        files.append(File.generated(config, name, content=from_the_top(text)))
+        files.append(File.generated(config, name, content=links_from_top_level(text)))
     return files
 
 
 def on_post_build(config: Any) -> None:
-    """A page that is opened from the disk may not start the search's worker: it hides the box and stays silent."""
+    """Hide the search box on pages opened from the disk, where browsers do not start its worker."""
     script = Path(config["site_dir"]) / "search" / "main.js"
     hide = "document.querySelectorAll('[role=search]').forEach(box => { box.hidden = true; });"
-    searched = script.read_text(encoding="utf-8")
-    script.write_text(f"if (location.protocol === 'file:') {{ {hide} }} else {{\n{searched}\n}}\n", encoding="utf-8")
+    search = script.read_text(encoding="utf-8")
+    script.write_text(f"if (location.protocol === 'file:') {{ {hide} }} else {{\n{search}\n}}\n", encoding="utf-8")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Each page as it goes into the site."""
-    return to_the_top(markdown)
+    """Convert the links of each page."""
+    return links_to_top_level(markdown)

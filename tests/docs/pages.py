@@ -1,6 +1,6 @@
-"""What is on the pages of the documentation: commands, links, anchors, quoted code.
+"""Reads commands, links, anchors and quoted code from the pages of the documentation.
 
-A page is README.md, CONTRIBUTING.md or any Markdown file below docs/.
+A page is README.md, CONTRIBUTING.md, CHANGELOG.md or any Markdown file below docs/.
 """
 
 import re
@@ -14,12 +14,12 @@ from moco.config import config_dir
 REPOSITORY = Path(config_dir()).parent
 FENCE = re.compile(r"^( *)```([\w-]*).*?\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python -m moco\.\w+|torchrun(?= )|docker(?= )|tensorboard(?= ))[^`]*)`")
-BETWEEN = {"&&", ";"}  # what may stand between two commands in a line
+SEPARATORS = {"&&", ";"}  # between two commands on a line
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command as a shell would start it."""
+    """One command, parsed as by a shell."""
 
     where: str
     """page:line, for messages"""
@@ -31,8 +31,8 @@ class Command:
 
 
 def pages() -> list[Path]:
-    """Every page, in a fixed order."""
-    top = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md"]
+    """Return every page, in a fixed order."""
+    top = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     return top + sorted((REPOSITORY / "docs").rglob("*.md"))
 
 
@@ -41,7 +41,7 @@ def name_of(page: Path) -> str:
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
-    """The fenced blocks of a language: the line that each begins at, and its text."""
+    """Yield the first line and the text of each fenced block of a language."""
     text = page.read_text(encoding="utf-8")
     for block in FENCE.finditer(text):
         if block[2] == language:
@@ -49,16 +49,16 @@ def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
 
 
 def prose(page: Path) -> str:
-    """The text without its fenced blocks; as many lines."""
+    """Return the text without its fenced blocks, with the same number of lines."""
     text = page.read_text(encoding="utf-8")
     return FENCE.sub(lambda block: "\n" * block[0].count("\n"), text)
 
 
 def commands_in(text: str, where: str = "", first: int = 1) -> Iterator[Command]:
-    """The commands of a shell's text; `first` is the number of its first line.
+    """Yield the commands of a shell text; `first` is the number of its first line.
 
     Raises:
-        ValueError: for what this small reader does not understand: a pipe, a loop.
+        ValueError: for shell syntax that this parser does not support, such as a pipe or a loop.
     """
     waiting, start = "", first
     for number, line in enumerate(text.splitlines(), first):
@@ -76,13 +76,13 @@ def _commands_of(line: str, where: str) -> Iterator[Command]:
     lexer.whitespace_split, lexer.commenters = True, "#"
     words: list[str] = []
     for word in [*lexer, ";"]:
-        if word in BETWEEN:
+        if word in SEPARATORS:
             if words:
                 yield _command(words, where)
             words = []
         elif set(word) <= set(";&|()<>"):
             raise ValueError(
-                f"{where}: {word!r} is more of a shell than tests/docs reads: write the commands one by one"
+                f"{where}: {word!r} is shell syntax that tests/docs does not support: write the commands one by one"
             )
         else:
             words.append(word)
@@ -97,12 +97,12 @@ def _command(words: list[str], where: str) -> Command:
 
 
 def block_commands(page: Path) -> list[Command]:
-    """All commands of the page's ```bash blocks."""
+    """Return all commands of the page's ```bash blocks."""
     return [each for first, text in blocks(page, "bash") for each in commands_in(text, name_of(page), first)]
 
 
 def inline_commands(page: Path) -> list[Command]:
-    """The commands of ours that stand in the text between backticks."""
+    """Return moco's commands between backticks in the text."""
     text = prose(page)
     return [
         each
@@ -112,7 +112,7 @@ def inline_commands(page: Path) -> list[Command]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub generates them."""
     found: dict[str, int] = {}
     names = set()
     for heading in re.findall(r"^#{1,6} +(.+?) *$", prose(page), flags=re.MULTILINE):
@@ -124,7 +124,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> Iterator[tuple[int, str]]:
-    """Line and target of each link and figure in the text."""
+    """Yield line and target of each link and figure in the text."""
     text = prose(page)
     for link in re.finditer(r"\]\(\s*<?([^)\s>]+)", text):
         yield text.count("\n", 0, link.start()) + 1, link[1]

@@ -1,7 +1,7 @@
-"""Small stand-ins for what the documentation's commands name: IMAGES, CIFAR, ImageNet, an official file, a run.
+"""Small substitutes for what the documentation's commands name: IMAGES, CIFAR, ImageNet, an official file, a run.
 
-And the overrides that make each command small. They come behind the command's own words, so all of these are read and
-checked first; what a page says about batch, epochs or network is then replaced by less.
+Also the overrides that make each command small. They follow the command's own arguments, so those are parsed and
+checked first; then batch size, epochs and network are replaced by smaller ones.
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.data.pictures import gradient
 from tests.docs.pages import REPOSITORY, blocks
 
 CLASSES = ("cat", "dog")
-# How a page calls what is made here under another name.
+# Names on the pages, and the names of their substitutes.
 RENAMED = {"/data/imagenet": "imagenet", "moco.NAME": "moco.train", "=NAME": "=digits"}
 
 DIGITS = ["epochs=1", "batch_size=256", "model.options.width=4", "evaluate.draws=2", "checkpoint.keep_epochs=1"]
@@ -31,17 +31,17 @@ FEW = ["threads=1", "data.workers=0"]
 
 
 def small(module: str, arguments: tuple[str, ...]) -> list[str]:
-    """The overrides that make `python -m MODULE ARGUMENTS` small.
+    """Return the overrides that make `python -m MODULE ARGUMENTS` small.
 
     Raises:
-        ValueError: for a command that is not known here: the documentation has a new one.
+        ValueError: for an unknown command: the documentation has a new one.
     """
     if module == "moco.train":
         return small_training(arguments)
     if module == "moco.linear":
         official = any(each.startswith("protocol=moco") for each in arguments)
-        pictures = ["images.size=32", "images.resize=36"] * any(each.startswith("data=imagenet") for each in arguments)
-        return [*FEW, *(["epochs=1"] if official else SWEEP), *pictures]
+        images = ["images.size=32", "images.resize=36"] * any(each.startswith("data=imagenet") for each in arguments)
+        return [*FEW, *(["epochs=1"] if official else SWEEP), *images]
     if module == "moco.temperature" and "mode=explain" not in arguments:
         training = [*(each for each in DIGITS if "epochs" not in each), "evaluate.every_epochs=0", "device=cpu"]
         fields = ["temperatures=[0.2]", "seeds=1", "epochs=1", "images=60", "draws=2", "bins=10", "keep_epochs=1"]
@@ -59,12 +59,12 @@ def small(module: str, arguments: tuple[str, ...]) -> list[str]:
         "moco.choose": ["images=60", "draws=2", "probe_labels_per_class=1", "threads=1"],
     }.get(module)
     if found is None:
-        raise ValueError(f"{module} is new in the documentation: say in tests/docs/stand_ins.py what makes it small")
+        raise ValueError(f"{module} is new in the documentation: add overrides for it to tests/docs/stand_ins.py")
     return found
 
 
 def small_training(arguments: tuple[str, ...]) -> list[str]:
-    """As `small`, by the recipe."""
+    """Return the overrides for a training command, by its recipe."""
     recipe = next((each.partition("=")[2] for each in arguments if each.startswith("experiment=")), "digits")
     if "digits" in recipe or recipe == "mine":
         return DIGITS
@@ -74,23 +74,25 @@ def small_training(arguments: tuple[str, ...]) -> list[str]:
 
 
 def without_options(recipe: str) -> list[str]:
-    """Takes out what a recipe itself says of its backbone, which the small one does not know."""
-    said = yaml.safe_load((REPOSITORY / "configs" / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    return [f"~model.options.{name}" for name in said.get("model", {}).get("options", {})]
+    """Remove the recipe's backbone options, which the small backbone does not have."""
+    recipe_values = yaml.safe_load(
+        (REPOSITORY / "configs" / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    )
+    return [f"~model.options.{name}" for name in recipe_values.get("model", {}).get("options", {})]
 
 
 class SmallCifar:
     """torchvision's CIFAR10 and CIFAR100 without the archive: 40 gradients, 20 held out."""
 
     def __init__(self, root: str, train: bool, download: bool) -> None:
-        pictures = range(40) if train else range(100, 120)
-        self.data = np.stack([np.asarray(gradient(seed, 32, 32)) for seed in pictures])  # (N, 32, 32, 3)
-        self.targets = [seed % 2 for seed in pictures]
+        seeds = range(40) if train else range(100, 120)
+        self.data = np.stack([np.asarray(gradient(seed, 32, 32)) for seed in seeds])  # (N, 32, 32, 3)
+        self.targets = [seed % 2 for seed in seeds]
         self.classes = list(CLASSES)
 
 
 def tree(root: Path, each: int, first: int) -> None:
-    """So many pictures a class, ROOT/CLASS/NUMBER.png."""
+    """Write images to ROOT/CLASS/NUMBER.png, `each` per class."""
     for label, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
         for number in range(each):
@@ -106,7 +108,7 @@ def official_file(path: Path) -> None:
 
 
 def make(root: Path) -> None:
-    """All that pages may name, but the runs."""
+    """Write all data that pages name, except runs."""
     tree(root / "TRAIN", each=20, first=0)
     tree(root / "TEST", each=8, first=100)
     for place, target in {
@@ -115,7 +117,7 @@ def make(root: Path) -> None:
         "imagenet/train": "../TRAIN",
         "imagenet/val": "../TEST",
         "scripts": str(REPOSITORY / "scripts"),
-        "RUN": "runs/cifar10_cpu",  # results.md: whatever the run before it on the page was called
+        "RUN": "runs/cifar10_cpu",  # the run that results.md trains before it uses this name
     }.items():
         (root / place).parent.mkdir(exist_ok=True)
         os.symlink(target, root / place)

@@ -1,4 +1,4 @@
-"""Every command of the documentation is executed: page by page, in the order in which it stands there."""
+"""Runs every command of the documentation, page by page, in the order of the page."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ import torchvision
 
 from moco.training import speed
 from tests.docs.pages import Command, block_commands, commands_in, inline_commands, name_of, pages
-from tests.docs.shell import Done, Shell
+from tests.docs.shell import CommandCache, Shell
 from tests.docs.stand_ins import SmallCifar, make
 
 WITH_COMMANDS = [page for page in pages() if block_commands(page)]
@@ -19,10 +19,10 @@ WITH_MENTIONS = [page for page in pages() if inline_commands(page)]
 
 
 class Workplace:
-    """A folder with all that pages may name, made once; each page gets a copy."""
+    """A folder with all data that pages name, made once. Each page gets a copy."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.done = folder, Done()
+        self.folder, self.cache = folder, CommandCache()
         make(folder)
 
     def copied(self, to: Path) -> Path:
@@ -31,7 +31,7 @@ class Workplace:
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CIFAR without its archive; the terminal's width; no look at the machine's speed: half of a small run."""
+    """Replace CIFAR's archive, set the terminal's width, and skip the measurement of the machine's speed."""
     monkeypatch.setattr(speed, "step_flops", lambda *_: 1)
     monkeypatch.setattr(speed, "matrix_rate", lambda *_: 1.0)
     for name in ("CIFAR10", "CIFAR100"):
@@ -41,40 +41,43 @@ def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shell_in(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], done: Done | None = None
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    cache: CommandCache | None = None,
 ) -> Shell:
     monkeypatch.chdir(folder)
 
     def output() -> str:
-        said = capfd.readouterr()
-        return said.out[-3000:] + said.err[-3000:]
+        captured = capfd.readouterr()
+        return captured.out[-3000:] + captured.err[-3000:]
 
-    return Shell(folder, monkeypatch, output, done)
+    return Shell(folder, monkeypatch, output, cache)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """With runs/digits, trained by the first command of the documentation, small."""
+    """The folder with runs/digits, trained by a small version of the documentation's first command."""
     made = Workplace(tmp_path_factory.mktemp("docs") / "work")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as captured:
         patch.chdir(made.folder)
-        Shell(made.folder, patch, said.getvalue).run(
+        Shell(made.folder, patch, captured.getvalue).run(
             Command("first", ("python", "-m", "moco.train", "run=runs/digits"))
         )
-    for other in ("runs/first", "runs/temperature/t0.5/seed0"):  # further runs that pages name
+    for other in ("runs/first", "runs/temperature/t0.5/seed0"):  # other runs that pages name
         shutil.copytree(made.folder / "runs" / "digits", made.folder / other)
     return made
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
-def test_the_commands_of_a_page(
+def test_commands_of_a_page_run(
     page: Path,
     workplace: Workplace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    shell = shell_in(workplace.copied(tmp_path / "work"), monkeypatch, capfd, workplace.done)
+    shell = shell_in(workplace.copied(tmp_path / "work"), monkeypatch, capfd, workplace.cache)
     commands = block_commands(page)
     for command in commands:
         shell.run(command)
@@ -82,20 +85,20 @@ def test_the_commands_of_a_page(
 
 
 @pytest.mark.parametrize("page", WITH_MENTIONS, ids=name_of)
-def test_what_a_page_mentions_composes(
+def test_commands_mentioned_in_the_text_compose(
     page: Path,
     workplace: Workplace,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    shell = shell_in(workplace.copied(tmp_path / "work"), monkeypatch, capfd, workplace.done)
+    shell = shell_in(workplace.copied(tmp_path / "work"), monkeypatch, capfd, workplace.cache)
     for command in inline_commands(page):
         shell.compose(command)
     assert shell.ran
 
 
-def test_no_command_hides_in_a_block_of_another_kind() -> None:
+def test_commands_are_only_in_bash_blocks() -> None:
     for page in pages():
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r"^ *```(?:sh|shell|console|zsh)\b", text, flags=re.MULTILINE), page
@@ -104,48 +107,44 @@ def test_no_command_hides_in_a_block_of_another_kind() -> None:
     assert sum(len(block_commands(page)) for page in pages()) > 60
 
 
-def test_a_command_that_nobody_knows_fails(
+def test_an_unknown_command_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shell = shell_in(tmp_path, monkeypatch, capfd)
     for line in ("make all", "python -m moco.sing loud=true", "python other.py"):
-        with pytest.raises(ValueError, match=r"say in tests/docs/\w+.py"):
+        with pytest.raises(ValueError, match=r"tests/docs/\w+\.py"):
             shell.run(Command("here", tuple(line.split())))
-    with pytest.raises(AssertionError, match="there is no such extra"):
+    with pytest.raises(AssertionError, match=r"momentum-contrast\[opera\]"):
         shell.run(Command("here", ("pip", "install", "momentum-contrast[opera]")))
 
 
-def test_what_is_said_twice_runs_once_and_leaves_the_same(tmp_path: Path) -> None:
-    done, first, second, words = (
-        Done(),
-        tmp_path / "first",
-        tmp_path / "second",
-        ["sing", "song=songs/one", "loud=true"],
-    )
+def test_a_repeated_command_runs_once_and_restores_its_files(tmp_path: Path) -> None:
+    cache, first, second = CommandCache(), tmp_path / "first", tmp_path / "second"
+    words = ["sing", "song=songs/one", "loud=true"]
     for folder in (first, second):
         folder.mkdir()
-        (folder / "kept").write_text("as it was")
-    said = Done.said(first, words, {"A": "1"})
-    assert not done.again(said, first)
-    with done.noting(said, first):
+        (folder / "other").write_text("before")
+    invocation = cache.invocation(first, words, {"A": "1"})
+    assert not cache.restore(invocation, first)
+    with cache.record(invocation, first):
         (first / "songs").mkdir()
         (first / "songs" / "one").write_text("la")
-    (first / "kept").write_text("changed by another command")
-    # Of a field that is set twice only the last word counts, as for Hydra.
-    assert done.again(Done.said(second, [words[0], "loud=false", *words[1:]], {"A": "1"}), second)
+    (first / "other").write_text("changed by another command")
+    # If a field is set twice, only the last value counts, as in Hydra.
+    assert cache.restore(cache.invocation(second, [words[0], "loud=false", *words[1:]], {"A": "1"}), second)
     assert (second / "songs" / "one").read_text() == "la"
-    assert (second / "kept").read_text() == "as it was"
-    # It finds something now; its environment differs; it failed.
-    assert not done.again(Done.said(second, words, {"A": "1"}), second)
+    assert (second / "other").read_text() == "before"
+    # Another command: a path that it names exists now, its environment differs, or it failed.
+    assert not cache.restore(cache.invocation(second, words, {"A": "1"}), second)
     third = tmp_path / "third"
-    assert not done.again(Done.said(third, words, {"A": "2"}), third)
-    with pytest.raises(AssertionError), done.noting(Done.said(third, ["shout"], {}), third):
+    assert not cache.restore(cache.invocation(third, words, {"A": "2"}), third)
+    with pytest.raises(AssertionError), cache.record(cache.invocation(third, ["shout"], {}), third):
         raise AssertionError
-    assert not done.again(Done.said(third, ["shout"], {}), third)
+    assert not cache.restore(cache.invocation(third, ["shout"], {}), third)
 
 
-def test_how_a_line_is_read() -> None:
-    text = "A=1 one 'a b' c=[1,2] && two   # said\nthree \\\n  four; five 'x=${seed}'\n"
+def test_a_shell_line_is_split_into_commands() -> None:
+    text = "A=1 one 'a b' c=[1,2] && two   # a comment\nthree \\\n  four; five 'x=${seed}'\n"
     found = list(commands_in(text, "p", 7))
     assert [(each.where, each.words) for each in found] == [
         ("p:7", ("one", "a b", "c=[1,2]")),
@@ -154,11 +153,11 @@ def test_how_a_line_is_read() -> None:
         ("p:8", ("five", "x=${seed}")),
     ]
     assert found[0].environment == {"A": "1"}
-    with pytest.raises(ValueError, match="more of a shell"):
+    with pytest.raises(ValueError, match=r"'\|'"):
         list(commands_in("one | two"))
 
 
-def test_a_command_that_fails_is_seen(
+def test_a_failing_command_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shell = shell_in(tmp_path, monkeypatch, capfd)
