@@ -13,7 +13,7 @@ class ChooseConfig:
     """directories of runs of moco.train on the same pictures, each with the checkpoints that it kept
     (checkpoint.keep_epochs); a pattern such as runs/temperature/t*/seed* names several"""
     output: str = "runs/choose"
-    """gets results.json and the figure"""
+    """directory for choose.json, the results"""
     images: int = 2000
     """at most so many training pictures are measured, drawn once, without their labels"""
     labels: bool = True

@@ -27,7 +27,7 @@ class TemperatureConfig:
     keep_epochs: int = 0
     """each run keeps a checkpoint every so many epochs, for moco.choose; 0: the last ones only"""
     output: str = "runs/temperature"
-    """gets tT/seedS/, the runs; results.json; the figures, as SVG. A sweep started again there goes on"""
+    """directory for the runs (tT/seedS/), temperature.json and the figures (SVG); the same output resumes a study"""
     images: int = 2000
     """at most so many held-out pictures (training pictures where none are held out) are measured, drawn once"""
     labels_per_class: int = 1

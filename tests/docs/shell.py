@@ -27,7 +27,7 @@ from typing import NamedTuple, TextIO
 import pytest
 import yaml
 
-from moco.analysis.studies import temperature
+from moco.runs import sweep as runner
 from scripts import sweep
 from tests.docs.pages import REPOSITORY, Command, commands_in
 from tests.docs.stand_ins import RENAMED, small
@@ -208,7 +208,7 @@ class Shell:
             patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restores what a command changes
             patch.setenv("HYDRA_FULL_ERROR", "1")  # likewise
             patch.setattr(sys, "argv", words)
-            patch.setattr(temperature, "subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=subprocess.STDOUT))
+            patch.setattr(runner, "subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=subprocess.STDOUT))
             for name, value in command.environment.items():
                 patch.setenv(name, value)
             status: object = None

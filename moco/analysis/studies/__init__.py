@@ -1,1 +1,24 @@
 """Studies over several runs: the effect of the temperature, and choosing a checkpoint without labels."""
+
+from pathlib import Path
+
+import torch
+
+from moco.config import ConfigError
+from moco.runtime.device import pick_device
+
+
+def open_study(output: str, device: str, threads: int) -> tuple[Path, torch.device]:
+    """Make the output directory of a study, set the number of CPU threads, and return directory and device.
+
+    Raises:
+        ConfigError: if the directory cannot be made.
+    """
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output={folder} cannot be made: {error.strerror}") from error
+    if threads:
+        torch.set_num_threads(threads)
+    return folder, pick_device(device)

@@ -1,7 +1,11 @@
-"""The figures of the temperature study and of the three logits, as SVG on a light ground of their own."""
+"""The figures of the temperature study and of `mode=explain`, as SVG with a white background.
+
+Legend: B bins.
+"""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import torch
 from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies.measures import Run
 from moco.config import ConfigError
+from moco.files import atomic_write
 
 RIGHT, WRONG = 0, 1  # which candidate is the answer
 _STYLE = {
@@ -27,7 +32,7 @@ _STYLE = {
 
 
 def matplotlib() -> Any:
-    """The module, with `figure` imported.
+    """Return the module, with `matplotlib.figure` imported.
 
     Raises:
         ConfigError: if it is not installed.
@@ -39,48 +44,56 @@ def matplotlib() -> Any:
         raise ConfigError("figures need matplotlib: pip install 'momentum-contrast[figures]'") from error
 
 
+@contextmanager
+def drawing(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+    """Yield a figure of `size` inches and its axes (rows, columns), in one style; save it as SVG at the end."""
+    library = matplotlib()
+    with library.rc_context(_STYLE):
+        figure = library.figure.Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
 def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, highest: float) -> None:
-    """Softmax, loss and the size of its slopes for one query against the temperature, the answer right and wrong.
+    """Draw softmax, loss and gradient of one query against the temperature, for a right and a wrong answer.
 
     Args:
         path: the SVG file.
-        similarities: of the candidates, the first two of which are the right and the wrong answer.
-        lowest, highest: temperatures.
+        similarities: of the candidates; the first is the right answer, the second the wrong one.
+        lowest: temperature.
+        highest: temperature.
     """
     grid = torch.logspace(np.log10(lowest), np.log10(highest), 200, dtype=torch.float64)
-    with matplotlib().rc_context(_STYLE):
-        figure, axes = _panels(2, 3, 9.6, 5.4)
-        for row, answer in enumerate((RIGHT, WRONG)):
-            told = explain_temperature(torch.tensor(similarities), answer, grid)
-            what = ("right", "wrong")[row]
+    colors = _colors(len(similarities))
+    with drawing(path, 2, 3, (9.6, 5.4)) as (_, axes):
+        for row, (answer, kind) in enumerate(((RIGHT, "right"), (WRONG, "wrong"))):
+            explained = explain_temperature(torch.tensor(similarities), answer, grid)
             softmax, loss, slope = axes[row]
             for place, similarity in enumerate(similarities):
-                role = "the answer" if place == answer else "a negative"
-                style = {"color": _colors(len(similarities))[place], "linestyle": "-" if place == answer else "--"}
-                softmax.plot(grid, told.softmax[:, place], label=f"s = {similarity:g}, {role}", **style)
-                slope.plot(grid, told.gradient[:, place].abs(), **style)
-            loss.plot(grid, told.loss, color="#333333")
+                role, line = ("the answer", "-") if place == answer else ("a negative", "--")
+                style = {"color": colors[place], "linestyle": line}
+                softmax.plot(grid, explained.softmax[:, place], label=f"s = {similarity:g}, {role}", **style)
+                slope.plot(grid, explained.gradient[:, place].abs(), **style)
+            loss.plot(grid, explained.loss, color="#333333")
             softmax.legend(fontsize=7)
             for axis, name in zip(axes[row], ("softmax", "loss", "pull and push"), strict=True):
-                axis.set(xscale="log", title=f"{name}, the answer is {what}")
-                if row == WRONG:
-                    axis.set_xlabel("temperature T")
-            if answer == WRONG:  # from here over orders of magnitude
-                loss.set_yscale("log")
-                slope.set(yscale="log", ylim=(1e-2, None))
-        _save(figure, path)
+                axis.set(xscale="log", title=f"{name}, the answer is {kind}")
+        for axis in axes[1]:
+            axis.set_xlabel("temperature T")
+        axes[1][1].set_yscale("log")  # a wrong answer's values span orders of magnitude
+        axes[1][2].set(yscale="log", ylim=(1e-2, None))
 
 
 def draw_curves(path: Path, runs: Sequence[Run]) -> None:
-    """Four measures against the temperature: the mean over seeds, and each run as a point."""
+    """Draw four measures against the temperature: the mean over seeds, and each run as a point."""
     panels: dict[str, list[float | None]] = {
         "uniformity (lower: more even)": [each.projection.uniformity for each in runs],
         "tolerance (similarity within a class)": [each.projection.tolerance for each in runs],
         "few-label kNN accuracy, %": [None if each.knn is None else each.knn.mean for each in runs],
-        "negatives that count, in effect": [each.contrast.effective_negatives for each in runs],
+        "effective negatives": [each.contrast.effective_negatives for each in runs],
     }
-    with matplotlib().rc_context(_STYLE):
-        figure, axes = _panels(2, 2, 8.0, 5.6)
+    with drawing(path, 2, 2, (8.0, 5.6)) as (_, axes):
         for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
             axis.set(xscale="log", title=title)
             known = [(run.temperature, value) for run, value in zip(runs, values, strict=True) if value is not None]
@@ -96,54 +109,50 @@ def draw_curves(path: Path, runs: Sequence[Run]) -> None:
         for axis in axes[1]:
             axis.set_xlabel("temperature T")
         axes[1][1].set_yscale("log")
-        _save(figure, path)
 
 
 def draw_similarities(path: Path, runs: Sequence[Run]) -> None:
-    """Positive and negative similarities, each to its own peak; one panel a temperature, the seeds together."""
-    by_temperature = _by_temperature(runs)
-    with matplotlib().rc_context(_STYLE):
-        columns = min(4, len(by_temperature))
-        rows = -(-len(by_temperature) // columns)
-        figure, axes = _panels(rows, columns, 2.4 * columns + 0.4, 1.9 * rows + 0.5)
-        for axis in axes.flat[len(by_temperature) :]:
+    """Draw histograms of positive and negative similarities, each scaled to its peak; one panel per temperature."""
+    groups = _by_temperature(runs)
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    with drawing(path, rows, columns, (2.4 * columns + 0.4, 1.9 * rows + 0.5)) as (figure, axes):
+        for axis in axes.flat[len(groups) :]:
             axis.set_visible(False)
-        for axis, (temperature, group) in zip(axes.flat, by_temperature.items(), strict=False):
+        for axis, (temperature, group) in zip(axes.flat, groups.items(), strict=False):
             for name, color in (("positives_at", "#c2571a"), ("negatives_at", "#1f5fa8")):
                 counts = np.sum([getattr(each.contrast, name) for each in group], axis=0)
                 edges = bin_edges(len(counts))
                 axis.stairs(counts / counts.max(), edges, fill=True, alpha=0.55, color=color, label=name[:9])
             axis.set(title=f"T = {temperature:g}", xlim=(-1, 1), xticks=[-1, 0, 1], yticks=[])
-        axes.flat[0].legend(fontsize=7, loc="upper left")
+        axes[0][0].legend(fontsize=7, loc="upper left")
         figure.supxlabel("cosine similarity to the query", fontsize=9)
-        _save(figure, path)
 
 
 def draw_penalties(path: Path, runs: Sequence[Run]) -> None:
-    """Which negatives get the push: by similarity all together, and a single one, for each temperature."""
-    by_temperature = _by_temperature(runs)
-    with matplotlib().rc_context(_STYLE):
-        figure, (whole, single) = _panels(1, 2, 9.0, 3.6)
-        colors = _colors(len(by_temperature))
-        for color, (temperature, group) in zip(colors, by_temperature.items(), strict=True):
+    """Draw how the push depends on a negative's similarity: the total per similarity, and the push on one negative."""
+    groups = _by_temperature(runs)
+    with drawing(path, 1, 2, (9.0, 3.6)) as (_, axes):
+        total, single = axes[0]
+        for color, (temperature, group) in zip(_colors(len(groups)), groups.items(), strict=True):
             share, one = penalties(group)
-            centers = (bin_edges(len(share))[1:] + bin_edges(len(share))[:-1]) / 2
-            whole.plot(centers, share * len(share) / 2, color=color, label=f"T = {temperature:g}")
+            edges = bin_edges(len(share))
+            centers = (edges[1:] + edges[:-1]) / 2
+            total.plot(centers, share * len(share) / 2, color=color, label=f"T = {temperature:g}")
             single.plot(centers, one, color=color)
-        whole.set(title="where the push goes (density)", xlabel="similarity of the negative", xlim=(-1, 1))
-        single.set(title="push on one negative ÷ the mean's", xlabel="similarity of the negative", xlim=(-1, 1))
-        single.set(yscale="log", ylim=(1e-6, None))  # what is below moves nothing
+        total.set(title="distribution of the push (density)", xlabel="similarity of the negative", xlim=(-1, 1))
+        single.set(title="push on one negative ÷ mean push", xlabel="similarity of the negative", xlim=(-1, 1))
+        single.set(yscale="log", ylim=(1e-6, None))  # anything lower has no effect
         single.axhline(1, color="#333333", linewidth=0.6)
-        whole.legend(fontsize=7)
-        _save(figure, path)
+        total.legend(fontsize=7)
 
 
 def penalties(runs: Sequence[Run]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The two curves of a temperature's penalty figure, each (B,), means over the runs.
+    """Return the two curves of one temperature in the penalty figure, each (B,), means over its runs.
 
     Returns:
-        The share of the push that falls on negatives in a bin (sums to 1); and how many times the average negative's a
-        single one's is there, nan where a bin holds less than 10 of a run's similarities on average.
+        The share of the push on the negatives of each bin, which sums to 1. And the push on a single negative divided
+        by the mean push, nan in bins with fewer than 10 similarities per run on average.
     """
     share = np.mean([each.contrast.push_at for each in runs], axis=0)
     counts = np.mean([each.contrast.negatives_at for each in runs], axis=0)
@@ -157,17 +166,5 @@ def _by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
 
 
 def _colors(count: int) -> list[Any]:
-    """From dark to light in viridis, whose order shows without color vision too; the lightest, yellow, is left out."""
-    shades = matplotlib().colormaps["viridis"](np.linspace(0, 0.85, max(2, count)))
-    return list(shades)[:count]
-
-
-def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes: (rows, columns), or of one row (columns,)."""
-    figure = matplotlib().figure.Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, axes if rows > 1 else axes[0]
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, format="svg", metadata={"Date": None})
+    """Return colors from dark to light in viridis, ordered also without color vision; not its palest, yellow."""
+    return list(matplotlib().colormaps["viridis"](np.linspace(0, 0.85, max(2, count))))[:count]

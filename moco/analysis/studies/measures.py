@@ -1,35 +1,29 @@
-"""What a finished run of the temperature study is measured by: one run directory to plain numbers.
+"""Measures of a finished run of the temperature study: geometry, few-label kNN, similarities and pushes.
 
-Everything is measured in eval mode, on pictures that the run was not trained on where there are such. Uniformity and
-tolerance are those of the plain evaluation view; alignment, similarities and pushes are of two augmented views, as the
-loss sees them: the query by the encoder, its positive by the momentum encoder, the negatives the queue's last keys.
+All networks are in eval mode. The images are held-out ones if the data set has them, else training images. Uniformity
+and tolerance are those of plain evaluation views. Alignment, similarities and pushes are those of two augmented views,
+as in the loss: the encoder makes the query, the momentum encoder its positive, and the queue's keys are the negatives.
 
-Legend: N pictures, C dimension, K negatives, B bins.
+Legend: N images, D feature dimension, C projection dimension, K negatives, B bins.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moco.analysis import alignment, hardness, relative_penalty, similarity_histogram, tolerance, uniformity
+from moco.analysis.studies.outputs import ROWS, VOTE, augmented_views, encode, in_parts, plain_features
 from moco.builder import UNKNOWN, unit_length
-from moco.config import AugmentConfig, require
-from moco.data.augment import augment, crop_one
-from moco.data.opening import build_views
+from moco.config import require
+from moco.config.temperature import TemperatureConfig
 from moco.data.sources import Source, Sources, limited
-from moco.data.view import draw, draw_crop
-from moco.evaluation.features import extract
 from moco.evaluation.knn_classifier import Accuracy, knn_accuracy
-from moco.interop.encoder_file import EncoderFile, ForeignFileError, build, read_encoder
+from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.models.encoder import Encoder
 from moco.runs import checkpoint
-
-ROWS = 256  # pictures or queries at once; changes memory, not results
-VOTE = 0.1  # a neighbor's vote weighs exp(similarity / VOTE); with one neighbor all the same
 
 
 @dataclass(frozen=True)
@@ -49,121 +43,84 @@ class Contrast:
     negatives: int  # K
     effective_negatives: float  # mean over the queries, 1 ... K
     push: float  # 1 - P of the positive: how much gradient is left, 0 ... 1
-    positives_at: list[int]  # (B,), how many positive similarities lie in each bin over -1 ... 1
-    negatives_at: list[int]  # (B,), the same of the negatives
-    push_at: list[float]  # (B,), the share of a query's push that falls on negatives of each bin; sums to 1
+    positives_at: list[int]  # (B,), number of positive similarities in each bin over -1 ... 1
+    negatives_at: list[int]  # (B,), the same for the negatives
+    push_at: list[float]  # (B,), share of a query's push on the negatives in each bin; sums to 1
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the study and what it is measured by."""
+    """A run of the study and its measures."""
 
     temperature: float
     seed: int
     path: str
     step: int
     seconds: float  # of training
-    pictures: int  # N
-    knn: Accuracy | None  # percent; None without labeled held-out pictures
+    pictures: int  # N; the name is that in the results file
+    knn: Accuracy | None  # percent; None without labeled held-out images
     projection: Space
     backbone: Space
     contrast: Contrast
 
     def plain(self) -> dict[str, Any]:
-        """For results.json."""
+        """Return the values for the results file."""
         return asdict(self) | {"knn": None if self.knn is None else self.knn._asdict()}
 
 
 def measure(
-    path: Path,
-    temperature: float,
-    seed: int,
-    sources: Sources,
-    images: int,
-    k: int,
-    labels_per_class: int,
-    draws: int,
-    bins: int,
-    device: torch.device,
+    path: Path, temperature: float, seed: int, sources: Sources, config: TemperatureConfig, device: torch.device
 ) -> Run:
-    """Measures the newest checkpoint of a run.
+    """Measure the newest checkpoint of a run.
 
     Args:
-        path: the run's directory.
-        temperature, seed: that it was told.
-        sources: its data.
-        images: at most so many pictures are measured.
-        k, labels_per_class, draws: of the few-label kNN.
-        bins: B.
-        device: where.
+        path: the run directory.
+        temperature: of the run.
+        seed: of the run.
+        sources: the data of the run.
+        config: images, bins, and the settings of few-label kNN.
+        device: of the computation.
 
     Raises:
-        ConfigError: if the run holds no checkpoint, or there are too few pictures.
-        CheckpointError, ForeignFileError: if it cannot be read.
+        ConfigError: if the run has no checkpoint, or there are fewer than two images.
+        CheckpointError, ForeignFileError: if the checkpoint cannot be read.
     """
     found = checkpoint.list_checkpoints(path / "checkpoints")
-    require(bool(found), f"{path} holds no checkpoint: remove it, and the same command trains it again")
+    require(bool(found), f"run {path} has no checkpoint: delete it and run the same command again to retrain it")
     file, state = read_encoder(found[0]), checkpoint.load(found[0])
-    encoder = build(file).to(device)
-    pictures = limited(sources.held_out or sources.train, images)
-    require(len(pictures) >= 2, f"{len(pictures)} pictures are too few to measure: two or more are needed")
-    features = plain_features(encoder.backbone, pictures, file, device)  # (N, D)
-    views = two_views(pictures, file, device)
-    query = [in_parts(encoder.backbone, view) for view in views]  # two of (N, D)
-    projected = [in_parts(encoder.head, each) for each in query]  # two of (N, C)
-    key = unit_length(in_parts(_key_encoder(found[0], device) or encoder, views[1]))  # (N, C)
-    queue = _queue(state["method"], device)
+    images = limited(sources.held_out or sources.train, config.images)
+    require(len(images) >= 2, f"the data set has {len(images)} image to measure: at least 2 are needed")
+    views = augmented_views(images, file, device)
+    outputs = encode(file, images, views, device)
+    query, other = (in_parts(outputs.encoder.head, each) for each in outputs.view_features)  # (N, C) each
+    key = in_parts(_momentum_encoder(found[0], device) or outputs.encoder, views[1])  # (N, C)
+    knn, bank = None, sources.bank
+    if bank is not None and bank.labels is not None and sources.held_out is not None and images.labels is not None:
+        references = plain_features(outputs.encoder.backbone, bank, file, device)
+        few_labels = (config.k, VOTE, config.labels_per_class, config.draws)
+        knn = knn_accuracy(references, bank.labels, outputs.features, images.labels, *few_labels)
     return Run(
         temperature,
         seed,
         str(path),
         file.step,
         float(state["seconds"]),
-        len(pictures),
-        _knn(features, encoder, sources, pictures, file, k, labels_per_class, draws, device),
-        _space(in_parts(encoder.head, features), projected, pictures),
-        _space(features, query, pictures),
-        contrast_of(unit_length(projected[0]), key, queue, temperature, bins),
+        len(images),
+        knn,
+        _space(outputs.projection, (query, other), images),
+        _space(outputs.features, outputs.view_features, images),
+        contrast_of(unit_length(query), unit_length(key), _queue(state["method"], device), temperature, config.bins),
     )
-
-
-def plain_features(network: nn.Module, source: Source, file: EncoderFile, device: torch.device) -> Tensor:
-    """Features (N, D) of a source's plain views, in its order."""
-    look = file.images
-    return extract(network, source, look["size"], look["resize"], look["mean"], look["std"], device, ROWS)
-
-
-def two_views(source: Source, file: EncoderFile, device: torch.device) -> list[Tensor]:
-    """Two augmented views of each picture by the run's own recipe, each (N, 3, S, S).
-
-    A function of the picture's number alone, so that every run is measured on the same ones. (The key is that of
-    seed 0's first epoch: those numbers went to other pictures, or, without held-out ones, are what was trained with.)
-    """
-    seen = []
-    for stream, view in enumerate(build_views(AugmentConfig(**file.config["augment"] | {"views": 2}))):
-        parts = []
-        for start in range(0, len(source), ROWS):
-            index = np.arange(start, min(start + ROWS, len(source)))
-            uniforms = draw_crop(0, 0, index, stream)
-            cut = [crop_one(source.image(int(i)), each, view) for i, each in zip(index, uniforms, strict=True)]
-            parts.append(augment(torch.stack(cut).to(device), draw(view, 0, 0, index, stream), view))
-        seen.append(torch.cat(parts))
-    return seen
-
-
-@torch.no_grad()
-def in_parts(network: nn.Module, inputs: Tensor) -> Tensor:
-    """A network's outputs, some rows at a time, float32."""
-    return torch.cat([network(part).float() for part in inputs.split(ROWS)])
 
 
 @torch.no_grad()
 def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: float, bins: int) -> Contrast:
-    """Similarities and pushes of queries against their positives and negatives.
+    """Measure similarities and pushes of queries against their positives and negatives.
 
     Args:
-        query, key: of unit length, (N, C); row n of the keys is the positive of query n.
-        queue: the negatives (K, C), of unit length; None: the keys of all other pictures.
+        query: unit length, (N, C).
+        key: unit length, (N, C); row n is the positive of query n.
+        queue: the negatives (K, C), unit length; None: the keys of all other images.
         temperature: above 0.
         bins: B.
     """
@@ -177,7 +134,7 @@ def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: f
         similarity = query[part] @ negatives.T  # (n, K)
         if queue is None:
             rows = torch.arange(len(similarity), device=query.device)
-            similarity[rows, rows + start] = -torch.inf  # a picture's own key is its positive
+            similarity[rows, rows + start] = -torch.inf  # an image's own key is its positive
         measured = hardness(torch.cat([positives[part, None], similarity], dim=1) / temperature)
         effective += measured.effective_negatives.item() * len(similarity)
         push += measured.push.item() * len(similarity)
@@ -195,32 +152,14 @@ def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: f
     )
 
 
-def _space(plain: Tensor, views: list[Tensor], pictures: Source) -> Space:
-    labels = None if pictures.labels is None else torch.from_numpy(pictures.labels).to(plain.device)
+def _space(plain: Tensor, views: tuple[Tensor, Tensor], images: Source) -> Space:
+    labels = None if images.labels is None else torch.from_numpy(images.labels).to(plain.device)
     near = None if labels is None else tolerance(plain, labels).item()
-    return Space(uniformity(plain).item(), near, alignment(views[0], views[1]).item())
+    return Space(uniformity(plain).item(), near, alignment(*views).item())
 
 
-def _knn(
-    features: Tensor,
-    encoder: Encoder,
-    sources: Sources,
-    pictures: Source,
-    file: EncoderFile,
-    k: int,
-    labels_per_class: int,
-    draws: int,
-    device: torch.device,
-) -> Accuracy | None:
-    bank = sources.bank
-    if bank is None or bank.labels is None or sources.held_out is None or pictures.labels is None:
-        return None
-    references = plain_features(encoder.backbone, bank, file, device)
-    return knn_accuracy(references, bank.labels, features, pictures.labels, k, VOTE, labels_per_class, draws)
-
-
-def _key_encoder(path: Path, device: torch.device) -> Encoder | None:
-    """The momentum encoder of a checkpoint, None for a method that has none."""
+def _momentum_encoder(path: Path, device: torch.device) -> Encoder | None:
+    """Return the momentum encoder of a checkpoint, None for a method without one."""
     try:
         return build(read_encoder(path, "momentum_encoder")).to(device)
     except ForeignFileError:
@@ -228,7 +167,7 @@ def _key_encoder(path: Path, device: torch.device) -> Encoder | None:
 
 
 def _queue(method: dict[str, Tensor], device: torch.device) -> Tensor | None:
-    """The keys of images in a checkpoint's queue (K, C); None without a queue, or while it holds random ones only."""
+    """Return the queue's keys of images (K, C); None without a queue, or while it holds only random initial keys."""
     if "queue.keys" not in method:
         return None
     keys = method["queue.keys"][method["queue.index"] != UNKNOWN]

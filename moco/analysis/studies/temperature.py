@@ -1,26 +1,24 @@
-"""The temperature study: a run of moco.train at each temperature, measured and drawn; or three logits, explained.
+"""The temperature study: train a run at each temperature, measure and draw. Or explain the temperature on a few logits.
 
-An own sweep in place of Hydra's multirun: that runs all jobs in one process, under torchrun once a rank, and knows
-nothing of runs that are finished already. Here each run is a process with a directory of its own, so the study goes on
-where it was stopped.
+Hydra's multirun is not used: it runs all jobs in one process, once per rank under torchrun, and reruns finished jobs.
+Here each run is a process with its own directory, so the same command resumes the study.
 """
 
 import json
 import shlex
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
 
 from moco.analysis import bin_edges, explain_temperature
+from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import (
     RIGHT,
     WRONG,
@@ -35,117 +33,89 @@ from moco.config import ConfigError, DataConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources
 from moco.files import write_json
+from moco.runs.sweep import is_finished, run_to_end
 from moco.runtime.console import duration, log, percent, progress_bar, table
-from moco.runtime.device import pick_device
+from moco.runtime.preemption import PREEMPTED
 from moco.runtime.provenance import provenance
 
-PREEMPTED = 75  # a run's status when it was stopped with everything saved
 FIGURES = {"curves.svg": draw_curves, "similarities.svg": draw_similarities, "penalties.svg": draw_penalties}
+RESULTS = "temperature.json"  # not results.json: the output may be a run, whose evaluations that file holds
+
+
+class Planned(NamedTuple):
+    """A run of the study."""
+
+    temperature: float
+    seed: int
+    folder: Path
 
 
 def explain(config: TemperatureConfig) -> None:
-    """Draws softmax, loss and gradient of a few logits against the temperature, and prints them as a table."""
+    """Draw softmax, loss and gradient of a few logits against the temperature, and print them as a table."""
     matplotlib()
-    output = _folder(config.output)
+    output, _ = open_study(config.output, "cpu", 0)
     similarities, temperatures = config.similarities, sorted(config.temperatures)
-    told = [
-        explain_temperature(torch.tensor(similarities), answer, torch.tensor(temperatures, dtype=torch.float64))
-        for answer in (RIGHT, WRONG)
-    ]
+    grid = torch.tensor(temperatures, dtype=torch.float64)
+    explained = {answer: explain_temperature(torch.tensor(similarities), answer, grid) for answer in (RIGHT, WRONG)}
     rows = []
     for i, temperature in enumerate(temperatures):
-        line = [f"{temperature:g}"]
-        for answer, each in zip((RIGHT, WRONG), told, strict=True):
-            line += [percent(100 * each.softmax[i, answer].item()), f"{each.loss[i]:.3g}"]
-            line += [f"{-each.gradient[i, answer]:.3g}"]
-        rows.append(line)
-    named = ", ".join(f"{each:g}" for each in similarities)
+        row = [f"{temperature:g}"]
+        for answer, each in explained.items():
+            row += [percent(100 * each.softmax[i, answer].item()), f"{each.loss[i]:.3g}"]
+            row += [f"{-each.gradient[i, answer]:.3g}"]
+        rows.append(row)
     table(
-        f"one query, candidates with similarities {named}",
+        f"one query, candidates with similarities {', '.join(f'{each:g}' for each in similarities)}",
         ["T", "right: P %", "loss", "pull", "wrong: P %", "loss", "pull"],
         rows,
-        f"right: the answer is the {similarities[RIGHT]:g}; wrong: it is the {similarities[WRONG]:g}. P is its softmax "
-        "in percent; pull is the slope of the loss by its similarity, equal to the push on all others together",
+        f"right: the answer is the {similarities[RIGHT]:g}; wrong: it is the {similarities[WRONG]:g}. P is "
+        "the softmax of the answer; pull is the loss's gradient by its similarity, equal to the push on all others",
     )
     figure = output / "explain.svg"
     draw_explanation(figure, similarities, min(0.02, *temperatures), max(2.0, *temperatures))
     log(f"figure: {figure}")
-    log("next: python -m moco.temperature  (the same in real runs; docs/temperature.md says what to look for)")
+    log("next: python -m moco.temperature  (the same in real runs; see docs/temperature.md)")
 
 
 def sweep(config: TemperatureConfig) -> list[Run]:
-    """Trains what is not trained yet, measures every finished run, writes results.json and the figures.
+    """Train the unfinished runs, measure all finished ones, write the results and the figures.
 
     Returns:
         The finished runs, by temperature and seed.
 
     Raises:
         ConfigError: if the output holds another study, or matplotlib is missing.
-        ValueError: naming the runs that failed, behind the results of the others.
+        ValueError: if runs failed, after the results of the others are written.
     """
-    matplotlib()  # before the runs, not behind them
-    device = pick_device(config.device)
-    output = _folder(config.output)
+    matplotlib()  # fail before training, not after it
+    output, device = open_study(config.output, config.device, config.threads)
     _refuse_other_study(output, config)
-    failed = _train_all(config, output)
-    # Each run's last checkpoint is measured: also after more seeds or temperatures were added.
-    runs = _measure_all(config, output, device)
+    planned = plan(config, output)
+    failed = _train_all(config, planned)
+    runs = _measure_all(config, planned, device)
     if runs:
         _write(config, output, runs)
         _report(output, runs)
     if failed:
+        reasons = "; ".join(f"{folder}: {reason}" for folder, reason in failed.items())
         raise ValueError(
-            f"{len(failed)} of {len(config.temperatures) * config.seeds} runs failed: "
-            + "; ".join(f"{name}: {why}" for name, why in failed.items())
-            + f"; each one's whole output is in {output}/t*/seed*.log, and the same command tries them again"
+            f"{len(failed)} of {len(planned)} runs failed: {reasons}; see {output}/t*/seed*.log, and run the same "
+            "command again to retry them"
         )
     return runs
 
 
-def _folder(name: str) -> Path:
-    folder = Path(name)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output={folder} cannot be made: {error.strerror}") from error
-    return folder
+def plan(config: TemperatureConfig, output: Path) -> list[Planned]:
+    """Return all runs, seed by seed, so that an interrupted study has complete curves of its first seeds."""
+    return [
+        Planned(temperature, seed, output / f"t{temperature:g}" / f"seed{seed}")
+        for seed in range(config.seeds)
+        for temperature in config.temperatures
+    ]
 
 
-def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
-    """Temperatures and seeds may be added to a study; what its runs have in common stays."""
-    common = {name: getattr(config, name) for name in ("recipe", "overrides", "epochs")}
-    file = output / "study.json"
-    if file.is_file():
-        there = json.loads(file.read_text())
-        differing = [
-            f"{name}={there.get(name)} (now {value})" for name, value in common.items() if there.get(name) != value
-        ]
-        if differing:
-            raise ConfigError(
-                f"output={output} holds a study with {', '.join(differing)}: choose another output, or take that back"
-            )
-    write_json(file, common)
-
-
-def run_folder(output: Path, temperature: float, seed: int) -> Path:
-    """Where a run of the study lies."""
-    return output / f"t{temperature:g}" / f"seed{seed}"
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether moco.train has ended there: it writes the encoder last."""
-    return (folder / "encoder.safetensors").is_file()
-
-
-def _planned(config: TemperatureConfig, output: Path) -> Iterator[tuple[float, int, Path]]:
-    """All runs of the study, seed after seed: a study that is stopped has whole curves first."""
-    for seed in range(config.seeds):
-        for temperature in config.temperatures:
-            yield temperature, seed, run_folder(output, temperature, seed)
-
-
-def command_of(config: TemperatureConfig, temperature: float, seed: int, folder: Path) -> list[str]:
-    """The run as a command line."""
+def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
+    """Return the command that trains a run."""
     return [
         sys.executable,
         "-m",
@@ -154,100 +124,84 @@ def command_of(config: TemperatureConfig, temperature: float, seed: int, folder:
         *config.overrides,
         *([] if config.epochs is None else [f"epochs={config.epochs}"]),
         *([f"checkpoint.keep_epochs={config.keep_epochs}"] if config.keep_epochs else []),
-        f"method.temperature={temperature!r}",
-        f"seed={seed}",
-        f"run={folder}",
+        f"method.temperature={run.temperature!r}",
+        f"seed={run.seed}",
+        f"run={run.folder}",
     ]
 
 
-def _train_all(config: TemperatureConfig, output: Path) -> dict[str, str]:
-    """Runs what is not finished; a run that fails does not keep the next one from running.
+def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
+    """Refuse other settings of the runs; temperatures and seeds can be added to a study."""
+    common = {name: getattr(config, name) for name in ("recipe", "overrides", "epochs")}
+    file = output / "study.json"
+    before = json.loads(file.read_text()) if file.is_file() else common
+    different = [f"{name}={before.get(name)} (now {now})" for name, now in common.items() if before.get(name) != now]
+    if different:
+        raise ConfigError(
+            f"output={output} holds a study with {', '.join(different)}: set another output, or restore these values"
+        )
+    write_json(file, common)
 
-    Returns:
-        What each run that failed said last, by its directory.
-    """
-    planned = list(_planned(config, output))
-    open_ones = [each for each in planned if not is_finished(each[2])]
-    if len(open_ones) < len(planned):
-        log(f"{len(planned) - len(open_ones)} of {len(planned)} runs are finished already in {output}")
+
+def _train_all(config: TemperatureConfig, planned: Sequence[Planned]) -> dict[str, str]:
+    """Train the unfinished runs, and continue after one that fails. Return the reasons of the failed, by directory."""
+    unfinished = [run for run in planned if not is_finished(run.folder)]
+    done = len(planned) - len(unfinished)
+    if done:
+        log(f"{done} of {len(planned)} runs are already finished")
     failed = {}
     with progress_bar("training runs", quiet=False) as progress:
-        progress(len(planned) - len(open_ones), len(planned))
-        for number, (temperature, seed, folder) in enumerate(open_ones, len(planned) - len(open_ones) + 1):
-            why = _train(command_of(config, temperature, seed, folder), folder)
-            log(f"run {number} of {len(planned)}, T {temperature:g}, seed {seed}: {why or 'finished'}")
-            progress(number, len(planned))
-            if why:
-                failed[str(folder)] = why
+        for number, run in enumerate(unfinished, done + 1):
+            progress(number - 1, len(planned))
+            reason = train(command_of(config, run), run.folder)
+            log(f"run {number} of {len(planned)}, T {run.temperature:g}, seed {run.seed}: {reason or 'finished'}")
+            if reason:
+                failed[str(run.folder)] = reason
     return failed
 
 
-def _train(command: Sequence[str], folder: Path) -> str:
-    """One run, its output in FOLDER.log.
+def train(command: Sequence[str], folder: Path) -> str:
+    """Train one run, with its output in FOLDER.log.
 
     Returns:
-        What it said last if it failed, else "".
+        The reason if it failed, which is its last line of output; else "".
 
     Raises:
-        SystemExit: if it was told to stop, with its status: the study stops as well, and goes on like it.
-        ValueError: if no process can be started.
+        KeyboardInterrupt: after Ctrl-C, once the run has ended.
+        SystemExit: if the run was preempted or this process was asked to stop; with the status of a preempted run.
     """
     log_file = folder.with_name(f"{folder.name}.log")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        with _forwarded(process):
-            status = process.wait()
-    if status == 0:
-        return ""
-    said = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
-    last = said[-1] if said else f"{shlex.join(command)} ended with status {status}"
-    if status == PREEMPTED:
+    status, stopped_by = run_to_end(command, log_file)
+    lines = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+    last = lines[-1] if lines else f"{shlex.join(command)} ended with status {status}"
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped_by or status == PREEMPTED:
         log(last)
         sys.exit(PREEMPTED)
-    return last if status > 0 else f"ended by signal {-status}; last line: {last}"
+    if status < 0:
+        return f"ended by signal {-status}; last line: {last}"
+    return last if status else ""
 
 
-@contextmanager
-def _forwarded(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """SIGTERM and SIGUSR1 go on to the run, which saves and leaves; Ctrl-C reaches it from the terminal by itself."""
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda signal_received, _: process.send_signal(signal_received))
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
-    try:
-        yield
-    except KeyboardInterrupt:
-        process.wait()  # it has heard it too, and saves
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _measure_all(config: TemperatureConfig, output: Path, device: torch.device) -> list[Run]:
-    finished = sorted(
-        (each for each in _planned(config, output) if is_finished(each[2])), key=lambda each: (each[0], each[1])
-    )
+def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: torch.device) -> list[Run]:
+    """Measure the last checkpoint of each finished run."""
+    finished = sorted(run for run in planned if is_finished(run.folder))
     if not finished:
         return []
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    told = yaml.safe_load((finished[0][2] / "config.yaml").read_text())
-    sources = open_sources(DataConfig(**told["data"]), bank_size=told["evaluate"]["bank_size"])
-    few = (config.images, config.k, config.labels_per_class, config.draws, config.bins)
+    trained = yaml.safe_load((finished[0].folder / "config.yaml").read_text())
+    sources = open_sources(DataConfig(**trained["data"]), bank_size=trained["evaluate"]["bank_size"])
     runs = []
     with progress_bar("measuring", quiet=False) as progress:
         for number, (temperature, seed, folder) in enumerate(finished, 1):
-            runs.append(measure(folder, temperature, seed, sources, *few, device))
+            runs.append(measure(folder, temperature, seed, sources, config, device))
             progress(number, len(finished))
     return runs
 
 
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row a temperature: each measure's mean over the seeds, and standard deviation (n - 1), null for one seed."""
+    """Return one row per temperature: mean and standard deviation (n - 1; null for one seed) of each measure."""
     rows = []
     for temperature in sorted({run.temperature for run in runs}):
         group = [run for run in runs if run.temperature == temperature]
@@ -260,9 +214,8 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
             "push": [run.contrast.push for run in group],
             "seconds": [run.seconds for run in group],
         }
-        rows.append(
-            {"temperature": temperature, "seeds": len(group)} | {name: _spread(each) for name, each in measured.items()}
-        )
+        spreads = {name: _spread(values) for name, values in measured.items()}
+        rows.append({"temperature": temperature, "seeds": len(group)} | spreads)
     return rows
 
 
@@ -273,7 +226,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _write(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> None:
-    """results.json and the figures."""
+    """Write the results and the figures."""
     results = {
         "command": "temperature",
         "settings": asdict(config),
@@ -282,42 +235,45 @@ def _write(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> None
         "runs": [run.plain() for run in runs],
         "provenance": provenance(),
     }
-    write_json(output / "results.json", results)
+    write_json(output / RESULTS, results)
     for name, draw in FIGURES.items():
         draw(output / name, runs)
 
 
+COLUMNS = {  # of the summary: title and digits
+    "knn": ("few-label kNN %", 1),
+    "uniformity": ("uniformity", 2),
+    "tolerance": ("tolerance", 3),
+    "alignment": ("alignment", 3),
+    "effective_negatives": ("effective negatives", 1),
+}
+
+
 def _report(output: Path, runs: Sequence[Run]) -> None:
-    """The closing table, and where things are."""
+    """Print the closing table and the paths of the files."""
 
-    def cell(told: Mapping[str, float | None], digits: int) -> str:
-        if told["mean"] is None:
+    def cell(value: Mapping[str, float | None], digits: int) -> str:
+        if value["mean"] is None:
             return "–"
-        return f"{told['mean']:.{digits}f}" + (f" ± {told['std']:.{digits}f}" if told["std"] is not None else "")
+        return f"{value['mean']:.{digits}f}" + (f" ± {value['std']:.{digits}f}" if value["std"] is not None else "")
 
-    rows = [
-        [
-            f"{row['temperature']:g}",
-            cell(row["knn"], 1),
-            cell(row["uniformity"], 2),
-            cell(row["tolerance"], 3),
-            cell(row["alignment"], 3),
-            cell(row["effective_negatives"], 1),
-            duration(row["seconds"]["mean"]),
-        ]
-        for row in summary(runs)
-    ]
     table(
         "temperature study",
-        ["T", "few-label kNN %", "uniformity", "tolerance", "alignment", "effective negatives", "time"],
-        rows,
-        f"{runs[0].pictures:,} pictures, {runs[0].contrast.negatives:,} negatives; kNN on the backbone's features, the "
-        "rest on the projection, which the loss sees; ± is the standard deviation over seeds",
+        ["T", *(title for title, _ in COLUMNS.values()), "time"],
+        [
+            [
+                f"{row['temperature']:g}",
+                *(cell(row[name], digits) for name, (_, digits) in COLUMNS.items()),
+                duration(row["seconds"]["mean"]),
+            ]
+            for row in summary(runs)
+        ],
+        f"{runs[0].pictures:,} images, {runs[0].contrast.negatives:,} negatives; kNN uses the backbone's features, the "
+        "other measures the projection, as the loss does; ± is the standard deviation over seeds",
     )
     log(f"figures: {', '.join(str(output / name) for name in FIGURES)}")
-    log(f"numbers: {output / 'results.json'}")
-    best = max(
-        (run for run in runs if run.knn is not None), key=lambda run: run.knn.mean if run.knn else 0, default=None
-    )
-    if best is not None:
+    log(f"results: {output / RESULTS}")
+    with_labels = [(run.knn.mean, run) for run in runs if run.knn is not None]
+    if with_labels:
+        _, best = max(with_labels, key=lambda pair: pair[0])
         log(f"next: python -m moco.knn run={best.path}  (the highest kNN, at T {best.temperature:g})")

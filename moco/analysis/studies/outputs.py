@@ -1,0 +1,71 @@
+"""The outputs of a checkpoint for the images of a study: features and projections of plain and augmented views.
+
+Legend: N images, D feature dimension, C projection dimension, S image size.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moco.config import AugmentConfig
+from moco.data.augment import augment, crop_one
+from moco.data.opening import build_views
+from moco.data.sources import Source
+from moco.data.view import draw, draw_crop
+from moco.evaluation.features import extract
+from moco.interop.encoder_file import EncoderFile, build
+from moco.models.encoder import Encoder
+
+ROWS = 256  # images or queries at once; bounds the memory, does not change results
+VOTE = 0.1  # temperature of the kNN votes: a neighbor's weight is exp(similarity / VOTE); irrelevant for one neighbor
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """An encoder in eval mode and its outputs for N images, float32."""
+
+    encoder: Encoder
+    features: Tensor  # (N, D), backbone, plain evaluation views
+    projection: Tensor  # (N, C)
+    view_features: tuple[Tensor, Tensor]  # two of (N, D), augmented views
+
+
+def encode(file: EncoderFile, images: Source, views: list[Tensor], device: torch.device) -> Outputs:
+    """Compute the outputs of a checkpoint. `views` are the `augmented_views` of the images."""
+    encoder = build(file).to(device)
+    features = plain_features(encoder.backbone, images, file, device)
+    first, second = (in_parts(encoder.backbone, view) for view in views)
+    return Outputs(encoder, features, in_parts(encoder.head, features), (first, second))
+
+
+def plain_features(network: nn.Module, source: Source, file: EncoderFile, device: torch.device) -> Tensor:
+    """Compute the features (N, D) of the plain evaluation views of a source, in its order."""
+    view = file.images
+    return extract(network, source, view["size"], view["resize"], view["mean"], view["std"], device, ROWS)
+
+
+def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> list[Tensor]:
+    """Make two augmented views of each image with the run's own recipe, each (N, 3, S, S).
+
+    A view depends on the position of its image only, so all runs with one recipe are measured on the same views. (Its
+    random key is that of seed 0, epoch 0. Training used these keys for other images, or for the same ones if there is
+    no held-out split.)
+    """
+    made = []
+    for stream, view in enumerate(build_views(AugmentConfig(**file.config["augment"] | {"views": 2}))):
+        parts = []
+        for start in range(0, len(source), ROWS):
+            index = np.arange(start, min(start + ROWS, len(source)))
+            uniforms = draw_crop(0, 0, index, stream)
+            crops = [crop_one(source.image(int(i)), each, view) for i, each in zip(index, uniforms, strict=True)]
+            parts.append(augment(torch.stack(crops).to(device), draw(view, 0, 0, index, stream), view))
+        made.append(torch.cat(parts))
+    return made
+
+
+@torch.no_grad()
+def in_parts(network: nn.Module, inputs: Tensor) -> Tensor:
+    """Compute a network's outputs for `ROWS` inputs at a time, float32."""
+    return torch.cat([network(part).float() for part in inputs.split(ROWS)])

@@ -1,0 +1,63 @@
+"""Training one run after the other, each in a process of its own. Needs no torch: scripts/sweep.py starts quickly."""
+
+import contextlib
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    status: int  # below 0: the signal that ended it
+    stopped_by: int  # the first signal that arrived here meanwhile; 0: none
+
+
+def is_finished(run: Path) -> bool:
+    """Return whether moco.train has finished in a run directory: it writes the encoder last."""
+    return (run / "encoder.safetensors").is_file()
+
+
+def run_to_end(command: Sequence[str], log: Path | None = None) -> Ended:
+    """Run a command and wait until it ends, also if SIGTERM, SIGINT or SIGUSR1 arrives meanwhile.
+
+    The first of these signals is passed on as SIGTERM, which lets moco.train save. Later ones are ignored.
+
+    Args:
+        command: the program and its arguments.
+        log: the file for its output; None: the output of this process.
+    """
+    received: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # Do not wait for the process here: the interrupted wait() holds the lock that a second one needs.
+        received.append(number)
+        if process is not None and len(received) == 1:
+            process.send_signal(signal.SIGTERM)
+
+    with _handling(stop), contextlib.ExitStack() as files:
+        output = None if log is None else files.enter_context(log.open("w"))
+        process = subprocess.Popen(command, stdout=output, stderr=None if output is None else subprocess.STDOUT)
+        if received:
+            process.send_signal(signal.SIGTERM)
+        status = process.wait()
+    return Ended(status, received[0] if received else 0)
+
+
+@contextmanager
+def _handling(handler: "signal._HANDLER") -> Iterator[None]:
+    """Install a signal handler; Python allows that in the main thread only."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handler) for number in numbers if main}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
