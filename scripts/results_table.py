@@ -1,7 +1,7 @@
-"""One table of all that was found of a run: python scripts/results_table.py RUN.
+"""Prints all evaluations of a run as one Markdown table: python scripts/results_table.py RUN.
 
-Rows are commands and protocols, columns the encoders, from RUN/results.json and RUN/supervised/results.json. Of a
-figure that was made twice the newest counts.
+Rows are commands with their protocols, columns are encoders. Reads RUN/results.json and RUN/supervised/results.json; of
+repeated evaluations the newest counts.
 """
 
 import json
@@ -13,13 +13,13 @@ ENCODERS = ("pixels", "untrained", "pretrained", "supervised")
 
 
 def cell(figures: dict[str, Any]) -> str:
-    """A top-1 accuracy with its half width over seeds, or its deviation over draws."""
+    """Format a top-1 accuracy with half its 95 % interval over seeds, or its standard deviation over draws."""
     spread = figures.get("top1_half_width95") or figures.get("std")
     return f"{figures['top1']:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
 
 
 def main(run: Path) -> None:
-    """Prints the table in Markdown."""
+    """Print the table of a run."""
     found: dict[str, dict[str, str]] = {}
     for folder, supervised in ((run, False), (run / "supervised", True)):
         file = folder / "results.json"
@@ -29,8 +29,8 @@ def main(run: Path) -> None:
     columns = [name for name in ENCODERS if any(name in row for row in found.values())]
     print("| top-1 % | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    for what, row in found.items():
-        print(f"| {what} | " + " | ".join(row.get(name, "–") for name in columns) + " |")
+    for protocol, row in found.items():
+        print(f"| {protocol} | " + " | ".join(row.get(name, "–") for name in columns) + " |")
 
 
 if __name__ == "__main__":

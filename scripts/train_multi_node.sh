@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
-# Train on all GPUs of several machines; start it once on each, with the same arguments:
+# Train on all GPUs of several machines. Start it once on each machine, with the same arguments:
 #
-#   NODES=2 RANK=0 MASTER=node0 scripts/train_multi_node.sh experiment=moco_v2_imagenet data.root=/data/imagenet
-#   NODES=2 RANK=1 MASTER=node0 scripts/train_multi_node.sh experiment=moco_v2_imagenet data.root=/data/imagenet
+#   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 scripts/train_multi_node.sh experiment=moco_v2_imagenet data.root=/data/imagenet
+#   NODES=2 NODE_RANK=1 MASTER_ADDR=node0 scripts/train_multi_node.sh experiment=moco_v2_imagenet data.root=/data/imagenet
 #
-#   NODES   how many machines
-#   RANK    this one's number, from 0; under Slurm it is known
-#   MASTER  name or address of machine 0, reachable from all
-#   PORT    free on machine 0, 29500 unless set
-#   GPUS    GPUs a machine, all unless set
-#   RESTARTS  how often all processes start again after one has died or hung, 0 unless set
+#   NODES        number of machines
+#   NODE_RANK    number of this machine, from 0; optional under Slurm
+#   MASTER_ADDR  name or address of machine 0, reachable from all machines
+#   PORT         a free port on machine 0; default 29500
+#   GPUS         GPUs per machine; default all
+#   RESTARTS     how often all processes restart after one has died or hung; default 0
 #
-# The run directory (`run=...`) must lie on storage that all machines share. What starts again goes on from the last checkpoint.
-# A machine whose torchrun has given up, as after minutes without network, takes part again by the same line.
+# The run directory (`run=...`) must be on storage that all machines share. Restarted processes resume from the last
+# checkpoint. If torchrun has ended on a machine, for example after minutes without network, start the same command
+# there again.
+# RANK and MASTER are the former names of NODE_RANK and MASTER_ADDR, and are still read.
 set -euo pipefail
 
-: "${NODES:?how many machines}" "${MASTER:?name or address of machine 0}"
-rank=${RANK:-${SLURM_NODEID:?RANK is not set: the number of this machine, from 0}}
+node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:?NODE_RANK is not set: the number of this machine, from 0}}}
+master=${MASTER_ADDR:-${MASTER:?MASTER_ADDR is not set: the name or address of machine 0}}
 gpus=${GPUS:-$(nvidia-smi -L | wc -l)}
-# Otherwise processes that start again would meet at addresses that the ones before them have left in the store.
+# Without this, restarted processes would connect to the addresses that their predecessors left in the store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-# is_host says outright who opens the port; torchrun's own guess compares host names and can miss.
+# is_host states which machine opens the port; torchrun's own guess compares host names and can be wrong.
 exec torchrun \
-    --nnodes "$NODES" --nproc-per-node "$gpus" \
-    --rdzv-backend c10d --rdzv-endpoint "$MASTER:${PORT:-29500}" --rdzv-id moco \
-    --rdzv-conf "is_host=$((rank == 0))" --max-restarts "${RESTARTS:-0}" \
+    --nnodes "${NODES:?NODES is not set: the number of machines}" --nproc-per-node "$gpus" \
+    --rdzv-backend c10d --rdzv-endpoint "$master:${PORT:-29500}" --rdzv-id moco \
+    --rdzv-conf "is_host=$((node_rank == 0))" --max-restarts "${RESTARTS:-0}" \
     -m moco.train "$@"

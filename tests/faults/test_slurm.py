@@ -1,4 +1,4 @@
-"""scripts/train_slurm.sbatch with a Slurm made of three shell scripts: who is put back into the queue, and when."""
+"""The launch scripts with fake srun, scontrol and torchrun: which jobs are requeued, and which variables are read."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.runs import REPOSITORY
 
-# Training that says when it has begun, saves when told to stop, and ends as torchrun does.
+# Training that marks its start, saves on SIGTERM, and ends as torchrun does.
 SRUN = """#!/usr/bin/env bash
 echo "srun $*" >> calls
 trap 'sleep 0.3; echo saved >> calls; exit STATUS' TERM
@@ -45,7 +45,7 @@ def calls(folder: Path) -> list[str]:
 STARTED = "srun --cpus-per-task=3 bash scripts/train_multi_node.sh epochs=3 run=a b"
 
 
-def test_near_its_time_limit_the_job_saves_first_and_is_queued_again_then(tmp_path: Path) -> None:
+def test_near_its_time_limit_the_job_saves_and_is_then_requeued(tmp_path: Path) -> None:
     job = submit(tmp_path)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(20) == 1
@@ -53,14 +53,14 @@ def test_near_its_time_limit_the_job_saves_first_and_is_queued_again_then(tmp_pa
 
 
 @pytest.mark.parametrize("status", [0, 1, 2])
-def test_what_ends_by_itself_is_not_queued_again(status: int, tmp_path: Path) -> None:
+def test_a_job_that_ends_before_the_limit_is_not_requeued(status: int, tmp_path: Path) -> None:
     job = submit(tmp_path)
     (tmp_path / "end").write_text(str(status))
     assert job.wait(20) == status
     assert calls(tmp_path) == [STARTED]
 
 
-def test_what_ends_well_in_the_time_that_was_left_is_not_queued_again(tmp_path: Path) -> None:
+def test_a_job_that_finishes_after_the_signal_is_not_requeued(tmp_path: Path) -> None:
     """The signal comes in the last step."""
     job = submit(tmp_path, at_the_end=0)
     job.send_signal(signal.SIGUSR1)
@@ -68,8 +68,30 @@ def test_what_ends_well_in_the_time_that_was_left_is_not_queued_again(tmp_path: 
     assert calls(tmp_path) == [STARTED, "saved"]
 
 
-def test_every_script_is_sound_shell() -> None:
-    scripts = sorted((REPOSITORY / "scripts").glob("*.s*h")) + sorted((REPOSITORY / "scripts").glob("*.sbatch"))
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NODE_RANK": "1", "MASTER_ADDR": "node7"},
+        {"RANK": "1", "MASTER": "node7"},  # the former names
+        {"SLURM_NODEID": "1", "MASTER_ADDR": "node7"},
+        {"NODE_RANK": "1", "RANK": "0", "MASTER_ADDR": "node7", "MASTER": "node8"},
+    ],
+)
+def test_the_multi_node_script_reads_number_and_address(variables: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "torchrun").write_text('#!/usr/bin/env bash\necho "$@"\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR")}
+    environment |= variables | {"NODES": "2", "GPUS": "1", "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    script = str(REPOSITORY / "scripts" / "train_multi_node.sh")
+    printed = subprocess.run(["bash", script, "epochs=3"], env=environment, capture_output=True, text=True, check=True)
+    words = printed.stdout.split()
+    assert words[words.index("--rdzv-endpoint") + 1] == "node7:29500"
+    assert "is_host=0" in words
+    assert words[-3:] == ["-m", "moco.train", "epochs=3"]
+
+
+def test_every_script_has_valid_shell_syntax() -> None:
+    scripts = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "scripts").glob("*.sbatch")]
     assert len(scripts) >= 4
     for script in scripts:
         subprocess.run(["bash", "-n", str(script)], check=True)
