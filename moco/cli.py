@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moco.config import ConfigError, RunWarning, config_dir
 from moco.runtime.next_command import quoted
 from moco.runtime.preemption import Preempted, prevent_restart
-from moco.runtime.stdio import exit_on_broken_pipe, log, protected_streams
+from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_streams
 
 Schema = TypeVar("Schema")
 
@@ -94,7 +94,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         _stop(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
     except Preempted as stopped:  # nothing is wrong: no traceback is wanted
         if os.environ.get("RANK", "0") == "0":
-            log(f"moco: {stopped}")
+            print_error(f"moco: {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt as error:
         _stop(
@@ -130,7 +130,7 @@ def _stop(status: int, sentence: str, error: BaseException) -> None:
     if status == 2 or _comes_again(error):
         prevent_restart()  # --max-restarts would come to the same end, as often
     if local_rank == "0" or status == 1:  # what is wrong with the configuration is the same on every rank of a machine
-        log(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
+        print_error(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
     else:
         time.sleep(3)  # torchrun ends all ranks when the first one leaves: that one must have spoken by then
     sys.exit(status)

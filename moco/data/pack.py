@@ -25,7 +25,7 @@ from moco.data.packing import Part, Picture, Shard, no_rows, part_path, prepared
 from moco.data.shards import INDEX, PARTS, SKIPPED, SPLITS, VERSION, digest_of, intact, read_index, sealed
 from moco.data.sources import Source, Sources
 from moco.files import write_csv, write_errors, write_json
-from moco.runtime.console import Display, duration, progress_bar
+from moco.runtime.console import duration, progress_bar, summary_panel
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
 
@@ -258,7 +258,7 @@ def summarize(config: PackConfig, about: dict[str, Any], title: str, seconds: fl
         ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in every)}, the shards, {SKIPPED}"),
         ("next", _next(config.data.name, output, splits["train"]["pictures"])),
     ]
-    Display(1, 1, 0, quiet=False).summary(title, rows)
+    summary_panel(title, rows)
 
 
 def _next(name: str, output: Path, count: int) -> str:

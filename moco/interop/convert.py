@@ -15,7 +15,7 @@ from moco.evaluation.features import Network, stream
 from moco.evaluation.subject import Subject, data_config, open_data, open_subject
 from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.write import FORMATS
-from moco.runtime.console import Display, log
+from moco.runtime.console import log, summary_panel
 
 _AT_ONCE = 16  # pictures through an encoder
 
@@ -55,7 +55,7 @@ def convert_encoder(config: ConvertConfig) -> None:
         difference, largest = write_and_compare(config.to, temporary, file, backbone, features)
         temporary.replace(output)
     resized = f", the shorter side to {look.resize} first" if look.resize else ""
-    Display(1, 1, 0, quiet=False).summary(
+    summary_panel(
         "converted",
         [
             ("encoder", f"{file.source} ({file.backbone}, {config.weights}, step {file.step})"),

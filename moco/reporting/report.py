@@ -20,7 +20,7 @@ from moco.reporting.curves import plotly
 from moco.reporting.images import ImageFeatures, Layout, as_map, attention, compute_features, compute_layout, neighbors
 from moco.reporting.page import Figures, Section
 from moco.reporting.run_record import Run, findings, names, open_run
-from moco.runtime.console import Display
+from moco.runtime.console import summary_panel
 from moco.runtime.device import pick_device
 from moco.runtime.next_command import command
 
@@ -183,4 +183,4 @@ def _summarize(runs: Sequence[Run], out: Path, found: Sequence[Sequence[Alarm]],
         rows.append(("next", command("moco.linear", SubjectConfig(), run=str(unjudged[0].path))))
     elif not runs[0].finished:
         rows.append(("next", "the same command again when the run has gone on"))
-    Display(1, 1, 0, quiet=False).summary("report", rows)
+    summary_panel("report", rows)

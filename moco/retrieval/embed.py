@@ -42,7 +42,7 @@ from moco.retrieval.store import (
     open_embedding,
     pyarrow,
 )
-from moco.runtime.console import Display, progress_bar
+from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import pick_device
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
@@ -65,7 +65,7 @@ def _summarize(done: Embedding, config: EmbedConfig) -> None:
     rows, dimension = done.features.shape
     skipped = len(done.stored["unreadable"])
     pictures = done.stored["pictures"]
-    Display(1, 1, 0, quiet=False).summary(
+    summary_panel(
         f"{rows:,} pictures of {pictures['root'] or pictures['name']}",
         [
             ("encoder", f"{done.stored['encoder']['source']}, {config.features}"),

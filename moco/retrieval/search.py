@@ -27,7 +27,7 @@ from moco.reporting.gallery import Section, Tile, write_html, write_png
 from moco.retrieval.embed import compute
 from moco.retrieval.queries import files, open_index, query_features
 from moco.retrieval.store import Embedding
-from moco.runtime.console import Display, progress_bar
+from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import pick_device
 
 _GROUP_TILES = 24  # of a group in the gallery: the rest is counted
@@ -97,7 +97,7 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
         written.append(str(path))
     rows = [("pictures", f"{count:,} of {pictures['root'] or pictures['name']}"), *found.summary]
     rows += [("note", found.note)] if found.note else []
-    Display(1, 1, 0, quiet=False).summary(_title(config), [*rows, ("written", "\n".join(written))])
+    summary_panel(_title(config), [*rows, ("written", "\n".join(written))])
 
 
 def _title(config: SearchConfig) -> str:

@@ -1,1 +1,1 @@
-"""The process: console, standard streams, preemption, watchdog, memory and precision."""
+"""The process: console, standard streams, signals, watchdog, device, memory and precision."""

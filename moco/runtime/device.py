@@ -1,4 +1,4 @@
-"""The device on which this process computes."""
+"""The device of this process."""
 
 import os
 
@@ -8,12 +8,12 @@ from moco.config import require
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this process; "auto" is a GPU where there is one.
+    """Return the device of this process: "cpu", "cuda", or with "auto" a GPU if there is one.
 
     Raises:
-        ConfigError: if a GPU is asked for and there is none.
+        ConfigError: for "cuda" if there is no GPU.
     """
-    require(name != "cuda" or torch.cuda.is_available(), "device=cuda, but torch sees no GPU here: set device=cpu")
+    require(name != "cuda" or torch.cuda.is_available(), "device=cuda, but torch finds no GPU: set device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

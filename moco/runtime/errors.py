@@ -2,4 +2,4 @@
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss or its gradient is not finite. Nothing has changed: not a weight, a statistic, or a key in the queue."""
+    """The loss or its gradient is not finite. Weights, statistics and queue have not been changed."""

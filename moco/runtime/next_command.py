@@ -1,4 +1,4 @@
-"""The command to run next, with all that the person said to this one, as it can be pasted into a shell."""
+"""The command to run next, with the settings of the current one, ready to paste into a shell."""
 
 import json
 import re
@@ -9,44 +9,44 @@ from typing import Any
 
 from moco.config.subject import SubjectConfig
 
-# What Hydra reads as text, as it stands. Quoted is always right, but hard to read.
-_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*")
-_WORDS = {"true", "false", "null", "nan", "inf"}  # these it takes for values
+# Text that Hydra reads unchanged without quotes, which are always correct but hard to read.
+_UNQUOTED = re.compile(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*")
+_KEYWORDS = {"true", "false", "null", "nan", "inf"}  # Hydra reads these as values
 
 
-def command(module: str, config: SubjectConfig, **said: Any) -> str:
-    """`python -m MODULE` with each field of `SubjectConfig` in which the configuration differs from the defaults.
+def command(module: str, config: SubjectConfig, **changes: Any) -> str:
+    """Return `python -m MODULE` with each field of `SubjectConfig` that differs from its default.
 
     Args:
         module: such as "moco.linear".
-        config: what this command was told.
-        **said: fields by name that go in instead, or beside them. A field of `SubjectConfig` with its default goes out.
+        config: the configuration of the current command.
+        **changes: fields that replace or extend those of `config`. A field of `SubjectConfig` that is changed to its
+            default is left out.
     """
-    standard = asdict(SubjectConfig())
-    told = {each.name: asdict(config)[each.name] for each in fields(SubjectConfig)} | said
-    parts = [f"{name}={_value(each)}" for name, each in _differing(told, standard)]
-    return shlex.join(["python", "-m", module, *parts])
+    defaults = asdict(SubjectConfig())
+    values = {each.name: asdict(config)[each.name] for each in fields(SubjectConfig)} | changes
+    return shlex.join(["python", "-m", module, *(f"{name}={_text(each)}" for name, each in _changed(values, defaults))])
 
 
-def _differing(values: Mapping[str, Any], standard: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of what differs; a name that is not of the schema needs Hydra's plus."""
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted names and values that differ from the defaults; Hydra needs a plus before nested new names."""
     for name, value in values.items():
-        plus = "+" * (name not in standard and bool(prefix) and not prefix.startswith("+"))
+        plus = "+" * (name not in defaults and bool(prefix) and not prefix.startswith("+"))
         if isinstance(value, Mapping):
-            yield from _differing(value, standard.get(name, {}), f"{plus}{prefix}{name}.")
-        elif name not in standard or value != standard[name]:
+            yield from _changed(value, defaults.get(name, {}), f"{plus}{prefix}{name}.")
+        elif name not in defaults or value != defaults[name]:
             yield f"{plus}{prefix}{name}", value
 
 
-def _value(value: Any) -> str:
-    """In the grammar of Hydra's overrides."""
+def _text(value: Any) -> str:
+    """Return a value in the grammar of Hydra's overrides."""
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_value, value))}]"
+        return f"[{','.join(map(_text, value))}]"
     if isinstance(value, str):
-        return value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else quoted(value)
+        return value if _UNQUOTED.fullmatch(value) and value.lower() not in _KEYWORDS else quoted(value)
     return json.dumps(value)
 
 
 def quoted(text: str) -> str:
-    """Text that Hydra takes letter by letter: backslashes count only before a quote, and there they are doubled."""
+    """Quote text for Hydra. Only backslashes before a quote, or at the end, are special there: they are doubled."""
     return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'

@@ -1,4 +1,4 @@
-"""Which number format training computes in, when it is left to the machine: bfloat16 only where it is faster."""
+"""The number format for training: with "auto", bfloat16 where it is faster than float32."""
 
 import copy
 import time
@@ -9,52 +9,52 @@ import torch
 from torch import Tensor, nn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GAIN = 1.2  # how much faster bfloat16 must be: a gain within the noise of a probe is no reason to round more
+MIN_SPEEDUP = 1.2  # of bfloat16 over float32: a gain within the noise of the measurement does not justify more rounding
 ROUNDS = 3
-PIXELS = 4 * 224**2  # of one pass; fewer images of a larger size
+PIXELS = 4 * 224**2  # per pass
 
 
 def pick_precision(wanted: str, encoder: nn.Module, size: int, device: torch.device) -> tuple[str, str]:
-    """The precision to train in, and in a few words why.
+    """Return the precision to train in, and the reason in a few words.
 
-    A GPU multiplies bfloat16 many times faster than float32 or not at all. A CPU is asked twice: whether it has
-    instructions for it (AMX, or AVX-512 with BF16; others emulate it and are several times slower), and then by a
-    race of the encoder against itself.
+    For "auto", a GPU uses bfloat16 if it has units for it. A CPU uses it if it has instructions for it (AMX, or AVX-512
+    with BF16; others emulate it several times more slowly) and a copy of the encoder runs faster.
 
     Args:
         wanted: fp32, bf16, fp16, or auto.
-        encoder: what will be trained; only a copy of it runs.
-        size: S, the side of the images that it will see.
-        device: where.
+        encoder: the network to train.
+        size: S, the side of the images.
+        device: where it is trained.
     """
     if wanted != "auto":
         return wanted, "as configured"
     if device.type == "cuda":
         able = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bf16", "the GPU has units for it") if able else ("fp32", "the GPU has no bfloat16 units")
-    if not (_has("_is_amx_tile_supported") or _has("_is_avx512_bf16_supported")):
+    if not (_cpu_has("_is_amx_tile_supported") or _cpu_has("_is_avx512_bf16_supported")):
         return "fp32", "the CPU has no bfloat16 instructions"
-    gain = _race(encoder, torch.zeros(max(1, min(32, PIXELS // size**2)), 3, size, size))
-    return ("bf16" if gain >= GAIN else "fp32"), f"measured: bfloat16 takes {1 / gain:.2f} of float32's time"
+    speedup = _measure_speedup(encoder, torch.zeros(max(1, min(32, PIXELS // size**2)), 3, size, size))
+    precision = "bf16" if speedup >= MIN_SPEEDUP else "fp32"
+    return precision, f"measured: bfloat16 takes {1 / speedup:.2f} of float32's time"
 
 
-def _has(name: str) -> bool:
-    """What torch knows of the CPU; under these names in torch 2.11 to 2.15."""
+def _cpu_has(name: str) -> bool:
+    """Return what torch reports about the CPU; torch 2.11 to 2.15 use these names."""
     known: Callable[[], bool] | None = getattr(torch.cpu, name, None)
     return known is not None and known()
 
 
-def _race(encoder: nn.Module, images: Tensor) -> float:
-    """Float32's time over bfloat16's, of forward and backward in turns."""
-    network = copy.deepcopy(encoder).eval()  # BN by its running statistics: any number of images will do
+def _measure_speedup(encoder: nn.Module, images: Tensor) -> float:
+    """Return the time of forward and backward in float32 over that in bfloat16, measured in turns."""
+    network = copy.deepcopy(encoder).eval()  # BN uses its running statistics, so any number of images works
     times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    with torch.random.fork_rng(devices=[]):  # dropout must not move the run's own random numbers
+    with torch.random.fork_rng(devices=[]):  # dropout must not change the random numbers of the run
         for number in range(1 + ROUNDS):
             for dtype, seconds in times.items():
                 began = time.perf_counter()
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     out = network(images)
                 out.float().square().mean().backward()
-                if number:  # the first is the warm-up
+                if number:  # the first round is the warm-up
                     seconds.append(time.perf_counter() - began)
     return median(times[torch.float32]) / median(times[torch.bfloat16])

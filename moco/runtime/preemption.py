@@ -1,6 +1,6 @@
-"""Leaving a run before its end without losing a step: signals, the time limit, and the status of the process.
+"""Stop a run before its end without losing a step: signals, the time limit, and the exit status.
 
-Nothing here needs torch: commands know of `Preempted` before there is work to do.
+Does not import torch: commands know `Preempted` before there is work to do.
 """
 
 import os
@@ -14,12 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-PREEMPTED = os.EX_TEMPFAIL  # 75: "try again later", as the same command does
-INTERRUPTED = 130  # what a shell calls ended by Ctrl-C; a loop in a shell script ends too
+PREEMPTED = os.EX_TEMPFAIL  # 75, "try again later": running the same command again resumes
+INTERRUPTED = 130  # the exit status that shells report after Ctrl-C; a loop in a shell script ends too
 
 
 class Reason(IntEnum):
-    """Why a run stops before its end. Ranks that have different ones all act on the highest."""
+    """Why a run stops before its end. If ranks have different reasons, all use the highest."""
 
     NONE = 0
     TIME_LIMIT = 1
@@ -31,53 +31,53 @@ class Reason(IntEnum):
 
 
 class Preempted(Exception):
-    """The run has stopped before its end, with everything saved; its message is one sentence.
+    """The run was stopped before its end, and everything is saved; the message is one sentence.
 
     Args:
-        reason: why.
-        done, total: how many steps are saved, of how many; None: no step of this attempt was begun.
+        reason: why it was stopped.
+        done: number of saved steps; None if this attempt has not taken a step.
+        total: number of steps of the run.
     """
 
     def __init__(self, reason: Reason, done: int | None = None, total: int = 0) -> None:
         self.status = INTERRUPTED if reason is Reason.SIGINT else PREEMPTED
         by = "the time limit stop_after" if reason is Reason.TIME_LIMIT else reason.name
         if done is None:
-            what = f"stopped by {by} before its first step: there is nothing new to save; the same command starts again"
+            text = f"stopped by {by} before the first step: nothing new to save; run the same command again to start"
         else:
-            what = f"stopped by {by} behind step {done} of {total}, which is saved; the same command goes on from there"
-        super().__init__(f"{what} (status {self.status})")
+            text = f"stopped by {by} after step {done} of {total}, which is saved: run the same command again to resume"
+        super().__init__(f"{text} (status {self.status})")
 
 
 class PreemptionHandler:
-    """Hears SIGTERM, SIGUSR1 and SIGINT in place of dying of them, and watches the time limit.
+    """Catches SIGTERM, SIGUSR1 and SIGINT, and checks the time limit.
 
-    In use as a context, as wide as can be: what is heard while torch is imported or data are opened is remembered and
-    looked at once the ranks can act alike. SIGINT waits for the step's end where there are steps, see `stepping`;
-    before and behind them, and where it is the second one, it raises KeyboardInterrupt at once. A signal that the
-    process was started to ignore (nohup) stays ignored, and outside the main thread, where Python allows no handler,
-    only the time counts.
+    Use it as a context manager around as much as possible: a signal that arrives during imports or while data is opened
+    is remembered until all ranks can act on it together. Within `stepping` the first SIGINT is remembered too;
+    otherwise, and at the second one, it raises KeyboardInterrupt. Signals that the process was started to ignore
+    (nohup) stay ignored. Outside the main thread, where Python allows no handlers, only the time limit counts.
 
     Args:
-        minutes: the time limit, counted from now; 0: none.
+        minutes: the time limit, from now; 0: none.
     """
 
     def __init__(self, minutes: float) -> None:
-        self._until = time.monotonic() + 60 * minutes if minutes else float("inf")
+        self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         self._received, self._stepping = Reason.NONE, False
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def signal_received(self) -> Reason:
-        """The signal that has arrived so far; the time limit does not count."""
+        """Return the signal received so far, regardless of the time limit."""
         return self._received
 
     def reason(self) -> Reason:
-        """Why this process wants to stop by now; NONE while it does not."""
-        late = Reason.TIME_LIMIT if time.monotonic() >= self._until else Reason.NONE
+        """Return why this process should stop now, or NONE."""
+        late = Reason.TIME_LIMIT if time.monotonic() >= self._deadline else Reason.NONE
         return max(self._received, late)
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """While steps are taken: the first SIGINT is remembered as well."""
+        """Remember the first SIGINT instead of raising KeyboardInterrupt: training stops after the current step."""
         self._stepping = True
         try:
             yield
@@ -88,13 +88,13 @@ class PreemptionHandler:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._receive)
+                    self._previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is Preempted:
             prevent_restart()
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, handler)
 
@@ -105,17 +105,17 @@ class PreemptionHandler:
 
 
 def prevent_restart() -> None:
-    """Before an end that is wanted, or that the same processes, started again at once, would come to once more.
+    """Stop torchrun from restarting this job. Call it before an intended exit or a repeatable error.
 
-    Without a launcher does nothing. Makes this process deaf to SIGTERM and SIGUSR1: torchrun sends SIGTERM to all other
-    ranks once one has left, and that must not change the status with which the slower ones leave. Then ends a torchrun
-    that would start them again (--max-restarts), for to it every status but 0 has failed.
+    Without a launcher it does nothing. First, this process ignores SIGTERM and SIGUSR1: torchrun sends SIGTERM to the
+    other ranks when one has left, and that must not change their exit status. Then local rank 0 ends a torchrun that
+    would restart the job (--max-restarts), because torchrun takes every status other than 0 as a failure.
     """
     if "WORLD_SIZE" not in os.environ:
         return
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            # No handler of ours: Python takes those away while it shuts down, and the default would strike then.
+            # Not a Python handler: the interpreter removes those at exit, and then the default would end the process.
             signal.signal(number, signal.SIG_IGN)
     most, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     if so_far >= most or os.environ.get("LOCAL_RANK") != "0":
@@ -126,4 +126,4 @@ def prevent_restart() -> None:
     except OSError:
         return
     if b"torchrun" in command or b"torch.distributed.run" in command:
-        os.kill(parent, signal.SIGTERM)  # which it hands on to the other processes; those are deaf to it by now
+        os.kill(parent, signal.SIGTERM)  # torchrun forwards it to the other processes, which ignore it by now

@@ -14,7 +14,7 @@ from moco.distributed import world_size
 
 
 def provenance() -> dict[str, Any]:
-    """With what, on what and when a figure was made."""
+    """Return the time, the versions and the machine, for a file of results."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -27,11 +27,11 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code runs from, with "-dirty" if it was changed; None outside of one."""
-    package = Path(moco.__file__).resolve().parent
-    if not (package.parent / ".git").exists():  # an installed wheel may lie inside somebody else's repository
+    """Return the commit of this checkout, with "-dirty" if files were changed; None outside of a checkout."""
+    root = Path(moco.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed package may be inside another project's repository
         return None
-    command = ["git", "-C", str(package.parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""The process's own output where nobody reads it any more (`| head`, a closed terminal) or where it was never open.
+"""Standard streams that are closed, or whose reader has gone (`| head`, a closed terminal).
 
-Nothing here needs torch or rich: `--help` comes through here.
+Imports neither torch nor rich, so that `--help` is fast.
 """
 
 import os
@@ -10,34 +10,34 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
-UNREAD = 128 + signal.SIGPIPE  # 141: what a shell calls ended by a closed pipe
+BROKEN_PIPE = 128 + signal.SIGPIPE  # 141, the exit status that shells report for a closed pipe
 
 
-def mute(stream: IO[str] | None) -> None:
-    """Sends nowhere what is still written to a stream, and what waits in it to be written."""
-    with suppress(OSError, ValueError):  # closed, or a test's stream that has no number
+def discard_output(stream: IO[str] | None) -> None:
+    """Redirect a stream to the null device, with what it has buffered."""
+    with suppress(OSError, ValueError):  # closed, or a test's stream without a descriptor
         if stream is not None:
-            number, nowhere = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, number)
-            os.close(nowhere)
+            descriptor, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
 
 
-def log(sentence: str) -> None:
-    """A line on stderr, or nowhere: that it could not be said must not change how the process ends."""
+def print_error(line: str) -> None:
+    """Print a line on stderr. Ignore errors: they must not change the exit status."""
     try:
-        print(sentence, file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
     except OSError:
-        mute(sys.stderr)
+        discard_output(sys.stderr)
 
 
 @contextmanager
 def protected_streams() -> Iterator[None]:
-    """Around all that a process does: no file of its own takes the place of a stream, no stream spoils its end."""
-    # The system gives the lowest free number to what is opened. Of a closed stream it would go to a checkpoint, and
-    # what a library then writes to stderr would go into it.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
+    """Reserve descriptors 0-2, and ignore errors when stdout and stderr are flushed at the end."""
+    # The system assigns the lowest free descriptor. If a stream is closed, a checkpoint could get its number, and a
+    # library that writes to stderr would write into the checkpoint.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
     try:
         yield
     finally:
@@ -46,20 +46,16 @@ def protected_streams() -> Iterator[None]:
                 if stream is not None:
                     stream.flush()
             except (OSError, ValueError):
-                mute(stream)
+                discard_output(stream)
 
 
 @contextmanager
 def exit_on_broken_pipe() -> Iterator[None]:
-    """Ends the process without a word, with status 141, where nobody reads on what is printed inside.
-
-    Raises:
-        SystemExit: there.
-    """
+    """Exit silently with status 141 if the reader of stdout has gone while the block prints."""
     try:
         yield
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        mute(sys.stdout)
-        sys.exit(UNREAD)
+        discard_output(sys.stdout)
+        sys.exit(BROKEN_PIPE)

@@ -1,9 +1,8 @@
-"""Names the rank that a run hangs on, and ends the run so that its launcher can start it again.
+"""Detect a hang, name the rank that causes it, and end the run so that its launcher can restart it.
 
-A rank that stands still takes all others with it: each waits for it in a collective, and none can say for whom. So each
-rank tells the others now and then that it lives, behind which step it is, whether it gets on and, once it has waited
-for long, where in the code it stands. Two threads beside training do that; a step costs them one assignment, and the
-device is not asked.
+When one rank hangs, the others block in a collective and cannot tell which rank they are waiting for. Therefore each
+rank publishes a heartbeat, the number of its steps, whether it makes progress and, after a long wait, the line of code
+that it is at. Two threads do this; a training step costs one assignment, and the device is not synchronized.
 """
 
 import json
@@ -21,61 +20,62 @@ from pathlib import Path
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from moco.distributed import on_rank_zero, world_size
-from moco.runtime.stdio import log
+from moco.runtime.stdio import print_error
 
 HUNG = os.EX_UNAVAILABLE  # 69
 
 _PACKAGE = Path(__file__).parents[1]
-_BEATS = 12  # signs of life within the time after which a rank counts as hung
-_SILENT = 4  # so many missed: no sign of life
+_CHECKS = 12  # checks, and heartbeats, within the time limit
+_MISSED = 4  # heartbeats that a rank may miss before it counts as silent
 
 
 @dataclass(frozen=True)
-class Sign:
-    """What is known of a rank."""
+class RankState:
+    """What is known about a rank."""
 
-    done: int  # steps; -1: not known
-    place: str  # where in the code it stands; "" while that is of no interest
-    waits: bool  # it stands where ranks wait for each other: in a step, for its result, or in a collective
-    silent: float = 0.0  # seconds since its last sign of life, if that is suspiciously long
+    done: int  # number of steps; -1: unknown
+    location: str  # the line of code that it is at; "" if unknown
+    waiting: bool  # the line is in a training step or a collective, where ranks wait for each other
+    silent_for: float = 0.0  # seconds since its last heartbeat; 0 unless it has missed several
 
 
-def place(thread: int) -> tuple[str, bool]:
-    """The line of this package that a thread executes or waits in, and whether ranks wait for each other there."""
+def code_location(thread: int) -> tuple[str, bool]:
+    """Return the innermost line of this package in a thread, and whether ranks wait for each other there."""
     frame = sys._current_frames().get(thread)
     ours = [each for each in traceback.extract_stack(frame) if Path(each.filename).is_relative_to(_PACKAGE)]
     if frame is None or not ours:
         return "", False
     files = {Path(each.filename).name for each in ours}
-    waits = any(each.name == "train_step" for each in ours) or bool(files & {"distributed.py", "finite.py"})
+    waiting = any(each.name == "train_step" for each in ours) or bool(files & {"distributed.py", "nonfinite.py"})
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
-    return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waits
+    return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waiting
 
 
-def report(signs: Sequence[Sign], minutes: float) -> str:
-    """One sentence that names the ranks which the others wait for.
+def hang_message(states: Sequence[RankState], minutes: float) -> str:
+    """Return a sentence that names the ranks for which the others wait.
 
-    Those are the ranks that give no sign of life; if all do, those that are steps behind the others; if none is, those
-    that stand outside of the step and of collectives, as at a disk that does not answer. Where all stand alike none
-    can be told from the others, and all are named.
+    These are the silent ranks; if there are none, the ranks with fewer steps than the others; if there are none, the
+    ranks that are neither in a step nor in a collective, for example at a disk that does not respond. If none of these
+    apply, all ranks are named.
 
     Args:
-        signs: of each rank.
-        minutes: for which nothing was finished.
+        states: of each rank.
+        minutes: the time without progress.
     """
-    ranks = range(len(signs))
-    hung = [each for each in ranks if signs[each].silent]
-    hung = hung or [each for each in ranks if signs[each].done < max(sign.done for sign in signs)]
-    hung = hung or [each for each in ranks if not signs[each].waits]
-    named = hung or list(ranks)
-    others = [each for each in ranks if each not in named]
-    who = f"rank{'s' * (len(named) > 1)} {_list(named)} hang{'s' * (len(named) == 1)}"
-    sentence = f"{who}: nothing was finished for {minutes:.3g} minutes; {_where(signs, named)}"
+    ranks = range(len(states))
+    hung = [each for each in ranks if states[each].silent_for]
+    hung = hung or [each for each in ranks if states[each].done < max(state.done for state in states)]
+    hung = hung or [each for each in ranks if not states[each].waiting] or list(ranks)
+    others = [each for each in ranks if each not in hung]
+    sentence = (
+        f"rank{'s' * (len(hung) > 1)} {_list(hung)} hang{'s' * (len(hung) == 1)}: no progress for {minutes:.3g} "
+        f"minutes; {_describe(states, hung)}"
+    )
     if others:
-        sentence += f"; the others wait, {_where(signs, others)}"
+        sentence += f"; the others wait, {_describe(states, others)}"
     return (
-        f"{sentence} (status {HUNG}; the same command goes on from the last checkpoint; if a step or a batch does "
-        "take that long, raise hang_after)"
+        f"{sentence} (status {HUNG}; run the same command again to resume from the last checkpoint; if a step or a "
+        "batch can take that long, raise hang_after)"
     )
 
 
@@ -83,67 +83,70 @@ def _list(ranks: Sequence[int], most: int = 8) -> str:
     return ", ".join(str(each) for each in ranks[:most]) + (f" and {len(ranks) - most} more" * (len(ranks) > most))
 
 
-def _where(signs: Sequence[Sign], ranks: Sequence[int]) -> str:
-    """What is known of these ranks, those that stand alike together."""
-    alike: dict[str, list[int]] = {}
+def _describe(states: Sequence[RankState], ranks: Sequence[int]) -> str:
+    """Return the states of these ranks; ranks in the same state are listed together."""
+    groups: dict[str, list[int]] = {}
     for each in ranks:
-        sign = signs[each]
-        state = f"no sign of life for {sign.silent:.0f} s" if sign.silent else f"at {sign.place or 'an unknown place'}"
-        alike.setdefault(f"behind step {sign.done}, {state}" if sign.done >= 0 else state, []).append(each)
-    return "; ".join(f"rank{'s' * (len(of) > 1)} {_list(of)} {state}" for state, of in alike.items())
+        state = states[each]
+        if state.silent_for:
+            text = f"no heartbeat for {state.silent_for:.0f} s"
+        else:
+            text = f"at {state.location or 'an unknown line'}"
+        groups.setdefault(f"after step {state.done}, {text}" if state.done >= 0 else text, []).append(each)
+    return "; ".join(f"rank{'s' * (len(each) > 1)} {_list(each)} {text}" for text, each in groups.items())
 
 
 def rendezvous_store() -> Store | None:
-    """Where the ranks of this attempt leave their signs: torchrun's store, over a connection of our own.
+    """Return a connection to torchrun's store, where the ranks publish their states. Every rank must call it.
 
-    Collective. None for one process, and for a process group that was not announced in the environment.
+    Returns None for one process, and for a process group that was not configured through the environment.
     """
     if world_size() == 1 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return None
-    attempt = on_rank_zero(time.time_ns)  # signs of an attempt before this one are none
+    attempt = on_rank_zero(time.time_ns)  # states of an earlier attempt must not be read
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    patience = timedelta(seconds=10)
-    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=patience)
+    store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     return PrefixStore(f"moco/watch/{attempt}", store)
 
 
 class Watchdog:
-    """Ends this process with status 69 when nothing was finished for too long, naming the ranks that hang.
+    """Ends this process with status 69 after too long without progress, and names the ranks that hang.
 
-    In use as a context around all that a run does. What counts is a step, or a part of other work (`heartbeat`), of any
-    rank: while one is busy alone the others wait for it, and that is no hang. Of the living ranks the lowest speaks. It
-    is `os._exit` that ends the process: a thread that waits in a collective hears no exception. What is being written
-    then has no checkpoint's name yet.
+    Use it as a context manager around the run. Progress is a step, or a part of other work (`heartbeat`), of any rank:
+    if one rank works while the others wait for it, that is not a hang. The lowest rank that is not silent prints the
+    message. The process ends by `os._exit`, because a thread that waits in a collective receives no exception. A file
+    that is being written then still has its temporary name.
 
     Args:
-        minutes: how long a step, or a part of other work, may take; 0: nothing is watched.
-        store: where ranks meet, see `rendezvous_store`; None: this rank knows of itself only.
-        rank, world: this one, of how many.
+        minutes: time limit for a step, or a part of other work; 0: no watchdog.
+        store: see `rendezvous_store`; None: this rank does not know about others.
+        rank, world: of this process.
     """
 
     def __init__(self, minutes: float, store: Store | None = None, rank: int = 0, world: int = 1) -> None:
         self._limit, self._store = 60 * minutes, store
         self._rank, self._world = (rank, world) if store is not None else (0, 1)
-        self._every = min(5.0, self._limit / _BEATS)
+        self._interval = min(5.0, self._limit / _CHECKS)
         self._done, self._parts, self._paused, self._idle = 0, 0, False, 0.0
-        self._elsewhere = 0  # how often others were seen to get on while this rank was idle
-        self._known: list[tuple[int, int]] = []  # what others had done when they were last asked; []: they were not
+        self._progress_elsewhere = 0  # how often another rank was seen to make progress while this one was idle
+        self._progress: list[tuple[int, int]] = []  # of each rank when last read; []: not read
         self._over = threading.Event()
         self._thread = 0
-        self._signs = [(Sign(-1, "", False), -1, 0.0)] * self._world  # each rank's, which beat it was, when it changed
+        # per rank: its state, the number of its last heartbeat, and when that was read (0: never)
+        self._states = [(RankState(-1, "", False), -1, 0.0)] * self._world
 
     def finished(self, done: int) -> None:
-        """So many steps are done."""
+        """Record that `done` steps are finished."""
         self._done = done
         self.heartbeat()
 
     def heartbeat(self, *_: object) -> None:
-        """A part of some other work is done: a batch of an evaluation, a picture that was read; takes any arguments."""
+        """Record that a part of other work is finished, such as a batch of an evaluation. Ignores its arguments."""
         self._parts += 1
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Work that takes as long as it takes and gives no sign: a download by somebody else's code."""
+        """Ignore the time limit during work that cannot report progress, such as a download by another library."""
         self._paused = True
         try:
             yield
@@ -153,70 +156,72 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._thread = threading.get_ident()
         if self._limit:
-            for target in (self._count, self._talk)[: 1 + (self._store is not None)]:
+            for target in (self._watch, self._publish)[: 1 + (self._store is not None)]:
                 threading.Thread(target=target, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
 
-    def _count(self) -> None:
-        """Adds up the time in which nothing was finished. It never asks the store, which may not answer."""
+    def _watch(self) -> None:
+        """Measure the time without progress. Never reads the store, which may not respond."""
         seen, before = (0, 0), time.monotonic()
-        while not self._over.wait(self._every):
+        while not self._over.wait(self._interval):
             now = time.monotonic()
-            # No more than the wait: a process that was stopped itself (Ctrl-Z) has not been waiting for anybody.
-            self._idle += min(now - before, 2 * self._every)
+            # At most two intervals: a process that was itself stopped (Ctrl-Z) has not waited for others.
+            self._idle += min(now - before, 2 * self._interval)
             before = now
-            now_seen = (self._parts, self._elsewhere)
-            if now_seen != seen or self._paused:
-                seen, self._idle = now_seen, 0.0
+            progress = (self._parts, self._progress_elsewhere)
+            if progress != seen or self._paused:
+                seen, self._idle = progress, 0.0
             if self._idle > self._limit:
-                self._leave()
+                self._exit()
 
-    def _talk(self) -> None:
-        """Leaves this rank's sign; reads the others' once there is reason to."""
+    def _publish(self) -> None:
+        """Write this rank's state to the store; once this rank has long been idle, read the others' states too."""
         assert self._store is not None
         beat = 0
         while not self._over.is_set():
             beat += 1
-            reason = self._idle > self._limit / 2
+            idle = self._idle > self._limit / 2
             try:
-                where, waits = place(self._thread) if reason else ("", False)
-                sign = [beat, self._done, self._parts + self._paused * beat, where, waits]
-                self._store.set(str(self._rank), json.dumps(sign))
-                if reason:
+                location, waiting = code_location(self._thread) if idle else ("", False)
+                state = [beat, self._done, self._parts + self._paused * beat, location, waiting]
+                self._store.set(str(self._rank), json.dumps(state))
+                if idle:
                     self._read()
                 else:
-                    self._known = []
-            except Exception:  # no store, no answer: to this rank the others are silent, which is what it will say
+                    self._progress = []
+            except Exception:  # the store does not respond: the other ranks then count as silent
                 pass
-            self._over.wait(self._every)
+            self._over.wait(self._interval)
 
     def _read(self) -> None:
         assert self._store is not None
         now = time.monotonic()
-        self._signs = [(sign, beat, at or now) for sign, beat, at in self._signs]  # silent from here on, if at all
-        others = []
+        self._states = [(state, beat, at or now) for state, beat, at in self._states]  # silence counts from here
+        progress = []
         for other, text in enumerate(self._store.multi_get([str(each) for each in range(self._world)])):
-            beat, done, parts, where, waits = json.loads(text)
-            others.append((done, parts))
-            if beat != self._signs[other][1]:
-                self._signs[other] = (Sign(done, where, waits), beat, now)
-        if self._known and others != self._known:
-            self._elsewhere += 1
-        self._known = others
+            beat, done, parts, location, waiting = json.loads(text)
+            progress.append((done, parts))
+            if beat != self._states[other][1]:
+                self._states[other] = (RankState(done, location, waiting), beat, now)
+        if self._progress and progress != self._progress:
+            self._progress_elsewhere += 1
+        self._progress = progress
 
-    def _leave(self) -> None:
+    def _exit(self) -> None:
         now = time.monotonic()
-        signs = []
-        for sign, _, at in self._signs:
+        states = []
+        for state, _, at in self._states:
             silent = now - at if at else self._limit
-            signs.append(Sign(sign.done, sign.place, sign.waits, silent * (silent > _SILENT * self._every)))
-        signs[self._rank] = Sign(self._done, *place(self._thread))
-        if any(not sign.silent for sign in signs[: self._rank]):
-            time.sleep(_SILENT * self._every)  # torchrun ends all once one has left: a lower rank must have spoken
+            silent *= silent > _MISSED * self._interval
+            states.append(RankState(state.done, state.location, state.waiting, silent))
+        states[self._rank] = RankState(self._done, *code_location(self._thread))
+        if any(not state.silent_for for state in states[: self._rank]):
+            # torchrun ends all ranks once one has left: let the lower rank print its message first.
+            time.sleep(_MISSED * self._interval)
         elif not self._over.is_set():
-            log(f"moco: {report(signs, self._limit / 60)}")
-        if not self._over.is_set():  # it has come back to life, or is on its way out
+            print_error(f"moco: {hang_message(states, self._limit / 60)}")
+        if not self._over.is_set():  # otherwise the run has continued, or is about to end
             os._exit(HUNG)

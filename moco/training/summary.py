@@ -19,7 +19,7 @@ from moco.distributed import world_size
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
-from moco.runtime.console import Display, duration
+from moco.runtime.console import Display, duration, summary_panel
 from moco.training.step import Method
 
 
@@ -143,4 +143,4 @@ def summarize(
     ]
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
         rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_IMAGES run=runs/mine"))
-    display.summary("already finished" if already_done else "done", rows)
+    summary_panel("already finished" if already_done else "done", rows)

@@ -140,7 +140,7 @@ def test_a_signal_lets_the_step_end_saves_it_and_the_run_goes_on_bit_for_bit(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         strike(patch, 7, number)
-        with pytest.raises(Preempted, match=rf"stopped by {number.name} behind step 7 of 15") as stopped:
+        with pytest.raises(Preempted, match=rf"stopped by {number.name} after step 7 of 15") as stopped:
             pretrain(config(run))
     assert stopped.value.status == (130 if number == signal.SIGINT else 75)
     assert newest(run)["step"] == 7
@@ -153,7 +153,7 @@ def test_a_signal_lets_the_step_end_saves_it_and_the_run_goes_on_bit_for_bit(
 def test_the_time_limit_stops_each_turn_and_may_change_between_them(whole: Checkpoint, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for turn in (1, 2):  # the limit is over before the first step is: one step a turn
-        with pytest.raises(Preempted, match=rf"by the time limit stop_after behind step {turn} of 15") as stopped:
+        with pytest.raises(Preempted, match=rf"by the time limit stop_after after step {turn} of 15") as stopped:
             pretrain(config(run, "stop_after=1e-6"))
         assert stopped.value.status == 75
     pretrain(config(run, "stop_after=60"))
@@ -176,7 +176,7 @@ def test_loader_processes_that_are_struck_too_do_not_cut_the_step_short(
     streamed = ["data=folder", f"data.root={tmp_path / 'pictures'}", "batch_size=16", "model.bn_group_size=8"]
     made = config(tmp_path / "run", *streamed, "method.queue_size=32", "data.workers=2", "epochs=4")
     strike(monkeypatch, 3, number)
-    with pytest.raises(Preempted, match="behind step 3 of 20"):
+    with pytest.raises(Preempted, match="after step 3 of 20"):
         pretrain(made)
     assert newest(tmp_path / "run")["step"] == 3
     assert multiprocessing.active_children() == []
@@ -329,9 +329,9 @@ def start(
 @pytest.mark.parametrize(
     ("blows", "status", "sentence"),
     [
-        ("3 SIGTERM", 75, "moco: stopped by SIGTERM behind step 3 of 15, which is saved"),
-        ("3 SIGINT", 130, "moco: stopped by SIGINT behind step 3 of 15, which is saved"),
-        ("3 SIGINT SIGINT", 130, "moco: interrupted; the same command goes on from the last checkpoint"),
+        ("3 SIGTERM", 75, "moco: stopped by SIGTERM after step 3 of 15, which is saved"),
+        ("3 SIGINT", 130, "moco: stopped by SIGINT after step 3 of 15, which is saved"),
+        ("3 SIGINT SIGINT", 130, "moco: interrupted"),
     ],
 )
 def test_the_command_ends_with_its_status_and_one_sentence(
@@ -353,7 +353,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_together(tmp_path: Path) ->
     launcher = (sys.executable, *torchrun, "bash", "-c", keep_status, "bash")
     result = start(tmp_path, "6 SIGTERM", "run=cut", launcher=launcher)
     assert [(tmp_path / f"status_{rank}").read_text() for rank in (0, 1)] == ["75\n", "75\n"], result.stderr
-    assert "moco: stopped by SIGTERM behind step 7 of 15" in result.stderr  # ranks agree one step later
+    assert "moco: stopped by SIGTERM after step 7 of 15" in result.stderr  # ranks agree one step later
     assert newest(tmp_path / "cut")["step"] == 7
     assert newest(tmp_path / "cut")["world_size"] == 2
     for run in ("cut", "whole"):

@@ -86,7 +86,7 @@ def test_a_run_that_was_told_to_stop_is_not_started_again(launch: Launch, tmp_pa
     (victim,) = [each for each in descendants(torchrun.pid) if rank_of(each) == "1"]
     os.kill(victim, signal.SIGTERM)
     assert torchrun.wait(300) != 0
-    assert log.read_text().count("stopped by SIGTERM behind step") == 1
+    assert log.read_text().count("stopped by SIGTERM after step") == 1
     assert "resuming" not in log.read_text()
     runs.to_the_end(run, world=2)
 
@@ -200,8 +200,8 @@ def test_two_hosts_of_which_one_is_cut_off_and_comes_back_end_as_two_that_were_n
         time.sleep(0.5)
     said = [(tmp_path / f"host{number}").read_text() for number in (1, 2)]
     assert [each.wait(60) for each in torchruns.values()] == [0, 0], said
-    assert any(f"rank {other} hangs" in text and "no sign of life" in text for text in said for other in (0, 1)), said
+    assert any(f"rank {other} hangs" in text and "no heartbeat" in text for text in said for other in (0, 1)), said
     assert cut < runs.saved(run) == 80
-    print(f"faults: cut off behind step {cut}; torchrun was started again {again} times")
+    print(f"faults: cut off after step {cut}; torchrun was started again {again} times")
     runs.to_the_end(tmp_path / "whole", "epochs=4", world=2)
     runs.same_end(run, tmp_path / "whole")

@@ -72,7 +72,7 @@ def test_a_signal_to_one_of_four_processes_stops_all_with_their_status(tmp_path:
         os.kill(processes[2].pid or 0, number)
         status = 130 if number == signal.SIGINT else PREEMPTED
         assert runs.wait(processes) == [status] * 4, runs.said(run)
-        assert f"stopped by {number.name} behind step {runs.saved(run)} of {STEPS}, which is saved" in runs.said(run)
+        assert f"stopped by {number.name} after step {runs.saved(run)} of {STEPS}, which is saved" in runs.said(run)
 
 
 def struck(where: str) -> None:
@@ -140,7 +140,7 @@ def test_who_is_told_to_stop_saves_in_place_of_evaluating_and_the_next_attempt_e
     given = ["evaluate.every_epochs=1", "evaluate.draws=2"]
     processes = runs.start(run, *given, world=world, prepare=stop_in_an_epochs_last_step)
     assert runs.wait(processes) == [PREEMPTED] * world, runs.said(run)
-    assert "stopped by SIGTERM behind step 20 of 40" in runs.said(run)
+    assert "stopped by SIGTERM after step 20 of 40" in runs.said(run)
     for each in (run, whole):
         runs.to_the_end(each, *given, world=world)
     assert [each["step"] for each in runs.newest(run)["history"]] == [0, 20, 40]
@@ -201,10 +201,8 @@ def test_a_rank_that_hangs_in_the_first_evaluation_is_named(world: int, tmp_path
     processes[0].join(120)
     assert processes[0].exitcode == HUNG, runs.said(run)
     (line,) = [each for each in runs.said(run).splitlines() if each.startswith("moco: ")]
-    assert line.startswith(
-        f"moco: rank {world - 1} hangs: nothing was finished for 0.1 minutes; rank {world - 1} behind "
-    )
-    assert f"rank {world - 1} behind step 0, at moco/training/live_knn.py:" in line
+    assert line.startswith(f"moco: rank {world - 1} hangs: no progress for 0.1 minutes; rank {world - 1} after ")
+    assert f"rank {world - 1} after step 0, at moco/training/live_knn.py:" in line
     print(
         f"faults: a first evaluation that hangs, {world} processes: named {time.monotonic() - began:.1f} s after start"
     )
@@ -240,13 +238,13 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends_within_the_configured_time(
     took = time.monotonic() - began
     assert processes[0].exitcode == HUNG, runs.said(run)
     (line,) = [each for each in runs.said(run).splitlines() if each.startswith("moco: rank")]
-    assert line.startswith("moco: rank 1 hangs: nothing was finished for 0.15 minutes; rank 1 behind step ")
-    assert "the others wait, rank 0 behind step" in line
+    assert line.startswith("moco: rank 1 hangs: no progress for 0.15 minutes; rank 1 after step ")
+    assert "the others wait, rank 0 after step" in line
     if how == "stopped":
-        assert "rank 1 behind step" in line
-        assert "no sign of life for" in line
+        assert "rank 1 after step" in line
+        assert "no heartbeat for" in line
     else:
-        assert "rank 1 behind step 8, at moco/training/loop.py:" in line
+        assert "rank 1 after step 8, at moco/training/loop.py:" in line
         assert "(fit)" in line
     print(f"faults: a rank that hangs ({how}) is named {took:.1f} s after, hang_after=9 s")
     assert took < 60

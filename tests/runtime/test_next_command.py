@@ -1,4 +1,4 @@
-"""The next command carries what was said to this one, through the shell and through Hydra."""
+"""The next command has the settings of the current one, as the shell and Hydra read them."""
 
 import shlex
 from typing import Any
@@ -12,20 +12,20 @@ from moco.runtime.next_command import command, quoted
 
 
 def read(line: str) -> dict[str, Any]:
-    """A command's overrides, as its shell and Hydra read them."""
+    """The overrides of a command, as the shell and Hydra read them."""
     words = shlex.split(line)
     assert words[:2] == ["python", "-m"]
     found = [OverridesParser.create().parse_override(word) for word in words[3:]]
     return {("+" * bool(each.is_add())) + each.key_or_group: each.value() for each in found}
 
 
-def test_defaults_and_other_commands_fields_are_left_out() -> None:
+def test_defaults_and_fields_of_other_commands_are_left_out() -> None:
     assert command("moco.linear", KnnConfig(run="runs/digits", k=[7], half=True)) == (
         "python -m moco.linear run=runs/digits"
     )
 
 
-def test_all_that_was_said_goes_on() -> None:
+def test_all_changed_fields_are_kept() -> None:
     config = SubjectConfig(checkpoint="a b/Bücher (1)=[x].pth", backbone="convnet", seed=3, device="cpu")
     config.options = {"width": 2, "stem": {"kind": "null", "on": True}}
     config.data.name, config.data.root, config.data.hold_out = "folder", "it's \\", 0.2
@@ -49,7 +49,7 @@ def test_all_that_was_said_goes_on() -> None:
     }
 
 
-def test_what_is_said_instead_goes_in_and_a_default_goes_out() -> None:
+def test_changes_replace_fields_and_defaults_are_left_out() -> None:
     config = SubjectConfig(run="run", seed=4, output="there")
     assert read(command("moco.knn", config, run="", checkpoint="file", seed=0)) == {
         "checkpoint": "file",
@@ -58,5 +58,5 @@ def test_what_is_said_instead_goes_in_and_a_default_goes_out() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "007", "true", 'a"b', 'a\\"b', "a\\\\", "~/x", "a,b", "{x", "a b "])
-def test_quoted_text_is_read_letter_by_letter(text: str) -> None:
+def test_quoted_text_is_read_unchanged(text: str) -> None:
     assert OverridesParser.create().parse_override(f"a={quoted(text)}").value() == text

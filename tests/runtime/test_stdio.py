@@ -1,4 +1,4 @@
-"""Output that nobody reads, or that cannot be written, stops no work and changes no status."""
+"""A closed stream, a broken pipe or a full disk under the output neither stops the work nor changes the status."""
 
 import os
 import subprocess
@@ -9,17 +9,17 @@ import pytest
 from rich.console import Console
 
 from moco.config import config_dir
-from moco.runtime.console import Display, Terminal, progress_bar
+from moco.runtime.console import Display, Terminal, progress_bar, summary_panel
 
 REPOSITORY = Path(config_dir()).parent
 
 LATE = """
 import os
 from moco.runtime.console import Terminal
-from moco.runtime.stdio import protected_streams, say
+from moco.runtime.stdio import print_error, protected_streams
 with protected_streams():
     opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
-    say("moco: a sentence")
+    print_error("moco: a sentence")
     Terminal().print("a line")
     with open("result", "w") as file:
         file.write(str(min(opened)))
@@ -33,20 +33,20 @@ def run(code: str, folder: Path, redirection: str) -> int:
 
 
 @pytest.mark.parametrize("redirection", [">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
-def test_closed_and_full_streams_change_no_status_and_take_no_file(redirection: str, tmp_path: Path) -> None:
+def test_closed_and_full_streams_do_not_change_the_status(redirection: str, tmp_path: Path) -> None:
     assert run(LATE, tmp_path, redirection) == 0
     assert int((tmp_path / "result").read_text()) > 2
 
 
 def broken(name: str) -> int:
-    """A number to write to: a pipe, or a terminal, whose other end is gone."""
+    """A descriptor of a pipe, or of a terminal, whose other end is closed."""
     other, end = os.pipe() if name == "pipe" else os.openpty()
     os.close(other)
     return end
 
 
 @pytest.mark.parametrize("name", ["pipe", "terminal"])
-def test_a_display_whose_reader_has_gone_says_nothing_more(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_is_dropped_after_the_reader_has_gone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     end = broken(name)
     with os.fdopen(end, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
@@ -57,14 +57,14 @@ def test_a_display_whose_reader_has_gone_says_nothing_more(name: str, monkeypatc
             display.step(step)
         display.log("a line")
         display.close()
-        display.summary("done", [("a", "b")])
+        summary_panel("done", [("a", "b")])
         assert display.console.quiet
         with progress_bar("work", quiet=False) as progress:
             progress(1, 2)
-        print("what others print goes nowhere as well", flush=True)
+        print("dropped too", flush=True)
         assert os.readlink(f"/proc/self/fd/{end}") == os.devnull
 
 
-def test_what_rich_itself_raises_is_still_raised() -> None:
+def test_other_errors_are_still_raised() -> None:
     with pytest.raises(ValueError, match="a defect"), Terminal(quiet=True):
         raise ValueError("a defect")

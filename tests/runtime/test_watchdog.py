@@ -1,4 +1,4 @@
-"""Who is named when a run hangs. That ranks really are found is in tests/faults/test_ranks.py."""
+"""Which ranks the watchdog names when a run hangs. tests/faults/test_ranks.py has real hangs."""
 
 import os
 import re
@@ -14,92 +14,85 @@ import pytest
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from moco.config import config_dir
-from moco.runtime.watchdog import HUNG, Sign, Watchdog, place, report
+from moco.runtime.watchdog import HUNG, RankState, Watchdog, code_location, hang_message
 
 STEP = "moco/training/step.py:90 (train_step)"
 LOADER = "moco/training/loop.py:48 (fit)"
 
 
-def waiting(done: int = 7) -> Sign:
-    return Sign(done, STEP, waits=True)
+def waiting(done: int = 7) -> RankState:
+    return RankState(done, STEP, waiting=True)
 
 
-def named(signs: list[Sign]) -> str:
-    """The ranks that the sentence opens with."""
-    found = re.match(
-        r"ranks? ([\d, ]+(?: and \d+ more)?) hangs?: nothing was finished for 2 minutes; ", report(signs, 2)
-    )
+def named(states: list[RankState]) -> str:
+    """The ranks at the beginning of the message."""
+    message = hang_message(states, 2)
+    found = re.match(r"ranks? ([\d, ]+(?: and \d+ more)?) hangs?: no progress for 2 minutes; ", message)
     assert found is not None
     return found[1]
 
 
-def test_a_silent_rank_is_named_before_one_that_is_behind() -> None:
-    assert named([waiting(), Sign(7, "", False, silent=90.0), Sign(6, STEP, waits=True)]) == "1"
+def test_a_silent_rank_is_named_before_a_rank_with_fewer_steps() -> None:
+    assert named([waiting(), RankState(7, "", False, silent_for=90.0), RankState(6, STEP, waiting=True)]) == "1"
 
 
-def test_a_rank_that_is_behind_is_named_before_one_that_stands_elsewhere() -> None:
-    assert named([waiting(), Sign(7, LOADER, waits=False), waiting(6)]) == "2"
+def test_a_rank_with_fewer_steps_is_named_before_a_rank_outside_the_step() -> None:
+    assert named([waiting(), RankState(7, LOADER, waiting=False), waiting(6)]) == "2"
 
 
-def test_the_rank_that_waits_for_no_other_is_named() -> None:
-    assert named([waiting(), waiting(), Sign(7, LOADER, waits=False)]) == "2"
-    assert named([Sign(7, LOADER, waits=False), waiting(), Sign(7, LOADER, waits=False)]) == "0, 2"
+def test_the_rank_outside_the_step_is_named() -> None:
+    assert named([waiting(), waiting(), RankState(7, LOADER, waiting=False)]) == "2"
+    assert named([RankState(7, LOADER, waiting=False), waiting(), RankState(7, LOADER, waiting=False)]) == "0, 2"
 
 
-def test_where_all_stand_alike_all_are_named() -> None:
+def test_all_ranks_in_the_same_state_are_named() -> None:
     assert named([waiting(), waiting()]) == "0, 1"
-    assert "the others" not in report([waiting(), waiting()], 2)
+    assert "the others" not in hang_message([waiting(), waiting()], 2)
 
 
-def test_the_sentence_says_where_everybody_is_those_alike_together() -> None:
-    silent = Sign(7, "", False, silent=34.2)
-    assert report([waiting(), silent, waiting(), waiting(8)], 0.5) == (
-        "rank 1 hangs: nothing was finished for 0.5 minutes; rank 1 behind step 7, no sign of life for 34 s; the "
-        f"others wait, ranks 0, 2 behind step 7, at {STEP}; rank 3 behind step 8, at {STEP} (status 69; the same "
-        "command goes on from the last checkpoint; if a step or a batch does take that long, raise hang_after)"
+def test_the_message_lists_ranks_in_the_same_state_together() -> None:
+    silent = RankState(7, "", False, silent_for=34.2)
+    assert hang_message([waiting(), silent, waiting(), waiting(8)], 0.5) == (
+        "rank 1 hangs: no progress for 0.5 minutes; rank 1 after step 7, no heartbeat for 34 s; the others wait, "
+        f"ranks 0, 2 after step 7, at {STEP}; rank 3 after step 8, at {STEP} (status 69; run the same command again to "
+        "resume from the last checkpoint; if a step or a batch can take that long, raise hang_after)"
     )
 
 
-def test_of_a_rank_that_was_never_heard_no_step_is_said() -> None:
-    sentence = report([Sign(-1, "", False, silent=60.0), waiting()], 1)
-    assert "minutes; rank 0 no sign of life for 60 s; the others wait, rank 1 behind step 7" in sentence
+def test_a_rank_without_any_heartbeat_has_no_step() -> None:
+    message = hang_message([RankState(-1, "", False, silent_for=60.0), waiting()], 1)
+    assert "minutes; rank 0 no heartbeat for 60 s; the others wait, rank 1 after step 7" in message
 
 
-def test_of_many_ranks_some_are_listed() -> None:
-    assert named([Sign(7, "", False, silent=9.0)] * 20) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
+def test_at_most_eight_ranks_are_listed() -> None:
+    assert named([RankState(7, "", False, silent_for=9.0)] * 20) == "0, 1, 2, 3, 4, 5, 6, 7 and 12 more"
 
 
-def test_the_place_is_the_innermost_line_of_ours() -> None:
-    """A thread that waits in a store of torch's, called by this package, and one that never was in it."""
-    watch, over = Watchdog(0.0), threading.Event()
-
-    def stand() -> None:
-        with watch.paused():
-            over.wait(20)
-
-    thread = threading.Thread(target=stand)
+def test_a_thread_outside_of_the_package_has_no_location() -> None:
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait, args=(20,))
     thread.start()
     try:
-        assert place(thread.ident or 0) == ("", False)  # inside of `with` nothing of ours is on the stack
+        assert code_location(thread.ident or 0) == ("", False)
     finally:
         over.set()
         thread.join()
-    assert place(thread.ident or 0) == ("", False)  # a thread that is gone
+    assert code_location(thread.ident or 0) == ("", False)  # the thread has ended
 
 
-def test_places_inside_of_a_collective_count_as_waiting() -> None:
+def test_a_line_inside_a_collective_counts_as_waiting() -> None:
     """Rank 0 of two waits in `mean_over_ranks`."""
     code = """
 import sys, threading, time, torch, torch.distributed as dist
 from moco.distributed import mean_over_ranks
-from moco.runtime.watchdog import place
+from moco.runtime.watchdog import code_location
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
 if sys.argv[2] == "1":
     time.sleep(60)
 main = threading.get_ident()
 def look():
     time.sleep(1)
-    print(*place(main), flush=True)
+    print(*code_location(main), flush=True)
 threading.Thread(target=look, daemon=True).start()
 mean_over_ranks(torch.ones(3))
 """
@@ -122,16 +115,16 @@ mean_over_ranks(torch.ones(3))
 
 ALONE = """
 import sys, time
-from moco.runtime.watchdog import Watch
-with Watch(float(sys.argv[1]) / 60) as watch:
+from moco.runtime.watchdog import Watchdog
+with Watchdog(float(sys.argv[1]) / 60) as watch:
     for done in range(1, 9):
-        time.sleep(0.4)
+        time.sleep(0.2)
         watch.finished(done)
     for batch in range(8):
-        time.sleep(0.4)
-        watch.alive()
+        time.sleep(0.2)
+        watch.heartbeat()
     with watch.paused():
-        time.sleep(3)
+        time.sleep(1.8)
     print("evaluated", flush=True)
     time.sleep(float(sys.argv[2]))
 print("over", flush=True)
@@ -144,28 +137,28 @@ def alone(limit: float, sleep: float) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_one_process_alone_is_watched_too_and_is_let_be_while_steps_or_batches_go_on_or_it_downloads() -> None:
-    process = alone(2.4, 60)
+def test_one_process_is_ended_only_without_steps_heartbeats_and_pauses() -> None:
+    process = alone(1.2, 60)
     out, err = process.communicate(timeout=60)
     assert process.returncode == HUNG == 69
     assert out == "evaluated\n"
-    assert err.startswith("moco: rank 0 hangs: nothing was finished for 0.04 minutes; rank 0 behind step 8, at ")
+    assert err.startswith("moco: rank 0 hangs: no progress for 0.02 minutes; rank 0 after step 8, at ")
     assert len(err.splitlines()) == 1
 
 
-def test_a_process_that_was_stopped_and_goes_on_has_not_hung() -> None:
-    """As after Ctrl-Z and fg: the time that it was stopped for does not count."""
-    process = alone(2.4, 0.2)
+def test_the_time_for_which_a_process_was_stopped_does_not_count() -> None:
+    """As after Ctrl-Z and fg."""
+    process = alone(1.2, 0.2)
     assert process.stdout is not None
     assert process.stdout.readline() == "evaluated\n"
     process.send_signal(signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(3)
     process.send_signal(signal.SIGCONT)
     assert process.communicate(timeout=60)[0] == "over\n"
     assert process.returncode == 0
 
 
-def test_zero_watches_nothing() -> None:
+def test_zero_disables_the_watchdog() -> None:
     before = threading.active_count()
     with Watchdog(0.0) as watch:
         watch.finished(1)
@@ -173,12 +166,12 @@ def test_zero_watches_nothing() -> None:
 
 
 def test_ranks_read_each_other_in_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two watches of one store in one process: rank 1 is told to say nothing more, rank 0 names it."""
+    """Two watchdogs in one process share a store: rank 1 stops publishing, rank 0 names it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     left: list[int] = []
-    said: list[str] = []
+    printed: list[str] = []
     monkeypatch.setattr(os, "_exit", lambda status: left.append(status))
-    monkeypatch.setattr("builtins.print", lambda text, **_: said.append(text))
+    monkeypatch.setattr("builtins.print", lambda text, **_: printed.append(text))
     watches = [Watchdog(0.02, store, rank, 2) for rank in (0, 1)]
     with watches[0], watches[1]:
         for watch in watches:
@@ -189,14 +182,12 @@ def test_ranks_read_each_other_in_a_store(monkeypatch: pytest.MonkeyPatch) -> No
         while not left and time.monotonic() < until:
             time.sleep(0.05)
     assert left[0] == HUNG
-    assert said[0].startswith(
-        "moco: rank 1 hangs: nothing was finished for 0.02 minutes; rank 1 behind step 3, no sign"
-    )
+    assert printed[0].startswith("moco: rank 1 hangs: no progress for 0.02 minutes; rank 1 after step 3, no heartbeat")
 
 
 @pytest.mark.parametrize("busy", [True, False])
-def test_a_rank_that_gets_on_alone_is_waited_for(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 evaluates for three times the limit, in batches, while rank 0 has nothing left to do."""
+def test_progress_of_another_rank_is_not_a_hang(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 evaluates for three times the limit, in batches, while rank 0 waits."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", lambda status: left.append(status))

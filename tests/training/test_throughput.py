@@ -74,23 +74,23 @@ def test_the_precision_that_is_asked_for_is_taken() -> None:
 
 
 @pytest.mark.parametrize(("able", "gain", "expected"), [(True, 2.0, "bf16"), (True, 1.1, "fp32"), (False, 2.0, "fp32")])
-def test_bfloat16_needs_instructions_and_a_won_race(
+def test_bfloat16_needs_instructions_and_a_measured_speedup(
     able: bool, gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_has", lambda name: able)
-    monkeypatch.setattr(precision, "_race", lambda encoder, images: gain)
+    monkeypatch.setattr(precision, "_cpu_has", lambda name: able)
+    monkeypatch.setattr(precision, "_measure_speedup", lambda encoder, images: gain)
     picked, why = pick_precision("auto", Convolution(4), 4, CPU)
     assert picked == expected
     assert ("measured" in why) == able
 
 
-def test_the_race_changes_neither_the_encoder_nor_the_random_numbers() -> None:
+def test_measuring_the_speedup_changes_neither_the_encoder_nor_the_random_numbers() -> None:
     encoder = build_encoder("convnet", {"width": 4}, 2, 0, 8, "grouped", 4)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    assert precision._race(nn.Sequential(encoder, nn.Dropout()), torch.zeros(3, 3, 16, 16)) > 0
+    assert precision._measure_speedup(nn.Sequential(encoder, nn.Dropout()), torch.zeros(3, 3, 16, 16)) > 0
     assert torch.equal(torch.rand(1), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in encoder.parameters())
@@ -141,7 +141,7 @@ def test_freed_memory_is_kept_by_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_out_of_memory_is_one_sentence() -> None:
     fix = training_fix(256, 2, 2, on_gpu=False, precision="fp32")
     expected = (
-        r"out of memory on cpu: \d+\.\d of \d+\.\d GiB .*; 64 images went through at once \(batch_size=256 / 2 "
+        r"out of memory on cpu: \d+\.\d of \d+\.\d GiB .*; a micro-batch has 64 images \(batch_size=256 / 2 "
         r"processes / accumulate=2\): set accumulate=4 .*smaller batch_size"
     )
     with pytest.raises(OutOfMemory, match=expected), explain_out_of_memory(CPU, fix):
