@@ -1,9 +1,9 @@
-"""Process group, gather, global permutation. A world of one process is not a special case for callers.
+"""Process group and collectives. All functions also work in a single process.
 
-The global batch is the ranks' local batches in the order of their ranks; everything that the
-mathematics sees is defined on it (law 3).
+The global batch is the local batches of all ranks, in the order of the ranks. Everything that affects the results is
+defined on it (law 3).
 
-Legend: W processes, n samples on each.
+Legend: W processes, n samples per process.
 """
 
 import inspect
@@ -27,34 +27,38 @@ T = TypeVar("T")
 
 
 def rank() -> int:
-    """This process's number, 0 ... W - 1."""
+    """Return the number of this process, 0 ... W - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """The number of processes, W."""
+    """Return the number of processes, W."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_rank_zero() -> bool:
-    """Whether this is rank 0, which alone writes and speaks."""
+    """Return whether this is rank 0, the only rank that writes files and prints."""
     return rank() == 0
 
 
 class PeerLost(ValueError):
-    """A process that others wait for has ended; the message is one sentence."""
+    """Another process of the run has exited; the message is one sentence."""
 
 
-# What gloo says, in errors of no class of their own, of a peer that is gone. NCCL and the store have classes.
-_GONE = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
+# gloo's messages about a process that has exited; gloo has no class for this error, NCCL and the store have one.
+_PEER_LOST = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe", re.IGNORECASE)
 
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterator[None]:
-    """Joins the process group that torchrun announced in the environment; without one, does nothing.
+    """Join the process group that torchrun configured in the environment, if any.
+
+    Args:
+        device: a GPU uses NCCL, a CPU gloo.
+        timeout_minutes: of a collective.
 
     Raises:
-        PeerLost: in place of the backend's error where another process has gone.
+        PeerLost: instead of the backend's error if another process has exited.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
@@ -67,11 +71,11 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not _GONE.search(str(error)):
+        if not isinstance(error, dist.DistError) and not _PEER_LOST.search(str(error)):
             raise
         raise PeerLost(
-            f"another process of this run has ended or does not answer ({str(error).splitlines()[0]:.200}): its own "
-            "words say why"
+            f"another process of this run exited or is not responding ({str(error).splitlines()[0]:.200}): see its "
+            "error message"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -79,7 +83,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
 
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
-    """All ranks' rows in the order of the ranks, without gradient: (n, ...) -> (W n, ...)."""
+    """Return the rows of all ranks, in the order of the ranks, without gradient: (n, ...) -> (W n, ...)."""
     if world_size() == 1:
         return x
     out = x.new_empty(world_size() * len(x), *x.shape[1:])
@@ -88,7 +92,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows; the gradient of a rank's rows is the sum of what all ranks' losses ask of them."""
+    """Rows of all ranks; the gradient of a rank's rows is summed over the losses of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -98,19 +102,19 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)  # a reduce-scatter, which gloo has not; the gradient of embeddings is small
+        dist.all_reduce(grad)  # gloo has no reduce-scatter; the gradient of embeddings is small
         return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
 
 
 def gather_with_gradient(x: Tensor) -> Tensor:
-    """All ranks' rows in the order of the ranks, differentiable: (n, ...) -> (W n, ...).
+    """Return the rows of all ranks, in the order of the ranks, differentiable: (n, ...) -> (W n, ...).
 
-    Backward sums over ranks the gradients of this rank's rows, nothing is divided by W. Let each rank's loss be the
-    mean over its own n queries (against the gathered rows), so that the global batch's loss L is the mean of the
-    ranks' losses. Each rank then holds W times its share of dL/dparameters, through its queries and its rows, and
-    the average over ranks that DDP takes makes that dL/dparameters, as one process has it: nothing to multiply by W.
+    Backward sums the gradients of this rank's rows over ranks, and does not divide by W. If each rank's loss is the
+    mean over its own n queries, the loss L of the global batch is the mean of the ranks' losses. Each rank then holds W
+    times its share of dL/dparameters, and the average over ranks that DDP takes is dL/dparameters, as in one process.
+    So the loss must not be multiplied by W.
 
-    Backward is a collective: every rank must run it, in the same order as the others.
+    Backward is a collective: every rank must run it, in the same order.
     """
     if world_size() == 1:
         return x
@@ -120,10 +124,10 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
-    """This rank's share of the permuted global batch, `global[order]`, without gathering it.
+    """Return this rank's share of the permuted global batch, `global[order]`, without gathering it.
 
-    Each rank sends every row once, straight to the rank that needs it, so at most n rows leave a
-    rank, where an all-gather sends each row to all W - 1 others.
+    Each row is sent once, directly to the rank that needs it: at most n rows leave a rank. An all-gather would send
+    each row to all W - 1 other ranks.
 
     Args:
         x: this rank's rows, shape (n, ...).
@@ -135,9 +139,9 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
     ranks, me, n = world_size(), rank(), len(x)
     if ranks == 1:
         return x[torch.from_numpy(order).to(x.device)]
-    wanted = order.reshape(ranks, n)  # row r: what rank r is to hold, as global positions
+    wanted = order.reshape(ranks, n)  # row r: the global positions that rank r receives
     owner = wanted // n
-    outgoing = [wanted[r][owner[r] == me] - me * n for r in range(ranks)]  # in the order in which r wants them
+    outgoing = [wanted[r][owner[r] == me] - me * n for r in range(ranks)]  # in the order in which r holds them
     received = x.new_empty(x.shape)
     dist.all_to_all_single(
         received,
@@ -145,13 +149,13 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
         output_split_sizes=[int((owner[me] == r).sum()) for r in range(ranks)],
         input_split_sizes=[len(rows) for rows in outgoing],
     )
-    # Rows arrive sorted by the rank they come from; put each where it was wanted.
+    # Rows arrive sorted by the rank that sent them: put each at its position.
     arrival = torch.from_numpy(np.argsort(np.argsort(owner[me], kind="stable"))).to(x.device)
     return received[arrival]
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks, whose gradient is again the sum over ranks (every rank's loss sees the sum)."""
+    """Sum over ranks; the gradient is again summed over ranks, because every rank's loss depends on the sum."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -167,7 +171,7 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Differentiable sum over ranks."""
+    """Return the sum over ranks, differentiable."""
     if world_size() == 1:
         return x
     out: Tensor = _SumOverRanks.apply(x)
@@ -176,7 +180,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """Mean over ranks, without gradient."""
+    """Return the mean over ranks, without gradient."""
     if world_size() == 1:
         return x
     out = x.clone()
@@ -184,12 +188,12 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return out / world_size()
 
 
-class MaxOverRanks:
-    """The highest of the numbers that ranks bring, for what any one of them may ask of all at any step.
+class DelayedMaxOverRanks:
+    """Maximum over ranks without waiting, for requests that any rank can make at any step, such as a stop signal.
 
-    With several ranks the answer is one call late, and the same on all: each call starts a reduction and gives what
-    the call before found, whose answer has had a step's time to arrive. The number does not ride on the measures that
-    a step averages anyway, to keep the step free of what is not in the paper. One process has its answer at once.
+    With several ranks the result is one call late: each call starts a reduction and returns the result of the previous
+    call, which has had a step's time to arrive. The result is the same on all ranks. One process gets its own number
+    immediately. The number is not part of the averaged measures, so that the training step has only what the paper has.
 
     Args:
         device: where the process group reduces.
@@ -197,26 +201,26 @@ class MaxOverRanks:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._found = torch.zeros((), dtype=torch.int64)
+        self._result = torch.zeros((), dtype=torch.int64)
         self._arrived: torch.cuda.Event | None = None
 
-    def __call__(self, mine: int) -> int:
+    def __call__(self, number: int) -> int:
         if world_size() == 1:
-            return mine
+            return number
         if self._arrived is not None:
             self._arrived.synchronize()
-        before, asked = int(self._found), torch.full((), mine, dtype=torch.int64, device=self._device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        self._found = asked.to("cpu", non_blocking=True)  # from a GPU into pinned memory: the host goes on
+        previous, maximum = int(self._result), torch.full((), number, dtype=torch.int64, device=self._device)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        self._result = maximum.to("cpu", non_blocking=True)  # into pinned memory, so that the host does not wait
         if self._device.type == "cuda":
             self._arrived = torch.cuda.Event()
             self._arrived.record()
-        return before
+        return previous
 
 
 @torch.no_grad()
 def broadcast_module(module: nn.Module) -> None:
-    """Rank 0's parameters and buffers become everyone's: once, before the first step."""
+    """Copy rank 0's parameters and buffers to all ranks; called once, before the first step."""
     if world_size() > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=0)
@@ -224,10 +228,10 @@ def broadcast_module(module: nn.Module) -> None:
 
 @torch.no_grad()
 def average_running_statistics(module: nn.Module) -> None:
-    """Averages BN's running statistics over ranks, before they are used or saved.
+    """Average BN's running statistics over ranks, before they are used or saved.
 
-    They follow a linear recurrence, so their average is what one process would hold (the mean of
-    the group statistics), whenever it is taken.
+    They follow a linear recurrence. So their average equals the statistics of a single process (the mean over the
+    groups), whenever it is taken.
     """
     if world_size() > 1:
         for name, buffer in module.named_buffers():
@@ -236,9 +240,9 @@ def average_running_statistics(module: nn.Module) -> None:
 
 
 def on_rank_zero(function: Callable[[], T]) -> T:
-    """Calls the function on rank 0 alone; every rank gets its result, or raises its exception.
+    """Call the function on rank 0 only; every rank returns its result or raises its exception.
 
-    Without this a rank 0 that finds a bad directory leaves the others waiting for it.
+    Without this, an error on rank 0 would leave the other ranks waiting.
     """
     if world_size() == 1:
         return function()
@@ -246,7 +250,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     if is_rank_zero():
         try:
             outcome = [(function(), None)]
-        except Exception as error:  # handed on to every rank
+        except Exception as error:  # raised on every rank below
             outcome = [(None, error)]
     dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome[0]
@@ -256,54 +260,53 @@ def on_rank_zero(function: Callable[[], T]) -> T:
 
 
 def all_gather_object(function: Callable[[], T]) -> list[T]:
-    """Calls the function on every rank and gives all their results, in the order of the ranks.
+    """Call the function on every rank and return all results, in the order of the ranks.
 
-    If one raises, all raise that exception (of several the lowest rank's). Without this a rank that meets a picture it
-    cannot read leaves the others in a collective that never ends, or ends in an error that says nothing of the picture.
-    What they return travels pickled, so let it be small.
+    If any rank raises, all raise the exception of the lowest such rank. Without this, a rank that meets an unreadable
+    image would leave the others in a collective. Results are pickled: they should be small.
     """
     if world_size() == 1:
         return [function()]
-    mine: tuple[T | None, Exception | None]
+    outcome: tuple[T | None, Exception | None]
     try:
-        mine = (function(), None)
-    except Exception as error:  # handed on to every rank
-        mine = (None, error)
+        outcome = (function(), None)
+    except Exception as error:  # raised on every rank below
+        outcome = (None, error)
     outcomes: list[Any] = [None] * world_size()
-    dist.all_gather_object(outcomes, mine)
+    dist.all_gather_object(outcomes, outcome)
     for _, failure in outcomes:
         if failure is not None:
             raise failure
     return [result for result, _ in outcomes]
 
 
-def max_over_ranks(mine: int) -> int:
-    """The highest of the ranks' numbers, at once: for where all wait for each other anyway; see `MaxOverRanks`."""
-    return max(all_gather_object(lambda: mine))
+def max_over_ranks(number: int) -> int:
+    """Return the maximum over ranks. Waits for all ranks; `DelayedMaxOverRanks` does not."""
+    return max(all_gather_object(lambda: number))
 
 
-def all_or_none(function: Callable[[], T]) -> T:
-    """What the function returns on this rank, of any size; if it raises on one rank, it raises on all."""
-    kept: list[T] = []
-    all_gather_object(lambda: kept.append(function()))
-    return kept[0]
+def on_all_ranks(function: Callable[[], T]) -> T:
+    """Call the function on every rank and return this rank's result, of any size; if one rank raises, all raise."""
+    results: list[T] = []
+    all_gather_object(lambda: results.append(function()))
+    return results[0]
 
 
-def synchronized(items: Iterable[T]) -> Iterator[T]:
-    """The items of this rank, as many as every other rank has; if getting one raises on one rank, it raises on all."""
-    left = iter(items)
-    while item := all_or_none(lambda: list(islice(left, 1))):
+def in_lockstep(items: Iterable[T]) -> Iterator[T]:
+    """Iterate over items, equally many on every rank; if getting an item raises on one rank, it raises on all."""
+    remaining = iter(items)
+    while item := on_all_ranks(lambda: list(islice(remaining, 1))):
         yield item[0]
 
 
-def data_parallel(method: nn.Module, device: torch.device) -> nn.Module:
-    """DDP around the method, or the method itself in a world of one.
+def wrap_ddp(method: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap a method in DDP; with one process return the method itself.
 
-    Buffers stay out of DDP: it would send the queue, 33 MB, before every forward, and rank 0's copy would win.
+    DDP does not handle the buffers: it would send the queue (33 MB) from rank 0 before every forward.
     """
     if world_size() == 1:
         return method
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch >= 2.15, before
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # 2.15 and later; earlier
     options: dict[str, Any] = {name: False}
     return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None, **options)

@@ -13,7 +13,7 @@ from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
 from moco.data.sources import Source
 from moco.data.workers import LoaderError, delivered, identity_collate, leave_signals_to_the_parent, to_shared_memory
-from moco.distributed import all_or_none, gather, rank, world_size
+from moco.distributed import gather, on_all_ranks, rank, world_size
 
 
 class _Plain:
@@ -118,7 +118,7 @@ def extract(
     """
     share = -(-len(source) // world_size())  # rows of a rank, rounded up
     rows = [min(row, len(source) - 1) for row in range(rank() * share, (rank() + 1) * share)]
-    features = all_or_none(
+    features = on_all_ranks(
         lambda: torch.cat(list(stream(network, source, rows, size, resize, mean, std, device, batch_size, workers)))
     )
     return gather(features)[: len(source)]

@@ -20,7 +20,7 @@ from moco.config.finetune import FinetuneConfig, fraction_of
 from moco.data.loader import Plan, batches
 from moco.data.sources import Source, subset
 from moco.data.view import View
-from moco.distributed import broadcast_module, data_parallel, is_rank_zero, on_rank_zero, process_group
+from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, process_group, wrap_ddp
 from moco.evaluation import subsets
 from moco.evaluation.finetune_report import Outcome, Task, common, entries, protocol, summarize
 from moco.evaluation.finetuning import classifier, mixing, optimizer_of, plan_of, train
@@ -204,7 +204,7 @@ def _trained(task: Task, name: str, seed: int, on_step: OnStep) -> tuple[nn.Sequ
         config.layer_decay,
     )
     train(
-        data_parallel(network, task.device),
+        wrap_ddp(network, task.device),
         optimizer,
         batches(picked, plan, [task.view], task.device, data_config(config, task.subject).workers),
         torch.from_numpy(np.asarray(picked.labels)).to(task.device),

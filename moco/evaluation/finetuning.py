@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 
 from moco.data.keyed import STEP, philox
 from moco.data.loader import Batch, Plan
-from moco.distributed import gather, mean_over_ranks, rank, synchronized, world_size
+from moco.distributed import gather, in_lockstep, mean_over_ranks, rank, world_size
 from moco.models.norm import convert_batch_norm
 from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.optim.schedules import lr_factor
@@ -213,7 +213,7 @@ def train(
         ImageError: for a picture that cannot be decoded, on every rank.
     """
     warmup_epochs = warmup * plan.epochs
-    for step, batch in enumerate(synchronized(batches)):
+    for step, batch in enumerate(in_lockstep(batches)):
         images, target = batch.views[0], labels[batch.index]
         if mix is not None:
             torch.manual_seed(step_seed(plan.seed, step, 0))

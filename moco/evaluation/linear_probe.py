@@ -23,7 +23,7 @@ from moco.data.loader import Plan, batches
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.digest import digest
-from moco.distributed import mean_over_ranks, synchronized
+from moco.distributed import in_lockstep, mean_over_ranks
 from moco.interop.weights import save_weights
 
 
@@ -105,7 +105,7 @@ def train_head(
     backbone.eval()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=momentum, weight_decay=weight_decay)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # of the epoch: loss, accuracy
-    for step, batch in enumerate(synchronized(batches(source, plan, [view], device, workers))):
+    for step, batch in enumerate(in_lockstep(batches(source, plan, [view], device, workers))):
         with torch.no_grad():
             features = backbone(batch.views[0])  # (n, D)
         scores = head(features)  # (n, L)

@@ -17,16 +17,16 @@ from moco.data.bad_images import BadImages
 from moco.data.loader import Batch, Plan, batches
 from moco.data.opening import build_views, open_sources, without_bad_references
 from moco.distributed import (
-    MaxOverRanks,
+    DelayedMaxOverRanks,
     average_running_statistics,
     broadcast_module,
-    data_parallel,
     is_rank_zero,
     max_over_ranks,
     on_rank_zero,
     process_group,
     rank,
     world_size,
+    wrap_ddp,
 )
 from moco.interop.encoder_file import save_encoder
 from moco.methods.build import build_method
@@ -155,7 +155,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
         for name, network in method.named_children():
             if name not in ("queue", "learned_temperature"):
                 network.compile()
-    forward = data_parallel(method, device)
+    forward = wrap_ddp(method, device)
 
     queue = method.queue
     metrics_log = MetricsLogger(path, start) if is_rank_zero() and start < plan.total_steps else None
@@ -170,7 +170,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
             display.log(line)
     clock = CheckpointSchedule(seconds, config.checkpoint, plan.steps_per_epoch)
     saver = checkpoint.Saver(path / "checkpoints", config.checkpoint.keep_last)
-    over_ranks = MaxOverRanks(device)
+    over_ranks = DelayedMaxOverRanks(device)
     versions = {
         "moco": moco.__version__,
         "torch": str(torch.__version__),

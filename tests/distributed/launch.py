@@ -1,4 +1,4 @@
-"""Runs a function on several real processes (gloo), and on this one alone, by the same call."""
+"""Run a function on several processes (gloo), or in this one."""
 
 import tempfile
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch.multiprocessing
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    # A file as the meeting point: no port that something else could hold.
+    # Meet in a file: a port could be in use.
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     try:
         torch.save(function(*arguments), f"{folder}/{rank}.pt")
@@ -21,7 +21,7 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], argu
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returns on each rank; the function must live at the top of a module."""
+    """Return the result of `function(*arguments)` on each rank; the function must be at the top level of a module."""
     if world == 1:
         return [function(*arguments)]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,15 @@
-"""gather, permute, on_rank_zero and the rest against what one process would compute from the whole batch."""
+"""Collectives on four processes, compared with what one process computes from the global batch."""
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from moco.data.decode import ImageError
 from moco.data.keyed import permutation
@@ -19,12 +21,13 @@ from moco.distributed import (
     average_running_statistics,
     broadcast_module,
     gather,
+    gather_with_gradient,
+    in_lockstep,
     mean_over_ranks,
     on_rank_zero,
     permute,
     rank,
     sum_over_ranks,
-    synchronized,
     world_size,
 )
 from moco.evaluation.cache import cached
@@ -84,41 +87,38 @@ def _fail() -> None:
     raise ValueError("a bad directory")
 
 
-def test_collectives_on_four_processes() -> None:
-    results = [result for result, _ in four()]
-    whole = torch.arange(16 * 6, dtype=torch.float32).view(16, 2, 3)
-    order = permutation(0, 0, 16, 0)
-    for r, result in enumerate(results):
-        assert torch.equal(result["gathered"], whole)
-        assert torch.equal(result["shuffled"], whole[order[4 * r : 4 * r + 4]])
-        assert torch.equal(result["back"], result["mine"])
-        assert torch.equal(result["sum_gradient"], torch.full((3,), 1.0 + 2 + 3 + 4))  # every rank's loss sees x
-        assert result["mean"] == 1.5
-        assert torch.equal(result["running_mean"], torch.full((2,), 1.5))
-        assert torch.equal(result["weight"], torch.full((2, 2), 5.0))
-        assert result["main"] == 0
-        assert result["failure"] == "a bad directory"  # on every rank, so that none is left waiting
+BATCH, T = 8, 0.5
 
 
-def test_synchronized_bn_equals_batch_norm_over_all_images() -> None:
-    x = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    layer = nn.BatchNorm2d(3)
-    out = layer(x)
-    (out * torch.arange(16.0).view(-1, 1, 1, 1)).sum().backward()
-    assert x.grad is not None
-    for r, (result, _) in enumerate(four()):
-        rows = slice(4 * r, 4 * r + 4)
-        torch.testing.assert_close(result["sync_out"], out[rows].detach(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(result["sync_gradient"], x.grad[rows], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(result["sync_running"]["running_mean"], layer.running_mean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(result["sync_running"]["running_var"], layer.running_var, rtol=1e-5, atol=1e-6)
+def parameter_gradient(encoder: nn.Linear, x: Tensor, y: Tensor, with_gradient: bool) -> Tensor:
+    """Gradient of a loss that is the mean over this rank's queries, against the keys of all ranks."""
+    share = len(x)
+    keys = F.normalize(encoder(y), dim=1)
+    keys = gather_with_gradient(keys) if with_gradient else gather(keys)
+    labels = rank() * share + torch.arange(share)
+    loss = F.cross_entropy(F.normalize(encoder(x), dim=1) @ keys.T / T, labels)
+    return torch.autograd.grad(loss, encoder.weight)[0]
 
 
-def test_one_process_is_no_special_case() -> None:
-    (result,) = run_ranks(1, collectives, 16)
-    assert torch.equal(result["gathered"], result["mine"])
-    assert torch.equal(result["back"], result["mine"])
-    assert result["failure"] == "a bad directory"
+def gradients() -> dict[str, Tensor]:
+    share = BATCH // world_size()
+    mine = slice(rank() * share, (rank() + 1) * share)
+    rows = torch.arange(BATCH * 6.0).view(BATCH, 2, 3)[mine].requires_grad_()
+    gathered = gather_with_gradient(rows)
+    # rank r weights global row i by (r + 1) (i + 1); transposed, so that the gradient is not contiguous
+    weight = (rank() + 1) * torch.arange(1.0, BATCH + 1)
+    (gathered.transpose(0, 2) * weight).sum().backward()
+    assert rows.grad is not None
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, BATCH, 5, generator=generator)
+    torch.manual_seed(1)
+    encoder = nn.Linear(5, 4, bias=False)
+    return {
+        "gathered": gathered.detach(),
+        "row_gradient": rows.grad,
+        "average": mean_over_ranks(parameter_gradient(encoder, x[mine], y[mine], with_gradient=True)),
+        "without": mean_over_ranks(parameter_gradient(encoder, x[mine], y[mine], with_gradient=False)),
+    }
 
 
 def features() -> torch.Tensor:
@@ -127,27 +127,8 @@ def features() -> torch.Tensor:
     return extract(pixels, source, 4, 0, (0.0,) * 3, (1.0,) * 3, CPU, batch_size=8)
 
 
-def collectives_and_features() -> tuple[dict[str, Any], torch.Tensor]:
-    return collectives(16), features()
-
-
-@cache
-def four() -> list[tuple[dict[str, Any], torch.Tensor]]:
-    return run_ranks(4, collectives_and_features)
-
-
-def test_features_of_an_odd_number_of_images_are_the_same_on_four_processes() -> None:
-    alone = features()
-    assert alone.shape == (37, 48)
-    for _, each in four():
-        assert torch.equal(each, alone)  # in order, none dropped, none twice
-
-
-# ---- an error of one rank is everyone's, and nobody waits for it ----
-
-
 class OneBad:
-    """Eight pictures, decoded when asked for; the sixth is none."""
+    """Eight images; the sixth is unreadable."""
 
     images = None
     labels = np.arange(8) % 2
@@ -158,7 +139,7 @@ class OneBad:
 
     def image(self, i: int) -> torch.Tensor:
         if i == 5:
-            raise ImageError("five.png: no picture")
+            raise ImageError("five.png: not an image")
         return torch.full((3, 4, 4), i, dtype=torch.uint8)
 
     def name(self, i: int) -> str:
@@ -174,7 +155,7 @@ def raised(function: Callable[[], object]) -> str:
 
 
 def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
-    """What `all_gather_object` and `synchronized` return, and the errors of each way to read image five."""
+    """What `all_gather_object` and `in_lockstep` return, and the errors of each way to read image five."""
     shown = (4, 0, (0.0,) * 3, (1.0,) * 3, CPU, 2)
     plan, views = Plan(8, 4, 2, 0, rank(), world_size()), [View(4)]
     labels = torch.from_numpy(OneBad.labels)
@@ -187,7 +168,7 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
 
     seen: list[int] = []
     attempts: list[Callable[[], object]] = [
-        lambda: seen.extend(synchronized(of_rank())),
+        lambda: seen.extend(in_lockstep(of_rank())),
         lambda: extract(pixels, OneBad(), *shown),
         lambda: cached(folder, "key", 8, 48, lambda rows: stream(pixels, OneBad(), rows, *shown)),
         lambda: train_head(
@@ -206,10 +187,97 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
     return all_gather_object(lambda: rank()), seen, [raised(each) for each in attempts]
 
 
-def test_an_error_of_one_rank_is_raised_on_all(tmp_path: Path) -> None:
-    for r, (ranks, seen, met) in enumerate(run_ranks(2, errors, tmp_path)):
-        assert ranks == [0, 1]
+@dataclass
+class Found:
+    """The results of one rank."""
+
+    collectives: dict[str, Any]
+    features: torch.Tensor
+    gradients: dict[str, Tensor]
+    errors: tuple[list[int], list[int], list[str]]
+
+
+def all_checks(folder: Path) -> Found:
+    return Found(collectives(16), features(), gradients(), errors(folder))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
+    """All checks in one start of four processes."""
+    return run_ranks(4, all_checks, tmp_path_factory.mktemp("cache"))
+
+
+def test_collectives(four: list[Found]) -> None:
+    results = [found.collectives for found in four]
+    whole = torch.arange(16 * 6, dtype=torch.float32).view(16, 2, 3)
+    order = permutation(0, 0, 16, 0)
+    for r, result in enumerate(results):
+        assert torch.equal(result["gathered"], whole)
+        assert torch.equal(result["shuffled"], whole[order[4 * r : 4 * r + 4]])
+        assert torch.equal(result["back"], result["mine"])
+        assert torch.equal(result["sum_gradient"], torch.full((3,), 1.0 + 2 + 3 + 4))  # every rank's loss sees x
+        assert result["mean"] == 1.5
+        assert torch.equal(result["running_mean"], torch.full((2,), 1.5))
+        assert torch.equal(result["weight"], torch.full((2, 2), 5.0))
+        assert result["main"] == 0
+        assert result["failure"] == "a bad directory"  # on every rank, so that none is left waiting
+
+
+def test_synchronized_bn_equals_batch_norm_over_all_images(four: list[Found]) -> None:
+    x = torch.randn(16, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    layer = nn.BatchNorm2d(3)
+    out = layer(x)
+    (out * torch.arange(16.0).view(-1, 1, 1, 1)).sum().backward()
+    assert x.grad is not None
+    for r, found in enumerate(four):
+        result = found.collectives
+        rows = slice(4 * r, 4 * r + 4)
+        torch.testing.assert_close(result["sync_out"], out[rows].detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result["sync_gradient"], x.grad[rows], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result["sync_running"]["running_mean"], layer.running_mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(result["sync_running"]["running_var"], layer.running_var, rtol=1e-5, atol=1e-6)
+
+
+def test_collectives_in_one_process() -> None:
+    result = collectives(16)
+    assert torch.equal(result["gathered"], result["mine"])
+    assert torch.equal(result["back"], result["mine"])
+    assert result["failure"] == "a bad directory"
+
+
+def test_features_of_an_odd_number_of_images_equal_those_of_one_process(four: list[Found]) -> None:
+    alone = features()
+    assert alone.shape == (37, 48)
+    for found in four:
+        assert torch.equal(found.features, alone)  # in order, none dropped, none twice
+
+
+def test_gathered_rows_are_in_order_and_their_gradient_is_the_sum_over_ranks(four: list[Found]) -> None:
+    for r, found in enumerate(four):
+        result = found.gradients
+        assert torch.equal(result["gathered"], torch.arange(BATCH * 6.0).view(BATCH, 2, 3))
+        expected = (1 + 2 + 3 + 4) * torch.arange(1.0, BATCH + 1)[2 * r : 2 * r + 2]
+        assert torch.equal(result["row_gradient"], expected[:, None, None].expand(2, 2, 3))
+
+
+def test_the_average_over_ranks_is_the_gradient_of_one_process(four: list[Found]) -> None:
+    alone = gradients()
+    for found in four:
+        torch.testing.assert_close(found.gradients["average"], alone["average"], rtol=1e-5, atol=1e-7)
+        # the plain gather loses the keys' part of the gradient
+        assert (found.gradients["without"] - alone["average"]).abs().max() > 1e-2
+
+
+def test_gather_with_gradient_in_one_process_returns_its_argument() -> None:
+    x = torch.zeros(2, 3)
+    assert gather_with_gradient(x) is x
+
+
+def test_an_error_of_one_rank_is_raised_on_all(four: list[Found], tmp_path: Path) -> None:
+    for r, found in enumerate(four):
+        ranks, seen, met = found.errors
+        assert ranks == [0, 1, 2, 3]
         assert seen == [10 * r]
-        assert met == ["second of rank 1", *["five.png: no picture"] * 4]
+        assert met == ["second of rank 1", *["five.png: not an image"] * 4]
+    assert errors(tmp_path)[2] == ["none", *["five.png: not an image"] * 4]  # one process, which has no rank 1
     assert not (tmp_path / "key.npy").exists()
-    assert errors(tmp_path)[2] == ["none", *["five.png: no picture"] * 4]  # one process, which has no rank 1

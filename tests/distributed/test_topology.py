@@ -12,7 +12,7 @@ from moco.builder import MoCo
 from moco.data.augment import View
 from moco.data.loader import Plan, batches
 from moco.data.sources import ArraySource
-from moco.distributed import average_running_statistics, broadcast_module, data_parallel, gather, rank, world_size
+from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size, wrap_ddp
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.training.step import train_step
@@ -47,7 +47,7 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict
     broadcast_module(method)
     for each in (method.encoder, method.momentum_encoder):
         set_calls_per_step(each, len(method.directions) * accumulate)
-    forward = data_parallel(method, CPU)
+    forward = wrap_ddp(method, CPU)
     optimizer = torch.optim.SGD(method.encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     losses, gradients, seen = [], [], []

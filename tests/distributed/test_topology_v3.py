@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco.distributed import average_running_statistics, broadcast_module, data_parallel, rank, world_size
+from moco.distributed import average_running_statistics, broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import set_calls_per_step
@@ -34,7 +34,7 @@ def trajectory(bn: Any, accumulate: int, shuffle: bool) -> dict[str, Any]:
     method = Recording(encoder, smooth(build_predictor(8, 24, 2, True, bn, GROUP)), temperature=1.0)
     broadcast_module(method)
     set_calls_per_step(method, method.passes * accumulate)
-    forward = data_parallel(method, torch.device("cpu"))
+    forward = wrap_ddp(method, torch.device("cpu"))
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moco.data.loader import Batch, Plan, batches
 from moco.data.sources import ArraySource
 from moco.data.view import View
-from moco.distributed import data_parallel, rank, world_size
+from moco.distributed import rank, world_size, wrap_ddp
 from moco.evaluation.features import extract
 from moco.evaluation.finetuning import classifier, mixed, mixing, optimizer_of, plan_of, step_seed, train
 from moco.models.backbones import build_backbone
@@ -68,7 +68,7 @@ def fit(network: nn.Sequential, plan: Plan, mixup: float = 0.0, lr: float = 0.05
     losses: list[float] = []
     stream = batches(pictures, plan, [View(8, crop_scale=(0.5, 1.0), flip_p=0.5)], CPU, workers=0)
     train(
-        data_parallel(network, CPU),
+        wrap_ddp(network, CPU),
         optimizer_of(network, **(PLAIN | changed)),
         stream,
         torch.from_numpy(pictures.labels),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import Output
-from moco.distributed import broadcast_module, data_parallel, rank, world_size
+from moco.distributed import broadcast_module, rank, world_size, wrap_ddp
 from moco.losses import LearnedTemperature
 from moco.methods.simclr import SimCLR
 from moco.models.encoder import build_encoder
@@ -228,7 +228,7 @@ def two_steps() -> dict[str, list[dict[str, Any]]]:
         torch.manual_seed(rank())  # the broadcast makes the weights rank 0's
         method = SimCLR(smooth(build_encoder("convnet", {"width": 4}, 2, 0, 8, "sync", 1)), 0.3, **options)
         broadcast_module(method)
-        forward = data_parallel(method, torch.device("cpu"))
+        forward = wrap_ddp(method, torch.device("cpu"))
         optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         result[name] = []

@@ -23,7 +23,7 @@ from moco.config import ConfigError, RunWarning, TrainConfig, check
 from moco.data.keyed import MIX, keyed_uniform
 from moco.data.loader import Plan
 from moco.data.opening import build_views
-from moco.distributed import data_parallel, rank, world_size
+from moco.distributed import rank, world_size, wrap_ddp
 from moco.losses import LearnedTemperature, Switches
 from moco.methods.build import build_method
 from moco.methods.moco_v3 import MoCoV3
@@ -137,7 +137,7 @@ def every_switch(accumulate: int) -> dict[str, list[dict[str, Tensor]]]:
     for name, options in SWITCHES.items():
         method = made(**options)
         optimizer = sgd(method)
-        forward = data_parallel(method, torch.device("cpu"))
+        forward = wrap_ddp(method, torch.device("cpu"))
         result[name] = []
         for number in range(3):
             measures = step(method, optimizer, number, forward, accumulate)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moco.config import config_dir
-from moco.distributed import MaxOverRanks, rank, world_size
+from moco.distributed import DelayedMaxOverRanks, rank, world_size
 from moco.runtime.preemption import INTERRUPTED, PREEMPTED, Preempted, PreemptionHandler, Reason
 from tests.distributed.launch import run_ranks
 
@@ -153,7 +153,7 @@ def test_importing_it_does_not_import_torch() -> None:
 def requests_and_answers() -> list[int]:
     """Rank 1 requests 3 in the second call and rank 0 requests 2 in the fourth."""
     requests = {1: [0, 3, 0, 0, 0], 0: [0, 0, 0, 2, 0]}[rank() if world_size() > 1 else 1]
-    highest = MaxOverRanks(torch.device("cpu"))
+    highest = DelayedMaxOverRanks(torch.device("cpu"))
     return [highest(each) for each in requests]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moco.analysis import alpha_req, rank_me
 from moco.builder import UNKNOWN, MoCo, Output
 from moco.data.loader import Plan
-from moco.distributed import broadcast_module, data_parallel, rank, world_size
+from moco.distributed import broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
 from moco.methods.simclr import SimCLR
 from moco.models.encoder import build_encoder
@@ -58,7 +58,7 @@ class Steps:
 
         broadcast_module(method)
         set_calls_per_step(method, method.passes * accumulate)
-        self.forward = data_parallel(method, CPU)
+        self.forward = wrap_ddp(method, CPU)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.plan = Plan(SAMPLES, BATCH, 9, 0, rank(), world_size())
         self.look, self.accumulate, self.shuffle, self.observer = (
