@@ -14,7 +14,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,17 @@ def written(value: Any) -> str:
     return f"`{yaml.safe_dump(value).splitlines()[0]}`"  # null, true, 3
 
 
+def limits(field: Field[Any]) -> str:
+    """Return the values that a field accepts, to be appended to its type: ", at least 1"."""
+    bounds = field.metadata.get("bounds")
+    if bounds is None:
+        return ""
+    each = "each " if "list" in str(field.type) else ""
+    length = "not empty" if field.type is str and bounds.min_length else bounds.length()
+    parts = [length, each + bounds.element() if bounds.element() else "", "no value twice" if bounds.unique else ""]
+    return "".join(f", {part}" for part in parts if part)
+
+
 def row(*cells: str) -> str:
     """One line of a table."""
     return "| " + " | ".join(each.replace("|", "\\|") for each in cells) + " |\n"
@@ -138,7 +149,8 @@ def table(schema: type, told: Mapping[str, Any], prefix: str = "") -> Iterator[s
             nested += [] if page else [each]
         else:
             optional = default is None and "None" not in kind
-            kind, default = kind.replace(" | None", " or null") + " or null" * optional, written(default)
+            kind = kind.replace(" | None", " or null") + " or null" * optional + limits(each)
+            default = written(default)
         yield row(f"`{prefix}{each.name}`", kind, default, meaning)
     for each in nested:
         assert isinstance(each.type, type)

@@ -1,6 +1,6 @@
-"""The schemas of the commands' configurations."""
+"""The configurations of the commands: schemas, bounds and checks."""
 
-from moco.config.base import ConfigError, RunWarning, at_least, config_dir, one_of, require, require_finite
+from moco.config.base import ComputeConfig, ConfigError, RunWarning, bounded, check_bounds, config_dir, require
 from moco.config.data import DataConfig, check_data_fields
 from moco.config.method import MethodConfig
 from moco.config.train import (
@@ -16,6 +16,7 @@ from moco.config.train import (
 __all__ = [
     "AugmentConfig",
     "CheckpointConfig",
+    "ComputeConfig",
     "ConfigError",
     "DataConfig",
     "EvaluateConfig",
@@ -24,11 +25,10 @@ __all__ = [
     "OptimConfig",
     "RunWarning",
     "TrainConfig",
-    "at_least",
+    "bounded",
     "check",
+    "check_bounds",
     "check_data_fields",
     "config_dir",
-    "one_of",
     "require",
-    "require_finite",
 ]

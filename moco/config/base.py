@@ -1,22 +1,22 @@
-"""What every configuration shares: its errors, its checks, and where the YAML files are."""
+"""What all configurations share: their errors, the bounds of their fields, and the location of the YAML files."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; its message is one sentence for the user."""
+    """An invalid configuration; the message is one sentence for the user."""
 
 
 class RunWarning(UserWarning):
-    """Something that a run can go on with, but that a person should know; its message is one sentence."""
+    """A problem that does not prevent the run; the message is one sentence for the user."""
 
 
 def config_dir() -> str:
-    """The folder of the YAML files: inside an installed wheel, or at the top level of a checkout."""
+    """Return the folder of the YAML files: inside an installed wheel, or at the top level of a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
@@ -25,34 +25,145 @@ def config_dir() -> str:
 
 
 def require(condition: bool, sentence: str) -> None:
-    """Raises `ConfigError(sentence)` unless the condition holds."""
+    """Raise `ConfigError(sentence)` unless the condition holds."""
     if not condition:
         raise ConfigError(sentence)
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The values that a field accepts. In a list, `ge` ... `choices` apply to each element."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    choices: tuple[str, ...] = ()
+    min_length: int = 0
+    max_length: int | None = None
+    unique: bool = False
+    example: str = ""
+
+    def element(self) -> str:
+        """Describe the accepted numbers or choices, e.g. "at least 0 and below 1"."""
+        limits = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
+        said = [f"{name} {_number(limit)}" for name, limit in limits.items() if limit is not None]
+        return f"one of {', '.join(self.choices)}" if self.choices else " and ".join(said)
+
+    def length(self) -> str:
+        """Describe the accepted length of a list, e.g. "at least 1 value"."""
+        low, high = self.min_length, self.max_length
+        if high is None:
+            return f"at least {low} value{'s' * (low > 1)}" if low else ""
+        return f"{low} values" if low == high else f"{low} to {high} values"
+
+    def error(self, name: str, value: Any) -> str:
+        """Return the sentence that refuses a value of the named field; empty for an accepted value."""
+        example = f", e.g. {self.example}" if self.example else ""
+        if isinstance(value, str) and not self.choices:
+            return f"{name}={value!r} must not be empty{example}" if self.min_length and not value.strip() else ""
+        if not isinstance(value, list):
+            return "" if self._accepts(value) else f"{name}={_shown(value)} must be {self.element()}{example}"
+        if len(value) < self.min_length or (self.max_length is not None and len(value) > self.max_length):
+            return f"{name}={value} must hold {self.length()}{example}"
+        for each in value:
+            if not self._accepts(each):
+                return f"{name}={value}: {_shown(each)} must be {self.element()}{example}"
+        if self.unique and len(set(value)) < len(value):
+            return f"{name}={value} must not hold a value twice"
+        return ""
+
+    def _accepts(self, value: Any) -> bool:
+        return (
+            (not self.choices or value in self.choices)
+            and (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+
+def bounded(default: Any, **bounds: Any) -> Any:
+    """Declare a dataclass field with the values that it accepts, for `check_bounds` and the pages of docs/config.
+
+    Args:
+        default: The default value. A list or a dict is copied for each instance.
+        bounds: The fields of `Bounds`: ge, gt, le, lt (numbers), choices (names), min_length, max_length and unique
+            (lists; min_length=1 refuses an empty string too), example (a valid setting for the error message).
+
+    Returns:
+        The field. Null is accepted where the field's type allows it.
+    """
+    metadata = {"bounds": Bounds(**bounds)}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_bounds(config: Any, prefix: str = "") -> None:
+    """Check all fields of a configuration and its groups against their bounds, and that all numbers are finite.
+
+    Args:
+        config: A dataclass. Its fields may be dataclasses.
+        prefix: The dotted name of the group, with a final dot, for messages.
+
+    Raises:
+        ConfigError: for the first invalid value, with the dotted field, the value and the accepted values.
+    """
+    for each in fields(config):
+        name, value = prefix + each.name, getattr(config, each.name)
+        if is_dataclass(value):
+            check_bounds(value, f"{name}.")
+            continue
+        for dotted, number in _floats(name, value):
+            require(math.isfinite(number), f"{dotted}={number} must be a finite number")
+        bounds = each.metadata.get("bounds")
+        error = bounds.error(name, value) if bounds and value is not None else ""
+        require(not error, error)
+
+
+@dataclass
+class ComputeConfig:
+    """The device and the threads of a command that computes."""
+
+    device: str = bounded("auto", choices=("auto", "cpu", "cuda"))
+    """Device for the computation. auto: a GPU if there is one, else the CPU."""
+    threads: int = bounded(0, ge=0)
+    """CPU threads per process; 0: torch chooses."""
+
+
+def nearest_multiple(value: int, factor: int) -> int:
+    """Return the multiple of `factor`, at least `factor` itself, that is nearest to `value`."""
+    return max(1, round(value / factor)) * factor
+
+
+def _floats(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield all floats of a value, which may be a list or a dict, with their dotted names."""
+    if isinstance(value, float):
+        yield name, value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _floats(name, each)
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _floats(f"{name}.{key}", each)
+
+
+def _number(limit: float) -> str:
+    return "2**64" if limit == 2**64 else f"{limit:g}"
+
+
+# Used by schemas that have not adopted `bounded` yet.
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuses a value of a field that is none of those allowed."""
+    """Refuse a value that is not one of those allowed."""
     require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}")
 
 
 def at_least(low: float, values: Mapping[str, float]) -> None:
-    """Refuses any of the named values below `low`."""
+    """Refuse any of the named values below `low`."""
     for name, value in values.items():
-        wanted = "must not be negative" if low == 0 else f"must be at least {low:g}"
-        require(value >= low, f"{name}={value} {wanted}")
+        require(value >= low, f"{name}={value} must be at least {low:g}")
 
 
-def require_finite(config: Any) -> None:
-    """Refuses a NaN or an infinity anywhere in a configuration."""
-    for name, each in _numbers(asdict(config)):
-        require(math.isfinite(each), f"{name}={each} must be a finite number")
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """All floats of a nested configuration with their dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{name}.")
-        for each in value if isinstance(value, list) else [value]:
-            if isinstance(each, float):
-                yield f"{prefix}{name}", each
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.base import at_least, check_bounds, one_of, require
 from moco.config.data import DataConfig, check_data_fields
 
 
@@ -24,7 +24,7 @@ def check_check_data(config: CheckDataConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    require_finite(config)
+    check_bounds(config)
     require(
         config.data.name != "shards",
         "data.name=shards: a packed folder is checked, and mended, by the same moco.pack command once more; "

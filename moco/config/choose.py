@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.base import ComputeConfig, at_least, check_bounds, require
 
 
 @dataclass
-class ChooseConfig:
+class ChooseConfig(ComputeConfig):
     """Which runs' checkpoints to rank."""
 
     runs: list[str] = field(default_factory=list)
@@ -24,10 +24,6 @@ class ChooseConfig:
     """of its labels"""
     probe_labels_per_class: int = 10
     """of the linear probe that they are held against as well"""
-    device: str = "auto"
-    """auto, cpu, cuda"""
-    threads: int = 0
-    """CPU threads; 0: torch's choice"""
 
 
 def check_choose(config: ChooseConfig) -> None:
@@ -36,8 +32,7 @@ def check_choose(config: ChooseConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    require_finite(config)
-    one_of("device", config.device, ("auto", "cpu", "cuda"))
+    check_bounds(config)
     require(bool(config.runs), "say which runs: runs=[runs/digits] or runs=['runs/temperature/t*/seed*']")
     require(bool(config.output.strip()), "output='' must name a directory, e.g. output=runs/choose")
     at_least(
@@ -49,4 +44,3 @@ def check_choose(config: ChooseConfig) -> None:
         },
     )
     at_least(2, {"images": config.images})
-    at_least(0, {"threads": config.threads})

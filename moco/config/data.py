@@ -1,6 +1,6 @@
 """The schema of a data set: where its images are, how they are read, and how unreadable images are handled."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from moco.config.base import at_least, one_of, require
@@ -68,7 +68,7 @@ def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
     for each in fields(schema):  # type: ignore[arg-type] # the parent is a dataclass
         kind: Any = each.type
         schema.__annotations__.setdefault(each.name, kind | None)
-        setattr(schema, each.name, None)
+        setattr(schema, each.name, field(default=None, metadata=each.metadata))
     return schema
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import at_least, require, require_finite
+from moco.config.base import at_least, check_bounds, require
 from moco.config.data import DataConfig, check_data_fields
 
 
@@ -31,7 +31,7 @@ def check_pack(config: PackConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    require_finite(config)
+    check_bounds(config)
     check_data_fields(config.data)
     require(
         bool(config.output.strip()), "output='' must name the folder for the shards, e.g. output=/data/pictures_packed"

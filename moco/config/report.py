@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.base import ComputeConfig, at_least, check_bounds, one_of, require
 from moco.config.subject import SubjectDataConfig
 
 
 @dataclass
-class ReportConfig:
+class ReportConfig(ComputeConfig):
     """Which runs, and what of their pictures is shown."""
 
     run: str = ""
@@ -35,10 +35,6 @@ class ReportConfig:
     """also write the embedding for TensorBoard's projector, with the pictures, into projector/ in each run"""
     seed: int = 0
     """of what is drawn, of the map and the groups"""
-    device: str = "auto"
-    """auto, cpu, cuda"""
-    threads: int = 0
-    """CPU threads; 0: torch's choice"""
     images_at_once: int = 512
     """through the encoder without gradient; changes memory, not results"""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
@@ -51,12 +47,11 @@ def check_report(config: ReportConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    require_finite(config)
+    check_bounds(config)
     require(bool(config.run), "say which run: run=DIR, the directory of a run of moco.train, e.g. run=runs/digits")
     one_of("map", config.map, ("tsne", "umap", "none"))
-    one_of("device", config.device, ("auto", "cpu", "cuda"))
     at_least(0, {"pictures": config.pictures, "clusters": config.clusters, "queries": config.queries})
-    at_least(0, {"references": config.references, "threads": config.threads})
+    at_least(0, {"references": config.references})
     at_least(1, {"neighbours": config.neighbours, "images_at_once": config.images_at_once})
     require(config.perplexity >= 1, f"perplexity={config.perplexity:g} must be at least 1, e.g. perplexity=30")
     require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")

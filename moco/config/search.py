@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.base import at_least, check_bounds, one_of, require
 from moco.config.embed import EmbedConfig, check_features
 from moco.config.subject import check_subject
 
@@ -35,14 +35,14 @@ def check_search(config: SearchConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    require_finite(config)
+    check_bounds(config)
     if not (config.index and not config.run and not config.checkpoint):  # an index knows its encoder
         check_subject(config)
     check_features(config)
     one_of("mode", config.mode, ("nearest", "duplicates", "outliers"))
     one_of("gallery", config.gallery, ("html", "png", "none"))
     at_least(1, {"k": config.k, "show": config.show, "images_at_once": config.images_at_once})
-    at_least(0, {"sample": config.sample, "seed": config.seed, "threads": config.threads})
+    at_least(0, {"sample": config.sample, "seed": config.seed})
     require(
         -1 < config.threshold <= 1,
         f"threshold={config.threshold:g} must lie above -1 and not above 1: it is a cosine, e.g. threshold=0.95",

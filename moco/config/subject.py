@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.base import ComputeConfig, at_least, check_bounds, one_of, require
 from moco.config.data import SubjectDataConfig
 
 __all__ = ["ImagesConfig", "SubjectConfig", "SubjectDataConfig", "check_subject"]
@@ -24,7 +24,7 @@ class ImagesConfig:
 
 
 @dataclass
-class SubjectConfig:
+class SubjectConfig(ComputeConfig):
     """The fields that all these commands have."""
 
     run: str = ""
@@ -42,10 +42,6 @@ class SubjectConfig:
     for another checkpoint=.../NAME.ending"""
     seed: int = 0
     """of all draws: labels, orders, views, first weights"""
-    device: str = "auto"
-    """auto, cpu, cuda"""
-    threads: int = 0
-    """CPU threads of a process; 0: torch's choice"""
     images_at_once: int = 512
     """through the encoder without gradient; changes memory, not results"""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
@@ -58,7 +54,7 @@ def check_subject(config: SubjectConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    require_finite(config)
+    check_bounds(config)
     require(
         bool(config.run) != bool(config.checkpoint),
         "say which encoder: run=DIR for a run of moco.train, or checkpoint=FILE"
@@ -72,8 +68,6 @@ def check_subject(config: SubjectConfig) -> None:
         f"run={config.run} says its network itself: leave {' and '.join(told)} out, or name a file, checkpoint=FILE",
     )
     one_of("weights", config.weights, ("encoder", "momentum_encoder"))
-    one_of("device", config.device, ("auto", "cpu", "cuda"))
-    at_least(0, {"threads": config.threads})
     require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
     at_least(1, {"images_at_once": config.images_at_once})
     require(0 <= config.data.hold_out < 1, f"data.hold_out={config.data.hold_out} must lie in 0 ... 1, and below 1")

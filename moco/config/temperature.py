@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moco.config.base import at_least, config_dir, one_of, require, require_finite
+from moco.config.base import ComputeConfig, at_least, check_bounds, config_dir, one_of, require
 
 OWN = ("run", "seed", "epochs", "experiment", "method.temperature", "checkpoint.keep_epochs")  # set by the sweep itself
 
 
 @dataclass
-class TemperatureConfig:
+class TemperatureConfig(ComputeConfig):
     """What to sweep over, and what to measure then."""
 
     mode: str = "sweep"
@@ -40,10 +40,6 @@ class TemperatureConfig:
     """of the histograms of similarities, over -1 ... 1"""
     similarities: list[float] = field(default_factory=lambda: [0.8, 0.5, 0.1])
     """of mode=explain: cosines of the candidates; the answer is the first (right) or the second (wrong)"""
-    device: str = "auto"
-    """auto, cpu, cuda: of the measuring; that of the runs is overrides=[device=...]"""
-    threads: int = 0
-    """CPU threads of the measuring; 0: torch's choice"""
 
 
 def check_temperature(config: TemperatureConfig) -> None:
@@ -52,12 +48,11 @@ def check_temperature(config: TemperatureConfig) -> None:
     Raises:
         ConfigError: naming the field, its value and the fix.
     """
-    require_finite(config)
+    check_bounds(config)
     one_of("mode", config.mode, ("sweep", "explain"))
     one_of(
         "recipe", config.recipe, tuple(sorted(path.stem for path in Path(config_dir(), "experiment").glob("*.yaml")))
     )
-    one_of("device", config.device, ("auto", "cpu", "cuda"))
     temperatures = config.temperatures
     require(bool(temperatures), "temperatures=[] must hold one or more, e.g. temperatures=[0.05,0.1,0.2,0.5]")
     lowest = min(temperatures)
@@ -76,7 +71,7 @@ def check_temperature(config: TemperatureConfig) -> None:
             "bins": config.bins,
         },
     )
-    at_least(0, {"threads": config.threads, "keep_epochs": config.keep_epochs})
+    at_least(0, {"keep_epochs": config.keep_epochs})
     at_least(2, {"images": config.images})
     require(bool(config.output.strip()), "output='' must name the study's directory, e.g. output=runs/temperature")
     cosines = config.similarities

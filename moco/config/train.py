@@ -1,24 +1,24 @@
-"""The schema of a pretraining configuration: types, what each field means, and the checks. Values are in `configs/`."""
+"""The configuration of a pretraining run: types, bounds and meanings of all fields. Values are in `configs/`."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import at_least, one_of, require, require_finite
+from moco.config.base import ComputeConfig, bounded, check_bounds, nearest_multiple, require
 from moco.config.data import DataConfig, check_data_fields
 from moco.config.method import MethodConfig, check_method
 
 
 @dataclass
 class AugmentConfig:
-    """Both views' augmentation; each field is one of `moco.data.view.View` and explained there."""
+    """The augmentation of both views. The fields are those of `moco.data.view.View` and a few more."""
 
-    views: int = 2
-    """of each image; more than two repeat the two recipes in turn"""
+    views: int = bounded(2, ge=1)
+    """Views per image. With more than two, the recipes of the first and second view alternate."""
     size: int = 224
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     antialias: bool = True
-    """false: crops are resized by plain interpolation; evaluation stays antialiased"""
+    """Resize the crops with antialiasing; false: with plain interpolation. Evaluation always uses antialiasing."""
     jitter_p: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
@@ -40,165 +40,165 @@ class AugmentConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     eval_resize: int = 0
-    """shorter side before the central crop in evaluation; 0: the pictures have the size already"""
+    """Shorter side in pixels to which evaluation resizes an image before the central crop; 0: do not resize, the images
+    already have the size of a view."""
     second: dict[str, Any] = field(default_factory=dict)
-    """fields in which the second view differs, e.g. {blur_p: 0.1, solarize_p: 0.2}"""
+    """Fields that differ for the second view, e.g. {blur_p: 0.1, solarize_p: 0.2}."""
 
 
 @dataclass
 class ModelConfig:
-    """The encoder."""
+    """The encoder: backbone, projection head, predictor and batch normalization (BN)."""
 
     backbone: str = "resnet50"
-    """a torchvision ResNet, a ViT of moco.models.vit, convnet, or timm/NAME"""
+    """The network: a torchvision ResNet, a ViT of moco.models.vit, convnet, or timm/NAME for a model of timm."""
     options: dict[str, Any] = field(default_factory=dict)
-    """the backbone's own arguments, e.g. {stem: cifar}"""
-    head_layers: int = 2
-    """1: MoCo v1's linear head; 2: MoCo v2's MLP"""
-    head_hidden: int = 0
-    """width of the MLP; 0: as wide as the features"""
+    """Arguments of the backbone's constructor, e.g. {stem: cifar}."""
+    head_layers: int = bounded(2, ge=1)
+    """Layers of the projection head. 1: the linear head of MoCo v1; 2: the MLP of MoCo v2."""
+    head_hidden: int = bounded(0, ge=0)
+    """Width of the head's hidden layers; 0: the width of the backbone's features."""
     head_norm: bool = False
-    """BN behind each layer of the head, which then have no biases: MoCo v3"""
-    dim: int = 128
-    """C, the embedding"""
-    predictor_layers: int = 0
-    """MoCo v3's second head, behind the first and on the query's side alone; 0: none"""
-    predictor_hidden: int = 0
-    """width of the predictor's MLP; 0: as wide as the embedding"""
+    """Apply BN after each layer of the head and omit the biases, as in MoCo v3."""
+    dim: int = bounded(128, ge=1)
+    """Dimension of the embedding (C)."""
+    predictor_layers: int = bounded(0, ge=0)
+    """Layers of the predictor, the second head of MoCo v3, which only the query passes through; 0: no predictor."""
+    predictor_hidden: int = bounded(0, ge=0)
+    """Width of the predictor's hidden layers; 0: the dimension of the embedding."""
     predictor_last_norm: bool = True
-    """BN behind the predictor's last layer too: v3 with a ViT; without one: v3 with a ResNet"""
-    bn: str = "grouped"
-    """grouped (over bn_group_size images), sync (over the global batch) or batch (over one process's forward pass)"""
-    bn_group_size: int = 32
-    """256 images on 8 GPUs, as published"""
+    """Apply BN after the predictor's last layer too: true for MoCo v3 with a ViT, false with a ResNet."""
+    bn: str = bounded("grouped", choices=("grouped", "sync", "batch"))
+    """The images over which BN normalizes: grouped (bn_group_size images), sync (the global batch), or batch (the
+    images of one forward pass of one process)."""
+    bn_group_size: int = bounded(32, ge=1)
+    """Images per BN group with bn=grouped. 32 corresponds to the published 256 images on 8 GPUs."""
     shuffle_keys: bool = True
-    """shuffle the key batch over the global batch before its encoder"""
+    """Shuffle the keys' images over the global batch before they are encoded, so that BN does not leak which key
+    belongs to which query."""
 
 
 @dataclass
 class OptimConfig:
-    """The optimizer and its schedule."""
+    """The optimizer and its learning rate (lr) schedule."""
 
-    name: str = "sgd"
-    """sgd, lars or adamw"""
-    lr: float = 0.03
-    """the peak, before it is scaled"""
-    base_batch: int | None = 256
-    """lr is scaled by batch_size / base_batch; null: lr as it stands"""
-    momentum: float = 0.9
-    """of sgd and lars"""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    """of adamw"""
-    weight_decay: float = 1e-4
-    """of weights that `exclude` does not leave out"""
-    exclude: list[str] = field(default_factory=list)
-    """what weight decay (and LARS's adaptation) leaves out: bias, norm"""
-    trust: float = 0.001
-    """of lars: a layer's rate is lr x trust x |w| / |gradient|"""
+    name: str = bounded("sgd", choices=("sgd", "lars", "adamw"))
+    """The optimizer."""
+    lr: float = bounded(0.03, ge=0)
+    """Peak learning rate, before it is scaled by the batch size (see base_batch)."""
+    base_batch: int | None = bounded(256, ge=1)
+    """Scale lr by batch_size / base_batch; null: do not scale it."""
+    momentum: float = bounded(0.9, ge=0, lt=1)
+    """Momentum of sgd and lars."""
+    betas: list[float] = bounded([0.9, 0.999], ge=0, lt=1, min_length=2, max_length=2)
+    """The two decay rates of adamw."""
+    weight_decay: float = bounded(1e-4, ge=0)
+    """Weight decay of all weights except those in `exclude`."""
+    exclude: list[str] = bounded([], choices=("bias", "norm"))
+    """Weights without weight decay and without the layer-wise rate of lars: bias (all biases), norm (the weights of
+    normalization layers)."""
+    trust: float = bounded(0.001, gt=0)
+    """Trust coefficient of lars: the rate of a layer is lr x trust x |w| / |gradient|."""
     trust_clip: bool = False
-    """of lars: in place of that the smaller of lr and trust x |w| / |gradient|"""
-    schedule: str = "cosine"
-    """cosine, step or constant"""
+    """For lars: use the smaller of lr and trust x |w| / |gradient| as the rate of a layer."""
+    schedule: str = bounded("cosine", choices=("cosine", "step", "constant"))
+    """How the lr decreases after the warm-up: cosine (to lr_end), step (at the milestones), or constant."""
     milestones: list[float] = field(default_factory=list)
-    """epochs at which `step` multiplies the lr by gamma"""
-    gamma: float = 0.1
-    """see milestones"""
-    warmup_epochs: float = 0.0
-    """linear from zero to the peak lr in the first epochs"""
-    lr_end: float = 0.0
-    """where cosine ends, as a fraction of the peak"""
+    """Epochs at which schedule=step multiplies the lr by gamma."""
+    gamma: float = bounded(0.1, gt=0, le=1)
+    """Factor of the lr at each milestone of schedule=step."""
+    warmup_epochs: float = bounded(0.0, ge=0)
+    """Epochs at the start in which the lr rises linearly from zero to its peak."""
+    lr_end: float = bounded(0.0, ge=0, le=1)
+    """Final lr of schedule=cosine, as a fraction of the peak."""
     per_epoch: bool = False
-    """hold the lr within an epoch, as the official MoCo code does; false: change it every step"""
-    clip_grad: float = 0.0
-    """largest gradient norm; 0: no clipping"""
-    skip_nonfinite: int = 0
-    """how many steps with a non-finite loss or gradient a run leaves out before it ends; 0: it ends at the first"""
+    """Change the lr only between epochs, as the official MoCo code does; false: change it every step."""
+    clip_grad: float = bounded(0.0, ge=0)
+    """Largest norm of the gradient; larger gradients are scaled down to it. 0: no clipping."""
+    skip_nonfinite: int = bounded(0, ge=0)
+    """Number of steps with a non-finite loss or gradient that a run skips before it ends; 0: end at the first one."""
 
 
 @dataclass
 class EvaluateConfig:
-    """The live kNN accuracy while training."""
+    """The accuracy of a k-nearest-neighbor (kNN) classifier, measured while training."""
 
-    every_epochs: int = 1
-    """live kNN every so many epochs, and before the first and after the last; 0: never"""
-    k: int = 200
-    """neighbors that vote"""
-    temperature: float = 0.1
-    """a vote weighs exp(similarity / temperature)"""
-    features: str = "backbone"
-    """backbone, or projection (the embedding that the loss sees)"""
-    labels_per_class: int = 0
-    """a reference set of so many labels a class, averaged over draws; 0: all labels"""
-    draws: int = 100
-    """how often labels_per_class labels are drawn; the figure is their mean and spread"""
-    bank_size: int = 0
-    """at most so many reference images, drawn once; 0: all"""
+    every_epochs: int = bounded(1, ge=0)
+    """Measure the kNN accuracy every N epochs, before the first epoch and after the last; 0: never."""
+    k: int = bounded(200, ge=1)
+    """Number of nearest neighbors that vote."""
+    temperature: float = bounded(0.1, gt=0)
+    """Temperature of the votes: a neighbor's vote has the weight exp(similarity / temperature)."""
+    features: str = bounded("backbone", choices=("backbone", "projection"))
+    """Features to compare: backbone (its output), or projection (the embedding that the loss compares)."""
+    labels_per_class: int = bounded(0, ge=0)
+    """Use N labeled reference images per class and average over random draws of them; 0: use all labels."""
+    draws: int = bounded(100, ge=1)
+    """Number of draws with labels_per_class. Mean and standard deviation over the draws are reported."""
+    bank_size: int = bounded(0, ge=0)
+    """Use at most N reference images, drawn once; 0: use all of them."""
     raw_pixels: bool = False
-    """also report kNN on the raw pixels"""
-    batch_size: int = 512
-    """images at once through the encoder; changes memory, not results"""
+    """Also report the kNN accuracy on raw pixels."""
+    batch_size: int = bounded(512, ge=1)
+    """Images per forward pass of the encoder. It affects memory, not results."""
 
 
 @dataclass
 class CheckpointConfig:
-    """How often to save, and what to keep."""
+    """When checkpoints are saved and which ones are kept."""
 
-    every_minutes: float = 5.0
-    """save `last` so often, besides the end of each epoch"""
-    every_steps: int = 0
-    """and every so many steps; 0: never"""
-    every_epochs: int = 1
-    """save `last` at the end of so many epochs"""
-    keep_epochs: int = 0
-    """keep a checkpoint for good every so many epochs; 0: the last ones only"""
-    keep_last: int = 2
-    """how many of the newest to keep, so that an unreadable one has one before it"""
+    every_minutes: float = bounded(5.0, ge=0)
+    """Minutes between checkpoints, in addition to those at the end of an epoch."""
+    every_steps: int = bounded(0, ge=0)
+    """Also save every N steps; 0: never."""
+    every_epochs: int = bounded(1, ge=0)
+    """Save at the end of every N-th epoch; 0: do not save because an epoch ends. The end of the run is always saved."""
+    keep_epochs: int = bounded(0, ge=0)
+    """Keep a checkpoint permanently every N epochs; 0: keep only the newest ones."""
+    keep_last: int = bounded(2, ge=1)
+    """Number of newest checkpoints to keep. With 2 or more, a run can resume if the newest one is unreadable."""
     keep_best: bool = False
-    """also keep the one with the best live kNN accuracy so far, as checkpoints/best.pt; saves whenever there is one"""
+    """Also keep the checkpoint with the best kNN accuracy so far, as checkpoints/best.pt. It is saved whenever the
+    accuracy improves."""
 
 
 @dataclass
-class TrainConfig:
-    """All of a pretraining run."""
+class TrainConfig(ComputeConfig):
+    """Pretrain an encoder."""
 
-    run: str = "runs/digits"
-    """the run's directory; started again there, it resumes"""
+    run: str = bounded("runs/digits", min_length=1, example="run=runs/first")
+    """Directory of the run. If it holds an unfinished run, that run resumes."""
     init_from: str = ""
-    """start from this file's encoder (any that read_encoder reads, e.g. an official checkpoint); a resumed run does not
-    read it again"""
-    seed: int = 0
-    """of the first weights, the order of the samples and every view"""
-    epochs: int = 200
-    """passes over the data set; the schedules end with the last"""
-    batch_size: int = 256
-    """images in one optimizer step, over all processes"""
-    accumulate: int = 1
-    """micro-batches in which a process takes its share of the batch"""
-    device: str = "auto"
-    """auto, cpu, cuda"""
-    precision: str = "fp32"
-    """fp32, bf16, fp16, or auto: bf16 where the device is faster with it (on a CPU that is measured), else fp32; a
-    resumed run keeps what it had"""
+    """File with the weights from which the encoder starts: one of our checkpoints or an official MoCo file. It is not
+    read again when the run resumes."""
+    seed: int = bounded(0, ge=0, lt=2**64)
+    """Seed of the initial weights, the order of the samples and all augmentations."""
+    epochs: int = bounded(200, ge=1)
+    """Passes over the data set. All schedules span this number of epochs."""
+    batch_size: int = bounded(256, ge=1)
+    """Images per optimizer step, over all processes."""
+    accumulate: int = bounded(1, ge=1)
+    """Micro-batches into which each process divides its part of the batch, to save memory."""
+    precision: str = bounded("fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    """Precision of the computation. auto: bf16 if the device is faster with it (measured on a CPU), else fp32. A
+    resumed run keeps the precision of its start."""
     channels_last: bool = True
-    """how images lie in memory; convolutions are faster so, the mathematics is the same"""
+    """Store images in channels-last memory format, which makes convolutions faster and gives the same results."""
     compile: bool = False
-    """torch.compile for the encoders: minutes at the start, faster steps"""
+    """Compile the encoders with torch.compile: takes minutes at the start, then each step is faster."""
     profile: bool = False
-    """write a torch profiler trace and table of a few steps into the run's directory, profile/"""
-    threads: int = 0
-    """CPU threads of a process; 0: torch's choice"""
-    log_every: int = 10
-    """steps between two records in metrics.jsonl and TensorBoard"""
-    analyse_every: int = 5
-    """records between two that also hold the measures of moco.analysis (alignment, uniformity, effective rank, ...);
-    0: never"""
-    stop_after: float = 0.0
-    """minutes after which the process saves and ends with status 75, to be started again: set it below the time limit
-    of a job by what a step, an evaluation and a checkpoint take; 0: never"""
-    hang_after: float = 15.0
-    """minutes in which no rank finished anything, a step or a batch of an evaluation, after which the process names the
-    rank that hangs and ends with status 69; more than the longest step takes, with what is saved behind it; 0: wait
-    for ever"""
+    """Write a trace and a table of a few steps by torch's profiler into profile/ in the run's directory."""
+    log_every: int = bounded(10, ge=1)
+    """Steps between two records in metrics.jsonl and TensorBoard."""
+    analyse_every: int = bounded(5, ge=0)
+    """Add the measures of moco.analysis (alignment, uniformity, effective rank, ...) to every N-th record; 0: never."""
+    stop_after: float = bounded(0.0, ge=0)
+    """Minutes after which the run saves and exits with status 75, so that the same command can resume it; 0: never. Set
+    it below a job's time limit by the time of one step, one evaluation and one checkpoint."""
+    hang_after: float = bounded(15.0, ge=0)
+    """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
+    wait forever. Progress is a finished step or a finished batch of an evaluation. Set it above the duration of the
+    longest step, including a checkpoint."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -209,116 +209,54 @@ class TrainConfig:
 
 
 def check(config: TrainConfig, processes: int = 1) -> None:
-    """Refuses a configuration that cannot run, before any work starts.
+    """Check a configuration before any work starts.
 
     Args:
-        config: the composed configuration.
-        processes: W, over which the batch is divided.
+        config: The composed configuration.
+        processes: The number of processes over which the batch is divided (W).
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
-    model, optim, evaluate = config.model, config.optim, config.evaluate
-    one_of("precision", config.precision, ("auto", "fp32", "bf16", "fp16"))
-    one_of("device", config.device, ("auto", "cpu", "cuda"))
-    one_of("model.bn", model.bn, ("grouped", "sync", "batch"))
-    one_of("optim.name", optim.name, ("sgd", "lars", "adamw"))
-    one_of("optim.schedule", optim.schedule, ("cosine", "step", "constant"))
-    one_of("evaluate.features", evaluate.features, ("backbone", "projection"))
-    require_finite(config)
-    at_least(
-        1,
-        {
-            "epochs": config.epochs,
-            "batch_size": config.batch_size,
-            "accumulate": config.accumulate,
-            "log_every": config.log_every,
-            "model.head_layers": model.head_layers,
-            "model.dim": model.dim,
-            "augment.views": config.augment.views,
-            "model.bn_group_size": model.bn_group_size,
-            "evaluate.k": evaluate.k,
-            "evaluate.batch_size": evaluate.batch_size,
-            "evaluate.draws": evaluate.draws,
-            "checkpoint.keep_last": config.checkpoint.keep_last,
-        },
-    )
-    at_least(
-        0,
-        {
-            "threads": config.threads,
-            "analyse_every": config.analyse_every,
-            "stop_after": config.stop_after,
-            "hang_after": config.hang_after,
-            "optim.lr": optim.lr,
-            "optim.weight_decay": optim.weight_decay,
-            "optim.warmup_epochs": optim.warmup_epochs,
-            "optim.clip_grad": optim.clip_grad,
-            "optim.skip_nonfinite": optim.skip_nonfinite,
-            "evaluate.every_epochs": evaluate.every_epochs,
-            "evaluate.labels_per_class": evaluate.labels_per_class,
-            "evaluate.bank_size": evaluate.bank_size,
-            "checkpoint.every_steps": config.checkpoint.every_steps,
-            "checkpoint.every_minutes": config.checkpoint.every_minutes,
-            "checkpoint.every_epochs": config.checkpoint.every_epochs,
-            "checkpoint.keep_epochs": config.checkpoint.keep_epochs,
-            "model.head_hidden": model.head_hidden,
-            "model.predictor_layers": model.predictor_layers,
-            "model.predictor_hidden": model.predictor_hidden,
-        },
-    )
+    check_bounds(config)
     check_data_fields(config.data)
     check_method(config.method, config.batch_size, config.accumulate, config.augment.views)
+    evaluate, optim = config.evaluate, config.optim
     require(
         evaluate.every_epochs > 0 or not config.checkpoint.keep_best,
-        f"checkpoint.keep_best=true needs the live kNN accuracy, which evaluate.every_epochs={evaluate.every_epochs} "
-        "turns off: set evaluate.every_epochs=1 or checkpoint.keep_best=false",
-    )
-    require(evaluate.temperature > 0, f"evaluate.temperature={evaluate.temperature} must be above 0")
-    require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
-    require(bool(config.run.strip()), "run='' must name the run's directory, e.g. run=runs/first")
-    require(
-        optim.base_batch is None or optim.base_batch >= 1,
-        f"optim.base_batch={optim.base_batch} must be at least 1, or null for an lr that is not scaled",
+        f"checkpoint.keep_best=true needs the live kNN accuracy, but evaluate.every_epochs={evaluate.every_epochs} "
+        "turns it off: set evaluate.every_epochs=1 or checkpoint.keep_best=false",
     )
     require(
         (optim.schedule == "step") == bool(optim.milestones),
         f"optim.milestones={optim.milestones} does not fit optim.schedule={optim.schedule}: "
-        "the step schedule needs milestones and no other takes them",
+        "the step schedule needs milestones, the others do not use them",
     )
-    unknown = set(optim.exclude) - {"bias", "norm"}
-    require(not unknown, f"optim.exclude names {', '.join(sorted(unknown))}; it can hold bias and norm")
-    betas = optim.betas
-    two = len(betas) == 2 and all(0 <= each < 1 for each in betas)
-    require(two, f"optim.betas={betas} must hold two numbers in 0 ... 1, and below 1")
-    require(0 <= optim.momentum < 1, f"optim.momentum={optim.momentum} must lie in 0 ... 1, and below 1")
-    require(optim.trust > 0, f"optim.trust={optim.trust} must be above 0")
-    require(0 < optim.gamma <= 1, f"optim.gamma={optim.gamma} must be above 0 and at most 1")
-    require(0 <= optim.lr_end <= 1, f"optim.lr_end={optim.lr_end} must lie in 0 ... 1: it is a fraction of the peak")
+    _check_batch(config, processes)
+
+
+def _check_batch(config: TrainConfig, processes: int) -> None:
+    """Check that the batch divides over processes, micro-batches and BN groups."""
+    model, parts = config.model, processes * config.accumulate
     require(
         model.bn != "sync" or config.accumulate == 1,
-        f"accumulate={config.accumulate} would leave model.bn=sync one micro-batch to normalize over, not the global "
+        f"accumulate={config.accumulate} with model.bn=sync would normalize over one micro-batch instead of the global "
         "batch: set accumulate=1 or model.bn=grouped",
     )
-
-    parts = processes * config.accumulate
     require(
         config.batch_size % parts == 0,
         f"batch_size={config.batch_size} must be a multiple of {parts} ({processes} processes x accumulate="
-        f"{config.accumulate}): take {max(1, round(config.batch_size / parts)) * parts}",
+        f"{config.accumulate}): take {nearest_multiple(config.batch_size, parts)}",
     )
+    if model.bn != "grouped":
+        return
     micro_batch = config.batch_size // parts
+    group = model.bn_group_size
+    require(group > 1, f"model.bn_group_size={group}: BN over one image has no variance; set at least 2")
     require(
-        model.bn != "grouped" or model.bn_group_size > 1,
-        f"model.bn_group_size={model.bn_group_size}: one image has no variance to normalize by; set at least 2",
-    )
-    require(
-        model.bn != "grouped" or micro_batch % model.bn_group_size == 0,
-        f"model.bn_group_size={model.bn_group_size} must divide the {micro_batch} images of a process's forward pass "
+        micro_batch % group == 0,
+        f"model.bn_group_size={group} must divide the {micro_batch} images of a process's forward pass "
         f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
-        f"take {_largest_divisor(micro_batch, model.bn_group_size)}, or model.bn=sync",
+        f"take {max(each for each in range(1, min(micro_batch, group) + 1) if micro_batch % each == 0)}, "
+        "or model.bn=sync",
     )
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    return max(divisor for divisor in range(1, min(number, most) + 1) if number % divisor == 0)

@@ -20,7 +20,7 @@ from moco.config.finetune import FinetuneConfig, fraction_of
 from moco.data.loader import Plan, batches
 from moco.data.sources import Source, subset
 from moco.data.view import View
-from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, process_group, wrap_ddp
+from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
 from moco.evaluation.finetune_report import Outcome, Task, common, entries, protocol, summarize
 from moco.evaluation.finetuning import classifier, mixing, optimizer_of, plan_of, train
@@ -32,7 +32,7 @@ from moco.interop.weights import save_weights
 from moco.runs import results
 from moco.runtime import console
 from moco.runtime.console import Terminal, duration
-from moco.runtime.device import pick_device
+from moco.runtime.device import compute_context
 from moco.runtime.precision import PRECISIONS
 
 FOREIGN: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # of a file that says no augmentation
@@ -42,10 +42,7 @@ OnStep = Callable[[str, float], None]
 
 def evaluate_finetune(config: FinetuneConfig) -> list[Outcome]:
     """See `moco.finetune.finetune`."""
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with process_group(device):
+    with compute_context(config) as device:
         task = _open(config, device)
         plan = _announce(task)
         results.prepare(task.subject.output)

@@ -16,7 +16,7 @@ from moco.config import ConfigError, require
 from moco.config.knn import KnnConfig
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.sources import Source
-from moco.distributed import is_rank_zero, process_group, world_size
+from moco.distributed import is_rank_zero, world_size
 from moco.evaluation.features import pixels
 from moco.evaluation.knn_classifier import knn_votes, leave_one_out, votes_of_draws
 from moco.evaluation.knn_report import Result, report
@@ -24,7 +24,7 @@ from moco.evaluation.metrics import HeldOut, figures
 from moco.evaluation.subject import Subject, data_config, encoders, features_of, open_labeled, open_subject
 from moco.runs.results import prepare
 from moco.runtime.console import log, progress_bar
-from moco.runtime.device import pick_device
+from moco.runtime.device import compute_context
 
 Network = nn.Module | Callable[[Tensor], Tensor]
 
@@ -35,10 +35,7 @@ def evaluate_knn(config: KnnConfig) -> list[Result]:
     Returns:
         A result for the pretrained encoder, then one for each name in `compare`; the same on every rank.
     """
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with process_group(device):
+    with compute_context(config) as device:
         return _judge_all(config, device)
 
 

@@ -16,7 +16,7 @@ from moco.config.linear import LinearConfig
 from moco.data.loader import Plan
 from moco.data.sources import Source
 from moco.data.view import View
-from moco.distributed import is_rank_zero, on_rank_zero, process_group, rank, world_size
+from moco.distributed import is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation.cache import cached, key_of, source_digest
 from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import LayerFeatures
@@ -29,17 +29,14 @@ from moco.models.encoder import Encoder
 from moco.optim.schedules import lr_factor, scaled_lr
 from moco.runs.results import prepare
 from moco.runtime.console import log, progress_bar
-from moco.runtime.device import pick_device
+from moco.runtime.device import compute_context
 
 _CHUNK = 4096  # rows at once through a head
 
 
 def evaluate_linear(config: LinearConfig) -> None:
     """See `moco.linear.linear`."""
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with process_group(device):
+    with compute_context(config) as device:
         subject = open_subject(config)
         train, held_out = open_labeled(config, subject)
         prepare(subject.output)

@@ -11,7 +11,7 @@ from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
 from moco.config.report import ReportConfig
 from moco.config.subject import SubjectConfig
-from moco.distributed import is_rank_zero, process_group
+from moco.distributed import is_rank_zero
 from moco.evaluation.features import evaluation_view
 from moco.files import WriteError, cause
 from moco.reporting import html, page
@@ -21,7 +21,7 @@ from moco.reporting.images import ImageFeatures, Layout, as_map, attention, comp
 from moco.reporting.page import Figures, Section
 from moco.reporting.run_record import Run, findings, names, open_run
 from moco.runtime.console import summary_panel
-from moco.runtime.device import pick_device
+from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 
 _SPRITE = 64  # pixels of a picture in TensorBoard's projector at most; it takes 8,192 in all
@@ -30,10 +30,7 @@ _SPRITE = 64  # pixels of a picture in TensorBoard's projector at most; it takes
 def report(config: ReportConfig) -> None:
     """See `moco.report.report`."""
     plotly()  # its absence shall not show after minutes
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with process_group(device):
+    with compute_context(config) as device:
         if is_rank_zero():
             _report(config, device)
 

@@ -24,7 +24,7 @@ from moco.config.subject import SubjectConfig
 from moco.data.bad_images import unreadable
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.distributed import all_gather_object, is_rank_zero, on_rank_zero, process_group, rank, world_size
+from moco.distributed import all_gather_object, is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation.cache import source_digest
 from moco.evaluation.features import stream
 from moco.evaluation.subject import Subject, data_config, data_written, open_data, open_subject, weights_digest
@@ -43,17 +43,14 @@ from moco.retrieval.store import (
     pyarrow,
 )
 from moco.runtime.console import progress_bar, summary_panel
-from moco.runtime.device import pick_device
+from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
 
 
 def embed(config: EmbedConfig) -> None:
     """See `moco.embed.embed`."""
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with process_group(device):
+    with compute_context(config) as device:
         subject = open_subject(config)
         folder = Path(config.output) if config.output else subject.output / "features"
         done = compute(config, subject, folder, device)

@@ -19,7 +19,7 @@ from moco.data.decode import ImageError
 from moco.data.keyed import SEARCH, permutation
 from moco.data.sources import FolderSource, Source
 from moco.data.walk import IMAGE_FORMATS
-from moco.distributed import is_rank_zero, process_group
+from moco.distributed import is_rank_zero
 from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
 from moco.evaluation.subject import open_subject
 from moco.files import atomic_write
@@ -28,7 +28,7 @@ from moco.retrieval.embed import compute
 from moco.retrieval.queries import files, open_index, query_features
 from moco.retrieval.store import Embedding
 from moco.runtime.console import progress_bar, summary_panel
-from moco.runtime.device import pick_device
+from moco.runtime.device import compute_context
 
 _GROUP_TILES = 24  # of a group in the gallery: the rest is counted
 
@@ -48,10 +48,7 @@ class Found:
 
 def search(config: SearchConfig) -> None:
     """See `moco.search.search`."""
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    with process_group(device):
+    with compute_context(config) as device:
         if config.index:
             index, out = open_index(config), Path(config.output or config.index)
         else:

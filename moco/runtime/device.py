@@ -1,21 +1,43 @@
-"""The device of this process."""
+"""The device, the threads and the process group of a command."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from moco.config import require
+from moco.config import ComputeConfig, require
+from moco.distributed import process_group
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of this process: "cpu", "cuda", or with "auto" a GPU if there is one.
+    """Return the device of this process; for "auto" a GPU if there is one.
 
     Raises:
-        ConfigError: for "cuda" if there is no GPU.
+        ConfigError: if name is "cuda" and there is no GPU.
     """
-    require(name != "cuda" or torch.cuda.is_available(), "device=cuda, but torch finds no GPU: set device=cpu")
+    require(name != "cuda" or torch.cuda.is_available(), "device=cuda, but torch finds no GPU here: set device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def compute_context(config: ComputeConfig, timeout_minutes: float = 10.0) -> Iterator[torch.device]:
+    """Set the number of CPU threads, join the process group of torchrun if there is one, and yield the device.
+
+    Args:
+        config: The fields device and threads.
+        timeout_minutes: Time after which a collective operation fails if another process does not take part.
+
+    Raises:
+        ConfigError: if device=cuda and there is no GPU.
+        PeerLost: if another process exits within the block.
+    """
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with process_group(device, timeout_minutes):
+        yield device

@@ -54,7 +54,7 @@ def test_a_group_of_data_can_be_chosen(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "labelled",
+    "labeled",
     [
         ["fraction=0.1", "epochs=2", "batch_size=50"],  # odd numbers on purpose: 129 labeled pictures
         ["labels_per_class=1", "epochs=6", "batch_size=128"],  # lowered to the ten that there are

@@ -232,7 +232,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
     [
         ("output", " ", "must name the folder"),
         ("quality", 96, "quality=96 must lie in 1 ... 95"),
-        ("short_side", -1, "short_side=-1 must not be negative"),
+        ("short_side", -1, "short_side=-1 must be at least 0"),
         ("shard_mb", 0.0, "shard_mb=0 must be above 0"),
         ("workers", 999, "workers=999 must be at most 256"),
     ],

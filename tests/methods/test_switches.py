@@ -378,7 +378,7 @@ SIMCLR: dict[str, Any] = {"name": "simclr", "queue_size": 0}
         ({"mix_hardest": 8}, r"mixing needs mix_hardest and one of the other two"),
         ({"mix_pairs": 8}, r"mixing needs mix_hardest"),
         ({"mix_hardest": 129, "mix_pairs": 8}, r"method.mix_hardest=129 exceeds method.queue_size=128"),
-        ({"margin": -0.1}, r"method.margin=-0.1 must not be negative"),
+        ({"margin": -0.1}, r"method.margin=-0.1 must be at least 0"),
         ({"margin": 3.2}, r"method.margin=3.2 must be below pi"),
         ({"margin_kind": "angle"}, r"must be one of arc, cosine"),
         ({"temperature_schedule": "linear"}, r"must be one of constant, cosine, learned"),

@@ -276,7 +276,7 @@ def test_a_record_cut_in_two_is_left_out(tmp_path: Path) -> None:
         ({"run": "a", "map": "pca"}, "map='pca' must be one of tsne, umap, none"),
         ({"run": "a", "perplexity": 0.5}, r"perplexity=0\.5 must be at least 1"),
         ({"run": "a", "neighbours": 0}, "neighbours=0 must be at least 1"),
-        ({"run": "a", "pictures": -1}, "pictures=-1 must not be negative"),
+        ({"run": "a", "pictures": -1}, "pictures=-1 must be at least 0"),
         ({"run": "a", "seed": -1}, r"seed=-1 must lie in 0 \.\.\."),
     ],
 )

@@ -187,7 +187,7 @@ def test_what_is_wrong_gets_a_sentence(made: tuple[Path, Path], tmp_path: Path) 
         ({"threshold": 1.5}, "threshold=1.5 must lie above -1 and not above 1"),
         ({"threshold": float("nan")}, "threshold=nan must be a finite number"),
         ({"k": 0}, "k=0 must be at least 1"),
-        ({"sample": -1}, "sample=-1 must not be negative"),
+        ({"sample": -1}, "sample=-1 must be at least 0"),
         ({"mode": "closest"}, "mode='closest' must be one of nearest, duplicates, outliers"),
         ({"gallery": "pdf"}, "gallery='pdf' must be one of html, png, none"),
         ({"query": ["a.png"], "sample": 2}, "query and sample=2 both say what to look for"),

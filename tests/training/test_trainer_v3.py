@@ -73,7 +73,7 @@ def test_the_method_gets_its_heads() -> None:
         ("method", "queue_size", 8, "method.queue_size=8: moco_v3 has no queue, its negatives are the batch"),
         ("", "batch_size", 1, "batch_size=1 leaves moco_v3 no negatives"),
         ("", "accumulate", 2, "accumulate=2 would leave model.bn=sync one micro-batch"),
-        ("model", "predictor_layers", -1, "model.predictor_layers=-1 must not be negative"),
+        ("model", "predictor_layers", -1, "model.predictor_layers=-1 must be at least 0"),
         ("optim", "trust", 0.0, "optim.trust=0.0 must be above 0"),
     ],
 )
