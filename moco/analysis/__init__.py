@@ -4,13 +4,13 @@ A measure is computed on the device of its input. The spectra, `tolerance` and `
 for the device; the others do not, so a training loop can compute them every few steps.
 """
 
-from moco.analysis.explain import THREE, Explained, explain_temperature
-from moco.analysis.geometry import UniformityTolerance, alignment, tolerance, uniformity, uniformity_tolerance
+from moco.analysis.geometry import alignment, tolerance, uniformity
 from moco.analysis.histogram import bin_edges, similarity_histogram
 from moco.analysis.negatives import (
+    Explained,
     Hardness,
     effective_negatives,
-    gradient_weights,
+    explain_temperature,
     hardness,
     relative_penalty,
     top_share,
@@ -28,10 +28,8 @@ from moco.analysis.staleness import (
 
 __all__ = [
     "EMPTY",
-    "THREE",
     "Explained",
     "Hardness",
-    "UniformityTolerance",
     "alignment",
     "alpha_req",
     "bin_edges",
@@ -40,7 +38,6 @@ __all__ = [
     "effective_negatives",
     "explain_temperature",
     "feature_std",
-    "gradient_weights",
     "hardness",
     "key_ages",
     "key_drift",
@@ -55,5 +52,4 @@ __all__ = [
     "tolerance",
     "top_share",
     "uniformity",
-    "uniformity_tolerance",
 ]

@@ -1,4 +1,4 @@
-"""Histograms of similarities, counted where they are.
+"""Histograms of similarities, computed on their device.
 
 Legend: B bins.
 """
@@ -6,35 +6,35 @@ Legend: B bins.
 import torch
 from torch import Tensor
 
-ENTRIES_AT_ONCE = 2**21  # similarities at once: their bin numbers are 16 MiB
+ENTRIES_AT_ONCE = 2**21  # similarities at once: their bin numbers take 16 MiB
 
 
 @torch.no_grad()
 def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | None = None) -> Tensor:
-    """How often each similarity occurs, in equal bins over -1 ... 1. On the device, and the host waits for nothing.
+    """Count similarities in equal bins over -1 ... 1. The host does not wait for the device.
 
         positives = similarity_histogram(logits[:, 0] * temperature)
         negatives = similarity_histogram(logits[:, 1:] * temperature)
         push = similarity_histogram(similarity, weights=relative_penalty(similarity, temperature))
 
     Args:
-        similarity: any shape; what rounding put beyond -1 or 1 counts in the outer bin, -inf (no negative) nowhere.
-        bins: B, 1 or more.
-        weights: what each entry counts, of the similarity's shape; None: 1. That of an absent entry is not looked at.
+        similarity: any shape. Values that rounding put outside -1 ... 1 count in the outer bins; -inf does not count.
+        bins: B, at least 1.
+        weights: of each entry, in the shape of the similarity; None: 1. The weight of -inf is not used.
 
     Returns:
-        Counts, int64, shape (B,), or with weights their sums, float64. Bin b is [-1 + 2 b / B, -1 + 2 (b + 1) / B); the
-        last one includes 1.
+        Counts, int64, shape (B,), or sums of weights, float64. Bin b is [-1 + 2 b / B, -1 + 2 (b + 1) / B); the last
+        one includes 1.
 
     Raises:
-        ValueError: unless there is a bin, or for weights of another shape.
+        ValueError: without a bin, or for weights of another shape.
     """
     if bins < 1:
-        raise ValueError(f"bins={bins} must be 1 or more")
+        raise ValueError(f"bins={bins} must be at least 1")
     if weights is not None and weights.shape != similarity.shape:
         raise ValueError(f"weights {tuple(weights.shape)} must have the similarity's shape {tuple(similarity.shape)}")
     dtype = torch.int64 if weights is None else torch.float64
-    counts = torch.zeros(bins + 1, dtype=dtype, device=similarity.device)  # the last: absent
+    counts = torch.zeros(bins + 1, dtype=dtype, device=similarity.device)  # the last one counts -inf
     parts = similarity.flatten().split(ENTRIES_AT_ONCE)
     weighted = [None] * len(parts) if weights is None else weights.flatten().split(ENTRIES_AT_ONCE)
     for part, weight in zip(parts, weighted, strict=True):
@@ -46,5 +46,5 @@ def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | 
 
 
 def bin_edges(bins: int = 100) -> Tensor:
-    """The B + 1 edges of `similarity_histogram`, float64."""
+    """Return the B + 1 edges of `similarity_histogram`, float64."""
     return torch.linspace(-1, 1, bins + 1, dtype=torch.float64)

@@ -1,17 +1,15 @@
-"""Which negatives a query's gradient comes from, and how the temperature decides it.
+"""Which negatives the gradient of a query comes from, and how the temperature controls it.
 
     Understanding the Behavior of Contrastive Loss (Wang & Liu, CVPR 2021), Sec. 3
 
-With P_ij the softmax of query i over its positive and its negatives, the loss's slopes by the similarities s are
+With P_ij the softmax of query i over its positive and its negatives, the gradient of the loss by the similarities s is
 
     dL/ds_ii = -(1 / T) sum over j of P_ij  (the positive)        dL/ds_ij = P_ij / T  (a negative)
 
-so the push on all negatives equals the pull on the positive, and r_ij, a negative's share of that push, is the softmax
-over the negatives alone. Keys have unit length, so these shares are those of the gradients' lengths too.
+The push on all negatives together equals the pull on the positive. r_ij, the share of one negative in that push, is the
+softmax over the negatives only. Keys have unit length, so the lengths of the keys' gradients have the same shares.
 
-Everything here takes the detached logits that `moco.losses.info_nce` returns, with -inf where an entry is no negative.
-
-Legend: N queries, K negatives.
+Legend: N queries, K negatives, B temperatures.
 """
 
 from typing import NamedTuple
@@ -19,63 +17,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ENTRIES_AT_ONCE = 2**21  # logits at once: 8 MiB of float32, which stays near the processor's cache
-
-
-@torch.no_grad()
-def gradient_weights(logits: Tensor, temperature: float) -> Tensor:
-    """The size of the loss's slope by each similarity, for each query by itself.
-
-    Wang & Liu (2021), Sec. 3. Of a mean over N queries each is a 1 / N part.
-
-    Args:
-        logits: shape (N, 1 + K), the positive in column 0.
-        temperature: the one in the logits.
-
-    Returns:
-        Shape (N, 1 + K), 0 ... 1 / T. Column 0 is (1 - P_ii) / T, the sum of the others, which are P_ij / T.
-
-    Raises:
-        ValueError: unless the temperature is above 0.
-    """
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
-    weights = logits.softmax(dim=1) / temperature  # (N, 1+K)
-    weights[:, 0] = weights[:, 1:].sum(dim=1)  # 1 - P_ii without cancellation
-    return weights
+ENTRIES_AT_ONCE = 2**21  # logits at once: 8 MiB of float32, which fits into the processor's cache
 
 
 @torch.no_grad()
 def relative_penalty(similarity: Tensor, temperature: float | Tensor) -> Tensor:
-    """Each negative's share of a query's push: r_ij = exp(s_ij / T) / sum over negatives k of exp(s_ik / T).
+    """Compute each negative's share of the push: r_ij = exp(s_ij / T) / sum over negatives k of exp(s_ik / T).
 
-    Wang & Liu (2021), Sec. 3, |dL/ds_ij| / |dL/ds_ii|: a Boltzmann distribution. As T falls to 0 the nearest takes all,
-    as T grows all take alike. Over a grid of similarities and temperatures it is the curve of their figure:
+    Wang & Liu (2021), Sec. 3, |dL/ds_ij| / |dL/ds_ii|: a Boltzmann distribution. At T near 0 the nearest negative gets
+    all of the push, at a large T all get equal shares. The curves of their figure are
 
         relative_penalty(torch.linspace(-1, 1, 201), torch.tensor([0.07, 0.2, 1.0])[:, None])  # (3, 201)
 
     Args:
-        similarity: of the negatives, shape (..., K); -inf for an entry that is none.
+        similarity: of the negatives, shape (..., K); -inf for an entry that is not a negative.
         temperature: above 0, or a tensor that broadcasts against the similarities.
 
     Returns:
-        Shape (..., K), 0 ... 1, summing to 1; nan in a row without any negative.
+        Shape (..., K), 0 ... 1, summing to 1; nan in a row without a negative.
     """
     return (similarity / temperature).softmax(dim=-1)
 
 
 @torch.no_grad()
 def effective_negatives(weights: Tensor) -> Tensor:
-    """How many negatives a query's gradient effectively comes from: exp of the entropy of their shares.
+    """Compute how many negatives contribute to the gradient: exp of the entropy of their shares.
 
-    The perplexity of r_ij (Hill's number of order 1), chosen over the inverse Simpson index so that it reads like the
-    effective rank: k equal shares give k.
+    This is the perplexity of r_ij (Hill number of order 1). Like the effective rank, it is k for k equal shares; the
+    inverse Simpson index would be an alternative.
 
     Args:
         weights: `relative_penalty`, shape (..., K).
 
     Returns:
-        Shape (...), 1 (one negative takes all) ... K.
+        Shape (...), 1 (one negative has all) ... K.
     """
     entropy: Tensor = torch.special.entr(weights).sum(dim=-1)
     return entropy.exp()
@@ -83,14 +58,14 @@ def effective_negatives(weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top_share(weights: Tensor, top: int) -> Tensor:
-    """The share of a query's push that its `top` hardest negatives take.
+    """Compute the share of the push on the `top` hardest negatives.
 
     Args:
         weights: `relative_penalty`, shape (..., K).
         top: 1 ... K.
 
     Returns:
-        Shape (...), top / K (all alike) ... 1.
+        Shape (...), top / K (equal shares) ... 1.
 
     Raises:
         ValueError: if `top` is out of range.
@@ -103,30 +78,69 @@ def top_share(weights: Tensor, top: int) -> Tensor:
 class Hardness(NamedTuple):
     """Means over the queries, each of shape (), on the logits' device."""
 
-    effective_negatives: Tensor  # see `effective_negatives`, 1 ... K
-    top_share: Tensor  # see `top_share`, 0 ... 1
+    effective_negatives: Tensor  # 1 ... K
+    top_share: Tensor  # 0 ... 1
     push: Tensor  # sum over negatives of P_ij = 1 - P_ii, 0 (solved) ... 1: how much gradient is left
 
 
 @torch.no_grad()
 def hardness(logits: Tensor, top: int = 10) -> Hardness:
-    """The three measures for a log, in one pass over the logits, a few queries at a time.
+    """Compute all three measures in one pass over the logits, a few queries at a time.
 
     Args:
-        logits: shape (N, 1 + K), the positive in column 0; each row needs one negative or more.
-        top: negatives of `top_share`; of fewer all count.
+        logits: shape (N, 1 + K), as `moco.losses.info_nce` returns them: the positive in column 0, -inf for an entry
+            that is not a negative. Each row needs a negative.
+        top: for `top_share`, at most K are used.
 
     Raises:
-        ValueError: for logits without a query or a negative, or unless top is 1 or more.
+        ValueError: for logits without a query or a negative, or if top is below 1.
     """
     if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
-        raise ValueError(f"logits {tuple(logits.shape)} must be (N, 1 + K) with a query and a negative or more")
+        raise ValueError(f"logits {tuple(logits.shape)} must be (N, 1 + K) with N and K at least 1")
     rows = max(1, ENTRIES_AT_ONCE // logits.shape[1])
     parts = []
     for part in logits.split(rows):
         negatives = part[:, 1:]
-        weights = relative_penalty(negatives, 1.0)  # (rows, K); logits are divided by T already
+        weights = relative_penalty(negatives, 1.0)  # (rows, K); the logits are already divided by T
         push = (negatives.logsumexp(dim=1) - part[:, 0]).sigmoid()  # sum exp(neg) / (exp(pos) + sum exp(neg))
         share = top_share(weights, min(top, weights.shape[1]))
         parts.append(torch.stack([effective_negatives(weights), share, push]))
     return Hardness(*torch.cat(parts, dim=1).mean(dim=1))
+
+
+class Explained(NamedTuple):
+    """Softmax, loss and gradient of one query at B temperatures, float64."""
+
+    softmax: Tensor  # (B, 1 + K)
+    loss: Tensor  # (B,), -log of the answer's softmax
+    gradient: Tensor  # (B, 1 + K), by the similarities: negative for the answer; each row sums to 0
+
+
+@torch.no_grad()
+def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -> Explained:
+    """Compute softmax, loss and gradient of a few candidates at many temperatures.
+
+        grid = torch.logspace(-2, 0, 100)
+        right, wrong = (explain_temperature(torch.tensor([0.8, 0.5, 0.1]), answer, grid) for answer in (0, 1))
+
+    With a right answer, loss and gradient vanish at a low T. With a wrong one, both are large at a low T, and the
+    hardest candidate gets all of the push.
+
+    Args:
+        similarity: of the candidates, shape (1 + K,).
+        answer: the candidate that is the positive.
+        temperatures: above 0, shape (B,).
+
+    Raises:
+        ValueError: for an answer that is not a candidate, or a temperature that is not above 0.
+    """
+    if similarity.ndim != 1 or not 0 <= answer < len(similarity):
+        raise ValueError(f"answer={answer} must be one of the candidates 0 ... {similarity.numel() - 1}")
+    if not bool((temperatures > 0).all()):
+        raise ValueError(f"temperatures must be above 0; the lowest is {temperatures.min().item():g}")
+    t = temperatures.double()[:, None]  # (B, 1)
+    log_p = (similarity.double() / t).log_softmax(dim=1)  # (B, 1+K)
+    softmax = log_p.exp()
+    target = torch.zeros_like(softmax)
+    target[:, answer] = 1
+    return Explained(softmax, -log_p[:, answer], (softmax - target) / t)

@@ -1,11 +1,11 @@
-"""How many dimensions embeddings fill: effective rank, decay of the spectrum, standard deviation.
+"""How many dimensions embeddings use: effective rank, decay of the spectrum, standard deviation.
 
     RankMe (Garrido et al., ICML 2023)
     alpha-ReQ (Agrawal et al., NeurIPS 2022)
     Exploring Simple Siamese Representation Learning (Chen & He, CVPR 2021)
 
-Spectra are of the smaller Gram matrix in float64: cheap for any number of samples, and exact to about 1e-8 of
-the largest singular value, which is below RankMe's own epsilon.
+Spectra are computed from the smaller Gram matrix in float64. This is cheap for any number of samples and accurate to
+about 1e-8 of the largest singular value, below RankMe's own epsilon.
 
 Legend: M samples, C dimension, R = min(M, C).
 """
@@ -17,32 +17,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-7  # RankMe's for float32
-FIRST_RANK, LAST_RANK = 4, 100  # of the eigenvalues that alpha-ReQ's published code fits, counted from 1
-NOISE = 1e-12  # of the largest eigenvalue; what is smaller is rounding
+FIRST_RANK, LAST_RANK = 4, 100  # the eigenvalues that alpha-ReQ's published code fits, counted from 1
+NOISE = 1e-12  # of the largest eigenvalue; smaller ones are rounding errors
 
 
 @torch.no_grad()
 def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """The effective rank: exp of the entropy of the singular values' shares.
+    """Compute the effective rank: exp of the entropy of the normalized singular values.
 
-    Garrido et al. (2023), Eq. 1: exp(-sum over k of p_k log p_k), p_k = sigma_k / |sigma|_1 + epsilon. The paper takes
-    25,600 samples, raw embeddings and no centring, and compares runs of one method only. Normalize or center before,
-    if wanted.
+    Garrido et al. (2023), Eq. 1: exp(-sum over k of p_k log p_k), p_k = sigma_k / |sigma|_1 + epsilon. The paper uses
+    25,600 samples of raw embeddings, neither centered nor normalized, and compares runs of one method only.
 
     Args:
         features: shape (M, C).
         epsilon: above 0.
 
     Returns:
-        Shape (), 1 (all on one line, or all zero; epsilon adds about 2e-6 R) ... R (all directions alike).
+        Shape (), 1 (all on one line, or all zero; epsilon adds about 2e-6 R) ... R (the same in all directions).
 
     Raises:
-        ValueError: without a sample, or unless epsilon is above 0.
+        ValueError: without a sample, or for an invalid epsilon.
     """
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"features {tuple(features.shape)} must be (M, C) with one sample or more")
+        raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 1")
     if epsilon <= 0:
-        raise ValueError(f"epsilon={epsilon} must be above 0: the logarithm of an empty direction's share has none")
+        raise ValueError(f"epsilon={epsilon} must be above 0, since an empty direction has log(epsilon)")
     sigma = _gram_spectrum(features.double()).sqrt()  # (R,)
     p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + epsilon
     entropy: Tensor = torch.special.entr(p).sum()
@@ -51,50 +50,58 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @torch.no_grad()
 def covariance_spectrum(features: Tensor) -> Tensor:
-    """Eigenvalues of the centered features' covariance (divided by M), falling, float64, shape (R,).
+    """Compute the eigenvalues of the covariance (divided by M), descending, float64, shape (R,).
 
     Raises:
         ValueError: with fewer than two samples.
     """
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features {tuple(features.shape)} must be (M, C) with two samples or more")
+    _require_two(features)
     centered = features.double() - features.double().mean(dim=0)
     return _gram_spectrum(centered) / len(features)
 
 
 def alpha_req(features: Tensor, first: int = FIRST_RANK, last: int = LAST_RANK) -> Tensor:
-    """The exponent alpha of the covariance spectrum's power law, lambda_i ~ i^-alpha.
+    """Compute the exponent alpha of the power law of the covariance spectrum, lambda_i ~ i^-alpha.
 
-    Agrawal et al. (2022): good features have alpha near 1; smaller is a flat, noisy spectrum, larger one that few
-    directions fill. The paper fits "the full set"; its published code fits ranks 4 to 100, each weighted with 1 / rank
-    (so that each octave of ranks weighs alike), which is the default here. Of a shorter spectrum all that lies above
-    rounding is taken. The fit is a line through (log i, log lambda_i) by weighted least squares.
+    Agrawal et al. (2022): good features have alpha near 1. A smaller alpha is a flat, noisy spectrum; a larger one
+    means that few directions are used.
 
     Args:
-        features: shape (M, C); the paper's are the backbone's.
-        first: the first rank of the fit, counted from 1.
-        last: the last one.
-
-    Returns:
-        Shape (), any number; 0 for a flat spectrum.
+        features: shape (M, C); the paper uses the backbone's.
+        first: see `power_law_exponent`.
+        last: see `power_law_exponent`.
 
     Raises:
-        ValueError: if fewer than two eigenvalues are in the range.
+        ValueError: see `power_law_exponent`.
     """
     return power_law_exponent(covariance_spectrum(features), first, last)
 
 
 @torch.no_grad()
 def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LAST_RANK) -> Tensor:
-    """The fit of `alpha_req` on eigenvalues that are known, falling, shape (R,)."""
+    """Fit a line to (log i, log lambda_i); the weights 1 / i make each octave of ranks count equally.
+
+    The range and the weights are those of alpha-ReQ's published code; the paper fits "the full set".
+
+    Args:
+        spectrum: eigenvalues, descending, shape (R,).
+        first: the first rank of the fit, counted from 1.
+        last: the last rank; a shorter spectrum is used up to its last eigenvalue above rounding errors.
+
+    Returns:
+        The negative slope, shape (), any number; 0 for a flat spectrum.
+
+    Raises:
+        ValueError: if fewer than two eigenvalues are in the range.
+    """
     if not 1 <= first < last:
-        raise ValueError(f"first={first} and last={last} must be ranks from 1 on, in this order")
+        raise ValueError(f"first={first} and last={last} must be ranks of at least 1 in ascending order")
     usable = int((spectrum > spectrum[:1] * NOISE).sum())
     last = min(last, usable)
     if last <= first:
         raise ValueError(
-            f"{usable} eigenvalues above rounding, but the fit begins at rank {first} and needs two or more: take "
-            "first=1, more samples, or see the features as collapsed"
+            f"the spectrum has {usable} eigenvalues above rounding errors, but first={first} needs {first + 1}: the "
+            "features have collapsed, or use more samples or first=1"
         )
     rank = torch.arange(first, last + 1, dtype=torch.float64, device=spectrum.device)
     x, y, weight = rank.log(), spectrum[first - 1 : last].double().log(), 1 / rank
@@ -105,32 +112,36 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Each dimension's standard deviation over the samples, of normalized features.
+    """Compute the standard deviation of each dimension over the samples, after normalizing the features.
 
-    Chen & He (2021), Sec. 4.1, Fig. 2: 0 means collapse, and 1 / sqrt(C) on average a uniform spread over the sphere.
+    Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C).
 
     Args:
-        features: shape (M, C); normalized here. The deviation is the population's (divided by M).
+        features: shape (M, C).
 
     Returns:
-        Shape (C,); the root of its mean square is at most 1 / sqrt(C).
+        Population deviations (divided by M), shape (C,). Their root mean square is at most 1 / sqrt(C).
 
     Raises:
         ValueError: with fewer than two samples.
     """
-    if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features {tuple(features.shape)} must be (M, C) with two samples or more")
+    _require_two(features)
     unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
     return unit.std(dim=0, correction=0)
 
 
 def spread(features: Tensor) -> Tensor:
-    """The mean of `feature_std` in units of 1 / sqrt(C): 0 (collapse) ... 1 (uniform), whatever C. Shape ()."""
+    """Compute the mean of `feature_std` in units of 1 / sqrt(C): 0 (collapse) ... 1 (uniform) for any C. Shape ()."""
     return feature_std(features).mean() * math.sqrt(features.shape[1])
 
 
+def _require_two(features: Tensor) -> None:
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 2")
+
+
 def _gram_spectrum(x: Tensor) -> Tensor:
-    """Squared singular values of x (M, C), falling, shape (R,)."""
+    """Compute the squared singular values of x (M, C), descending, shape (R,)."""
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T  # (R, R)
     eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
     return eigenvalues.flip(0).clamp(min=0)

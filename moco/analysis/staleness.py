@@ -1,8 +1,8 @@
-"""What a queue of keys holds: how old the keys are, how far they have drifted, and which are no true negatives.
+"""The keys in a queue: how old they are, how far they have drifted, and which of them are false negatives.
 
-All take a queue's own tensors (`KeyQueue.keys`, `index`, `count`, `size`) and stay on their device.
+The functions use the tensors of a queue (`KeyQueue.keys`, `index`, `count`, `size`) on their device.
 
-Legend: N queries, K queue length, C dimension.
+Legend: N queries, K queue length, M present keys, C dimension.
 """
 
 import torch
@@ -11,59 +11,59 @@ from torch import Tensor
 
 from moco.losses import find_false_negatives
 
-EMPTY = -1  # the age of a slot that no key has been put in yet
-SAME = 1e-5  # 1 - cosine below which two float32 keys are one and the same
+EMPTY = -1  # the age of a slot that has never received a key
+SAME = 1e-5  # two float32 keys with 1 - cosine below this are the same key
 ENTRIES_AT_ONCE = 2**22  # similarities at once: 16 MiB of float32
 
 
 @torch.no_grad()
 def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
-    """The age of each slot's key: for how many optimizer steps other keys have been enqueued since.
+    """Compute the age of each slot's key: the number of optimizer steps that enqueued keys after it.
 
-    The newest keys have age 0; when the next step's queries meet them the encoder is one update further.
-    In a full queue the oldest key's is about K / keys_per_step.
+    The newest keys have age 0, although the next step's queries are made by an encoder that is one update newer. In a
+    full queue the age of the oldest key is about K / keys_per_step.
 
     Args:
         count: keys ever enqueued, an integer of shape ().
         size: K.
-        keys_per_step: of the global batch, times the directions: W N, or 2 W N if symmetric.
+        keys_per_step: of the global batch, times the directions: W N, or 2 W N for a symmetric loss.
 
     Returns:
-        Shape (K,), integers from 0; `EMPTY` where no key has been.
+        Shape (K,), integers from 0; `EMPTY` for a slot without a key.
 
     Raises:
         ValueError: if a size is below 1.
     """
     if size < 1 or keys_per_step < 1:
-        raise ValueError(f"size={size} and keys_per_step={keys_per_step} must be 1 or more")
+        raise ValueError(f"size={size} and keys_per_step={keys_per_step} must be at least 1")
     slots = torch.arange(size, device=count.device)
-    behind = (count - 1 - slots) % size  # keys enqueued after the one in this slot
-    return torch.where(behind < count, behind // keys_per_step, EMPTY)
+    newer = (count - 1 - slots) % size  # keys enqueued after the one in this slot
+    return torch.where(newer < count, newer // keys_per_step, EMPTY)
 
 
 @torch.no_grad()
 def key_drift(keys: Tensor, index: Tensor, now: Tensor, now_index: Tensor) -> Tensor:
-    """How far stored keys are from what the momentum encoder makes of the same images now: 1 - cosine.
+    """Compute 1 - cosine between stored keys and the present momentum encoder's keys of the same images.
 
-    Another draw of the augmentation moves a key too. To see age alone, subtract the drift of the newest keys, or
-    encode the same views.
+    Different augmentations contribute to the drift. To see the effect of age only, subtract the drift of the newest
+    keys, or encode the same views.
 
     Args:
         keys: the queue's, shape (K, C).
-        index: which sample each shows, shape (K,).
+        index: the sample of each key, shape (K,).
         now: keys of the present encoder, shape (M, C).
-        now_index: their samples, shape (M,); of equal ones any counts.
+        now_index: their samples, shape (M,); if a sample occurs twice, either key is used.
 
     Returns:
-        Shape (K,), 0 (as fresh) ... 2; nan where the image has no present key. Against `key_ages` it is a curve.
+        Shape (K,), 0 (unchanged) ... 2; nan for an image without a present key.
 
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: for an invalid shape.
     """
     if keys.shape[1:] != now.shape[1:] or index.shape != keys.shape[:1] or now_index.shape != now.shape[:1]:
         raise ValueError(
-            f"keys {tuple(keys.shape)} with index {tuple(index.shape)} and now {tuple(now.shape)} with now_index "
-            f"{tuple(now_index.shape)} must be (K, C), (K,), (M, C), (M,)"
+            f"keys {tuple(keys.shape)}, index {tuple(index.shape)}, now {tuple(now.shape)} and now_index "
+            f"{tuple(now_index.shape)} must be (K, C), (K,), (M, C) and (M,)"
         )
     if len(now) == 0:
         return torch.full(index.shape, torch.nan, device=index.device)
@@ -75,17 +75,17 @@ def key_drift(keys: Tensor, index: Tensor, now: Tensor, now_index: Tensor) -> Te
 
 @torch.no_grad()
 def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
-    """The share of the queue's keys that show a query's own image: false negatives, unless they are masked.
+    """Compute the share of the queue's keys that show a query's own image: false negatives, unless they are masked.
 
-    With K keys and epochs over M >= K images, each in an order of its own, a query finds one with probability
-    (K / M)^2 / 2: its last visit was M keys ago, give or take an epoch's order.
+    With K keys and epochs over M >= K images in independent orders, a query finds one with probability (K / M)^2 / 2:
+    its last visit was M keys ago, plus or minus the difference of the two orders.
 
     Args:
-        queue_index: which sample each key shows, -1 for none, shape (K,).
-        index: the queries' samples, 0 or more, shape (N,).
+        queue_index: the sample of each key, -1 for none, shape (K,).
+        index: the queries' samples, shape (N,).
 
     Returns:
-        Of each query, shape (N,), 0 ... 1.
+        Per query, shape (N,), 0 ... 1.
     """
     ordered = queue_index.sort().values
     first = torch.searchsorted(ordered, index)
@@ -94,18 +94,18 @@ def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
 
 @torch.no_grad()
 def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tensor | None = None) -> Tensor:
-    """The share of a query's negatives that are likely false: more similar to its own key than a threshold.
+    """Compute the share of a query's negatives that are probably false: more similar to its own key than a threshold.
 
-    Huynh et al. (2022), as `moco.losses.find_false_negatives`, which says why the key is asked and not the query.
+    Huynh et al. (2022). `moco.losses.find_false_negatives` explains why the key is compared instead of the query.
 
     Args:
-        key: L2-normalized, shape (N, C).
-        queue: L2-normalized, shape (K, C).
+        key: unit length, shape (N, C).
+        queue: unit length, shape (K, C).
         threshold: a cosine, -1 ... 1.
-        negatives: which entries are negatives, boolean (N, K) or (1, K); None means all.
+        negatives: which entries are negatives, boolean (N, K) or (1, K); None: all.
 
     Returns:
-        Of each query, shape (N,), 0 ... 1; 0 without negatives.
+        Per query, shape (N,), 0 ... 1; 0 without negatives.
 
     Raises:
         ValueError: see `find_false_negatives`.
@@ -121,25 +121,25 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
 
 
 def duplicate_share(key: Tensor, queue: Tensor, negatives: Tensor | None = None) -> Tensor:
-    """Whether a query's very own key is among its negatives: the share of queries, shape (), 0 ... 1.
+    """Compute the share of queries with their own key among the negatives, shape (), 0 ... 1.
 
-    Above 0 means keys are enqueued before the loss, or in the same step: the softmax then halves, and the loss cannot
-    fall below log 2. A collapsed encoder gives 1 too. Arguments: see `similar_share`.
+    Above 0 the keys are enqueued before the loss, or in the same step: the softmax then halves, and the loss cannot
+    fall below log 2. A collapsed encoder has 1 too. For the arguments see `similar_share`.
     """
     return (similar_share(key, queue, 1 - SAME, negatives) > 0).float().mean()
 
 
 @torch.no_grad()
 def same_label_share(labels: Tensor, queue_labels: Tensor, negatives: Tensor | None = None) -> Tensor:
-    """The share of a query's negatives that are false by the labels: of the query's own class.
+    """Compute the share of a query's negatives that have its label.
 
     Args:
         labels: of the queries, integers of shape (N,).
-        queue_labels: of the queue's keys, shape (K,), a value that is no class where none is known.
-        negatives: which entries are negatives, boolean (N, K) or (1, K); None means all.
+        queue_labels: of the queue's keys, shape (K,); an invalid label where it is unknown.
+        negatives: which entries are negatives, boolean (N, K) or (1, K); None: all.
 
     Returns:
-        Of each query, shape (N,), 0 ... 1; 0 without negatives. About 1 / classes where classes are balanced.
+        Per query, shape (N,), 0 ... 1; 0 without negatives. About 1 / classes if the classes are balanced.
     """
     same = labels[:, None] == queue_labels  # (N, K)
     if negatives is None:

@@ -12,24 +12,22 @@ import pytest
 import torch
 
 from moco.analysis.doctor import ALARMS, Alarm, Facts, diagnose
-from moco.analysis.doctor.behavior import (
+from moco.analysis.doctor.alarms import (
     augmentation_too_weak,
     collapse,
     data_starvation,
     learning_rate_too_high,
     loss_at_chance,
-    positive_among_negatives,
-    statistics_leak,
-)
-from moco.analysis.doctor.series import Series
-from moco.analysis.doctor.settings import (
     momentum_frozen,
     momentum_too_low,
+    positive_among_negatives,
     queue_against_dataset,
     stale_queue,
+    statistics_leak,
     temperature_too_high,
     temperature_too_low,
 )
+from moco.analysis.doctor.series import Series
 from moco.losses import info_nce
 from tests.losses.loops import unit
 

@@ -1,6 +1,7 @@
 """Effective rank, power law and standard deviation against known spectra, numpy and invariances."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_rank_me_of_a_known_spectrum_is_exp_of_its_entropy(samples: int) -> None
 
 
 @pytest.mark.parametrize("shape", [(50, 8), (8, 50), (1, 8)])
-def test_rank_me_is_the_papers_equation_on_svd(shape: tuple[int, int]) -> None:
+def test_rank_me_equals_the_papers_equation_on_the_svd(shape: tuple[int, int]) -> None:
     features = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     sigma = np.linalg.svd(features.double().numpy(), compute_uv=False)
     p = sigma / sigma.sum() + 1e-7
@@ -40,7 +41,7 @@ def test_rank_me_is_the_papers_equation_on_svd(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("equal", [1, 3, C])
-def test_rank_me_of_equal_directions_is_their_number(equal: int) -> None:
+def test_rank_me_counts_equal_directions(equal: int) -> None:
     assert rank_me(torch.eye(C)[:equal].repeat(5, 1)).item() == pytest.approx(equal, rel=1e-4)
 
 
@@ -54,11 +55,11 @@ def test_rank_me_of_a_collapse_is_one() -> None:
 def test_an_exact_power_law_gives_its_exponent(alpha: float, size: int, first: int, last: int) -> None:
     eigenvalues = torch.arange(1, size + 1, dtype=torch.float64) ** -alpha
     assert power_law_exponent(3 * eigenvalues, first, last).item() == pytest.approx(alpha, abs=1e-5)
-    features = with_spectrum(eigenvalues.sqrt(), 200) + 4.0  # the mean is taken out
+    features = with_spectrum(eigenvalues.sqrt(), 200) + 4.0  # the mean is removed
     assert alpha_req(features, first, last).item() == pytest.approx(alpha, abs=1e-4)
 
 
-def test_the_fit_is_numpys_weighted_one_and_leaves_the_first_ranks_out() -> None:
+def test_the_fit_equals_numpys_weighted_one_without_the_first_ranks() -> None:
     eigenvalues = covariance_spectrum(torch.randn(300, 60, generator=torch.Generator().manual_seed(0)).cumsum(dim=1))
     eigenvalues[:3] = 1e6
     rank = np.arange(4, 51)
@@ -67,13 +68,13 @@ def test_the_fit_is_numpys_weighted_one_and_leaves_the_first_ranks_out() -> None
     assert power_law_exponent(eigenvalues, last=50).item() == pytest.approx(-slope, rel=1e-5)
 
 
-def test_the_covariance_spectrum_is_numpys() -> None:
+def test_the_covariance_spectrum_equals_numpys() -> None:
     features = torch.randn(30, C, generator=torch.Generator().manual_seed(1)) + 2
     expected = np.linalg.eigvalsh(np.cov(features.double().numpy().T, bias=True))[::-1]
     np.testing.assert_allclose(covariance_spectrum(features).numpy(), expected, rtol=1e-8)
 
 
-def test_std_is_numpys_and_uniform_points_have_one_over_root_c() -> None:
+def test_std_equals_numpys_and_is_one_over_root_c_for_uniform_points() -> None:
     features = torch.randn(40, C, generator=torch.Generator().manual_seed(0)) + 1
     x = features.numpy() / np.linalg.norm(features.numpy(), axis=1, keepdims=True)
     np.testing.assert_allclose(feature_std(features).numpy(), x.std(axis=0), rtol=1e-5)
@@ -88,7 +89,7 @@ def test_std_of_a_collapse_is_zero() -> None:
     assert spread(torch.zeros(5, C)).item() == 0
 
 
-def test_spectra_turn_with_the_features_and_ignore_their_order() -> None:
+def test_rotation_order_and_scale_do_not_change_spectra() -> None:
     features = torch.randn(30, C, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(C, C, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0]
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
@@ -98,16 +99,17 @@ def test_spectra_turn_with_the_features_and_ignore_their_order() -> None:
     torch.testing.assert_close(spread(features[order]), spread(features))
 
 
-def test_what_has_no_value_is_named() -> None:
-    one = unit(1, C, seed=0)
-    for measure in (feature_std, spread, covariance_spectrum):
-        with pytest.raises(ValueError, match=r"features \(1, 8\) must be \(M, C\) with two samples or more"):
-            measure(one)
-    with pytest.raises(ValueError, match="with one sample or more"):
-        rank_me(one[:0])
-    with pytest.raises(ValueError, match=r"epsilon=0 must be above 0"):
-        rank_me(one, epsilon=0)
-    with pytest.raises(ValueError, match="eigenvalues above rounding, but the fit begins at rank 4"):
-        alpha_req(one.expand(9, C))
-    with pytest.raises(ValueError, match=r"first=0 and last=5 must be ranks"):
-        power_law_exponent(torch.ones(9), 0, 5)
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (lambda: feature_std(unit(1, C, seed=0)), r"features \(1, 8\)"),
+        (lambda: covariance_spectrum(unit(1, C, seed=0)), r"features \(1, 8\)"),
+        (lambda: rank_me(unit(1, C, seed=0)[:0]), r"features \(0, 8\)"),
+        (lambda: rank_me(unit(1, C, seed=0), epsilon=0), "epsilon=0"),
+        (lambda: alpha_req(unit(1, C, seed=0).expand(9, C)), "first=4"),
+        (lambda: power_law_exponent(torch.ones(9), 0, 5), "first=0 and last=5"),
+    ],
+)
+def test_invalid_input_is_refused(measure: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure()

@@ -1,8 +1,11 @@
 """Ages against a simulated queue, drift, and the shares of false negatives against loops."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from moco.analysis import (
     EMPTY,
@@ -21,8 +24,8 @@ N, C, K = 4, 6, 10
 
 
 @pytest.mark.parametrize("batch", [1, 3, 5, 10, 13])
-def test_ages_are_those_of_a_simulated_queue(batch: int) -> None:
-    """The queue itself is told, in place of a sample, the step in which a key came."""
+def test_ages_equal_those_of_a_simulated_queue(batch: int) -> None:
+    """The index of the queue holds the step that enqueued the key."""
     queue = KeyQueue(K, C)
     assert key_ages(queue.count, queue.size, batch).tolist() == [EMPTY] * K
     for step in range(9):
@@ -31,7 +34,7 @@ def test_ages_are_those_of_a_simulated_queue(batch: int) -> None:
         assert key_ages(queue.count, queue.size, batch).tolist() == expected
 
 
-def test_drift_follows_the_image_not_the_slot() -> None:
+def test_drift_compares_keys_of_the_same_image() -> None:
     queue = KeyQueue(K, C)
     stored = unit(7, C, seed=0)
     queue.enqueue(stored, torch.tensor([30, 10, 20, 50, 40, 60, 70]))
@@ -51,13 +54,13 @@ def test_drift_follows_the_image_not_the_slot() -> None:
     assert key_drift(queue.keys, queue.index, -queue.keys, queue.index)[0].item() == pytest.approx(2)
 
 
-def test_own_share_equals_the_loops_and_empty_slots_are_nobodys() -> None:
+def test_own_key_share_ignores_empty_slots() -> None:
     queue_index = torch.tensor([3, 3, 5, UNKNOWN, 8, 3, UNKNOWN, 5, 1, 0])
     shares = own_key_share(queue_index, torch.tensor([3, 5, 7, 0]))
     assert shares.tolist() == pytest.approx([0.3, 0.2, 0, 0.1])
 
 
-def test_meeting_oneself_happens_as_often_as_the_docstring_says() -> None:
+def test_the_probability_of_an_own_key_is_that_of_the_docstring() -> None:
     images, batch = 200, 4
     for size in (50, 150, 300):
         queue = KeyQueue(size, 1)
@@ -86,7 +89,7 @@ def test_similar_share_equals_the_loops(rows: int, at_once: int, monkeypatch: py
         assert shares[n].item() == pytest.approx(len(near) / len(allowed))
 
 
-def test_a_key_in_the_queue_is_a_duplicate_and_a_near_one_is_not() -> None:
+def test_only_the_same_key_is_a_duplicate() -> None:
     key, queue = unit(N, C, seed=0), unit(K, C, seed=1)
     assert duplicate_share(key, queue).item() == 0
     queue[3] = key[1]
@@ -108,10 +111,14 @@ def test_same_label_share_equals_the_loops() -> None:
     assert same_label_share(labels, queue_labels, negatives).tolist() == pytest.approx([0.2, 0.1, 0.3, 0])
 
 
-def test_what_does_not_fit_is_named() -> None:
-    with pytest.raises(ValueError, match="size=10 and keys_per_step=0 must be 1 or more"):
-        key_ages(torch.tensor(3), K, 0)
-    with pytest.raises(ValueError, match=r"now_index \(3,\) must be"):
-        key_drift(unit(K, C, seed=0), torch.arange(K), unit(N, C, seed=1), torch.arange(3))
-    with pytest.raises(ValueError, match=r"threshold=2 must be a cosine"):
-        similar_share(unit(N, C, seed=0), unit(K, C, seed=1), 2)
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (lambda: key_ages(torch.tensor(3), K, 0), "size=10 and keys_per_step=0"),
+        (lambda: key_drift(unit(K, C, seed=0), torch.arange(K), unit(N, C, seed=1), torch.arange(3)), r"\(3,\)"),
+        (lambda: similar_share(unit(N, C, seed=0), unit(K, C, seed=1), 2), "threshold=2"),
+    ],
+)
+def test_invalid_input_is_refused(measure: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        measure()

@@ -5,12 +5,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moco.analysis.doctor.behavior import BEHAVIOR_ALARMS
-from moco.analysis.doctor.series import Alarm, Check, Facts, Series
-from moco.analysis.doctor.settings import SETTINGS_ALARMS
+from moco.analysis.doctor.alarms import ALARMS
+from moco.analysis.doctor.series import Alarm, Facts, Series
 from moco.runs.metrics import read_metrics
-
-ALARMS: tuple[Check, ...] = (*SETTINGS_ALARMS, *BEHAVIOR_ALARMS)  # causes before their consequences
 
 
 def diagnose(series: Series, facts: Facts) -> list[Alarm]:

@@ -12,7 +12,7 @@ import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,25 +41,35 @@ PROBE_SETTING = Setting("output", 0.1, 1e-3)  # the same for every checkpoint, a
 EVALUATIONS = {"knn": "few-label kNN", "probe": "linear probe"}
 
 
-@dataclass(frozen=True)
-class Measure:
+GOODNESS: dict[str, Callable[[float], float]] = {  # the higher the better
+    "highest": lambda value: value,
+    "lowest": lambda value: -value,
+    "nearest to 1": lambda value: -abs(value - 1),
+}
+
+
+class Measure(NamedTuple):
     """A measure that needs no labels."""
 
-    name: str
-    best: str  # which value is best, for the table
-    goodness: Callable[[float], float]  # of a value: the highest is best
+    title: str
+    best: str  # which value is best, a key of GOODNESS
+    compute: Callable[[Outputs], Tensor]
 
 
 MEASURES = {
-    "rank_me": Measure("RankMe, backbone", "highest", lambda value: value),
-    "rank_me_projection": Measure("RankMe, projection", "highest", lambda value: value),
-    "alpha_req": Measure("alpha-ReQ, backbone", "nearest to 1", lambda value: -abs(value - 1)),
-    "uniformity": Measure("uniformity, backbone", "lowest", lambda value: -value),
-    "uniformity_projection": Measure("uniformity, projection", "lowest", lambda value: -value),
-    "alignment": Measure("alignment, backbone", "lowest", lambda value: -value),
-    "sum": Measure("alignment + uniformity, backbone", "lowest", lambda value: -value),
-    "step": Measure("the newest checkpoint", "highest", lambda value: value),
+    "rank_me": Measure("RankMe, backbone", "highest", lambda out: rank_me(out.features)),
+    "rank_me_projection": Measure("RankMe, projection", "highest", lambda out: rank_me(out.projection)),
+    "alpha_req": Measure("alpha-ReQ, backbone", "nearest to 1", lambda out: alpha_req(out.features)),
+    "uniformity": Measure("uniformity, backbone", "lowest", lambda out: uniformity(out.features)),
+    "uniformity_projection": Measure("uniformity, projection", "lowest", lambda out: uniformity(out.projection)),
+    "alignment": Measure("alignment, backbone", "lowest", lambda out: alignment(*out.view_features)),
+    "sum": Measure("alignment + uniformity, backbone", "lowest", lambda out: _sum(out)),
+    "step": Measure("the newest checkpoint", "highest", lambda out: torch.tensor(out.step)),
 }
+
+
+def _sum(out: Outputs) -> Tensor:
+    return alignment(*out.view_features).double() + uniformity(out.features).double()
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class Point:
 
     def goodness(self, measure: str) -> float:
         """Return how good the checkpoint is by a measure: the higher the better; nan without a value."""
-        return MEASURES[measure].goodness(self.measures[measure])
+        return GOODNESS[MEASURES[measure].best](self.measures[measure])
 
     def plain(self) -> dict[str, Any]:
         """Return the values for the results file, where null replaces nan."""
@@ -116,7 +126,8 @@ def choose(config: ChooseConfig) -> list[Point]:
                 file = read_encoder(path)
                 outputs = encode(file, images, views, device)
                 accuracies = _accuracies(outputs, file, sources, config) if config.labels else {}
-                points.append(Point(run, str(path), file.step, _measures(outputs, file.step), accuracies))
+                measures = {name: _value(measure, outputs) for name, measure in MEASURES.items()}
+                points.append(Point(run, str(path), file.step, measures, accuracies))
                 progress(len(points), total)
     agreement = agreements(points)
     results = {
@@ -173,25 +184,10 @@ def _same_data(files: Mapping[str, Sequence[Path]]) -> DataConfig:
     return DataConfig(**expected)
 
 
-def _measures(outputs: Outputs, step: int) -> dict[str, float]:
-    """Compute all `MEASURES`."""
-    aligned, spread = alignment(*outputs.view_features).item(), uniformity(outputs.features).item()
-    return {
-        "rank_me": rank_me(outputs.features).item(),
-        "rank_me_projection": rank_me(outputs.projection).item(),
-        "alpha_req": _alpha(outputs.features),
-        "uniformity": spread,
-        "uniformity_projection": uniformity(outputs.projection).item(),
-        "alignment": aligned,
-        "sum": aligned + spread,
-        "step": float(step),
-    }
-
-
-def _alpha(features: Tensor) -> float:
+def _value(measure: Measure, outputs: Outputs) -> float:
     try:
-        return alpha_req(features).item()
-    except ValueError:  # collapsed features have too few directions for a fit
+        return float(measure.compute(outputs))
+    except ValueError:  # collapsed features have too few directions for alpha-ReQ
         return float("nan")
 
 
@@ -269,9 +265,8 @@ def _report(points: Sequence[Point], agreement: Mapping[str, Mapping[str, Agreem
     rows = []
     for name, measure in MEASURES.items():
         point = chosen(points, name)
-        shown = [f"{value:.1f}" for value in point.accuracies.values()]
-        rows.append([measure.name, measure.best, f"{point.measures[name]:.4g}", f"{Path(point.run)} step {point.step}"])
-        rows[-1] += shown
+        row = [measure.title, measure.best, f"{point.measures[name]:.4g}", f"{Path(point.run)} step {point.step}"]
+        rows.append(row + [f"{value:.1f}" for value in point.accuracies.values()])
     runs = len({point.run for point in points})
     table(
         f"{len(points)} checkpoints of {runs} run{'s' * (runs > 1)}, measured on {images:,} images without labels",
@@ -284,7 +279,7 @@ def _report(points: Sequence[Point], agreement: Mapping[str, Mapping[str, Agreem
         table(
             f"agreement with {title} on held-out images",
             ["measure", "ρ in a run", "ρ of last", "ρ of all", "lost in a run", "lost of last", "lost of all"],
-            [[MEASURES[name].name, *_cells(each[evaluation])] for name, each in agreement.items()],
+            [[MEASURES[name].title, *_cells(each[evaluation])] for name, each in agreement.items()],
             "ρ: Spearman's rank correlation, 1 is the order of the accuracies; lost: points below the best checkpoint; "
             "in a run: mean over runs; last: among the last checkpoints of all runs; all: among all checkpoints",
         )

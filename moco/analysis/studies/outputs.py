@@ -26,6 +26,7 @@ VOTE = 0.1  # temperature of the kNN votes: a neighbor's weight is exp(similarit
 class Outputs:
     """An encoder in eval mode and its outputs for N images, float32."""
 
+    step: int  # of training
     encoder: Encoder
     features: Tensor  # (N, D), backbone, plain evaluation views
     projection: Tensor  # (N, C)
@@ -37,7 +38,7 @@ def encode(file: EncoderFile, images: Source, views: list[Tensor], device: torch
     encoder = build(file).to(device)
     features = plain_features(encoder.backbone, images, file, device)
     first, second = (in_parts(encoder.backbone, view) for view in views)
-    return Outputs(encoder, features, in_parts(encoder.head, features), (first, second))
+    return Outputs(file.step, encoder, features, in_parts(encoder.head, features), (first, second))
 
 
 def plain_features(network: nn.Module, source: Source, file: EncoderFile, device: torch.device) -> Tensor:

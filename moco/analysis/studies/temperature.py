@@ -8,7 +8,7 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -200,21 +200,31 @@ def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: 
     return runs
 
 
+class Column(NamedTuple):
+    """A measure in the summary."""
+
+    title: str  # in the printed table; "" if it is not shown there
+    digits: int
+    of: Callable[[Run], float | None]
+
+
+SUMMARY = {
+    "knn": Column("few-label kNN %", 1, lambda run: None if run.knn is None else run.knn.mean),
+    "uniformity": Column("uniformity", 2, lambda run: run.projection.uniformity),
+    "tolerance": Column("tolerance", 3, lambda run: run.projection.tolerance),
+    "alignment": Column("alignment", 3, lambda run: run.projection.alignment),
+    "effective_negatives": Column("effective negatives", 1, lambda run: run.contrast.effective_negatives),
+    "push": Column("", 3, lambda run: run.contrast.push),
+    "seconds": Column("", 0, lambda run: run.seconds),
+}
+
+
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return one row per temperature: mean and standard deviation (n - 1; null for one seed) of each measure."""
     rows = []
     for temperature in sorted({run.temperature for run in runs}):
         group = [run for run in runs if run.temperature == temperature]
-        measured: dict[str, list[float | None]] = {
-            "knn": [None if run.knn is None else run.knn.mean for run in group],
-            "uniformity": [run.projection.uniformity for run in group],
-            "tolerance": [run.projection.tolerance for run in group],
-            "alignment": [run.projection.alignment for run in group],
-            "effective_negatives": [run.contrast.effective_negatives for run in group],
-            "push": [run.contrast.push for run in group],
-            "seconds": [run.seconds for run in group],
-        }
-        spreads = {name: _spread(values) for name, values in measured.items()}
+        spreads = {name: _spread([column.of(run) for run in group]) for name, column in SUMMARY.items()}
         rows.append({"temperature": temperature, "seeds": len(group)} | spreads)
     return rows
 
@@ -240,15 +250,6 @@ def _write(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> None
         draw(output / name, runs)
 
 
-COLUMNS = {  # of the summary: title and digits
-    "knn": ("few-label kNN %", 1),
-    "uniformity": ("uniformity", 2),
-    "tolerance": ("tolerance", 3),
-    "alignment": ("alignment", 3),
-    "effective_negatives": ("effective negatives", 1),
-}
-
-
 def _report(output: Path, runs: Sequence[Run]) -> None:
     """Print the closing table and the paths of the files."""
 
@@ -257,13 +258,14 @@ def _report(output: Path, runs: Sequence[Run]) -> None:
             return "–"
         return f"{value['mean']:.{digits}f}" + (f" ± {value['std']:.{digits}f}" if value["std"] is not None else "")
 
+    shown = {name: column for name, column in SUMMARY.items() if column.title}
     table(
         "temperature study",
-        ["T", *(title for title, _ in COLUMNS.values()), "time"],
+        ["T", *(column.title for column in shown.values()), "time"],
         [
             [
                 f"{row['temperature']:g}",
-                *(cell(row[name], digits) for name, (_, digits) in COLUMNS.items()),
+                *(cell(row[name], column.digits) for name, column in shown.items()),
                 duration(row["seconds"]["mean"]),
             ]
             for row in summary(runs)
