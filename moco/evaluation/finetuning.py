@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from moco.config import OptimConfig
 from moco.data.keyed import STEP, philox
 from moco.data.loader import Batch, Plan
 from moco.distributed import gather, in_lockstep, mean_over_ranks, rank, world_size
@@ -77,7 +78,10 @@ def optimizer_of(
             backbone's scale is 1.
     """
     backbone: Any = network.get_submodule("backbone")
-    optimizer = build_optimizer(network.get_submodule("head"), name, 0.0, momentum, betas, weight_decay, exclude)
+    optimizer = build_optimizer(
+        network.get_submodule("head"),
+        OptimConfig(name=name, momentum=momentum, betas=list(betas), weight_decay=weight_decay, exclude=list(exclude)),
+    )
     for group in optimizer.param_groups:
         group["lr_scale"] = head_lr_factor
     groups: list[dict[str, Any]] = parameter_groups(backbone, weight_decay, exclude)
@@ -219,7 +223,7 @@ def train(
             torch.manual_seed(step_seed(plan.seed, step, 0))
             images, target = mixed(mix, images, target)
         torch.manual_seed(step_seed(plan.seed, step, 1 + rank()))  # dropout and drop-path: masks differ between ranks
-        factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, "cosine", warmup_epochs=warmup_epochs)
+        factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(warmup_epochs=warmup_epochs))
         try:
             loss = train_step(forward, optimizer, images, target, lr * factor, label_smoothing, precision)
         except NonFiniteLoss as error:

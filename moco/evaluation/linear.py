@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.config import ConfigError, RunWarning, require
+from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.linear import LinearConfig
 from moco.data.loader import Plan
 from moco.data.sources import Source
@@ -143,21 +143,16 @@ def _official(task: Task, name: str, encoder: Encoder) -> Outcome:
     held_out = HeldOut(
         lambda: _features(task, network, task.held_out, f"{name}: held-out pictures"), _labels(task.held_out)
     )
+    schedule = OptimConfig(
+        schedule=official.schedule, milestones=list(official.milestones), gamma=official.gamma, per_epoch=True
+    )
     heads: list[LinearHead] = []
     for seed in task.seeds():
         plan = Plan(len(task.train), batch, config.epochs, seed, rank(), world_size())
         head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(device)
 
         def lr_at(step: int, plan: Plan = plan) -> float:
-            return peak * lr_factor(
-                step,
-                plan.steps_per_epoch,
-                plan.epochs,
-                official.schedule,
-                official.milestones,
-                official.gamma,
-                per_epoch=True,
-            )
+            return peak * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
 
         with _epochs(name, config.epochs) as on_epoch:
             train_head(

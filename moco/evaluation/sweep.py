@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moco.config import OptimConfig
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.loader import Plan
 from moco.distributed import rank, sum_over_ranks, world_size
@@ -163,7 +164,7 @@ def train_heads(
         truth = F.one_hot(torch.from_numpy(labels[rows[picked]]).to(device), classes).unsqueeze(1)  # (B, 1, L)
         slope = (heads.scores(x).softmax(dim=2) - truth) / len(x)  # (B, H, L): of the mean cross entropy
         gradient = (slope.flatten(1).T @ x).view_as(heads.weight)  # (H, L, D)
-        factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, "cosine")
+        factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(schedule="cosine"))
         speed.mul_(recipe.momentum).add_(gradient + decay * heads.weight)
         bias_speed.mul_(recipe.momentum).add_(slope.sum(dim=0))
         heads.weight.sub_(factor * lr * speed)

@@ -9,17 +9,7 @@ from moco.optim.schedules import lr_factor, momentum_at
 def schedule_values(config: TrainConfig, plan: Plan, peak_lr: float, step: int) -> dict[str, float]:
     """lr, momentum and, where it follows a schedule, temperature of a step, counted from 0."""
     optim, method = config.optim, config.method
-    factor = lr_factor(
-        step,
-        plan.steps_per_epoch,
-        plan.epochs,
-        optim.schedule,
-        optim.milestones,
-        optim.gamma,
-        optim.warmup_epochs,
-        optim.lr_end,
-        optim.per_epoch,
-    )
+    factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
     # The update behind step s is the one that the papers make at the start of step s + 1, with that step's m.
     momentum = momentum_at(step + 1, plan.total_steps, method.momentum, method.momentum_end)
     values = {"lr": peak_lr * factor, "momentum": momentum}

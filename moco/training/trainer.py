@@ -115,17 +115,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
         method = build_method(config, sources.train.labels).to(device)
         if config.channels_last:
             method.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(
-        method,
-        config.optim.name,
-        lr=0.0,
-        momentum=config.optim.momentum,
-        betas=config.optim.betas,
-        weight_decay=config.optim.weight_decay,
-        exclude=config.optim.exclude,
-        trust=config.optim.trust,
-        trust_clip=config.optim.trust_clip,
-    )
+    optimizer = build_optimizer(method, config.optim)
     lock: list[IO[str]] = []  # held by rank 0 until the process ends
     on_rank_zero(lambda: lock.append(open_run(path, asdict(config), asdict(TrainConfig()))))
     state = on_rank_zero(lambda: checkpoint.load_newest(path / "checkpoints"))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.builder import MoCo, Output
+from moco.config import OptimConfig
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer
@@ -82,7 +83,7 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
     method.queue.enqueue(keys, torch.randint(IMAGES, (recipe.queue,), device=device))
     labels = torch.randint(CLASSES, (IMAGES,), device=device)
     observer = Monitor(method, labels, BATCH, True, PRECISIONS[precision])
-    optimizer = build_optimizer(method, "sgd", 0.0, 0.9, (0.9, 0.999), 5e-4, [])
+    optimizer = build_optimizer(method, OptimConfig(weight_decay=5e-4))
     views = [torch.randn(BATCH, 3, recipe.size, recipe.size, device=device) for _ in range(2)]
     shuffles = [np.random.default_rng(view).permutation(BATCH) for view in range(2)]
     step = partial(

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moco.builder import MoCo
+from moco.config import OptimConfig
 from moco.data.loader import Plan, batches
 from moco.data.sources import Source, load_source
 from moco.models.backbones import build_backbone
@@ -67,7 +68,7 @@ def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> C
     method = MoCo(encoder, C, options.queue, T).to(device)
     method.to(memory_format=torch.channels_last)
     set_calls_per_step(method, 1)
-    optimizer = build_optimizer(method.train(), "sgd", 0.0, 0.9, (0.9, 0.999), DECAY, [])
+    optimizer = build_optimizer(method.train(), OptimConfig(weight_decay=DECAY))
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     plan = Plan(len(source), options.batch, epochs=1, seed=0)
     late = device.type == "cuda"

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.builder import MoCo
+from moco.config import OptimConfig
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer
@@ -82,7 +83,7 @@ def ours(options: Namespace, views: list[Tensor], index: Tensor, precision: str,
     method = MoCo(encoder(options.backbone), C, options.queue, T, mask_own_keys=False).to(device)
     method.to(memory_format=torch.channels_last)
     set_calls_per_step(method, 1)
-    optimizer = build_optimizer(method.train(), "sgd", 0.0, 0.9, (0.9, 0.999), DECAY, [])
+    optimizer = build_optimizer(method.train(), OptimConfig(weight_decay=DECAY))
     if compiled:
         method.encoder.compile()
         method.momentum_encoder.compile()

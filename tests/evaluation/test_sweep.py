@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moco.config import OptimConfig
 from moco.data.loader import Plan
 from moco.data.sources import load_source
 from moco.evaluation import sweep
@@ -43,7 +44,7 @@ def alone(
     plan = Plan(len(x), told.batch_size, told.epochs, told.seed)
     for step, (_, rows) in enumerate(plan.samples(0)):
         for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, "cosine")
+            group["lr"] = lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(schedule="cosine"))
         optimizer.zero_grad()
         F.cross_entropy(head(x[rows]), torch.from_numpy(labels[rows])).backward()
         optimizer.step()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import Output
+from moco.config import OptimConfig
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import set_calls_per_step
@@ -125,7 +126,9 @@ class Algorithm1:
 def test_steps_are_algorithm_1(optimizer: str) -> None:
     ours = method()
     reference = Algorithm1(ours, optimizer)
-    optim = build_optimizer(ours, optimizer, 0.0, MOMENTUM, (0.9, 0.999), DECAY, ["bias", "norm"])
+    optim = build_optimizer(
+        ours, OptimConfig(name=optimizer, momentum=MOMENTUM, weight_decay=DECAY, exclude=["bias", "norm"])
+    )
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     start = {name: weight(getattr(ours, name)).clone() for name in ("encoder", "predictor", "momentum_encoder")}
     for number in range(6):

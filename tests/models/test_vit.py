@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from moco.config import OptimConfig
 from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder
 from moco.models.vit import sin_cos_positions
@@ -143,7 +144,7 @@ def test_weight_decay_leaves_what_is_frozen_alone(freeze: bool | None, moves: bo
     torch.manual_seed(0)
     encoder = build_encoder("vit", SMALL | {"freeze_patches": freeze}, 3, 16, 8, "sync", 0, head_norm=True)
     before = values(encoder)
-    optimizer = build_optimizer(encoder, "adamw", 0.01, 0.9, (0.9, 0.999), 0.1, [])
+    optimizer = build_optimizer(encoder, OptimConfig(name="adamw", weight_decay=0.1), lr=0.01)
     for _ in range(3):
         optimizer.zero_grad()
         encoder(torch.randn(6, 3, 16, 16)).square().sum().backward()

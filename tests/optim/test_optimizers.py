@@ -1,4 +1,4 @@
-"""Schedules against their closed forms, weight decay on the right parameters, optimizers that optimize."""
+"""Schedules compared with closed forms, parameter groups, and the optimizers."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moco.config import OptimConfig
 from moco.models.norm import GroupedBatchNorm
 from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.optim.schedules import lr_factor, momentum_at, scaled_lr
@@ -27,52 +28,54 @@ def cosine(progress: float) -> float:
 )
 @pytest.mark.parametrize("per_epoch", [False, True])
 def test_cosine_at_known_points(step: int, expected: float, per_epoch: bool) -> None:
-    factor = lr_factor(step, PER_EPOCH, EPOCHS, "cosine", per_epoch=per_epoch)
+    factor = lr_factor(step, PER_EPOCH, EPOCHS, OptimConfig(per_epoch=per_epoch))
     assert factor == pytest.approx(expected, abs=1e-12)
 
 
-def test_cosine_follows_each_step_or_holds_the_value_of_the_epochs_first() -> None:
+def test_cosine_changes_per_step_or_per_epoch() -> None:
     for step in range(TOTAL):
-        assert lr_factor(step, PER_EPOCH, EPOCHS, "cosine") == pytest.approx(cosine(step / TOTAL))
+        assert lr_factor(step, PER_EPOCH, EPOCHS, OptimConfig()) == pytest.approx(cosine(step / TOTAL))
         # facebookresearch/moco, adjust_learning_rate: 0.5 * (1 + cos(pi * epoch / epochs))
-        held = lr_factor(step, PER_EPOCH, EPOCHS, "cosine", per_epoch=True)
+        held = lr_factor(step, PER_EPOCH, EPOCHS, OptimConfig(per_epoch=True))
         assert held == pytest.approx(0.5 * (1.0 + math.cos(math.pi * (step // PER_EPOCH) / EPOCHS)))
 
 
 def test_cosine_ends_at_a_fraction_of_the_peak() -> None:
-    factors = [lr_factor(step, PER_EPOCH, EPOCHS, "cosine", end=0.2) for step in (0, TOTAL // 2, TOTAL)]
+    factors = [lr_factor(step, PER_EPOCH, EPOCHS, OptimConfig(lr_end=0.2)) for step in (0, TOTAL // 2, TOTAL)]
     assert factors == pytest.approx([1.0, 0.6, 0.2])
 
 
 @pytest.mark.parametrize("per_epoch", [False, True])
 def test_step_schedule_multiplies_at_each_milestone(per_epoch: bool) -> None:
     def factor(step: int) -> float:
-        return lr_factor(step, PER_EPOCH, EPOCHS, "step", (12, 16), 0.1, per_epoch=per_epoch)
+        return lr_factor(
+            step, PER_EPOCH, EPOCHS, OptimConfig(schedule="step", milestones=[12, 16], per_epoch=per_epoch)
+        )
 
     at = [12 * PER_EPOCH - 1, 12 * PER_EPOCH, 16 * PER_EPOCH - 1, 16 * PER_EPOCH, TOTAL - 1]
     assert [factor(step) for step in at] == pytest.approx([1.0, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_constant_stays_at_one() -> None:
-    assert {lr_factor(step, PER_EPOCH, EPOCHS, "constant") for step in range(TOTAL)} == {1.0}
+    assert {lr_factor(step, PER_EPOCH, EPOCHS, OptimConfig(schedule="constant")) for step in range(TOTAL)} == {1.0}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant", "step"])
-def test_warm_up_is_linear_then_the_schedule_begins(schedule: str) -> None:
+def test_warm_up_is_linear_and_the_schedule_follows(schedule: str) -> None:
     def factor(step: int) -> float:
-        return lr_factor(step, PER_EPOCH, EPOCHS, schedule, (15,), warmup_epochs=4)
+        return lr_factor(step, PER_EPOCH, EPOCHS, OptimConfig(schedule=schedule, milestones=[15], warmup_epochs=4))
 
     warm = 4 * PER_EPOCH
     assert [factor(step) for step in range(warm)] == pytest.approx([(step + 1) / warm for step in range(warm)])
     assert factor(warm) == pytest.approx(1.0)
-    if schedule == "cosine":  # over the epochs that are left
+    if schedule == "cosine":  # over the remaining epochs
         for step in range(warm, TOTAL):
             assert factor(step) == pytest.approx(cosine((step - warm) / (TOTAL - warm)))
 
 
-def test_warm_up_per_epoch_rises_once_an_epoch() -> None:
+def test_warm_up_per_epoch_rises_once_per_epoch() -> None:
     factors = [
-        lr_factor(step, PER_EPOCH, EPOCHS, "cosine", warmup_epochs=4, per_epoch=True) for step in range(0, TOTAL, 2)
+        lr_factor(step, PER_EPOCH, EPOCHS, OptimConfig(warmup_epochs=4, per_epoch=True)) for step in range(0, TOTAL, 2)
     ]
     firsts = [(step // PER_EPOCH + 1) / 4 for step in range(0, 4 * PER_EPOCH, 2)]
     assert factors[: len(firsts)] == pytest.approx(firsts)
@@ -82,10 +85,8 @@ def test_warm_up_per_epoch_rises_once_an_epoch() -> None:
 @pytest.mark.parametrize("per_epoch", [False, True])
 def test_factor_stays_in_0_to_1_for_any_warm_up(warmup: float, per_epoch: bool) -> None:
     for schedule in ("cosine", "step", "constant"):
-        factors = [
-            lr_factor(step, PER_EPOCH, EPOCHS, schedule, (10,), warmup_epochs=warmup, per_epoch=per_epoch)
-            for step in range(TOTAL)
-        ]
+        optim = OptimConfig(schedule=schedule, milestones=[10], warmup_epochs=warmup, per_epoch=per_epoch)
+        factors = [lr_factor(step, PER_EPOCH, EPOCHS, optim) for step in range(TOTAL)]
         assert min(factors) > 0
         assert max(factors) <= 1
         assert max(factors) == pytest.approx(1.0, abs=0.1)
@@ -93,7 +94,7 @@ def test_factor_stays_in_0_to_1_for_any_warm_up(warmup: float, per_epoch: bool) 
 
 def test_unknown_schedule_is_named() -> None:
     with pytest.raises(ValueError, match=r"optim\.schedule='linear' must be cosine, step or constant"):
-        lr_factor(0, PER_EPOCH, EPOCHS, "linear")
+        lr_factor(0, PER_EPOCH, EPOCHS, OptimConfig(schedule="linear"))
 
 
 @pytest.mark.parametrize(("batch", "base", "expected"), [(256, 256, 0.03), (4096, 256, 0.48), (64, None, 0.03)])
@@ -145,7 +146,7 @@ def network() -> nn.Module:
         ),
     ],
 )
-def test_exclusions_get_no_weight_decay_and_nothing_is_lost(
+def test_excluded_parameters_have_no_weight_decay_and_none_is_missing(
     exclude: tuple[str, ...], left_out: set[str], network: nn.Module
 ) -> None:
     names = {id(parameter): name for name, parameter in network.named_parameters()}
@@ -177,7 +178,7 @@ def test_each_optimizer_reduces_a_quadratic(name: str, lr: float) -> None:
     def distance() -> Tensor:
         return (layer.weight - target).square().sum() + layer.bias.square().sum()
 
-    optimizer = build_optimizer(layer, name, lr, 0.5, (0.9, 0.999), 1e-4, ())
+    optimizer = build_optimizer(layer, OptimConfig(name=name, momentum=0.5), lr)
     start = distance().item()
     for _ in range(60):
         optimizer.zero_grad()
@@ -189,7 +190,7 @@ def test_each_optimizer_reduces_a_quadratic(name: str, lr: float) -> None:
 def test_sgd_step_is_momentum_and_decay_by_hand() -> None:
     layer = nn.Linear(2, 1)
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
-    optimizer = build_optimizer(layer, "sgd", 0.1, 0.9, (0.9, 0.999), 0.01, ("bias",))
+    optimizer = build_optimizer(layer, OptimConfig(weight_decay=0.01, exclude=["bias"]), lr=0.1)
     velocity_w, velocity_b = torch.zeros_like(weight), torch.zeros_like(bias)
     for step in range(3):
         layer.weight.grad, layer.bias.grad = torch.full_like(weight, step + 1), torch.full_like(bias, 2.0)
@@ -201,12 +202,14 @@ def test_sgd_step_is_momentum_and_decay_by_hand() -> None:
         torch.testing.assert_close(layer.bias.detach(), bias)
 
 
-def test_lars_adapts_what_is_decayed_and_nothing_else() -> None:
+def test_lars_adapts_only_decayed_parameters() -> None:
     def moved(scale: float) -> tuple[Tensor, Tensor]:
         layer = nn.Linear(2, 2)
         nn.init.ones_(layer.weight)
         nn.init.ones_(layer.bias)
-        optimizer = build_optimizer(layer, "lars", 1.0, 0.0, (0.9, 0.999), 1e-6, ("bias",))
+        optimizer = build_optimizer(
+            layer, OptimConfig(name="lars", momentum=0.0, weight_decay=1e-6, exclude=["bias"]), lr=1.0
+        )
         layer.weight.grad, layer.bias.grad = torch.full((2, 2), scale), torch.full((2,), scale)
         optimizer.step()
         return 1 - layer.weight.detach(), 1 - layer.bias.detach()
@@ -220,15 +223,17 @@ def test_lars_adapts_what_is_decayed_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", lambda: torch.optim.SGD), ("adamw", lambda: torch.optim.AdamW)])
-def test_names_give_torch_optimizers(name: str, kind: Callable[[], type], network: nn.Module) -> None:
-    optimizer = build_optimizer(network, name, 0.5, 0.8, (0.7, 0.95), 0.1, ("norm",))
+def test_names_select_torch_optimizers(name: str, kind: Callable[[], type], network: nn.Module) -> None:
+    optimizer = build_optimizer(
+        network, OptimConfig(name=name, momentum=0.8, betas=[0.7, 0.95], weight_decay=0.1, exclude=["norm"]), lr=0.5
+    )
     assert type(optimizer) is kind()
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
-    told = {"sgd": ("momentum", 0.8), "adamw": ("betas", (0.7, 0.95))}[name]
-    assert all(group[told[0]] == told[1] for group in optimizer.param_groups)
+    expected = {"sgd": ("momentum", 0.8), "adamw": ("betas", (0.7, 0.95))}[name]
+    assert all(group[expected[0]] == expected[1] for group in optimizer.param_groups)
 
 
 def test_unknown_optimizer_is_named(network: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"optim\.name='lion' must be sgd, lars or adamw"):
-        build_optimizer(network, "lion", 0.1, 0.9, (0.9, 0.999), 0.0, ())
+        build_optimizer(network, OptimConfig(name="lion"))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import MoCo
+from moco.config import OptimConfig
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
@@ -322,7 +323,7 @@ def test_without_waiting_a_bad_loss_is_in_the_measures() -> None:
 
 def test_an_overflow_in_the_first_step_leaves_no_trace_in_the_optimizer() -> None:
     trainer = Trainer(fp16=True)
-    trainer.optimizer = build_optimizer(trainer.method.encoder, "sgd", 0.05, 0.9, (0.9, 0.999), 1e-3, [])
+    trainer.optimizer = build_optimizer(trainer.method.encoder, OptimConfig(weight_decay=1e-3), lr=0.05)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows until it has come down
     seen = []
     for number in range(30):
@@ -366,11 +367,11 @@ def test_moments_lie_as_their_parameters_do(name: str) -> None:
             optimizer.step()
 
     plain = network(torch.contiguous_format)
-    first = build_optimizer(plain, name, 1e-3, 0.9, (0.9, 0.999), 0.0, [])
+    first = build_optimizer(plain, OptimConfig(name=name, weight_decay=0.0), lr=1e-3)
     steps(plain, first, range(3))
     other = network(torch.channels_last)
     other.load_state_dict(plain.state_dict())
-    second = build_optimizer(other, name, 1e-3, 0.9, (0.9, 0.999), 0.0, [])
+    second = build_optimizer(other, OptimConfig(name=name, weight_decay=0.0), lr=1e-3)
     load_optimizer(second, copy.deepcopy(first.state_dict()))
     steps(plain, first, range(3, 6))
     steps(other, second, range(3, 6))
