@@ -26,7 +26,6 @@ ORDER = [
     },  # the commands
     {"cli"},
     {"training"},
-    {"data.pack", "data.pack_folder", "data.check"},
     {"retrieval"},
     {"reporting"},
     {"analysis.studies"},
@@ -116,7 +115,7 @@ def test_imports_run_downward() -> None:
         ("moco.training.live_knn", "from moco.evaluation.knn_classifier import knn_accuracy", True),
         ("moco.training.live_knn", "import hydra.utils", False),
         ("moco.data.pack", "from moco.data.sources import Source", True),
-        ("moco.data.sources", "from moco.data.pack import pack", False),
+        ("moco.data.sources", "from moco.interop.foreign import read", False),
         ("moco.config", "from omegaconf import OmegaConf", False),
         ("moco.cli", "from omegaconf import OmegaConf", True),
         ("moco.cli", "import moco.train", False),

@@ -105,7 +105,7 @@ def check_data_fields(data: DataConfig) -> None:
     one_of("data.on_bad_image", data.on_bad_image, ("raise", "replace"))
     require(
         0 <= data.max_bad < 1,
-        f"data.max_bad={data.max_bad} must be at least 0 and below 1: it is a fraction",
+        f"data.max_bad={data.max_bad} must be at least 0 and below 1: it is a fraction, e.g. 0.01",
     )
     at_least(0, {"data.workers": data.workers, "data.length": data.length})
     at_least(1, {"data.shuffle_buffer": data.shuffle_buffer})

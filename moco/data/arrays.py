@@ -1,14 +1,14 @@
-"""The data sets that are small enough to be in memory: digits, CIFAR, STL-10.
+"""Images in memory, and the data sets that are small enough to be there: digits, CIFAR, STL-10.
 
 Legend: N images.
 """
 
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import datasets
 
+from moco.config import DataConfig
+from moco.data.base import Sources, entries_digest
 from moco.data.decode import ImageError
 from moco.data.keyed import SPLIT, permutation
+from moco.digest import digest
 
 SPLIT_SEED = 1797  # a constant: the split is part of the data set, not of a run
 
@@ -30,87 +33,106 @@ class ArraySource:
     names: Sequence[str]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    bad: Mapping[int, ImageError] = field(default_factory=dict)  # rows without a picture, black here, and why
+    unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # rows without an image, black here
+    stream: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def image(self, i: int) -> Tensor:
-        if i in self.bad:
-            raise self.bad[i]
+        if i in self.unreadable:
+            raise self.unreadable[i]
         return self.images[i]
 
     def name(self, i: int) -> str:
         return self.names[i]
 
+    def path(self, i: int) -> None:
+        return None
 
-Splits = tuple[ArraySource, ArraySource, ArraySource]  # to train on, labeled references, held out
+    def content(self, i: int) -> None:
+        return None
+
+    def subset(self, rows: NDArray[np.int64]) -> "ArraySource":
+        labels = None if self.labels is None else self.labels[rows]
+        names = [self.names[row] for row in rows]
+        unreadable = {new: self.unreadable[row] for new, row in enumerate(rows.tolist()) if row in self.unreadable}
+        return ArraySource(self.images[torch.from_numpy(rows)], names, labels, self.classes, unreadable)
+
+    def encoded_names(self) -> Iterable[bytes]:
+        return map(os.fsencode, self.names)
+
+    def content_digest(self) -> str:
+        return entries_digest(([name] for name in self.names), digest(self.images))
 
 
-def digits() -> Splits:
-    """1,797 real 8x8 scans of handwritten digits at 16x16; 50 of each class are held out, the other 1,297 train."""
-    from sklearn.datasets import load_digits  # here: it would add 2 s to every start
+def open_digits(config: DataConfig) -> Sources:
+    """Open 1,797 real 8x8 scans of handwritten digits at 16x16: 50 per class held out, the other 1,297 to train on."""
+    from sklearn.datasets import load_digits  # imported here: it takes 2 s
 
     bunch = load_digits()
     targets: NDArray[np.int64] = bunch.target.astype(np.int64)  # (N,)
     scans = torch.from_numpy(bunch.images).float().unsqueeze(1)  # (N, 1, 8, 8), 0 ... 16
-    # Bilinear, as bicubic overshoots 0 ... 16. Its weights are sixteenths and 255 comes after: all values are exact in
-    # float32, so the images are the same on every machine.
+    # Bilinear, because bicubic overshoots 0 ... 16. Its weights are multiples of 1/16 and the factor 255 comes last:
+    # all values are exact in float32, so the images are the same on every machine.
     scans = torch.nn.functional.interpolate(scans, size=(16, 16), mode="bilinear")  # (N, 1, 16, 16)
     images = (scans * 255 / 16).round().to(torch.uint8).repeat(1, 3, 1, 1)  # (N, 3, 16, 16)
     order = permutation(SPLIT_SEED, 0, len(targets), SPLIT)
     held_out = np.sort(np.concatenate([order[targets[order] == digit][:50] for digit in range(10)]))
-    train = np.setdiff1d(order, held_out)  # sorted
-
-    def subset(indices: NDArray[np.int64]) -> ArraySource:
-        names = [f"digits/{i}" for i in indices]
-        return ArraySource(images[torch.from_numpy(indices)], names, targets[indices], tuple("0123456789"))
-
-    train_source = subset(train)
-    return train_source, train_source, subset(held_out)
+    every = ArraySource(images, [f"digits/{i}" for i in range(len(targets))], targets, tuple("0123456789"))
+    train = every.subset(np.setdiff1d(order, held_out))  # sorted
+    return Sources(train, train, every.subset(held_out))
 
 
-def cifar(dataset: Any, root: str, download: bool) -> Splits:
-    """CIFAR-10 or -100: 50,000 training and 10,000 test images of 32x32."""
+def open_cifar10(config: DataConfig) -> Sources:
+    """Open CIFAR-10: 50,000 training and 10,000 test images of 32x32."""
+    return _open_cifar(datasets.CIFAR10, config)
 
+
+def open_cifar100(config: DataConfig) -> Sources:
+    """Open CIFAR-100: 50,000 training and 10,000 test images of 32x32."""
+    return _open_cifar(datasets.CIFAR100, config)
+
+
+def _open_cifar(dataset: Any, config: DataConfig) -> Sources:
     def split(train: bool) -> ArraySource:
-        data = _open_torchvision(dataset, root, download, train=train)
+        data = _open_torchvision(dataset, config, train=train)
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
         names = [f"{dataset.__name__.lower()}/{'train' if train else 'test'}/{i}" for i in range(len(images))]
         return ArraySource(images, names, np.asarray(data.targets, np.int64), tuple(data.classes))
 
     train = split(train=True)
-    return train, train, split(train=False)
+    return Sources(train, train, split(train=False))
 
 
-def stl10(root: str, download: bool) -> Splits:
-    """STL-10 at 96x96: 100,000 unlabeled images to train on, 5,000 labeled as bank, 8,000 held out."""
+def open_stl10(config: DataConfig) -> Sources:
+    """Open STL-10 at 96x96: 100,000 unlabeled images to train on, 5,000 labeled as bank, 8,000 held out."""
 
     def split(name: str) -> ArraySource:
-        data = _open_torchvision(datasets.STL10, root, download, split=name)
+        data = _open_torchvision(datasets.STL10, config, split=name)
         images = torch.from_numpy(data.data).contiguous()  # (N, 3, 96, 96)
         names = [f"stl10/{name}/{i}" for i in range(len(images))]
         if name == "unlabeled":
             return ArraySource(images, names)
         return ArraySource(images, names, np.asarray(data.labels, np.int64), tuple(data.classes))
 
-    return split("unlabeled"), split("train"), split("test")
+    return Sources(split("unlabeled"), split("train"), split("test"))
 
 
-def _open_torchvision(dataset: Any, root: str, download: bool, **split: Any) -> Any:
-    """Torchvision's data set, its errors put into one sentence: it says neither where it looked nor what to do here."""
-    folder = os.path.abspath(os.path.expanduser(root))
-    where = f"data.root={root} ({folder})"
+def _open_torchvision(dataset: Any, config: DataConfig, **split: Any) -> Any:
+    """Open torchvision's data set; its own errors name neither the folder nor the field to change."""
+    folder = os.path.abspath(os.path.expanduser(config.root))
+    where = f"data.root={config.root} ({folder})"
     try:
-        return dataset(folder, download=download, **split)
+        return dataset(folder, download=config.download, **split)
     except (RuntimeError, OSError, EOFError, tarfile.TarError) as error:
-        if download:
+        if config.download:
             raise FileNotFoundError(
-                f"{dataset.__name__} could not be downloaded to {where}: {error}; "
-                f"check network and disk, or put {dataset.url} there yourself"
+                f"{dataset.__name__} could not be downloaded to {where}: {error}; check the network and the disk, or "
+                f"download {dataset.url} yourself"
             ) from error
         found = "is incomplete or corrupted" if Path(folder, dataset.base_folder).exists() else "was not found"
         raise FileNotFoundError(
-            f"{dataset.__name__} {found} in {where}, which should hold the folder {dataset.base_folder}: "
-            "set data.download=true to fetch it, or correct data.root"
+            f"{dataset.__name__} {found} in {where}, which should contain the folder {dataset.base_folder}: "
+            "set data.download=true to download it, or correct data.root"
         ) from error

@@ -1,4 +1,4 @@
-"""Image files to uint8 RGB tensors: one function, and one error for all that can be wrong with a file.
+"""Decoding of image files to uint8 RGB tensors, with one error type for every fault of a file.
 
 Color profiles are ignored, as torchvision and the published pipelines do.
 """
@@ -15,38 +15,38 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from moco.data.walk import GONE, IMAGE_FORMATS
+from moco.data.walk import BROKEN_LINK, IMAGE_FORMATS
 
-# What can be wrong with a file, as `ImageError.kind` says it, and what that means.
+# The faults of a file (`ImageError.kind`) and their meaning.
 FAULTS = {
-    "unreadable": "the system does not give the file: no permission, or gone",
-    "broken link": "the file that it leads to is not there",
-    "empty": "no bytes in it",
-    "no image": "the content is of no known format, whatever the name says",
-    "too large": "the header declares more pixels than are decoded",
+    "unreadable": "the file cannot be read: no permission, or it was removed",
+    "broken link": "the target of the link does not exist",
+    "empty": "the file has no bytes",
+    "no image": "the content has no known image format, whatever the name suggests",
+    "too large": "the header declares more pixels than the limit",
     "truncated": "the end is missing",
-    "damaged": "the decoder gave up, or values of no known scale",
+    "damaged": "the decoder failed, or the values have an unknown scale",
 }
 MAX_PIXELS = 178_956_970  # PIL's own limit
 
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _ORIENTATION = 0x0112  # EXIF's tag
-# From this many pixels on, a JPEG may be decoded at a fraction of its size. Below, that saves little or nothing: PIL,
-# which can do it, is slower than torchvision, which cannot. docs/benchmarks.md has the figures.
+# A JPEG of at least this many pixels may be decoded at a fraction of its size. For smaller ones this saves nothing:
+# PIL, which can do it, is slower than torchvision, which cannot (measured in docs/benchmarks.md).
 SCALED_FROM = 1_500_000
-Shrink = Callable[[int, int], int]  # (height, width) of the whole picture -> by how much it may shrink: 1, 2, 4 or 8
+Shrink = Callable[[int, int], int]  # (height, width) of the full image -> by which factor it may shrink: 1, 2, 4 or 8
 
 
 class Decoded(NamedTuple):
-    """A picture, and how it relates to the one in the file."""
+    """A decoded image, possibly at a fraction of its size."""
 
     pixels: Tensor  # uint8 (3, h, w) with h = ceil(H / factor), w = ceil(W / factor)
-    size: tuple[int, int]  # H, W of the whole picture, upright
+    size: tuple[int, int]  # H, W of the full image, upright
     factor: int = 1
 
     @classmethod
-    def whole(cls, pixels: Tensor) -> "Decoded":
-        """A picture (3, H, W) in its own size."""
+    def full(cls, pixels: Tensor) -> "Decoded":
+        """Return an image (3, H, W) in its own size."""
         return cls(pixels, (pixels.shape[1], pixels.shape[2]))
 
 
@@ -55,7 +55,7 @@ class ImageError(ValueError):
 
     Args:
         sentence: the message.
-        kind: one of `FAULTS`; "" for what is no fault of a file.
+        kind: one of `FAULTS`; "" if no single file is at fault.
         reason: the message without the file's name.
     """
 
@@ -67,19 +67,18 @@ class ImageError(ValueError):
 def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read an image file in any of `IMAGE_FORMATS`, upright (EXIF orientation applied), first frame only.
 
-    JPEGs take torchvision's decoder: a quarter less time than PIL's, and the same pixels, gray, CMYK and
-    Adobe-inverted files included (measured; both take every CMYK JPEG as inverted, which is how all common
-    programs write them). The rest goes through PIL. The file's content decides, not its ending: ImageNet holds
-    a PNG that is named .JPEG.
+    JPEGs are decoded by torchvision: it takes a quarter less time than PIL and returns the same pixels, also for gray,
+    CMYK and Adobe-inverted files (measured; both treat every CMYK JPEG as inverted, as all common programs write them).
+    PIL decodes the rest. The file's content decides, not its ending: ImageNet contains a PNG that is named .JPEG.
 
     Args:
         path: the file.
-        max_pixels: the largest width x height that is decoded. The header is checked first, for a file of a few
-            hundred kB can declare a picture of several GB. The default is PIL's own limit.
+        max_pixels: the largest width x height. The header is checked before decoding, because a file of a few hundred
+            kB can declare an image of several GB. The default is PIL's own limit.
 
     Returns:
-        uint8, shape (3, H, W), in red, green, blue. In memory the channels come last, as decoders write
-        them: resizing a crop is up to four times faster so, with the same bits.
+        uint8, shape (3, H, W), in red, green, blue. In memory the channels come last, as decoders write them: this
+        makes resizing a crop up to four times faster, with the same bits.
 
     Raises:
         ImageError: if the file cannot be read, is empty, truncated, too large, or not an image.
@@ -88,7 +87,7 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """A file's content.
+    """Read a file.
 
     Raises:
         ImageError: if it cannot be read, or is empty.
@@ -97,7 +96,7 @@ def read_bytes(path: str | Path) -> bytes:
         data = Path(path).read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in GONE and Path(path).is_symlink():
+        if error.errno in BROKEN_LINK and Path(path).is_symlink():
             raise _refusal(path, "broken link", f"a link to {Path(path).readlink()}: {reason}") from error
         raise _refusal(path, "unreadable", reason) from error
     if not data:
@@ -106,19 +105,19 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """`decode` of a file whose content has been read; `path` names it in errors."""
+    """Decode the content of a file as `decode` does; `path` names it in errors."""
     return decode_scaled(path, data, lambda height, width: 1, max_pixels).pixels
 
 
 def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """`decode_bytes`, but a large JPEG may come smaller, straight from its frequencies (libjpeg's scaled decoding).
+    """Decode as `decode_bytes`, but possibly a large JPEG at a fraction of its size (libjpeg's scaled decoding).
 
-    A pixel is then about the mean of factor x factor pixels of the whole picture.
+    A pixel is then about the mean of factor x factor pixels of the full image.
 
     Args:
         path: names the file in errors.
         data: its content.
-        shrink: asked for pictures of `SCALED_FROM` pixels and more.
+        shrink: called for images of at least `SCALED_FROM` pixels.
         max_pixels: as for `decode`.
 
     Raises:
@@ -134,37 +133,37 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
             if pixels is None:
                 image.load()
                 pixels = _pil_to_tensor(image)
-            return Decoded.whole(pixels)
+            return Decoded.full(pixels)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         known = ", ".join(IMAGE_FORMATS)
         raise _refusal(path, "no image", f"no known image format ({known}), it begins with {data[:12]!r}") from error
-    except Image.DecompressionBombError as error:  # PIL's own limit, which comes before ours
+    except Image.DecompressionBombError as error:  # PIL checks its own limit first
         raise _refusal(path, "too large", str(error)) from error
-    except Exception as error:  # PIL's readers raise whatever a broken file leads to: OSError, SyntaxError, IndexError
+    except Exception as error:  # PIL's readers raise OSError, SyntaxError, IndexError and others for a damaged file
         reason = str(error) or type(error).__name__
         raise _refusal(path, "truncated" if "truncated" in reason.lower() else "damaged", reason) from error
 
 
 def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded | None:
-    """A large JPEG made smaller in decoding, or None where that is not to be, or the whole must be decoded to judge it.
+    """Decode a large JPEG at a fraction of its size; return None if it must be decoded in full.
 
-    PIL takes a file that was cut short and filled up with zeros for a whole one. So only a file that ends as a JPEG
-    does comes this way; the others (some cameras write more behind it) are left to torchvision's decoder.
+    PIL accepts a file that was cut off and filled up with zeros. So only a file that ends with JPEG's end marker is
+    decoded here; the others (some cameras append data) are left to torchvision's decoder.
     """
     width, height = image.size
     if width * height < SCALED_FROM or not (data.startswith(_JPEG) and data.endswith(_JPEG_END)):
         return None
-    image.info.pop("xmp", None)  # PIL would look for an orientation there too, torchvision does not
+    image.info.pop("xmp", None)  # PIL would use an orientation in it, torchvision does not
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken EXIF data, which the decoders read differently
+    except Exception:  # broken EXIF data, which the two decoders read differently
         return None
-    if orientation in (5, 6, 7, 8):  # lies on its side
+    if orientation in (5, 6, 7, 8):  # rotated by 90 degrees
         width, height = height, width
     factor = shrink(height, width)
-    # The last row and column stand for fewer pixels where the factor does not divide. Turned, they would come first.
+    # If the factor does not divide the size, the last row and column stand for fewer pixels; rotated, they come first.
     if factor == 1 or (orientation != 1 and (height % factor or width % factor)):
         return None
     image.draft("RGB", (image.size[0] // factor, image.size[1] // factor))
@@ -190,48 +189,48 @@ def _check_size(path: str | Path, size: tuple[int, int], max_pixels: int) -> Non
 
 
 def _decode_jpeg(path: str | Path, data: bytes) -> Tensor | None:
-    """(3, H, W), or None where torchvision cannot say and PIL should."""
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a bytearray, as torch wants writable memory
+    """Return (3, H, W); None if torchvision fails and PIL should try."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a bytearray, because torch needs writable memory
     try:
         pixels: Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         return pixels
     except RuntimeError as error:
-        # PIL must not have the last word here: it fills the missing part of a file that ends in zeros, as an
-        # interrupted download leaves it, with rubbish. (A file cut short but closed with an end marker deceives both.)
+        # PIL must not try here: it fills the missing part of a file that ends in zeros, as after an interrupted
+        # download, with arbitrary pixels. (Neither decoder notices a file that is cut off but has an end marker.)
         if "truncated" in str(error):
             raise _refusal(path, "truncated", "the JPEG is truncated") from error
         return None
 
 
 def _pil_to_tensor(image: Image.Image) -> Tensor:
-    """A loaded picture of any mode to uint8 RGB (3, H, W)."""
-    with contextlib.suppress(Exception):  # broken EXIF data says nothing about the pixels
+    """Convert a loaded image of any mode to uint8 RGB (3, H, W)."""
+    with contextlib.suppress(Exception):  # broken EXIF data does not affect the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
     if image.has_transparency_data:
-        # What lies under transparent pixels is arbitrary (often black, sometimes leftovers), and most such pictures
-        # are drawings, logos and products made for a white page.
+        # The color of transparent pixels is arbitrary (often black), and most such images are drawings, logos and
+        # products made for a white page.
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image.convert("RGBA"))
-    array = np.array(image.convert("RGB"))  # (H, W, 3), a copy: torch wants writable memory
+    array = np.array(image.convert("RGB"))  # (H, W, 3), a copy, because torch needs writable memory
     return torch.from_numpy(array).permute(2, 0, 1)  # (3, H, W)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits (modes I;16, I) or float (F, 0 ... 1) to 8 bits; PIL's own conversion saturates at 255.
+    """Convert gray of 16 bits (modes I;16, I) or float (F, 0 ... 1) to 8 bits; PIL's own conversion saturates at 255.
 
-    The scale is the format's, never the picture's: stretching each picture to its own range would remove differences
-    in brightness between pictures. Values outside the range are refused instead of guessed at.
+    The scale depends on the format, never on the image: stretching each image to its own range would remove differences
+    in brightness between images. Values outside the range are refused.
     """
     values = np.asarray(image)  # (H, W)
     top = 1 if image.mode == "F" else 65535
     if not (values.min() >= 0 and values.max() <= top):  # written so that NaN is refused too
         raise ValueError(
-            f"its {image.mode} pixels lie in {values.min()} ... {values.max()}, but only 0 ... {top} is understood: "
+            f"its {image.mode} pixels are in {values.min()} ... {values.max()}, but only 0 ... {top} is supported; "
             "convert it to 8 bits"
         )
     if image.mode == "F":
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
-    # The upper byte, as PIL and libpng do it for 16-bit color: the same picture in gray and color stays the same.
+    # The upper byte, as PIL and libpng do for 16-bit color, so that gray and color versions of an image agree.
     return Image.fromarray((values >> 8).astype(np.uint8))

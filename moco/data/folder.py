@@ -1,4 +1,4 @@
-"""A tree of image files as a source, with or without class folders.
+"""Folders of image files as a data set, with or without class folders; ImageNet is one of them.
 
 Legend: N images.
 """
@@ -6,39 +6,38 @@ Legend: N images.
 import os
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import RunWarning
-from moco.data.decode import decode, read_bytes
-from moco.data.walk import IMAGE_ENDINGS, Tree, walk
+from moco.config import DataConfig, RunWarning
+from moco.data.base import Sources, entries_digest, labeled
+from moco.data.decode import ImageError, decode, read_bytes
+from moco.data.walk import IMAGE_ENDINGS, walk
 from moco.distributed import is_rank_zero
 
 
 @dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Image files below a root, decoded when asked for."""
+    """Image files below a root, decoded on request."""
 
     root: str  # absolute
-    # Relative to the root, as the system's bytes. An array, for a list of a million strings is copied into each worker
-    # process bit by bit, as Python writes their reference counts.
+    # Relative to the root, in the file system's encoding. An array, because a list of a million strings would be copied
+    # into each worker process bit by bit, as Python writes their reference counts.
     paths: NDArray[np.bytes_]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    ignored: Mapping[str, int] = field(default_factory=dict)  # how many files were left out, by kind
-    # Left out with all that would be below them, relative to the root: folders, and why they cannot be listed (where
-    # `scan` lets them be), and links to nowhere that are no pictures by their names, and to where.
-    unreadable: Mapping[str, str] = field(default_factory=dict)
-    broken: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def images(self) -> None:
-        return None
+    ignored: Mapping[str, int] = field(default_factory=dict)  # number of files that are not images, by kind
+    unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
+    broken: Mapping[str, str] = field(default_factory=dict)  # broken links without an image's name -> target
+    images: ClassVar[None] = None
+    unreadable: ClassVar[Mapping[int, ImageError]] = {}
+    stream: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -46,43 +45,95 @@ class FolderSource:
     def image(self, i: int) -> Tensor:
         return decode(self.path(i))
 
-    def path(self, i: int) -> str:
-        """Where image i lies."""
-        return os.path.join(self.root, self.name(i))
-
-    def content(self, i: int) -> bytes:
-        """The bytes of image i's file."""
-        return read_bytes(self.path(i))
-
     def name(self, i: int) -> str:
         return os.fsdecode(bytes(self.paths[i]))
 
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, self.name(i))
+
+    def content(self, i: int) -> bytes:
+        return read_bytes(self.path(i))
+
     def subset(self, rows: NDArray[np.int64]) -> "FolderSource":
-        """Some of the images, in the order of `rows`."""
-        labels = None if self.labels is None else self.labels[rows]
-        return replace(self, paths=self.paths[rows], labels=labels)
+        return replace(self, paths=self.paths[rows], labels=None if self.labels is None else self.labels[rows])
+
+    def encoded_names(self) -> Iterable[bytes]:
+        return list(self.paths.tolist())
+
+    def content_digest(self) -> str:
+        files = ((self.name(i), Path(self.path(i)).stat()) for i in range(len(self)))
+        return entries_digest([name, stat.st_size, stat.st_mtime_ns] for name, stat in files)
 
 
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first few names, for an error."""
+def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
+    """Open any folder of images, with or without class folders; see `scan` for `keep_unlistable`."""
+    root, labels, eval_root = config.root, config.labels, config.eval_root
+    train_field = ("data.root", root)
+    if not eval_root:
+        return labeled(scan(*train_field, labels, keep_unlistable), None)
+    if labels == "none":
+        raise ValueError(
+            f"data.eval_root={eval_root!r} needs labels to measure accuracy with, but data.labels=none: "
+            "set data.labels=folder, or leave data.eval_root empty"
+        )
+    train_real, eval_real = (os.path.realpath(os.path.expanduser(path)) for path in (root, eval_root))
+    if os.path.commonpath([train_real, eval_real]) in (train_real, eval_real):
+        raise ValueError(
+            f"data.eval_root={eval_root!r} and data.root={root!r} contain each other, so accuracy would be measured on "
+            "training images: set two separate folders"
+        )
+    train = scan(*train_field, labels, keep_unlistable)
+    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable)
+    _check_same_classes(train, held_out)
+    return labeled(train, held_out)
+
+
+def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
+    """Open ImageNet as root/train/CLASS and root/val/CLASS; see `scan` for `keep_unlistable`."""
+    folder = os.path.abspath(os.path.expanduser(config.root))
+    if not (Path(folder, "train").is_dir() and Path(folder, "val").is_dir()):
+        found = sorted(os.listdir(folder)) if os.path.isdir(folder) else None
+        state = "does not exist" if found is None else f"contains {', '.join(found[:5]) or 'nothing'}"
+        raise FileNotFoundError(
+            f"data.root={config.root} ({folder}) must contain train/CLASS/*.JPEG and val/CLASS/*.JPEG, but it {state}: "
+            "download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org (data.download "
+            "cannot do this: an account is needed) and unpack both into one folder per class"
+        )
+    train, held_out = (
+        scan("data.root", os.path.join(config.root, part), "folder", keep_unlistable) for part in ("train", "val")
+    )
+    _check_same_classes(train, held_out)
+    return labeled(train, held_out)
+
+
+def _check_same_classes(train: FolderSource, held_out: FolderSource) -> None:
+    missing, extra = set(train.classes) - set(held_out.classes), set(held_out.classes) - set(train.classes)
+    if missing or extra:
+        raise ValueError(
+            f"the class folders differ: only in {train.root}: {_first_names(sorted(missing))}; "
+            f"only in {held_out.root}: {_first_names(sorted(extra))}; both need the same class folders"
+        )
+
+
+def _first_names(names: Sequence[str], limit: int = 5) -> str:
     return (", ".join(names[:limit]) or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def scan(root: str, field: str, labels: str, keep_unreadable: bool = False) -> FolderSource:
-    """All images below a root in the order of their paths.
+def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> FolderSource:
+    """Find all images below a root, ordered by path.
 
     Args:
-        root: the tree.
-        field: how errors call it.
+        field: the name of the root's field, for errors.
+        root: the folder.
         labels: "none" or "folder".
-        keep_unreadable: leave out a folder that cannot be listed, and say so in the source; False: it ends the call.
+        keep_unlistable: list the folders that cannot be listed in the source; False: raise an error.
 
     Warns:
-        RunWarning: of links that lead nowhere and are no pictures by their names.
+        RunWarning: about broken links without an image's name.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image in it.
-        ValueError: if a folder cannot be listed, or labels are asked for and the tree does not give them.
+        ValueError: if a folder cannot be listed, or if labels are requested and the class folders do not fit.
     """
     folder = os.path.abspath(os.path.expanduser(root))
     where = f"{field}={root} ({folder})"
@@ -90,39 +141,36 @@ def scan(root: str, field: str, labels: str, keep_unreadable: bool = False) -> F
         state = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise FileNotFoundError(f"{where} {state}: check the path")
     tree = walk(folder)
-    paths = tree.pictures
+    paths = tree.images
     owners = [path.split("/", 1)[0] for path in paths]
     classes = tuple(sorted(set(owners)))
-    if tree.unreadable and not (keep_unreadable and len(classes) >= (1 if labels == "none" else 2)):
-        named = [f"{path or '.'} ({why})" for path, why in sorted(tree.unreadable.items())]
+    if tree.unlistable and not (keep_unlistable and len(classes) >= (1 if labels == "none" else 2)):
+        named = [f"{path or '.'} ({reason})" for path, reason in sorted(tree.unlistable.items())]
         raise ValueError(
-            f"{where} holds {len(named)} folder{'s' * (len(named) > 1)} that cannot be read: {some(named, 3)}; give "
-            "this user the right to (chmod -R u+rX, or ask who owns them), or move them out of the tree"
+            f"{where} contains {len(named)} folder{'s' * (len(named) > 1)} that cannot be listed: "
+            f"{_first_names(named, 3)}; give this user permission (chmod -R u+rX, or ask the owner), or move them away"
         )
     if not paths:
-        found = ", ".join(f"{count} {kind}" for kind, count in sorted(_others(tree).items())) or "nothing"
+        others = tree.ignored + Counter({"broken link": len(tree.broken)})
+        found = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())) or "nothing"
         raise FileNotFoundError(
-            f"{where} holds no images: found {found}; files that end in {' '.join(IMAGE_ENDINGS)} count, in any case"
+            f"{where} holds no images: found {found}; images are files that end in {' '.join(IMAGE_ENDINGS)}, in "
+            "upper or lower case"
         )
-    if tree.broken and not keep_unreadable and is_rank_zero():
+    if tree.broken and not keep_unlistable and is_rank_zero():
         named = [f"{path} -> {target}" for path, target in sorted(tree.broken.items())]
-        warnings.warn(f"{where}: left out are links that lead nowhere ({len(named)}): {some(named, 3)}", RunWarning, 2)
+        warnings.warn(f"{where}: {len(named)} broken links are ignored: {_first_names(named, 3)}", RunWarning, 2)
     packed = np.array([os.fsencode(path) for path in paths])
-    left_out: dict[str, Any] = {"ignored": tree.ignored, "unreadable": tree.unreadable, "broken": tree.broken}
+    left_out: dict[str, Any] = {"ignored": tree.ignored, "unlistable": tree.unlistable, "broken": tree.broken}
     if labels == "none":
         return FolderSource(folder, packed, **left_out)
     outside = [path for path in paths if "/" not in path]
     if outside:
         raise ValueError(
-            f"{where} has {len(outside)} images outside class folders ({some(outside, 3)}): "
-            "move each into a folder of its class, or set data.labels=none"
+            f"{where} has {len(outside)} images outside class folders ({_first_names(outside, 3)}): "
+            "move each into the folder of its class, or set data.labels=none"
         )
     if len(classes) < 2:
-        raise ValueError(f"{where} has one class folder only ({classes[0]}): two are needed, or set data.labels=none")
+        raise ValueError(f"{where} has one class folder only ({classes[0]}): at least two are needed")
     index = {name: i for i, name in enumerate(classes)}
     return FolderSource(folder, packed, np.array([index[name] for name in owners], np.int64), classes, **left_out)
-
-
-def _others(tree: Tree) -> Counter[str]:
-    """What is no picture, by kind."""
-    return tree.ignored + Counter({"broken link": len(tree.broken)})

@@ -1,10 +1,10 @@
-"""Packing from a configuration to a closing table: shard by shard, each finished one kept whatever happens then.
+"""The work of moco.pack: write the images of a data set into tar shards, and resume after an interruption.
 
-While it goes on, `output/parts/` holds the settings and, of each finished shard, its part of the index; `index.json` is
-written last, and `parts/` goes. What is written depends on the pictures and the settings alone: not on the number of
-workers, nor on where it was interrupted. So a damaged folder can be mended by packing its rest again.
+`moco.data.pack_output` describes the unfinished output; `index.json` is written last. The output depends on the images
+and the settings only: not on the number of workers, nor on interruptions. So a damaged folder can be repaired by
+packing a part of it again.
 
-Legend: N pictures of a split.
+Legend: N images of a split.
 """
 
 import os
@@ -16,68 +16,91 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moco.config.pack import PackConfig
 from moco.config.subject import SubjectConfig
+from moco.data.base import Source, Sources
 from moco.data.decode import ImageError
 from moco.data.opening import open_sources
-from moco.data.pack_folder import begin, is_whole, refuse_other, settings
-from moco.data.packing import Part, Picture, Shard, no_rows, part_path, prepared, read_part, write_part, write_rows
-from moco.data.shards import INDEX, PARTS, SKIPPED, SPLITS, VERSION, digest_of, intact, read_index, sealed
-from moco.data.sources import Source, Sources
+from moco.data.pack_output import (
+    Part,
+    begin,
+    join_rows,
+    part_path,
+    read_part,
+    refuse_other,
+    settings,
+    verify,
+    write_part,
+)
+from moco.data.shard_index import (
+    INDEX,
+    PARTS,
+    SKIPPED,
+    SPLITS,
+    VERSION,
+    file_digest,
+    is_intact,
+    read_index,
+    row_type,
+    sealed,
+)
+from moco.data.shard_writer import Encoded, ShardWriter, encoded
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, progress_bar, summary_panel
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
 
-# The recipe to train with next, by data.name: of pictures that are small, their own, and all in memory.
+# The recipe to train with next, by data.name.
 _RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {"data.resident": True},  # the recipe that needs no name
+    "digits": {"data.resident": True},  # the default recipe
     "cifar10": {"experiment": "moco_v2plus_cifar10", "data.resident": True},
     "cifar100": {"experiment": "moco_v2plus_cifar100", "data.resident": True},
     "stl10": {"experiment": "moco_v2_stl10", "data.resident": True},
     "imagenet": {"experiment": "moco_v2_imagenet"},
 }
-_QUEUE = 4096  # of moco_v2_folder
+_QUEUE = 4096  # method.queue_size of moco_v2_folder
 
 
 def pack(config: PackConfig) -> None:
-    """See `moco.pack.pack`."""
-    began, output = time.monotonic(), Path(config.output)
-    data = replace(config.data, resident=False)  # a few pictures at a time are enough
-    splits = splits_of(open_sources(data, bank_size=0, keep_bad=True))
+    """Do the work of `moco.pack`."""
+    started, output = time.monotonic(), Path(config.output)
+    data = replace(config.data, resident=False)  # a few images at a time are enough
+    splits = splits_of(open_sources(data, bank_size=0, keep_unreadable=True))
     wanted = settings(config, splits)
     lock = lock_directory(output, "output")
     try:
-        about, title = finished(output, wanted)
-        if about is None:
+        index, title = finished(output, wanted)
+        if index is None:
             begin(output, wanted)
             with write_errors(output):
                 parts = {name: pack_split(config, name, source) for name, source in splits.items()}
-                about = finish(output, splits, parts, wanted)
+                index = finish(output, splits, parts, wanted)
         shutil.rmtree(output / PARTS, ignore_errors=True)
     finally:
         lock.close()
-    summarize(config, about, title, time.monotonic() - began)
+    summarize(config, index, title, time.monotonic() - started)
 
 
 def finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """The index of a folder that is packed to its end, and the closing table's title; None where there is work to do.
+    """Return the index of a finished and intact folder (else None), and the title of the summary.
 
     Raises:
-        ConfigError: if it holds something else than what is wanted.
+        ConfigError: if the folder contains something else.
         ValueError: if its index is damaged.
     """
     if not (output / INDEX).is_file():
         return None, "packed"
-    about = read_index(output, f"output={output}")
-    refuse_other(output, about["settings"], wanted)
-    if is_whole(output, about):
-        return about, "already packed, and every file is as it was written"
-    return None, "mended: what was damaged is packed again"
+    index = read_index(output, f"output={output}")
+    refuse_other(output, index["settings"], wanted)
+    if verify(output, index):
+        return index, "already packed, and every file is intact"
+    return None, "repaired: the damaged part was packed again"
 
 
 def splits_of(sources: Sources) -> dict[str, Source]:
-    """What there is to pack, by the names that the shards get; a bank that is the training split itself is none."""
+    """Return the splits by name, without a bank that is the training split itself."""
     found = {"train": sources.train, "bank": sources.bank, "held_out": sources.held_out}
     if sources.bank is sources.train:
         found["bank"] = None
@@ -86,31 +109,31 @@ def splits_of(sources: Sources) -> dict[str, Source]:
 
 
 class Packer:
-    """One split on its way into shards, from where an interrupted command left it.
+    """Packs one split, from where an interrupted command stopped.
 
     Args:
         config: settings and output.
         split: its name.
-        source: its pictures.
+        source: its images.
     """
 
     def __init__(self, config: PackConfig, split: str, source: Source) -> None:
         self.output, self.split, self.source = Path(config.output), split, source
         self.most_bytes, self.max_bad = int(config.shard_mb * 1e6), config.data.max_bad
-        self.parts: list[Path] = []  # files of the finished ones
-        self.start = 0  # the first picture that is in none
-        self._shards = self._packed = self._skipped = 0  # in all parts
-        self._shard: Shard | None = None
-        self._before, self._bad = 0, list[list[str]]()  # of the part that is being written
-        self._go_on()
+        self.parts: list[Path] = []  # files of the finished parts
+        self.start = 0  # the first image that is in none of them
+        self._shards = self._packed = self._skipped = 0  # in all finished parts
+        self._shard: ShardWriter | None = None
+        self._before, self._unreadable = 0, list[list[str]]()  # of the part that is being written
+        self._resume()
 
-    def _go_on(self) -> None:
-        """Takes over the parts that are whole; one that is not as it was written, and what follows it, is redone."""
+    def _resume(self) -> None:
+        """Keep the intact parts; a damaged part, and everything after it, is packed again."""
         files = sorted((self.output / PARTS).glob(f"{self.split}-*.npz"))
         with progress_bar(f"checking finished shards of {self.split}", quiet=False) as progress:
             for number, file in enumerate(files):
-                # Behind a gap in the numbers, pictures would be missing.
-                part = self._whole(file) if file == part_path(self.output, self.split, number) else None
+                # After a gap in the numbers, images would be missing.
+                part = self._intact_part(file) if file == part_path(self.output, self.split, number) else None
                 if part is None:
                     break
                 self._count(file, part)
@@ -118,14 +141,14 @@ class Packer:
         for file in files[len(self.parts) :]:
             file.unlink()
 
-    def _whole(self, file: Path) -> Part | None:
-        """A finished part, or None if it or its shard is damaged."""
+    def _intact_part(self, file: Path) -> Part | None:
+        """Return a finished part, or None if it or its shard is damaged."""
         try:
             part = read_part(file)
-            good = not part.shard or intact(self.output / part.shard["file"], part.shard["sha256"])
-        except Exception:  # each byte of a zip that is wrong makes an error of its own; redoing the part mends all
+            intact = not part.shard or is_intact(self.output / part.shard["file"], part.shard["sha256"])
+        except Exception:  # a damaged zip raises many kinds of errors; the part is packed again after any of them
             return None
-        return part if good else None
+        return part if intact else None
 
     def _count(self, file: Path, part: Part) -> None:
         self.parts.append(file)
@@ -134,66 +157,66 @@ class Packer:
         self._packed += len(part.rows)
         self._skipped += len(part.skipped)
 
-    def take(self, i: int, picture: Picture) -> None:
-        """Puts picture i into the shard, or into the list of those that cannot be read.
+    def add(self, i: int, image: Encoded) -> None:
+        """Write image i to the shard, or to the list of unreadable images.
 
         Raises:
-            ImageError: if there are too many of these.
+            ImageError: if too many images are unreadable.
         """
         name = self.source.name(i)
-        if picture.fault:
-            self._bad.append([name, picture.fault, picture.reason])
-            self._refuse_many(name, picture.reason)
+        if image.fault:
+            self._unreadable.append([name, image.fault, image.reason])
+            self._refuse_many(name, image.reason)
             return
-        if self._shard is not None and self._shard.size_with(picture.content) > self.most_bytes:
+        if self._shard is not None and self._shard.size_with(image.content) > self.most_bytes:
             self._end_part(i)
         if self._shard is None:
             path = self.output / f"{self.split}-{self._shards:06}.tar"
-            self._shard = Shard(path, self._shards, self._packed)
+            self._shard = ShardWriter(path, self._shards, self._packed)
         label = -1 if self.source.labels is None else int(self.source.labels[i])
-        self._shard.add(picture, label, os.fsencode(name))
-        self._before += picture.before
+        self._shard.add(image, label, os.fsencode(name))
+        self._before += image.before
 
     def end(self) -> None:
-        """Behind the last picture."""
-        if self._shard is not None or self._bad:
+        """Finish the last part."""
+        if self._shard is not None or self._unreadable:
             self._end_part(len(self.source))
 
     def _end_part(self, end: int) -> None:
-        """Ends the shard; with the file of its part it counts as finished."""
-        rows, about = (no_rows(), {}) if self._shard is None else self._shard.close()
+        """Close the shard; once the file of its part is written, it counts as finished."""
+        rows, shard = (np.empty(0, row_type(1)), {}) if self._shard is None else self._shard.close()
         self._shard = None
-        part = Part(rows, about, end, self._before, self._bad)
+        part = Part(rows, shard, end, self._before, self._unreadable)
         file = part_path(self.output, self.split, len(self.parts))
         write_part(file, part)
         self._count(file, part)
-        self._before, self._bad = 0, []
+        self._before, self._unreadable = 0, []
 
     def discard(self) -> None:
-        """Removes the unfinished shard, if there is one."""
+        """Remove the unfinished shard, if there is one."""
         if self._shard is not None:
             self._shard.discard()
 
     def _refuse_many(self, name: str, reason: str) -> None:
-        bad = self._skipped + len(self._bad)
-        if bad > self.max_bad * len(self.source):
-            way_out = ", or raise data.max_bad" if bad < len(self.source) else ""  # it stays below 1
+        count = self._skipped + len(self._unreadable)
+        if count > self.max_bad * len(self.source):
+            alternative = ", or raise data.max_bad" if count < len(self.source) else ""  # it must stay below 1
             raise ImageError(
-                f"{bad} of the {len(self.source):,} {self.split} pictures cannot be read, more than data.max_bad="
-                f"{self.max_bad:g} allows, the last: {name} ({reason}); python -m moco.check_data finds all: mend or "
-                f"remove them{way_out}"
+                f"{count} of the {len(self.source):,} {self.split} images cannot be read, more than data.max_bad="
+                f"{self.max_bad:g} allows, the last: {name} ({reason}); python -m moco.check_data finds all: repair or "
+                f"remove them{alternative}"
             )
 
 
 def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
-    """Writes what is missing of one split; gives the parts of its index in order."""
+    """Write what is missing of one split; return the files of its parts in order."""
     packer = Packer(config, split, source)
     workers = config.data.workers if config.workers is None else config.workers
-    pictures = prepared(source, packer.start, workers, config.short_side, config.quality)
+    images = encoded(source, packer.start, workers, config.short_side, config.quality)
     try:
-        with closing(pictures), progress_bar(f"packing {split}", quiet=False) as progress:
-            for i, picture in enumerate(pictures, packer.start):
-                packer.take(i, picture)
+        with closing(images), progress_bar(f"packing {split}", quiet=False) as progress:
+            for i, image in enumerate(images, packer.start):
+                packer.add(i, image)
                 progress(i + 1, len(source))
         packer.end()
     finally:
@@ -204,53 +227,53 @@ def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
 def finish(
     output: Path, splits: dict[str, Source], parts: dict[str, list[Path]], wanted: dict[str, Any]
 ) -> dict[str, Any]:
-    """Joins the parts, writes skipped.csv and, last of all, the index, which it gives back.
+    """Join the parts, write skipped.csv and finally the index, and return the index.
 
     Raises:
-        ValueError: if none of a split's pictures could be read.
+        ValueError: if no image of a split could be read.
     """
-    about: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for name, source in splits.items():
         shards, ended = list[dict[str, Any]](), list[dict[str, Any]]()
         for part in map(read_part, parts[name]):
             shards += [part.shard] if part.shard else []
-            # With rows and shards all of the part, as `packing.whole` needs it.
+            # With the rows and the shard, this is the complete part, from which `verify` restores it.
             ended.append({"rows": len(part.rows), "end": part.end, "before": part.before, "skipped": part.skipped})
         if not shards:
-            raise ValueError(f"none of the {len(source):,} {name} pictures can be read: look into data.root")
+            raise ValueError(f"none of the {len(source):,} {name} images can be read: check data.root")
         rows = output / f"{name}.npy"
-        count = write_rows(rows, parts[name])
-        about[name] = {
+        count = join_rows(rows, parts[name])
+        entries[name] = {
             "rows": rows.name,
-            "sha256": digest_of(rows),
+            "sha256": file_digest(rows),
             "pictures": count,
             "labelled": source.labels is not None,
             "shards": shards,
             "parts": ended,
         }
-    left_out = ((split, *line) for split, files in parts.items() for part in files for line in read_part(part).skipped)
-    write_csv(output / SKIPPED, ("split", "path", "kind", "reason"), left_out)
+    skipped = ((split, *line) for split, files in parts.items() for part in files for line in read_part(part).skipped)
+    write_csv(output / SKIPPED, ("split", "path", "kind", "reason"), skipped)
     classes = next((list(source.classes) for source in splits.values() if source.labels is not None), [])
-    index = {"version": VERSION, "classes": classes, "splits": about, "settings": wanted}
-    index["skipped"] = digest_of(output / SKIPPED)
+    index = {"version": VERSION, "classes": classes, "splits": entries, "settings": wanted}
+    index["skipped"] = file_digest(output / SKIPPED)
     write_json(output / INDEX, sealed(index))
     return index
 
 
-def summarize(config: PackConfig, about: dict[str, Any], title: str, seconds: float) -> None:
-    """The closing panel: what happened, where it is, what to run next."""
-    splits, output = about["splits"], Path(config.output)
+def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: float) -> None:
+    """Print the summary: the result, its files and the next command."""
+    splits, output = index["splits"], Path(config.output)
     every = list(splits.values())
     shards = [shard for split in every for shard in split["shards"]]
     parts = [part for split in every for part in split["parts"]]
     before, after = sum(part["before"] for part in parts), sum(shard["bytes"] for shard in shards)
     skipped = Counter(kind for part in parts for _, kind, _ in part["skipped"])
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
-    pictures = ", ".join(f"{split['pictures']:,} {name}" for name, split in splits.items())
-    how = f"shorter side at most {config.short_side}, quality {config.quality}" if config.short_side else "as they were"
+    images = ", ".join(f"{split['pictures']:,} {name}" for name, split in splits.items())
+    how = f"shorter side at most {config.short_side}, quality {config.quality}" if config.short_side else "unchanged"
     rows = [
-        ("pictures", f"{pictures}; {how}"),
-        ("classes", f"{len(about['classes']):,}" if about["classes"] else "none: packed without labels"),
+        ("images", f"{images}; {how}"),
+        ("classes", f"{len(index['classes']):,}" if index["classes"] else "none: packed without labels"),
         ("shards", f"{len(shards):,} of at most {config.shard_mb:g} MB"),
         ("size", f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now"),
         ("skipped", f"{sum(skipped.values()):,} ({kinds}), see {output / SKIPPED}" if skipped else "none"),
@@ -262,13 +285,13 @@ def summarize(config: PackConfig, about: dict[str, Any], title: str, seconds: fl
 
 
 def _next(name: str, output: Path, count: int) -> str:
-    """The command that trains on the shards, with a recipe that fits pictures of this kind and number."""
+    """Return the command that trains on the shards, with a recipe for images of this kind and number."""
     recipe = _RECIPES.get(name, {"experiment": "moco_v2_folder"})
-    if name not in _RECIPES and count < 2 * _QUEUE:  # its queue would hold the same pictures again and again
+    if name not in _RECIPES and count < 2 * _QUEUE:  # its queue would contain most images several times
         batch = 256 if count >= 512 else 64
         queue = count // 2 // batch * batch
         if queue == 0:
-            return f"too few pictures for a recipe; moco.train takes data=shards data.root={output}"
+            return f"too few images for a recipe; moco.train reads them with data=shards data.root={output}"
         recipe |= {"method.queue_size": queue} | ({"batch_size": batch} if batch < 256 else {})
     on_shards = recipe | {"data": "shards", "data.root": str(output), "run": "runs/packed"}
     return command("moco.train", SubjectConfig(), **on_shards)

@@ -1,7 +1,7 @@
-"""On a GPU: the next batch is made while the step computes.
+"""Prefetching on a GPU: the next batch is made while the step computes.
 
-Making one takes a copy to the device and some hundred small kernels. They are queued on a stream of their own, and run
-beside the step's, in what those leave of the device, instead of before them.
+A batch takes a copy to the device and about a hundred small kernels. They run on a stream of their own, beside the
+kernels of the step instead of before them.
 """
 
 import functools
@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 
 def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
-    """The same items in the same order; before one is handed over, the next has been taken.
+    """Yield the same items in the same order, fetching the next one before an item is yielded.
 
-    An error keeps its place behind the items that came before it.
+    An error is raised after the items before it were yielded.
     """
     held: list[T] = []
     try:
@@ -31,22 +31,22 @@ def one_ahead(items: Iterable[T]) -> Generator[T, None, None]:
     yield from held
 
 
-def made_ahead(
+def prefetched(
     made: Iterable[T], device: torch.device, tensors: Callable[[T], Sequence[Tensor]]
 ) -> Generator[T, None, None]:
-    """The same items, each made on the device's side stream while the one before it is in use.
+    """Yield the same items, each made on the device's side stream while the previous one is in use.
 
     Args:
-        made: makes an item when asked for it, on whatever stream is the current one.
+        made: makes an item on request, on the current stream.
         device: a CUDA device.
-        tensors: those of an item, all on the device.
+        tensors: returns an item's tensors, all on the device.
     """
     side = _side_stream(device)
 
     def queued() -> Iterator[tuple[T, torch.cuda.Event]]:
         source = iter(made)
         while True:
-            with torch.cuda.stream(side):  # closed again before the item leaves: the step has its own stream
+            with torch.cuda.stream(side):  # left before the item is yielded: the step has its own stream
                 try:
                     item = next(source)
                 except StopIteration:
@@ -54,16 +54,16 @@ def made_ahead(
                 done = side.record_event()
             yield item, done
 
-    side.wait_stream(torch.cuda.current_stream(device))  # what the caller has queued may be what items are made of
+    side.wait_stream(torch.cuda.current_stream(device))  # the items may depend on what the caller has queued
     for item, done in one_ahead(queued()):
         step = torch.cuda.current_stream(device)
         step.wait_event(done)
         for tensor in tensors(item):
-            tensor.record_stream(step)  # else its memory could go to the side stream's next batch while still in use
+            tensor.record_stream(step)  # otherwise its memory could be reused by the next batch while still in use
         yield item
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all callers: what they keep between batches (the crop's tables of weights) is used on it only."""
+    """The one side stream of a device: tables cached between batches (the crop's weights) are used on it only."""
     return torch.cuda.Stream(device)

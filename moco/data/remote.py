@@ -1,25 +1,26 @@
-"""Pictures out of a stream of tar shards that cannot be read at random: from a web server, a bucket, a pipe.
+"""A stream of tar shards that cannot be read at random: from a web server, a bucket, or a pipe.
 
-What differs from every other source:
+It differs from every other source:
 
-- An epoch is `length` images by count; which ones come in it follows from the shards' order and the workers' pace.
-- The shards are dealt to the workers of all ranks anew in each pass, and each worker mixes what it reads in a buffer.
-  With the same number of ranks and workers the stream is the same every time; with another one it is another.
-- A run that goes on does not read again all that it had read: it begins a new pass over the shards, in an order of its
-  own. Some pictures of the interrupted epoch come twice, others wait for the next. The views' random numbers stay a
-  function of (seed, epoch, running number in the epoch, view).
+- An epoch is `length` images; which images are in it follows from the order of the shards and the speed of the workers.
+- In each pass the shards are distributed anew over the workers of all ranks, and each worker shuffles its images in a
+  buffer. With the same number of ranks and workers the stream is reproducible; with other numbers it is different.
+- A resumed run starts a new pass over the shards, in an order of its own. Some images of the interrupted epoch repeat,
+  others are delayed to the next epoch. The random numbers of the views remain a function of (seed, epoch, position in
+  the epoch, view).
 
-Legend: B global batch, n = B / W this rank's share, S shards.
+Legend: B global batch, n = B / W samples per rank, S shards.
 """
 
 import contextlib
 import hashlib
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -28,98 +29,149 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from moco.config import RunWarning
+from moco.config import DataConfig, RunWarning
+from moco.data.base import Sources, entries_digest
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
-from moco.data.tars import pictures
+from moco.data.plan import Plan
+from moco.data.tars import images_of
 from moco.data.walk import IMAGE_ENDINGS
 from moco.data.workers import LoaderError
 from moco.distributed import is_rank_zero
 
-SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # opened by a program that gets the address
-_DRAWN_AT_ONCE = 1024
+SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # webdataset downloads these by a program
+_DRAWS = 1024  # random numbers drawn together
+
+# A rank's batch: epoch, position in the epoch (n,), identity (n,), views, and unreadable images by identity.
+Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
+Cut = Callable[[int, NDArray[np.int64], Iterable[Tensor]], list[Tensor]]  # epoch, positions, images -> views
+
+
+class StreamError(ValueError):
+    """A shard that cannot be read; the message is one sentence."""
 
 
 @dataclass(frozen=True, eq=False)
 class RemoteSource:
-    """Tar shards that are read from their beginning to their end; only `moco.data.loader.batches` can."""
+    """Tar shards that are read from start to end, by `moco.data.loader.batches` only."""
 
     addresses: tuple[str, ...]
-    length: int  # images in an epoch
-    buffer: int  # pictures that a worker mixes
+    length: int  # images per epoch
+    buffer: int  # images that a worker buffers to shuffle them
 
     labels: None = None
     classes: tuple[str, ...] = ()
-
-    @property
-    def images(self) -> None:
-        return None
+    images: ClassVar[None] = None
+    unreadable: ClassVar[Mapping[int, ImageError]] = {}
 
     def __len__(self) -> int:
         return self.length
 
     def image(self, i: int) -> Tensor:
-        raise ValueError(
-            "data.name=webdataset is a stream, of which no picture can be asked for by its number: only moco.train "
-            "reads it; pack the pictures with moco.pack and set data=shards"
-        )
+        raise _NO_ACCESS
 
     def name(self, i: int) -> str:
         return f"webdataset/{i}"
 
+    def path(self, i: int) -> None:
+        return None
 
-def open_remote(root: str, length: int, buffer: int, allow_pipe: bool) -> RemoteSource:
-    """The shards that `root` names.
+    def content(self, i: int) -> bytes:
+        raise _NO_ACCESS
 
-    Args:
-        root: addresses or paths; {000000..000099} counts, :: stands between several.
-        length: images in an epoch.
-        buffer: pictures that each worker mixes.
-        allow_pipe: let an address run a shell command.
+    def subset(self, rows: NDArray[np.int64]) -> "RemoteSource":
+        raise _NO_ACCESS
+
+    def encoded_names(self) -> Iterable[bytes]:
+        return (os.fsencode(Path(urlparse(each).path).name) for each in self.addresses)
+
+    def content_digest(self) -> str:
+        return entries_digest([self.name(i)] for i in range(len(self)))
+
+    def stream(
+        self, cut: Cut, plan: Plan, start: int, workers: int, replace: bool, options: Mapping[str, Any]
+    ) -> DataLoader[Any]:
+        """Return a loader of this rank's batches, as `Item`s, from step `start` to the end of training.
+
+        Args:
+            cut: makes a batch's views from its images, in the worker.
+            plan: batch size, rank, seed.
+            start: first step.
+            workers: loader processes; at most one per shard of this rank is used.
+            replace: skip unreadable images and report them; False: they end the stream.
+            options: further arguments of PyTorch's loader.
+
+        Raises:
+            ValueError: if there are fewer shards than ranks.
+        """
+        count = len(self.addresses)
+        if count < plan.processes:
+            raise ValueError(
+                f"data.root names {count} shards for {plan.processes} processes, and each needs at least one: make "
+                "more and smaller shards, or run fewer processes"
+            )
+        if start and is_rank_zero():
+            warnings.warn(
+                f"data.name=webdataset: a stream cannot resume in the middle: training continues at step {start} with "
+                "a new pass over the shards; some images repeat in this epoch, others are delayed",
+                RunWarning,
+                stacklevel=2,
+            )
+        stream = _Stream(self, cut, plan, range(start, plan.total_steps), replace)
+        return DataLoader(stream, num_workers=min(workers, count // plan.processes), **options)
+
+
+_NO_ACCESS = ValueError(
+    "data.name=webdataset is a stream without access to single images, for moco.train only: pack the images with "
+    "moco.pack and set data=shards"
+)
+
+
+def open_remote(config: DataConfig) -> Sources:
+    """Open the shards that data.root names; in it {000000..000099} expands, and :: separates several addresses.
 
     Raises:
-        FileNotFoundError: if a local shard is not there.
-        ValueError: if webdataset is not installed, or an argument cannot be.
+        FileNotFoundError: if a local shard does not exist.
+        ValueError: if the package webdataset is not installed, or if a field is invalid.
     """
     _webdataset()
     from webdataset.shardlists import expand_urls
 
-    if length < 1:
-        raise ValueError(f"data.length={length}: a stream does not know its length; say how many images make an epoch")
-    if buffer < 1:
-        raise ValueError(f"data.shuffle_buffer={buffer} must be at least 1 (no mixing)")
+    root = config.root
+    if config.length < 1:
+        raise ValueError(f"data.length={config.length}: set it to the number of images per epoch")
+    if config.shuffle_buffer < 1:
+        raise ValueError(f"data.shuffle_buffer={config.shuffle_buffer} must be at least 1 (no shuffling)")
     try:
         addresses = tuple(str(each) for each in expand_urls(root))
     except (AssertionError, KeyError) as error:
         raise ValueError(
-            f"data.root={root} names a variable that is not set: ${{NAME}} is what the environment's WDS_NAME holds"
+            f"data.root={root} contains an unknown variable: ${{NAME}} stands for the environment variable WDS_NAME"
         ) from error
     except ValueError as error:  # of braceexpand
-        raise ValueError(f"data.root={root}: {error}; it counts like this: train-{{000000..000099}}.tar") from error
+        raise ValueError(f"data.root={root}: {error}; the syntax is train-{{000000..000099}}.tar") from error
     for address in addresses:
-        _check_address(address, allow_pipe)
-    return RemoteSource(addresses, length, buffer)
+        _check_address(address, config.allow_pipe)
+    return Sources(RemoteSource(addresses, config.length, config.shuffle_buffer))
 
 
-def _webdataset() -> Any:
+def _webdataset() -> None:
     try:
-        import webdataset  # only this source needs it
+        import webdataset  # noqa: F401 # only this source needs it
     except ImportError as error:
         raise ValueError(
-            "data.name=webdataset needs webdataset: pip install 'momentum-contrast[webdataset]'; shards of moco.pack "
-            "on disk need nothing, data=shards"
+            "data.name=webdataset needs the package webdataset: pip install 'momentum-contrast[webdataset]'; local "
+            "shards of moco.pack do not, data=shards"
         ) from error
-    return webdataset
 
 
 def _check_address(address: str, allow_pipe: bool) -> None:
-    """Refuses what is not there, and what would run a command without having been allowed to."""
-    scheme = urlparse(address).scheme  # in lower case, as webdataset sees it
+    """Refuse a missing file, an unknown scheme, and a command that was not allowed."""
+    scheme = urlparse(address).scheme  # in lower case, as in webdataset
     if scheme == "pipe":
         if not allow_pipe:
             raise ValueError(
-                f"data.root={address} would run a shell command on this machine: set data.allow_pipe=true if it is one "
-                "of yours"
+                f"data.root={address} would run a shell command here: set data.allow_pipe=true to allow it"
             )
     elif scheme in ("", "file"):
         path = Path(url2pathname(urlparse(address).path) if scheme else address)
@@ -127,220 +179,151 @@ def _check_address(address: str, allow_pipe: bool) -> None:
             raise FileNotFoundError(f"data.root: the shard {address} does not exist: correct the path")
     elif scheme not in SCHEMES:
         raise ValueError(
-            f"data.root={address}: {scheme}: is no way to a shard; there are a path, {', '.join(SCHEMES)}, and pipe "
-            "with data.allow_pipe=true"
+            f"data.root={address}: {scheme}: is not supported: use a path, {', '.join(SCHEMES)}, or pipe with "
+            "data.allow_pipe=true"
         )
 
 
 class Sample(NamedTuple):
-    """One picture of the stream."""
+    """One image of the stream."""
 
-    identity: int  # of its name and shard: the queue knows by it whose keys it holds
+    identity: int  # a hash of its name and shard, by which the queue identifies the image of a key
     name: str
     content: bytes
-
-
-# A batch of one rank: epoch, running numbers (n,), identities (n,), views, and what could not be read; see the loader.
-Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
-Cut = Callable[[int, NDArray[np.int64], Iterable[Tensor]], list[Tensor]]  # epoch, running numbers, images -> views
-
-
-class Steps(Protocol):
-    """What a stream asks of `moco.data.loader.Plan`."""
-
-    @property
-    def seed(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def processes(self) -> int: ...
-    @property
-    def steps_per_epoch(self) -> int: ...
 
 
 class _Stream(IterableDataset[Any]):
     """One rank's batches. Worker w of V makes those of every V-th step; V = 1 without worker processes."""
 
-    def __init__(self, source: RemoteSource, cut: Cut, plan: Steps, steps: range, replace: bool) -> None:
+    def __init__(self, source: RemoteSource, cut: Cut, plan: Plan, steps: range, replace: bool) -> None:
         self.source, self.cut, self.plan, self.steps, self.replace = source, cut, plan, steps, replace
 
     def __iter__(self) -> Iterator[Item | ValueError]:
-        plan, about = self.plan, get_worker_info()
-        worker, workers = (about.id, about.num_workers) if about else (0, 1)
+        plan, info = self.plan, get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         slot, slots = plan.rank * workers + worker, plan.processes * workers
-        buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # more would hold a picture twice
-        samples = mixed(
-            endless(self.source.addresses, plan.seed, self.steps.start, slot, slots),
-            buffer,
-            plan.seed,
-            self.steps.start,
-            slot,
+        buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # a larger one would repeat images
+        start = self.steps.start
+        samples = shuffled(
+            endless(self.source.addresses, plan.seed, start, slot, slots), buffer, plan.seed, start, slot
         )
-        share = plan.batch_size // plan.processes
         for step in self.steps[worker::workers]:
             epoch, position = divmod(step, plan.steps_per_epoch)
-            first = position * plan.batch_size + plan.rank * share
-            index, shown = np.arange(first, first + share), np.empty(share, np.int64)
-            bad: dict[int, str] = {}
+            first = position * plan.batch_size + plan.rank * plan.share
+            index, used = np.arange(first, first + plan.share), np.empty(plan.share, np.int64)
+            unreadable: dict[int, str] = {}
             try:
-                yield epoch, index, shown, self.cut(epoch, index, self._images(samples, shown, bad)), bad
+                yield epoch, index, used, self.cut(epoch, index, self._images(samples, used, unreadable)), unreadable
             except (ImageError, StreamError, LoaderError) as error:
-                yield error  # raised here it would reach the user as the worker's traceback
+                yield error  # raised here, it would reach the user as the worker's traceback
                 return
 
-    def _images(self, samples: Iterator[Sample], shown: NDArray[np.int64], bad: dict[int, str]) -> Iterator[Tensor]:
-        """The next pictures that can be read, whose identities go into `shown`, (n,), and of the others into `bad`."""
+    def _images(
+        self, samples: Iterator[Sample], used: NDArray[np.int64], unreadable: dict[int, str]
+    ) -> Iterator[Tensor]:
+        """Yield the next readable images, with their identities in `used`, (n,); add the others to `unreadable`."""
         row = 0
-        while row < len(shown):
+        while row < len(used):
             sample = next(samples)
             try:
                 image = decode_bytes(sample.name, sample.content)
             except ImageError as error:
                 if not self.replace:
                     raise
-                bad[sample.identity] = f"{sample.name}: {error.reason}"
+                unreadable[sample.identity] = f"{sample.name}: {error.reason}"
                 continue
-            shown[row] = sample.identity
+            used[row] = sample.identity
             row += 1
             yield image
 
 
-class StreamError(ValueError):
-    """A shard that could not be read; the message is one sentence."""
-
-
-def stream_loader(
-    source: RemoteSource,
-    cut: Cut,
-    plan: Steps,
-    steps: range,
-    workers: int,
-    replace: bool,
-    options: Mapping[str, Any],
-) -> DataLoader[Any]:
-    """This rank's batches of the given steps, as `moco.data.loader` takes them from its other workers.
-
-    Args:
-        source: the shards.
-        cut: makes a batch's views of its images, in the worker.
-        plan: batch size, rank, seed.
-        steps: to make; their first is where the run goes on.
-        workers: loader processes; fewer are used where there are not so many shards.
-        replace: leave out pictures that cannot be decoded, and say which.
-        options: further ones of PyTorch's loader.
-
-    Raises:
-        ValueError: if there are fewer shards than ranks.
-    """
-    count = len(source.addresses)
-    if count < plan.processes:
-        raise ValueError(
-            f"data.root names {count} shards for {plan.processes} processes, each of which reads shards of its own: "
-            "make more and smaller ones, or run fewer processes"
-        )
-    if steps.start and is_rank_zero():
-        warnings.warn(
-            f"data.name=webdataset: a stream cannot be entered where it was left, so the run goes on at step "
-            f"{steps.start} with a new pass over the shards; some pictures of this epoch come twice, others later",
-            RunWarning,
-            stacklevel=2,
-        )
-    stream = _Stream(source, cut, plan, steps, replace)
-    return DataLoader(stream, num_workers=min(workers, count // plan.processes), **options)
-
-
 def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots: int) -> Iterator[Sample]:
-    """The pictures of one of `slots` workers, pass after pass: in each, every shard belongs to one of them.
+    """Yield the images of one of `slots` workers, pass after pass; in a pass every shard belongs to one worker.
 
-    A worker whose shards of a pass hold no picture shows the next shard that holds any.
+    A worker whose shards of a pass contain no image reads the next shard that contains one.
 
     Warns:
-        RunWarning: once, of the first shard of which something is left out.
+        RunWarning: once, about the first shard with files that are skipped.
 
     Raises:
-        StreamError: if a shard cannot be read, or none holds a picture.
+        StreamError: if a shard cannot be read, or no shard contains an image.
     """
-    passes, told = start, False  # so that a run which goes on begins with another order
+    number_of_pass, warned = start, False  # begins with `start`, so that a resumed run uses another order
     while True:
-        order = permutation(seed, passes, len(addresses), SHARDS)
-        mine, others = order[slot::slots], np.delete(order, np.s_[slot::slots])
+        order = permutation(seed, number_of_pass, len(addresses), SHARDS)
+        own, others = order[slot::slots], np.delete(order, np.s_[slot::slots])
         found = False
-        for number, at in enumerate(np.concatenate([mine, others])):
-            if found and number >= len(mine):
+        for number, at in enumerate(np.concatenate([own, others])):
+            if found and number >= len(own):
                 break
-            left: Counter[str] = Counter()
-            for sample in samples_of(addresses[at], left):
+            skipped: Counter[str] = Counter()
+            for sample in samples_of(addresses[at], skipped):
                 found = True
                 yield sample
-            if found and left.total() and not told:
-                told = True
-                warnings.warn(_left_out(addresses[at], left), RunWarning, stacklevel=2)
+            if found and skipped.total() and not warned:
+                warned = True
+                counts = ", ".join(f"{what} ({count:,})" for what, count in skipped.items() if count)
+                warnings.warn(
+                    f"data.root: skipped in {addresses[at]}, and likewise in the other shards: {counts}; images are "
+                    f"files that end in {' '.join(IMAGE_ENDINGS)}",
+                    RunWarning,
+                    stacklevel=2,
+                )
         if not found:
             raise StreamError(
-                f"data.root: no picture in {addresses[order[slot]]}, nor in any other shard: pictures are files that "
-                f"end in {' '.join(IMAGE_ENDINGS)}"
+                f"data.root: no image in {addresses[order[slot]]}, nor in any other shard: images are files that end "
+                f"in {' '.join(IMAGE_ENDINGS)}"
             )
-        passes += 1
+        number_of_pass += 1
 
 
-def _left_out(address: str, left: Counter[str]) -> str:
-    counts = ", ".join(f"{what} ({count:,})" for what, count in left.items() if count)
-    return (
-        f"data.root: left out of {address}, and likewise of the other shards: {counts}; pictures are files that end in "
-        f"{' '.join(IMAGE_ENDINGS)}"
-    )
-
-
-def samples_of(address: str, left: Counter[str] | None = None) -> Iterator[Sample]:
-    """The pictures of one shard, in its order.
+def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sample]:
+    """Yield the images of one shard, in its order.
 
     Args:
         address: of the shard.
-        left: gets what is left out of it, see `moco.data.tars.pictures`.
+        skipped: counts what is skipped, see `moco.data.tars.images_of`.
 
     Raises:
-        StreamError: if it cannot be opened or read to its end.
+        StreamError: if the shard cannot be opened or read to its end.
     """
     from webdataset.gopen import gopen
 
     stream = None
     try:
         stream = gopen(address)
-        for member, content in pictures(stream, Counter() if left is None else left):
+        for member, content in images_of(stream, Counter() if skipped is None else skipped):
             name = f"{member} of {address}"
-            digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
-            yield Sample(int.from_bytes(digest) >> 1, name, content)
-        while stream.read(2**16):  # to the very end, so that the program which sends it can say how it went
+            hashed = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            yield Sample(int.from_bytes(hashed) >> 1, name, content)
+        while stream.read(2**16):  # to the very end, so that the program that sends it can exit with its status
             pass
         stream.close()
-    except Exception as error:  # tarfile, the program that fetches, the pipe: each has errors of its own
-        said = str(error.args[0]) if error.args else type(error).__name__
-        raise StreamError(f"data.root: the shard {address} cannot be read ({' '.join(said.split())})") from error
+    except Exception as error:  # tarfile, the downloading program and the pipe have errors of their own
+        reason = str(error.args[0]) if error.args else type(error).__name__
+        raise StreamError(f"data.root: the shard {address} cannot be read ({' '.join(reason.split())})") from error
     finally:
         if stream is not None:
-            with contextlib.suppress(OSError):  # a program that is ended before its last byte says that it was
+            with contextlib.suppress(OSError):  # a program that is stopped before its last byte reports an error
                 stream.close()
 
 
-def mixed(samples: Iterable[Sample], size: int, seed: int, start: int, slot: int) -> Iterator[Sample]:
-    """The samples out of order: each comes from a place of a buffer of `size`, drawn by a key, which the next fills."""
+def shuffled(samples: Iterable[Sample], size: int, seed: int, start: int, slot: int) -> Iterator[Sample]:
+    """Yield the samples out of order: each from a keyed random position of a buffer, which the next sample fills."""
     buffer: list[Sample] = []
-    places = _places(size, seed, start, slot)
+    positions = _positions(size, seed, start, slot)
     for sample in samples:
         if len(buffer) < size:
             buffer.append(sample)
             continue
-        place = next(places)
-        yield buffer[place]
-        buffer[place] = sample
+        position = next(positions)
+        yield buffer[position]
+        buffer[position] = sample
 
 
-def _places(size: int, seed: int, start: int, slot: int) -> Iterator[int]:
+def _positions(size: int, seed: int, start: int, slot: int) -> Iterator[int]:
     first = 0
     while True:
-        numbers = np.arange(first, first + _DRAWN_AT_ONCE)
-        drawn = keyed_uniform(seed, start, numbers, MIXING + slot, 1)[:, 0]
+        drawn = keyed_uniform(seed, start, np.arange(first, first + _DRAWS), MIXING + slot, 1)[:, 0]
         yield from (drawn * size).astype(int).tolist()
-        first += _DRAWN_AT_ONCE
+        first += _DRAWS

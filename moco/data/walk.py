@@ -1,4 +1,4 @@
-"""The image files of a tree, in an order that depends on their names alone."""
+"""The image files below a folder, in an order that depends on their names only."""
 
 import errno
 import os
@@ -6,28 +6,28 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-# What PIL calls the formats that these endings stand for, and the only ones that it may open: of those that it knows
-# besides, one (EPS) hands the file to another program. A JPEG with a second picture behind the first (MPO) is a JPEG.
+# PIL's names of the formats of these endings. Only they may be opened: PIL's EPS reader, for example, runs another
+# program. A JPEG that contains a second image (MPO) opens as JPEG.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # of a link: its end is not there, or it goes round in a circle
+BROKEN_LINK = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # errors of a link with no target, or in a cycle
 
 
 @dataclass
 class Tree:
-    """What is below a folder, all by paths relative to it with / between the parts."""
+    """The content of a folder; all paths are relative to it, with / between the parts."""
 
-    pictures: list[str] = field(default_factory=list)  # sorted
+    images: list[str] = field(default_factory=list)  # sorted
     ignored: Counter[str] = field(default_factory=Counter)  # other files, counted by kind
-    unreadable: dict[str, str] = field(default_factory=dict)  # folders that cannot be listed ("": the tree), and why
-    broken: dict[str, str] = field(default_factory=dict)  # links that lead nowhere, and to where; no pictures by name
+    unlistable: dict[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason; "": the root
+    broken: dict[str, str] = field(default_factory=dict)  # broken links without an image's name -> target
 
 
 def walk(folder: str) -> Tree:
-    """Finds all images below a folder, and what else is there.
+    """Find all images below a folder, and what else is there.
 
-    Links are followed, and each real folder counts once, so that a link to a parent does no harm. Links wait, in order,
-    until all real folders are done: a folder keeps its own name, whatever order the file system lists. A link that
-    leads nowhere is a picture if its name is one: it keeps its place, and cannot be read.
+    Links are followed, and each real folder counts once, so a link to a parent folder is harmless. Links are followed
+    last, in order: so a folder keeps its own name, in whatever order the file system lists its entries. A broken link
+    with an image's name counts as an image: it keeps its position and is unreadable.
     """
     tree = Tree()
     seen: set[str] = set()
@@ -44,34 +44,34 @@ def walk(folder: str) -> Tree:
             with os.scandir(real) as entries:
                 for entry in entries:
                     path = f"{relative}/{entry.name}" if relative else entry.name
-                    _sort_in(tree, entry, path, links if entry.is_symlink() else folders)
+                    _add(tree, entry, path, links if entry.is_symlink() else folders)
         except OSError as error:
-            tree.unreadable[relative] = error.strerror or str(error)
-    tree.pictures.sort()
+            tree.unlistable[relative] = error.strerror or str(error)
+    tree.images.sort()
     return tree
 
 
-def _sort_in(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> None:
-    """Puts one entry of a folder to its kind; a folder waits in `folders`."""
-    named = entry.name.lower().endswith(IMAGE_ENDINGS)
-    lost = _lost(entry)
+def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> None:
+    """Add one entry of a folder to the tree, or to the `folders` that remain to be listed."""
+    is_image = entry.name.lower().endswith(IMAGE_ENDINGS)
+    link_error = _link_error(entry)
     if entry.name.startswith("."):
         tree.ignored["hidden"] += 1
-    elif lost is not None and not named:
-        if lost.errno in GONE:
+    elif link_error is not None and not is_image:
+        if link_error.errno in BROKEN_LINK:
             tree.broken[path] = os.readlink(entry.path)
-        else:  # whatever it leads to, a folder of pictures perhaps
-            tree.unreadable[path] = lost.strerror or str(lost)
+        else:  # its target may be a folder of images
+            tree.unlistable[path] = link_error.strerror or str(link_error)
     elif entry.is_dir():
         folders.append(path)
-    elif named and (lost is not None or entry.is_file()):
-        tree.pictures.append(path)
+    elif is_image and (link_error is not None or entry.is_file()):
+        tree.images.append(path)
     else:
         tree.ignored[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
 
 
-def _lost(entry: os.DirEntry[str]) -> OSError | None:
-    """Why a link cannot be followed to its end; None: it can, or this is no link."""
+def _link_error(entry: os.DirEntry[str]) -> OSError | None:
+    """Return why a link cannot be followed; None if it can, or if the entry is not a link."""
     if entry.is_symlink():
         try:
             os.stat(entry.path)

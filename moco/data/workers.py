@@ -1,4 +1,4 @@
-"""What all loader processes have in common: signals are the parent's business, and what goes wrong is one sentence."""
+"""Loader processes: signals are left to the parent process, and failures become one-sentence errors."""
 
 import atexit
 import multiprocessing
@@ -14,28 +14,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 T = TypeVar("T")
-_THE_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class LoaderError(ValueError):
-    """A loader process that died, or has no way to hand over what it made; the message is one sentence."""
+    """A loader process that died or cannot transfer its result; the message is one sentence."""
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and Slurm reach every process; the parent ends its loaders itself, behind the step that it finishes."""
-    for number in _THE_PARENTS:
+def ignore_signals(worker: int) -> None:
+    """Ignore the signals of Ctrl-C and Slurm, which reach every process: the parent ends its loaders after the step."""
+    for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
 
 
 def identity_collate(item: T) -> T:
-    """Leaves an item to the way between processes: torch's loader would make tensors of its arrays."""
+    """Return the item: the default collate function would convert NumPy arrays to tensors."""
     return item
 
 
 def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, in a loader process put into the shared memory in which they reach the parent.
+    """In a loader process, move the tensors to the shared memory in which they reach the parent.
 
-    torch does so in a thread of the process, of whose errors the parent never hears: it would wait for ever.
+    torch would do so in a thread of the process, whose errors never reach the parent: it would wait forever.
 
     Raises:
         LoaderError: if there is no room.
@@ -46,114 +46,116 @@ def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
         return [each.share_memory_() for each in tensors]
     except (RuntimeError, OSError) as error:
         size = sum(each.nbytes for each in tensors) / 1e6
-        why = " ".join(str(error).split()).removesuffix(": Success (0)")  # torch 2.11 forgets the reason
-        raise LoaderError(_no_room(f"finds no shared memory for a batch of {size:,.1f} MB ({why})")) from error
+        reason = " ".join(str(error).split()).removesuffix(": Success (0)")  # torch 2.11 loses the reason
+        raise LoaderError(_no_room(f"has no shared memory for a batch of {size:,.1f} MB ({reason})")) from error
 
 
-def delivered(loader: DataLoader[T], field: str) -> Iterator[T]:
-    """What a loader gives, in its order; an item that is an error is raised.
+def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
+    """Yield the loader's items in order; raise an item that is an error.
 
-    A process that dies is told wherever this one is at that moment, in a step or in an evaluation: torch's handler of
-    SIGCHLD raises there, and here its words are replaced.
+    The death of a process is reported wherever this process is at that moment, in a step or in an evaluation: torch's
+    handler of SIGCHLD raises there, and this module replaces its message.
 
     Args:
-        loader: with `leave_signals_to_the_parent` and `identity_collate`, where it has processes.
-        field: how errors call the number of processes, such as data.workers.
+        loader: with `ignore_signals` and `identity_collate`, if it has processes.
+        field: the field that sets the number of processes, for errors.
 
     Raises:
         LoaderError: if a process cannot be started, or dies.
     """
-    items = _started(loader, f"{field}={loader.num_workers}")
+    field = f"{field}={loader.num_workers}"
+    items = _started(loader, field)
     try:
         for item in items:
             if isinstance(item, Exception):
                 raise item
             yield item
     except RuntimeError as error:
-        told = _told(error, f"{field}={loader.num_workers}")
-        if told is None:
-            raise
-        raise told from error
+        _reraise(error, field)
     finally:
         _end(items)
 
 
 def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
-    """The loader's iterator, with its processes.
+    """Start the loader's processes.
 
-    They inherit that signals are held back: one that came before they ignore it would end them.
+    They start with signals blocked: a signal that arrives before they ignore it would end them.
     """
     if loader.num_workers == 0:
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _THE_PARENTS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
-        multiprocessing.Semaphore()  # where the loader's locks fail, torch prints a traceback of its own besides
+        multiprocessing.Semaphore()  # fails before the loader's own locks do, for which torch prints a traceback
         items = iter(loader)
     except OSError as error:  # no memory for a process, or no room in /dev/shm for its locks
         raise LoaderError(
-            f"the loader processes cannot be started ({error.strerror or error}): lower {field} (0: none), or give "
-            "more memory, in a container also shared memory (docker run --shm-size=8g)"
+            f"the loader processes cannot be started ({error.strerror or error}): lower {field} (0: none), or provide "
+            "more memory; in a container also shared memory (docker run --shm-size=8g)"
         ) from error
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    atexit.register(lambda heartbeat: _end(heartbeat()), weakref.ref(items))
+    atexit.register(lambda alive: _end(alive()), weakref.ref(items))
     handler: Any = signal.getsignal(signal.SIGCHLD)
-    if isinstance(handler, _Telling):
+    if isinstance(handler, _ChildHandler):
         handler.field = field
-    elif getattr(handler, "__module__", "").startswith("torch."):  # it has set none outside of the main thread
-        signal.signal(signal.SIGCHLD, _Telling(handler, field))
+    elif getattr(handler, "__module__", "").startswith("torch."):  # torch sets none outside of the main thread
+        signal.signal(signal.SIGCHLD, _ChildHandler(handler, field))
     return items
 
 
 def _end(items: Any) -> None:
-    """Ends the processes, as torch does when its iterator goes.
+    """End the processes, as torch does when its iterator is collected.
 
-    An error's traceback may hold the iterator to the end of the program, where multiprocessing would send SIGTERM,
-    which the processes ignore, and wait for ever.
+    An error's traceback may keep the iterator until the program exits; then multiprocessing would send SIGTERM, which
+    the processes ignore, and wait forever.
     """
     getattr(items, "_shutdown_workers", lambda: None)()
 
 
 @dataclass
-class _Telling:
-    """The handler of SIGCHLD that calls torch's and says in a sentence what that raises."""
+class _ChildHandler:
+    """A handler of SIGCHLD that calls torch's handler and converts its error to one sentence."""
 
-    torchs: Callable[[int, FrameType | None], Any]
+    torch_handler: Callable[[int, FrameType | None], Any]
     field: str
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         try:
-            self.torchs(number, frame)
+            self.torch_handler(number, frame)
         except RuntimeError as error:
-            told = _told(error, self.field)
-            if told is None:
-                raise
-            raise told from error
+            _reraise(error, self.field)
 
 
-def _told(error: RuntimeError, field: str) -> LoaderError | None:
-    """The sentence for an error of torch's about its processes; None: it is about something else."""
+def _reraise(error: RuntimeError, field: str) -> None:
+    """Raise the LoaderError of torch's error about its processes; raise any other error unchanged."""
+    converted = _loader_error(error, field)
+    if converted is None:
+        raise error
+    raise converted from error
+
+
+def _loader_error(error: RuntimeError, field: str) -> LoaderError | None:
     if isinstance(error.__cause__, LoaderError):  # raised by the handler while torch waited for an item
         return error.__cause__
-    said = str(error)
-    if said.startswith("Too many open files"):
+    message = str(error)
+    if message.startswith("Too many open files"):
         return LoaderError(f"too many open files between the loader processes: raise ulimit -n, or lower {field}")
-    if not said.startswith("DataLoader worker"):
+    if not message.startswith("DataLoader worker"):
         return None
-    if "Bus error" in said:
-        return LoaderError(_no_room("died (Bus error), most likely for want of shared memory"))
-    how = re.search(r"killed by signal: ([^.]+)\.", said)
-    why = how.group(1) if how else "no word of how"
-    # The kernel ends with SIGKILL what takes the last memory. Other signals come from elsewhere.
-    guess = ", most likely for want of memory" if why in ("Killed", "no word of how") else ""
+    if "Bus error" in message:
+        return LoaderError(_no_room("died (Bus error), most likely because shared memory is full"))
+    killed = re.search(r"killed by signal: ([^.]+)\.", message)
+    reason = killed.group(1) if killed else "unknown cause"
+    # The kernel sends SIGKILL when memory runs out; other signals come from elsewhere.
+    guess = ", most likely because memory ran out" if reason in ("Killed", "unknown cause") else ""
     return LoaderError(
-        f"a loader process died ({why}){guess}: lower {field} (0: no loader processes) or give more memory, and start "
-        "the same command again"
+        f"a loader process died ({reason}){guess}: lower {field} (0: no loader processes) or provide more memory, and "
+        "run the same command again"
     )
 
 
 def _no_room(what: str) -> str:
     return (
-        f"a loader process {what}: make /dev/shm larger (in a container docker run "
-        "--shm-size=8g), or set data.workers=0, which does without it"
+        f"a loader process {what}: make /dev/shm larger (in a container docker run --shm-size=8g), or set "
+        "data.workers=0, which does not use it"
     )

@@ -3,8 +3,6 @@
 Legend: M images, D dimension, W processes.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moco.data.folder import FolderSource
-from moco.data.hub import HubSource
-from moco.data.shards import ShardSource
-from moco.data.sources import Source
 from moco.digest import digest
 from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
 
@@ -26,28 +20,6 @@ Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # rows of a source to the
 def key_of(parts: Mapping[str, Any]) -> str:
     """A name for what the features are made of: hexadecimal digits of the SHA-256 over plain values and tensors."""
     return digest(dict(parts))[:24]
-
-
-def source_digest(source: Source) -> str:
-    """Which pictures, in which order, wherever they lie.
-
-    By their pixels in memory; by names, sizes and times of files; by checksums in shards.
-    """
-    sha = hashlib.sha256()
-    if source.images is not None:
-        sha.update(digest(source.images).encode())
-    if isinstance(source, HubSource):
-        # datasets' hash of the table and of all that was done to it
-        sha.update(str(source.table._fingerprint).encode())
-    for i in range(len(source)):
-        entry: list[Any] = [source.name(i)]
-        if isinstance(source, FolderSource):
-            stat = Path(source.path(i)).stat()
-            entry += [stat.st_size, stat.st_mtime_ns]
-        elif isinstance(source, ShardSource):
-            entry += [int(source.rows[i]["size"]), int(source.rows[i]["crc"])]
-        sha.update(json.dumps(entry).encode())
-    return sha.hexdigest()
 
 
 def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> Tensor:

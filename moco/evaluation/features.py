@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.data.workers import LoaderError, delivered, identity_collate, leave_signals_to_the_parent, to_shared_memory
+from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded, to_shared_memory
 from moco.distributed import gather, on_all_ranks, rank, world_size
 
 
@@ -49,9 +49,9 @@ def _images(source: Source, rows: Sequence[int], resize: int, size: int, batch: 
         batch_size=None,
         num_workers=min(workers, len(parts)),
         collate_fn=identity_collate,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=ignore_signals,
     )
-    yield from delivered(loader, "data.workers")
+    yield from loaded(loader, "data.workers")
 
 
 Network = nn.Module | Callable[[Tensor], Tensor]

@@ -17,8 +17,9 @@ from torch import nn
 
 from moco.config import ConfigError, RunWarning, require
 from moco.config.finetune import FinetuneConfig, fraction_of
-from moco.data.loader import Plan, batches
-from moco.data.sources import Source, subset
+from moco.data.loader import batches
+from moco.data.plan import Plan
+from moco.data.sources import Source
 from moco.data.view import View
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
@@ -90,7 +91,7 @@ def _parted(labeled: Source, validation: float) -> tuple[Source, Source]:
         f"{', '.join(single[:5])}: add pictures, or leave validation=0",
     )
     rest, rows = validation_rows(labels, validation, 0)
-    return subset(labeled, rest), subset(labeled, rows)
+    return labeled.subset(rest), labeled.subset(rows)
 
 
 def view_of(config: FinetuneConfig, subject: Subject) -> View:
@@ -183,7 +184,7 @@ def _finetune(task: Task, name: str, on_step: OnStep) -> Outcome:
 
 def _trained(task: Task, name: str, seed: int, on_step: OnStep) -> tuple[nn.Sequential, Plan]:
     config = task.config
-    picked = subset(task.labeled, pick(config, task.labeled, seed))
+    picked = task.labeled.subset(pick(config, task.labeled, seed))
     plan = _plan(task, len(picked), seed)
     backbone = build(task.file, seed if name == "untrained" else None).get_submodule("backbone")
     classes = len(task.labeled.classes)

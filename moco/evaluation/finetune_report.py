@@ -10,7 +10,7 @@ import torch
 
 from moco.config.finetune import FinetuneConfig, fraction_of
 from moco.config.subject import SubjectConfig
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.evaluation.metrics import Figures, mean_interval

@@ -17,7 +17,8 @@ from torchvision.transforms import v2
 
 from moco.config import OptimConfig
 from moco.data.keyed import STEP, philox
-from moco.data.loader import Batch, Plan
+from moco.data.loader import Batch
+from moco.data.plan import Plan
 from moco.distributed import gather, in_lockstep, mean_over_ranks, rank, world_size
 from moco.models.norm import convert_batch_norm
 from moco.optim.optimizers import build_optimizer, parameter_groups

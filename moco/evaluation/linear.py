@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.linear import LinearConfig
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.distributed import is_rank_zero, on_rank_zero, rank, world_size
-from moco.evaluation.cache import cached, key_of, source_digest
+from moco.evaluation.cache import cached, key_of
 from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import LayerFeatures
 from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, train_head
@@ -217,7 +217,7 @@ def _on_disk(task: Task, network: LayerFeatures, counted: Callable[[Tensor], Ten
     look = task.subject.look
     parts = {"weights": network.backbone.state_dict(), "look": asdict(look), "layers": network.layers}
     key = key_of(
-        parts | {"network": task.subject.file.backbone, "pictures": on_rank_zero(lambda: source_digest(source))}
+        parts | {"network": task.subject.file.backbone, "pictures": on_rank_zero(lambda: source.content_digest())}
     )
     folder = task.subject.output / "features"
 

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from moco.data.loader import Plan, batches
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.digest import digest

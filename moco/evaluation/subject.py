@@ -15,7 +15,7 @@ from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.subject import SubjectConfig
 from moco.data.keyed import HOLD_OUT, permutation
 from moco.data.opening import open_sources
-from moco.data.sources import Source, Sources, subset
+from moco.data.sources import Source, Sources
 from moco.digest import digest
 from moco.distributed import is_rank_zero
 from moco.evaluation.features import extract, pixels
@@ -257,7 +257,7 @@ def _split(source: Source, part: float) -> tuple[Source, Source]:
         require(len(of_class) >= 2, f"data.hold_out={part}: class {source.classes[label]} has one picture only")
         held.append(of_class[: min(len(of_class) - 1, max(1, round(part * len(of_class))))])
     rows = np.sort(np.concatenate(held))
-    return subset(source, np.setdiff1d(order, rows)), subset(source, rows)
+    return source.subset(np.setdiff1d(order, rows)), source.subset(rows)
 
 
 def features_of(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moco.config import OptimConfig
 from moco.data.keyed import VALIDATION, permutation
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.distributed import rank, sum_over_ranks, world_size
 from moco.optim.schedules import lr_factor
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moco.config import ConfigError, require
+from moco.config import ConfigError, DataConfig, require
 from moco.config.convert import ConvertConfig
 from moco.data.sources import Source, load_source
 from moco.evaluation.features import Network, stream
@@ -130,4 +130,4 @@ def _pictures(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
         except (FileNotFoundError, ValueError):
             if config.data.name is not None:  # asked for: its absence is an error
                 raise
-    return load_source("digits").train, "digits"
+    return load_source(DataConfig("digits")).train, "digits"

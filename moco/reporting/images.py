@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from moco.config import require
 from moco.config.report import ReportConfig
 from moco.config.subject import SubjectConfig
-from moco.data.bad_images import unreadable
 from moco.data.decode import ImageError
 from moco.data.keyed import REPORT, permutation
 from moco.data.sources import Source
+from moco.data.unreadable import find_unreadable
 from moco.evaluation.features import evaluation_view, stream
 from moco.evaluation.neighbors import nearest
 from moco.evaluation.subject import EvalTransform, data_config, open_data, open_subject
@@ -142,7 +142,7 @@ def _computed(
     try:
         return Pictures(source, rows, features(rows.tolist()))
     except ImageError:
-        bad = unreadable(source, rows.tolist())
+        bad = find_unreadable(source, rows.tolist())
         good = np.array([row for row in rows.tolist() if row not in bad], np.int64)
         if not len(good):
             raise

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from moco.config import require
 from moco.config.embed import EmbedConfig
 from moco.config.subject import SubjectConfig
-from moco.data.bad_images import unreadable
+from moco.data.base import names_digest
 from moco.data.decode import ImageError
 from moco.data.sources import Source
+from moco.data.unreadable import find_unreadable
 from moco.distributed import all_gather_object, is_rank_zero, on_rank_zero, rank, world_size
-from moco.evaluation.cache import source_digest
 from moco.evaluation.features import stream
 from moco.evaluation.subject import Subject, data_config, data_written, open_data, open_subject, weights_digest
 from moco.files import write_json
@@ -38,7 +38,6 @@ from moco.retrieval.store import (
     Stored,
     begin,
     finish,
-    names_digest,
     open_embedding,
     pyarrow,
 )
@@ -160,7 +159,7 @@ def describe(config: EmbedConfig, subject: Subject, source: Source, dimension: i
             "split": config.split,
             "count": len(source),
             "sha256": names_digest(source),
-            "content": on_rank_zero(lambda: source_digest(source)),
+            "content": on_rank_zero(lambda: source.content_digest()),
         },
         "data": data_written(config, subject),
         "look": json.loads(json.dumps(asdict(subject.look))),
@@ -228,7 +227,7 @@ def _computed(
             if not skip:
                 raise
             rows = chunks.rows(left.pop(0))
-            bad = {str(row): str(error) for row, error in unreadable(source, rows).items()}  # keys as JSON has them
+            bad = {str(row): str(error) for row, error in find_unreadable(source, rows).items()}
             good = [row for row in rows if str(row) not in bad]
             yield good, next(streamed(good)) if good else None, bad
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from moco.config import DataConfig, require
 from moco.config.search import SearchConfig
+from moco.data.base import names_digest
 from moco.data.decode import ImageError
 from moco.data.opening import open_sources
 from moco.data.sources import FolderSource
@@ -16,7 +17,7 @@ from moco.evaluation.features import stream
 from moco.evaluation.subject import open_subject, weights_digest
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.retrieval.embed import network_of
-from moco.retrieval.store import Embedding, names_digest, open_embedding, read_about
+from moco.retrieval.store import Embedding, open_embedding, read_about
 
 
 def open_index(config: SearchConfig) -> Embedding:
@@ -43,8 +44,7 @@ def query_features(
     for name in config.query:
         if not Path(name).is_file():
             raise FileNotFoundError(f"query={name} does not exist: name a picture file")
-    root = index.source.root if isinstance(index.source, FolderSource) else ""
-    rows = _rows_of_files(index, [Path(name) for name in config.query]) if root else [-1] * len(config.query)
+    rows = _rows_of_files(index, [Path(name) for name in config.query])
     outside = [name for name, row in zip(config.query, rows, strict=True) if row < 0]
     look, stored = index.stored["look"], index.stored
     features = np.zeros((len(rows), stored["dimension"]), index.features.dtype)
@@ -64,13 +64,12 @@ def query_features(
 
 def _rows_of_files(index: Embedding, files: list[Path]) -> list[int]:
     """The row of each file that is one of the index's own, -1 for the others."""
-    assert isinstance(index.source, FolderSource)
     wanted = {str(path.resolve()): i for i, path in enumerate(files)}
     names = {path.name for path in files}
     rows = [-1] * len(files)
     for row, i in enumerate(index.ids):
-        path = Path(index.source.root, index.source.name(int(i)))
-        if path.name in names and (at := wanted.get(str(path.resolve()))) is not None:
+        path = index.source.path(int(i))
+        if path is not None and Path(path).name in names and (at := wanted.get(str(Path(path).resolve()))) is not None:
             rows[at] = row
     return rows
 

@@ -17,7 +17,7 @@ from moco.config import ConfigError, require
 from moco.config.search import SearchConfig
 from moco.data.decode import ImageError
 from moco.data.keyed import SEARCH, permutation
-from moco.data.sources import FolderSource, Source
+from moco.data.sources import Source
 from moco.data.walk import IMAGE_FORMATS
 from moco.distributed import is_rank_zero
 from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
@@ -249,14 +249,14 @@ def _size(index: Embedding, row: int) -> dict[str, int]:
     """Width, height and bytes of a picture's file (its header alone is read), or of the picture in memory."""
     source: Source = index.source
     i = int(index.ids[row])
-    if not isinstance(source, FolderSource):
+    path = source.path(i)
+    if path is None:
         height, width = source.image(i).shape[-2:]
         return {"width": width, "height": height, "bytes": 3 * width * height}
-    path = Path(source.root, source.name(i))
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             width, height = image.size
-        return {"width": width, "height": height, "bytes": path.stat().st_size}
+        return {"width": width, "height": height, "bytes": Path(path).stat().st_size}
     except OSError:
         return {"width": 0, "height": 0, "bytes": 0}
 

@@ -6,7 +6,6 @@ a line for each row, features.json (what the features are of), and unreadable.cs
 Legend: M pictures, D dimension.
 """
 
-import hashlib
 import importlib
 import json
 import os
@@ -40,14 +39,6 @@ class Embedding:
     source: Source
     stored: Stored
     computed: bool = True  # by this command; otherwise all was there already
-
-
-def names_digest(source: Source) -> str:
-    """Of the list of pictures, in its order, whatever is in them: copies of them in another place have the same."""
-    sha = hashlib.sha256()
-    for i in range(len(source)):
-        sha.update(os.fsencode(source.name(i)) + b"\0")
-    return sha.hexdigest()
 
 
 def open_embedding(folder: Path, source: Source) -> Embedding:

@@ -3,7 +3,7 @@
 import warnings
 
 from moco.config import RunWarning, TrainConfig, require
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.distributed import world_size
 
 

@@ -4,17 +4,12 @@ Order of the samples, queue and labels refer to a picture by its number. Other p
 trained on without a word.
 """
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from moco.config import DataConfig, require
-from moco.data.folder import FolderSource
-from moco.data.remote import RemoteSource
-from moco.data.shards import ShardSource
+from moco.data.base import names_digest
 from moco.data.sources import Source, Sources
 from moco.distributed import all_gather_object
 from moco.runs import checkpoint
@@ -32,24 +27,7 @@ def identity(source: Source) -> Identity:
     Names are relative to data.root, which so may move. A stream's are those of its shards, without the place that they
     are fetched from; of pictures in memory their size counts too. Two names never join to look like two others.
     """
-    sha = hashlib.sha256()
-    for name in _names(source):
-        sha.update(name)
-        sha.update(b"\0")  # which no name holds
-    if source.images is not None:
-        sha.update(str(tuple(source.images.shape[1:])).encode())
-    return {"length": len(source), "sha256": sha.hexdigest()}
-
-
-def _names(source: Source) -> list[bytes]:
-    """All names in order, as the system's bytes; those of files as they lie in memory, without a string for each."""
-    if isinstance(source, FolderSource):
-        return list(source.paths.tolist())
-    if isinstance(source, ShardSource):
-        return list(source.rows["name"].tolist())
-    if isinstance(source, RemoteSource):
-        return [os.fsencode(Path(urlparse(each).path).name) for each in source.addresses]
-    return [os.fsencode(source.name(i)) for i in range(len(source))]
+    return {"length": len(source), "sha256": names_digest(source, with_size=True)}
 
 
 def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: DataConfig) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moco.analysis.doctor import Doctor
 from moco.config import TrainConfig
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.data.sources import Sources
 from moco.evaluation.features import Network, extract, pixels
 from moco.evaluation.knn_classifier import Accuracy, knn_accuracy, knn_title

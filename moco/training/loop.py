@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from moco.data.loader import Batch, Plan
+from moco.data.loader import Batch
+from moco.data.plan import Plan
 
 Values = dict[str, float]
 

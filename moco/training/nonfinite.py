@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.distributed import gather, on_rank_zero, rank, world_size
 from moco.files import WriteError, atomic_write, cause
 from moco.runtime.errors import NonFiniteLoss

@@ -1,7 +1,7 @@
 """What a step of pretraining is told: learning rate, momentum, temperature, as functions of its number."""
 
 from moco.config import TrainConfig
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.losses import temperature_at
 from moco.optim.schedules import lr_factor, momentum_at
 

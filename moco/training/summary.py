@@ -11,9 +11,10 @@ from torchvision.utils import make_grid, save_image
 import moco
 from moco.analysis.doctor import Doctor
 from moco.config import RunWarning, TrainConfig
-from moco.data.bad_images import BadImages
-from moco.data.loader import OnBad, Plan, batches
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import Sources
+from moco.data.unreadable import OnUnreadable, UnreadableImages
 from moco.data.view import View
 from moco.distributed import world_size
 from moco.evaluation.knn_classifier import Accuracy, knn_title
@@ -67,14 +68,14 @@ def show_views(
     plan: Plan,
     views: Sequence[View],
     device: torch.device,
-    on_bad: OnBad | None = None,
+    on_unreadable: OnUnreadable | None = None,
 ) -> None:
     """views.png and TensorBoard's first picture: what the model sees, the two views of eight images.
 
     They help a person to look, and training needs neither: where the file cannot be written a warning says so.
     """
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
-    batch = next(batches(sources.train, small, views, device, workers=0, on_bad=on_bad))
+    batch = next(batches(sources.train, small, views, device, workers=0, on_unreadable=on_unreadable))
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
     rows = [(view * std + mean).clamp(0, 1) for view in batch.views]
     enlarge = -(-64 // views[0].size)  # small images would be stamps on a screen
@@ -99,7 +100,7 @@ def summarize(
     history: list[dict[str, Any]],
     seconds: float,
     already_done: bool,
-    bad: BadImages | None = None,
+    bad: UnreadableImages | None = None,
     skipped: int = 0,
     speed: tuple[str, str] | None = None,
     doctor: Doctor | None = None,

@@ -13,9 +13,10 @@ import moco
 from moco.analysis.doctor import Doctor, facts_of
 from moco.builder import MoCo
 from moco.config import TrainConfig, require
-from moco.data.bad_images import BadImages
-from moco.data.loader import Batch, Plan, batches
-from moco.data.opening import build_views, open_sources, without_bad_references
+from moco.data.loader import Batch, batches
+from moco.data.opening import build_views, open_sources, without_unreadable_references
+from moco.data.plan import Plan
+from moco.data.unreadable import UnreadableImages
 from moco.distributed import (
     DelayedMaxOverRanks,
     average_running_statistics,
@@ -153,9 +154,9 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
     announce(display, config, method, sources, plan, device, peak_lr, start, f"{precision} ({why})")
     if initialized:
         display.log(initialized)
-    bad = BadImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None
+    bad = UnreadableImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None
     if replacing and config.evaluate.every_epochs and start < plan.total_steps:
-        sources, left_out = without_bad_references(sources, config.data, watch.heartbeat)
+        sources, left_out = without_unreadable_references(sources, config.data, watch.heartbeat)
         for line in left_out:
             display.log(line)
     clock = CheckpointSchedule(seconds, config.checkpoint, plan.steps_per_epoch)
@@ -230,7 +231,7 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
             live.evaluate(done)
 
     def settle_bad() -> None:
-        if bad is not None and (new := bad.settle()) and new == len(bad.found):
+        if bad is not None and (new := bad.synchronize()) and new == len(bad.found):
             display.log(f"pictures that cannot be read are replaced and listed in {bad.file}: {new} so far")
 
     def save(done: int, keep: bool, best: bool) -> None:

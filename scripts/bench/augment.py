@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from moco.config import DataConfig
 from moco.data.augment import augment
-from moco.data.loader import Plan, crops
+from moco.data.loader import crops
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import draw
 from moco.models.backbones import build_backbone
@@ -27,7 +29,7 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> Iterator[Table]:
     """One table: views a second."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source, recipe = load_source("folder", options.data).train, views("moco_v2")
+    source, recipe = load_source(DataConfig("folder", options.data)).train, views("moco_v2")
     plan = Plan(len(source), options.batch, epochs=1, seed=0)
     cut = [each[0] for _, _, _, each in crops(source, plan, recipe[:1], device, workers=0)]
     encoder = build_backbone("resnet50", {}).to(device)

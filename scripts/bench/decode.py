@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from moco.config import DataConfig
 from moco.data import decode
 from moco.data.augment import crop_one, largest_shrink
 from moco.data.folder import FolderSource
@@ -37,7 +38,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Iterator[Table]:
     """A table for each size: pictures a second, and one of the errors."""
-    source = load_source("folder", options.data).train
+    source = load_source(DataConfig("folder", options.data)).train
     assert isinstance(source, FolderSource)
     recipe, errors = views("moco_v2"), []
     decode.SCALED_FROM = 0  # here it is asked where it pays

@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moco.builder import MoCo
-from moco.config import OptimConfig
-from moco.data.loader import Plan, batches
+from moco.config import DataConfig, OptimConfig
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import Source, load_source
 from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder
@@ -46,7 +47,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Iterator[Table]:
     """One table: images a second."""
-    source = load_source("folder", options.data, resident=True).train
+    source = load_source(DataConfig("folder", options.data, resident=True)).train
     keep_freed_memory()
     given: dict[str, object] = (
         {"stem": "cifar"} if options.backbone.startswith("resnet") else {"width": 24, "strides": (2, 1, 2, 1, 2)}

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moco.config import DataConfig
 from moco.data.augment import augment
 from moco.data.folder import FolderSource
-from moco.data.loader import Cutter, Item, Plan, batches, crops
+from moco.data.loader import Cutter, Item, batches, crops
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View, draw
 from scripts.bench import official
@@ -35,7 +37,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Iterator[Table]:
     """One table a number of workers: images a second."""
-    source = load_source("folder", options.data).train
+    source = load_source(DataConfig("folder", options.data)).train
     assert isinstance(source, FolderSource)
     plan = Plan(len(source), options.batch, options.passes, seed=0)
     paths = [source.path(i) for i in range(len(source))]

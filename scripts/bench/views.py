@@ -9,7 +9,9 @@ from itertools import islice
 
 import torch
 
-from moco.data.loader import Plan, batches
+from moco.config import DataConfig
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from scripts.bench import official
 from scripts.bench.measure import Table, alternate, compared, stream_rate
@@ -25,7 +27,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Iterator[Table]:
     """One table: views a second."""
-    source = load_source("folder", options.data, resident=True).train
+    source = load_source(DataConfig("folder", options.data, resident=True)).train
     assert source.images is not None
     pictures = source.images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, 3)
     plan = Plan(len(source), BATCH, epochs=1 + options.batches * BATCH // len(source), seed=0)

@@ -50,7 +50,7 @@ def test_measures_equal_those_of_the_features(tmp_path: Path, capsys: pytest.Cap
     first, second = run(tmp_path / "a"), run(tmp_path / "b", (4,), seed=1)
     points = choose(config(tmp_path / "out", tmp_path / "[ab]", first))  # a pattern, and one of its runs again
     assert [(point.run, point.step) for point in points] == [(str(first), 1), (str(first), 2), (str(second), 4)]
-    images = limited(load_source("digits").train, 50)
+    images = limited(load_source(DataConfig("digits")).train, 50)
     for point in points:
         encoder = build(read_encoder(Path(point.file)))
         features = extract(encoder.backbone, images, 16, 0, [0.5] * 3, [0.5] * 3, torch.device("cpu"))

@@ -20,7 +20,7 @@ from moco.analysis.studies import temperature as study_module
 from moco.analysis.studies.figures import draw_curves, penalties
 from moco.analysis.studies.measures import Contrast, Run, Space, contrast_of, measure
 from moco.analysis.studies.temperature import Planned, command_of, explain, summary, sweep
-from moco.config import AugmentConfig, ConfigError, MethodConfig, ModelConfig, TrainConfig
+from moco.config import AugmentConfig, ConfigError, DataConfig, MethodConfig, ModelConfig, TrainConfig
 from moco.config.temperature import TemperatureConfig, check_temperature
 from moco.data.sources import load_source
 from moco.evaluation.knn_classifier import Accuracy
@@ -279,7 +279,7 @@ def test_without_a_queue_the_other_images_are_the_negatives(tmp_path: Path) -> N
     )
     state = {"config": asdict(trained), "step": 3, "seconds": 1.0, "method": build_method(trained).state_dict()}
     checkpoint.save(tmp_path / "run" / "checkpoints", 3, state, 1)
-    sources = replace(load_source("digits"), held_out=None)
+    sources = replace(load_source(DataConfig("digits")), held_out=None)
     run = measure(tmp_path / "run", 0.5, 0, sources, config(tmp_path), torch.device("cpu"))
     assert run.knn is None
     assert run.contrast.negatives == 59

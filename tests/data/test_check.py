@@ -15,9 +15,9 @@ from moco.check_data import check_data
 from moco.config import ConfigError, DataConfig, config_dir
 from moco.config.check_data import CheckDataConfig
 from moco.data import check as module
-from moco.data import inspect as inspect_module
+from moco.data import image_facts as image_facts_module
 from moco.data.decode import FAULTS, ImageError
-from moco.data.inspect import ODDITIES, inspect
+from moco.data.image_facts import ODDITIES, image_facts
 from moco.data.sources import FolderSource, load_source
 from tests.data.broken import bad_files, encoded, folder, forbid, noise, odd_files
 
@@ -48,7 +48,7 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
     (root / "nowhere.png").symlink_to(root / "gone.png")
     (root / "up").symlink_to(tmp_path)
     report = checked(
-        tmp_path / "report.json", r"8 of the 24 training pictures .*report\.json", root=str(root), workers=workers
+        tmp_path / "report.json", r"8 of the 24 training images .*report\.json", root=str(root), workers=workers
     )
     wanted: dict[str, list[str]] = {"broken link": ["circle", "nowhere.png"]}
     for name, (_, kind) in (bad_files() | odd_files()).items():
@@ -62,7 +62,7 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
     assert report["pictures"] == 24
     assert report["unreadable"]["broken link"]["files"] == [
         {"path": str(root / "nowhere.png"), "reason": f"a link to {root}/gone.png: No such file or directory"},
-        {"path": str(root / "circle"), "reason": f"a link to {root}/circle, left out"},
+        {"path": str(root / "circle"), "reason": f"a link to {root}/circle, ignored"},
     ]
     assert report["ignored"] == {".txt": 1, "without ending": 1, "hidden": 1}
     assert report["formats"]["JPEG CMYK"] == 1
@@ -86,13 +86,13 @@ def test_what_stops_follows_the_runs_own_fields(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures", good=19, bad=False)
     (root / "bad.png").write_bytes(b"")
     output = tmp_path / "report.json"
-    checked(output, r"1 of the 20 training pictures .*set data\.on_bad_image=replace", root=str(root))
+    checked(output, r"1 of the 20 training images .*set data\.on_bad_image=replace", root=str(root))
     checked(output, root=str(root), on_bad_image="replace", max_bad=0.05)
     checked(output, r"more than data\.max_bad=0\.04 allows", root=str(root), on_bad_image="replace", max_bad=0.04)
     (root / "bad.png").unlink()
     noise(height=31).save(root / "tall.png")
     checked(output, root=str(root))
-    checked(output, "the training pictures have 2 sizes: data.resident=true takes one", root=str(root), resident=True)
+    checked(output, "the training images have 2 sizes: data.resident=true needs one", root=str(root), resident=True)
 
 
 def test_duplicates_and_pictures_in_both_splits(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_held_out_picture_that_is_bad_would_stop_a_run_too(tmp_path: Path) -> 
         folder(tmp_path / part, good=1, bad=False)
     (tmp_path / "test/b/00.png").write_bytes(b"")
     where = {"root": str(tmp_path / "train"), "labels": "folder", "eval_root": str(tmp_path / "test")}
-    checked(tmp_path / "report.json", "1 of the 2 held-out pictures cannot be read", **where)
+    checked(tmp_path / "report.json", "1 of the 2 held-out images cannot be read", **where)
 
 
 def test_few_files_of_a_kind_are_named_and_all_are_counted(tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_few_files_of_a_kind_are_named_and_all_are_counted(tmp_path: Path) -> No
 
 
 def test_gone_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = inspect(str(tmp_path / "gone.png"))
+    facts = image_facts(str(tmp_path / "gone.png"))
     assert (facts.fault, facts.reason) == ("unreadable", "No such file or directory")
 
     def denied(self: Path) -> bytes:  # the tests may run as root, whom no mode stops
         raise PermissionError(13, os.strerror(13), str(self))
 
     monkeypatch.setattr(Path, "read_bytes", denied)
-    facts = inspect(str(tmp_path / "secret.png"))
+    facts = image_facts(str(tmp_path / "secret.png"))
     assert (facts.fault, facts.reason) == ("unreadable", "Permission denied")
 
 
@@ -146,32 +146,32 @@ def test_a_folder_that_cannot_be_read_is_a_fault_like_others(tmp_path: Path, mon
     root = folder(tmp_path / "pictures", good=2)
     folder(root / "closed", good=1, bad=False)
     forbid(monkeypatch, root / "closed")
-    words = r"stop here: 1 folder cannot be read \(give this user .*; 7 of the 9 training pictures"
+    words = r"1 folder cannot be read \(give this user .*; 7 of the 9 training images"
     report = checked(tmp_path / "report.json", words, root=str(root))
     told = report["unreadable"]
     assert told["unreadable folder"]["files"] == [{"path": str(root / "closed"), "reason": "Permission denied"}]
     assert told["empty"]["count"] == 1
     clean = folder(tmp_path / "clean", bad=False)
     forbid(monkeypatch, clean)
-    with pytest.raises(ValueError, match=r"data\.root=.* cannot be read: \."):
+    with pytest.raises(ValueError, match=r"data\.root=.* cannot be listed: \."):
         check_data(CheckDataConfig(DataConfig(name="folder", root=str(clean))))
 
 
 def test_huge_and_sixteen_bit_color(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise().save(tmp_path / "a.png")
-    monkeypatch.setattr(inspect_module, "HUGE", 1199)
-    assert inspect(str(tmp_path / "a.png")).odd == ("huge",)
+    monkeypatch.setattr(image_facts_module, "HUGE", 1199)
+    assert image_facts(str(tmp_path / "a.png")).odd == ("huge",)
     gray = np.full((9, 9), 40_000, np.uint16)
     (tmp_path / "b.tif").write_bytes(encoded(Image.fromarray(gray), "TIFF"))
-    assert inspect(str(tmp_path / "b.tif")).odd == ("16 bits",)
+    assert image_facts(str(tmp_path / "b.tif")).odd == ("16 bits",)
 
 
 def test_a_worker_that_dies_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = load_source("folder", str(folder(tmp_path, good=2, bad=False))).train
+    source = load_source(DataConfig("folder", str(folder(tmp_path, good=2, bad=False)))).train
     assert isinstance(source, FolderSource)
-    monkeypatch.setattr(module, "_inspect_all", _die)
-    with pytest.raises(ValueError, match=r"died at a picture between 00\.png and 01\.png.*lower data\.workers=1"):
-        list(module.inspected(source, 1))
+    monkeypatch.setattr(module, "_check_all", _die)
+    with pytest.raises(ValueError, match=r"died at an image between 00\.png and 01\.png.*lower data\.workers=1"):
+        list(module.checked(source, 1))
 
 
 def _die(paths: list[str]) -> None:
@@ -190,12 +190,12 @@ def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
     for data, words in (
         (DataConfig(name="cifar10"), "folder, imagenet"),
-        (DataConfig(name="shards", root="packed"), "by the same moco.pack command once more"),
+        (DataConfig(name="shards", root="packed"), r"data\.name=shards"),
         (DataConfig(name="folder", workers=-1), "-1"),
     ):
         with pytest.raises(ConfigError, match=words):
             check_data(CheckDataConfig(data))
-    with pytest.raises(FileNotFoundError, match="holds no images: found nothing"):
+    with pytest.raises(FileNotFoundError, match=r"data\.root=.*found nothing"):
         check_data(CheckDataConfig(DataConfig(name="folder", root=str(tmp_path))))
     assert issubclass(ImageError, ValueError)  # which the commands turn into a sentence
 
@@ -212,7 +212,7 @@ def test_as_a_person_runs_it(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("moco: a run would stop here: 7 of the 9 training pictures cannot be read")
+    assert done.stderr.startswith("moco: a run with these images would end: 7 of the 9 training images cannot be read")
     assert done.stderr.count("\n") == 1
     assert "bomb.png" in done.stdout
     assert (tmp_path / "check_data.json").is_file()

@@ -12,11 +12,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from moco.config import DataConfig
 from moco.data import decode as module
 from moco.data.augment import crop_batch, crop_one, largest_shrink
 from moco.data.crop import crop_boxes, shrunk_box
 from moco.data.decode import ImageError, decode_bytes, decode_scaled
-from moco.data.loader import Plan, crops
+from moco.data.loader import crops
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View, draw_crop
 
@@ -159,7 +161,7 @@ def test_crops_lie_where_they_lay(factor: int) -> None:
 def test_the_loader_takes_large_pictures_smaller_and_shows_the_same(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(exif=turned(1 + 5 * (i % 2))))
-    source = load_source("folder", str(tmp_path)).train
+    source = load_source(DataConfig("folder", str(tmp_path))).train
     ((epoch, index, shown, cut),) = crops(source, Plan(6, 6, 1, 0), [VIEW, VIEW], torch.device("cpu"), workers=0)
     assert np.array_equal(index, shown)
     for stream, got in enumerate(cut):

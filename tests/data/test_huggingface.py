@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from moco.config import DataConfig
 from moco.data.decode import ImageError, decode_bytes
-from moco.data.sources import HubSource, Source, load_source, subset
+from moco.data.sources import HubSource, Source, load_source
 from tests.data.broken import encoded, noise
 
 datasets: Any = pytest.importorskip("datasets", reason="data=huggingface needs the extra `huggingface`")
@@ -55,7 +56,9 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
     train = table(5, label=([0, 1, 0, 1, 1], CLASSES))
     test = table(3, 10, label=([1, 0, 1], CLASSES))
     unknown = table(2, 20, label=([-1, -1], CLASSES))
-    sources = load_source("huggingface", saved(tmp_path / "data", train=train, test=unknown, validation=test))
+    sources = load_source(
+        DataConfig("huggingface", saved(tmp_path / "data", train=train, test=unknown, validation=test))
+    )
     same(sources.train, 0, 5)
     same(sources.held_out, 10, 3)  # the test split's labels are kept back, so it is none to measure with
     assert sources.bank is sources.train
@@ -63,7 +66,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
     assert sources.train.labels is not None
     assert sources.train.labels.tolist() == [0, 1, 0, 1, 1]
     assert sources.train.name(2) == "train/2"
-    part = subset(sources.train, torch.tensor([4, 1]).numpy())
+    part = sources.train.subset(torch.tensor([4, 1]).numpy())
     assert [part.name(0), part.name(1)] == ["train/4", "train/1"]
     assert torch.equal(part.image(0), sources.train.image(4))
     assert part.labels is not None
@@ -74,35 +77,35 @@ def test_a_folder_of_parquet_files_and_one_of_a_single_split(tmp_path: Path) -> 
     folder = tmp_path / "parquet"
     folder.mkdir()
     table(4).to_parquet(str(folder / "train-00000.parquet"))
-    sources = load_source("huggingface", str(folder))
+    sources = load_source(DataConfig("huggingface", str(folder)))
     same(sources.train, 0, 4)
     assert (sources.bank, sources.held_out, sources.train.labels) == (None, None, None)
     table(4).save_to_disk(str(tmp_path / "single"))
-    same(load_source("huggingface", str(tmp_path / "single")).train, 0, 4)
+    same(load_source(DataConfig("huggingface", str(tmp_path / "single"))).train, 0, 4)
 
 
 def test_columns_and_splits_by_name(tmp_path: Path) -> None:
     fine = (["x", "y", "x"], datasets.Value("string"))
     both: Any = {"fine": fine, "coarse": ([0, 1, 1], CLASSES), "second": ([0, 0, 1], CLASSES)}
     root = saved(tmp_path / "data", first=table(3, **both), other=table(3, 5, **both))
-    sources = load_source("huggingface", root, split="first", eval_split="other", label_column="fine")
+    sources = load_source(DataConfig("huggingface", root, split="first", eval_split="other", label_column="fine"))
     same(sources.held_out, 5, 3)
     assert sources.train.classes == ("x", "y")
     assert sources.train.labels is not None
     assert sources.train.labels.tolist() == [0, 1, 0]
-    assert load_source("huggingface", root, split="first", label_column="none").train.labels is None
+    assert load_source(DataConfig("huggingface", root, split="first", label_column="none")).train.labels is None
     for fields, words in (
         ({}, "data.split=train: "),
         ({"split": "first"}, "has 2 columns with class labels (coarse, second): set data.label_column"),
         ({"split": "first", "label_column": "color"}, "data.label_column=color: "),
         (
             {"split": "first", "label_column": "coarse", "eval_split": "first"},
-            "data.eval_split=first is data.split too",
+            "data.eval_split=first equals data.split",
         ),
         ({"split": "first", "image_column": "fine", "label_column": "none"}, "data.image_column=fine: this column"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)) as caught:
-            load_source("huggingface", root, **fields)  # type: ignore[arg-type]
+            load_source(DataConfig("huggingface", root, **fields))  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
 
 
@@ -110,29 +113,29 @@ def test_rows_without_a_picture_or_a_label(tmp_path: Path) -> None:
     rows = table(2)
     empty = rows.map(lambda row, i: {"image": None if i == 1 else row["image"]}, with_indices=True)
     empty.save_to_disk(str(tmp_path / "empty"))
-    train = load_source("huggingface", str(tmp_path / "empty")).train
-    with pytest.raises(ImageError, match=r"cannot read image train/1: the row holds no picture"):
+    train = load_source(DataConfig("huggingface", str(tmp_path / "empty"))).train
+    with pytest.raises(ImageError, match=r"cannot read image train/1: the row has no image"):
         train.image(1)
     table(3, label=([0, -1, 1], CLASSES)).save_to_disk(str(tmp_path / "gaps"))
     with pytest.raises(ValueError, match=r"1 rows of .* have no label: set data\.label_column=none"):
-        load_source("huggingface", str(tmp_path / "gaps"))
+        load_source(DataConfig("huggingface", str(tmp_path / "gaps")))
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "text"))
     with pytest.raises(ValueError, match=r"has no column with images: its columns are text"):
-        load_source("huggingface", str(tmp_path / "text"))
+        load_source(DataConfig("huggingface", str(tmp_path / "text")))
 
 
 def test_no_network_and_no_code(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"data\.root=nobody/nothing could not be opened as a Hugging"
     ) as caught:
-        load_source("huggingface", "nobody/nothing")
+        load_source(DataConfig("huggingface", "nobody/nothing"))
     assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"could not be opened"):
-        load_source("huggingface", str(tmp_path / "gone"))
+        load_source(DataConfig("huggingface", str(tmp_path / "gone")))
     script = tmp_path / "script"
     script.mkdir()
     (script / "script.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     (script / "data.json").write_text(json.dumps({"a": 1}))
     with pytest.raises((FileNotFoundError, ValueError)):
-        load_source("huggingface", str(script))
+        load_source(DataConfig("huggingface", str(script)))
     assert not (tmp_path / "ran").exists()

@@ -9,9 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from moco.config import DataConfig
 from moco.data.decode import ImageError
+from moco.data.folder import FolderSource
 from moco.data.keyed import ORDER, permutation
-from moco.data.loader import Batch, Plan, batches, crops
+from moco.data.loader import Batch, batches, crops
+from moco.data.plan import Plan
 from moco.data.sources import ArraySource, Source, load_source
 from moco.data.view import View
 
@@ -60,7 +63,7 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
 
 @pytest.fixture(scope="module")
 def streamed(folder: Path) -> Source:
-    return load_source("folder", str(folder)).train
+    return load_source(DataConfig("folder", str(folder))).train
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def test_views_do_not_depend_on_the_number_of_workers(streamed: Source, referenc
 
 
 def test_the_resident_path_gives_the_same_bits(folder: Path, reference: list[Batch]) -> None:
-    resident = load_source("folder", str(folder), resident=True).train
+    resident = load_source(DataConfig("folder", str(folder), resident=True)).train
     assert resident.images is not None
     assert equal(all_batches(resident, plan()), reference)
 
@@ -135,19 +138,17 @@ def test_a_bad_picture_is_named_in_one_sentence(folder: Path, tmp_path: Path, wo
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "03.png").write_bytes(b"no picture")
-    source = load_source("folder", str(tmp_path)).train
+    source = load_source(DataConfig("folder", str(tmp_path))).train
     with pytest.raises(ImageError, match=r"03\.png") as caught:
         all_batches(source, Plan(LENGTH, 22, 1, SEED), workers)
     assert "\n" not in str(caught.value)
 
 
-class ShowsThreads:
-    """Pictures as bright as the process that is asked for them has threads."""
+class ShowsThreads(FolderSource):
+    """Images whose brightness is the number of threads of the process that loads them."""
 
-    images, labels, classes = None, None, ()
-
-    def __len__(self) -> int:
-        return LENGTH
+    def __init__(self) -> None:
+        super().__init__("", np.array([b"missing"] * LENGTH))
 
     def image(self, i: int) -> torch.Tensor:
         return torch.full((3, 24, 24), torch.get_num_threads(), dtype=torch.uint8)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.config import ConfigError
+from moco.config import ConfigError, DataConfig
 from moco.config.pack import PackConfig, check_pack
 from moco.data import pack as stage
-from moco.data import packing
+from moco.data import shard_writer
 from moco.data.decode import ImageError, decode
 from moco.data.shards import ShardSource
 from moco.data.sources import load_source
@@ -33,7 +33,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def files_of(root: Path, name: str = "train") -> ShardSource:
-    source = getattr(load_source("shards", str(root)), name)
+    source = getattr(load_source(DataConfig("shards", str(root))), name)
     assert isinstance(source, ShardSource)
     return source
 
@@ -44,7 +44,7 @@ def test_workers_change_nothing_and_a_finished_folder_is_checked(
     root = pictures(tmp_path / "train", count=40)
     one = everything(packed(tmp_path / "one", root))
     said = capsys.readouterr().out
-    assert "40 train; as they were" in said
+    assert "40 train; unchanged" in said
     assert f"data.root={tmp_path / 'one'}" in "".join(said.replace("│", " ").split("\n")).replace(" ", "")
     assert everything(packed(tmp_path / "two", root, workers=2)) == one
     assert {"index.json", "skipped.csv", "train.npy", "train-000000.tar", "train-000001.tar"} <= set(one)
@@ -53,7 +53,7 @@ def test_workers_change_nothing_and_a_finished_folder_is_checked(
 
     capsys.readouterr()
     packed(tmp_path / "one", root)
-    assert "already packed, and every file is as it was written" in capsys.readouterr().out
+    assert "already packed" in capsys.readouterr().out
     assert everything(tmp_path / "one") == one
 
 
@@ -75,7 +75,7 @@ def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
         ("folder", 1_000_000, "experiment=moco_v2_folder data=shards data.root=out run=runs/packed"),
         ("folder", 3000, "experiment=moco_v2_folder method.queue_size=1280 data=shards"),
         ("huggingface", 200, "experiment=moco_v2_folder method.queue_size=64 batch_size=64"),
-        ("folder", 20, "too few pictures for a recipe; data=shards data.root=out"),
+        ("folder", 20, "too few images for a recipe; data=shards data.root=out"),
     ],
 )
 def test_what_to_run_next_fits_the_pictures(name: str, count: int, words: str) -> None:
@@ -85,13 +85,13 @@ def test_what_to_run_next_fits_the_pictures(name: str, count: int, words: str) -
 
 
 def _pack_slowly(output: Path, root: Path) -> None:
-    take = stage.Packer.take
+    add = stage.Packer.add
 
-    def slow(self: Any, i: int, picture: packing.Picture) -> None:
+    def slow(self: Any, i: int, image: shard_writer.Encoded) -> None:
         time.sleep(0.02)
-        take(self, i, picture)
+        add(self, i, image)
 
-    stage.Packer.take = slow  # type: ignore[method-assign]
+    stage.Packer.add = slow  # type: ignore[method-assign]
     packed(output, root)
 
 
@@ -115,12 +115,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, monke
     # A finished shard that was harmed meanwhile is made again, and those behind it; the one before it is kept.
     kept = (output / "train-000000.tar").stat().st_mtime_ns
     os.truncate(output / "train-000001.tar", 100)
-    monkeypatch.setattr(stage, "prepared", prepared := Noting(packing.prepared))
-    with pytest.raises(ConfigError, match=r"holds shards with shard_mb=0\.012 \(now 0\.02\): choose another output"):
+    monkeypatch.setattr(stage, "encoded", calls := Noting(shard_writer.encoded))
+    with pytest.raises(ConfigError, match=r"contains shards with shard_mb=0\.012 \(now 0\.02\): choose another output"):
         packed(output, root, shard_mb=0.02, data_max_bad=0.1)
     packed(output, root, data_max_bad=0.1)
-    assert len(prepared.starts) == 1
-    assert 0 < prepared.starts[0] < 20  # behind the first shard
+    assert len(calls.starts) == 1
+    assert 0 < calls.starts[0] < 20  # behind the first shard
     assert (output / "train-000000.tar").stat().st_mtime_ns == kept
     assert everything(output) == whole
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path: Path) -> None:
     root.mkdir()
     for name, (data, _) in (bad_files() | odd_files()).items():
         (root / name).write_bytes(data)
-    with pytest.raises(ImageError, match=r"1 of the 17 train pictures cannot be read, more than data\.max_bad=0\.01"):
+    with pytest.raises(ImageError, match=r"1 of the 17 train images cannot be read, more than data\.max_bad=0\.01"):
         packed(tmp_path / "out", root)
     packed(tmp_path / "out", root, data_max_bad=0.5)  # a free field: the same command goes on
     with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
@@ -182,7 +182,7 @@ def test_large_pictures_are_scaled_and_small_ones_keep_their_bytes(tmp_path: Pat
 
 def test_a_data_set_in_memory_keeps_its_pixels_and_all_splits(tmp_path: Path) -> None:
     packed(tmp_path / "out", Path("unused"), data_name="digits", shard_mb=1)
-    digits = load_source("digits")
+    digits = load_source(DataConfig("digits"))
     for name in ("train", "held_out"):
         one, other = getattr(digits, name), files_of(tmp_path / "out", name)
         assert len(one) == len(other)
@@ -191,7 +191,7 @@ def test_a_data_set_in_memory_keeps_its_pixels_and_all_splits(tmp_path: Path) ->
         assert [one.name(i) for i in range(len(one))] == [other.name(i) for i in range(len(other))]
         assert all(torch.equal(one.image(i), other.image(i)) for i in range(0, len(one), 50))
     # and shards are a source like any other
-    resident = load_source("shards", str(tmp_path / "out"), resident=True)
+    resident = load_source(DataConfig("shards", str(tmp_path / "out"), resident=True))
     assert resident.train.images is not None
     assert digits.train.images is not None
     assert torch.equal(resident.train.images, digits.train.images)
@@ -202,11 +202,13 @@ def test_foreign_folders_and_pictures_that_change(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"is not empty and holds no shards \(\['thesis\.txt'\]\)"):
+    with pytest.raises(ConfigError, match=r"is not empty and contains no shards \(\['thesis\.txt'\]\)"):
         packed(other, root)
     packed(tmp_path / "out", root)
     (root / "cat" / "00.jpg").write_bytes(encoded(noise(77), "JPEG"))
-    with pytest.raises(ConfigError, match=r"other pictures, or the same ones changed since \(12 train; now 12 train\)"):
+    with pytest.raises(
+        ConfigError, match=r"other images, or the same images before a change \(12 train; now 12 train\)"
+    ):
         packed(tmp_path / "out", root)
     with pytest.raises(ConfigError, match=r"data\.labels=none \(now folder\) and data\.name=|data\.labels=none"):
         packed(tmp_path / "out", root, data_labels="folder")
@@ -219,7 +221,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing._Sink, "write", full)
+        patch.setattr(shard_writer._HashedFile, "write", full)
         with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
             packed(tmp_path / "out", root)
     assert not list((tmp_path / "out").glob("*.tmp"))

@@ -8,7 +8,7 @@ import pytest
 from moco.config import ConfigError, DataConfig, RunWarning
 from moco.config.pack import PackConfig
 from moco.data import pack as stage
-from moco.data import packing
+from moco.data import pack_output, shard_writer
 from moco.data.sources import load_source
 from tests.data.broken import encoded, noise
 from tests.data.packed import packed, pictures
@@ -41,15 +41,15 @@ def test_a_damaged_folder_is_mended(
             (output / name).unlink()
         else:
             (output / name).write_bytes(before[name][:-1] + b"x")
-    monkeypatch.setattr(stage, "prepared", prepared := Noting(packing.prepared))
-    with pytest.warns(RunWarning, match=r"not as written \(SHA-256\): .*; packed again from a split's"):
+    monkeypatch.setattr(stage, "encoded", calls := Noting(shard_writer.encoded))
+    with pytest.warns(RunWarning, match=r"damaged \(SHA-256\): .*train|damaged \(SHA-256\): .*skipped"):
         packed(output, root, data_labels="folder", data_max_bad=0.1, short_side=16, shard_mb=0.008)
-    assert "mended: what was damaged is packed again" in capsys.readouterr().out
+    assert "repaired" in capsys.readouterr().out
     assert everything(output) == before
     if start:
-        assert prepared.starts[0] >= start
+        assert calls.starts[0] >= start
     else:
-        assert prepared.starts == [0]
+        assert calls.starts == [0]
     packed(output, root, data_labels="folder", data_max_bad=0.1, short_side=16, shard_mb=0.008)
     assert "already packed" in capsys.readouterr().out
 
@@ -59,7 +59,7 @@ def test_a_damaged_index_says_what_to_remove(tmp_path: Path) -> None:
     output = packed(tmp_path / "out", root)
     index = output / "index.json"
     index.write_text(index.read_text().replace('"pictures": 12', '"pictures": 13'))
-    with pytest.raises(ValueError, match=r"index\.json is damaged: take it from a copy, or remove .*out and pack the"):
+    with pytest.raises(ValueError, match=r"index\.json is damaged: .*remove .*out and pack"):
         packed(output, root)
 
 
@@ -88,10 +88,12 @@ def test_any_damage_to_a_part_means_to_redo_it(tmp_path: Path) -> None:
         data = bytearray(good)
         data[at : at + 4] = rng.bytes(4)
         part.write_bytes(data[: len(good)])
-        packer = stage.Packer(PackConfig(DataConfig(), str(output)), "train", load_source("folder", str(root)).train)
+        packer = stage.Packer(
+            PackConfig(DataConfig(), str(output)), "train", load_source(DataConfig("folder", str(root))).train
+        )
         assert len(packer.parts) >= 1
         for file in packer.parts:  # what is taken over can be read
-            packing.read_part(file)
+            pack_output.read_part(file)
     interrupted(output, root)
     (output / "parts" / "train-000001.npz").unlink()  # a gap
     packed(output, root)

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from moco.data.loader import Batch, Plan, batches
-from moco.data.prefetch import made_ahead, one_ahead
+from moco.data.loader import Batch, batches
+from moco.data.plan import Plan
+from moco.data.prefetch import one_ahead, prefetched
 from moco.data.sources import ArraySource
 from moco.data.view import View
 
@@ -107,7 +108,7 @@ def test_the_step_waits_for_its_batch_alone_and_keeps_its_memory(monkeypatch: py
             cuda.log.append(f"batch {i} on {cuda.current}")
             yield f"batch {i}"
 
-    stream = made_ahead(made(), torch.device("cuda"), lambda name: [FakeTensor(name, cuda.log)])  # type: ignore[list-item]
+    stream = prefetched(made(), torch.device("cuda"), lambda name: [FakeTensor(name, cuda.log)])  # type: ignore[list-item]
     for i, item in enumerate(stream):
         assert item == f"batch {i}"
         assert cuda.current == "step"

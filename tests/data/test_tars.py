@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moco.data.tars import FURTHER, WITHOUT, pictures
+from moco.data.tars import FURTHER, WITHOUT, images_of
 
 FILES = {f"some/{i}.{ending}": bytes([i]) * 900 for i in range(3) for ending in ("cls", "jpg")}
 BLOCK = tarfile.BLOCKSIZE
@@ -44,7 +44,7 @@ class Slow:
 
 def read(data: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
     left: Counter[str] = Counter()
-    return dict(pictures(Slow(data), left)), dict(+left)
+    return dict(images_of(Slow(data), left)), dict(+left)
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
@@ -115,5 +115,5 @@ def test_one_name_twice_cannot_be_told_apart() -> None:
     twice = archive({"a.jpg": b"1", "b.jpg": b"2"}).replace(b"b.jpg", b"a.jpg")
     info = tarfile.TarInfo.frombuf(archive({"a.jpg": b"2"})[:BLOCK], "utf-8", "surrogateescape")
     second = info.tobuf() + twice[3 * BLOCK :]
-    with pytest.raises(ValueError, match=r"it holds a\.jpg more than once"):
+    with pytest.raises(ValueError, match=r"it contains a\.jpg more than once"):
         read(twice[: 2 * BLOCK] + second)

@@ -15,26 +15,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from moco.config import config_dir
-from moco.data.loader import Plan, batches
-from moco.data.packing import prepared
+from moco.config import DataConfig, config_dir
+from moco.data.loader import batches
+from moco.data.plan import Plan
+from moco.data.shard_writer import encoded
 from moco.data.sources import Source, load_source
 from moco.data.view import View
-from moco.data.workers import LoaderError, delivered, identity_collate, leave_signals_to_the_parent
+from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded
 from moco.evaluation.features import extract, stream
 from tests.data.broken import folder
 
 CPU = torch.device("cpu")
 PLAN, VIEWS = Plan(40, 4, 100, seed=0), (View(8, (0.2, 1.0)),) * 2
 DIED = (
-    r"^a loader process died \(Killed\), most likely for want of memory: lower {}=1 \(0: no loader processes\) or give "
-    r"more memory, and start the same command again$"
+    r"^a loader process died \(Killed\), most likely because memory ran out: lower {}=1 .*run the same command again$"
 )
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
-    return load_source("folder", str(folder(tmp_path / "pictures", good=40, bad=False))).train
+    return load_source(DataConfig("folder", str(folder(tmp_path / "pictures", good=40, bad=False)))).train
 
 
 def strike() -> None:
@@ -72,9 +72,9 @@ def test_a_death_is_told_in_an_evaluation(source: Source) -> None:
 
 
 def test_a_death_is_told_in_packing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moco.data.packing.picture", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("moco.data.shard_writer.encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(LoaderError, match=DIED.format("workers")):  # noticed while it waits
-        list(prepared(source, 0, 1, 0, 90))
+        list(encoded(source, 0, 1, 0, 90))
     assert multiprocessing.active_children() == []
 
 
@@ -83,19 +83,19 @@ def test_a_death_is_told_in_packing(source: Source, monkeypatch: pytest.MonkeyPa
     [
         (
             "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
-            r"died \(no word of how\), most likely for want of mem",
+            r"died \(unknown cause\), most likely because mem",
         ),
         ("DataLoader worker (pid 7) is killed by signal: Terminated. ", r"died \(Terminated\): lower data\.workers=1"),
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", "shared memory: make /dev/shm larger"),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", "shared memory .*: make /dev/shm larger"),
         ("Too many open files. Communication with the workers", r"raise ulimit -n, or lower data\.workers=1"),
     ],
 )
 def test_each_end_has_its_words(said: str, words: str) -> None:
     with pytest.raises(LoaderError, match=words) as caught:
-        list(delivered(Fails(said), "data.workers"))  # type: ignore[arg-type]
+        list(loaded(Fails(said), "data.workers"))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     with pytest.raises(RuntimeError, match=r"^the size of tensor a"):
-        list(delivered(Fails("the size of tensor a"), "data.workers"))  # type: ignore[arg-type]
+        list(loaded(Fails("the size of tensor a"), "data.workers"))  # type: ignore[arg-type]
 
 
 class Fails:
@@ -115,7 +115,7 @@ def _stopped_at_its_start(worker: int) -> None:
     """A stop that reaches all processes comes before this one ignores it."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.kill(os.getpid(), number)
-    leave_signals_to_the_parent(worker)
+    ignore_signals(worker)
 
 
 def test_a_stop_that_reaches_all_processes_ends_no_loader() -> None:
@@ -127,7 +127,7 @@ def test_a_stop_that_reaches_all_processes_ends_no_loader() -> None:
         collate_fn=identity_collate,
         worker_init_fn=_stopped_at_its_start,
     )
-    assert list(delivered(loader, "data.workers")) == [0, 1, 2, 3]
+    assert list(loaded(loader, "data.workers")) == [0, 1, 2, 3]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
@@ -137,7 +137,7 @@ def _full(self: Tensor) -> Tensor:
 
 def test_no_shared_memory_is_a_sentence(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "share_memory_", _full)  # in the processes too, which are forked
-    words = r"finds no shared memory for a batch of 0\.0 MB \(unable .*docker run --shm-size=8g.* data\.workers=0"
+    words = r"has no shared memory for a batch of 0\.0 MB \(unable .*docker run --shm-size=8g.* data\.workers=0"
     with pytest.raises(LoaderError, match=words):
         next(batches(source, PLAN, VIEWS, CPU, workers=1))
     with pytest.raises(LoaderError, match=words):
@@ -148,10 +148,12 @@ def test_no_shared_memory_is_a_sentence(source: Source, monkeypatch: pytest.Monk
 
 SCRIPT = """
 import sys, torch
-from moco.data.loader import Plan, batches
+from moco.config import DataConfig
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View
-source, view = load_source("folder", sys.argv[1]).train, View(96, (0.2, 1.0))
+source, view = load_source(DataConfig("folder", sys.argv[1])).train, View(96, (0.2, 1.0))
 held = batches(source, Plan(40, 40, 9, 0), (view,), torch.device("cpu"), 2)
 next(held)
 """
@@ -175,4 +177,4 @@ def test_a_small_dev_shm_for_real(source: Source, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1, done.stderr
-    assert "LoaderError: a loader process finds no shared memory for a batch of 1.1 MB" in done.stderr.splitlines()[-1]
+    assert "LoaderError: a loader process has no shared memory for a batch of 1.1 MB" in done.stderr.splitlines()[-1]

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.data.decode import ImageError
+from moco.data.folder import FolderSource
 from moco.data.keyed import permutation
-from moco.data.loader import Plan, batches
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import (
@@ -127,15 +129,14 @@ def features() -> torch.Tensor:
     return extract(pixels, source, 4, 0, (0.0,) * 3, (1.0,) * 3, CPU, batch_size=8)
 
 
-class OneBad:
-    """Eight images; the sixth is unreadable."""
+LABELS = np.arange(8) % 2
 
-    images = None
-    labels = np.arange(8) % 2
-    classes = ("a", "b")
 
-    def __len__(self) -> int:
-        return 8
+class OneUnreadable(FolderSource):
+    """Eight images without files; the sixth is unreadable."""
+
+    def __init__(self) -> None:
+        super().__init__("", np.array([b"missing"] * 8), LABELS, ("a", "b"))
 
     def image(self, i: int) -> torch.Tensor:
         if i == 5:
@@ -158,7 +159,7 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
     """What `all_gather_object` and `in_lockstep` return, and the errors of each way to read image five."""
     shown = (4, 0, (0.0,) * 3, (1.0,) * 3, CPU, 2)
     plan, views = Plan(8, 4, 2, 0, rank(), world_size()), [View(4)]
-    labels = torch.from_numpy(OneBad.labels)
+    labels = torch.from_numpy(LABELS)
 
     def of_rank() -> Iterator[int]:
         yield 10 * rank()
@@ -169,15 +170,15 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
     seen: list[int] = []
     attempts: list[Callable[[], object]] = [
         lambda: seen.extend(in_lockstep(of_rank())),
-        lambda: extract(pixels, OneBad(), *shown),
-        lambda: cached(folder, "key", 8, 48, lambda rows: stream(pixels, OneBad(), rows, *shown)),
+        lambda: extract(pixels, OneUnreadable(), *shown),
+        lambda: cached(folder, "key", 8, 48, lambda rows: stream(pixels, OneUnreadable(), rows, *shown)),
         lambda: train_head(
-            nn.Flatten(), new_head(48, 2, 0.01, 0), OneBad(), plan, views[0], lambda _: 0.1, 0.9, 0.0, CPU
+            nn.Flatten(), new_head(48, 2, 0.01, 0), OneUnreadable(), plan, views[0], lambda _: 0.1, 0.9, 0.0, CPU
         ),
         lambda: train(
             (network := nn.Sequential(nn.Flatten(), nn.Linear(48, 2))),
             torch.optim.SGD([{"params": network.parameters(), "lr_scale": 1.0}]),
-            batches(OneBad(), plan, views, CPU, 0),
+            batches(OneUnreadable(), plan, views, CPU, 0),
             labels,
             plan,
             *(0.1, 0.0, None, 0.0, torch.float32),

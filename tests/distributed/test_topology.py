@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moco.builder import MoCo
 from moco.data.augment import View
-from moco.data.loader import Plan, batches
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size, wrap_ddp
 from moco.models.encoder import build_encoder

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from moco.config import DataConfig
 from moco.data.sources import ArraySource, load_source
-from moco.evaluation.cache import cached, key_of, source_digest
+from moco.evaluation.cache import cached, key_of
 from tests.distributed.launch import run_ranks
 
 FEATURES = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
@@ -104,18 +105,18 @@ def test_pictures_in_memory_are_told_apart_by_their_pixels_and_names() -> None:
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     other = images.clone()
     other[1, 0, 0, 0] = 1
-    digests = {source_digest(ArraySource(*each)) for each in [(images, "ab"), (other, "ab"), (images, "ac")]}
+    digests = {ArraySource(*each).content_digest() for each in [(images, "ab"), (other, "ab"), (images, "ac")]}
     assert len(digests) == 3
-    assert source_digest(ArraySource(images.clone(), "ab")) in digests
+    assert ArraySource(images.clone(), "ab").content_digest() in digests
 
 
 def test_files_are_told_apart_by_name_size_and_time(tmp_path: Path) -> None:
     picture = tmp_path / "a.png"
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(picture)
-    before = source_digest(load_source("folder", str(tmp_path)).train)
-    assert source_digest(load_source("folder", str(tmp_path)).train) == before
+    before = load_source(DataConfig("folder", str(tmp_path))).train.content_digest()
+    assert load_source(DataConfig("folder", str(tmp_path))).train.content_digest() == before
     with tempfile.TemporaryDirectory() as other:
         shutil.copy2(picture, other)  # with its time
-        assert source_digest(load_source("folder", other).train) == before
+        assert load_source(DataConfig("folder", other)).train.content_digest() == before
     Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(picture)
-    assert source_digest(load_source("folder", str(tmp_path)).train) != before
+    assert load_source(DataConfig("folder", str(tmp_path))).train.content_digest() != before

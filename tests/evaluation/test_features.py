@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from moco.config import DataConfig
 from moco.data.decode import ImageError
 from moco.data.sources import ArraySource, Source, load_source
 from moco.evaluation.features import evaluation_view, extract, pixels
@@ -26,7 +27,7 @@ def on_disk(source: ArraySource, folder: Path) -> Source:
     """The same images as PNG files below a folder."""
     for i, image in enumerate(source.images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
-    return load_source("folder", str(folder)).train
+    return load_source(DataConfig("folder", str(folder))).train
 
 
 def features(network: nn.Module, source: Source, batch: int, resize: int = 0, workers: int = 0) -> Tensor:

@@ -117,7 +117,7 @@ def test_it_leaves_figures_and_a_network_that_the_other_commands_read(
     assert (file.backbone, file.options, file.step) == ("convnet", {"width": 4}, 7 + 30)
     assert file.images == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
     assert file.config["data"]["name"] == "digits"
-    held_out = load_source("digits").held_out
+    held_out = load_source(DataConfig("digits")).held_out
     assert held_out is not None
     assert held_out.labels is not None
     backbone = build(file).get_submodule("backbone")
@@ -300,7 +300,7 @@ def test_what_only_the_files_show_is_one_sentence(
 
 
 def test_lists_that_do_not_fit(encoder: str, tmp_path: Path) -> None:
-    train = load_source("folder", str(pictures(tmp_path / "train", 3, "abc")), labels="folder").train
+    train = load_source(DataConfig("folder", str(pictures(tmp_path / "train", 3, "abc")), labels="folder")).train
     for text, sentence in {
         "": "names no picture",
         "a_0.png\nz.png\n": r"few.txt: 1 of the listed pictures are not in the training split \(z.png\)",

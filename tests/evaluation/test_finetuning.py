@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from moco.data.loader import Batch, Plan, batches
+from moco.data.loader import Batch, batches
+from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import rank, world_size, wrap_ddp

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import nn
 
 import moco.evaluation.linear as stage
-from moco.config import ConfigError, RunWarning
+from moco.config import ConfigError, DataConfig, RunWarning
 from moco.config.linear import LinearConfig, check_linear
-from moco.data.sources import load_source, subset
+from moco.data.sources import load_source
 from moco.distributed import on_rank_zero
 from moco.evaluation.features import extract
 from moco.evaluation.linear_probe import load_head
@@ -126,7 +126,7 @@ def test_the_saved_head_reproduces_the_figure(make: Any, normalize: str, tmp_pat
     if config.kind == "sweep":
         config.sweep.normalize = normalize
     figures = run(config)[0]["figures"]
-    head, sources = load_head(tmp_path / "linear.safetensors"), load_source("digits")
+    head, sources = load_head(tmp_path / "linear.safetensors"), load_source(DataConfig("digits"))
     assert sources.held_out is not None
     backbone = build(read_encoder(tmp_path / "encoder.safetensors")).get_submodule("backbone")
     look = head.about["look"]
@@ -229,7 +229,7 @@ def test_random_test_labels_change_the_figure_and_not_the_choice(
 
     def shuffled(*arguments: Any) -> Any:
         train, held_out = open_labeled(*arguments)
-        mixed = subset(held_out, np.arange(len(held_out)))
+        mixed = held_out.subset(np.arange(len(held_out)))
         assert mixed.labels is not None
         mixed.labels[:] = np.random.default_rng(0).permutation(mixed.labels)
         return train, mixed

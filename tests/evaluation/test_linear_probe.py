@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.data.loader import Plan, batches
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import rank, world_size

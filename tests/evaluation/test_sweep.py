@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.config import OptimConfig
-from moco.data.loader import Plan
+from moco.config import DataConfig, OptimConfig
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.evaluation import sweep
 from moco.evaluation.sweep import Choice, Recipe, Setting, choose, retrain, scaling_of, train_heads, validation_rows
@@ -181,7 +181,7 @@ def test_the_solver_reaches_scikit_learns_accuracy_at_the_same_regularization() 
     """Raw pixels of the digits; sklearn's C is 1 / (weight decay x samples)."""
     from sklearn.linear_model import LogisticRegression
 
-    sources = load_source("digits")
+    sources = load_source(DataConfig("digits"))
     assert sources.bank is not None
     assert sources.held_out is not None
     assert sources.bank.labels is not None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.runtime.preemption import PREEMPTED
 from moco.runtime.watchdog import HUNG
 from tests.faults import runs

@@ -22,11 +22,11 @@ from moco.check_data import check_data
 from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
 from moco.config.pack import PackConfig
-from moco.data.bad_images import BadImages
 from moco.data.decode import ImageError, decode
-from moco.data.inspect import inspect
+from moco.data.image_facts import image_facts
 from moco.data.pack import pack
 from moco.data.sources import load_source
+from moco.data.unreadable import UnreadableImages
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
 from moco.evaluation.features import pixels, stream
 from moco.interop.encoder_file import build, read_encoder
@@ -178,10 +178,10 @@ def test_a_name_cannot_forge_a_line_of_a_table(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"")
     noise().save(tmp_path / "good.png")
-    source = load_source("folder", str(tmp_path)).train
-    bad = BadImages(source, tmp_path / "bad_images.csv", max_bad=0.9)
+    source = load_source(DataConfig("folder", str(tmp_path))).train
+    bad = UnreadableImages(source, tmp_path / "bad_images.csv", max_fraction=0.9)
     bad.note({i: "empty" for i in range(len(source)) if source.name(i) in names})
-    bad.settle()
+    bad.synchronize()
     with (tmp_path / "bad_images.csv").open(newline="") as file:
         assert sorted(row["path"] for row in csv.DictReader(file)) == sorted(names)
 
@@ -220,10 +220,10 @@ def test_a_picture_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="no known image format") as refused:
         decode(root / "zz.jpg")
     assert refused.value.kind == "no image"
-    assert inspect(str(root / "zz.jpg")).fault == "no image"
+    assert image_facts(str(root / "zz.jpg")).fault == "no image"
 
     data = DataConfig(name="folder", root=str(root), workers=1, max_bad=0.5)
-    with pytest.raises(ValueError, match="1 of the 10 training pictures cannot be read"):
+    with pytest.raises(ValueError, match="1 of the 10 training images cannot be read"):
         check_data(CheckDataConfig(data, str(tmp_path / "report.json")))
     told = json.loads((tmp_path / "report.json").read_text())["unreadable"]
     assert [Path(each["path"]).name for each in told["no image"]["files"]] == ["zz.jpg"]
@@ -232,7 +232,7 @@ def test_a_picture_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
     with (tmp_path / "packed" / "skipped.csv").open(newline="") as file:
         assert [(row["path"], row["kind"]) for row in csv.DictReader(file)] == [("zz.jpg", "no image")]
 
-    source = load_source("folder", str(root)).train
+    source = load_source(DataConfig("folder", str(root))).train
     index = Embedding(tmp_path, np.zeros((10, 2), np.float32), np.arange(10), source, {})
     assert search._size(index, 9) == {"width": 0, "height": 0, "bytes": 0}
     with pytest.raises(ImageError, match="no known image format"):
@@ -259,7 +259,7 @@ def test_whatever_is_promised_can_be_read(tmp_path: Path) -> None:
     for name, data in readable.items():
         (tmp_path / name).write_bytes(data)
         assert decode(tmp_path / name).shape[0] == 3, name
-        assert inspect(str(tmp_path / name)).fault == "", name
+        assert image_facts(str(tmp_path / name)).fault == "", name
 
 
 # ---- bombs ----

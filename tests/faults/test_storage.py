@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from moco.data.bad_images import BadImages
+from moco.data.unreadable import UnreadableImages
 from moco.interop import weights
 from moco.interop.encoder_file import read_encoder
 from moco.runs import checkpoint
@@ -82,7 +82,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_with_room_it_goes_on_bit_f
 WRITERS: dict[str, tuple[Any, str]] = {
     "encoder.safetensors": (weights, "save_file"),
     "views.png": (messages, "save_image"),
-    "bad_images.csv": (BadImages, "_write"),
+    "bad_images.csv": (UnreadableImages, "_write"),
     "nonfinite/step_": (NonFiniteGuard, "_write"),
 }
 

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from moco.builder import MoCo
-from moco.data.loader import Plan, batches
+from moco.config import DataConfig
+from moco.data.loader import batches
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View
 from moco.models.encoder import build_encoder
@@ -26,7 +28,7 @@ STEPS = 10
 
 
 def trajectory(symmetric: bool) -> dict[str, list[float]]:
-    source = load_source("digits").train
+    source = load_source(DataConfig("digits")).train
     view = View(16, affine_p=1.0, degrees=15, translate=0.1, zoom=(0.85, 1.15), shear=15, noise=(0.0, 0.1))
     plan = Plan(len(source), batch_size=64, epochs=1, seed=0)
     torch.manual_seed(0)

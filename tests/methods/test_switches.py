@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moco.builder import MoCo, Output
 from moco.config import ConfigError, RunWarning, TrainConfig, check
 from moco.data.keyed import MIX, keyed_uniform
-from moco.data.loader import Plan
 from moco.data.opening import build_views
+from moco.data.plan import Plan
 from moco.distributed import rank, world_size, wrap_ddp
 from moco.losses import LearnedTemperature, Switches
 from moco.methods.build import build_method

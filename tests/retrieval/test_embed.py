@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco.config import ConfigError
+from moco.config import ConfigError, DataConfig
 from moco.config.embed import EmbedConfig, check_embed
 from moco.config.subject import ImagesConfig, SubjectDataConfig
 from moco.data.decode import ImageError
@@ -59,7 +59,7 @@ def test_the_features_are_the_encoders(
     embed(config(made, output))
     assert set(contents(output)) == set(FILES)
     written = np.load(output / "features.npy")
-    source = load_source("folder", str(made[1])).train
+    source = load_source(DataConfig("folder", str(made[1]))).train
     network = build(read_encoder(made[0])).backbone
     wanted = extract(network, source, 16, 16, [0.5] * 3, [0.25] * 3, torch.device("cpu"), batch_size=4)
     assert written.dtype == np.float32

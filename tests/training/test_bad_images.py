@@ -54,7 +54,7 @@ def test_too_many_end_the_run_and_mending_lets_it_go_on(tmp_path: Path) -> None:
         (root / name).write_bytes(b"")
     made = config(root, tmp_path / "run")
     made.data.on_bad_image, made.data.max_bad = "replace", 0.1
-    with pytest.raises(ImageError, match=r"2 of the 16 training pictures .*data\.max_bad=0\.1.*bad_images\.csv lists"):
+    with pytest.raises(ImageError, match=r"2 of the 16 training images .*data\.max_bad=0\.1.*bad_images\.csv lists"):
         pretrain(made)
     assert set(rows(tmp_path / "run")) == {"03.png", "07.png"}
     noise().save(root / "03.png")
@@ -98,10 +98,10 @@ def test_the_live_accuracy_leaves_bad_pictures_out_and_says_so(
     pretrain(made)
     said = capsys.readouterr().out
     assert (
-        "1 of the 16 reference pictures cannot be read and are left out of the live accuracy, the first: b/01.png"
+        "1 of the 16 reference images cannot be read and are excluded from the live accuracy, the first: b/01.png"
         in said
     )
-    assert "1 of the 16 held-out pictures cannot be read" in said
+    assert "1 of the 16 held-out images cannot be read" in said
     state = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[0])
     assert [each["step"] for each in state["history"]] == [0, 6]
     correct = state["history"][-1]["knn"][0] / 100 * 15  # of the fifteen that are left

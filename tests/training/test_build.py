@@ -7,8 +7,8 @@ import torch
 
 from moco.builder import MoCo
 from moco.config import AugmentConfig, ConfigError, RunWarning, TrainConfig
-from moco.data.loader import Plan
 from moco.data.opening import build_views, open_sources
+from moco.data.plan import Plan
 from moco.methods.build import build_method
 from moco.runtime.device import pick_device
 from moco.training.build import check_against_data

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco.config import ConfigError, TrainConfig
+from moco.config import ConfigError, DataConfig, TrainConfig
 from moco.data.arrays import ArraySource
 from moco.data.folder import FolderSource
 from moco.data.remote import RemoteSource
@@ -75,8 +75,8 @@ def test_a_stream_is_its_shards_wherever_they_are_fetched_from() -> None:
 
 
 def test_digits_are_the_same_every_time_and_a_checkpoint_takes_what_is_said() -> None:
-    known = identity(load_source("digits").train)
-    assert known == identity(load_source("digits").train)
+    known = identity(load_source(DataConfig("digits")).train)
+    assert known == identity(load_source(DataConfig("digits")).train)
     assert {name: type(value) for name, value in known.items()} == {"length": int, "sha256": str}
 
 

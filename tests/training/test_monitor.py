@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moco.analysis import alpha_req, rank_me
 from moco.builder import UNKNOWN, MoCo, Output
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.distributed import broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
 from moco.methods.simclr import SimCLR

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco.data.loader import Plan
+from moco.data.plan import Plan
 from moco.distributed import rank
 from moco.runtime.errors import NonFiniteLoss
 from moco.training.nonfinite import NonFiniteGuard

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.config import RunWarning
-from moco.data.loader import Plan
+from moco.config import DataConfig, RunWarning
+from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View
 from moco.runs.metrics import MetricsLogger
@@ -15,7 +15,7 @@ from moco.training.summary import show_views
 
 
 def show(path: Path) -> None:
-    sources = load_source("digits")
+    sources = load_source(DataConfig("digits"))
     metrics_log = MetricsLogger(path, 0)
     show_views(metrics_log, path, sources, Plan(len(sources.train), 8, 1, 0), [View(8)] * 2, torch.device("cpu"))
     metrics_log.close()

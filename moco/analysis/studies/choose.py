@@ -24,7 +24,7 @@ from moco.analysis.studies.outputs import VOTE, Outputs, augmented_views, encode
 from moco.config import DataConfig, require
 from moco.config.choose import ChooseConfig
 from moco.data.opening import open_sources
-from moco.data.sources import Sources, limited, subset
+from moco.data.sources import Sources, limited
 from moco.evaluation.knn_classifier import knn_accuracy
 from moco.evaluation.metrics import figures
 from moco.evaluation.subsets import per_class
@@ -201,7 +201,7 @@ def _accuracies(outputs: Outputs, file: EncoderFile, sources: Sources, config: C
     few_labels = (1, VOTE, config.labels_per_class, config.draws)
     knn = knn_accuracy(references, bank.labels, queries, held_out.labels, *few_labels)
     rows = per_class(bank.labels, config.probe_labels_per_class, seed=0)
-    some, labels = references[torch.from_numpy(rows).to(device)], subset(bank, rows).labels
+    some, labels = references[torch.from_numpy(rows).to(device)], bank.subset(rows).labels
     assert labels is not None
     recipe = replace(PROBE, batch_size=len(some))
     columns = {PROBE_SETTING.layer: slice(0, some.shape[1])}

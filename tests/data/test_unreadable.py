@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from moco.config import ConfigError
+from moco.config import ConfigError, DataConfig
 from moco.data.augment import crop_one
-from moco.data.bad_images import TRIES, BadImages, readable, substitutes, unreadable, without_bad
 from moco.data.decode import FAULTS, ImageError, decode
-from moco.data.loader import Batch, Plan, batches
-from moco.data.sources import ArraySource, Source, load_source, subset
+from moco.data.loader import Batch, batches
+from moco.data.plan import Plan
+from moco.data.sources import ArraySource, Source, load_source
+from moco.data.unreadable import (
+    TRIES,
+    UnreadableImages,
+    find_unreadable,
+    image_or_substitute,
+    substitutes,
+    without_unreadable,
+)
 from moco.data.view import View, draw_crop
 from moco.files import WriteError
 from tests.data.broken import bad_files, folder, noise, odd_files
@@ -33,7 +41,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(root: Path, resident: bool = False) -> Source:
-    return load_source("folder", str(root), resident=resident, keep_bad=True).train
+    return load_source(DataConfig("folder", str(root), resident=resident), keep_unreadable=True).train
 
 
 def plan(source: Source, rank: int = 0, processes: int = 1) -> Plan:
@@ -48,7 +56,7 @@ def replaced(
 
 
 def reasons(source: Source) -> dict[int, str]:
-    return {i: error.reason for i, error in unreadable(source, range(len(source))).items()}
+    return {i: error.reason for i, error in find_unreadable(source, range(len(source))).items()}
 
 
 def equal(a: list[Batch], b: list[Batch]) -> bool:
@@ -84,7 +92,7 @@ def test_an_error_tells_kind_and_reason(name: str, tmp_path: Path) -> None:
 
 def test_a_resident_folder_with_bad_pictures_is_refused_unless_they_may_keep_their_places(mixed: Path) -> None:
     with pytest.raises(ImageError, match="cannot read image"):
-        load_source("folder", str(mixed), resident=True)
+        load_source(DataConfig("folder", str(mixed), resident=True))
     source = opened(mixed, resident=True)
     with pytest.raises(ImageError, match="cannot read image"):
         list(batches(source, plan(source), VIEWS, CPU, 0))
@@ -165,7 +173,7 @@ def test_a_file_that_vanishes_while_training_is_replaced_from_then_on(tmp_path: 
     folder(tmp_path, good=8, bad=False)
     source = opened(tmp_path)
     found: dict[int, str] = {}
-    stream = batches(source, plan(source), VIEWS, CPU, 0, on_bad=found.update)
+    stream = batches(source, plan(source), VIEWS, CPU, 0, on_unreadable=found.update)
     assert sorted(next(stream).index.tolist()) == list(range(8))
     assert found == {}
     (tmp_path / "03.png").unlink()
@@ -191,10 +199,10 @@ def test_where_nothing_can_be_read_the_run_ends(tmp_path: Path) -> None:
     source = opened(tmp_path)
     for path in tmp_path.iterdir():
         path.unlink()
-    with pytest.raises(ImageError, match=rf"\.png: No such file.*; nor can {TRIES} others .* disk"):
-        readable(source, 0, {})
+    with pytest.raises(ImageError, match=rf"\.png: No such file.*; {TRIES} substitutes .* disk"):
+        image_or_substitute(source, 0, {})
     for workers in (0, 1):
-        with pytest.raises(ImageError, match="look whether the disk that holds them is there"):
+        with pytest.raises(ImageError, match="substitutes cannot be read either"):
             replaced(source, workers=workers)
 
 
@@ -208,12 +216,12 @@ def listed(file: Path) -> list[tuple[str, str]]:
 
 def test_the_list_names_each_bad_picture_once(mixed: Path, tmp_path: Path) -> None:
     source = opened(mixed)
-    bad = BadImages(source, tmp_path / "bad_images.csv", max_bad=0.9)
-    assert bad.settle() == 0
+    bad = UnreadableImages(source, tmp_path / "bad_images.csv", max_fraction=0.9)
+    assert bad.synchronize() == 0
     assert not bad.file.exists()
     list(batches(source, plan(source), VIEWS, CPU, 2, 0, bad.note))
-    assert bad.settle() == len(bad.found) > 0
-    assert bad.settle() == 0
+    assert bad.synchronize() == len(bad.found) > 0
+    assert bad.synchronize() == 0
     names = [name for name, _ in listed(bad.file)]
     assert names == sorted(set(names))
     assert set(names) <= set(BAD)
@@ -223,30 +231,32 @@ def test_the_list_names_each_bad_picture_once(mixed: Path, tmp_path: Path) -> No
 def test_more_than_the_fraction_ends_the_run_and_the_list_is_there(mixed: Path, tmp_path: Path) -> None:
     source = opened(mixed)  # 9 good, 7 bad
     for most, stops in ((7 / 16, False), (0.43, True)):
-        bad = BadImages(source, tmp_path / f"{most}.csv", most)
+        bad = UnreadableImages(source, tmp_path / f"{most}.csv", most)
         bad.note(reasons(source))
         if not stops:
-            assert bad.settle() == 7
+            assert bad.synchronize() == 7
             continue
-        with pytest.raises(ImageError, match=r"7 of the 16 training pictures cannot be read, more than data\.max_bad="):
-            bad.settle()
+        with pytest.raises(ImageError, match=r"7 of the 16 training images cannot be read, more than data\.max_bad="):
+            bad.synchronize()
     assert len(listed(tmp_path / "0.43.csv")) == 7
 
 
 def test_a_resumed_run_knows_what_was_found_and_takes_off_what_was_mended(mixed: Path, tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures", good=9)
     source, file = opened(root), tmp_path / "bad_images.csv"
-    bad = BadImages(source, file, 0.9)
+    bad = UnreadableImages(source, file, 0.9)
     bad.note(reasons(source))
-    bad.settle()
+    bad.synchronize()
     before = dict(bad.found)
-    assert BadImages(source, file, 0.9).found == before
+    assert UnreadableImages(source, file, 0.9).found == before
     noise().save(root / "empty.jpg")
-    assert set(before) - set(BadImages(source, file, 0.0).found) == {i for i in before if source.name(i) == "empty.jpg"}
+    assert set(before) - set(UnreadableImages(source, file, 0.0).found) == {
+        i for i in before if source.name(i) == "empty.jpg"
+    }
     assert "empty.jpg" not in dict(listed(file))
     for name in BAD:
         noise().save(root / name)
-    assert BadImages(source, file, 0.9).found == {}
+    assert UnreadableImages(source, file, 0.9).found == {}
     assert not file.exists()
 
 
@@ -254,25 +264,25 @@ def test_a_list_of_other_pictures_counts_for_nothing(mixed: Path, tmp_path: Path
     source, file = opened(mixed), tmp_path / "bad_images.csv"
     bad = next(i for i in range(len(source)) if source.name(i) in BAD)
     file.write_text(f"index,path,reason\n{bad},other.png,empty\n99,empty.jpg,empty\n-1,{source.name(-1)},empty\n")
-    assert BadImages(source, file, 0.9).found == {}
+    assert UnreadableImages(source, file, 0.9).found == {}
 
 
 def test_a_list_that_is_none_is_refused(mixed: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad_images.csv"
     file.write_text("index,path\nfirst,a.png\n")
     with pytest.raises(ConfigError, match=r"bad_images\.csv is damaged: remove it"):
-        BadImages(opened(mixed), file, 0.1)
+        UnreadableImages(opened(mixed), file, 0.1)
 
 
 def test_names_that_are_no_text_keep_their_bytes(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures", good=2, bad=False)
     name = os.fsdecode(b'caf\xe9, "1".png')
     (root / name).write_bytes(b"")
-    bad = BadImages(opened(root), tmp_path / "bad_images.csv", 0.9)
+    bad = UnreadableImages(opened(root), tmp_path / "bad_images.csv", 0.9)
     bad.note({2: "the file is empty"})
-    bad.settle()
+    bad.synchronize()
     assert listed(bad.file) == [(name, "the file is empty")]
-    assert BadImages(opened(root), bad.file, 0.9).found == {2: "the file is empty"}
+    assert UnreadableImages(opened(root), bad.file, 0.9).found == {2: "the file is empty"}
 
 
 def _settled(root: str, file: str) -> tuple[dict[int, str], int, list[str], str]:
@@ -281,15 +291,15 @@ def _settled(root: str, file: str) -> tuple[dict[int, str], int, list[str], str]
     all_bad = reasons(source)
     me = torch.distributed.get_rank()
     mine = {i: why for number, (i, why) in enumerate(sorted(all_bad.items())) if number % 2 == me or number == 0}
-    bad = BadImages(source, Path(file), 0.9)
+    bad = UnreadableImages(source, Path(file), 0.9)
     bad.note(mine)
-    new = bad.settle()
-    kept, left_out = without_bad(source, "reference pictures", 0.9)
+    new = bad.synchronize()
+    kept, left_out = without_unreadable(source, "reference images", 0.9)
     assert left_out == all_bad
-    few = BadImages(source, Path(f"{file}.few.csv"), 0.1)
+    few = UnreadableImages(source, Path(f"{file}.few.csv"), 0.1)
     few.note(mine)
     with pytest.raises(ImageError) as caught:
-        few.settle()
+        few.synchronize()
     return bad.found, new, [kept.name(i) for i in range(len(kept))], str(caught.value)
 
 
@@ -300,7 +310,7 @@ def test_all_ranks_know_what_each_found(mixed: Path, tmp_path: Path) -> None:
     found, new, kept, sentence = first
     assert found == reasons(opened(mixed))
     assert (new, kept) == (7, [f"{i:02}.png" for i in range(9)])
-    assert "7 of the 16 training pictures" in sentence
+    assert "7 of the 16 training images" in sentence
     assert {name for name, _ in listed(file)} == set(BAD)
 
 
@@ -312,22 +322,24 @@ def test_bad_pictures_leave_the_reference_set_with_their_labels(resident: bool, 
     for label in "ab":
         folder(tmp_path / label, good=3, bad=False)
     (tmp_path / "a/01.png").write_bytes(b"")
-    source = load_source("folder", str(tmp_path), labels="folder", resident=resident, keep_bad=True).train
-    kept, bad = without_bad(source, "held-out pictures", 0.2)
+    source = load_source(
+        DataConfig("folder", str(tmp_path), labels="folder", resident=resident), keep_unreadable=True
+    ).train
+    kept, bad = without_unreadable(source, "held-out images", 0.2)
     assert bad == {1: "the file is empty"}
     assert [kept.name(i) for i in range(5)] == ["a/00.png", "a/02.png", "b/00.png", "b/01.png", "b/02.png"]
     assert kept.labels is not None
     assert kept.labels.tolist() == [0, 0, 1, 1, 1]
     for i, j in enumerate((0, 2, 3, 4, 5)):
         assert torch.equal(kept.image(i), source.image(j))
-    with pytest.raises(ImageError, match=r"1 of the 6 held-out pictures .*data\.max_bad=0\.1.*a/01\.png"):
-        without_bad(source, "held-out pictures", 0.1)
+    with pytest.raises(ImageError, match=r"1 of the 6 held-out images .*data\.max_bad=0\.1.*a/01\.png"):
+        without_unreadable(source, "held-out images", 0.1)
 
 
 def test_a_part_of_a_resident_source_keeps_its_bad_rows() -> None:
     images: Tensor = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    source = ArraySource(images, list("abcd"), bad={2: ImageError("c is bad")})
-    part = subset(source, np.array([3, 2]))
+    source = ArraySource(images, list("abcd"), unreadable={2: ImageError("c is bad")})
+    part = source.subset(np.array([3, 2]))
     assert (part.image(0) == 3).all()
     with pytest.raises(ImageError, match="c is bad"):
         part.image(1)
@@ -338,17 +350,17 @@ def test_a_list_that_cannot_be_written_is_one_sentence_and_the_one_of_before_sta
     source, file = opened(root), tmp_path / "bad_images.csv"
     found = reasons(source)
     first = min(found)
-    bad = BadImages(source, file, 0.9)
+    bad = UnreadableImages(source, file, 0.9)
     bad.note({first: found[first]})
-    bad.settle()
+    bad.synchronize()
     bad.note(found)
     file.with_name("bad_images.csv.tmp").symlink_to("/dev/full")
     with pytest.raises(WriteError, match=r"bad_images\.csv cannot be written \(No space left on device\)"):
-        bad.settle()
+        bad.synchronize()
     assert [name for name, _ in listed(file)] == [source.name(first)]
     assert not file.with_name("bad_images.csv.tmp").is_symlink()
     file.with_name("bad_images.csv.tmp").write_text("torn by a kill")
-    again = BadImages(source, file, 0.9)
+    again = UnreadableImages(source, file, 0.9)
     again.note(found)
-    assert again.settle() == len(found) - 1
+    assert again.synchronize() == len(found) - 1
     assert len(listed(file)) == len(found)

@@ -1,0 +1,113 @@
+"""The interface of every source of images, and the digest of its names.
+
+Legend: N images.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moco.data.decode import ImageError
+
+Progress = Callable[[int, int], None]  # called with (done, total)
+
+
+class Source(Protocol):
+    """A list of images in a fixed order, with or without labels."""
+
+    @property
+    def images(self) -> Tensor | None:
+        """All images, uint8 (N, 3, H, W), if they are in memory; None if each is decoded on request."""
+
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Indices into `classes`, shape (N,); None if unlabeled."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names; empty if unlabeled."""
+
+    @property
+    def unreadable(self) -> Mapping[int, ImageError]:
+        """The images in memory that could not be decoded (black in `images`); empty for every other source."""
+
+    @property
+    def stream(self) -> Callable[..., Any] | None:
+        """Make a loader for a source that can only be read from start to end (see `moco.data.remote`); else None."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, i: int) -> Tensor:
+        """Return image i, uint8 (3, H, W).
+
+        Raises:
+            ImageError: if it cannot be read.
+        """
+
+    def name(self, i: int) -> str:
+        """Return the name of image i in reports: its path below the root, or for example "digits/17"."""
+
+    def path(self, i: int) -> str | None:
+        """Return the path of image i's own file; None if it has none."""
+
+    def content(self, i: int) -> bytes | None:
+        """Return the encoded bytes of image i; None if the source holds pixels only.
+
+        Raises:
+            ImageError: if they cannot be read.
+        """
+
+    def subset(self, rows: NDArray[np.int64]) -> "Source":
+        """Return the given images as a source, in the order of `rows`."""
+
+    def encoded_names(self) -> Iterable[bytes]:
+        """Return the names in order, in the file system's encoding; for a stream the names of its shards."""
+
+    def content_digest(self) -> str:
+        """Return the SHA-256 over the names and the content, in order, wherever the data set lies.
+
+        Content means the pixels of images in memory, size and modification time of files, and checksums of shards.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """A data set: the images to train on, and the labeled images to evaluate with."""
+
+    train: Source
+    bank: Source | None = None  # labeled references, for kNN and linear probes
+    held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
+
+
+def labeled(train: Source, held_out: Source | None) -> Sources:
+    """Return a data set in which the training images, if labeled, are the bank as well."""
+    return Sources(train, train if train.labels is not None else None, held_out)
+
+
+def names_digest(source: Source, with_size: bool = False) -> str:
+    """Return the SHA-256 of the names in order: equal for copies of the images in another folder.
+
+    Args:
+        source: the images.
+        with_size: include channels, height and width of images in memory.
+    """
+    sha = hashlib.sha256()
+    for name in source.encoded_names():
+        sha.update(name + b"\0")  # which no name contains, so different lists never join to the same bytes
+    if with_size and source.images is not None:
+        sha.update(str(tuple(source.images.shape[1:])).encode())
+    return sha.hexdigest()
+
+
+def entries_digest(entries: Iterable[list[Any]], head: str = "") -> str:
+    """Return the SHA-256 over `head` and one JSON list per image: the common part of `Source.content_digest`."""
+    sha = hashlib.sha256(head.encode())
+    for entry in entries:
+        sha.update(json.dumps(entry).encode())
+    return sha.hexdigest()

@@ -1,0 +1,181 @@
+"""The output folder of moco.pack while it is unfinished: its settings and its finished parts.
+
+During packing, `output/parts/` contains the settings and, for each finished shard, its part of the index. A finished
+folder that is damaged is changed back to an unfinished one: its index contains everything that its parts did.
+
+Legend: N images, n images of one shard.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moco.config import RunWarning, require
+from moco.config.pack import PackConfig
+from moco.data.base import Source
+from moco.data.shard_index import INDEX, PARTS, VERSION, damaged_files, read_sealed, row_type, sealed
+from moco.digest import digest
+from moco.files import atomic_write, write_errors, write_json
+from moco.runtime.console import progress_bar
+
+SETTINGS = "settings.json"
+# Not compared, because the digests in `pictures` decide: the column of the same labels may be named or found.
+_NOT_COMPARED = ("pictures", "data.label_column")
+
+
+class Part(NamedTuple):
+    """A finished shard's part of the index, from which an interrupted command resumes."""
+
+    rows: NDArray[np.void]  # (n,); empty if all images up to `end` were skipped
+    shard: dict[str, Any]  # file, bytes, sha256; {} if there is none
+    end: int  # the first image of the source that follows
+    before: int  # bytes of its images before packing
+    skipped: list[list[str]]  # name, kind and reason of each unreadable image
+
+
+def part_path(output: Path, split: str, number: int) -> Path:
+    """Return the file of a split's part in an unfinished folder."""
+    return output / PARTS / f"{split}-{number:06}.npz"
+
+
+def write_part(path: Path, part: Part) -> None:
+    """Write a part to a file, atomically."""
+    about = json.dumps([part.shard, part.end, part.before, part.skipped])
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, rows=part.rows, about=np.array(about))
+
+
+def read_part(path: Path) -> Part:
+    """Read a file of `write_part`."""
+    with np.load(path, allow_pickle=False) as file:
+        return Part(file["rows"], *json.loads(str(file["about"])))
+
+
+def join_rows(path: Path, parts: Sequence[Path]) -> int:
+    """Join the rows of all parts into one .npy file, one part in memory at a time; return their number N."""
+    shapes = [(len(rows), rows.dtype["name"].itemsize) for rows in (read_part(part).rows for part in parts)]
+    count, width = sum(length for length, _ in shapes), max(bytes_ for _, bytes_ in shapes)
+    dtype = row_type(width)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.lib.format.write_array_header_2_0(file, header)
+        for part in parts:
+            file.write(read_part(part).rows.astype(dtype).tobytes())
+    return count
+
+
+def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
+    """Return everything that determines the shards, by field name; `pictures` describes the images of each split."""
+    data = config.data
+    with progress_bar("reading the images' names and dates", quiet=False) as progress:
+        images = {}
+        for number, (name, source) in enumerate(splits.items()):
+            labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64))
+            images[name] = {
+                "count": len(source),
+                "sha256": source.content_digest(),
+                "labels": digest({"classes": list(source.classes), "labels": labels})[:24],
+            }
+            progress(number + 1, len(splits))
+    return {
+        "short_side": config.short_side,
+        "quality": config.quality if config.short_side else None,
+        "shard_mb": config.shard_mb,
+        "data.name": data.name,
+        "data.labels": data.labels,
+        "data.label_column": data.label_column,
+        "pictures": images,
+    }
+
+
+def refuse_other(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise a ConfigError that names each difference, if the folder has other images, labels or settings."""
+    differing = [
+        f"{name}={found.get(name)} (now {value})"
+        for name, value in wanted.items()
+        if name not in _NOT_COMPARED and found.get(name) != value
+    ]
+    if not differing and found["pictures"] != wanted["pictures"]:
+        differing.append(_image_difference(found, wanted))
+    require(
+        not differing,
+        f"output={output} contains shards with {' and '.join(differing)}: choose another output, or remove that folder",
+    )
+
+
+def _image_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    both = found["pictures"], wanted["pictures"]
+    content = [{name: (split["count"], split["sha256"]) for name, split in each.items()} for each in both]
+    if content[0] == content[1]:
+        columns = [repr(each["data.label_column"]) for each in (found, wanted)]
+        return f"other labels or classes of the same images (data.label_column={columns[0]}; now {columns[1]})"
+    counts = [", ".join(f"{split['count']:,} {name}" for name, split in each.items()) for each in both]
+    return f"other images, or the same images before a change ({counts[0]}; now {counts[1]})"
+
+
+def begin(output: Path, wanted: dict[str, Any]) -> None:
+    """Create the folder of parts, or check that the one that is there has the same settings.
+
+    Raises:
+        ConfigError: if the folder contains something else.
+        ValueError: if its settings are damaged.
+    """
+    file = output / PARTS / SETTINGS
+    if file.is_file():
+        refuse_other(output, read_sealed(file, f"remove {output} and start again", VERSION)["settings"], wanted)
+        return
+    others = sorted(each.name for each in output.iterdir() if each.name not in (".lock", PARTS))
+    require(not others, f"output={output} is not empty and contains no shards ({others[:1]}): choose another folder")
+    with write_errors(output):
+        _write_settings(output, wanted)
+
+
+def _write_settings(output: Path, wanted: dict[str, Any]) -> None:
+    (output / PARTS).mkdir(exist_ok=True)
+    write_json(output / PARTS / SETTINGS, sealed({"version": VERSION, "settings": wanted}))
+
+
+def verify(output: Path, index: dict[str, Any]) -> bool:
+    """Read every file of a finished folder; reopen it from its first damaged shard on, and return whether it is intact.
+
+    Warns:
+        RunWarning: naming what is damaged.
+    """
+    with progress_bar("checking shards", quiet=False) as progress:
+        damaged = damaged_files(output, index, progress)
+    if not damaged:
+        return True
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    warnings.warn(
+        f"damaged (SHA-256): {output / damaged[0]}{more}; each split is packed again from its first damaged shard on",
+        RunWarning,
+        stacklevel=2,
+    )
+    with write_errors(output):
+        _reopen(output, index, damaged)
+    return False
+
+
+def _reopen(output: Path, index: dict[str, Any], damaged: list[str]) -> None:
+    """Restore the state before the index was written. The index is removed last, so this can be interrupted."""
+    shutil.rmtree(output / PARTS, ignore_errors=True)
+    _write_settings(output, index["settings"])
+    for name, split in index["splits"].items():
+        if split["rows"] in damaged:  # the positions of its images are lost
+            continue
+        rows = np.load(output / split["rows"], mmap_mode="r", allow_pickle=False)
+        first, shards = 0, iter(split["shards"])
+        for number, part in enumerate(split["parts"]):
+            end = first + part["rows"]
+            shard = next(shards) if part["rows"] else {}
+            restored = Part(rows[first:end], shard, part["end"], part["before"], part["skipped"])
+            write_part(part_path(output, name, number), restored)
+            first = end
+    (output / INDEX).unlink()

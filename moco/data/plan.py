@@ -1,0 +1,56 @@
+"""The order of the samples: which of them each step of training uses.
+
+The order is a function of (seed, epoch) on the global batch (laws 2 and 3): step s of an epoch uses the samples
+s * B ... (s + 1) * B - 1 of that epoch's permutation, and rank r the r-th part of them. So a run resumes at any step,
+on any number of processes.
+
+Legend: B global batch, n = B / W samples per rank, W processes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moco.data.keyed import ORDER, SHUFFLE, permutation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples each step uses: a function of its fields and the step."""
+
+    length: int  # samples in the data set
+    batch_size: int  # B
+    epochs: int
+    seed: int
+    rank: int = 0
+    processes: int = 1  # W
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches per epoch; the rest of the permutation is dropped, as in the official code."""
+        return self.length // self.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def share(self) -> int:
+        """Samples per rank and step, n."""
+        return self.batch_size // self.processes
+
+    def samples(self, start: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Yield (epoch, this rank's sample indices (n,)) for each step from `start` to the end of training."""
+        order_epoch, order = -1, np.empty(0, dtype=np.int64)
+        for step in range(start, self.total_steps):
+            epoch, position = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order_epoch, order = epoch, permutation(self.seed, epoch, self.length, ORDER)
+            first = position * self.batch_size + self.rank * self.share
+            yield epoch, order[first : first + self.share]
+
+    def shuffles(self, step: int, views: int) -> list[NDArray[np.int64]]:
+        """Return for each view the permutation of the global batch under which its keys are encoded."""
+        return [permutation(self.seed, step, self.batch_size, SHUFFLE + view) for view in range(views)]

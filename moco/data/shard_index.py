@@ -1,0 +1,127 @@
+"""The index of a folder of tar shards that `moco.pack` writes: its files and their checksums.
+
+A packed folder contains:
+
+    train-000000.tar ...   plain WebDataset: 000000000.jpg and, with labels, 000000000.cls, in the source's order
+    train.npy              one row per image (`row_type`): shard, offset, size, checksum, label, name
+    held_out-000000.tar, held_out.npy, bank-000000.tar, bank.npy      the same for the other splits, if there are any
+    skipped.csv            the images that were left out, and why
+    index.json             classes, settings, the SHA-256 of every file above and of its own content; written last
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moco.data.base import Progress
+
+INDEX, PARTS, SKIPPED, VERSION = "index.json", "parts", "skipped.csv", 2
+SPLITS = ("train", "bank", "held_out")
+
+
+def row_type(name_bytes: int) -> np.dtype[np.void]:
+    """Return the type of one image's row: 28 bytes and the longest name.
+
+    `offset` and `size` locate the image's file inside the shard; `crc` is its CRC-32; `label` is -1 without a label;
+    `name` is the source's name, in the file system's encoding.
+    """
+    fields: list[tuple[str, str]] = [("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("crc", "<u4")]
+    return np.dtype([*fields, ("label", "<i4"), ("name", f"S{max(1, name_bytes)}")])
+
+
+def read_index(folder: Path, where: str) -> dict[str, Any]:
+    """Read index.json.
+
+    Args:
+        folder: the packed folder.
+        where: the name of the folder in errors.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is damaged, or of another version.
+    """
+    file = folder / INDEX
+    if not file.is_file():
+        raise FileNotFoundError(f"{where} {_without_index(folder)}")
+    index = read_sealed(file, f"restore it from a copy, or remove {folder} and pack the images again", VERSION)
+    assert isinstance(index["splits"], dict)
+    return index
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with their SHA-256, for a JSON file: most files with a flipped bit are still valid JSON."""
+    return value | {"sha256": _seal(value)}
+
+
+def read_sealed(file: Path, fix: str, version: int) -> dict[str, Any]:
+    """Read a JSON file of `sealed` values, without the SHA-256.
+
+    Args:
+        file: the file.
+        fix: what to do if it is damaged, for the error.
+        version: its expected version.
+
+    Raises:
+        ValueError: if it is damaged, or of another version.
+    """
+    try:
+        value = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        value = None
+    found = value.get("version") if isinstance(value, dict) else None
+    if isinstance(found, int) and found != version:
+        newer = "install a newer moco" if found > version else "pack the images again, into another folder"
+        raise ValueError(f"{file} has version {found}, and this moco reads version {version}: {newer}")
+    if not isinstance(value, dict) or value.pop("sha256", None) != _seal(value):
+        raise ValueError(f"{file} is damaged: {fix}")
+    return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _without_index(folder: Path) -> str:
+    """Describe a folder without an index, and the fix."""
+    if not folder.is_dir():
+        return (
+            "is a file, not a folder" if folder.exists() else "does not exist"
+        ) + ": set it to the output of moco.pack"
+    if (folder / PARTS).is_dir():
+        return "is not completely packed: run the same moco.pack command again to resume"
+    if any(folder.glob("*.tar")):
+        return (
+            f"contains tar files but no {INDEX}: stream them with data=webdataset "
+            f"'data.root={folder}/NAME-{{000000..000009}}.tar' data.length=IMAGES, or pack the images with moco.pack"
+        )
+    return f"contains no {INDEX}: make shards with python -m moco.pack data.root=IMAGES output={folder}"
+
+
+def damaged_files(folder: Path, index: dict[str, Any], progress: Progress) -> list[str]:
+    """Read every file of a packed folder and return the names of those that are missing or have changed."""
+    splits = index["splits"].values()
+    files = {split["rows"]: split["sha256"] for split in splits} | {SKIPPED: index["skipped"]}
+    files |= {shard["file"]: shard["sha256"] for split in splits for shard in split["shards"]}
+    damaged = []
+    for number, (name, digest) in enumerate(files.items()):
+        if not is_intact(folder / name, digest):
+            damaged.append(name)
+        progress(number + 1, len(files))
+    return damaged
+
+
+def is_intact(path: Path, digest: str) -> bool:
+    """Return whether the file exists, can be read, and has this SHA-256."""
+    try:
+        return file_digest(path) == digest
+    except OSError:
+        return False
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

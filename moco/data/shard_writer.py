@@ -1,0 +1,176 @@
+"""Writing tar shards: encoding single images in worker processes, and writing one shard with its rows of the index.
+
+Legend: N images, n images of one shard.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+import warnings
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from moco.data.base import Source
+from moco.data.decode import ImageError, decode_bytes
+from moco.data.shard_index import row_type
+from moco.data.walk import IMAGE_FORMATS
+from moco.data.workers import identity_collate, ignore_signals, loaded
+
+TASK = 16  # images per task of a worker
+_ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # other endings equal the format's name
+
+
+class Encoded(NamedTuple):
+    """An image as it is written to a shard; of an unreadable image only its fault."""
+
+    content: bytes = b""
+    ending: str = ""  # by the content, because WebDataset readers rely on it
+    before: int = 0  # its size before, in bytes
+    fault: str = ""  # a key of `moco.data.decode.FAULTS`
+    reason: str = ""
+
+
+def encode(source: Source, i: int, short_side: int, quality: int) -> Encoded:
+    """Return image i as it is written to a shard; it is decoded once to verify that it can be.
+
+    The file's bytes are kept, unless its shorter side exceeds `short_side`: then the image is scaled down to that,
+    upright, bicubic and antialiased, and encoded as JPEG with 4:2:0 color. An image without a file (CIFAR, digits)
+    becomes a lossless PNG.
+    """
+    try:
+        content = source.content(i)
+        if content is None:
+            pixels = source.image(i)  # (3, H, W)
+            content, before = _encode_pixels(pixels, "PNG"), pixels.numel()
+        else:
+            pixels, before = decode_bytes(source.name(i), content), len(content)
+    except ImageError as error:
+        return Encoded(fault=error.kind, reason=error.reason)
+    if 0 < short_side < min(pixels.shape[1:]):
+        small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (3, h, w)
+        return Encoded(_encode_pixels(small, "JPEG", quality=quality), "jpg", before)
+    with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+        kind = image.format or "bin"
+    return Encoded(content, _ENDINGS.get(kind, kind.lower()), before)
+
+
+def _encode_pixels(pixels: Tensor, kind: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+class _Tasks:
+    """The data set of the loader: each item is a range of encoded images."""
+
+    def __init__(self, source: Source, short_side: int, quality: int) -> None:
+        self.source, self.short_side, self.quality = source, short_side, quality
+
+    def __getitem__(self, rows: range) -> list[Encoded]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, about headers of images that it can read
+            return [encode(self.source, i, self.short_side, self.quality) for i in rows]
+
+
+def encoded(source: Source, start: int, workers: int, short_side: int, quality: int) -> Generator[Encoded, None, None]:
+    """Yield the images from `start` on in order, encoded by worker processes; `close` ends the processes.
+
+    Raises:
+        LoaderError: if a worker process dies.
+    """
+    # PyTorch's loader keeps the order, limits the tasks in progress, and its workers end if their parent is killed.
+    loader: DataLoader[Any] = DataLoader(
+        _Tasks(source, short_side, quality),  # type: ignore[arg-type]
+        sampler=(range(at, min(at + TASK, len(source))) for at in range(start, len(source), TASK)),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=identity_collate,
+        worker_init_fn=ignore_signals,
+    )
+    for images in loaded(loader, "workers"):
+        yield from images
+
+
+class ShardWriter:
+    """Writes one shard and collects its rows of the index.
+
+    Args:
+        path: the tar file; it has a temporary name until `close`.
+        number: the shard's number in its split.
+        key: the number of images in the previous shards: WebDataset needs unique keys in a split.
+    """
+
+    def __init__(self, path: Path, number: int, key: int) -> None:
+        self.path, self.number, self.key = path, number, key
+        self.rows: list[tuple[int, int, int, int, int, bytes]] = []
+        self._temporary = path.with_name(f"{path.name}.tmp")
+        self._file = _HashedFile(self._temporary)
+        self._tar = tarfile.TarFile(mode="w", fileobj=self._file, format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+
+    def size_with(self, content: bytes) -> int:
+        """Return the shard's size in bytes with one more image, without the zeros at its end."""
+        return self._file.tell() + 3 * tarfile.BLOCKSIZE + len(content)
+
+    def add(self, image: Encoded, label: int, name: bytes) -> None:
+        """Append an image; label -1: none."""
+        key = f"{self.key + len(self.rows):09}"
+        offset = self._member(f"{key}.{image.ending}", image.content)
+        if label >= 0:
+            self._member(f"{key}.cls", str(label).encode())
+        content = image.content
+        self.rows.append((self.number, offset, len(content), zlib.crc32(content), label, name))
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Append a file, without time or owner, and return the offset of its content."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        offset = self._file.tell() + tarfile.BLOCKSIZE  # after the header, which is one block in this format
+        self._tar.addfile(info, io.BytesIO(data))
+        return offset
+
+    def close(self) -> tuple[NDArray[np.void], dict[str, Any]]:
+        """Complete the file on disk, and return its rows (n,) and its entry of the index."""
+        self._tar.close()
+        entry = {"file": self.path.name, "bytes": self._file.tell(), "sha256": self._file.close()}
+        self._temporary.replace(self.path)
+        width = max(len(row[-1]) for row in self.rows)
+        return np.array(self.rows, row_type(width)), entry
+
+    def discard(self) -> None:
+        """Remove the unfinished file."""
+        self._file.close(durable=False)
+        self._temporary.unlink(missing_ok=True)
+
+
+class _HashedFile:
+    """A new file whose SHA-256 is computed while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._sha, self._length = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._sha.update(data)
+        self._length += len(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._length
+
+    def close(self, durable: bool = True) -> str:
+        if durable and not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._file.close()
+        return self._sha.hexdigest()

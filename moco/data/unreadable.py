@@ -1,0 +1,180 @@
+"""Unreadable images: their substitutes in training, and a run's list of them.
+
+Legend: N images, W processes.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from moco.config import ConfigError
+from moco.data.base import Progress, Source
+from moco.data.decode import ImageError
+from moco.data.keyed import SUBSTITUTE, philox
+from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
+from moco.files import write_csv, write_errors
+
+# Substitutes to try; they may be unreadable too. If 1 % of the images are, three in a row are one in a million: all of
+# these fail only if the disk is gone, or nearly everything is damaged.
+TRIES = 64
+
+OnUnreadable = Callable[[Mapping[int, str]], None]  # gets the indices of unreadable images and the reasons
+
+
+def substitutes(i: int, length: int) -> list[int]:
+    """Return the substitutes of image i in the order to try them: a function of i and N only.
+
+    They are drawn from the complete data set instead of the next images, because damaged files often come in a row (an
+    interrupted copy), and the image after the row would replace all of them.
+    """
+    words = philox((0, 0), (np.arange(TRIES), SUBSTITUTE, i, 0))  # (TRIES, 4)
+    drawn = (words[:, 0] << np.uint64(32) | words[:, 1]) % np.uint64(length)
+    return [int(each) for each in drawn]
+
+
+def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> tuple[int, Tensor]:
+    """Return image i, or its first readable substitute: its index and its pixels (3, H, W).
+
+    Args:
+        source: the images.
+        i: the index.
+        unreadable: gets every unreadable image that was tried, with the reason.
+
+    Raises:
+        ImageError: if no substitute can be read either.
+    """
+    try:
+        return i, source.image(i)
+    except ImageError as error:
+        unreadable[i] = error.reason
+        first = error
+    for each in substitutes(i, len(source)):
+        try:
+            return each, source.image(each)
+        except ImageError as error:
+            unreadable[each] = error.reason
+    raise ImageError(f"{first}; {TRIES} substitutes cannot be read either: check the disk that holds them") from first
+
+
+def find_unreadable(source: Source, rows: Sequence[int], progress: Progress | None = None) -> dict[int, ImageError]:
+    """Decode the given images and return the errors by row; `progress` is called with (done, total)."""
+
+    def errors(part: Sequence[int]) -> dict[int, ImageError]:
+        found: dict[int, ImageError] = {}
+        for i in part:
+            try:
+                source.image(i)
+            except ImageError as error:
+                found[i] = error
+        return found
+
+    parts = [rows[start : start + 64] for start in range(0, len(rows), 64)]
+    found: dict[int, ImageError] = {}
+    with ThreadPoolExecutor() as pool:  # the decoders release the interpreter lock
+        for number, part in enumerate(pool.map(errors, parts)):
+            found |= part
+            if progress is not None:
+                progress(min(64 * (number + 1), len(rows)), len(rows))
+    return found
+
+
+def without_unreadable(
+    source: Source, name: str, max_fraction: float, progress: Progress | None = None
+) -> tuple[Source, dict[int, str]]:
+    """Return the source without its unreadable images, and these with the reasons. Each rank decodes a part.
+
+    For measuring accuracy, where a substitute would be counted twice.
+
+    Raises:
+        ImageError: if more than `max_fraction` of the images are unreadable.
+    """
+    found = _of_all_ranks(lambda: _reasons(find_unreadable(source, range(rank(), len(source), world_size()), progress)))
+    if not found:
+        return source, found
+    _refuse_many(found, source, name, max_fraction, "")
+    return source.subset(np.setdiff1d(np.arange(len(source)), np.array(list(found), np.int64))), found
+
+
+class UnreadableImages:
+    """The images that a run could not read: one list for all ranks, which rank 0 writes to a file.
+
+    Each rank notes what it finds; `synchronize` merges the notes. Call it before a checkpoint is written: a run that is
+    killed later resumes from the checkpoint and finds the same images again.
+
+    If the file already exists (of a resumed run), its images are checked, and those that are readable now are removed.
+
+    Args:
+        source: the images.
+        file: the list, with the columns index, path and reason. It is removed if nothing is unreadable.
+        max_fraction: the largest fraction of the images that may be unreadable.
+    """
+
+    def __init__(self, source: Source, file: Path, max_fraction: float) -> None:
+        self._source, self._max_fraction = source, max_fraction
+        self.file = file
+        self._noted: dict[int, str] = {}  # by this rank since the last `synchronize`
+        self.found = on_rank_zero(self._still_unreadable)  # the same on every rank
+
+    def note(self, unreadable: Mapping[int, str]) -> None:
+        """Remember what this rank found: indices and reasons."""
+        self._noted |= {i: reason for i, reason in unreadable.items() if i not in self.found}
+
+    def synchronize(self) -> int:
+        """Merge all ranks' notes and write the file; every rank calls it. Return the number of new images.
+
+        Raises:
+            ImageError: on every rank, if more than `max_fraction` of the images are unreadable.
+            WriteError: on every rank, if the file cannot be written.
+        """
+        new = _of_all_ranks(lambda: self._noted)
+        self._noted = {}
+        if new:
+            self.found |= new
+            on_rank_zero(self._write)
+            listed = f"; {self.file} lists them"
+            _refuse_many(self.found, self._source, "training images", self._max_fraction, listed)
+        return len(new)
+
+    def _still_unreadable(self) -> dict[int, str]:
+        if not self.file.exists():
+            return {}
+        try:
+            with self.file.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+                listed = [(int(row["index"]), row["path"]) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise ConfigError(f"{self.file} is damaged: remove it; its images will be found again") from error
+        rows = [i for i, path in listed if 0 <= i < len(self._source) and self._source.name(i) == path]
+        self.found = _reasons(find_unreadable(self._source, rows))
+        self._write()
+        return self.found
+
+    def _write(self) -> None:
+        if not self.found:
+            with write_errors(self.file):
+                self.file.unlink(missing_ok=True)
+            return
+        lines = ((i, self._source.name(i), self.found[i]) for i in sorted(self.found))
+        write_csv(self.file, ("index", "path", "reason"), lines)
+
+
+def _reasons(errors: Mapping[int, ImageError]) -> dict[int, str]:
+    return {i: error.reason for i, error in errors.items()}
+
+
+def _of_all_ranks(find: Callable[[], dict[int, str]]) -> dict[int, str]:
+    return {i: reason for part in all_gather_object(find) for i, reason in part.items()}
+
+
+def _refuse_many(found: Mapping[int, str], source: Source, what: str, max_fraction: float, listed: str) -> None:
+    """Raise ImageError if too many of a source's images are unreadable."""
+    if len(found) > max_fraction * len(source):
+        first = min(found)
+        raise ImageError(
+            f"{len(found)} of the {len(source):,} {what} cannot be read, more than data.max_bad={max_fraction:g} "
+            f"allows, the first: {source.name(first)} ({found[first]}){listed}; python -m moco.check_data finds all: "
+            "repair or remove them, or raise data.max_bad"
+        )
