@@ -1,1 +1,1 @@
-"""Reading and writing encoders in the formats of others."""
+"""Read and write encoder files of other projects."""

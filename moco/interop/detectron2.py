@@ -1,4 +1,4 @@
-"""Detectron2's file of a ResNet: a pickle of NumPy arrays under its names, as facebookresearch/moco converts to it.
+"""Detectron2's format for a ResNet: a pickle of NumPy arrays under Detectron2's names.
 
 Source: detection/convert-pretrain-to-detectron2.py of facebookresearch/moco.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torchvision's names on the left; Detectron2's stages begin at 2, as the ResNet paper's.
+# torchvision's names on the left. Detectron2 counts stages from 2, as the ResNet paper does.
 _TO_DETECTRON2 = (
     (r"^(?!layer)", "stem."),
     (r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}"),
@@ -29,7 +29,7 @@ _FROM_DETECTRON2 = (
     (r"shortcut\.norm", "downsample.1"),
     (r"shortcut\b", "downsample.0"),
 )
-# What a pickled array names. NumPy 1 knows the first by the old name only, NumPy 2 by both.
+# The names in a pickled array. NumPy 1 has only the old name of the first module, NumPy 2 has both.
 _RECONSTRUCT, _OLD_RECONSTRUCT = "numpy._core.multiarray", "numpy.core.multiarray"
 _ALLOWED = {
     (_RECONSTRUCT, "_reconstruct"),
@@ -40,12 +40,12 @@ _ALLOWED = {
 
 
 def to_detectron2(name: str) -> str:
-    """layer1.0.downsample.1.bias -> res2.0.shortcut.norm.bias."""
+    """Rename a weight: layer1.0.downsample.1.bias -> res2.0.shortcut.norm.bias."""
     return _renamed(name, _TO_DETECTRON2)
 
 
 def from_detectron2(name: str) -> str:
-    """The inverse of `to_detectron2`."""
+    """Invert `to_detectron2`."""
     return _renamed(name, _FROM_DETECTRON2)
 
 
@@ -56,29 +56,27 @@ def _renamed(name: str, rules: Any) -> str:
 
 
 def save_detectron2(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes the file. BN's counters stay out: Detectron2's own layers have none.
+    """Write the state of a ResNet, under torchvision's names, to a `.pkl` file.
 
-    Args:
-        path: a `.pkl`.
-        state: of a ResNet, under torchvision's names.
+    BN's counters are left out: Detectron2's layers have none.
     """
     model = {
         to_detectron2(name): value.detach().cpu().contiguous().numpy()
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")
     }
-    # A pickle of protocol 3 names the function once, in plain text and before all arrays: under the name that every
-    # NumPy knows.
+    # A pickle of protocol 3 names the function once, in plain text before all arrays: write the name that every NumPy
+    # version has.
     data = pickle.dumps({"model": model, "__author__": "moco", "matching_heuristics": True}, protocol=3)
     old, new = (f"c{module}\n_reconstruct\n".encode() for module in (_RECONSTRUCT, _OLD_RECONSTRUCT))
     path.write_bytes(data.replace(old, new, 1))
 
 
 def load_detectron2(path: Path) -> dict[str, Tensor]:
-    """The weights under torchvision's names. Nothing in the file is run: arrays and plain values only.
+    """Read the weights under torchvision's names. Only arrays and plain values are loaded, no code is run.
 
     Raises:
-        pickle.UnpicklingError: for a pickle that names anything else.
+        pickle.UnpicklingError: for a pickle that holds anything else.
     """
     model = _ArraysOnly(io.BytesIO(path.read_bytes())).load()["model"]
     return {from_detectron2(name): torch.from_numpy(np.array(value)) for name, value in model.items()}
@@ -87,5 +85,5 @@ def load_detectron2(path: Path) -> dict[str, Tensor]:
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of an array")
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
         return super().find_class(module.replace(_OLD_RECONSTRUCT, _RECONSTRUCT), name)

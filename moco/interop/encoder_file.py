@@ -1,8 +1,8 @@
-"""An encoder in a file: what network it is, its weights, and what the file says of pictures and data.
+"""Read an encoder from a file: its network, its weights, and how images are preprocessed for it.
 
-Layouts, told apart by their keys: checkpoints and encoder.safetensors of ours; facebookresearch/moco v1 and v2
-(`module.encoder_q.*`); facebookresearch/moco-v3 (`module.base_encoder.*`); lightly's and solo-learn's modules
-(`backbone.*`); a plain state dict of a backbone, such as torchvision's and timm's.
+Layouts are recognized by their keys: checkpoints and encoder.safetensors of this project; facebookresearch/moco v1 and
+v2 (`module.encoder_q.*`); facebookresearch/moco-v3 (`module.base_encoder.*`); modules of lightly and solo-learn
+(`backbone.*`); plain state dicts of a backbone, such as torchvision's and timm's.
 """
 
 import json
@@ -25,50 +25,51 @@ from moco.runs import checkpoint
 
 State = Mapping[str, Tensor]
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DDP's and torch.compile's
-_CLASSIFIERS = ("fc.", "head.", "classifier.")  # of a plain supervised network: no part of the backbone
-_ELSEWHERE = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")  # timm's
-_ONE_NETWORK = "holds one network only, no momentum encoder: set weights=encoder"
+_WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
+_CLASSIFIERS = ("fc.", "head.", "classifier.")  # of supervised networks: not part of the backbone
+# timm options that would load other weights
+_LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_NO_MOMENTUM_ENCODER = "holds no momentum encoder: set weights=encoder"
 
 
 class ForeignFileError(ValueError):
-    """A file that gives no encoder; its message is one sentence."""
+    """A file from which no encoder can be read; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class EncoderFile:
-    """An encoder as a file holds it."""
+    """The content of an encoder file."""
 
     source: str  # the path
     layout: str
     backbone: str
     options: dict[str, Any]
     weights: dict[str, Tensor]  # of the backbone
-    head_weights: dict[str, Tensor] = field(default_factory=dict)  # of the projection head; empty if there is none
-    step: int = 0  # optimizer steps it was trained for, where the file says so
-    images: dict[str, Any] = field(default_factory=dict)  # size, resize, mean, std
-    config: dict[str, Any] = field(default_factory=dict)  # of the run, where it is one of ours
+    head_weights: dict[str, Tensor] = field(default_factory=dict)  # of the projection head; empty: no head
+    step: int = 0  # optimizer steps of its training; 0: unknown
+    images: dict[str, Any] = field(default_factory=dict)  # size, resize, mean and std of evaluation
+    config: dict[str, Any] = field(default_factory=dict)  # of the run; empty in files of other projects
 
 
 def read_encoder(
     path: Path, weights: str = "encoder", backbone: str | None = None, options: dict[str, Any] | None = None
 ) -> EncoderFile:
-    """Reads a file of any known layout. Nothing in it is run: tensors and plain values only.
+    """Read a file of any known layout. Only tensors and plain values are loaded, no code is run.
 
     Args:
         path: the file.
         weights: "encoder" (f_q; the base encoder of v3), or "momentum_encoder".
-        backbone, options: the network, where the file does not say it.
+        backbone, options: the network, if the file does not name it.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ForeignFileError, CheckpointError: if it cannot be read, is none of the layouts, or does not say its network.
+        FileNotFoundError: if the file does not exist.
+        ForeignFileError, CheckpointError: if it cannot be read, has an unknown layout, or does not name its network.
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint={path} does not exist")
     if path.suffix == ".safetensors":
         if weights != "encoder":
-            raise ForeignFileError(f"{path} {_ONE_NETWORK}")
+            raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
         return _safetensors(path, backbone, options)
     state = _load(path)
     if "method" in state and "config" in state:
@@ -85,11 +86,11 @@ def read_encoder(
     layout = layout_of(tensors)
     prefix = layout.encoder if weights == "encoder" else layout.momentum_encoder
     if weights != "encoder" and not (prefix and any(key.startswith(prefix) for key in tensors)):
-        raise ForeignFileError(f"{path} {_ONE_NETWORK}")
+        raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
     if backbone is None:
         if not isinstance(arch, str):
-            raise ForeignFileError(f"{path} does not say its network: set backbone=NAME, e.g. backbone=resnet50")
-        backbone = arch  # the networks of official files have the same names here
+            raise ForeignFileError(f"{path} does not name its network: set backbone=NAME, e.g. backbone=resnet50")
+        backbone = arch  # official files use the same names as this project
     elif layout == PLAIN:
         _refuse_unknown_heads(path, backbone)
     inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -98,28 +99,27 @@ def read_encoder(
     official = layout in (MOCO_V2, MOCO_V3)
     if layout not in (MOCO_V2, MOCO_V3, PLAIN) and _has_small_stem(body):
         raise ForeignFileError(
-            f"{path} ({layout.name}) has a 3x3 first convolution and does not say how that pads (solo-learn: by 2, "
-            "which no backbone here does): if by 1, save the backbone's state dict alone and set options={stem: cifar}"
+            f"{path} ({layout.name}) has a 3x3 first convolution of unknown padding (solo-learn pads by 2, which no "
+            "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
         )
     plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if official else {}
-    if set(plain_head) == {"weight", "bias"}:  # v1's one linear layer, numbered as v2's two are
+    if set(plain_head) == {"weight", "bias"}:  # v1 has one linear layer, without a number
         plain_head = {f"0.{key}": value for key, value in plain_head.items()}
     return EncoderFile(str(path), layout.name, backbone, options or {}, body, plain_head)
 
 
 def build(file: EncoderFile, seed: int | None = None) -> Encoder:
-    """The encoder in eval mode with the file's weights, or with a seed the same network untrained.
+    """Build the encoder in eval mode with the file's weights, or with random weights from a seed.
 
-    Its head is `nn.Identity` where the file holds none.
+    Without a projection head in the file, the head is `nn.Identity`.
 
     Raises:
-        ForeignFileError: if any weight of the backbone is missing, superfluous or of another shape.
-        ValueError: for a backbone or options that do not exist.
+        ForeignFileError: if a weight is missing, unknown or of another shape.
+        ValueError: for an unknown backbone or option.
     """
     if seed is not None:
         torch.manual_seed(seed)
-    # What would fetch or open other weights is left out: all weights are the file's, or none are.
-    options = {name: value for name, value in file.options.items() if name not in _ELSEWHERE}
+    options = {name: value for name, value in file.options.items() if name not in _LOADING_OPTIONS}
     try:
         backbone = build_backbone(file.backbone, options)
     except (RuntimeError, MemoryError) as error:
@@ -133,7 +133,7 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
         if not shapes:
             raise ForeignFileError(f"the projection head in {file.source} is unknown: {_some(file.head_weights)}")
         hidden = shapes[0][0] if len(shapes) > 1 else 0
-        norm = any(key.endswith("running_mean") for key in file.head_weights)  # v3's
+        norm = any(key.endswith("running_mean") for key in file.head_weights)  # of v3
         head = projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), norm)
     if seed is None:
         load_all(backbone, file.weights, f"{file.source} ({file.layout}) does not fit backbone={file.backbone}")
@@ -142,13 +142,13 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
 
 
 def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], step: int) -> None:
-    """Writes encoder.safetensors: the backbone's weights, and in its metadata all that `read_encoder` wants to know.
+    """Write encoder.safetensors: the weights of the backbone, with metadata for `read_encoder`.
 
     Args:
         path: the file.
-        backbone: its weights go in.
+        backbone: the network.
         config: of the run, with the groups "model" and "augment".
-        step: optimizer steps it was trained for.
+        step: number of optimizer steps of the training.
     """
     model = config["model"]
     about = {"options": model["options"], "images": images_of(config), "config": dict(config)}
@@ -157,48 +157,43 @@ def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], ste
 
 
 def load_all(module: nn.Module, weights: State, complaint: str) -> None:
-    """Loads every weight.
+    """Load all weights of a module.
 
     Args:
-        module: where to.
+        module: the network.
         weights: by name.
-        complaint: how the error begins.
+        complaint: the beginning of the error message.
 
     Raises:
-        ForeignFileError: naming what is missing, superfluous or of another shape; nothing is loaded then.
+        ForeignFileError: if a weight is missing, unknown, of another shape or not finite; nothing is loaded then.
     """
-    counted = [name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
-    wanted = {name: tuple(module.state_dict()[name].shape) for name in counted}
-    there = {name: tuple(value.shape) for name, value in weights.items() if not name.endswith("num_batches_tracked")}
-    odd = [
-        name
-        for name in sorted(wanted.keys() & there.keys())
-        if not _is_plain(weights[name]) or not bool(torch.isfinite(weights[name]).all())
-    ]
-    if odd:
+    wanted, found = _shapes(module.state_dict()), _shapes(weights)
+    common = sorted(wanted.keys() & found.keys())
+    if invalid := [name for name in common if not _is_valid(weights[name])]:
         raise ForeignFileError(
-            f"{complaint}: {len(odd)} weights are not finite numbers in a plain floating-point tensor ({_some(odd)})"
+            f"{complaint}: {len(invalid)} weights are not finite numbers in a plain floating-point tensor "
+            f"({_some(invalid)})"
         )
-    missing = sorted(wanted.keys() - there.keys())
-    extra = sorted(there.keys() - wanted.keys())
-    reshaped = [
-        f"{name} is {there[name]}, not {wanted[name]}"
-        for name in sorted(wanted.keys() & there.keys())
-        if wanted[name] != there[name]
+    missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    reshaped = [f"{name} is {found[name]}, not {wanted[name]}" for name in common if wanted[name] != found[name]]
+    problems = [
+        f"{len(missing)} of {len(wanted)} weights are missing ({_some(missing)})" if missing else "",
+        f"{len(extra)} weights in the file are unknown ({_some(extra)})" if extra else "",
+        f"{len(reshaped)} have another shape ({_some(reshaped, 2)})" if reshaped else "",
     ]
-    if missing or extra or reshaped:
-        parts = [
-            f"{len(missing)} of {len(wanted)} weights are missing ({_some(missing)})" if missing else "",
-            f"{len(extra)} in the file are unknown to it ({_some(extra)})" if extra else "",
-            f"{len(reshaped)} have another shape ({_some(reshaped, 2)})" if reshaped else "",
-        ]
+    if any(problems):
         none = "no weight matches: " if wanted and len(missing) + len(reshaped) == len(wanted) else ""
-        raise ForeignFileError(f"{complaint}: {none}{'; '.join(part for part in parts if part)}")
+        raise ForeignFileError(f"{complaint}: {none}{'; '.join(filter(None, problems))}")
     module.load_state_dict(dict(weights), strict=False)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
+def _shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if not name.endswith("num_batches_tracked")}
+
+
+def _is_valid(tensor: Tensor) -> bool:
+    plain = tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
+    return plain and bool(torch.isfinite(tensor).all())
 
 
 def _some(names: Any, limit: int = 3) -> str:
@@ -207,15 +202,15 @@ def _some(names: Any, limit: int = 3) -> str:
 
 
 def _is_head(name: str) -> bool:
-    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # ConvNeXt's: before its classifier
+    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # ConvNeXt's, not of the classifier
 
 
 def _refuse_unknown_heads(path: Path, backbone: str) -> None:
-    """A plain file of a ViT-S does not say its heads, and any number fits its weights."""
+    """Refuse a plain file of a ViT-S: it does not state the number of heads, and any number fits its weights."""
     if backbone == "vit_small":
         raise ForeignFileError(
-            f"{path} does not say how many heads its ViT has, and backbone=vit_small is MoCo v3's, with 12: set "
-            "backbone=timm/vit_small_patch16_224, which is timm's and DeiT's, with 6; for MoCo v3's weights also "
+            f"{path} does not state how many heads its ViT has, and backbone=vit_small is MoCo v3's, with 12: set "
+            "backbone=timm/vit_small_patch16_224 for timm's and DeiT's, with 6; for MoCo v3's weights also set "
             "+options.num_heads=12"
         )
 
@@ -232,14 +227,14 @@ def _unwrapped(name: str) -> str:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle's protocol, which a refusal makes moot
+        with warnings.catch_warnings(action="ignore"):  # about pickle's protocol; such files are refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ForeignFileError(
-            f"{path} is refused: it is no file of weights, or holds code beside them (nothing was run); "
-            "save its state dict alone, or as safetensors"
+            f"{path} is refused: it is not a file of weights, or it also holds code (none was run); save only its "
+            "state dict, or use safetensors"
         ) from error
-    except Exception as error:  # torch raises many kinds for one damaged file
+    except Exception as error:  # torch raises many types of error for a damaged file
         raise ForeignFileError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise ForeignFileError(f"{path} holds a {type(state).__name__}, not a dict of weights")
@@ -248,36 +243,21 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     try:
-        return _of_training(path, state, weights)
+        config, method, model = state["config"], state["method"], state["config"]["model"]
+        backbone, head = (
+            {key.removeprefix(prefix): value for key, value in method.items() if key.startswith(prefix)}
+            for prefix in (f"{weights}.backbone.", f"{weights}.head.")
+        )
+        name, options, step, images = str(model["backbone"]), dict(model["options"]), state["step"], images_of(config)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ForeignFileError(f"{path} does not hold what a checkpoint of moco.train holds ({error!r})") from error
-
-
-def _of_training(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
-    config, method = state["config"], state["method"]
-
-    def part(name: str) -> dict[str, Tensor]:
-        prefix = f"{weights}.{name}."
-        return {key.removeprefix(prefix): value for key, value in method.items() if key.startswith(prefix)}
-
-    if not part("backbone"):
-        raise ForeignFileError(f"{path} {_ONE_NETWORK}")
-    model = config["model"]
-    return EncoderFile(
-        str(path),
-        "checkpoint of moco.train",
-        str(model["backbone"]),
-        dict(model["options"]),
-        part("backbone"),
-        part("head"),
-        state["step"],
-        images_of(config),
-        config,
-    )
+        raise ForeignFileError(f"{path} is not a complete checkpoint of moco.train ({error!r})") from error
+    if not backbone:
+        raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
+    return EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
 
 
 def images_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How a run's configuration shows a picture to its encoder in evaluation."""
+    """Return how a run preprocesses images for evaluation."""
     augment = config["augment"]
     return {"size": augment["size"], "resize": augment["eval_resize"], "mean": augment["mean"], "std": augment["std"]}
 
@@ -286,17 +266,17 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
     try:
         with safe_open(path, "pt") as file:
             about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        said = {name: dict(json.loads(about[name])) for name in ("options", "images", "config") if name in about}
+        metadata = {name: dict(json.loads(about[name])) for name in ("options", "images", "config") if name in about}
         step = int(about.get("step", 0))
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ForeignFileError(f"{path} cannot be read as safetensors ({error})") from error
     if backbone is None and "backbone" not in about:
-        raise ForeignFileError(f"{path} does not say its network: set backbone=NAME, e.g. backbone=resnet50")
+        raise ForeignFileError(f"{path} does not name its network: set backbone=NAME, e.g. backbone=resnet50")
     if "backbone" not in about and backbone is not None:
         _refuse_unknown_heads(path, backbone)
     named = backbone or about["backbone"]
-    chosen = options if options is not None else said.get("options", {})
+    chosen = options if options is not None else metadata.get("options", {})
     body = {key: value for key, value in weights.items() if "backbone" in about or not _is_head(key)}
     return EncoderFile(
-        str(path), "safetensors", named, chosen, body, {}, step, said.get("images", {}), said.get("config", {})
+        str(path), "safetensors", named, chosen, body, {}, step, metadata.get("images", {}), metadata.get("config", {})
     )

@@ -1,6 +1,6 @@
-"""Encoders as graphs that run without this package: ONNX and torch.export, for a batch of any size.
+"""Encoders as graphs that run without this package: ONNX and torch.export, for any batch size.
 
-The graph takes pictures that are normalized already; how (and their size) stands beside it in the file.
+The input is normalized images; their size, mean and std are stored in the file.
 """
 
 import json
@@ -19,18 +19,18 @@ Features = Callable[[Tensor], Tensor]  # images (N, 3, S, S) to features (N, D)
 
 
 def save_onnx(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
-    """Writes a `.onnx` with the input "images" (batch, 3, S, S) and the output "features" (batch, D).
+    """Write a `.onnx` file with the input "images" (batch, 3, S, S) and the output "features" (batch, D).
 
     Args:
         path: the file.
         backbone: in eval mode, on the CPU.
-        images: "size", and what else is to stand in the file's metadata as JSON under "images".
+        images: "size" and other values, stored as JSON in the file's metadata under "images".
 
     Raises:
         ConfigError: if a package is missing.
     """
-    _onnxruntime()  # the file could not be checked without it
-    with warnings.catch_warnings(action="ignore"):  # the exporter's, of its own deprecated calls
+    _onnxruntime()  # needed to check the file
+    with warnings.catch_warnings(action="ignore"):  # about deprecated calls within the exporter
         program = torch.onnx.export(
             backbone,
             (_example(images),),
@@ -46,17 +46,13 @@ def save_onnx(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> Non
 
 
 def load_onnx(path: Path) -> Features:
-    """The file as onnxruntime runs it on the CPU.
-
-    Raises:
-        ConfigError: if a package is missing.
-    """
+    """Load a file with onnxruntime, on the CPU."""
     session = _onnxruntime().InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
 
 
 def save_exported(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
-    """Writes a `.pt2` of torch.export; arguments as for `save_onnx`, with "images" as an extra file images.json."""
+    """Write a `.pt2` file with torch.export; as `save_onnx`, with `images` in the extra file images.json."""
     program = torch.export.export(
         backbone, (_example(images),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
     )
@@ -64,15 +60,14 @@ def save_exported(path: Path, backbone: nn.Module, images: Mapping[str, Any]) ->
 
 
 def load_exported(path: Path) -> tuple[Features, dict[str, Any]]:
-    """The file as torch runs it, and its weights."""
-    with warnings.catch_warnings(action="ignore"):  # torch 2.11: its buffers are not writable
+    """Load a file with torch; return the network and its weights."""
+    with warnings.catch_warnings(action="ignore"):  # torch 2.11: about buffers that are not writable
         program = torch.export.load(path)
     network = program.module()
-    return lambda images: network(images), program.state_dict  # no nn.Module to its caller: it has no eval()
+    return lambda images: network(images), program.state_dict  # a function: this module has no eval()
 
 
 def _onnxruntime() -> Any:
-    """onnxruntime, where the exporter's package is there too."""
     try:
         import_module("onnxscript")
         return import_module("onnxruntime")
@@ -83,4 +78,4 @@ def _onnxruntime() -> Any:
 
 
 def _example(images: Mapping[str, Any]) -> Tensor:
-    return torch.zeros(2, 3, images["size"], images["size"])  # 2: a batch of one would be taken for a constant
+    return torch.zeros(2, 3, images["size"], images["size"])  # the exporter would take a batch of 1 for a constant

@@ -1,4 +1,4 @@
-"""Where other projects' files keep their networks, and their names for a ResNet's weights in torchvision's words."""
+"""The layouts of other projects' files, and torchvision's names for the weights of a ResNet."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """Prefixes of one project's keys, behind DDP's `module.`; a momentum prefix that does not occur means none."""
+    """The prefixes of a project's keys, after DDP's `module.` is removed."""
 
     name: str
     encoder: str
@@ -25,15 +25,15 @@ _LAYOUTS = (
     Layout("lightly", "backbone.", "backbone_momentum."),
     Layout("solo-learn before 2022", "encoder.", "momentum_encoder."),
 )
-# torchvision's own transformers have an "encoder." too: there it is a part of the network.
+# With "encoder.", one of these must exist: torchvision's transformers have a part of that name.
 _FIRST_LAYERS = ("encoder.conv1.weight", "encoder.patch_embed.proj.weight")
 
-# nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples; ReLU (2) and pooling (3, 8) hold no weights.
+# nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples; ReLU (2) and pooling (3, 8) have no weights.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 def layout_of(names: Collection[str]) -> Layout:
-    """Whose layout it is, by the weights' names; `PLAIN` if the network's own names stand alone."""
+    """Return the layout by the names of the weights; `PLAIN` if they have no known prefix."""
 
     def occurs(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in names)
@@ -45,7 +45,7 @@ def layout_of(names: Collection[str]) -> Layout:
 
 
 def torchvision_named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A ResNet's weights under torchvision's names, where they are numbered as its children; others as they are."""
+    """Rename the weights of a ResNet whose layers are numbered to torchvision's names; return others unchanged."""
     numbers = {name.split(".")[0] for name in state}
     if numbers != _CHILDREN.keys():
         return dict(state)

@@ -1,4 +1,4 @@
-"""Tensors in a safetensors file: written whole or not at all, and as readable as any other file."""
+"""Write safetensors files atomically, with the usual permissions."""
 
 import os
 import re
@@ -12,29 +12,24 @@ from torch import Tensor
 from moco.files import atomic_write
 
 
-def save_weights(path: Path, weights: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> None:
-    """Writes `path` under a temporary name first.
-
-    Args:
-        path: the file.
-        weights: by name.
-        about: the file's metadata.
+def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors by name, with metadata, to `path`.
 
     Raises:
-        WriteError: where the disk is full or fails; a file that was there before is as it was.
+        WriteError: if the disk is full; an earlier file is left unchanged.
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, dict(about or {}))
+            save_file(tensors, temporary, dict(metadata or {}))
         except SafetensorError as error:
-            raise _of_the_system(error) from error
-        mask = os.umask(0)  # safetensors writes for the owner alone
+            raise _system_error(error) from error
+        mask = os.umask(0)  # safetensors makes the file readable only for its owner
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
 
 
-def _of_the_system(error: SafetensorError) -> Exception:
-    """The system's error, whose number safetensors has in its text alone; without one its own error."""
+def _system_error(error: SafetensorError) -> Exception:
+    """Return the system's error, whose number safetensors gives only in its text, or the error itself."""
     number = re.search(r"os error (\d+)", str(error))
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error

@@ -1,7 +1,7 @@
-"""An encoder's backbone in the formats of other projects, each with the reader that proves what was written.
+"""Write an encoder's backbone in the formats of other projects.
 
-Every format has a function that writes it and one that reads it as its own project does, with none of the writer's
-code, so that a conversion can be checked before it counts.
+Each format has a function that writes it and one that reads it as its own project does, without the writer's code. So
+a conversion is checked before its file is kept.
 """
 
 import re
@@ -22,7 +22,7 @@ from moco.interop.weights import save_weights
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _OFFICIAL_VITS = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
-_ONLY_IN_TRAINING = ("freeze_patches", "drop_path_rate", "zero_init_residual")  # options that change no feature
+_ONLY_IN_TRAINING = ("freeze_patches", "drop_path_rate", "zero_init_residual")  # options that do not change features
 _DEIT_NAMES = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))"
     r"\.(weight|bias)"
@@ -30,35 +30,35 @@ _DEIT_NAMES = re.compile(
 
 
 class Read(NamedTuple):
-    """What was read again."""
+    """The content of a written file."""
 
     network: Features
     weights: State
-    """under the source's names; empty where they are part of a graph that was simplified (ONNX)"""
+    """under the names of the source; empty for a simplified graph (ONNX)"""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format that an encoder can be converted to."""
+    """A format to which an encoder can be converted."""
 
     holds: str
-    """the networks that it holds, in words"""
+    """the networks that it supports, as text"""
     fits: Callable[[EncoderFile], bool]
     write: Callable[[Path, EncoderFile, nn.Module], None]
-    """of a path, what the source says of itself (`images` filled in) and its backbone in eval mode on the CPU"""
+    """writes to a path, given the source file (with `images`) and its backbone in eval mode on the CPU"""
     read: Callable[[Path, EncoderFile], Read]
-    """the file as its own project reads it; of the source only names are looked at, never weights"""
+    """reads the file as its own project does; uses only names of the source, not weights"""
     loading: Callable[[EncoderFile], str]
-    """a line of Python that loads FILE"""
+    """returns a line of Python that loads FILE"""
     tolerance: float = 1e-5
-    """largest difference between features, as a part of the largest feature"""
+    """largest difference between features, as a fraction of the largest feature"""
 
 
-# ---- which network it is, in others' words ----
+# ---- the names that other projects use for the network ----
 
 
 def torchvision_name(file: EncoderFile) -> str | None:
-    """The name of the torchvision ResNet that this is in every layer; None if it is none."""
+    """Return the name of the identical torchvision ResNet, or None."""
     name = file.backbone.removeprefix("timm/")
     options = _options(file)
     plain = not options or (options == {"stem": "imagenet"} and name == file.backbone)
@@ -66,7 +66,7 @@ def torchvision_name(file: EncoderFile) -> str | None:
 
 
 def timm_name(file: EncoderFile) -> tuple[str, dict[str, Any]] | None:
-    """Name and options of the timm model that this is; None if it is none."""
+    """Return name and options of the identical timm model, or None."""
     resnet, options = torchvision_name(file), _options(file)
     if resnet is not None:
         return resnet, {}
@@ -80,13 +80,13 @@ def timm_name(file: EncoderFile) -> tuple[str, dict[str, Any]] | None:
 
 
 def official_v3_name(file: EncoderFile) -> str | None:
-    """The `arch` of facebookresearch/moco-v3 that this is; None if it is none."""
+    """Return the `arch` in facebookresearch/moco-v3, or None."""
     standard = _options(file).items() <= {"img_size": 224, "patch_size": 16}.items()
     return file.backbone if file.backbone in _OFFICIAL_VITS and standard else torchvision_name(file)
 
 
 def is_deit(file: EncoderFile) -> bool:
-    """Whether it is a plain ViT, as DeiT's."""
+    """Return whether the network is a plain ViT, as in DeiT."""
     return timm_name(file) is not None and all(_DEIT_NAMES.fullmatch(name) for name in file.weights)
 
 
@@ -101,6 +101,11 @@ def _state(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in backbone.state_dict().items()}
 
 
+def _load(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    return content
+
+
 def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
     if path.suffix == ".safetensors":
         save_weights(path, _state(backbone))
@@ -108,17 +113,9 @@ def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
         torch.save(_state(backbone), path)
 
 
-def _write_deit(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
-    torch.save({"model": _state(backbone)}, path)
-
-
-def _write_detectron2(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
-    save_detectron2(path, _state(backbone))
-
-
 def _write_moco_v2(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
     linear = {key.removeprefix("0."): value for key, value in file.head_weights.items()}
-    head = linear if set(linear) == {"weight", "bias"} else file.head_weights  # v1's one layer has no number
+    head = linear if set(linear) == {"weight", "bias"} else file.head_weights  # v1's only layer has no number
     _write_official(path, file, torchvision_name(file), "encoder_q", _state(backbone), "fc", {} if _v3(file) else head)
 
 
@@ -129,7 +126,7 @@ def _write_moco_v3(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
 
 
 def _v3(file: EncoderFile) -> bool:
-    return any(name.endswith("running_mean") for name in file.head_weights)  # its head has BN
+    return any(name.endswith("running_mean") for name in file.head_weights)  # only v3's head has BN
 
 
 def _write_official(
@@ -141,7 +138,7 @@ def _write_official(
     head_name: str,
     head: dict[str, Tensor],
 ) -> None:
-    """Backbone and, where it is of that version, head; the epoch is the one the run was configured for."""
+    """Write the backbone and a head of that version, if any; the epoch is the configured number of epochs."""
     weights = body | {f"{head_name}.{name}": value.clone() for name, value in head.items()}
     state = {f"module.{prefix}.{name}": value for name, value in weights.items()}
     torch.save({"epoch": file.config.get("epochs", 0), "arch": arch, "state_dict": state}, path)
@@ -156,15 +153,7 @@ def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> No
     save_encoder(path, backbone, config, file.step)
 
 
-# ---- reading, as each project does ----
-
-
-def _read_torchvision(path: Path, file: EncoderFile) -> Read:
-    return _torchvision(file, torch.load(path, weights_only=True), path)
-
-
-def _read_detectron2(path: Path, file: EncoderFile) -> Read:
-    return _torchvision(file, load_detectron2(path), path)
+# ---- reading as each project does ----
 
 
 def _torchvision(file: EncoderFile, state: State, path: Path) -> Read:
@@ -173,14 +162,6 @@ def _torchvision(file: EncoderFile, state: State, path: Path) -> Read:
     network: Any = getattr(torchvision.models, name)(weights=None)
     network.fc = nn.Identity()
     return _loaded(network, state, path)
-
-
-def _read_timm(path: Path, file: EncoderFile) -> Read:
-    return _timm(file, load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True), path)
-
-
-def _read_deit(path: Path, file: EncoderFile) -> Read:
-    return _timm(file, torch.load(path, weights_only=True)["model"], path)
 
 
 def _timm(file: EncoderFile, state: State, path: Path) -> Read:
@@ -214,7 +195,7 @@ FORMATS: dict[str, Format] = {
         "torchvision's ResNets with their own stem",
         lambda file: torchvision_name(file) is not None,
         _write_state,
-        _read_torchvision,
+        lambda path, file: _torchvision(file, _load(path), path),
         lambda file: (
             f"torchvision.models.{torchvision_name(file)}().load_state_dict(torch.load('FILE'), strict=False), with a "
             "new fc"
@@ -224,14 +205,14 @@ FORMATS: dict[str, Format] = {
         "timm's models, torchvision's ResNets with their own stem, and vit_small and vit_base",
         lambda file: timm_name(file) is not None,
         _write_state,
-        _read_timm,
+        lambda path, file: _timm(file, _load(path), path),
         lambda file: f"{_timm_call(file)}.load_state_dict(timm.models.load_state_dict('FILE'))",
     ),
     "detectron2": Format(
         "ResNets with torchvision's stem",
         lambda file: torchvision_name(file) is not None,
-        _write_detectron2,
-        _read_detectron2,
+        lambda path, file, backbone: save_detectron2(path, _state(backbone)),
+        lambda path, file: _torchvision(file, load_detectron2(path), path),
         lambda file: (
             "MODEL.WEIGHTS FILE, with INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False and MODEL.PIXEL_MEAN and "
             "_STD of 255 x mean and std"
@@ -240,8 +221,8 @@ FORMATS: dict[str, Format] = {
     "deit": Format(
         "plain ViTs that timm knows",
         is_deit,
-        _write_deit,
-        _read_deit,
+        lambda path, file, backbone: torch.save({"model": _state(backbone)}, path),
+        lambda path, file: _timm(file, _load(path)["model"], path),
         lambda file: f"{_timm_call(file)}.load_state_dict(torch.load('FILE')['model'])",
     ),
     "moco_v2": Format(

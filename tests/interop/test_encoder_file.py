@@ -138,7 +138,7 @@ def test_a_plain_state_dict_needs_its_network_named(tmp_path: Path) -> None:
     classifier = {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
     wrapped = {f"_orig_mod.module.{name}": value for name, value in (network.state_dict() | classifier).items()}
     torch.save(wrapped, tmp_path / "plain.pth")
-    with pytest.raises(ForeignFileError, match="does not say its network: set backbone=NAME"):
+    with pytest.raises(ForeignFileError, match="does not name its network: set backbone=NAME"):
         read_encoder(tmp_path / "plain.pth")
     file = read_encoder(tmp_path / "plain.pth", backbone="resnet18", options={})
     assert torch.equal(build(file).backbone(IMAGES), network(IMAGES))
@@ -149,7 +149,7 @@ def test_a_plain_state_dict_needs_its_network_named(tmp_path: Path) -> None:
 def test_plain_safetensors_without_metadata(tmp_path: Path) -> None:
     network = resnet()
     save_file(network.state_dict(), tmp_path / "plain.safetensors")
-    with pytest.raises(ForeignFileError, match="does not say its network"):
+    with pytest.raises(ForeignFileError, match="does not name its network"):
         read_encoder(tmp_path / "plain.safetensors")
     file = read_encoder(tmp_path / "plain.safetensors", backbone="resnet18")
     assert torch.equal(build(file).backbone(IMAGES), network(IMAGES))
@@ -173,7 +173,7 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
 def test_a_larger_network_does_not_pass_for_a_smaller_one(tmp_path: Path) -> None:
     """Every weight of a ResNet-50 is in a ResNet-101's file, with the same shapes."""
     state = official(build_backbone("resnet101", {}), {}, "encoder_q")
-    with pytest.raises(ForeignFileError, match=r"255 in the file are unknown to it \(layer3\.10\.bn1\.bias"):
+    with pytest.raises(ForeignFileError, match=r"255 weights in the file are unknown \(layer3\.10\.bn1\.bias"):
         build(read_encoder(saved(tmp_path, state, "resnet50")))
 
 
@@ -250,7 +250,7 @@ def test_names_that_are_no_text_and_checkpoints_of_something_else(tmp_path: Path
     states: list[dict[str, Any]] = [{"config": 3, "method": 5}, {"config": {"model": {}}, "method": {}}]
     for step, state in enumerate(states):
         path = checkpoint.save(tmp_path, step, state, keep_last=9)
-        with pytest.raises(ForeignFileError, match=r"does not hold what a checkpoint of moco\.train holds|one network"):
+        with pytest.raises(ForeignFileError, match=r"is not a complete checkpoint of moco\.train|no momentum encoder"):
             read_encoder(path)
 
 
@@ -273,7 +273,7 @@ def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path: Path, monkeypatc
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Evil()))
     for name in ("evil.pth", "bare.pkl"):
-        with pytest.raises(ForeignFileError, match="is refused: it is no file of weights, or holds code"):
+        with pytest.raises(ForeignFileError, match="is refused"):
             read_encoder(tmp_path / name)
     assert not (tmp_path / "EVIL").exists()
 

@@ -109,7 +109,7 @@ def test_a_malicious_pickle_is_refused_before_it_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(content))
-    with pytest.raises(pickle.UnpicklingError, match="is no part of an array"):
+    with pytest.raises(pickle.UnpicklingError, match="is not part of an array"):
         load_detectron2(tmp_path / "evil.pkl")
     assert not (tmp_path / "EVIL").exists()
 

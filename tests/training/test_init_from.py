@@ -71,7 +71,7 @@ def test_both_networks_of_an_official_file(tmp_path: Path, fits: bool) -> None:
 
 
 def test_a_file_of_one_network_gives_it_to_both(tmp_path: Path) -> None:
-    """It does not say its network: the configuration does. So does timm's name of the same network."""
+    """It does not name its network: the configuration does. So does timm's name of the same network."""
     path = saved(tmp_path / "x.pth", trained().state_dict())
     for backbone in ("resnet18", "timm/resnet18"):
         config = configured(path, backbone)
