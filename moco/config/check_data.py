@@ -1,36 +1,35 @@
-"""The schema of `moco.check_data`: what is wrong with a folder of pictures, before a run."""
+"""The configuration of `python -m moco.check_data`."""
 
 from dataclasses import dataclass, field
 
-from moco.config.base import at_least, check_bounds, one_of, require
+from moco.config.base import bounded, check_bounds, require
 from moco.config.data import DataConfig, check_data_fields
 
 
 @dataclass
 class CheckDataConfig:
-    """Which pictures, judged by what a run with the same `data` would do with them."""
+    """Check a folder of images for anything that would stop a run."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))
-    """as for moco.train; its loader processes (data.workers) decode here too"""
-    output: str = "check_data.json"
-    """the report, with the files of each kind"""
-    listed: int = 1000
-    """at most so many files of a kind are named in the report; all are counted"""
+    """The images to check, as for moco.train. They are decoded by data.workers processes."""
+    output: str = bounded("check_data.json", min_length=1, example="output=check_data.json")
+    """File for the report, which lists the files of each kind."""
+    listed: int = bounded(1000, ge=1)
+    """Largest number of files per kind that the report names. All files are counted."""
 
 
 def check_check_data(config: CheckDataConfig) -> None:
-    """Refuses what cannot run.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_bounds(config)
+    name = config.data.name
     require(
-        config.data.name != "shards",
-        "data.name=shards: a packed folder is checked, and mended, by the same moco.pack command once more; "
-        "moco.check_data is for the pictures before that, data=folder",
+        name != "shards",
+        "data.name=shards: run moco.pack again to check and repair shards; moco.check_data checks a folder of images",
     )
-    one_of("data.name", config.data.name, ("folder", "imagenet"))  # the others are arrays, with checksums of their own
+    # The other data sets are arrays with checksums of their own.
+    require(name in ("folder", "imagenet"), f"data.name={name!r} must be one of folder, imagenet")
     check_data_fields(config.data)
-    at_least(1, {"listed": config.listed})
-    require(bool(config.output.strip()), "output='' must name the report's file, e.g. output=check_data.json")

@@ -1,46 +1,35 @@
-"""The schema of `moco.choose`: which checkpoint, told without labels."""
+"""The configuration of `python -m moco.choose`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from moco.config.base import ComputeConfig, at_least, check_bounds, require
+from moco.config.base import ComputeConfig, bounded, check_bounds
 
 
 @dataclass
 class ChooseConfig(ComputeConfig):
-    """Which runs' checkpoints to rank."""
+    """Rank the checkpoints of runs by measures that need no labels."""
 
-    runs: list[str] = field(default_factory=list)
-    """directories of runs of moco.train on the same pictures, each with the checkpoints that it kept
-    (checkpoint.keep_epochs); a pattern such as runs/temperature/t*/seed* names several"""
-    output: str = "runs/choose"
-    """directory for choose.json, the results"""
-    images: int = 2000
-    """at most so many training pictures are measured, drawn once, without their labels"""
+    runs: list[str] = bounded([], min_length=1, example="runs=[runs/digits]")
+    """Directories of runs of moco.train on the same images. All checkpoints that they kept (checkpoint.keep_epochs) are
+    ranked. A pattern such as runs/temperature/t*/seed* names several runs."""
+    output: str = bounded("runs/choose", min_length=1, example="output=runs/choose")
+    """Directory for the results, choose.json."""
+    images: int = bounded(2000, ge=2)
+    """Largest number of training images, drawn once, on which the measures are computed without labels."""
     labels: bool = True
-    """where the pictures have labels, also say how well each measure agrees with them; false: do not look at them"""
-    labels_per_class: int = 1
-    """of the few-label kNN that measures are held against"""
-    draws: int = 100
-    """of its labels"""
-    probe_labels_per_class: int = 10
-    """of the linear probe that they are held against as well"""
+    """If the images have labels, also report how well each measure agrees with the accuracy; false: ignore labels."""
+    labels_per_class: int = bounded(1, ge=1)
+    """Labeled images per class of the kNN accuracy with which the measures are compared."""
+    draws: int = bounded(100, ge=1)
+    """Number of random draws of these labels, over which the kNN accuracy is averaged."""
+    probe_labels_per_class: int = bounded(10, ge=1)
+    """Labeled images per class of the linear probe with which the measures are compared too."""
 
 
 def check_choose(config: ChooseConfig) -> None:
-    """Refuses what cannot run.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the accepted values.
     """
     check_bounds(config)
-    require(bool(config.runs), "say which runs: runs=[runs/digits] or runs=['runs/temperature/t*/seed*']")
-    require(bool(config.output.strip()), "output='' must name a directory, e.g. output=runs/choose")
-    at_least(
-        1,
-        {
-            "labels_per_class": config.labels_per_class,
-            "draws": config.draws,
-            "probe_labels_per_class": config.probe_labels_per_class,
-        },
-    )
-    at_least(2, {"images": config.images})

@@ -1,8 +1,8 @@
-"""The schema of `python -m moco.convert`."""
+"""The configuration of `python -m moco.convert`."""
 
 from dataclasses import dataclass
 
-from moco.config.base import at_least, one_of, require
+from moco.config.base import bounded, require
 from moco.config.subject import SubjectConfig, check_subject
 
 ENDINGS: dict[str, tuple[str, ...]] = {
@@ -20,32 +20,30 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass
 class ConvertConfig(SubjectConfig):
-    """An encoder in another format, checked by reading it again; `data` and `images` say with which pictures."""
+    """Write an encoder in another format, and check the file by reading it again."""
 
-    to: str = ""
-    """torchvision, timm, detectron2, deit, moco_v2, moco_v3, safetensors, onnx or torch_export"""
+    to: str = bounded("", choices=tuple(ENDINGS))
+    """Format of the file."""
     output: str = ""
-    """the file to write; its ending is the format's"""
+    """File to write. Its ending must be one of the format's."""
     overwrite: bool = False
-    """write over a file that is there"""
-    pictures: int = 16
-    """so many of the run's pictures, or of the embedded digits, must get the same features from both"""
+    """Replace an existing file."""
+    pictures: int = bounded(16, ge=1)
+    """Number of images for the check: encoder and file must compute the same features for them. They are
+    images of `data` or of the run, or the embedded digits if neither is available."""
 
 
 def check_convert(config: ConvertConfig) -> None:
-    """Refuses what cannot run, before any work starts.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_subject(config)
-    one_of("to", config.to, tuple(ENDINGS))
     endings = ENDINGS[config.to]
-    example = f"output=encoder{endings[0]}"
-    require(bool(config.output), f"output='' must name the file to write, e.g. {example}")
     require(
         config.output.endswith(endings),
-        f"output={config.output} must end in {' or '.join(endings)} for to={config.to}, e.g. {example}",
+        f"output={config.output!r} must be a file that ends in {' or '.join(endings)} for to={config.to}, e.g. "
+        f"output=encoder{endings[0]}",
     )
-    require(config.device != "cuda", "device=cuda: a conversion is done and checked on the CPU, set device=cpu")
-    at_least(1, {"pictures": config.pictures})
+    require(config.device != "cuda", "device=cuda: a conversion runs on the CPU, set device=cpu")

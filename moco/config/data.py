@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from moco.config.base import at_least, one_of, require
+from moco.config.base import bounded, require
 
 Schema = TypeVar("Schema")
 
@@ -21,14 +21,14 @@ class SourceConfig:
     tar files, in which {000000..000099} expands to 100 numbers."""
     download: bool = False
     """Download CIFAR or STL-10 into root if it is not there."""
-    labels: str = "none"
+    labels: str = bounded("none", choices=("none", "folder"))
     """For `folder`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = ""
     """For `folder` with labels: a separate folder of held-out images with the same class folders."""
     resident: bool = False
     """For `folder`, `imagenet`, `shards` and `huggingface`: decode all images into memory once. All images must have
     the same size."""
-    workers: int = 2
+    workers: int = bounded(2, ge=0, le=256)
     """Loader processes per rank, for images that are not in memory; 0: load in the main process."""
     subset: str = ""
     """For `huggingface`: the configuration of a data set that has several."""
@@ -46,17 +46,17 @@ class SourceConfig:
 class DataConfig(SourceConfig):
     """The data set that a run reads."""
 
-    length: int = 0
+    length: int = bounded(0, ge=0)
     """For `webdataset`: the number of images per epoch, which a stream does not know."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = bounded(1000, ge=1)
     """For `webdataset`: the number of encoded images that each loader process buffers to shuffle them."""
     allow_pipe: bool = False
     """For `webdataset`: allow an address pipe:COMMAND, which runs COMMAND in a shell."""
-    on_bad_image: str = "raise"
+    on_bad_image: str = bounded("raise", choices=("raise", "replace"))
     """Training on an unreadable image: raise (end with its name), or replace (use another image, always the same one,
     and list the unreadable image in bad_images.csv). With replace, unreadable images are also excluded from the live
     accuracy."""
-    max_bad: float = 0.01
+    max_bad: float = bounded(0.01, ge=0, lt=1, example="data.max_bad=0.01")
     """With on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
 
 
@@ -80,7 +80,7 @@ class SubjectDataConfig(SourceConfig):
     If name or root differs from the run's, a field that is null has the default of `DataConfig` instead.
     """
 
-    hold_out: float = 0.0
+    hold_out: float = bounded(0.0, ge=0, lt=1)
     """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. Refused as well
     if the labels of these images trained the encoder."""
 
@@ -91,22 +91,13 @@ class SubjectDataConfig(SourceConfig):
 
 
 def check_data_fields(data: DataConfig) -> None:
-    """Check the fields of a data set.
+    """Check the fields of a data set that depend on each other.
 
     Raises:
-        ConfigError: if a value is invalid.
+        ConfigError: with the invalid field, its value and the fix.
     """
-    one_of("data.labels", data.labels, ("none", "folder"))
     require(
         not data.eval_root or data.name == "folder",
         f"data.eval_root={data.eval_root!r} works with data.name=folder only, and data.name={data.name}: leave "
         "data.eval_root empty to use the data set's own held-out images, if it has any",
     )
-    one_of("data.on_bad_image", data.on_bad_image, ("raise", "replace"))
-    require(
-        0 <= data.max_bad < 1,
-        f"data.max_bad={data.max_bad} must be at least 0 and below 1: it is a fraction, e.g. 0.01",
-    )
-    at_least(0, {"data.workers": data.workers, "data.length": data.length})
-    at_least(1, {"data.shuffle_buffer": data.shuffle_buffer})
-    require(data.workers <= 256, f"data.workers={data.workers} must be at most 256 processes")

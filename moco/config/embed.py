@@ -1,48 +1,46 @@
-"""The schema of `moco.embed`: features of any pictures, written to files."""
+"""The configuration of `python -m moco.embed`."""
 
 from dataclasses import dataclass
 
-from moco.config.base import one_of, require
+from moco.config.base import bounded, require
 from moco.config.subject import SubjectConfig, check_subject
 
 
 @dataclass
 class EmbedConfig(SubjectConfig):
-    """What to compute and how to write it. `output` is its own folder here; empty: features/ inside the run."""
+    """Compute the features of images and write them to files."""
 
-    features: str = "backbone"
-    """backbone (what transfers), or projection (the head's output) where the file holds a head"""
-    split: str = "train"
-    """train (all pictures of an unlabeled folder), bank (the labeled references), or held_out"""
+    output: str = ""
+    """Directory for the features and their table; empty: features/ in the run's directory."""
+    features: str = bounded("backbone", choices=("backbone", "projection"))
+    """Features to write: backbone (its output, the usual choice for other tasks), or projection (the output of the
+    projection head, which the file must hold)."""
+    split: str = bounded("train", choices=("train", "bank", "held_out"))
+    """Images to use: train (for an unlabeled folder, all images), bank (the labeled reference images), or held_out."""
     normalize: bool = False
-    """scale each feature vector to length 1"""
-    dtype: str = "float32"
-    """float32, or float16: half the disk"""
-    table: str = "csv"
-    """index.csv, or parquet: index.parquet, which needs pyarrow"""
-    on_bad_image: str = "stop"
-    """stop at a picture that cannot be read, or skip: leave it out and list it in unreadable.csv"""
+    """Scale each feature vector to length 1."""
+    dtype: str = bounded("float32", choices=("float32", "float16"))
+    """Number format of the features. float16 takes half the disk space."""
+    table: str = bounded("csv", choices=("csv", "parquet"))
+    """Format of the table of images: csv (index.csv), or parquet (index.parquet, which needs pyarrow)."""
+    on_bad_image: str = bounded("stop", choices=("stop", "skip"))
+    """On an unreadable image: stop (end with its name), or skip (omit it and list it in unreadable.csv)."""
 
 
 def check_embed(config: EmbedConfig) -> None:
-    """Refuses what cannot run.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_subject(config)
     check_features(config)
 
 
 def check_features(config: EmbedConfig) -> None:
-    """The fields of this schema alone: a search through features that are there already names no encoder."""
+    """Check the fields of features, which may exist already: then no encoder is needed."""
     require(
         config.data.hold_out == 0,
-        f"data.hold_out={config.data.hold_out} says nothing here, where nothing is judged: leave it out "
-        "(split=held_out takes a data set's own held-out pictures)",
+        f"data.hold_out={config.data.hold_out} has no effect here: remove it. split=held_out uses the held-out images "
+        "of the data set",
     )
-    one_of("features", config.features, ("backbone", "projection"))
-    one_of("split", config.split, ("train", "bank", "held_out"))
-    one_of("dtype", config.dtype, ("float32", "float16"))
-    one_of("table", config.table, ("csv", "parquet"))
-    one_of("on_bad_image", config.on_bad_image, ("stop", "skip"))

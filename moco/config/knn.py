@@ -1,61 +1,51 @@
-"""The schema of `python -m moco.knn`."""
+"""The configuration of `python -m moco.knn`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from moco.config.base import at_least, one_of, require
+from moco.config.base import bounded, require
 from moco.config.subject import SubjectConfig, check_subject
 
 
 @dataclass
 class KnnConfig(SubjectConfig):
-    """Weighted k-nearest-neighbor classification on frozen features."""
+    """Evaluate an encoder with a weighted k-nearest-neighbor (kNN) classifier on frozen features."""
 
-    k: list[int] = field(default_factory=lambda: [200])
-    """neighbors that vote; of several, leave-one-out on the training split chooses"""
-    temperature: list[float] = field(default_factory=lambda: [0.1])
-    """a vote weighs exp(cosine / temperature); of several, chosen as k is"""
-    features: str = "backbone"
-    """backbone, or projection (the embedding that the loss sees) where the file has its head"""
-    choose_on: int = 10000
-    """how many training images at most, drawn once by the seed, k and temperature are chosen on"""
-    labels_per_class: int = 0
-    """so many labeled training images a class, averaged over draws of them, which the seed makes; 0: all"""
-    draws: int = 100
-    """how often labels_per_class labels are drawn; the figure is their mean"""
-    compare: list[str] = field(default_factory=lambda: ["untrained"])
-    """judged in the same way: untrained (the same network with its first weights), pixels"""
+    k: list[int] = bounded([200], ge=1, min_length=1, example="k=[20]")
+    """Number of nearest neighbors that vote. Of several values, the best one on the training split (leave-one-out) is
+    used."""
+    # Similarities are divided by the temperature in float32.
+    temperature: list[float] = bounded([0.1], ge=1e-6, min_length=1, example="temperature=[0.1]")
+    """Temperature of the votes: a neighbor's vote has the weight exp(cosine / temperature). Of several values, one is
+    chosen together with k."""
+    features: str = bounded("backbone", choices=("backbone", "projection"))
+    """Features to compare: backbone (its output), or projection (the embedding that the loss compares; the file must
+    hold the projection head)."""
+    choose_on: int = bounded(10000, ge=1)
+    """Largest number of training images, drawn once, on which k and temperature are chosen."""
+    labels_per_class: int = bounded(0, ge=0)
+    """Use N labeled training images per class and average over random draws of them; 0: use all labels."""
+    draws: int = bounded(100, ge=1)
+    """Number of draws with labels_per_class. The result is their mean."""
+    compare: list[str] = bounded(["untrained"], choices=("untrained", "pixels"))
+    """Baselines to evaluate in the same way: untrained (the same network with initial weights), pixels (raw pixels)."""
     half: bool = False
-    """keep the training features in half precision, for half the memory; changes the last digits"""
-    queries_at_once: int = 1024
-    """this and references_at_once set the memory of the search; they change no result"""
-    references_at_once: int = 65536
-    """see queries_at_once"""
+    """Store the training features in half precision: half the memory, and slightly different results."""
+    # With fewer, BLAS rounds the elements of a product differently for parts of different size.
+    queries_at_once: int = bounded(1024, ge=64)
+    """Held-out images per block of the search. It affects memory, not results."""
+    references_at_once: int = bounded(65536, ge=64)
+    """Training images per block of the search. It affects memory, not results."""
 
 
 def check_knn(config: KnnConfig) -> None:
-    """Refuses what cannot run, before any work starts.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_subject(config)
     require(
-        bool(config.k) and min(config.k) >= 1,
-        f"k={config.k} must hold at least one number of neighbors, none below 1, e.g. k=[20]",
-    )
-    require(
-        bool(config.temperature) and min(config.temperature) >= 1e-6,  # float32 divides by it
-        f"temperature={config.temperature} must hold at least one number, all above 0, e.g. temperature=[0.1]",
-    )
-    one_of("features", config.features, ("backbone", "projection"))
-    unknown = [each for each in config.compare if each not in ("untrained", "pixels")]
-    require(not unknown, f"compare names {', '.join(unknown)}; it can hold untrained and pixels")
-    at_least(1, {"choose_on": config.choose_on, "draws": config.draws})
-    at_least(0, {"labels_per_class": config.labels_per_class})
-    # Below, BLAS rounds a product's elements differently in parts of different size.
-    at_least(64, {"queries_at_once": config.queries_at_once, "references_at_once": config.references_at_once})
-    require(
         not config.labels_per_class or len(config.k) * len(config.temperature) == 1,
         f"labels_per_class={config.labels_per_class} leaves too few images to choose k={config.k} and temperature="
-        f"{config.temperature} on: give one of each, e.g. k=[1] temperature=[0.1]",
+        f"{config.temperature} on: set one value of each, e.g. k=[1] temperature=[0.1]",
     )

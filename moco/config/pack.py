@@ -1,46 +1,39 @@
-"""The schema of `moco.pack`: pictures into tar shards."""
+"""The configuration of `python -m moco.pack`."""
 
 from dataclasses import dataclass, field
 
-from moco.config.base import at_least, check_bounds, require
+from moco.config.base import bounded, check_bounds, require
 from moco.config.data import DataConfig, check_data_fields
 
 
 @dataclass
 class PackConfig:
-    """Which pictures, where to, and whether they are made smaller."""
+    """Pack a folder of images into tar files (shards), optionally at a smaller size."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))
-    """as for moco.train; a held-out split is packed with it. Pictures that cannot be read are left out and listed, and
-    more than data.max_bad of them end the command"""
-    output: str = ""
-    """the folder for shards and index; started again there, the same command goes on, or checks what it finished"""
-    short_side: int = 0
-    """scale pictures whose shorter side is longer down to so many pixels; 0: keep every file as it is"""
-    quality: int = 90
-    """of the JPEGs that scaled pictures become, 1 ... 95"""
-    shard_mb: float = 256.0
-    """a shard ends before it would exceed so many megabytes (of 1,000,000 bytes)"""
-    workers: int | None = None
-    """processes that read, check and scale; null: data.workers"""
+    """The images to pack, as for moco.train. A held-out split is packed too. Unreadable images are omitted and listed;
+    the command fails if their fraction exceeds data.max_bad."""
+    output: str = bounded("", min_length=1, example="output=/data/images_packed")
+    """Directory for the shards and their index. Run the same command again to resume, or to check finished shards."""
+    short_side: int = bounded(0, ge=0)
+    """Reduce images with a longer shorter side to this many pixels; 0: pack every file unchanged."""
+    quality: int = bounded(90, ge=1, le=95)
+    """JPEG quality of the images that are reduced."""
+    shard_mb: float = bounded(256.0, gt=0, le=8000)
+    """Largest size of a shard in megabytes (1,000,000 bytes)."""
+    workers: int | None = bounded(None, ge=0, le=256)
+    """Processes that read, check and reduce images; null: data.workers."""
 
 
 def check_pack(config: PackConfig) -> None:
-    """Refuses what cannot run.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_bounds(config)
     check_data_fields(config.data)
     require(
-        bool(config.output.strip()), "output='' must name the folder for the shards, e.g. output=/data/pictures_packed"
-    )
-    require(
         config.data.name != "webdataset",
-        "data.name=webdataset is in shards already: set data=webdataset for moco.train, or pack what they were made of",
+        "data.name=webdataset is in shards already: use data=webdataset with moco.train, or pack the original images",
     )
-    at_least(0, {"short_side": config.short_side, "workers": config.workers or 0})
-    require((config.workers or 0) <= 256, f"workers={config.workers} must be at most 256 processes")
-    require(1 <= config.quality <= 95, f"quality={config.quality} must lie in 1 ... 95")
-    require(0 < config.shard_mb <= 8000, f"shard_mb={config.shard_mb:g} must be above 0 and at most 8000")

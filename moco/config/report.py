@@ -1,66 +1,57 @@
-"""The schema of `moco.reporting`: a page about one run, or about several side by side."""
+"""The configuration of `python -m moco.report`."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
-from moco.config.base import ComputeConfig, at_least, check_bounds, one_of, require
+from moco.config.base import ComputeConfig, bounded, check_bounds, require
 from moco.config.subject import SubjectDataConfig
 
 
 @dataclass
 class ReportConfig(ComputeConfig):
-    """Which runs, and what of their pictures is shown."""
+    """Write an HTML page about one run, or about several runs side by side."""
 
-    run: str = ""
-    """a run of moco.train, finished or not"""
+    run: str = bounded("", min_length=1, example="run=runs/digits")
+    """Directory of a run of moco.train, finished or not."""
     compare: list[str] = field(default_factory=list)
-    """other runs, beside it in the same page"""
+    """Directories of other runs to show side by side with `run`."""
     output: str = ""
-    """the file; empty: report.html in the run"""
-    pictures: int = 1000
-    """held-out pictures (without any: training pictures) in the map, drawn by the seed; 0: no map, neighbors or
-    attention, and the data set is not opened"""
-    map: str = "tsne"
-    """tsne, umap (needs umap-learn), or none"""
-    perplexity: float = 30.0
-    """about how many neighbors of a picture the map tries to keep"""
-    clusters: int = 0
-    """groups found by k-means in the features; 0: as many as there are classes (at most 20), 10 without labels"""
-    queries: int = 8
-    """pictures of which the nearest neighbors, and for a ViT the attention, are shown; at most `pictures`"""
-    neighbours: int = 6
-    """of each query"""
-    references: int = 5000
-    """the training pictures among which neighbors are looked for, drawn by the seed; 0: all"""
+    """File to write; empty: report.html in the run's directory."""
+    pictures: int = bounded(1000, ge=0)
+    """Number of images in the map, drawn at random from the held-out images, or from the training images if none are
+    held out. 0: no map, neighbors or attention, and the data set is not opened."""
+    map: str = bounded("tsne", choices=("tsne", "umap", "none"))
+    """Method of the map: tsne, umap (needs umap-learn), or none (no map)."""
+    perplexity: float = bounded(30.0, ge=1)
+    """Perplexity of t-SNE, and number of neighbors of UMAP: about how many neighbors of an image the map preserves."""
+    clusters: int = bounded(0, ge=0)
+    """Number of k-means clusters of the features; 0: the number of classes (at most 20), or 10 without labels."""
+    queries: int = bounded(8, ge=0)
+    """Number of images, at most `pictures`, for which the nearest neighbors and, for a ViT, the attention are shown."""
+    neighbours: int = bounded(6, ge=1)
+    """Number of nearest neighbors per query."""
+    references: int = bounded(5000, ge=0)
+    """Number of training images, drawn at random, among which neighbors are searched; 0: all of them."""
     projector: bool = True
-    """also write the embedding for TensorBoard's projector, with the pictures, into projector/ in each run"""
-    seed: int = 0
-    """of what is drawn, of the map and the groups"""
-    images_at_once: int = 512
-    """through the encoder without gradient; changes memory, not results"""
+    """Also write the features and images for TensorBoard's projector, into projector/ in each run's directory."""
+    seed: int = bounded(0, ge=0, lt=2**64)
+    """Seed of the drawn images, the map and the clusters."""
+    images_at_once: int = bounded(512, ge=1)
+    """Images per forward pass of the encoder. It affects memory, not results."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
-    """where the pictures are now, for all runs, if not where the runs say"""
+    """The current location of the images of all runs, if it has changed since the runs."""
 
 
 def check_report(config: ReportConfig) -> None:
-    """Refuses what cannot run.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_bounds(config)
-    require(bool(config.run), "say which run: run=DIR, the directory of a run of moco.train, e.g. run=runs/digits")
-    one_of("map", config.map, ("tsne", "umap", "none"))
-    at_least(0, {"pictures": config.pictures, "clusters": config.clusters, "queries": config.queries})
-    at_least(0, {"references": config.references})
-    at_least(1, {"neighbours": config.neighbours, "images_at_once": config.images_at_once})
-    require(config.perplexity >= 1, f"perplexity={config.perplexity:g} must be at least 1, e.g. perplexity=30")
-    require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
+    require(config.data.hold_out == 0, f"data.hold_out={config.data.hold_out} has no effect on a report: remove it")
+    repeated = sorted(name for name, count in Counter([config.run, *config.compare]).items() if count > 1)
     require(
-        config.data.hold_out == 0,
-        f"data.hold_out={config.data.hold_out} says nothing here, where nothing is judged: leave it out",
-    )
-    at_least(0, {"data.workers": config.data.workers or 0})
-    twice = {each for each in [config.run, *config.compare] if [config.run, *config.compare].count(each) > 1}
-    require(
-        not twice, f"run={config.run} and compare={config.compare} name {', '.join(sorted(twice))} twice: once will do"
+        not repeated,
+        f"run={config.run} and compare={config.compare} name {', '.join(repeated)} twice: remove one of the two",
     )

@@ -1,9 +1,9 @@
-"""What every command that judges or uses an encoder shares: which encoder, which data, which device."""
+"""The fields that all commands share that evaluate or use an encoder: which encoder, which data."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import ComputeConfig, at_least, check_bounds, one_of, require
+from moco.config.base import ComputeConfig, bounded, check_bounds, require
 from moco.config.data import SubjectDataConfig
 
 __all__ = ["ImagesConfig", "SubjectConfig", "SubjectDataConfig", "check_subject"]
@@ -11,69 +11,61 @@ __all__ = ["ImagesConfig", "SubjectConfig", "SubjectDataConfig", "check_subject"
 
 @dataclass
 class ImagesConfig:
-    """How a picture is shown to the encoder. What is null is as in the run, or as in ImageNet's recipes."""
+    """The preparation of images for the encoder. A null field has the run's value, or for a file that of ImageNet."""
 
-    size: int | None = None
-    """pixels of a side"""
-    resize: int | None = None
-    """shorter side before the central crop; 0: the pictures have the size already"""
-    mean: list[float] | None = None
-    """of each channel (images are 0 ... 1), subtracted"""
-    std: list[float] | None = None
-    """of each channel, divided by after that"""
+    size: int | None = bounded(None, ge=1)
+    """Side of the input images in pixels."""
+    resize: int | None = bounded(None, ge=0)
+    """Shorter side in pixels to which an image is resized before the central crop; 0: do not resize, the images already
+    have the input size."""
+    mean: list[float] | None = bounded(None, min_length=3, max_length=3)
+    """Mean of each channel, which is subtracted (pixels are in 0 ... 1)."""
+    std: list[float] | None = bounded(None, gt=0, min_length=3, max_length=3)
+    """Standard deviation of each channel, by which the difference is divided."""
 
 
 @dataclass
 class SubjectConfig(ComputeConfig):
-    """The fields that all these commands have."""
+    """The encoder to use, its data and the output."""
 
     run: str = ""
-    """a run of moco.train: its newest checkpoint, its data, its pictures' size"""
+    """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
     checkpoint: str = ""
-    """or a file: a checkpoint or encoder.safetensors of ours, or an official MoCo v1, v2 or v3 file"""
-    weights: str = "encoder"
-    """encoder, or momentum_encoder where the file has one"""
+    """A file instead of a run: one of our checkpoints or encoder.safetensors, or an official MoCo v1, v2 or v3 file."""
+    weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
+    """Which network of the file to use. momentum_encoder works only if the file holds one."""
     backbone: str | None = None
-    """for a file that does not say its network: a name as in model.backbone"""
+    """The network, as in model.backbone, for a file that does not name it; null: the one that the file names."""
     options: dict[str, Any] = field(default_factory=dict)
-    """and its options as in model.options, each as +options.NAME=VALUE; empty: the file's own, or none"""
+    """Arguments of the backbone's constructor, as in model.options. Write each as +options.NAME=VALUE. Empty: those of
+    the file, if it has any."""
     output: str = ""
-    """where results.json and pictures go; empty: into the run, beside an encoder.safetensors of ours, or into runs/NAME
-    for another checkpoint=.../NAME.ending"""
-    seed: int = 0
-    """of all draws: labels, orders, views, first weights"""
-    images_at_once: int = 512
-    """through the encoder without gradient; changes memory, not results"""
+    """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of ours, the
+    directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""
+    seed: int = bounded(0, ge=0, lt=2**64)
+    """Seed of all random choices: labels, orders, views, initial weights."""
+    images_at_once: int = bounded(512, ge=1)
+    """Images per forward pass of the frozen encoder. It affects memory, not results."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
 
 
 def check_subject(config: SubjectConfig) -> None:
-    """Refuses what no command of this family can run.
+    """Check the bounds of all fields, and that exactly one encoder is named.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_bounds(config)
+    require(bool(config.run or config.checkpoint), "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE")
     require(
-        bool(config.run) != bool(config.checkpoint),
-        "say which encoder: run=DIR for a run of moco.train, or checkpoint=FILE"
-        + (f" (not both: run={config.run}, checkpoint={config.checkpoint})" if config.run else ""),
+        not (config.run and config.checkpoint),
+        f"run={config.run} and checkpoint={config.checkpoint} both name an encoder: remove one of them",
     )
-    told = [f"backbone={config.backbone}"] * bool(config.backbone) + [f"options={config.options}"] * bool(
-        config.options
-    )
+    network = {"backbone": config.backbone, "options": config.options}
+    given = [f"{name}={value}" for name, value in network.items() if value]
     require(
-        not (config.run and told),
-        f"run={config.run} says its network itself: leave {' and '.join(told)} out, or name a file, checkpoint=FILE",
+        not (config.run and given),
+        f"{' and '.join(given)} cannot be combined with run={config.run}, which defines its network: remove "
+        f"{'it' if len(given) == 1 else 'both'}, or name a file with checkpoint=FILE",
     )
-    one_of("weights", config.weights, ("encoder", "momentum_encoder"))
-    require(0 <= config.seed < 2**64, f"seed={config.seed} must lie in 0 ... 2**64 - 1")
-    at_least(1, {"images_at_once": config.images_at_once})
-    require(0 <= config.data.hold_out < 1, f"data.hold_out={config.data.hold_out} must lie in 0 ... 1, and below 1")
-    images = config.images
-    at_least(1, {"images.size": 1 if images.size is None else images.size})
-    at_least(0, {"images.resize": images.resize or 0, "data.workers": config.data.workers or 0})
-    for name, three in {"mean": images.mean, "std": images.std}.items():
-        require(three is None or len(three) == 3, f"images.{name}={three} must hold three numbers")
-    require(images.std is None or min(images.std) > 0, f"images.std={images.std} must hold numbers above 0")

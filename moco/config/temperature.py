@@ -1,83 +1,72 @@
-"""The schema of `moco.temperature`: what the temperature does, explained on three logits or swept over real runs."""
+"""The configuration of `python -m moco.temperature`."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moco.config.base import ComputeConfig, at_least, check_bounds, config_dir, one_of, require
+from moco.config.base import ComputeConfig, bounded, check_bounds, config_dir, require
 
-OWN = ("run", "seed", "epochs", "experiment", "method.temperature", "checkpoint.keep_epochs")  # set by the sweep itself
+# The sweep sets these fields of its runs.
+SET_BY_SWEEP = ("run", "seed", "epochs", "experiment", "method.temperature", "checkpoint.keep_epochs")
 
 
 @dataclass
 class TemperatureConfig(ComputeConfig):
-    """What to sweep over, and what to measure then."""
+    """Study the effect of the temperature: train at several temperatures, or explain it on three logits.
 
-    mode: str = "sweep"
-    """sweep (train at each temperature, measure, draw) or explain (three logits, no training: seconds)"""
-    temperatures: list[float] = field(default_factory=list)
-    """each gets its own runs; more can be added later, and finished runs are not run again"""
-    seeds: int = 1
-    """runs at each temperature, with seed 0, 1, ...; two or more show the spread"""
+    `device` and `threads` apply to the measurements. For the runs, set them in overrides.
+    """
+
+    mode: str = bounded("sweep", choices=("sweep", "explain"))
+    """sweep: train at each temperature, measure and draw. explain: print the loss and gradient of three logits, without
+    training."""
+    temperatures: list[float] = bounded([], gt=0, min_length=1, example="temperatures=[0.05,0.1,0.2,0.5]")
+    """Temperatures to compare, each in its own runs. More can be added later; finished runs are not repeated."""
+    seeds: int = bounded(1, ge=1)
+    """Runs per temperature, with the seeds 0, 1, ... Two or more show the spread."""
     recipe: str = "digits"
-    """what moco.train calls experiment=: the name of a file in configs/experiment/"""
+    """Recipe of the runs: a file of configs/experiment/, as experiment=NAME of moco.train."""
     overrides: list[str] = field(default_factory=list)
-    """further ones for each run, as moco.train has them, in quotes: 'overrides=["data.root=IMAGES","threads=1"]'"""
-    epochs: int | None = None
-    """of each run; null: the recipe's"""
-    keep_epochs: int = 0
-    """each run keeps a checkpoint every so many epochs, for moco.choose; 0: the last ones only"""
-    output: str = "runs/temperature"
-    """directory for the runs (tT/seedS/), temperature.json and the figures (SVG); the same output resumes a study"""
-    images: int = 2000
-    """at most so many held-out pictures (training pictures where none are held out) are measured, drawn once"""
-    labels_per_class: int = 1
-    """of the few-label kNN"""
-    k: int = 1
-    """its neighbors"""
-    draws: int = 100
-    """of the few labels"""
-    bins: int = 100
-    """of the histograms of similarities, over -1 ... 1"""
-    similarities: list[float] = field(default_factory=lambda: [0.8, 0.5, 0.1])
-    """of mode=explain: cosines of the candidates; the answer is the first (right) or the second (wrong)"""
+    """Further settings of each run, as for moco.train, in quotes: 'overrides=["data.root=IMAGES","threads=1"]'."""
+    epochs: int | None = bounded(None, ge=1)
+    """Epochs of each run; null: those of the recipe."""
+    keep_epochs: int = bounded(0, ge=0)
+    """Keep a checkpoint of each run every N epochs, for moco.choose; 0: keep only the newest ones."""
+    output: str = bounded("runs/temperature", min_length=1, example="output=runs/temperature")
+    """Directory for the runs (tT/seedS/), the results (temperature.json) and the figures (SVG). A study with the same
+    output resumes."""
+    images: int = bounded(2000, ge=2)
+    """Largest number of images to measure, drawn once from the held-out images, or from the training images if none are
+    held out."""
+    labels_per_class: int = bounded(1, ge=1)
+    """Labeled images per class of the kNN accuracy."""
+    k: int = bounded(1, ge=1)
+    """Number of nearest neighbors of the kNN accuracy."""
+    draws: int = bounded(100, ge=1)
+    """Number of random draws of the labeled images, over which the kNN accuracy is averaged."""
+    bins: int = bounded(100, ge=1)
+    """Number of bins of the histograms of similarities, over -1 ... 1."""
+    similarities: list[float] = bounded(
+        [0.8, 0.5, 0.1], ge=-1, le=1, min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
+    )
+    """For mode=explain: cosine similarities of the candidates. The correct one is the first in one table, and the
+    second in the other."""
 
 
 def check_temperature(config: TemperatureConfig) -> None:
-    """Refuses what cannot run.
+    """Check a configuration before any work starts.
 
     Raises:
-        ConfigError: naming the field, its value and the fix.
+        ConfigError: with the invalid field, its value and the fix.
     """
     check_bounds(config)
-    one_of("mode", config.mode, ("sweep", "explain"))
-    one_of(
-        "recipe", config.recipe, tuple(sorted(path.stem for path in Path(config_dir(), "experiment").glob("*.yaml")))
-    )
-    temperatures = config.temperatures
-    require(bool(temperatures), "temperatures=[] must hold one or more, e.g. temperatures=[0.05,0.1,0.2,0.5]")
-    lowest = min(temperatures)
-    require(lowest > 0, f"temperatures={temperatures}: {lowest:g} must be above 0, for logits are divided by it")
-    names = [f"{each:g}" for each in temperatures]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    require(not twice, f"temperatures={temperatures} holds {', '.join(twice)} twice (to six digits): leave one out")
-    at_least(
-        1,
-        {
-            "seeds": config.seeds,
-            "epochs": 1 if config.epochs is None else config.epochs,
-            "labels_per_class": config.labels_per_class,
-            "k": config.k,
-            "draws": config.draws,
-            "bins": config.bins,
-        },
-    )
-    at_least(0, {"keep_epochs": config.keep_epochs})
-    at_least(2, {"images": config.images})
-    require(bool(config.output.strip()), "output='' must name the study's directory, e.g. output=runs/temperature")
-    cosines = config.similarities
+    recipes = sorted(path.stem for path in Path(config_dir(), "experiment").glob("*.yaml"))
+    require(config.recipe in recipes, f"recipe={config.recipe!r} must be one of {', '.join(recipes)}")
+    names = Counter(f"{each:g}" for each in config.temperatures)
+    repeated = ", ".join(name for name, count in names.items() if count > 1)
     require(
-        2 <= len(cosines) <= 6 and all(-1 <= each <= 1 for each in cosines),
-        f"similarities={cosines} must hold two to six cosines in -1 ... 1, e.g. similarities=[0.8,0.5,0.1]",
+        not repeated,
+        f"temperatures={config.temperatures} holds {repeated} twice (to six digits): remove one of the two",
     )
     for override in config.overrides:
         _check_override(override)
@@ -87,11 +76,11 @@ def _check_override(override: str) -> None:
     name, _, value = override.lstrip("+~").partition("=")
     require(bool(value) and not override.startswith("-"), f"overrides: {override!r} must be field=value")
     require(
-        name not in OWN,
-        f"overrides: {override!r} is the sweep's own business: set temperatures, seeds, epochs, keep_epochs, "
-        "recipe or output instead",
+        name not in SET_BY_SWEEP,
+        f"overrides must not set {name} ({override!r}), because the sweep sets it: use temperatures, seeds, epochs, "
+        "keep_epochs, recipe or output",
     )
     require(
-        not (name == "method.temperature_schedule" and value != "constant"),
-        f"overrides: {override!r} would change the temperature while a run trains: leave it out",
+        name != "method.temperature_schedule" or value == "constant",
+        f"overrides must not change the temperature during a run ({override!r}): remove it",
     )

@@ -258,7 +258,7 @@ def test_without_matplotlib_nothing_is_trained(tmp_path: Path, monkeypatch: pyte
         ({"overrides": ["method.temperature_schedule=learned"]}, "overrides.*temperature_schedule=learned"),
         ({"similarities": [0.1]}, r"similarities=\[0\.1\]"),
         ({"images": 1}, "images=1"),
-        ({"output": " "}, "output=''"),
+        ({"output": " "}, "output=' '"),
     ],
 )
 def test_refusals_name_the_field(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -44,12 +44,10 @@ def test_embed_then_search(tmp_path: Path) -> None:
 def test_one_sentence_and_no_traceback(tmp_path: Path) -> None:
     done = run(tmp_path, "search", "index=out", "threshold=1.5")
     assert done.returncode == 2
-    assert done.stderr == (
-        "moco: threshold=1.5 must lie above -1 and not above 1: it is a cosine, e.g. threshold=0.95\n"
-    )
+    assert done.stderr == ("moco: threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.95\n")
     done = run(tmp_path, "embed", "data=folder")
     assert done.returncode == 2
-    assert done.stderr == "moco: say which encoder: run=DIR for a run of moco.train, or checkpoint=FILE\n"
+    assert done.stderr == "moco: no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE\n"
 
 
 def test_help_speaks_of_the_fields(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["k=[0]", "run=nowhere"], "moco: k=[0] must hold at least one number of neighbors"),
+        (["k=[0]", "run=nowhere"], "moco: k=[0]: 0 must be at least 1"),
         (["k=5", "run=nowhere"], "moco: k=5 must be a list: k=[5]"),
         (["run=nowhere", "data=cifar10"], "moco: run=nowhere does not exist"),
         (

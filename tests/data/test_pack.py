@@ -232,11 +232,11 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("output", " ", "must name the folder"),
-        ("quality", 96, "quality=96 must lie in 1 ... 95"),
+        ("output", " ", "must not be empty"),
+        ("quality", 96, "quality=96 must be at least 1 and at most 95"),
         ("short_side", -1, "short_side=-1 must be at least 0"),
-        ("shard_mb", 0.0, "shard_mb=0 must be above 0"),
-        ("workers", 999, "workers=999 must be at most 256"),
+        ("shard_mb", 0.0, "shard_mb=0.0 must be above 0"),
+        ("workers", 999, "workers=999 must be at least 0 and at most 256"),
     ],
 )
 def test_impossible_values_are_named(field: str, value: object, words: str) -> None:

@@ -218,12 +218,12 @@ def test_a_network_that_the_format_does_not_hold(
     ("fields", "words"),
     [
         ({"to": ""}, "to='' must be one of torchvision, timm, detectron2"),
-        ({"output": ""}, "output='' must name the file to write, e.g. output=encoder.onnx"),
-        ({"output": "x.pth"}, r"output=x\.pth must end in \.onnx for to=onnx"),
-        ({"to": "moco_v2", "output": "x.pt"}, r"must end in \.pth\.tar or \.pth"),
-        ({"device": "cuda"}, "done and checked on the CPU, set device=cpu"),
+        ({"output": ""}, "output='' must .* output=encoder.onnx"),
+        ({"output": "x.pth"}, r"output='x\.pth' must .* \.onnx for to=onnx"),
+        ({"to": "moco_v2", "output": "x.pt"}, r"ends in \.pth\.tar or \.pth"),
+        ({"device": "cuda"}, "device=cuda.* set device=cpu"),
         ({"pictures": 0}, "pictures=0 must be at least 1"),
-        ({"run": ""}, "say which encoder"),
+        ({"run": ""}, "no encoder: set run=DIR"),
     ],
 )
 def test_what_cannot_run_is_refused_first(fields: dict[str, Any], words: str) -> None:

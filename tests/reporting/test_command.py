@@ -7,5 +7,5 @@ import sys
 def test_no_run_is_one_sentence() -> None:
     done = subprocess.run([sys.executable, "-m", "moco.report"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "moco: say which run: run=DIR, the directory of a run of moco.train, e.g. run=runs/digits\n"
+    assert done.stderr == "moco: run='' must not be empty, e.g. run=runs/digits\n"
     assert done.stdout == ""

@@ -183,19 +183,19 @@ def test_digits_with_their_classes(tmp_path: Path) -> None:
 def test_what_is_wrong_gets_a_sentence(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     for changes, sentence in (
-        ({"threshold": -1.0}, "threshold=-1 must lie above -1 and not above 1"),
-        ({"threshold": 1.5}, "threshold=1.5 must lie above -1 and not above 1"),
+        ({"threshold": -1.0}, "threshold=-1.0 must be above -1 and at most 1"),
+        ({"threshold": 1.5}, "threshold=1.5 must be above -1 and at most 1"),
         ({"threshold": float("nan")}, "threshold=nan must be a finite number"),
         ({"k": 0}, "k=0 must be at least 1"),
         ({"sample": -1}, "sample=-1 must be at least 0"),
         ({"mode": "closest"}, "mode='closest' must be one of nearest, duplicates, outliers"),
         ({"gallery": "pdf"}, "gallery='pdf' must be one of html, png, none"),
-        ({"query": ["a.png"], "sample": 2}, "query and sample=2 both say what to look for"),
-        ({"query": ["a.png"], "mode": "outliers"}, "mode=outliers compares all pictures with each other"),
+        ({"query": ["a.png"], "sample": 2}, r"query=.* and sample=2"),
+        ({"query": ["a.png"], "mode": "outliers"}, "mode=outliers"),
     ):
         with pytest.raises(ConfigError, match=sentence):
             config(made, out, **changes)
-    with pytest.raises(ConfigError, match="say which encoder: run=DIR"):
+    with pytest.raises(ConfigError, match="no encoder: set run=DIR"):
         check_search(SearchConfig())
     with pytest.raises(ConfigError, match=r"nowhere does not exist: make it with python -m moco.embed"):
         search(SearchConfig(index=str(tmp_path / "nowhere")))
