@@ -21,7 +21,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moco.config import ConfigError, RunWarning, config_dir
+from moco.config import ConfigError, MethodConfig, RunWarning, config_dir
+from moco.methods import METHODS
 from moco.runtime.next_command import quoted
 from moco.runtime.preemption import Preempted, prevent_restart
 from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_streams
@@ -36,6 +37,9 @@ _QUIET = {
     "hydra_help": {"template": "${hydra.help.template}"},
 }
 
+# A group with several schemas: the option of the group, configs/GROUP/OPTION.yaml, chooses one in its defaults list.
+SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
+
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 
@@ -48,6 +52,9 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     """
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
+    for each in fields(schema):
+        for option, node in SCHEMAS.get(each.type, {}).items():
+            store.store(group=f"{each.name}/schema", name=option, node=node)
     quiet = _QUIET | {"sweep": {"dir": scratch, "subdir": "."}}
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
 
@@ -81,11 +88,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
             hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
         _refuse_one_place(composed, schema)
         for each in composed:
-            # Once more against the schema: `+field=value` adds to what Hydra composed, known or not.
-            plain_values = OmegaConf.to_container(each)
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain_values))
-            assert isinstance(config, schema)
-            command(config)
+            command(to_dataclass(each, schema))
     except (HydraException, OmegaConfBaseException) as error:
         _stop(2, _composition_error(error, schema), error)
     except ConfigError as error:
@@ -104,6 +107,33 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
             * (name == "train"),
             error,
         )
+
+
+def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
+    """Return a composed configuration as an object of its schema.
+
+    Checks it against the schema once more, because `+field=value` adds any field to what Hydra composed.
+
+    Raises:
+        ConfigError: if a group's name is not that of its schema.
+        OmegaConfBaseException: for an unknown field or a value of another type.
+    """
+    typed = OmegaConf.structured(schema)
+    for each in fields(schema):  # type: ignore[arg-type]
+        schemas = SCHEMAS.get(each.type)
+        if schemas is None:
+            continue
+        chosen, name = OmegaConf.get_type(composed, each.name), composed[each.name].name
+        if schemas.get(name) is not chosen:
+            raise ConfigError(
+                f"{each.name}.name={name!r} does not choose a {each.name}: set {each.name}=OPTION, a file of "
+                f"configs/{each.name}/ that opens with the defaults 'schema/NAME@_here_' (NAME is one of "
+                f"{', '.join(schemas)})"
+            )
+        typed[each.name] = chosen
+    config = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(composed)))
+    assert isinstance(config, schema)
+    return config
 
 
 def _refuse_one_place(composed: list[DictConfig], schema: type) -> None:
@@ -157,6 +187,11 @@ def _composition_error(error: Exception, schema: type) -> str:
     )
     if key:
         wrong = full_key.group(1) if full_key else key.group(1)
+        owner = re.search(r"not in '(\w+)'", text)
+        for each in fields(schema):
+            for name, chosen in SCHEMAS.get(each.type, {}).items():
+                if owner and owner.group(1) == chosen.__name__ and wrong.startswith(f"{each.name}."):
+                    return _unknown_field(wrong, name, [f"{each.name}.{one.name}" for one in fields(chosen)])
         if wrong == "experiment" and "method.name" in known:  # where a recipe can be taken at all
             return "a recipe must open with the line '# @package _global_': see README, a recipe of your own"
         free = [name for name in known if wrong.startswith(f"{name}.")]
@@ -187,6 +222,13 @@ def _composition_error(error: Exception, schema: type) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         return f"there is no {missing.group(1)!r}{hint}" + (f"; there are: {', '.join(options)}" if options else "")
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _unknown_field(wrong: str, name: str, known: list[str]) -> str:
+    """A sentence for a field that the chosen schema of a group does not have."""
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7)
+    hint = f"did you mean {close[0]!r}?" if close else f"its fields are {', '.join(known)}"
+    return f"{wrong} is not a field of {name}; {hint}"
 
 
 def _type_of(schema: Any, name: str) -> Any:

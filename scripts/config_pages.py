@@ -32,6 +32,7 @@ from moco.config import (
 )
 from moco.config.subject import SubjectConfig
 from moco.data.view import View
+from moco.methods import METHODS
 
 CONFIGS = Path(config_dir())
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "config"
@@ -47,6 +48,7 @@ GROUPS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "checkpoint": CheckpointConfig,
 }
+SCHEMAS: dict[type, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}  # the schemas that add to a group's own
 OPTIONS = {"knn": "preset", "linear": "protocol"}  # commands that have a group of their own
 EXPLAINED: dict[type, type] = {AugmentConfig: View}  # a schema whose fields another class explains
 
@@ -194,6 +196,9 @@ def group_page(name: str, schema: type) -> Iterator[str]:
     if (CONFIGS / name).is_dir():
         yield "The defaults are the schema's; the options below set others.\n\n"
     yield from table(schema, told)
+    for option, added in SCHEMAS.get(schema, {}).items():
+        yield f"\n## {option}\n\n{docstring(added)} Schema: `{source(added)}`. It has the fields above and these:\n\n"
+        yield from table(added, told)
     if (CONFIGS / name).is_dir():
         yield from options(name)
 

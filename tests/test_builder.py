@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import UNKNOWN, KeyQueue, MoCo, Output
+from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, encode_keys
 from moco.models.norm import GroupedBatchNorm
 
 Array = NDArray[np.float64]
@@ -80,17 +80,17 @@ def test_queue_of_one_key_holds_the_newest() -> None:
 
 
 def test_random_start_is_unit_vectors_of_no_sample() -> None:
-    queue = KeyQueue(K, C)
+    queue = KeyQueue(K, C, mask_own_keys=False)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(K))
     assert queue.index.tolist() == [UNKNOWN] * K
     assert queue.filled() == 0
-    assert queue.negatives(torch.arange(N), mask_own_keys=False) is None
+    assert queue.negatives(torch.arange(N)) is None
 
 
 def test_empty_start_admits_entries_as_they_are_filled() -> None:
-    queue = KeyQueue(K, C, "empty")
+    queue = KeyQueue(K, C, "empty", mask_own_keys=False)
     for filled in (0, 4, 8, 10, 10):
-        allowed = queue.negatives(torch.arange(N), mask_own_keys=False)
+        allowed = queue.negatives(torch.arange(N))
         assert allowed is not None
         assert allowed.tolist() == [[slot < filled for slot in range(K)]]
         queue.enqueue(torch.randn(4, C), torch.arange(4))
@@ -101,7 +101,7 @@ def test_own_stale_keys_are_no_negatives_of_a_query(start: str) -> None:
     queue = KeyQueue(K, C, start)
     queue.enqueue(torch.randn(7, C), torch.tensor([5, 1, 5, 2, 9, 1, 3]))
     query = [1, 5, 8, 9]
-    allowed = queue.negatives(torch.tensor(query), mask_own_keys=True)
+    allowed = queue.negatives(torch.tensor(query))
     assert allowed is not None
     stored = [5, 1, 5, 2, 9, 1, 3]
     expected = [[stored[slot] != i if slot < 7 else start == "random" for slot in range(K)] for i in query]
@@ -144,7 +144,8 @@ def step(
     output.loss.backward()
     optimizer.step()
     method.update_momentum_encoder(momentum)
-    method.enqueue(keys, index)
+    assert output.new_keys is not None
+    method.enqueue(output.new_keys, index)
     return output
 
 
@@ -221,7 +222,7 @@ def check_steps_are_algorithm_1(
     steps: int = 6,
 ) -> None:
     torch.manual_seed(0)
-    method = make(linear_encoder(), C, K, T, start, mask_own_keys, symmetric, reduction)
+    method = make(linear_encoder(), KeyQueue(K, C, start, mask_own_keys), T, symmetric, reduction)
     reference = Algorithm1(method, start, mask_own_keys, symmetric, reduction)
     optimizer = sgd(method)
     for number in range(steps):
@@ -261,11 +262,11 @@ def test_steps_are_algorithm_1(
 
 def test_state_dict_resumes_bit_for_bit() -> None:
     torch.manual_seed(0)
-    first = MoCo(linear_encoder(), C, K, T, "empty", symmetric=True)
+    first = MoCo(linear_encoder(), KeyQueue(K, C, "empty"), T, symmetric=True)
     optimizer = sgd(first)
     for number in range(2):
         step(first, optimizer, [images(number), images(number + 50)], indices(number))
-    second = MoCo(linear_encoder(), C, K, T, "empty", symmetric=True)
+    second = MoCo(linear_encoder(), KeyQueue(K, C, "empty"), T, symmetric=True)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     resumed = sgd(second)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -278,7 +279,7 @@ def test_state_dict_resumes_bit_for_bit() -> None:
 
 
 def test_momentum_encoder_starts_as_an_independent_copy() -> None:
-    method = MoCo(linear_encoder(), C, K)
+    method = MoCo(linear_encoder(), KeyQueue(K, C))
     assert torch.equal(weight(method.encoder), weight(method.momentum_encoder))
     assert weight(method.encoder).data_ptr() != weight(method.momentum_encoder).data_ptr()
     assert not any(parameter.requires_grad for parameter in method.momentum_encoder.parameters())
@@ -288,7 +289,7 @@ def test_momentum_encoder_starts_as_an_independent_copy() -> None:
 @pytest.mark.parametrize("reduction", ["max", ""])
 def test_unknown_reduction_is_named(reduction: Any) -> None:
     with pytest.raises(ValueError, match=f"method.reduction='{reduction}' must be 'sum' or 'mean'"):
-        MoCo(linear_encoder(), C, K, reduction=reduction)
+        MoCo(linear_encoder(), KeyQueue(K, C), reduction=reduction)
 
 
 # ---- momentum update ----
@@ -298,7 +299,7 @@ def check_momentum_update(make: type[MoCo]) -> None:
     """Each parameter by a loop; then t updates to a constant query: k_t = q + m^t (k_0 - q)."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, C))
-    method = make(network, C, K)
+    method = make(network, KeyQueue(K, C))
     with torch.no_grad():
         for parameter in method.encoder.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -323,7 +324,7 @@ def test_momentum_update_is_the_papers() -> None:
 
 @pytest.mark.parametrize(("momentum", "moves"), [(1.0, 0.0), (0.0, 1.0)])
 def test_momentum_1_keeps_and_0_copies(momentum: float, moves: float) -> None:
-    method = MoCo(linear_encoder(), C, K)
+    method = MoCo(linear_encoder(), KeyQueue(K, C))
     start = weight(method.momentum_encoder).clone()
     with torch.no_grad():
         next(method.encoder.parameters()).add_(1.0)
@@ -337,7 +338,7 @@ def test_momentum_1_keeps_and_0_copies(momentum: float, moves: float) -> None:
 def test_shuffle_changes_the_batch_norm_groups_of_the_keys_and_nothing_else() -> None:
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(P, C), GroupedBatchNorm(C, 2))
-    method = MoCo(encoder, C, K, symmetric=True)
+    method = MoCo(encoder, KeyQueue(K, C), symmetric=True)
     views = [images(0, 6), images(1, 6)]
     shuffles = [np.array([3, 0, 5, 1, 4, 2]), np.array([2, 4, 0, 3, 5, 1])]
     keys = method.encode_keys(views, shuffles, 6)
@@ -351,7 +352,7 @@ def test_shuffle_changes_the_batch_norm_groups_of_the_keys_and_nothing_else() ->
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 6])
 def test_without_batch_norm_neither_shuffle_nor_micro_batches_change_the_keys(micro_batch: int) -> None:
-    method = MoCo(linear_encoder(), C, K)
+    method = MoCo(linear_encoder(), KeyQueue(K, C))
     views = [images(0, 6), images(1, 6)]
     order = np.array([3, 0, 5, 1, 4, 2])
     keys = method.encode_keys(views, [order, order], micro_batch)
@@ -369,7 +370,7 @@ def test_at_initialization_the_loss_is_near_chance(symmetric: bool) -> None:
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(P, 128))
     reductions: list[Literal["mean", "sum"]] = ["mean", "sum"]
     for reduction in reductions:
-        method = MoCo(encoder, 128, 1024, 1.0, symmetric=symmetric, reduction=reduction)
+        method = MoCo(encoder, KeyQueue(1024, 128), 1.0, symmetric, reduction)
         views = [images(0, 64), images(1, 64)]  # unrelated images, so no positive is easy
         loss = method(views, method.encode_keys(views, None, 64), torch.arange(64)).loss.item()
         directions = 2 if symmetric and reduction == "sum" else 1
@@ -378,7 +379,7 @@ def test_at_initialization_the_loss_is_near_chance(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_with_an_empty_queue_the_first_loss_and_gradient_are_zero(symmetric: bool) -> None:
-    method = MoCo(linear_encoder(), C, K, T, "empty", symmetric=symmetric)
+    method = MoCo(linear_encoder(), KeyQueue(K, C, "empty"), T, symmetric)
     views = [images(0), images(1)]
     output: Output = method(views, method.encode_keys(views, None, N), indices(0))
     output.loss.backward()
@@ -395,7 +396,7 @@ def test_with_an_empty_queue_the_first_loss_and_gradient_are_zero(symmetric: boo
 def check_floor_is_below_log_2(make: type[MoCo]) -> None:
     """Equal views and a queue of other directions: log(1 + K exp(-1/T)), where the positive among the negatives
     gives log 2 and more."""
-    method = make(nn.Flatten(), P, K, 0.1, mask_own_keys=False)
+    method = make(nn.Flatten(), KeyQueue(K, P, mask_own_keys=False), 0.1)
     eye = torch.eye(P)
     method.queue.keys[:] = eye[2]
     x = eye[:2].view(2, 3, 2, 2)
@@ -408,21 +409,22 @@ def check_floor_is_below_log_2(make: type[MoCo]) -> None:
 def check_logits_come_before_the_enqueue(make: type[MoCo]) -> None:
     """The queue that a loss sees is the one of the step before, to the bit."""
     torch.manual_seed(0)
-    method = make(linear_encoder(), C, K, T)
+    method = make(linear_encoder(), KeyQueue(K, C), T)
     for number in range(3):
         before = method.queue.keys.clone()
         views, index = [images(number), images(number + 50)], indices(number)
         keys = method.encode_keys(views, None, N)
         assert torch.equal(method.queue.keys, before)
-        method(views, keys, index)
+        output: Output = method(views, keys, index)
         assert torch.equal(method.queue.keys, before)
-        method.enqueue(keys, index)
+        assert output.new_keys is not None
+        method.enqueue(output.new_keys, index)
         assert not torch.equal(method.queue.keys, before)
 
 
 def check_own_stale_keys_are_no_negatives(make: type[MoCo]) -> None:
     """A queue full of keys of the query's own image, and one of another."""
-    method = make(nn.Flatten(), P, K, 0.1)
+    method = make(nn.Flatten(), KeyQueue(K, P), 0.1)
     eye = torch.eye(P)
     method.queue.keys[:] = eye[0]
     method.queue.index[:] = 5
@@ -434,7 +436,7 @@ def check_own_stale_keys_are_no_negatives(make: type[MoCo]) -> None:
 
 
 def check_gradient_reaches_the_query_alone(make: type[MoCo]) -> None:
-    method = make(linear_encoder(), C, K, T)
+    method = make(linear_encoder(), KeyQueue(K, C), T)
     views = [images(0).requires_grad_(), images(1).requires_grad_()]
     output: Output = method(views, method.encode_keys(views, None, N), indices(0))
     output.loss.backward()
@@ -447,7 +449,7 @@ def check_gradient_reaches_the_query_alone(make: type[MoCo]) -> None:
 
 def check_queue_wraps_around(make: type[MoCo]) -> None:
     torch.manual_seed(0)
-    method = make(linear_encoder(), C, K, T)
+    method = make(linear_encoder(), KeyQueue(K, C), T)
     check_ring(type(method.queue), [4, 4, 4, 4])
 
 
@@ -456,7 +458,7 @@ class PositiveAmongNegatives(MoCo):
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
         before = copy.deepcopy(self.queue.state_dict())
-        self.enqueue(keys, torch.full_like(index, UNKNOWN))
+        self.enqueue(torch.stack(list(keys.values()), dim=1), torch.full_like(index, UNKNOWN))
         output = super().forward(views, keys, index, start)
         self.queue = KeyQueue(self.queue.size, self.queue.keys.shape[1], self.queue.start)
         self.queue.load_state_dict(before)
@@ -470,16 +472,16 @@ class EnqueueBeforeLogits(MoCo):
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
     ) -> dict[int, Tensor]:
         keys = super().encode_keys(views, shuffles, micro_batch)
-        super().enqueue(keys, torch.full((len(views[0]),), UNKNOWN))
+        super().enqueue(torch.stack(list(keys.values()), dim=1), torch.full((len(views[0]),), UNKNOWN))
         return keys
 
-    def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None:
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
         pass
 
 
 class _BlindQueue(KeyQueue):
-    def negatives(self, index: Tensor, mask_own_keys: bool) -> Tensor | None:
-        return super().negatives(index, mask_own_keys=False)
+    def negatives(self, index: Tensor) -> Tensor | None:
+        return self.filled_mask()
 
 
 class _CutQueue(KeyQueue):
@@ -519,8 +521,8 @@ class GradientIntoKeys(MoCo):
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
     ) -> dict[int, Tensor]:
         self.momentum_encoder.requires_grad_(True)
-        keys: dict[int, Tensor] = inspect.unwrap(MoCo.encode_keys)(self, views, shuffles, micro_batch)
-        return keys
+        with_gradient = inspect.unwrap(encode_keys)
+        return {key: with_gradient(self.momentum_encoder, views[key], None, micro_batch) for _, key in self.directions}
 
 
 class GradientIntoQueue(MoCo):
@@ -574,7 +576,7 @@ def test_planted_fault_leaves_the_path_of_algorithm_1(fault: type[MoCo], symmetr
 
 
 def test_floor_of_the_first_fault_is_log_2() -> None:
-    method = PositiveAmongNegatives(nn.Flatten(), P, K, 0.01, mask_own_keys=False)
+    method = PositiveAmongNegatives(nn.Flatten(), KeyQueue(K, P, mask_own_keys=False), 0.01)
     eye = torch.eye(P)
     method.queue.keys[:] = eye[2]
     x = eye[:2].view(2, 3, 2, 2)

@@ -7,11 +7,12 @@ import pytest
 
 from moco.cli import field_names
 from moco.config import ConfigError, TrainConfig, bounded, check, check_bounds
+from moco.methods.moco_config import MoCoConfig
 from moco.runs.directory import FREE_FIELDS, flatten
 
 
 def refusal(change: Callable[[TrainConfig], None], processes: int = 1) -> str:
-    config = TrainConfig()
+    config = TrainConfig(method=MoCoConfig())
     change(config)
     with pytest.raises(ConfigError) as caught:
         check(config, processes)
@@ -20,8 +21,8 @@ def refusal(change: Callable[[TrainConfig], None], processes: int = 1) -> str:
 
 
 def test_the_schemas_defaults_are_possible() -> None:
-    check(TrainConfig())
-    check(TrainConfig(), processes=8)
+    check(TrainConfig(method=MoCoConfig()))
+    check(TrainConfig(method=MoCoConfig()), processes=8)
 
 
 def test_the_batch_must_divide_over_processes_and_micro_batches() -> None:
@@ -41,7 +42,7 @@ def test_bn_groups_must_divide_a_forward_pass_and_the_fix_does(group: int, fix: 
     assert f"model.bn_group_size={group} must divide the 48 images" in sentence
     assert f"take {fix}, or model.bn=sync" in sentence
 
-    config = TrainConfig(batch_size=96)
+    config = TrainConfig(method=MoCoConfig(), batch_size=96)
     config.model.bn_group_size = fix
     check(config, processes=2)
 
@@ -102,4 +103,4 @@ def test_synchronized_bn_is_not_split_into_micro_batches() -> None:
 def test_what_may_change_in_a_resumed_run_are_fields_that_exist() -> None:
     known = set(field_names(TrainConfig))
     assert set(FREE_FIELDS) <= known
-    assert "method.temperature" in flatten(asdict(TrainConfig()))
+    assert "method.temperature" in flatten(asdict(TrainConfig(method=MoCoConfig())))

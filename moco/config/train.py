@@ -5,7 +5,7 @@ from typing import Any
 
 from moco.config.base import ComputeConfig, bounded, check_bounds, nearest_multiple, require
 from moco.config.data import DataConfig, check_data_fields
-from moco.config.method import MethodConfig, check_method
+from moco.config.method import MethodConfig
 
 
 @dataclass
@@ -220,7 +220,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     """
     check_bounds(config)
     check_data_fields(config.data)
-    check_method(config.method, config.batch_size, config.accumulate, config.augment.views)
+    config.method.check(config)
     evaluate, optim = config.evaluate, config.optim
     require(
         evaluate.every_epochs > 0 or not config.checkpoint.keep_best,

@@ -13,7 +13,7 @@ from moco.losses.queue import info_nce, info_nce_logits, multi_positive_info_nce
 from moco.losses.similarity import Temperature
 from moco.losses.streamed import Streamed, info_nce_streamed, logit_measures
 from moco.losses.switches import Switches, switched_contrast
-from moco.losses.temperature import LearnedTemperature, temperature_at
+from moco.losses.temperature import LearnedTemperature, split_temperature, temperature_at
 
 __all__ = [
     "LearnedTemperature",
@@ -33,6 +33,7 @@ __all__ = [
     "mix_hard_negatives",
     "multi_positive_info_nce",
     "nt_xent",
+    "split_temperature",
     "sup_con",
     "switched_contrast",
     "temperature_at",

@@ -60,3 +60,10 @@ class LearnedTemperature(nn.Module):
         with torch.no_grad():
             self.log_scale.clamp_(-math.log(self.high), -math.log(self.low))
         return (-self.log_scale).exp()
+
+
+def split_temperature(temperature: float | LearnedTemperature) -> tuple[float, LearnedTemperature | None]:
+    """Return the temperature as a number, and the module if it is trained."""
+    if isinstance(temperature, LearnedTemperature):
+        return float(temperature().detach()), temperature
+    return temperature, None

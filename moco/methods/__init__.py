@@ -1,18 +1,35 @@
-"""The methods by the name that a configuration gives them (`method.name`); a new one is added here.
+"""The methods by name. To add one: its schema in NAME_config.py, its algorithm in NAME.py, and one line here.
 
-What a method is says `moco.training.step.Method`.
+Importing this package does not import torch: a schema imports its algorithm in `build`.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
-from moco.builder import MoCo
-from moco.methods.moco_v3 import MoCoV3
-from moco.methods.simclr import SimCLR
+from moco.config import ConfigError, MethodConfig
+from moco.methods.moco_config import MoCoConfig
+from moco.methods.moco_v3_config import MoCoV3Config
+from moco.methods.simclr_config import SimCLRConfig
 
-AnyMethod = MoCo | MoCoV3 | SimCLR
-
-METHODS: dict[str, Callable[..., AnyMethod]] = {
-    "moco": MoCo,  # v1, v2 and v2+; with labels SupMoCo
-    "moco_v3": MoCoV3,
-    "simclr": SimCLR,  # with labels SupCon; candidates="other_view" is the plainest contrast in a batch
+METHODS: dict[str, type[MethodConfig]] = {
+    "moco": MoCoConfig,
+    "moco_v3": MoCoV3Config,
+    "simclr": SimCLRConfig,
 }
+
+
+def read_method(values: Mapping[str, Any]) -> MethodConfig:
+    """Return the group `method` of a saved configuration.
+
+    Runs of version 0.1 saved the fields of all methods. Those that the run's method does not have were without effect
+    and are dropped. Fields that are newer than the run get their defaults.
+
+    Raises:
+        ConfigError: for an unknown method.
+    """
+    name = values.get("name", "moco")
+    if name not in METHODS:
+        raise ConfigError(f"method.name={name!r} must be one of {', '.join(METHODS)}")
+    known = {each.name for each in fields(METHODS[name])}
+    return METHODS[name](**{field: value for field, value in values.items() if field in known})

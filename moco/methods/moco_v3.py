@@ -1,4 +1,4 @@
-"""MoCo v3: no queue, a predictor behind the query encoder, and the batch's other keys as negatives.
+"""MoCo v3: no queue, a predictor after the query encoder, and the other keys of the batch as negatives.
 
     An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie, He, ICCV 2021)
 
@@ -14,14 +14,14 @@ the augmentation, which are configuration.
 
 Deliberate deviations from the official code:
 
-- It updates f_k between encoding queries and keys; here that happens at the end of the step before. The keys are the
-  same (in the first step f_k equals f_q), and a step that fails changes nothing.
+- It updates f_k between encoding queries and keys; here that happens at the end of the previous step. The keys are
+  the same (in the first step f_k equals f_q), and a step that fails changes nothing.
 - Keys are normalized before they are gathered, not after. Logits are float32 also under autocast.
-- The accuracy that it logs counts a tie as a success, here it is none.
+- The accuracy that it logs counts a tie as a success; here a tie is a failure.
 - Keys may be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. Its BN is synchronized, and so are
   the published recipes here (`model.bn=sync`, `model.shuffle_keys=false`).
 - LARS is timm's: its trust ratio is |w| / (|g| + wd |w|), the official one |w| / |g + wd w|; at the weight decay of
-  1e-6 they agree. In AdamW's recipes weight decay covers all trained weights, as in the official code.
+  1e-6 they agree. In the recipes with AdamW weight decay covers all trained weights, as in the official code.
 
 Legend: N local micro-batch, n local batch, W processes, M = W n global batch, C embedding.
 """
@@ -34,8 +34,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import Output, unit_length
-from moco.distributed import gather, permute, rank, world_size
+from moco.builder import Output, encode_keys, unit_length, update_momentum_encoder
+from moco.distributed import gather, rank, world_size
 from moco.losses import in_batch_info_nce
 
 
@@ -44,16 +44,17 @@ class MoCoV3(nn.Module):
 
     Args:
         encoder: backbone and projector, images (N, 3, S, S) to (N, C). f_k starts as its copy.
-        predictor: (N, C) to (N, C), on the query's side alone; `nn.Identity` for none.
+        predictor: (N, C) to (N, C), for queries only; `nn.Identity` for none.
         temperature: T.
 
     Raises:
         ValueError: if the temperature is not above 0.
     """
 
-    queue: None = None  # the negatives are the batch
-    directions = ((0, 1), (1, 0))  # (query's view, key's view)
-    passes = 2  # of an encoder in one micro-batch
+    queue: None = None
+    directions = ((0, 1), (1, 0))
+    passes = 2
+    step = 0
 
     def __init__(self, encoder: nn.Module, predictor: nn.Module, temperature: float = 1.0) -> None:
         super().__init__()
@@ -63,33 +64,30 @@ class MoCoV3(nn.Module):
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.temperature = temperature
 
-    @torch.no_grad()
     def encode_keys(
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
     ) -> dict[int, Tensor]:
-        """Both views' keys of the global batch: {view: (M, C)}. Micro-batches thus see all its negatives.
+        """Return the keys of the global batch, {view: (M, C)}: each micro-batch is compared with all of them.
 
         Args:
             views: two tensors (n, 3, S, S).
-            shuffles: for each view a permutation of the global batch, or None; see `moco.builder.MoCo`.
-            micro_batch: how many images go through the encoder at once.
+            shuffles: one permutation of the global batch per view, or None; see `moco.builder.encode_keys`.
+            micro_batch: number of images per forward pass.
         """
-        keys = {}
-        for view, images in enumerate(views):  # (n, 3, S, S)
-            x = images if shuffles is None else permute(images, shuffles[view])
-            k = torch.cat([unit_length(self.momentum_encoder(part)) for part in x.split(micro_batch)])
-            k = k if shuffles is None else permute(k, np.argsort(shuffles[view]))  # (n, C)
-            keys[view] = gather(k)  # (M, C)
-        return keys
+        shuffled = [None] * len(views) if shuffles is None else shuffles
+        return {
+            view: gather(encode_keys(self.momentum_encoder, images, shuffled[view], micro_batch))
+            for view, images in enumerate(views)
+        }
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
-        """The loss of one micro-batch against the keys of the global batch: ctr(q1, k2) + ctr(q2, k1).
+        """Compute the loss of one micro-batch against the keys of the global batch: ctr(q1, k2) + ctr(q2, k1).
 
         Args:
             views: two tensors (N, 3, S, S).
             keys: {view: (M, C)}, from `encode_keys`.
-            index: the micro-batch's sample indices, (N,).
-            start: where in the local batch the micro-batch begins.
+            index: the sample indices of the micro-batch, (N,).
+            start: position of the micro-batch in the local batch.
         """
         local = len(keys[0]) // world_size()  # n
         labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), each query's key
@@ -102,22 +100,19 @@ class MoCoV3(nn.Module):
             pairs.append((q.detach(), k[labels]))
             positive = logits.gather(1, labels[:, None])  # (N, 1)
             positives.append(positive.mean() * self.temperature)
-            correct.append(((logits >= positive).sum(dim=1) == 1).float().mean())  # itself alone: a tie is no success
+            correct.append(((logits >= positive).sum(dim=1) == 1).float().mean())  # a tie is a failure
         total = torch.tensor(float(len(keys[0])), device=index.device)
         measures = {
             "contrast_accuracy": torch.stack(correct).mean(),
             "positive_similarity": torch.stack(positives).mean(),
             "negatives": total - 1,
-            "chance": 2 * (2 * self.temperature) * total.log(),  # if all keys are alike to a query
+            "chance": 2 * (2 * self.temperature) * total.log(),  # all keys equally similar
         }
         return Output(torch.stack(losses).sum(), measures, *pairs[0])
 
-    @torch.no_grad()
     def update_momentum_encoder(self, momentum: float) -> None:
-        """f_k = m f_k + (1 - m) f_q, without the predictor. Parameters only: BN's running statistics are f_k's own."""
-        torch._foreach_lerp_(
-            list(self.momentum_encoder.parameters()), list(self.encoder.parameters()), weight=1 - momentum
-        )
+        """Set f_k = m f_k + (1 - m) f_q, without the predictor."""
+        update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
 
-    def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None:
-        """Does nothing: keys are negatives in their own step alone. It is here because every method's step calls it."""
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
+        """Do nothing: there is no queue."""

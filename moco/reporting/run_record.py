@@ -4,16 +4,16 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moco.analysis.doctor import Alarm, diagnose, facts_of
-from moco.config import ConfigError, RunWarning, TrainConfig, require
+from moco.config import ConfigError, MethodConfig, RunWarning, TrainConfig, require
+from moco.methods import read_method
 from moco.runs import checkpoint
-from moco.runs.directory import flatten
 from moco.runs.metrics import Metrics, read_metrics
 
 
@@ -38,6 +38,11 @@ class Run:
         for part in dotted.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         return default if value is None else value
+
+    @property
+    def method(self) -> MethodConfig:
+        """The configuration of its method; fields that are newer than the run have their defaults."""
+        return read_method(self.config.get("method", {}))
 
     @property
     def step(self) -> int:
@@ -125,8 +130,7 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
     count = images
     if count is None and not math.isnan(run.steps_per_epoch):
         count = round(run.steps_per_epoch * run.get("batch_size", 1))
-    settings = flatten(asdict(TrainConfig())) | flatten(run.config)  # an old run may not know all fields
-    facts = facts_of(settings, count or 2**62)
+    facts = facts_of(run.method, run.get("batch_size", TrainConfig.batch_size), count or 2**62)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 
 

@@ -63,13 +63,14 @@ def state(run: Run) -> str:
 
 
 def _method(run: Run) -> str:
-    said = [str(run.get("method.name", "?"))]
-    if run.get("method.queue_size") and run.get("method.name") == "moco":
-        said.append(f"queue {run.get('method.queue_size'):,}")
-    said.append(f"temperature {run.get('method.temperature', '?')}")
-    if run.get("method.name") != "simclr":
-        said.append(f"momentum {run.get('method.momentum', '?')}")
-    return ", ".join(said + ["with labels"] * bool(run.get("method.labels")))
+    method = run.method
+    parts = [method.name]
+    if method.queue_size:
+        parts.append(f"queue {method.queue_size:,}")
+    parts.append(f"temperature {method.temperature}")
+    if method.has_momentum_encoder:
+        parts.append(f"momentum {method.momentum}")
+    return ", ".join(parts + ["with labels"] * method.labels)
 
 
 def _encoder(run: Run) -> str:
@@ -126,8 +127,8 @@ def _title(run: Run) -> str:
 
 def differences(runs: Sequence[Run]) -> str:
     """The settings in which the runs differ."""
-    usual = flatten(asdict(TrainConfig()))  # what a field that is newer than a run was then
-    flat = [usual | flatten(run.config) for run in runs]
+    usual = asdict(TrainConfig())  # the value of a field that is newer than the run
+    flat = [flatten(usual | run.config | {"method": asdict(run.method)}) for run in runs]
     told = {
         name: ["empty" if each.get(name) == "" else str(each.get(name, "–")) for each in flat]
         for name in sorted(set().union(*flat))

@@ -4,6 +4,7 @@ Only rank 0 writes there. A run that is started again in its directory resumes f
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from moco.config import ConfigError
 from moco.files import atomic_write, write_errors
+from moco.methods import read_method
 from moco.runtime.output_directory import LOCK, lock_directory
 
 # Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
@@ -59,6 +61,8 @@ def refuse_difference(
         config: the configuration of this run.
         defaults: the values of fields that did not exist yet when the earlier run was configured.
     """
+    if there.get("method"):
+        there = {**there, "method": asdict(read_method(there["method"]))}
     before, now, default = flatten(there), flatten(config), flatten(defaults or {})
     before |= {name: default[name] for name in now.keys() & default.keys() - before.keys()}
     # With grouped BN, micro-batches do not change the results; otherwise they do.

@@ -24,22 +24,23 @@ def check_against_data(config: TrainConfig, plan: Plan) -> None:
             RunWarning,
             stacklevel=2,
         )
-    per_step = config.batch_size * (2 if config.method.symmetric else 1)
-    queue = config.method.queue_size
-    if queue >= plan.length * (2 if config.method.symmetric else 1):
+    method = config.method
+    per_step = config.batch_size * method.keys_per_image
+    queue = method.queue_size
+    if queue >= plan.length * method.keys_per_image:
         fit_in = max(per_step, plan.length // 2 // per_step * per_step)
         warnings.warn(
             f"method.queue_size={queue} holds every one of the {plan.length} images at least once, so each query meets "
-            f"its own old keys (masked: {config.method.mask_own_keys}) and very stale ones; "
+            f"its own old keys (masked: {method.mask_own_keys}) and very stale ones; "
             f"set method.queue_size={fit_in} or less",
             RunWarning,
             stacklevel=2,
         )
-    if config.method.name == "simclr":
+    if not method.has_momentum_encoder:
         if config.model.bn == "grouped":
             warnings.warn(
                 "model.bn=grouped normalizes an image's views in groups of the same images, which gives each other "
-                "away, and simclr shuffles nothing: set model.bn=sync",
+                f"away, and {method.name} has no keys to shuffle: set model.bn=sync",
                 RunWarning,
                 stacklevel=2,
             )

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from moco.analysis.doctor import Doctor
+from moco.builder import Method
 from moco.config import TrainConfig
 from moco.data.plan import Plan
 from moco.data.sources import Sources
 from moco.evaluation.features import Network, extract, pixels
 from moco.evaluation.knn_classifier import Accuracy, knn_accuracy, knn_title
 from moco.runs.metrics import MetricsLogger
-from moco.training.step import Method
 
 
 class _Signing(nn.Module):

@@ -27,11 +27,10 @@ from moco.analysis import (
     tolerance,
     uniformity,
 )
-from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, unit_length
+from moco.builder import UNKNOWN, KeyQueue, Method, Output, unit_length
 from moco.distributed import gather, permute, world_size
 from moco.losses import info_nce_logits, info_nce_streamed
 from moco.models.norm import GroupedBatchNorm, untracked
-from moco.training.step import Method
 
 KEYS = 4096  # whose spectrum is taken: the newest of the queue
 QUERIES = 16  # whose logits are looked at one by one
@@ -86,13 +85,13 @@ class Monitor:
         self.histograms = {"positives": similarity_histogram((query * key).sum(dim=1))}
         if queue is not None:
             found |= self._against(queue, query, key, samples, temperature)
-        if isinstance(self._method, MoCo):
-            found |= self._leak(self._method, output, views, index, temperature)
+        if queue is not None and self._method.momentum_encoder is not None:
+            found |= self._leak(queue, self._method.momentum_encoder, output, views, index, temperature)
         return {f"analysis/{name}": value.float() for name, value in found.items()}
 
     def _temperature(self) -> float:
         learned = getattr(self._method, "learned_temperature", None)
-        value = self._method.temperature if learned is None else learned()  # type: ignore[attr-defined]
+        value = self._method.temperature if learned is None else learned()
         return float(value)
 
     def _against(
@@ -100,8 +99,7 @@ class Monitor:
     ) -> dict[str, Tensor]:
         """What the queue's keys are to the batch."""
         some = slice(QUERIES)
-        masked = bool(getattr(self._method, "mask_own_keys", False))
-        allowed = queue.negatives(index[some], masked)  # (16, K) or (1, K)
+        allowed = queue.negatives(index[some])  # (16, K) or (1, K)
         logits = info_nce_logits(query[some], key[some], queue.keys, temperature, allowed)  # (16, 1 + K)
         self.histograms["negatives"] = similarity_histogram(logits[:, 1:] * temperature)
         ages = key_ages(queue.count, queue.size, self._keys_per_step).float()
@@ -121,7 +119,13 @@ class Monitor:
         return found
 
     def _leak(
-        self, method: MoCo, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
+        self,
+        queue: KeyQueue,
+        encoder: nn.Module,
+        output: Output,
+        views: Sequence[Tensor],
+        index: Tensor,
+        temperature: float,
     ) -> dict[str, Tensor]:
         """The loss with keys that were normalized in the groups of their queries, and with shuffled ones.
 
@@ -129,9 +133,9 @@ class Monitor:
         statistics give keys away, the first is lower (He et al., 2020, Sec. 3.3). Empty where BN has one group: there
         is nothing to shuffle.
         """
-        encoder, group = method.momentum_encoder, _group_size(method.momentum_encoder)
+        group = _group_size(encoder)
         some = slice(group * max(2, -(-ENCODED // group)) if group else 0)
-        images = views[method.directions[0][1]][some]  # (n, 3, S, S)
+        images = views[self._method.directions[0][1]][some]  # (n, 3, S, S)
         order = _across_groups(world_size() * len(images), group)
         if order is None:
             return {}
@@ -141,9 +145,8 @@ class Monitor:
                 other = unit_length(encoder(images))  # (n, C)
             else:
                 other = permute(unit_length(encoder(permute(images, order))), np.argsort(order))  # (n, C)
-        queue = method.queue
-        filled = queue.negatives(index[some], mask_own_keys=False)  # (1, K)
-        of, by = (index[some], queue.index) if method.mask_own_keys else (None, None)
+        filled = queue.filled_mask()  # (1, K)
+        of, by = (index[some], queue.index) if queue.mask_own_keys else (None, None)
         own, other = (
             info_nce_streamed(output.query[some], k, queue.keys, temperature, filled, index=of, queue_index=by).loss
             for k in (output.key[some], other)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,32 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.builder import KeyQueue, Output
+from moco.builder import Method, Output
 from moco.distributed import mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-class Method(Protocol):
-    """What a method is: a module of this shape; `moco.builder.MoCo` is the first, `moco.methods` has the others.
-
-    Its forward takes (views, keys, index, start) and returns an `Output`, as MoCo's does.
-    """
-
-    encoder: nn.Module
-    passes: int
-
-    @property
-    def queue(self) -> KeyQueue | None: ...  # None: the negatives are the batch, and `enqueue` does nothing
-
-    def encode_keys(
-        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
-    ) -> dict[int, Tensor]: ...
-
-    def update_momentum_encoder(self, momentum: float) -> None: ...
-
-    def enqueue(self, keys: dict[int, Tensor], index: Tensor) -> None: ...
 
 
 def train_step(
@@ -85,6 +63,7 @@ def train_step(
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     measures: dict[str, Tensor] = {}
+    new_keys: list[Tensor] = []  # of each micro-batch
     wait = wait or scaler.is_enabled()
     statistics = [buffer for name, buffer in forward.named_buffers() if name.endswith(_STATISTICS)] if wait else []
     before = [buffer.clone() for buffer in statistics]
@@ -97,6 +76,8 @@ def train_step(
             with autocast:
                 output: Output = forward([view[at] for view in views], keys, index[at], at.start)
             scaler.scale(output.loss / accumulate).backward()
+        if output.new_keys is not None:
+            new_keys.append(output.new_keys)
         for name, value in {"loss": output.loss.detach(), **output.measures}.items():
             measures[name] = measures.get(name, 0) + value / accumulate
     if look is not None:
@@ -123,7 +104,8 @@ def train_step(
     scaler.update()
     if finite_norm:  # one optimizer step = one momentum update = one enqueue
         method.update_momentum_encoder(momentum)
-        method.enqueue(keys, index)
+        if new_keys:
+            method.enqueue(torch.cat(new_keys), index)
     # ------------------------------------------------------------------
     return measures
 

@@ -10,6 +10,7 @@ from torchvision.utils import make_grid, save_image
 
 import moco
 from moco.analysis.doctor import Doctor
+from moco.builder import Method
 from moco.config import RunWarning, TrainConfig
 from moco.data.loader import batches
 from moco.data.plan import Plan
@@ -21,7 +22,6 @@ from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display, duration, summary_panel
-from moco.training.step import Method
 
 
 def announce(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import moco
 from moco.analysis.doctor import Doctor, facts_of
-from moco.builder import MoCo
 from moco.config import TrainConfig, require
 from moco.data.loader import Batch, batches
 from moco.data.opening import build_views, open_sources, without_unreadable_references
@@ -35,7 +34,7 @@ from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr
 from moco.runs import checkpoint
-from moco.runs.directory import flatten, open_run, refuse_difference
+from moco.runs.directory import open_run, refuse_difference
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display
 from moco.runtime.device import pick_device
@@ -190,14 +189,13 @@ def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler
     look_every = config.log_every * config.analyse_every
     if config.batch_size // world_size() // config.accumulate < 2:
         look_every = 0  # of one sample there is no spread
-    facts = facts_of(flatten(asdict(config)), plan.length)
+    facts = facts_of(config.method, config.batch_size, plan.length)
     doctor = Doctor(facts, path / "metrics.jsonl", display.log) if metrics_log else None
 
     def step_once(step: int, batch: Batch) -> dict[str, Tensor] | None:
         now = schedule_values(config, plan, peak_lr, step)
         method.temperature = now.get("temperature", method.temperature)
-        if isinstance(method, MoCo):
-            method.step = step  # of which its random numbers are a function
+        method.step = step
         # Only dropout and drop-path, where a timm model is told to have them, still draw from torch's generator:
         # a seed of its own for each step makes their resume exact too. Their masks differ between ranks.
         torch.manual_seed((config.seed + (step * world_size() + rank() + 1) * 0x9E3779B97F4A7C15) % 2**63)

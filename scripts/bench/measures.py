@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.builder import MoCo, Output
+from moco.builder import KeyQueue, MoCo, Output
 from moco.config import OptimConfig
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
@@ -75,7 +75,7 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
     torch.manual_seed(0)
     network = recipe.encoder()
     precision = "fp32" if recipe.plain else pick_precision("auto", network, recipe.size, device)[0]
-    method = MoCo(network, recipe.dim, recipe.queue, 0.2).to(device)
+    method = MoCo(network, KeyQueue(recipe.queue, recipe.dim), 0.2).to(device)
     if not recipe.plain:
         method.to(memory_format=torch.channels_last)
     set_calls_per_step(method.train(), 1)

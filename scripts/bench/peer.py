@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import DataConfig, OptimConfig
 from moco.data.loader import batches
 from moco.data.plan import Plan
@@ -66,7 +66,7 @@ def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> C
     torch.manual_seed(0)
     encoder = build_encoder(options.backbone, given, 2, 0, C, "grouped", 32)
     precision, _ = pick_precision("auto", encoder, 32, device)
-    method = MoCo(encoder, C, options.queue, T).to(device)
+    method = MoCo(encoder, KeyQueue(options.queue, C), T).to(device)
     method.to(memory_format=torch.channels_last)
     set_calls_per_step(method, 1)
     optimizer = build_optimizer(method.train(), OptimConfig(weight_decay=DECAY))

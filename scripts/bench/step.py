@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import OptimConfig
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
@@ -55,7 +55,7 @@ def run(options: Namespace) -> Iterator[Table]:
     kept = device.type == "cpu" and keep_freed_memory()
     found = alternate(forms, options.rounds)
     yield compared(f"{title}{', freed memory kept in all' if kept else ''}, {options.clock} time", found, "images/s")
-    method = MoCo(encoder(options.backbone), C, options.queue, T)
+    method = MoCo(encoder(options.backbone), KeyQueue(options.queue, C), T)
     operations = step_flops(method, GROUP, SIZE, views=2)
     fastest = max(found, key=lambda name: sorted(found[name])[len(found[name]) // 2])
     rate = sorted(found[fastest])[len(found[fastest]) // 2] * operations
@@ -80,7 +80,7 @@ def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
 def ours(options: Namespace, views: list[Tensor], index: Tensor, precision: str, compiled: bool) -> Step:
     """`moco.training.step.train_step` as pretraining calls it."""
     device = index.device
-    method = MoCo(encoder(options.backbone), C, options.queue, T, mask_own_keys=False).to(device)
+    method = MoCo(encoder(options.backbone), KeyQueue(options.queue, C, mask_own_keys=False), T).to(device)
     method.to(memory_format=torch.channels_last)
     set_calls_per_step(method, 1)
     optimizer = build_optimizer(method.train(), OptimConfig(weight_decay=DECAY))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 from moco.builder import MoCo
 from moco.cli import run_command
@@ -101,7 +102,7 @@ def early(patch: Patch) -> None:
     forward, enqueue = MoCo.forward, MoCo.enqueue
 
     def hasty(self: MoCo, views: Any, keys: Any, index: Any, start: int = 0) -> Any:
-        enqueue(self, keys, index)
+        enqueue(self, torch.stack(list(keys.values()), dim=1), index)
         return forward(self, views, keys, index, start)
 
     patch(MoCo, "forward", hasty)

@@ -12,12 +12,13 @@ import torch
 from moco.analysis import alpha_req, rank_me, uniformity
 from moco.analysis.studies.choose import EVALUATIONS, MEASURES, Point, agreements, choose, chosen
 from moco.choose import choose as command
-from moco.config import AugmentConfig, ConfigError, DataConfig, MethodConfig, ModelConfig, TrainConfig
+from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moco.config.choose import ChooseConfig
 from moco.data.sources import limited, load_source
 from moco.evaluation.features import extract
 from moco.interop.encoder_file import build, read_encoder
 from moco.methods.build import build_method
+from moco.methods.moco_config import MoCoConfig
 from moco.runs import checkpoint
 
 AUGMENT = AugmentConfig(size=16, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], mean=[0.5] * 3, std=[0.5] * 3)
@@ -32,7 +33,7 @@ def run(path: Path, steps: tuple[int, ...] = (1, 2), seed: int = 0, **data: Any)
         data=DataConfig(**data),
         augment=AUGMENT,
         model=model,
-        method=MethodConfig(queue_size=16),
+        method=MoCoConfig(queue_size=16),
     )
     for step in steps:
         torch.manual_seed(100 * seed + step)

@@ -4,17 +4,17 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from moco.analysis.doctor import Doctor, Facts, facts_of
 from moco.config import TrainConfig
 from moco.digest import digest
+from moco.methods.moco_config import MoCoConfig
+from moco.methods.moco_v3_config import MoCoV3Config
+from moco.methods.simclr_config import SimCLRConfig
 from moco.runs import checkpoint
-from moco.runs.directory import flatten
 from moco.runs.metrics import read_metrics
 from moco.training.trainer import pretrain
 from tests.analysis.faults import SAID, defect
@@ -22,20 +22,12 @@ from tests.analysis.faults import SAID, defect
 FACTS = Facts(temperature=0.2, momentum=0.99, queue_size=512, dataset_size=100_000, keys_per_step=128)
 
 
-def settings(**method: Any) -> dict[str, Any]:
-    config = TrainConfig(batch_size=64)
-    for name, value in method.items():
-        setattr(config.method, name, value)
-    return flatten(asdict(config))
-
-
 def test_facts_of_each_method() -> None:
-    plain = facts_of(settings(queue_size=512, temperature=0.1, momentum=0.9, mask_own_keys=False), 1000)
-    assert plain == Facts(0.1, 0.9, 512, 1000, 64, False)
-    assert facts_of(settings(queue_size=512, symmetric=True), 1000).keys_per_step == 128
-    v3 = facts_of(settings(name="moco_v3", queue_size=0, temperature=1.0, momentum=0.99), 1000)
-    assert v3 == Facts(1.0, 0.99, 0, 1000, 128, True)
-    simclr = facts_of(settings(name="simclr", queue_size=0, momentum=0.0), 1000)
+    plain = MoCoConfig(queue_size=512, temperature=0.1, momentum=0.9, mask_own_keys=False)
+    assert facts_of(plain, 64, 1000) == Facts(0.1, 0.9, 512, 1000, 64, False)
+    assert facts_of(MoCoConfig(queue_size=512, symmetric=True), 64, 1000).keys_per_step == 128
+    assert facts_of(MoCoV3Config(temperature=1.0, momentum=0.99), 64, 1000) == Facts(1.0, 0.99, 0, 1000, 128, True)
+    simclr = facts_of(SimCLRConfig(), 64, 1000)
     assert (simclr.momentum, simclr.queue_size, simclr.keys_per_step) == (None, 0, 64)  # no momentum to complain about
 
 
@@ -93,14 +85,22 @@ def test_a_run_that_goes_on_is_judged_by_all_its_records(tmp_path: Path) -> None
 
 def digits(run: Path) -> TrainConfig:
     """The digits with a small network: 5 steps an epoch, each of them looked at."""
-    made = TrainConfig(run=str(run), epochs=3, batch_size=256, device="cpu", threads=1, log_every=1, analyse_every=1)
+    made = TrainConfig(
+        method=MoCoConfig(queue_size=512, temperature=0.5, momentum=0.99),
+        run=str(run),
+        epochs=3,
+        batch_size=256,
+        device="cpu",
+        threads=1,
+        log_every=1,
+        analyse_every=1,
+    )
     made.precision, made.hang_after = "fp32", 0.0
     made.data.name, made.augment.size, made.augment.crop_scale = "digits", 16, [1.0, 1.0]
     made.augment.affine_p, made.augment.degrees, made.augment.noise = 1.0, 10.0, [0.0, 0.05]
     made.augment.translate, made.augment.zoom, made.augment.shear = 0.07, [0.9, 1.1], 10.0
     made.augment.mean, made.augment.std = [0.5] * 3, [0.5] * 3
     made.model.backbone, made.model.options, made.model.dim, made.model.head_hidden = "convnet", {"width": 8}, 32, 32
-    made.method.queue_size, made.method.temperature, made.method.momentum = 512, 0.5, 0.99
     made.optim.lr, made.evaluate.every_epochs = 0.06, 0
     return made
 
@@ -114,11 +114,11 @@ def said_by(config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> dict[str
 
 
 def momentum(config: TrainConfig) -> None:
-    config.method.momentum = 0.5
+    config.method = MoCoConfig(queue_size=512, temperature=0.5, momentum=0.5)
 
 
 def unmasked(config: TrainConfig) -> None:
-    config.method.mask_own_keys = False
+    config.method = MoCoConfig(queue_size=512, temperature=0.5, momentum=0.99, mask_own_keys=False)
 
 
 def nothing(config: TrainConfig) -> None:

@@ -20,11 +20,12 @@ from moco.analysis.studies import temperature as study_module
 from moco.analysis.studies.figures import draw_curves, penalties
 from moco.analysis.studies.measures import Contrast, Run, Space, contrast_of, measure
 from moco.analysis.studies.temperature import Planned, command_of, explain, summary, sweep
-from moco.config import AugmentConfig, ConfigError, DataConfig, MethodConfig, ModelConfig, TrainConfig
+from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moco.config.temperature import TemperatureConfig, check_temperature
 from moco.data.sources import load_source
 from moco.evaluation.knn_classifier import Accuracy
 from moco.methods.build import build_method
+from moco.methods.simclr_config import SimCLRConfig
 from moco.runs import checkpoint
 from moco.temperature import temperature
 from tests.losses.loops import dot, unit
@@ -275,7 +276,7 @@ def test_without_a_queue_the_other_images_are_the_negatives(tmp_path: Path) -> N
     trained = TrainConfig(
         augment=AugmentConfig(size=16, mean=[0.5] * 3, std=[0.5] * 3),
         model=ModelConfig(backbone="convnet", options={"width": 4}, dim=8, bn="sync"),
-        method=MethodConfig(name="simclr", queue_size=0),
+        method=SimCLRConfig(),
     )
     state = {"config": asdict(trained), "step": 3, "seconds": 1.0, "method": build_method(trained).state_dict()}
     checkpoint.save(tmp_path / "run" / "checkpoints", 3, state, 1)

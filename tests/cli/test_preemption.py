@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 import moco
 from moco import cli
-from moco.cli import register
+from moco.cli import register, to_dataclass
 from moco.config import ConfigError, TrainConfig, check, config_dir
 from moco.data.decode import ImageError
 from moco.digest import digest
@@ -91,8 +90,7 @@ def config(run: Path, *overrides: str) -> TrainConfig:
     register("train", TrainConfig)
     with initialize_config_dir(config_dir(), version_base="1.3"):
         composed = compose("train", overrides=[*TINY, f"run={run}", *overrides])
-    made = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), composed))
-    assert isinstance(made, TrainConfig)
+    made = to_dataclass(composed, TrainConfig)
     check(made)
     return made
 

@@ -214,9 +214,8 @@ def test_a_sweep_into_one_directory_is_refused_before_it_starts(tmp_path: Path) 
 
 def test_every_recipe_composes_and_opens_with_its_command() -> None:
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
-    from moco.cli import register
+    from moco.cli import register, to_dataclass
     from moco.config import TrainConfig, check
     from moco.data.opening import build_views
 
@@ -229,8 +228,7 @@ def test_every_recipe_composes_and_opens_with_its_command() -> None:
             for word in ("moco.train", "Hardware", "Expected"):
                 assert word in head, recipe.name
             composed = compose("train", overrides=[f"experiment={recipe.stem}"])
-            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), composed))
-            assert isinstance(config, TrainConfig)
+            config = to_dataclass(composed, TrainConfig)
             check(config, processes=8 if "imagenet" in recipe.stem else 1)
             build_views(config.augment)
             assert config.run == f"runs/{recipe.stem}"

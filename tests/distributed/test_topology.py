@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.data.augment import View
 from moco.data.loader import batches
 from moco.data.plan import Plan
@@ -42,9 +42,7 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict
     # Ranks start from different weights on purpose: the broadcast must make them rank 0's.
     torch.manual_seed(rank())
     encoder = build_encoder("convnet", {"width": 4}, 2, 0, 16, bn, GROUP)  # type: ignore[arg-type]
-    method = MoCo(
-        smooth(encoder), 16, queue_size=80, temperature=0.2, symmetric=symmetric
-    )  # 80: the ring wraps within a batch
+    method = MoCo(smooth(encoder), KeyQueue(80, 16), 0.2, symmetric)  # 80: the ring wraps around within a batch
     broadcast_module(method)
     for each in (method.encoder, method.momentum_encoder):
         set_calls_per_step(each, len(method.directions) * accumulate)

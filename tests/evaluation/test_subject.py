@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.subject import SubjectConfig, check_subject
 from moco.evaluation.subject import about, data_config, encoders, features_of, open_labeled, open_subject
 from moco.interop.encoder_file import build, save_encoder
+from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
 
@@ -23,15 +24,15 @@ CPU = torch.device("cpu")
 
 def trained(folder: Path, data: str = "digits", step: int = 7, supervised: bool = False, **fields: str) -> Path:
     """A run's directory with a checkpoint of a tiny encoder."""
-    config = TrainConfig(seed=3)
+    config = TrainConfig(method=MoCoConfig(), seed=3)
     config.model.backbone, config.model.options, config.model.dim = "convnet", {"width": 2}, 8
     config.augment.size, config.augment.mean, config.augment.std = 16, [0.5] * 3, [0.5] * 3
     config.data.name, config.data.workers = data, 0
-    config.method.labels = supervised
+    config.method = MoCoConfig(labels=supervised)
     for name, value in fields.items():
         setattr(config.data, name, value)
     torch.manual_seed(config.seed)
-    method = MoCo(build_encoder("convnet", {"width": 2}, 2, 0, 8, "grouped", 4), 8, 16)
+    method = MoCo(build_encoder("convnet", {"width": 2}, 2, 0, 8, "grouped", 4), KeyQueue(16, 8))
     if step:
         for parameter in method.encoder.parameters():
             parameter.data.mul_(1.5)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import DataConfig
 from moco.data.loader import batches
 from moco.data.plan import Plan
@@ -33,7 +33,7 @@ def trajectory(symmetric: bool) -> dict[str, list[float]]:
     plan = Plan(len(source), batch_size=64, epochs=1, seed=0)
     torch.manual_seed(0)
     encoder = build_encoder("convnet", {"width": 8}, 2, 0, 32, "grouped", 16)
-    method = MoCo(encoder, 32, queue_size=200, temperature=0.2, symmetric=symmetric)
+    method = MoCo(encoder, KeyQueue(200, 32), 0.2, symmetric)
     for each in (method.encoder, method.momentum_encoder):
         set_calls_per_step(each, len(method.directions))
     method.double()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, TrainConfig
 from moco.config.convert import ConvertConfig, check_convert
 from moco.config.subject import SubjectDataConfig
@@ -17,6 +17,7 @@ from moco.evaluation.features import Network
 from moco.interop.convert import ConversionError, convert_encoder, write_and_compare
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.interop.write import FORMATS, Read
+from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
 from tests.data.pictures import folder as folder_of_pictures
@@ -41,13 +42,13 @@ def conversion(**fields: Any) -> ConvertConfig:
 
 
 def run_with_data(path: Path, **data: Any) -> str:
-    config = TrainConfig()
+    config = TrainConfig(method=MoCoConfig())
     config.model.backbone, config.model.options, config.augment.size = "convnet", CONVNET, 16
     config.data.workers = 0
     for name, value in data.items():
         setattr(config.data, name, value)
     torch.manual_seed(0)
-    method = MoCo(build_encoder("convnet", CONVNET, 2, 0, 8, "grouped", 4), 8, 16)
+    method = MoCo(build_encoder("convnet", CONVNET, 2, 0, 8, "grouped", 4), KeyQueue(16, 8))
     for parameter in method.momentum_encoder.parameters():
         parameter.data.add_(0.1)
     checkpoint.save(path / "checkpoints", 5, {"config": asdict(config), "step": 5, "method": method.state_dict()}, 1)

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import TrainConfig
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
+from moco.methods.moco_config import MoCoConfig
 from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder, projection_head
 from moco.runs import checkpoint
@@ -38,11 +39,11 @@ def official(network: nn.Module, head: dict[str, Tensor], prefix: str) -> dict[s
 
 
 def ours(folder: Path, seed: int = 0) -> tuple[Path, MoCo]:
-    config = TrainConfig(seed=seed)
+    config = TrainConfig(method=MoCoConfig(), seed=seed)
     config.model.backbone, config.model.options, config.model.dim = "convnet", {"width": 2}, 8
     config.augment.size, config.augment.mean = 16, [0.1, 0.2, 0.3]
     torch.manual_seed(seed)
-    method = MoCo(build_encoder("convnet", {"width": 2}, 2, 0, 8, "grouped", 4), 8, 16)
+    method = MoCo(build_encoder("convnet", {"width": 2}, 2, 0, 8, "grouped", 4), KeyQueue(16, 8))
     for parameter in method.momentum_encoder.parameters():
         parameter.data.add_(0.1)
     state = {"config": asdict(config), "step": 7, "method": method.state_dict()}
@@ -302,7 +303,7 @@ def test_a_truncated_file_and_one_without_weights(tmp_path: Path) -> None:
 
 def test_saving_leaves_no_half_file(tmp_path: Path) -> None:
     network = resnet()
-    config = asdict(TrainConfig())
+    config = asdict(TrainConfig(method=MoCoConfig()))
     save_encoder(tmp_path / "e.safetensors", network, config, 0)
     assert [each.name for each in tmp_path.iterdir()] == ["e.safetensors"]
     assert load_file(tmp_path / "e.safetensors").keys() == network.state_dict().keys()

@@ -100,12 +100,12 @@ def test_the_indices_say_what_the_mask_of_the_queue_says() -> None:
     queue = KeyQueue(K, C, start="empty")
     for seed in range(3):
         queue.enqueue(unit(4, seed), torch.arange(seed * 2, seed * 2 + 4))
-    mask = queue.negatives(INDEX, mask_own_keys=True)
+    mask = queue.negatives(INDEX)
     assert mask is not None
     assert set(mask.sum(dim=1).tolist()) == {10, 11, 12}  # 12 filled, less the own ones
     loss, _ = info_nce(unit(N, 7), unit(N, 8), queue.keys, T, mask)
     found = info_nce_streamed(
-        unit(N, 7), unit(N, 8), queue.keys, T, queue.negatives(INDEX, False), index=INDEX, queue_index=queue.index
+        unit(N, 7), unit(N, 8), queue.keys, T, queue.filled_mask(), index=INDEX, queue_index=queue.index
     )
     torch.testing.assert_close(found.loss, loss)
     assert found.negatives.tolist() == mask.sum(dim=1).tolist()

@@ -261,14 +261,6 @@ def test_the_momentum_encoder_is_a_copy_without_predictor() -> None:
         torch.testing.assert_close(key, F.normalize(ours.momentum_encoder(views[view]), dim=1))
 
 
-def test_enqueue_changes_nothing() -> None:
-    ours = method()
-    before = copy.deepcopy(ours.state_dict())
-    ours.enqueue(ours.encode_keys([images(0), images(1)], None, N), torch.arange(N))
-    assert ours.queue is None
-    assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
-
-
 def test_a_micro_batch_meets_the_keys_of_the_whole_batch() -> None:
     ours = method()
     views = [images(0, 6), images(1, 6)]

@@ -167,7 +167,6 @@ def test_what_momentum_contrast_does_besides_has_nothing_to_do() -> None:
     assert set(before) == {"encoder.1.weight"}  # labels belong to the data, not to the checkpoint
     assert method.encode_keys(images(2), None, N) == {}
     method.update_momentum_encoder(0.9)
-    method.enqueue({}, INDEX)
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
     assert method.queue is None
 
@@ -193,7 +192,7 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], words: st
 def test_a_learned_temperature_gets_a_gradient_and_is_measured() -> None:
     torch.manual_seed(0)
     learned = LearnedTemperature(0.3)
-    output: Output = SimCLR(linear_encoder(), learned_temperature=learned)(images(2), {}, INDEX)
+    output: Output = SimCLR(linear_encoder(), learned)(images(2), {}, INDEX)
     output.loss.backward()
     assert output.measures["temperature"].item() == pytest.approx(0.3)
     assert learned.log_scale.grad is not None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.builder import UNKNOWN, MoCo, Output, classes_of_their_own
+from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, separate_unknown
 
 N, C, K, P, T = 4, 3, 10, 12, 0.3
 SAMPLES = 9
@@ -32,7 +32,8 @@ def indices(seed: int) -> Tensor:
 def steps(labels: Tensor | None, count: int, **options: Any) -> tuple[MoCo, list[Output], list[Tensor]]:
     """A few steps of training: the method, its outputs, and the gradients of the last one."""
     torch.manual_seed(0)
-    method = MoCo(linear_encoder(), C, K, T, labels=labels, **options)
+    queue = KeyQueue(K, C, options.pop("start", "random"), options.pop("mask_own_keys", True))
+    method = MoCo(linear_encoder(), queue, T, labels=labels, **options)
     optimizer = torch.optim.SGD(method.parameters(), lr=0.5, momentum=0.9)
     outputs = []
     for number in range(count):
@@ -43,7 +44,8 @@ def steps(labels: Tensor | None, count: int, **options: Any) -> tuple[MoCo, list
         output.loss.backward()
         optimizer.step()
         method.update_momentum_encoder(0.8)
-        method.enqueue(keys, index)
+        assert output.new_keys is not None
+        method.enqueue(output.new_keys, index)
         outputs.append(output)
     return method, outputs, [p.grad for p in method.parameters() if p.grad is not None]
 
@@ -54,7 +56,7 @@ def steps(labels: Tensor | None, count: int, **options: Any) -> tuple[MoCo, list
 def test_with_every_sample_its_own_class_it_is_moco_to_the_bit(
     labels: Tensor, start: str, symmetric: bool, reduction: Literal["mean", "sum"]
 ) -> None:
-    options: dict[str, Any] = {"queue_start": start, "symmetric": symmetric, "reduction": reduction}
+    options: dict[str, Any] = {"start": start, "symmetric": symmetric, "reduction": reduction}
     plain, expected, gradients = steps(None, 6, **options)
     method, outputs, got = steps(labels, 6, **options)
     for output, other in zip(outputs, expected, strict=True):
@@ -75,8 +77,8 @@ def test_loss_and_positives_equal_the_loops_while_the_ring_wraps_around(start: s
     labels = torch.tensor([0, 1, 2, 0, 1, 0, -1, 2, -1])
     shown: list[int | None] = [None] * K  # which sample each slot holds
     for number in range(7):
-        method, outputs, _ = steps(labels, number + 1, queue_start=start, mask_own_keys=mask_own_keys)
-        before, _, _ = steps(labels, number, queue_start=start, mask_own_keys=mask_own_keys)
+        method, outputs, _ = steps(labels, number + 1, start=start, mask_own_keys=mask_own_keys)
+        before, _, _ = steps(labels, number, start=start, mask_own_keys=mask_own_keys)
         index = indices(number).tolist()
         with torch.no_grad():
             q = F.normalize(before.encoder(images(number)[0]), dim=1).double()
@@ -105,7 +107,9 @@ def test_loss_and_positives_equal_the_loops_while_the_ring_wraps_around(start: s
 def test_keys_of_no_image_are_of_no_class() -> None:
     """UNKNOWN is -1, which as a position would be the last sample."""
     torch.manual_seed(0)
-    method = MoCo(linear_encoder(), C, K, T, labels=torch.zeros(SAMPLES, dtype=torch.long), mask_own_keys=False)
+    method = MoCo(
+        linear_encoder(), KeyQueue(K, C, mask_own_keys=False), T, labels=torch.zeros(SAMPLES, dtype=torch.long)
+    )
     output: Output = method(images(0), method.encode_keys(images(0), None, N), indices(0))
     assert output.measures["positives"].item() == 0
     assert output.measures["negatives"].item() == K
@@ -122,7 +126,7 @@ def test_a_queue_full_of_the_querys_class_is_all_positives() -> None:
 
 
 def test_chance_is_the_loss_of_a_query_to_which_all_keys_are_alike() -> None:
-    method = MoCo(nn.Flatten(), P, K, T, labels=torch.arange(SAMPLES) % 2, mask_own_keys=False)
+    method = MoCo(nn.Flatten(), KeyQueue(K, P, mask_own_keys=False), T, labels=torch.arange(SAMPLES) % 2)
     method.queue.index[:] = torch.arange(K) % SAMPLES
     method.queue.keys[:] = torch.eye(P)[5]
     x = torch.eye(P).view(P, 3, 2, 2)
@@ -132,7 +136,7 @@ def test_chance_is_the_loss_of_a_query_to_which_all_keys_are_alike() -> None:
 
 
 def test_unknown_labels_become_classes_that_no_label_is() -> None:
-    made = classes_of_their_own(torch.tensor([3, -1, 0, -1, 3]))
+    made = separate_unknown(torch.tensor([3, -1, 0, -1, 3]))
     assert made[[0, 2, 4]].tolist() == [3, 0, 3]
     assert len(set(made.tolist())) == 4
     assert (made[[1, 3]] < 0).all()

@@ -11,8 +11,9 @@ import torch
 import yaml
 from PIL import Image
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import TrainConfig
+from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
 
@@ -62,7 +63,7 @@ def run(
         saved: whether there is a checkpoint.
         **method: fields of its method.
     """
-    config = TrainConfig(run=str(folder), epochs=epochs, batch_size=4, seed=3)
+    config = TrainConfig(method=MoCoConfig(), run=str(folder), epochs=epochs, batch_size=4, seed=3)
     options = VIT if backbone == "vit" else {"width": 4, "pool": 2}
     config.model.backbone, config.model.options, config.model.dim = backbone, options, 8
     config.augment.size, config.augment.mean, config.augment.std = 16, [0.5] * 3, [0.25] * 3
@@ -81,7 +82,7 @@ def run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*scores, *lines]))
     if saved:
         torch.manual_seed(config.seed)
-        network = MoCo(build_encoder(backbone, options, 2, 0, 8, "grouped", 4), 8, 16)
+        network = MoCo(build_encoder(backbone, options, 2, 0, 8, "grouped", 4), KeyQueue(16, 8))
         history = [
             {"step": 0, "epoch": 0.0, "knn": [40.0, 2.0, 5]},
             {"step": done, "epoch": done / 10, "knn": [55.5, 1.0, 5]},

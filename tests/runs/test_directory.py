@@ -11,11 +11,12 @@ import pytest
 
 from moco.config import ConfigError, TrainConfig
 from moco.files import WriteError
+from moco.methods.moco_config import MoCoConfig
 from moco.runs.directory import open_run
 
 
 def values(**changes: object) -> dict[str, object]:
-    return asdict(TrainConfig()) | changes
+    return asdict(TrainConfig(method=MoCoConfig())) | changes
 
 
 def pretend_checkpoint(run: Path) -> None:
@@ -61,7 +62,7 @@ def test_a_field_newer_than_the_run_has_its_default_value(tmp_path: Path) -> Non
     del older["seed"]
     open_run(tmp_path / "run", older).close()
     pretend_checkpoint(tmp_path / "run")
-    default = asdict(TrainConfig())
+    default = asdict(TrainConfig(method=MoCoConfig()))
     open_run(tmp_path / "run", values(seed=default["seed"]), default).close()
     with pytest.raises(ConfigError, match=r"seed \(there 0, now 2\)"):
         open_run(tmp_path / "run", values(seed=2), default)
@@ -74,7 +75,7 @@ def test_fields_that_do_not_affect_results_may_change(tmp_path: Path) -> None:
 
 
 def test_accumulate_may_change_only_with_grouped_bn(tmp_path: Path) -> None:
-    plain = values(model=asdict(TrainConfig().model) | {"bn": "batch"})
+    plain = values(model=asdict(TrainConfig(method=MoCoConfig()).model) | {"bn": "batch"})
     open_run(tmp_path / "run", plain).close()
     pretend_checkpoint(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"accumulate \(there 1, now 2\)"):

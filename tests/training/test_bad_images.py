@@ -9,6 +9,7 @@ import pytest
 from moco.config import ConfigError, TrainConfig, check
 from moco.data.decode import ImageError
 from moco.digest import digest
+from moco.methods.moco_config import MoCoConfig
 from moco.runs import checkpoint
 from moco.training.trainer import pretrain
 from tests.data.broken import folder, noise
@@ -19,10 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def config(root: Path, run: Path) -> TrainConfig:
     """Two steps an epoch, three epochs."""
-    made = TrainConfig(run=str(run), epochs=3, batch_size=8, device="cpu", threads=1, log_every=1)
+    made = TrainConfig(
+        method=MoCoConfig(queue_size=16), run=str(run), epochs=3, batch_size=8, device="cpu", threads=1, log_every=1
+    )
     made.augment.size, made.augment.eval_resize = 16, 16
     made.model.backbone, made.model.options, made.model.dim = "convnet", {"width": 2}, 8
-    made.model.bn_group_size, made.method.queue_size = 4, 16
+    made.model.bn_group_size = 4
     made.evaluate.every_epochs, made.evaluate.k = 0, 3
     made.data.name, made.data.root, made.data.workers = "folder", str(root), 0
     made.checkpoint.every_steps, made.checkpoint.keep_last = 1, 9
@@ -112,7 +115,7 @@ def test_the_live_accuracy_leaves_bad_pictures_out_and_says_so(
     ("field", "value", "words"), [("on_bad_image", "skip", "raise, replace"), ("max_bad", 1.0, "0.01")]
 )
 def test_values_that_cannot_be_are_named(field: str, value: object, words: str) -> None:
-    made = TrainConfig()
+    made = TrainConfig(method=MoCoConfig())
     setattr(made.data, field, value)
     with pytest.raises(ConfigError, match=rf"data\.{field}='?{value}'? must .*{words}"):
         check(made)

@@ -10,14 +10,14 @@ from moco.config import AugmentConfig, ConfigError, RunWarning, TrainConfig
 from moco.data.opening import build_views, open_sources
 from moco.data.plan import Plan
 from moco.methods.build import build_method
+from moco.methods.moco_config import MoCoConfig
 from moco.runtime.device import pick_device
 from moco.training.build import check_against_data
 
 
 def config(queue_size: int = 512, symmetric: bool = False) -> TrainConfig:
-    made = TrainConfig(batch_size=64)
+    made = TrainConfig(method=MoCoConfig(queue_size=queue_size, symmetric=symmetric), batch_size=64)
     made.model.backbone, made.model.options, made.model.dim = "convnet", {"width": 2}, 8
-    made.method.queue_size, made.method.symmetric = queue_size, symmetric
     return made
 
 

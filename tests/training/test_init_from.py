@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, TrainConfig
 from moco.interop.encoder_file import ForeignFileError, read_encoder, save_encoder
+from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder, projection_head
 from moco.runs import checkpoint
 from moco.training.init_from import load_initial_weights
@@ -21,7 +22,7 @@ TINY_VIT = "timm/vit_tiny_patch16_224"
 
 
 def configured(path: Path, backbone: str = "resnet18", options: dict[str, Any] | None = None) -> TrainConfig:
-    config = TrainConfig(init_from=str(path))
+    config = TrainConfig(method=MoCoConfig(), init_from=str(path))
     config.model.backbone, config.model.options, config.model.dim = backbone, options or {}, 8
     config.augment.size = 32
     return config
@@ -30,7 +31,9 @@ def configured(path: Path, backbone: str = "resnet18", options: dict[str, Any] |
 def method(config: TrainConfig, head_layers: int = 2) -> MoCo:
     torch.manual_seed(1)
     model = config.model
-    return MoCo(build_encoder(model.backbone, model.options, head_layers, 0, model.dim, "grouped", 2), model.dim, 16)
+    return MoCo(
+        build_encoder(model.backbone, model.options, head_layers, 0, model.dim, "grouped", 2), KeyQueue(16, model.dim)
+    )
 
 
 def official(path: Path, head: nn.Module) -> Path:
@@ -128,7 +131,7 @@ def test_a_run_starts_from_it_and_a_resumed_one_does_not_read_it_again(
     path = saved(tmp_path / "x.pth", network.state_dict())
     config = configured(path, "convnet", {"width": 2})
     config.run, config.epochs, config.batch_size, config.threads = str(tmp_path / "run"), 1, 256, 1
-    config.augment.size, config.method.queue_size, config.model.dim = 16, 300, 8
+    config.augment.size, config.method, config.model.dim = 16, MoCoConfig(queue_size=300), 8
     config.optim.lr = 0.0  # so that the weights show where they came from
     config.evaluate.draws, config.evaluate.raw_pixels = 2, False
     pretrain(config)

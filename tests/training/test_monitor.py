@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moco.analysis import alpha_req, rank_me
-from moco.builder import UNKNOWN, MoCo, Output
+from moco.builder import UNKNOWN, KeyQueue, Method, MoCo, Output
 from moco.data.plan import Plan
 from moco.distributed import broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
@@ -19,7 +19,7 @@ from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.runtime.errors import NonFiniteLoss
 from moco.training.monitor import Monitor, _across_groups
-from moco.training.step import Method, train_step
+from moco.training.step import train_step
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def made(name: str = "moco", bn: str = "grouped", **options: Any) -> Any:
     encoder = build_encoder("convnet", {"width": 2}, 2, 0, C, bn, GROUP)  # type: ignore[arg-type]
     if name == "moco_v3":
         return MoCoV3(encoder, torch.nn.Linear(C, C), T)
-    return SimCLR(encoder, T) if name == "simclr" else MoCo(encoder, C, 40, T, **options)
+    return SimCLR(encoder, T) if name == "simclr" else MoCo(encoder, KeyQueue(40, C), T, **options)
 
 
 class Steps:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from moco.config import TrainConfig
+from moco.methods.moco_config import MoCoConfig
 from moco.runs import checkpoint
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import OutOfMemory
@@ -19,10 +20,19 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def config(run: Path, **changed: Any) -> TrainConfig:
-    made = TrainConfig(run=str(run), epochs=1, batch_size=128, device="cpu", threads=1, log_every=1, analyse_every=4)
+    made = TrainConfig(
+        method=MoCoConfig(queue_size=256),
+        run=str(run),
+        epochs=1,
+        batch_size=128,
+        device="cpu",
+        threads=1,
+        log_every=1,
+        analyse_every=4,
+    )
     made.augment.size, made.model.backbone, made.model.options = 16, "convnet", {"width": 2}
     made.model.dim, made.model.head_hidden, made.model.bn_group_size = 8, 8, 32
-    made.method.queue_size, made.evaluate.every_epochs = 256, 0
+    made.evaluate.every_epochs = 0
     for name, value in changed.items():
         setattr(made.optim if name == "skip_nonfinite" else made, name, value)
     return made

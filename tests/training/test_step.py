@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import MoCo
+from moco.builder import KeyQueue, MoCo
 from moco.config import OptimConfig
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
@@ -28,7 +28,7 @@ class Trainer:
     def __init__(self, accumulate: int = 1, symmetric: bool = False, momentum: float = 0.9, fp16: bool = False) -> None:
         torch.manual_seed(0)
         encoder = build_encoder("convnet", {"width": 4}, 2, 0, DIM, "grouped", GROUP)
-        self.method = MoCo(encoder, DIM, K, 0.2, symmetric=symmetric)
+        self.method = MoCo(encoder, KeyQueue(K, DIM), 0.2, symmetric)
         self.optimizer: torch.optim.Optimizer = torch.optim.SGD(
             self.method.encoder.parameters(), lr=99.0, momentum=momentum, weight_decay=1e-3
         )
@@ -347,7 +347,7 @@ def test_behind_a_step_that_was_left_out_fp16_goes_on() -> None:
 def test_a_network_without_statistics_says_the_same_of_a_bad_step() -> None:
     trainer = Trainer()
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, DIM))
-    trainer.method = MoCo(encoder, DIM, K, 0.2)
+    trainer.method = MoCo(encoder, KeyQueue(K, DIM), 0.2)
     trainer.optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
     with pytest.raises(NonFiniteLoss):
         trainer.step(0, change=nan_image)

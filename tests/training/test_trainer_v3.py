@@ -8,9 +8,10 @@ import pytest
 
 from moco.config import ConfigError, TrainConfig, check
 from moco.digest import digest
-from moco.methods import METHODS
 from moco.methods.build import build_method
+from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3 import MoCoV3
+from moco.methods.moco_v3_config import MoCoV3Config
 from moco.models.norm import GroupedBatchNorm
 from moco.runs import checkpoint
 from moco.training.trainer import pretrain
@@ -22,14 +23,20 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 
 def config(run: str = "runs/v3", backbone: str = "convnet") -> TrainConfig:
-    made = TrainConfig(run=run, epochs=1, batch_size=256, device="cpu", threads=1, log_every=1)
+    made = TrainConfig(
+        method=MoCoV3Config(temperature=1.0, momentum_end=1.0),
+        run=run,
+        epochs=1,
+        batch_size=256,
+        device="cpu",
+        threads=1,
+        log_every=1,
+    )
     made.augment.size, made.augment.crop_scale = 16, [0.5, 1.0]
-    model, method, optim = made.model, made.method, made.optim
+    model, optim = made.model, made.optim
     model.backbone, model.options, model.dim, model.head_hidden = backbone, BACKBONES[backbone], 8, 16
     model.head_norm, model.predictor_layers, model.predictor_hidden = True, 2, 16
     model.bn, model.shuffle_keys = "sync", False
-    method.name, method.queue_size, method.temperature, method.momentum_end = "moco_v3", 0, 1.0, 1.0
-    method.symmetric, method.reduction = True, "sum"
     optim.name, optim.exclude = ("adamw", []) if backbone == "vit" else ("lars", ["bias", "norm"])
     made.evaluate.every_epochs = 0
     made.checkpoint.every_steps, made.checkpoint.keep_last = 2, 9
@@ -58,7 +65,6 @@ def test_the_method_gets_its_heads() -> None:
     made.model.predictor_last_norm = False
     method = build_method(made)
     assert isinstance(method, MoCoV3)
-    assert METHODS["moco_v3"] is MoCoV3
     assert method.temperature == 1.0
     predictor = [type(layer).__name__ for layer in method.predictor.children()]
     assert predictor == ["Linear", "GroupedBatchNorm", "ReLU", "Linear"]
@@ -70,7 +76,6 @@ def test_the_method_gets_its_heads() -> None:
 @pytest.mark.parametrize(
     ("group", "field", "value", "sentence"),
     [
-        ("method", "queue_size", 8, "method.queue_size=8: moco_v3 has no queue, its negatives are the batch"),
         ("", "batch_size", 1, "batch_size=1 leaves moco_v3 no negatives"),
         ("", "accumulate", 2, "accumulate=2 would leave model.bn=sync one micro-batch"),
         ("model", "predictor_layers", -1, "model.predictor_layers=-1 must be at least 0"),
@@ -86,11 +91,8 @@ def test_what_does_not_fit_gives_a_sentence(group: str, field: str, value: float
     assert sentence in str(caught.value)
 
 
-def test_a_predictor_for_a_method_without_one_and_an_unknown_method_are_refused() -> None:
+def test_a_predictor_is_refused_for_a_method_without_one() -> None:
     made = config()
-    made.method.name, made.method.queue_size = "moco", 64
-    with pytest.raises(ConfigError, match=r"model\.predictor_layers=2: moco has no predictor"):
-        build_method(made)
-    made.method.name = "moco_v4"
-    with pytest.raises(ConfigError, match=r"method\.name='moco_v4' must be one of moco, moco_v3"):
-        build_method(made)
+    made.method = MoCoConfig(queue_size=64)
+    with pytest.raises(ConfigError, match=r"model\.predictor_layers=2: moco "):
+        check(made)

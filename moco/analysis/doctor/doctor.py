@@ -3,10 +3,10 @@
 from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from moco.analysis.doctor.alarms import ALARMS
 from moco.analysis.doctor.series import Alarm, Facts, Series
+from moco.config import MethodConfig
 from moco.runs.metrics import read_metrics
 
 
@@ -21,23 +21,16 @@ def diagnose(series: Series, facts: Facts) -> list[Alarm]:
     return [alarm for check in ALARMS if (alarm := check(series, facts)) is not None]
 
 
-def facts_of(settings: Mapping[str, Any], images: int) -> Facts:
-    """Return the settings that the doctor needs.
-
-    Args:
-        settings: the configuration, flat: "method.temperature" and so on.
-        images: size of the data set.
-    """
-    name = settings.get("method.name", "moco")
-    both = name == "moco_v3" or settings.get("method.symmetric", False)
+def facts_of(method: MethodConfig, batch_size: int, images: int) -> Facts:
+    """Return the settings that the doctor needs; `images` is the size of the data set."""
     return Facts(
-        temperature=settings["method.temperature"],
-        momentum=None if name == "simclr" else settings["method.momentum"],
-        queue_size=settings["method.queue_size"] if name == "moco" else 0,
+        temperature=method.temperature,
+        momentum=method.momentum if method.has_momentum_encoder else None,
+        queue_size=method.queue_size,
         dataset_size=images,
-        keys_per_step=settings["batch_size"] * (2 if both else 1),
-        mask_own_keys=settings["method.mask_own_keys"],
-        supervised=settings.get("method.labels", False),
+        keys_per_step=batch_size * method.keys_per_image,
+        mask_own_keys=method.mask_own_keys,
+        supervised=method.labels,
     )
 
 

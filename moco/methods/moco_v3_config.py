@@ -1,0 +1,42 @@
+"""MoCo v3: fields, checks and construction. The algorithm is in moco/methods/moco_v3.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moco.config.base import require
+from moco.config.method import MethodConfig, refuse_other_view_counts
+from moco.config.train import TrainConfig
+
+
+@dataclass
+class MoCoV3Config(MethodConfig):
+    """MoCo v3: a momentum encoder and a predictor, no queue. The loss is the sum of both directions."""
+
+    name: str = "moco_v3"
+    """the method; set by method=OPTION"""
+    momentum: float = 0.99
+    """m of the momentum encoder"""
+    momentum_end: float | None = None
+    """m grows to this along half a cosine; null: constant"""
+
+    has_momentum_encoder = True
+    has_predictor = True
+    can_learn_temperature = False
+
+    @property
+    def keys_per_image(self) -> int:
+        """Return 2: both views are keys."""
+        return 2
+
+    def check(self, config: TrainConfig) -> None:
+        """See `MethodConfig.check`."""
+        super().check(config)
+        require(config.batch_size > 1, f"batch_size={config.batch_size} leaves moco_v3 no negatives: raise it")
+        refuse_other_view_counts(self, config.augment.views)
+
+    def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
+        """See `MethodConfig.build`."""
+        from moco.methods.build import build_model_predictor
+        from moco.methods.moco_v3 import MoCoV3
+
+        return MoCoV3(encoder, build_model_predictor(config.model), self.temperature)

@@ -1,0 +1,85 @@
+"""SimCLR, with labels SupCon: fields, checks and construction. The algorithm is in moco/methods/simclr.py."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from moco.config.base import at_least, one_of, require
+from moco.config.method import MethodConfig, refuse_together
+from moco.config.train import TrainConfig
+
+_ONE_POSITIVE = "with other_view a sample has one positive, itself"
+
+
+@dataclass
+class SimCLRConfig(MethodConfig):
+    """SimCLR, SupCon and plain InfoNCE within the batch: neither a queue nor a momentum encoder."""
+
+    name: str = "simclr"
+    """the method; set by method=OPTION"""
+    labels: bool = False
+    """train on the classes of the training images: all embeddings of a class are positives (SupCon, Khosla et al.,
+    2020, Eq. 2)"""
+    candidates: str = "all"
+    """compare each view with all views of the batch (all), or with one other view at a time, where a sample has one
+    positive (other_view; Chen et al., 2021, Algorithm 1, ctr)"""
+    contrast_mode: str = "all"
+    """the views that serve as anchors: all, or only the first (one) (Khosla et al., 2020, official code)"""
+    base_temperature: float | None = None
+    """multiply the loss by T / base_temperature (Khosla et al., 2020, official code: 0.07); null: no factor"""
+    margin: float = 0.0
+    """subtracted from a positive's similarity before the softmax, see margin_kind; needs candidates=other_view; 0:
+    none"""
+    margin_kind: str = "arc"
+    """arc: cos(theta + m), in radians (Deng et al., 2019, Eq. 3); cosine: cos(theta) - m (Wang et al., 2018)"""
+
+    def check(self, config: TrainConfig) -> None:
+        """See `MethodConfig.check`."""
+        one_of("method.candidates", self.candidates, ("all", "other_view"))
+        one_of("method.contrast_mode", self.contrast_mode, ("all", "one"))
+        one_of("method.margin_kind", self.margin_kind, ("arc", "cosine"))
+        at_least(0, {"method.margin": self.margin})
+        super().check(config)
+        views, base = config.augment.views, self.base_temperature
+        require(config.batch_size > 1, f"batch_size={config.batch_size} leaves simclr no negatives: raise it")
+        require(views > 1, f"augment.views={views} leaves a sample no positive of its own: set 2 or more")
+        require(
+            config.accumulate == 1,
+            f"accumulate={config.accumulate} would leave simclr only the negatives of one micro-batch: set "
+            "accumulate=1 and use more processes, or use method=moco_v2, whose negatives do not depend on the batch",
+        )
+        require(base is None or base > 0, f"method.base_temperature={base} must be above 0, or null for no factor")
+        refuse_together(
+            self,
+            ("candidates", "labels", _ONE_POSITIVE),
+            ("candidates", "base_temperature", _ONE_POSITIVE),
+        )
+        require(
+            base is None or self.temperature_schedule != "learned",
+            f"method.base_temperature={base} excludes method.temperature_schedule=learned, which would shrink the "
+            "factor T / base_temperature; set method.base_temperature=null",
+        )
+        require(
+            self.margin == 0 or self.candidates == "other_view",
+            f"method.margin={self.margin} needs the one positive of method.candidates=other_view: set it, or margin=0",
+        )
+        require(
+            self.margin_kind == "cosine" or self.margin < math.pi,
+            f"method.margin={self.margin} must be below pi, in radians; or set method.margin_kind=cosine",
+        )
+
+    def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
+        """See `MethodConfig.build`."""
+        from moco.methods.build import build_temperature
+        from moco.methods.simclr import SimCLR
+
+        return SimCLR(
+            encoder,
+            build_temperature(self),
+            labels,
+            self.candidates,  # type: ignore[arg-type]
+            self.contrast_mode,  # type: ignore[arg-type]
+            self.base_temperature,
+            self.margin,
+            self.margin_kind,  # type: ignore[arg-type]
+        )
