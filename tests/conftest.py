@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Fixtures for all tests."""
 
 import signal
 
@@ -8,11 +8,11 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Tests work on tiny tensors, and several processes share two cores: one thread each is several times faster."""
+    """Use one thread: tensors are tiny and several processes share two cores, so this is several times faster."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def interruptible() -> None:
-    """Whoever starts the tests in the background of a script has them ignore SIGINT, and their child processes too."""
+    """Restore SIGINT, which a shell script ignores in background jobs and their child processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

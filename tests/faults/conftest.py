@@ -1,4 +1,4 @@
-"""What all scenarios share."""
+"""A fixture for all fault tests."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,6 @@ from tests.faults import runs
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
+def kill_remaining_processes() -> Iterator[None]:
     yield
     runs.clean_up()

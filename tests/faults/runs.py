@@ -1,9 +1,9 @@
-"""Training runs as real processes that can be struck, made cheap: forked from one process that has imported everything.
+"""Training runs in real processes that tests can kill or stop.
 
-Python's fork server is that process. A child has a process id, files and signals of its own and is killed for real; it
-runs what `python -m moco.train` runs, with the same arguments, and saves the seconds that torch takes to import.
+To save the time of imports, the processes are forked from Python's fork server, which has imported everything. They run
+the same code as `python -m moco.train`, with the same arguments.
 
-MOCO_FAULTS=long python -m pytest tests/faults asks for the long form of every scenario, see docs/reliability.md.
+MOCO_FAULTS=long python -m pytest tests/faults runs the long form of every scenario, see docs/reliability.md.
 """
 
 import json
@@ -27,14 +27,14 @@ from moco.runs.checkpoint import Checkpoint
 LONG = os.environ.get("MOCO_FAULTS") == "long"
 REPOSITORY = Path(config_dir()).parent
 
-# 40 steps of some milliseconds; each is recorded and saved, and nothing is evaluated.
+# 40 steps of a few milliseconds; each is logged and saved. No evaluation.
 TINY = [
     "epochs=2",
     "batch_size=64",
     "model.bn_group_size=16",
     "threads=1",
     "model.options.width=4",
-    "model.head_hidden=1000",  # a checkpoint of some megabytes: its writing takes as long as a step
+    "model.head_hidden=1000",  # a checkpoint of a few megabytes takes as long to write as a step
     "model.dim=16",
     "method.queue_size=200",
     "optim.warmup_epochs=0.5",
@@ -50,7 +50,7 @@ _server.set_forkserver_preload(["moco.training.trainer", "moco.cli", "torch.util
 
 
 def _train(arguments: list[str], environment: dict[str, str], log: str, prepare: Callable[[], None] | None) -> None:
-    """What a child does: `python -m moco.train ARGUMENTS`, its words going to a file."""
+    """Run `python -m moco.train ARGUMENTS` in a child, with its output in a file."""
     from moco.cli import run_command
     from moco.config import TrainConfig
     from moco.train import train
@@ -68,7 +68,7 @@ def _train(arguments: list[str], environment: dict[str, str], log: str, prepare:
 def start(
     run: Path, *arguments: str, world: int = 1, prepare: Callable[[], None] | None = None
 ) -> list[ForkServerProcess]:
-    """One attempt at a run, on so many processes; what they say is appended to `run`.log (rank 0) and `run`.R.log."""
+    """Start a run on `world` processes; their output is appended to `run`.log (rank 0) and `run`.R.log (rank R)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -84,7 +84,7 @@ def start(
 
 
 def wait(processes: list[ForkServerProcess], seconds: float = 600) -> list[int | None]:
-    """The exit statuses; what has not ended by then is killed, and counts as None."""
+    """Return the exit statuses; processes that are still running after that time are killed and count as None."""
     until = time.monotonic() + seconds
     statuses = []
     for each in processes:
@@ -102,33 +102,33 @@ def kill(processes: list[ForkServerProcess]) -> None:
 
 
 def clean_up() -> None:
-    """Ends what a failed test has left, or the interpreter would wait for it."""
+    """Kill what a failed test has left: the interpreter would wait for it."""
     kill(_started)
     _started.clear()
 
 
 def to_the_end(run: Path, *arguments: str, world: int = 1) -> None:
-    """The same command once more, undisturbed."""
-    assert wait(start(run, *arguments, world=world)) == [0] * world, said(run)
+    """Run the same command to its end."""
+    assert wait(start(run, *arguments, world=world)) == [0] * world, output(run)
 
 
-def said(run: Path) -> str:
+def output(run: Path) -> str:
     log = run.with_name(f"{run.name}.log")
     return log.read_text() if log.is_file() else ""
 
 
 def saved(run: Path) -> int:
-    """The step of the newest checkpoint by its name; 0: none."""
+    """Return the step in the name of the newest checkpoint; 0: none."""
     return max((checkpoint.step_of(path) for path in checkpoint.list_checkpoints(run / "checkpoints")), default=0)
 
 
 def until_saved(run: Path, step: int, processes: list[ForkServerProcess], seconds: float = 600) -> bool:
-    """Waits for a checkpoint of that step or a later one; False if a process ended before."""
+    """Wait for a checkpoint of that step or later; return False if a process ended before."""
     until = time.monotonic() + seconds
     while saved(run) < step:
         if any(each.exitcode is not None for each in processes):
             return False
-        assert time.monotonic() < until, said(run)
+        assert time.monotonic() < until, output(run)
         time.sleep(0.002)
     return True
 
@@ -140,27 +140,27 @@ def newest(run: Path) -> Checkpoint:
 
 
 def records(run: Path) -> list[tuple[int, float]]:
-    """(step, loss) of every record."""
+    """Return (step, loss) of every record."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [(each["step"], each["train/loss"]) for each in lines if "train/loss" in each]
 
 
-def same_end(run: Path, whole: Path) -> None:
-    """The run has ended as the other did: every bit of weights, queue and optimizer, every record once."""
-    one, other = newest(run), newest(whole)
+def same_end(run: Path, reference: Path) -> None:
+    """Assert that both runs have the same weights, queue and optimizer, bit for bit, and the same records."""
+    one, other = newest(run), newest(reference)
     assert one["step"] == other["step"]
     for part in ("method", "optimizer"):
         assert digest(one[part]) == digest(other[part]), part
-    assert records(run) == records(whole)
+    assert records(run) == records(reference)
 
 
-def close_end(run: Path, whole: Path, tolerance: float) -> float:
-    """The run has ended as the other did within a tolerance, with the same samples in the queue.
+def close_end(run: Path, reference: Path, tolerance: float) -> float:
+    """Assert that both runs have the same weights within a tolerance, and the same samples in the queue.
 
     Returns:
         The largest difference in any tensor, as a fraction of the tensor's largest value, or of 0.1.
     """
-    one, other, furthest = newest(run)["method"], newest(whole)["method"], 0.0
+    one, other, furthest = newest(run)["method"], newest(reference)["method"], 0.0
     for name, value in other.items():
         if value.is_floating_point():
             distance = float((one[name] - value).abs().max() / value.abs().max().clamp(min=0.1))
@@ -171,5 +171,5 @@ def close_end(run: Path, whole: Path, tolerance: float) -> float:
     return furthest
 
 
-def chance(seed: int) -> random.Random:
+def generator(seed: int) -> random.Random:
     return random.Random(seed)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, in the middle of saves too, and damage to the newest checkpoint: the end is the same."""
+"""SIGKILL at random steps and during saves, and a damaged newest checkpoint: the run ends bit for bit the same."""
 
 import time
 from pathlib import Path
@@ -26,35 +26,33 @@ def half_written(run: Path) -> bool:
     return any((run / "checkpoints").glob("*.tmp"))
 
 
-def strike(run: Path, seed: int) -> str:
-    """Starts the run and kills it: before its first step, some steps later, or while it writes a checkpoint.
+def kill_once(run: Path, seed: int) -> str:
+    """Start the run and kill it: before its first step, some steps later, or while it writes a checkpoint.
 
     Returns:
-        What was met: "save", "step", "start", or "late" where the run had ended before.
+        When it was killed: "save", "step", "start", or "late" if the run had already ended.
     """
-    chance = runs.chance(seed)
-    before, further = runs.saved(run), chance.randint(0, 9)
+    random = runs.generator(seed)
+    before, further = runs.saved(run), random.randint(0, 9)
     processes = runs.start(run)
     if further == 0:
-        time.sleep(chance.random())
+        time.sleep(random.random())
     elif not runs.until_saved(run, before + further, processes):
         return "late"
-    elif chance.random() < 0.5:
-        time.sleep(0.03 * chance.random())
+    elif random.random() < 0.5:
+        time.sleep(0.03 * random.random())
     else:
         while not half_written(run) and processes[0].exitcode is None:
             time.sleep(0.001)
     runs.kill(processes)
     if processes[0].exitcode == 0:
         return "late"
-    assert processes[0].exitcode == -9, runs.said(run)
+    assert processes[0].exitcode == -9, runs.output(run)
     return "save" if half_written(run) else "step" if runs.saved(run) > before else "start"
 
 
 @pytest.mark.slow
-def test_killed_at_random_steps_and_in_saves_a_run_ends_bit_for_bit_as_if_it_had_not_been(
-    whole: Path, tmp_path: Path
-) -> None:
+def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
     met: list[str] = []
     finished = 0
     while sum(each != "late" for each in met) < KILLS:
@@ -64,7 +62,7 @@ def test_killed_at_random_steps_and_in_saves_a_run_ends_bit_for_bit_as_if_it_had
             and runs.saved(run) < STEPS - 10
             and (not met or met[-1] != "late")
         ):
-            met.append(strike(run, seed=len(met)))
+            met.append(kill_once(run, seed=len(met)))
         if met[-1] == "late":
             met[-1] = "late, and over"
         runs.to_the_end(run)
@@ -77,23 +75,23 @@ def test_killed_at_random_steps_and_in_saves_a_run_ends_bit_for_bit_as_if_it_had
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(whole: Path, tmp_path: Path) -> None:
-    """A bit flipped anywhere, or the file cut off anywhere; what nothing reads (padding) may be harmless."""
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(whole: Path, tmp_path: Path) -> None:
+    """Flip a random bit or truncate the file at random. Damage to padding is harmless."""
     noticed = 0
     for seed in range(DAMAGED):
-        chance, run = runs.chance(seed), tmp_path / f"run{seed}"
+        random, run = runs.generator(seed), tmp_path / f"run{seed}"
         processes = runs.start(run)
         assert runs.until_saved(run, 5 + seed % 20, processes)
         runs.kill(processes)
         path = checkpoint.list_checkpoints(run / "checkpoints")[0]
         data = bytearray(path.read_bytes())
         if seed % 2:
-            del data[chance.randrange(len(data)) :]
+            del data[random.randrange(len(data)) :]
         else:
-            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            data[random.randrange(len(data))] ^= 1 << random.randrange(8)
         path.write_bytes(data)
         runs.to_the_end(run)
         runs.same_end(run, whole)
-        noticed += path.name in runs.said(run) and "using the previous checkpoint" in runs.said(run)
-    print(f"faults: {DAMAGED} damaged checkpoints, {noticed} noticed and passed over, the others harmless")
+        noticed += path.name in runs.output(run) and "using the previous checkpoint" in runs.output(run)
+    print(f"faults: {DAMAGED} damaged checkpoints, {noticed} noticed and skipped, the others harmless")
     assert noticed >= DAMAGED * 3 // 4

@@ -1,4 +1,4 @@
-"""torchrun as people start it: a process that is killed, one that stops, two machines of which one is cut off."""
+"""torchrun: a process is killed, a process receives a signal, one of two machines loses its network."""
 
 import os
 import signal
@@ -19,13 +19,13 @@ Launch = Callable[..., "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Launch]:
-    """Starts a command that writes to `log`; what is left of it at the end is ended."""
+    """Return a function that starts a command with its output in `log`; its processes are killed at the end."""
     started = []
 
     def begin(log: str, *command: str, **environment: str) -> "subprocess.Popen[bytes]":
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         every = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PATH": path, "COLUMNS": "200"}
-        every["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the scripts do, and say why
+        every["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as the scripts do
         with (tmp_path / log).open("ab") as file:
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=os.environ | every | environment, stdout=file, stderr=file
@@ -62,8 +62,8 @@ def until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log
 
 
 @pytest.mark.slow
-def test_torchrun_brings_a_run_back_whose_rank_was_killed(launch: Launch, tmp_path: Path) -> None:
-    """SIGKILL on rank 1, and in the second turn on rank 0, which holds the lock and writes."""
+def test_torchrun_restarts_a_run_whose_rank_was_killed(launch: Launch, tmp_path: Path) -> None:
+    """SIGKILL rank 1, then rank 0, which holds the lock and writes."""
     run, log = tmp_path / "run", tmp_path / "log"
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "2", "-m", "moco.train", *TINY, f"run={run}"]
     torchrun = launch("log", *command)
@@ -78,7 +78,7 @@ def test_torchrun_brings_a_run_back_whose_rank_was_killed(launch: Launch, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_run_that_was_told_to_stop_is_not_started_again(launch: Launch, tmp_path: Path) -> None:
+def test_a_stopped_run_is_not_restarted(launch: Launch, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "-m", "moco.train", *TINY, f"run={run}"]
     torchrun = launch("log", *command)
@@ -91,31 +91,31 @@ def test_a_run_that_was_told_to_stop_is_not_started_again(launch: Launch, tmp_pa
     runs.to_the_end(run, world=2)
 
 
-# `python -m moco.train`, of which rank 1 is struck when it begins to import torch.
-STRUCK = """
+# `python -m moco.train`; rank 1 sends itself SIGTERM when it begins to import torch.
+SIGNAL_AT_IMPORT = """
 import os, runpy, signal, sys
 
-class Strike:
+class Send:
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGTERM)
 
 if os.environ["RANK"] == "1":
-    sys.meta_path.insert(0, Strike())
+    sys.meta_path.insert(0, Send())
 runpy.run_module("moco.train", run_name="__main__", alter_sys=True)
 """
 
 
 @pytest.mark.slow
-def test_a_run_that_was_told_to_stop_while_it_starts_is_not_started_again(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_stopped_during_imports_is_not_restarted(launch: Launch, tmp_path: Path) -> None:
     run, log, driver = tmp_path / "run", tmp_path / "log", tmp_path / "driver.py"
-    driver.write_text(STRUCK)
+    driver.write_text(SIGNAL_AT_IMPORT)
     torchrun = launch(
         "log", *TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", str(driver), *TINY, f"run={run}"
     )
     assert torchrun.wait(300) != 0
-    assert log.read_text().count("moco: stopped by SIGTERM before its first step") == 1, log.read_text()
+    assert log.read_text().count("moco: stopped by SIGTERM before the first step") == 1, log.read_text()
     assert not run.exists()
     runs.to_the_end(run)
 
@@ -128,11 +128,11 @@ def test_a_run_that_was_told_to_stop_while_it_starts_is_not_started_again(launch
         ("optim.lr=1e30", "gave loss nan"),
     ][: 1 + LONG],
 )
-def test_what_cannot_succeed_is_not_tried_again(wrong: str, sentence: str, launch: Launch, tmp_path: Path) -> None:
+def test_a_run_that_cannot_succeed_is_not_restarted(wrong: str, sentence: str, launch: Launch, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "-m", "moco.train", *TINY, f"run={run}"]
     assert launch("log", *command, wrong).wait(300) != 0
-    assert log.read_text().count(sentence) == (1 if "abc" in wrong else 2), log.read_text()  # or by each rank
+    assert log.read_text().count(sentence) == (1 if "abc" in wrong else 2), log.read_text()  # otherwise by each rank
 
 
 def host(number: int) -> str:
@@ -145,7 +145,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[None]:
-    """Two network namespaces with a cable between them: 10.77.0.1 and 10.77.0.2."""
+    """Make two connected network namespaces: 10.77.0.1 and 10.77.0.2."""
     try:
         ip("netns", "add", host(1))
     except (FileNotFoundError, subprocess.CalledProcessError):
@@ -165,10 +165,10 @@ def hosts() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="a minute and root: in the long form, MOCO_FAULTS=long")
-def test_two_hosts_of_which_one_is_cut_off_and_comes_back_end_as_two_that_were_not(
+def test_two_hosts_recover_from_a_lost_network_and_end_as_without_it(
     hosts: None, launch: Launch, tmp_path: Path
 ) -> None:
-    """The script that people start on each machine. Both ends of the cut name the other within hang_after."""
+    """Use the script for several machines. Each side names the other within hang_after."""
     run = tmp_path / "run"
     script = [str(REPOSITORY / "scripts" / "train_multi_node.sh"), *TINY, f"run={run}", "hang_after=0.25", "epochs=4"]
 
@@ -195,13 +195,13 @@ def test_two_hosts_of_which_one_is_cut_off_and_comes_back_end_as_two_that_were_n
     end, again = time.monotonic() + 900, 0
     while torchruns[1].poll() is None and time.monotonic() < end:
         for number, each in torchruns.items():
-            if each.poll() not in (None, 0) and time.monotonic() < end:  # it has given up: the same line again
+            if each.poll() not in (None, 0) and time.monotonic() < end:  # run it again
                 torchruns[number], again = start(number), again + 1
         time.sleep(0.5)
     said = [(tmp_path / f"host{number}").read_text() for number in (1, 2)]
     assert [each.wait(60) for each in torchruns.values()] == [0, 0], said
     assert any(f"rank {other} hangs" in text and "no heartbeat" in text for text in said for other in (0, 1)), said
     assert cut < runs.saved(run) == 80
-    print(f"faults: cut off after step {cut}; torchrun was started again {again} times")
+    print(f"faults: cut off after step {cut}; torchrun was restarted {again} times")
     runs.to_the_end(tmp_path / "whole", "epochs=4", world=2)
     runs.same_end(run, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""A long run needs no more memory and no more open files at its end than at its beginning."""
+"""Memory and open files of a long run do not grow."""
 
 import os
 import statistics
@@ -14,7 +14,7 @@ EPOCHS = 200 if LONG else 8  # of 20 steps
 
 
 def resident(pid: int) -> int:
-    """Bytes."""
+    """Return the resident memory in bytes."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -26,17 +26,17 @@ def open_files(pid: int) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory and open files are read from /proc")
 def test_memory_and_open_files_stay_flat(tmp_path: Path) -> None:
-    """With a record each step, a checkpoint every 5 and a live evaluation every 20."""
+    """Log each step, save every 5 and evaluate every 20."""
     run = tmp_path / "run"
     given = [f"epochs={EPOCHS}", "evaluate.every_epochs=1", "evaluate.draws=2", "checkpoint.every_steps=5"]
     (process,) = runs.start(run, *given)
-    assert runs.until_saved(run, 40, [process]), runs.said(run)  # everything was done once, and twice
+    assert runs.until_saved(run, 40, [process]), runs.output(run)  # every kind of work has been done twice
     memory, files = [], []
     while process.exitcode is None and runs.saved(run) < 20 * EPOCHS:
         memory.append(resident(process.pid or 0))
         files.append(open_files(process.pid or 0))
         time.sleep(0.05)
-    assert runs.wait([process], 600) == [0], runs.said(run)
+    assert runs.wait([process], 600) == [0], runs.output(run)
     part = max(1, len(memory) // 5)
     grown = statistics.median(memory[-part:]) - statistics.median(memory[:part])
     print(

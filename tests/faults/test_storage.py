@@ -29,7 +29,7 @@ from tests.faults.runs import LONG
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 MB of its own."""
+    """Mount a file system of 32 MB."""
     place = tmp_path / "disk"
     place.mkdir()
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)], capture_output=True)
@@ -40,7 +40,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(place: Path) -> None:
-    """Takes every byte that is left."""
+    """Use all remaining space."""
     with (place / "ballast").open("ab", buffering=0) as file:
         try:
             while file.write(bytes(1 << 20)):
@@ -50,7 +50,7 @@ def fill(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_a_sentence_and_with_room_it_goes_on_bit_for_bit(
+def test_a_full_disk_ends_the_run_with_a_sentence_and_later_it_resumes_bit_for_bit(
     small_disk: Path, tmp_path: Path
 ) -> None:
     whole = tmp_path / "whole"
@@ -58,27 +58,27 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_with_room_it_goes_on_bit_f
     turns = 10 if LONG else 2
     for turn in range(turns):
         run = tmp_path / f"run{turn}"
-        run.symlink_to(small_disk / run.name)  # its words go to a disk that has room
+        run.symlink_to(small_disk / run.name)  # its output is on another disk
         (small_disk / run.name).mkdir()
         processes = runs.start(run)
-        assert runs.until_saved(run, 2 + runs.chance(turn).randrange(20), processes), runs.said(run)
+        assert runs.until_saved(run, 2 + runs.generator(turn).randrange(20), processes), runs.output(run)
         fill(small_disk)
-        assert runs.wait(processes) == [1], runs.said(run)
-        (line,) = [each for each in runs.said(run).splitlines() if "No space left on device" in each]
+        assert runs.wait(processes) == [1], runs.output(run)
+        (line,) = [each for each in runs.output(run).splitlines() if "No space left on device" in each]
         assert line.startswith("moco: ")
         assert "free some space" in line
-        assert "Traceback" not in runs.said(run)
+        assert "Traceback" not in runs.output(run)
         assert not list((run / "checkpoints").glob("*.tmp"))
         (small_disk / "ballast").unlink()
         assert checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0])["step"] == runs.saved(run)
         runs.to_the_end(run)
-        assert "falling back" not in runs.said(run)
+        assert "using the previous" not in runs.output(run)
         runs.same_end(run, whole)
         shutil.rmtree(small_disk / run.name)
     print(f"faults: {turns} full disks")
 
 
-# What writes a file of a run besides its checkpoints and records: where it is found, and what it writes.
+# The files of a run other than checkpoints and metrics: the owner and the name of the function that writes it.
 WRITERS: dict[str, tuple[Any, str]] = {
     "encoder.safetensors": (weights, "save_file"),
     "views.png": (messages, "save_image"),
@@ -88,7 +88,7 @@ WRITERS: dict[str, tuple[Any, str]] = {
 
 
 def full_before(place: Path, name: str) -> None:
-    """In the process of the run: the disk is full when the file is about to be written."""
+    """In the process of the run: fill the disk before the file is written."""
     owner, function = WRITERS[name]
     write = getattr(owner, function)
 
@@ -102,7 +102,7 @@ def full_before(place: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="the long form: MOCO_FAULTS=long; single files are tested where they are written")
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_each_file_of_a_run_meets_a_full_disk_with_a_sentence_and_is_there_with_room(
+def test_a_full_disk_at_any_file_of_a_run_is_one_sentence_and_later_the_file_is_written(
     name: str, small_disk: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -115,11 +115,11 @@ def test_each_file_of_a_run_meets_a_full_disk_with_a_sentence_and_is_there_with_
         given += ["batch_size=16", "model.bn_group_size=8", "method.queue_size=32"]
     if name.startswith("nonfinite"):
         given += ["optim.lr=1e30", "optim.warmup_epochs=0"]
-    assert runs.wait(runs.start(run, *given, prepare=partial(full_before, small_disk, name))) == [1], runs.said(run)
-    said = runs.said(run)
+    assert runs.wait(runs.start(run, *given, prepare=partial(full_before, small_disk, name))) == [1], runs.output(run)
+    said = runs.output(run)
     (line,) = [each for each in said.splitlines() if name in each and "No space left on device" in each]
     assert "Traceback" not in said
-    if name == "views.png":  # an aid: what ends the run is the next record, which has no room either
+    if name == "views.png":  # only a warning: the next record ends the run
         assert line.startswith("moco: warning: ")
         assert line.endswith("training goes on without it")
         assert sum("No space left on device" in each for each in said.splitlines()) == 2
@@ -142,17 +142,17 @@ def test_each_file_of_a_run_meets_a_full_disk_with_a_sentence_and_is_there_with_
 
 
 @pytest.mark.slow
-def test_pictures_that_vanish_while_training_are_replaced_and_listed(tmp_path: Path) -> None:
-    """Five of forty pictures go while loader processes read them."""
+def test_images_deleted_while_training_are_replaced_and_listed(tmp_path: Path) -> None:
+    """Five of forty images are deleted while loader processes read them."""
     root, run = folder(tmp_path / "pictures", good=40, bad=False), tmp_path / "run"
     given = ["data=folder", f"data.root={root}", "data.workers=1", "data.on_bad_image=replace", "data.max_bad=0.2"]
     given += ["batch_size=16", "model.bn_group_size=8", "epochs=20", "method.queue_size=32", "augment=cifar"]
     processes = runs.start(run, *given)
-    assert runs.until_saved(run, 5, processes), runs.said(run)
+    assert runs.until_saved(run, 5, processes), runs.output(run)
     gone = [f"{i:02}.png" for i in range(3, 8)]
     for name in gone:
         os.unlink(root / name)
-    assert runs.wait(processes) == [0], runs.said(run)
+    assert runs.wait(processes) == [0], runs.output(run)
     with (run / "bad_images.csv").open(newline="") as file:
         listed = {row["path"]: row["reason"] for row in csv.DictReader(file)}
     assert listed == dict.fromkeys(gone, "No such file or directory")

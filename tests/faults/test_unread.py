@@ -1,4 +1,4 @@
-"""Output that nobody reads: a run trains to its end all the same, and help ends without a word."""
+"""Output that nobody reads: training continues, and help exits silently."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from tests.faults.runs import LONG
 
 
 def broken(*numbers: int) -> None:
-    """What is written to these goes into a pipe that nobody reads."""
+    """Redirect these descriptors to a pipe that nobody reads."""
     other, end = os.pipe()
     os.close(other)
     for number in numbers:
@@ -31,7 +31,7 @@ def both() -> None:
 
 
 def terminal() -> None:
-    """A terminal that was closed: every write is an error."""
+    """A closed terminal: every write fails."""
     other, end = os.openpty()
     for number in (0, 1, 2):
         os.dup2(end, number)
@@ -44,16 +44,16 @@ def closed() -> None:
 
 
 @pytest.mark.parametrize("reader", [both, *[stdout, terminal, closed] * LONG])
-def test_training_goes_on_where_nobody_reads(reader: Callable[[], None], tmp_path: Path) -> None:
+def test_training_continues_with_a_broken_pipe(reader: Callable[[], None], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert runs.wait(runs.start(run, "epochs=1", prepare=reader)) == [0], runs.said(run)
-    assert runs.said(run) == ""
+    assert runs.wait(runs.start(run, "epochs=1", prepare=reader)) == [0], runs.output(run)
+    assert runs.output(run) == ""
     assert (run / "encoder.safetensors").is_file()
     assert runs.saved(run) == 20
     assert len(runs.records(run)) == 20
 
 
-def test_a_run_that_nobody_reads_keeps_its_status_when_it_is_stopped(tmp_path: Path) -> None:
+def test_a_stopped_run_with_a_broken_pipe_keeps_its_status(tmp_path: Path) -> None:
     run = tmp_path / "run"
     processes = runs.start(run, "epochs=50", prepare=both)
     assert runs.until_saved(run, 3, processes)
@@ -63,8 +63,8 @@ def test_a_run_that_nobody_reads_keeps_its_status_when_it_is_stopped(tmp_path: P
     assert runs.saved(run) >= 3
 
 
-@pytest.mark.parametrize("asked", [["--help"], ["--cfg", "job"]])
-def test_help_that_nobody_reads_ends_without_a_word(asked: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [["--help"], ["--cfg", "job"]])
+def test_help_with_a_broken_pipe_exits_silently(option: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert runs.wait(runs.start(run, *asked, prepare=stdout)) == [141]
-    assert runs.said(run) == ""
+    assert runs.wait(runs.start(run, *option, prepare=stdout)) == [141]
+    assert runs.output(run) == ""
