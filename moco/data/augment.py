@@ -1,14 +1,14 @@
-"""Stage 2 of a view: batched augmentation with parameters, and an order of the color operations, for each sample.
+"""Stage 2 of a view: batched augmentation with separate parameters, and order of color operations, for each sample.
 
 All parameters are drawn on the host as a function of (seed, epoch, sample index, stream), each from its own numbered
-draw (law 2). Which samples an operation touches is thus known on the host, and the device is never waited for: index
-lists and parameters go there in two queued copies.
+draw (law 2). So the host knows the samples of each operation and never waits for the device: index lists and parameters
+are sent in two queued copies.
 
     params = draw(view, seed, epoch, index, stream)
-    crops = crop_batch(images, params.crop, view)        # resident; a loader's worker calls crop_one instead
+    crops = crop_batch(images, params.crop, view)        # resident; a loader's worker calls crop_one
     query = augment(crops, params, view)
 
-The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarise, flip,
+The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flip,
 noise, normalize. Deviation: the official pipelines round to 8 bits after each operation, this one stays in float32.
 
 Legend: N samples, S x S pixels of a view.
@@ -30,12 +30,12 @@ __all__ = ["Params", "View", "augment", "crop_batch", "crop_one", "draw", "draw_
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
 
-# Numbers worked on at a time on a CPU, so that they stay in its cache between operations.
+# Numbers per part on a CPU, so that they stay in its cache between operations.
 _CPU_PART = 2**21
 
 
 def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
-    """Stage 1 for a batch from a resident set: uint8 (N, 3, H, W) and `Params.crop` -> uint8 (N, 3, S, S)."""
+    """Apply stage 1 to a batch of a resident set: uint8 (N, 3, H, W) and `Params.crop` -> uint8 (N, 3, S, S)."""
     boxes = crop_boxes(uniforms, images.shape[2], images.shape[3], view.crop_scale, view.crop_ratio)
     return resized_crops(images, boxes, view.size, view.antialias)
 
@@ -44,37 +44,37 @@ def crop_one(
     image: Tensor,
     uniforms: NDArray[np.float32],
     view: View,
-    whole: tuple[int, int] | None = None,
+    full_size: tuple[int, int] | None = None,
     factor: int = 1,
 ) -> Tensor:
-    """Stage 1 for one streamed image: uint8 (3, h, w) and one row of `draw_crop` -> uint8 (3, S, S).
+    """Apply stage 1 to one streamed image: uint8 (3, h, w) and one row of `draw_crop` -> uint8 (3, S, S).
 
     Args:
         image: the pixels.
-        uniforms: where the crop lies, with the size of the whole picture.
+        uniforms: determine the crop, together with the size of the full image.
         view: the recipe.
-        whole: height and width of the whole picture, if the image was decoded at a fraction of them.
-        factor: which fraction, see `moco.data.decode.Decoded`.
+        full_size: height and width of the full image, if it was decoded at a fraction of them.
+        factor: see `moco.data.decode.Decoded`.
     """
-    height, width = whole or image.shape[1:]
+    height, width = full_size or image.shape[1:]
     box = crop_boxes(uniforms.reshape(1, -1), height, width, view.crop_scale, view.crop_ratio)[0]
     return resized_crop(image, shrunk_box(box, factor), view.size, view.antialias)
 
 
 def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]], height: int, width: int) -> int:
-    """By how much a picture may shrink in decoding so that no crop of it must be enlarged for that.
+    """Return the largest factor by which an image may shrink in decoding without any crop being enlarged because of it.
 
-    Not at all for a plain resize: decoding takes means, as antialiasing does, while a plain resize is to take single
-    pixels of the whole picture. One such view is enough, as a picture is decoded once for all of its views.
+    It is 1 if a view is resized without antialiasing: decoding averages pixels, as antialiasing does, while such a view
+    needs single pixels of the full image. An image is decoded once for all of its views.
 
     Args:
-        views: all that are cut from it.
-        uniforms: for each, the picture's row of `draw_crop`.
-        height: of the whole picture.
-        width: likewise.
+        views: all views of the image.
+        uniforms: the image's row of `draw_crop` for each view.
+        height: of the full image.
+        width: of the full image.
 
     Returns:
-        1, 2, 4 or 8. Above 1, each crop has at least S pixels a side in the smaller picture.
+        1, 2, 4 or 8. Above 1, each crop has at least S pixels per side in the smaller image.
     """
     if not all(view.antialias for view in views):
         return 1
@@ -87,7 +87,7 @@ def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]
 
 
 def augment(crops: Tensor, params: Params, view: View) -> Tensor:
-    """Stage 2: color, blur, flip and normalize a batch of crops.
+    """Apply stage 2: color, blur, flip and normalize a batch of crops.
 
     Args:
         crops: uint8, shape (N, 3, S, S), on any device.
@@ -102,7 +102,7 @@ def augment(crops: Tensor, params: Params, view: View) -> Tensor:
     """
     expected = (len(params), 3, view.size, view.size)
     if crops.shape != expected or crops.dtype != torch.uint8:
-        raise ValueError(f"crops is {crops.dtype} {tuple(crops.shape)}; this view takes torch.uint8 {expected}")
+        raise ValueError(f"crops is {crops.dtype} {tuple(crops.shape)}; this view needs torch.uint8 {expected}")
     out = torch.empty(expected, dtype=torch.float32, device=crops.device)
     part = max(1, _CPU_PART // (3 * view.size**2)) if crops.device.type == "cpu" else len(params)
     for start in range(0, len(params), part):
@@ -112,7 +112,7 @@ def augment(crops: Tensor, params: Params, view: View) -> Tensor:
 
 
 def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> None:
-    """`augment` for one part of the batch; an operation that touches none of its samples costs nothing."""
+    """Augment one part of the batch; an operation without samples costs nothing."""
     plan = _send(_plan(params, view), crops.device)
     x = crops.to(torch.float32).div_(255)  # (n, 3, S, S)
     if "affine" in plan:
@@ -142,10 +142,10 @@ def _gray_(x: Tensor, plan: dict[str, Tensor]) -> None:
 
 
 def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:
-    """The four color operations, in each sample's own order.
+    """Apply the four color operations, in each sample's own order.
 
-    In each of four turns the samples are sorted by the operation that is next for them, so that an operation works in
-    place on one contiguous block; that costs one copy a turn.
+    In each of four turns the samples are sorted by their next operation, so that an operation works in place on one
+    contiguous block; this costs one copy per turn.
     """
     strengths = (view.brightness, view.contrast, view.saturation, view.hue)
     order = params.order[params.jitter]  # (J, 4)
@@ -163,7 +163,7 @@ def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> 
 
 
 def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
-    """Row numbers and parameters of each operation, int64 and float32; one that touches no sample has no entry."""
+    """Return rows and parameters of each operation, int64 and float32; an operation without samples has no entry."""
     plan: dict[str, NDArray[Any]] = {}
     for name in ("affine", "gray", "blur", "solarize", "flip", "jitter"):
         rows = np.flatnonzero(getattr(params, name))
@@ -177,7 +177,7 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
         rows = plan["jitter"]
         for turn in range(4):
             by_operation = np.argsort(params.order[rows, turn], kind="stable")
-            # The first turn takes from the batch, the others from the block of the turn before.
+            # The first turn selects from the batch, the others from the block of the previous turn.
             plan[f"take{turn}"] = by_operation if turn else rows[by_operation]
             rows = rows[by_operation]
             plan[f"factor{turn}"] = params.factors[rows, params.order[rows, turn]]
@@ -190,10 +190,10 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
 
 
 def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]:
-    """Gaussian weights at distances 0 ... r, normalized over -r ... r, shape (b, r + 1).
+    """Return Gaussian weights at distances 0 ... r, normalized over -r ... r, shape (b, r + 1).
 
-    r is 3 times the view's highest sigma, rounded up (beyond are 0.3 % of the weight), and less than the image side,
-    as the reflected border needs.
+    r is 3 times the view's highest sigma, rounded up (0.3 % of the weight is beyond), and less than the image side,
+    because the border is reflected.
     """
     radius = min(int(np.ceil(3 * view.blur_sigma[1])), view.size - 1)
     kernel = np.exp(-0.5 * (np.arange(radius + 1) / sigma[:, None].astype(np.float64)) ** 2)  # (b, r + 1)
@@ -202,7 +202,7 @@ def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]
 
 
 def _send(plan: dict[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
-    """Bring the plan to the device: one copy for all of its integers and one for all of its floats."""
+    """Copy the plan to the device: one copy for all integers and one for all floats."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in plan.items()}
     sent: dict[str, Tensor] = {}

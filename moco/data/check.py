@@ -145,7 +145,7 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
     obstacles = []
     if folders := findings.counts[_FOLDER]:
         many = f"{folders:,} folder{'s' * (folders > 1)} cannot be read"
-        obstacles.append(f"{many} (give this user permission, or move them away)")
+        obstacles.append(f"{many} (give this user permission, or move them elsewhere)")
     splits: list[NDArray[np.int32]] = np.split(findings.sizes, np.cumsum(lengths)[:-1])
     for name, sizes in zip(("training", "held-out"), splits, strict=False):
         readable = sizes[sizes[:, 0] > 0]

@@ -1,14 +1,14 @@
 """Stage 1 of a view: the random resized crop, uint8 in, uint8 out.
 
-Two routes give the same bits. A streamed image is cut and resized by ATen alone (`resized_crop`); a resident set is
-cropped as a batch on its device by two matrix products a sample (`resized_crops`), whose weights are the integers
-that ATen uses for uint8. Bit equality is what lets one key give one view on either route (law 2).
+Two routes return the same bits. A streamed image is cropped and resized by ATen (`resized_crop`); a resident set is
+cropped as a batch on its device by two matrix products per sample (`resized_crops`), with the integer weights that
+ATen uses for uint8. So a key determines a view on either route (law 2).
 
-Both routes know two ways to shrink. Antialiased, a pixel is the weighted mean of all those that it stands for; plain,
-it is interpolated between the two nearest along each axis, and the others are never looked at. Enlarged, a crop is
-the same either way. No pixel outside the box plays a part.
+Both routes reduce a crop in one of two ways. With antialiasing a pixel is the weighted mean of all pixels that it
+stands for; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both
+ways agree. Pixels outside the box have no influence.
 
-Legend: N samples, H x W the image, S the crop's output size, K weights (taps) an output pixel, L a length in pixels.
+Legend: N samples, H x W the image, S the crop's output size, K weights (taps) per output pixel, L a length in pixels.
 """
 
 import functools
@@ -21,9 +21,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
-CROP_DRAWS = 2 * TRIES + 2  # the uniforms a crop needs: areas, log ratios, top, left
+CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: areas, log ratios, top, left
 
-# Bounds the work space of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
+# Limits the working memory of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
 _PART_NUMBERS = {"cpu": 2**21}
 _PART_NUMBERS_ELSEWHERE = 2**26
 
@@ -35,10 +35,10 @@ def crop_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> NDArray[np.int64]:
-    """Boxes of a random resized crop: torchvision's `RandomResizedCrop.make_params`, vectorized over the batch.
+    """Draw the boxes of random resized crops: torchvision's `RandomResizedCrop.make_params`, for a batch.
 
-    Ten tries of area and log aspect ratio; the first that fits is placed uniformly. If none fits, the largest central
-    box within the ratio.
+    Area and log aspect ratio are tried ten times; the first box that fits is placed uniformly. If none fits, the box is
+    the largest central one within the ratio.
 
     Args:
         uniforms: numbers in [0, 1), shape (N, 22): ten for the area, ten for the log ratio, one for top, one for left.
@@ -68,7 +68,7 @@ def crop_boxes(
     fits = (tried_w > 0) & (tried_w <= width[:, None]) & (tried_h > 0) & (tried_h <= height[:, None])  # (N, 10)
     first = (np.arange(count), fits.argmax(axis=1))
 
-    # The fallback: the whole image, narrowed along the side that breaks the ratio.
+    # The fallback: the full image, narrowed along the side that breaks the ratio.
     wide, tall = width / height > max(ratio), width / height < min(ratio)
     fallback_w = np.where(wide, np.rint(height * max(ratio)).astype(np.int64), width)
     fallback_h = np.where(tall, np.rint(width / min(ratio)).astype(np.int64), height)
@@ -76,23 +76,23 @@ def crop_boxes(
     found = fits.any(axis=1)
     box_h = np.where(found, tried_h[first], fallback_h)
     box_w = np.where(found, tried_w[first], fallback_w)
-    # floor(u * (room + 1)) is uniform over 0 ... room, both ends included.
+    # floor(u * (room + 1)) is uniform over 0 ... room, inclusive.
     top = np.where(found, (draws[:, -2] * (height - box_h + 1)).astype(np.int64), (height - box_h) // 2)
     left = np.where(found, (draws[:, -1] * (width - box_w + 1)).astype(np.int64), (width - box_w) // 2)
     return np.stack([top, left, box_h, box_w], axis=1)
 
 
 def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = True) -> Tensor:
-    """Cut one box out of one image and resize it: the streamed route.
+    """Crop one box from one image and resize it: the streamed route.
 
-    ATen is called directly: torchvision's `resized_crop` makes the same call where the CPU has AVX2 (or is an ARM),
-    and rounds a float result (up to one level off) where it has not, so the views would depend on the machine.
+    ATen is called directly: torchvision's `resized_crop` makes the same call on CPUs with AVX2 (or ARM), but rounds a
+    float result (off by up to one level) on others, so the views would depend on the machine.
 
     Args:
         image: uint8, shape (3, H, W), on the CPU.
         box: top, left, height, width in pixels.
         size: S.
-        antialias: as torchvision's argument: false for the plain resize.
+        antialias: as torchvision's argument.
 
     Returns:
         uint8, shape (3, S, S).
@@ -103,34 +103,34 @@ def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = Tru
 
 
 def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
-    """Where a box of the whole picture lies in the one that was decoded at 1 / factor of its size.
+    """Convert a box of the full image to the image that was decoded at 1 / factor of its size.
 
-    Edges move to the nearest pixel: by at most half a pixel of the view, where the crop has as many pixels as that.
+    Edges move to the nearest pixel: by at most half a pixel of the view, if the crop has at least as many pixels.
 
     Args:
-        box: top, left, height, width in pixels of the whole picture, the last two at least `factor`.
-        factor: 1 leaves the box as it is.
+        box: top, left, height, width in pixels of the full image, the last two at least `factor`.
+        factor: 1 leaves the box unchanged.
 
     Returns:
-        top, left, height, width in pixels of the smaller picture.
+        top, left, height, width in pixels of the smaller image.
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])
 
 
 def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device. A pinned copy is queued: the host does not wait for the device."""
+    """Copy a host tensor to the device. The copy from pinned memory is queued: the host does not wait for it."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias: bool = True) -> Tensor:
-    """Cut a box out of each image and resize it: the resident route, equal to `resized_crop` bit for bit.
+    """Crop a box from each image and resize it: the resident route, equal to `resized_crop` bit for bit.
 
-    Each axis is one matrix product with the sample's own weights, horizontal first and rounded to whole levels in
-    between, as ATen does. Weights are ATen's integers times a power of two and pixels are integers, so all sums are
-    exact, in any order, on any device, as long as the products are not cut to TF32 or bfloat16 (see `_exact_dtype`).
+    Each axis is one matrix product with the sample's own weights, horizontal first, and rounded to integers in between,
+    as in ATen. Weights are ATen's integers times a power of two and pixels are integers, so all sums are exact, in any
+    order, on any device, unless the products are reduced to TF32 or bfloat16 (see `_exact_dtype`).
 
     Args:
         images: uint8, shape (N, 3, H, W), on any device with float64.
@@ -156,7 +156,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         n = len(top)
         # Rows before channels, so that both products are plain batched ones and only the uint8 ends are permuted.
         pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, 3, W)
-        with torch.autocast(device.type, enabled=False):  # it would cut the products to bfloat16
+        with torch.autocast(device.type, enabled=False):  # it would reduce the products to bfloat16
             pixels = pixels.reshape(n, height * channels, width).bmm(across)  # (n, H*3, S)
             pixels = pixels.add_(0.5).floor_().view(n, height, channels * size)  # (n, H, 3*S)
             pixels = down.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, 3, S)
@@ -165,7 +165,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
 
 
 def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """The evaluation view: the shorter side to `resize`, then the central square of `size` (torchvision's semantics).
+    """Make the evaluation view: the shorter side to `resize`, then the central square of `size`, as torchvision does.
 
     Args:
         image: uint8, shape (3, H, W), on the CPU.
@@ -173,38 +173,38 @@ def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
         size: S, pixels of the square.
 
     Returns:
-        uint8, shape (3, S, S); the image itself where nothing is to be done.
+        uint8, shape (3, S, S); the image itself if it has that size.
 
     Raises:
         ValueError: if `size` exceeds `resize`.
     """
     if size > resize:
-        raise ValueError(f"size={size} exceeds resize={resize}, the shorter side it is cut from; lower size")
+        raise ValueError(f"size={size} exceeds resize={resize}, the shorter side before the crop: lower size")
     height, width = image.shape[-2:]
     if min(height, width) != resize:
         shorter = min(height, width)
         height, width = (resize * height // shorter, resize * width // shorter)
         image = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
-    # round() rounds half to even, as torchvision does.
+    # round() rounds half to even, as in torchvision.
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[:, top : top + size, left : left + size]
 
 
 def _exact_dtype(device: torch.device, extent: int, size: int, antialias: bool) -> torch.dtype:
-    """The number type in which the sums of `resized_crops` are exact.
+    """Return the number type in which the sums of `resized_crops` are exact.
 
-    A sum is at most 255 * 2**precision, and float32's 24 bits are enough for a precision of up to 16: about 3 times as
-    fast on a CPU. Antialiased that holds while a side shrinks by at most 2. Plain it always does: the larger of two
-    weights is at least a half, so the precision is at most 15. Elsewhere float64 is hardly slower at this size, and no
-    switch for TF32 touches it.
+    A sum is at most 255 * 2**precision, and float32's 24 bits suffice for a precision of up to 16: about 3 times faster
+    on a CPU. With antialiasing this holds if a side is reduced by a factor of at most 2. Without, it always holds: the
+    larger of two weights is at least 1/2, so the precision is at most 15. On other devices float64 is hardly slower at
+    this size, and TF32 settings do not affect it.
     """
-    whole = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+    full_precision = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
     fits = extent <= 2 * size or not antialias
-    return torch.float32 if device.type == "cpu" and whole and fits else torch.float64
+    return torch.float32 if device.type == "cpu" and full_precision and fits else torch.float64
 
 
 def _weights(start: Tensor, length: Tensor, extent: int, size: int, antialias: bool, dtype: torch.dtype) -> Tensor:
-    """Weight matrices that resize `length` pixels from `start` on to `size`, one a sample.
+    """Return the weight matrices that resize `length` pixels from `start` on to `size`, one per sample.
 
     Args:
         start: first pixel, int64, shape (n,).
@@ -220,7 +220,7 @@ def _weights(start: Tensor, length: Tensor, extent: int, size: int, antialias: b
     first, taps = _tap_table(extent, size, antialias, start.device, dtype)  # (L + 1, S), (L + 1, S, K)
     width = taps.shape[-1]
     columns = (first[length] + start[:, None])[:, :, None] + torch.arange(width, device=start.device)  # (n, S, K)
-    # K columns more than the image is wide take the unused taps at its right border.
+    # K additional columns hold the unused taps at the right border of the image.
     weights = torch.zeros(len(start), size, extent + width, dtype=dtype, device=start.device)
     return weights.scatter_(2, columns, taps[length])[:, :, :extent]
 
@@ -229,10 +229,10 @@ def _weights(start: Tensor, length: Tensor, extent: int, size: int, antialias: b
 def _tap_table(
     extent: int, size: int, antialias: bool, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """ATen's bilinear weights for uint8, for every length up to `extent`.
+    """Return ATen's bilinear weights for uint8, for every length up to `extent`.
 
     Follows `compute_index_ranges_int16_weights` in aten/src/ATen/native/cpu/UpSampleKernel.cpp: weights in float64,
-    rounded to multiples of 2**-precision, where precision is the largest for which the axis's largest weight still
+    rounded to multiples of 2**-precision, where precision is the largest for which the axis's largest weight
     fits in an int16.
 
     Returns:
@@ -254,7 +254,7 @@ def _tap_table(
 
 
 def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it stands for.
+    """Return the weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it stands for.
 
     Args:
         lengths: pixels to be resized, shape (L, 1).
@@ -263,7 +263,7 @@ def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[n
     Returns:
         The first pixel of each output pixel, shape (L, S), and its weights, shape (L, S, K); they sum to 1.
     """
-    scale = lengths / size  # input pixels an output pixel
+    scale = lengths / size  # input pixels per output pixel
     support = np.maximum(scale, 1.0)
     center = scale * (np.arange(size) + 0.5)  # (L, S)
     first = np.maximum(np.trunc(center - support + 0.5), 0)  # (L, S)
@@ -277,9 +277,9 @@ def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[n
 
 
 def plain_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The weights of plain bilinear interpolation: the two pixels nearest to the output pixel's center.
+    """Return the weights of plain bilinear interpolation: the two pixels nearest to the output pixel's center.
 
-    Args and returns as `antialiased_taps`, K = 2. A center beyond the first or last pixel's takes that pixel alone.
+    Args and returns as `antialiased_taps`, K = 2. A center beyond that of the first or last pixel uses only this pixel.
     """
     center = np.maximum(lengths / size * (np.arange(size) + 0.5) - 0.5, 0.0)  # (L, S)
     first = np.minimum(np.floor(center), lengths - 1)  # (L, S)

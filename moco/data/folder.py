@@ -68,9 +68,8 @@ class FolderSource:
 def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open any folder of images, with or without class folders; see `scan` for `keep_unlistable`."""
     root, labels, eval_root = config.root, config.labels, config.eval_root
-    train_field = ("data.root", root)
     if not eval_root:
-        return labeled(scan(*train_field, labels, keep_unlistable), None)
+        return labeled(scan("data.root", root, labels, keep_unlistable), None)
     if labels == "none":
         raise ValueError(
             f"data.eval_root={eval_root!r} needs labels to measure accuracy with, but data.labels=none: "
@@ -82,7 +81,7 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
             f"data.eval_root={eval_root!r} and data.root={root!r} contain each other, so accuracy would be measured on "
             "training images: set two separate folders"
         )
-    train = scan(*train_field, labels, keep_unlistable)
+    train = scan("data.root", root, labels, keep_unlistable)
     held_out = scan("data.eval_root", eval_root, labels, keep_unlistable)
     _check_same_classes(train, held_out)
     return labeled(train, held_out)
@@ -148,7 +147,7 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> F
         named = [f"{path or '.'} ({reason})" for path, reason in sorted(tree.unlistable.items())]
         raise ValueError(
             f"{where} contains {len(named)} folder{'s' * (len(named) > 1)} that cannot be listed: "
-            f"{_first_names(named, 3)}; give this user permission (chmod -R u+rX, or ask the owner), or move them away"
+            f"{_first_names(named, 3)}; give this user permission (chmod -R u+rX), or move them elsewhere"
         )
     if not paths:
         others = tree.ignored + Counter({"broken link": len(tree.broken)})

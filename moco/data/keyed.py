@@ -1,35 +1,35 @@
-"""Keyed randomness: every random number is a function of its key, never of a state (law 2).
+"""Keyed randomness: every random number is a function of its key, without any state (law 2).
 
 The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
 SC 2011): a bijection on 128-bit counters, chosen because it needs no state, vectorizes over a batch,
-and gives the same bits on every machine. A number is addressed by
+and returns the same bits on every machine. The key of a number is
 
     (seed, epoch, sample index, stream, draw)
 
-where `stream` tells the views of one sample apart, and the sample order from the key shuffle.
+where `stream` distinguishes the views of one sample, and different uses such as sample order and key shuffle.
 
-Legend: N samples, D draws a sample.
+Legend: N samples, D draws per sample.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Streams 0, 1, 2, ... are the views of a sample; the rest are named here, so that no two uses share numbers.
+# Streams 0, 1, 2, ... are the views of a sample; all others are listed here, so that no two uses share numbers.
 ORDER = 1_000  # the order of the samples in an epoch
-SHUFFLE = 1_001  # the key batch's shuffle; one stream a view: SHUFFLE + view
-MIX = 2_000  # mixed negatives, by the step and the place in its batch; one stream a query's view: MIX + view
-SPLIT = 3_000  # which digits are held out
-BANK = 3_001  # which images a limited kNN reference set keeps
-HOLD_OUT = 3_002  # which labeled images an evaluation holds out
-VALIDATION = 3_003  # which labeled images a choice (learning rate, k) is made on
-FEW_LABELS = 3_004  # which labeled images fine-tuning gets
-STEP = 3_005  # the seed that torch's own generator gets for a fine-tuning step: mixing, dropout
-SEARCH = 3_010  # which pictures a search draws as queries
-REPORT = 3_011  # which pictures a report shows
-SUBSTITUTE = 3_020  # which pictures stand in for one that cannot be read
+SHUFFLE = 1_001  # the shuffle of the key batch; one stream per view: SHUFFLE + view
+MIX = 2_000  # mixed negatives, by step and position in the batch; one stream per view of the query: MIX + view
+SPLIT = 3_000  # the held-out digits
+BANK = 3_001  # the images that a limited kNN reference set keeps
+HOLD_OUT = 3_002  # the labeled images that an evaluation holds out
+VALIDATION = 3_003  # the labeled images for selecting hyperparameters (learning rate, k)
+FEW_LABELS = 3_004  # the labeled images for fine-tuning
+STEP = 3_005  # the seed of torch's generator in a fine-tuning step: mixup, dropout
+SEARCH = 3_010  # the query images of a search
+REPORT = 3_011  # the images in a report
+SUBSTITUTE = 3_020  # the substitutes of an unreadable image
 SHARDS = 3_030  # the order in which a pass over a stream reads its shards
-MIXING = 5_000  # which of a worker's buffered pictures comes next in a stream; one stream a worker: MIXING + worker
-DRAW_LABELS = 10_000  # which labeled samples a few-label evaluation gets; one stream a draw
+MIXING = 5_000  # the shuffling of a streamed data set in a worker's buffer; one stream per worker: MIXING + worker
+DRAW_LABELS = 10_000  # the labeled samples of a few-label evaluation; one stream per draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
@@ -38,7 +38,7 @@ _32 = np.uint64(32)
 
 
 def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]) -> NDArray[np.uint64]:
-    """Philox-4x32-10: four 32-bit words for each counter.
+    """Compute Philox-4x32-10: four 32-bit words for each counter.
 
     Args:
         key: two 32-bit words.
@@ -57,25 +57,25 @@ def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike,
 
 
 def _key(seed: int) -> tuple[int, int]:
-    """The generator's key.
+    """Return the generator's key.
 
     Raises:
         ValueError: if the seed is negative or does not fit in 64 bits.
     """
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} must lie in 0 ... 2**64 - 1")
+        raise ValueError(f"seed={seed} must be in 0 ... 2**64 - 1")
     return seed & 0xFFFFFFFF, seed >> 32
 
 
 def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: int) -> NDArray[np.float32]:
-    """Uniform numbers in [0, 1), one row a sample.
+    """Return uniform numbers in [0, 1), one row per sample.
 
     Args:
         seed: the run's seed, 0 <= seed < 2**64.
         epoch: 0-based.
         index: sample indices, shape (N,), each below 2**32.
         stream: the view, or one of the named streams of this module.
-        draws: D, how many numbers a sample needs. Number d is the same whatever D is.
+        draws: D, the numbers per sample. Number d does not depend on D.
 
     Returns:
         Shape (N, D), multiples of 2^-24, exact in float32, so equal on every device.
@@ -91,10 +91,10 @@ def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: i
 
 
 def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.int64]:
-    """A random order of `length` items that depends on nothing but its arguments.
+    """Return a random order of `length` items, a function of the arguments only.
 
-    Each item gets a 64-bit key and the keys are sorted; ties (chance below length^2 / 2^65) keep
-    the items' own order.
+    Each item gets a 64-bit key and the keys are sorted; ties (probability below length^2 / 2^65) keep
+    the order of the items.
 
     Returns:
         Shape (length,), each of 0 ... length - 1 once.

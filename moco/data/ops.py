@@ -1,13 +1,13 @@
-"""Image operations on a batch, each with one parameter a sample.
+"""Image operations on a batch, each with one parameter per sample.
 
-Each equals its namesake in torchvision.transforms.v2.functional on float images to 1e-5. On uint8 images torchvision
-turns the result of each operation into whole levels; with ours cut to whole levels too, they are at most one apart (in
-contrast and saturation the gray image is cut as well, so there it holds up to a factor of 2).
+Each equals the function of the same name in torchvision.transforms.v2.functional on float images to 1e-5. On uint8
+images torchvision truncates the result of each operation to integers; if ours is truncated as well, they differ by at
+most one level (in contrast and saturation only for factors up to 2, because torchvision truncates the gray image too).
 
-All are built from operations that round once a number (multiply, add, minimum, floor, ...) and from exact sums, so the
-result for a sample has the same bits whatever batch it is in, however many threads work, and wherever their shares end
-(law 2). That rules out `lerp`, `addcmul` and `add(alpha=)`, which fuse in the vector loop but not in its tail, plain
-float `mean`, whose order depends on the threads, and matrix products, whose order depends on the batch.
+All operations round once per number (multiply, add, minimum, floor, ...) or are exact sums, so a sample's result has
+the same bits in any batch, with any number of threads, however the work is divided among them (law 2). This excludes
+`lerp`, `addcmul` and `add(alpha=)`, which are fused in the vector loop but not in its tail; plain float `mean`, whose
+order depends on the threads; and matrix products, whose order depends on the batch.
 
 Legend: n samples, S x S pixels, values in 0 ... 1; a trailing underscore means in place.
 """
@@ -20,14 +20,14 @@ _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, the digits that torchvision uses
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """(n, 3, S, S) -> (n, 1, S, S)."""
+    """Convert (n, 3, S, S) to gray, (n, 1, S, S)."""
     gray = x[:, 0:1] * _LUMA[0]
     gray.add_(x[:, 1:2] * _LUMA[1])
     return gray.add_(x[:, 2:3] * _LUMA[2])
 
 
 def brightness_(x: Tensor, factor: Tensor) -> Tensor:
-    """Scale toward black (below 1) or beyond (above 1). x (n, 3, S, S), factor (n,)."""
+    """Scale toward black (factor below 1) or away from it (above 1). x (n, 3, S, S), factor (n,)."""
     return x.mul_(_column(factor)).clamp_(0, 1)
 
 
@@ -46,11 +46,11 @@ def saturation_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue_(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by a fraction of the full circle, -0.5 ... 0.5. x (n, 3, S, S), shift (n,).
+    """Rotate the hue by a fraction of the full circle, -0.5 ... 0.5. x (n, 3, S, S), shift (n,).
 
-    HSV is used without its S and without cases. With low, high and chroma = high - low, the hue in sixths of the
-    circle is +-(green + blue - red + high - 2 low) / chroma, negative where blue exceeds green: check it on each
-    sixth. Back again, a channel is low + chroma * ramp(hue), each ramp rising and falling once around the circle.
+    HSV without S and without case distinctions: with low, high and chroma = high - low, the hue in sixths of the
+    circle is +-(green + blue - red + high - 2 low) / chroma, negative where blue exceeds green (verify on each
+    sixth). Back in RGB, a channel is low + chroma * ramp(hue), each ramp rising and falling once around the circle.
     """
     red, green, blue = x.unbind(1)  # (n, S, S)
     high = torch.maximum(torch.maximum(red, green), blue)
@@ -71,10 +71,10 @@ def hue_(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, half_kernel: Tensor) -> Tensor:
-    """Separable symmetric filter with one kernel a sample, borders reflected.
+    """Apply a separable symmetric filter with one kernel per sample; borders are reflected.
 
-    A sum over shifted images: on a CPU it beats grouped convolution (which must prepare new weights each time) and the
-    banded matrix product at 224 px, and unlike those its order of summation never varies.
+    It is a sum over shifted images: on a CPU it is faster than grouped convolution (which must prepare new weights each
+    time) and than a banded matrix product at 224 px, and its order of summation is fixed.
 
     Args:
         x: shape (n, 3, S, S).
@@ -103,7 +103,7 @@ def solarize(x: Tensor, threshold: float) -> Tensor:
 
 
 def affine(x: Tensor, theta: Tensor) -> Tensor:
-    """Bilinear affine map; what comes from outside the image is 0.
+    """Apply a bilinear affine map; pixels from outside the image are 0.
 
     Equal to torchvision's `affine(fill=None)`. Its `fill=0` multiplies by the coverage a second time, which darkens
     pixels that lie half outside; on a black border the two agree.
@@ -119,11 +119,11 @@ def affine(x: Tensor, theta: Tensor) -> Tensor:
     axis = torch.arange(size, dtype=x.dtype, device=x.device) - (size - 1) / 2  # (S,)
     a, b, c, d, e, f = theta.view(-1, 6, 1, 1).unbind(1)  # each (n, 1, 1)
     across, down = axis.view(1, 1, size), axis.view(1, size, 1)
-    # Written out, not as a matrix product: see the module's docstring.
+    # Not a matrix product: see the module's docstring.
     grid = torch.stack([a * across + b * down + c, d * across + e * down + f], dim=-1)  # (n, S, S, 2)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _column(values: Tensor) -> Tensor:
-    """(n,) -> (n, 1, 1, 1), to broadcast over a batch of images."""
+    """Reshape (n,) to (n, 1, 1, 1), to broadcast over a batch of images."""
     return values.view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""What a view is, and the random parameters it takes: host side, NumPy only.
+"""The recipe of a view, and its random parameters: on the host, NumPy only.
 
 All parameters are a function of (seed, epoch, sample index, stream), each from its own numbered draw (law 2).
 
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from moco.data.crop import CROP_DRAWS
 from moco.data.keyed import keyed_uniform
 
-# Draw numbers. They are part of the format: a new operation takes free numbers, so that no other's views change.
+# Draw numbers. They are part of the format: a new operation uses free numbers, so that existing views do not change.
 # 0 ... 21 are the crop's.
 _JITTER, _FACTORS, _ORDER = 24, slice(25, 29), slice(29, 33)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP = 33, 34, 35, 36, 37
@@ -25,7 +25,7 @@ _PIXELS = 64  # from here on, the pixel noise
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """How one view of an image is made. The defaults change nothing but the size."""
+    """The recipe of one view of an image. The defaults change only the size."""
 
     size: int
     """Pixels of a side of the view."""
@@ -34,18 +34,18 @@ class View:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Lowest and highest width / height of the crop."""
     antialias: bool = True
-    """Resize the crop with antialiasing; false: by plain interpolation, as torchvision's antialias=False. Then a shrunk
-    picture shows single pixels, and large JPEGs are decoded whole."""
+    """Resize the crop with antialiasing; false: by plain interpolation, as torchvision's antialias=False. Then a
+    reduced image shows single pixels, and large JPEGs are decoded in full size."""
     jitter_p: float = 0.0
     """Probability of the color jitter: brightness, contrast, saturation and hue, in random order."""
     brightness: float = 0.0
     """The factor is uniform in 1 - brightness (at least 0) ... 1 + brightness."""
     contrast: float = 0.0
-    """As brightness: the factor of what differs from the view's mean gray."""
+    """Like brightness: the factor of the difference from the view's mean gray."""
     saturation: float = 0.0
-    """As brightness: the factor of what differs from gray, pixel by pixel."""
+    """Like brightness: the factor of the difference from gray, per pixel."""
     hue: float = 0.0
-    """The turn of the hue is uniform in -hue ... hue, as a fraction of the circle."""
+    """The rotation of the hue is uniform in -hue ... hue, as a fraction of the circle."""
     gray_p: float = 0.0
     """Probability of grayscale."""
     gray_first: bool = False
@@ -57,7 +57,7 @@ class View:
     solarize_p: float = 0.0
     """Probability of inverting the values from solarize_threshold on."""
     solarize_threshold: float = 0.5
-    """Of images in 0 ... 1."""
+    """The threshold of solarization, for images in 0 ... 1."""
     flip_p: float = 0.0
     """Probability of the horizontal flip."""
     affine_p: float = 0.0
@@ -65,20 +65,20 @@ class View:
     degrees: float = 0.0
     """The rotation is uniform in -degrees ... degrees."""
     translate: float = 0.0
-    """The shift along each axis is uniform in -translate ... translate of a side, in whole pixels."""
+    """The shift along each axis is uniform in -translate ... translate of a side, rounded to pixels."""
     zoom: tuple[float, float] = (1.0, 1.0)
-    """Lowest and highest factor by which what is seen grows."""
+    """Lowest and highest factor of magnification."""
     shear: float = 0.0
     """The horizontal shear is uniform in -shear ... shear degrees."""
     noise: tuple[float, float] = (0.0, 0.0)
     """Lowest and highest standard deviation of Gaussian noise (images are 0 ... 1), the same on all three channels."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Of each channel, subtracted at the end (images are 0 ... 1)."""
+    """The mean per channel, subtracted at the end (images are 0 ... 1)."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Of each channel, divided by after that."""
+    """The standard deviation per channel, by which the result is divided."""
 
     def __post_init__(self) -> None:
-        """Refuse impossible values.
+        """Check the values.
 
         Raises:
             ValueError: naming the field, its value and the allowed range.
@@ -109,7 +109,7 @@ class View:
     def _check_number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{name}={value} must lie in {low} ... {high}")
+            raise ValueError(f"{name}={value} must be in {low} ... {high}")
 
     def _check_range(self, name: str, low: float, high: float) -> None:
         values = getattr(self, name)
@@ -119,12 +119,12 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """What `draw` drew, on the host. A sample's row depends on nothing but its key and the view."""
+    """The random parameters of a batch, on the host. A sample's row is a function of its key and the view."""
 
     crop: NDArray[np.float32]  # (N, 22), the uniforms for crop_boxes
     jitter: NDArray[np.bool_]  # (N,)
     factors: NDArray[np.float32]  # (N, 4): brightness, contrast, saturation, hue
-    order: NDArray[np.int64]  # (N, 4): which of the four comes first, second, ...
+    order: NDArray[np.int64]  # (N, 4): the order of the four operations
     gray: NDArray[np.bool_]  # (N,)
     blur: NDArray[np.bool_]  # (N,)
     sigma: NDArray[np.float32]  # (N,), pixels
@@ -132,18 +132,18 @@ class Params:
     flip: NDArray[np.bool_]  # (N,)
     affine: NDArray[np.bool_]  # (N,)
     theta: NDArray[np.float32]  # (N, 6), see ops.affine
-    noise: NDArray[np.float32]  # (N, S, S), or (N, 0, 0) where the view has none
+    noise: NDArray[np.float32]  # (N, S, S); (N, 0, 0) if the view has none
 
     def __len__(self) -> int:
         return len(self.crop)
 
     def rows(self, rows: slice | NDArray[np.int64]) -> "Params":
-        """The parameters of some of the samples."""
+        """Return the parameters of some of the samples."""
         return Params(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
 def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float32]:
-    """The crop's uniforms alone, shape (N, 22): all that a loader's worker needs. Equal to `draw(...).crop`."""
+    """Return only the uniform numbers of the crop, shape (N, 22), for a loader's worker. Equal to `draw(...).crop`."""
     return keyed_uniform(seed, epoch, index, stream, CROP_DRAWS)
 
 
@@ -155,7 +155,7 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
         seed: the run's seed.
         epoch: 0-based.
         index: sample indices, shape (N,).
-        stream: which view of the sample this is, 0, 1, ...
+        stream: the number of the view, 0, 1, ...
 
     Returns:
         N rows of parameters, equal to those of torchvision's transforms in distribution.
@@ -183,12 +183,12 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
 
 
 def _between(u: NDArray[np.float64], low: ArrayLike, high: ArrayLike) -> NDArray[np.float64]:
-    """Uniform in low ... high from uniform in 0 ... 1."""
+    """Scale uniform numbers from 0 ... 1 to low ... high."""
     return np.asarray(low) + u * np.subtract(high, low)
 
 
 def _affine_theta(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
-    """The map of torchvision's `_get_inverse_affine_matrix` around the image center, for `ops.affine`.
+    """Return the map of torchvision's `_get_inverse_affine_matrix` around the image center, for `ops.affine`.
 
     Args:
         u: the uniform draws, shape (N, D).
@@ -210,7 +210,7 @@ def _affine_theta(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
 
 
 def _pixel_noise(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
-    """Gaussian noise from pairs of uniform draws (Box and Muller, 1958), shape (N, S, S)."""
+    """Return Gaussian noise from pairs of uniform numbers (Box and Muller, 1958), shape (N, S, S)."""
     std = _between(u[:, _NOISE], *view.noise)  # (N,)
     pixels = view.size**2
     pairs = u[:, _PIXELS : _PIXELS + 2 * -(-pixels // 2)].reshape(len(u), -1, 2)  # (N, P, 2)
