@@ -1,4 +1,4 @@
-"""What the benchmarks' figures rest on: turns, medians, ratios. Times themselves are no test."""
+"""The arithmetic of the benchmarks: turns, medians, ratios. Times themselves are not tested."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from scripts.bench.__main__ import COMPARISONS, as_markdown, parsed
 from scripts.bench.measure import CLOCKS, alternate, compared, stream_rate
 
 
-def test_forms_take_turns_and_the_first_round_is_left_out() -> None:
+def test_variants_take_turns_after_a_warm_up_round() -> None:
     calls: list[str] = []
 
     def form(name: str) -> float:
@@ -20,7 +20,7 @@ def test_forms_take_turns_and_the_first_round_is_left_out() -> None:
     assert figures == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
 
 
-def test_a_table_has_the_median_of_each_rounds_ratio() -> None:
+def test_a_table_has_the_median_ratio_of_the_rounds() -> None:
     figures = {"one": [1.0, 2.0, 100.0], "other": [3.0, 4.0, 100.0]}
     assert compared("t", figures, "images/s").rows == [
         ["one", "2", "1.5 – 51", "1.00"],
@@ -31,7 +31,7 @@ def test_a_table_has_the_median_of_each_rounds_ratio() -> None:
 
 
 @pytest.mark.parametrize(("clock", "counted"), [("wall", 3), ("processor", 4)])
-def test_a_stream_is_timed_from_its_first_batch_on_the_wall(
+def test_the_wall_clock_of_a_stream_starts_at_its_first_batch(
     clock: str, counted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -47,7 +47,7 @@ def test_a_stream_is_timed_from_its_first_batch_on_the_wall(
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_each_comparison_says_what_it_takes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_comparison_lists_its_arguments(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parsed([name, "--help"])
     assert ended.value.code == 0

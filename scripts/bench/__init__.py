@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m scripts.bench NAME`, from the repository's root. One file a comparison."""
+"""Benchmarks: `python -m scripts.bench NAME`, from the repository's root. One file per comparison."""

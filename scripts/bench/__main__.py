@@ -1,7 +1,7 @@
-"""Benchmarks, each a comparison of forms that take turns: medians and ratios, with the machine they are of.
+"""Benchmarks. Each compares variants that take turns, and prints medians, ratios and the machine.
 
 python -m scripts.bench NAME --help
-python -m scripts.bench streamed --data PHOTOGRAPHS --workers 1 2 --markdown
+python -m scripts.bench streamed --data IMAGES --workers 1 2 --markdown
 """
 
 import argparse
@@ -18,7 +18,7 @@ from scripts.bench import augment, decode, info_nce, measures, overhead, peer, s
 from scripts.bench.machine import machine
 from scripts.bench.measure import CLOCKS, Table
 
-# Each has a docstring, `arguments(parser)` and `run(options)`, which yields tables as it finds them.
+# Each module has a docstring, `arguments(parser)`, and `run(options)`, which yields its tables.
 COMPARISONS: dict[str, ModuleType] = {
     "views": views,
     "streamed": streamed,
@@ -35,7 +35,7 @@ NEEDS_DATA = ("views", "streamed", "augment", "decode", "peer")
 
 
 def main() -> None:
-    """Runs one comparison."""
+    """Run one comparison."""
     options = parsed(sys.argv[1:])
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def parsed(words: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "python -m scripts.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,24 +55,26 @@ def parsed(words: list[str]) -> argparse.Namespace:
     for name, module in COMPARISONS.items():
         about = module.__doc__ or ""
         each = names.add_parser(name, help=about.splitlines()[0], description=about)
-        each.add_argument("--rounds", type=int, default=7, help="each form's turns; one more warms up")
-        each.add_argument("--threads", type=int, default=1, help="of this process; a loader's worker has one always")
-        each.add_argument("--clock", choices=CLOCKS, default="wall", help="processor: user and system, with workers")
-        each.add_argument("--markdown", action="store_true", help="tables for docs/benchmarks.md")
+        each.add_argument("--rounds", type=int, default=7, help="turns of each variant, after one warm-up round")
+        each.add_argument("--threads", type=int, default=1, help="of this process; loader workers always have one")
+        each.add_argument(
+            "--clock", choices=CLOCKS, default="wall", help="processor: user and system time, including workers"
+        )
+        each.add_argument("--markdown", action="store_true", help="print Markdown tables, as in docs/benchmarks.md")
         if name in NEEDS_DATA:
-            each.add_argument("--data", required=True, help="folder of pictures")
+            each.add_argument("--data", required=True, help="folder of images")
         module.arguments(each)
     return parser.parse_args(words)
 
 
 def as_markdown(found: Table) -> str:
-    """The table's title and its rows."""
+    """Format a table as Markdown."""
     rows = [found.columns, ["---"] + ["---:"] * (len(found.columns) - 1), *found.rows]
     return f"**{found.title}**\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def as_text(found: Table) -> table.Table:
-    """The same for a terminal."""
+    """Format a table for a terminal."""
     out = table.Table(title=found.title, title_justify="left", box=box.SIMPLE)
     for number, column in enumerate(found.columns):
         out.add_column(column, justify="right" if number else "left")

@@ -1,7 +1,7 @@
-"""The device part of MoCo v2's views at 224 px next to the encoder that it feeds: it must not be the slower one.
+"""The device part of MoCo v2's views at 224 px, compared with its encoder: it must not be the slower one.
 
---data is a folder of photographs. A view is one image for either: color, blur, flip and normalization on one side,
-ResNet-50 forward and backward on the other (a training step adds the key encoder's forward to it).
+--data is a folder of photographs. Both process one view at a time: color, blur, flip and normalization, against forward
+and backward of ResNet-50. (A training step also runs the key encoder's forward.)
 """
 
 from argparse import ArgumentParser, Namespace
@@ -22,18 +22,18 @@ from scripts.bench.recipes import views
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
-    parser.add_argument("--batch", type=int, default=16, help="pictures")
+    """Add the arguments of this comparison."""
+    parser.add_argument("--batch", type=int, default=16, help="images")
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """One table: views a second."""
+    """Yield one table: views per second."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, recipe = load_source(DataConfig("folder", options.data)).train, views("moco_v2")
     plan = Plan(len(source), options.batch, epochs=1, seed=0)
     cut = [each[0] for _, _, _, each in crops(source, plan, recipe[:1], device, workers=0)]
     encoder = build_backbone("resnet50", {}).to(device)
-    steps = iter(range(10**9))  # each call takes the next batch, with parameters of its own
+    steps = iter(range(10**9))  # each call uses the next batch and new parameters
 
     def device_part() -> torch.Tensor:
         step = next(steps)
@@ -41,7 +41,7 @@ def run(options: Namespace) -> Iterator[Table]:
         return augment(cut[step % len(cut)], draw(recipe[0], 0, 0, index, 0), recipe[0])
 
     def four_batches() -> None:
-        for _ in range(4):  # one is too short to be timed well
+        for _ in range(4):  # one batch is too short to time
             device_part()
 
     views_ready = device_part()

@@ -1,10 +1,10 @@
 """InfoNCE, materialized and streamed: time, memory and error of forward and backward.
 
-Memory is how far one pass raises the resident memory of a fresh process at its peak (Linux). The error is that of the
-gradient by the queries, relative to float64, norm to norm.
+Memory is the peak increase of the resident memory of a fresh process in one pass (Linux). The error is the norm of the
+error of the queries' gradient, relative to the norm of the gradient in float64.
 
-"loss" is the loss alone; "step" is what a training step asks for: the queries' own stale keys taken out of the
-negatives, and contrast accuracy, which the streamed form has measured in any case.
+"loss" is the loss only. "step" is the task of a training step: it also masks the queries' own stale keys and computes
+contrast accuracy, which the streamed variant always measures.
 """
 
 import os
@@ -24,19 +24,19 @@ from moco.losses.streamed import CHUNK, info_nce_streamed
 from scripts.bench.measure import Table, alternate, compared, per_second
 
 K, C, T = 65536, 128, 0.07
-IMAGES = 50_000  # of the data set: an own key stands in the queue for every query or so
+IMAGES = 50_000  # of the data set: most queries have an own key in the queue
 Pass = Callable[[], Tensor]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
+    """Add the arguments of this comparison."""
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096], help="N, the queries")
     parser.add_argument("--task", nargs="+", default=["loss", "step"], choices=["loss", "step"])
     parser.add_argument("--chunk", type=int, default=CHUNK["cpu"])
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """A table of times for each size and task, and one of memory and error."""
+    """Yield a table of times per size and task, and one of memory and error."""
     spent = []
     for n in options.sizes:
         error = errors(n, options.chunk)
@@ -57,7 +57,7 @@ def _milliseconds(work: Pass, clock: str) -> float:
 
 
 def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
-    """Either form as a function from nothing to the gradient by the queries."""
+    """Return both variants as functions that return the gradient by the queries."""
     generator = torch.Generator().manual_seed(0)
     query, key, queue = (F.normalize(torch.randn(rows, C, generator=generator), dim=1) for rows in (n, n, K))
     index, queue_index = (torch.randint(IMAGES, (rows,), generator=generator) for rows in (n, K))
@@ -68,7 +68,7 @@ def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
         loss, logits = info_nce(q, key, queue, T, mask)
         if task == "step":
             (logits[:, :1] > logits[:, 1:]).all(dim=1).float().mean()
-        del logits  # a step keeps them no longer
+        del logits  # as a step does
         return torch.autograd.grad(loss, q)[0]
 
     def streamed() -> Tensor:
@@ -82,38 +82,40 @@ def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
 
 
 def peak(n: int, task: str, chunk: int, form: str) -> float:
-    """By how many MB one pass raises resident memory at its peak: to be asked in a process of its own."""
-    both(2, task, chunk)[form]()  # what libraries take once for all
+    """Measure the peak increase of the resident memory in one pass, in MB. Call it in a fresh process."""
+    both(2, task, chunk)[form]()  # one-time allocations of the libraries
     work = both(n, task, chunk)[form]
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _resident("VmRSS")
     work()
     return (_resident("VmHWM") - before) / 1024
 
 
 def _resident(field: str) -> int:
-    """A field of this process's status in KiB; `resource` has a peak only, and one that an exec hands on."""
+    """Read a field of this process's status, in KiB; `resource` has only the peak, which exec inherits."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def peak_elsewhere(n: int, task: str, chunk: int, form: str) -> float:
-    """`peak` in a fresh process whose malloc gives freed tensors back: a pass that used them again would look small."""
+    """Run `peak` in a fresh process whose malloc returns freed memory: reused memory would not be counted."""
     command = [sys.executable, "-m", "scripts.bench.info_nce", str(n), task, str(chunk), form]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def errors(n: int, chunk: int) -> dict[str, float]:
-    """Each form's gradient against float64, row by row so that it fits into memory."""
+    """Compare each variant's gradient with float64, some rows at a time to fit into memory."""
     generator = torch.Generator().manual_seed(0)
     query, key, queue = (F.normalize(torch.randn(rows, C, generator=generator), dim=1).double() for rows in (n, n, K))
     exact = []
     for q, k in zip(query.split(64), key.split(64), strict=True):
         part = q.clone().requires_grad_()
         exact.append(torch.autograd.grad(info_nce(part, k, queue, T)[0] * len(q) / n, part)[0])
-    whole = torch.cat(exact)
-    return {name: float((each() - whole).norm() / whole.norm()) for name, each in both(n, "loss", chunk).items()}
+    reference = torch.cat(exact)
+    return {
+        name: float((each() - reference).norm() / reference.norm()) for name, each in both(n, "loss", chunk).items()
+    }
 
 
 if __name__ == "__main__":

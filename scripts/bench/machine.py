@@ -1,4 +1,4 @@
-"""What a figure was measured on: without it, it says nothing."""
+"""The machine and the versions that a benchmark ran on."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torchvision
 
 
 def machine() -> list[str]:
-    """Processor, threads, versions and commit, in lines of text."""
+    """Return processor, threads, versions and commit as lines of text."""
     device = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return [
         f"{_processor()}, {os.cpu_count()} cores{device}; {torch.get_num_threads()} thread(s) in the process",

@@ -1,4 +1,4 @@
-"""How things are compared: side by side in one process run, taking turns."""
+"""Comparing variants: they take turns in one process."""
 
 import resource
 import statistics
@@ -6,20 +6,21 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-Form = Callable[[], float]  # does its work once, and gives its figure
+Form = Callable[[], float]  # does its work once and returns its measurement
 
 
 def processor() -> float:
-    """Seconds of processor that this process has taken, with the workers that it has ended."""
+    """Return the processor time of this process and of its finished workers, in seconds."""
     workers = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + workers.ru_utime + workers.ru_stime
 
 
 def _wall() -> float:
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # what is queued belongs to what was measured
+        torch.cuda.synchronize()  # include the queued work
     return time.perf_counter()
 
 
@@ -27,7 +28,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": _wall, "processor": processor}
 
 
 def per_second(count: int, work: Callable[[], object], clock: str) -> float:
-    """How many things a second, where `work` does `count` of them."""
+    """Return the rate of `work`, which does `count` things, per second."""
     read = CLOCKS[clock]
     start = read()
     work()
@@ -35,9 +36,9 @@ def per_second(count: int, work: Callable[[], object], clock: str) -> float:
 
 
 def alternate(forms: Mapping[str, Form], rounds: int) -> dict[str, list[float]]:
-    """The figures of each form, one a round.
+    """Measure each variant once per round, after one warm-up round.
 
-    The forms take turns, so that what else the machine does meets all of them. A round that warms up comes first.
+    The variants take turns, so that other load on the machine affects all of them.
     """
     figures: dict[str, list[float]] = {name: [] for name in forms}
     for name, form in [pair for _ in range(1 + rounds) for pair in forms.items()]:
@@ -47,7 +48,7 @@ def alternate(forms: Mapping[str, Form], rounds: int) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Table:
-    """What a comparison found, ready to be printed."""
+    """A table of results."""
 
     title: str
     columns: Sequence[str]
@@ -55,29 +56,29 @@ class Table:
 
 
 def compared(title: str, figures: Mapping[str, Sequence[float]], unit: str, less_is_faster: bool = False) -> Table:
-    """One row a form: median, quartiles, and how many times as fast as the first form.
+    """Return one row per variant: median, quartiles, and the speed relative to the first variant.
 
-    The last is the median over the rounds of each round's own ratio: both of its figures come from the same moment.
+    The relative speed is the median of the ratios within each round, since a round's measurements are close in time.
     """
     first = next(iter(figures.values()))
     rows = []
     for name, values in figures.items():
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         ratios = [a / b if less_is_faster else b / a for a, b in zip(first, values, strict=True)]
         rows.append([name, _plain(middle), f"{_plain(low)} – {_plain(high)}", f"{statistics.median(ratios):.2f}"])
     return Table(title, ["", unit, "quartiles", "× the first"], rows)
 
 
 def _plain(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Format with three digits, or without decimals from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def stream_rate(opened: Callable[[], Iterable[object]], each: int, clock: str) -> float:
-    """How many images a second a stream of batches delivers, `each` a batch, from its opening to its end.
+    """Return the images per second of a stream that yields `each` images per batch.
 
-    The wall's clock starts at the first batch, for the start of worker processes is no part of a long run. The
-    processor's counts everything, for a worker's time is known when it has ended.
+    The wall clock starts at the first batch, since the start of the workers does not matter in a long run. The
+    processor clock counts everything, since a worker's time is known only after it has ended.
     """
     read = CLOCKS[clock]
     start, batches = read(), 0

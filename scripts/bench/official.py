@@ -1,7 +1,7 @@
-"""The published pipelines, as the yardstick: torchvision's first transforms on PIL pictures, in loader processes.
+"""The published pipelines for comparison: torchvision's v1 transforms on PIL images, in loader processes.
 
-MoCo v2's `TwoCropsTransform` (facebookresearch/moco, `--aug-plus`) and the CIFAR-10 notebook's, written down here from
-their settings. The blur is Pillow's, of a radius drawn for each picture, as there.
+They follow the settings of MoCo v2's `TwoCropsTransform` (facebookresearch/moco, `--aug-plus`) and of the CIFAR-10
+notebook. The blur is Pillow's with a random radius per image, as in the originals.
 """
 
 import random
@@ -22,7 +22,7 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def moco_v2(size: int) -> Transform:
-    """One view of the MoCo v2 recipe."""
+    """Return the transform of one view in the MoCo v2 recipe."""
 
     def blurred(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
@@ -41,7 +41,7 @@ def moco_v2(size: int) -> Transform:
 
 
 def cifar_notebook() -> Transform:
-    """One view of the CIFAR-10 notebook."""
+    """Return the transform of one view in the CIFAR-10 notebook."""
     steps = [
         v1.RandomResizedCrop(32),
         v1.RandomHorizontalFlip(p=0.5),
@@ -55,30 +55,30 @@ def cifar_notebook() -> Transform:
 
 
 class TwoViews:
-    """A data set of pairs of views of each picture: a file, or an array (H, W, 3) in memory."""
+    """A data set of two views per image, which is a file or an array (H, W, 3)."""
 
-    def __init__(self, pictures: Sequence[str] | NDArray[np.uint8], transform: Transform) -> None:
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, images: Sequence[str] | NDArray[np.uint8], transform: Transform) -> None:
+        self.images, self.transform = images, transform
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> list[Tensor]:
-        picture = self.pictures[i]
-        if isinstance(picture, str):
-            with Image.open(picture, formats=IMAGE_FORMATS) as file:
+        stored = self.images[i]
+        if isinstance(stored, str):
+            with Image.open(stored, formats=IMAGE_FORMATS) as file:
                 image = file.convert("RGB")
         else:
-            image = Image.fromarray(picture)
+            image = Image.fromarray(stored)
         return [self.transform(image), self.transform(image)]
 
 
 def loader(
-    pictures: Sequence[str] | NDArray[np.uint8], transform: Transform, order: list[int], batch: int, workers: int
+    images: Sequence[str] | NDArray[np.uint8], transform: Transform, order: list[int], batch: int, workers: int
 ) -> DataLoader[Any]:
-    """The pictures in this order, two views each, as the official scripts load them."""
+    """Load two views per image in this order, as the official scripts do."""
     return DataLoader(
-        TwoViews(pictures, transform),  # type: ignore[arg-type]
+        TwoViews(images, transform),  # type: ignore[arg-type]
         batch_size=batch,
         sampler=order,
         num_workers=workers,

@@ -1,7 +1,7 @@
-"""What a step costs besides its encoders: forward and backward of f_q, and forward of f_k, on their own.
+"""A training step compared with its encoders only: forward and backward of f_q, and forward of f_k.
 
-Everything else (shuffle, logits, optimizer, momentum update, queue, measures) is overhead. Same precision, layout and
-batch on both sides.
+The rest (shuffle, logits, optimizer, momentum update, queue, measures) is overhead. Precision, memory layout and batch
+are the same.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -17,14 +17,14 @@ from scripts.bench.step import SIZE, encoder, inputs, ours
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
+    """Add the arguments of this comparison."""
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--queue", type=int, nargs="+", default=[4096, 65536])
     parser.add_argument("--backbone", default="resnet18")
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """A table for each queue length: seconds."""
+    """Yield a table per queue length: seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, _ = pick_precision("auto", encoder(options.backbone), SIZE, device)
     views, index = inputs(options.batch, device)
@@ -33,7 +33,7 @@ def run(options: Namespace) -> Iterator[Table]:
     if device.type == "cpu":
         keep_freed_memory()
 
-    def alone() -> None:
+    def encoders_only() -> None:
         with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
             with torch.no_grad():
                 f_q(views[1])
@@ -45,7 +45,8 @@ def run(options: Namespace) -> Iterator[Table]:
         chosen = Namespace(**vars(options) | {"queue": queue})
         step = ours(chosen, views, index, precision, compiled=False)
         forms = {
-            name: partial(_seconds, work, options.clock) for name, work in {"its encoders": alone, "step": step}.items()
+            name: partial(_seconds, work, options.clock)
+            for name, work in {"its encoders": encoders_only, "step": step}.items()
         }
         title = f"A step of {options.backbone}, batch {options.batch}, K {queue}, {precision}, s, {options.clock} time"
         yield compared(title, alternate(forms, options.rounds), "s", less_is_faster=True)

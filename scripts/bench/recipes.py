@@ -1,4 +1,4 @@
-"""The views that are compared: those of the recipes in configs/augment/."""
+"""The views of the recipes in configs/augment/."""
 
 from pathlib import Path
 
@@ -11,6 +11,6 @@ from moco.data.view import View
 
 
 def views(name: str) -> list[View]:
-    """Both views of configs/augment/NAME.yaml."""
+    """Return both views of configs/augment/NAME.yaml."""
     values = yaml.safe_load(Path(config_dir(), "augment", f"{name}.yaml").read_text(encoding="utf-8"))
     return build_views(AugmentConfig(**values))

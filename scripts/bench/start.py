@@ -1,4 +1,4 @@
-"""What it takes to start: `python -m moco.train --help`, the imports, and the peak memory of a run's first steps."""
+"""Start-up: time of `python -m moco.train --help` and of the imports, and the peak memory of a short run."""
 
 import contextlib
 import subprocess
@@ -20,12 +20,12 @@ COMMANDS = {
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
-    parser.add_argument("--epochs", type=int, default=2, help="of the run whose memory is measured")
+    """Add the arguments of this comparison."""
+    parser.add_argument("--epochs", type=int, default=2, help="length of the run for the memory measurement")
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """Two tables: seconds, and MiB."""
+    """Yield two tables: seconds and MiB."""
     forms = {name: partial(_seconds, words) for name, words in COMMANDS.items()}
     yield compared("Start-up, s, wall time", alternate(forms, options.rounds), "s", less_is_faster=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -41,11 +41,11 @@ def _seconds(words: list[str]) -> float:
 
 
 def _peak(words: list[str]) -> float:
-    """Resident memory at its highest, in MiB, asked for until the process ends (Linux)."""
+    """Poll the peak resident memory of a process until it ends, in MiB (Linux)."""
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     highest = 0
     while process.poll() is None:
-        with contextlib.suppress(OSError):  # it may end between the two
+        with contextlib.suppress(OSError):  # the process may end in between
             status = Path(f"/proc/{process.pid}/status").read_text()
             highest = max(
                 [highest, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))]

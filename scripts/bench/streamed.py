@@ -1,7 +1,7 @@
-"""Two MoCo v2 views of image files: what loader workers deliver, ours and the official pipeline's.
+"""Two MoCo v2 views of image files from loader workers: this project's and the official pipeline.
 
---data is a folder of photographs. The official workers deliver finished views. Ours deliver both crops in uint8, and
-the rest happens on the device: "to the end" has it here, in the main process. Threads are processes' rivals.
+--data is a folder of photographs. The official workers return finished views. Ours return both crops in uint8, and the
+device does the rest; the "complete" variants do it here, in the main process. Threads are compared with processes.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -29,14 +29,14 @@ CPU = torch.device("cpu")
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
+    """Add the arguments of this comparison."""
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--passes", type=int, default=2, help="over the pictures, a round")
-    parser.add_argument("--batch", type=int, default=16, help="pictures")
+    parser.add_argument("--passes", type=int, default=2, help="over the images per round")
+    parser.add_argument("--batch", type=int, default=16, help="images")
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """One table a number of workers: images a second."""
+    """Yield one table per number of workers: images per second."""
     source = load_source(DataConfig("folder", options.data)).train
     assert isinstance(source, FolderSource)
     plan = Plan(len(source), options.batch, options.passes, seed=0)
@@ -50,8 +50,8 @@ def run(options: Namespace) -> Iterator[Table]:
             ),
             "ours, from processes": partial(crops, source, plan, recipe, CPU, workers),
             "ours, from threads": partial(_threads, source, plan, recipe, workers),
-            "ours, from processes, to the end": partial(batches, source, plan, recipe, CPU, workers),
-            "ours, from threads, to the end": partial(_threads_to_the_end, source, plan, recipe, workers),
+            "ours, from processes, complete": partial(batches, source, plan, recipe, CPU, workers),
+            "ours, from threads, complete": partial(_threads_complete, source, plan, recipe, workers),
         }
         forms = {name: partial(stream_rate, each, options.batch, options.clock) for name, each in streams.items()}
         title = f"Two views of {len(source)} photographs, {workers} worker(s), images/s, {options.clock} time"
@@ -59,7 +59,7 @@ def run(options: Namespace) -> Iterator[Table]:
 
 
 def _threads(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[Item]:
-    """The workers' part by threads of this process, with as much ahead as a DataLoader has."""
+    """Do the workers' part in threads of this process, with as many batches prefetched as in a DataLoader."""
     cutter = Cutter(source, recipe, plan.seed, replace=False)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Item | ValueError]] = deque()
@@ -77,7 +77,7 @@ def _item(done: Future[Item | ValueError]) -> Item:
     return item
 
 
-def _threads_to_the_end(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[list[Tensor]]:
+def _threads_complete(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[list[Tensor]]:
     for epoch, index, _, cut, _ in _threads(source, plan, recipe, workers):
         yield [
             augment(each, draw(view, plan.seed, epoch, index, stream), view)

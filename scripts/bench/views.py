@@ -1,6 +1,6 @@
-"""Two views of pictures in memory, with the CIFAR-10 notebook's recipe: the resident path and PIL with two workers.
+"""Two views of images in memory, with the CIFAR-10 notebook's recipe: the resident path, and PIL with two workers.
 
---data is a folder of pictures of one size, such as CIFAR-10's. Both make whole batches of normalized float views.
+--data is a folder of images of one size, such as CIFAR-10's. Both variants return batches of normalized float views.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -21,15 +21,15 @@ BATCH, WORKERS = 512, 2
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
-    parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} pictures a round, for either form")
+    """Add the arguments of this comparison."""
+    parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} images per round and variant")
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """One table: views a second."""
+    """Yield one table: views per second."""
     source = load_source(DataConfig("folder", options.data, resident=True)).train
     assert source.images is not None
-    pictures = source.images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, 3)
+    images = source.images.permute(0, 2, 3, 1).contiguous().numpy()  # (N, H, W, 3)
     plan = Plan(len(source), BATCH, epochs=1 + options.batches * BATCH // len(source), seed=0)
     order = [int(i) for _, index in islice(plan.samples(0), options.batches) for i in index]
     recipe = views("cifar")
@@ -38,12 +38,12 @@ def run(options: Namespace) -> Iterator[Table]:
         return islice(batches(source, plan, recipe, torch.device("cpu"), workers=0), options.batches)
 
     def pil() -> Iterator[object]:
-        return iter(official.loader(pictures, official.cifar_notebook(), order, BATCH, WORKERS))
+        return iter(official.loader(images, official.cifar_notebook(), order, BATCH, WORKERS))
 
     forms = {
         f"PIL transforms, {WORKERS} workers": lambda: stream_rate(pil, 2 * BATCH, options.clock),
         "resident": lambda: stream_rate(resident, 2 * BATCH, options.clock),
     }
-    side = pictures.shape[1]
-    title = f"Two views of resident pictures ({side} x {side}), views/s, {options.clock} time"
+    side = images.shape[1]
+    title = f"Two views of resident images ({side} x {side}), views/s, {options.clock} time"
     yield compared(title, alternate(forms, options.rounds), "views/s")
