@@ -1,4 +1,4 @@
-"""What a vision transformer's class token looks at.
+"""Attention of a vision transformer's class token.
 
 Legend: N images, S side of an image, P patches, H heads, T tokens.
 """
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _ORANGE = (255.0, 140.0, 26.0)
-_STRONGEST = 0.8  # how much of the color the most attended patch has: the picture still shows through
-_GREY = 0.7  # of the picture's brightness, so that white stays darker than the color
+_STRONGEST = 0.8  # opacity of the color on the most attended patch: the image stays visible
+_GRAY = 0.7  # scales the image's brightness, so that white stays darker than the color
 
 
 def has_class_token(backbone: nn.Module) -> bool:
-    """Whether it is a transformer of timm's kind, with blocks and a class token."""
+    """Return whether a backbone is a timm transformer with a class token."""
     network: Any = backbone
     return getattr(network, "cls_token", None) is not None and hasattr(_last_block(network), "attn")
 
@@ -28,16 +28,16 @@ def _last_block(network: Any) -> Any:
 
 @torch.no_grad()
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
-    """The last block's attention from the class token to each patch, the mean of the heads: (N, P**.5, P**.5).
+    """Return the last block's attention from the class token to the patches, averaged over heads: (N, P**.5, P**.5).
 
-    These are the softmax's own values: a picture's patches sum to 1 less what stays on the class token (and others
-    that are no patches). None for a network whose patches are no square, or that keeps its attention to itself.
+    These are softmax values: an image's patches sum to 1 minus the attention to the class token and other tokens.
+    None if the patches do not form a square, or if the attention weights are not accessible.
 
     Args:
-        backbone: of which `has_class_token` holds, in eval mode.
+        backbone: in eval mode; `has_class_token` is true for it.
         images: normalized, (N, 3, S, S).
     """
-    from timm.utils.attention_extract import AttentionExtract  # costs a second at start-up
+    from timm.utils.attention_extract import AttentionExtract  # takes a second to import
 
     network: Any = backbone
     attention = _last_block(network).attn
@@ -48,7 +48,7 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     extract = AttentionExtract(backbone, names=[name], method="hook")
     try:
         if fused is not None:
-            attention.fused_attn = False  # the fused kernel never has the weights in one place
+            attention.fused_attn = False  # the fused kernel does not materialize the weights
         weights = next(iter(extract(images).values()), None)  # (N, H, T, T)
     finally:
         if fused is not None:
@@ -60,17 +60,17 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
     return patches.reshape(-1, side, side) if side * side == patches.shape[1] else None
 
 
-def lit(image: Tensor, attention: Tensor) -> Tensor:
-    """The picture in gray, the more orange where it is attended to more; that shows on dark and bright pictures alike.
+def overlay(image: Tensor, attention: Tensor) -> Tensor:
+    """Return a gray image with orange where the attention is high; visible on dark and bright images.
 
     Args:
         image: uint8 (3, S, S).
-        attention: (s, s), at least 0.
+        attention: (s, s), nonnegative.
 
     Returns:
         uint8 (3, S, S).
     """
-    share = attention / attention.max().clamp_min(1e-12)
-    alpha = _STRONGEST * F.interpolate(share[None, None].cpu(), size=image.shape[1:], mode="nearest")[0]  # (1, S, S)
-    gray = _GREY * image.float().mean(dim=0, keepdim=True)  # (1, S, S)
+    relative = attention / attention.max().clamp_min(1e-12)
+    alpha = _STRONGEST * F.interpolate(relative[None, None].cpu(), size=image.shape[1:], mode="nearest")[0]  # (1, S, S)
+    gray = _GRAY * image.float().mean(dim=0, keepdim=True)  # (1, S, S)
     return ((1 - alpha) * gray + alpha * torch.tensor(_ORANGE).view(3, 1, 1)).round().to(torch.uint8)

@@ -1,6 +1,6 @@
-"""What a run's newest encoder makes of pictures: features, a map and groups, neighbors, attention.
+"""Images with features of a run's newest encoder: their map, clusters, neighbors and attention.
 
-Legend: M pictures, R references, D dimension, k neighbors.
+Legend: M images, R references, D dimension, k neighbors.
 """
 
 from collections.abc import Sequence
@@ -22,23 +22,24 @@ from moco.evaluation.features import evaluation_view, stream
 from moco.evaluation.neighbors import nearest
 from moco.evaluation.subject import EvalTransform, data_config, open_data, open_subject
 from moco.interop.encoder_file import build
-from moco.reporting.attention import class_attention, has_class_token, lit
+from moco.reporting.attention import class_attention, has_class_token, overlay
 from moco.reporting.gallery import Tile
-from moco.reporting.points import LEAST, Map, clusters, coordinates
+from moco.reporting.image_map import FEWEST, Map, clusters, coordinates
 from moco.reporting.run_record import Run
 from moco.runtime.console import progress_bar
 
-MOST_CLUSTERS = 20  # where their number follows the classes
+_MOST_CLUSTERS = 20  # if their number follows the number of classes
+_CLUSTERS = 10  # without labels
 
 
 @dataclass(frozen=True, eq=False)
-class Pictures:
-    """Pictures of a source with their features."""
+class ImageSet:
+    """Images of a source with their features."""
 
     source: Source
     rows: NDArray[np.int64]  # (M,) of the source
     features: NDArray[np.float32]  # (M, D)
-    unreadable: int = 0  # left out
+    unreadable: int = 0  # images that were left out
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,171 +65,157 @@ class Pictures:
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """A run's encoder, pictures to show and references to find their neighbors among."""
+    """A run's encoder, the images that the report shows, and references among which their neighbors are found."""
 
     backbone: nn.Module
-    look: EvalTransform
-    shown: Pictures
-    references: Pictures
-    training: int  # pictures of the training split
-    held_out: bool  # whether the shown pictures were held out
+    transform: EvalTransform
+    shown: ImageSet
+    references: ImageSet
+    training: int  # number of images in the training split
+    held_out: bool  # whether the shown images are held out
 
-    def what(self) -> str:
-        """Which pictures are shown."""
-        of_all = f" of {len(self.shown.source):,}" if len(self.shown) < len(self.shown.source) else ""
-        return f"{len(self.shown):,}{of_all} {'held-out' if self.held_out else 'training'} pictures"
+    def description(self) -> str:
+        """Describe the shown images, such as "1,000 of 10,000 held-out images"."""
+        total = f" of {len(self.shown.source):,}" if len(self.shown) < len(self.shown.source) else ""
+        return f"{len(self.shown):,}{total} {'held-out' if self.held_out else 'training'} images"
 
 
 def compute_features(config: ReportConfig, run: Run, device: torch.device) -> ImageFeatures:
-    """Opens the run's data and computes features of the pictures that the report draws.
+    """Open the run's data and compute features of the images that the report draws.
 
     Raises:
-        FileNotFoundError, ValueError: for data that is not there or does not fit; for a checkpoint that is odd.
+        FileNotFoundError, ValueError: for missing or unsuitable data, or an invalid checkpoint.
     """
-    # A resident folder would be decoded as a whole; some thousand pictures are wanted.
+    # A resident folder would be decoded completely, but the report reads only some thousand images.
     data = replace(config.data, resident=bool(config.data.resident))
-    judge = SubjectConfig(checkpoint=str(run.checkpoint), data=data, images_at_once=config.images_at_once)
-    subject = open_subject(judge)
+    encoder = SubjectConfig(checkpoint=str(run.checkpoint), data=data, images_at_once=config.images_at_once)
+    subject = open_subject(encoder)
+    data_used = data_config(encoder, subject)
     require(
-        data_config(judge, subject).name != "webdataset",
-        f"run={run.path} was trained on a stream, of which no picture can be asked for: name others, data.name=folder "
-        "data.root=IMAGES, or set pictures=0 for a report without",
+        data_used.name != "webdataset",
+        f"run={run.path} was trained on data.name=webdataset, a stream without random access to images: set "
+        "data.name=folder data.root=IMAGES, or pictures=0 for a report without images",
     )
     try:
-        sources = open_data(judge, subject)
+        sources = open_data(encoder, subject)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; pictures=0 makes a report without pictures") from error
+        raise FileNotFoundError(f"{error}; set pictures=0 for a report without images") from error
     backbone = build(subject.file).backbone.to(device)
-    among = sources.bank or sources.train
-    source = sources.held_out or among
-    workers = data_config(judge, subject).workers
+    references = sources.bank or sources.train
+    source = sources.held_out or references
 
-    def pictures(of: Source, count: int, what: str) -> Pictures:
-        rows = permutation(config.seed, 0, len(of), REPORT)[: count or None]
-        return _computed(backbone, of, rows, subject.look, device, config.images_at_once, workers, what)
+    def drawn(source: Source, count: int, title: str) -> ImageSet:
+        rows = permutation(config.seed, 0, len(source), REPORT)[: count or None].tolist()
+
+        def features(rows: Sequence[int]) -> ImageSet:
+            parts: list[Tensor] = []
+            look = subject.look
+            view = (look.size, look.resize, look.mean, look.std)
+            with progress_bar(f"{run.name}: {title}", quiet=False) as progress:
+                for part in stream(backbone, source, rows, *view, device, config.images_at_once, data_used.workers):
+                    parts.append(part.cpu())
+                    progress(sum(map(len, parts)), len(rows))
+            return ImageSet(source, np.array(rows, np.int64), torch.cat(parts).numpy())
+
+        try:
+            return features(rows)
+        except ImageError:
+            bad = find_unreadable(source, rows)
+            if len(bad) == len(rows):
+                raise
+            return replace(features([row for row in rows if row not in bad]), unreadable=len(bad))
 
     return ImageFeatures(
         backbone,
         subject.look,
-        pictures(source, config.pictures, f"{run.name}: pictures"),
-        pictures(among, config.references, f"{run.name}: references"),
+        drawn(source, config.pictures, "images"),
+        drawn(references, config.references, "references"),
         len(sources.train),
         sources.held_out is not None,
     )
 
 
-def _computed(
-    backbone: nn.Module,
-    source: Source,
-    rows: NDArray[np.int64],
-    look: EvalTransform,
-    device: torch.device,
-    at_once: int,
-    workers: int,
-    what: str,
-) -> Pictures:
-    """Features of some pictures; those that cannot be read are left out and counted."""
-
-    def features(of: Sequence[int]) -> NDArray[np.float32]:
-        parts: list[Tensor] = []
-        with progress_bar(what, quiet=False) as progress:
-            shown = (look.size, look.resize, look.mean, look.std)
-            for part in stream(backbone, source, of, *shown, device, at_once, workers):
-                parts.append(part.cpu())
-                progress(sum(map(len, parts)), len(of))
-        found: NDArray[np.float32] = torch.cat(parts).numpy()
-        return found
-
-    try:
-        return Pictures(source, rows, features(rows.tolist()))
-    except ImageError:
-        bad = find_unreadable(source, rows.tolist())
-        good = np.array([row for row in rows.tolist() if row not in bad], np.int64)
-        if not len(good):
-            raise
-        return Pictures(source, good, features(good.tolist()), len(bad))
-
-
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The shown pictures in a plane and in groups."""
+    """The shown images in a plane and in groups."""
 
     places: NDArray[np.float64]  # (M, 2)
-    groups: dict[str, list[str]]  # "label" and "cluster": each picture's
+    groups: dict[str, list[str]]  # "label" and "cluster": the group of each image
 
 
-def compute_layout(config: ReportConfig, seen: ImageFeatures) -> Layout | None:
-    """The map; None where there is none to draw: too few pictures, or features that are not finite."""
-    shown = seen.shown
-    if config.map == "none" or len(shown) < LEAST or not shown.finite:
+def compute_layout(config: ReportConfig, images: ImageFeatures) -> Layout | None:
+    """Compute the map; None if it is switched off, or if there are too few images or features that are not finite."""
+    shown = images.shown
+    if config.map == "none" or len(shown) < FEWEST or not shown.finite:
         return None
-    labels = [shown.label(i) for i in range(len(shown))]
-    count = config.clusters or (min(MOST_CLUSTERS, len(set(labels))) if labels[0] is not None else 10)
-    with progress_bar(f"map ({config.map}) and groups", quiet=False) as progress:
+    labels = [label for i in range(len(shown)) if (label := shown.label(i)) is not None]
+    count = config.clusters or (min(_MOST_CLUSTERS, len(set(labels))) if labels else _CLUSTERS)
+    with progress_bar(f"map ({config.map}) and clusters", quiet=False) as progress:
         progress(0, 2)
         places = coordinates(shown.features, config.map, config.perplexity, config.seed)
         progress(1, 2)
         found = clusters(shown.features, count, config.seed)
         progress(2, 2)
-    groups = {"label": [label for label in labels if label is not None]} if labels[0] is not None else {}
+    groups = {"label": labels} if labels else {}
     return Layout(places, groups | {"cluster": [f"cluster {group + 1}" for group in found]})
 
 
-def as_map(config: ReportConfig, seen: ImageFeatures, placed: Layout, numbers: Sequence[int]) -> Map:
-    """The map as the page wants it; `numbers` are the pictures' in the page."""
-    kind = {"tsne": "t-SNE", "umap": "UMAP"}[config.map]
-    names = [seen.shown.name(i) for i in range(len(seen.shown))]
-    return Map(f"{seen.what()}, {kind}", placed.places, names, numbers, placed.groups)
+def to_map(config: ReportConfig, images: ImageFeatures, layout: Layout, numbers: Sequence[int]) -> Map:
+    """Return the map for the page, in which the images have the given numbers."""
+    method = {"tsne": "t-SNE", "umap": "UMAP"}[config.map]
+    names = [images.shown.name(i) for i in range(len(images.shown))]
+    return Map(f"{images.description()}, {method}", layout.places, names, numbers, layout.groups)
 
 
-def neighbors(config: ReportConfig, seen: ImageFeatures) -> tuple[list[tuple[str, list[Tile]]], str]:
-    """Some pictures with those nearest to them, and a sentence on how many share their label."""
-    shown, among = seen.shown, seen.references
+def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[str, list[Tile]]], str]:
+    """Return, for some query images, a title and tiles of the query and its nearest references; and a caption."""
+    shown, references = images.shown, images.references
     queries = np.arange(min(config.queries, len(shown)))
-    compute_layout = {int(row): i for i, row in enumerate(among.rows)} if among.source is shown.source else {}
-    own = np.array([compute_layout.get(int(shown.rows[i]), -1) for i in queries], np.int64)
-    scores, found = nearest(among.features, shown.features[queries], config.neighbours, own)
-    sections, same = [], 0
-    for i, near, values in zip(queries.tolist(), found.tolist(), scores.tolist(), strict=True):
+    at = {int(row): i for i, row in enumerate(references.rows)} if references.source is shown.source else {}
+    own = np.array([at.get(int(shown.rows[i]), -1) for i in queries], np.int64)
+    scores, found = nearest(references.features, shown.features[queries], config.neighbours, own)
+    sections, same_label = [], 0
+    for i, near, similarities in zip(queries.tolist(), found.tolist(), scores.tolist(), strict=True):
         label = shown.label(i)
         tiles = [Tile(shown.image(i), "query", shown.caption(i), marked=True)]
-        for row, score in zip(near, values, strict=True):
-            alike = among.label(row) == label
-            same += alike
-            word = "" if label is None else "✓ same label" if alike else "✗ another label"
-            tiles.append(Tile(among.image(row), f"{score:.3f}", among.caption(row), word))
+        for row, similarity in zip(near, similarities, strict=True):
+            same = references.label(row) == label
+            same_label += same
+            mark = "" if label is None else "✓ same label" if same else "✗ different label"
+            tiles.append(Tile(references.image(row), f"{similarity:.3f}", references.caption(row), mark))
         sections.append((shown.caption(i), tiles))
-    said = (
-        f"The {found.shape[1]} nearest of {len(among):,} training pictures by the backbone's features; the number "
-        "is the cosine of the two (1: the same direction)."
+    caption = (
+        f"Each query image with its {found.shape[1]} nearest neighbors among {len(references):,} training images. The "
+        "number is the cosine similarity of the backbone features (1: same direction)."
     )
     if shown.label(0) is not None:
-        said += f" {same} of the {found.size} neighbors below have their query's label."
-    return sections, said
+        caption += f" {same_label} of the {found.size} neighbors below have their query's label."
+    return sections, caption
 
 
 @torch.no_grad()
-def attention(config: ReportConfig, seen: ImageFeatures, device: torch.device) -> tuple[list[Tile], str] | None:
-    """What the class token attends to in the query pictures; None for a network that has none."""
-    count = min(config.queries, len(seen.shown))
-    if not count or not has_class_token(seen.backbone):
+def attention(config: ReportConfig, images: ImageFeatures, device: torch.device) -> tuple[list[Tile], str] | None:
+    """Return tiles of the query images with their attention maps, and a caption; None for other than a ViT."""
+    count = min(config.queries, len(images.shown))
+    if not count or not has_class_token(images.backbone):
         return None
-    look = seen.look
-    views = torch.stack([evaluation_view(seen.shown.image(i), look.resize, look.size) for i in range(count)])
-    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (look.mean, look.std))
-    maps = class_attention(seen.backbone, (views.to(device).float() / 255 - mean) / std)  # (count, side, side)
+    transform = images.transform
+    crops = [evaluation_view(images.shown.image(i), transform.resize, transform.size) for i in range(count)]
+    views = torch.stack(crops)  # (count, 3, S, S)
+    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (transform.mean, transform.std))
+    maps = class_attention(images.backbone, (views.to(device).float() / 255 - mean) / std)  # (count, side, side)
     if maps is None:
         return None
     tiles = []
     for i, each in enumerate(maps.cpu()):
-        tiles.append(Tile(views[i], "picture", seen.shown.caption(i), marked=True))
-        top = f"at most {100 * float(each.max()):.1f} % on a patch"
-        tiles.append(Tile(lit(views[i], each), "attention", seen.shown.caption(i), top))
+        caption, peak = images.shown.caption(i), 100 * float(each.max())
+        tiles.append(Tile(views[i], "image", caption, marked=True))
+        tiles.append(Tile(overlay(views[i], each), "attention", caption, f"at most {peak:.1f} % on a patch"))
     patches = maps.shape[1] ** 2
-    said = (
-        f"The last block's attention from the class token to the {patches} patches, mean of the heads: the more "
-        f"orange a patch, the more of it, in proportion to the picture's most attended one. Evenly spread, each "
-        f"would get {100 / patches:.1f} %; of these pictures, patches got "
-        f"{100 * float(maps.sum(dim=(1, 2)).mean()):.0f} % in all on average, and the class token the rest."
+    explanation = (
+        f"Attention of the class token to the {patches} patches in the last block, averaged over heads. The stronger "
+        "the orange, the higher the attention, relative to the most attended patch of the image. Uniform attention "
+        f"would be {100 / patches:.1f} % per patch. On average, all patches together receive "
+        f"{100 * float(maps.sum(dim=(1, 2)).mean()):.0f} %; the rest stays on the class token."
     )
-    return tiles, said
+    return tiles, explanation

@@ -1,6 +1,6 @@
 "use strict";
-// Draws the charts and the maps of a report. Each is a figure of plotly that the page holds as JSON; colors of text
-// and lines come from the style sheet, so that light and dark need no second drawing.
+// Draws the charts and maps of a report from plotly figures, which the page contains as JSON. The style sheet sets the
+// colors of text and axes, so that nothing is redrawn when the color scheme changes.
 (() => {
   const page = JSON.parse(document.getElementById("figures").textContent);
   const settings = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: "reset" };
@@ -15,9 +15,9 @@
     const find = (what) => root.querySelector(what);
     const button = (what) => find(`[data-do=${what}]`);
     let kind = find("input[type=radio]").value;
-    let hidden = new Set(); // numbers of the groups that are not shown
-    let current = -1; // the picture that is shown
-    let zoomed = null; // the ranges of the axes, or null for the whole map
+    let hidden = new Set(); // numbers of the hidden groups
+    let current = -1; // the selected image
+    let zoomed = null; // the ranges of the axes; null: the whole map
 
     const ring = () => ({
       x: current < 0 ? [] : [map.x[current]], y: current < 0 ? [] : [map.y[current]],
@@ -28,11 +28,11 @@
       .filter((_, number) => !hidden.has(number)).flatMap((trace) => trace.customdata);
 
     function draw() {
-      const size = plot.clientWidth < 500 ? 6 : 9; // a phone's map is small
+      const size = plot.clientWidth < 500 ? 6 : 9; // small screens
       const traces = map.colorings[kind].traces.map((trace, number) => (
         { ...trace, visible: !hidden.has(number), marker: { ...trace.marker, size } }));
       const layout = structuredClone(map.layout);
-      const ranges = zoomed ?? { x: range(map.x), y: range(map.y) }; // kept, whatever is hidden
+      const ranges = zoomed ?? { x: range(map.x), y: range(map.y) }; // hiding groups does not change the ranges
       layout.xaxis.range = ranges.x;
       layout.yaxis.range = ranges.y;
       return Plotly.react(plot, [...traces, ring()], layout, settings);
@@ -70,13 +70,13 @@
       if (point === current) return;
       current = point;
       const image = document.createElement("img");
-      image.src = page.pictures[map.pictures[point]];
+      image.src = page.images[map.images[point]];
       image.alt = map.names[point];
       find(".shown").replaceChildren(image);
       find(".name").textContent = map.names[point];
       find(".group").textContent = Object.entries(map.groups)
         .map(([what, groups]) => (groups[point].startsWith(what) ? groups[point] : `${what} ${groups[point]}`)).join(" · ");
-      const last = map.colorings[kind].traces.length; // the ring's place
+      const last = map.colorings[kind].traces.length; // the ring is the last trace
       Plotly.restyle(plot, { x: [[map.x[point]]], y: [[map.y[point]]] }, [last]);
     }
 
@@ -94,7 +94,7 @@
       for (const point of points) {
         const x = map.x[point] - map.x[current], y = map.y[point] - map.y[current];
         const along = x * right + y * up, aside = Math.abs(x * up) + Math.abs(y * right);
-        const cost = along + 2 * aside; // far to the side is no step that way
+        const cost = along + 2 * aside; // prefers points in the arrow's direction
         if (along > 0 && aside <= 2 * along && cost < least) [best, least] = [point, cost];
       }
       if (best >= 0) show(best);

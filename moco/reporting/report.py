@@ -1,35 +1,43 @@
-"""A page about a run, or about several side by side, and the embedding for TensorBoard's projector."""
+"""Write a page about one run, or about several side by side."""
 
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
 from moco.config.report import ReportConfig
 from moco.config.subject import SubjectConfig
 from moco.distributed import is_rank_zero
-from moco.evaluation.features import evaluation_view
 from moco.files import WriteError, cause
-from moco.reporting import html, page
-from moco.reporting import sections as sections
-from moco.reporting.curves import plotly
-from moco.reporting.images import ImageFeatures, Layout, as_map, attention, compute_features, compute_layout, neighbors
-from moco.reporting.page import Figures, Section
+from moco.reporting import page, sections
+from moco.reporting.images import ImageFeatures, Layout, attention, compute_features, compute_layout, neighbors, to_map
+from moco.reporting.markup import part
+from moco.reporting.page import Figures, Section, paragraph
+from moco.reporting.plotly_figures import plotly
+from moco.reporting.projector import write_projector
 from moco.reporting.run_record import Run, findings, names, open_run
 from moco.runtime.console import summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 
-_SPRITE = 64  # pixels of a picture in TensorBoard's projector at most; it takes 8,192 in all
+
+@dataclass(frozen=True, eq=False)
+class _Computed:
+    """A run with what the report computes from it."""
+
+    run: Run
+    images: ImageFeatures | None  # None without a checkpoint, or with pictures=0
+    layout: Layout | None
+    alarms: list[Alarm]
 
 
 def report(config: ReportConfig) -> None:
     """See `moco.report.report`."""
-    plotly()  # its absence shall not show after minutes
+    plotly()  # fail before computing, not after minutes
     with compute_context(config) as device:
         if is_rank_zero():
             _report(config, device)
@@ -39,145 +47,111 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     runs = [open_run(Path(each)) for each in [config.run, *config.compare]]
     out = Path(config.output) if config.output else runs[0].path / "report.html"
     require(not out.is_dir(), f"output={out} is a folder: name a file, e.g. output={out / 'report.html'}")
+    computed = [_compute(config, run, device) for run in runs]
     figures = Figures()
-    seen = [compute_features(config, run, device) if config.pictures and run.checkpoint else None for run in runs]
-    placed = [compute_layout(config, each) if each else None for each in seen]
-    images = [each.training if each else None for each in seen]
-    found = [findings(run, count) for run, count in zip(runs, images, strict=True)]
-    own = [
-        _of_run(config, run, each, where, alarms, figures, device)
-        for run, each, where, alarms in zip(runs, seen, placed, found, strict=True)
-    ]
-    several = len(runs) > 1
-    body = [
-        Section("Side by side" if several else "What was run", sections.headline(runs, images, found)),
-        *([Section("Settings that differ", sections.differences(runs))] if several else []),
-        sections.curves(runs, figures),
-    ]
-    if several:
-        body += [
-            Section(f"Run {name}", page.paragraph(sections.state(run)), parts)
-            for name, run, parts in zip(names(runs), runs, own, strict=True)
-        ]
-    else:
-        body += own[0]
+    body = _body(config, computed, figures, device)
     title = " and ".join(names(runs)) if len(runs) < 3 else f"{len(runs)} runs"
-    about = " · ".join(f"{name}: {sections.state(run)}" for name, run in zip(names(runs), runs, strict=True))
+    about = " · ".join(f"{name}: {sections.progress(run)}" for name, run in zip(names(runs), runs, strict=True))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         page.write(out, f"Report of {title}", about, body, figures)
     except (OSError, WriteError) as error:
         raise ConfigError(f"output={out} cannot be written ({cause(error)}): set output=FILE") from error
-    projected = [
-        _project(run, each, where)
-        for run, each, where in zip(runs, seen, placed, strict=True)
-        if config.projector and each is not None and each.shown.finite
+    projectors = [
+        write_projector(each.run, each.images, each.layout)
+        for each in computed
+        if config.projector and each.images is not None and each.images.shown.finite
     ]
-    _summarize(runs, out, found, projected)
+    _summarize(computed, out, projectors)
 
 
-def _of_run(
-    config: ReportConfig,
-    run: Run,
-    seen: ImageFeatures | None,
-    placed: Layout | None,
-    alarms: Sequence[Alarm],
-    figures: Figures,
-    device: torch.device,
-) -> list[Section]:
-    """A run's own parts, in the order in which to read them."""
+def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
+    images = compute_features(config, run, device) if config.pictures and run.checkpoint else None
+    layout = compute_layout(config, images) if images else None
+    return _Computed(run, images, layout, findings(run, images.training if images else None))
+
+
+def _body(config: ReportConfig, computed: Sequence[_Computed], figures: Figures, device: torch.device) -> list[Section]:
+    runs = [each.run for each in computed]
+    headline = sections.headline(
+        runs, [each.images.training if each.images else None for each in computed], [each.alarms for each in computed]
+    )
+    own = [_run_sections(config, each, figures, device) for each in computed]
+    if len(runs) == 1:
+        return [Section("Overview", headline), sections.curves(runs, figures), *own[0]]
+    return [
+        Section("Overview", headline),
+        Section("Settings that differ", sections.differences(runs)),
+        sections.curves(runs, figures),
+        *(
+            Section(f"Run {name}", paragraph(sections.progress(run)), parts)
+            for name, run, parts in zip(names(runs), runs, own, strict=True)
+        ),
+    ]
+
+
+def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
+    """Return the sections about one run, in reading order."""
+    run = computed.run
     parts = [Section("Evaluations", sections.evaluations(run))]
     views = run.path / "views.png"
     if views.is_file():
-        said = "What the model was shown: a column a picture, a row a view."
-        parts.append(Section("Views", page.views(views.read_bytes(), said)))
-    parts += _pictures(config, run, seen, placed, figures, device)
-    parts.append(
-        Section("What the doctor says", page.alarms([(each.name, each.evidence, each.remedy) for each in alarms]))
-    )
+        caption = "Augmented views that the model was trained on: one column per image, one row per view."
+        parts.append(Section("Views", part("views", views.read_bytes(), caption)))
+    parts += _image_sections(config, computed, figures, device)
+    parts.append(Section("Training doctor", part("findings", computed.alarms)))
     parts.append(Section("Environment", sections.environment(run)))
     return parts
 
 
-def _pictures(
-    config: ReportConfig,
-    run: Run,
-    seen: ImageFeatures | None,
-    placed: Layout | None,
-    figures: Figures,
-    device: torch.device,
-) -> list[Section]:
-    """Neighbors, map and attention, or why there are none."""
-    if seen is None:
-        why = "Left out: pictures=0." if run.checkpoint else "None: the run has saved no checkpoint yet."
-        return [Section("Pictures", page.paragraph(why))]
-    if not (seen.shown.finite and seen.references.finite):
-        why = "None: the encoder's features are NaN or infinite, its training diverged."
-        return [Section("Pictures", page.paragraph(why))]
+def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
+    """Return neighbors, map and attention, or a sentence that says why there are none."""
+    images = computed.images
+    if images is None:
+        why = "Left out: pictures=0." if computed.run.checkpoint else "None: the run has no checkpoint yet."
+        return [Section("Images", paragraph(why))]
+    if not (images.shown.finite and images.references.finite):
+        why = "None: training diverged. The features of the encoder are NaN or infinite."
+        return [Section("Images", paragraph(why))]
     parts = []
-    level = 4 if config.compare else 3
     if config.queries:
-        found, said = neighbors(config, seen)
-        parts.append(Section("Nearest neighbors", page.paragraph(said) + page.queries(found, level)))
-    if placed is not None:
-        numbers = [figures.picture(seen.shown.image(i)) for i in range(len(seen.shown))]
-        drawn = as_map(config, seen, placed, numbers)
-        left = f" {seen.shown.unreadable} could not be read and are left out." if seen.shown.unreadable else ""
-        said = f"{drawn.what} of the backbone's features: what lies together is alike to the encoder; distances between"
-        said += f" groups say little. Clusters are k-means' in the features, made without labels.{left}"
-        parts.append(Section("Map", page.paragraph(said) + figures.map(drawn)))
-    looked = attention(config, seen, device)
-    if looked is not None:
-        tiles, said = looked
-        parts.append(Section("Attention", page.paragraph(said) + page.looks(tiles)))
+        queries, caption = neighbors(config, images)
+        level = 4 if config.compare else 3
+        parts.append(Section("Nearest neighbors", paragraph(caption) + part("neighbors", queries, level)))
+    if computed.layout is not None:
+        parts.append(Section("Map", _map(config, images, computed.layout, figures)))
+    attended = attention(config, images, device)
+    if attended is not None:
+        tiles, caption = attended
+        parts.append(Section("Attention", paragraph(caption) + part("attention", tiles)))
     return parts
 
 
-def _project(run: Run, seen: ImageFeatures, placed: Layout | None) -> Path:
-    """The embedding with its pictures for TensorBoard's projector, in a directory of its own beside the run's events.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
-    from torch.utils.tensorboard import SummaryWriter  # costs seconds at start-up
-
-    folder, shown = run.path / "projector", seen.shown
-    groups = placed.groups if placed else {}
-    rows = [
-        [html.plain(cell).encode("utf-8", "backslashreplace").decode() for cell in (shown.name(i), *own)]
-        for i, own in enumerate(zip(*groups.values(), strict=True) if groups else [()] * len(shown))
-    ]
-    side = min(_SPRITE, 8192 // int(np.ceil(len(shown) ** 0.5)))
-    small = torch.stack([evaluation_view(shown.image(i), 0, side) for i in range(len(shown))])
-    header = ["name", *groups] if groups else None  # TensorBoard wants no heading over a single column
-    try:
-        shutil.rmtree(folder, ignore_errors=True)  # another report's: add_embedding would add to it
-        with SummaryWriter(str(folder)) as writer:
-            writer.add_embedding(
-                torch.from_numpy(shown.features),
-                rows if header else [row[0] for row in rows],
-                small.float() / 255,
-                global_step=run.step,
-                tag="backbone",
-                metadata_header=header,
-            )
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}): set projector=false") from error
-    return folder
+def _map(config: ReportConfig, images: ImageFeatures, layout: Layout, figures: Figures) -> Markup:
+    shown = images.shown
+    numbers = [figures.add_image(shown.image(i)) for i in range(len(shown))]
+    each = to_map(config, images, layout, numbers)
+    unreadable = f" Unreadable images left out: {shown.unreadable}." if shown.unreadable else ""
+    caption = (
+        f"{each.title} of the backbone features. Nearby images are similar to the encoder; distances between groups "
+        f"carry little meaning. The clusters come from k-means on the features, without labels.{unreadable}"
+    )
+    return paragraph(caption) + figures.add_map(each)
 
 
-def _summarize(runs: Sequence[Run], out: Path, found: Sequence[Sequence[Alarm]], projected: Sequence[Path]) -> None:
-    """The closing table."""
-    rows = [(name, sections.state(run)) for name, run in zip(names(runs), runs, strict=True)]
-    for name, alarms in zip(names(runs), found, strict=True):
-        said = "; ".join(f"{each.name}: {each.evidence} (remedy: {each.remedy})" for each in alarms)
-        rows.append((f"doctor, {name}" if len(runs) > 1 else "doctor", said or "nothing to report"))
+def _summarize(computed: Sequence[_Computed], out: Path, projectors: Sequence[Path]) -> None:
+    """Print the closing panel."""
+    runs = [each.run for each in computed]
+    rows = [(name, sections.progress(run)) for name, run in zip(names(runs), runs, strict=True)]
+    for name, each in zip(names(runs), computed, strict=True):
+        alarms = "; ".join(f"{alarm.name}: {alarm.evidence} (remedy: {alarm.remedy})" for alarm in each.alarms)
+        rows.append((f"doctor, {name}" if len(runs) > 1 else "doctor", alarms or "no findings"))
     rows.append(("page", f"{out} ({out.stat().st_size / 1e6:.1f} MB; opens in any browser, without a network)"))
-    if projected:
-        rows.append(("projector", f"tensorboard --logdir {projected[0]}  (tab Projector: the same pictures in 3-D)"))
-    unjudged = [run for run in runs if not run.results and run.finished]
-    if unjudged:
-        rows.append(("next", command("moco.linear", SubjectConfig(), run=str(unjudged[0].path))))
+    if projectors:
+        rows.append(("projector", f"tensorboard --logdir {projectors[0]}  (tab Projector: the same images in 3-D)"))
+    not_evaluated = [run for run in runs if not run.results and run.finished]
+    if not_evaluated:
+        rows.append(("next", command("moco.linear", SubjectConfig(), run=str(not_evaluated[0].path))))
     elif not runs[0].finished:
-        rows.append(("next", "the same command again when the run has gone on"))
+        rows.append(("next", "run the same command again after more training"))
     summary_panel("report", rows)

@@ -1,4 +1,4 @@
-"""What a run's directory says of itself: configuration, curves, evaluations, newest checkpoint, the doctor's words."""
+"""Read a run directory: configuration, metrics, evaluations and newest checkpoint."""
 
 import json
 import math
@@ -19,21 +19,21 @@ from moco.runs.metrics import Metrics, read_metrics
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run of moco.train as it lies on disk."""
+    """A run of moco.train on disk."""
 
     path: Path
     config: dict[str, Any]
     values: Metrics
     results: list[dict[str, Any]]
-    checkpoint: Path | None  # the newest that can be read
-    state: dict[str, Any]  # of it, without weights; {} without a checkpoint
+    checkpoint: Path | None  # the newest readable one
+    state: dict[str, Any]  # of the checkpoint, without weights; {} without a checkpoint
 
     @property
     def name(self) -> str:
         return self.path.name or str(self.path)
 
     def get(self, dotted: str, default: Any = None) -> Any:
-        """A field of the configuration; an old run may not know it."""
+        """Return a field of the configuration, or `default` if the run is older than the field."""
         value: Any = self.config
         for part in dotted.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float:
-        """From what was recorded; nan where nothing was."""
+        """As recorded; nan if nothing was recorded."""
         epochs, steps = self.values.get("train/epoch", ([], []))[::-1]
         return steps[-1] / epochs[-1] if epochs and epochs[-1] > 0 else math.nan
 
@@ -65,10 +65,10 @@ class Run:
 
 
 def open_run(path: Path) -> Run:
-    """Reads a run.
+    """Read a run.
 
     Raises:
-        ConfigError: if there is none, or a file of it is damaged.
+        ConfigError: if the directory is not a run, or a file of it is damaged.
     """
     require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path)
@@ -76,14 +76,14 @@ def open_run(path: Path) -> Run:
     values = read_metrics(path / "metrics.jsonl")
     require(
         bool(values) or file is not None,
-        f"run={path} has recorded nothing and saved no checkpoint yet: train it first, python -m moco.train run={path}",
+        f"run={path} has no metrics and no checkpoint yet: train it first with python -m moco.train run={path}",
     )
     slim = {name: value for name, value in state.items() if name not in ("method", "optimizer", "scaler")}
     return Run(path, config, values, _results(path / "results.json"), file, slim)
 
 
 def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that can be read."""
+    """Return the newest readable checkpoint and its state."""
     found = checkpoint.list_checkpoints(path / "checkpoints")
     for file in found:
         try:
@@ -95,19 +95,22 @@ def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
         if isinstance(state.get("config"), dict) and isinstance(state.get("method"), dict):
             return file, state
     require(
-        not found, f"run={path}: none of its {len(found)} checkpoints can be read: move them away, or take another run"
+        not found, f"run={path}: none of its {len(found)} checkpoints can be read: remove them, or name another run"
     )
     return None, {}
 
 
 def _configuration(path: Path) -> dict[str, Any]:
     file = path / "config.yaml"
-    require(file.is_file(), f"run={path} holds no run of moco.train (no config.yaml): name the directory of a run")
+    require(
+        file.is_file(),
+        f"run={path} contains no config.yaml, so it is not a run of moco.train: name the directory of a run",
+    )
     try:
         config = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is damaged, and no checkpoint is there: name another run") from error
-    require(isinstance(config, dict), f"{file} is damaged, and no checkpoint is there: name another run")
+        raise ConfigError(f"{file} is damaged, and there is no checkpoint: name another run") from error
+    require(isinstance(config, dict), f"{file} is damaged, and there is no checkpoint: name another run")
     return dict(config)
 
 
@@ -116,16 +119,16 @@ def _results(file: Path) -> list[dict[str, Any]]:
         known = json.loads(file.read_text()) if file.is_file() else []
     except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}): move it away") from error
-    require(isinstance(known, list), f"{file} is damaged (no list): move it away")
+    require(isinstance(known, list), f"{file} is damaged (not a list): move it away")
     return [entry for entry in known if isinstance(entry, dict) and isinstance(entry.get("figures"), dict)]
 
 
 def findings(run: Run, images: int | None) -> list[Alarm]:
-    """What the training doctor says.
+    """Return the findings of the training doctor.
 
     Args:
         run: the run.
-        images: of its data set; None: what an epoch's steps show, at most a batch less.
+        images: number of training images; None: derived from the steps per epoch, at most one batch too low.
     """
     count = images
     if count is None and not math.isnan(run.steps_per_epoch):
@@ -135,7 +138,7 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
 
 
 def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Metrics], str]:
-    """The series of each run by its name, over epochs where all runs say how long theirs are, else over steps."""
+    """Return the metrics by run, and their x axis: epochs if all runs recorded their length, else steps."""
     epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
     moved = {}
     for run, name in zip(runs, names(runs), strict=True):
@@ -145,6 +148,6 @@ def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Metrics], str]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """The last parts of the runs' paths, or the paths where two would be called alike."""
+    """Return the directory names of the runs, or their paths if two names are equal."""
     short = [run.name for run in runs]
     return short if len(set(short)) == len(short) else [str(run.path) for run in runs]

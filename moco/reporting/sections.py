@@ -1,4 +1,4 @@
-"""The parts of a report that come from a run's files alone, as markup."""
+"""Sections of a report that need only the files of a run, no data and no encoder."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,21 +6,22 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
 from moco.config import EvaluateConfig, TrainConfig
 from moco.evaluation.knn_classifier import Accuracy, knn_title
-from moco.reporting import html, page
 from moco.reporting.curves import charts
-from moco.reporting.page import Figures, Section
+from moco.reporting.markup import part
+from moco.reporting.page import Figures, Section, facts, paragraph
 from moco.reporting.run_record import Run, by_epoch, names
 from moco.runs.directory import flatten
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
-Fact = tuple[str, list[str]]  # what, and of each run what it is
+Fact = tuple[str, list[str]]  # a name, and the value of each run
 
-_ELSEWHERE = {"run", "device", "threads"}  # differ without a meaning
+_IGNORED = {"run", "device", "threads"}  # differences without a meaning
 _GROUPS = {
     "accuracy": "Accuracy and training",
     "train": "Accuracy and training",
@@ -29,16 +30,16 @@ _GROUPS = {
 }
 
 
-def headline(runs: Sequence[Run], images: Sequence[int | None], found: Sequence[Sequence[Alarm]]) -> str:
-    """What was run and what came of it.
+def headline(runs: Sequence[Run], images: Sequence[int | None], alarms: Sequence[Sequence[Alarm]]) -> Markup:
+    """Return a table of the main settings and results.
 
     Args:
         runs: the runs.
-        images: of each run's data set; None where it was not opened.
-        found: the doctor's findings.
+        images: number of training images per run; None if the data was not opened.
+        alarms: the doctor's findings per run.
     """
     rows: list[Fact] = [
-        ("state", [state(run) for run in runs]),
+        ("state", [progress(run) for run in runs]),
         ("method", [_method(run) for run in runs]),
         ("encoder", [_encoder(run) for run in runs]),
         ("data", [_data(run, count) for run, count in zip(runs, images, strict=True)]),
@@ -46,13 +47,13 @@ def headline(runs: Sequence[Run], images: Sequence[int | None], found: Sequence[
         ("optimizer", [_optimizer(run) for run in runs]),
         ("training time", [duration(run.state["seconds"]) if "seconds" in run.state else "–" for run in runs]),
         *_accuracies(runs),
-        ("doctor", [f"{len(each)} finding{'s' * (len(each) != 1)}" if each else "nothing to report" for each in found]),
+        ("doctor", [f"{len(each)} finding{'s' * (len(each) != 1)}" if each else "no findings" for each in alarms]),
     ]
-    return page.facts("What was run", rows, names(runs))
+    return facts("Settings and results", rows, names(runs))
 
 
-def state(run: Run) -> str:
-    """How far it is."""
+def progress(run: Run) -> str:
+    """Describe the training progress."""
     if math.isnan(run.total_steps):
         return f"not finished: step {run.step:,}"
     total = round(run.total_steps)
@@ -81,7 +82,7 @@ def _encoder(run: Run) -> str:
 def _data(run: Run, count: int | None) -> str:
     name = str(run.get("data.name", "?"))
     where = f" {run.get('data.root')}" if name == "folder" else ""
-    return f"{name}{where}" + (f", {count:,} training pictures" if count else "")
+    return f"{name}{where}" + (f", {count:,} training images" if count else "")
 
 
 def _optimizer(run: Run) -> str:
@@ -91,29 +92,32 @@ def _optimizer(run: Run) -> str:
 
 
 def _accuracies(runs: Sequence[Run]) -> list[Fact]:
-    """The live accuracy against its baselines, where any run has one."""
-    each = [_accuracy(run) for run in runs]
-    kinds = [
-        kind for kind in ("raw pixels", "untrained", "initialized", "best", "last") if any(kind in one for one in each)
+    """Return the live accuracy and its baselines; nothing if no run has labels."""
+    by_run = [_accuracy(run) for run in runs]
+    kinds = ("raw pixels", "untrained", "initialized", "best", "last")
+    rows = [
+        (f"accuracy, {kind}", [one.get(kind, "–") for one in by_run])
+        for kind in kinds
+        if any(kind in one for one in by_run)
     ]
-    titles = [_title(run) if one else "no labels" for run, one in zip(runs, each, strict=True)]
-    lines = [(f"accuracy, {kind}", [one.get(kind, "–") for one in each]) for kind in kinds]
-    return [("accuracy is", titles), *lines] if kinds else []
+    titles = [_title(run) if one else "no labels" for run, one in zip(runs, by_run, strict=True)]
+    return [("kind of accuracy", titles), *rows] if rows else []
 
 
 def _accuracy(run: Run) -> dict[str, str]:
+    """Return accuracies as text, by kind; from metrics.jsonl if there is no checkpoint."""
     first = "initialized" if run.get("init_from") else "untrained"
     history: list[dict[str, Any]] = run.state.get("history") or []
     if history and all("knn" in entry for entry in history):
         start, last = history[0], history[-1]
-        said = {"raw pixels": str(Accuracy(*start["raw_pixels"]))} if start.get("raw_pixels") else {}
-        said[first] = str(Accuracy(*start["knn"]))
+        shown = {"raw pixels": str(Accuracy(*start["raw_pixels"]))} if start.get("raw_pixels") else {}
+        shown[first] = str(Accuracy(*start["knn"]))
         trained = [entry for entry in history if entry["step"] > 0]
         if trained:
             best = max(trained, key=lambda entry: entry["knn"][0])
-            said["best"] = f"{Accuracy(*best['knn'])} (epoch {best['epoch']:g})"
-            said["last"] = f"{Accuracy(*last['knn'])} ({last['knn'][0] - start['knn'][0]:+.1f} over {first})"
-        return said
+            shown["best"] = f"{Accuracy(*best['knn'])} (epoch {best['epoch']:g})"
+            shown["last"] = f"{Accuracy(*last['knn'])} ({last['knn'][0] - start['knn'][0]:+.1f} over {first})"
+        return shown
     series = {"raw pixels": "accuracy/raw_pixels", first: f"accuracy/{first}", "last": "accuracy/knn"}
     return {kind: f"{run.values[name][1][-1]:.1f} %" for kind, name in series.items() if name in run.values}
 
@@ -125,54 +129,54 @@ def _title(run: Run) -> str:
     )
 
 
-def differences(runs: Sequence[Run]) -> str:
-    """The settings in which the runs differ."""
-    usual = asdict(TrainConfig())  # the value of a field that is newer than the run
-    flat = [flatten(usual | run.config | {"method": asdict(run.method)}) for run in runs]
-    told = {
+def differences(runs: Sequence[Run]) -> Markup:
+    """Return a table of the settings in which the runs differ."""
+    usual = asdict(TrainConfig())
+    del usual["method"]  # Run.method has the defaults of its own fields
+    # `usual` has the values of fields that are newer than a run
+    flat = [flatten(usual) | flatten(run.config | {"method": asdict(run.method)}) for run in runs]
+    values = {
         name: ["empty" if each.get(name) == "" else str(each.get(name, "–")) for each in flat]
-        for name in sorted(set().union(*flat))
+        for name in sorted(set().union(*flat) - _IGNORED)
     }
-    rows = [(name, said) for name, said in told.items() if name not in _ELSEWHERE and len(set(said)) > 1]
+    rows = [(name, own) for name, own in values.items() if len(set(own)) > 1]
     if not rows:
-        return page.paragraph("None: the runs were told the same.")
-    return page.facts("Settings that differ", rows, names(runs))
+        return paragraph("None: the runs have the same settings.")
+    return facts("Settings that differ", rows, names(runs))
 
 
 def curves(runs: Sequence[Run], figures: Figures) -> Section:
-    """All that was recorded, by kind."""
+    """Return all recorded metrics as charts, by kind."""
     series, x_title = by_epoch(runs)
     if not any(series.values()):
-        return Section("Curves", page.paragraph("Nothing was recorded yet."))
+        return Section("Curves", paragraph("No metrics are recorded yet."))
     drawn, constant = charts(series)
-    parts = []
-    titles = [_GROUPS.get(chart.group, chart.group) for chart in drawn]
-    for title in dict.fromkeys(titles):
-        body = "".join(figures.chart(chart, x_title) for chart, own in zip(drawn, titles, strict=True) if own == title)
-        parts.append(Section(title, f'<div class="charts">{body}</div>\n'))
-    dashed = "Dashed is what a curve is to be held against. "
-    said = dashed * any(curve.reference for chart in drawn for curve in chart.curves)
-    said += f"Never changed: {'; '.join(constant)}." if constant else ""
-    return Section("Curves", page.paragraph(said, "soft") if said else "", parts)
+    by_title: dict[str, Markup] = {}
+    for chart in drawn:
+        title = _GROUPS.get(chart.group, chart.group)
+        by_title[title] = by_title.get(title, Markup()) + figures.add_chart(chart, x_title)
+    parts = [Section(title, part("charts", body)) for title, body in by_title.items()]
+    dashed = any(curve.reference for chart in drawn for curve in chart.curves)
+    note = "Dashed lines are reference values. " * dashed + f"Constant: {'; '.join(constant)}." * bool(constant)
+    return Section("Curves", paragraph(note, "soft") if note else Markup(), parts)
 
 
-def evaluations(run: Run) -> str:
-    """results.json as a table: of a figure that was made twice the newest."""
+def evaluations(run: Run) -> Markup:
+    """Return results.json as a table; of repeated evaluations only the newest."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for entry in run.results:
         setting = entry.get("settings", {}).get("features", "")
-        key = tuple(str(part) for part in (entry.get("command"), entry.get("protocol"), setting, entry.get("encoder")))
+        key = tuple(str(each) for each in (entry.get("command"), entry.get("protocol"), setting, entry.get("encoder")))
         newest.pop(key, None)
         newest[key] = entry
     if not newest:
-        return page.paragraph(f"None yet. Next: python -m moco.linear run={run.path} 'compare=[untrained,pixels]'")
-    columns = ["evaluation", "encoder", "top-1 %", "spread", "top-5 %", "pictures", "step", "other figures", "made"]
-    return html.table(
-        "Evaluations, in percent of held-out pictures", columns, [_line(each) for each in newest.values()]
-    )
+        return paragraph(f"None yet. To evaluate: python -m moco.linear run={run.path} 'compare=[untrained,pixels]'")
+    columns = ["evaluation", "encoder", "top-1 %", "spread", "top-5 %", "images", "step", "other metrics", "made"]
+    rows = [_evaluation(each) for each in newest.values()]
+    return part("table", "Accuracy on held-out images", columns, rows)
 
 
-def _line(entry: Mapping[str, Any]) -> list[str]:
+def _evaluation(entry: Mapping[str, Any]) -> list[str]:
     figures = entry["figures"]
     known = {"top1", "top5", "count", "std", "draws", "top1_half_width95"}
     other = [
@@ -193,7 +197,7 @@ def _line(entry: Mapping[str, Any]) -> list[str]:
 
 
 def _spread(figures: Mapping[str, Any]) -> str:
-    """What a figure's uncertainty is, in words."""
+    """Describe the uncertainty of the top-1 accuracy."""
     if figures.get("top1_half_width95") is not None:
         return f"± {figures['top1_half_width95']:.1f} (95 % over seeds)"
     if figures.get("std") is not None:
@@ -202,26 +206,24 @@ def _spread(figures: Mapping[str, Any]) -> str:
     return f"{interval[0]:.1f} – {interval[1]:.1f} (95 %)" if interval else "–"
 
 
-def environment(run: Run) -> str:
-    """With what it was trained, judged and reported; the configuration in full."""
+def environment(run: Run) -> Markup:
+    """Return versions, hardware and all settings of the run and of this page."""
     versions, now = run.state.get("versions", {}), provenance()
-    subject = sorted(
-        {f"commit {entry.get('commit')} on {entry.get('machine')}" for entry in run.results if entry.get("commit")}
-    )
-    rows: list[Fact] = [
-        ("run", [str(run.path)]),
-        (
-            "trained with",
-            [
-                f"moco {versions.get('moco', '?')}, torch {versions.get('torch', '?')}, "
-                f"commit {versions.get('commit') or 'unknown'}"
-            ],
-        ),
-        ("processes", [str(run.state.get("world_size", "?"))]),
-        ("device, precision", [f"{run.get('device', '?')}, {run.get('precision', '?')}"]),
-        ("checkpoint", [run.checkpoint.name if run.checkpoint else "none yet"]),
-        ("evaluations made with", ["; ".join(subject) or "–"]),
-        ("this page made with", [f"moco {now['moco']}, torch {now['torch']}, commit {now['commit'] or 'unknown'}"]),
-        ("this page made on", [f"{now['machine']}, {now['time'][:16].replace('T', ' ')} UTC"]),
+    evaluated = {f"commit {each.get('commit')} on {each.get('machine')}" for each in run.results if each.get("commit")}
+    rows = [
+        ("run", str(run.path)),
+        ("trained with", _software(versions)),
+        ("processes", str(run.state.get("world_size", "?"))),
+        ("device, precision", f"{run.get('device', '?')}, {run.get('precision', '?')}"),
+        ("checkpoint", run.checkpoint.name if run.checkpoint else "none yet"),
+        ("evaluations made with", "; ".join(sorted(evaluated)) or "–"),
+        ("this page made with", _software(now)),
+        ("this page made on", f"{now['machine']}, {now['time'][:16].replace('T', ' ')} UTC"),
     ]
-    return page.facts("Environment", rows, [run.name]) + page.settings(yaml.safe_dump(run.config, sort_keys=False))
+    settings = yaml.safe_dump(run.config, sort_keys=False).splitlines()
+    return facts("Environment", [(name, [value]) for name, value in rows], [run.name]) + part("settings", settings)
+
+
+def _software(versions: Mapping[str, Any]) -> str:
+    moco, torch = versions.get("moco", "?"), versions.get("torch", "?")
+    return f"moco {moco}, torch {torch}, commit {versions.get('commit') or 'unknown'}"

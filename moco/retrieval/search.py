@@ -23,7 +23,8 @@ from moco.distributed import is_rank_zero
 from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
 from moco.evaluation.subject import open_subject
 from moco.files import atomic_write
-from moco.reporting.gallery import Section, Tile, write_html, write_png
+from moco.reporting.contact_sheet import write_png
+from moco.reporting.gallery import Section, Tile, write_html
 from moco.retrieval.embed import compute
 from moco.retrieval.queries import files, open_index, query_features
 from moco.retrieval.store import Embedding

@@ -1,4 +1,4 @@
-"""Runs for the tests of reports: directories as moco.train leaves them, of a tiny untrained encoder."""
+"""Run directories as moco.train writes them, with a tiny untrained encoder, for the tests of reports."""
 
 import colorsys
 import json
@@ -22,13 +22,13 @@ CLASSES = ("blue", "green", "red")
 
 
 def color(i: int, count: int) -> tuple[int, int, int]:
-    """Color i of `count` that a JPEG keeps apart."""
+    """Return color i of `count` colors that differ even after JPEG compression."""
     red, green, blue = colorsys.hsv_to_rgb(i / count, 0.9, 0.9)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def pictures(root: Path, per_class: int = 0, count: int = 0) -> Path:
-    """Flat pictures of a color each: root/CLASS/N.png, or with `count` root/N.png; one has markup for a name."""
+def images(root: Path, per_class: int = 0, count: int = 0) -> Path:
+    """Write images of one color each: root/CLASS/N.png, or with `count` root/N.png. One name is markup."""
     names = [f"{each}/{i}.png" for each in CLASSES for i in range(per_class)] + [f"{i}.png" for i in range(count)]
     names[-1] = str(Path(names[-1]).with_name(EVIL))
     for i, name in enumerate(names):
@@ -51,17 +51,17 @@ def run(
     saved: bool = True,
     **method: Any,
 ) -> Path:
-    """A run of ten steps an epoch that recorded each second one.
+    """Write a run with ten steps per epoch, whose metrics have every second step.
 
     Args:
-        folder: where.
-        root: its pictures, labeled where `eval_root` holds others of the same classes; None: the digits.
-        eval_root: see above.
-        epochs: that it was told to train.
-        done: steps behind it.
-        backbone: "convnet" or "vit", tiny ones.
+        folder: the run.
+        root: its images, with labels if `eval_root` contains held-out images of the same classes; None: digits.
+        eval_root: see `root`.
+        epochs: configured epochs.
+        done: completed steps.
+        backbone: "convnet" or "vit".
         saved: whether there is a checkpoint.
-        **method: fields of its method.
+        **method: fields of the method.
     """
     config = TrainConfig(method=MoCoConfig(), run=str(folder), epochs=epochs, batch_size=4, seed=3)
     options = VIT if backbone == "vit" else {"width": 4, "pool": 2}

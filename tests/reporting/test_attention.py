@@ -1,15 +1,15 @@
-"""Attention maps are the network's own numbers, and a network without a class token has none."""
+"""Attention maps equal those of the network; a network without a class token has none."""
 
 import pytest
 import torch
 
 from moco.models.backbones import build_backbone
-from moco.reporting.attention import class_attention, has_class_token, lit
+from moco.reporting.attention import class_attention, has_class_token, overlay
 
 VIT = {"dim": 24, "depth": 2, "heads": 3, "img_size": 16, "patch_size": 4}
 
 
-def test_attention_is_what_the_last_block_computes() -> None:
+def test_attention_equals_a_reference() -> None:
     torch.manual_seed(0)
     network = build_backbone("vit", VIT).eval()
     images = torch.randn(2, 3, 16, 16)
@@ -33,7 +33,7 @@ def test_attention_is_what_the_last_block_computes() -> None:
     torch.testing.assert_close(found.flatten(1), expected)
 
 
-def test_the_network_is_as_it_was() -> None:
+def test_the_network_is_unchanged() -> None:
     torch.manual_seed(0)
     network = build_backbone("vit", VIT).eval()
     images = torch.randn(1, 3, 16, 16)
@@ -48,11 +48,11 @@ def test_a_convolutional_network_has_none(name: str) -> None:
     assert not has_class_token(build_backbone(name, {}))
 
 
-def test_what_is_attended_to_turns_orange() -> None:
+def test_attention_is_shown_in_orange() -> None:
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
-    shown = lit(image, torch.tensor([[0.2, 0.0], [0.1, 0.0]]))
+    shown = overlay(image, torch.tensor([[0.2, 0.0], [0.1, 0.0]]))
     assert shown[:, 0, 0].tolist() == [232, 140, 49]  # 0.8 of the color, 0.2 of the gray 140
-    assert shown[:, 4, 0].tolist() == [186, 140, 94]  # half as much attended to: 0.4 and 0.6
+    assert shown[:, 4, 0].tolist() == [186, 140, 94]  # half the attention: 0.4 and 0.6
     assert shown[:, 0, 4].tolist() == [140, 140, 140]
     assert torch.equal(shown[:, :4, :4], shown[:, :1, :1].expand(3, 4, 4))
-    assert lit(image, torch.zeros(2, 2)).unique().tolist() == [140]
+    assert overlay(image, torch.zeros(2, 2)).unique().tolist() == [140]

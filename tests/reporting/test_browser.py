@@ -1,6 +1,6 @@
-"""A report in a real browser: nothing in the console, nothing fetched, and map and filter work by mouse and keyboard.
+"""A report in a real browser: no console messages, no requests; the map works by mouse, touch and keyboard.
 
-Skips without playwright (pip install 'momentum-contrast[browser]') or without a chromium on the system.
+Skipped without playwright (pip install 'momentum-contrast[browser]') or without a chromium on the system.
 """
 
 import base64
@@ -16,7 +16,7 @@ from PIL import Image
 
 from moco.config.report import ReportConfig
 from moco.reporting.report import report
-from tests.reporting.runs import pictures, run
+from tests.reporting.runs import images, run
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
@@ -30,9 +30,9 @@ PHONE = {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report of fifteen held-out pictures, each of a color of its own, in three classes."""
+    """Return a report with fifteen held-out images in three classes, each in its own color."""
     root = tmp_path_factory.mktemp("browser")
-    one = run(root / "run", pictures(root / "train", 6), pictures(root / "test", 5))
+    one = run(root / "run", images(root / "train", 6), images(root / "test", 5))
     report(ReportConfig(run=str(one), device="cpu", queries=2, neighbours=3, projector=False))
     return one / "report.html"
 
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        # The system's chromium as root has no sandbox; the page is our own.
+        # chromium has no sandbox for root; the page is our own.
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
@@ -48,23 +48,23 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any, made: Path) -> Iterator[Any]:
-    """The page; at the end nothing may stand in its console, and nothing may have been asked for."""
+    """Yield the page; then check that the console is empty and that nothing was requested."""
     page = browser.new_page(viewport=DESKTOP)
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
+    messages: list[str] = []
+    requested: list[str] = []
+    page.on("console", lambda message: messages.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requested.append(request.url))
     page.goto(made.as_uri())
     page.wait_for_selector(".map .scatterlayer .point")
     yield page
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [made.as_uri()]
+    assert messages == []
+    assert [url for url in requested if not url.startswith("data:")] == [made.as_uri()]
     page.close()
 
 
 def shown_color(page: Any) -> tuple[str, list[int]]:
-    """What the card says the picture is, and the color of the picture in it."""
+    """Return the name in the card and the color of its image."""
     source = page.get_attribute(".card img", "src")
     assert page.get_attribute(".card img", "alt") == page.inner_text(".card .name")
     image = Image.open(io.BytesIO(base64.b64decode(source.split(",")[1]))).convert("RGB")
@@ -76,7 +76,7 @@ def true_color(made: Path, name: str) -> list[int]:
         return list(image.convert("RGB").getpixel((0, 0)))  # type: ignore[arg-type]
 
 
-def test_pointing_at_a_picture_shows_that_picture(opened: Any, made: Path) -> None:
+def test_pointing_at_a_marker_shows_its_image(opened: Any, made: Path) -> None:
     opened.locator(".map .plane").scroll_into_view_if_needed()
     points = opened.query_selector_all(".map .scatterlayer .point")
     assert len(points) == 15
@@ -112,7 +112,7 @@ def test_the_legend_filters_by_mouse_and_keyboard(opened: Any) -> None:
     assert opened.locator(".map .legend button").first.inner_text().split()[1:3] == ["cluster", "1"]
 
 
-def test_pictures_are_reached_by_keyboard(opened: Any, made: Path) -> None:
+def test_the_keyboard_reaches_all_images(opened: Any, made: Path) -> None:
     opened.locator("[data-do=next]").focus()
     names = []
     for _ in range(15):
@@ -120,7 +120,7 @@ def test_pictures_are_reached_by_keyboard(opened: Any, made: Path) -> None:
         names.append(shown_color(opened)[0])
     assert len(set(names)) == 15
     opened.keyboard.press("Enter")
-    assert shown_color(opened)[0] == names[0]  # around
+    assert shown_color(opened)[0] == names[0]  # wraps around
     opened.locator("[data-do=previous]").press("Enter")
     assert shown_color(opened)[0] == names[-1]
     opened.locator(".map .plot").focus()
@@ -131,7 +131,7 @@ def test_pictures_are_reached_by_keyboard(opened: Any, made: Path) -> None:
         np.testing.assert_allclose(color, true_color(made, name), atol=4)
         reached.add(name)
     assert len(reached) > 2
-    opened.keyboard.press("Tab")  # the arrow keys are no trap
+    opened.keyboard.press("Tab")  # the map does not trap the focus
     assert opened.evaluate("document.activeElement.dataset.do") == "previous"
 
 
@@ -146,7 +146,7 @@ def test_the_skip_link_comes_first_and_focus_shows(opened: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_shows_all_of_it(browser: Any, made: Path, scheme: str) -> None:
+def test_a_phone_shows_the_full_page(browser: Any, made: Path, scheme: str) -> None:
     page = browser.new_page(viewport=PHONE, color_scheme=scheme, has_touch=True)
     page.goto(made.as_uri())
     page.wait_for_selector(".map .scatterlayer .point")
@@ -168,18 +168,18 @@ def test_a_phone_shows_all_of_it(browser: Any, made: Path, scheme: str) -> None:
     page.close()
 
 
-def test_a_policy_lets_no_other_script_run(browser: Any, made: Path, tmp_path: Path) -> None:
-    spoilt = tmp_path / "spoilt.html"
+def test_the_policy_blocks_other_scripts(browser: Any, made: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.html"
     text = made.read_text()
-    spoilt.write_text(
+    changed.write_text(
         text.replace("</header>", "<script>window.ran = 1</script><img src=x onerror='ran = 2'></header>", 1)
     )
     page = browser.new_page()
-    page.goto(spoilt.as_uri())
+    page.goto(changed.as_uri())
     page.wait_for_selector(".map .scatterlayer .point")
     assert page.evaluate("window.ran") is None
     page.close()
 
 
-def test_the_file_is_small_enough_to_send(made: Path) -> None:
+def test_the_file_is_small(made: Path) -> None:
     assert made.stat().st_size < 15e6

@@ -1,4 +1,4 @@
-"""Curves: what is drawn, what is only said, what stays when points are left out."""
+"""Charts: which metrics are drawn, and what remains of a long curve."""
 
 import math
 import sys
@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from moco.config import ConfigError
-from moco.reporting import curves
-from moco.reporting.curves import MOST_POINTS, PALETTE, Chart, Curve, Series, charts, figure, in_words, markup, thinned
+from moco.reporting import plotly_figures
+from moco.reporting.curves import MOST_POINTS, Chart, Curve, Series, charts, figure, markup, summary, thinned
+from moco.reporting.plotly_figures import PALETTE
 
 RUN: Series = {
     "train/loss": ([1, 10, 20], [6.0, math.nan, 4.0]),
@@ -24,7 +25,7 @@ RUN: Series = {
 }
 
 
-def test_everything_recorded_is_drawn_or_said() -> None:
+def test_every_metric_is_drawn_or_listed_as_constant() -> None:
     drawn, constant = charts({"run": RUN})
     assert [(each.title.partition(":")[0], each.group) for each in drawn] == [
         ("Held-out kNN accuracy", "accuracy"),
@@ -55,7 +56,7 @@ def test_runs_share_a_chart_and_differ_in_color() -> None:
     assert [trace["showlegend"] for trace in figure(loss, "epoch")["data"]] == [True, False, True]
 
 
-def test_a_figure_holds_the_numbers_and_nothing_for_nan() -> None:
+def test_a_figure_has_no_value_for_nan() -> None:
     drawn, _ = charts({"run": RUN})
     made = figure(drawn[1], "epoch")
     assert made["data"][0]["x"] == [1, 10, 20]
@@ -64,7 +65,7 @@ def test_a_figure_holds_the_numbers_and_nothing_for_nan() -> None:
     assert "template" not in made["layout"]
 
 
-def test_no_spike_is_lost_when_a_long_curve_is_thinned() -> None:
+def test_thinning_keeps_every_spike() -> None:
     rng = np.random.default_rng(0)
     x, y = list(range(100_000)), rng.normal(size=100_000).tolist()
     y[33_333], y[70_001], y[5] = 99.0, -99.0, math.nan
@@ -78,9 +79,9 @@ def test_no_spike_is_lost_when_a_long_curve_is_thinned() -> None:
     assert len(thinned(x, [math.nan] * len(x))[0]) == MOST_POINTS // 2  # gaps stay gaps
 
 
-def test_a_chart_is_told_in_words_and_in_a_table() -> None:
+def test_a_chart_has_a_summary_and_a_table() -> None:
     chart = Chart("Loss <x>", "nats", [Curve("loss", [0, 1, 2], [5.0, 2.0, math.nan]), Curve("chance", [0], [6.0])])
-    assert in_words(chart) == "loss from 5 to 2, lowest 2, highest 5; chance 6 (nats)"
+    assert summary(chart) == "loss from 5 to 2, lowest 2, highest 5; chance 6 (nats)"
     made = markup("chart-0", chart, "epoch")
     assert 'role="img" aria-label="Loss &lt;x&gt;: loss from 5 to 2' in made
     assert "<td>5</td><td>6</td>" in made
@@ -88,7 +89,7 @@ def test_a_chart_is_told_in_words_and_in_a_table() -> None:
     assert "<x>" not in made
 
 
-def test_a_missing_plotly_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_plotly_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(ConfigError, match=r"needs plotly: pip install 'momentum-contrast\[report\]'"):
-        curves.plotly()
+    with pytest.raises(ConfigError, match=r"momentum-contrast\[report\]"):
+        plotly_figures.plotly()

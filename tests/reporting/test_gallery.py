@@ -1,4 +1,4 @@
-"""Galleries: what is in the file, that it stands alone, and that no name can put anything into it."""
+"""Galleries: self-contained files with all tiles, in which file names stay text."""
 
 import base64
 import io
@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from moco.reporting.gallery import Section, Tile, write_html, write_png
+from moco.reporting.contact_sheet import write_png
+from moco.reporting.gallery import Section, Tile, write_html
 
 EVIL = '<script>alert(1)</script>"onerror="x\' & \u202egpj.exe\n'
 
@@ -22,7 +23,7 @@ def flat(height: int, width: int, color: tuple[int, int, int]) -> Tensor:
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and all text."""
+    """The elements of a page with their attributes, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -40,7 +41,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def test_the_page_holds_its_pictures_and_loads_nothing(tmp_path: Path) -> None:
+def test_a_page_contains_its_images_and_requests_nothing(tmp_path: Path) -> None:
     path = tmp_path / "g.html"
     tiles = [
         Tile(flat(400, 800, (200, 30, 30)), "query", "a/red.png", marked=True),
@@ -66,7 +67,7 @@ def test_the_page_holds_its_pictures_and_loads_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?:|<link|<script|@import|url\(", path.read_text())
     assert "default-src 'none'" in path.read_text()
     assert "prefers-color-scheme: dark" in path.read_text()
-    assert [each.name for each in tmp_path.iterdir()] == ["g.html"]  # no temporary file stays
+    assert [each.name for each in tmp_path.iterdir()] == ["g.html"]  # no temporary file is left
 
 
 def test_markup_in_names_stays_text(tmp_path: Path) -> None:
@@ -76,10 +77,10 @@ def test_markup_in_names_stays_text(tmp_path: Path) -> None:
     assert page.all("script") == []
     assert all(set(each) <= {"class", "loading", "alt", "src", "title"} for _, each in page.elements[8:])
     assert page.text.count("<script>alert(1)") == 7  # title twice, about, section, headline, detail, caption
-    assert "\u202e" not in path.read_text()  # it would write .exe as a picture's ending
+    assert "\u202e" not in path.read_text()  # it would display exe.jpg for gpj.exe
 
 
-def test_names_that_are_no_utf8_are_shown_by_their_bytes(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8_show_their_bytes(tmp_path: Path) -> None:
     path = tmp_path / "g.html"
     section = Section("s", [Tile(flat(8, 8, (0, 0, 0)), "0.5", b"caf\xe9.png".decode("utf-8", "surrogateescape"))])
     write_html(path, "t", "a", [section])
@@ -89,7 +90,7 @@ def test_names_that_are_no_utf8_are_shown_by_their_bytes(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("height", "width"), [(400, 800), (10, 10), (3000, 20)])
-def test_the_picture_has_its_tiles(tmp_path: Path, height: int, width: int) -> None:
+def test_the_contact_sheet_contains_its_tiles(tmp_path: Path, height: int, width: int) -> None:
     color = (220, 40, 10)
     path = tmp_path / "g.png"
     tile = Tile(flat(height, width, color), "0.9", f"{'long/' * 40}name.png", marked=True)

@@ -112,7 +112,7 @@ def test_the_nearest_of_files_inside_and_outside(made: tuple[Path, Path], tmp_pa
     assert found[1][0] == "copy_of_03.png"
     assert queries[1]["neighbours"][0]["similarity"] == 1.0
     page = (tmp_path / "out" / "search" / "nearest.html").read_text()
-    assert page.count("class=mark") == 2
+    assert page.count('class="mark"') == 2
     assert page.count("data:image/jpeg;base64,") == 8
 
 

@@ -1,0 +1,77 @@
+"""Galleries of images as one PNG file, for slides or a terminal without a browser.
+
+PIL draws it: the layout is a fixed grid, and matplotlib (an optional dependency) would resample the images.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from moco.files import atomic_write
+from moco.reporting.gallery import TILE, Section, Tile
+from moco.reporting.markup import plain_utf8, thumbnail
+
+_GAP, _LINE = 12, 18  # pixels between tiles, of a line of text
+_INK, _SOFT, _MARK, _BORDER, _BACK = "#1c1c1e", "#6b6b70", "#0a6cce", "#dcdce0", "#f2f2f4"
+
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def write_png(path: Path, title: str, about: str, sections: Iterable[Section], columns: int = 8) -> None:
+    """Write all tiles as one image; it is in memory while it is drawn."""
+    width = _GAP + columns * (TILE + _GAP)
+    strips = [_text(width, title, 24, _INK), _text(width, about, 12, _SOFT)]
+    for section in sections:
+        strips.append(_text(width, section.title, 13, _INK))
+        for start in range(0, len(section.tiles), columns):
+            strip = Image.new("RGB", (width, TILE + 3 * _LINE), "white")
+            for i, tile in enumerate(section.tiles[start : start + columns]):
+                _draw_tile(strip, _GAP + i * (TILE + _GAP), tile)
+            strips.append(strip)
+    sheet = Image.new("RGB", (width, sum(strip.height for strip in strips) + _GAP), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, "PNG")
+
+
+def _text(width: int, text: str, size: int, color: str) -> Image.Image:
+    """Return a strip with one line of text."""
+    strip, font = Image.new("RGB", (width, size + 16), "white"), ImageFont.load_default(size)
+    ImageDraw.Draw(strip).text((_GAP, 8), _fit(text, font, width - 2 * _GAP), color, font)
+    return strip
+
+
+def _draw_tile(strip: Image.Image, left: int, tile: Tile) -> None:
+    draw = ImageDraw.Draw(strip)
+    border, line_width = (_MARK, 2) if tile.marked else (_BORDER, 1)
+    draw.rectangle((left - 2, 0, left + TILE + 1, TILE + 3), _BACK, border, line_width)
+    if tile.image is not None:
+        shown = _scaled(tile.image)
+        strip.paste(shown, (left + (TILE - shown.width) // 2, 2 + (TILE - shown.height) // 2))
+    headline = f"{tile.headline} · {tile.detail}" if tile.detail else tile.headline
+    rows = [(headline, ImageFont.load_default(13), _INK), (Path(tile.caption).name, ImageFont.load_default(12), _SOFT)]
+    for i, (text, font, color) in enumerate(rows):
+        draw.text((left, TILE + 5 + i * _LINE), _fit(text, font, TILE), color, font)
+
+
+def _scaled(image: Tensor) -> Image.Image:
+    """Scale the longer side to `TILE`; small images are enlarged with visible pixels."""
+    shown = thumbnail(image, TILE)
+    times = TILE / max(shown.size)
+    size = max(1, round(shown.width * times)), max(1, round(shown.height * times))
+    return shown.resize(size, Image.Resampling.NEAREST)
+
+
+def _fit(text: str, font: _Font, width: int) -> str:
+    """Drop characters from the start until a text fits: the end of a path distinguishes files."""
+    shown = plain_utf8(text)
+    if font.getlength(shown) <= width:
+        return shown
+    while shown and font.getlength(f"…{shown}") > width:
+        shown = shown[1:]
+    return f"…{shown}"

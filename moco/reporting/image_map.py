@@ -1,0 +1,154 @@
+"""A map of images: coordinates and clusters computed from features, and the figure that shows them.
+
+Legend: M images, D dimension.
+"""
+
+import importlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from moco.config import ConfigError
+from moco.reporting.markup import part, plain, plain_utf8
+from moco.reporting.plotly_figures import PALETTE, REFERENCE_COLOR, base_layout, plain_figure, plotly
+
+FEWEST = 5  # images of a map
+_MOST_GROUPS = 30  # in the legend; the rest form one group
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon")
+_SIGNS = ("●", "■", "◆", "▲", "✚", "▼", "⬟")
+_OTHERS = "others"
+
+
+def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: int) -> NDArray[np.float64]:
+    """Place images in a plane, (M, 2), so that neighbors by cosine similarity stay neighbors.
+
+    Args:
+        features: (M, D), M at least `FEWEST`.
+        method: "tsne", or "umap", which needs umap-learn.
+        perplexity: approximate number of neighbors to preserve; at most (M - 1) / 3 are used.
+        seed: of the optimization.
+
+    Raises:
+        ConfigError: if umap-learn is required and not installed.
+    """
+    count = min(perplexity, (len(features) - 1) / 3)
+    if method == "umap":
+        try:
+            umap: Any = importlib.import_module("umap")
+        except ImportError as error:
+            raise ConfigError(
+                "map=umap needs umap-learn: pip install 'momentum-contrast[umap]', or set map=tsne"
+            ) from error
+        mapper = umap.UMAP(n_neighbors=max(2, round(count)), metric="cosine", random_state=seed % 2**32, n_jobs=1)
+    else:
+        from sklearn.manifold import TSNE  # takes a second to import
+
+        mapper = TSNE(perplexity=count, metric="cosine", init="pca", random_state=seed % 2**32)
+    placed: NDArray[np.float64] = np.asarray(mapper.fit_transform(_unit(features)), np.float64)
+    return placed
+
+
+def clusters(features: NDArray[Any], count: int, seed: int) -> NDArray[np.int64]:
+    """Return the k-means cluster of each image, (M,), by the direction of its features; cluster 0 is the largest."""
+    from sklearn.cluster import KMeans
+
+    unit = _unit(features)
+    count = min(count, len(np.unique(unit, axis=0)))
+    found = KMeans(count, n_init=4, random_state=seed % 2**32).fit_predict(unit)
+    order = np.argsort(-np.bincount(found, minlength=count), kind="stable")
+    rank = np.empty(count, np.int64)
+    rank[order] = np.arange(count)
+    ranked: NDArray[np.int64] = rank[found]
+    return ranked
+
+
+def _unit(features: NDArray[Any]) -> NDArray[Any]:
+    unit: NDArray[Any] = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """Images in a plane."""
+
+    title: str  # such as "1,000 held-out images, t-SNE"
+    places: NDArray[np.float64]  # (M, 2)
+    names: Sequence[str]
+    images: Sequence[int]  # the number of each image in the page
+    groups: Mapping[str, Sequence[str]]  # by coloring, "label" or "cluster": the group of each image
+
+
+def figure(each: Map) -> dict[str, Any]:
+    """Return the data of a map for the page's script: its points, and plotly traces for each coloring.
+
+    Raises:
+        ConfigError: if plotly is not installed.
+    """
+    graph = plotly()
+    axis: dict[str, Any] = {"visible": False, "fixedrange": False}
+    layout = base_layout(graph) | {
+        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+        "xaxis": axis,
+        "yaxis": axis | {"scaleanchor": "x"},
+        "showlegend": False,
+        "hovermode": "closest",
+        "hoverdistance": 20,
+        "dragmode": False,
+    }
+    x, y = each.places.round(3).T.tolist()
+    colorings = {}
+    for kind, groups in each.groups.items():
+        traces, legend = [], []
+        for number, (name, rows) in enumerate(_grouped(groups).items()):
+            color = REFERENCE_COLOR if name == _OTHERS else PALETTE[number % len(PALETTE)]
+            # Ten colors and seven shapes: no two groups share both, so color is not the only distinction.
+            shape = (number + number // len(PALETTE)) % len(_SYMBOLS)
+            traces.append(
+                graph.Scatter(
+                    name=plain(name),
+                    x=[x[row] for row in rows],
+                    y=[y[row] for row in rows],
+                    customdata=rows,
+                    mode="markers",
+                    marker={"size": 9, "color": color, "symbol": _SYMBOLS[shape]},
+                    hoverinfo="none",
+                )
+            )
+            legend.append({"name": plain_utf8(name), "count": len(rows), "color": color, "sign": _SIGNS[shape]})
+        colorings[kind] = {"traces": plain_figure(graph, traces, layout)["data"], "legend": legend}
+    return {
+        "layout": plain_figure(graph, [], layout)["layout"],
+        "colorings": colorings,
+        "x": x,
+        "y": y,
+        "names": [plain_utf8(name) for name in each.names],
+        "images": list(each.images),
+        "groups": {kind: [plain_utf8(group) for group in groups] for kind, groups in each.groups.items()},
+    }
+
+
+def _grouped(groups: Sequence[str]) -> dict[str, list[int]]:
+    """Return rows by group, sorted by name; only the largest groups are kept, the rest are merged."""
+    counts = Counter(groups)
+    kept = {name for name, _ in counts.most_common(_MOST_GROUPS)}
+    if len(counts) - len(kept) == 1:
+        kept = set(counts)
+    rows: dict[str, list[int]] = {name: [] for name in sorted(kept, key=_natural)}
+    for row, name in enumerate(groups):
+        rows.setdefault(name if name in kept else _OTHERS, []).append(row)
+    return rows
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """Sort cluster 2 before cluster 10."""
+    return len(name) if name.rpartition(" ")[2].isdigit() else 0, name
+
+
+def markup(id: str, each: Map) -> Markup:
+    """Return the element in which the page's script draws the map."""
+    return part("map", id, each.title, list(each.groups))

@@ -1,0 +1,47 @@
+"""Write the embedding of a report's images for TensorBoard's projector."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moco.config import ConfigError
+from moco.evaluation.features import evaluation_view
+from moco.reporting.images import ImageFeatures, Layout
+from moco.reporting.markup import plain_utf8
+from moco.reporting.run_record import Run
+
+_IMAGE = 64  # at most, pixels of the side of an image
+_SPRITE = 8192  # pixels, TensorBoard's limit for the side of the sprite, which contains all images
+
+
+def write_projector(run: Run, images: ImageFeatures, layout: Layout | None) -> Path:
+    """Write features, names, groups and images to projector/ in the run; return that directory.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+    folder, shown = run.path / "projector", images.shown
+    groups = layout.groups if layout else {}
+    columns = [[shown.name(i) for i in range(len(shown))], *groups.values()]
+    rows = [[plain_utf8(cell) for cell in row] for row in zip(*columns, strict=True)]
+    side = min(_IMAGE, _SPRITE // int(np.ceil(len(shown) ** 0.5)))
+    small = torch.stack([evaluation_view(shown.image(i), 0, side) for i in range(len(shown))])
+    header = ["name", *groups] if groups else None  # TensorBoard expects no header for a single column
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # add_embedding would append to an earlier embedding
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_embedding(
+                torch.from_numpy(shown.features),
+                rows if header else [row[0] for row in rows],
+                small.float() / 255,
+                global_step=run.step,
+                tag="backbone",
+                metadata_header=header,
+            )
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}): set projector=false") from error
+    return folder
