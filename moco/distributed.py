@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -154,27 +154,11 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
     return received[arrival]
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks; the gradient is again summed over ranks, because every rank's loss depends on the sum."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        out = x.clone()
-        dist.all_reduce(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        dist.all_reduce(grad)
-        return grad
-
-
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """Return the sum over ranks, differentiable."""
+    """Return the sum over ranks. Its gradient is summed over ranks too: the loss of every rank depends on the sum."""
     if world_size() == 1:
         return x
-    out: Tensor = _SumOverRanks.apply(x)
+    out: Tensor = all_reduce(x)
     return out
 
 

@@ -1,4 +1,4 @@
-"""A conversion from a configuration to a file: open, write, read again, compare, and only then leave it."""
+"""The work of moco.convert: write an encoder in another format, read it again, compare, and then keep the file."""
 
 import tempfile
 from collections.abc import Callable
@@ -21,7 +21,7 @@ _AT_ONCE = 16  # pictures through an encoder
 
 
 class ConversionError(ValueError):
-    """What was written is not the encoder that was read; its message is one sentence."""
+    """The written file does not hold the same encoder; the message is one sentence."""
 
 
 def convert_encoder(config: ConvertConfig) -> None:
@@ -34,7 +34,7 @@ def convert_encoder(config: ConvertConfig) -> None:
     subject = open_subject(config)
     file, look = replace(subject.file, images=asdict(subject.look)), subject.look
     require(not output.exists() or not output.samefile(file.source), f"output={output} is the file that is read")
-    _refuse_what_does_not_fit(config.to, file)
+    _refuse_unsupported(config.to, file)
     backbone = build(file).get_submodule("backbone")
     source, data = _pictures(config, subject)
     rows = range(0, len(source), max(1, len(source) // config.pictures))[: config.pictures]
@@ -71,21 +71,21 @@ def convert_encoder(config: ConvertConfig) -> None:
 def write_and_compare(
     to: str, path: Path, file: EncoderFile, backbone: nn.Module, features: Callable[[Network], Tensor]
 ) -> tuple[float, float]:
-    """Writes a file and reads it again.
+    """Write a file, read it again, and compare it with the source.
 
     Args:
         to: the format.
-        path: where to.
+        path: the file.
         file: the source, with `images`.
         backbone: its backbone, in eval mode on the CPU.
-        features: gives a network's features (M, D) of the same pictures.
+        features: computes a network's features (M, D) of fixed images.
 
     Returns:
         The largest difference between features of the source and of the file, and the largest feature.
 
     Raises:
-        ConversionError: if any weight is not the same bit for bit, if the difference exceeds the format's tolerance,
-            or if all features are 0, which any broken file would give as well.
+        ConversionError: if weights are not equal bit for bit, if the difference exceeds the format's tolerance, or if
+            all features are 0, as they could be for a broken file.
     """
     chosen = FORMATS[to]
     chosen.write(path, file, backbone)
@@ -97,37 +97,37 @@ def write_and_compare(
     ]
     if changed:
         raise ConversionError(
-            f"to={to}: {len(changed)} weights of the file read again are others ({', '.join(changed[:3])}): "
+            f"to={to}: {len(changed)} weights differ in the written file ({', '.join(changed[:3])}): "
             "nothing was written"
         )
     wanted = features(backbone)
     if not wanted.any():
-        raise ConversionError(f"{file.source} gives every picture the features 0: there is nothing to compare")
+        raise ConversionError(f"{file.source} has features 0 for every image: there is nothing to compare")
     difference, largest = (features(again.network) - wanted).abs().max().item(), wanted.abs().max().item()
-    if not difference <= chosen.tolerance * largest:  # a NaN is no agreement either
+    if not difference <= chosen.tolerance * largest:  # also true for NaN
         raise ConversionError(
-            f"to={to}: features of the file read again differ by {difference:.2g} where the largest is {largest:.2g}, "
-            f"more than {chosen.tolerance:g} of it: nothing was written"
+            f"to={to}: features of the written file differ by {difference:.2g}, more than {chosen.tolerance:g} of the "
+            f"largest feature ({largest:.2g}): nothing was written"
         )
     return difference, largest
 
 
-def _refuse_what_does_not_fit(to: str, file: EncoderFile) -> None:
+def _refuse_unsupported(to: str, file: EncoderFile) -> None:
     fitting = [name for name, each in FORMATS.items() if each.fits(file)]
     require(
         to in fitting,
-        f"to={to} holds {FORMATS[to].holds}, and {file.source} is backbone={file.backbone} options={file.options}: "
-        f"it can be to={', '.join(fitting)}",
+        f"to={to} supports {FORMATS[to].holds}, but {file.source} has backbone={file.backbone} options={file.options}: "
+        f"set to={', '.join(fitting)}",
     )
 
 
 def _pictures(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
-    """The run's pictures and their name; the embedded digits where none are said, or the run's are not here."""
+    """Return images for the comparison, and their name: the configured ones, the run's, or the built-in digits."""
     if config.data.name is not None or subject.file.config.get("data"):
-        lazily = replace(config, data=replace(config.data, resident=False))  # a few are needed, not all in memory
+        lazily = replace(config, data=replace(config.data, resident=False))  # only a few are read
         try:
             return open_data(lazily, subject).train, data_config(lazily, subject).name
         except (FileNotFoundError, ValueError):
-            if config.data.name is not None:  # asked for: its absence is an error
+            if config.data.name is not None:  # configured by the user
                 raise
     return load_source(DataConfig("digits")).train, "digits"

@@ -97,7 +97,8 @@ def read_encoder(
     head = {key: value for key, value in inside.items() if _is_head(key)}
     body = torchvision_named({key: value for key, value in inside.items() if key not in head})
     official = layout in (MOCO_V2, MOCO_V3)
-    if layout not in (MOCO_V2, MOCO_V3, PLAIN) and _has_small_stem(body):
+    small_stem = "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
+    if small_stem and layout not in (MOCO_V2, MOCO_V3, PLAIN):
         raise ForeignFileError(
             f"{path} ({layout.name}) has a 3x3 first convolution of unknown padding (solo-learn pads by 2, which no "
             "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
@@ -213,10 +214,6 @@ def _refuse_unknown_heads(path: Path, backbone: str) -> None:
             "backbone=timm/vit_small_patch16_224 for timm's and DeiT's, with 6; for MoCo v3's weights also set "
             "+options.num_heads=12"
         )
-
-
-def _has_small_stem(body: State) -> bool:
-    return "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
 
 
 def _unwrapped(name: str) -> str:

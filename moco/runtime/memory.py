@@ -71,15 +71,7 @@ def explain_out_of_memory(device: torch.device, fix: str) -> Iterator[None]:
 
 
 def training_fix(batch_size: int, processes: int, accumulate: int, on_gpu: bool, precision: str) -> str:
-    """Return the end of the sentence for a training step: the settings, and what to change.
-
-    Args:
-        batch_size: of the global batch.
-        processes: W.
-        accumulate: number of micro-batches.
-        on_gpu: whether half precision would halve the memory.
-        precision: fp32, bf16 or fp16.
-    """
+    """Return the end of the sentence for a training step; on a GPU, half precision halves the memory."""
     lower = ", precision=bf16" if on_gpu and precision == "fp32" else ""
     return (
         f"a micro-batch has {batch_size // processes // accumulate} images (batch_size={batch_size} / {processes} "

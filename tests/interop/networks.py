@@ -1,4 +1,4 @@
-"""Networks for the tests of foreign formats: small, and with BN statistics as trained ones have."""
+"""Small networks with BN statistics as after training."""
 
 import json
 from functools import cache
@@ -17,7 +17,7 @@ VIT: dict[str, Any] = {"img_size": 32, "depth": 2}  # of timm/vit_tiny_patch16_2
 
 
 def trained(backbone: str = "resnet18", options: dict[str, Any] | None = None, seed: int = 0) -> nn.Module:
-    """Always the same one: no test may change it."""
+    """Return a cached network; tests must not change it."""
     return _trained(backbone, json.dumps(options or {}), seed)
 
 
@@ -25,19 +25,19 @@ def trained(backbone: str = "resnet18", options: dict[str, Any] | None = None, s
 def _trained(backbone: str, options: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     network = build_backbone(backbone, json.loads(options))
-    for name, buffer in network.named_buffers():  # neither zeros nor ones, and no signal dies of them
+    for name, buffer in network.named_buffers():  # neither zeros nor ones
         if name.endswith("running_mean"):
             buffer.copy_(torch.randn_like(buffer) / 20)
         elif name.endswith("running_var"):
             buffer.copy_(torch.rand_like(buffer) + 0.5)
     side = json.loads(options).get("img_size", 224 if backbone.startswith("vit") else 32)
     features = network.eval().requires_grad_(False)(torch.rand(2, 3, side, side))
-    assert features.std() > 0.01  # else they would be equal whatever is wrong
+    assert features.std() > 0.01  # otherwise the comparison would prove nothing
     return network
 
 
 def source(network: nn.Module, backbone: str = "resnet18", options: dict[str, Any] | None = None) -> EncoderFile:
-    """What read_encoder would say of it."""
+    """Return what read_encoder would return for it."""
     return EncoderFile("x.pth", "plain state dict", backbone, options or {}, network.state_dict(), images=LOOK)
 
 

@@ -1,4 +1,4 @@
-"""Encoders come out of every layout with every weight, or not at all, with what differs named."""
+"""Encoder files: every weight is loaded, or the error names the differences."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 def resnet(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     network = build_backbone("resnet18", {})
-    for name, buffer in network.named_buffers():  # as trained ones: neither zeros nor ones, and no signal dies of them
+    for name, buffer in network.named_buffers():  # as after training: neither zeros nor ones
         if name.endswith("running_mean"):
             buffer.copy_(torch.randn_like(buffer) / 20)
         elif name.endswith("running_var"):
@@ -54,7 +54,7 @@ def ours(folder: Path, seed: int = 0) -> tuple[Path, MoCo]:
 
 
 @pytest.mark.parametrize("weights", ["encoder", "momentum_encoder"])
-def test_a_checkpoint_of_ours_gives_the_encoder_and_its_head(tmp_path: Path, weights: str) -> None:
+def test_a_checkpoint_of_this_project_has_encoder_and_head(tmp_path: Path, weights: str) -> None:
     path, method = ours(tmp_path)
     file = read_encoder(path, weights)
     assert (file.step, file.backbone, file.options) == (7, "convnet", {"width": 2})
@@ -67,7 +67,7 @@ def test_a_checkpoint_of_ours_gives_the_encoder_and_its_head(tmp_path: Path, wei
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
-def test_untrained_is_the_network_that_the_run_started_from(tmp_path: Path) -> None:
+def test_a_seed_builds_the_initial_network_of_the_run(tmp_path: Path) -> None:
     path, _ = ours(tmp_path, seed=5)
     _, fresh = ours(tmp_path / "again", seed=5)
     untrained = build(read_encoder(path), seed=5)
@@ -75,7 +75,7 @@ def test_untrained_is_the_network_that_the_run_started_from(tmp_path: Path) -> N
     assert not torch.equal(build(read_encoder(path), seed=6)(IMAGES), fresh.encoder(IMAGES))
 
 
-def test_encoder_safetensors_says_all_that_is_needed(tmp_path: Path) -> None:
+def test_encoder_safetensors_needs_no_other_settings(tmp_path: Path) -> None:
     path, method = ours(tmp_path)
     config = read_encoder(path).config
     save_encoder(tmp_path / "encoder.safetensors", method.encoder.get_submodule("backbone"), config, 7)
@@ -104,7 +104,7 @@ EXTRAS: dict[str, Any] = {"epoch": 200, "arch": "resnet18", "optimizer": {"state
 @pytest.mark.parametrize("version", ["v1", "v2"])
 @pytest.mark.parametrize("weights", ["encoder", "momentum_encoder"])
 def test_moco_v1_and_v2_files(tmp_path: Path, version: str, weights: str) -> None:
-    """The published layout: DDP's prefix, both encoders, the queue and its pointer, beside epoch and optimizer."""
+    """The published layout: DDP's prefix, both encoders, queue and pointer, epoch and optimizer."""
     query, key = resnet(0), resnet(1)
     head = {f"fc.{name}": value for name, value in (MLP if version == "v2" else LINEAR).items()}
     if version == "v1":
@@ -134,7 +134,7 @@ def test_moco_v3_resnet_file(tmp_path: Path) -> None:
     assert torch.equal(build(file).backbone(IMAGES), momentum(IMAGES))
 
 
-def test_a_plain_state_dict_needs_its_network_named(tmp_path: Path) -> None:
+def test_a_plain_state_dict_needs_backbone(tmp_path: Path) -> None:
     network = resnet()
     classifier = {"fc.weight": torch.zeros(10, 512), "fc.bias": torch.zeros(10)}
     wrapped = {f"_orig_mod.module.{name}": value for name, value in (network.state_dict() | classifier).items()}
@@ -171,8 +171,8 @@ def test_a_missing_weight_is_named(tmp_path: Path) -> None:
         build(read_encoder(saved(tmp_path, state, "resnet18")))
 
 
-def test_a_larger_network_does_not_pass_for_a_smaller_one(tmp_path: Path) -> None:
-    """Every weight of a ResNet-50 is in a ResNet-101's file, with the same shapes."""
+def test_weights_of_a_larger_network_are_refused(tmp_path: Path) -> None:
+    """A ResNet-101's file has every weight of a ResNet-50, with the same shapes."""
     state = official(build_backbone("resnet101", {}), {}, "encoder_q")
     with pytest.raises(ForeignFileError, match=r"255 weights in the file are unknown \(layer3\.10\.bn1\.bias"):
         build(read_encoder(saved(tmp_path, state, "resnet50")))
@@ -184,17 +184,17 @@ def test_another_shape_is_named(tmp_path: Path) -> None:
         build(read_encoder(saved(tmp_path, state, "resnet18")))
 
 
-def test_weights_of_something_else_match_nowhere(tmp_path: Path) -> None:
+def test_weights_of_an_unrelated_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ForeignFileError, match="no weight matches: 100 of 100 weights are missing"):
         build(read_encoder(saved(tmp_path, {"module.encoder_q.a.b": torch.zeros(3)}, "resnet18")))
 
 
-def test_untrained_weights_are_not_loaded_even_where_none_fit(tmp_path: Path) -> None:
+def test_a_seed_ignores_weights_that_do_not_fit(tmp_path: Path) -> None:
     file = read_encoder(saved(tmp_path, {"module.encoder_q.a.b": torch.zeros(3)}, "resnet18"))
     assert build(file, seed=0).backbone(IMAGES).shape == (2, 512)
 
 
-def test_a_plain_vit_small_does_not_say_its_heads(tmp_path: Path) -> None:
+def test_a_plain_vit_small_of_unknown_heads_is_refused(tmp_path: Path) -> None:
     torch.save({"cls_token": torch.zeros(1, 1, 384)}, tmp_path / "deit_small.pth")
     with pytest.raises(ForeignFileError, match=r"how many heads its ViT has.*timm/vit_small_patch16_224"):
         read_encoder(tmp_path / "deit_small.pth", backbone="vit_small")
@@ -203,7 +203,7 @@ def test_a_plain_vit_small_does_not_say_its_heads(tmp_path: Path) -> None:
         read_encoder(tmp_path / "deit_small.safetensors", backbone="vit_small")
 
 
-def test_a_file_cannot_make_timm_fetch_or_open_others(tmp_path: Path) -> None:
+def test_options_in_a_file_cannot_load_other_weights(tmp_path: Path) -> None:
     import timm
 
     weights = timm.create_model("resnet18", num_classes=0).state_dict()
@@ -213,7 +213,7 @@ def test_a_file_cannot_make_timm_fetch_or_open_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["complex", "integer", "nan", "sparse"])
-def test_weights_that_are_no_numbers(tmp_path: Path, kind: str) -> None:
+def test_invalid_weights_are_refused(tmp_path: Path, kind: str) -> None:
     state = official(resnet(), {}, "encoder_q")
     name = "module.encoder_q.conv1.weight"
     as_kind = {
@@ -237,14 +237,14 @@ def test_weights_that_are_no_numbers(tmp_path: Path, kind: str) -> None:
         {"options": '{"width": 1e9}'},
     ],
 )
-def test_absurd_metadata(tmp_path: Path, about: dict[str, str]) -> None:
+def test_invalid_metadata_is_refused(tmp_path: Path, about: dict[str, str]) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors", {"backbone": "convnet"} | about)
     with pytest.raises(ValueError, match=r"x\.safetensors|model\.options") as caught:
         build(read_encoder(tmp_path / "x.safetensors"))
     assert "\n" not in str(caught.value)
 
 
-def test_names_that_are_no_text_and_checkpoints_of_something_else(tmp_path: Path) -> None:
+def test_invalid_names_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {1: torch.zeros(3), ("a", "b"): torch.zeros(3)}}, tmp_path / "numbers.pth")
     with pytest.raises(ForeignFileError, match="holds no weights"):
         read_encoder(tmp_path / "numbers.pth", backbone="resnet18")
@@ -255,7 +255,7 @@ def test_names_that_are_no_text_and_checkpoints_of_something_else(tmp_path: Path
             read_encoder(path)
 
 
-def test_an_official_file_with_another_stem_and_one_with_an_odd_head(tmp_path: Path) -> None:
+def test_an_official_file_with_another_stem_or_an_unknown_head(tmp_path: Path) -> None:
     cifar = build_backbone("resnet18", {"stem": "cifar"}).eval()
     path = saved(tmp_path, official(cifar, {}, "encoder_q"), "resnet18")
     assert torch.equal(build(read_encoder(path, options={"stem": "cifar"})).backbone(IMAGES), cifar(IMAGES))
@@ -269,7 +269,7 @@ class Evil:
         return os.system, ("touch EVIL",)
 
 
-def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps(Evil()))
@@ -280,7 +280,7 @@ def test_a_malicious_pickle_is_refused_before_it_runs(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(("content", "words"), [(b"", "cannot be read"), (b"no weights at all", "is refused")])
-def test_what_is_no_checkpoint(tmp_path: Path, content: bytes, words: str) -> None:
+def test_invalid_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(ForeignFileError, match=words):
         read_encoder(tmp_path / "x.pth")
@@ -289,7 +289,7 @@ def test_what_is_no_checkpoint(tmp_path: Path, content: bytes, words: str) -> No
         read_encoder(tmp_path / "x.safetensors")
 
 
-def test_a_truncated_file_and_one_without_weights(tmp_path: Path) -> None:
+def test_truncated_and_empty_files_are_refused(tmp_path: Path) -> None:
     path, _ = ours(tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ForeignFileError, match="cannot be read as a checkpoint"):
@@ -301,7 +301,7 @@ def test_a_truncated_file_and_one_without_weights(tmp_path: Path) -> None:
         read_encoder(tmp_path / "z.pth")
 
 
-def test_saving_leaves_no_half_file(tmp_path: Path) -> None:
+def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:
     network = resnet()
     config = asdict(TrainConfig(method=MoCoConfig()))
     save_encoder(tmp_path / "e.safetensors", network, config, 0)

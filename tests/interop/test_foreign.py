@@ -1,4 +1,4 @@
-"""Files of lightly, solo-learn, torchvision and timm give their encoder, or one sentence."""
+"""Files of lightly, solo-learn, torchvision and timm."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def features(path: Path, weights: str = "encoder", backbone: str = "resnet18", *
 
 
 def as_children(network: nn.Module) -> nn.Module:
-    """As lightly's examples cut off the classifier."""
+    """Remove the classifier as lightly's examples do."""
     return nn.Sequential(*list(network.children())[:-1])
 
 
@@ -43,7 +43,7 @@ def test_lightly(tmp_path: Path, weights: str, seed: int) -> None:
     ("prefix", "momentum"), [("backbone.", "momentum_backbone."), ("encoder.", "momentum_encoder.")]
 )
 @pytest.mark.parametrize(("weights", "seed"), [("encoder", 0), ("momentum_encoder", 1)])
-def test_solo_learn_now_and_in_its_first_year(
+def test_solo_learn_current_and_before_2022(
     tmp_path: Path, prefix: str, momentum: str, weights: str, seed: int
 ) -> None:
     state = prefixed(prefix, trained(seed=0).state_dict()) | prefixed(momentum, trained(seed=1).state_dict())
@@ -59,7 +59,7 @@ def test_solo_learn_with_a_vit(tmp_path: Path) -> None:
     assert torch.equal(features(path, backbone="timm/vit_tiny_patch16_224", **VIT), network(IMAGES))
 
 
-def test_a_file_of_one_network_has_no_momentum_encoder(tmp_path: Path) -> None:
+def test_a_file_without_momentum_encoder(tmp_path: Path) -> None:
     path = saved(tmp_path / "simclr.ckpt", {"state_dict": prefixed("backbone.", trained().state_dict()) | PROJECTOR})
     assert torch.equal(features(path), trained()(IMAGES))
     with pytest.raises(ForeignFileError, match="holds no momentum encoder: set weights=encoder"):
@@ -67,21 +67,21 @@ def test_a_file_of_one_network_has_no_momentum_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"stem": "cifar"}])
-def test_a_small_stem_is_refused_for_its_padding_is_unknown(tmp_path: Path, options: dict[str, Any]) -> None:
-    """solo-learn's CIFAR stem pads by 2: the weights would load, and the features would be others."""
+def test_a_small_stem_of_unknown_padding_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    """solo-learn's CIFAR stem pads by 2: the weights would load, but give other features."""
     state = prefixed("backbone.", trained(options={"stem": "cifar"}).state_dict())
     with pytest.raises(ForeignFileError, match="of unknown padding"):
         read_encoder(saved(tmp_path / "c.ckpt", {"state_dict": state}), "encoder", "resnet18", options)
 
 
-def test_another_numbering_is_not_guessed_at(tmp_path: Path) -> None:
-    shifted = nn.Sequential(nn.Identity(), *trained().children())  # lightly's own ResNet has other children, too
+def test_another_numbering_is_refused(tmp_path: Path) -> None:
+    shifted = nn.Sequential(nn.Identity(), *trained().children())  # as in lightly's own ResNet
     path = saved(tmp_path / "l.ckpt", {"state_dict": prefixed("backbone.", shifted.state_dict())})
     with pytest.raises(ForeignFileError, match="no weight matches: 100 of 100 weights are missing"):
         features(path)
 
 
-def test_a_larger_numbered_network_does_not_pass_for_a_smaller_one(tmp_path: Path) -> None:
+def test_a_larger_numbered_network_is_refused(tmp_path: Path) -> None:
     state = prefixed("backbone.", as_children(trained("resnet34")).state_dict())
     path = saved(tmp_path / "l.ckpt", {"state_dict": state})
     with pytest.raises(ForeignFileError, match=r"weights in the file are unknown \(layer1\.2\.bn1\.bias"):
@@ -103,8 +103,8 @@ def test_torchvision_and_timm_with_their_classifiers(tmp_path: Path) -> None:
     )
 
 
-def test_a_norm_behind_the_pooling_belongs_to_the_backbone(tmp_path: Path) -> None:
-    """ConvNeXt's head holds a norm and the classifier."""
+def test_a_norm_after_the_pooling_belongs_to_the_backbone(tmp_path: Path) -> None:
+    """ConvNeXt's head has a norm and the classifier."""
     convnext: Any = timm.create_model("convnext_atto", depths=(1, 1, 1, 1)).eval()
     convnext.head.norm.weight.data.uniform_()
     path = saved(tmp_path / "c.pth", convnext.state_dict())
@@ -112,11 +112,11 @@ def test_a_norm_behind_the_pooling_belongs_to_the_backbone(tmp_path: Path) -> No
     assert torch.equal(features(path, backbone="timm/convnext_atto", depths=(1, 1, 1, 1)), expected)
 
 
-def test_torchvisions_vit_is_no_old_solo_learn() -> None:
+def test_torchvisions_vit_is_not_taken_for_an_old_solo_learn_file() -> None:
     assert layout_of({"class_token", "conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"}) == PLAIN
 
 
-def test_only_a_resnets_children_are_renamed() -> None:
+def test_only_the_numbered_layers_of_a_resnet_are_renamed() -> None:
     named = trained().state_dict()
     numbered = as_children(trained()).state_dict()
     renamed = torchvision_named(numbered)

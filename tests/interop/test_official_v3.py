@@ -1,4 +1,4 @@
-"""Files of facebookresearch/moco-v3 load with every weight: the backbone, and the projector with its BN."""
+"""Files of facebookresearch/moco-v3: backbone, and projector with BN."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +14,7 @@ from moco.models.encoder import Encoder
 
 
 def projector(widths: list[int]) -> nn.Sequential:
-    """As the official code builds it, written down once more: layers numbered 0, 1, (2), 3, 4, ..."""
+    """Rebuild the official projector: layers numbered 0, 1, (2), 3, 4, ..."""
     layers: list[nn.Module] = []
     for number, (a, b) in enumerate(pairwise(widths), 1):
         last = number == len(widths) - 1
@@ -24,7 +24,7 @@ def projector(widths: list[int]) -> nn.Sequential:
 
 
 def network(arch: str, options: dict[str, Any], hidden: list[int], seed: int) -> Encoder:
-    """As after training: weights and statistics that are not the initial ones."""
+    """Set weights and statistics as after training."""
     torch.manual_seed(seed)
     backbone: Any = build_backbone(arch, options)
     encoder = Encoder(backbone, projector([backbone.num_features, *hidden]))
@@ -37,7 +37,7 @@ def network(arch: str, options: dict[str, Any], hidden: list[int], seed: int) ->
 
 
 def saved(path: Path, arch: str, encoder: Encoder, momentum: Encoder, head: str) -> Path:
-    """A checkpoint of main_moco.py: DDP's prefix, both encoders with the projector in the classifier's place."""
+    """A checkpoint of main_moco.py: DDP's prefix, both encoders, projectors under the classifier's name."""
     state: dict[str, Tensor] = {}
     for prefix, each in (("base_encoder", encoder), ("momentum_encoder", momentum)):
         state |= {f"module.{prefix}.{name}": value for name, value in each.backbone.state_dict().items()}
@@ -61,7 +61,7 @@ def test_a_resnet_loads_with_its_projector(tmp_path: Path, weights: str) -> None
 
 @pytest.mark.parametrize("arch", ["vit_small", "vit_base", "vit_conv_small", "vit_conv_base"])
 def test_a_vit_loads_with_its_projector(tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published names, on a small ViT in their place: the file's architecture is all that says what to build."""
+    """Use the published architecture names, but replace the networks by a small ViT."""
     options = {"img_size": 32, "dim": 32, "depth": 2, "heads": 4, "stem": "conv" if "conv" in arch else "patch"}
     monkeypatch.setitem(BACKBONES, arch, lambda: build_backbone("vit", options))
     both = [network("vit", options, [16, 16, 8], seed) for seed in (0, 1)]
@@ -81,7 +81,7 @@ def test_a_vit_small_of_published_size_loads(tmp_path: Path) -> None:
     torch.testing.assert_close(build(file)(images), encoder(images))
 
 
-def test_a_projector_that_misses_a_layer_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_projector_is_refused(tmp_path: Path) -> None:
     encoder = network("resnet18", {}, [16, 8], 0)
     path = saved(tmp_path / "r.pth.tar", "resnet18", encoder, encoder, "fc")
     state = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""Graphs in ONNX and torch.export: the same features for batches of any size, without this package."""
+"""Graphs in ONNX and torch.export: the same features for any batch size, without this package."""
 
 import json
 import sys
@@ -39,7 +39,7 @@ def test_onnx(tmp_path: Path, backbone: str, options: dict[str, int]) -> None:
     network = trained(backbone, options)
     path = tmp_path / "x.onnx"
     save_onnx(path, network, LOOK)
-    assert [each.name for each in tmp_path.iterdir()] == ["x.onnx"]  # its weights inside
+    assert [each.name for each in tmp_path.iterdir()] == ["x.onnx"]  # the weights are in it
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape[1:] == [3, 32, 32]
     assert json.loads(session.get_modelmeta().custom_metadata_map["images"]) == LOOK
@@ -50,7 +50,7 @@ def test_onnx(tmp_path: Path, backbone: str, options: dict[str, int]) -> None:
         assert torch.equal(load_onnx(path)(BATCH[:count]), torch.from_numpy(features))
 
 
-def test_without_the_extra_a_sentence_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"pip install 'momentum-contrast\[onnx\]'"):
         save_onnx(tmp_path / "x.onnx", trained(*CONVNET), LOOK)

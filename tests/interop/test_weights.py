@@ -1,4 +1,4 @@
-"""Weights are written whole or not at all."""
+"""Safetensors files are written atomically."""
 
 import os
 import resource
@@ -14,8 +14,8 @@ from moco.interop import weights
 from moco.interop.weights import save_weights
 
 
-def test_a_full_disk_is_one_sentence_and_the_file_of_before_stays(tmp_path: Path) -> None:
-    """A real limit on a file's size, which safetensors meets in its own code."""
+def test_a_full_disk_is_one_sentence_and_keeps_the_previous_file(tmp_path: Path) -> None:
+    """Use a real limit on the file size, so that the error comes from safetensors."""
     file = tmp_path / "encoder.safetensors"
     save_weights(file, {"w": torch.zeros(3)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -31,7 +31,7 @@ def test_a_full_disk_is_one_sentence_and_the_file_of_before_stays(tmp_path: Path
     assert load_file(file)["w"].tolist() == [1, 1, 1]
 
 
-def test_what_safetensors_itself_refuses_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_safetensors_are_not_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise SafetensorError("invalid header")
 

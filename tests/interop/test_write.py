@@ -1,4 +1,4 @@
-"""What is written in another project's format is read by that project's own means, with the same features."""
+"""Written files are read as their own project does, with the same features."""
 
 import os
 import pickle
@@ -29,11 +29,11 @@ def written(folder: Path, to: str, file: EncoderFile, network: nn.Module) -> Pat
     assert FORMATS[to].fits(file)
     FORMATS[to].write(path, file, network)
     again = FORMATS[to].read(path, file)
-    assert torch.equal(again.network(IMAGES), network(IMAGES))  # the command's own check
+    assert torch.equal(again.network(IMAGES), network(IMAGES))
     return path
 
 
-def test_every_format_has_its_endings() -> None:
+def test_every_format_has_file_name_extensions() -> None:
     assert FORMATS.keys() == ENDINGS.keys()
 
 
@@ -61,7 +61,7 @@ def test_timm_resnet(tmp_path: Path, ending: str) -> None:
     assert torch.equal(FORMATS["timm"].read(path, source(network)).network(IMAGES), network(IMAGES))
 
 
-def test_timm_wrapped_resnets_are_torchvisions() -> None:
+def test_timms_resnets_equal_torchvisions() -> None:
     network = trained("timm/resnet18")
     assert torchvision_name(source(network, "timm/resnet18")) == "resnet18"
     assert timm_name(source(network, "timm/resnet18")) == ("resnet18", {})
@@ -70,7 +70,7 @@ def test_timm_wrapped_resnets_are_torchvisions() -> None:
     assert torchvision_name(source(network, "resnet50", {"width_per_group": 128})) is None
 
 
-def test_detectron2_has_the_official_conversions_names(tmp_path: Path) -> None:
+def test_detectron2_names_equal_those_of_the_official_conversion(tmp_path: Path) -> None:
     network = trained()
     path = written(tmp_path, "detectron2", source(network), network)
     content = pickle.loads(path.read_bytes())  # as Detectron2 does
@@ -91,7 +91,7 @@ def test_detectron2_has_the_official_conversions_names(tmp_path: Path) -> None:
     assert b"numpy._core" not in path.read_bytes()  # which NumPy before 1.26 lacks
 
 
-def test_detectron2s_names_go_both_ways() -> None:
+def test_detectron2_names_can_be_inverted() -> None:
     names = list(trained("resnet50").state_dict())
     assert [from_detectron2(to_detectron2(name)) for name in names] == names
     assert len({to_detectron2(name) for name in names}) == len(names)
@@ -104,7 +104,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [Evil(), {"model": Evil()}, {"model": np.array([Evil()], dtype=object)}])
-def test_a_malicious_pickle_is_refused_before_it_runs(
+def test_a_pickle_with_code_is_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -141,7 +141,7 @@ def test_official_moco_v3_resnet_with_its_projector(tmp_path: Path) -> None:
     assert torch.equal(build(read_encoder(path))(IMAGES), head(network(IMAGES)))
 
 
-def test_a_head_of_another_version_stays_out(tmp_path: Path) -> None:
+def test_a_head_of_another_version_is_left_out(tmp_path: Path) -> None:
     network = trained()
     v2 = replace(source(network), head_weights=projection_head(512, 0, 16, 2).state_dict())
     v3 = replace(source(network), head_weights=projection_head(512, 8, 16, 2, norm=True).state_dict())
@@ -166,13 +166,13 @@ def test_a_vit(tmp_path: Path, to: str, ending: str) -> None:
     assert "timm.create_model('vit_tiny_patch16_224', num_classes=0, img_size=32, depth=2)" in FORMATS[to].loading(file)
 
 
-def test_moco_v3s_own_vit_keeps_its_heads(tmp_path: Path) -> None:
-    """Its 12 heads are no weights: what reads them must be told."""
+def test_the_vit_of_moco_v3_keeps_its_heads(tmp_path: Path) -> None:
+    """The number of heads, 12, is not in the weights."""
     options: dict[str, Any] = {"img_size": 32, "patch_size": 16}
     network = trained("vit_small", options)
     file = source(network, "vit_small", options | {"freeze_patches": True})
     assert timm_name(file) == ("vit_small_patch16_224", {"num_heads": 12} | options)
-    assert official_v3_name(file) is None  # the official code's has 224 px
+    assert official_v3_name(file) is None  # the official code has 224 px
     written(tmp_path, "deit", file, network)
     six_heads = timm.create_model("vit_small_patch16_224", num_classes=0, **options).eval()
     six_heads.load_state_dict(network.state_dict())
@@ -191,11 +191,11 @@ def test_official_moco_v3_vit(tmp_path: Path) -> None:
     assert torch.equal(FORMATS["moco_v3"].read(path, file).network(images), network(images))
 
 
-def test_deit_holds_plain_vits_only() -> None:
+def test_deit_supports_only_plain_vits() -> None:
     assert not FORMATS["deit"].fits(source(trained()))
     registers = VIT | {"reg_tokens": 2}
     assert not FORMATS["deit"].fits(source(trained(TINY_VIT, registers), TINY_VIT, registers))
-    pooled = VIT | {"global_pool": "avg"}  # its last norm stands behind the pooling
+    pooled = VIT | {"global_pool": "avg"}  # the last norm follows the pooling
     assert not FORMATS["deit"].fits(source(trained(TINY_VIT, pooled), TINY_VIT, pooled))
 
 
@@ -203,7 +203,7 @@ def test_deit_holds_plain_vits_only() -> None:
 
 
 @pytest.mark.parametrize("config", [{}, {"seed": 3, "model": {"dim": 128}, "augment": {"flip_p": 0.5, "size": 8}}])
-def test_safetensors_says_the_network_and_the_pictures(tmp_path: Path, config: dict[str, Any]) -> None:
+def test_safetensors_metadata_has_network_and_image_settings(tmp_path: Path, config: dict[str, Any]) -> None:
     options = {"width": 2, "pool": 2}
     network = trained("convnet", options)
     file = replace(source(network, "convnet", options), step=7, config=config)
