@@ -37,15 +37,7 @@ from torch import Tensor, nn
 
 from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import gather, permute, rank
-from moco.losses import (
-    LearnedTemperature,
-    Switches,
-    Temperature,
-    info_nce_streamed,
-    logit_measures,
-    split_temperature,
-    switched_contrast,
-)
+from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 
 UNKNOWN = -1  # the sample index of a key that shows no image
 NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key
@@ -292,11 +284,8 @@ class MoCo(nn.Module):
             own, of = (index, queue.index) if queue.mask_own_keys else (None, None)
             streamed = info_nce_streamed(q, k, queue.keys, temperature, queue.filled_mask(), index=own, queue_index=of)
             return streamed.loss, streamed.measures(temperature)
-        positives = self._same_class(index)  # (N, K)
-        loss, logits, found = switched_contrast(
-            q, k, queue.keys, temperature, self.switches, queue.negatives(index), positives, uniforms
-        )
-        return loss, found | logit_measures(logits, temperature)
+        negatives, positives = queue.negatives(index), self._same_class(index)  # (N, K)
+        return contrast(q, k, queue.keys, temperature, self.switches, negatives, positives, uniforms)
 
     def _same_class(self, index: Tensor) -> Tensor | None:
         """Return the entries of each query's class, boolean (N, K); None without labels."""

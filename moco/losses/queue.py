@@ -105,7 +105,9 @@ def multi_positive_info_nce(
     """
     check_mask("positives", positives, (len(query), len(queue)))
     logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
-    return mean_over_key_and_positives(logits, positive_columns(positives, negatives, logits)), logits.detach()
+    if negatives is not None:
+        positives = positives & negatives
+    return mean_over_key_and_positives(logits, positive_columns(positives, logits)), logits.detach()
 
 
 def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
@@ -125,10 +127,8 @@ def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels) + change.mean()
 
 
-def positive_columns(positives: Tensor, negatives: Tensor | None, logits: Tensor) -> Tensor:
-    """Which columns of `info_nce`'s logits are positives: the key's and those in the queue, (N, 1 + K)."""
-    if negatives is not None:
-        positives = positives & negatives
+def positive_columns(positives: Tensor, logits: Tensor) -> Tensor:
+    """Return the columns of `info_nce_logits` that are positives: the key's and those in the queue, (N, 1 + K)."""
     positive = torch.ones_like(logits, dtype=torch.bool)  # (N, 1+K), the key's column stays True
     positive[:, 1:] = positives
     return positive

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.analysis import hardness
 from moco.builder import KeyQueue
-from moco.losses import LearnedTemperature, Switches, info_nce, switched_contrast
+from moco.losses import LearnedTemperature, Switches, contrast, info_nce
 from moco.losses import streamed as module
 from moco.losses.streamed import Streamed, info_nce_streamed, logit_measures
 from tests.losses import loops
@@ -90,7 +90,7 @@ def test_what_was_seen_equals_what_the_logits_say(mask: str, chunk: int) -> None
     torch.testing.assert_close(measures["effective_negatives"], expected.effective_negatives)
     torch.testing.assert_close(measures["push"], expected.push)
     assert measures["contrast_accuracy"] == (logits[:, :1] > logits[:, 1:]).all(dim=1).double().mean()
-    _, _, counted = switched_contrast(unit(N, 0), unit(N, 1), unit(K, 2), T, Switches(), allowed)
+    _, counted = contrast(unit(N, 0), unit(N, 1), unit(K, 2), T, Switches(), allowed)
     for name in ("negatives", "chance"):
         torch.testing.assert_close(measures[name].float(), counted[name])
     assert not any(value.requires_grad for value in (*found[1:], *measures.values()))

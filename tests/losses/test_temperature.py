@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from moco.losses import LearnedTemperature, contrast, in_batch_info_nce, info_nce, nt_xent, temperature_at
+from moco.losses import LearnedTemperature, Switches, contrast, in_batch_info_nce, info_nce, nt_xent, temperature_at
 from tests.losses.loops import coins, unit
 
 N, C, K = 5, 6, 9
@@ -61,7 +61,7 @@ def test_two_uses_before_a_backward_do_not_disturb_each_other() -> None:
 def test_every_loss_takes_a_learned_temperature_and_trains_it() -> None:
     """With entries taken out too: their logit is -inf, whose gradient by T must not become nan."""
     query, key, queue, negatives = unit(N, C, seed=0), unit(N, C, seed=1), unit(K, C, seed=2), coins(N, K, seed=3)
-    positives, extra = coins(N, K, seed=4), unit(N, 2, C, seed=5)
+    positives = coins(N, K, seed=4)
     views = torch.stack([query, key])
 
     def losses(t: Any) -> list[torch.Tensor]:
@@ -69,8 +69,8 @@ def test_every_loss_takes_a_learned_temperature_and_trains_it() -> None:
             info_nce(query, key, queue, t, negatives)[0],
             in_batch_info_nce(query, key, torch.arange(N), t, margin=0.1)[0],
             nt_xent(views, views, 0, t)[0],
-            contrast(query, key, queue, t, negatives, debias=0.05)[0],
-            contrast(query, key, queue, t, negatives, margin=0.2, positives=positives, extra_negatives=extra)[0],
+            contrast(query, key, queue, t, Switches(debias=0.05), negatives)[0],
+            contrast(query, key, queue, t, Switches(margin=0.2), negatives, positives)[0],
         ]
 
     learned = LearnedTemperature(0.3).double()

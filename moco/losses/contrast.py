@@ -1,0 +1,171 @@
+"""InfoNCE with a queue and its switches: margin, debiasing, false negatives, mixed hard negatives, further positives.
+
+Legend: N queries, C dimension, K queue length, s negatives mixed from pairs, s' mixed with the query, E = s + s'.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moco.losses.debias import debiased_cross_entropy
+from moco.losses.false_negatives import find_false_negatives
+from moco.losses.margin import Margin, add_margin
+from moco.losses.mixing import mix_hard_negatives
+from moco.losses.queue import info_nce_logits, mean_over_key_and_positives, positive_columns
+from moco.losses.similarity import (
+    ABSENT,
+    Temperature,
+    check_mask,
+    full_precision,
+    paired_similarity,
+    similarity,
+)
+from moco.losses.streamed import logit_measures
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Changes to InfoNCE; the defaults change nothing."""
+
+    margin: float = 0.0  # see `add_margin`
+    margin_kind: Margin = "arc"
+    debias: float = 0.0  # see `debiased_cross_entropy`
+    false_negatives: Literal["keep", "eliminate", "attract"] = "keep"  # see `find_false_negatives`
+    false_threshold: float | None = None
+    false_top: int | None = None
+    mix_hardest: int = 0  # see `mix_hard_negatives`
+    mix_pairs: int = 0  # s
+    mix_query: int = 0  # s'
+
+    @property
+    def mixed(self) -> int:
+        """Return E, the number of mixed negatives per query."""
+        return self.mix_pairs + self.mix_query
+
+    @property
+    def draws(self) -> int:
+        """Return the number of random numbers per query that mixing needs."""
+        return 3 * self.mix_pairs + 2 * self.mix_query
+
+
+def contrast(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: Temperature,
+    switches: Switches,
+    negatives: Tensor | None = None,
+    positives: Tensor | None = None,
+    uniforms: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute InfoNCE with switches; without any it is `info_nce`, bit for bit.
+
+    Args:
+        query, key, queue, temperature, negatives: as in `info_nce`.
+        switches: the changes.
+        positives: boolean (N, K) or (1, K), keys in the queue that are positives too: those of the query's class
+            (SupMoCo), see `multi_positive_info_nce`.
+        uniforms: random numbers for mixing, shape (N, switches.draws).
+
+    Returns:
+        The mean loss over the queries, shape (), and detached measures of shape (), means over the queries:
+        "negatives", the number of negatives in the queue; "chance", the loss if all candidates are equally similar;
+        "eliminated" or "attracted", the number of false negatives found; "positives", the number of positives in the
+        queue; "mixed_similarity", the cosine of the query and its mixed negatives; and those of `logit_measures`,
+        without margin and mixed negatives, so that runs can be compared.
+
+    Raises:
+        ValueError: for invalid values and shapes, and for debiasing together with another switch.
+    """
+    check_mask("positives", positives, (len(query), len(queue)))
+    measures = {}
+    if switches.false_negatives != "keep":
+        limits = {"threshold": switches.false_threshold, "top": switches.false_top}
+        found = find_false_negatives(key, queue, candidates=negatives, **limits)  # type: ignore[arg-type]  # (N, K)
+        if switches.false_negatives == "eliminate":
+            measures["eliminated"] = _mean_count(found)
+            negatives = ~found if negatives is None else negatives & ~found
+        else:
+            measures["attracted"] = _mean_count(found)
+            positives = found if positives is None else positives | found
+    candidates = torch.ones(1, len(queue), dtype=torch.bool, device=queue.device) if negatives is None else negatives
+    only_negatives = candidates  # (N, K) or (1, K)
+    if positives is not None:
+        positives = positives & candidates
+        measures["positives"] = _mean_count(positives)
+        only_negatives = candidates & ~positives
+    measures["negatives"] = _mean_count(only_negatives)
+    # A mean of logarithms, not the logarithm of a mean: the same for any division of the batch.
+    measures["chance"] = torch.log1p(candidates.sum(dim=1).float() + switches.mixed).mean()
+    mixed = None
+    if switches.mixed:
+        mixed = _mix(query, queue, switches, uniforms, only_negatives)  # (N, E, C)
+        measures["mixed_similarity"] = similarity(query.detach(), mixed).mean()
+    query = full_precision(query)
+    logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
+    loss = _loss(query, key, queue, logits, temperature, switches, positives, mixed)
+    plain = logits.detach()
+    if positives is not None:
+        plain = torch.cat([plain[:, :1], plain[:, 1:].masked_fill(positives, ABSENT)], dim=1)
+    return loss, measures | logit_measures(plain, temperature)
+
+
+def _loss(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    logits: Tensor,
+    temperature: Temperature,
+    switches: Switches,
+    positives: Tensor | None,
+    mixed: Tensor | None,
+) -> Tensor:
+    """Return the cross entropy of `info_nce_logits` with margin, positives and mixed negatives; or debiased."""
+    if switches.debias:
+        others = {"margin": switches.margin, "mixed negatives": mixed is not None, "positives": positives is not None}
+        on = [name for name, is_on in others.items() if is_on]
+        if on:
+            raise ValueError(
+                f"debias={switches.debias} together with {', '.join(on)}: its estimate holds for the queue's keys as "
+                "they are; use one or the other"
+            )
+        return debiased_cross_entropy(logits, temperature, switches.debias)
+    positive = None if positives is None else positive_columns(positives, logits)  # (N, 1+K)
+    if switches.margin:
+        margin, kind = switches.margin, switches.margin_kind
+        rest = logits[:, 1:]  # (N, K)
+        if positive is not None:
+            lowered = add_margin(similarity(query, queue), margin, kind) / temperature
+            rest = torch.where(positive[:, 1:], lowered, rest)
+        logits = torch.cat([add_margin(paired_similarity(query, key), margin, kind) / temperature, rest], dim=1)
+    if mixed is not None:
+        absent = (mixed == 0).all(dim=2)  # (N, E), of a query without any negative
+        extra = (similarity(query, mixed) / temperature).masked_fill(absent, ABSENT)
+        logits = torch.cat([logits, extra], dim=1)  # (N, 1+K+E)
+    if positive is None:
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
+        return F.cross_entropy(logits, labels)
+    positive = F.pad(positive, (0, logits.shape[1] - positive.shape[1]))  # mixed ones are no positives
+    return mean_over_key_and_positives(logits, positive)
+
+
+def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | None, negatives: Tensor) -> Tensor:
+    """Return the mixed negatives, (N, E, C)."""
+    if uniforms is None or uniforms.shape != (len(query), switches.draws):
+        raise ValueError(f"uniforms must have shape ({len(query)}, {switches.draws}) for mixing")
+    pairs, with_query = uniforms.split([3 * switches.mix_pairs, 2 * switches.mix_query], dim=1)
+    return mix_hard_negatives(
+        query,
+        queue,
+        switches.mix_hardest,
+        pairs.unflatten(1, (switches.mix_pairs, 3)),
+        with_query.unflatten(1, (switches.mix_query, 2)),
+        negatives,
+    )
+
+
+def _mean_count(mask: Tensor) -> Tensor:
+    return mask.sum(dim=1).float().mean()
