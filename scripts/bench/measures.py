@@ -1,7 +1,7 @@
-"""What the measures in the loop cost: one look of `moco.training.monitor.Monitor` next to the steps between two looks.
+"""The cost of the measures during training: one call of `moco.training.monitor.Monitor`, compared with a step.
 
-The digits' recipe looks every 20 steps (analyse_every=2 x log_every=10), the others every 50 (5 x 10, the default). The
-queue is full, so that a look has all of its keys to look at; the look at a leak's second forward pass is among it.
+The digits recipe measures every 20 steps (analyse_every=2 x log_every=10), the others every 50 (5 x 10, the default).
+The queue is full, so that all of its keys are measured. The second forward pass of the BN leak test is included.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -31,24 +31,24 @@ BATCH, GROUP, CLASSES, IMAGES = 128, 32, 10, 50_000
 
 
 class Recipe(NamedTuple):
-    """What is trained, and how often it is looked at."""
+    """A network and how often it is measured."""
 
     title: str
     encoder: Callable[[], Encoder]
     dim: int
-    size: int  # of a picture
+    size: int  # of an image
     queue: int
-    steps: int  # between two looks
-    plain: bool = False  # float32, contiguous; otherwise as is fastest
+    steps: int  # between two measurements
+    plain: bool = False  # float32, contiguous; otherwise the fastest setting
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
+    """Add the arguments of this comparison."""
     parser.add_argument("--queue", type=int, nargs="+", default=[4096, 65536], help="of ResNet-18")
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """One table: seconds of a step and of a look, and the look's share."""
+    """Yield one table: milliseconds of a step and of a measurement, and the share of the measurement."""
     recipes = [Recipe("digits, K 512", _digits, 64, 16, 512, 20, plain=True)]
     recipes += [Recipe(f"ResNet-18, K {k}", partial(encoder, "resnet18"), C, 32, k, 50) for k in options.queue]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,22 +56,22 @@ def run(options: Namespace) -> Iterator[Table]:
         keep_freed_memory()
     rows = []
     for recipe in recipes:
-        step, look = prepared(recipe, device)
-        forms = {"step": step, "look": look}
+        step, measurement = prepared(recipe, device)
+        forms = {"step": step, "measurement": measurement}
         clocks = {name: partial(_seconds, work, options.clock) for name, work in forms.items()}
         found = alternate(clocks, options.rounds)
-        shares = [b / (recipe.steps * a) for a, b in zip(found["step"], found["look"], strict=True)]
+        shares = [b / (recipe.steps * a) for a, b in zip(found["step"], found["measurement"], strict=True)]
         middle = [f"{1000 * median(found[name]):,.1f}" for name in forms]
         rows.append([recipe.title, *middle, str(recipe.steps), f"{median(shares):.2%}", f"{max(shares):.2%}"])
     yield Table(
-        f"A step of {BATCH} images and a look at it, ms, {options.clock} time",
-        ["", "step", "look", "steps between looks", "share", "highest share"],
+        f"A step of {BATCH} images and a measurement of it, ms, {options.clock} time",
+        ["", "step", "measurement", "steps between measurements", "share", "highest share"],
         rows,
     )
 
 
 def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object], Callable[[], object]]:
-    """A step without a look, and a look at the same step."""
+    """Return a step without a measurement, and a measurement of the same step."""
     torch.manual_seed(0)
     network = recipe.encoder()
     precision = "fp32" if recipe.plain else pick_precision("auto", network, recipe.size, device)[0]
@@ -82,7 +82,7 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
     keys = F.normalize(torch.randn(recipe.queue, recipe.dim, device=device), dim=1)
     method.queue.enqueue(keys, torch.randint(IMAGES, (recipe.queue,), device=device))
     labels = torch.randint(CLASSES, (IMAGES,), device=device)
-    observer = Monitor(method, labels, BATCH, True, PRECISIONS[precision])
+    monitor = Monitor(method, labels, BATCH, True, PRECISIONS[precision])
     optimizer = build_optimizer(method, OptimConfig(weight_decay=5e-4))
     views = [torch.randn(BATCH, 3, recipe.size, recipe.size, device=device) for _ in range(2)]
     shuffles = [np.random.default_rng(view).permutation(BATCH) for view in range(2)]
@@ -107,7 +107,7 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
         return {}
 
     step(look=keep)
-    return step, partial(observer, *seen[0])
+    return step, partial(monitor, *seen[0])
 
 
 def _digits() -> Encoder:

@@ -1,9 +1,9 @@
-"""An epoch's pace end to end on CIFAR-10, from pictures to weights: this project's and lightly's MoCo v2.
+"""The speed of training end to end on CIFAR-10, from images to weights: this project's and lightly's MoCo v2.
 
---data is CIFAR-10 as a folder of pictures, kept in memory by both. lightly is put together as its CIFAR-10 benchmark
-is: its transform on PIL pictures in two loader processes, its memory bank, projection head and loss, SGD, float32. Ours
-is `moco.train`'s loop with the machine's own choice of precision. Same backbone, batch, queue, head and temperature; BN
-in groups of 32 on our side and over the batch on theirs, which is the cheaper.
+--data is CIFAR-10 as a folder of images, which both keep in memory. lightly is set up as in its CIFAR-10 benchmark: its
+transform of PIL images in two loader processes, its memory bank, projection head and loss, SGD, float32. Ours is the
+loop of `moco.train` with the precision chosen for the machine. Backbone, batch, queue, head and temperature are the
+same. BN uses groups of 32 here, and the batch in lightly, which is cheaper.
 """
 
 import copy
@@ -38,15 +38,15 @@ C, T, M, LR, DECAY, WORKERS = 128, 0.1, 0.99, 0.06, 5e-4, 2
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
+    """Add the arguments of this comparison."""
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=3, help="a round; the first is not counted")
+    parser.add_argument("--batches", type=int, default=3, help="per round; the first is not counted")
     parser.add_argument("--queue", type=int, default=4096)
     parser.add_argument("--backbone", default="resnet18")
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """One table: images a second."""
+    """Yield one table: images per second."""
     source = load_source(DataConfig("folder", options.data, resident=True)).train
     keep_freed_memory()
     given: dict[str, object] = (
@@ -61,7 +61,7 @@ def run(options: Namespace) -> Iterator[Table]:
 
 
 def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> Callable[[], Iterator[object]]:
-    """A stream of steps."""
+    """Return a stream of this project's steps."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     encoder = build_encoder(options.backbone, given, 2, 0, C, "grouped", 32)
@@ -88,15 +88,15 @@ def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> C
 
 
 def _lightly(name: str) -> Any:
-    """A module of the peer, which this comparison alone needs: it is no dependency."""
+    """Import a module of lightly, which only this comparison needs."""
     try:
         return importlib.import_module(f"lightly.{name}")
     except ModuleNotFoundError as error:
         raise SystemExit("this comparison needs lightly: pip install lightly") from error
 
 
-class _Pictures:
-    """lightly's transform of pictures in memory, (N, 3, S, S)."""
+class _Images:
+    """lightly's transform of images in memory, (N, 3, S, S)."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -111,7 +111,7 @@ class _Pictures:
 
 
 def lightly_epoch(options: Namespace, source: Source, given: dict[str, object]) -> Callable[[], Iterator[object]]:
-    """The same with lightly's parts, in the order of its example."""
+    """Return a stream of steps with lightly's parts, in the order of its example."""
     assert source.images is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -125,11 +125,11 @@ def lightly_epoch(options: Namespace, source: Source, given: dict[str, object]) 
     utilities.deactivate_requires_grad(f_k)
     loss_of = _lightly("loss").NTXentLoss(temperature=T, memory_bank_size=(options.queue, C)).to(device)
     optimizer = torch.optim.SGD(f_q.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY)
-    pictures = _Pictures(source.images)
+    images = _Images(source.images)
 
     def steps() -> Iterator[object]:
         loader = DataLoader(  # type: ignore[var-annotated]
-            pictures,  # type: ignore[arg-type]
+            images,  # type: ignore[arg-type]
             batch_size=options.batch,
             shuffle=True,
             drop_last=True,

@@ -1,9 +1,9 @@
-"""A training step as this project takes it, next to a plain one of the same mathematics: MoCo with grouped BN on CIFAR.
+"""A training step of this project, compared with a plain implementation: MoCo with grouped BN on CIFAR.
 
-The plain step is written as one would write it from the paper's Algorithm 1: float32, contiguous memory, eager, logits
-as one matrix, the C library's allocator as it comes. Both train ResNet-18 with the CIFAR stem on the same random views.
+The plain step follows the paper's Algorithm 1 directly: float32, contiguous memory, eager, logits as one matrix, the
+default allocator. Both train ResNet-18 with the CIFAR stem on the same random views.
 
---threads 2 --batch 256 --queue 4096 is issue 5's setting. --compile adds the compiled step; it takes minutes to start.
+--compile adds the compiled step, which takes minutes to start.
 """
 
 import copy
@@ -32,7 +32,7 @@ Step = Callable[[], object]
 
 
 def arguments(parser: ArgumentParser) -> None:
-    """What this comparison takes besides the common arguments."""
+    """Add the arguments of this comparison."""
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--queue", type=int, default=4096)
     parser.add_argument("--backbone", default="resnet18")
@@ -40,7 +40,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """A table of images a second, and one of the step against its encoders."""
+    """Yield a table of images per second, and one of the use of the machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, why = pick_precision("auto", encoder(options.backbone), SIZE, device)
     views, index = inputs(options.batch, device)
@@ -65,20 +65,20 @@ def run(options: Namespace) -> Iterator[Table]:
 
 
 def encoder(backbone: str) -> Encoder:
-    """ResNet with the CIFAR stem and one linear layer, as in the official notebook."""
+    """Build a ResNet with the CIFAR stem and one linear layer, as in the official notebook."""
     torch.manual_seed(0)
     return build_encoder(backbone, {"stem": "cifar"}, 1, 0, C, "grouped", GROUP)
 
 
 def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Two views (N, 3, S, S), and the samples' numbers (N,)."""
+    """Return two random views (N, 3, S, S) and the samples' numbers (N,)."""
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device) for _ in range(2)]
     return views, torch.arange(batch, device=device)
 
 
 def ours(options: Namespace, views: list[Tensor], index: Tensor, precision: str, compiled: bool) -> Step:
-    """`moco.training.step.train_step` as pretraining calls it."""
+    """Return `moco.training.step.train_step` with the arguments of a training run."""
     device = index.device
     method = MoCo(encoder(options.backbone), KeyQueue(options.queue, C, mask_own_keys=False), T).to(device)
     method.to(memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ def ours(options: Namespace, views: list[Tensor], index: Tensor, precision: str,
 
 
 def plain(options: Namespace, views: list[Tensor]) -> Step:
-    """Algorithm 1, written down without a thought for speed."""
+    """Return a step that follows Algorithm 1 without optimizing for speed."""
     device = views[0].device
     f_q = encoder(options.backbone).to(device).train()
     f_k = copy.deepcopy(f_q)

@@ -1,11 +1,11 @@
-"""Each of the doctor's faults put into a real run of `moco.train`, and healthy runs of five methods: a measured table.
+"""Real runs of `moco.train` with one fault per alarm, healthy runs of five methods, and a table of the findings.
 
-    python -m tests.analysis.faults FOLDER                  all of it: the runs that FOLDER does not hold, and the table
-    python -m tests.analysis.faults FOLDER --only leak hot  some of it
+    python -m tests.analysis.faults FOLDER                  run what FOLDER does not hold yet, and print the table
+    python -m tests.analysis.faults FOLDER --only leak hot  only some of the cases
     python -m tests.analysis.faults --inject early FIELD=VALUE ...     python -m moco.train with a defect in its code
 
-A fault is put in by configuration where a user can cause it so, else by a defect in the code (`DEFECTS`). The table
-says in which epoch the doctor spoke, and what it said besides.
+A fault is a configuration if a user can cause it that way, else a defect in the code (`DEFECTS`). The table has the
+epoch of the doctor's finding, and its other findings.
 """
 
 import argparse
@@ -26,23 +26,22 @@ from moco.builder import MoCo
 from moco.cli import run_command
 from moco.config import TrainConfig
 from moco.train import train
-from moco.training import trainer as pretrain
+from moco.training import trainer
 
-# A look at the end of each epoch of 10 steps; the digits' recipe looks every second epoch.
+# A measurement at the end of each epoch of 10 steps; the digits recipe measures every second epoch.
 COMMON = ("threads=1", "log_every=5", "analyse_every=2")
 SHORT = ("epochs=4", "evaluate.every_epochs=0")
 PAIRS = ("model.bn_group_size=2", "method.temperature=0.1")
-OFTEN = ("log_every=2", "analyse_every=5")  # for alarms that want many records: the same looks
+OFTEN = ("log_every=2", "analyse_every=5")  # for alarms that need many records; as many measurements
 
-
-Patch = Callable[[object, str, object], None]  # puts a value in the place of an attribute
+Patch = Callable[[object, str, object], None]  # replaces an attribute by a value
 
 
 class Case(NamedTuple):
-    """A run, and what the doctor is to say of it."""
+    """A run and the expected finding."""
 
     alarm: str  # "" for a healthy run
-    what: str
+    title: str
     overrides: tuple[str, ...]
     defect: str = ""
 
@@ -98,7 +97,7 @@ CASES = {
 
 
 def early(patch: Patch) -> None:
-    """Keys are enqueued before the loss is taken, as a shipped queue once did: each query's own key is a negative."""
+    """Enqueue keys before the loss, as a published queue once did: each query's own key is a negative."""
     forward, enqueue = MoCo.forward, MoCo.enqueue
 
     def hasty(self: MoCo, views: Any, keys: Any, index: Any, start: int = 0) -> Any:
@@ -110,7 +109,7 @@ def early(patch: Patch) -> None:
 
 
 def unrelated(patch: Patch) -> None:
-    """A pair's views show two images: each key is that of the batch's next image."""
+    """Let the two views of a pair show two images: each key is that of the batch's next image."""
     encode = MoCo.encode_keys
 
     def shifted(self: MoCo, views: Any, shuffles: Any, micro_batch: int) -> Any:
@@ -120,27 +119,27 @@ def unrelated(patch: Patch) -> None:
 
 
 def slow(patch: Patch) -> None:
-    """Each batch takes as long to arrive as the step before it took, whatever else the machine does."""
-    arriving = vars(pretrain)["batches"]
+    """Delay each batch by the duration of the previous step, independent of the load on the machine."""
+    arriving = vars(trainer)["batches"]
 
     def late(*arguments: Any, **named: Any) -> Iterator[Any]:
         for batch in arriving(*arguments, **named):
-            given = time.monotonic()
+            start = time.monotonic()
             yield batch
-            time.sleep(time.monotonic() - given)
+            time.sleep(time.monotonic() - start)
 
-    patch(pretrain, "batches", late)
+    patch(trainer, "batches", late)
 
 
 def jump(patch: Patch) -> None:
-    """The schedule goes wrong: from step 40 on the learning rate of every 20th step is 200 times what it should be."""
-    told = vars(pretrain)["told"]
+    """Multiply the learning rate of every 20th step by 200, from step 40 on."""
+    schedule_values = vars(trainer)["schedule_values"]
 
     def wrong(config: Any, plan: Any, peak_lr: float, step: int) -> dict[str, float]:
-        now: dict[str, float] = told(config, plan, peak_lr, step)
+        now: dict[str, float] = schedule_values(config, plan, peak_lr, step)
         return now | {"lr": now["lr"] * (200 if step >= 40 and step % 20 == 0 else 1)}
 
-    patch(pretrain, "told", wrong)
+    patch(trainer, "schedule_values", wrong)
 
 
 DEFECTS: dict[str, Callable[[Patch], None]] = {
@@ -153,7 +152,7 @@ DEFECTS: dict[str, Callable[[Patch], None]] = {
 
 @contextmanager
 def defect(name: str) -> Iterator[None]:
-    """A defect in the code, or with "" none."""
+    """Inject a defect into the code; "" injects none."""
     with pytest.MonkeyPatch.context() as patch:
         if name:
             DEFECTS[name](patch.setattr)
@@ -161,13 +160,13 @@ def defect(name: str) -> Iterator[None]:
 
 
 def command(case: Case, run: Path) -> list[str]:
-    """What runs a case."""
+    """Return the command that runs a case."""
     start = ["tests.analysis.faults", "--inject", case.defect] if case.defect else ["moco.train"]
     return [sys.executable, "-m", *start, *COMMON, *case.overrides, f"run={run}"]
 
 
 def log_of(name: str, folder: Path) -> str:
-    """What a case's run prints; runs it unless it is there."""
+    """Return the output of a case, and run it unless that exists."""
     file = folder / f"{name}.log"
     if not file.is_file():
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -179,29 +178,29 @@ def log_of(name: str, folder: Path) -> str:
     return file.read_text()
 
 
-SAID = re.compile(r"^doctor, epoch ([\d.]+): ([^:]+): (.*)$", re.MULTILINE)
+LOGGED = re.compile(r"^doctor, epoch ([\d.]+): ([^:]+): (.*)$", re.MULTILINE)
 
 
 def row(case: Case, log: str) -> list[str]:
-    """A line of the table: fault, how, alarm, epoch, evidence, what else was said."""
-    said = {name: (epoch, evidence.split(". Try ")[0]) for epoch, name, evidence in SAID.findall(log)}
+    """Return a row of the table: fault, command line, alarm, epoch, evidence, other findings."""
+    found = {name: (epoch, evidence.split(". Try ")[0]) for epoch, name, evidence in LOGGED.findall(log)}
     how = " ".join(word for word in case.overrides if word not in (*SHORT, *OFTEN) and not word.startswith("epochs="))
     if case.defect:
         how = f"--inject {case.defect} {how}".strip()
-    epoch, evidence = said.pop(case.alarm, ("-", "NOT SEEN" if case.alarm else ""))
-    also = "; ".join(f"{name} ({at})" for name, (at, _) in said.items()) or "nothing"
+    epoch, evidence = found.pop(case.alarm, ("-", "NOT SEEN" if case.alarm else ""))
+    also = "; ".join(f"{name} ({at})" for name, (at, _) in found.items()) or "nothing"
     ended = "" if "─ done ─" in log else f"; ended: {log.strip().splitlines()[-1][:160]}"
-    return [case.what, f"`{how}`" if how else "as it comes", case.alarm or "none", epoch, evidence, also + ended]
+    return [case.title, f"`{how}`" if how else "default", case.alarm or "none", epoch, evidence, also + ended]
 
 
 def main() -> None:
-    """The table, in Markdown."""
+    """Print the table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the runs and what they print go")
+    parser.add_argument("folder", type=Path, help="directory for the runs and their output")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    rows = [["run", "how", "alarm expected", "in epoch", "evidence", "said besides"], ["---"] * 6]
+    rows = [["run", "how", "alarm expected", "in epoch", "evidence", "other findings"], ["---"] * 6]
     for name in options.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows.append(row(CASES[name], log_of(name, options.folder)))
