@@ -16,8 +16,8 @@ def test_a_file_is_renamed_when_it_is_complete(tmp_path: Path) -> None:
     with atomic_write(file) as temporary:
         temporary.write_text("half")
         assert file.read_text() == "before"
-        temporary.write_text("whole")
-    assert file.read_text() == "whole"
+        temporary.write_text("complete")
+    assert file.read_text() == "complete"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 

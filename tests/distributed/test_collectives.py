@@ -44,8 +44,8 @@ CPU = torch.device("cpu")
 
 def collectives(batch: int) -> dict[str, Any]:
     share = batch // world_size()
-    whole = torch.arange(batch * 6, dtype=torch.float32).view(batch, 2, 3)
-    mine = whole[rank() * share : (rank() + 1) * share]
+    everything = torch.arange(batch * 6, dtype=torch.float32).view(batch, 2, 3)
+    mine = everything[rank() * share : (rank() + 1) * share]
     order = permutation(0, 0, batch, 0)
     shuffled = permute(mine, order)
     x = torch.full((3,), float(rank() + 1), requires_grad=True)
@@ -210,11 +210,11 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[Found]:
 
 def test_collectives(four: list[Found]) -> None:
     results = [found.collectives for found in four]
-    whole = torch.arange(16 * 6, dtype=torch.float32).view(16, 2, 3)
+    everything = torch.arange(16 * 6, dtype=torch.float32).view(16, 2, 3)
     order = permutation(0, 0, 16, 0)
     for r, result in enumerate(results):
-        assert torch.equal(result["gathered"], whole)
-        assert torch.equal(result["shuffled"], whole[order[4 * r : 4 * r + 4]])
+        assert torch.equal(result["gathered"], everything)
+        assert torch.equal(result["shuffled"], everything[order[4 * r : 4 * r + 4]])
         assert torch.equal(result["back"], result["mine"])
         assert torch.equal(result["sum_gradient"], torch.full((3,), 1.0 + 2 + 3 + 4))  # every rank's loss sees x
         assert result["mean"] == 1.5

@@ -14,9 +14,9 @@ DAMAGED = 20 if LONG else 2
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
-    run = tmp_path_factory.mktemp("uninterrupted") / "whole"
+    run = tmp_path_factory.mktemp("uninterrupted") / "reference"
     runs.to_the_end(run)
     assert runs.newest(run)["step"] == STEPS
     return run
@@ -52,7 +52,7 @@ def kill_once(run: Path, seed: int) -> str:
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(reference: Path, tmp_path: Path) -> None:
     met: list[str] = []
     finished = 0
     while sum(each != "late" for each in met) < KILLS:
@@ -66,7 +66,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(whole: Path, tmp_
         if met[-1] == "late":
             met[-1] = "late, and over"
         runs.to_the_end(run)
-        runs.same_end(run, whole)
+        runs.same_end(run, reference)
         finished += 1
     counts = {each: met.count(each) for each in sorted(set(met))}
     print(f"faults: {KILLS} kills in {finished} runs of {STEPS} steps: {counts}")
@@ -75,7 +75,7 @@ def test_a_killed_run_ends_bit_for_bit_as_an_uninterrupted_one(whole: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(whole: Path, tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(reference: Path, tmp_path: Path) -> None:
     """Flip a random bit or truncate the file at random. Damage to padding is harmless."""
     noticed = 0
     for seed in range(DAMAGED):
@@ -91,7 +91,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_one_used(whole: P
             data[random.randrange(len(data))] ^= 1 << random.randrange(8)
         path.write_bytes(data)
         runs.to_the_end(run)
-        runs.same_end(run, whole)
+        runs.same_end(run, reference)
         noticed += path.name in runs.output(run) and "using the previous checkpoint" in runs.output(run)
     print(f"faults: {DAMAGED} damaged checkpoints, {noticed} noticed and skipped, the others harmless")
     assert noticed >= DAMAGED * 3 // 4

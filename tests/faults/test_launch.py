@@ -73,8 +73,8 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(launch: Launch, tmp_path:
         os.kill(victim, signal.SIGKILL)
     assert torchrun.wait(900) == 0, log.read_text()
     assert log.read_text().count("resuming ") == 2
-    runs.to_the_end(tmp_path / "whole", world=2)
-    runs.same_end(run, tmp_path / "whole")
+    runs.to_the_end(tmp_path / "reference", world=2)
+    runs.same_end(run, tmp_path / "reference")
 
 
 @pytest.mark.slow
@@ -198,10 +198,10 @@ def test_two_hosts_recover_from_a_lost_network_and_end_as_without_it(
             if each.poll() not in (None, 0) and time.monotonic() < end:  # run it again
                 torchruns[number], again = start(number), again + 1
         time.sleep(0.5)
-    said = [(tmp_path / f"host{number}").read_text() for number in (1, 2)]
-    assert [each.wait(60) for each in torchruns.values()] == [0, 0], said
-    assert any(f"rank {other} hangs" in text and "no heartbeat" in text for text in said for other in (0, 1)), said
+    logs = [(tmp_path / f"host{number}").read_text() for number in (1, 2)]
+    assert [each.wait(60) for each in torchruns.values()] == [0, 0], logs
+    assert any(f"rank {other} hangs" in text and "no heartbeat" in text for text in logs for other in (0, 1)), logs
     assert cut < runs.saved(run) == 80
     print(f"faults: cut off after step {cut}; torchrun was restarted {again} times")
-    runs.to_the_end(tmp_path / "whole", "epochs=4", world=2)
-    runs.same_end(run, tmp_path / "whole")
+    runs.to_the_end(tmp_path / "reference", "epochs=4", world=2)
+    runs.same_end(run, tmp_path / "reference")

@@ -40,7 +40,7 @@ def test_a_run_resumes_on_another_number_of_processes_and_ends_as_on_one(tmp_pat
     The learning rate is small, because training amplifies rounding errors.
     """
     slow = "optim.lr=0.003"
-    runs.to_the_end(tmp_path / "whole", slow)
+    runs.to_the_end(tmp_path / "reference", slow)
     changes, finished, furthest = 0, 0, 0.0
     while changes < CHANGES:
         run, turn = tmp_path / f"run{finished}", 0
@@ -56,8 +56,8 @@ def test_a_run_resumes_on_another_number_of_processes_and_ends_as_on_one(tmp_pat
             changes += 1
         runs.to_the_end(run, slow, world=WORLDS[turn % len(WORLDS)])
         queued_as_planned(run)
-        furthest = max(furthest, runs.close_end(run, tmp_path / "whole", tolerance=1e-2))
-        losses = [np.array(runs.records(each)) for each in (run, tmp_path / "whole")]
+        furthest = max(furthest, runs.close_end(run, tmp_path / "reference", tolerance=1e-2))
+        losses = [np.array(runs.records(each)) for each in (run, tmp_path / "reference")]
         np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
         finished += 1
     print(f"faults: {changes} changes of the number of processes in {finished} runs, furthest weight {furthest:.1e}")
@@ -136,16 +136,16 @@ def stop_in_an_epochs_last_step() -> None:
 
 @pytest.mark.slow
 def test_a_stopped_run_saves_first_and_evaluates_after_the_restart(tmp_path: Path) -> None:
-    run, whole, world = tmp_path / "run", tmp_path / "whole", 2 if LONG else 1
+    run, reference, world = tmp_path / "run", tmp_path / "reference", 2 if LONG else 1
     given = ["evaluate.every_epochs=1", "evaluate.draws=2"]
     processes = runs.start(run, *given, world=world, prepare=stop_in_an_epochs_last_step)
     assert runs.wait(processes) == [PREEMPTED] * world, runs.output(run)
     assert "stopped by SIGTERM after step 20 of 40" in runs.output(run)
-    for each in (run, whole):
+    for each in (run, reference):
         runs.to_the_end(each, *given, world=world)
     assert [each["step"] for each in runs.newest(run)["history"]] == [0, 20, 40]
-    assert runs.newest(run)["history"] == runs.newest(whole)["history"]
-    runs.same_end(run, whole)
+    assert runs.newest(run)["history"] == runs.newest(reference)["history"]
+    runs.same_end(run, reference)
 
 
 def other_setting() -> None:

@@ -1,4 +1,4 @@
-"""A disk that is really full, and pictures that vanish, while a run goes on.
+"""A disk that is really full, and images that are deleted, while a run trains.
 
 In the short form single files meet a full disk in tests/training/test_nonfinite.py, tests/interop/test_weights.py,
 tests/data/test_bad_images.py and tests/training/test_summary.py.
@@ -53,8 +53,8 @@ def fill(place: Path) -> None:
 def test_a_full_disk_ends_the_run_with_a_sentence_and_later_it_resumes_bit_for_bit(
     small_disk: Path, tmp_path: Path
 ) -> None:
-    whole = tmp_path / "whole"
-    runs.to_the_end(whole)
+    reference = tmp_path / "reference"
+    runs.to_the_end(reference)
     turns = 10 if LONG else 2
     for turn in range(turns):
         run = tmp_path / f"run{turn}"
@@ -73,7 +73,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_later_it_resumes_bit_for_b
         assert checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0])["step"] == runs.saved(run)
         runs.to_the_end(run)
         assert "using the previous" not in runs.output(run)
-        runs.same_end(run, whole)
+        runs.same_end(run, reference)
         shutil.rmtree(small_disk / run.name)
     print(f"faults: {turns} full disks")
 
@@ -116,13 +116,13 @@ def test_a_full_disk_at_any_file_of_a_run_is_one_sentence_and_later_the_file_is_
     if name.startswith("nonfinite"):
         given += ["optim.lr=1e30", "optim.warmup_epochs=0"]
     assert runs.wait(runs.start(run, *given, prepare=partial(full_before, small_disk, name))) == [1], runs.output(run)
-    said = runs.output(run)
-    (line,) = [each for each in said.splitlines() if name in each and "No space left on device" in each]
-    assert "Traceback" not in said
+    output = runs.output(run)
+    (line,) = [each for each in output.splitlines() if name in each and "No space left on device" in each]
+    assert "Traceback" not in output
     if name == "views.png":  # only a warning: the next record ends the run
         assert line.startswith("moco: warning: ")
         assert line.endswith("training goes on without it")
-        assert sum("No space left on device" in each for each in said.splitlines()) == 2
+        assert sum("No space left on device" in each for each in output.splitlines()) == 2
     elif name.startswith("nonfinite"):
         assert line.startswith("moco: step ")
         assert "(the state could not be kept: " in line

@@ -143,9 +143,9 @@ def test_a_failure_while_writing_leaves_the_previous_checkpoint(
     real = torch.save
 
     def half(what: Any, file: Any) -> None:
-        real(what, tmp_path / "whole")
-        file.write((tmp_path / "whole").read_bytes()[:500])
-        (tmp_path / "whole").unlink()
+        real(what, tmp_path / "complete")
+        file.write((tmp_path / "complete").read_bytes()[:500])
+        (tmp_path / "complete").unlink()
         raise OSError(28, "No space left on device")
 
     def fail(*_: object) -> None:
@@ -202,9 +202,9 @@ def test_a_flipped_byte_of_a_tensor_is_refused(tmp_path: Path) -> None:
 def test_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
     small = {"step": 3, "method": {"weight": torch.arange(12.0)}, "history": ["abc", 0.5]}
     path = save(tmp_path, 1, small, keep_last=1)
-    whole, refused, harmless = path.read_bytes(), 0, 0
-    for at in range(0, len(whole), 5):
-        data = bytearray(whole)
+    complete, refused, harmless = path.read_bytes(), 0, 0
+    for at in range(0, len(complete), 5):
+        data = bytearray(complete)
         data[at] ^= 0x10
         path.write_bytes(data)
         try:
@@ -478,8 +478,8 @@ saver.join()
 real = torch.save
 
 def half(what, file):
-    real(what, sys.argv[1] + "/../whole")
-    file.write(Path(sys.argv[1] + "/../whole").read_bytes()[:2000])
+    real(what, sys.argv[1] + "/../complete")
+    file.write(Path(sys.argv[1] + "/../complete").read_bytes()[:2000])
     file.flush()
     print("half written", flush=True)
     time.sleep(60)
