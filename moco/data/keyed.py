@@ -104,3 +104,8 @@ def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.i
     """
     words = philox(_key(seed), (0, stream, np.arange(length, dtype=np.uint64), epoch))
     return np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")
+
+
+def step_seed(seed: int, number: int) -> int:
+    """Return the `number`-th seed for torch's own generator, below 2**63. The numbers of a run must all differ."""
+    return (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**63  # 2**64 / golden ratio: multiples are far apart

@@ -1,56 +1,93 @@
-"""From the configuration to the parts: the one place that takes a group of fields and calls a constructor."""
+"""Build the parts of a run that need more than one call, from its configuration."""
 
-import warnings
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
 
-from moco.config import RunWarning, TrainConfig, require
-from moco.data.plan import Plan
-from moco.distributed import world_size
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moco.config import TrainConfig
+from moco.data.base import Sources
+from moco.data.opening import open_sources
+from moco.distributed import on_rank_zero, world_size, wrap_ddp
+from moco.methods.build import build_method
+from moco.optim.optimizers import build_optimizer
+from moco.runs.checkpoint import Checkpoint
+from moco.runs.directory import open_run
+from moco.runtime.memory import explain_out_of_memory
+from moco.runtime.precision import PRECISIONS, pick_precision
+from moco.runtime.watchdog import Watchdog
+from moco.training.consistency import Identity, open_consistently
+from moco.training.monitor import Monitor
+
+Labels = NDArray[np.int64]  # (samples,)
 
 
-def check_against_data(config: TrainConfig, plan: Plan) -> None:
-    """What only shows once the data set's size is known.
+def open_data(config: TrainConfig, watchdog: Watchdog) -> tuple[Sources, Identity]:
+    """Open the data set and check that all ranks have the same images."""
+    data, bank_size = config.data, config.evaluate.bank_size
+    keep_unreadable = data.on_bad_image == "replace"
+    # Downloads run in other libraries, which report no progress.
+    downloads = data.download or data.name == "huggingface"
+    with watchdog.paused() if downloads else nullcontext():
+        return open_consistently(lambda: open_sources(data, bank_size, keep_unreadable, watchdog.heartbeat))
 
-    Raises:
-        ConfigError: if an epoch would not fill one batch.
-    """
-    require(
-        plan.steps_per_epoch > 0,
-        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: lower it",
+
+def make_method(config: TrainConfig, labels: Labels | None, device: torch.device) -> Any:
+    """Build the method with its initial weights."""
+    torch.manual_seed(config.seed)  # for the initial weights and the random queue
+    fix = f"set a smaller model than {config.model.backbone} or method.queue_size={config.method.queue_size}"
+    with explain_out_of_memory(device, fix):
+        method = build_method(config, labels).to(device)
+        if config.channels_last:
+            method.to(memory_format=torch.channels_last)
+    return method
+
+
+def make_optimizer(config: TrainConfig, method: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer. Each step sets its learning rate."""
+    return build_optimizer(method, config.optim)
+
+
+def open_directory(config: TrainConfig) -> IO[str] | None:
+    """Open the run directory. Rank 0 gets its lock, which holds until the file is closed."""
+    lock: list[IO[str]] = []
+    on_rank_zero(lambda: lock.append(open_run(Path(config.run), asdict(config), asdict(TrainConfig()))))
+    return lock[0] if lock else None
+
+
+def choose_precision(
+    config: TrainConfig, state: Checkpoint, encoder: nn.Module, device: torch.device
+) -> tuple[str, str]:
+    """Return the precision and the reason for it. With precision=auto a resumed run keeps its precision."""
+    if state and config.precision == "auto":
+        return state.get("precision", "fp32"), "as before"
+    return on_rank_zero(lambda: pick_precision(config.precision, encoder, config.augment.size, device))
+
+
+def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> nn.Module:
+    """Compile the networks of the method, if configured, and wrap the method in DDP if there are several ranks."""
+    if config.compile:
+        for name, network in method.named_children():
+            if name not in ("queue", "learned_temperature"):
+                network.compile()
+    return wrap_ddp(method, device)
+
+
+def make_monitor(
+    config: TrainConfig, method: Any, labels: Labels | None, device: torch.device, precision: str
+) -> Monitor:
+    """Build the monitor of the representation."""
+    micro_batch = config.batch_size // world_size() // config.accumulate
+    return Monitor(
+        method,
+        None if labels is None else torch.from_numpy(labels).to(device),
+        keys_per_step=config.batch_size * method.passes,
+        shuffled=config.model.shuffle_keys and config.model.bn == "grouped",
+        precision=PRECISIONS[precision],
+        every=config.log_every * config.analyse_every if micro_batch > 1 else 0,  # one sample has no spread
     )
-    if config.optim.warmup_epochs >= config.epochs:
-        warnings.warn(
-            f"optim.warmup_epochs={config.optim.warmup_epochs} is not over within epochs={config.epochs}: "
-            "the learning rate never reaches its peak; set optim.warmup_epochs=0",
-            RunWarning,
-            stacklevel=2,
-        )
-    method = config.method
-    per_step = config.batch_size * method.keys_per_image
-    queue = method.queue_size
-    if queue >= plan.length * method.keys_per_image:
-        fit_in = max(per_step, plan.length // 2 // per_step * per_step)
-        warnings.warn(
-            f"method.queue_size={queue} holds every one of the {plan.length} images at least once, so each query meets "
-            f"its own old keys (masked: {method.mask_own_keys}) and very stale ones; "
-            f"set method.queue_size={fit_in} or less",
-            RunWarning,
-            stacklevel=2,
-        )
-    if not method.has_momentum_encoder:
-        if config.model.bn == "grouped":
-            warnings.warn(
-                "model.bn=grouped normalizes an image's views in groups of the same images, which gives each other "
-                f"away, and {method.name} has no keys to shuffle: set model.bn=sync",
-                RunWarning,
-                stacklevel=2,
-            )
-        return
-    parts = config.batch_size // world_size() // config.accumulate
-    group = config.model.bn_group_size if config.model.bn == "grouped" else parts
-    if config.model.shuffle_keys and config.model.bn != "sync" and group >= config.batch_size:
-        warnings.warn(
-            f"model.shuffle_keys has nothing to shuffle between: BN sees all {config.batch_size} images as one group, "
-            "and query and key of an image share it; set model.bn=grouped with a smaller model.bn_group_size",
-            RunWarning,
-            stacklevel=2,
-        )

@@ -1,4 +1,4 @@
-"""Training time, and when to save."""
+"""Training time, and when to save a checkpoint."""
 
 import time
 
@@ -6,38 +6,41 @@ from moco.config import CheckpointConfig
 
 
 class CheckpointSchedule:
-    """Training time over all attempts, and when the next checkpoint is due.
+    """Measures the training time over all attempts of a run and decides when a checkpoint is due.
 
     Args:
-        before: seconds of earlier attempts.
-        often: how often to save.
-        steps_per_epoch: the plan's.
+        config: the intervals.
+        steps_per_epoch: of the run.
+        seconds: training time of earlier attempts.
     """
 
-    def __init__(self, before: float, often: CheckpointConfig, steps_per_epoch: int) -> None:
-        self._before, self._often, self._steps_per_epoch = before, often, steps_per_epoch
+    def __init__(self, config: CheckpointConfig, steps_per_epoch: int, seconds: float) -> None:
+        self._config, self._steps_per_epoch, self._earlier = config, steps_per_epoch, seconds
         self._began = self._saved = time.monotonic()
 
-    def total(self) -> float:
-        return self._before + time.monotonic() - self._began
+    def seconds(self) -> float:
+        """Return the training time so far."""
+        return self._earlier + time.monotonic() - self._began
 
     def keeps(self, done: int) -> bool:
-        """Whether the checkpoint behind so many steps is kept for good."""
-        return self._each(self._often.keep_epochs, done)
+        """Return whether the checkpoint after `done` steps is kept permanently."""
+        return self._at_epoch(self._config.keep_epochs, done)
 
     def is_due(self, done: int) -> bool:
-        """Whether one is due behind so many steps, whatever the time."""
-        often = self._often
-        at_step = bool(often.every_steps) and done % often.every_steps == 0
-        return self.keeps(done) or self._each(often.every_epochs, done) or at_step
+        """Return whether to save after `done` steps, regardless of the time."""
+        steps = self._config.every_steps
+        at_step = bool(steps) and done % steps == 0
+        return at_step or self.keeps(done) or self._at_epoch(self._config.every_epochs, done)
 
     def is_late(self) -> bool:
-        """Whether one is due by the time since the last."""
-        return self._often.every_minutes > 0 and time.monotonic() - self._saved > 60 * self._often.every_minutes
+        """Return whether the last checkpoint is older than `every_minutes`."""
+        minutes = self._config.every_minutes
+        return minutes > 0 and time.monotonic() - self._saved > 60 * minutes
 
     def saved(self) -> None:
+        """Note that a checkpoint is being written now."""
         self._saved = time.monotonic()
 
-    def _each(self, epochs: int, done: int) -> bool:
+    def _at_epoch(self, epochs: int, done: int) -> bool:
         epoch, rest = divmod(done, self._steps_per_epoch)
         return bool(epochs) and rest == 0 and epoch % epochs == 0

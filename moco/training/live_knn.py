@@ -1,4 +1,4 @@
-"""Live evaluation while training: kNN on the held-out split, by the code that `moco.evaluation` holds."""
+"""kNN accuracy on the held-out split while training, computed by the functions of `moco.evaluation`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,43 +6,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco.analysis.doctor import Doctor
 from moco.builder import Method
 from moco.config import TrainConfig
+from moco.data.base import Sources
+from moco.data.opening import without_unreadable_references
 from moco.data.plan import Plan
-from moco.data.sources import Sources
 from moco.evaluation.features import Network, extract, pixels
 from moco.evaluation.knn_classifier import Accuracy, knn_accuracy, knn_title
-from moco.runs.metrics import MetricsLogger
 
-
-class _Signing(nn.Module):
-    """A network that gives a sign of life with each batch. Around it, for a hook would have it compiled anew."""
-
-    def __init__(self, network: Network, heartbeat: Callable[[], None]) -> None:
-        super().__init__()
-        self.network, self.heartbeat = network, heartbeat
-        self.training = isinstance(network, nn.Module) and network.training  # the mode that is put back at the end
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.heartbeat()
-        features: Tensor = self.network(images)
-        return features
+History = list[dict[str, Any]]  # one entry per evaluation: "step", "epoch", "knn" and, at step 0, "raw_pixels"
 
 
 class LiveKnn:
-    """The accuracy now and then, and what becomes of it: a line, a record, a place in the history.
+    """Evaluates the encoder by kNN every few epochs, and keeps the history of the accuracies.
 
     Args:
-        config: the run's.
+        config: of the run.
         method: what is trained.
-        sources: with the reference and the held-out pictures; without them nothing is due.
-        device: where.
+        sources: with reference and held-out images; without them no evaluation is due.
+        device: where features are computed.
         plan: the length of training.
-        history: the evaluations so far, which a checkpoint holds; gets the new ones.
-        metrics_log, doctor: of rank 0; get the accuracies.
-        say: gets a line.
-        alive: called with each part of the work.
+        history: the evaluations so far.
+        heartbeat: called after each batch of work.
     """
 
     def __init__(
@@ -52,44 +37,61 @@ class LiveKnn:
         sources: Sources,
         device: torch.device,
         plan: Plan,
-        history: list[dict[str, Any]],
-        metrics_log: MetricsLogger | None,
-        doctor: Doctor | None,
-        log: Callable[[str], None],
+        history: History,
         heartbeat: Callable[[], None],
     ) -> None:
         self._config, self._method, self._sources, self._device = config, method, sources, device
-        self._plan, self._history, self._metrics_log, self._doctor = plan, history, metrics_log, doctor
-        self._log, self._alive = log, heartbeat
-        self._first = "initialized" if config.init_from else "untrained"  # what the run starts with
+        self._plan, self.history, self._heartbeat = plan, history, heartbeat
+        self._first = "initialized" if config.init_from else "untrained"  # the name of the encoder at step 0
 
-    def due(self, done: int) -> bool:
-        """Whether the accuracy behind so many steps is wanted, and not known yet."""
+    def exclude_unreadable(self) -> list[str]:
+        """Remove unreadable images from the reference and held-out images; return a line per split with some."""
+        self._sources, lines = without_unreadable_references(self._sources, self._config.data, self._heartbeat)
+        return lines
+
+    def is_due(self, done: int) -> bool:
+        """Return whether to evaluate after `done` steps. An evaluation in the history is not repeated."""
         every = self._config.evaluate.every_epochs
         if not every or self._sources.bank is None or self._sources.held_out is None:
             return False
         epoch, rest = divmod(done, self._plan.steps_per_epoch)
         wanted = done == self._plan.total_steps or (rest == 0 and epoch % every == 0)
-        return wanted and all(each["step"] != done for each in self._history)
+        return wanted and all(each["step"] != done for each in self.history)
 
-    def evaluate(self, done: int) -> None:
-        """Measures it behind so many steps. Collective; BN's running statistics are averaged over ranks by then."""
+    def evaluate(self, done: int) -> tuple[dict[str, float], str]:
+        """Evaluate after `done` steps, with BN's running statistics averaged over the ranks. Collective.
+
+        Returns:
+            The accuracies, by their names in metrics.jsonl, and a line that reports them.
+        """
         scores = live_knn(
-            self._config, self._method, self._sources, self._device, with_pixels=done == 0, heartbeat=self._alive
+            self._config, self._method, self._sources, self._device, with_pixels=done == 0, heartbeat=self._heartbeat
         )
         epoch, first = done / self._plan.steps_per_epoch, self._first
-        self._history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
-        if self._metrics_log:
-            # The baselines again each time: flat lines in the picture to hold the curve against.
-            baselines = {first: self._history[0]["knn"], "raw_pixels": self._history[0].get("raw_pixels")}
-            curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
-            accuracies = {f"accuracy/{name}": score[0] for name, score in curves.items()}
-            self._metrics_log.log(done, accuracies)
-            if self._doctor:
-                self._doctor.record(accuracies)
+        self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
+        # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
+        baselines = {first: self.history[0]["knn"], "raw_pixels": self.history[0].get("raw_pixels")}
+        curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
         names = {"knn": first if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
-        said = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
-        self._log(f"{knn_title(self._config.evaluate)}: {said}")
+        results = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
+        return (
+            {f"accuracy/{name}": score[0] for name, score in curves.items()},
+            f"{knn_title(self._config.evaluate)}: {results}",
+        )
+
+
+class _WithHeartbeat(nn.Module):
+    """Reports progress before each batch. Wraps the network: a forward hook would trigger recompilation."""
+
+    def __init__(self, network: Network, heartbeat: Callable[[], None]) -> None:
+        super().__init__()
+        self.network, self.heartbeat = network, heartbeat
+        self.training = isinstance(network, nn.Module) and network.training  # `extract` restores this mode at its end
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.heartbeat()
+        features: Tensor = self.network(images)
+        return features
 
 
 def live_knn(
@@ -100,40 +102,40 @@ def live_knn(
     with_pixels: bool,
     heartbeat: Callable[[], None],
 ) -> dict[str, Accuracy]:
-    """kNN accuracy of the encoder as it is; with the raw pixels' where the config asks."""
-    assert sources.bank is not None
-    assert sources.held_out is not None
-    setting, look = config.evaluate, config.augment
-    networks: dict[str, Any] = {"knn": method.encoder if setting.features == "projection" else method.encoder.backbone}
-    if with_pixels and setting.raw_pixels:
+    """Return the kNN accuracy of the current encoder, "knn"; with `evaluate.raw_pixels` also that of "raw_pixels"."""
+    evaluate, augment, bank, held_out = config.evaluate, config.augment, sources.bank, sources.held_out
+    assert bank is not None
+    assert held_out is not None
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    networks: dict[str, Any] = {"knn": method.encoder if evaluate.features == "projection" else method.encoder.backbone}
+    if with_pixels and evaluate.raw_pixels:
         networks = {"raw_pixels": pixels} | networks
     scores = {}
     for name, network in networks.items():
-        bank, queries = (
+        references, queries = (
             extract(
-                _Signing(network, heartbeat),
+                _WithHeartbeat(network, heartbeat),
                 source,
-                look.size,
-                look.eval_resize,
-                look.mean if network is not pixels else (0.0,) * 3,
-                look.std if network is not pixels else (1.0,) * 3,
+                augment.size,
+                augment.eval_resize,
+                augment.mean if network is not pixels else (0.0,) * 3,
+                augment.std if network is not pixels else (1.0,) * 3,
                 device,
-                setting.batch_size,
+                evaluate.batch_size,
                 config.data.workers,
             )
-            for source in (sources.bank, sources.held_out)
+            for source in (bank, held_out)
         )
-        assert sources.bank.labels is not None
-        assert sources.held_out.labels is not None
         scores[name] = knn_accuracy(
-            bank,
-            sources.bank.labels,
+            references,
+            bank.labels,
             queries,
-            sources.held_out.labels,
-            setting.k,
-            setting.temperature,
-            setting.labels_per_class,
-            setting.draws,
+            held_out.labels,
+            evaluate.k,
+            evaluate.temperature,
+            evaluate.labels_per_class,
+            evaluate.draws,
             lambda *_: heartbeat(),
         )
     return scores

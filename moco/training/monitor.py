@@ -52,14 +52,25 @@ class Monitor:
         keys_per_step: keys that a step enqueues, of all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
         precision: autocast's type.
+        every: steps between two measurements; 0: never.
     """
 
     def __init__(
-        self, method: Method, labels: Tensor | None, keys_per_step: int, shuffled: bool, precision: torch.dtype
+        self,
+        method: Method,
+        labels: Tensor | None,
+        keys_per_step: int,
+        shuffled: bool,
+        precision: torch.dtype,
+        every: int = 1,
     ) -> None:
         self._method, self._labels, self._keys_per_step = method, labels, keys_per_step
-        self._shuffled, self._precision = shuffled, precision
+        self._shuffled, self._precision, self._every = shuffled, precision, every
         self.histograms: dict[str, Tensor] = {}  # of the last look: counts over -1 ... 1
+
+    def is_due(self, done: int) -> bool:
+        """Return whether to measure the step that makes `done` steps."""
+        return bool(self._every) and done % self._every == 0
 
     @torch.no_grad()
     def __call__(self, output: Output, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:

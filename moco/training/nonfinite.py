@@ -1,11 +1,13 @@
-"""Steps whose loss or gradient is not finite: seen by all ranks alike, kept for study, skipped if so wished.
+"""Steps with a non-finite loss or gradient: detected on all ranks, saved for study, and skipped up to a limit.
 
-Of the first such step a file is kept, `step_N.pt`: "step" and "epoch" from 0, "what" was not finite, "index", the
-samples of the global batch in the order of the ranks (rank r had the r-th of "world_size" equal parts), "rank", which
-wrote it, and the state. The views are a function of the seed, the epoch and the samples, so the culprit can be found.
+The first such step is saved to `step_N.pt` with the keys "step" and "epoch" (both from 0), "what" (the loss and the
+gradient norm), "index" (the samples of the global batch in the order of the ranks: rank r had the r-th of "world_size"
+equal parts), "rank" (which wrote the file), and the state of training. The views are a function of the seed, the epoch
+and the samples, so the step can be reproduced.
 
-Without a limit on skipping, a GPU is not waited for: a step's loss is read once the next step is queued, and before
-anything is saved. A step that is found so has changed the weights, which no checkpoint holds; the run ends.
+If no steps may be skipped, the host does not wait for a GPU: it reads the loss of a step after it has queued the next
+one, and before anything is saved. A non-finite step has then already changed the weights; no checkpoint contains them,
+and the run ends.
 """
 
 import math
@@ -20,120 +22,119 @@ from moco.data.plan import Plan
 from moco.distributed import gather, on_rank_zero, rank, world_size
 from moco.files import WriteError, atomic_write, cause
 from moco.runtime.errors import NonFiniteLoss
-
-Measures = dict[str, Tensor]
+from moco.training.step import Measures
 
 
 class _Pending(NamedTuple):
-    """A step whose loss and gradient norm are on their way to the host."""
+    """A step whose loss and gradient norm are being copied to the host."""
 
     step: int
     samples: Tensor  # (n,)
-    figures: Tensor  # (2,), on the host
+    values: Tensor  # (2,), on the host
     ready: torch.cuda.Event | None
 
 
 class NonFiniteGuard:
-    """Runs steps, and deals with those that are not finite.
+    """Handles non-finite steps.
 
     Args:
         plan: the length of training.
-        late: read a step's loss behind the next one; `train_step` is then called with wait=False.
-        limit: how many steps a run may skip; skipping needs late=False.
-        skipped: how many it has skipped so far.
-        folder: where what is known of such a step is kept.
-        state: gives what to keep besides the step and its samples: weights and the optimizer's state.
-        say: gets a line about a skipped step.
+        wait: `train_step` checks its loss itself; otherwise `check` does, one step later.
+        limit: number of steps that a run may skip; needs `wait`.
+        skipped: number of steps skipped so far.
+        folder: the directory for the state at the first non-finite step.
+        state: returns the state to save: configuration, weights, optimizer.
+        log: prints a line about a skipped step.
     """
 
     def __init__(
         self,
         plan: Plan,
-        late: bool,
+        wait: bool,
         limit: int,
         skipped: int,
         folder: Path,
         state: Callable[[], dict[str, Any]],
         log: Callable[[str], None],
     ) -> None:
-        assert not (late and limit)
-        self.skipped = skipped
-        self._plan, self._late, self._limit = plan, late, limit
+        assert wait or not limit
+        self.wait, self.skipped = wait, skipped
+        self._plan, self._limit = plan, limit
         self._folder, self._state, self._log = folder, state, log
         self._pending: _Pending | None = None
 
-    def run(self, step: int, index: Tensor, train: Callable[[], Measures]) -> Measures | None:
-        """One step; None if it was skipped.
+    def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:
+        """Skip a step that `train_step` refused. Every rank calls this.
 
         Args:
-            step: its number, from 0.
-            index: its samples, (n,).
-            train: runs it.
+            step: number of the step, from 0.
+            index: its samples on this rank, (n,).
+            error: raised by `train_step`.
 
         Raises:
-            NonFiniteLoss: naming the step, its epoch and its samples.
+            NonFiniteLoss: naming the step, its epoch and its samples, if no more steps may be skipped.
         """
-        try:
-            measures = train()
-        except NonFiniteLoss as error:
-            kept = self._keep(step, index, str(error))
-            if self.skipped >= self._limit:
-                unchanged = "The weights, the queue and the last checkpoint are untouched"
-                raise NonFiniteLoss(self._sentence(step, index, str(error), unchanged, kept)) from error
-            self.skipped += 1
-            self._log(
-                f"step {step + 1} gave {error} and was skipped, {self.skipped} of at most optim.skip_nonfinite="
-                f"{self._limit}{kept}"
-            )
-            return None
-        if self._late:
-            self.settle()
-            figures = torch.stack([measures["loss"], measures["gradient_norm"]])
-            if figures.device.type == "cuda":
-                host = torch.empty(2, pin_memory=True).copy_(figures, non_blocking=True)
-                ready = torch.cuda.Event()
-                ready.record()
-                self._pending = _Pending(step, index, host, ready)
-            else:
-                self._pending = _Pending(step, index, figures, None)
-        return measures
+        saved = self._save(step, index, str(error))
+        if self.skipped >= self._limit:
+            unchanged = "The weights, the queue and the last checkpoint are unchanged"
+            raise NonFiniteLoss(self._message(step, index, str(error), f"{unchanged}{saved}")) from error
+        self.skipped += 1
+        self._log(
+            f"step {step + 1} had {error} and was skipped, {self.skipped} of at most optim.skip_nonfinite="
+            f"{self._limit}{saved}"
+        )
 
-    def settle(self) -> None:
-        """Reads the step that is still to be read: before its weights are saved or evaluated.
+    def check(self, step: int, index: Tensor, measures: Measures) -> None:
+        """Check the previous step, and start to copy the loss of this one to the host. Does nothing with `wait`.
 
         Raises:
-            NonFiniteLoss: as `run`.
+            NonFiniteLoss: as `skip`, about the previous step.
+        """
+        if self.wait:
+            return
+        self.check_pending()
+        values, ready = torch.stack([measures["loss"], measures["gradient_norm"]]), None
+        if values.device.type == "cuda":
+            values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        self._pending = _Pending(step, index, values, ready)
+
+    def check_pending(self) -> None:
+        """Check the newest step, before its weights are saved or evaluated.
+
+        Raises:
+            NonFiniteLoss: as `skip`.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         if pending.ready is not None:
             pending.ready.synchronize()
-        loss, norm = pending.figures.tolist()
+        loss, norm = pending.values.tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             return
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
-        kept = self._keep(pending.step, pending.samples, what)
-        unchanged = "The last checkpoint is untouched"
-        raise NonFiniteLoss(self._sentence(pending.step, pending.samples, what, unchanged, kept))
+        saved = self._save(pending.step, pending.samples, what)
+        raise NonFiniteLoss(
+            self._message(pending.step, pending.samples, what, f"The last checkpoint is unchanged{saved}")
+        )
 
-    def _sentence(self, step: int, index: Tensor, what: str, unchanged: str, kept: str) -> str:
+    def _message(self, step: int, index: Tensor, what: str, state: str) -> str:
         epoch, position = divmod(step, self._plan.steps_per_epoch)
         first = ", ".join(str(i) for i in index[:8].tolist())
         return (
             f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {self._plan.steps_per_epoch}; "
-            f"rank {rank()} had samples {first}, ...) gave {what}. {unchanged}{kept}; in a new run=..., lower "
-            "optim.lr, lengthen optim.warmup_epochs, or set optim.clip_grad=1; optim.skip_nonfinite=10 leaves out as "
-            "many such steps"
+            f"rank {rank()} had samples {first}, ...) had {what}. {state}. In a new run=..., lower optim.lr, raise "
+            "optim.warmup_epochs, or set optim.clip_grad=1; optim.skip_nonfinite=10 skips up to 10 such steps"
         )
 
-    def _keep(self, step: int, index: Tensor, what: str) -> str:
-        """Writes what is known, and says where it is or why it is not; every rank calls it."""
-        all_gather_object = gather(index)  # (W n,)
+    def _save(self, step: int, index: Tensor, what: str) -> str:
+        """Save the state on rank 0; return where it is, or why it could not be saved. Every rank calls this."""
         about = {
             "step": step,
             "epoch": step // self._plan.steps_per_epoch,
-            "index": all_gather_object.cpu(),
+            "index": gather(index).cpu(),  # (W n,)
             "world_size": world_size(),
             "rank": rank(),
             "what": what,
@@ -142,11 +143,11 @@ class NonFiniteGuard:
 
     def _write(self, file: Path, about: dict[str, Any]) -> str:
         try:
-            if not any(self._folder.glob("*.pt")):  # one is enough to study, and each is a checkpoint's size
+            if not any(self._folder.glob("*.pt")):  # only the first: each file is as large as a checkpoint
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with atomic_write(file) as temporary, temporary.open("wb") as opened:
                     torch.save(about | self._state(), opened)
-        except (OSError, WriteError) as error:  # what the step gave matters more than that it could not be kept
-            return f" (the state could not be kept: {file}: {cause(error)})"
+        except (OSError, WriteError) as error:  # the non-finite step is the more important error
+            return f" (the state could not be saved to {file}: {cause(error)})"
         first = min(self._folder.glob("*.pt"))
-        return f", and {first} holds the state {'behind' if self._late else 'before'} the first such step for study"
+        return f"; the state {'before' if self.wait else 'after'} the first such step is in {first}"

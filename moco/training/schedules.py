@@ -1,4 +1,4 @@
-"""What a step of pretraining is told: learning rate, momentum, temperature, as functions of its number."""
+"""Learning rate, momentum and temperature as functions of the step."""
 
 from moco.config import TrainConfig
 from moco.data.plan import Plan
@@ -7,10 +7,10 @@ from moco.optim.schedules import lr_factor, momentum_at
 
 
 def schedule_values(config: TrainConfig, plan: Plan, peak_lr: float, step: int) -> dict[str, float]:
-    """lr, momentum and, where it follows a schedule, temperature of a step, counted from 0."""
+    """Return lr, momentum and, if it has a schedule, temperature of a step, counted from 0."""
     optim, method = config.optim, config.method
     factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
-    # The update behind step s is the one that the papers make at the start of step s + 1, with that step's m.
+    # The papers update the momentum encoder at the start of step s + 1, with its m; here that is the end of step s.
     momentum = momentum_at(step + 1, plan.total_steps, method.momentum, method.momentum_end)
     values = {"lr": peak_lr * factor, "momentum": momentum}
     if method.temperature_schedule == "cosine":

@@ -1,7 +1,8 @@
-"""One optimizer step: the paper's Algorithm 1, on one process or many, in one piece or in micro-batches."""
+"""One optimizer step: the paper's Algorithm 1, on one process or many, with or without micro-batches."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,10 +11,37 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.builder import Method, Output
+from moco.data.loader import Batch
 from moco.distributed import mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
 
+Measures = dict[str, Tensor]  # each of shape ()
+MonitorFunction = Callable[[Output, Sequence[Tensor], Tensor], Measures]
+
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Settings of one step.
+
+    Attributes:
+        lr: learning rate.
+        momentum: m of the momentum encoder.
+        accumulate: number of micro-batches.
+        precision: data type of autocast; no autocast with float32.
+        clip_grad: largest norm of the gradient; 0: no clipping.
+        wait: check the loss and the gradient before anything is changed, which makes the host wait for the device.
+            Otherwise the host never waits, and the caller must check them later (`moco.training.nonfinite`). fp16
+            always waits.
+    """
+
+    lr: float
+    momentum: float
+    accumulate: int = 1
+    precision: torch.dtype = torch.float32
+    clip_grad: float = 0.0
+    wait: bool = True
 
 
 def train_step(
@@ -21,97 +49,113 @@ def train_step(
     forward: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    views: Sequence[Tensor],
-    index: Tensor,
+    batch: Batch,
     shuffles: Sequence[NDArray[np.int64]] | None,
-    lr: float,
-    momentum: float,
-    accumulate: int = 1,
-    precision: torch.dtype = torch.float32,
-    clip_grad: float = 0.0,
-    wait: bool = True,
-    look: Callable[[Output, Sequence[Tensor], Tensor], dict[str, Tensor]] | None = None,
-) -> dict[str, Tensor]:
-    """Trains on one global batch.
+    settings: StepSettings,
+    monitor: MonitorFunction | None = None,
+) -> Measures:
+    """Train on one global batch and return its measures (loss, contrast_accuracy, ...), averaged over all ranks.
 
     Args:
-        method: owns the momentum encoder and, where it has one, the queue.
         forward: the method, or DDP around it.
         scaler: for fp16; disabled otherwise.
-        views: V tensors (n, 3, S, S), this rank's share.
-        index: its sample indices, (n,).
-        shuffles: one permutation of the global batch a view, or None.
-        lr: learning rate of this step.
-        momentum: m of this step.
-        accumulate: micro-batches.
-        precision: autocast's type; float32 is no autocast.
-        clip_grad: largest gradient norm; 0 is no clipping.
-        wait: let the host wait for the loss and its gradient before anything is changed. Without, nothing here waits
-            for the device, and the caller must check both later (`moco.training.nonfinite`). fp16 always waits.
-        look: measures the last micro-batch while weights and queue are those that its loss saw: gets its output, views
-            and sample indices, gives further measures of shape ().
-
-    Returns:
-        This step's measures on the global batch (loss, contrast_accuracy, ...), each of shape ().
+        batch: V views (n, 3, S, S) and the sample indices (n,) of this rank.
+        shuffles: one permutation of the global batch per view, or None.
+        monitor: computes further measures from the output, views and indices of the last micro-batch, before the
+            weights and the queue change.
 
     Raises:
-        NonFiniteLoss: with `wait`, on every rank together, if the loss or its gradient is not finite on any of them.
+        NonFiniteLoss: with `settings.wait`, on all ranks, if the loss or its gradient is not finite on any of them.
     """
-    device, micro_batch = index.device, len(index) // accumulate
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    accumulate, micro_batch = settings.accumulate, len(batch.index) // settings.accumulate
+    autocast = torch.autocast(batch.index.device.type, settings.precision, settings.precision != torch.float32)
+    statistics = _BatchNormStatistics(forward) if settings.wait or scaler.is_enabled() else None
+    outputs: list[Output] = []
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = settings.lr
     optimizer.zero_grad(set_to_none=True)
-    measures: dict[str, Tensor] = {}
-    new_keys: list[Tensor] = []  # of each micro-batch
-    wait = wait or scaler.is_enabled()
-    statistics = [buffer for name, buffer in forward.named_buffers() if name.endswith(_STATISTICS)] if wait else []
-    before = [buffer.clone() for buffer in statistics]
     # ------------------------------------------------------------------ Algorithm 1
     with autocast:
-        keys = method.encode_keys(views, shuffles, micro_batch)  # {view: (n, C)}
+        keys = method.encode_keys(batch.views, shuffles, micro_batch)  # {view: (n, C)}
     for part in range(accumulate):
         at = slice(part * micro_batch, (part + 1) * micro_batch)
+        views, index = [view[at] for view in batch.views], batch.index[at]
         with _no_sync(forward, part < accumulate - 1):
             with autocast:
-                output: Output = forward([view[at] for view in views], keys, index[at], at.start)
+                output: Output = forward(views, keys, index, at.start)
             scaler.scale(output.loss / accumulate).backward()
-        if output.new_keys is not None:
-            new_keys.append(output.new_keys)
-        for name, value in {"loss": output.loss.detach(), **output.measures}.items():
-            measures[name] = measures.get(name, 0) + value / accumulate
-    if look is not None:
-        measures |= look(output, [view[at] for view in views], index[at])
+        outputs.append(output._replace(loss=output.loss.detach()))
+    measures = _mean_measures(outputs)
+    if monitor is not None:
+        measures |= monitor(outputs[-1], views, index)
 
-    scaler.unscale_(optimizer)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    averages = mean_over_ranks(torch.stack(list(measures.values())))  # one collective for all of them
+    gradients, norm = _unscaled_gradients(optimizer, scaler)
+    averages = mean_over_ranks(torch.stack(list(measures.values())))  # one collective for all measures
     measures = dict(zip(measures, averages, strict=True)) | {"gradient_norm": norm}
-    # Loss and gradients are averages over the ranks by now, so all ranks decide alike.
-    finite_loss, finite_norm = torch.isfinite(torch.stack([measures["loss"], norm])).tolist() if wait else (True, True)
-    if statistics and not (finite_norm and finite_loss):
-        torch._foreach_copy_(statistics, before)
-    # fp16's scaler expects an overflow now and then: it skips that step and halves its scale, down to 1 and no further.
-    overflow = finite_loss and not finite_norm and scaler.is_enabled() and scaler.get_scale() >= 1
-    if not finite_loss or not (finite_norm or overflow):
-        scaler.update(scaler.get_scale())  # forgets that this step's gradients were unscaled
-        raise NonFiniteLoss(f"loss {measures['loss']:.4g}, gradient norm {norm:.4g}")
-    if clip_grad:
-        torch._foreach_mul_(gradients, (clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    if finite_norm:  # else a fused optimizer, told to skip its first step, would leave its state as the memory was
+    finite = statistics is None or _check_finite(measures["loss"], norm, scaler, statistics)
+    if settings.clip_grad:
+        torch._foreach_mul_(gradients, (settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
+    if finite:  # a fused optimizer that skips its first step would leave its state uninitialized
         scaler.step(optimizer)
     scaler.update()
-    if finite_norm:  # one optimizer step = one momentum update = one enqueue
-        method.update_momentum_encoder(momentum)
-        if new_keys:
-            method.enqueue(torch.cat(new_keys), index)
+    if finite:  # one optimizer step = one momentum update = one enqueue
+        method.update_momentum_encoder(settings.momentum)
+        _enqueue(method, outputs, batch.index)
     # ------------------------------------------------------------------
     return measures
 
 
+class _BatchNormStatistics:
+    """A copy of BN's running statistics, taken before a step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._buffers = [buffer for name, buffer in module.named_buffers() if name.endswith(_STATISTICS)]
+        self._copies = [buffer.clone() for buffer in self._buffers]
+
+    def restore(self) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._copies)
+
+
+def _mean_measures(outputs: Sequence[Output]) -> Measures:
+    measures: Measures = {}
+    for each in outputs:
+        for name, value in {"loss": each.loss, **each.measures}.items():
+            measures[name] = measures.get(name, 0) + value / len(outputs)
+    return measures
+
+
+def _enqueue(method: Method, outputs: Sequence[Output], index: Tensor) -> None:
+    if keys := [each.new_keys for each in outputs if each.new_keys is not None]:
+        method.enqueue(torch.cat(keys), index)
+
+
+def _unscaled_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[list[Tensor], Tensor]:
+    """Divide the gradients by the scale of fp16; return them and their total norm."""
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return gradients, nn.utils.get_total_norm(gradients)
+
+
+def _check_finite(loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler, statistics: _BatchNormStatistics) -> bool:
+    """Return whether to apply the step. Loss and norm are averages over the ranks, so all ranks decide the same.
+
+    Raises:
+        NonFiniteLoss: if either is not finite, except for an overflow of fp16. Its scaler expects some: it skips the
+            step and halves the scale, down to 1.
+    """
+    finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm])).tolist()
+    if finite_loss and finite_norm:
+        return True
+    statistics.restore()
+    if finite_loss and scaler.is_enabled() and scaler.get_scale() >= 1:
+        return False
+    scaler.update(scaler.get_scale())  # allows the next step to call `unscale_` again
+    raise NonFiniteLoss(f"loss {loss:.4g}, gradient norm {norm:.4g}")
+
+
 def _no_sync(forward: nn.Module, wanted: bool) -> AbstractContextManager[None]:
-    """DDP averages gradients in the last micro-batch only."""
+    """Let DDP average the gradients in the last micro-batch only."""
     if wanted and isinstance(forward, DistributedDataParallel):
         return forward.no_sync()
     return nullcontext()

@@ -1,86 +1,79 @@
-"""What a pretraining run says when it opens and when it closes, and the picture of its views."""
+"""The lines that a pretraining run prints at its start and its end, and the image of its views."""
 
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torchvision.utils import make_grid, save_image
 
 import moco
-from moco.analysis.doctor import Doctor
-from moco.builder import Method
-from moco.config import RunWarning, TrainConfig
+from moco.config import RunWarning
+from moco.data.base import Source
 from moco.data.loader import batches
 from moco.data.plan import Plan
-from moco.data.sources import Sources
-from moco.data.unreadable import OnUnreadable, UnreadableImages
+from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
 from moco.distributed import world_size
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
-from moco.runtime.console import Display, duration, summary_panel
+from moco.runtime.console import duration, summary_panel
+
+if TYPE_CHECKING:
+    from moco.training.trainer import Trainer
 
 
-def announce(
-    display: Display,
-    config: TrainConfig,
-    method: Method,
-    sources: Sources,
-    plan: Plan,
-    device: torch.device,
-    peak_lr: float,
-    start: int,
-    precision: str,
-) -> None:
-    """The opening lines: what is about to be trained, on what."""
+def announce(trainer: "Trainer") -> None:
+    """Print what is about to be trained, and on which data and device."""
+    config, plan, sources, log = trainer.config, trainer.plan, trainer.sources, trainer.display.log
+    device, method = trainer.device, trainer.method
     parameters = sum(p.numel() for p in method.encoder.parameters())
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    what = f"{config.model.backbone} ({parameters / 1e6:.2f} M parameters)"
-    display.log(
-        f"moco {moco.__version__} · {what} on {config.data.name} ({plan.length:,} images) · {world_size()} x {where}"
+    log(
+        f"moco {moco.__version__} · {config.model.backbone} ({parameters / 1e6:.2f} M parameters) on "
+        f"{config.data.name} ({plan.length:,} images) · {world_size()} x {where}"
     )
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
-    display.log(
+    log(
         f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · {negatives} · "
-        f"temperature {config.method.temperature} · lr {peak_lr:.3g} · {precision} · into {config.run}"
+        f"temperature {config.method.temperature} · lr {trainer.peak_lr:.3g} · {trainer.precision} "
+        f"({trainer.precision_reason}) · into {config.run}"
     )
-    if start == plan.total_steps:
-        return
-    if config.method.labels:
-        display.log("method.labels=true: the encoder learns from the classes of the training images")
-    if start:
-        display.log(f"resuming {config.run} at step {start} of {plan.total_steps}")
-    if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
-        display.log(
-            f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote"
-        )
-    if config.evaluate.every_epochs and sources.held_out is None:
-        display.log("no labels, so no live kNN accuracy: the data source has no labeled held-out part")
+    if trainer.start < plan.total_steps:
+        if config.method.labels:
+            log("method.labels=true: the encoder learns from the classes of the training images")
+        if trainer.start:
+            log(f"resuming {config.run} at step {trainer.start} of {plan.total_steps}")
+        if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
+            log(f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote")
+        if config.evaluate.every_epochs and sources.held_out is None:
+            log("no live kNN accuracy: the data source has no labeled held-out images")
+    for note in trainer.notes:
+        log(note)
 
 
 def show_views(
     metrics_log: MetricsLogger,
     path: Path,
-    sources: Sources,
+    source: Source,
     plan: Plan,
     views: Sequence[View],
     device: torch.device,
     on_unreadable: OnUnreadable | None = None,
 ) -> None:
-    """views.png and TensorBoard's first picture: what the model sees, the two views of eight images.
+    """Write what the model sees, the views of eight images, to views.png and TensorBoard.
 
-    They help a person to look, and training needs neither: where the file cannot be written a warning says so.
+    Training does not need the file: if it cannot be written, a warning says so.
     """
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
-    batch = next(batches(sources.train, small, views, device, workers=0, on_unreadable=on_unreadable))
+    batch = next(batches(source, small, views, device, workers=0, on_unreadable=on_unreadable))
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
     rows = [(view * std + mean).clamp(0, 1) for view in batch.views]
-    enlarge = -(-64 // views[0].size)  # small images would be stamps on a screen
-    pictures = torch.cat(rows).repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
-    grid = make_grid(pictures, nrow=len(batch.index), pad_value=1.0)
+    enlarge = -(-64 // views[0].size)  # to at least 64 pixels
+    images = torch.cat(rows).repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
+    grid = make_grid(images, nrow=len(batch.index), pad_value=1.0)
     metrics_log.log_image("views", grid)
     file = path / "views.png"
     try:
@@ -88,60 +81,52 @@ def show_views(
             save_image(grid, temporary, format="png")
     except WriteError as error:
         warnings.warn(
-            f"{file} cannot be written ({cause(error)}); training goes on without it", RunWarning, stacklevel=2
+            f"{file} cannot be written ({cause(error)}); training continues without it", RunWarning, stacklevel=2
         )
 
 
-def summarize(
-    display: Display,
-    config: TrainConfig,
-    method: Method,
-    plan: Plan,
-    history: list[dict[str, Any]],
-    seconds: float,
-    already_done: bool,
-    bad: UnreadableImages | None = None,
-    skipped: int = 0,
-    speed: tuple[str, str] | None = None,
-    doctor: Doctor | None = None,
-) -> None:
-    """The closing panel: what happened, where the files are, what to run next."""
-    how = type(method).__name__ + (" and labels" if config.method.labels else "")
+def summarize(trainer: "Trainer") -> None:
+    """Print the closing panel: what was trained, how well, where the files are, and what to run next."""
+    config, plan = trainer.config, trainer.plan
+    method = type(trainer.method).__name__ + (" and labels" if config.method.labels else "")
     rows = [
         (
             "trained",
-            f"{config.model.backbone} with {how} on {config.data.name} ({plan.length:,} images), "
+            f"{config.model.backbone} with {method} on {config.data.name} ({plan.length:,} images), "
             f"{plan.epochs} epochs, {plan.total_steps:,} steps",
         ),
-        ("time", duration(seconds)),
+        ("time", duration(trainer.schedule.seconds())),
     ]
-    if speed is not None:
-        rows.append(speed)
-    if skipped:
-        rows.append(("skipped", f"{skipped} steps whose loss or gradient was not finite: {config.run}/nonfinite/"))
-    if bad is not None:
-        rows.append(
-            (
-                "bad pictures",
-                f"{len(bad.found):,} could not be read and were replaced: {bad.file}" if bad.found else "none",
-            )
-        )
-    if history:
-        first, last = history[0], history[-1]
-        rows.append(("accuracy", knn_title(config.evaluate)))
-        if "raw_pixels" in first:
-            rows.append(("  raw pixels", str(Accuracy(*first["raw_pixels"]))))
-        rows.append(("  initialized" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
-        rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
-    if doctor is not None:
-        rows += [("doctor", str(each)) for each in doctor.found]
-    files = Path(config.run)
+    if speed := trainer.throughput.summary():
+        rows.append(("speed", speed))
+    if skipped := trainer.guard.skipped:
+        rows.append(("skipped", f"{skipped} steps with a non-finite loss or gradient: {config.run}/nonfinite/"))
+    if (unreadable := trainer.unreadable) is not None:
+        replaced = f"{len(unreadable.found):,}, replaced by others and listed in {unreadable.file}"
+        rows.append(("unreadable images", replaced if unreadable.found else "none"))
+    rows += _accuracy_rows(trainer)
+    if trainer.doctor is not None:
+        rows += [("doctor", str(each)) for each in trainer.doctor.found]
+    files, evaluated = Path(config.run), bool(trainer.live_knn.history)
     rows += [
         ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights; README says how to load them)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
-        ("next", f"python -m moco.linear run={files}" if history else f"tensorboard --logdir {files}"),
+        ("next", f"python -m moco.linear run={files}" if evaluated else f"tensorboard --logdir {files}"),
         ("", f"python -m moco.report run={files}"),
     ]
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
         rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_IMAGES run=runs/mine"))
-    summary_panel("already finished" if already_done else "done", rows)
+    summary_panel("already finished" if trainer.start == plan.total_steps else "done", rows)
+
+
+def _accuracy_rows(trainer: "Trainer") -> list[tuple[str, str]]:
+    config, history = trainer.config, trainer.live_knn.history
+    if not history:
+        return []
+    first, last = history[0], history[-1]
+    rows = [("accuracy", knn_title(config.evaluate))]
+    if "raw_pixels" in first:
+        rows.append(("  raw pixels", str(Accuracy(*first["raw_pixels"]))))
+    rows.append(("  initialized" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
+    rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
+    return rows

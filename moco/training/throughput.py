@@ -1,9 +1,10 @@
-"""How well the machine is used: floating point operations, what the device could do at best, a profile."""
+"""Use of the device while training: images per second, data wait, MFU, peak memory; and a torch profile on request."""
 
 import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,18 +12,23 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that are multiplied to see what the device can do
-PROFILED = 5  # steps in a profile, behind as many that warm up
+from moco.config import TrainConfig
+from moco.distributed import is_rank_zero, world_size
+from moco.runtime.memory import peak_memory
+from moco.runtime.precision import PRECISIONS
+
+SIDE = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product measures the device's peak rate
+PROFILED = 5  # steps in a profile, after as many steps of warm-up
 
 
 def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]:
-    """Floating point operations of one image's forward pass, and of its forward and backward pass.
+    """Count the floating point operations per image of a forward pass, and of a forward and backward pass.
 
-    Convolutions and matrix products, a multiply-add being two; counted on a copy without memory: nothing is computed.
+    Counts convolutions and matrix products, a multiply-add as two, on a copy without memory: nothing is computed.
 
     Args:
-        encoder: (N, 3, S, S) to (N, C).
-        images: N of one pass, a number that its batch normalization divides into groups.
+        encoder: images (N, 3, S, S) to embeddings (N, C).
+        images: N, a multiple of the size of its BN groups.
         size: S.
     """
     shadow = copy.deepcopy(encoder).to("meta").train()
@@ -37,12 +43,12 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
 
 
 def step_flops(method: Any, images: int, size: int, views: int) -> int:
-    """Floating point operations that the encoders need for one sample of the batch.
+    """Count the floating point operations of the encoders per sample of the batch.
 
     Args:
-        method: as in `moco.training.step`.
+        method: see `moco.training.step`.
         images, size: see `encoder_flops`.
-        views: V, all of which a method without a momentum encoder sends through the one it has.
+        views: V; without a momentum encoder, all of them go through the encoder.
     """
     forward, both = encoder_flops(method.encoder, images, size)
     if getattr(method, "momentum_encoder", None) is None:
@@ -51,35 +57,108 @@ def step_flops(method: Any, images: int, size: int, views: int) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations a second of a large matrix product: what the device does reach."""
+    """Measure the peak rate of the device with a large matrix product, in floating point operations per second."""
     side = SIDE["cpu" if device.type == "cpu" else "cuda"]
     a = torch.ones(side, side, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(5):
-        _wait(device)
+        _synchronize(device)
         began = time.perf_counter()
         a @ a
-        _wait(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-class Profile:
-    """torch's profiler over a few steps: a trace for a browser and a table of the costliest operations.
+class Throughput:
+    """Measures the speed of training between two records, and its median over this attempt.
 
     Args:
-        folder: where `trace.json.gz` and `table.txt` go.
-        device: where the steps run.
-        on_done: gets a line that says where they are.
+        config: of the run.
+        method: what is trained, before it is compiled.
+        device: where it is trained.
+        precision: fp32, bf16 or fp16.
+        log: prints a line if the operations of the model cannot be counted.
+        wanted: whether there are steps to take; otherwise nothing is measured.
     """
 
-    def __init__(self, folder: Path, device: torch.device, on_done: Callable[[str], None]) -> None:
-        self._folder, self._on_done, self._gpu = folder, on_done, device.type == "cuda"
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Any,
+        device: torch.device,
+        precision: str,
+        log: Callable[[str], None],
+        wanted: bool,
+    ) -> None:
+        self._device, self._batch_size = device, config.batch_size
+        self._steps, self._busy, self._waited = 0, 0.0, 0.0
+        self._rates, self._waits, self._mfus = list[float](), list[float](), list[float]()
+        self._flops, self._peak = 0, 1.0
+        if not is_rank_zero() or not wanted:
+            return
+        images = config.batch_size // world_size() // config.accumulate
+        try:
+            self._flops = step_flops(method, images, config.augment.size, config.augment.views)
+        except (RuntimeError, NotImplementedError) as error:  # an operation without a shape-only implementation
+            reason = (str(error).splitlines() or [""])[0]
+            log(f"no MFU: the operations of model.backbone={config.model.backbone} cannot be counted ({reason})")
+        # CPUs hardly support float16: its rate there is not the rate of training under autocast.
+        measured = "fp32" if device.type == "cpu" and precision == "fp16" else precision
+        self._peak = matrix_rate(device, PRECISIONS[measured]) * world_size()
+
+    def add_step(self, began: float, arrived: float) -> None:
+        """Count a step that ends now.
+
+        Args:
+            began: when the host asked for the batch, by `time.perf_counter`.
+            arrived: when it had the batch.
+        """
+        # On a GPU the host is at most one step ahead of the device; the mean over the steps hides that.
+        self._busy += time.perf_counter() - began
+        self._waited += arrived - began
+        self._steps += 1
+
+    def record(self) -> dict[str, float]:
+        """Return the means over the steps since the last record."""
+        rate, wait = self._steps * self._batch_size / self._busy, self._waited / self._busy
+        self._steps, self._busy, self._waited = 0, 0.0, 0.0
+        values = {"speed/images_per_second": rate, "speed/data_wait": wait}
+        self._rates.append(rate)
+        self._waits.append(wait)
+        if self._flops:
+            values["speed/mfu"] = self._flops * rate / self._peak
+            self._mfus.append(values["speed/mfu"])
+        return values | {"speed/peak_memory_gib": peak_memory(self._device) / 2**30}
+
+    def summary(self) -> str:
+        """Describe the medians over the records of this attempt; "" without records."""
+        if not self._rates:
+            return ""
+        parts = [f"{median(self._rates):,.0f} images/s", f"data wait {100 * median(self._waits):.0f} %"]
+        if self._mfus:
+            parts.append(f"MFU {100 * median(self._mfus):.0f} % of {self._peak / 1e9:,.0f} GFLOP/s measured")
+        kind = "GPU" if self._device.type == "cuda" else "process"
+        parts.append(f"peak memory {peak_memory(self._device) / 2**30:.1f} GiB ({kind})")
+        return ", ".join(parts)
+
+
+class Profile:
+    """torch's profiler over a few steps: a trace for a browser and a table of the most expensive operations.
+
+    Args:
+        folder: the directory for `trace.json.gz` and `table.txt`.
+        device: where the steps run.
+        log: prints a line when the profile is written.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, log: Callable[[str], None]) -> None:
+        self._folder, self._log, self._gpu = folder, log, device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._gpu else [])]
         plan = schedule(wait=0, warmup=PROFILED, active=PROFILED, repeat=1)
         self._profile: profile | None = profile(
@@ -89,7 +168,7 @@ class Profile:
         self._profile.start()
 
     def step(self) -> None:
-        """Behind every step of training; costs nothing once the profile is written."""
+        """Call after every step of training; does nothing once the profile is written."""
         if self._profile is not None:
             self._left -= 1
             self._profile.step()
@@ -97,21 +176,20 @@ class Profile:
                 self.close()
 
     def close(self) -> None:
-        """Ends it; one that saw fewer steps than it wanted says so and writes nothing."""
+        """End the profile; with too few steps nothing is written."""
         running, self._profile = self._profile, None
         if running is not None:
             running.stop()
             if self._left:
-                self._on_done(
-                    f"profile=true needs {2 * PROFILED} steps, and saw {2 * PROFILED - self._left}: none is written"
-                )
+                done = 2 * PROFILED - self._left
+                self._log(f"profile=true needs {2 * PROFILED} steps, and there were {done}: no profile is written")
 
     def _write(self, finished: Any) -> None:
-        if self._left:  # torch hands over what it has when it is stopped
+        if self._left:  # torch also calls this when a profile is stopped early
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._folder / "trace.json.gz"))
         order = "self_cuda_time_total" if self._gpu else "self_cpu_time_total"
         table = finished.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60)
         (self._folder / "table.txt").write_text(table)
-        self._on_done(f"profile of {PROFILED} steps: {self._folder}/table.txt; trace.json.gz opens in ui.perfetto.dev")
+        self._log(f"profile of {PROFILED} steps: {self._folder}/table.txt; trace.json.gz opens in ui.perfetto.dev")

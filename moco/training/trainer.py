@@ -1,19 +1,20 @@
-"""Pretraining from a configuration to a summary: set up, build, resume, train, evaluate."""
+"""Pretraining: the parts of a run, and its life from the first step to the summary."""
 
-from contextlib import closing, nullcontext
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import IO
+from time import perf_counter
+from typing import Any
 
 import torch
-from torch import Tensor
 
 import moco
 from moco.analysis.doctor import Doctor, facts_of
-from moco.config import TrainConfig, require
+from moco.config import TrainConfig
+from moco.data.keyed import step_seed
 from moco.data.loader import Batch, batches
-from moco.data.opening import build_views, open_sources, without_unreadable_references
+from moco.data.opening import build_views
 from moco.data.plan import Plan
 from moco.data.unreadable import UnreadableImages
 from moco.distributed import (
@@ -26,318 +27,372 @@ from moco.distributed import (
     process_group,
     rank,
     world_size,
-    wrap_ddp,
 )
 from moco.interop.encoder_file import save_encoder
-from moco.methods.build import build_method
 from moco.models.norm import set_calls_per_step
-from moco.optim.optimizers import build_optimizer, load_optimizer
+from moco.optim.optimizers import load_optimizer
 from moco.optim.schedules import scaled_lr
 from moco.runs import checkpoint
-from moco.runs.directory import open_run, refuse_difference
+from moco.runs.checkpoint import Checkpoint
+from moco.runs.directory import refuse_difference
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display
 from moco.runtime.device import pick_device
+from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
-from moco.runtime.precision import PRECISIONS, pick_precision
+from moco.runtime.precision import PRECISIONS
 from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
 from moco.runtime.provenance import commit
 from moco.runtime.watchdog import Watchdog, rendezvous_store
-from moco.training.build import check_against_data
+from moco.training.build import (
+    choose_precision,
+    distribute,
+    make_method,
+    make_monitor,
+    make_optimizer,
+    open_data,
+    open_directory,
+)
 from moco.training.checkpoint_schedule import CheckpointSchedule
-from moco.training.consistency import open_consistently, refuse_other_data, refuse_other_settings
+from moco.training.checks import check_against_data
+from moco.training.consistency import refuse_other_data, refuse_other_settings
 from moco.training.init_from import load_initial_weights
-from moco.training.live_knn import LiveKnn
-from moco.training.loop import Values, fit
-from moco.training.monitor import Monitor
+from moco.training.live_knn import History, LiveKnn
 from moco.training.nonfinite import NonFiniteGuard
 from moco.training.schedules import schedule_values
-from moco.training.speed import Speed, start_profile
-from moco.training.step import train_step
+from moco.training.step import Measures, StepSettings, train_step
 from moco.training.summary import announce, show_views, summarize
-from moco.training.throughput import Profile
+from moco.training.throughput import Profile, Throughput
 
 
-def pretrain(config: TrainConfig, stop: PreemptionHandler | None = None) -> None:
-    """See `moco.train.train`.
+def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -> None:
+    """Train as `moco.train.train` does.
 
     Args:
-        config: the run's.
-        stop: what hears signals already; None: they are heard from here on.
+        config: of the run.
+        preemption: catches signals already; None: they are caught from here on.
     """
-    if stop is None:
-        with PreemptionHandler(config.stop_after) as stop:
-            return pretrain(config, stop)
+    if preemption is None:
+        with PreemptionHandler(config.stop_after) as preemption:
+            return pretrain(config, preemption)
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    patience = max(10.0, config.hang_after + 5)  # the watch is to speak first
+    patience = max(10.0, config.hang_after + 5)  # minutes; the watchdog should report before the process group does
     with (
         process_group(device, timeout_minutes=patience),
-        Watchdog(config.hang_after, rendezvous_store(), rank(), world_size()) as watch,
+        Watchdog(config.hang_after, rendezvous_store(), rank(), world_size()) as watchdog,
     ):
-        _pretrain(config, device, stop, watch)
+        Trainer(config, preemption, watchdog, device).run()
 
 
-def _pretrain(config: TrainConfig, device: torch.device, stop: PreemptionHandler, watch: Watchdog) -> None:
-    def leave_if_told() -> None:
-        """Before the first step, where all ranks are: one of them may have heard a signal."""
-        watch.heartbeat()
-        if reason := max_over_ranks(stop.signal_received()):
-            raise Preempted(Reason(reason))
+class Trainer:
+    """One attempt at a pretraining run: from its newest checkpoint, if there is one, to its end.
 
-    refuse_other_settings(asdict(config))
-    leave_if_told()
-    path = Path(config.run)
-    views = build_views(config.augment)
-    replacing = config.data.on_bad_image == "replace"
-    fetching = config.data.download or config.data.name == "huggingface"  # by somebody else's code, without a sign
-    with watch.paused() if fetching else nullcontext():
-        sources, pictures = open_consistently(
-            lambda: open_sources(config.data, config.evaluate.bank_size, replacing, watch.heartbeat)
-        )
-    leave_if_told()
-    plan = Plan(len(sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
-    check_against_data(config, plan)
-    require(
-        sources.held_out is not None or not config.checkpoint.keep_best,
-        f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labeled "
-        "held-out part: set checkpoint.keep_best=false",
-    )
+    The constructor builds the parts of the run in the order in which they depend on each other, and restores the
+    checkpoint. Every rank has all parts, except the metrics log and the doctor, which only rank 0 has, and only if
+    there are steps left.
 
-    queue_size = config.method.queue_size
-    torch.manual_seed(config.seed)  # initial weights and the random queue
-    with explain_out_of_memory(
-        device, f"set a smaller model than {config.model.backbone} or method.queue_size={queue_size}"
-    ):
-        method = build_method(config, sources.train.labels).to(device)
-        if config.channels_last:
-            method.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(method, config.optim)
-    lock: list[IO[str]] = []  # held by rank 0 until the process ends
-    on_rank_zero(lambda: lock.append(open_run(path, asdict(config), asdict(TrainConfig()))))
-    state = on_rank_zero(lambda: checkpoint.load_newest(path / "checkpoints"))
-    if state is not None and config.precision == "auto":
-        precision, why = state.get("precision", "fp32"), "as before"
-    else:
-        precision, why = on_rank_zero(
-            lambda: pick_precision(config.precision, method.encoder, config.augment.size, device)
-        )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    start, history, seconds, skipped, initialized = 0, [], 0.0, 0, ""
-    if state is not None:
-        refuse_difference(path, state["config"], asdict(config), asdict(TrainConfig()))
-        refuse_other_data(path, state, pictures, config.data)
-        method.load_state_dict(state["method"])
-        load_optimizer(optimizer, state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, history, seconds = state["step"], state["history"], state["seconds"]
-        skipped = state.get("skipped", 0)
-        watch.finished(start)
-    elif config.init_from:
-        initialized = load_initial_weights(config, method)
-    broadcast_module(method)
-    display = Display(plan.total_steps, plan.steps_per_epoch, start, quiet=not is_rank_zero())
-    speed = Speed(config, method, device, precision, display, start < plan.total_steps)
-    if config.compile:
-        for name, network in method.named_children():
-            if name not in ("queue", "learned_temperature"):
-                network.compile()
-    forward = wrap_ddp(method, device)
+    Args:
+        config: of the run.
+        preemption: knows whether the run should stop.
+        watchdog: ends the process if no rank makes progress.
+        device: where to train.
+    """
 
-    queue = method.queue
-    metrics_log = MetricsLogger(path, start) if is_rank_zero() and start < plan.total_steps else None
-    peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
-    announce(display, config, method, sources, plan, device, peak_lr, start, f"{precision} ({why})")
-    if initialized:
-        display.log(initialized)
-    bad = UnreadableImages(sources.train, path / "bad_images.csv", config.data.max_bad) if replacing else None
-    if replacing and config.evaluate.every_epochs and start < plan.total_steps:
-        sources, left_out = without_unreadable_references(sources, config.data, watch.heartbeat)
-        for line in left_out:
-            display.log(line)
-    clock = CheckpointSchedule(seconds, config.checkpoint, plan.steps_per_epoch)
-    saver = checkpoint.Saver(path / "checkpoints", config.checkpoint.keep_last)
-    over_ranks = DelayedMaxOverRanks(device)
-    versions = {
-        "moco": moco.__version__,
-        "torch": str(torch.__version__),
-        "commit": commit() if is_rank_zero() else None,
-    }
+    def __init__(
+        self, config: TrainConfig, preemption: PreemptionHandler, watchdog: Watchdog, device: torch.device
+    ) -> None:
+        self.config, self.preemption, self.watchdog, self.device = config, preemption, watchdog, device
+        self.path = Path(config.run)
+        refuse_other_settings(asdict(config))
+        self._stop_if_signaled()
 
-    late = device.type == "cuda" and not scaler.is_enabled() and not config.optim.skip_nonfinite
-    finite = NonFiniteGuard(
-        plan,
-        late,
-        config.optim.skip_nonfinite,
-        skipped,
-        path / "nonfinite",
-        lambda: {"config": asdict(config), "method": method.state_dict(), "optimizer": optimizer.state_dict()},
-        display.log,
-    )
+        # Data: the images, the samples of each step, and their views.
+        self.views = build_views(config.augment)
+        self.sources, self.data_identity = open_data(config, watchdog)
+        self._stop_if_signaled()
+        self.plan = Plan(len(self.sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
+        check_against_data(config, self.plan, self.sources)
 
-    labels = sources.train.labels
-    observer = Monitor(
-        method,
-        None if labels is None else torch.from_numpy(labels).to(device),
-        config.batch_size * method.passes,
-        config.model.shuffle_keys and config.model.bn == "grouped",
-        PRECISIONS[precision],
-    )
-    look_every = config.log_every * config.analyse_every
-    if config.batch_size // world_size() // config.accumulate < 2:
-        look_every = 0  # of one sample there is no spread
-    facts = facts_of(config.method, config.batch_size, plan.length)
-    doctor = Doctor(facts, path / "metrics.jsonl", display.log) if metrics_log else None
+        # The method and its optimizer, as the newest checkpoint left them.
+        self.method = make_method(config, self.sources.train.labels, device)
+        self.optimizer = make_optimizer(config, self.method)
+        self.lock = open_directory(config)
+        state = on_rank_zero(lambda: checkpoint.load_newest(self.path / "checkpoints")) or {}
+        self.precision, self.precision_reason = choose_precision(config, state, self.method.encoder, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
+        self.start: int = state.get("step", 0)
+        self.notes = self._restore(state)
+        broadcast_module(self.method)
 
-    def step_once(step: int, batch: Batch) -> dict[str, Tensor] | None:
-        now = schedule_values(config, plan, peak_lr, step)
-        method.temperature = now.get("temperature", method.temperature)
-        method.step = step
-        # Only dropout and drop-path, where a timm model is told to have them, still draw from torch's generator:
-        # a seed of its own for each step makes their resume exact too. Their masks differ between ranks.
-        torch.manual_seed((config.seed + (step * world_size() + rank() + 1) * 0x9E3779B97F4A7C15) % 2**63)
-        shuffles = plan.shuffles(step, len(views)) if config.model.shuffle_keys else None
-        train = partial(
-            train_step,
-            method,
-            forward,
-            optimizer,
-            scaler,
-            batch.views,
-            batch.index,
-            shuffles,
-            now["lr"],
-            now["momentum"],
-            config.accumulate,
-            PRECISIONS[precision],
-            config.optim.clip_grad,
-            wait=not late,
-            look=observer if look_every and (step + 1) % look_every == 0 else None,
-        )
-        return finite.run(step, batch.index, train)
+        # Output: terminal, metrics, checkpoints. Only rank 0 has a metrics log and a doctor.
+        wanted = self.start < self.plan.total_steps
+        self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start, quiet=not is_rank_zero())
+        self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, wanted)
+        self.metrics_log = MetricsLogger(self.path, self.start) if is_rank_zero() and wanted else None
+        facts = facts_of(config.method, config.batch_size, self.plan.length)
+        self.doctor = Doctor(facts, self.path / "metrics.jsonl", self.display.log) if self.metrics_log else None
+        self.saver = checkpoint.Saver(self.path / "checkpoints", config.checkpoint.keep_last)
+        self.commit = commit() if is_rank_zero() else None
+        self.profile: Profile | None = None
 
-    live = LiveKnn(config, method, sources, device, plan, history, metrics_log, doctor, display.log, watch.heartbeat)
+        # What is checked and measured while training.
+        self.forward = distribute(config, self.method, device)
+        self.guard = self._build_guard(state.get("skipped", 0))
+        self.monitor = make_monitor(config, self.method, self.sources.train.labels, device, self.precision)
+        self.unreadable = self._build_unreadable()
+        history: History = state.get("history", [])
+        self.live_knn = LiveKnn(config, self.method, self.sources, device, self.plan, history, watchdog.heartbeat)
+        if self.unreadable and config.evaluate.every_epochs and wanted:
+            self.notes += self.live_knn.exclude_unreadable()
+        self.stop_reason = DelayedMaxOverRanks(device)
+        self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 
-    def evaluate(done: int) -> None:
-        finite.settle()
-        average_running_statistics(method)
-        fix = f"set a smaller evaluate.batch_size={config.evaluate.batch_size} or evaluate.bank_size"
-        with explain_out_of_memory(device, fix):
-            live.evaluate(done)
+    def _restore(self, state: Checkpoint) -> list[str]:
+        """Restore a checkpoint; without one, load the weights of `init_from`, if any. Return lines to print."""
+        if state:
+            refuse_difference(self.path, state["config"], asdict(self.config), asdict(TrainConfig()))
+            refuse_other_data(self.path, state, self.data_identity, self.config.data)
+            self.method.load_state_dict(state["method"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.watchdog.finished(self.start)
+        elif self.config.init_from:
+            return [load_initial_weights(self.config, self.method)]
+        return []
 
-    def settle_bad() -> None:
-        if bad is not None and (new := bad.synchronize()) and new == len(bad.found):
-            display.log(f"pictures that cannot be read are replaced and listed in {bad.file}: {new} so far")
+    def _build_guard(self, skipped: int) -> NonFiniteGuard:
+        limit = self.config.optim.skip_nonfinite
+        wait = self.device.type != "cuda" or self.scaler.is_enabled() or limit > 0
+        folder = self.path / "nonfinite"
+        return NonFiniteGuard(self.plan, wait, limit, skipped, folder, self._training_state, self.display.log)
 
-    def save(done: int, keep: bool, best: bool) -> None:
-        finite.settle()
-        settle_bad()
-        average_running_statistics(method)
-        on_rank_zero(
-            lambda: saver.save(
-                done,
-                {
-                    "config": asdict(config),
-                    "step": done,
-                    "history": history,
-                    "seconds": clock.total(),
-                    "method": method.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "versions": versions,
-                    "world_size": world_size(),
-                    "skipped": finite.skipped,
-                    "precision": precision,
-                    "data": pictures,
-                },
-                keep,
-                best,
-            )
-        )
-        clock.saved()
+    def _build_unreadable(self) -> UnreadableImages | None:
+        if self.config.data.on_bad_image != "replace":
+            return None
+        return UnreadableImages(self.sources.train, self.path / "bad_images.csv", self.config.data.max_bad)
 
-    def on_log(done: int, values: Values) -> None:
-        settle_bad()
-        if queue is not None:
-            values["train/queue_fill"] = queue.filled() / queue.size
-        speed.complete(values)
-        if metrics_log and doctor:
-            metrics_log.log(done, values)
-            doctor.record(values)
-            for name, counts in observer.histograms.items():
-                metrics_log.log_histogram(f"similarity/{name}", counts, done)
-            observer.histograms = {}
-        display.step(done, values)
+    # ---- the life of a run
 
-    def is_best(done: int) -> bool:
-        return config.checkpoint.keep_best and checkpoint.is_best(history, done)
+    def run(self) -> None:
+        """Announce the run, take all steps that are left, export the encoder, and print a summary."""
+        announce(self)
+        if self.start < self.plan.total_steps:
+            self._train()
+        if is_rank_zero():
+            backbone = self.method.encoder.get_submodule("backbone")
+            save_encoder(self.path / "encoder.safetensors", backbone, asdict(self.config), self.plan.total_steps)
+        summarize(self)
+        if self.lock is not None:
+            self.lock.close()
 
-    profile: Profile | None = None
-
-    def on_step(done: int) -> None:
-        watch.finished(done)
-        if profile is not None:
-            profile.step()
-        display.step(done)
-        last = done == plan.total_steps
-        # An evaluation may take longer than a launcher waits for the end: nobody begins one who has been told to stop.
-        evaluating = live.due(done)
-        told_to = max_over_ranks(stop.reason()) if evaluating else Reason.NONE
-        if told_to and last:
-            save(done, False, False)  # behind which nothing is lost; the evaluation is all that is left
-        if evaluating and (last or not told_to):
-            evaluate(done)
-        if doctor and (done % plan.steps_per_epoch == 0 or last):
-            doctor.check()
-        best = is_best(done)
-        timed = done % min(config.log_every, 10) == 0
-        due = last or best or clock.is_due(done) or (timed and on_rank_zero(clock.is_late))
-        if due:
-            save(done, clock.keeps(done), best)
-        reason = max(told_to, over_ranks(Reason.NOT_SAVED if saver.failed() else stop.reason()))
-        if reason and not last:
-            if not due:
-                save(done, False, False)  # raises what the writer failed with, on all ranks
-            on_rank_zero(saver.join)
-            raise Preempted(Reason(reason), done, plan.total_steps)
-
-    if start < plan.total_steps:
-        set_calls_per_step(method, method.passes * config.accumulate)
-        method.train()
-        if metrics_log:
-            show_views(metrics_log, path, sources, plan, views, device, bad.note if bad else None)
-        stream = batches(sources.train, plan, views, device, config.data.workers, start, bad.note if bad else None)
-        profile = start_profile(config, device, display)
-        fix = training_fix(config.batch_size, world_size(), config.accumulate, device.type == "cuda", precision)
-        enough = explain_out_of_memory(device, fix)
-        settings = partial(schedule_values, config, plan, peak_lr)
+    def _train(self) -> None:
+        """Take all steps from `start` to the end of the plan."""
+        config = self.config
+        set_calls_per_step(self.method, self.method.passes * config.accumulate)
+        self.method.train()
+        note = self.unreadable.note if self.unreadable else None
+        if self.metrics_log:
+            show_views(self.metrics_log, self.path, self.sources.train, self.plan, self.views, self.device, note)
+        stream = batches(self.sources.train, self.plan, self.views, self.device, config.data.workers, self.start, note)
+        if config.profile and is_rank_zero():
+            self.profile = Profile(self.path / "profile", self.device, self.display.log)
+        on_gpu = self.device.type == "cuda"
+        fix = training_fix(config.batch_size, world_size(), config.accumulate, on_gpu, self.precision)
         try:
-            with saver, enough, closing(stream):
-                leave_if_told()
-                if live.due(start):  # before the first step; or the run was stopped in place of it
-                    evaluate(start)
-                    leave_if_told()
-                    if start:
-                        save(start, clock.keeps(start), is_best(start))
-                with stop.stepping():
-                    fit(plan, stream, start, step_once, settings, config.log_every, on_log, on_step)
-                    on_rank_zero(saver.join)
+            with self.saver, explain_out_of_memory(self.device, fix), closing(stream):
+                self._stop_if_signaled()
+                self._evaluate_at_start()
+                with self.preemption.stepping():
+                    self._loop(stream)
+                    on_rank_zero(self.saver.join)
         finally:
-            if profile is not None:
-                profile.close()
-            display.close()
-            if metrics_log:
-                metrics_log.close()
-    if is_rank_zero():
-        save_encoder(
-            path / "encoder.safetensors", method.encoder.get_submodule("backbone"), asdict(config), plan.total_steps
+            for part in (self.profile, self.display, self.metrics_log):
+                if part is not None:
+                    part.close()
+
+    def _loop(self, stream: Generator[Batch, None, None]) -> None:
+        for step in range(self.start, self.plan.total_steps):
+            began = perf_counter()
+            batch = next(stream)
+            arrived = perf_counter()
+            measures = self._step(step, batch)
+            self.throughput.add_step(began, arrived)
+            done = step + 1
+            if measures and (done % self.config.log_every == 0 or done in (1, self.plan.total_steps)):
+                self._log(done, measures)
+            self._finish_step(done)
+
+    def _step(self, step: int, batch: Batch) -> Measures | None:
+        """Train on one batch. Return its measures, or None if the step was not finite and was skipped."""
+        config = self.config
+        values = schedule_values(config, self.plan, self.peak_lr, step)
+        self.method.temperature = values.get("temperature", self.method.temperature)
+        self.method.step = step
+        # Only dropout and drop-path, in timm models, draw from torch's generator. With a seed per step they resume
+        # exactly too. The masks differ between ranks.
+        torch.manual_seed(step_seed(config.seed, step * world_size() + rank()))
+        settings = StepSettings(
+            values["lr"],
+            values["momentum"],
+            config.accumulate,
+            PRECISIONS[self.precision],
+            config.optim.clip_grad,
+            self.guard.wait,
         )
-    finished_before = start == plan.total_steps
-    summarize(
-        display, config, method, plan, history, clock.total(), finished_before, bad, finite.skipped, speed.row(), doctor
-    )
-    for each in lock:
-        each.close()
+        try:
+            measures = train_step(
+                self.method,
+                self.forward,
+                self.optimizer,
+                self.scaler,
+                batch,
+                self.plan.shuffles(step, len(self.views)) if config.model.shuffle_keys else None,
+                settings,
+                self.monitor if self.monitor.is_due(step + 1) else None,
+            )
+        except NonFiniteLoss as error:
+            self.guard.skip(step, batch.index, error)
+            return None
+        self.guard.check(step, batch.index, measures)
+        return measures
+
+    def _finish_step(self, done: int) -> None:
+        """After `done` steps: evaluate, save and stop if it is time."""
+        self.watchdog.finished(done)
+        if self.profile is not None:
+            self.profile.step()
+        self.display.step(done)
+        last = done == self.plan.total_steps
+        # An evaluation may take longer than a launcher waits after its signal: save first, evaluate when resumed.
+        evaluate = self.live_knn.is_due(done)
+        reason = max_over_ranks(self.preemption.reason()) if evaluate else Reason.NONE
+        if reason and last:
+            self._save(done)  # only the evaluation is left
+        if evaluate and (last or not reason):
+            self._evaluate(done)
+        if self.doctor and (done % self.plan.steps_per_epoch == 0 or last):
+            self.doctor.check()
+        saved = self._save_if_due(done)
+        if not last:
+            self._stop_if_requested(done, reason, saved)
+
+    # ---- logging and evaluation
+
+    def _log(self, done: int, measures: Measures) -> None:
+        """Write the measures of a step to metrics.jsonl, TensorBoard and the terminal."""
+        values = {name if "/" in name else f"train/{name}": value.item() for name, value in measures.items()}
+        schedules = schedule_values(self.config, self.plan, self.peak_lr, done - 1)
+        values |= {f"train/{name}": value for name, value in schedules.items()}
+        values["train/epoch"] = done / self.plan.steps_per_epoch
+        if self.method.queue is not None:
+            values["train/queue_fill"] = self.method.queue.filled() / self.method.queue.size
+        values |= self.throughput.record()
+        self._synchronize_unreadable()
+        self._record(done, values)
+        if self.metrics_log:
+            for name, counts in self.monitor.histograms.items():
+                self.metrics_log.log_histogram(f"similarity/{name}", counts, done)
+            self.monitor.histograms = {}
+        self.display.step(done, values)
+
+    def _record(self, done: int, values: dict[str, float]) -> None:
+        if self.metrics_log and self.doctor:
+            self.metrics_log.log(done, values)
+            self.doctor.record(values)
+
+    def _evaluate(self, done: int) -> None:
+        """Evaluate the encoder after `done` steps by kNN."""
+        self.guard.check_pending()
+        average_running_statistics(self.method)
+        fix = f"set a smaller evaluate.batch_size={self.config.evaluate.batch_size} or evaluate.bank_size"
+        with explain_out_of_memory(self.device, fix):
+            accuracies, line = self.live_knn.evaluate(done)
+        self._record(done, accuracies)
+        self.display.log(line)
+
+    def _evaluate_at_start(self) -> None:
+        """Evaluate before the first step, or if the previous attempt was stopped before it could evaluate."""
+        if self.live_knn.is_due(self.start):
+            self._evaluate(self.start)
+            self._stop_if_signaled()
+            if self.start:
+                self._save(self.start, self.schedule.keeps(self.start), self._is_best(self.start))
+
+    def _synchronize_unreadable(self) -> None:
+        """Share the unreadable images that each rank has found; report the first ones."""
+        unreadable = self.unreadable
+        if unreadable is not None and (new := unreadable.synchronize()) and new == len(unreadable.found):
+            self.display.log(f"unreadable images are replaced by others and listed in {unreadable.file}: {new} so far")
+
+    # ---- checkpoints and stopping
+
+    def _save_if_due(self, done: int) -> bool:
+        best = self._is_best(done)
+        check_time = done % min(self.config.log_every, 10) == 0  # not after every step: it is a collective
+        due = (
+            done == self.plan.total_steps
+            or best
+            or self.schedule.is_due(done)
+            or (check_time and on_rank_zero(self.schedule.is_late))
+        )
+        if due:
+            self._save(done, self.schedule.keeps(done), best)
+        return due
+
+    def _is_best(self, done: int) -> bool:
+        return self.config.checkpoint.keep_best and checkpoint.is_best(self.live_knn.history, done)
+
+    def _save(self, done: int, keep: bool = False, best: bool = False) -> None:
+        """Save a checkpoint after `done` steps; see `moco.runs.checkpoint.save`."""
+        self.guard.check_pending()
+        self._synchronize_unreadable()
+        average_running_statistics(self.method)
+        on_rank_zero(lambda: self.saver.save(done, self._state(done), keep, best))
+        self.schedule.saved()
+
+    def _state(self, done: int) -> Checkpoint:
+        """Return all that a resumed run needs."""
+        return self._training_state() | {
+            "step": done,
+            "history": self.live_knn.history,
+            "seconds": self.schedule.seconds(),
+            "scaler": self.scaler.state_dict(),
+            "versions": {"moco": moco.__version__, "torch": str(torch.__version__), "commit": self.commit},
+            "world_size": world_size(),
+            "skipped": self.guard.skipped,
+            "precision": self.precision,
+            "data": self.data_identity,
+        }
+
+    def _training_state(self) -> dict[str, Any]:
+        return {
+            "config": asdict(self.config),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def _stop_if_requested(self, done: int, reason: int, saved: bool) -> None:
+        """Save and stop if any rank has received a signal, reached its time limit, or failed to save.
+
+        Args:
+            done: number of finished steps.
+            reason: why to stop, if that is known already.
+            saved: whether these steps are saved.
+        """
+        own = Reason.NOT_SAVED if self.saver.failed() else self.preemption.reason()
+        if reason := max(reason, self.stop_reason(own)):
+            if not saved:
+                self._save(done)  # raises the error of the previous save, on all ranks
+            on_rank_zero(self.saver.join)
+            raise Preempted(Reason(reason), done, self.plan.total_steps)
+
+    def _stop_if_signaled(self) -> None:
+        """Stop all ranks if one of them has received a signal. For use between the steps, where all ranks wait."""
+        self.watchdog.heartbeat()
+        if reason := max_over_ranks(self.preemption.signal_received()):
+            raise Preempted(Reason(reason))

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from moco.builder import KeyQueue, MoCo, Output
 from moco.config import OptimConfig
+from moco.data.loader import Batch
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer
 from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.training.monitor import Monitor
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from scripts.bench.measure import Table, alternate, per_second
 from scripts.bench.step import C, encoder
 
@@ -92,13 +93,9 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
         method,
         optimizer,
         torch.amp.GradScaler(device.type, enabled=False),
-        views,
-        torch.arange(BATCH, device=device),
+        Batch(torch.arange(BATCH, device=device), views),
         shuffles,
-        lr=0.06,
-        momentum=0.99,
-        precision=PRECISIONS[precision],
-        wait=device.type == "cpu",
+        StepSettings(0.06, 0.99, precision=PRECISIONS[precision], wait=device.type == "cpu"),
     )
     seen: list[tuple[Output, Sequence[Tensor], Tensor]] = []
 
@@ -106,7 +103,7 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
         seen.append(arguments)  # type: ignore[arg-type]
         return {}
 
-    step(look=keep)
+    step(monitor=keep)
     return step, partial(monitor, *seen[0])
 
 

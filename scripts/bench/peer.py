@@ -30,7 +30,7 @@ from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer
 from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from scripts.bench.measure import Table, alternate, compared, stream_rate
 from scripts.bench.recipes import views
 
@@ -78,11 +78,8 @@ def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> C
         stream = batches(source, plan, views("cifar"), device, workers=0)
         for number, batch in enumerate(islice(stream, options.batches)):
             shuffles = plan.shuffles(number, 2)
-            yield train_step(
-                *(method, method, optimizer, scaler, batch.views, batch.index, shuffles, LR, M),
-                precision=PRECISIONS[precision],
-                wait=not late,
-            )
+            settings = StepSettings(LR, M, precision=PRECISIONS[precision], wait=not late)
+            yield train_step(method, method, optimizer, scaler, batch, shuffles, settings)
 
     return steps
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from moco.builder import KeyQueue, MoCo
 from moco.config import OptimConfig
+from moco.data.loader import Batch
 from moco.models.encoder import Encoder, build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer
 from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from moco.training.throughput import matrix_rate, step_flops
 from scripts.bench.measure import Table, alternate, compared, per_second
 
@@ -89,13 +90,8 @@ def ours(options: Namespace, views: list[Tensor], index: Tensor, precision: str,
         method.momentum_encoder.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     shuffles = [np.random.default_rng(view).permutation(len(index)) for view in range(2)]
-    late, dtype = device.type == "cuda", PRECISIONS[precision]
-    return partial(
-        train_step,
-        *(method, method, optimizer, scaler, views, index, shuffles, LR, M),
-        precision=dtype,
-        wait=not late,
-    )
+    settings = StepSettings(LR, M, precision=PRECISIONS[precision], wait=device.type != "cuda")
+    return partial(train_step, method, method, optimizer, scaler, Batch(index, views), shuffles, settings)
 
 
 def plain(options: Namespace, views: list[Tensor]) -> Step:

@@ -16,7 +16,7 @@ from moco.data.sources import ArraySource
 from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size, wrap_ddp
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
@@ -55,9 +55,8 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict
         batch = next(stream)
         seen.append([gather(each) for each in (batch.index, *batch.views)])
         shuffles = plan.shuffles(step, 2) if shuffle else None
-        measures = train_step(
-            method, forward, optimizer, scaler, batch.views, batch.index, shuffles, 0.05, 0.9, accumulate
-        )
+        settings = StepSettings(0.05, 0.9, accumulate)
+        measures = train_step(method, forward, optimizer, scaler, batch, shuffles, settings)
         losses.append(measures["loss"].item())
         gradients.append({name: p.grad.clone() for name, p in method.encoder.named_parameters() if p.grad is not None})
     average_running_statistics(method)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moco.data.loader import Batch
 from moco.distributed import average_running_statistics, broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import set_calls_per_step
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_topology import largest_difference, smooth
 
@@ -47,7 +48,13 @@ def trajectory(bn: Any, accumulate: int, shuffle: bool) -> dict[str, Any]:
         orders = [torch.randperm(BATCH, generator=generator).numpy() for _ in range(2)] if shuffle else None
         index = torch.arange(BATCH)[mine]
         told = train_step(
-            method, forward, optimizer, scaler, [v[mine] for v in views], index, orders, LR, 0.9, accumulate
+            method,
+            forward,
+            optimizer,
+            scaler,
+            Batch(index, [v[mine] for v in views]),
+            orders,
+            StepSettings(LR, 0.9, accumulate),
         )
         keys.append(method.seen)
         losses.append({name: value.item() for name, value in told.items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from moco.training import speed
+from moco.training import throughput
 from tests.docs.pages import Command, block_commands, commands_in, inline_commands, name_of, pages
 from tests.docs.shell import CommandCache, Shell
 from tests.docs.stand_ins import SmallCifar, make
@@ -32,8 +32,8 @@ class Workplace:
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace CIFAR's archive, set the terminal's width, and skip the measurement of the machine's speed."""
-    monkeypatch.setattr(speed, "step_flops", lambda *_: 1)
-    monkeypatch.setattr(speed, "matrix_rate", lambda *_: 1.0)
+    monkeypatch.setattr(throughput, "step_flops", lambda *_: 1)
+    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: 1.0)
     for name in ("CIFAR10", "CIFAR100"):
         monkeypatch.setattr(torchvision.datasets, name, type(name, (SmallCifar,), {}))
     monkeypatch.setenv("COLUMNS", "120")

@@ -121,11 +121,11 @@ def test_a_full_disk_at_any_file_of_a_run_is_one_sentence_and_later_the_file_is_
     assert "Traceback" not in output
     if name == "views.png":  # only a warning: the next record ends the run
         assert line.startswith("moco: warning: ")
-        assert line.endswith("training goes on without it")
+        assert line.endswith("training continues without it")
         assert sum("No space left on device" in each for each in output.splitlines()) == 2
     elif name.startswith("nonfinite"):
         assert line.startswith("moco: step ")
-        assert "(the state could not be kept: " in line
+        assert "(the state could not be saved to " in line
     else:
         assert line.startswith("moco: ")
         assert "free some space" in line

@@ -15,13 +15,13 @@ import torch
 
 from moco.builder import KeyQueue, MoCo
 from moco.config import DataConfig
-from moco.data.loader import batches
+from moco.data.loader import Batch, batches
 from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 
 FILE = Path(__file__).parent / "trajectory.json"
 STEPS = 10
@@ -43,10 +43,9 @@ def trajectory(symmetric: bool) -> dict[str, list[float]]:
     stream = batches(source, plan, (view, view), torch.device("cpu"), workers=0)
     for step in range(STEPS):
         batch = next(stream)
-        images = [each.double() for each in batch.views]
-        measures = train_step(
-            method, method, optimizer, scaler, images, batch.index, plan.shuffles(step, 2), lr=0.02, momentum=0.9
-        )
+        batch = Batch(batch.index, [each.double() for each in batch.views])
+        settings = StepSettings(lr=0.02, momentum=0.9)
+        measures = train_step(method, method, optimizer, scaler, batch, plan.shuffles(step, 2), settings)
         for name, values in recorded.items():
             values.append(measures[name].item())
     return recorded

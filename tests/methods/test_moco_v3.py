@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from moco.builder import Output
 from moco.config import OptimConfig
+from moco.data.loader import Batch
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from tests.distributed.test_topology import smooth
 
 Array = NDArray[np.float64]
@@ -134,7 +135,7 @@ def test_steps_are_algorithm_1(optimizer: str) -> None:
     for number in range(6):
         views = [images(2 * number), images(2 * number + 1)]
         loss, measures = reference.step(views)
-        told = train_step(ours, ours, optim, scaler, views, torch.arange(N), None, reference.lr, M)
+        told = train_step(ours, ours, optim, scaler, Batch(torch.arange(N), views), None, StepSettings(reference.lr, M))
         assert told["loss"].item() == pytest.approx(loss, rel=1e-4)
         for name, value in measures.items():
             assert told[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
@@ -185,7 +186,13 @@ def test_steps_with_batch_norm_are_the_papers() -> None:
     for number in range(4):
         x1, x2 = (torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2 * number + v)) for v in range(2))
         told = train_step(
-            ours, ours, optim, torch.amp.GradScaler("cpu", enabled=False), [x1, x2], torch.arange(8), None, 0.02, M
+            ours,
+            ours,
+            optim,
+            torch.amp.GradScaler("cpu", enabled=False),
+            Batch(torch.arange(8), [x1, x2]),
+            None,
+            StepSettings(0.02, M),
         )
         for group in reference.param_groups:
             group["lr"] = 0.02

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import Output
+from moco.data.loader import Batch
 from moco.distributed import broadcast_module, rank, world_size, wrap_ddp
 from moco.losses import LearnedTemperature
 from moco.methods.simclr import SimCLR
 from moco.models.encoder import build_encoder
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
 
 Array = NDArray[np.float64]
@@ -235,9 +236,8 @@ def two_steps() -> dict[str, list[dict[str, Any]]]:
             generator = torch.Generator().manual_seed(step)
             views = torch.randn(3, BATCH, 3, 8, 8, generator=generator)[: 3 if "3" in name else 2]
             index = torch.randperm(64, generator=generator)[:BATCH]
-            measures = train_step(
-                method, forward, optimizer, scaler, [v[mine] for v in views], index[mine], None, 0.05, 0.9
-            )
+            batch = Batch(index[mine], [v[mine] for v in views])
+            measures = train_step(method, forward, optimizer, scaler, batch, None, StepSettings(0.05, 0.9))
             gradients = {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
             result[name].append({"measures": measures, "gradients": gradients})
     return result

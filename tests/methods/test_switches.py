@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moco.builder import KeyQueue, MoCo, Output
 from moco.config import ConfigError, RunWarning, TrainConfig, check
 from moco.data.keyed import MIX, keyed_uniform
+from moco.data.loader import Batch
 from moco.data.opening import build_views
 from moco.data.plan import Plan
 from moco.distributed import rank, world_size, wrap_ddp
@@ -30,8 +31,8 @@ from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
 from moco.methods.simclr import SimCLR
 from moco.optim.optimizers import parameter_groups
-from moco.training.build import check_against_data
-from moco.training.step import train_step
+from moco.training.checks import check_against_data
+from moco.training.step import StepSettings, train_step
 from moco.training.trainer import pretrain
 from tests.distributed.launch import run_ranks
 
@@ -82,10 +83,8 @@ def step(
     mine = slice(rank() * share, (rank() + 1) * share)
     method.step = number
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    views = [view[mine] for view in images(number)]
-    return train_step(
-        method, forward or method, optimizer, scaler, views, indices(number)[mine], None, 0.5, 0.8, accumulate
-    )
+    batch = Batch(indices(number)[mine], [view[mine] for view in images(number)])
+    return train_step(method, forward or method, optimizer, scaler, batch, None, StepSettings(0.5, 0.8, accumulate))
 
 
 def sgd(method: nn.Module) -> torch.optim.Optimizer:

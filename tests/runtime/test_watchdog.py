@@ -17,7 +17,7 @@ from moco.config import config_dir
 from moco.runtime.watchdog import HUNG, RankState, Watchdog, code_location, hang_message
 
 STEP = "moco/training/step.py:90 (train_step)"
-LOADER = "moco/training/loop.py:48 (fit)"
+LOADER = "moco/training/trainer.py:48 (_loop)"
 
 
 def waiting(done: int = 7) -> RankState:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moco.analysis import alpha_req, rank_me
 from moco.builder import UNKNOWN, KeyQueue, Method, MoCo, Output
+from moco.data.loader import Batch
 from moco.data.plan import Plan
 from moco.distributed import broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
@@ -19,7 +20,7 @@ from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.runtime.errors import NonFiniteLoss
 from moco.training.monitor import Monitor, _across_groups
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
@@ -79,13 +80,10 @@ class Steps:
                     self.forward,
                     self.optimizer,
                     self.scaler,
-                    views,
-                    index,
+                    Batch(index, views),
                     self.plan.shuffles(step, 2) if self.shuffle else None,
-                    0.05,
-                    0.9,
-                    self.accumulate,
-                    look=self.look,
+                    StepSettings(0.05, 0.9, self.accumulate),
+                    self.look,
                 )
             )
         return self

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from moco.builder import KeyQueue, MoCo
 from moco.config import OptimConfig
+from moco.data.loader import Batch
 from moco.models.encoder import build_encoder
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.runtime.errors import NonFiniteLoss
-from moco.training.step import train_step
+from moco.training.step import StepSettings, train_step
 
 N, SIZE, DIM, K, GROUP = 16, 8, 8, 40, 4
 
@@ -57,15 +58,9 @@ class Trainer:
             self.method,
             self.optimizer,
             self.scaler,
-            views,
-            torch.randperm(100, generator=generator)[:N],
+            Batch(torch.randperm(100, generator=generator)[:N], views),
             shuffles,
-            lr,
-            0.9,
-            self.accumulate,
-            precision,
-            clip_grad,
-            wait,
+            StepSettings(lr, 0.9, self.accumulate, precision, clip_grad, wait),
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -17,13 +17,13 @@ from moco.training.summary import show_views
 def show(path: Path) -> None:
     sources = load_source(DataConfig("digits"))
     metrics_log = MetricsLogger(path, 0)
-    show_views(metrics_log, path, sources, Plan(len(sources.train), 8, 1, 0), [View(8)] * 2, torch.device("cpu"))
+    show_views(metrics_log, path, sources.train, Plan(len(sources.train), 8, 1, 0), [View(8)] * 2, torch.device("cpu"))
     metrics_log.close()
 
 
 def test_views_that_cannot_be_written_are_one_warning_and_the_next_attempt_writes_them(tmp_path: Path) -> None:
     (tmp_path / "views.png.tmp").symlink_to("/dev/full")
-    with pytest.warns(RunWarning, match=r"views\.png cannot be written \(No space left on device\); training goes on"):
+    with pytest.warns(RunWarning, match=r"views\.png .*No space left on device"):
         show(tmp_path)
     assert not list(tmp_path.glob("views.*"))
     (tmp_path / "views.png.tmp").write_bytes(b"torn by a kill")

@@ -164,4 +164,4 @@ def test_a_profile_of_too_few_steps_is_none(tmp_path: Path) -> None:
     profile.close()
     profile.close()
     assert not (tmp_path / "profile").exists()
-    assert said == [f"profile=true needs {2 * PROFILED} steps, and saw {PROFILED + 2}: none is written"]
+    assert f"profile=true needs {2 * PROFILED} steps, and there were {PROFILED + 2}" in said[0]

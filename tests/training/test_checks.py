@@ -12,7 +12,7 @@ from moco.data.plan import Plan
 from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
 from moco.runtime.device import pick_device
-from moco.training.build import check_against_data
+from moco.training.checks import check_against_data
 
 
 def config(queue_size: int = 512, symmetric: bool = False) -> TrainConfig:

@@ -1,0 +1,66 @@
+"""Checks of the configuration that need the size and the splits of the data set."""
+
+import warnings
+
+from moco.config import RunWarning, TrainConfig, require
+from moco.data.base import Sources
+from moco.data.plan import Plan
+from moco.distributed import world_size
+
+
+def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None = None) -> None:
+    """Refuse a configuration that does not fit the data set; warn if it can run but is probably a mistake.
+
+    Raises:
+        ConfigError: if an epoch has less than one batch, or if `keep_best` has no accuracy to compare.
+    """
+    require(
+        plan.steps_per_epoch > 0,
+        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: lower it",
+    )
+    require(
+        sources is None or sources.held_out is not None or not config.checkpoint.keep_best,
+        f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labeled "
+        "held-out images: set checkpoint.keep_best=false",
+    )
+    if config.optim.warmup_epochs >= config.epochs:
+        _warn(
+            f"optim.warmup_epochs={config.optim.warmup_epochs} is not below epochs={config.epochs}: the learning rate "
+            "never reaches its peak; set optim.warmup_epochs=0"
+        )
+    _check_queue(config, plan)
+    _check_batch_norm(config)
+
+
+def _check_queue(config: TrainConfig, plan: Plan) -> None:
+    method = config.method
+    if method.queue_size >= plan.length * method.keys_per_image:
+        per_step = config.batch_size * method.keys_per_image
+        lower = max(per_step, plan.length // 2 // per_step * per_step)
+        _warn(
+            f"method.queue_size={method.queue_size} holds each of the {plan.length} images at least once: the queue "
+            f"contains very old keys and each query's own image (masked: {method.mask_own_keys}); "
+            f"set method.queue_size={lower} or less"
+        )
+
+
+def _check_batch_norm(config: TrainConfig) -> None:
+    model = config.model
+    if not config.method.has_momentum_encoder:
+        if model.bn == "grouped":
+            _warn(
+                "model.bn=grouped normalizes the views of an image in groups of the same images, which reveals the "
+                f"positive, and {config.method.name} has no keys to shuffle: set model.bn=sync"
+            )
+        return
+    micro_batch = config.batch_size // world_size() // config.accumulate
+    group = model.bn_group_size if model.bn == "grouped" else micro_batch
+    if model.shuffle_keys and model.bn != "sync" and group >= config.batch_size:
+        _warn(
+            f"model.shuffle_keys=true has no effect: BN normalizes all {config.batch_size} images as one group, which "
+            "query and key of an image share; set model.bn=grouped and a smaller model.bn_group_size"
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RunWarning, stacklevel=4)
