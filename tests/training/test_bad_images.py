@@ -47,8 +47,8 @@ def test_raise_then_replace_in_the_same_directory(tmp_path: Path, capsys: pytest
     pretrain(made)
     said = capsys.readouterr().out
     assert rows(tmp_path / "run") == {"03.png": "the file is empty"}
-    assert "pictures that cannot be read are replaced and listed in" in said
-    assert "1 could not be read and were replaced" in " ".join(said.replace("│", " ").split())
+    assert "bad_images.csv: 1 so far" in said
+    assert "1, replaced by others and listed in" in " ".join(said.replace("│", " ").split())
 
 
 def test_too_many_end_the_run_and_mending_lets_it_go_on(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from moco.methods.moco_config import MoCoConfig
 from moco.runs import checkpoint
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import OutOfMemory
+from moco.training import build
 from moco.training import trainer as stage
 from moco.training.step import train_step
 from moco.training.trainer import pretrain
@@ -80,14 +81,14 @@ def test_a_profile_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_resumed_run_keeps_the_precision_that_was_picked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    monkeypatch.setattr(stage, "pick_precision", lambda *_: ("bf16", "measured"))
+    monkeypatch.setattr(build, "pick_precision", lambda *_: ("bf16", "measured"))
     broken_at(6, monkeypatch, NonFiniteLoss("loss nan, gradient norm nan"))
     made = config(run, precision="auto")
     made.checkpoint.every_steps = 5
     with pytest.raises(NonFiniteLoss):
         pretrain(made)
     assert state(run)["precision"] == "bf16"
-    monkeypatch.setattr(stage, "pick_precision", lambda *_: ("fp32", "another day"))
+    monkeypatch.setattr(build, "pick_precision", lambda *_: ("fp32", "another day"))
     monkeypatch.setattr(stage, "train_step", train_step)
     pretrain(made)
     assert (state(run)["step"], state(run)["precision"]) == (10, "bf16")
@@ -99,8 +100,8 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     broken_at(3, monkeypatch, NonFiniteLoss("loss nan, gradient norm nan"))
     pretrain(config(tmp_path / "run", skip_nonfinite=1))
     said = capsys.readouterr().out
-    assert "step 3 gave loss nan" in said
-    assert "1 steps whose loss or gradient was not finite" in said
+    assert "step 3 had loss nan" in said
+    assert "1 steps with a non-finite loss or gradient" in said
     assert [each["step"] for each in records(tmp_path / "run")] == [1, 2, *range(4, 11)]  # nothing is made up for it
     end = state(tmp_path / "run")
     assert (end["step"], end["skipped"]) == (10, 1)

@@ -77,7 +77,7 @@ def test_the_method_gets_its_heads() -> None:
     ("group", "field", "value", "sentence"),
     [
         ("", "batch_size", 1, "batch_size=1 leaves moco_v3 no negatives"),
-        ("", "accumulate", 2, "accumulate=2 would leave model.bn=sync one micro-batch"),
+        ("", "accumulate", 2, "accumulate=2 with model.bn=sync"),
         ("model", "predictor_layers", -1, "model.predictor_layers=-1 must be at least 0"),
         ("optim", "trust", 0.0, "optim.trust=0.0 must be above 0"),
     ],
