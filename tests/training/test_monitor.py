@@ -36,7 +36,10 @@ def made(name: str = "moco", bn: str = "grouped", **options: Any) -> Any:
     encoder = build_encoder("convnet", {"width": 2}, 2, 0, C, bn, GROUP)  # type: ignore[arg-type]
     if name == "moco_v3":
         return MoCoV3(encoder, torch.nn.Linear(C, C), T)
-    return SimCLR(encoder, T) if name == "simclr" else MoCo(encoder, KeyQueue(40, C), T, **options)
+    if name == "simclr":
+        return SimCLR(encoder, T)
+    queue = KeyQueue(40, C, options.pop("queue_start", "random"), options.pop("mask_own_keys", True))
+    return MoCo(encoder, queue, T, **options)
 
 
 class Steps:
