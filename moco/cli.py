@@ -1,9 +1,10 @@
-"""What every command shares: Hydra in, one sentence out when something is wrong.
+"""The command line: composes the configuration with Hydra and reports every error in one sentence.
 
-Hydra composes; the schema (dataclasses in `moco.config`) checks names and types; the command gets a plain dataclass.
+Hydra composes; the schema (the dataclasses of `moco.config`) checks names and types; the command gets a dataclass.
 """
 
 import difflib
+import importlib
 import os
 import re
 import shlex
@@ -11,9 +12,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -29,7 +30,7 @@ from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_strea
 
 Schema = TypeVar("Schema")
 
-# Nothing of Hydra's own is written, and the directory stays. Each command's defaults name it behind their schema.
+# Hydra writes no files and does not change the directory. The defaults of each command name this after their schema.
 _QUIET = {
     "output_subdir": None,
     "run": {"dir": "."},
@@ -43,12 +44,45 @@ SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 
+@dataclass(frozen=True)
+class Command(Generic[Schema]):
+    """A command: `main` runs it with the command line's configuration; a call runs it with a given one.
+
+    Attributes:
+        name: The name of its file in configs/, without the ending.
+        schema: The dataclass of its configuration.
+        check: Raises ConfigError for an invalid configuration.
+        work: "module:function", called with the configuration. The module is imported after the check, because it
+            imports torch, which --help and an invalid configuration do not need.
+    """
+
+    name: str
+    schema: type[Schema]
+    check: Callable[[Schema], None]
+    work: str
+
+    def __call__(self, config: Schema) -> None:
+        self.check(config)
+        module, _, function = self.work.partition(":")
+        getattr(importlib.import_module(module), function)(config)
+
+    def main(self) -> None:
+        """Run the command; see `run_command`."""
+        run_command(self.name, self.schema, self)
+
+
+def launched_processes() -> int:
+    """Return the number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def register(name: str, schema: type, scratch: str = ".") -> None:
-    """Tells Hydra of the two entries that open the defaults of `configs/NAME.yaml`: NAME_schema and quiet.
+    """Register the entries of the defaults lists in configs/: NAME_schema, quiet, and the schemas of groups.
 
     Args:
-        name, schema: see `run_command`.
-        scratch: where --multirun puts Hydra's own multirun.yaml, which it cannot be told to leave out.
+        name: See `run_command`.
+        schema: See `run_command`.
+        scratch: The directory for multirun.yaml, which Hydra always writes with --multirun.
     """
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
@@ -61,52 +95,49 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
 
 @protected_streams()
 def run_command(name: str, schema: type[Schema], command: Callable[[Schema], None]) -> None:
-    """Composes `configs/NAME.yaml` with the command line's overrides, checks it, and calls the command.
+    """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
-    Ends the process with status 2 and one sentence for a configuration that cannot be, with status
-    1 and one sentence for what the command says is wrong. MOCO_TRACEBACK=1 shows the traceback instead. A run that was
-    stopped before its end, with everything saved, ends with 75 (EX_TEMPFAIL: the same command goes on), or with 130
-    where Ctrl-C stopped it; a second Ctrl-C leaves at once, with 130 too. Help that nobody reads to its end (`| head`)
-    ends with 141, as a shell has it.
+    The exit status is 2 for an invalid configuration, 1 for an error of the command, 75 (EX_TEMPFAIL) for a run that
+    was stopped and has saved its state, 130 after Ctrl-C, and 141 if the reader of --help has gone (`| head`). Errors
+    are reported in one sentence; MOCO_TRACEBACK=1 shows the traceback instead.
 
     Args:
-        name: the top-level YAML file, without its ending.
-        schema: the dataclass that the composed configuration must fit.
-        command: what to do with it.
+        name: The top-level YAML file, without its ending.
+        schema: The dataclass that the composed configuration must fit.
+        command: The function that gets the configuration.
     """
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (
         f"moco: warning: {message}\n" if issubclass(category, RunWarning) else plain(message, category, *rest)
     )
-    composed: list[DictConfig] = []  # one, or with --multirun one a job; none after --help or --cfg
-    # Hydra would print errors over several lines and exit; this makes it raise them instead.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe():
-            register(name, schema, scratch)
-            # The command runs outside of Hydra, which would print a traceback of its own around any error.
-            hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
-        _refuse_one_place(composed, schema)
-        for each in composed:
-            command(to_dataclass(each, schema))
+        for config in _compose(name, schema):
+            command(config)
     except (HydraException, OmegaConfBaseException) as error:
-        _stop(2, _composition_error(error, schema), error)
+        _exit(2, _composition_error(error, schema), error)
     except ConfigError as error:
-        _stop(2, str(error), error)
+        _exit(2, str(error), error)
     except USER_ERRORS as error:
-        _stop(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
-    except Preempted as stopped:  # nothing is wrong: no traceback is wanted
+        _exit(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
+    except Preempted as stopped:  # not an error: never a traceback
         if os.environ.get("RANK", "0") == "0":
             print_error(f"moco: {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt as error:
-        _stop(
-            130,
-            "interrupted"
-            + "; the same command goes on from the last checkpoint, or from the start if there is none yet"
-            * (name == "train"),
-            error,
-        )
+        resume = "; run the same command again to resume from the last checkpoint, if there is one"
+        _exit(130, "interrupted" + resume * (name == "train"), error)
+
+
+def _compose(name: str, schema: type[Schema]) -> list[Schema]:
+    """Return the configuration; with --multirun, one per job; after --help or --cfg, none."""
+    composed: list[DictConfig] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, instead of printing several lines and exiting
+    with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe():
+        register(name, schema, scratch)
+        # The command runs outside Hydra, which would print a traceback of its own for every error.
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
+    _refuse_shared_output(composed, schema)
+    return [to_dataclass(each, schema) for each in composed]
 
 
 def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
@@ -136,110 +167,130 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
     return config
 
 
-def _refuse_one_place(composed: list[DictConfig], schema: type) -> None:
-    """Refuses --multirun with jobs that would write over each other's files."""
+def _refuse_shared_output(composed: list[DictConfig], schema: type) -> None:
+    """Refuse --multirun with jobs that would overwrite each other's files."""
     names = field_names(schema)
-    place = "output" if "output" in names else "run"  # where `run` is what a command reads, it writes to `output`
+    place = "output" if "output" in names else "run"  # commands that read a run write to `output`
     written = [
         next((f"{name}={each[name]}" for name in (place, "run", "checkpoint") if each.get(name)), "")
         for each in composed
     ]
     if place in names and len(set(written)) < len(written):
         example = "output=runs/seed_${seed}" if place == "output" else "run=runs/lr_${optim.lr}"
-        twice = max(written, key=written.count)
+        shared = max(written, key=written.count)
         raise ConfigError(
-            f"--multirun puts {written.count(twice)} jobs into {twice or 'one directory'}: give each its own {place} "
-            f"by what differs, such as '{example}'"
+            f"--multirun has {written.count(shared)} jobs with {shared or 'the same directory'}: give each job its own "
+            f"{place}, named by the fields that differ, such as '{example}'"
         )
 
 
-def _stop(status: int, sentence: str, error: BaseException) -> None:
+def _exit(status: int, sentence: str, error: BaseException) -> None:
+    """Report an error and exit; with MOCO_TRACEBACK=1 raise the error instead."""
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if status == 2 or _comes_again(error):
-        prevent_restart()  # --max-restarts would come to the same end, as often
-    if local_rank == "0" or status == 1:  # what is wrong with the configuration is the same on every rank of a machine
+    if status == 2 or _is_deterministic(error):
+        prevent_restart()  # each of torchrun's --max-restarts would fail in the same way
+    if local_rank == "0" or status == 1:  # an invalid configuration is the same on all ranks of a machine
         print_error(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
     else:
-        time.sleep(3)  # torchrun ends all ranks when the first one leaves: that one must have spoken by then
+        time.sleep(3)  # torchrun kills the other ranks when one exits: local rank 0 must print its error first
     sys.exit(status)
 
 
-def _comes_again(error: BaseException) -> bool:
-    """Whether what a command failed with is a property of the data or of training, and so comes again: no accident."""
-    decode = sys.modules.get("moco.data.decode")  # which imports torch: where it was not imported no picture was read
+def _is_deterministic(error: BaseException) -> bool:
+    """Return whether a restart would fail with the same error, which is caused by the data or the training."""
+    decode = sys.modules.get("moco.data.decode")  # if it was not imported, no image was read; importing needs torch
     return isinstance(error, FloatingPointError) or (decode is not None and isinstance(error, decode.ImageError))
 
 
+# Messages of Hydra and OmegaConf, and our sentences as functions of the groups.
+_UNKNOWN_FIELD = r"[Kk]ey '([^']+)' (?:is not in struct|not in '\w+')|Could not override '([^']+)'"
+_UNKNOWN_OPTION = r"Could not find '([^']+)'"
+_SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
+    (
+        r"Value '([^']*)' of type '\w+' could not be converted to (\w+)[\s\S]*full_key: (\S+)",
+        lambda value, kind, field: f"{field}={value} must be of type {kind.lower()}",
+    ),
+    (
+        r"Value '([^']*)' is not a valid bool[\s\S]*full_key: (\S+)",
+        lambda value, field: f"{field}={value} must be true or false",
+    ),
+    (
+        r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig",
+        lambda field, value: f"{field}={value} must be a list: {field}=[{value}]",
+    ),
+    (
+        r"Ambiguous value for argument '([^=]+)=(.*)'",
+        lambda field, value: (
+            f"{field}={value} is ambiguous: write a list as '{field}=[{value}]', or text with a comma as "
+            f"{shlex.quote(f'{field}={quoted(value)}')}"
+        ),
+    ),
+)
+
+
 def _composition_error(error: Exception, schema: type) -> str:
-    """One sentence out of Hydra's and OmegaConf's several lines, with the nearest field for a misspelled one."""
+    """Return one sentence for an error of Hydra or OmegaConf, with the most similar name for a misspelled one."""
     if isinstance(error, OverrideParseException):
-        field, _, said = error.override.partition("=")
-        whole = f"[{','.join(map(quoted, said[1:-1].split(',')))}]" if re.fullmatch(r"\[.*\]", said) else quoted(said)
-        fix = f"quote its value, {shlex.quote(f'{field}={whole}')}" if said else "write field=value"
-        return f"{error.override} cannot be read: {fix}"
+        return _unreadable_override(error.override)
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
-    known = field_names(schema)
-    full_key = re.search(r"full_key: (\S+)", text)
-    key = re.search(r"[Kk]ey '([^']+)' (?:is not in struct|not in '\w+')", text) or re.search(
-        r"Could not override '([^']+)'", text
-    )
-    if key:
-        wrong = full_key.group(1) if full_key else key.group(1)
-        owner = re.search(r"not in '(\w+)'", text)
-        for each in fields(schema):
-            for name, chosen in SCHEMAS.get(each.type, {}).items():
-                if owner and owner.group(1) == chosen.__name__ and wrong.startswith(f"{each.name}."):
-                    return _unknown_field(wrong, name, [f"{each.name}.{one.name}" for one in fields(chosen)])
-        if wrong == "experiment" and "method.name" in known:  # where a recipe can be taken at all
-            return "a recipe must open with the line '# @package _global_': see README, a recipe of your own"
-        free = [name for name in known if wrong.startswith(f"{name}.")]
-        if free and not is_dataclass(_type_of(schema, free[-1])):
-            return f"{free[-1]} does not hold {wrong.removeprefix(f'{free[-1]}.')!r} yet: add it with +{wrong}=VALUE"
-        close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7)
-        if wrong == "experiment" and "recipe" in known:
-            close = ["recipe"]
-        return f"there is no field {wrong!r}" + (f"; did you mean {close[0]!r}?" if close else "")
-    value = re.search(r"Value '([^']*)' of type '(\w+)' could not be converted to (\w+)", text)
-    if value and full_key:
-        return f"{full_key.group(1)}={value.group(1)} must be of type {value.group(3).lower()}"
-    switch = re.search(r"Value '([^']*)' is not a valid bool", text)
-    if switch and full_key:
-        return f"{full_key.group(1)}={switch.group(1)} must be true or false"
-    single = re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text)
-    if single:
-        return f"{single.group(1)}={single.group(2)} must be a list: {single.group(1)}=[{single.group(2)}]"
-    comma = re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text)
-    if comma:
-        name, parts = comma.groups()
-        whole = shlex.quote(f"{name}={quoted(parts)}")
-        return f"{name}={parts} is a list, '{name}=[{parts}]', or text with a comma, {whole}: write which"
-    missing = re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'\n*((?:.*\n?)*)", text)
-    if missing:
+    if unknown := re.search(_UNKNOWN_FIELD, text):
+        full, owner = re.search(r"full_key: (\S+)", text), re.search(r"not in '(\w+)'", text)
+        return _unknown_field(full[1] if full else unknown[1] or unknown[2], owner[1] if owner else "", schema)
+    for pattern, sentence in _SENTENCES:
+        if found := re.search(pattern, text):
+            return sentence(*found.groups())
+    if missing := re.search(_UNKNOWN_OPTION, text):
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)
-        close = difflib.get_close_matches(missing.group(1).split("/")[-1], options, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        return f"there is no {missing.group(1)!r}{hint}" + (f"; there are: {', '.join(options)}" if options else "")
+        available = f"; available: {', '.join(options)}" if options else ""
+        return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
-def _unknown_field(wrong: str, name: str, known: list[str]) -> str:
-    """A sentence for a field that the chosen schema of a group does not have."""
-    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.7)
-    hint = f"did you mean {close[0]!r}?" if close else f"its fields are {', '.join(known)}"
-    return f"{wrong} is not a field of {name}; {hint}"
+def _unreadable_override(override: str) -> str:
+    field, _, value = override.partition("=")
+    if not value:
+        return f"{override} cannot be read: write field=value"
+    is_list = re.fullmatch(r"\[.*\]", value)
+    fixed = f"[{','.join(map(quoted, value[1:-1].split(',')))}]" if is_list else quoted(value)
+    return f"{override} cannot be read: quote its value, {shlex.quote(f'{field}={fixed}')}"
+
+
+def _unknown_field(field: str, owner: str, schema: type) -> str:
+    """Return the sentence for an unknown dotted field; `owner` is the name of the schema that does not have it."""
+    for group in fields(schema):
+        for option, chosen in SCHEMAS.get(group.type, {}).items():
+            if owner == chosen.__name__ and field.startswith(f"{group.name}."):
+                own = [f"{group.name}.{each.name}" for each in fields(chosen)]
+                hint = _did_you_mean(field, own) or f"; its fields are {', '.join(own)}"
+                return f"{field} is not a field of {option}{hint}"
+    known = field_names(schema)
+    if field == "experiment" and "method.name" in known:  # only moco.train takes recipes
+        return "a recipe must open with the line '# @package _global_': see README, a recipe of your own"
+    open_fields = [name for name in known if field.startswith(f"{name}.") and not is_dataclass(_type_of(schema, name))]
+    if open_fields:
+        name = open_fields[-1]
+        return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"
+    if field == "experiment" and "recipe" in known:
+        return "there is no field 'experiment'; did you mean 'recipe'?"
+    return f"there is no field {field!r}{_did_you_mean(field, known)}"
+
+
+def _did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.7) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _type_of(schema: Any, name: str) -> Any:
-    """The annotated type of a dotted field."""
+    """Return the annotated type of a dotted field."""
     for part in name.split("."):
         schema = next(each.type for each in fields(schema) if each.name == part)
     return schema
 
 
 def field_names(schema: Any, prefix: str = "") -> list[str]:
-    """Every field of a nested dataclass, dotted."""
+    """Return the dotted names of all fields of a nested dataclass."""
     names = []
     for each in fields(schema):
         names.append(prefix + each.name)

@@ -1,27 +1,17 @@
-"""Linear probe of a frozen encoder: `python -m moco.linear run=DIR|checkpoint=FILE [protocol=NAME] [field=value ...]`.
+"""Train and evaluate a linear classifier on a frozen encoder: `python -m moco.linear run=DIR [protocol=NAME]`.
 
-Under torchrun too.
+It also runs under torchrun.
 """
 
-import os
-
-from moco.cli import run_command
+from moco.cli import Command, launched_processes
 from moco.config.linear import LinearConfig, check_linear
 
 
-def linear(config: LinearConfig) -> None:
-    """Judges as configured.
+def _check(config: LinearConfig) -> None:
+    check_linear(config, launched_processes())
 
-    Raises:
-        ConfigError: for a configuration that cannot run.
-        FileNotFoundError, ValueError: for an encoder or data that are not there or do not fit.
-    """
-    check_linear(config, int(os.environ.get("WORLD_SIZE", "1")))
-    # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
-    from moco.evaluation.linear import evaluate_linear
 
-    evaluate_linear(config)
-
+linear = Command("linear", LinearConfig, _check, "moco.evaluation.linear:evaluate_linear")
 
 if __name__ == "__main__":
-    run_command("linear", LinearConfig, linear)
+    linear.main()

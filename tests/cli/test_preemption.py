@@ -272,7 +272,7 @@ def test_the_best_by_live_knn_stays_and_can_be_judged(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["checkpoint.keep_best=true"], "checkpoint.keep_best=true needs .* evaluate.every_epochs=0 turns off"),
+        (["checkpoint.keep_best=true"], r"checkpoint\.keep_best=true .* evaluate\.every_epochs=0"),
         (["stop_after=-1"], r"stop_after=-1\.0"),
         (["stop_after=nan"], "stop_after=nan"),
     ],
@@ -299,7 +299,7 @@ def test_a_launcher_is_to_start_again_what_can_succeed_only(
     ended: list[bool] = []
     monkeypatch.setattr(cli, "prevent_restart", lambda: ended.append(True))
     with pytest.raises(SystemExit) as left:
-        cli._stop(status, "sentence", error)
+        cli._exit(status, "sentence", error)
     assert left.value.code == status
     assert bool(ended) == for_good
 

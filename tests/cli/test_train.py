@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path) ->
         (["optim.schedule=step"], "moco: optim.milestones=[]"),
         (["augment.jitter_p=1.5"], "moco: augment.jitter_p=1.5"),
         (["augment.second={blurp: 1}"], "add it with +augment.second.blurp=VALUE"),
-        (["+augment.second.blurp=1"], "moco: augment.second names blurp"),
+        (["+augment.second.blurp=1"], "moco: augment.second has unknown fields blurp"),
         (["model.backbone=resnet19"], "moco: model.backbone='resnet19' must be one of"),
         (["+model.options.depth=3"], "moco: model.options={"),
         (["data.name=folder", "data.root=nowhere"], "nowhere"),
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(uninterrupted: tuple[P
 def test_a_sweep_into_one_directory_is_refused_before_it_starts(tmp_path: Path) -> None:
     result = train(tmp_path, "--multirun", *TINY, "optim.lr=0.01,0.02", "run=one")
     assert result.returncode == 2
-    assert "--multirun puts 2 jobs into run=one" in result.stderr
+    assert "--multirun has 2 jobs with run=one" in result.stderr
     assert not (tmp_path / "one").exists()
     assert list(tmp_path.iterdir()) == []  # no multirun.yaml either
 

@@ -50,6 +50,14 @@ class Planned(NamedTuple):
     folder: Path
 
 
+def study(config: TemperatureConfig) -> None:
+    """Do the work of `moco.temperature`: `explain` or `sweep`."""
+    if config.mode == "explain":
+        explain(config)
+    else:
+        sweep(config)
+
+
 def explain(config: TemperatureConfig) -> None:
     """Draw softmax, loss and gradient of a few logits against the temperature, and print them as a table."""
     matplotlib()
