@@ -63,7 +63,7 @@ def _key(seed: int) -> tuple[int, int]:
         ValueError: if the seed is negative or does not fit in 64 bits.
     """
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed={seed} must be in 0 ... 2**64 - 1")
+        raise ValueError(f"seed={seed} must lie in 0 ... 2**64 - 1")
     return seed & 0xFFFFFFFF, seed >> 32
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig
+from moco.config.base import check_bounds
 from moco.config.data import check_data_fields
 from moco.data.arrays import SPLIT_SEED, ArraySource, open_cifar10, open_cifar100, open_digits, open_stl10
 from moco.data.base import Progress, Source, Sources, names_digest
@@ -82,6 +83,7 @@ def load_source(
     """
     if config.name not in SOURCES:
         raise ValueError(f"data.name={config.name!r} is unknown: set one of {', '.join(SOURCES)}")
+    check_bounds(config, "data.")
     check_data_fields(config)
     kind = SOURCES[config.name]
     if kind.root and not config.root:

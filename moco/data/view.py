@@ -109,7 +109,7 @@ class View:
     def _check_number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         if not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{name}={value} must be in {low} ... {high}")
+            raise ValueError(f"{name}={value} must lie in {low} ... {high}")
 
     def _check_range(self, name: str, low: float, high: float) -> None:
         values = getattr(self, name)

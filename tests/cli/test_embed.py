@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from moco.config import config_dir
-from tests.data.pictures import encoder, folder
+from tests.data.images import encoder, folder
 
 REPOSITORY = Path(config_dir()).parent
 

@@ -1,4 +1,4 @@
-"""Pictures in folders, and the same ones packed."""
+"""Class folders of images, and the same images packed."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from moco.config import DataConfig
 from moco.config.pack import PackConfig
 from moco.pack import pack
-from tests.data.broken import encoded, noise
+from tests.data.unreadable_files import encoded, noise
 
 
-def pictures(root: Path, count: int = 12, classes: tuple[str, ...] = ("cat", "dog"), first: int = 0) -> Path:
-    """JPEGs of several sizes in class folders, one PNG among them, and one file of the wrong ending."""
+def class_folders(root: Path, count: int = 12, classes: tuple[str, ...] = ("cat", "dog"), first: int = 0) -> Path:
+    """Write JPEGs of several sizes into class folders, with one PNG, and one PNG named .jpg."""
     for i in range(count):
         folder = root / classes[i % len(classes)]
         folder.mkdir(parents=True, exist_ok=True)
@@ -21,11 +21,11 @@ def pictures(root: Path, count: int = 12, classes: tuple[str, ...] = ("cat", "do
 
 
 def packed(output: Path, root: Path, **fields: Any) -> Path:
-    """`moco.pack` of a folder; `data_NAME` goes to `data.NAME`."""
+    """Pack a folder with `moco.pack`; the argument `data_NAME` sets `data.NAME`."""
     data: dict[str, Any] = {
         name.removeprefix("data_"): fields.pop(name) for name in list(fields) if name.startswith("data_")
     }
-    shard_mb = fields.pop("shard_mb", 0.012)  # a few pictures of `pictures` in each
+    shard_mb = fields.pop("shard_mb", 0.012)  # a few images of `class_folders` per shard
     usual: dict[str, Any] = {"name": "folder", "root": str(root), "workers": 0}
     settings = DataConfig(**(usual | data))
     pack(PackConfig(settings, str(output), shard_mb=shard_mb, **fields))

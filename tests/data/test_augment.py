@@ -48,7 +48,7 @@ EVERYTHING: dict[str, Any] = dict(
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Images this small gain nothing from threads, and wait for each other when the machine is busy."""
+    """Use one thread: threads do not speed up such small images, and wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +66,7 @@ def random_crops(count: int, size: int, seed: int = 0) -> Tensor:
 
 
 def by_torchvision(x: Tensor, params: Params, row: int, view: View) -> Tensor:
-    """One sample, uint8 or float, through torchvision's functionals in the sample's own order."""
+    """Augment one sample, uint8 or float, by torchvision's functionals in the sample's own order."""
     if view.gray_first and params.gray[row]:
         x = TF.rgb_to_grayscale(x, 3)
     if params.jitter[row]:
@@ -88,17 +88,17 @@ def by_torchvision(x: Tensor, params: Params, row: int, view: View) -> Tensor:
 
 
 def reference(crop: Tensor, params: Params, row: int, view: View) -> Tensor:
-    """One sample through torchvision's functionals on floats, from the crop to the normalized view."""
+    """Augment one sample by torchvision's functionals on floats, from the crop to the normalized view."""
     x = crop.float() / 255
     if params.affine[row]:
-        # Back from the drawn map to torchvision's arguments is tested in test_affine; here its kernel is called.
+        # test_affine compares the arguments of torchvision; here only its kernel is called.
         x = ops.affine(x[None], torch.from_numpy(params.theta[row : row + 1]))[0]
     normalized: Tensor = TF.normalize(by_torchvision(x, params, row, view), list(view.mean), list(view.std))
     return normalized
 
 
 def levels(x: Tensor) -> Tensor:
-    """Values 0 ... 1 as whole levels, cut off as torchvision does it; 1e-3 is for what float32 leaves below one."""
+    """Convert values 0 ... 1 to integers, truncated as in torchvision; 1e-3 compensates float32's rounding."""
     return (x * 255 + 1e-3).floor().int()
 
 
@@ -152,7 +152,7 @@ def test_each_operation_is_within_a_level_of_torchvision_on_uint8(fields: dict[s
     assert (levels(augment(crops, params, view)) - theirs).abs().max() <= 1
 
 
-def test_everything_at_once_equals_torchvision() -> None:
+def test_all_operations_together_equal_torchvision() -> None:
     view = View(size=32, **EVERYTHING)
     crops, params = random_crops(64, 32), draw(view, 0, 0, np.arange(64), 0)
     expected = torch.stack([reference(crops[row], params, row, view) for row in range(64)])
@@ -178,7 +178,7 @@ def test_affine_equals_torchvision() -> None:
         assert (levels(ours[row]) - whole).abs().max() <= 1
 
 
-def test_hue_survives_ties_and_extremes() -> None:
+def test_hue_of_ties_and_extremes() -> None:
     levels = torch.tensor([0, 1e-8, 0.25, 0.5, 1 - 2**-24, 1])
     x = torch.cartesian_prod(levels, levels, levels).T.reshape(1, 3, -1, 1)
     for turn in np.linspace(-0.5, 0.5, 21).tolist():
@@ -197,7 +197,7 @@ def test_blur_keeps_the_mean_of_a_flat_image_and_spreads_a_point() -> None:
     across = point[0].sum(0)
     spread = (across * (torch.arange(31) - 15) ** 2).sum().sqrt()
     assert abs(across.sum() - 1) < 1e-5
-    assert 1.9 < spread < 2  # 2 pixels, less what lies beyond 3 sigma
+    assert 1.9 < spread < 2  # 2 pixels, without the part beyond 3 sigma
 
 
 def test_noise_is_gaussian_keyed_and_clamped() -> None:
@@ -225,8 +225,8 @@ def test_a_sample_does_not_depend_on_its_batch(count: int, size: int) -> None:
     assert torch.equal(together, back)
 
 
-def test_threads_and_parts_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    view = View(size=80, **EVERYTHING)  # two samples are then enough for torch to divide them among threads
+def test_results_do_not_depend_on_threads_or_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = View(size=80, **EVERYTHING)  # large enough that torch divides two samples among threads
     crops, params = random_crops(12, 80), draw(view, 0, 0, np.arange(12), 0)
     expected = augment(crops, params, view)
     threads = torch.get_num_threads()
@@ -256,7 +256,7 @@ def test_streamed_and_resident_views_are_equal(antialias: bool) -> None:
     assert torch.equal(torch.stack(streamed), crop_batch(images, params.crop, view))
 
 
-def test_a_plain_view_is_torchvisions_and_wants_the_whole_picture() -> None:
+def test_a_view_without_antialiasing_equals_torchvision_and_needs_the_full_image() -> None:
     view = View(size=16, crop_scale=(0.5, 1), antialias=False)
     antialiased = dataclasses.replace(view, antialias=True)
     image = torch.randint(0, 256, (3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -266,7 +266,7 @@ def test_a_plain_view_is_torchvisions_and_wants_the_whole_picture() -> None:
         ours = crop_one(image, uniforms, view)
         assert torch.equal(ours, TF.resized_crop(image, *box.tolist(), size=[16, 16], antialias=False))
         assert not torch.equal(ours, crop_one(image, uniforms, antialiased))
-        # Decoded smaller, a picture's pixels are means: only where all of its views take means anyway.
+        # An image is decoded at a fraction of its size only if all of its views are antialiased.
         assert largest_shrink([antialiased, antialiased], [uniforms, uniforms], 90, 120) > 1
         assert largest_shrink([antialiased, view], [uniforms, uniforms], 90, 120) == 1
 
@@ -278,8 +278,8 @@ def test_defaults_change_nothing() -> None:
     assert torch.equal(augment(crop_batch(images, params.crop, view), params, view), images / 255)
 
 
-def test_the_plan_arrives_whole_on_a_device() -> None:
-    # The meta device has shapes and no values: it walks the packing that a GPU would see.
+def test_the_complete_plan_is_sent_to_a_device() -> None:
+    # The meta device has shapes only; the packing is the same as for a GPU.
     view = View(size=8, noise=(0, 0.1), **EVERYTHING)
     plan = _plan(draw(view, 0, 0, np.arange(64), 0), view)
     sent = _send(plan, torch.device("meta"))
@@ -311,17 +311,17 @@ def test_the_plan_arrives_whole_on_a_device() -> None:
     ],
     ids=str,
 )
-def test_impossible_views_are_refused(fields: dict[str, Any]) -> None:
+def test_invalid_views_are_refused(fields: dict[str, Any]) -> None:
     ((name, value),) = fields.items()
     with pytest.raises(ValueError, match=re.escape(f"{name}={value} must ")):
         View(**{"size": 32, **fields})
 
 
-def test_crops_that_do_not_fit_are_refused() -> None:
+def test_crops_of_another_shape_or_type_are_refused() -> None:
     view = View(size=8)
     params = draw(view, 0, 0, [0, 1], 0)
     for crops in (random_crops(2, 9), random_crops(3, 8), random_crops(2, 8).float()):
-        with pytest.raises(ValueError, match="this view takes"):
+        with pytest.raises(ValueError, match="this view needs"):
             augment(crops, params, view)
 
 

@@ -1,4 +1,4 @@
-"""What the augmentations do, in distribution, against torchvision's own per-image transforms.
+"""The distribution of the augmentations, compared with torchvision's own per-image transforms.
 
 Each check is shown to have teeth: with a planted wrong probability or range, it fails.
 """
@@ -18,12 +18,12 @@ from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_m
 from moco.data.augment import Params, View, augment, draw
 
 DRAWS = 2_000
-LEVEL = 1e-3  # chance of a false alarm, a check; the seeds are fixed, so a check that passes keeps passing
+LEVEL = 1e-3  # probability of a false alarm per check; the seeds are fixed, so results are reproducible
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Images this small gain nothing from threads, and wait for each other when the machine is busy."""
+    """Use one thread: threads do not speed up such small images, and wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -101,9 +101,9 @@ def test_affine_parameters() -> None:
 
 
 def measures(views: Tensor) -> dict[str, Tensor]:
-    """Numbers that tell the operations apart, for images (N, 3, S, S) of one source image."""
+    """Compute measures that distinguish the operations, for images (N, 3, S, S) of one source image."""
     chroma = views.amax(1) - views.amin(1)  # (N, S, S)
-    opposite = views[:, 0] * 2 - views[:, 1] - views[:, 2]  # red against the others: moves with the hue
+    opposite = views[:, 0] * 2 - views[:, 1] - views[:, 2]  # red minus the others: depends on the hue
     return {
         "mean": views.mean((1, 2, 3)),
         "contrast": views.mean(1).std((1, 2)),
@@ -158,7 +158,7 @@ def measures_alike(source: Tensor, theirs: dict[str, Tensor], **changed: Any) ->
     return {name for name in theirs if alike(ours[name], theirs[name])}
 
 
-def test_images_are_alike(source: Tensor, torchvision_measures: dict[str, Tensor]) -> None:
+def test_images_have_the_same_distribution(source: Tensor, torchvision_measures: dict[str, Tensor]) -> None:
     assert measures_alike(source, torchvision_measures) == set(torchvision_measures)
 
 
@@ -178,7 +178,7 @@ def test_images_are_alike(source: Tensor, torchvision_measures: dict[str, Tensor
     ],
     ids=str,
 )
-def test_a_planted_fault_is_seen(
+def test_a_planted_fault_is_detected(
     source: Tensor, torchvision_measures: dict[str, Tensor], changed: dict[str, Any], seen: str
 ) -> None:
     assert seen not in measures_alike(source, torchvision_measures, **changed)

@@ -1,8 +1,7 @@
-"""`moco.check_data` finds each fault that is planted, counts it, and says whether a run would stop."""
+"""`moco.check_data` finds and counts every planted fault, and reports whether a run would end."""
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,22 @@ import pytest
 from PIL import Image
 
 from moco.check_data import check_data
-from moco.config import ConfigError, DataConfig, config_dir
+from moco.cli import run_command
+from moco.config import ConfigError, DataConfig
 from moco.config.check_data import CheckDataConfig
 from moco.data import check as module
 from moco.data import image_facts as image_facts_module
 from moco.data.decode import FAULTS, ImageError
 from moco.data.image_facts import ODDITIES, image_facts
 from moco.data.sources import FolderSource, load_source
-from tests.data.broken import bad_files, encoded, folder, forbid, noise, odd_files
+from tests.data.unreadable_files import bad_files, encoded, folder, forbid, noise, odd_files
 
 
-def checked(output: Path, stops: str = "", **data: Any) -> dict[str, Any]:
-    """The report; `stops` is what the command must say, "" if nothing would stop a run."""
+def checked(output: Path, error: str = "", **data: Any) -> dict[str, Any]:
+    """Return the report; `error` is the pattern of the expected error, "" if none is expected."""
     config = CheckDataConfig(DataConfig(name="folder", **({"workers": 0} | data)), str(output))
-    if stops:
-        with pytest.raises(ValueError, match=stops) as caught:
+    if error:
+        with pytest.raises(ValueError, match=error) as caught:
             check_data(config)
         assert "\n" not in str(caught.value)
     else:
@@ -35,13 +35,13 @@ def checked(output: Path, stops: str = "", **data: Any) -> dict[str, Any]:
     return report
 
 
-def names(told: dict[str, Any]) -> list[str]:
-    return [Path(each["path"]).name for each in told["files"]]
+def names(entry: dict[str, Any]) -> list[str]:
+    return [Path(each["path"]).name for each in entry["files"]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = folder(tmp_path / "pictures", odd=True)
+    root = folder(tmp_path / "images", odd=True)
     for name in ("notes.txt", "Makefile", ".hidden.png"):
         (root / name).write_text("x")
     (root / "circle").symlink_to(root / "circle")
@@ -55,10 +55,10 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
         wanted.setdefault(kind, []).append(name)
     assert set(wanted) == (set(FAULTS) | set(ODDITIES)) - {"unreadable", "huge"}  # planted in tests of their own
     found = report["unreadable"] | report["odd"]
-    assert {kind: sorted(names(told)) for kind, told in found.items()} == {
+    assert {kind: sorted(names(entry)) for kind, entry in found.items()} == {
         kind: sorted(each) for kind, each in wanted.items()
     }
-    assert all(told["count"] == len(told["files"]) for told in found.values())
+    assert all(entry["count"] == len(entry["files"]) for entry in found.values())
     assert report["pictures"] == 24
     assert report["unreadable"]["broken link"]["files"] == [
         {"path": str(root / "nowhere.png"), "reason": f"a link to {root}/gone.png: No such file or directory"},
@@ -67,23 +67,23 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
     assert report["ignored"] == {".txt": 1, "without ending": 1, "hidden": 1}
     assert report["formats"]["JPEG CMYK"] == 1
     assert sum(report["formats"].values()) == 16
-    said = capsys.readouterr().out
-    assert all(kind in said for kind in wanted)
-    assert "ignored: .txt" in said
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in wanted)
+    assert "ignored: .txt" in printed
 
 
-def test_a_clean_folder_passes(tmp_path: Path) -> None:
-    report = checked(tmp_path / "out/report.json", root=str(folder(tmp_path / "pictures", bad=False)), resident=True)
+def test_a_folder_without_faults_passes(tmp_path: Path) -> None:
+    report = checked(tmp_path / "out/report.json", root=str(folder(tmp_path / "images", bad=False)), resident=True)
     assert report["unreadable"] == report["odd"] == report["ignored"] == {}
     assert report["formats"] == {"PNG RGB": 6}
     assert report["sizes"]["frequent"] == {"40 x 30": 6}
     assert report["sizes"]["width"] == [40] * 5
     assert report["sizes"]["height"] == [30] * 5
-    assert report["bytes"] == sum(path.stat().st_size for path in (tmp_path / "pictures").iterdir())
+    assert report["bytes"] == sum(path.stat().st_size for path in (tmp_path / "images").iterdir())
 
 
-def test_what_stops_follows_the_runs_own_fields(tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=19, bad=False)
+def test_obstacles_depend_on_the_data_fields(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", good=19, bad=False)
     (root / "bad.png").write_bytes(b"")
     output = tmp_path / "report.json"
     checked(output, r"1 of the 20 training images .*set data\.on_bad_image=replace", root=str(root))
@@ -95,7 +95,7 @@ def test_what_stops_follows_the_runs_own_fields(tmp_path: Path) -> None:
     checked(output, "the training images have 2 sizes: data.resident=true needs one", root=str(root), resident=True)
 
 
-def test_duplicates_and_pictures_in_both_splits(tmp_path: Path) -> None:
+def test_duplicates_and_images_in_both_splits(tmp_path: Path) -> None:
     for part in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / part).mkdir(parents=True)
     for number, name in enumerate(("train/a/1", "train/a/2", "train/b/3", "test/a/4", "test/b/5", "test/b/6")):
@@ -105,13 +105,13 @@ def test_duplicates_and_pictures_in_both_splits(tmp_path: Path) -> None:
     report = checked(
         tmp_path / "report.json", root=str(tmp_path / "train"), labels="folder", eval_root=str(tmp_path / "test")
     )
-    told = report["duplicates"]
-    groups = sorted([os.path.relpath(path, tmp_path) for path in group] for group in told["groups"])
+    entry = report["duplicates"]
+    groups = sorted([os.path.relpath(path, tmp_path) for path in group] for group in entry["groups"])
     assert groups == [["test/a/7.png", "test/b/5.png"], ["train/a/1.png", "train/b/9.png", "test/a/1.png"]]
-    assert (told["count"], told["held_out_in_training"]) == (3, 1)
+    assert (entry["count"], entry["held_out_in_training"]) == (3, 1)
 
 
-def test_a_held_out_picture_that_is_bad_would_stop_a_run_too(tmp_path: Path) -> None:
+def test_an_unreadable_held_out_image_is_an_obstacle(tmp_path: Path) -> None:
     for part in ("train/a", "train/b", "test/a", "test/b"):
         folder(tmp_path / part, good=1, bad=False)
     (tmp_path / "test/b/00.png").write_bytes(b"")
@@ -119,22 +119,22 @@ def test_a_held_out_picture_that_is_bad_would_stop_a_run_too(tmp_path: Path) -> 
     checked(tmp_path / "report.json", "1 of the 2 held-out images cannot be read", **where)
 
 
-def test_few_files_of_a_kind_are_named_and_all_are_counted(tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=1, bad=False)
+def test_files_beyond_the_limit_are_counted_but_not_listed(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", good=1, bad=False)
     for i in range(40):
         (root / f"bad{i:02}.png").write_bytes(b"")
     config = CheckDataConfig(DataConfig(name="folder", root=str(root), workers=2), str(tmp_path / "r.json"), listed=3)
     with pytest.raises(ValueError, match="40 of the 41"):
         check_data(config)
-    told = json.loads((tmp_path / "r.json").read_text())["unreadable"]["empty"]
-    assert (told["count"], names(told)) == (40, ["bad00.png", "bad01.png", "bad02.png"])
+    entry = json.loads((tmp_path / "r.json").read_text())["unreadable"]["empty"]
+    assert (entry["count"], names(entry)) == (40, ["bad00.png", "bad01.png", "bad02.png"])
 
 
-def test_gone_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = image_facts(str(tmp_path / "gone.png"))
     assert (facts.fault, facts.reason) == ("unreadable", "No such file or directory")
 
-    def denied(self: Path) -> bytes:  # the tests may run as root, whom no mode stops
+    def denied(self: Path) -> bytes:  # the tests may run as root, who can read any file
         raise PermissionError(13, os.strerror(13), str(self))
 
     monkeypatch.setattr(Path, "read_bytes", denied)
@@ -142,15 +142,15 @@ def test_gone_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (facts.fault, facts.reason) == ("unreadable", "Permission denied")
 
 
-def test_a_folder_that_cannot_be_read_is_a_fault_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = folder(tmp_path / "pictures", good=2)
+def test_a_folder_that_cannot_be_listed_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder(tmp_path / "images", good=2)
     folder(root / "closed", good=1, bad=False)
     forbid(monkeypatch, root / "closed")
     words = r"1 folder cannot be read \(give this user .*; 7 of the 9 training images"
     report = checked(tmp_path / "report.json", words, root=str(root))
-    told = report["unreadable"]
-    assert told["unreadable folder"]["files"] == [{"path": str(root / "closed"), "reason": "Permission denied"}]
-    assert told["empty"]["count"] == 1
+    entry = report["unreadable"]
+    assert entry["unreadable folder"]["files"] == [{"path": str(root / "closed"), "reason": "Permission denied"}]
+    assert entry["empty"]["count"] == 1
     clean = folder(tmp_path / "clean", bad=False)
     forbid(monkeypatch, clean)
     with pytest.raises(ValueError, match=r"data\.root=.* cannot be listed: \."):
@@ -166,7 +166,7 @@ def test_huge_and_sixteen_bit_color(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert image_facts(str(tmp_path / "b.tif")).odd == ("16 bits",)
 
 
-def test_a_worker_that_dies_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = load_source(DataConfig("folder", str(folder(tmp_path, good=2, bad=False)))).train
     assert isinstance(source, FolderSource)
     monkeypatch.setattr(module, "_check_all", _die)
@@ -178,8 +178,8 @@ def _die(paths: list[str]) -> None:
     os._exit(9)
 
 
-def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = folder(tmp_path / "pictures", good=1, bad=False)
+def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = folder(tmp_path / "images", good=1, bad=False)
     name = os.fsdecode(b"[red]caf\xe9.png")
     (root / name).write_bytes(b"")
     report = checked(tmp_path / "report.json", "1 of the 2", root=str(root))
@@ -187,7 +187,7 @@ def test_names_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "[red]caf\\udce9.png" in capsys.readouterr().out
 
 
-def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
+def test_other_data_sets_are_refused(tmp_path: Path) -> None:
     for data, words in (
         (DataConfig(name="cifar10"), "folder, imagenet"),
         (DataConfig(name="shards", root="packed"), r"data\.name=shards"),
@@ -197,22 +197,19 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
             check_data(CheckDataConfig(data))
     with pytest.raises(FileNotFoundError, match=r"data\.root=.*found nothing"):
         check_data(CheckDataConfig(DataConfig(name="folder", root=str(tmp_path))))
-    assert issubclass(ImageError, ValueError)  # which the commands turn into a sentence
+    assert issubclass(ImageError, ValueError)  # which the commands print as one sentence
 
 
-def test_as_a_person_runs_it(tmp_path: Path) -> None:
-    folder(tmp_path / "pictures", good=2)
-    done = subprocess.run(
-        [sys.executable, "-m", "moco.check_data", "data.root=pictures"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(config_dir()).parent), "COLUMNS": "120", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("moco: a run with these images would end: 7 of the 9 training images cannot be read")
-    assert done.stderr.count("\n") == 1
-    assert "bomb.png" in done.stdout
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    folder(tmp_path / "images", good=2)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moco.check_data", "data.root=images"])
+    with pytest.raises(SystemExit) as caught:
+        run_command("check_data", CheckDataConfig, check_data)
+    assert caught.value.code == 1
+    printed = capfd.readouterr()
+    assert printed.err.startswith("moco: ")
+    assert "7 of the 9 training images cannot be read" in printed.err
+    assert printed.err.count("\n") == 1
+    assert "bomb.png" in printed.out
     assert (tmp_path / "check_data.json").is_file()

@@ -20,7 +20,7 @@ RATIO = (3 / 4, 4 / 3)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Images this small gain nothing from threads, and wait for each other when the machine is busy."""
+    """Use one thread: threads do not speed up such small images, and wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Half of them noise, half of them black and white, whose resized values reach the rounding's extremes."""
+    """Images of noise, and of black and white pixels, whose resized values are extreme cases of rounding."""
     images = torch.randint(0, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(seed))
     images[::2] = (images[::2] > 127) * 255
     return images.to(torch.uint8)
@@ -81,7 +81,7 @@ def test_boxes_of_images_of_many_sizes() -> None:
         )
 
 
-def test_scale_one_keeps_a_square_image_whole() -> None:
+def test_scale_one_keeps_a_square_image() -> None:
     boxes = crop_boxes(keyed_uniform(0, 0, np.arange(300), 0, 22), 32, 32, (1, 1), RATIO)
     assert (boxes == [0, 0, 32, 32]).all()
 
@@ -99,7 +99,7 @@ def test_boxes_follow_torchvision_in_distribution() -> None:
     theirs = np.array([[box["top"], box["left"], box["height"], box["width"]] for box in drawn])
     uniforms = keyed_uniform(0, 0, np.arange(2_000), 0, 22)
     assert same_boxes_in_distribution(crop_boxes(uniforms, 60, 80, (0.2, 1), RATIO), theirs)
-    # The check has teeth: a slightly wrong area or ratio is seen.
+    # The check is sensitive: it detects a slightly wrong area or ratio.
     assert not same_boxes_in_distribution(crop_boxes(uniforms, 60, 80, (0.08, 1), RATIO), theirs)
     assert not same_boxes_in_distribution(crop_boxes(uniforms, 60, 80, (0.2, 1), (1, 1)), theirs)
 
@@ -110,10 +110,10 @@ def test_boxes_follow_torchvision_in_distribution() -> None:
     [
         (32, 32, 32, 500),  # CIFAR, enlarging
         (16, 16, 16, 300),  # digits
-        (96, 96, 64, 80),  # STL-10, both ways
+        (96, 96, 64, 80),  # STL-10, enlarging and reducing
         (33, 47, 20, 150),  # odd sides, float32 sums at a scale of up to 2
         (300, 200, 224, 6),  # several parts of the batch
-        (300, 200, 32, 15),  # float64 sums where antialiased
+        (300, 200, 32, 15),  # float64 sums if antialiased
         (700, 900, 7, 3),  # scales of up to 100
         (5, 6, 33, 50),  # enlarging by up to 33
     ],
@@ -133,7 +133,7 @@ def test_resident_crops_equal_torchvision_bit_for_bit(
 
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [8, 19])
-def test_every_length_and_place(size: int, antialias: bool) -> None:
+def test_every_length_and_position(size: int, antialias: bool) -> None:
     extent = 24
     boxes = np.array([[a, 1, n, 2] for n in range(1, extent + 1) for a in range(extent - n + 1)])
     images = random_images(len(boxes), extent, 4, seed=1)
@@ -145,7 +145,7 @@ def test_every_length_and_place(size: int, antialias: bool) -> None:
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 33])
 def test_the_weights_are_those_of_torchvision_on_floats(size: int, antialias: bool) -> None:
-    # Rounded to integers they give the uint8 result; as they are, the float one.
+    # Rounded to integers they are the weights for uint8, unrounded those for float.
     lengths = np.arange(1.0, 41.0)[:, None]
     first, taps = (antialiased_taps if antialias else plain_taps)(lengths, size)  # (L, S), (L, S, K)
     assert np.abs(taps.sum(axis=2) - 1).max() < 1e-12
@@ -164,7 +164,7 @@ def test_the_weights_are_those_of_torchvision_on_floats(size: int, antialias: bo
 
 
 @pytest.mark.parametrize("size", [3, 16])
-def test_a_plain_crop_is_within_a_level_of_one_made_of_floats(size: int) -> None:
+def test_a_crop_without_antialiasing_is_within_a_level_of_a_float_crop(size: int) -> None:
     # Each of the two axes rounds by at most half a level, and its two weights by at most 2**-15 each.
     images, count = random_images(100, 40, 30), 100
     boxes = crop_boxes(keyed_uniform(4, 0, np.arange(count), 0, 22), 40, 30, (0.01, 1), RATIO)
@@ -173,18 +173,18 @@ def test_a_plain_crop_is_within_a_level_of_one_made_of_floats(size: int) -> None
         assert (crop - floats).abs().max() <= 1 + 4 * 255 * 2**-15
 
 
-def test_a_plain_crop_takes_single_pixels_and_an_antialiased_one_their_mean() -> None:
+def test_a_crop_without_antialiasing_uses_single_pixels_and_an_antialiased_one_their_mean() -> None:
     columns = torch.arange(27).remainder(3).eq(1).to(torch.uint8) * 255  # every third column is white
     image, box = columns.expand(1, 3, 27, 27), np.array([[0, 0, 27, 27]])
     assert (resized_crops(image, box, 9, antialias=False) == 255).all()
     assert (resized_crops(image, box, 9)[..., 1:-1].int() - 255 / 3).abs().max() < 60
-    # Enlarged, there is nothing to take the mean of.
+    # An enlarged crop averages nothing.
     assert torch.equal(resized_crops(image, box, 50, antialias=False), resized_crops(image, box, 50))
 
 
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("size", [4, 11])
-def test_nothing_beyond_the_box_shows(size: int, antialias: bool) -> None:
+def test_pixels_outside_the_box_have_no_influence(size: int, antialias: bool) -> None:
     sides = [(h, w) for h in (1, 2, 5, 12) for w in (1, 3, 12)]
     boxes = np.array([[top, left, h, w] for h, w in sides for top in (0, 14 - h) for left in (1, 15 - w)])
     black, white = (bordered_images(boxes, 14, 15, border) for border in (0, 255))
@@ -192,13 +192,13 @@ def test_nothing_beyond_the_box_shows(size: int, antialias: bool) -> None:
     assert torch.equal(ours, resized_crops(white, boxes, size, antialias))
     for image, box, crop in zip(white, boxes, ours, strict=True):
         assert torch.equal(resized_crop(image, box, size, antialias), crop)
-    point = (boxes[:, 2:] == 1).all(axis=1)  # of one pixel, which then fills the crop
+    point = (boxes[:, 2:] == 1).all(axis=1)  # boxes of one pixel, which fills the crop
     assert point.sum() == 4
     assert torch.equal(ours[point], ours[point][..., :1, :1].expand(-1, -1, size, size))
 
 
 @pytest.mark.parametrize("antialias", [True, False])
-def test_crops_survive_reduced_precision(antialias: bool) -> None:
+def test_crops_are_exact_under_reduced_precision_settings(antialias: bool) -> None:
     images, uniforms = random_images(64, 32, 32), keyed_uniform(0, 0, np.arange(64), 0, 22)
     boxes = crop_boxes(uniforms, 32, 32, (0.2, 1), RATIO)
     expected = resized_crops(images, boxes, 32, antialias)
@@ -230,12 +230,12 @@ def test_evaluation_view_equals_torchvision(height: int, width: int, resize: int
     assert torch.equal(resize_center_crop(image, resize, size), expected)
 
 
-def test_evaluation_view_is_free_when_nothing_is_to_be_done() -> None:
+def test_evaluation_view_returns_an_image_of_the_right_size() -> None:
     image = random_images(1, 32, 32)[0]
     assert resize_center_crop(image, 32, 32).data_ptr() == image.data_ptr()
 
 
-def test_errors_name_field_value_and_fix() -> None:
+def test_a_size_above_the_resize_is_refused() -> None:
     with pytest.raises(ValueError, match=r"size=40 exceeds resize=32"):
         resize_center_crop(random_images(1, 32, 32)[0], 32, 40)
     with pytest.raises(ValueError, match=r"uniforms has shape \(5, 21\)"):

@@ -1,4 +1,4 @@
-"""Every kind of image file becomes the right pixels, and every broken one a sentence."""
+"""Decoding: the right pixels for every kind of image file, and a one-sentence error for every damaged one."""
 
 import io
 import os
@@ -23,7 +23,7 @@ H, W = 12, 17
 
 @pytest.fixture
 def pixels() -> NDArray[np.uint8]:
-    """A smooth picture (H, W, 3): JPEG keeps it within a few levels."""
+    """A smooth image (H, W, 3): JPEG changes it by a few levels only."""
     y, x = np.mgrid[0:H, 0:W]
     return np.stack([y * 20, x * 15, 255 - (x + y) * 9], axis=-1).astype(np.uint8)
 
@@ -47,7 +47,7 @@ def written(folder: Path, data: bytes, name: str = "image.bin") -> Path:
 
 
 def png(width: int, height: int, depth: int, color: int, rows: bytes) -> bytes:
-    """A PNG by hand, for what PIL does not write."""
+    """Write a PNG of a kind that PIL cannot write."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -82,14 +82,14 @@ def test_jpeg_equals_pil_and_the_original(
 
 def test_cmyk_jpeg_is_inverted_with_and_without_the_adobe_marker(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     data = encoded(Image.fromarray(pixels).convert("CMYK"), "JPEG", quality=98)
-    start = data.index(b"Adobe") - 4  # the marker and its length stand before the name
+    start = data.index(b"Adobe") - 4  # the marker and its length precede the name
     bare = data[:start] + data[start + 2 + struct.unpack(">H", data[start + 2 : start + 4])[0] :]
     assert b"Adobe" not in bare
     for case in (data, bare):
-        assert abs(hwc(decode(written(tmp_path, case))) - pixels).max() <= 8  # black where it should be white otherwise
+        assert abs(hwc(decode(written(tmp_path, case))) - pixels).max() <= 8  # otherwise black would become white
 
 
-def test_jpegs_that_torchvision_refuses_go_to_pil(
+def test_pil_decodes_jpegs_that_torchvision_refuses(
     pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> Tensor:
@@ -112,7 +112,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int, pixels: NDArra
     if kind == "WEBP":
         options = {"lossless": True}
     got = hwc(decode(written(tmp_path, encoded(Image.fromarray(pixels), kind, exif=exif, **options))))
-    # EXIF 2.3, tag 0x0112: where the stored row 0 and column 0 belong.
+    # EXIF 2.3, tag 0x0112: the sides to which the stored row 0 and column 0 belong.
     upright = {
         1: pixels,
         2: pixels[:, ::-1],
@@ -128,12 +128,12 @@ def test_exif_orientation_is_applied(kind: str, orientation: int, pixels: NDArra
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_broken_exif_does_not_cost_the_picture(kind: str, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_an_image_with_broken_exif_data_is_decoded(kind: str, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     path = written(tmp_path, encoded(Image.fromarray(pixels), kind, exif=b"garbage"))
     assert decode(path).shape == (3, H, W)
 
 
-def test_the_content_decides_not_the_ending(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_the_content_counts_and_not_the_ending(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     image = Image.fromarray(pixels)
     assert (hwc(decode(written(tmp_path, encoded(image, "PNG"), "a.jpg"))) == pixels).all()
     assert (
@@ -142,7 +142,7 @@ def test_the_content_decides_not_the_ending(pixels: NDArray[np.uint8], tmp_path:
     )
 
 
-def test_gray_and_one_bit_fill_three_channels(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_gray_and_one_bit_images_become_three_channels(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     gray = pixels[..., 0]
     assert (hwc(decode(written(tmp_path, encoded(Image.fromarray(gray), "PNG")))) == gray[..., None]).all()
     bits = gray > 100
@@ -152,7 +152,7 @@ def test_gray_and_one_bit_fill_three_channels(pixels: NDArray[np.uint8], tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_alpha_is_laid_on_white(kind: str, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_transparent_images_are_put_on_white(kind: str, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     alpha = np.tile(np.linspace(0, 255, W).astype(np.uint8), (H, 1))
     image = Image.fromarray(np.dstack([pixels, alpha]))
     weight = alpha[..., None] / 255
@@ -173,11 +173,11 @@ def test_palette_with_and_without_a_transparent_entry(kind: str, tmp_path: Path)
     colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]])
     indices = np.asarray(image)
     assert (hwc(decode(written(tmp_path, encoded(image, kind)))) == colors[indices]).all()
-    colors[1] = 255  # entry 1 is transparent: the white page shows
+    colors[1] = 255  # entry 1 is transparent: white
     assert (hwc(decode(written(tmp_path, encoded(image, kind, transparency=1)))) == colors[indices]).all()
 
 
-def test_a_gif_gives_its_first_frame(tmp_path: Path) -> None:
+def test_the_first_frame_of_a_gif_is_used(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (W, H), color) for color in ("red", "blue")]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     Image.open(io.BytesIO(data)).seek(1)  # there is a second one
@@ -211,7 +211,7 @@ def test_int32_and_float_tiffs_have_one_scale_or_are_refused(tmp_path: Path) -> 
             decode(written(tmp_path, encoded(Image.fromarray(bad), "TIFF")))
 
 
-# ---- sentences ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -224,11 +224,11 @@ def test_truncated_jpegs_are_refused(keep: float, progressive: bool, tmp_path: P
         decode(written(tmp_path, cut))
 
 
-def test_a_jpeg_that_ends_in_zeros_is_refused_though_pil_takes_it(tmp_path: Path) -> None:
+def test_a_jpeg_that_ends_in_zeros_is_refused_though_pil_accepts_it(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), "JPEG")
     half = data[: len(data) // 2] + bytes(len(data) // 2)
-    Image.open(io.BytesIO(half)).load()  # no error: this is why PIL is not asked
+    Image.open(io.BytesIO(half)).load()  # no error: therefore PIL must not decode it
     with pytest.raises(ImageError, match="truncated"):
         decode(written(tmp_path, half))
 
@@ -251,20 +251,20 @@ def test_truncated_files_of_other_kinds_are_refused(kind: str, tmp_path: Path) -
         (b"\x89PNG\r\n\x1a\n" + bytes(40), r"\w+"),
     ],
 )
-def test_what_is_no_image_is_named_in_one_sentence(data: bytes, reason: str, tmp_path: Path) -> None:
+def test_other_content_is_refused_in_one_sentence(data: bytes, reason: str, tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=rf"^cannot read image .*photo\.jpg: {reason}") as caught:
         decode(written(tmp_path, data, "photo.jpg"))
     assert "\n" not in str(caught.value)
     assert "BytesIO" not in str(caught.value)
 
 
-def test_vanished_unreadable_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_and_unreadable_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImageError, match=r"gone\.png: No such file or directory"):
         decode(tmp_path / "gone.png")
     with pytest.raises(ImageError, match="Is a directory"):
         decode(tmp_path)
 
-    def denied(self: Path) -> bytes:  # root may read everything, so a mode would not do
+    def denied(self: Path) -> bytes:  # root may read every file, whatever its mode
         raise PermissionError(13, os.strerror(13), str(self))
 
     monkeypatch.setattr(Path, "read_bytes", denied)
@@ -285,7 +285,7 @@ def test_declared_size_is_checked_before_pixels_are_read(
         monkeypatch.setattr(ImageFile.ImageFile, "load", never)
         with pytest.raises(ImageError, match=rf"image\.bin: .* {W} x {H} = {W * H} pixels, more than max_pixels=203"):
             decode(path, max_pixels=W * H - 1)
-    bomb = png(14_000, 14_000, 8, 0, bytes(1000))  # 196 megapixels, as few bytes as can be
+    bomb = png(14_000, 14_000, 8, 0, bytes(1000))  # 196 megapixels in very few bytes
     with pytest.raises(ImageError, match=r"bomb\.png: .*196000000 pixels"):
         decode(written(tmp_path, bomb, "bomb.png"))
 
@@ -295,7 +295,7 @@ def test_the_limit_itself_is_allowed(pixels: NDArray[np.uint8], tmp_path: Path) 
     assert decode(path, max_pixels=W * H).shape == (3, H, W)
 
 
-def test_the_error_survives_the_way_out_of_a_worker_process() -> None:
+def test_the_error_can_be_pickled_in_a_worker_process() -> None:
     error = pickle.loads(pickle.dumps(ImageError("cannot read image a.jpg: the file is empty")))
     assert isinstance(error, ImageError)
     assert isinstance(error, ValueError)

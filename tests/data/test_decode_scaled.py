@@ -1,4 +1,4 @@
-"""Large JPEGs decoded smaller: the crops stay where they were, and nearly what they were."""
+"""Large JPEGs decoded at a fraction of their size: the crops keep their position and nearly their pixels."""
 
 import io
 import os
@@ -28,12 +28,12 @@ VIEW = View(16, (0.2, 1.0))
 
 @pytest.fixture(autouse=True)
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rule is about time; what it leads to shows on small pictures too."""
+    """Apply scaled decoding to small images too, which are faster to test."""
     monkeypatch.setattr(module, "SCALED_FROM", 100 * 80)
 
 
 def jpeg(width: int = 200, height: int = 160, mode: str = "RGB", **options: object) -> bytes:
-    """A smooth picture with some grain."""
+    """A smooth image with some grain."""
     y, x = np.mgrid[0:height, 0:width]
     waves = [np.sin(x / 19), np.cos(y / 13), np.sin((x + 2 * y) / 31)]
     grain = np.random.default_rng(0).normal(0, 4, (height, width, 3))
@@ -56,7 +56,7 @@ def means(pixels: Tensor, factor: int) -> Tensor:
 
 @pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_pixel_is_the_mean_of_those_that_it_stands_for(factor: int, mode: str) -> None:
+def test_a_pixel_is_the_mean_of_the_pixels_that_it_stands_for(factor: int, mode: str) -> None:
     data = jpeg(mode=mode, progressive=factor == 4)
     got = decode_scaled("a.jpg", data, lambda height, width: factor)
     whole = decode_bytes("a.jpg", data)
@@ -68,7 +68,7 @@ def test_a_pixel_is_the_mean_of_those_that_it_stands_for(factor: int, mode: str)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_turns_the_size_and_the_pixels(orientation: int) -> None:
+def test_orientation_applies_to_the_size_and_the_pixels(orientation: int) -> None:
     data, asked = jpeg(exif=turned(orientation)), []
 
     def shrink(height: int, width: int) -> int:
@@ -78,7 +78,7 @@ def test_orientation_turns_the_size_and_the_pixels(orientation: int) -> None:
     got, whole = decode_scaled("a.jpg", data, shrink), decode_bytes("a.jpg", data)
     assert asked == [tuple(whole.shape[1:])] == [got.size]
     assert (got.pixels - means(whole, 4)).abs().mean() < 1.5
-    # Where the factor does not divide the sides, a turned picture is decoded whole; an upright one is not.
+    # If the factor does not divide the sides, a rotated image is decoded in full size.
     odd = decode_scaled("a.jpg", jpeg(203, 161, exif=turned(orientation)), shrink)
     assert odd.factor == (4 if orientation == 1 else 1)
     assert odd.pixels.shape[1:] == tuple(-(-side // odd.factor) for side in odd.size)
@@ -88,7 +88,7 @@ def never(height: int, width: int) -> int:
     raise AssertionError("asked")
 
 
-def test_only_large_jpegs_are_made_smaller() -> None:
+def test_only_large_jpegs_are_decoded_at_a_fraction() -> None:
     assert decode_scaled("a.jpg", jpeg(99, 80), never).factor == 1
     file = io.BytesIO()
     Image.new("RGB", (300, 300)).save(file, "PNG")
@@ -97,15 +97,15 @@ def test_only_large_jpegs_are_made_smaller() -> None:
     assert torch.equal(whole.pixels, decode_bytes("a.jpg", jpeg()))
 
 
-@pytest.mark.parametrize("behind", [b"\0", b"\0" * 9_000, b"the camera's own"])
-def test_what_does_not_end_as_a_jpeg_is_judged_whole(behind: bytes) -> None:
+@pytest.mark.parametrize("appended", [b"\0", b"\0" * 9_000, b"the camera's own"])
+def test_a_jpeg_without_end_marker_is_decoded_in_full_size(appended: bytes) -> None:
     data = jpeg()
-    assert torch.equal(decode_scaled("a.jpg", data + behind, never).pixels, decode_bytes("a.jpg", data))
+    assert torch.equal(decode_scaled("a.jpg", data + appended, never).pixels, decode_bytes("a.jpg", data))
     with pytest.raises(ImageError, match="truncated"):
-        decode_scaled("a.jpg", data[: len(data) // 2] + behind, never)
+        decode_scaled("a.jpg", data[: len(data) // 2] + appended, never)
 
 
-def test_xmp_turns_nothing_and_broken_exif_costs_nothing() -> None:
+def test_xmp_orientation_and_broken_exif_data_are_ignored() -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
     got = decode_scaled("a.jpg", jpeg(xmp=xmp), lambda height, width: 2)
     assert (got.size, got.factor) == (tuple(decode_bytes("a.jpg", jpeg(xmp=xmp)).shape[1:]), 2)
@@ -114,7 +114,7 @@ def test_xmp_turns_nothing_and_broken_exif_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("factor", [1, *FACTORS])
-def test_a_shrunk_box_keeps_its_edges_within_half_a_pixel(factor: int) -> None:
+def test_a_shrunk_box_moves_by_at_most_half_a_pixel(factor: int) -> None:
     uniforms = np.stack([draw_crop(0, 0, [i], 0)[0] for i in range(100)])
     height, width = 16 * factor * 2 + 3, 16 * factor * 3 + 1
     for box in crop_boxes(uniforms, height, width, (0.3, 1.0), VIEW.crop_ratio):
@@ -127,7 +127,7 @@ def test_a_shrunk_box_keeps_its_edges_within_half_a_pixel(factor: int) -> None:
             assert stop - start >= box[edge + 2] // factor
 
 
-def test_no_crop_has_to_be_enlarged() -> None:
+def test_no_crop_is_enlarged_because_of_scaled_decoding() -> None:
     views = [VIEW, View(24, (0.3, 1.0))]
     chosen = set()
     for i in range(100):
@@ -140,14 +140,14 @@ def test_no_crop_has_to_be_enlarged() -> None:
             room.append(min(box[2:]) / view.size)
             if factor > 1:
                 assert min(shrunk_box(box, factor)[2:]) >= view.size
-        assert factor == 8 or min(room) < 2 * factor  # the next larger one would be too much
+        assert factor == 8 or min(room) < 2 * factor  # the next larger factor would be too large
     assert chosen == {2, 4}
     assert largest_shrink(views, uniforms, 10, 10) == 1
 
 
 @pytest.mark.parametrize("factor", FACTORS)
-def test_crops_lie_where_they_lay(factor: int) -> None:
-    # Values that say where a pixel is: a crop that lies elsewhere has others.
+def test_crops_keep_their_position(factor: int) -> None:
+    # Pixel values encode the position, so a shifted crop has other values.
     y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
     whole = torch.stack([y, x, (x + y) // 2]).to(torch.uint8)
     smaller = means(whole, factor).round().to(torch.uint8)
@@ -158,7 +158,7 @@ def test_crops_lie_where_they_lay(factor: int) -> None:
         assert moved.abs().max() <= factor / 2 + 1
 
 
-def test_the_loader_takes_large_pictures_smaller_and_shows_the_same(tmp_path: Path) -> None:
+def test_the_loader_decodes_large_images_at_a_fraction_and_returns_similar_views(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(exif=turned(1 + 5 * (i % 2))))
     source = load_source(DataConfig("folder", str(tmp_path))).train
@@ -176,7 +176,7 @@ def test_crops_of_enlarged_photographs_are_within_a_few_levels(monkeypatch: pyte
     archive = Path(os.environ.get("MOCO_SHARED_DATA", ""), "photos_250.tar")
     if not archive.is_file():
         pytest.skip("MOCO_SHARED_DATA does not name a folder that holds photos_250.tar")
-    monkeypatch.undo()  # the rule as it is
+    monkeypatch.undo()  # the real threshold
     view = View(224, (0.2, 1.0))
     with tarfile.open(archive) as photos:
         files = [member for member in photos.getmembers() if member.isfile()][::60]

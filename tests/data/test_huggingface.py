@@ -1,4 +1,4 @@
-"""A Hugging Face data set, saved here and read without network: columns, splits, labels, and what is refused."""
+"""Hugging Face data sets, saved here and read without network: columns, splits, labels, errors."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import torch
 from moco.config import DataConfig
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.sources import HubSource, Source, load_source
-from tests.data.broken import encoded, noise
+from tests.data.unreadable_files import encoded, noise
 
 datasets: Any = pytest.importorskip("datasets", reason="data=huggingface needs the extra `huggingface`")
 
@@ -28,7 +28,7 @@ def content(i: int) -> bytes:
 
 
 def table(count: int, first: int = 0, **columns: Any) -> Any:
-    """Pictures first, first + 1, ...; other columns as (values, feature)."""
+    """Make a table of images first, first + 1, ...; other columns as (values, feature)."""
     values = {"image": [{"bytes": content(first + i), "path": None} for i in range(count)]}
     features = {"image": datasets.Image()}
     for name, (each, feature) in columns.items():
@@ -52,7 +52,7 @@ def same(source: Source | None, first: int, count: int) -> None:
         assert torch.equal(source.image(i), decode_bytes("", content(first + i)))
 
 
-def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
+def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     train = table(5, label=([0, 1, 0, 1, 1], CLASSES))
     test = table(3, 10, label=([1, 0, 1], CLASSES))
     unknown = table(2, 20, label=([-1, -1], CLASSES))
@@ -60,7 +60,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
         DataConfig("huggingface", saved(tmp_path / "data", train=train, test=unknown, validation=test))
     )
     same(sources.train, 0, 5)
-    same(sources.held_out, 10, 3)  # the test split's labels are kept back, so it is none to measure with
+    same(sources.held_out, 10, 3)  # the labels of the test split are secret, so accuracy is not measured on it
     assert sources.bank is sources.train
     assert sources.train.classes == ("cat", "dog")
     assert sources.train.labels is not None
@@ -73,7 +73,7 @@ def test_what_save_to_disk_wrote(tmp_path: Path) -> None:
     assert part.labels.tolist() == [1, 1]
 
 
-def test_a_folder_of_parquet_files_and_one_of_a_single_split(tmp_path: Path) -> None:
+def test_folders_of_parquet_files_and_of_a_single_split(tmp_path: Path) -> None:
     folder = tmp_path / "parquet"
     folder.mkdir()
     table(4).to_parquet(str(folder / "train-00000.parquet"))
@@ -109,7 +109,7 @@ def test_columns_and_splits_by_name(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_rows_without_a_picture_or_a_label(tmp_path: Path) -> None:
+def test_rows_without_an_image_or_a_label(tmp_path: Path) -> None:
     rows = table(2)
     empty = rows.map(lambda row, i: {"image": None if i == 1 else row["image"]}, with_indices=True)
     empty.save_to_disk(str(tmp_path / "empty"))

@@ -43,7 +43,7 @@ def test_uniform() -> None:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) * np.sqrt(a.size) < 3.5
 
 
-def test_number_does_not_depend_on_how_many_are_drawn_or_for_whom() -> None:
+def test_a_number_does_not_depend_on_the_other_numbers_or_samples() -> None:
     full = keyed_uniform(7, 3, np.arange(100), 1, 50)
     assert np.array_equal(full[:, :13], keyed_uniform(7, 3, np.arange(100), 1, 13))
     assert np.array_equal(full[[80, 3]], keyed_uniform(7, 3, [80, 3], 1, 50))

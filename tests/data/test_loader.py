@@ -37,7 +37,7 @@ LENGTH, BATCH, EPOCHS, SEED = 22, 8, 3, 7
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty-two pictures of one size, stored without loss."""
+    """22 images of one size in a lossless format."""
     root = tmp_path_factory.mktemp("pictures")
     chance = np.random.default_rng(0)
     for i in range(LENGTH):
@@ -76,14 +76,14 @@ def test_views_do_not_depend_on_the_number_of_workers(streamed: Source, referenc
     assert equal(all_batches(streamed, plan(), workers), reference)
 
 
-def test_the_resident_path_gives_the_same_bits(folder: Path, reference: list[Batch]) -> None:
+def test_resident_views_are_bit_equal(folder: Path, reference: list[Batch]) -> None:
     resident = load_source(DataConfig("folder", str(folder), resident=True)).train
     assert resident.images is not None
     assert equal(all_batches(resident, plan()), reference)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_the_ranks_shares_make_up_the_global_batch(streamed: Source, reference: list[Batch], processes: int) -> None:
+def test_shares_of_ranks_form_the_global_batch(streamed: Source, reference: list[Batch], processes: int) -> None:
     shares = [all_batches(streamed, plan(rank, processes)) for rank in range(processes)]
     together = [
         Batch(
@@ -116,7 +116,7 @@ def test_another_seed_epoch_or_view_gives_other_views(streamed: Source, referenc
     assert all(not torch.equal(first[i], again[i]) for i in shared)
 
 
-def test_each_epoch_is_its_own_permutation_in_whole_batches() -> None:
+def test_each_epoch_has_its_own_permutation_in_full_batches() -> None:
     which = plan()
     assert (which.steps_per_epoch, which.total_steps) == (2, 6)
     steps = list(which.samples(0))
@@ -127,17 +127,17 @@ def test_each_epoch_is_its_own_permutation_in_whole_batches() -> None:
         assert len(set(seen.tolist())) == 16
 
 
-def test_shuffles_are_permutations_that_differ_by_step_and_view() -> None:
+def test_shuffles_are_permutations_that_differ_per_step_and_view() -> None:
     shuffles = [tuple(each) for step in range(4) for each in plan().shuffles(step, 2)]
     assert all(sorted(each) == list(range(BATCH)) for each in shuffles)
     assert len(set(shuffles)) == len(shuffles)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_picture_is_named_in_one_sentence(folder: Path, tmp_path: Path, workers: int) -> None:
+def test_an_unreadable_image_is_named_in_one_sentence(folder: Path, tmp_path: Path, workers: int) -> None:
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "03.png").write_bytes(b"no picture")
+    (tmp_path / "03.png").write_bytes(b"not an image")
     source = load_source(DataConfig("folder", str(tmp_path))).train
     with pytest.raises(ImageError, match=r"03\.png") as caught:
         all_batches(source, Plan(LENGTH, 22, 1, SEED), workers)
@@ -157,8 +157,8 @@ class ShowsThreads(FolderSource):
         return str(i)
 
 
-def test_a_worker_has_one_thread_whatever_the_main_process_has() -> None:
-    # Two in each of two workers on two cores cost seven eighths of the speed.
+def test_a_worker_has_one_thread() -> None:
+    # Two threads in each of two workers on two cores are eight times slower.
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -177,7 +177,7 @@ def test_closing_ends_the_workers(streamed: Source) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_batch_lives_on_the_device_with_its_indices() -> None:
+def test_a_batch_is_on_the_device_with_its_indices() -> None:
     source = ArraySource(torch.zeros(LENGTH, 3, 24, 24, dtype=torch.uint8), [""] * LENGTH)
     (batch,) = islice(batches(source, plan(), VIEWS, CPU, 0), 1)
     assert batch.index.shape == (BATCH,)

@@ -1,4 +1,4 @@
-"""`moco.pack` keeps every byte, goes on after a kill to the same end, and says what it left out."""
+"""`moco.pack` keeps every byte, resumes after a kill with the same result, and lists skipped images."""
 
 import csv
 import io
@@ -6,8 +6,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,40 +14,42 @@ import pytest
 import torch
 from PIL import Image
 
-from moco.config import ConfigError, DataConfig
+from moco.config import ConfigError, DataConfig, TrainConfig
 from moco.config.pack import PackConfig, check_pack
 from moco.data import pack as stage
 from moco.data import shard_writer
 from moco.data.decode import ImageError, decode
 from moco.data.shards import ShardSource
 from moco.data.sources import load_source
-from tests.data.broken import bad_files, encoded, noise, odd_files
-from tests.data.packed import packed, pictures
+from moco.methods.moco_config import MoCoConfig
+from moco.training.trainer import pretrain
+from tests.data.packed import class_folders, packed
+from tests.data.unreadable_files import bad_files, encoded, noise, odd_files
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    """All files but the lock, by name."""
+    """Return all files except the lock, by name."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
 
 
-def files_of(root: Path, name: str = "train") -> ShardSource:
+def packed_split(root: Path, name: str = "train") -> ShardSource:
     source = getattr(load_source(DataConfig("shards", str(root))), name)
     assert isinstance(source, ShardSource)
     return source
 
 
-def test_workers_change_nothing_and_a_finished_folder_is_checked(
+def test_the_number_of_workers_changes_nothing_and_a_finished_folder_is_verified(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = pictures(tmp_path / "train", count=40)
+    root = class_folders(tmp_path / "train", count=40)
     one = everything(packed(tmp_path / "one", root))
-    said = capsys.readouterr().out
-    assert "40 train; unchanged" in said
-    assert f"data.root={tmp_path / 'one'}" in "".join(said.replace("│", " ").split("\n")).replace(" ", "")
+    printed = capsys.readouterr().out
+    assert "40 train; unchanged" in printed
+    assert f"data.root={tmp_path / 'one'}" in "".join(printed.replace("│", " ").split("\n")).replace(" ", "")
     assert everything(packed(tmp_path / "two", root, workers=2)) == one
     assert {"index.json", "skipped.csv", "train.npy", "train-000000.tar", "train-000001.tar"} <= set(one)
     assert not (tmp_path / "one" / "parts").exists()
-    assert all(len(data) <= 12_000 + 10_240 for name, data in one.items() if name.endswith(".tar"))  # tar's last zeros
+    assert all(len(data) <= 12_000 + 10_240 for name, data in one.items() if name.endswith(".tar"))  # and zeros
 
     capsys.readouterr()
     packed(tmp_path / "one", root)
@@ -58,7 +58,7 @@ def test_workers_change_nothing_and_a_finished_folder_is_checked(
 
 
 def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "train")
+    root = class_folders(tmp_path / "train")
     names = ["cat/a\rb.jpg", "cat/c\nd.jpg", 'cat/e",f.jpg']
     for name in names:
         (root / name).write_bytes(b"none")
@@ -78,10 +78,10 @@ def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
         ("folder", 20, "too few images for a recipe; data=shards data.root=out"),
     ],
 )
-def test_what_to_run_next_fits_the_pictures(name: str, count: int, words: str) -> None:
-    said = stage._next(name, Path("out"), count)
-    assert set(words.split()) <= set(said.split())
-    assert ("experiment=" in said, "queue_size=" in said) == ("experiment=" in words, "queue_size=" in words)
+def test_the_next_command_fits_the_images(name: str, count: int, words: str) -> None:
+    line = stage._next(name, Path("out"), count)
+    assert set(words.split()) <= set(line.split())
+    assert ("experiment=" in line, "queue_size=" in line) == ("experiment=" in words, "queue_size=" in words)
 
 
 def _pack_slowly(output: Path, root: Path) -> None:
@@ -95,9 +95,9 @@ def _pack_slowly(output: Path, root: Path) -> None:
     packed(output, root)
 
 
-def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = pictures(tmp_path / "train", count=60)
-    (root / "cat" / "30bad.jpg").write_bytes(b"no picture")
+def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = class_folders(tmp_path / "train", count=60)
+    (root / "cat" / "30bad.jpg").write_bytes(b"not an image")
     whole = everything(packed(tmp_path / "whole", root, data_max_bad=0.1))
     output = tmp_path / "killed"
     process = multiprocessing.get_context("fork").Process(target=_pack_slowly, args=(output, root))
@@ -112,7 +112,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, monke
     assert 3 <= len(parts) < len([name for name in whole if name.endswith(".tar")])
     assert not (output / "index.json").exists()
 
-    # A finished shard that was harmed meanwhile is made again, and those behind it; the one before it is kept.
+    # A finished shard that is damaged is written again, and all shards after it; the previous one is kept.
     kept = (output / "train-000000.tar").stat().st_mtime_ns
     os.truncate(output / "train-000001.tar", 100)
     monkeypatch.setattr(stage, "encoded", calls := Noting(shard_writer.encoded))
@@ -120,13 +120,13 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(tmp_path: Path, monke
         packed(output, root, shard_mb=0.02, data_max_bad=0.1)
     packed(output, root, data_max_bad=0.1)
     assert len(calls.starts) == 1
-    assert 0 < calls.starts[0] < 20  # behind the first shard
+    assert 0 < calls.starts[0] < 20  # after the first shard
     assert (output / "train-000000.tar").stat().st_mtime_ns == kept
     assert everything(output) == whole
 
 
 class Noting:
-    """Calls a function and keeps where each call began."""
+    """Call a function and record the start of each call."""
 
     def __init__(self, function: Any) -> None:
         self.function, self.starts = function, list[int]()
@@ -136,28 +136,28 @@ class Noting:
         return self.function(source, start, *rest)
 
 
-def test_what_cannot_be_read_is_left_out_and_listed(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_and_listed(tmp_path: Path) -> None:
     root = tmp_path / "mixed"
     root.mkdir()
     for name, (data, _) in (bad_files() | odd_files()).items():
         (root / name).write_bytes(data)
     with pytest.raises(ImageError, match=r"1 of the 17 train images cannot be read, more than data\.max_bad=0\.01"):
         packed(tmp_path / "out", root)
-    packed(tmp_path / "out", root, data_max_bad=0.5)  # a free field: the same command goes on
+    packed(tmp_path / "out", root, data_max_bad=0.5)  # this field may change when the command resumes
     with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
         listed = {row["path"]: (row["split"], row["kind"]) for row in csv.DictReader(file)}
     assert listed == {name: ("train", kind) for name, (_, kind) in bad_files().items()}
-    source = files_of(tmp_path / "out")
+    source = packed_split(tmp_path / "out")
     assert [source.name(i) for i in range(len(source))] == sorted(odd_files())
     for i in range(len(source)):
         assert source.content(i) == odd_files()[source.name(i)][0]
 
 
-def test_large_pictures_are_scaled_and_small_ones_keep_their_bytes(tmp_path: Path) -> None:
+def test_large_images_are_scaled_and_small_ones_keep_their_bytes(tmp_path: Path) -> None:
     root = tmp_path / "sizes"
     root.mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side: 60 x 90 when upright
+    exif[0x0112] = 6  # rotated: 60 x 90 when upright
     smooth = Image.linear_gradient("L").convert("RGB")
     for name, data in {
         "a.png": encoded(smooth.resize((200, 100)), "PNG"),
@@ -166,39 +166,39 @@ def test_large_pictures_are_scaled_and_small_ones_keep_their_bytes(tmp_path: Pat
         "d.png": encoded(noise(height=20, width=50), "PNG"),
     }.items():
         (root / name).write_bytes(data)
-    source = files_of(packed(tmp_path / "out", root, short_side=32))
+    source = packed_split(packed(tmp_path / "out", root, short_side=32))
     assert [tuple(source.image(i).shape[1:]) for i in range(4)] == [(32, 64), (48, 32), (300, 32), (20, 50)]
-    for i, name in ((2, "c.jpg"), (3, "d.png")):  # not larger than asked for
+    for i, name in ((2, "c.jpg"), (3, "d.png")):  # not larger than short_side
         assert source.content(i) == (root / name).read_bytes()
     with Image.open(io.BytesIO(source.content(0))) as image:
         assert image.format == "JPEG"
-    # Antialiased and nearly without loss: close to the mean over the pixels that each small one stands for.
+    # Antialiased and nearly lossless: close to the mean of the pixels that each small pixel stands for.
     small, large = source.image(0).float(), decode(root / "a.png").float()
     mean = torch.nn.functional.interpolate(large[None], (32, 64), mode="area")[0]
     assert (small - mean).abs().mean() < 2
     first = len(source.content(0))
-    assert len(files_of(packed(tmp_path / "fine", root, short_side=32, quality=95)).content(0)) > first
+    assert len(packed_split(packed(tmp_path / "fine", root, short_side=32, quality=95)).content(0)) > first
 
 
-def test_a_data_set_in_memory_keeps_its_pixels_and_all_splits(tmp_path: Path) -> None:
+def test_a_data_set_in_memory_keeps_its_pixels_and_splits(tmp_path: Path) -> None:
     packed(tmp_path / "out", Path("unused"), data_name="digits", shard_mb=1)
     digits = load_source(DataConfig("digits"))
     for name in ("train", "held_out"):
-        one, other = getattr(digits, name), files_of(tmp_path / "out", name)
+        one, other = getattr(digits, name), packed_split(tmp_path / "out", name)
         assert len(one) == len(other)
         assert one.classes == other.classes
         assert one.labels.tolist() == (other.labels.tolist() if other.labels is not None else None)
         assert [one.name(i) for i in range(len(one))] == [other.name(i) for i in range(len(other))]
         assert all(torch.equal(one.image(i), other.image(i)) for i in range(0, len(one), 50))
-    # and shards are a source like any other
+    # Shards can be resident.
     resident = load_source(DataConfig("shards", str(tmp_path / "out"), resident=True))
     assert resident.train.images is not None
     assert digits.train.images is not None
     assert torch.equal(resident.train.images, digits.train.images)
 
 
-def test_foreign_folders_and_pictures_that_change(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "train")
+def test_other_folders_and_changed_images_are_refused(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "train")
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("x")
@@ -214,8 +214,8 @@ def test_foreign_folders_and_pictures_that_change(tmp_path: Path) -> None:
         packed(tmp_path / "out", root, data_labels="folder")
 
 
-def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = pictures(tmp_path / "train")
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = class_folders(tmp_path / "train")
 
     def full(self: Any, data: bytes) -> int:
         raise OSError(28, "No space left on device")
@@ -226,7 +226,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
             packed(tmp_path / "out", root)
     assert not list((tmp_path / "out").glob("*.tmp"))
     packed(tmp_path / "out", root)
-    assert len(files_of(tmp_path / "out")) == 12
+    assert len(packed_split(tmp_path / "out")) == 12
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_disk_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.Mo
         ("workers", 999, "workers=999 must be at least 0 and at most 256"),
     ],
 )
-def test_impossible_values_are_named(field: str, value: object, words: str) -> None:
+def test_invalid_values_are_named(field: str, value: object, words: str) -> None:
     config = PackConfig(output="out")
     setattr(config, field, value)
     with pytest.raises(ConfigError) as caught:
@@ -254,24 +254,19 @@ def test_a_stream_is_not_packed_again() -> None:
         check_pack(config)
 
 
-def test_the_command(tmp_path: Path) -> None:
-    """As it is typed: packs, and a run trains on the shards with the live accuracy of the held-out ones."""
-    root = pictures(tmp_path / "train", count=20)
-    pictures(tmp_path / "test", count=6, first=50)
-    command = [sys.executable, "-m", "moco.pack", f"data.root={root}", "data.labels=folder", "data.workers=0"]
-    said = subprocess.run(
-        [*command, f"data.eval_root={tmp_path / 'test'}", f"output={tmp_path / 'out'}"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert said.returncode == 0, said.stderr
-    assert "20 train, 6 held_out" in said.stdout
-    about = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert about["classes"] == ["cat", "dog"]
-    small = ["epochs=1", "batch_size=8", "method.queue_size=8", "model.bn_group_size=4", "augment.eval_resize=16"]
-    fields = ["data=shards", f"data.root={tmp_path / 'out'}", "data.workers=0", f"run={tmp_path / 'run'}", *small]
-    trained = subprocess.run([sys.executable, "-m", "moco.train", *fields], capture_output=True, text=True, check=False)
-    assert trained.returncode == 0, trained.stderr
-    assert "on shards (20 images)" in trained.stdout
-    assert "held-out kNN" in trained.stdout
+def test_a_run_trains_on_the_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = class_folders(tmp_path / "train", count=20)
+    test = class_folders(tmp_path / "test", count=6, first=50)
+    output = packed(tmp_path / "out", root, data_labels="folder", data_eval_root=str(test))
+    assert "20 train, 6 held_out" in capsys.readouterr().out
+    assert json.loads((output / "index.json").read_text())["classes"] == ["cat", "dog"]
+    config = TrainConfig(method=MoCoConfig(queue_size=8), run=str(tmp_path / "run"), epochs=1, batch_size=8)
+    config.device, config.threads = "cpu", 1
+    config.augment.size, config.augment.eval_resize = 16, 16
+    config.model.backbone, config.model.options, config.model.dim = "convnet", {"width": 2}, 8
+    config.model.bn_group_size = 4
+    config.data = DataConfig("shards", str(output), workers=0)
+    pretrain(config)
+    printed = capsys.readouterr().out
+    assert "on shards (20 images)" in printed
+    assert "held-out kNN" in printed

@@ -1,4 +1,4 @@
-"""`moco.pack` on a folder that is damaged, or holds other labels: mended, or refused in one sentence."""
+"""`moco.pack` repairs a damaged folder, and refuses one with other labels in one sentence."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from moco.config.pack import PackConfig
 from moco.data import pack as stage
 from moco.data import pack_output, shard_writer
 from moco.data.sources import load_source
-from tests.data.broken import encoded, noise
-from tests.data.packed import packed, pictures
+from tests.data.packed import class_folders, packed
 from tests.data.test_pack import Noting, everything
+from tests.data.unreadable_files import encoded, noise
 
 
 @pytest.mark.parametrize(
-    ("files", "start"),  # of packing again: before it, all is kept
+    ("files", "start"),  # of packing again: earlier images are kept
     [
         (["train-000002.tar"], 5),
         (["train.npy"], 0),
@@ -24,15 +24,15 @@ from tests.data.test_pack import Noting, everything
         (["skipped.csv", "train-000001.tar", "train.npy"], 0),
     ],
 )
-def test_a_damaged_folder_is_mended(
+def test_a_damaged_folder_is_repaired(
     files: list[str],
     start: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    root = pictures(tmp_path / "train", count=24)
-    (root / "cat" / "01bad.jpg").write_bytes(b"no picture")
+    root = class_folders(tmp_path / "train", count=24)
+    (root / "cat" / "01bad.jpg").write_bytes(b"not an image")
     (root / "dog" / "99bad.jpg").write_bytes(b"none")  # the last: in no shard
     output = packed(tmp_path / "out", root, data_labels="folder", data_max_bad=0.1, short_side=16, shard_mb=0.008)
     before = everything(output)
@@ -54,8 +54,8 @@ def test_a_damaged_folder_is_mended(
     assert "already packed" in capsys.readouterr().out
 
 
-def test_a_damaged_index_says_what_to_remove(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "train")
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "train")
     output = packed(tmp_path / "out", root)
     index = output / "index.json"
     index.write_text(index.read_text().replace('"pictures": 12', '"pictures": 13'))
@@ -64,7 +64,7 @@ def test_a_damaged_index_says_what_to_remove(tmp_path: Path) -> None:
 
 
 def interrupted(output: Path, root: Path) -> None:
-    """Packs all but the index."""
+    """Pack everything except the index."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "finish", _no_disk)
         with pytest.raises(ValueError, match="cannot be written"):
@@ -76,8 +76,8 @@ def _no_disk(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_any_damage_to_a_part_means_to_redo_it(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "train")
+def test_a_damaged_part_is_packed_again(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "train")
     whole = everything(packed(tmp_path / "whole", root))
     output = tmp_path / "out"
     interrupted(output, root)
@@ -92,7 +92,7 @@ def test_any_damage_to_a_part_means_to_redo_it(tmp_path: Path) -> None:
             PackConfig(DataConfig(), str(output)), "train", load_source(DataConfig("folder", str(root))).train
         )
         assert len(packer.parts) >= 1
-        for file in packer.parts:  # what is taken over can be read
+        for file in packer.parts:  # the kept parts can be read
             pack_output.read_part(file)
     interrupted(output, root)
     (output / "parts" / "train-000001.npz").unlink()  # a gap
@@ -100,8 +100,8 @@ def test_any_damage_to_a_part_means_to_redo_it(tmp_path: Path) -> None:
     assert everything(output) == whole
 
 
-def test_damaged_settings_of_what_was_begun(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "train")
+def test_damaged_settings_of_an_unfinished_folder(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "train")
     interrupted(tmp_path / "out", root)
     file = tmp_path / "out" / "parts" / "settings.json"
     for text in (file.read_text().replace("0.012", "0.112"), "[]", "{}", "\udc80".encode("utf-8", "surrogatepass")):
@@ -111,7 +111,7 @@ def test_damaged_settings_of_what_was_begun(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_labels_of_the_same_pictures_are_refused(finished: bool, tmp_path: Path) -> None:
+def test_other_labels_of_the_same_images_are_refused(finished: bool, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="data=huggingface needs the extra `huggingface`")
     features = datasets.Features(
         {

@@ -1,4 +1,4 @@
-"""Batches made ahead of the step: their order, their errors, and who waits for whom."""
+"""Prefetched batches: their order, their errors, and the synchronization of streams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ def counted(count: int, made: list[int], error: Exception | None = None) -> Iter
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_one_ahead_keeps_the_order_and_takes_the_next_before_it_gives(count: int) -> None:
+def test_one_ahead_keeps_the_order_and_fetches_the_next_item_first(count: int) -> None:
     made: list[int] = []
     for i, item in enumerate(one_ahead(counted(count, made))):
         assert item == i
@@ -32,7 +32,7 @@ def test_one_ahead_keeps_the_order_and_takes_the_next_before_it_gives(count: int
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_an_error_comes_behind_the_items_before_it(count: int) -> None:
+def test_an_error_is_raised_after_the_previous_items(count: int) -> None:
     given = []
     with pytest.raises(ValueError, match="the disk is gone"):  # noqa: PT012
         for item in one_ahead(counted(count, [], ValueError("the disk is gone"))):
@@ -40,7 +40,7 @@ def test_an_error_comes_behind_the_items_before_it(count: int) -> None:
     assert given == list(range(count))
 
 
-def test_closing_closes_what_is_read_from() -> None:
+def test_closing_closes_the_source() -> None:
     closed = []
 
     def source() -> Iterator[int]:
@@ -57,7 +57,7 @@ def test_closing_closes_what_is_read_from() -> None:
 
 
 class FakeCuda:
-    """Streams that write down what they are told, in place of torch.cuda's."""
+    """A replacement of torch.cuda whose streams log their calls."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -96,7 +96,7 @@ class FakeTensor:
         self.log.append(f"{self.name} belongs to {stream}")
 
 
-def test_the_step_waits_for_its_batch_alone_and_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_step_waits_only_for_its_batch_and_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda()
     side = cuda.stand_in("side")
     monkeypatch.setattr("moco.data.prefetch._side_stream", lambda _: side)
@@ -125,7 +125,7 @@ def test_the_step_waits_for_its_batch_alone_and_keeps_its_memory(monkeypatch: py
 
 
 @pytest.mark.gpu
-def test_batches_on_a_gpu_are_those_of_the_cpu() -> None:
+def test_batches_on_a_gpu_equal_those_on_the_cpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     pixels = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

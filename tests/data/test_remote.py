@@ -1,4 +1,4 @@
-"""A stream of shards: every picture in a pass once, the same for the same topology, and no shell without leave."""
+"""A stream of shards: every image once per pass, reproducible, and no shell command without permission."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ from moco.data.plan import Plan
 from moco.data.remote import RemoteSource, StreamError, endless, open_remote, samples_of
 from moco.data.sources import load_source
 from moco.data.view import View
-from tests.data.broken import encoded, noise
+from tests.data.unreadable_files import encoded, noise
 
 pytest.importorskip("webdataset", reason="data=webdataset needs the extra `webdataset`")
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ VIEWS = [View(size=8, crop_scale=(0.2, 1.0), flip_p=0.5)] * 2
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four shards of three pictures, as others write them: with labels, and folders in the names."""
+    """Four shards of three images, as other tools write them: with labels, and folders in the names."""
     root = tmp_path_factory.mktemp("shards")
     for number in range(4):
         members: dict[str, bytes] = {}
@@ -60,22 +60,22 @@ def drawn(stream: RemoteSource, plan: Plan, workers: int = 0, start: int = 0) ->
     return list(batches(stream, plan, VIEWS, CPU, workers, start))
 
 
-def test_a_pass_deals_each_picture_to_one_worker(shards: Path) -> None:
+def test_each_image_of_a_pass_belongs_to_one_worker(shards: Path) -> None:
     addresses = source(shards).addresses
     everything = [sample.name for address in addresses for sample in samples_of(address)]
     assert len(set(everything)) == 12
-    dealt: list[str] = []
+    read: list[str] = []
     for slot in range(2):  # two of the four shards in each pass
-        dealt += [sample.name for sample in itertools.islice(endless(addresses, 7, 0, slot, 2), 6)]
-    assert sorted(dealt) == sorted(everything)
+        read += [sample.name for sample in itertools.islice(endless(addresses, 7, 0, slot, 2), 6)]
+    assert sorted(read) == sorted(everything)
     orders = [[s.name for s in itertools.islice(endless(addresses, seed, 0, 0, 1), 24)] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
     for order in orders:
-        assert sorted(order[:12]) == sorted(order[12:]) == sorted(everything)  # each pass has all, once
+        assert sorted(order[:12]) == sorted(order[12:]) == sorted(everything)  # each pass contains every image once
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_stream_every_time_and_views_by_the_running_number(shards: Path, workers: int) -> None:
+def test_the_stream_is_reproducible_and_views_depend_on_the_position(shards: Path, workers: int) -> None:
     plan = Plan(12, 4, 2, seed=5)
     one, two = drawn(source(shards), plan, workers), drawn(source(shards), plan, workers)
     assert len(one) == len(two) == 6
@@ -83,9 +83,9 @@ def test_the_same_stream_every_time_and_views_by_the_running_number(shards: Path
         assert torch.equal(a.index, b.index)
         assert all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
     seen = torch.cat([batch.index for batch in one])
-    assert len(set(seen.tolist())) == 12  # identities: the same picture has the same one in every pass
+    assert len(set(seen.tolist())) == 12  # identities: an image has the same one in every pass
     assert int(seen.min()) >= 0
-    # The images of the stream shown as a source in memory's, under the running numbers' keys, have the very same views.
+    # The views equal those of the same images with the positions as keys.
     known = {s.identity: s for a in source(shards).addresses for s in samples_of(a)}
     batch, numbers = one[4], np.arange(4, 8)  # step 4 is the second of epoch 1
     for stream, view in enumerate(VIEWS):
@@ -95,7 +95,7 @@ def test_the_same_stream_every_time_and_views_by_the_running_number(shards: Path
         assert torch.equal(batch.views[stream], augment(crops, params, view))
 
 
-def test_ranks_read_shards_of_their_own(shards: Path) -> None:
+def test_ranks_read_separate_shards(shards: Path) -> None:
     seen = []
     for rank in range(2):
         plan = Plan(12, 4, 1, seed=5, rank=rank, processes=2)
@@ -106,8 +106,8 @@ def test_ranks_read_shards_of_their_own(shards: Path) -> None:
         drawn(source(shards), Plan(12, 10, 1, seed=5, rank=0, processes=5))
 
 
-def test_two_ranks_of_two_workers_see_each_picture_once_an_epoch(tmp_path: Path) -> None:
-    for number in range(8):  # two of them for each worker, and two batches of four
+def test_two_ranks_of_two_workers_use_each_image_once_per_epoch(tmp_path: Path) -> None:
+    for number in range(8):  # two per worker, and two batches of four
         tar(tmp_path / f"{number}.tar", {f"{number}.{i}.jpg": encoded(noise(4 * number + i), "JPEG") for i in range(4)})
     stream = opened(f"{tmp_path}/{{0..7}}.tar", 32)
     plans = [Plan(32, 8, 1, seed=5, rank=rank, processes=2) for rank in range(2)]
@@ -115,7 +115,7 @@ def test_two_ranks_of_two_workers_see_each_picture_once_an_epoch(tmp_path: Path)
     assert len(seen) == len(set(seen)) == 32
 
 
-def test_going_on_is_said_and_begins_another_pass(shards: Path) -> None:
+def test_a_resumed_run_warns_and_starts_another_pass(shards: Path) -> None:
     plan = Plan(12, 4, 4, seed=5)
     whole = drawn(source(shards), plan)
     with pytest.warns(RunWarning, match="cannot resume in the middle: .* at step 6"):
@@ -127,20 +127,20 @@ def test_going_on_is_said_and_begins_another_pass(shards: Path) -> None:
         drawn(source(shards), plan)
 
 
-def test_a_picture_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_image(tmp_path: Path) -> None:
     members = {"0.png": encoded(noise(), "PNG"), "1.jpg": b"nothing", "2.png": encoded(noise(2), "PNG")}
     tar(tmp_path / "a.tar", members)
     stream = opened(str(tmp_path / "a.tar"), 2)
     plan = Plan(2, 2, 2, seed=0)
     with pytest.raises(ImageError, match=r"cannot read image 1\.jpg of .*a\.tar: no known image format"):
         drawn(stream, plan)
-    told: dict[int, str] = {}
-    got = list(batches(stream, plan, VIEWS, CPU, 0, on_unreadable=told.update))
+    found: dict[int, str] = {}
+    got = list(batches(stream, plan, VIEWS, CPU, 0, on_unreadable=found.update))
     assert len(got) == 2
-    assert [why.split(":")[0] for why in told.values()] == [f"1.jpg of {tmp_path / 'a.tar'}"]
+    assert [reason.split(":")[0] for reason in found.values()] == [f"1.jpg of {tmp_path / 'a.tar'}"]
 
 
-def test_a_command_runs_only_where_it_was_allowed(shards: Path, tmp_path: Path) -> None:
+def test_a_command_runs_only_if_it_is_allowed(shards: Path, tmp_path: Path) -> None:
     mark = tmp_path / "ran"
     pipe = f"pipe:touch {mark}; cat {shards}/train-000000.tar"
     for root in (pipe, pipe.replace("pipe:", "PIPE:"), f"{shards}/train-000000.tar::{pipe}", f"{{{pipe},x}}"):
@@ -150,7 +150,7 @@ def test_a_command_runs_only_where_it_was_allowed(shards: Path, tmp_path: Path) 
     assert not mark.exists()
     stream = load_source(DataConfig("webdataset", pipe, length=3, allow_pipe=True)).train
     assert isinstance(stream, RemoteSource)
-    assert not mark.exists()  # opening the source runs nothing: what judges an encoder never does
+    assert not mark.exists()  # opening the source runs nothing
     with pytest.raises(ValueError, match=r"data\.name=webdataset is a stream"):
         stream.image(0)
     assert len(drawn(stream, Plan(3, 3, 1, seed=0))) == 1
@@ -167,32 +167,32 @@ def test_a_command_runs_only_where_it_was_allowed(shards: Path, tmp_path: Path) 
         ("HERE/${NOT_SET}.tar", 12, r"data\.root=.*\$\{NOT_SET\}.* unknown variable: .*WDS_NAME"),
     ],
 )
-def test_addresses_that_cannot_be(root: str, length: int, words: str, shards: Path) -> None:
+def test_invalid_addresses_are_refused(root: str, length: int, words: str, shards: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         load_source(DataConfig("webdataset", root.replace("HERE", str(shards)), length=length))
 
 
-def test_what_is_left_out_is_said_once_and_an_empty_shard_is_no_error(tmp_path: Path) -> None:
-    shown = {
+def test_skipped_files_are_reported_once_and_an_empty_shard_is_no_error(tmp_path: Path) -> None:
+    members = {
         "IMG.2020.01.jpg": encoded(noise(1), "JPEG"),
         "1.jpg": encoded(noise(2), "JPEG"),
         "1.mask.png": b"",
         "2.txt": b"",
     }
-    tar(tmp_path / "0.tar", shown)
+    tar(tmp_path / "0.tar", members)
     for number in (1, 2, 3):
         tar(tmp_path / f"{number}.tar", {})
     stream = opened(f"{tmp_path}/{{0..3}}.tar", 4)
-    for slot in range(4):  # three of four workers have nothing of their own
+    for slot in range(4):  # three of four workers have no image of their own
         with pytest.warns(
             RunWarning, match=r"skipped in .*0\.tar.*: samples without .* \(1\), further images .* \(1\)"
-        ) as told:
+        ) as caught:
             got = list(itertools.islice(endless(stream.addresses, 1, 0, slot, 4), 8))
-        assert len(told) == 1
+        assert len(caught) == 1
         assert {sample.name.split(" of ")[0] for sample in got} == {"IMG.2020.01.jpg", "1.jpg"}
 
 
-def test_addresses_of_files_are_decoded_as_they_are_opened(shards: Path, tmp_path: Path) -> None:
+def test_file_addresses_are_unquoted(shards: Path, tmp_path: Path) -> None:
     odd = tmp_path / "a b%.tar"
     odd.write_bytes((shards / "train-000000.tar").read_bytes())
     stream = opened(odd.as_uri(), 3)
@@ -221,7 +221,7 @@ def test_shards_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
             list(samples_of(address))
         assert "\n" not in str(caught.value)
     plan = Plan(4, 2, 1, seed=0)
-    with pytest.raises(ValueError, match=r"the shard .*text\.tar cannot be read"):  # out of a worker, as a sentence
+    with pytest.raises(ValueError, match=r"the shard .*text\.tar cannot be read"):  # from a worker, in one sentence
         drawn(opened(str(tmp_path / "text.tar"), 4), plan, workers=1)
     with pytest.raises(ValueError, match=r"the shard http://127\.0\.0\.1:9/a\.tar cannot be read"):
         drawn(opened("http://127.0.0.1:9/a.tar", 4), plan)

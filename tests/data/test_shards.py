@@ -1,4 +1,4 @@
-"""Pictures in shards are the folder's: the same bytes, order, labels and views; damage is noticed and said."""
+"""Images in shards equal those in the folder: bytes, order, labels and views; damage is an error."""
 
 import json
 import multiprocessing
@@ -22,18 +22,18 @@ from moco.data.plan import Plan
 from moco.data.shards import OPEN_FILES, ShardSource
 from moco.data.sources import Source, load_source
 from moco.data.view import View
-from tests.data.broken import encoded, noise
-from tests.data.packed import packed, pictures
+from tests.data.packed import class_folders, packed
+from tests.data.unreadable_files import encoded, noise
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """train/, test/ and both packed."""
+    """Folders train/ and test/, and both packed."""
     root = tmp_path_factory.mktemp("tree")
-    pictures(root / "train")
-    pictures(root / "test", count=5, first=50)
+    class_folders(root / "train")
+    class_folders(root / "test", count=5, first=50)
     packed(root / "packed", root / "train", data_labels="folder", data_eval_root=str(root / "test"))
     return root
 
@@ -42,7 +42,7 @@ def names(source: Source) -> list[str]:
     return [source.name(i) for i in range(len(source))]
 
 
-def test_the_split_is_the_folders_in_its_order(tree: Path) -> None:
+def test_the_splits_equal_the_folders(tree: Path) -> None:
     folder = load_source(DataConfig("folder", str(tree / "train"), labels="folder", eval_root=str(tree / "test")))
     packed_set = load_source(DataConfig("shards", str(tree / "packed")))
     assert packed_set.bank is packed_set.train
@@ -58,7 +58,7 @@ def test_the_split_is_the_folders_in_its_order(tree: Path) -> None:
         for i in range(len(one)):
             assert torch.equal(one.image(i), other.image(i))
     assert isinstance(packed_set.train, ShardSource)
-    assert len(packed_set.train.shards) > 2  # several, so that the right one has to be found
+    assert len(packed_set.train.shards) > 2  # several, to test that the right one is found
 
 
 def drawn(source: Source, workers: int, start: int) -> list[Batch]:
@@ -68,7 +68,7 @@ def drawn(source: Source, workers: int, start: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize(("workers", "start"), [(0, 0), (2, 0), (1, 4)])
-def test_the_views_are_bit_identical_to_the_folders(tree: Path, workers: int, start: int) -> None:
+def test_the_views_are_bit_equal_to_those_of_the_folder(tree: Path, workers: int, start: int) -> None:
     folder = drawn(load_source(DataConfig("folder", str(tree / "train"))).train, 0, 0)[start:]
     packed_set = drawn(load_source(DataConfig("shards", str(tree / "packed"))).train, workers, start)
     assert len(folder) == len(packed_set) == 6 - start
@@ -77,7 +77,7 @@ def test_the_views_are_bit_identical_to_the_folders(tree: Path, workers: int, st
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
 
 
-def test_two_ranks_are_one_and_see_each_picture_once_an_epoch(tree: Path) -> None:
+def test_two_ranks_equal_one_and_use_each_image_once_per_epoch(tree: Path) -> None:
     source = load_source(DataConfig("shards", str(tree / "packed"))).train
     views = [View(size=8, flip_p=0.5)] * 2
     whole, *ranks = (
@@ -91,7 +91,7 @@ def test_two_ranks_are_one_and_see_each_picture_once_an_epoch(tree: Path) -> Non
     assert sorted(torch.cat([batch.index for batch in whole[:3]]).tolist()) == list(range(12))
 
 
-def test_a_part_and_a_set_in_memory(tree: Path) -> None:
+def test_subsets_and_resident_shards(tree: Path) -> None:
     train = load_source(DataConfig("shards", str(tree / "packed"))).train
     part = train.subset(np.array([7, 2]))
     assert names(part) == [train.name(7), train.name(2)]
@@ -103,8 +103,8 @@ def test_a_part_and_a_set_in_memory(tree: Path) -> None:
         load_source(DataConfig("shards", str(tree / "packed"), resident=True))
 
 
-def test_any_reader_of_tar_finds_plain_webdataset(tree: Path) -> None:
-    """Read by tarfile alone: keys, endings by content, labels; the index points at the very same bytes."""
+def test_the_shards_are_plain_webdataset(tree: Path) -> None:
+    """Read with tarfile only: keys, endings by content, labels; the index locates the same bytes."""
     train = load_source(DataConfig("shards", str(tree / "packed"))).train
     assert isinstance(train, ShardSource)
     found: dict[str, bytes] = {}
@@ -124,7 +124,7 @@ def test_any_reader_of_tar_finds_plain_webdataset(tree: Path) -> None:
 
 
 def test_forks_and_more_shards_than_open_files(tmp_path: Path, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handle opened before the fork is shared without harm, and their number stays bounded."""
+    """A file opened before a fork can be shared, and the number of open files is limited."""
     packed(tmp_path / "many", tree / "train", shard_mb=0.001)
     source = load_source(DataConfig("shards", str(tmp_path / "many"))).train
     assert isinstance(source, ShardSource)
@@ -155,7 +155,7 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
-def test_a_flipped_bit_in_a_picture_is_noticed_when_it_is_read(tree: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_of_an_image_is_an_error_when_it_is_read(tree: Path, tmp_path: Path) -> None:
     root = copy(tree, tmp_path / "copy")
     first = load_source(DataConfig("shards", str(root))).train
     assert isinstance(first, ShardSource)
@@ -164,11 +164,11 @@ def test_a_flipped_bit_in_a_picture_is_noticed_when_it_is_read(tree: Path, tmp_p
         first.image(0)
     assert caught.value.kind == "damaged"
     assert first.image(1).shape[0] == 3
-    # on_bad_image=replace goes on past it, and says which
-    told: dict[int, str] = {}
+    # on_bad_image=replace replaces and reports it
+    found: dict[int, str] = {}
     plan = Plan(12, 12, 1, seed=0)
-    batch = next(batches(first, plan, [View(size=8)], CPU, 0, on_unreadable=told.update))
-    assert list(told) == [0]
+    batch = next(batches(first, plan, [View(size=8)], CPU, 0, on_unreadable=found.update))
+    assert list(found) == [0]
     assert 0 not in batch.index.tolist()
 
 
@@ -177,14 +177,14 @@ def cut(path: Path) -> None:
 
 
 def other(**fields: object) -> Callable[[Path], None]:
-    def harm(path: Path) -> None:
+    def damage(path: Path) -> None:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
-    return harm
+    return damage
 
 
 @pytest.mark.parametrize(
-    ("file", "harm", "words"),
+    ("file", "damage", "words"),
     [
         ("index.json", Path.unlink, r"contains tar files but no index\.json: stream them with data=webdataset"),
         ("index.json", cut, r"index\.json is damaged"),
@@ -200,35 +200,35 @@ def other(**fields: object) -> Callable[[Path], None]:
         ("held_out-000000.tar", cut, r"held_out-000000\.tar has [\d,]+ bytes instead of [\d,]+"),
     ],
 )
-def test_what_is_missing_or_damaged_is_one_sentence(
-    file: str, harm: Callable[[Path], None], words: str, tree: Path, tmp_path: Path
+def test_missing_or_damaged_files_are_one_sentence(
+    file: str, damage: Callable[[Path], None], words: str, tree: Path, tmp_path: Path
 ) -> None:
     root = copy(tree, tmp_path / "copy")
-    harm(root / file)
+    damage(root / file)
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         load_source(DataConfig("shards", str(root)))
     assert "\n" not in str(caught.value)
 
 
-def test_no_flipped_bit_of_the_index_passes(tree: Path, tmp_path: Path) -> None:
+def test_every_flipped_bit_of_the_index_is_detected(tree: Path, tmp_path: Path) -> None:
     root = copy(tree, tmp_path / "copy")
     file = root / "index.json"
     whole, about = file.read_bytes(), shard_index.read_index(root, "here")
-    for at in range(0, len(whole), 7):
+    for at in range(0, len(whole), 11):
         for bit in (1, 4):
             file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-            if _read_or_refused(root) is not None:
-                assert shard_index.read_index(root, "here") == about  # white space between the values
+            if _index_or_none(root) is not None:
+                assert shard_index.read_index(root, "here") == about  # only white space has changed
 
 
-def _read_or_refused(root: Path) -> object:
+def _index_or_none(root: Path) -> object:
     try:
         return shard_index.read_index(root, "here")
     except ValueError:
         return None
 
 
-def test_folders_that_hold_no_shards(tmp_path: Path) -> None:
+def test_folders_without_shards(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.root=.*gone .* does not exist"):
         load_source(DataConfig("shards", str(tmp_path / "gone")))
     with pytest.raises(FileNotFoundError, match=r"contains no index\.json: make shards with python -m moco\.pack"):
@@ -241,7 +241,7 @@ def test_folders_that_hold_no_shards(tmp_path: Path) -> None:
 
 
 def synthetic(root: Path, count: int) -> Path:
-    """An index of `count` rows that all show one picture, as moco.pack would write it."""
+    """Write an index of `count` rows of the same image, as moco.pack does."""
     root.mkdir()
     content = encoded(noise(), "JPEG")
     (root / "train-000000.tar").write_bytes(content)
@@ -266,7 +266,7 @@ def synthetic(root: Path, count: int) -> Path:
 
 
 def anonymous() -> int:
-    """Bytes of this process's own memory: without files that are mapped."""
+    """Return this process's memory in bytes without mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
@@ -285,8 +285,8 @@ def _measure(root: Path, count: int, answer: "multiprocessing.connection.Connect
     answer.send((opened, anonymous() - after_first))
 
 
-def test_memory_stays_in_the_file(tmp_path: Path) -> None:
-    """A process holds its labels, 8 bytes a picture, not the index; a second epoch takes nothing more."""
+def test_the_index_stays_on_disk(tmp_path: Path) -> None:
+    """A process holds its labels, 8 bytes per image, but not the index; a second epoch needs no more memory."""
     count = 300_000
     root = synthetic(tmp_path / "many", count)
     assert (root / "train.npy").stat().st_size > 68 * count
@@ -296,5 +296,5 @@ def test_memory_stays_in_the_file(tmp_path: Path) -> None:
     there.close()
     opened, later = here.recv()
     process.join()
-    assert opened < 12 * count  # the labels, and what opening leaves behind
+    assert opened < 12 * count  # the labels, and some overhead of opening
     assert later < 2**20

@@ -1,4 +1,4 @@
-"""Each data set gives what it should, in one order, and what is missing is said in one sentence."""
+"""Every data set has the right images in a fixed order, and missing data is a one-sentence error."""
 
 import errno
 import hashlib
@@ -23,10 +23,10 @@ from torchvision import datasets
 from moco.config import DataConfig, RunWarning, config_dir
 from moco.data.decode import ImageError
 from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source
-from tests.data.broken import forbid
+from tests.data.unreadable_files import forbid
 
 
-def picture(path: Path, color: int | tuple[int, int, int] = 0, size: tuple[int, int] = (6, 5)) -> None:
+def image(path: Path, color: int | tuple[int, int, int] = 0, size: tuple[int, int] = (6, 5)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix.lower())
     Image.new("RGB", size, (color,) * 3 if isinstance(color, int) else color).save(path, kind)
@@ -37,7 +37,7 @@ def names(source: Source) -> list[str]:
 
 
 def sentence(error: BaseException) -> str:
-    """The message, which must be one line."""
+    """Return the message, which must be one line."""
     text = str(error)
     assert "\n" not in text
     return text
@@ -59,14 +59,14 @@ def test_digits_split_is_fixed_balanced_and_disjoint() -> None:
     ]
     assert names(second.train) == names(train)
     assert train.classes == tuple("0123456789")
-    # Another split, or other pixels, would make figures incomparable with those published before.
+    # Another split, or other pixels, would make results incomparable with published ones.
     digest = hashlib.sha256(",".join(names(held_out)).encode())
     assert train.images is not None
     digest.update(train.images.numpy().tobytes())
     assert digest.hexdigest() == "24516a9ac42e80162914915744bd95324afc196d42222fa5beecdf0a31dce270"
 
 
-def test_digits_are_the_scans_at_twice_the_size() -> None:
+def test_digits_are_the_scans_at_double_size() -> None:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -79,11 +79,11 @@ def test_digits_are_the_scans_at_twice_the_size() -> None:
         for i in (0, 17, len(source) - 1):
             original = int(source.name(i).split("/")[1])
             assert source.labels[i] == bunch.target[original]
-            image = source.image(i)
-            assert (image == source.images[i]).all()
-            assert (image[0] == image[1]).all()
-            assert (image[0] == image[2]).all()
-            # Bilinear weights at half pixels are 1/4 and 3/4, borders repeated: written out once more in whole numbers.
+            pixels = source.image(i)
+            assert (pixels == source.images[i]).all()
+            assert (pixels[0] == pixels[1]).all()
+            assert (pixels[0] == pixels[2]).all()
+            # Bilinear weights at half pixels are 1/4 and 3/4, with repeated borders.
             padded = np.pad(bunch.images[original], 1, mode="edge")
             rows = np.empty((16, 10))
             rows[0::2] = padded[:-2] * 0.25 + padded[1:-1] * 0.75
@@ -91,14 +91,14 @@ def test_digits_are_the_scans_at_twice_the_size() -> None:
             columns = np.empty((16, 16))
             columns[:, 0::2] = rows[:, :-2] * 0.25 + rows[:, 1:-1] * 0.75
             columns[:, 1::2] = rows[:, 1:-1] * 0.75 + rows[:, 2:] * 0.25
-            assert (image[0].numpy() == np.rint(columns * 255 / 16)).all()
+            assert (pixels[0].numpy() == np.rint(columns * 255 / 16)).all()
 
 
 # ---- CIFAR and STL-10, in torchvision's layout ----
 
 
 def fake_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, fine: bool) -> np.ndarray:
-    """Two training images a batch file and four test images; returns the training images (N, 3, 32, 32)."""
+    """Write two training images per batch file and four test images; return the training images (N, 3, 32, 32)."""
     dataset = datasets.CIFAR100 if fine else datasets.CIFAR10
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, _: os.path.isfile(path))
     folder = root / dataset.base_folder
@@ -197,11 +197,11 @@ def test_a_failed_download_is_one_sentence(
     text = sentence(caught.value)
     assert str(tmp_path / "data") in text
     assert str(failure) in text
-    assert "http" in text  # where to get it by hand
+    assert "http" in text  # the address for a manual download
     assert caught.value.__cause__ is failure
 
 
-def test_a_download_that_arrives_broken_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr(
         "torchvision.datasets.utils._urlretrieve", lambda _, path: Path(path).write_bytes(b"a login page")
@@ -216,9 +216,9 @@ def test_a_download_that_arrives_broken_is_one_sentence(tmp_path: Path, monkeypa
 
 def test_folder_finds_all_images_in_sorted_order(tmp_path: Path) -> None:
     wanted = ["B/Z.PNG", "a.jpg", "a/deep/er/x.webp", "b.Jpeg", "b/ü 漢字.png", "c.bmp", "d.tif", "e.TIFF", "f.gif"]
-    lost = "broken-link.jpg"  # a picture by its name, which keeps its place and cannot be read
+    lost = "broken-link.jpg"  # has an image's name: keeps its position and is unreadable
     for i, name in enumerate(reversed(wanted)):
-        picture(tmp_path / name, i * 20)
+        image(tmp_path / name, i * 20)
     for name in (".hidden.jpg", ".cache/x.jpg", "notes.txt", "a/list.csv", "Makefile", lost, "b/notes"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         if name in (lost, "b/notes"):
@@ -244,10 +244,10 @@ def test_folder_finds_all_images_in_sorted_order(tmp_path: Path) -> None:
 def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
     for name in ("b/1.png", "a/2.png", "a/c/3.png", "4.png"):
-        picture(root / name)
+        image(root / name)
     (root / "a/to_b").symlink_to(root / "b")
-    picture(tmp_path / "outside/5.png")
-    (root / "link2").symlink_to(tmp_path)  # holds this very tree, and what link3 leads to
+    image(tmp_path / "outside/5.png")
+    (root / "link2").symlink_to(tmp_path)  # contains this tree, and the target of link3
     (root / "link3").symlink_to(tmp_path / "outside")
     (root / "link1").symlink_to(root / "a")
     expected = names(load_source(DataConfig("folder", str(root))).train)
@@ -268,9 +268,9 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: p
     assert names(load_source(DataConfig("folder", str(root))).train) == expected
 
 
-def test_links_are_followed_once_and_loops_do_no_harm(tmp_path: Path) -> None:
-    picture(tmp_path / "outside/x.png")
-    picture(tmp_path / "root/real/y.png")
+def test_links_are_followed_once_and_cycles_are_harmless(tmp_path: Path) -> None:
+    image(tmp_path / "outside/x.png")
+    image(tmp_path / "root/real/y.png")
     (tmp_path / "root/a_link").symlink_to(tmp_path / "root/real")  # sorts first, but the real folder keeps its name
     (tmp_path / "root/real/loop").symlink_to(tmp_path / "root")
     (tmp_path / "root/elsewhere").symlink_to(tmp_path / "outside")
@@ -279,9 +279,9 @@ def test_links_are_followed_once_and_loops_do_no_harm(tmp_path: Path) -> None:
     assert names(load_source(DataConfig("folder", str(tmp_path / "root"))).train) == ["elsewhere/x.png", "real/y.png"]
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a/1.png", "b/2.png", "c/deep/3.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     forbid(monkeypatch, tmp_path / "b", tmp_path / "c/deep")
     for labels in ("none", "folder"):
         with pytest.raises(
@@ -293,7 +293,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     train = load_source(DataConfig("folder", str(tmp_path)), keep_unlistable=True).train
     assert isinstance(train, FolderSource)
     assert (names(train), set(train.unlistable)) == (["a/1.png"], {"b", "c/deep"})
-    with pytest.raises(ValueError, match="2 folders that cannot be listed"):  # of the classes one is left
+    with pytest.raises(ValueError, match="2 folders that cannot be listed"):  # only one class is left
         load_source(DataConfig("folder", str(tmp_path), labels="folder"), keep_unlistable=True)
     forbid(monkeypatch, tmp_path)
     for keep in (False, True):
@@ -301,8 +301,8 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
             load_source(DataConfig("folder", str(tmp_path)), keep_unlistable=keep)
 
 
-def test_a_link_that_may_not_be_followed_is_no_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture(tmp_path / "1.png")
+def test_a_forbidden_link_is_not_a_broken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image(tmp_path / "1.png")
     (tmp_path / "more").symlink_to(tmp_path / "elsewhere")
     stat = os.stat
 
@@ -317,19 +317,24 @@ def test_a_link_that_may_not_be_followed_is_no_broken_one(tmp_path: Path, monkey
 
 
 _setpriv = shutil.which("setpriv")
-_AS_ANYONE = ["--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-dac_override,-dac_read_search"]
+_UNPRIVILEGED = [
+    "--bounding-set",
+    "-dac_override,-dac_read_search",
+    "--inh-caps",
+    "-dac_override,-dac_read_search",
+]
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and _setpriv is None, reason="modes stop root only without capabilities")
-def test_a_folder_that_cannot_be_read_for_real(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0 and _setpriv is None, reason="root needs setpriv to be refused")
+def test_a_folder_that_cannot_be_listed_in_a_separate_process(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/2.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     (tmp_path / "b").chmod(0)
     try:
         script = "import sys; from moco.data.walk import walk; t = walk(sys.argv[1]); print(t.images, t.unlistable)"
         command = [sys.executable, "-c", script, str(tmp_path)]
         if os.geteuid() == 0:
-            command = [str(_setpriv), *_AS_ANYONE, *command]
+            command = [str(_setpriv), *_UNPRIVILEGED, *command]
         done = subprocess.run(
             command,
             env=os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)},
@@ -343,8 +348,8 @@ def test_a_folder_that_cannot_be_read_for_real(tmp_path: Path) -> None:
     assert done.stdout == "['a/1.png'] {'b': 'Permission denied'}\n", done.stderr
 
 
-def test_names_that_are_no_utf8_can_be_opened(tmp_path: Path) -> None:
-    picture(tmp_path / "x.png", 7)
+def test_files_with_names_that_are_not_utf8_can_be_opened(tmp_path: Path) -> None:
+    image(tmp_path / "x.png", 7)
     os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/\xff\xfe.png")
     train = load_source(DataConfig("folder", str(tmp_path))).train
     assert os.fsencode(train.name(0)) == b"\xff\xfe.png"
@@ -353,7 +358,7 @@ def test_names_that_are_no_utf8_can_be_opened(tmp_path: Path) -> None:
 
 def test_labels_are_first_level_folders(tmp_path: Path) -> None:
     for i, name in enumerate(("dog/1.png", "cat/x/2.png", "cat/3.png", "cat-like/4.png")):
-        picture(tmp_path / name, i)
+        image(tmp_path / name, i)
     (tmp_path / "empty").mkdir()
     sources = load_source(DataConfig("folder", str(tmp_path), labels="folder"))
     train = sources.train
@@ -370,11 +375,11 @@ def test_labels_are_first_level_folders(tmp_path: Path) -> None:
     assert sources.held_out is None
 
 
-def test_labels_that_the_tree_does_not_give(tmp_path: Path) -> None:
-    picture(tmp_path / "only/1.png")
+def test_invalid_class_folders_are_refused(tmp_path: Path) -> None:
+    image(tmp_path / "only/1.png")
     with pytest.raises(ValueError, match=r"one class folder only \(only\)"):
         load_source(DataConfig("folder", str(tmp_path), labels="folder"))
-    picture(tmp_path / "stray.png")
+    image(tmp_path / "stray.png")
     with pytest.raises(ValueError, match=r"1 images outside class folders \(stray\.png\).*data\.labels=none"):
         load_source(DataConfig("folder", str(tmp_path), labels="folder"))
     with pytest.raises(ValueError, match=r"data\.labels='class' must be one of none, folder"):
@@ -383,7 +388,7 @@ def test_labels_that_the_tree_does_not_give(tmp_path: Path) -> None:
 
 def test_eval_root_is_held_out(tmp_path: Path) -> None:
     for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png", "test/a/4.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     sources = load_source(
         DataConfig("folder", str(tmp_path / "train"), labels="folder", eval_root=str(tmp_path / "test"))
     )
@@ -393,9 +398,9 @@ def test_eval_root_is_held_out(tmp_path: Path) -> None:
     assert sources.held_out.classes == sources.train.classes
 
 
-def test_eval_root_that_does_not_fit(tmp_path: Path) -> None:
+def test_an_invalid_eval_root_is_refused(tmp_path: Path) -> None:
     for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png", "test/c/4.png"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     train, test = str(tmp_path / "train"), str(tmp_path / "test")
     with pytest.raises(ValueError, match=r"only in \S*train: a; only in \S*test: c; both"):
         load_source(DataConfig("folder", train, labels="folder", eval_root=test))
@@ -425,7 +430,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
 
 def test_resident_equals_decoding_one_by_one(tmp_path: Path) -> None:
     for i in range(150):
-        picture(tmp_path / f"{i % 3}/{i:03}.png", (i, 255 - i, 3 * i % 256))
+        image(tmp_path / f"{i % 3}/{i:03}.png", (i, 255 - i, 3 * i % 256))
     streamed = load_source(DataConfig("folder", str(tmp_path), labels="folder")).train
     calls: list[tuple[int, int]] = []
     sources = load_source(
@@ -444,8 +449,8 @@ def test_resident_equals_decoding_one_by_one(tmp_path: Path) -> None:
 
 
 def test_resident_refuses_two_sizes_and_broken_files(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    picture(tmp_path / "b.png", size=(9, 5))
+    image(tmp_path / "a.png")
+    image(tmp_path / "b.png", size=(9, 5))
     with pytest.raises(ValueError, match=r"a\.png is 6 x 5 and b\.png is 9 x 5: set data\.resident=false"):
         load_source(DataConfig("folder", str(tmp_path), resident=True))
     (tmp_path / "b.png").write_bytes(b"")
@@ -453,8 +458,8 @@ def test_resident_refuses_two_sizes_and_broken_files(tmp_path: Path) -> None:
         load_source(DataConfig("folder", str(tmp_path), resident=True))
 
 
-def test_a_file_that_vanishes_after_the_scan(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
+def test_a_file_that_is_removed_after_the_scan(tmp_path: Path) -> None:
+    image(tmp_path / "a.png")
     train = load_source(DataConfig("folder", str(tmp_path))).train
     (tmp_path / "a.png").unlink()
     with pytest.raises(ImageError, match=r"a\.png: No such file"):
@@ -462,8 +467,8 @@ def test_a_file_that_vanishes_after_the_scan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_sources_go_to_worker_processes(resident: bool, tmp_path: Path) -> None:
-    picture(tmp_path / "a.png", 9)
+def test_sources_can_be_pickled_for_worker_processes(resident: bool, tmp_path: Path) -> None:
+    image(tmp_path / "a.png", 9)
     train = load_source(DataConfig("folder", str(tmp_path), resident=resident)).train
     copy: Source = pickle.loads(pickle.dumps(train))
     assert names(copy) == ["a.png"]
@@ -475,7 +480,7 @@ def test_sources_go_to_worker_processes(resident: bool, tmp_path: Path) -> None:
 
 def test_imagenet_tree(tmp_path: Path) -> None:
     for name in ("train/n02/1.JPEG", "train/n01/2.JPEG", "val/n01/3.JPEG", "val/n02/4.JPEG"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     sources = load_source(DataConfig("imagenet", str(tmp_path)))
     assert sources.bank is sources.train
     assert sources.held_out is not None
@@ -488,7 +493,7 @@ def test_imagenet_tree(tmp_path: Path) -> None:
         load_source(DataConfig("imagenet", str(tmp_path)))
 
 
-def test_imagenet_that_is_not_ready(tmp_path: Path) -> None:
+def test_an_incomplete_imagenet_is_refused(tmp_path: Path) -> None:
     def message(root: Path) -> str:
         with pytest.raises(FileNotFoundError) as caught:
             load_source(DataConfig("imagenet", str(root)))
@@ -500,9 +505,9 @@ def test_imagenet_that_is_not_ready(tmp_path: Path) -> None:
     assert "contains nothing" in message(tmp_path)
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"x")
     assert "contains ILSVRC2012_img_train.tar" in message(tmp_path)
-    picture(tmp_path / "train/n01/1.JPEG")
-    picture(tmp_path / "train/n02/1.JPEG")
-    picture(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")  # the validation archive holds no class folders
+    image(tmp_path / "train/n01/1.JPEG")
+    image(tmp_path / "train/n02/1.JPEG")
+    image(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")  # the validation archive contains no class folders
     with pytest.raises(ValueError, match=r"val \(.*1 images outside class folders \(ILSVRC2012_val_00000001\.JPEG\)"):
         load_source(DataConfig("imagenet", str(tmp_path)))
 
@@ -510,15 +515,15 @@ def test_imagenet_that_is_not_ready(tmp_path: Path) -> None:
 # ---- all ----
 
 
-def test_unknown_name_lists_the_known_ones() -> None:
+def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.name='cifar' is unknown: set one of digits, cifar10, cifar100, stl10"):
         load_source(DataConfig("cifar"))
-    of_their_own = ["shards", "webdataset", "huggingface"]
-    assert list(SOURCES) == ["digits", "cifar10", "cifar100", "stl10", "imagenet", "folder", *of_their_own]
+    others = ["shards", "webdataset", "huggingface"]
+    assert list(SOURCES) == ["digits", "cifar10", "cifar100", "stl10", "imagenet", "folder", *others]
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "digits"])
-def test_an_empty_root_is_said(name: str) -> None:
+def test_an_empty_root_is_refused(name: str) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.root is empty"):
         load_source(DataConfig(name, ""))
 
@@ -539,5 +544,5 @@ def test_real_cifar_jpegs(tmp_path: Path) -> None:
     train = load_source(DataConfig("folder", str(tmp_path), resident=True)).train
     assert train.images is not None
     assert train.images.shape == (600, 3, 32, 32)
-    with Image.open(tmp_path / train.name(599)) as image:
-        assert (train.images[599].permute(1, 2, 0).numpy() == np.asarray(image.convert("RGB"))).all()
+    with Image.open(tmp_path / train.name(599)) as opened:
+        assert (train.images[599].permute(1, 2, 0).numpy() == np.asarray(opened.convert("RGB"))).all()

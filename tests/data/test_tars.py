@@ -1,4 +1,4 @@
-"""A stream that is damaged or cut anywhere is an error; of a whole one all pictures come out, whatever their names."""
+"""Tar streams: all images of an intact one are found, whatever their names; a damaged or cut one is an error."""
 
 import bz2
 import gzip
@@ -32,7 +32,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 class Slow:
-    """A connection: it cannot be sought in, and gives less than it is asked for."""
+    """A connection: it cannot seek, and may return fewer bytes than requested."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
@@ -48,10 +48,10 @@ def read(data: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
 
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
-def test_all_pictures_of_a_whole_archive(pack: Callable[[bytes], bytes]) -> None:
+def test_all_images_of_an_intact_archive(pack: Callable[[bytes], bytes]) -> None:
     whole = {name: data for name, data in FILES.items() if name.endswith(".jpg")}
     assert read(pack(archive(FILES))) == (whole, {})
-    assert read(pack(archive({}))) == ({}, {})  # no file, but the mark of the end
+    assert read(pack(archive({}))) == ({}, {})  # no file, only the end-of-archive mark
 
 
 @pytest.mark.parametrize(
@@ -61,28 +61,28 @@ def test_all_pictures_of_a_whole_archive(pack: Callable[[bytes], bytes]) -> None
         lambda data: b"no tar",
         lambda data: flipped(data, 2 * MEMBER + 3),  # a name in a header
         lambda data: flipped(data, 2 * MEMBER + 126),  # a size
-        lambda data: data[: 2 * MEMBER],  # at the border of two files
+        lambda data: data[: 2 * MEMBER],  # between two files
         lambda data: data[: 2 * MEMBER + 100],  # inside a header
-        lambda data: data[: 2 * MEMBER + BLOCK],  # behind a header
+        lambda data: data[: 2 * MEMBER + BLOCK],  # after a header
         lambda data: data[: 2 * MEMBER + BLOCK + 500],  # inside a content
-        lambda data: data[: 6 * MEMBER],  # behind the last file, before the mark
+        lambda data: data[: 6 * MEMBER],  # after the last file, before the mark
         lambda data: data + data,
         lambda data: flipped(data, len(data) - 1),
         lambda data: gzip.compress(data)[:-9],  # in the deflated data
-        lambda data: gzip.compress(data)[:-4],  # in the checksums behind it
-        lambda data: flipped(gzip.compress(data, 0), 2000),  # in a content, stored as it is
+        lambda data: gzip.compress(data)[:-4],  # in the checksums after them
+        lambda data: flipped(gzip.compress(data, 0), 2000),  # in a content, stored uncompressed
         lambda data: gzip.compress(data[: 2 * MEMBER]),
         lambda data: bz2.compress(data)[:-3],
         lambda data: lzma.compress(data)[:-3],
     ],
 )
-def test_no_damage_passes_for_an_end(harm: Callable[[bytes], bytes]) -> None:
+def test_damage_is_not_the_end_of_an_archive(harm: Callable[[bytes], bytes]) -> None:
     with pytest.raises((tarfile.TarError, OSError, EOFError, lzma.LZMAError)) as caught:
         read(harm(archive(FILES)))
     assert str(caught.value)
 
 
-def test_every_cut_but_in_the_last_zeros_is_noticed() -> None:
+def test_every_cut_before_the_last_zeros_is_an_error() -> None:
     data = archive(FILES)
     for end in range(0, 6 * MEMBER + BLOCK, 128):
         with pytest.raises(tarfile.TarError):
@@ -90,10 +90,10 @@ def test_every_cut_but_in_the_last_zeros_is_noticed() -> None:
     assert len(read(data[: 6 * MEMBER + BLOCK])[0]) == 3
 
 
-def test_names_with_dots_and_samples_with_more_than_a_picture() -> None:
+def test_names_with_dots_and_samples_with_several_images() -> None:
     dots = {"IMG_2020.01.02.jpg": b"a", "IMG_2020.01.03.JPG": b"b", "IMG_2020.01.03.cls": b"1", "v1.0/c.png": b"c"}
     assert read(archive(dots)) == ({name: data for name, data in dots.items() if not name.endswith("cls")}, {})
-    # A picture of just the sample's name goes before masks, wherever it stands; what has none is counted.
+    # An image of just the sample's name is preferred to masks, in any order; samples without one are counted.
     more = {
         "0.depth.png": b"x",
         "0.jpg": b"0",
@@ -107,11 +107,11 @@ def test_names_with_dots_and_samples_with_more_than_a_picture() -> None:
     # Neither hidden files nor WebDataset's own belong to a sample.
     own = {"__meta__": b"x", "__worker__/a.jpg": b"x", "._0.jpg": b"x", ".DS_Store": b"x", "__a.jpg": b"a"}
     assert read(archive(own)) == ({"__a.jpg": b"a"}, {})
-    many = {f"day.{i}.jpg": bytes([i]) for i in range(150)}  # more than are held at a time
+    many = {f"day.{i}.jpg": bytes([i]) for i in range(150)}  # more than are in memory together
     assert read(archive(many)) == (many, {})
 
 
-def test_one_name_twice_cannot_be_told_apart() -> None:
+def test_a_repeated_name_is_refused() -> None:
     twice = archive({"a.jpg": b"1", "b.jpg": b"2"}).replace(b"b.jpg", b"a.jpg")
     info = tarfile.TarInfo.frombuf(archive({"a.jpg": b"2"})[:BLOCK], "utf-8", "surrogateescape")
     second = info.tobuf() + twice[3 * BLOCK :]

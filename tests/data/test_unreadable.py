@@ -1,4 +1,4 @@
-"""A picture that cannot be read ends the run with a sentence, or is replaced: always by the same one, and on record."""
+"""An unreadable image ends the run with one sentence, or is replaced by a fixed substitute and listed."""
 
 import csv
 import os
@@ -25,18 +25,18 @@ from moco.data.unreadable import (
 )
 from moco.data.view import View, draw_crop
 from moco.files import WriteError
-from tests.data.broken import bad_files, folder, noise, odd_files
+from tests.data.unreadable_files import bad_files, folder, noise, odd_files
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
-# Nothing but a crop: a view is then the crop's pixels, which the tests compute on their own.
+# Only a crop, whose pixels the tests compute independently.
 VIEWS = (View(16, (0.2, 1.0), mean=(0, 0, 0), std=(1, 1, 1)),) * 2
 BAD = bad_files()
 
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine good pictures and every bad one."""
+    """Nine readable images and every unreadable one."""
     return folder(tmp_path_factory.mktemp("mixed"), good=9)
 
 
@@ -81,7 +81,7 @@ def test_the_default_ends_with_one_sentence(name: str, workers: int, tmp_path: P
 
 
 @pytest.mark.parametrize("name", list(BAD))
-def test_an_error_tells_kind_and_reason(name: str, tmp_path: Path) -> None:
+def test_an_error_has_kind_and_reason(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(BAD[name][0])
     with pytest.raises(ImageError) as caught:
         decode(tmp_path / name)
@@ -90,7 +90,7 @@ def test_an_error_tells_kind_and_reason(name: str, tmp_path: Path) -> None:
     assert str(caught.value) == f"cannot read image {tmp_path / name}: {caught.value.reason}"
 
 
-def test_a_resident_folder_with_bad_pictures_is_refused_unless_they_may_keep_their_places(mixed: Path) -> None:
+def test_a_resident_folder_with_unreadable_images_is_refused_unless_they_may_stay(mixed: Path) -> None:
     with pytest.raises(ImageError, match="cannot read image"):
         load_source(DataConfig("folder", str(mixed), resident=True))
     source = opened(mixed, resident=True)
@@ -98,7 +98,7 @@ def test_a_resident_folder_with_bad_pictures_is_refused_unless_they_may_keep_the
         list(batches(source, plan(source), VIEWS, CPU, 0))
 
 
-def test_a_resident_folder_of_bad_pictures_alone_is_refused(tmp_path: Path) -> None:
+def test_a_resident_folder_of_only_unreadable_images_is_refused(tmp_path: Path) -> None:
     folder(tmp_path, good=0)
     with pytest.raises(ImageError, match="cannot read image"):
         opened(tmp_path, resident=True)
@@ -107,7 +107,7 @@ def test_a_resident_folder_of_bad_pictures_alone_is_refused(tmp_path: Path) -> N
 # ---- replace ----
 
 
-def test_each_bad_picture_shows_the_first_good_one_of_its_substitutes(mixed: Path) -> None:
+def test_the_first_readable_substitute_replaces_an_unreadable_image(mixed: Path) -> None:
     source = opened(mixed)
     good = [i for i in range(len(source)) if source.name(i) not in BAD]
     shown, _ = replaced(source)
@@ -116,11 +116,11 @@ def test_each_bad_picture_shows_the_first_good_one_of_its_substitutes(mixed: Pat
         for row, i in enumerate(wanted.tolist()):
             expected = next(each for each in (i, *substitutes(i, len(source))) if each in good)
             assert batch.index[row] == expected
-            for stream, view in enumerate(VIEWS):  # the random numbers are the wanted picture's
+            for stream, view in enumerate(VIEWS):  # with the random numbers of the original image
                 crop = crop_one(source.image(expected), draw_crop(5, epoch, np.array([i]), stream)[0], view)
                 torch.testing.assert_close(batch.views[stream][row], crop.float() / 255)
             seen.add(i)
-    assert seen - set(good)  # some bad ones were wanted
+    assert seen - set(good)  # some of them are unreadable
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -151,16 +151,16 @@ def test_substitutes_do_not_depend_on_the_number_of_processes(mixed: Path) -> No
     assert shares[0][1] | shares[1][1] == found
 
 
-def test_a_resident_folder_gives_the_same_bits(mixed: Path) -> None:
+def test_substitutes_of_a_resident_folder_are_the_same(mixed: Path) -> None:
     expected, found = replaced(opened(mixed))
     source = opened(mixed, resident=True)
     got, all_bad = replaced(source)
     assert equal(got, expected)
-    assert {source.name(i) for i in all_bad} == set(BAD)  # here they are known from the start
+    assert {source.name(i) for i in all_bad} == set(BAD)  # a resident source knows them from the start
     assert found.items() <= all_bad.items()
 
 
-def test_odd_pictures_are_shown_and_not_replaced(tmp_path: Path) -> None:
+def test_odd_images_are_not_replaced(tmp_path: Path) -> None:
     folder(tmp_path, good=0, bad=False, odd=True)
     source = opened(tmp_path)
     shown, found = replaced(source, Plan(len(source), len(source), 2, 0))
@@ -169,7 +169,7 @@ def test_odd_pictures_are_shown_and_not_replaced(tmp_path: Path) -> None:
     assert all(view.isfinite().all() and view.shape[1:] == (3, 16, 16) for batch in shown for view in batch.views)
 
 
-def test_a_file_that_vanishes_while_training_is_replaced_from_then_on(tmp_path: Path) -> None:
+def test_a_file_that_is_removed_during_training_is_replaced(tmp_path: Path) -> None:
     folder(tmp_path, good=8, bad=False)
     source = opened(tmp_path)
     found: dict[int, str] = {}
@@ -183,18 +183,18 @@ def test_a_file_that_vanishes_while_training_is_replaced_from_then_on(tmp_path: 
     assert sorted(batch.index.tolist()) == sorted([0, 1, 2, first, 4, 5, 6, 7])
 
 
-def test_substitutes_are_spread_and_a_function_of_the_index() -> None:
+def test_substitutes_are_a_function_of_the_index_and_uniform() -> None:
     assert substitutes(7, 1000) == substitutes(7, 1000)
     assert substitutes(7, 1000) != substitutes(8, 1000)
     drawn = np.array([substitutes(i, 10) for i in range(300)])
     assert drawn.shape == (300, TRIES)
     share = np.bincount(drawn.ravel(), minlength=10) / drawn.size
     assert np.abs(share - 0.1).max() < 5 * np.sqrt(0.09 / drawn.size)
-    # A row of bad files in the list does not make one picture stand in for all of them.
+    # Successive images have different substitutes.
     assert len({substitutes(i, 10_000)[0] for i in range(1000)}) > 900
 
 
-def test_where_nothing_can_be_read_the_run_ends(tmp_path: Path) -> None:
+def test_a_run_ends_if_no_image_can_be_read(tmp_path: Path) -> None:
     folder(tmp_path, good=8, bad=False)
     source = opened(tmp_path)
     for path in tmp_path.iterdir():
@@ -206,7 +206,7 @@ def test_where_nothing_can_be_read_the_run_ends(tmp_path: Path) -> None:
             replaced(source, workers=workers)
 
 
-# ---- on record ----
+# ---- the list ----
 
 
 def listed(file: Path) -> list[tuple[str, str]]:
@@ -214,7 +214,7 @@ def listed(file: Path) -> list[tuple[str, str]]:
         return [(row["path"], row["reason"]) for row in csv.DictReader(lines)]
 
 
-def test_the_list_names_each_bad_picture_once(mixed: Path, tmp_path: Path) -> None:
+def test_the_list_contains_each_unreadable_image_once(mixed: Path, tmp_path: Path) -> None:
     source = opened(mixed)
     bad = UnreadableImages(source, tmp_path / "bad_images.csv", max_fraction=0.9)
     assert bad.synchronize() == 0
@@ -228,12 +228,12 @@ def test_the_list_names_each_bad_picture_once(mixed: Path, tmp_path: Path) -> No
     assert dict(listed(bad.file)).get("empty.jpg", "the file is empty") == "the file is empty"
 
 
-def test_more_than_the_fraction_ends_the_run_and_the_list_is_there(mixed: Path, tmp_path: Path) -> None:
-    source = opened(mixed)  # 9 good, 7 bad
-    for most, stops in ((7 / 16, False), (0.43, True)):
-        bad = UnreadableImages(source, tmp_path / f"{most}.csv", most)
+def test_too_many_unreadable_images_end_the_run_after_listing_them(mixed: Path, tmp_path: Path) -> None:
+    source = opened(mixed)  # 9 readable, 7 unreadable
+    for fraction, ends in ((7 / 16, False), (0.43, True)):
+        bad = UnreadableImages(source, tmp_path / f"{fraction}.csv", fraction)
         bad.note(reasons(source))
-        if not stops:
+        if not ends:
             assert bad.synchronize() == 7
             continue
         with pytest.raises(ImageError, match=r"7 of the 16 training images cannot be read, more than data\.max_bad="):
@@ -241,8 +241,8 @@ def test_more_than_the_fraction_ends_the_run_and_the_list_is_there(mixed: Path, 
     assert len(listed(tmp_path / "0.43.csv")) == 7
 
 
-def test_a_resumed_run_knows_what_was_found_and_takes_off_what_was_mended(mixed: Path, tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=9)
+def test_a_resumed_run_reads_the_list_and_removes_repaired_images(mixed: Path, tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", good=9)
     source, file = opened(root), tmp_path / "bad_images.csv"
     bad = UnreadableImages(source, file, 0.9)
     bad.note(reasons(source))
@@ -260,22 +260,22 @@ def test_a_resumed_run_knows_what_was_found_and_takes_off_what_was_mended(mixed:
     assert not file.exists()
 
 
-def test_a_list_of_other_pictures_counts_for_nothing(mixed: Path, tmp_path: Path) -> None:
+def test_a_list_of_other_images_is_ignored(mixed: Path, tmp_path: Path) -> None:
     source, file = opened(mixed), tmp_path / "bad_images.csv"
     bad = next(i for i in range(len(source)) if source.name(i) in BAD)
     file.write_text(f"index,path,reason\n{bad},other.png,empty\n99,empty.jpg,empty\n-1,{source.name(-1)},empty\n")
     assert UnreadableImages(source, file, 0.9).found == {}
 
 
-def test_a_list_that_is_none_is_refused(mixed: Path, tmp_path: Path) -> None:
+def test_an_invalid_list_is_refused(mixed: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad_images.csv"
     file.write_text("index,path\nfirst,a.png\n")
     with pytest.raises(ConfigError, match=r"bad_images\.csv is damaged: remove it"):
         UnreadableImages(opened(mixed), file, 0.1)
 
 
-def test_names_that_are_no_text_keep_their_bytes(tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=2, bad=False)
+def test_names_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", good=2, bad=False)
     name = os.fsdecode(b'caf\xe9, "1".png')
     (root / name).write_bytes(b"")
     bad = UnreadableImages(opened(root), tmp_path / "bad_images.csv", 0.9)
@@ -285,8 +285,8 @@ def test_names_that_are_no_text_keep_their_bytes(tmp_path: Path) -> None:
     assert UnreadableImages(opened(root), bad.file, 0.9).found == {2: "the file is empty"}
 
 
-def _settled(root: str, file: str) -> tuple[dict[int, str], int, list[str], str]:
-    """On each rank: each notes a half of the bad ones, and both the first."""
+def _synchronized(root: str, file: str) -> tuple[dict[int, str], int, list[str], str]:
+    """On each rank, note half of the unreadable images; both ranks note the first."""
     source = opened(Path(root))
     all_bad = reasons(source)
     me = torch.distributed.get_rank()
@@ -303,9 +303,9 @@ def _settled(root: str, file: str) -> tuple[dict[int, str], int, list[str], str]
     return bad.found, new, [kept.name(i) for i in range(len(kept))], str(caught.value)
 
 
-def test_all_ranks_know_what_each_found(mixed: Path, tmp_path: Path) -> None:
+def test_all_ranks_have_the_images_that_each_found(mixed: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad_images.csv"
-    first, second = run_ranks(2, _settled, str(mixed), str(file))
+    first, second = run_ranks(2, _synchronized, str(mixed), str(file))
     assert first == second
     found, new, kept, sentence = first
     assert found == reasons(opened(mixed))
@@ -314,11 +314,11 @@ def test_all_ranks_know_what_each_found(mixed: Path, tmp_path: Path) -> None:
     assert {name for name, _ in listed(file)} == set(BAD)
 
 
-# ---- what accuracy is measured with ----
+# ---- references ----
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_bad_pictures_leave_the_reference_set_with_their_labels(resident: bool, tmp_path: Path) -> None:
+def test_unreadable_references_are_excluded_with_their_labels(resident: bool, tmp_path: Path) -> None:
     for label in "ab":
         folder(tmp_path / label, good=3, bad=False)
     (tmp_path / "a/01.png").write_bytes(b"")
@@ -336,7 +336,7 @@ def test_bad_pictures_leave_the_reference_set_with_their_labels(resident: bool, 
         without_unreadable(source, "held-out images", 0.1)
 
 
-def test_a_part_of_a_resident_source_keeps_its_bad_rows() -> None:
+def test_a_subset_of_a_resident_source_keeps_its_unreadable_rows() -> None:
     images: Tensor = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     source = ArraySource(images, list("abcd"), unreadable={2: ImageError("c is bad")})
     part = source.subset(np.array([3, 2]))
@@ -345,8 +345,8 @@ def test_a_part_of_a_resident_source_keeps_its_bad_rows() -> None:
         part.image(1)
 
 
-def test_a_list_that_cannot_be_written_is_one_sentence_and_the_one_of_before_stays(tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=9)
+def test_a_list_that_cannot_be_written_keeps_the_previous_one(tmp_path: Path) -> None:
+    root = folder(tmp_path / "images", good=9)
     source, file = opened(root), tmp_path / "bad_images.csv"
     found = reasons(source)
     first = min(found)

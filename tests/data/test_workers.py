@@ -1,4 +1,4 @@
-"""What loader processes can meet (a kill, a stop, no shared memory) ends in a sentence wherever it is noticed."""
+"""Failures of loader processes (killed, stopped, no shared memory) become one-sentence errors."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ from moco.data.sources import Source, load_source
 from moco.data.view import View
 from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded
 from moco.evaluation.features import extract, stream
-from tests.data.broken import folder
+from tests.data.unreadable_files import folder
 
 CPU = torch.device("cpu")
 PLAN, VIEWS = Plan(40, 4, 100, seed=0), (View(8, (0.2, 1.0)),) * 2
@@ -34,31 +34,31 @@ DIED = (
 
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
-    return load_source(DataConfig("folder", str(folder(tmp_path / "pictures", good=40, bad=False)))).train
+    return load_source(DataConfig("folder", str(folder(tmp_path / "images", good=40, bad=False)))).train
 
 
-def strike() -> None:
-    """Kills a loader process, as the system does for want of memory, and waits where this process is just then."""
+def kill_worker() -> None:
+    """Kill a loader process, as the kernel does when memory runs out, and wait for the error."""
     (process,) = multiprocessing.active_children()
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     for _ in range(1000):  # the handler runs between two of these
         time.sleep(0.01)
-    raise AssertionError("nothing was said")
+    raise AssertionError("no error was raised")
 
 
-def test_a_death_is_told_in_training_between_two_batches(source: Source) -> None:
+def test_a_death_is_reported_between_two_training_batches(source: Source) -> None:
     made = batches(source, PLAN, VIEWS, CPU, workers=1)
     next(made)
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
-        strike()
+        kill_worker()
     made.close()
     assert multiprocessing.active_children() == []
 
 
-def test_a_death_is_told_in_an_evaluation(source: Source) -> None:
+def test_a_death_is_reported_in_an_evaluation(source: Source) -> None:
     def network(images: Tensor) -> Tensor:
-        strike()
+        kill_worker()
         return images
 
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
@@ -66,20 +66,20 @@ def test_a_death_is_told_in_an_evaluation(source: Source) -> None:
     pictures = stream(lambda images: images, source, range(40), 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, 4, workers=1)
     next(pictures)
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
-        strike()
+        kill_worker()
     del pictures
     assert multiprocessing.active_children() == []
 
 
-def test_a_death_is_told_in_packing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_death_is_reported_in_packing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moco.data.shard_writer.encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(LoaderError, match=DIED.format("workers")):  # noticed while it waits
+    with pytest.raises(LoaderError, match=DIED.format("workers")):  # while the parent waits
         list(encoded(source, 0, 1, 0, 90))
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("message", "expected"),
     [
         (
             "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
@@ -90,25 +90,25 @@ def test_a_death_is_told_in_packing(source: Source, monkeypatch: pytest.MonkeyPa
         ("Too many open files. Communication with the workers", r"raise ulimit -n, or lower data\.workers=1"),
     ],
 )
-def test_each_end_has_its_words(said: str, words: str) -> None:
-    with pytest.raises(LoaderError, match=words) as caught:
-        list(loaded(Fails(said), "data.workers"))  # type: ignore[arg-type]
+def test_errors_of_torch_become_loader_errors(message: str, expected: str) -> None:
+    with pytest.raises(LoaderError, match=expected) as caught:
+        list(loaded(Fails(message), "data.workers"))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     with pytest.raises(RuntimeError, match=r"^the size of tensor a"):
         list(loaded(Fails("the size of tensor a"), "data.workers"))  # type: ignore[arg-type]
 
 
 class Fails:
-    """A loader that raises so."""
+    """A loader that raises an error with the given message."""
 
-    def __init__(self, said: str) -> None:
-        self.said, self.num_workers = said, 1
+    def __init__(self, message: str) -> None:
+        self.message, self.num_workers = message, 1
 
     def __iter__(self) -> "Fails":
         return self
 
     def __next__(self) -> None:
-        raise RuntimeError(self.said)
+        raise RuntimeError(self.message)
 
 
 def _stopped_at_its_start(worker: int) -> None:
@@ -135,7 +135,7 @@ def _full(self: Tensor) -> Tensor:
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
-def test_no_shared_memory_is_a_sentence(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_shared_memory_is_one_sentence(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "share_memory_", _full)  # in the processes too, which are forked
     words = r"has no shared memory for a batch of 0\.0 MB \(unable .*docker run --shm-size=8g.* data\.workers=0"
     with pytest.raises(LoaderError, match=words):
@@ -163,13 +163,14 @@ _may = (
 )
 
 
-@pytest.mark.skipif(not _may, reason="a /dev/shm of its own takes root and unshare")
-def test_a_small_dev_shm_for_real(source: Source, tmp_path: Path) -> None:
-    """1 MB, for batches of 1.1 MB. What holds the loader to the end of the program does not keep it from ending."""
+@pytest.mark.slow
+@pytest.mark.skipif(not _may, reason="a separate /dev/shm needs root and unshare")
+def test_a_small_dev_shm_in_a_separate_process(source: Source, tmp_path: Path) -> None:
+    """1 MB for batches of 1.1 MB. The process ends although a variable holds the loader until its exit."""
     small = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
     assert _unshare is not None
     done = subprocess.run(
-        [_unshare, "-m", "sh", "-c", small, "sh", sys.executable, "-c", SCRIPT, str(tmp_path / "pictures")],
+        [_unshare, "-m", "sh", "-c", small, "sh", sys.executable, "-c", SCRIPT, str(tmp_path / "images")],
         env=os.environ | {"PYTHONPATH": str(Path(config_dir()).parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

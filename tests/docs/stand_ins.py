@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from moco.models.backbones import build_backbone
-from tests.data.pictures import gradient
+from tests.data.images import gradient
 from tests.docs.pages import REPOSITORY, blocks
 
 CLASSES = ("cat", "dog")

@@ -35,7 +35,7 @@ from moco.retrieval.queries import files
 from moco.retrieval.store import Embedding
 from moco.runs import checkpoint
 from moco.runs.checkpoint import CheckpointError
-from tests.data.broken import encoded, folder, noise, odd_files
+from tests.data.unreadable_files import encoded, folder, noise, odd_files
 from tests.faults import runs
 from tests.faults.runs import REPOSITORY
 

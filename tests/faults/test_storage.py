@@ -22,7 +22,7 @@ from moco.interop.encoder_file import read_encoder
 from moco.runs import checkpoint
 from moco.training import summary as messages
 from moco.training.nonfinite import NonFiniteGuard
-from tests.data.broken import folder
+from tests.data.unreadable_files import folder
 from tests.faults import runs
 from tests.faults.runs import LONG
 

@@ -20,7 +20,7 @@ from moco.interop.write import FORMATS, Read
 from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
-from tests.data.pictures import folder as folder_of_pictures
+from tests.data.images import folder as folder_of_pictures
 from tests.interop.networks import IMAGES, saved, source, trained
 
 CONVNET = {"width": 2}

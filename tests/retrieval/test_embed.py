@@ -25,7 +25,7 @@ from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.retrieval import embed as stage
 from moco.retrieval.embed import embed
 from moco.retrieval.store import read_about
-from tests.data.pictures import encoder, folder, gradient
+from tests.data.images import encoder, folder, gradient
 from tests.distributed.launch import run_ranks
 
 FILES = ("features.npy", "index.csv", "features.json")

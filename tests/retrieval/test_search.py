@@ -16,7 +16,7 @@ from moco.config.subject import SubjectDataConfig
 from moco.data.decode import ImageError
 from moco.retrieval import embed as embed_stage
 from moco.retrieval.search import search
-from tests.data.pictures import encoder, folder, gradient
+from tests.data.images import encoder, folder, gradient
 
 EVIL = "<script>alert(1)<_script>.png"
 

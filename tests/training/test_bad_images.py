@@ -12,7 +12,7 @@ from moco.digest import digest
 from moco.methods.moco_config import MoCoConfig
 from moco.runs import checkpoint
 from moco.training.trainer import pretrain
-from tests.data.broken import folder, noise
+from tests.data.unreadable_files import folder, noise
 
 # a run's lock is held to the end of the process
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:method.queue_size")

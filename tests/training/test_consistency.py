@@ -18,7 +18,7 @@ from moco.runs import checkpoint
 from moco.runtime.preemption import Preempted
 from moco.training.consistency import identity, open_consistently, refuse_other_settings
 from moco.training.trainer import pretrain
-from tests.data.broken import folder, noise
+from tests.data.unreadable_files import folder, noise
 from tests.distributed.launch import run_ranks
 from tests.training.test_bad_images import config
 

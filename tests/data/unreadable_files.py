@@ -1,4 +1,4 @@
-"""Files that cannot be read, and files that can but are odd, each made here."""
+"""Unreadable image files, and readable ones with unusual properties."""
 
 import errno
 import io
@@ -24,7 +24,7 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes whose header declares 14,000 x 14,000 pixels."""
+    """Make a PNG of a few bytes whose header declares 14,000 x 14,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -34,7 +34,7 @@ def bomb() -> bytes:
 
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
-    """Content and kind of fault by name."""
+    """Return content and kind of fault by name."""
     jpeg, png = encoded(noise(), "JPEG"), encoded(noise(), "PNG")
     broken = bytearray(png)
     broken[len(png) // 2] ^= 0xFF
@@ -50,7 +50,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
 
 
 def odd_files() -> dict[str, tuple[bytes, str]]:
-    """Content and kind of oddity by name."""
+    """Return content and kind of oddity by name."""
     exif = Image.Exif()
     exif[0x0112] = 6
     gray = np.linspace(0, 65535, 1200).astype(np.uint16).reshape(30, 40)
@@ -72,7 +72,7 @@ def odd_files() -> dict[str, tuple[bytes, str]]:
 
 
 def folder(root: Path, good: int = 6, bad: bool = True, odd: bool = False) -> Path:
-    """Good pictures 00.png, 01.png, ... of one size, with every bad or odd file among them."""
+    """Write readable images 00.png, 01.png, ... of one size, and every unreadable or odd file."""
     root.mkdir(parents=True, exist_ok=True)
     for i in range(good):
         noise(100 + i).save(root / f"{i:02}.png")
@@ -82,7 +82,7 @@ def folder(root: Path, good: int = 6, bad: bool = True, odd: bool = False) -> Pa
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
-    """Makes them folders that may not be listed. The tests may run as root, whom no mode stops."""
+    """Let listing these folders fail. The tests may run as root, who can list any folder."""
     scandir = os.scandir
 
     def denied(path: str) -> Any:

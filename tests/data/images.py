@@ -1,4 +1,4 @@
-"""A folder of pictures and a small encoder for the tests of embedding and searching."""
+"""A folder of images and a small encoder, for the tests of embedding and searching."""
 
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,20 @@ CONFIG: dict[str, Any] = {
 
 
 def encoder(path: Path, seed: int = 0) -> Path:
-    """An untrained encoder of ours in a file."""
+    """Write an untrained encoder to a file."""
     torch.manual_seed(seed)
     save_encoder(path, build_backbone("convnet", CONFIG["model"]["options"]), CONFIG, step=3)
     return path
 
 
 def gradient(seed: int, height: int = 48, width: int = 64) -> Image.Image:
-    """Something like a photograph: a smooth change between four random colors at the corners."""
+    """Make an image similar to a photograph: a smooth gradient between four random corner colors."""
     corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), np.uint8)
     return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def folder(root: Path, count: int = 11) -> Path:
-    """Gradients 00.png, 01.png, ..."""
+    """Write the gradients 00.png, 01.png, ..."""
     root.mkdir(parents=True)
     for i in range(count):
         gradient(i).save(root / f"{i:02}.png")
