@@ -136,11 +136,12 @@ def _loss(
     positive = None if positives is None else positive_columns(positives, logits)  # (N, 1+K)
     if switches.margin:
         margin, kind = switches.margin, switches.margin_kind
+        own = add_margin(paired_similarity(query, key), margin, kind) / temperature  # (N, 1)
         rest = logits[:, 1:]  # (N, K)
         if positive is not None:
             lowered = add_margin(similarity(query, queue), margin, kind) / temperature
             rest = torch.where(positive[:, 1:], lowered, rest)
-        logits = torch.cat([add_margin(paired_similarity(query, key), margin, kind) / temperature, rest], dim=1)
+        logits = torch.cat([own, rest], dim=1)
     if mixed is not None:
         absent = (mixed == 0).all(dim=2)  # (N, E), of a query without any negative
         extra = (similarity(query, mixed) / temperature).masked_fill(absent, ABSENT)
