@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moco.config.base import one_of, require
+from moco.config.base import bounded, require
 
 if TYPE_CHECKING:
     from moco.config.train import TrainConfig
@@ -14,18 +14,18 @@ class MethodConfig:
     """The method's name and its temperature."""
 
     name: str = ""
-    """the method; set by method=OPTION"""
-    temperature: float = 0.2
-    """T; a low one weights the nearest negatives most, a high one weights all negatives similarly"""
-    temperature_schedule: str = "constant"
+    """The method; set by method=OPTION."""
+    temperature: float = bounded(0.2, gt=0)
+    """T. A low one weights the nearest negatives most, a high one weights all negatives similarly."""
+    temperature_schedule: str = bounded("constant", choices=("constant", "cosine", "learned"))
     """constant, cosine (from temperature_high to temperature_low and back; Kukleva et al., 2023), or learned (starts at
-    `temperature`, stays within the bounds; Radford et al., 2021, section 2.5)"""
-    temperature_low: float = 0.1
-    """lowest T of cosine and learned"""
-    temperature_high: float = 1.0
-    """highest T of cosine and learned"""
-    temperature_period: float = 200.0
-    """epochs per oscillation of cosine"""
+    `temperature`, stays within the limits; Radford et al., 2021, section 2.5)."""
+    temperature_low: float = bounded(0.1, gt=0)
+    """Lowest T of cosine and learned."""
+    temperature_high: float = bounded(1.0, gt=0)
+    """Highest T of cosine and learned."""
+    temperature_period: float = bounded(200.0, gt=0)
+    """Epochs per oscillation of cosine."""
 
     # What the rest of the code asks about a method. None of these is a field; a method overrides what differs.
     has_momentum_encoder = False
@@ -73,33 +73,28 @@ class MethodConfig:
         raise NotImplementedError
 
     def check(self, config: "TrainConfig") -> None:
-        """Refuse invalid values and contradictions. A method extends this check.
-
-        Args:
-            config: the configuration of the run, for what depends on the batch, the views or the model.
+        """Refuse fields that contradict each other or the rest of the run's configuration. A method extends this.
 
         Raises:
             ConfigError: with the field, its value and the fix.
         """
         kind, low, high = self.temperature_schedule, self.temperature_low, self.temperature_high
-        one_of("method.temperature_schedule", kind, ("constant", "cosine", *["learned"] * self.can_learn_temperature))
-        require(self.temperature > 0, f"method.temperature={self.temperature} must be above 0")
-        bounds = f"method.temperature_low={low} and method.temperature_high={high}"
-        require(0 < low <= high, f"{bounds} must be above 0 and in this order")
+        require(
+            kind != "learned" or self.can_learn_temperature,
+            f"method.temperature_schedule=learned must be one of constant, cosine for {self.name}",
+        )
+        limits = f"method.temperature_low={low} and method.temperature_high={high}"
+        require(low <= high, f"{limits} must be in this order")
         require(
             kind != "learned" or low <= self.temperature <= high,
-            f"method.temperature={self.temperature} must lie within {bounds}: learning starts there",
+            f"method.temperature={self.temperature} must lie within {limits}: learning starts there",
         )
-        require(self.temperature_period > 0, f"method.temperature_period={self.temperature_period} must be above 0")
         for name in ("temperature_low", "temperature_high", "temperature_period"):
             value = getattr(self, name)
             require(
                 kind != "constant" or value == getattr(MethodConfig, name),
                 f"method.{name}={value} has no effect with method.temperature_schedule=constant: set cosine or learned",
             )
-        for name in ("momentum", "momentum_end"):
-            value = getattr(self, name)
-            require(value is None or 0 <= value <= 1, f"method.{name}={value} must lie in 0 ... 1")
         layers = config.model.predictor_layers
         require(
             self.has_predictor or layers == 0,
@@ -108,15 +103,7 @@ class MethodConfig:
 
 
 def refuse_together(method: MethodConfig, *pairs: tuple[str, str, str]) -> None:
-    """Refuse two fields that both differ from their defaults.
-
-    Args:
-        method: the configuration.
-        pairs: the names of two fields, and the reason why they exclude each other.
-
-    Raises:
-        ConfigError: with both fields, their values and the reason.
-    """
+    """Raise ConfigError if both fields of a pair differ from their defaults; a pair ends with the reason."""
     off = type(method)()
     for one, other, why in pairs:
         value, second = getattr(method, one), getattr(method, other)
@@ -126,6 +113,6 @@ def refuse_together(method: MethodConfig, *pairs: tuple[str, str, str]) -> None:
         )
 
 
-def refuse_other_view_counts(method: MethodConfig, views: int) -> None:
+def require_two_views(method: MethodConfig, views: int) -> None:
     """Raise ConfigError unless each image has two views."""
     require(views == 2, f"augment.views={views} must be 2 for {method.name}")

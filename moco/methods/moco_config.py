@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from moco.config.base import at_least, one_of, require
-from moco.config.method import MethodConfig, refuse_other_view_counts, refuse_together
+from moco.config.base import bounded, require
+from moco.config.method import MethodConfig, refuse_together, require_two_views
 from moco.config.train import TrainConfig
 
 _DEBIAS = "the estimate of debias holds for the queue's keys as they are, each as a negative"
@@ -16,44 +16,44 @@ class MoCoConfig(MethodConfig):
     """MoCo v1, v2, v2+ and SupMoCo: the queue, the momentum encoder and the loss. By default the loss is InfoNCE."""
 
     name: str = "moco"
-    """the method; set by method=OPTION"""
-    queue_size: int = 65536
-    """K"""
-    queue_start: str = "random"
-    """random (official: random keys count as negatives) or empty (only real keys do)"""
+    """The method; set by method=OPTION."""
+    queue_size: int = bounded(65536, ge=1)
+    """K."""
+    queue_start: str = bounded("random", choices=("random", "empty"))
+    """random (official: random keys count as negatives) or empty (only real keys do)."""
     mask_own_keys: bool = True
-    """exclude a query's own stale keys from its negatives"""
-    momentum: float = 0.999
-    """m of the momentum encoder"""
-    momentum_end: float | None = None
-    """m grows to this along half a cosine; null: constant"""
+    """Exclude a query's own stale keys from its negatives."""
+    momentum: float = bounded(0.999, ge=0, le=1)
+    """m of the momentum encoder."""
+    momentum_end: float | None = bounded(None, ge=0, le=1)
+    """m grows to this along half a cosine; null: constant."""
     symmetric: bool = False
-    """use each view as the query once (v2+)"""
-    reduction: str = "mean"
-    """mean or sum of the losses of both directions"""
+    """Use each view as the query once (v2+)."""
+    reduction: str = bounded("mean", choices=("mean", "sum"))
+    """mean or sum of the losses of both directions."""
     labels: bool = False
-    """train on the classes of the training images: keys of the query's class in the queue are positives too (SupMoCo,
-    Majumder et al., 2021)"""
-    margin: float = 0.0
-    """subtracted from a positive's similarity before the softmax, see margin_kind; 0: none"""
-    margin_kind: str = "arc"
-    """arc: cos(theta + m), in radians (Deng et al., 2019, Eq. 3); cosine: cos(theta) - m (Wang et al., 2018)"""
-    debias: float = 0.0
+    """Train on the classes of the training images: keys of the query's class in the queue are positives too (SupMoCo,
+    Majumder et al., 2021)."""
+    margin: float = bounded(0.0, ge=0)
+    """Subtracted from a positive's similarity before the softmax, see margin_kind; 0: none."""
+    margin_kind: str = bounded("arc", choices=("arc", "cosine"))
+    """arc: cos(theta + m), in radians (Deng et al., 2019, Eq. 3); cosine: cos(theta) - m (Wang et al., 2018)."""
+    debias: float = bounded(0.0, ge=0, lt=1)
     """tau+, the share of the queue that has the query's own class (1 / classes if balanced): its expected part is
-    removed from the negatives (Chuang et al., 2020, Eq. 7 and 8); 0: off"""
-    false_negatives: str = "keep"
-    """treatment of keys in the queue that resemble the query's own key: keep (as negatives), eliminate, or attract (as
-    positives); false negative cancellation (Huynh et al., 2022)"""
-    false_threshold: float | None = None
-    """lowest cosine at which a key in the queue resembles the query's own key; null: no threshold"""
-    false_top: int | None = None
-    """largest number of keys per query that count as similar; null: no limit"""
-    mix_hardest: int = 0
-    """hardest negatives per query to mix from: N of MoCHi (Kalantidis et al., 2020, section 4); 0: no mixing"""
-    mix_pairs: int = 0
-    """negatives mixed from two hard negatives: s of MoCHi"""
-    mix_query: int = 0
-    """negatives mixed from a hard negative and the query: s' of MoCHi"""
+    removed from the negatives (Chuang et al., 2020, Eq. 7 and 8); 0: off."""
+    false_negatives: str = bounded("keep", choices=("keep", "eliminate", "attract"))
+    """Treatment of keys in the queue that resemble the query's own key: keep (as negatives), eliminate, or attract (as
+    positives); false negative cancellation (Huynh et al., 2022)."""
+    false_threshold: float | None = bounded(None, gt=-1, le=1)
+    """Lowest cosine at which a key in the queue resembles the query's own key; null: no threshold."""
+    false_top: int | None = bounded(None, ge=1)
+    """Largest number of keys per query that count as similar; null: no limit."""
+    mix_hardest: int = bounded(0, ge=0)
+    """Hardest negatives per query to mix from: N of MoCHi (Kalantidis et al., 2020, section 4); 0: no mixing."""
+    mix_pairs: int = bounded(0, ge=0)
+    """Negatives mixed from two hard negatives: s of MoCHi."""
+    mix_query: int = bounded(0, ge=0)
+    """Negatives mixed from a hard negative and the query: s' of MoCHi."""
 
     has_momentum_encoder = True
 
@@ -64,14 +64,8 @@ class MoCoConfig(MethodConfig):
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
-        one_of("method.queue_start", self.queue_start, ("random", "empty"))
-        one_of("method.reduction", self.reduction, ("sum", "mean"))
-        one_of("method.margin_kind", self.margin_kind, ("arc", "cosine"))
-        one_of("method.false_negatives", self.false_negatives, ("keep", "eliminate", "attract"))
-        at_least(1, {"method.queue_size": self.queue_size})
-        at_least(0, {f"method.{name}": getattr(self, name) for name in ("margin", *_MIXING)})
         super().check(config)
-        refuse_other_view_counts(self, config.augment.views)
+        require_two_views(self, config.augment.views)
         refuse_together(
             self,
             *[("debias", other, _DEBIAS) for other in ("labels", "margin", "false_negatives", "mix_hardest")],
@@ -81,9 +75,8 @@ class MoCoConfig(MethodConfig):
             self.margin_kind == "cosine" or self.margin < math.pi,
             f"method.margin={self.margin} must be below pi, in radians; or set method.margin_kind=cosine",
         )
-        require(0 <= self.debias < 1, f"method.debias={self.debias} must be at least 0 and below 1: it is a share")
         self._check_false_negatives()
-        hardest, pairs, query = (getattr(self, name) for name in _MIXING)
+        hardest, pairs, query = self.mix_hardest, self.mix_pairs, self.mix_query
         require(
             (hardest > 0) == (pairs + query > 0),
             f"method.mix_hardest={hardest}, method.mix_pairs={pairs} and method.mix_query={query}: mixing needs "
@@ -99,11 +92,7 @@ class MoCoConfig(MethodConfig):
             f"method.false_negatives={self.false_negatives} with method.false_threshold={threshold} and "
             f"method.false_top={top}: eliminate and attract need one of the two, keep neither",
         )
-        require(
-            threshold is None or -1 < threshold <= 1,
-            f"method.false_threshold={threshold} must be a cosine, above -1 and at most 1",
-        )
-        require(top is None or 1 <= top <= size, f"method.false_top={top} must be 1 ... {size}, method.queue_size")
+        require(top is None or top <= size, f"method.false_top={top} exceeds method.queue_size={size}: lower it")
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""
@@ -121,6 +110,3 @@ class MoCoConfig(MethodConfig):
             Switches(**{each.name: getattr(self, each.name) for each in fields(Switches)}),
             config.seed,
         )
-
-
-_MIXING = ("mix_hardest", "mix_pairs", "mix_query")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from moco.config.base import require
-from moco.config.method import MethodConfig, refuse_other_view_counts
+from moco.config.base import bounded, require
+from moco.config.method import MethodConfig, require_two_views
 from moco.config.train import TrainConfig
 
 
@@ -13,11 +13,11 @@ class MoCoV3Config(MethodConfig):
     """MoCo v3: a momentum encoder and a predictor, no queue. The loss is the sum of both directions."""
 
     name: str = "moco_v3"
-    """the method; set by method=OPTION"""
-    momentum: float = 0.99
-    """m of the momentum encoder"""
-    momentum_end: float | None = None
-    """m grows to this along half a cosine; null: constant"""
+    """The method; set by method=OPTION."""
+    momentum: float = bounded(0.99, ge=0, le=1)
+    """m of the momentum encoder."""
+    momentum_end: float | None = bounded(None, ge=0, le=1)
+    """m grows to this along half a cosine; null: constant."""
 
     has_momentum_encoder = True
     has_predictor = True
@@ -32,7 +32,7 @@ class MoCoV3Config(MethodConfig):
         """See `MethodConfig.check`."""
         super().check(config)
         require(config.batch_size > 1, f"batch_size={config.batch_size} leaves moco_v3 no negatives: raise it")
-        refuse_other_view_counts(self, config.augment.views)
+        require_two_views(self, config.augment.views)
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""

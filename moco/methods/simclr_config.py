@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from moco.config.base import at_least, one_of, require
+from moco.config.base import bounded, require
 from moco.config.method import MethodConfig, refuse_together
 from moco.config.train import TrainConfig
 
@@ -16,29 +16,25 @@ class SimCLRConfig(MethodConfig):
     """SimCLR, SupCon and plain InfoNCE within the batch: neither a queue nor a momentum encoder."""
 
     name: str = "simclr"
-    """the method; set by method=OPTION"""
+    """The method; set by method=OPTION."""
     labels: bool = False
-    """train on the classes of the training images: all embeddings of a class are positives (SupCon, Khosla et al.,
-    2020, Eq. 2)"""
-    candidates: str = "all"
-    """compare each view with all views of the batch (all), or with one other view at a time, where a sample has one
-    positive (other_view; Chen et al., 2021, Algorithm 1, ctr)"""
-    contrast_mode: str = "all"
-    """the views that serve as anchors: all, or only the first (one) (Khosla et al., 2020, official code)"""
-    base_temperature: float | None = None
-    """multiply the loss by T / base_temperature (Khosla et al., 2020, official code: 0.07); null: no factor"""
-    margin: float = 0.0
-    """subtracted from a positive's similarity before the softmax, see margin_kind; needs candidates=other_view; 0:
-    none"""
-    margin_kind: str = "arc"
-    """arc: cos(theta + m), in radians (Deng et al., 2019, Eq. 3); cosine: cos(theta) - m (Wang et al., 2018)"""
+    """Train on the classes of the training images: all embeddings of a class are positives (SupCon, Khosla et al.,
+    2020, Eq. 2)."""
+    candidates: str = bounded("all", choices=("all", "other_view"))
+    """Compare each view with all views of the batch (all), or with one other view at a time, where a sample has one
+    positive (other_view; Chen et al., 2021, Algorithm 1, ctr)."""
+    contrast_mode: str = bounded("all", choices=("all", "one"))
+    """The views that serve as anchors: all, or only the first (one) (Khosla et al., 2020, official code)."""
+    base_temperature: float | None = bounded(None, gt=0)
+    """Multiply the loss by T / base_temperature (Khosla et al., 2020, official code: 0.07); null: no factor."""
+    margin: float = bounded(0.0, ge=0)
+    """Subtracted from a positive's similarity before the softmax, see margin_kind; needs candidates=other_view; 0:
+    none."""
+    margin_kind: str = bounded("arc", choices=("arc", "cosine"))
+    """arc: cos(theta + m), in radians (Deng et al., 2019, Eq. 3); cosine: cos(theta) - m (Wang et al., 2018)."""
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
-        one_of("method.candidates", self.candidates, ("all", "other_view"))
-        one_of("method.contrast_mode", self.contrast_mode, ("all", "one"))
-        one_of("method.margin_kind", self.margin_kind, ("arc", "cosine"))
-        at_least(0, {"method.margin": self.margin})
         super().check(config)
         views, base = config.augment.views, self.base_temperature
         require(config.batch_size > 1, f"batch_size={config.batch_size} leaves simclr no negatives: raise it")
@@ -48,7 +44,6 @@ class SimCLRConfig(MethodConfig):
             f"accumulate={config.accumulate} would leave simclr only the negatives of one micro-batch: set "
             "accumulate=1 and use more processes, or use method=moco_v2, whose negatives do not depend on the batch",
         )
-        require(base is None or base > 0, f"method.base_temperature={base} must be above 0, or null for no factor")
         refuse_together(
             self,
             ("candidates", "labels", _ONE_POSITIVE),

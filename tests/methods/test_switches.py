@@ -371,8 +371,8 @@ SIMCLR: dict[str, Any] = {"name": "simclr"}
         ({"false_negatives": "attract"}, r"false_threshold=None and method.false_top=None: eliminate and attract need"),
         ({"false_top": 3}, r"method.false_negatives=keep"),
         ({"false_negatives": "drop", "false_top": 3}, r"must be one of keep, eliminate, attract"),
-        ({"false_negatives": "eliminate", "false_threshold": 2.0}, r"must be a cosine"),
-        ({"false_negatives": "eliminate", "false_top": 129}, r"method.false_top=129 must be 1 ... 128"),
+        ({"false_negatives": "eliminate", "false_threshold": 2.0}, r"method.false_threshold=2.0"),
+        ({"false_negatives": "eliminate", "false_top": 129}, r"method.false_top=129 exceeds method.queue_size=128"),
         (
             {"false_negatives": "eliminate", "false_top": 3, "labels": True},
             r"method.labels=True excludes method.false_negatives=eliminate",
