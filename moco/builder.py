@@ -153,7 +153,7 @@ class Output(NamedTuple):
     """The result of a method's forward."""
 
     loss: Tensor  # (), to differentiate
-    measures: dict[str, Tensor]  # detached, each of shape ()
+    measures: dict[str, Tensor]  # detached, each of shape (); "chance" and "contrast_accuracy" must be among them
     query: Tensor  # (N, C), detached; of the first direction
     key: Tensor  # (N, C), its positives
     new_keys: Tensor | None = None  # (N, E, C), to enqueue after the step; None without a queue

@@ -264,6 +264,8 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
             if owner == chosen.__name__ and field.startswith(f"{group.name}."):
                 own = [f"{group.name}.{each.name}" for each in fields(chosen)]
                 hint = _did_you_mean(field, own) or f"; its fields are {', '.join(own)}"
+                if not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
+                    hint = f"; the recipe sets it: choose a recipe for {option}, experiment=NAME"
                 return f"{field} is not a field of {option}{hint}"
     known = field_names(schema)
     if field == "experiment" and "method.name" in known:  # only moco.train takes recipes
