@@ -29,9 +29,6 @@ def alignment(query: Tensor, key: Tensor, alpha: float = 2.0) -> Tensor:
 
     Returns:
         Shape (), 0 (equal views) ... 2**alpha (antipodal).
-
-    Raises:
-        ValueError: without a pair, or for an invalid shape or alpha.
     """
     if query.shape != key.shape or query.ndim != 2 or len(query) == 0:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must both be (N, C) with N at least 1")
@@ -55,9 +52,6 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
     Returns:
         Shape (), -4 t (two antipodal points) ... 0 (collapse). About -4 + 8 / C for t = 2 and points that are uniform
         on a sphere of large C.
-
-    Raises:
-        ValueError: without a pair, or for an invalid t.
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 2, to form a pair")

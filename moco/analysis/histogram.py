@@ -25,9 +25,6 @@ def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | 
     Returns:
         Counts, int64, shape (B,), or sums of weights, float64. Bin b is [-1 + 2 b / B, -1 + 2 (b + 1) / B); the last
         one includes 1.
-
-    Raises:
-        ValueError: without a bin, or for weights of another shape.
     """
     if bins < 1:
         raise ValueError(f"bins={bins} must be at least 1")

@@ -41,16 +41,10 @@ def relative_penalty(similarity: Tensor, temperature: float | Tensor) -> Tensor:
 
 @torch.no_grad()
 def effective_negatives(weights: Tensor) -> Tensor:
-    """Compute how many negatives contribute to the gradient: exp of the entropy of their shares.
+    """Compute how many negatives contribute to the gradient, shape (...): 1 (one negative has all) ... K.
 
-    This is the perplexity of r_ij (Hill number of order 1). Like the effective rank, it is k for k equal shares; the
-    inverse Simpson index would be an alternative.
-
-    Args:
-        weights: `relative_penalty`, shape (..., K).
-
-    Returns:
-        Shape (...), 1 (one negative has all) ... K.
+    This is exp of the entropy of the shares, `relative_penalty` (..., K): their perplexity, or Hill number of order 1.
+    Like the effective rank, it is k for k equal shares; the inverse Simpson index would be an alternative.
     """
     entropy: Tensor = torch.special.entr(weights).sum(dim=-1)
     return entropy.exp()
@@ -58,17 +52,11 @@ def effective_negatives(weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top_share(weights: Tensor, top: int) -> Tensor:
-    """Compute the share of the push on the `top` hardest negatives.
+    """Compute the share of the push on the `top` hardest negatives, shape (...): top / K (equal shares) ... 1.
 
     Args:
         weights: `relative_penalty`, shape (..., K).
         top: 1 ... K.
-
-    Returns:
-        Shape (...), top / K (equal shares) ... 1.
-
-    Raises:
-        ValueError: if `top` is out of range.
     """
     if not 1 <= top <= weights.shape[-1]:
         raise ValueError(f"top={top} must be 1 ... {weights.shape[-1]}, the number of negatives")
@@ -91,9 +79,6 @@ def hardness(logits: Tensor, top: int = 10) -> Hardness:
         logits: shape (N, 1 + K), as `moco.losses.info_nce` returns them: the positive in column 0, -inf for an entry
             that is not a negative. Each row needs a negative.
         top: for `top_share`, at most K are used.
-
-    Raises:
-        ValueError: for logits without a query or a negative, or if top is below 1.
     """
     if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)} must be (N, 1 + K) with N and K at least 1")
@@ -130,9 +115,6 @@ def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -
         similarity: of the candidates, shape (1 + K,).
         answer: the candidate that is the positive.
         temperatures: above 0, shape (B,).
-
-    Raises:
-        ValueError: for an answer that is not a candidate, or a temperature that is not above 0.
     """
     if similarity.ndim != 1 or not 0 <= answer < len(similarity):
         raise ValueError(f"answer={answer} must be one of the candidates 0 ... {similarity.numel() - 1}")

@@ -34,9 +34,6 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
     Returns:
         Shape (), 1 (all on one line, or all zero; epsilon adds about 2e-6 R) ... R (the same in all directions).
-
-    Raises:
-        ValueError: without a sample, or for an invalid epsilon.
     """
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 1")
@@ -50,11 +47,7 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @torch.no_grad()
 def covariance_spectrum(features: Tensor) -> Tensor:
-    """Compute the eigenvalues of the covariance (divided by M), descending, float64, shape (R,).
-
-    Raises:
-        ValueError: with fewer than two samples.
-    """
+    """Compute the eigenvalues of the covariance (divided by M), descending, float64, shape (R,)."""
     _require_two(features)
     centered = features.double() - features.double().mean(dim=0)
     return _gram_spectrum(centered) / len(features)
@@ -63,16 +56,8 @@ def covariance_spectrum(features: Tensor) -> Tensor:
 def alpha_req(features: Tensor, first: int = FIRST_RANK, last: int = LAST_RANK) -> Tensor:
     """Compute the exponent alpha of the power law of the covariance spectrum, lambda_i ~ i^-alpha.
 
-    Agrawal et al. (2022): good features have alpha near 1. A smaller alpha is a flat, noisy spectrum; a larger one
-    means that few directions are used.
-
-    Args:
-        features: shape (M, C); the paper uses the backbone's.
-        first: see `power_law_exponent`.
-        last: see `power_law_exponent`.
-
-    Raises:
-        ValueError: see `power_law_exponent`.
+    Agrawal et al. (2022): good features (M, C), which are the backbone's, have alpha near 1. A smaller alpha is a flat,
+    noisy spectrum; a larger one means that few directions are used. See `power_law_exponent` for the rest.
     """
     return power_law_exponent(covariance_spectrum(features), first, last)
 
@@ -121,9 +106,6 @@ def feature_std(features: Tensor) -> Tensor:
 
     Returns:
         Population deviations (divided by M), shape (C,). Their root mean square is at most 1 / sqrt(C).
-
-    Raises:
-        ValueError: with fewer than two samples.
     """
     _require_two(features)
     unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)

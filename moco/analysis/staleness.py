@@ -30,9 +30,6 @@ def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
 
     Returns:
         Shape (K,), integers from 0; `EMPTY` for a slot without a key.
-
-    Raises:
-        ValueError: if a size is below 1.
     """
     if size < 1 or keys_per_step < 1:
         raise ValueError(f"size={size} and keys_per_step={keys_per_step} must be at least 1")
@@ -56,9 +53,6 @@ def key_drift(keys: Tensor, index: Tensor, now: Tensor, now_index: Tensor) -> Te
 
     Returns:
         Shape (K,), 0 (unchanged) ... 2; nan for an image without a present key.
-
-    Raises:
-        ValueError: for an invalid shape.
     """
     if keys.shape[1:] != now.shape[1:] or index.shape != keys.shape[:1] or now_index.shape != now.shape[:1]:
         raise ValueError(
@@ -106,9 +100,6 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
 
     Returns:
         Per query, shape (N,), 0 ... 1; 0 without negatives.
-
-    Raises:
-        ValueError: see `find_false_negatives`.
     """
     rows = max(1, ENTRIES_AT_ONCE // len(queue))
     shares = []

@@ -9,24 +9,8 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from moco.analysis.doctor.series import (
-    CHANCE,
-    CONTRAST_ACCURACY,
-    DATA_WAIT,
-    DUPLICATES,
-    EFFECTIVE_NEGATIVES,
-    EFFECTIVE_RANK,
-    EPOCH,
-    GRADIENT_NORM,
-    KNN,
     LATEST,
     LATEST_MEASURES,
-    LOSS,
-    LOSS_SHUFFLED,
-    LOSS_UNSHUFFLED,
-    NEGATIVES,
-    POSITIVE_SIMILARITY,
-    SPREAD,
-    UNTRAINED,
     Alarm,
     Check,
     Facts,
@@ -73,7 +57,7 @@ RECOGNIZED = 0.5  # at T = 1 well-spread features have equal weights too, but ov
 
 def temperature_too_low(series: Series, facts: Facts) -> Alarm | None:
     """Find a gradient that comes from a single negative."""
-    temperature, effective = present_temperature(series, facts), latest(series, EFFECTIVE_NEGATIVES)
+    temperature, effective = present_temperature(series, facts), latest(series, "train/effective_negatives")
     if temperature >= LOWEST_TEMPERATURE and not effective < FEW_NEGATIVES:
         return None
     evidence = f"the temperature is {temperature:g}"
@@ -85,9 +69,13 @@ def temperature_too_low(series: Series, facts: Facts) -> Alarm | None:
 def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     """Find negatives that all count equally while the queries do not find their keys."""
     temperature = present_temperature(series, facts)
-    effective, negatives = latest(series, EFFECTIVE_NEGATIVES), latest(series, NEGATIVES)
-    accuracy = latest(series, CONTRAST_ACCURACY)
-    equal = effective > ALL_NEGATIVES * negatives and accuracy < RECOGNIZED and not latest(series, SPREAD) < SPREAD_OUT
+    effective, negatives = latest(series, "train/effective_negatives"), latest(series, "train/negatives")
+    accuracy = latest(series, "train/contrast_accuracy")
+    equal = (
+        effective > ALL_NEGATIVES * negatives
+        and accuracy < RECOGNIZED
+        and not latest(series, "analysis/spread") < SPREAD_OUT
+    )
     if temperature <= HIGHEST_TEMPERATURE and not equal:
         return None
     evidence = f"the temperature is {temperature:g}"
@@ -142,9 +130,9 @@ SOLVED = 0.99  # of the queries find their key; without shuffling over 99.9 % do
 
 def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
     """Find a key that is in the queue before the loss is computed: the loss cannot fall below log 2."""
-    share = latest(series, DUPLICATES)
-    losses = [loss / directions(series) for loss in series.get(LOSS, ())[-2 * LATEST :]]
-    similarity, accuracy = latest(series, POSITIVE_SIMILARITY), latest(series, CONTRAST_ACCURACY)
+    share = latest(series, "analysis/duplicate_share")
+    losses = [loss / directions(series) for loss in series.get("train/loss", ())[-2 * LATEST :]]
+    similarity, accuracy = latest(series, "train/positive_similarity"), latest(series, "train/contrast_accuracy")
     found = []
     if share > MOST_DUPLICATES and not _has_collapsed(series):
         found.append(f"{share:.1%} of the queries have their own key among the negatives")
@@ -164,13 +152,13 @@ EARLY_SOLVED = 0.9  # of the keys found by then: digits 20 %, CIFAR-10 15 %, dig
 
 def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
     """Find views that an untrained encoder already recognizes, so that the task is solved within a few epochs."""
-    records = zip(series.get(EPOCH, ()), series.get(CONTRAST_ACCURACY, ()), strict=False)
+    records = zip(series.get("train/epoch", ()), series.get("train/contrast_accuracy", ()), strict=False)
     early = [accuracy for epoch, accuracy in records if 1 <= epoch <= EARLY_EPOCHS]
     if not early or early[-1] < EARLY_SOLVED or not _views_similar(series):
         return None
     return Alarm(
         "augmentation too weak",
-        f"positives had a similarity of {series[POSITIVE_SIMILARITY][0]:.3f} in the first step, and after "
+        f"positives had a similarity of {series['train/positive_similarity'][0]:.3f} in the first step, and after "
         f"{EARLY_EPOCHS:g} epochs {early[-1]:.1%} of the queries find their key",
         "smaller crops (augment.crop_scale=[0.2,1.0]), stronger color jitter, grayscale and blur",
     )
@@ -182,12 +170,16 @@ LEAK_NATS = 0.1  # between the two losses; they are of the same views, so the no
 
 def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
     """Find BN statistics that reveal the key, so that the features need not improve (He et al., 2020, Sec. 3.3)."""
-    shuffled, unshuffled = latest(series, LOSS_SHUFFLED), latest(series, LOSS_UNSHUFFLED)
+    shuffled, unshuffled = latest(series, "analysis/loss_shuffled"), latest(series, "analysis/loss_unshuffled")
     remedy = "model.shuffle_keys=true with model.bn=grouped, and a larger model.bn_group_size"
     if shuffled - unshuffled > LEAK_NATS:
         evidence = f"the loss is {unshuffled:.2f} with keys in the BN groups of their queries and {shuffled:.2f} with "
         return Alarm("BN leak", f"{evidence}shuffled keys", remedy)
-    accuracies, knns, untrained = once_full(series, CONTRAST_ACCURACY), series.get(KNN, ()), latest(series, UNTRAINED)
+    accuracies, knns, untrained = (
+        once_full(series, "train/contrast_accuracy"),
+        series.get("accuracy/knn", ()),
+        latest(series, "accuracy/untrained"),
+    )
     if len(accuracies) < LATEST or len(knns) < 2:  # the first kNN is the untrained encoder's
         return None
     accuracy, knn = fmean(accuracies[-LATEST:]), knns[-1]
@@ -208,7 +200,7 @@ def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
     spikes = _spikes(series)
     if spikes >= SPIKES:
         found.append(f"the loss rose {spikes} times by at least {SPIKE_NATS:g} nats above its latest values")
-    norms = once_full(series, GRADIENT_NORM)
+    norms = once_full(series, "train/gradient_norm")
     quarter = len(norms) // 4
     if quarter >= LATEST and not at_chance(series, facts):
         early, late = median(norms[quarter : 2 * quarter]), median(norms[-quarter:])
@@ -220,7 +212,7 @@ def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
 
 def _spikes(series: Series) -> int:
     """Count the jumps of the loss; consecutive high records are one jump."""
-    losses, spikes, high = once_full(series, LOSS), 0, False
+    losses, spikes, high = once_full(series, "train/loss"), 0, False
     for i in range(BEFORE, len(losses)):
         before = losses[i - BEFORE : i]
         variation = median(abs(after - loss) for loss, after in pairwise(before))
@@ -239,17 +231,17 @@ ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the l
 def collapse(series: Series, facts: Facts) -> Alarm | None:
     """Find embeddings that become one point or use ever fewer dimensions."""
     found = []
-    spreads = series.get(SPREAD, ())[-LATEST_MEASURES:]
+    spreads = series.get("analysis/spread", ())[-LATEST_MEASURES:]
     if _has_collapsed(series) and spreads[-1] <= spreads[0]:  # an untrained encoder's spread is low too, but grows
         found.append(f"the spread of the embeddings is {spreads[-1]:.2g} (1 is uniform, 0 is a single point)")
-    ranks = running_means(series, EFFECTIVE_RANK)
+    ranks = running_means(series, "analysis/effective_rank")
     # With labels each class becomes a point, and the rank falls to the number of classes.
     if ranks and ranks[-1] < RANK_FALL * max(ranks) and not facts.supervised:
         found.append(f"the effective rank fell from {max(ranks):.1f} to {ranks[-1]:.1f}")
-    similarity, stuck = latest(series, POSITIVE_SIMILARITY), at_chance(series, facts) >= LATEST
+    similarity, stuck = latest(series, "train/positive_similarity"), at_chance(series, facts) >= LATEST
     if similarity > ONE_POINT and stuck:
         found.append(f"all keys are the same: the positive similarity is {similarity:.3f} with the loss at chance")
-    norm, first = latest(series, GRADIENT_NORM), (*series.get(GRADIENT_NORM, ()), 0.0)[0]
+    norm, first = latest(series, "train/gradient_norm"), (*series.get("train/gradient_norm", ()), 0.0)[0]
     if norm < GRADIENT_GONE * first and stuck:
         found.append(f"the gradient norm fell from {first:.2g} to {norm:.2g} with the loss at chance")
     return _alarm("collapse", found, "a lower optim.lr, method.temperature=0.2, method.momentum=0.99 or higher")
@@ -260,13 +252,13 @@ LONG_EPOCHS, LONG_RECORDS = 3.0, 20  # the loss of a healthy run is below chance
 
 def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
     """Find a run that learns nothing (moco issues 9 and 12: "stuck at 6.9")."""
-    count, epochs = at_chance(series, facts), series.get(EPOCH, ())
+    count, epochs = at_chance(series, facts), series.get("train/epoch", ())
     if count < LONG_RECORDS or (len(epochs) >= count and epochs[-1] - epochs[-count] < LONG_EPOCHS):
         return None
     return Alarm(
         "loss at chance",
-        f"the last {count} records of the loss are at chance: {series[LOSS][-1]:.2f}, where random keys give "
-        f"{series[CHANCE][-1]:.2f}",
+        f"the last {count} records of the loss are at chance: {series['train/loss'][-1]:.2f}, where random keys give "
+        f"{series['train/chance'][-1]:.2f}",
         "a lower optim.lr or a warm-up, method.temperature=0.2; check in views.png that both views show the same image",
     )
 
@@ -276,7 +268,7 @@ MOST_WAITING = 0.2  # of the time; the digits wait 9 %, CIFAR-10 on a CPU 5 %
 
 def data_starvation(series: Series, facts: Facts) -> Alarm | None:
     """Find a device that waits for images."""
-    waiting = latest(series, DATA_WAIT)
+    waiting = latest(series, "speed/data_wait")
     if not waiting > MOST_WAITING:
         return None
     remedy = "more data.workers, images resized to a shorter side of 256, or data.resident=true"
@@ -306,13 +298,13 @@ def _alarm(name: str, found: list[str], remedy: str) -> Alarm | None:
 
 def _has_collapsed(series: Series) -> bool:
     """Return whether the embeddings were a single point in each of the newest measurements; False with fewer."""
-    spreads = series.get(SPREAD, ())[-LATEST_MEASURES:]
+    spreads = series.get("analysis/spread", ())[-LATEST_MEASURES:]
     return len(spreads) == LATEST_MEASURES and max(spreads) < COLLAPSED_SPREAD
 
 
 def _views_similar(series: Series) -> bool:
     """Return whether the positives of the first step were already similar; False without records of the start."""
-    epochs, similarity = series.get(EPOCH, ()), series.get(POSITIVE_SIMILARITY, ())
+    epochs, similarity = series.get("train/epoch", ()), series.get("train/positive_similarity", ())
     return bool(epochs and similarity) and epochs[0] <= 1 and similarity[0] > VIEWS_SIMILAR
 
 

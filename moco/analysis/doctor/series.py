@@ -8,22 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-Series = Mapping[str, Sequence[float]]  # each in the order of recording; lengths may differ
-
-# Recorded by the training loop.
-LOSS, CHANCE = "train/loss", "train/chance"
-CONTRAST_ACCURACY = "train/contrast_accuracy"  # 0 ... 1
-POSITIVE_SIMILARITY = "train/positive_similarity"
-EFFECTIVE_NEGATIVES = "train/effective_negatives"
-NEGATIVES, QUEUE_FILL = "train/negatives", "train/queue_fill"
-TEMPERATURE, GRADIENT_NORM, EPOCH = "train/temperature", "train/gradient_norm", "train/epoch"
-KNN, UNTRAINED = "accuracy/knn", "accuracy/untrained"  # percent
-DATA_WAIT = "speed/data_wait"  # share of the time
-# Recorded by `moco.training.monitor`.
-EFFECTIVE_RANK = "analysis/effective_rank"  # `rank_me` of keys of images, without a queue's random initial keys
-SPREAD = "analysis/spread"  # `spread` of the same keys
-DUPLICATES = "analysis/duplicate_share"
-LOSS_SHUFFLED, LOSS_UNSHUFFLED = "analysis/loss_shuffled", "analysis/loss_unshuffled"  # of the same views
+Series = Mapping[str, Sequence[float]]  # by the names in metrics.jsonl, in the order of recording; lengths may differ
 
 LATEST = 5  # records whose mean is the present value: single batches are noisy
 LATEST_MEASURES = 2  # the same for measures of thousands of keys: they are recorded rarely and have little noise
@@ -71,12 +56,12 @@ def running_means(series: Series, name: str) -> Sequence[float]:
 
 def present_temperature(series: Series, facts: Facts) -> float:
     """Return the newest recorded temperature, or the configured one."""
-    return series[TEMPERATURE][-1] if series.get(TEMPERATURE) else facts.temperature
+    return series["train/temperature"][-1] if series.get("train/temperature") else facts.temperature
 
 
 def directions(series: Series) -> int:
     """Return how many losses the recorded loss adds up: 2 for a symmetric loss with reduction=sum, else 1."""
-    chance, negatives = series.get(CHANCE), series.get(NEGATIVES)
+    chance, negatives = series.get("train/chance"), series.get("train/negatives")
     if not chance or not negatives or negatives[-1] <= 0:
         return 1
     return max(1, round(chance[-1] / math.log1p(negatives[-1])))
@@ -86,7 +71,8 @@ def at_chance(series: Series, facts: Facts) -> int:
     """Count the newest consecutive records whose loss is at chance level or above."""
     temperature, count = present_temperature(series, facts), 0
     nats = AT_CHANCE_COSINE / temperature * directions(series)
-    for loss, chance in zip(reversed(series.get(LOSS, ())), reversed(series.get(CHANCE, ())), strict=False):
+    losses, chances = series.get("train/loss", ()), series.get("train/chance", ())
+    for loss, chance in zip(reversed(losses), reversed(chances), strict=False):
         if loss < chance - min(nats, AT_CHANCE_SHARE * chance):
             break
         count += 1
@@ -95,6 +81,6 @@ def at_chance(series: Series, facts: Facts) -> int:
 
 def once_full(series: Series, name: str) -> Sequence[float]:
     """Return the records made with a full queue: its random initial keys make the loss low and rising at first."""
-    values, fill = series.get(name, ()), series.get(QUEUE_FILL, ())
+    values, fill = series.get(name, ()), series.get("train/queue_fill", ())
     start = next((i for i, share in enumerate(fill) if share >= 1), len(fill))
     return values[max(0, start - len(fill) + len(values)) :] if fill else values

@@ -146,11 +146,7 @@ def choose(config: ChooseConfig) -> list[Point]:
 
 
 def _runs(patterns: Sequence[str]) -> list[str]:
-    """Return the directories that match the patterns, without duplicates.
-
-    Raises:
-        ConfigError: for a pattern without a match.
-    """
+    """Return the directories that match the patterns, without duplicates."""
     found: dict[Path, str] = {}
     for pattern in patterns:
         matches = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())  # noqa: PTH207

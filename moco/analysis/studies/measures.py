@@ -74,12 +74,8 @@ def measure(
     """Measure the newest checkpoint of a run.
 
     Args:
-        path: the run directory.
-        temperature: of the run.
-        seed: of the run.
-        sources: the data of the run.
+        path: the run directory, of a run with this temperature and seed on these sources.
         config: images, bins, and the settings of few-label kNN.
-        device: of the computation.
 
     Raises:
         ConfigError: if the run has no checkpoint, or there are fewer than two images.
