@@ -1,13 +1,13 @@
-"""Features of any pictures, written to files as they are computed: bounded memory, resumable, on any number of ranks.
+"""Compute features of any images and write them to files: in bounded memory, resumable, on any number of ranks.
 
-A chunk is `images_at_once` rows and one pass through the network, whoever computes it. That makes an interrupted run,
-two processes and one give the same bytes.
+A chunk is `images_at_once` rows and one pass through the network, on whichever rank. Therefore an interrupted run, two
+processes and one process write the same bytes.
 
-Legend: M pictures, D dimension, W processes.
+Legend: M images, D dimension, W processes.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -30,17 +30,7 @@ from moco.evaluation.features import stream
 from moco.evaluation.subject import Subject, data_config, data_written, open_data, open_subject, weights_digest
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
-from moco.retrieval.store import (
-    FEATURES,
-    PART,
-    PROGRESS,
-    Embedding,
-    Stored,
-    begin,
-    finish,
-    open_embedding,
-    pyarrow,
-)
+from moco.retrieval.store import FEATURES, PART, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
 from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
@@ -52,84 +42,72 @@ def embed(config: EmbedConfig) -> None:
     with compute_context(config) as device:
         subject = open_subject(config)
         folder = Path(config.output) if config.output else subject.output / "features"
-        done = compute(config, subject, folder, device)
+        embedding = compute(config, subject, folder, device)
         if is_rank_zero():
-            _summarize(done, config)
+            _summarize(embedding, config)
 
 
-def _summarize(done: Embedding, config: EmbedConfig) -> None:
-    rows, dimension = done.features.shape
-    skipped = len(done.stored["unreadable"])
-    pictures = done.stored["pictures"]
+def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
+    folder, (rows, dimension) = embedding.folder, embedding.features.shape
+    skipped = len(embedding.about["unreadable"])
     summary_panel(
-        f"{rows:,} pictures of {pictures['root'] or pictures['name']}",
+        f"{rows:,} images of {embedding.origin}",
         [
-            ("encoder", f"{done.stored['encoder']['source']}, {config.features}"),
-            ("features", f"{done.folder / FEATURES}: {rows:,} × {dimension}, {config.dtype}"),
-            ("computed", "now" if done.computed else "nothing: already complete"),
-            ("rows", str(done.folder / f"index.{config.table}")),
-            ("unreadable", f"{skipped:,} left out, see {done.folder / 'unreadable.csv'}" if skipped else "none"),
-            ("next", command("moco.search", SubjectConfig(), index=str(done.folder), mode="duplicates")),
+            ("encoder", f"{embedding.about['encoder']['source']}, {config.features}"),
+            ("features", f"{folder / FEATURES}: {rows:,} × {dimension}, {config.dtype}"),
+            ("computed", "now" if embedding.computed else "nothing: already complete"),
+            ("rows", str(folder / f"index.{config.table}")),
+            ("unreadable", f"{skipped:,} skipped, see {folder / 'unreadable.csv'}" if skipped else "none"),
+            ("next", command("moco.search", SubjectConfig(), index=str(folder), mode="duplicates")),
         ],
     )
 
 
 def compute(config: EmbedConfig, subject: Subject, folder: Path, device: torch.device) -> Embedding:
-    """The features in `folder`, computed where they are not complete yet. Every rank calls it and gets them.
+    """Compute the missing features of an output folder and open it. Every rank calls it.
 
     Raises:
-        ConfigError: if the folder holds something else, the disk is too small, or the split does not exist.
-        ImageError: for a picture that cannot be read, unless they are skipped.
-        FloatingPointError: for features that the dtype cannot hold.
+        ConfigError: if the folder contains something else, the disk is too small, or the split does not exist.
+        ImageError: for an unreadable image, unless on_bad_image=skip.
+        FloatingPointError: for features that are not finite in the configured dtype.
     """
     if config.table == "parquet":
-        pyarrow()  # its absence shall not show after hours
-    source = split_of(subject, config)
-    network = network_of(subject.file, config.features, config.normalize, device)
-    look = subject.look
-    dimension = network(torch.zeros(1, 3, look.size, look.size, device=device)).shape[1]
-    stored = describe(config, subject, source, dimension)
-    lock: list[IO[str]] = []  # held by rank 0
-    on_rank_zero(lambda: lock.append(lock_directory(folder, "output")))
+        pyarrow()  # fail now, not after hours
+    source = _open_split(config, subject)
+    network = build_network(subject.file, config.features, config.normalize, device)
+    work = _Work(config, subject, source, network, device)
+    about = _about(config, subject, source, work.dimension())
+    locks: list[IO[str]] = []  # held by rank 0
+    on_rank_zero(lambda: locks.append(lock_directory(folder, "output")))
     try:
-        state = on_rank_zero(lambda: begin(folder, stored))
+        state = on_rank_zero(lambda: begin(folder, about))
         if state is not None:
-            features = np.lib.format.open_memmap(folder / PART, mode="r+")
-            workers = data_config(config, subject).workers
-
-            def streamed(rows: Sequence[int]) -> Iterator[Tensor]:
-                at_once = config.images_at_once
-                shown = (look.size, look.resize, look.mean, look.std)
-                return stream(network, source, rows, *shown, device, at_once, workers)
-
-            chunks = Chunks(len(source), config.images_at_once, state["done"])
-            _fill(features, chunks, streamed, source, config.on_bad_image == "skip", state, folder)
-            del features
+            _compute_missing(work, state, folder)
         on_rank_zero(lambda: finish(folder, source, config.table, state))
     finally:
-        for each in lock:
+        for each in locks:
             each.close()
     return replace(open_embedding(folder, source), computed=state is not None)
 
 
-def split_of(subject: Subject, config: EmbedConfig) -> Source:
-    """The pictures that `split` names."""
-    sources = open_data(config, subject)
-    source: Source | None = getattr(sources, config.split)
+def _open_split(config: EmbedConfig, subject: Subject) -> Source:
+    source: Source | None = getattr(open_data(config, subject), config.split)
     name = data_config(config, subject).name
-    require(source is not None, f"split={config.split}: data.name={name} has none here; set split=train")
+    require(source is not None, f"split={config.split} does not exist in data.name={name}: set split=train")
     assert source is not None
     return source
 
 
-def network_of(file: EncoderFile, features: str, normalize: bool, device: torch.device) -> nn.Module:
-    """Images to what is written: the backbone, with the head for "projection", to length 1 where asked for.
+def build_network(file: EncoderFile, features: str, normalize: bool, device: torch.device) -> nn.Module:
+    """Return the backbone, or for "projection" backbone and head; with `normalize`, its outputs have length 1.
 
     Raises:
-        ForeignFileError: if the projection is asked for and the file holds no head.
+        ForeignFileError: for the projection of a file without a head.
     """
     if features == "projection" and not file.head_weights:
-        raise ForeignFileError(f"{file.source} holds no projection head: set features=backbone, or name a checkpoint")
+        raise ForeignFileError(
+            f"features=projection: {file.source} contains no head; set features=backbone, or name a checkpoint"
+        )
     encoder = build(file).to(device)
     network: nn.Module = encoder if features == "projection" else encoder.backbone
     return nn.Sequential(network, _UnitLength()) if normalize else network
@@ -140,8 +118,8 @@ class _UnitLength(nn.Module):
         return F.normalize(features, dim=1)
 
 
-def describe(config: EmbedConfig, subject: Subject, source: Source, dimension: int) -> Stored:
-    """All that determines the features, and where it came from."""
+def _about(config: EmbedConfig, subject: Subject, source: Source, dimension: int) -> About:
+    """Return everything that determines the features, and their origin."""
     file = subject.file
     data = data_config(config, subject)
     return {
@@ -171,74 +149,78 @@ def describe(config: EmbedConfig, subject: Subject, source: Source, dimension: i
     }
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """The rows in parts: chunk c is rows c * size ... (c + 1) * size - 1 of `count`; the first `done` lie on disk."""
+_Chunk = tuple[Sequence[int], Tensor | None, dict[str, str]]  # rows, their features (rows, D), why rows are unreadable
 
-    count: int
-    size: int
-    done: int
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """The rows of a source in chunks: chunk c is rows c * size ... (c + 1) * size - 1."""
+
+    config: EmbedConfig
+    subject: Subject
+    source: Source
+    network: nn.Module
+    device: torch.device
 
     def __len__(self) -> int:
-        return -(-self.count // self.size)
+        return -(-len(self.source) // self.config.images_at_once)
 
     def rows(self, chunk: int) -> range:
-        return range(chunk * self.size, min((chunk + 1) * self.size, self.count))
+        size = self.config.images_at_once
+        return range(chunk * size, min((chunk + 1) * size, len(self.source)))
 
-    def of_rank(self) -> list[int]:
-        """Round robin, so that what is done is always a beginning, whatever W was and will be."""
-        return list(range(self.done + rank(), len(self), world_size()))
+    def dimension(self) -> int:
+        size = self.subject.look.size
+        return int(self.network(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
+
+    def features(self, rows: Sequence[int]) -> Iterator[Tensor]:
+        look, config = self.subject.look, self.config
+        view = (look.size, look.resize, look.mean, look.std)
+        workers = data_config(config, self.subject).workers
+        return stream(self.network, self.source, rows, *view, self.device, config.images_at_once, workers)
+
+    def chunks_of_rank(self, done: int) -> Iterator[_Chunk]:
+        """Compute this rank's chunks in order.
+
+        They are distributed round robin, so that the completed chunks are always the first ones, and an attempt can
+        resume with another W.
+        """
+        left = list(range(done + rank(), len(self), world_size()))
+        while left:
+            try:
+                for features in self.features([row for chunk in left for row in self.rows(chunk)]):
+                    yield self.rows(left.pop(0)), features, {}
+            except ImageError:
+                if self.config.on_bad_image != "skip":
+                    raise
+                rows = self.rows(left.pop(0))
+                unreadable = {str(row): str(error) for row, error in find_unreadable(self.source, rows).items()}
+                readable = [row for row in rows if str(row) not in unreadable]
+                yield readable, next(self.features(readable)) if readable else None, unreadable
 
 
-def _fill(
-    features: NDArray[Any],
-    chunks: Chunks,
-    streamed: Callable[[Sequence[int]], Iterator[Tensor]],
-    source: Source,
-    skip: bool,
-    state: Stored,
-    folder: Path,
-) -> None:
-    """Computes what is not done yet: each round a chunk on each rank, then a note of it in progress.json."""
-    mine = _computed(chunks, streamed, source, skip)
-    with progress_bar("embedding pictures", quiet=not is_rank_zero()) as progress:
-        for first in range(chunks.done, len(chunks), world_size()):
-            for bad in all_gather_object(lambda: _written(features, next(mine, None))):
-                state["unreadable"] |= bad
-            state["done"] = min(first + world_size(), len(chunks))
+def _compute_missing(work: _Work, state: About, folder: Path) -> None:
+    """Compute one chunk per rank and round, and record each round in progress.json."""
+    features = np.lib.format.open_memmap(folder / PART, mode="r+")
+    chunks = work.chunks_of_rank(state["done"])
+    count = len(work.source)
+    with progress_bar("embedding images", quiet=not is_rank_zero()) as progress:
+        for first in range(state["done"], len(work), world_size()):
+            for unreadable in all_gather_object(lambda: _write(features, next(chunks, None))):
+                state["unreadable"] |= unreadable
+            state["done"] = min(first + world_size(), len(work))
             if is_rank_zero():
                 write_json(folder / PROGRESS, state)
-            progress(min(state["done"] * chunks.size, chunks.count), chunks.count)
+            progress(min(state["done"] * work.config.images_at_once, count), count)
 
 
-Computed = tuple[Sequence[int], Tensor | None, dict[str, str]]
-
-
-def _computed(
-    chunks: Chunks, streamed: Callable[[Sequence[int]], Iterator[Tensor]], source: Source, skip: bool
-) -> Iterator[Computed]:
-    """This rank's chunks in order: rows, their features (len(rows), D), and what cannot be read, and why."""
-    left = chunks.of_rank()
-    while left:
-        try:
-            for features in streamed([row for chunk in left for row in chunks.rows(chunk)]):
-                yield chunks.rows(left.pop(0)), features, {}
-        except ImageError:
-            if not skip:
-                raise
-            rows = chunks.rows(left.pop(0))
-            bad = {str(row): str(error) for row, error in find_unreadable(source, rows).items()}
-            good = [row for row in rows if str(row) not in bad]
-            yield good, next(streamed(good)) if good else None, bad
-
-
-def _written(features: NDArray[Any], computed: Computed | None) -> dict[str, str]:
-    """Puts a chunk into the file and gives back what could not be read; a rank may have none in the last round."""
-    if computed is None:
+def _write(features: NDArray[Any], chunk: _Chunk | None) -> dict[str, str]:
+    """Write a chunk to the file and return its unreadable rows; in the last round a rank may have no chunk."""
+    if chunk is None:
         return {}
-    rows, values, bad = computed
+    rows, values, unreadable = chunk
     if values is not None:
-        with np.errstate(over="ignore"):  # found in the next line, and said in words
+        with np.errstate(over="ignore"):  # the next check reports it
             numbers = values.cpu().numpy().astype(features.dtype)
         if not np.isfinite(numbers).all():
             fix = ": set dtype=float32" if features.dtype == np.float16 and bool(values.isfinite().all()) else ""
@@ -248,4 +230,4 @@ def _written(features: NDArray[Any], computed: Computed | None) -> dict[str, str
         features[np.asarray(rows)] = numbers
         assert isinstance(features, np.memmap)
         features.flush()
-    return bad
+    return unreadable

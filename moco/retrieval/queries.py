@@ -1,4 +1,4 @@
-"""What a search stands on: features with their pictures, and the features of the pictures it asks for."""
+"""Open the index of a search, and compute the features of its query images."""
 
 from pathlib import Path
 from typing import Any
@@ -16,57 +16,57 @@ from moco.data.sources import FolderSource
 from moco.evaluation.features import stream
 from moco.evaluation.subject import open_subject, weights_digest
 from moco.interop.encoder_file import EncoderFile, read_encoder
-from moco.retrieval.embed import network_of
+from moco.retrieval.embed import build_network
 from moco.retrieval.store import Embedding, open_embedding, read_about
 
 
 def open_index(config: SearchConfig) -> Embedding:
-    """The output of moco.embed that `index` names, with its pictures, which may have moved to another data.root."""
-    stored = read_about(Path(config.index))
-    sources = open_sources(DataConfig(**(stored["data"] | config.data.overrides())), bank_size=0)
-    source = getattr(sources, stored["pictures"]["split"])
+    """Open the output of moco.embed that `index` names. Its images may have moved to another data.root."""
+    about = read_about(Path(config.index))
+    sources = open_sources(DataConfig(**(about["data"] | config.data.overrides())), bank_size=0)
+    source = getattr(sources, about["pictures"]["split"])
     require(
-        source is not None and names_digest(source) == stored["pictures"]["sha256"],
-        f"index={config.index} was made of other pictures than are in {stored['pictures']['root'] or 'the data set'} "
-        "now: make it anew with moco.embed, or set data.root to where they are",
+        source is not None and names_digest(source) == about["pictures"]["sha256"],
+        f"index={config.index} belongs to other images than {about['pictures']['root'] or 'the data set'} contains "
+        "now: run moco.embed again, or set data.root to the folder of its images",
     )
     return open_embedding(Path(config.index), source)
 
 
 def query_features(
     config: SearchConfig, index: Embedding, device: torch.device
-) -> tuple[list[str], NDArray[np.int64], NDArray[Any]]:
-    """Names, rows (-1 for a picture that is not of the index) and features of the query files.
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Return the rows, (Q,), -1 for an image outside the index, and the features, (Q, D), of the query files.
 
     Raises:
-        FileNotFoundError, ImageError: for a query that is not there, or no picture.
+        FileNotFoundError, ImageError: for a missing or unreadable query.
     """
     for name in config.query:
         if not Path(name).is_file():
-            raise FileNotFoundError(f"query={name} does not exist: name a picture file")
+            raise FileNotFoundError(f"query={name} does not exist: name an image file")
     rows = _rows_of_files(index, [Path(name) for name in config.query])
+    own, about = rows >= 0, index.about
+    features = np.zeros((len(rows), about["dimension"]), index.features.dtype)
+    features[own] = index.features[rows[own]]
     outside = [name for name, row in zip(config.query, rows, strict=True) if row < 0]
-    look, stored = index.stored["look"], index.stored
-    features = np.zeros((len(rows), stored["dimension"]), index.features.dtype)
-    own = np.array([row >= 0 for row in rows])
-    features[own] = index.features[[row for row in rows if row >= 0]]
     if outside:
-        network = network_of(_encoder(config, index), stored["features"], stored["normalize"], device)
-        shown = (look["size"], look["resize"], look["mean"], look["std"])
+        network = build_network(_encoder(config, index), about["features"], about["normalize"], device)
+        look = about["look"]
+        view = (look["size"], look["resize"], look["mean"], look["std"])
         every = range(len(outside))
         try:
-            parts = list(stream(network, files(outside), every, *shown, device, config.images_at_once))
+            parts = list(stream(network, image_files(outside), every, *view, device, config.images_at_once))
         except ImageError as error:
             raise ImageError(f"query: {error}") from error
         features[~own] = torch.cat(parts).cpu().numpy()
-    return list(config.query), np.array(rows), features
+    return rows, features
 
 
-def _rows_of_files(index: Embedding, files: list[Path]) -> list[int]:
-    """The row of each file that is one of the index's own, -1 for the others."""
+def _rows_of_files(index: Embedding, files: list[Path]) -> NDArray[np.int64]:
+    """Return the row of each file in the index, -1 if it is not there."""
     wanted = {str(path.resolve()): i for i, path in enumerate(files)}
     names = {path.name for path in files}
-    rows = [-1] * len(files)
+    rows = np.full(len(files), -1)
     for row, i in enumerate(index.ids):
         path = index.source.path(int(i))
         if path is not None and Path(path).name in names and (at := wanted.get(str(Path(path).resolve()))) is not None:
@@ -74,29 +74,27 @@ def _rows_of_files(index: Embedding, files: list[Path]) -> list[int]:
     return rows
 
 
-def files(names: list[str]) -> FolderSource:
-    """Picture files anywhere."""
+def image_files(names: list[str]) -> FolderSource:
+    """Return image files anywhere as a source."""
     return FolderSource("", np.array([str(Path(name).absolute()).encode("utf-8", "surrogateescape") for name in names]))
 
 
 def _encoder(config: SearchConfig, index: Embedding) -> EncoderFile:
-    """The encoder that made the index, from its file or the one that is named now.
+    """Read the encoder of the index, from its recorded file or from the configured one.
 
     Raises:
-        ConfigError: if the file is gone, or is another encoder.
+        ConfigError: if the file is missing, or contains another encoder.
     """
-    stored = index.stored["encoder"]
+    about = index.about["encoder"]
     if config.run or config.checkpoint:
         file = open_subject(config).file
     else:
-        path = Path(stored["source"])
-        require(
-            path.is_file(), f"{path}, the encoder of index={config.index}, is not there any more: set checkpoint=FILE"
-        )
-        file = read_encoder(path, stored["weights"], stored["backbone"], stored["options"])
+        path = Path(about["source"])
+        require(path.is_file(), f"index={config.index}: its encoder {path} does not exist; set checkpoint=FILE")
+        file = read_encoder(path, about["weights"], about["backbone"], about["options"])
     require(
-        weights_digest(file, index.stored["features"]) == stored["sha256"],
-        f"index={index.folder} was made by another encoder ({stored['source']}, step {stored['step']}) than "
-        f"{file.source}: name that one, or leave run and checkpoint out",
+        weights_digest(file, index.about["features"]) == about["sha256"],
+        f"index={index.folder} was made with another encoder ({about['source']}, step {about['step']}) than "
+        f"{file.source}: name that encoder, or remove run and checkpoint",
     )
     return file

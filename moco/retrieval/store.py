@@ -1,9 +1,9 @@
-"""The folder that moco.embed writes: what it holds, when it may go on, when it is complete.
+"""The output folder of moco.embed: begin or resume it, finish it, open it.
 
-features.part.npy and progress.json while it grows; in the end features.npy (rows, D), index.csv or index.parquet with
-a line for each row, features.json (what the features are of), and unreadable.csv where pictures were skipped.
+While it grows: features.part.npy and progress.json. When complete: features.npy (rows, D), index.csv or index.parquet
+with one line per row, features.json (the origin of the features), and unreadable.csv if images were skipped.
 
-Legend: M pictures, D dimension.
+Legend: M images, D dimension.
 """
 
 import importlib
@@ -18,100 +18,130 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moco.config import ConfigError, require
 from moco.data.sources import Source
 from moco.files import atomic_write, write_csv, write_json
 
 FEATURES, PART, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
-_ROWS = 65_536  # of a table or of features in memory at once
+_ROWS = 65_536  # of a table or of features in memory at the same time
 
-Stored = dict[str, Any]  # what features.json says; progress.json says the same and how far it is
+About = dict[str, Any]
+"""The content of features.json: encoder, images and settings. progress.json also has the number of completed chunks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Features on disk and the pictures they are of."""
+    """Features on disk, and the images that they belong to."""
 
     folder: Path
     features: NDArray[Any]  # (rows, D), mapped from the file
-    ids: NDArray[np.int64]  # (rows,), each row's picture in the source
+    ids: NDArray[np.int64]  # (rows,), the image of each row in the source
     source: Source
-    stored: Stored
-    computed: bool = True  # by this command; otherwise all was there already
+    about: About
+    computed: bool = True  # by this command; False: it was already complete
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, row: int) -> Tensor:
+        return self.source.image(int(self.ids[row]))
+
+    def name(self, row: int) -> str:
+        return self.source.name(int(self.ids[row]))
+
+    def label(self, row: int) -> str | None:
+        """Return the class name; None without labels."""
+        labels = self.source.labels
+        return None if labels is None else self.source.classes[int(labels[self.ids[row]])]
+
+    def caption(self, row: int) -> str:
+        label = self.label(row)
+        return self.name(row) + (f" · {label}" if label is not None else "")
+
+    @property
+    def origin(self) -> str:
+        """The folder or the name of the data set."""
+        return str(self.about["pictures"]["root"] or self.about["pictures"]["name"])
 
 
 def open_embedding(folder: Path, source: Source) -> Embedding:
-    """A complete output with its pictures."""
-    stored = read_about(folder)
-    ids = np.setdiff1d(np.arange(len(source)), np.array([int(row) for row in stored["unreadable"]], np.int64))
-    return Embedding(folder, np.load(folder / FEATURES, mmap_mode="r"), ids, source, stored)
+    """Open a complete output with its images."""
+    about = read_about(folder)
+    unreadable = np.array([int(row) for row in about["unreadable"]], np.int64)
+    ids = np.setdiff1d(np.arange(len(source)), unreadable)
+    return Embedding(folder, np.load(folder / FEATURES, mmap_mode="r"), ids, source, about)
 
 
-def read_about(folder: Path) -> Stored:
-    """What a complete output says of itself.
+def read_about(folder: Path) -> About:
+    """Read features.json of a complete output.
 
     Raises:
-        ConfigError: if it is none, or not complete.
+        ConfigError: if the folder is not a complete output of moco.embed.
     """
-    require(folder.is_dir(), f"{folder} does not exist: make it with python -m moco.embed output={folder} ...")
+    require(folder.is_dir(), f"{folder} does not exist: create it with python -m moco.embed output={folder} ...")
     if (folder / PROGRESS).exists() and not (folder / FEATURES).exists():
-        raise ConfigError(f"{folder} is not complete: start the same moco.embed again, it goes on where it stopped")
+        raise ConfigError(f"{folder} is not complete: run the same moco.embed command again to resume")
     require(
         (folder / FEATURES).is_file() and (folder / ABOUT).is_file(),
-        f"{folder} holds no {FEATURES} of moco.embed: name its output",
+        f"{folder} contains no {FEATURES} of moco.embed: name the output folder of moco.embed",
     )
     return _read(folder / ABOUT)
 
 
-def begin(folder: Path, stored: Stored) -> Stored | None:
-    """The state to go on from, with the file for the features made; None if all is there.
+def begin(folder: Path, about: About) -> About | None:
+    """Return the state to resume from, and create the file of features if needed; None if the output is complete.
 
     Raises:
-        ConfigError: if the folder holds something else, or the disk is too small.
+        ConfigError: if the folder contains something else, or the disk is too small.
     """
     if (folder / FEATURES).exists() and (folder / ABOUT).exists():
-        _refuse_other(folder, _read(folder / ABOUT), stored | {"images_at_once": None})
-        _clean(folder)  # of a process that was ended at its last line
+        _refuse_other(folder, _read(folder / ABOUT), about | {"images_at_once": None})
+        _remove_partial(folder)  # left by a process that ended during its last lines
         return None
     if (folder / PROGRESS).exists() and (folder / PART).exists():
         state = _read(folder / PROGRESS)
-        if state["done"] > 0:  # with nothing done there is nothing to go on with
-            _refuse_other(folder, state, stored)
-            return stored | {"done": state["done"], "unreadable": state["unreadable"]}
-    ours = {PROGRESS, PART, f"{PROGRESS}.tmp", "search"}
-    others = [each.name for each in folder.iterdir() if not each.name.startswith(".") and each.name not in ours]
+        if state["done"] > 0:
+            _refuse_other(folder, state, about)
+            return about | {"done": state["done"], "unreadable": state["unreadable"]}
+    known = {PROGRESS, PART, f"{PROGRESS}.tmp", "search"}
+    others = sorted(each.name for each in folder.iterdir() if not each.name.startswith(".") and each.name not in known)
     require(
         not others,
-        f"output={folder} holds something else ({', '.join(sorted(others)[:3])}): choose another, such as "
+        f"output={folder} contains other files ({', '.join(others[:3])}): choose another folder, such as "
         f"output={folder / 'features'}",
     )
-    count, dimension = stored["pictures"]["count"], stored["dimension"]
-    size = count * dimension * np.dtype(stored["dtype"]).itemsize
-    free = shutil.disk_usage(folder).free
-    require(
-        free > size,
-        f"output={folder}: {count:,} × {dimension} {stored['dtype']} take {size / 1e9:,.1f} GB, and "
-        f"{free / 1e9:,.1f} GB are free there: choose another output"
-        + (", or dtype=float16" if stored["dtype"] == "float32" else ""),
-    )
+    _require_space(folder, about)
     (folder / PART).unlink(missing_ok=True)
-    np.lib.format.open_memmap(folder / PART, mode="w+", dtype=stored["dtype"], shape=(count, dimension))
-    state = stored | {"done": 0, "unreadable": {}}
+    shape = (about["pictures"]["count"], about["dimension"])
+    np.lib.format.open_memmap(folder / PART, mode="w+", dtype=about["dtype"], shape=shape)
+    state = about | {"done": 0, "unreadable": {}}
     write_json(folder / PROGRESS, state)
     return state
 
 
-def _refuse_other(folder: Path, there: Stored, now: Stored) -> None:
-    """Raises ConfigError if what is there was made by another encoder, of other pictures or in another way."""
+def _require_space(folder: Path, about: About) -> None:
+    count, dimension, dtype = about["pictures"]["count"], about["dimension"], about["dtype"]
+    size, free = count * dimension * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
+    require(
+        free > size,
+        f"output={folder}: {count:,} × {dimension} {dtype} need {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are "
+        f"free: choose another output{', or dtype=float16' * (dtype == 'float32')}",
+    )
+
+
+def _refuse_other(folder: Path, there: About, now: About) -> None:
+    """Raise ConfigError if the output was made with another encoder, other images or other settings."""
     differing = []
     if there["encoder"]["sha256"] != now["encoder"]["sha256"]:
         differing.append(f"another encoder ({there['encoder']['source']}, step {there['encoder']['step']})")
-    at = there["pictures"]["root"] or there["pictures"]["name"]
-    if there["pictures"]["sha256"] != now["pictures"]["sha256"]:
-        differing.append(f"other pictures ({there['pictures']['count']:,} of {at}, split={there['pictures']['split']})")
-    elif there["pictures"].get("content") != now["pictures"]["content"]:
-        differing.append(f"pictures of {at} that have changed since")
+    images = there["pictures"]
+    origin = images["root"] or images["name"]
+    if images["sha256"] != now["pictures"]["sha256"]:
+        differing.append(f"other images ({images['count']:,} of {origin}, split={images['split']})")
+    elif images.get("content") != now["pictures"]["content"]:
+        differing.append(f"images of {origin} that have changed")
     differing += [
         f"{'images' if name == 'look' else name}={there[name]} (now {now[name]})"
         for name in ("look", "features", "normalize", "dtype", "images_at_once")
@@ -119,39 +149,48 @@ def _refuse_other(folder: Path, there: Stored, now: Stored) -> None:
     ]
     require(
         not differing,
-        f"{folder} holds features of {' and '.join(differing)}: choose another output, or remove that folder",
+        f"{folder} contains features of {' and '.join(differing)}: choose another output, or remove that folder",
     )
 
 
-def finish(folder: Path, source: Source, kind: str, state: Stored | None) -> None:
-    """Gives the files their final names, features.npy last: with it all is there. On a complete output, the table."""
-    stored = _read(folder / ABOUT) if state is None else state
-    bad = {int(row): why for row, why in stored["unreadable"].items()}
-    require(len(bad) < len(source), f"none of the {len(source):,} pictures can be read, the first: {bad.get(0)}")
-    if state is None and (folder / f"index.{kind}").exists():
+def finish(folder: Path, source: Source, table: str, state: About | None) -> None:
+    """Write the table and give the files their final names, features.npy last.
+
+    Args:
+        folder: the output.
+        source: its images.
+        table: "csv" or "parquet".
+        state: None for a complete output: only a missing table is written.
+    """
+    unreadable = {int(row): why for row, why in (state or _read(folder / ABOUT))["unreadable"].items()}
+    require(
+        len(unreadable) < len(source), f"none of the {len(source):,} images can be read, the first: {unreadable.get(0)}"
+    )
+    if state is None and (folder / f"index.{table}").exists():
         return
-    ids = [i for i in range(len(source)) if i not in bad]
-    _write_table(folder, source, ids, kind)
+    ids = [i for i in range(len(source)) if i not in unreadable]
+    write_table = _write_parquet if table == "parquet" else write_csv
+    columns = ["row", "id", "path", *(["label", "class"] if source.labels is not None else [])]
+    write_table(folder / f"index.{table}", columns, _lines(source, ids))
     if state is None:
         return
     features = folder / PART
-    if bad:
-        lines = ([i, source.name(i), bad[i]] for i in sorted(bad))
+    if unreadable:
+        lines = ([i, source.name(i), unreadable[i]] for i in sorted(unreadable))
         write_csv(folder / "unreadable.csv", ["id", "path", "reason"], lines)
-        features = _without(folder, ids)
+        features = _selected(folder, ids)
     write_json(folder / ABOUT, {name: value for name, value in state.items() if name != "done"} | {"rows": len(ids)})
     features.replace(folder / FEATURES)
-    _clean(folder)
+    _remove_partial(folder)
 
 
-def _clean(folder: Path) -> None:
-    """Takes away what only an unfinished output needs."""
+def _remove_partial(folder: Path) -> None:
     for name in (PART, PROGRESS):
         (folder / name).unlink(missing_ok=True)
 
 
-def _without(folder: Path, ids: Sequence[int]) -> Path:
-    """The rows `ids` of the features in a new file, a part at a time."""
+def _selected(folder: Path, ids: Sequence[int]) -> Path:
+    """Copy the given rows of the features to a new file, `_ROWS` at a time."""
     every = np.load(folder / PART, mmap_mode="r")
     path = folder / "features.tmp.npy"
     kept = np.lib.format.open_memmap(path, mode="w+", dtype=every.dtype, shape=(len(ids), every.shape[1]))
@@ -161,22 +200,18 @@ def _without(folder: Path, ids: Sequence[int]) -> Path:
     return path
 
 
-def _read(path: Path) -> Stored:
+def _read(path: Path) -> About:
     try:
-        there = json.loads(path.read_text())
+        about = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: remove {path.parent} and start again") from error
-    if not isinstance(there, dict) or not {"encoder", "pictures", "unreadable"} <= there.keys():
-        raise ConfigError(f"{path} is none of moco.embed: choose another output")
-    return there
-
-
-def _columns(source: Source) -> list[str]:
-    return ["row", "id", "path", *(["label", "class"] if source.labels is not None else [])]
+    if not isinstance(about, dict) or not {"encoder", "pictures", "unreadable"} <= about.keys():
+        raise ConfigError(f"{path} is not from moco.embed: choose another output")
+    return about
 
 
 def _lines(source: Source, ids: Sequence[int]) -> Iterator[list[Any]]:
-    """Of each row: its number, the picture's number in the data set and name, where there are labels those."""
+    """Yield row, number and name of each image, and its label and class if there are labels."""
     for row, i in enumerate(ids):
         line: list[Any] = [row, i, source.name(i)]
         if source.labels is not None:
@@ -185,34 +220,21 @@ def _lines(source: Source, ids: Sequence[int]) -> Iterator[list[Any]]:
         yield line
 
 
-def _write_table(folder: Path, source: Source, ids: Sequence[int], kind: str) -> None:
-    if kind == "csv":
-        write_csv(folder / "index.csv", _columns(source), _lines(source, ids))
-    else:
-        _write_parquet(folder / "index.parquet", _columns(source), _lines(source, ids))
-
-
 def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[Any]]) -> None:
     arrow, parquet = pyarrow()
     text = {"path", "class"}
     schema = arrow.schema([(name, arrow.string() if name in text else arrow.int64()) for name in columns])
     with atomic_write(path) as temporary, parquet.ParquetWriter(str(temporary), schema) as writer:
         while part := list(islice(lines, _ROWS)):
-            values = [list(column) for column in zip(*part, strict=True)]
-            plain = [
-                [_utf8(value) for value in column] if name in text else column
-                for name, column in zip(columns, values, strict=True)
-            ]
-            writer.write_table(arrow.table(plain, schema=schema))
-
-
-def _utf8(name: str) -> str:
-    """Parquet's strings are UTF-8: other bytes of a path are written as escapes."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+            values = {name: list(column) for name, column in zip(columns, zip(*part, strict=True), strict=True)}
+            # Parquet's strings are UTF-8: other bytes of a path are written as escapes.
+            for name in text & values.keys():
+                values[name] = [os.fsencode(each).decode("utf-8", "backslashreplace") for each in values[name]]
+            writer.write_table(arrow.table(list(values.values()), schema=schema))
 
 
 def pyarrow() -> tuple[Any, Any]:
-    """pyarrow and its parquet module.
+    """Return pyarrow and its parquet module.
 
     Raises:
         ConfigError: if it is not installed.

@@ -30,8 +30,8 @@ from moco.data.unreadable import UnreadableImages
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
 from moco.evaluation.features import pixels, stream
 from moco.interop.encoder_file import build, read_encoder
-from moco.retrieval import search
-from moco.retrieval.queries import files
+from moco.retrieval.modes import image_size
+from moco.retrieval.queries import image_files
 from moco.retrieval.store import Embedding
 from moco.runs import checkpoint
 from moco.runs.checkpoint import CheckpointError
@@ -234,9 +234,11 @@ def test_an_image_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
 
     source = load_source(DataConfig("folder", str(root))).train
     index = Embedding(tmp_path, np.zeros((10, 2), np.float32), np.arange(10), source, {})
-    assert search._size(index, 9) == {"width": 0, "height": 0, "bytes": 0}
+    assert image_size(index, 9) == {"width": 0, "height": 0, "bytes": 0}
     with pytest.raises(ImageError, match="no known image format"):
-        list(stream(pixels, files([str(root / "zz.jpg")]), [0], 8, 0, (0.0,) * 3, (1.0,) * 3, torch.device("cpu")))
+        list(
+            stream(pixels, image_files([str(root / "zz.jpg")]), [0], 8, 0, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"))
+        )
 
     for compression in (1, 2, 3, 5, 6, 7, 8, 32773, 34676, 34712, 34925, 50000, 50001, 60000):
         (root / "odd.tif").write_bytes(odd_tiff(compression, POSTSCRIPT))

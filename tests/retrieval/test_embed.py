@@ -1,4 +1,4 @@
-"""Features in files: what they are, that a stop costs nothing, that processes agree, what is refused."""
+"""Features in files: their content, resuming, agreement of processes, refused input."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from moco.data.sources import load_source
 from moco.evaluation import features
 from moco.evaluation.features import extract
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
-from moco.retrieval import embed as stage
+from moco.retrieval import embed as embed_module
 from moco.retrieval.embed import embed
 from moco.retrieval.store import read_about
 from tests.data.images import encoder, folder, gradient
@@ -51,7 +51,7 @@ def rows(output: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_features_are_the_encoders(
+def test_the_features_equal_those_of_the_encoder(
     made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
@@ -70,7 +70,7 @@ def test_the_features_are_the_encoders(
     assert f"python -m moco.search index={output} mode=duplicates" in capsys.readouterr().out
 
 
-def test_labels_lengths_and_halves(tmp_path: Path) -> None:
+def test_labels_normalization_and_float16(tmp_path: Path) -> None:
     for name in ("dog", "cat"):
         folder(tmp_path / "pictures" / name, 2)
     made = encoder(tmp_path / "encoder.safetensors"), tmp_path / "pictures"
@@ -85,7 +85,7 @@ def test_labels_lengths_and_halves(tmp_path: Path) -> None:
         ("1", "dog", "dog/00.png"),
         ("1", "dog", "dog/01.png"),
     ]
-    with pytest.raises(ConfigError, match=r"split=held_out: data.name=folder has none here"):
+    with pytest.raises(ConfigError, match=r"split=held_out .*data\.name=folder"):
         embed(config(made, tmp_path / "other", data=data, split="held_out"))
 
 
@@ -94,7 +94,7 @@ class Killed(RuntimeError):
 
 
 def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stream of features breaks off after so many batches, as a killed process does."""
+    """Interrupt the computation after the given number of batches, like a kill."""
     whole = features.stream
 
     def broken(*arguments: Any) -> Iterator[Tensor]:
@@ -103,59 +103,59 @@ def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
                 raise Killed
             yield part
 
-    monkeypatch.setattr(stage, "stream", broken)
+    monkeypatch.setattr(embed_module, "stream", broken)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bytes(
+def test_a_resumed_run_writes_the_same_bytes(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (made[1] / "04.png").write_bytes(b"no picture")
+    (made[1] / "04.png").write_bytes(b"no image")
     embed(config(made, tmp_path / "whole", images_at_once=2, on_bad_image="skip"))
     halves = config(made, tmp_path / "halves", images_at_once=2, on_bad_image="skip")
-    for batches, done in ((1, 1), (1, 4), (0, 4)):  # the second attempt passes over chunk 2, which holds 04.png
+    for batches, done in ((1, 1), (1, 4), (0, 4)):  # the second attempt skips 04.png in chunk 2
         with monkeypatch.context() as patch:
             stop_after(batches, patch)
             with pytest.raises(Killed):
                 embed(halves)
         assert json.loads((tmp_path / "halves" / "progress.json").read_text())["done"] == done
         assert not (tmp_path / "halves" / "features.npy").exists()
-    with pytest.raises(ConfigError, match=r"is not complete: start the same moco.embed again"):
+    with pytest.raises(ConfigError, match="is not complete"):
         read_about(tmp_path / "halves")
     computed: list[int] = []
-    network_of = stage.network_of
+    build_network = embed_module.build_network
 
-    def progress_bar(*arguments: Any) -> torch.nn.Module:
-        network = network_of(*arguments)
+    def counted(*arguments: Any) -> torch.nn.Module:
+        network = build_network(*arguments)
         network.register_forward_hook(lambda _module, inputs, _out: computed.append(len(inputs[0])))
         return network
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "network_of", progress_bar)
+        patch.setattr(embed_module, "build_network", counted)
         embed(halves)
-    assert computed == [1, 2, 1]  # one for its width, then what was left: rows 8, 9 and 10
+    assert computed == [1, 2, 1]  # one image to get the dimension, then rows 8, 9 and 10
     assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
 
 
-def test_a_complete_output_is_not_computed_again_unless_a_picture_changed(
+def test_a_complete_output_is_kept_unless_an_image_changed(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     embed(config(made, tmp_path / "out"))
     before = contents(tmp_path / "out")
-    shutil.move(str(made[1] / "../pictures"), tmp_path / "moved")  # the same pictures in another place
+    shutil.move(str(made[1] / "../pictures"), tmp_path / "moved")  # the same images in another place
     stop_after(0, monkeypatch)
     embed(config((made[0], tmp_path / "moved"), tmp_path / "out", images_at_once=100))
     assert contents(tmp_path / "out") == before
-    now, later = capsys.readouterr().out.split("pictures of", 2)[1:]
+    now, later = capsys.readouterr().out.split("images of", 2)[1:]
     assert "already complete" in later
     assert "already complete" not in now
-    gradient(99).save(tmp_path / "moved" / "03.png")  # the same name, another picture
-    with pytest.raises(ConfigError, match=r"holds features of pictures of .* that have changed since: choose another"):
+    gradient(99).save(tmp_path / "moved" / "03.png")  # same name, other content
+    with pytest.raises(ConfigError, match=r"images of .* that have changed: choose another"):
         embed(config((made[0], tmp_path / "moved"), tmp_path / "out"))
     assert contents(tmp_path / "out") == before
 
 
 def _skip_and_stop(made: tuple[Path, Path], output: Path) -> str:
-    """Two embeddings, of which the second fails: its error."""
+    """Return the error of an embedding that stops at an unreadable image, after one that skips it."""
     embed(config(made, output / "skip", images_at_once=2, on_bad_image="skip"))  # six chunks
     try:
         embed(config(made, output / "stop", images_at_once=2))
@@ -166,25 +166,25 @@ def _skip_and_stop(made: tuple[Path, Path], output: Path) -> str:
 
 @pytest.mark.slow
 def test_two_processes_write_what_one_writes(made: tuple[Path, Path], tmp_path: Path) -> None:
-    (made[1] / "09.png").write_bytes(b"no picture")
+    (made[1] / "09.png").write_bytes(b"no image")
     alone = run_ranks(1, _skip_and_stop, made, tmp_path / "one")
     both = run_ranks(2, _skip_and_stop, made, tmp_path / "two")
     assert contents(tmp_path / "two" / "skip") == contents(tmp_path / "one" / "skip")
     assert set(contents(tmp_path / "two" / "skip")) == {*FILES, "unreadable.csv"}
-    assert both == alone * 2  # the error of the one rank that met the picture is everyone's: nobody waits for it
+    assert both == alone * 2  # all ranks raise the error of the rank that found the image
     assert "09.png" in both[0]
 
 
-def test_an_unreadable_picture_stops_or_is_listed(
+def test_an_unreadable_image_is_an_error_or_listed(
     made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     for name in ("02.png", "05.png", "06.png"):
-        (made[1] / name).write_bytes(b"no picture")
+        (made[1] / name).write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"05.png|02.png"):
         embed(config(made, output))
     embed(config(made, output, on_bad_image="skip"))
-    assert "3 left out" in capsys.readouterr().out
+    assert "3 skipped" in capsys.readouterr().out
     kept = [0, 1, 3, 4, 7, 8, 9, 10]
     assert [int(each["id"]) for each in rows(output)] == kept
     assert [int(each["row"]) for each in rows(output)] == list(range(8))
@@ -198,71 +198,74 @@ def test_an_unreadable_picture_stops_or_is_listed(
     written, without = (np.load(each / "features.npy") for each in (output, tmp_path / "without"))
     assert np.allclose(written, without, atol=1e-6)
     for each in made[1].iterdir():
-        each.write_bytes(b"no picture")
-    with pytest.raises(ConfigError, match="none of the 8 pictures can be read"):
+        each.write_bytes(b"no image")
+    with pytest.raises(ConfigError, match="none of the 8 images"):
         embed(config(made, tmp_path / "nothing", on_bad_image="skip"))
 
 
-def test_another_content_is_refused(made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_embedding_is_refused(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
     embed(config(made, output))
     before = contents(output)
-    with pytest.raises(ConfigError, match=r"holds features of another encoder .*encoder.safetensors, step 3"):
+    with pytest.raises(ConfigError, match=r"another encoder .*encoder.safetensors, step 3"):
         embed(config((encoder(tmp_path / "second.safetensors", seed=1), made[1]), output))
-    with pytest.raises(ConfigError, match=r"holds features of other pictures .11 of .*pictures, split=train"):
+    with pytest.raises(ConfigError, match=r"other images .11 of .*pictures, split=train"):
         embed(config((made[0], folder(tmp_path / "fewer", 9)), output))
-    with pytest.raises(ConfigError, match=r"holds features of images=.* and normalize=False \(now True\) and dtype"):
+    with pytest.raises(ConfigError, match=r"images=.* and normalize=False \(now True\) and dtype=float32"):
         embed(config(made, output, normalize=True, dtype="float16", images=ImagesConfig(size=8)))
     assert contents(output) == before
-    with pytest.raises(ConfigError, match=r"holds something else \(00.png, 01.png, 02.png\): choose another"):
+    with pytest.raises(ConfigError, match=r"output=.*00.png, 01.png, 02.png"):
         embed(config(made, made[1]))
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         with pytest.raises(Killed):
             embed(config(made, tmp_path / "half"))
-    with pytest.raises(ConfigError, match=r"images_at_once=4 \(now 3\)"):  # other chunks: not the same bytes
+    with pytest.raises(ConfigError, match=r"images_at_once=4 \(now 3\)"):  # other chunks: other bytes
         embed(config(made, tmp_path / "half", images_at_once=3))
 
 
-def test_what_else_is_wrong_gets_a_sentence(
+def test_what_cannot_be_computed_or_written_is_refused(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no images"):
+    with pytest.raises(FileNotFoundError, match="empty"):
         embed(config((made[0], tmp_path / "empty"), tmp_path / "out"))
-    with pytest.raises(ForeignFileError, match="holds no projection head: set features=backbone"):
+    with pytest.raises(ForeignFileError, match="features=projection"):
         embed(config(made, tmp_path / "out", features="projection"))
     for field in ("features", "split", "dtype", "table", "on_bad_image"):
         with pytest.raises(ConfigError, match=f"{field}='x' must be one of"):
             check_embed(config(made, tmp_path / "out", **{field: "x"}))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-        with pytest.raises(ConfigError, match=r"0.0 GB are free there: choose another"):
+        with pytest.raises(ConfigError, match=r"output=.* 0\.0 GB are free"):
             embed(config(made, tmp_path / "full"))
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"output=.*file/out cannot be .*Not a directory"):
+    with pytest.raises(ConfigError, match=r"output=.*file/out .*Not a directory"):
         embed(config(made, tmp_path / "file" / "out"))
-    hot = stage.network_of
+    build_network = embed_module.build_network
 
-    def overflowing(*arguments: Any) -> torch.nn.Module:
-        class Hot(torch.nn.Module):
-            def forward(self, images: Tensor) -> Tensor:
-                out: Tensor = hot(*arguments)(images) + 1e6
-                return out
+    class Overflowing(torch.nn.Module):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__()
+            self.network = build_network(*arguments)
 
-        return Hot()
+        def forward(self, images: Tensor) -> Tensor:
+            out: Tensor = self.network(images) + 1e6
+            return out
 
-    monkeypatch.setattr(stage, "network_of", overflowing)
+    monkeypatch.setattr(embed_module, "build_network", Overflowing)
     with pytest.raises(FloatingPointError, match=r"rows 0 ... 3 are not finite in float16: set dtype=float32"):
-        embed(config(made, tmp_path / "hot", dtype="float16"))
+        embed(config(made, tmp_path / "overflow", dtype="float16"))
 
 
-def test_a_second_process_waits_outside(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_second_process_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     from moco.runtime.output_directory import lock_directory
 
     output = tmp_path / "out"
     with lock_directory(output, "output"):
-        child = os.fork()  # a lock is a process's own: only another one can be refused
+        child = os.fork()  # a lock only excludes other processes
         if child == 0:
             try:
                 embed(config(made, output))
@@ -283,17 +286,17 @@ def test_parquet_without_pyarrow(made: tuple[Path, Path], tmp_path: Path, monkey
         return plain(name)
 
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(ConfigError, match=r"pip install 'momentum-contrast\[parquet\]', or set table=csv"):
+    with pytest.raises(ConfigError, match=r"table=parquet .*momentum-contrast\[parquet\]"):
         embed(config(made, tmp_path / "out", table="parquet"))
-    assert not (tmp_path / "out").exists()  # said before any work
+    assert not (tmp_path / "out").exists()  # refused before any work
 
 
-def test_parquet_holds_what_the_csv_holds(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_parquet_equals_the_csv(made: tuple[Path, Path], tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     odd = os.fsencode(made[1]) + b"/caf\xe9.png"
     shutil.copy(os.fsencode(made[1] / "00.png"), odd)
     embed(config(made, tmp_path / "out", table="parquet"))
-    embed(config(made, tmp_path / "out"))  # complete: only the other table is added
+    embed(config(made, tmp_path / "out"))  # already complete: adds the other table only
     there = parquet.read_table(tmp_path / "out" / "index.parquet").to_pydict()
     assert there["path"] == [*(f"{i:02}.png" for i in range(11)), "caf\\xe9.png"]
     assert there["id"] == there["row"] == list(range(12))
