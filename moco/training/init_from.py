@@ -1,4 +1,4 @@
-"""A run that starts from a published encoder in place of random weights: `init_from`."""
+"""Start a run from the encoder of a file instead of random weights: `init_from`."""
 
 from pathlib import Path
 
@@ -10,33 +10,33 @@ from moco.interop.encoder_file import EncoderFile, ForeignFileError, State, buil
 
 
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
-    """Puts the weights of `config.init_from` into the method's encoder and, where it has one, momentum encoder.
+    """Load the weights of `config.init_from` into the encoder and, if there is one, the momentum encoder.
 
-    Every weight of the backbone comes from the file, or nothing does. The momentum encoder gets the file's own weights
-    where the file has both networks. A head whose shapes do not fit stays as it was drawn; so does all else.
+    All weights of the backbone come from the file. The momentum encoder gets its own weights from a file with both
+    networks. A head whose shapes differ keeps its random weights, as does everything else.
 
     Args:
-        config: of the run; the file is taken at its word `model` where it does not say its network itself.
-        method: with the attribute `encoder`, and `momentum_encoder` if it has one.
+        config: of the run; its `model` describes the network if the file does not.
+        method: has the attribute `encoder`, and may have `momentum_encoder`.
 
     Returns:
-        A line that says what was taken.
+        A line that reports what was loaded.
 
     Raises:
-        ConfigError: if the file is not there, or its network is another.
+        ConfigError: if the file does not exist or holds another network.
         ForeignFileError, CheckpointError: see `read_encoder` and `load_all`.
     """
     path, model = Path(config.init_from), config.model
     require(path.is_file(), f"init_from={path} does not exist")
     file = _read(path, config, "encoder")
     try:
-        own = _read(path, config, "momentum_encoder")
+        momentum_file = _read(path, config, "momentum_encoder")
     except ForeignFileError:  # one network only
-        own = file
+        momentum_file = file
     encoder = method.get_submodule("encoder")
     networks = [(encoder, file)]
-    if hasattr(method, "momentum_encoder"):
-        networks.append((method.get_submodule("momentum_encoder"), own))
+    if (momentum_encoder := getattr(method, "momentum_encoder", None)) is not None:
+        networks.append((momentum_encoder, momentum_file))
     complaint = f"init_from={path} ({file.layout}: {file.backbone}) does not fit model.backbone={model.backbone}"
     with_head = all(_fits(network.get_submodule("head"), each.head_weights) for network, each in networks)
     for network, each in networks:
@@ -45,16 +45,17 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
             load_all(network.get_submodule("head"), each.head_weights, complaint)
     if (file.backbone, file.options) != (model.backbone, model.options):
         _refuse_other_features(config, file, encoder.get_submodule("backbone"))
-    head = "does not fit" if file.head_weights else "is not in the file"
-    taken = "backbone and head" if with_head else f"backbone; the head {head} and is new"
-    key = f"; momentum encoder from {'the same' if own is file else 'its own'} weights" if len(networks) > 1 else ""
-    return f"starting from {path} ({file.layout}: {file.backbone}): {taken}{key}"
+    reason = "does not fit" if file.head_weights else "is not in the file"
+    loaded = "backbone and head" if with_head else f"backbone; the head {reason} and has random weights"
+    source = "the same" if momentum_file is file else "its own"
+    momentum = f"; momentum encoder from {source} weights" if len(networks) > 1 else ""
+    return f"starting from {path} ({file.layout}: {file.backbone}): {loaded}{momentum}"
 
 
 def _read(path: Path, config: TrainConfig, weights: str) -> EncoderFile:
     try:
         return read_encoder(path, weights)
-    except ForeignFileError:  # it may only not say its network
+    except ForeignFileError:  # the file may only lack the description of its network
         return read_encoder(path, weights, config.model.backbone, config.model.options)
 
 
@@ -67,20 +68,18 @@ def _fits(module: nn.Module, weights: State) -> bool:
 
 @torch.no_grad()
 def _refuse_other_features(config: TrainConfig, file: EncoderFile, backbone: nn.Module) -> None:
-    """Refuses a network that only looks the same by its weights: another number of heads, another padding."""
-    device = next(backbone.parameters()).device
-    size = config.augment.size
+    """Refuse a network with the same weights but other features: another number of heads, another padding."""
+    size, device = config.augment.size, next(backbone.parameters()).device
     images = torch.arange(2 * 3 * size**2, dtype=torch.float32, device=device).sin().view(2, 3, size, size)
     training = backbone.training
     try:
         theirs: Tensor = build(file).get_submodule("backbone").to(device)(images)
         ours: Tensor = backbone.eval()(images)
-        same = theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= 1e-4 * theirs.abs().max())
     finally:
         backbone.train(training)
-    if not same:
+    if theirs.shape != ours.shape or not bool((theirs - ours).abs().max() <= 1e-4 * theirs.abs().max()):
         raise ConfigError(
-            f"init_from={config.init_from} is a {file.backbone} with options={file.options}, whose features are others "
-            f"than those of model.backbone={config.model.backbone} with model.options={config.model.options} and the "
-            "same weights: set both as the file says"
+            f"init_from={config.init_from} is a {file.backbone} with options={file.options}. With the same weights, "
+            f"model.backbone={config.model.backbone} with model.options={config.model.options} computes other "
+            "features: set both as in the file"
         )

@@ -1,4 +1,4 @@
-"""Measures of the representation while it is trained: what `moco.analysis` says of a step's queries, keys and queue."""
+"""Measures of the representation while training: `moco.analysis` on the queries, keys and queue of a step."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,26 +32,25 @@ from moco.distributed import gather, permute, world_size
 from moco.losses import info_nce_logits, info_nce_streamed
 from moco.models.norm import GroupedBatchNorm, untracked
 
-KEYS = 4096  # whose spectrum is taken: the newest of the queue
-QUERIES = 16  # whose logits are looked at one by one
-ENCODED = 64  # keys of a rank that are encoded a second time, in whole groups of BN and two of them at least
+KEYS = 4096  # newest keys of the queue, for the spectrum
+QUERIES = 16  # queries of a step whose logits are measured
+ENCODED = 64  # images per rank that are encoded again: whole BN groups, at least two
 TOP = 10  # negatives of `top_share`
-LIKELY_FALSE = 0.9  # a queue's key this similar to the query's own is likely of the same thing
+LIKELY_FALSE = 0.9  # cosine from which a key in the queue probably shows the same thing as the query
 
 
 class Monitor:
-    """Looks at a step of two samples or more, see `train_step`; its measures are named "analysis/...".
+    """Measures a step of at least two samples; see `train_step`. The names begin with "analysis/".
 
-    They are of the ranks' samples together, and so do not depend on how many ranks there are, but for the two losses,
-    which are of `ENCODED` images a rank. With micro-batches they are of the last one. Every look of every rank gives
-    the same names in the same order: the step averages them in one collective.
+    The measures are those of the global batch (the two losses: of `ENCODED` images per rank), in the last micro-batch.
+    All ranks return the same names in the same order, so that the step can average them in one collective.
 
     Args:
         method: what is trained.
-        labels: the class of each sample of the data set, (samples,), -1 where unknown; None without.
-        keys_per_step: keys that a step enqueues, of all ranks and directions.
+        labels: the class of each sample of the data set, (samples,), -1 if unknown; None without labels.
+        keys_per_step: number of keys that a step enqueues, over all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
-        precision: autocast's type.
+        precision: data type of autocast.
         every: steps between two measurements; 0: never.
     """
 
@@ -66,15 +65,15 @@ class Monitor:
     ) -> None:
         self._method, self._labels, self._keys_per_step = method, labels, keys_per_step
         self._shuffled, self._precision, self._every = shuffled, precision, every
-        self.histograms: dict[str, Tensor] = {}  # of the last look: counts over -1 ... 1
+        self.histograms: dict[str, Tensor] = {}  # of the last measurement: counts over -1 ... 1
 
     def is_due(self, done: int) -> bool:
-        """Return whether to measure the step that makes `done` steps."""
+        """Return whether to measure the step that completes `done` steps."""
         return bool(self._every) and done % self._every == 0
 
     @torch.no_grad()
     def __call__(self, output: Output, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
-        """Measures of shape (), float32; nan where there is nothing to measure yet, or nothing finite."""
+        """Return measures of shape (), float32; nan if there is nothing to measure yet, or nothing finite."""
         queue, temperature = self._method.queue, self._temperature()
         query, key = gather(torch.cat([output.query, output.key], dim=1)).chunk(2, dim=1)  # (W N, C), one collective
         samples = gather(index)  # (W N,)
@@ -95,20 +94,19 @@ class Monitor:
             found["tolerance"] = _or_nan(tolerance, key[known], classes[known])
         self.histograms = {"positives": similarity_histogram((query * key).sum(dim=1))}
         if queue is not None:
-            found |= self._against(queue, query, key, samples, temperature)
-        if queue is not None and self._method.momentum_encoder is not None:
-            found |= self._leak(queue, self._method.momentum_encoder, output, views, index, temperature)
+            found |= self._queue_measures(queue, query, key, samples, temperature)
+            if self._method.momentum_encoder is not None:
+                found |= self._shuffle_losses(queue, self._method.momentum_encoder, output, views, index, temperature)
         return {f"analysis/{name}": value.float() for name, value in found.items()}
 
     def _temperature(self) -> float:
         learned = getattr(self._method, "learned_temperature", None)
-        value = self._method.temperature if learned is None else learned()
-        return float(value)
+        return float(self._method.temperature if learned is None else learned())
 
-    def _against(
+    def _queue_measures(
         self, queue: KeyQueue, query: Tensor, key: Tensor, index: Tensor, temperature: float
     ) -> dict[str, Tensor]:
-        """What the queue's keys are to the batch."""
+        """Compare the batch with the keys in the queue."""
         some = slice(QUERIES)
         allowed = queue.negatives(index[some])  # (16, K) or (1, K)
         logits = info_nce_logits(query[some], key[some], queue.keys, temperature, allowed)  # (16, 1 + K)
@@ -129,7 +127,7 @@ class Monitor:
             found["same_label_share"] = share.masked_fill(~known, torch.nan).nanmean()
         return found
 
-    def _leak(
+    def _shuffle_losses(
         self,
         queue: KeyQueue,
         encoder: nn.Module,
@@ -138,11 +136,10 @@ class Monitor:
         index: Tensor,
         temperature: float,
     ) -> dict[str, Tensor]:
-        """The loss with keys that were normalized in the groups of their queries, and with shuffled ones.
+        """Return the loss with keys that were normalized in the BN groups of their queries, and with shuffled keys.
 
-        One of the two is the step's own, the other costs a forward pass of f_k over `ENCODED` images a rank. Where
-        statistics give keys away, the first is lower (He et al., 2020, Sec. 3.3). Empty where BN has one group: there
-        is nothing to shuffle.
+        The first is lower if the statistics of a group reveal the positive (He et al., 2020, Sec. 3.3). The step has
+        computed one of the two; the other costs a forward pass of f_k. Empty if BN has a single group.
         """
         group = _group_size(encoder)
         some = slice(group * max(2, -(-ENCODED // group)) if group else 0)
@@ -167,26 +164,26 @@ class Monitor:
 
 
 def _group_size(module: nn.Module) -> int:
-    """Of its first BN in groups; 0 without one."""
+    """Return the size of the groups of the first grouped BN; 0 without one."""
     sizes = (layer.group_size for layer in module.modules() if isinstance(layer, GroupedBatchNorm))
     return next(sizes, 0)
 
 
 def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
-    """An order of the samples in which each group draws evenly on all groups; None where there is one group."""
+    """Return an order in which every group takes samples from all groups; None if there is a single group."""
     if group == 0 or samples <= group:
         return None
     return np.arange(samples).reshape(-1, group).T.ravel()
 
 
 def _newest(queue: KeyQueue) -> Tensor:
-    """The newest keys of images, at most `KEYS`, (M, C)."""
+    """Return the newest keys of images, at most `KEYS`, (M, C)."""
     slots = (queue.count - 1 - torch.arange(min(KEYS, queue.size), device=queue.count.device)) % queue.size
     return queue.keys[slots[queue.index[slots] != UNKNOWN]]
 
 
 def _or_nan(measure: Callable[..., Tensor], features: Tensor, *more: Tensor) -> Tensor:
-    """A measure, or nan: of too few dimensions, of no two samples of a class, of a step that is not finite."""
+    """Return a measure; nan if it has too few dimensions or samples, or if a value is not finite."""
     try:
         return measure(features, *more)
     except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from moco.runs import checkpoint
 from moco.training.trainer import pretrain
 from tests.data.unreadable_files import folder, noise
 
-# a run's lock is held to the end of the process
+# the lock of a run is held until the process ends
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:method.queue_size")
 
 

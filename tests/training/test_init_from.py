@@ -57,32 +57,32 @@ def test_both_networks_of_an_official_file(tmp_path: Path, fits: bool) -> None:
     config = configured(path)
     new = method(config, 2 if fits else 1)
     before = copy.deepcopy(new)
-    said = load_initial_weights(config, new)
+    line = load_initial_weights(config, new)
     for network, seed in ((new.encoder, 0), (new.momentum_encoder, 1)):
         torch.testing.assert_close(features(network.get_submodule("backbone")), features(trained(seed=seed)))
     assert torch.equal(new.queue.keys, before.queue.keys)
-    assert "momentum encoder from its own weights" in said
+    assert "momentum encoder from its own weights" in line
     weight = "head.0.weight"
     if fits:
-        assert "backbone and head;" in said
+        assert "backbone and head;" in line
         assert torch.equal(new.encoder.get_parameter(weight), head.state_dict()["0.weight"])
         assert torch.equal(new.momentum_encoder.get_parameter(weight), 2 * head.state_dict()["0.weight"])
     else:
-        assert "the head does not fit and is new" in said
+        assert "the head does not fit and has random weights" in line
         assert torch.equal(new.encoder.get_parameter(weight), before.encoder.get_parameter(weight))
         assert torch.equal(new.momentum_encoder.get_parameter(weight), before.encoder.get_parameter(weight))
 
 
-def test_a_file_of_one_network_gives_it_to_both(tmp_path: Path) -> None:
-    """It does not name its network: the configuration does. So does timm's name of the same network."""
+def test_a_file_with_one_network_initializes_both_encoders(tmp_path: Path) -> None:
+    """The file does not describe its network; the configuration does, also by timm's name of the same network."""
     path = saved(tmp_path / "x.pth", trained().state_dict())
     for backbone in ("resnet18", "timm/resnet18"):
         config = configured(path, backbone)
         new = method(config)
-        said = load_initial_weights(config, new)
+        line = load_initial_weights(config, new)
         for network in (new.encoder, new.momentum_encoder):
             torch.testing.assert_close(features(network.get_submodule("backbone")), features(trained()))
-        assert "the head is not in the file and is new; momentum encoder from the same weights" in said
+        assert "the head is not in the file and has random weights; momentum encoder from the same weights" in line
 
 
 def test_a_method_without_a_momentum_encoder(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
         load_initial_weights(config, method(config))
 
 
-def test_heads_of_attention_are_no_weights_and_still_must_agree(tmp_path: Path) -> None:
+def test_another_number_of_attention_heads_is_refused(tmp_path: Path) -> None:
     config = configured(tmp_path / "vit.safetensors", TINY_VIT, VIT)
     about = {
         "model": {"backbone": TINY_VIT, "options": VIT},
@@ -118,13 +118,13 @@ def test_heads_of_attention_are_no_weights_and_still_must_agree(tmp_path: Path) 
     save_encoder(tmp_path / "vit.safetensors", trained(TINY_VIT, VIT), about, 1)
     load_initial_weights(config, method(config))
     config.model.options = VIT | {"num_heads": 6}
-    with pytest.raises(ConfigError, match=r"whose features are others than those of model\.backbone=.*'num_heads': 6"):
+    with pytest.raises(ConfigError, match=r"model\.backbone=.*'num_heads': 6"):
         load_initial_weights(config, method(config))
 
 
-# A run's lock is let go with the process.
+# The lock of a run is held until the process ends.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_run_starts_from_it_and_a_resumed_one_does_not_read_it_again(
+def test_a_run_starts_from_the_file_and_a_resumed_run_does_not_read_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = trained("convnet", {"width": 2})
@@ -132,13 +132,13 @@ def test_a_run_starts_from_it_and_a_resumed_one_does_not_read_it_again(
     config = configured(path, "convnet", {"width": 2})
     config.run, config.epochs, config.batch_size, config.threads = str(tmp_path / "run"), 1, 256, 1
     config.augment.size, config.method, config.model.dim = 16, MoCoConfig(queue_size=300), 8
-    config.optim.lr = 0.0  # so that the weights show where they came from
+    config.optim.lr = 0.0  # the weights stay as loaded
     config.evaluate.draws, config.evaluate.raw_pixels = 2, False
     pretrain(config)
-    said = capsys.readouterr().out
-    assert f"starting from {path} (plain state dict: convnet): backbone" in " ".join(said.split())
-    assert "untrained" not in said
-    assert "initialized" in said
+    output = capsys.readouterr().out
+    assert f"starting from {path} (plain state dict: convnet): backbone" in " ".join(output.split())
+    assert "untrained" not in output
+    assert "initialized" in output
     state = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[0])
     assert state["step"] == 5
     for name, parameter in network.named_parameters():
