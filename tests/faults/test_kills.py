@@ -9,7 +9,7 @@ from moco.runs import checkpoint
 from tests.faults import runs
 from tests.faults.runs import LONG, STEPS
 
-KILLS = 100 if LONG else 6
+KILLS = 100 if LONG else 4
 DAMAGED = 20 if LONG else 2
 
 

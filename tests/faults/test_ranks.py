@@ -16,7 +16,7 @@ from moco.runtime.watchdog import HUNG
 from tests.faults import runs
 from tests.faults.runs import LONG, STEPS
 
-CHANGES = 20 if LONG else 3
+CHANGES = 20 if LONG else 2
 WORLDS = (1, 4, 2)
 
 

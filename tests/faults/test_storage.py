@@ -55,7 +55,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_later_it_resumes_bit_for_b
 ) -> None:
     reference = tmp_path / "reference"
     runs.to_the_end(reference)
-    turns = 10 if LONG else 2
+    turns = 10 if LONG else 1
     for turn in range(turns):
         run = tmp_path / f"run{turn}"
         run.symlink_to(small_disk / run.name)  # its output is on another disk
