@@ -114,41 +114,35 @@ def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
 
 
 def _write_moco_v2(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
-    linear = {key.removeprefix("0."): value for key, value in file.head_weights.items()}
-    head = linear if set(linear) == {"weight", "bias"} else file.head_weights  # v1's only layer has no number
-    _write_official(path, file, torchvision_name(file), "encoder_q", _state(backbone), "fc", {} if _v3(file) else head)
+    head = {} if _has_v3_head(file) else file.head_weights
+    if head.keys() == {"0.weight", "0.bias"}:
+        head = {key.removeprefix("0."): value for key, value in head.items()}  # v1's only layer has no number
+    _write_official(path, file, torchvision_name(file), "encoder_q", _state(backbone) | _prefixed("fc.", head))
 
 
 def _write_moco_v3(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
-    name = "fc" if torchvision_name(file) else "head"
-    head = file.head_weights if _v3(file) else {}
-    _write_official(path, file, official_v3_name(file), "base_encoder", _state(backbone), name, head)
+    head = _prefixed("fc." if torchvision_name(file) else "head.", file.head_weights if _has_v3_head(file) else {})
+    _write_official(path, file, official_v3_name(file), "base_encoder", _state(backbone) | head)
 
 
-def _v3(file: EncoderFile) -> bool:
+def _has_v3_head(file: EncoderFile) -> bool:
     return any(name.endswith("running_mean") for name in file.head_weights)  # only v3's head has BN
 
 
-def _write_official(
-    path: Path,
-    file: EncoderFile,
-    arch: str | None,
-    prefix: str,
-    body: dict[str, Tensor],
-    head_name: str,
-    head: dict[str, Tensor],
-) -> None:
-    """Write the backbone and a head of that version, if any; the epoch is the configured number of epochs."""
-    weights = body | {f"{head_name}.{name}": value.clone() for name, value in head.items()}
-    state = {f"module.{prefix}.{name}": value for name, value in weights.items()}
+def _prefixed(prefix: str, weights: State) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value.clone() for name, value in weights.items()}
+
+
+def _write_official(path: Path, file: EncoderFile, arch: str | None, encoder: str, weights: State) -> None:
+    state = {f"module.{encoder}.{name}": value for name, value in weights.items()}
     torch.save({"epoch": file.config.get("epochs", 0), "arch": arch, "state_dict": state}, path)
 
 
 def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
-    look = {"eval_resize" if name == "resize" else name: value for name, value in file.images.items()}
+    images = {"eval_resize" if name == "resize" else name: value for name, value in file.images.items()}
     config = file.config | {
         "model": file.config.get("model", {}) | {"backbone": file.backbone, "options": file.options},
-        "augment": file.config.get("augment", {}) | look,
+        "augment": file.config.get("augment", {}) | images,
     }
     save_encoder(path, backbone, config, file.step)
 
