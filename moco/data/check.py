@@ -3,18 +3,14 @@
 Legend: N images, of the training folder and then of the held-out folder.
 """
 
-import signal
-from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich import box
 from rich.markup import escape
@@ -26,11 +22,11 @@ from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
 from moco.data.image_facts import ODDITIES, ImageFacts, image_facts
 from moco.data.sources import load_source
+from moco.data.workers import TASK, LoaderError, in_order
 from moco.files import write_errors, write_json
 from moco.runtime.console import Terminal, progress_bar
 from moco.runtime.provenance import provenance
 
-TASK = 16  # files per task of a worker
 _FOLDER = "unreadable folder"
 _FOLDER_FAULTS = FAULTS | {_FOLDER: "the folder cannot be listed: its images are missing in this report"}
 
@@ -78,10 +74,16 @@ def check_data(config: CheckDataConfig) -> None:
     row = 0
     with progress_bar("checking images", quiet=False) as progress:
         for folder in folders:
-            for i, facts in enumerate(checked(folder, data.workers)):
-                findings.add(row, folder.path(i), facts)
-                row += 1
-                progress(row, total)
+            start = row
+            try:
+                for i, facts in enumerate(in_order(facts_of(folder), range(len(folder)), data.workers, "data.workers")):
+                    findings.add(row, folder.path(i), facts)
+                    row += 1
+                    progress(row, total)
+            except LoaderError as error:
+                first, last = row - start, min(row - start + (2 * data.workers + 1) * TASK, len(folder)) - 1
+                names = f"{folder.name(first)} ... {folder.name(last)}"
+                raise LoaderError(f"{error}; the image is one of {names}") from error
             for path, reason in folder.unlistable.items():
                 findings.note(_FOLDER, str(Path(folder.root, path)), reason)
             for path, target in folder.broken.items():
@@ -97,47 +99,9 @@ def check_data(config: CheckDataConfig) -> None:
         raise ValueError(f"a run with these images would end: {'; '.join(obstacles)}; {output} lists the files")
 
 
-def checked(source: FolderSource, workers: int) -> Iterator[ImageFacts]:
-    """Yield the facts of each image in order, by worker processes; only a few tasks are in progress at a time.
-
-    Raises:
-        ValueError: if a worker process dies.
-    """
-    parts = (range(start, min(start + TASK, len(source))) for start in range(0, len(source), TASK))
-    if workers == 0:
-        for part in parts:
-            yield from _check_all([source.path(i) for i in part])
-        return
-    waiting: deque[Future[list[ImageFacts]]] = deque()
-    done = 0
-    with ProcessPoolExecutor(workers, initializer=_begin_worker) as pool:
-        try:
-            for part in parts:
-                waiting.append(pool.submit(_check_all, [source.path(i) for i in part]))
-                if len(waiting) < 4 * workers:
-                    continue
-                yield from (facts := waiting.popleft().result())
-                done += len(facts)
-            while waiting:
-                yield from (facts := waiting.popleft().result())
-                done += len(facts)
-        except BrokenProcessPool as error:
-            last = min(done + 4 * workers * TASK, len(source)) - 1
-            raise ValueError(
-                f"a worker process died at an image between {source.name(done)} and {source.name(last)}, most likely "
-                f"because memory ran out: lower data.workers={workers} (0: no worker processes)"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; only the parent handles it
-
-
-def _check_all(paths: Sequence[str]) -> list[ImageFacts]:
-    return [image_facts(path) for path in paths]
+def facts_of(folder: FolderSource) -> Callable[[int], ImageFacts]:
+    """Return a function from the index of an image to its facts."""
+    return lambda i: image_facts(folder.path(i))
 
 
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:

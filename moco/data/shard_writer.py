@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import tarfile
-import warnings
 import zlib
 from collections.abc import Generator
 from pathlib import Path
@@ -17,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -25,9 +23,8 @@ from moco.data.base import Source
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.shard_index import row_type
 from moco.data.walk import IMAGE_FORMATS
-from moco.data.workers import identity_collate, ignore_signals, loaded
+from moco.data.workers import in_order
 
-TASK = 16  # images per task of a worker
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # other endings equal the format's name
 
 
@@ -71,35 +68,9 @@ def _encode_pixels(pixels: Tensor, kind: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-class _Tasks:
-    """The data set of the loader: each item is a range of encoded images."""
-
-    def __init__(self, source: Source, short_side: int, quality: int) -> None:
-        self.source, self.short_side, self.quality = source, short_side, quality
-
-    def __getitem__(self, rows: range) -> list[Encoded]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's, about headers of images that it can read
-            return [encode(self.source, i, self.short_side, self.quality) for i in rows]
-
-
 def encoded(source: Source, start: int, workers: int, short_side: int, quality: int) -> Generator[Encoded, None, None]:
-    """Yield the images from `start` on in order, encoded by worker processes; `close` ends the processes.
-
-    Raises:
-        LoaderError: if a worker process dies.
-    """
-    # PyTorch's loader keeps the order, limits the tasks in progress, and its workers end if their parent is killed.
-    loader: DataLoader[Any] = DataLoader(
-        _Tasks(source, short_side, quality),  # type: ignore[arg-type]
-        sampler=(range(at, min(at + TASK, len(source))) for at in range(start, len(source), TASK)),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=identity_collate,
-        worker_init_fn=ignore_signals,
-    )
-    for images in loaded(loader, "workers"):
-        yield from images
+    """Yield the images from `start` on in order, encoded by worker processes; see `moco.data.workers.in_order`."""
+    return in_order(lambda i: encode(source, i, short_side, quality), range(start, len(source)), workers, "workers")
 
 
 class ShardWriter:

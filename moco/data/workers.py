@@ -4,8 +4,9 @@ import atexit
 import multiprocessing
 import re
 import signal
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 T = TypeVar("T")
+TASK = 16  # rows per task of `in_order`
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -48,6 +50,36 @@ def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
         size = sum(each.nbytes for each in tensors) / 1e6
         reason = " ".join(str(error).split()).removesuffix(": Success (0)")  # torch 2.11 loses the reason
         raise LoaderError(_no_room(f"has no shared memory for a batch of {size:,.1f} MB ({reason})")) from error
+
+
+class _Tasks:
+    """The data set of `in_order`: each item is the results of a range of rows."""
+
+    def __init__(self, function: Callable[[int], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, rows: range) -> list[Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, about headers of images that it can read
+            return [self.function(i) for i in rows]
+
+
+def in_order(function: Callable[[int], T], rows: range, workers: int, field: str) -> Generator[T, None, None]:
+    """Yield function(row) for each row in order, computed by worker processes; `close` ends the processes.
+
+    At most `2 * workers` tasks of `TASK` rows are in progress. For the arguments and errors see `loaded`.
+    """
+    # PyTorch's loader keeps the order, limits the tasks in progress, and its workers end if their parent is killed.
+    loader: DataLoader[Any] = DataLoader(
+        _Tasks(function),  # type: ignore[arg-type]
+        sampler=(rows[at : at + TASK] for at in range(0, len(rows), TASK)),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=identity_collate,
+        worker_init_fn=ignore_signals,
+    )
+    for results in loaded(loader, field):
+        yield from results
 
 
 def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
