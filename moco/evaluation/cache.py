@@ -1,6 +1,6 @@
-"""Features on disk: computed once for a key, found again for the same key, and never for another.
+"""A cache of features on disk, one file per key.
 
-Legend: M images, D dimension, W processes.
+Legend: M images, D feature dimension, W processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,53 +14,53 @@ from torch import Tensor
 from moco.digest import digest
 from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
 
-Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # rows of a source to their features, batch by batch
+Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # yields the features of the given rows in batches
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
-    """A name for what the features are made of: hexadecimal digits of the SHA-256 over plain values and tensors."""
+    """Return the key of everything that determines the features: hexadecimal digits of a SHA-256."""
     return digest(dict(parts))[:24]
 
 
 def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> Tensor:
-    """Features (M, D) that lie in `folder/KEY.npy`, float32, in the source's order; written there first if need be.
+    """Return the float32 features (M, D) of `folder/KEY.npy`; compute and write them first if the file is missing.
 
-    The tensor is a view of the file: the system reads what is asked for, so no process has to hold all of it. Each rank
-    computes and writes M / W rows. The file gets its name when it is whole, so an interrupted writer leaves nothing
-    that could be taken for features. All processes must see the folder.
+    The tensor is a view of the file, so no process has to hold all of it. Each rank computes and writes M / W rows; all
+    processes must see the folder. The file gets its name when it is complete (not by `moco.files.atomic_write`, which
+    knows one process), so an interrupted run leaves no incomplete features.
 
     Args:
-        folder: made if it is not there.
+        folder: created if necessary.
         key: see `key_of`.
         count, width: M and D.
-        compute: gives the features of some rows, in their order.
+        compute: computes the features of some rows, in their order.
 
     Raises:
         OSError: if the folder cannot be written to.
-        Exception: what `compute` raises on any rank, on every rank.
+        Exception: whatever `compute` raises on any rank; on every rank.
     """
     path = folder / f"{key}.npy"
-    if not on_rank_zero(lambda: _whole(path, count, width)):
-        temporary = on_rank_zero(lambda: _start(path, count, width))
+    if not on_rank_zero(lambda: _is_complete(path, count, width)):
+        temporary = on_rank_zero(lambda: _create(path, count, width))
         share = -(-count // world_size())
         mine = range(min(count, rank() * share), min(count, (rank() + 1) * share))
-        # Ranks wait here for each other: only a file that all have finished gets its name.
+        # The ranks wait for each other here, so all of them have finished before the file gets its name.
         written = sum(all_gather_object(lambda: _fill(temporary, mine, compute)))
         assert written == count, f"{written} of {count} rows were computed"
         on_rank_zero(lambda: temporary.replace(path))
-    # Copy on write: torch wants memory that may be written to; nothing ever goes back to the file.
+    # Copy on write: torch needs writable memory, and changes must not reach the file.
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-def _whole(path: Path, count: int, width: int) -> bool:
+def _is_complete(path: Path, count: int, width: int) -> bool:
     try:
-        known = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):  # not there, or cut short by a copy that failed
+        stored = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):  # missing, or truncated by a failed copy
         return False
-    return bool(known.shape == (count, width) and known.dtype == np.float32)
+    return bool(stored.shape == (count, width) and stored.dtype == np.float32)
 
 
-def _start(path: Path, count: int, width: int) -> Path:
+def _create(path: Path, count: int, width: int) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, width))
@@ -68,7 +68,7 @@ def _start(path: Path, count: int, width: int) -> Path:
 
 
 def _fill(path: Path, rows: range, compute: Compute) -> int:
-    """Writes the features of these rows and says how many there were."""
+    """Write the features of these rows and return their number."""
     out = np.lib.format.open_memmap(path, mode="r+")
     done = rows.start
     for batch in compute(rows) if rows else iter(()):

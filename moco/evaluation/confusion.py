@@ -1,38 +1,48 @@
-"""A picture of a confusion matrix."""
+"""An image of a confusion matrix."""
 
-import textwrap
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-_SIDE = 480  # pixels of the matrix, about
-_MARGIN = 12
-_BLUE = np.array([31, 78, 140])
+from moco.files import atomic_write
+
+_MOST_NUMBERS = 30  # classes; more numbers would not fit into their cells
 
 
-def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> None:
-    """Writes a PNG: a row a true class, a column a predicted one, the darker the larger its part of the row.
+def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> bool:
+    """Write a PNG: rows are true classes, columns predictions; darker cells hold a larger share of their row.
 
     Args:
         confusion: counts (L, L), L at least 1.
-        classes: L names, for the legend below.
-        title: one line above.
+        classes: L names.
+        title: one line.
         path: the file.
+
+    Returns:
+        False if nothing was drawn because matplotlib is not installed.
     """
-    cell = max(4, _SIDE // len(confusion))
-    part = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))  # (L, L)
-    shade = np.sqrt(part)  # a confusion of one in a hundred shows too
-    color = 255 - shade[..., None].repeat(cell, 0).repeat(cell, 1) * (255 - _BLUE)  # (L cell, L cell, 3)
-    matrix = Image.fromarray(color.round().astype(np.uint8))
-    side = matrix.width
-    legend = textwrap.wrap(f"rows: truth; columns: prediction; from the top left: {', '.join(classes)}", side // 6)
-    canvas = Image.new("RGB", (side + 2 * _MARGIN, side + 40 + 14 * len(legend) + _MARGIN), "white")
-    canvas.paste(matrix, (_MARGIN, 28))
-    pen = ImageDraw.Draw(canvas)
-    pen.rectangle((_MARGIN - 1, 27, _MARGIN + side, 28 + side), outline="gray")
-    pen.text((_MARGIN, 8), title, fill="black")
-    pen.multiline_text((_MARGIN, side + 36), "\n".join(legend), fill="black")
-    canvas.save(path)
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        return False
+    count = len(classes)
+    share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))  # (L, L)
+    side = max(5.0, 0.45 * count if count <= _MOST_NUMBERS else 0.16 * count)  # inches
+    font = 8 if count <= _MOST_NUMBERS else 6
+    figure = figures.Figure(figsize=(side + 1, side + 1), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root makes a confusion of 1 % visible
+    axes.set(title=title, xlabel="prediction", ylabel="true class")
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
+    axes.set_yticks(range(count), classes, fontsize=font)
+    if count <= _MOST_NUMBERS:
+        for row, column in zip(*confusion.nonzero(), strict=True):
+            color = "white" if share[row, column] > 0.4 else "black"
+            text = str(confusion[row, column])
+            axes.text(column, row, text, ha="center", va="center", fontsize=font - 1, color=color)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return True

@@ -1,9 +1,10 @@
-"""Features of a whole source, in its order, computed by all ranks together.
+"""Features of all images of a source, in its order, computed by all ranks together.
 
-Legend: M samples, D dimension, W processes.
+Legend: N images of a batch, M images of the source, S image size, D feature dimension, W processes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,36 +16,61 @@ from moco.data.sources import Source
 from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded, to_shared_memory
 from moco.distributed import gather, on_all_ranks, rank, world_size
 
+Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> features (N, D)
 
-class _Plain:
-    """The streamed path of evaluation: a worker decodes and center-crops."""
 
-    def __init__(self, source: Source, resize: int, size: int) -> None:
-        self.source, self.resize, self.size = source, resize, size
+@dataclass(frozen=True)
+class EvalTransform:
+    """The preparation of an image: resize, crop the center, normalize. The default leaves values in 0 ... 1.
+
+    Attributes:
+        size: side of the central crop in pixels.
+        resize: length to which the shorter side is resized before; 0: `size`, and no change if the image has that size.
+        mean, std: per channel, for pixel values in 0 ... 1.
+    """
+
+    size: int
+    resize: int = 0
+    mean: Sequence[float] = (0.0, 0.0, 0.0)
+    std: Sequence[float] = (1.0, 1.0, 1.0)
+
+    def unnormalized(self) -> "EvalTransform":
+        """Return the same crop with pixel values in 0 ... 1."""
+        return replace(self, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+class _CroppedBatches:
+    """Dataset of the loader workers: the given rows, decoded and cropped."""
+
+    def __init__(self, source: Source, transform: EvalTransform) -> None:
+        self.source, self.resize, self.size = source, transform.resize, transform.size
 
     def __getitem__(self, rows: list[int]) -> Tensor | ImageError | LoaderError:
         try:
             images = torch.stack([evaluation_view(self.source.image(row), self.resize, self.size) for row in rows])
             return to_shared_memory([images])[0]
         except (ImageError, LoaderError) as error:
-            return error  # raised here it would reach the user as the worker's traceback
+            return error  # raised here, the user would get the worker's traceback
 
 
 def evaluation_view(image: Tensor, resize: int, size: int) -> Tensor:
-    """The one deterministic view of an image, uint8 (3, H, W); with resize 0 one that has the size stays as it is."""
+    """Return the central crop of an image, uint8 (3, size, size); `resize` as in `EvalTransform`."""
     if resize == 0 and image.shape[-2:] == (size, size):
         return image
     return resize_center_crop(image, resize or size, size)
 
 
-def _images(source: Source, rows: Sequence[int], resize: int, size: int, batch: int, workers: int) -> Iterator[Tensor]:
-    """uint8 batches (<= batch, 3, size, size) of the given rows."""
-    parts = [list(rows[start : start + batch]) for start in range(0, len(rows), batch)]
-    if source.images is not None and source.images.shape[-2:] == (size, size) and resize in (0, size):
+def _crops(
+    source: Source, rows: Sequence[int], transform: EvalTransform, batch_size: int, workers: int
+) -> Iterator[Tensor]:
+    """Yield uint8 batches (<= batch_size, 3, S, S) of the given rows."""
+    size = transform.size
+    parts = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    if source.images is not None and source.images.shape[-2:] == (size, size) and transform.resize in (0, size):
         yield from (source.images[torch.tensor(part)] for part in parts)
         return
     loader: DataLoader[Tensor] = DataLoader(
-        _Plain(source, resize, size),  # type: ignore[arg-type]
+        _CroppedBatches(source, transform),  # type: ignore[arg-type]
         sampler=parts,
         batch_size=None,
         num_workers=min(workers, len(parts)),
@@ -54,46 +80,39 @@ def _images(source: Source, rows: Sequence[int], resize: int, size: int, batch: 
     yield from loaded(loader, "data.workers")
 
 
-Network = nn.Module | Callable[[Tensor], Tensor]
-
-
 @torch.no_grad()
 def stream(
     network: Network,
     source: Source,
     rows: Sequence[int],
-    size: int,
-    resize: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    transform: EvalTransform,
     device: torch.device,
     batch_size: int = 512,
     workers: int = 0,
 ) -> Iterator[Tensor]:
-    """Features of the given rows of a source on this process, in their order: batches (<= batch_size, D), float32.
+    """Yield the features of the given rows on this process, in their order: batches (<= batch_size, D), float32.
 
     Args:
-        network: images (N, 3, S, S) to features (N, D); a module is put into eval mode, and back at the end.
+        network: a module is put into eval mode, and into its previous mode at the end.
         source: the images.
-        rows: which of them.
-        size, resize: of the evaluation view: shorter side to `resize`, central `size`.
-        mean, std: normalization.
+        rows: positions in the source.
+        transform: the preparation of each image.
         device: where the network is.
-        batch_size: images at once.
+        batch_size: images per forward pass.
         workers: loader processes for images that are not in memory.
 
     Raises:
-        ImageError: for an image that cannot be decoded.
-        LoaderError: if a loader process dies, or finds no shared memory.
+        ImageError: if an image cannot be decoded.
+        LoaderError: if a loader process dies or finds no shared memory.
     """
-    center = torch.tensor(mean, device=device).view(3, 1, 1)
-    spread = torch.tensor(std, device=device).view(3, 1, 1)
+    mean = torch.tensor(transform.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(transform.std, device=device).view(3, 1, 1)
     training = isinstance(network, nn.Module) and network.training
     if isinstance(network, nn.Module):
         network.eval()
     try:
-        for images in _images(source, rows, resize, size, batch_size, workers):
-            yield network((images.to(device).float() / 255 - center) / spread).float()
+        for images in _crops(source, rows, transform, batch_size, workers):
+            yield network((images.to(device).float() / 255 - mean) / std).float()
     finally:
         if isinstance(network, nn.Module):
             network.train(training)
@@ -102,28 +121,24 @@ def stream(
 def extract(
     network: Network,
     source: Source,
-    size: int,
-    resize: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    transform: EvalTransform,
     device: torch.device,
     batch_size: int = 512,
     workers: int = 0,
 ) -> Tensor:
-    """Features (M, D) of every image of a source, in the source's order, on every rank.
+    """Return the features (M, D) of all images of a source, in its order, on every rank.
 
-    Each rank computes M / W of them; a rank that runs short repeats the last row, and the repeats
-    are cut off again, so no image counts twice. Arguments and errors: see `stream`; an error of one rank is
-    raised on all.
+    Each rank computes M / W of them. A rank with fewer rows repeats the last one; the repeated rows are removed, so
+    every image counts once. Arguments and errors: see `stream`; an error of one rank is raised on all ranks.
     """
-    share = -(-len(source) // world_size())  # rows of a rank, rounded up
+    share = -(-len(source) // world_size())  # rows per rank, rounded up
     rows = [min(row, len(source) - 1) for row in range(rank() * share, (rank() + 1) * share)]
     features = on_all_ranks(
-        lambda: torch.cat(list(stream(network, source, rows, size, resize, mean, std, device, batch_size, workers)))
+        lambda: torch.cat(list(stream(network, source, rows, transform, device, batch_size, workers)))
     )
     return gather(features)[: len(source)]
 
 
 def pixels(images: Tensor) -> Tensor:
-    """The raw pixels as features: what an encoder has to beat; (N, 3, S, S) -> (N, 3 S S)."""
+    """Return the raw pixels as features, the baseline for every encoder: (N, 3, S, S) -> (N, 3 S S)."""
     return images.flatten(1)

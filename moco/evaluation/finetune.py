@@ -1,11 +1,13 @@
-"""Fine-tuning from a configuration to a table: pick the labeled pictures, train each encoder and seed, judge, save."""
+"""`python -m moco.finetune`: train each encoder with each seed on the labeled images, evaluate, save."""
 
+import hashlib
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,100 +17,121 @@ from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from moco.config import ConfigError, RunWarning, require
+from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.finetune import FinetuneConfig, fraction_of
+from moco.config.subject import SubjectConfig
+from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
-from moco.evaluation.finetune_report import Outcome, Task, common, entries, protocol, summarize
-from moco.evaluation.finetuning import classifier, mixing, optimizer_of, plan_of, train
-from moco.evaluation.metrics import HeldOut, figures
-from moco.evaluation.subject import Subject, data_config, data_written, features_of, open_labeled, open_subject
-from moco.evaluation.sweep import validation_rows
-from moco.interop.encoder_file import build, save_encoder
+from moco.evaluation.finetuning import (
+    TrainSettings,
+    build_finetune_optimizer,
+    classifier,
+    mixing,
+    plan_of,
+    train,
+)
+from moco.evaluation.metrics import HeldOut, compute_metrics, mean_interval
+from moco.evaluation.subject import Subject, data_with_absolute_paths, labels_of
+from moco.evaluation.task import (
+    Result,
+    Task,
+    interval_note,
+    log_next,
+    open_task,
+    record_results,
+    show_results,
+    summarize_seeds,
+)
+from moco.interop.encoder_file import EncoderFile, build, save_encoder
 from moco.interop.weights import save_weights
-from moco.runs import results
-from moco.runtime import console
-from moco.runtime.console import Terminal, duration
-from moco.runtime.device import compute_context
+from moco.runs.results import prepare
+from moco.runtime.console import Terminal, duration, log, percent
+from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
-FOREIGN: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # of a file that says no augmentation
+DEFAULT_VIEW: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # for files without a run's augmentation
 
-OnStep = Callable[[str, float], None]
+OnStep = Callable[[str, float], None]  # called with a description and the loss
 
 
-def evaluate_finetune(config: FinetuneConfig) -> list[Outcome]:
+@dataclass(frozen=True, eq=False)
+class Finetuning:
+    """What all encoders and seeds share."""
+
+    task: Task[FinetuneConfig]  # its held-out split may be a validation part of the training split
+    file: EncoderFile  # the subject's file, with drop-path if it is configured
+    view: View
+
+    def plan(self, images: int, seed: int) -> Plan:
+        config = self.task.config
+        return plan_of(images, config.batch_size, config.epochs, config.min_steps, seed)
+
+
+def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
     """See `moco.finetune.finetune`."""
-    with compute_context(config) as device:
-        task = _open(config, device)
-        plan = _announce(task)
-        results.prepare(task.subject.output)
-        shared = common(task, plan)  # before the work: a list of pictures may be edited meanwhile
-        with _bar(len(config.encoders) * config.seeds * plan.total_steps) as on_step:
-            outcomes = [_finetune(task, name, on_step) for name in config.encoders]
-        file = on_rank_zero(lambda: results.record(task.subject.output, entries(shared, outcomes), task.subject.step))
-        summarize(task, plan, outcomes, file)
-    return outcomes
+    with open_task(config) as opened:
+        run = _set_up(opened)
+        task = run.task
+        plan = _log_plan(run)
+        prepare(task.subject.output)
+        settings = _settings(run, plan)  # before the work, during which a list of images may be edited
+        with _progress(len(config.encoders) * config.seeds * plan.total_steps) as on_step:
+            found = [_finetune(run, name, settings, on_step) for name in config.encoders]
+        path = record_results(task, "finetune", protocol(config)[0], found)
+        _report(task, plan, found, path)
+    return found
 
 
-def _open(config: FinetuneConfig, device: torch.device) -> Task:
-    subject = open_subject(config)
-    file = subject.file
-    told = {name: getattr(config, name) for name in ("layer_decay", "drop_path") if getattr(config, name) is not None}
-    if told and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # timm's list of the layers
-        each = " ".join(f"{name}={value}" for name, value in told.items())
-        raise ConfigError(
-            f"{each} needs a vision transformer or a timm network, which {file.backbone} is not: leave it"
-        )
+def _set_up(task: Task[FinetuneConfig]) -> Finetuning:
+    """Choose the training view and the validation part, and refuse options that the network lacks."""
+    config, file = task.config, task.subject.file
+    options = {
+        name: getattr(config, name) for name in ("layer_decay", "drop_path") if getattr(config, name) is not None
+    }
+    if options and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # timm's list of layers
+        each = " ".join(f"{name}={value}" for name, value in options.items())
+        raise ConfigError(f"{each} needs a vision transformer or a timm network, {file.backbone} is neither: remove it")
     if config.drop_path is not None:
         file = replace(file, options=file.options | {"drop_path_rate": config.drop_path})
     if config.bn == "frozen" and "untrained" in config.encoders:
         warnings.warn(
-            "bn=frozen leaves the untrained encoder with statistics that no picture ever moved, as if it had no BN: "
+            "bn=frozen keeps the initial statistics of the untrained encoder, as if it had no batch normalization: "
             "compare with bn=sync",
             RunWarning,
             stacklevel=2,
         )
-    view = view_of(config, subject)
-    labeled, held_out = open_labeled(config, subject)
+    view = view_of(config, task.subject)
     if config.validation:
-        labeled, held_out = _parted(labeled, config.validation)
-    return Task(config, subject, file, labeled, held_out, view, device)
-
-
-def _parted(labeled: Source, validation: float) -> tuple[Source, Source]:
-    """What is left to label, and the part of each class to judge on."""
-    labels = labeled.labels
-    assert labels is not None
-    single = [labeled.classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)]
-    require(
-        not single,
-        f"validation={validation} needs two pictures of each class, and the training split has one of "
-        f"{', '.join(single[:5])}: add pictures, or leave validation=0",
-    )
-    rest, rows = validation_rows(labels, validation, 0)
-    return labeled.subset(rest), labeled.subset(rows)
+        labels = labels_of(task.train)
+        with subsets.naming_field("validation", config.validation):
+            rest, held = subsets.split_each_class(labels, config.validation, 0, VALIDATION, task.train.classes)
+        task = replace(task, train=task.train.subset(rest), held_out=task.train.subset(held))
+    return Finetuning(task, file, view)
 
 
 def view_of(config: FinetuneConfig, subject: Subject) -> View:
-    """The training view: the run's first, or crops and a flip, at the size and colors of the subject pictures.
+    """Return the training view: the run's first, or crops and a flip, with the size and colors of the evaluation.
 
     Raises:
-        ConfigError: for a field of `view` that is none, or a value that cannot be.
+        ConfigError: for an unknown field of `view`, or an invalid value.
     """
     known = {each.name for each in fields(View)}
     of_run = {name: value for name, value in subject.file.config.get("augment", {}).items() if name in known}
-    look = {"size": subject.look.size, "mean": subject.look.mean, "std": subject.look.std}
+    transform = subject.transform
+    fixed = {"size": transform.size, "mean": transform.mean, "std": transform.std}
     for name in config.view:
-        free = ", ".join(sorted(known - set(look)))
-        require(name not in look, f"view.{name} would differ from what is subject: set images.{name} instead")
-        require(name in known, f"view.{name} is no field of a view: there are {free}")
-    told = (of_run or FOREIGN) | config.view | look
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+        require(name not in fixed, f"view.{name} must equal that of the evaluation: set images.{name} instead")
+        free = ", ".join(sorted(known - set(fixed)))
+        require(name in known, f"view.{name} is not a field of a view: use one of {free}")
+    merged = (of_run or DEFAULT_VIEW) | config.view | fixed
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in merged.items()
+    }
     try:
         return View(**values)
     except (ValueError, TypeError) as error:
@@ -116,17 +139,16 @@ def view_of(config: FinetuneConfig, subject: Subject) -> View:
 
 
 def pick(config: FinetuneConfig, labeled: Source, seed: int) -> NDArray[np.int64]:
-    """Rows of the pictures whose labels are used.
+    """Return the rows of the images whose labels are used.
 
     Raises:
-        FileNotFoundError: if the list is not there.
-        SubsetError: see `moco.evaluation.subsets`.
-        ConfigError: if a class has no picture.
+        FileNotFoundError: if the list does not exist.
+        ConfigError: if the selection is not possible, or a class has no image.
     """
-    labels = labeled.labels
-    assert labels is not None
+    labels = labels_of(labeled)
     if config.labels_per_class:
-        return subsets.per_class(labels, config.labels_per_class, seed)
+        with subsets.naming_field("labels_per_class", config.labels_per_class):
+            return subsets.per_class(labels, config.labels_per_class, seed)
     if fraction := fraction_of(config):
         return subsets.part_of_each_class(labels, fraction, seed)
     file = Path(config.subset_list)
@@ -134,122 +156,179 @@ def pick(config: FinetuneConfig, labeled: Source, seed: int) -> NDArray[np.int64
         raise FileNotFoundError(f"subset_list={file} does not exist")
     try:
         wanted = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        rows = subsets.listed([labeled.name(row) for row in range(len(labeled))], wanted)
-    except subsets.SubsetError as error:
-        raise subsets.SubsetError(f"subset_list={file}: {error}") from error
     except UnicodeDecodeError as error:
-        raise subsets.SubsetError(f"subset_list={file} is no text") from error
+        raise ConfigError(f"subset_list={file} is not a text file") from error
+    with subsets.naming_field("subset_list", file):
+        rows = subsets.listed([labeled.name(row) for row in range(len(labeled))], wanted)
     lacking = [labeled.classes[label] for label in np.setdiff1d(labels, labels[rows])]
-    require(not lacking, f"subset_list={file} lists no picture of {', '.join(lacking[:5])}: each class needs one")
+    require(not lacking, f"subset_list={file} lists no image of {', '.join(lacking[:5])}: each class needs one")
     return rows
 
 
-def _plan(task: Task, pictures: int, seed: int) -> Plan:
-    return plan_of(pictures, task.config.batch_size, task.config.epochs, task.config.min_steps, seed)
-
-
-def _announce(task: Task) -> Plan:
-    config, file, log = task.config, task.subject.file, console.log
-    pictures = len(pick(config, task.labeled, config.seed))
-    plan = _plan(task, pictures, config.seed)
+def _log_plan(run: Finetuning) -> Plan:
+    task, config, file = run.task, run.task.config, run.task.subject.file
+    images = len(pick(config, task.train, config.seed))
+    plan = run.plan(images, config.seed)
     log(f"{file.source}: {file.backbone} ({file.layout}, step {file.step})")
-    classes = len(task.labeled.classes)
-    judged_on = "pictures of the training split" if config.validation else "held-out pictures"
-    log(f"{protocol(config)[0]}: {pictures:,} of {len(task.labeled):,} pictures of {classes} classes")
-    log(f"subject on {len(task.held_out):,} {judged_on}, with {config.seeds} seed{'s' * (config.seeds > 1)} an encoder")
+    classes = len(task.train.classes)
+    split = "images of the training split" if config.validation else "held-out images"
+    log(f"{_title(config)}: {images:,} of {len(task.train):,} images of {classes} classes")
+    log(f"evaluated on {len(task.held_out):,} {split}, {config.seeds} seed{'s' * (config.seeds > 1)} per encoder")
     if plan.batch_size < config.batch_size:
-        log(f"batch_size={config.batch_size} is lowered to {plan.batch_size}: there are {pictures} labeled pictures")
+        log(f"batch_size={config.batch_size} is lowered to {plan.batch_size}: there are {images} labeled images")
     if plan.epochs > config.epochs:
-        log(f"epochs={config.epochs} is raised to {plan.epochs}: min_steps={config.min_steps} asks for so many steps")
-    log(f"{plan.total_steps:,} steps: {plan.epochs} epochs of {plan.steps_per_epoch} with {plan.batch_size} pictures")
+        log(f"epochs={config.epochs} is raised to {plan.epochs} to reach min_steps={config.min_steps}")
+    log(f"{plan.total_steps:,} steps: {plan.epochs} epochs of {plan.steps_per_epoch} with {plan.batch_size} images")
     return plan
 
 
-def _finetune(task: Task, name: str, on_step: OnStep) -> Outcome:
-    """One encoder over all seeds; the last one's network is saved."""
-    found = []
+def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: OnStep) -> Result:
+    """Train and evaluate one encoder with all seeds; save the last one's network."""
+    task, metrics = run.task, []
     for seed in range(task.config.seed, task.config.seed + task.config.seeds):
-        network, plan = _trained(task, name, seed, on_step)
-        judge = HeldOut(
-            lambda network=network: features_of(network, task.held_out, task.subject, task.config, task.device),
-            np.asarray(task.held_out.labels),
-        )
-        found.append(figures(*judge.open()))
-        console.log(f"{name}, seed {seed}: {console.percent(found[-1].top1)} %")
-    folder = task.subject.output / "finetune" / f"{name}_{protocol(task.config)[1]}"
+        network, plan = _train(run, name, seed, on_step)
+        held_out = HeldOut(partial(task.features, network, task.held_out), labels_of(task.held_out))
+        metrics.append(compute_metrics(*held_out.open()))
+        log(f"{name}, seed {seed}: {percent(metrics[-1].top1)} %")
+    folder = _folder(task, name)
     steps = plan.total_steps + (task.subject.step if name == "pretrained" else 0)
     on_rank_zero(lambda: _save(task, network, folder, steps))
-    return Outcome(name, found, folder)
+    details = {
+        "settings": settings,
+        "labelled": plan.length,
+        "figures": summarize_seeds(metrics),
+        "per_seed": [each.to_json() for each in metrics],
+        "saved": str(folder.absolute()),
+    }
+    return Result(name, metrics, details)
 
 
-def _trained(task: Task, name: str, seed: int, on_step: OnStep) -> tuple[nn.Sequential, Plan]:
-    config = task.config
-    picked = task.labeled.subset(pick(config, task.labeled, seed))
-    plan = _plan(task, len(picked), seed)
-    backbone = build(task.file, seed if name == "untrained" else None).get_submodule("backbone")
-    classes = len(task.labeled.classes)
+def _train(run: Finetuning, name: str, seed: int, on_step: OnStep) -> tuple[nn.Sequential, Plan]:
+    task, config = run.task, run.task.config
+    picked = task.train.subset(pick(config, task.train, seed))
+    plan = run.plan(len(picked), seed)
+    backbone = build(run.file, seed if name == "untrained" else None).get_submodule("backbone")
+    classes = len(task.train.classes)
     network = classifier(backbone, classes, config.bn, seed).to(task.device)
     broadcast_module(network)
-    optimizer = optimizer_of(
-        network,
-        config.optimizer,
-        config.momentum,
-        config.nesterov,
-        config.betas,
-        config.weight_decay,
-        config.exclude,
-        config.head_lr_factor,
-        config.layer_decay,
+    optim = OptimConfig(
+        name=config.optimizer,
+        momentum=config.momentum,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        exclude=config.exclude,
     )
+    mix, precision = mixing(config.mixup, config.cutmix, classes), PRECISIONS[config.precision]
     train(
         wrap_ddp(network, task.device),
-        optimizer,
-        batches(picked, plan, [task.view], task.device, data_config(config, task.subject).workers),
-        torch.from_numpy(np.asarray(picked.labels)).to(task.device),
+        build_finetune_optimizer(network, optim, config.nesterov, config.head_lr_factor, config.layer_decay),
+        batches(picked, plan, [run.view], task.device, task.data.workers),
+        torch.from_numpy(labels_of(picked)).to(task.device),
         plan,
-        config.lr,
-        config.warmup,
-        mixing(config.mixup, config.cutmix, classes),
-        config.label_smoothing,
-        PRECISIONS[config.precision],
-        lambda _, loss: on_step(f"{name}, seed {seed}", loss),
+        TrainSettings(config.lr, config.warmup, mix, config.label_smoothing, precision),
+        lambda loss: on_step(f"{name}, seed {seed}", loss),
     )
     return network, plan
 
 
-def _save(task: Task, network: nn.Sequential, folder: Path, step: int) -> None:
-    """The encoder as the other commands read it, and the classifier on it with its classes' names."""
-    file, look, of_run = task.subject.file, task.subject.look, task.subject.file.config
-    augment = {name: getattr(look, name) for name in ("size", "mean", "std")} | {"eval_resize": look.resize}
+def _folder(task: Task[FinetuneConfig], encoder: str) -> Path:
+    return task.subject.output / "finetune" / f"{encoder}_{protocol(task.config)[1]}"
+
+
+def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step: int) -> None:
+    """Write the encoder for the other commands, and the classifier on it with the names of its classes."""
+    file, transform, of_run = task.subject.file, task.subject.transform, task.subject.file.config
+    augment = {name: getattr(transform, name) for name in ("size", "mean", "std")} | {"eval_resize": transform.resize}
     config = of_run | {
         "model": of_run.get("model", {}) | {"backbone": file.backbone, "options": file.options},
         "augment": of_run.get("augment", {}) | augment,
-        "data": data_written(task.config, task.subject),
+        "data": data_with_absolute_paths(task.config, task.subject),
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_encoder(folder / "encoder.safetensors", network.get_submodule("backbone"), config, step)
     head = network.get_submodule("head").state_dict()
-    save_weights(folder / "head.safetensors", head, {"classes": json.dumps(task.labeled.classes)})
+    save_weights(folder / "head.safetensors", head, {"classes": json.dumps(task.train.classes)})
 
 
 @contextmanager
-def _bar(total: int) -> Iterator[OnStep]:
-    """A bar over all steps of all encoders and seeds; without a terminal a line every half minute. Rank 0 only."""
+def _progress(total: int) -> Iterator[OnStep]:
+    """Show a bar over all steps of all encoders and seeds, or without a terminal a line every 30 seconds; on rank 0."""
     terminal = Terminal(quiet=not is_rank_zero(), highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    began = said = time.monotonic()
+    start = last_line = time.monotonic()
     done = 0
     with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
-        def on_step(what: str, loss: float) -> None:
-            nonlocal said, done
+        def on_step(description: str, loss: float) -> None:
+            nonlocal last_line, done
             done += 1
-            line = f"{what}: loss {loss:.3f}"
+            line = f"{description}: loss {loss:.3f}"
             bar.update(task, completed=done, description=line)
-            if not terminal.is_terminal and time.monotonic() - said > 30:
-                said = time.monotonic()
-                left = duration((said - began) / done * (total - done))
-                console.log(f"step {done}/{total} · {line} · left {left}")
+            if not terminal.is_terminal and time.monotonic() - last_line > 30:
+                last_line = time.monotonic()
+                left = duration((last_line - start) / done * (total - done))
+                log(f"step {done}/{total} · {line} · left {left}")
 
         yield on_step
+
+
+# ---- what is written and shown ----
+
+
+def protocol(config: FinetuneConfig) -> tuple[str, str]:
+    """Return the selection of labels for results.json, as in earlier versions, and for a folder's name."""
+    if fraction := fraction_of(config):
+        text, short = f"{100 * fraction:g} % of labels", f"{100 * fraction:g}percent"
+    elif config.labels_per_class:
+        text, short = f"{config.labels_per_class} labels a class", f"{config.labels_per_class}perclass"
+    else:  # list_: SimCLR's 1percent.txt is not fraction=0.01
+        text, short = f"labels of {Path(config.subset_list).name}", f"list_{Path(config.subset_list).stem}"
+    return (f"{text}, validation", f"{short}_validation") if config.validation else (text, short)
+
+
+def _title(config: FinetuneConfig) -> str:
+    return protocol(config)[0].replace("labels a class", "labels per class")
+
+
+def _settings(run: Finetuning, plan: Plan) -> dict[str, Any]:
+    """Return all settings that reproduce the results."""
+    config, shared = run.task.config, {each.name for each in fields(SubjectConfig)} - {"seed"}
+    settings = {name: value for name, value in asdict(config).items() if name not in shared}
+    settings |= {"batch_size": plan.batch_size, "epochs": plan.epochs, "steps": plan.total_steps}
+    settings |= {"view": asdict(run.view), "fraction": fraction_of(config)}
+    if config.subset_list:
+        file = Path(config.subset_list)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        settings |= {"subset_list": str(file.absolute()), "subset_list_sha256": digest}
+    return settings
+
+
+def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: Path) -> None:
+    """Print the closing table, the written files and the next command."""
+    config = task.config
+    show_results(
+        f"fine-tuned, {_title(config)} ({plan.length:,} images, {plan.total_steps:,} steps)",
+        found,
+        {"each seed": [", ".join(percent(one.top1) for one in each.metrics) for each in found]},
+        f"top-1: {interval_note(config.seeds)}; evaluated on {len(task.held_out):,} images",
+    )
+    if len(found) == 2 and config.seeds > 1:
+        pairs = zip(*(each.metrics for each in found), strict=True)
+        gain, half = mean_interval([one.top1 - two.top1 for one, two in pairs])
+        names = " minus ".join(each.encoder for each in found)
+        log(f"{names}, on the same images for each seed: {gain:+.1f} ± {half:.1f}")
+    log(f"written: {path}")
+    for each in found:
+        log(f"saved: {_folder(task, each.encoder)}/encoder.safetensors and head.safetensors (of the last seed)")
+    # The saved file holds these itself.
+    saved: dict[str, Any] = {
+        "run": "",
+        "output": "",
+        "weights": "encoder",
+        "backbone": None,
+        "options": {},
+        "images": {},
+    }
+    data, encoder = {"hold_out": config.data.hold_out}, f"{_folder(task, found[0].encoder)}/encoder.safetensors"
+    log_next(command("moco.knn", config, **saved, data=data, checkpoint=encoder))

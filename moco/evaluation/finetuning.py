@@ -1,13 +1,14 @@
-"""End-to-end fine-tuning: a linear classifier on a backbone, both trained on labeled pictures.
+"""End-to-end fine-tuning: a linear classifier on a backbone, both trained on labeled images.
 
-Nothing of it depends on the topology: W processes make the steps of one (law 3), and every random number is a
-function of (seed, step) or of a picture's own key (law 2).
+Results do not depend on the topology: W processes compute the steps of one (law 3), and every random number is a
+function of (seed, step) or of an image's own key (law 2).
 
-Legend: N pictures with labels, B global batch, n = B / W of this rank, D features, L classes, S size.
+Legend: N labeled images, B global batch, n = B / W images of this rank, D features, L classes, S image size.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,19 +26,31 @@ from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.optim.schedules import lr_factor
 from moco.runtime.errors import NonFiniteLoss
 
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (B, 3, S, S) and (B,) -> mixed, and (B, L)
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, 3, S, S), labels (B,) -> mixed images, (B, L)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The loss and the learning rate of each step."""
+
+    lr: float  # the peak, before each group's own scale; a cosine lowers it to 0
+    warmup: float = 0.0  # fraction of the steps in which it rises
+    mix: Mix | None = None  # from `mixing`
+    label_smoothing: float = 0.0  # part of a target that is spread over all classes
+    precision: torch.dtype = torch.float32  # of autocast; float32 is no autocast
 
 
 def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequential:
-    """`backbone`, then `head`: a new linear layer with weights from N(0, 0.01) and no bias at first; in training mode.
+    """Build `backbone` followed by `head`, a new linear layer: weights N(0, 0.01²), bias 0; in training mode.
 
-    All is trained, also what pretraining kept fixed (MoCo v3's patch projection and positions), as its authors do.
+    Everything is trained, including what pretraining kept fixed (MoCo v3's patch projection and positions), as its
+    authors do.
 
     Args:
         backbone: changed in place; its `num_features` is D.
         classes: L.
-        bn: "sync" normalizes over the global batch and moves the running statistics; "frozen" uses them as they are.
-            Scale and shift are trained either way.
+        bn: "sync" normalizes over the global batch and updates the running statistics; "frozen" uses the stored ones.
+            Scale and shift are trained in both cases.
         seed: of the head's weights.
     """
     torch.manual_seed(seed)
@@ -54,72 +67,63 @@ def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequ
     return network
 
 
-def optimizer_of(
+def build_finetune_optimizer(
     network: nn.Sequential,
-    name: str,
-    momentum: float,
-    nesterov: bool,
-    betas: Sequence[float],
-    weight_decay: float,
-    exclude: Sequence[str],
-    head_lr_factor: float,
-    layer_decay: float | None,
+    optim: OptimConfig,
+    nesterov: bool = False,
+    head_lr_factor: float = 1.0,
+    layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
-    """An optimizer whose groups each say in "lr_scale" what their learning rate is multiplied by.
+    """Build an optimizer whose groups hold the factor of their learning rate in "lr_scale".
 
     Args:
         network: from `classifier`.
-        name: "sgd" or "adamw".
-        momentum, nesterov: of SGD.
-        betas: of AdamW.
-        weight_decay, exclude: see `moco.optim.optimizers.parameter_groups`.
+        optim: name (sgd or adamw), momentum, betas, weight decay and its exclusions.
+        nesterov: for sgd.
         head_lr_factor: the head's scale.
-        layer_decay: of a timm network: each layer's scale is this times that of the layer above, the head's being 1
-            (BEiT, Bao et al., 2022); weight decay then leaves out the backbone's vectors and what it names. None: the
-            backbone's scale is 1.
+        layer_decay: for timm networks: each layer's scale is this times that of the layer above, the head's being 1
+            (BEiT, Bao et al., 2022); weight decay then excludes the backbone's vectors and the parameters that it
+            lists. None: the backbone's scale is 1.
     """
     backbone: Any = network.get_submodule("backbone")
-    optimizer = build_optimizer(
-        network.get_submodule("head"),
-        OptimConfig(name=name, momentum=momentum, betas=list(betas), weight_decay=weight_decay, exclude=list(exclude)),
-    )
+    optimizer = build_optimizer(network.get_submodule("head"), optim)
     for group in optimizer.param_groups:
         group["lr_scale"] = head_lr_factor
-    groups: list[dict[str, Any]] = parameter_groups(backbone, weight_decay, exclude)
+    groups: list[dict[str, Any]] = parameter_groups(backbone, optim.weight_decay, optim.exclude)
     if layer_decay is not None:
-        # timm costs a second at start-up, so only where it is used
+        # timm costs a second at start-up, so it is imported only here
         from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 
-        spared = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
-        groups = param_groups_layer_decay(backbone, weight_decay, spared, layer_decay=layer_decay)
+        undecayed = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()
+        groups = param_groups_layer_decay(backbone, optim.weight_decay, undecayed, layer_decay=layer_decay)
         for group in groups:
-            group["lr_scale"] *= layer_decay  # timm counts from the last layer it sees, and the head is ours
+            group["lr_scale"] *= layer_decay  # timm counts from the backbone's last layer, not from the head
     for group in groups:
         optimizer.add_param_group({"lr_scale": 1.0} | group)
-    if name == "sgd":
+    if optim.name == "sgd":
         for group in optimizer.param_groups:
             group["nesterov"] = nesterov
     return optimizer
 
 
-def plan_of(pictures: int, batch_size: int, epochs: int, min_steps: int, seed: int) -> Plan:
-    """Which pictures each step sees: the batch lowered to what there is, the epochs raised to reach `min_steps`.
+def plan_of(images: int, batch_size: int, epochs: int, min_steps: int, seed: int) -> Plan:
+    """Plan the images of each step: the batch is lowered to their number, the epochs are raised to reach `min_steps`.
 
     Raises:
-        ValueError: if the processes cannot share that batch evenly. Another batch would fit them, but would give other
-            figures than one process has.
+        ValueError: if the processes cannot share that batch evenly. Another batch would give other results than one
+            process has.
     """
     processes = world_size()
-    batch = min(batch_size, pictures)
+    batch = min(batch_size, images)
     if batch % processes:
         even = batch // processes * processes
         fix = f"set batch_size={even}, or start fewer" if even else "start fewer"
-        raise ValueError(f"{processes} processes cannot share a batch of the {batch} labeled pictures evenly: {fix}")
-    return Plan(pictures, batch, max(epochs, -(-min_steps // (pictures // batch))), seed, rank(), processes)
+        raise ValueError(f"{processes} processes cannot share a batch of the {batch} labeled images evenly: {fix}")
+    return Plan(images, batch, max(epochs, -(-min_steps // (images // batch))), seed, rank(), processes)
 
 
 def mixing(mixup: float, cutmix: float, classes: int) -> Mix | None:
-    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) with these alphas, one of them a step; None: neither."""
+    """Build MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) with these alphas; each step draws one of them."""
     chosen = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
     transforms = [kind(alpha=alpha, num_classes=classes) for kind, alpha in chosen if alpha > 0]
     if not transforms:
@@ -128,20 +132,21 @@ def mixing(mixup: float, cutmix: float, classes: int) -> Mix | None:
 
 
 def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """This rank's share of the mixed global batch: (n, 3, S, S), and the classes' parts (n, L).
+    """Return this rank's share of the mixed global batch: (n, 3, S, S), and the class proportions (n, L).
 
-    Both transforms mix each picture with the one before it in the batch. A rank's first has it on the rank before.
+    Both transforms mix each image with the previous one of the batch. For a rank's first image, that one is on the
+    previous rank.
     """
-    before = (rank() - 1) % world_size()
+    previous = (rank() - 1) % world_size()
     images, labels = (
-        torch.cat([gather(each[-1:])[before : before + 1], each]) for each in (images, labels)
+        torch.cat([gather(each[-1:])[previous : previous + 1], each]) for each in (images, labels)
     )  # (1 + n, ...)
     images, parts = mix(images, labels)
     return images[1:], parts[1:]
 
 
 def step_seed(seed: int, step: int, process: int) -> int:
-    """For `torch.manual_seed`, as mixing and dropout draw from torch's generator: process 0 is all ranks together."""
+    """Return a seed for torch's generator, from which mixing and dropout draw; process 0 means all ranks together."""
     words = philox((seed & 0xFFFFFFFF, seed >> 32), (process, STEP, step, 0))
     return int(words[0] << 31 | words[1] >> 1)  # 63 bits
 
@@ -152,34 +157,32 @@ def train_step(
     images: Tensor,
     target: Tensor,
     lr: float,
-    label_smoothing: float,
-    precision: torch.dtype,
+    settings: TrainSettings,
 ) -> float:
-    """Trains on one global batch and returns its loss.
+    """Train on one global batch and return its loss.
 
     Args:
         forward: the network, or DDP around it.
-        optimizer: from `optimizer_of`.
+        optimizer: from `build_finetune_optimizer`.
         images: this rank's share, (n, 3, S, S).
-        target: its classes (n,), or their parts (n, L).
+        target: its classes (n,), or class proportions (n, L).
         lr: of this step, before each group's own scale.
-        label_smoothing: this much of a target is spread over all classes.
-        precision: autocast's type; float32 is no autocast.
+        settings: label smoothing and precision.
 
     Raises:
-        NonFiniteLoss: on every rank together, before any weight has changed.
+        NonFiniteLoss: on every rank, before any weight has changed.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+    with torch.autocast(images.device.type, settings.precision, enabled=settings.precision != torch.float32):
         logits = forward(images)  # (n, L)
-    loss = F.cross_entropy(logits.float(), target, label_smoothing=label_smoothing)
+    loss = F.cross_entropy(logits.float(), target, label_smoothing=settings.label_smoothing)
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     value = mean_over_ranks(loss.detach())
-    # Loss and gradients are averages over the ranks by now, so all ranks decide alike.
+    # Loss and gradients are averages over the ranks here, so all ranks decide the same.
     if not torch.isfinite(torch.stack([value, norm])).all():
         raise NonFiniteLoss(f"loss {value:.4g}, gradient norm {norm:.4g}")
     optimizer.step()
@@ -192,44 +195,37 @@ def train(
     batches: Iterable[Batch],
     labels: Tensor,
     plan: Plan,
-    lr: float,
-    warmup: float,
-    mix: Mix | None,
-    label_smoothing: float,
-    precision: torch.dtype,
-    on_step: Callable[[int, float], None],
+    settings: TrainSettings,
+    on_step: Callable[[float], None] = lambda _: None,
 ) -> None:
-    """All steps of a plan.
+    """Run all steps of a plan.
 
     Args:
         forward: the network in training mode, or DDP around it.
-        optimizer: from `optimizer_of`.
-        batches: the plan's, one view each.
-        labels: of all pictures of the plan, (N,), on the device.
+        optimizer: from `build_finetune_optimizer`.
+        batches: the plan's batches, one view each.
+        labels: of all images of the plan, (N,), on the device.
         plan: the length of training and its seed.
-        lr: the peak; a cosine leads from it to 0.
-        warmup: part of all steps in which it rises.
-        mix: from `mixing`.
-        label_smoothing, precision: see `train_step`.
-        on_step: gets the steps done and the last one's loss.
+        settings: learning rate, mixing, smoothing, precision.
+        on_step: receives the loss of each step.
 
     Raises:
-        NonFiniteLoss: naming the step and the way out.
-        ImageError: for a picture that cannot be decoded, on every rank.
+        NonFiniteLoss: if a loss or gradient is not finite.
+        ImageError: if an image cannot be decoded; on every rank.
     """
-    warmup_epochs = warmup * plan.epochs
+    schedule = OptimConfig(schedule="cosine", warmup_epochs=settings.warmup * plan.epochs)
     for step, batch in enumerate(in_lockstep(batches)):
         images, target = batch.views[0], labels[batch.index]
-        if mix is not None:
+        if settings.mix is not None:
             torch.manual_seed(step_seed(plan.seed, step, 0))
-            images, target = mixed(mix, images, target)
+            images, target = mixed(settings.mix, images, target)
         torch.manual_seed(step_seed(plan.seed, step, 1 + rank()))  # dropout and drop-path: masks differ between ranks
-        factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(warmup_epochs=warmup_epochs))
+        lr = settings.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
         try:
-            loss = train_step(forward, optimizer, images, target, lr * factor, label_smoothing, precision)
+            loss = train_step(forward, optimizer, images, target, lr, settings)
         except NonFiniteLoss as error:
             raise NonFiniteLoss(
-                f"step {step + 1} of {plan.total_steps} gave {error} at lr {lr * factor:.3g}: lower lr={lr:g} or "
-                "head_lr_factor, or lengthen warmup"
+                f"step {step + 1} of {plan.total_steps} has {error} at lr {lr:.3g}: lower lr={settings.lr:g} or "
+                "head_lr_factor, or increase warmup"
             ) from error
-        on_step(step + 1, loss)
+        on_step(loss)

@@ -1,32 +1,42 @@
-"""`python -m moco.knn`: nearest neighbors of an encoder's features and of its baselines', subject in the same way.
+"""`python -m moco.knn`: weighted kNN on the features of an encoder and of its baselines.
 
-Legend: M training images, Q held-out images, L classes.
+Legend: M training images, L classes.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
-from moco.config import ConfigError, require
+from moco.config import require
 from moco.config.knn import KnnConfig
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.sources import Source
-from moco.distributed import is_rank_zero, world_size
-from moco.evaluation.features import pixels
-from moco.evaluation.knn_classifier import knn_votes, leave_one_out, votes_of_draws
-from moco.evaluation.knn_report import Result, report
-from moco.evaluation.metrics import HeldOut, figures
-from moco.evaluation.subject import Subject, data_config, encoders, features_of, open_labeled, open_subject
+from moco.distributed import is_rank_zero
+from moco.evaluation.features import Network, pixels
+from moco.evaluation.knn_classifier import KnnSettings, leave_one_out, votes_of_draws
+from moco.evaluation.metrics import HeldOut, Metrics, compute_metrics, mean_known
+from moco.evaluation.subject import encoders, labels_of
+from moco.evaluation.task import Result, Task, log_next, open_task, record_results
 from moco.runs.results import prepare
-from moco.runtime.console import log, progress_bar
-from moco.runtime.device import compute_context
+from moco.runtime.console import log, percent, progress_bar, table
+from moco.runtime.next_command import command
 
-Network = nn.Module | Callable[[Tensor], Tensor]
+NAMES = {"pixels": "raw pixels"}  # other encoders keep their name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The settings chosen for one encoder."""
+
+    settings: KnnSettings
+    grid: NDArray[np.float64] | None  # leave-one-out accuracy (k, temperature); None if there was nothing to choose
 
 
 def evaluate_knn(config: KnnConfig) -> list[Result]:
@@ -35,135 +45,185 @@ def evaluate_knn(config: KnnConfig) -> list[Result]:
     Returns:
         A result for the pretrained encoder, then one for each name in `compare`; the same on every rank.
     """
-    with compute_context(config) as device:
-        return _judge_all(config, device)
+    with open_task(config) as task:
+        file, train = task.subject.file, task.train
+        require(
+            config.features == "backbone" or bool(file.head_weights),
+            f"features=projection, but {file.source} ({file.layout}) has no projection head: set features=backbone",
+        )
+        references = _count_references(train, config)
+        prepare(task.subject.output)
+        log(
+            f"{file.source} · {file.backbone}, {config.features} features · {task.data.name}: {len(train):,} training "
+            f"and {len(task.held_out):,} held-out images, {len(train.classes)} classes"
+        )
+        if max(config.k) > references:
+            log(f"k={max(config.k)} exceeds the {references:,} reference images: all of them vote")
+        results, choices = zip(*(_evaluate(task, *each) for each in _networks(task)), strict=True)
+        _report(task, list(results), list(choices))
+        return list(results)
 
 
-def _judge_all(config: KnnConfig, device: torch.device) -> list[Result]:
-    subject = open_subject(config)
-    require(
-        config.features == "backbone" or bool(subject.file.head_weights),
-        f"features=projection, but {subject.file.source} ({subject.file.layout}) holds no projection head: "
-        "set features=backbone",
-    )
-    bank, held_out = open_labeled(config, subject)
-    available = _references(bank, config)
-    prepare(subject.output)
-    log(
-        f"{subject.file.source} · {subject.file.backbone}, {config.features} features · "
-        f"{data_config(config, subject).name}: {len(bank):,} training and {len(held_out):,} held-out images, "
-        f"{len(bank.classes)} classes"
-    )
-    if max(config.k) > available:
-        log(f"k={max(config.k)} exceeds the {available:,} reference images: all of them vote")
-    results = [
-        _judge(name, network, bank, held_out, subject, config, device)
-        for name, network in _networks(subject, config, device)
-    ]
-    report(results, bank, held_out, subject, config)
-    return results
-
-
-def _references(bank: Source, config: KnnConfig) -> int:
-    """How many references vote at most.
-
-    Raises:
-        ConfigError: if a class has fewer images than `labels_per_class`.
-    """
+def _count_references(train: Source, config: KnnConfig) -> int:
+    """Return the number of labeled references; refuse `labels_per_class` above the size of a class."""
     if not config.labels_per_class:
-        return len(bank)
-    assert bank.labels is not None
-    labels, counts = np.unique(bank.labels, return_counts=True)
+        return len(train)
+    labels, counts = np.unique(labels_of(train), return_counts=True)
     fewest = int(counts.argmin())
     require(
         counts[fewest] >= config.labels_per_class,
-        f"labels_per_class={config.labels_per_class}, but class {bank.classes[labels[fewest]]} has "
+        f"labels_per_class={config.labels_per_class}, but class {train.classes[labels[fewest]]} has "
         f"{counts[fewest]} training images: lower it",
     )
     return config.labels_per_class * len(labels)
 
 
-def _networks(subject: Subject, config: KnnConfig, device: torch.device) -> Iterator[tuple[str, Network]]:
-    for name, encoder in encoders(subject, config.compare, device):
-        yield name, encoder if config.features == "projection" else encoder.backbone
-    if "pixels" in config.compare:
+def _networks(task: Task[KnnConfig]) -> Iterator[tuple[str, Network]]:
+    for name, encoder in encoders(task.subject, task.config.compare, task.device):
+        yield name, encoder if task.config.features == "projection" else encoder.backbone
+    if "pixels" in task.config.compare:
         yield "pixels", pixels
 
 
-def _judge(
-    name: str,
-    network: Network,
-    bank: Source,
-    held_out: Source,
-    subject: Subject,
-    config: KnnConfig,
-    device: torch.device,
-) -> Result:
-    """One encoder: choose k and temperature on the training split, then open the held-out split, once."""
-    assert bank.labels is not None
-    assert held_out.labels is not None
-    held = HeldOut(lambda: _features(name, network, held_out, subject, config, device), held_out.labels)
-    references = _features(name, network, bank, subject, config, device)  # (M, D)
+def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> tuple[Result, Choice]:
+    """Choose k and temperature on the training split, then open the held-out split once."""
+    config, labels = task.config, labels_of(task.train)
+
+    def features(source: Source) -> Tensor:
+        return task.features(network, source, f"{name}: features of {len(source):,} images")
+
+    held_out = HeldOut(lambda: features(task.held_out), labels_of(task.held_out))
+    bank = features(task.train)  # (M, D)
     if config.half:
-        references = F.normalize(references, dim=1).half()  # of length 1: any feature's range fits
-    labels = torch.from_numpy(bank.labels).to(device)
-
-    k, temperature, grid = config.k[0], config.temperature[0], None
-    if len(config.k) * len(config.temperature) > 1:
-        drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
-        rows = torch.from_numpy(drawn).to(device)
-        with progress_bar(f"choosing k and temperature, {name}", quiet=not is_rank_zero()) as progress:
-            grid = leave_one_out(
-                references,
-                labels,
-                rows,
-                config.k,
-                config.temperature,
-                config.queries_at_once,
-                config.references_at_once,
-                progress,
-            )
-        best = np.unravel_index(grid.argmax(), grid.shape)  # of equal ones the first
-        k, temperature = config.k[best[0]], config.temperature[best[1]]
-
-    queries, truth = held.open()
-    classes = len(bank.classes)
-    if config.labels_per_class:
-        few, draws, seed = config.labels_per_class, config.draws, config.seed
-        votes = votes_of_draws(references, bank.labels, queries, k, temperature, classes, few, draws, seed)
-    else:
-        with progress_bar(f"nearest neighbors, {name}", quiet=not is_rank_zero()) as progress:
-            sizes = (config.queries_at_once, config.references_at_once)
-            votes = iter([knn_votes(references, labels, queries, k, temperature, classes, *sizes, progress)])
-    each = [figures(one, truth, votes=True) for one in votes]
-    if k < 5:  # there are no five classes to be among
-        each = [replace(one, top5=None) for one in each]
-    return Result(name, k, temperature, each, grid)
+        bank = F.normalize(bank, dim=1).half()  # unit length, so that any range of features fits
+    choice = _choose(task, name, bank)
+    queries, truth = held_out.open()
+    with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
+        votes = votes_of_draws(bank, labels, queries, len(task.train.classes), choice.settings, progress)
+        metrics = [compute_metrics(each, truth, votes=True) for each in votes]
+    settings = choice.settings
+    if settings.k < 5:  # fewer than five classes can have votes
+        metrics = [replace(each, top5=None) for each in metrics]
+    details = {
+        "settings": {
+            "features": config.features,
+            "k": settings.k,
+            "temperature": settings.temperature,
+            "labels_per_class": settings.labels_per_class,
+            "draws": config.draws if config.labels_per_class else 1,
+            "half": config.half,
+            "seed": config.seed,
+        },
+        "figures": summarize_draws(metrics),
+    }
+    if choice.grid is not None:
+        details["choice"] = {
+            "k": config.k,
+            "temperature": config.temperature,
+            "leave_one_out": choice.grid.tolist(),
+            "images": min(config.choose_on, len(task.train)),
+        }
+    return Result(name, metrics, details), choice
 
 
-def _features(
-    name: str, network: Network, source: Source, subject: Subject, config: KnnConfig, device: torch.device
-) -> Tensor:
-    """Features (M, D) on every rank, with a bar.
+def _choose(task: Task[KnnConfig], name: str, bank: Tensor) -> Choice:
+    """Choose k and temperature by leave-one-out on the training split; the first of equally good pairs."""
+    config = task.config
+    settings = KnnSettings(
+        config.k[0],
+        config.temperature[0],
+        config.labels_per_class,
+        config.draws,
+        config.seed,
+        config.queries_at_once,
+        config.references_at_once,
+    )
+    if len(config.k) * len(config.temperature) == 1:
+        return Choice(settings, None)
+    drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
+    labels, rows = (torch.from_numpy(each).to(task.device) for each in (labels_of(task.train), drawn))
+    with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
+        grid = leave_one_out(bank, labels, rows, config.k, config.temperature, settings, progress)
+    i, j = np.unravel_index(grid.argmax(), grid.shape)
+    return Choice(replace(settings, k=config.k[i], temperature=config.temperature[j]), grid)
 
-    Raises:
-        ConfigError: for NaN or infinity among them.
-    """
-    done = 0
-    with progress_bar(f"features of {len(source):,} images, {name}", quiet=not is_rank_zero()) as progress:
 
-        def count(*call: Any) -> None:
-            nonlocal done
-            done = min(len(source), done + len(call[-1]) * world_size())
-            progress(done, len(source))
+def total_confusion(metrics: list[Metrics]) -> NDArray[np.int64]:
+    """Sum the confusion matrices (L, L) over the draws."""
+    total: NDArray[np.int64] = np.sum([each.confusion for each in metrics], axis=0)
+    return total
 
-        handle = network.register_forward_hook(count) if isinstance(network, nn.Module) else None
-        features = features_of(network, source, subject, config, device)
-        if handle is not None:
-            handle.remove()
-    if not torch.stack(features.aminmax()).isfinite().all():
-        raise ConfigError(
-            f"the {name} encoder of {subject.file.source} gives features that are NaN or infinite: "
-            "its training diverged, take an older checkpoint=FILE"
-        )
-    return features
+
+def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
+    """Return the metrics for results.json; of several draws the means, and the standard deviation of top1."""
+    values = metrics[0].to_json()
+    if len(metrics) == 1:
+        return values
+    del values["interval95"]  # it would count the images of each draw as different ones
+    return values | {
+        "top1": float(np.mean([each.top1 for each in metrics])),
+        "std": float(np.std([each.top1 for each in metrics])),
+        "draws": len(metrics),
+        "top5": mean_known([each.top5 for each in metrics]),
+        "per_class": [mean_known(each) for each in zip(*(each.per_class for each in metrics), strict=True)],
+        "confusion": None if values["confusion"] is None else total_confusion(metrics).tolist(),
+    }
+
+
+def most_confused(confusion: NDArray[np.int64], classes: tuple[str, ...], most: int = 3) -> list[str]:
+    """List the most frequent confusions, such as "cat for dog 12.5 %": percent of the images of the true class, cat."""
+    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    np.fill_diagonal(share, 0)
+    order = np.argsort(-share, axis=None, kind="stable")[:most]
+    pairs = [divmod(int(place), len(classes)) for place in order]
+    return [f"{classes[a]} for {classes[b]} {share[a, b]:.1f} %" for a, b in pairs if share[a, b]]
+
+
+def _report(task: Task[KnnConfig], results: list[Result], choices: list[Choice]) -> None:
+    """Print the tables, write results.json, print the next commands."""
+    config, train, draws = task.config, task.train, len(results[0].metrics)
+    few = config.labels_per_class
+    protocol = f"{few} label{'s' * (few > 1)} a class" if few else "all labels"  # in results.json of earlier versions
+    if choices[0].grid is not None:
+        _show_choice(config, choices[0].settings, choices[0].grid, len(train))
+    table(
+        f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
+        ["encoder", "k", "T", "top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"],
+        [_row(result, choice.settings) for result, choice in zip(results, choices, strict=True)],
+        f"on {len(task.held_out):,} held-out images; chance is {100 / len(train.classes):.1f} %",
+    )
+    if pairs := most_confused(total_confusion(results[0].metrics), train.classes):
+        log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")
+    log(f"written: {record_results(task, 'knn', protocol, results, config.features)}")
+    live = task.subject.file.config.get("evaluate", {})
+    if live.get("labels_per_class") and not config.labels_per_class:
+        fields = {name: live[name] for name in ("features", "labels_per_class", "draws")}
+        fields |= {
+            "k": [live["k"]],
+            "temperature": [live["temperature"]],
+            "compare": ["untrained", "pixels"],
+            "seed": 0,
+        }
+        log_next(command("moco.knn", config, **fields), "few labels, as during training: all labels can saturate")
+    log_next(command("moco.linear", config))
+    log_next(shlex.join(["tensorboard", "--logdir", str(task.subject.output)]))
+
+
+def _show_choice(config: KnnConfig, chosen: KnnSettings, grid: NDArray[np.float64], count: int) -> None:
+    best = (config.k.index(chosen.k), config.temperature.index(chosen.temperature))
+    table(
+        "choice: leave-one-out accuracy of the pretrained encoder on training images",
+        ["k", *(f"T {temperature:g}" for temperature in config.temperature)],
+        [
+            [str(k), *(percent(value) + (" <" if (i, j) == best else "") for j, value in enumerate(line))]
+            for i, (k, line) in enumerate(zip(config.k, grid, strict=True))
+        ],
+        f"on {min(config.choose_on, count):,} of {count:,} images, each without itself as a neighbor; < is chosen",
+    )
+
+
+def _row(result: Result, settings: KnnSettings) -> list[str]:
+    values = result.details["figures"]
+    spread = percent(values["std"]) if "std" in values else " – ".join(map(percent, values["interval95"]))
+    name = NAMES.get(result.encoder, result.encoder)
+    return [name, str(settings.k), f"{settings.temperature:g}", percent(result.top1), spread, percent(result.top5)]

@@ -1,270 +1,249 @@
-"""A linear probe from a configuration to a table: open, judge each encoder by one protocol, keep and show."""
+"""`python -m moco.linear`: the linear probe of an encoder and of its baselines, all by one protocol."""
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.linear import LinearConfig
+from moco.data.keyed import VALIDATION
+from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.distributed import is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation.cache import cached, key_of
+from moco.evaluation.confusion import draw_confusion
 from moco.evaluation.features import pixels, stream
-from moco.evaluation.layers import LayerFeatures
-from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, train_head
-from moco.evaluation.linear_report import Outcome, Task, about_head, keep, say_next, show
-from moco.evaluation.metrics import HeldOut, figures
-from moco.evaluation.subject import encoders, features_of, open_labeled, open_subject
-from moco.evaluation.sweep import Choice, Recipe, choose, retrain
+from moco.evaluation.layers import OUTPUT, LayerFeatures
+from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, save_head, train_head
+from moco.evaluation.metrics import HeldOut, Metrics, compute_metrics
+from moco.evaluation.subject import encoders, labels_of
+from moco.evaluation.subsets import SubsetError, split_each_class
+from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
+from moco.evaluation.task import (
+    Result,
+    Task,
+    interval_note,
+    log_next,
+    monitored,
+    open_task,
+    record_results,
+    show_results,
+    summarize_seeds,
+)
 from moco.models.encoder import Encoder
-from moco.optim.schedules import lr_factor, scaled_lr
+from moco.optim.schedules import scaled_lr
 from moco.runs.results import prepare
-from moco.runtime.console import log, progress_bar
-from moco.runtime.device import compute_context
+from moco.runtime.console import log, percent, progress_bar
+from moco.runtime.next_command import command
 
 _CHUNK = 4096  # rows at once through a head
+_MOST_CLASSES = 100  # in the image of the confusion matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """The trained heads of one encoder."""
+
+    metrics: list[Metrics]  # one per seed
+    heads: list[LinearHead]  # one per seed
+    chosen: list[dict[str, Any]]  # per seed: layer, lr, weight_decay; for a sweep also the validation accuracy
+    settings: dict[str, Any]  # values that the data or the batch size changed
 
 
 def evaluate_linear(config: LinearConfig) -> None:
     """See `moco.linear.linear`."""
-    with compute_context(config) as device:
-        subject = open_subject(config)
-        train, held_out = open_labeled(config, subject)
-        prepare(subject.output)
-        task = Task(config, subject, train, held_out, device)
+    with open_task(config) as task:
+        file = task.subject.file
+        prepare(task.subject.output)
         log(
-            f"{config.protocol}: {subject.file.source} ({subject.file.backbone}, step {subject.step}) on "
-            f"{task.data_name}, {len(train):,} training and {len(held_out):,} held-out pictures of "
-            f"{len(train.classes)} classes, {device.type}, {world_size()} process{'es' * (world_size() > 1)}"
+            f"{config.protocol}: {file.source} ({file.backbone}, step {file.step}) on {task.data.name}, "
+            f"{len(task.train):,} training and {len(task.held_out):,} held-out images of {len(task.train.classes)} "
+            f"classes, {task.device.type}, {world_size()} process{'es' * (world_size() > 1)}"
         )
-        judge = _sweep if config.kind == "sweep" else _official
-        outcomes = [judge(task, name, encoder) for name, encoder in encoders(subject, config.compare, device)]
+        probe = _sweep if config.kind == "sweep" else _official
+        probes = {
+            name: probe(task, name, encoder) for name, encoder in encoders(task.subject, config.compare, task.device)
+        }
         if "pixels" in config.compare:
-            outcomes.append(_sweep(task, "pixels", None))
-        show(task, outcomes)  # first: what was found stays on the terminal, whatever becomes of the files
-        files = on_rank_zero(lambda: keep(task, outcomes))
-        log(f"written to {subject.output}: {', '.join(path.name for path in files)}")
-        say_next(task)
+            probes["pixels"] = _sweep(task, "pixels", None)
+        found = [Result(name, each.metrics, _details(config, each)) for name, each in probes.items()]
+        _show(config, found)  # before writing: the results stay visible if writing fails
+        path = record_results(task, "linear", config.protocol, found)
+        files = on_rank_zero(lambda: [path, *_save_files(task, probes["pretrained"])])
+        log(f"written to {task.subject.output}: {', '.join(each.name for each in files)}")
+        _log_next(task)
 
 
 # ---- the two protocols ----
 
 
-def _sweep(task: Task, name: str, encoder: Encoder | None) -> Outcome:
-    """Fixed features, many heads, the best on a part of the training split; the held-out split is opened last."""
-    config, labels = task.config, _labels(task.train)
-    sweep, classes = config.sweep, len(task.train.classes)
-    single = [task.train.classes[label] for label in np.flatnonzero(np.bincount(labels) == 1)]
-    require(
-        not single,
-        f"class {', '.join(single[:5])} has one training picture only, and a choice needs two, one to learn from and "
-        "one to choose by: add pictures, or set protocol=moco_v2, which chooses nothing",
-    )
+def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Probe:
+    """Train many heads on fixed features, choose on a part of the training split, open the held-out split last."""
+    config, labels = task.config, labels_of(task.train)
+    try:  # before the work: `choose` makes the same split
+        split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.train.classes)
+    except SubsetError as error:
+        raise ConfigError(f"{error}, or set protocol=moco_v2, which makes no choice") from error
     if encoder is None:
-        network, columns = None, {"pixels": slice(0, 3 * task.subject.look.size**2)}
+        network, columns = None, {"pixels": slice(0, 3 * task.subject.transform.size**2)}
     else:
         network = _layers(task, encoder.get_submodule("backbone"))
         columns = network.columns
-    features = _features(task, network, task.train, f"{name}: features of the training pictures")
+    train = _features(task, network, task.train, f"{name}: features of the training images")
+    data = LabeledFeatures(train, columns, labels, len(task.train.classes), task.device)
     held_out = HeldOut(
-        lambda: _features(task, network, task.held_out, f"{name}: features of the held-out pictures"),
-        _labels(task.held_out),
+        lambda: _features(task, network, task.held_out, f"{name}: features of the held-out images"),
+        labels_of(task.held_out),
     )
-    chosen: list[Choice] = []
-    heads: list[LinearHead] = []
-    for seed in task.seeds():
-        recipe = Recipe(config.epochs, config.batch_size, config.momentum, sweep.normalize, seed)
-        with progress_bar(
-            f"{name}: {len(sweep.lrs) * len(sweep.weight_decays)} heads a layer, epochs", not is_rank_zero()
-        ) as bar:
-            choice = choose(
-                features,
-                columns,
-                labels,
-                classes,
-                sweep.lrs,
-                sweep.weight_decays,
-                sweep.validation,
-                recipe,
-                task.device,
-                bar,
-            )
-        chosen.append(choice)
-        _warn_at_the_edge(task, name, choice)
-        weight, bias = retrain(features, columns, labels, classes, choice.setting, recipe, task.device)
-        about = about_head(task, choice.setting.layer, unit=sweep.normalize == "l2")
-        heads.append(LinearHead(weight, bias, about))
+    choices, heads = zip(*(_choose_and_retrain(task, name, data, seed) for seed in _seeds(config)), strict=True)
     test, truth = held_out.open()
-    batch = min(config.batch_size, len(labels) - chosen[0].count)
-    if batch < config.batch_size and name == "pretrained":
-        log(f"batch_size={config.batch_size} was lowered to {batch}, the pictures that are left to train on")
-    return Outcome(
-        name,
+    batch_size = min(config.batch_size, len(labels) - choices[0].count)
+    if name == "pretrained":
+        _log_lowered(config, batch_size, f"{len(labels) - choices[0].count} images remain for training")
+    layers = [choice.setting.layer for choice in choices]
+    return Probe(
         [
-            figures(_scores(head, test, columns[choice.setting.layer], task.device), truth)
-            for head, choice in zip(heads, chosen, strict=True)
+            compute_metrics(_scores(head, test, columns[layer], task.device), truth)
+            for head, layer in zip(heads, layers, strict=True)
         ],
-        heads,
-        [asdict(each.setting) | {"validation_top1": each.accuracy, "validation_count": each.count} for each in chosen],
-        {"batch_size": batch},
+        list(heads),
+        [asdict(each.setting) | {"validation_top1": each.accuracy, "validation_count": each.count} for each in choices],
+        {"batch_size": batch_size},
     )
 
 
-def _official(task: Task, name: str, encoder: Encoder) -> Outcome:
-    """main_lincls.py: one learning rate, augmented pictures, nothing chosen."""
-    config, official, device = task.config, task.config.official, task.device
+def _choose_and_retrain(
+    task: Task[LinearConfig], name: str, data: LabeledFeatures, seed: int
+) -> tuple[Choice, LinearHead]:
+    config, sweep = task.config, task.config.sweep
+    recipe = Recipe(config.epochs, config.batch_size, config.momentum, sweep.normalize, seed)
+    heads_per_layer = len(sweep.lrs) * len(sweep.weight_decays)
+    with progress_bar(f"{name}: {heads_per_layer} heads per layer, epochs", not is_rank_zero()) as bar:
+        choice = choose(data, sweep.lrs, sweep.weight_decays, sweep.validation, recipe, bar)
+    if len(sweep.lrs) > 1 and choice.setting.lr == max(sweep.lrs):
+        log(f"{name}: the best learning rate, {choice.setting.lr:g}, is the highest of sweep.lrs: try higher ones too")
+    weight, bias = retrain(data, choice.setting, recipe)
+    return choice, LinearHead(weight, bias, _about_head(task, choice.setting.layer, unit=sweep.normalize == "l2"))
+
+
+def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
+    """Follow main_lincls.py: one learning rate, augmented images, no choice."""
+    config, official = task.config, task.config.official
     backbone = encoder.get_submodule("backbone")
-    view, batch = _training_view(task), fitting_batch(config.batch_size, len(task.train))
+    network, view = _layers(task, backbone), _training_view(task)
+    batch_size = fitting_batch(config.batch_size, len(task.train))
     require(
-        batch % world_size() == 0,
-        f"batch_size={batch}, lowered as the training split has {len(task.train)} pictures, must be a multiple of the "
-        f"{world_size()} processes: use fewer, or set batch_size yourself",
+        batch_size % world_size() == 0,
+        f"batch_size={batch_size}, lowered because the training split has {len(task.train)} images, must be a multiple "
+        f"of the {world_size()} processes: use fewer processes, or set batch_size",
     )
-    if batch < config.batch_size and name == "pretrained":
-        log(f"batch_size={config.batch_size} is lowered to {batch}: the training split has {len(task.train)} pictures")
-    peak = scaled_lr(official.lr, batch, official.base_batch)
+    optim = OptimConfig(
+        lr=scaled_lr(official.lr, batch_size, official.base_batch),
+        schedule=official.schedule,
+        milestones=list(official.milestones),
+        gamma=official.gamma,
+        per_epoch=True,
+        momentum=config.momentum,
+        weight_decay=official.weight_decay,
+    )
+    if name == "pretrained":
+        _log_lowered(config, batch_size, f"the training split has {len(task.train)} images")
     if official.schedule == "step" and any(each >= config.epochs for each in official.milestones):
         warnings.warn(
-            f"official.milestones={official.milestones} are not all reached within epochs={config.epochs}: the "
-            "learning rate stays high; move them too",
+            f"official.milestones={official.milestones} exceed epochs={config.epochs}, so the learning rate stays "
+            "high: change them too",
             RunWarning,
             stacklevel=2,
         )
-    network = _layers(task, backbone)
     held_out = HeldOut(
-        lambda: _features(task, network, task.held_out, f"{name}: held-out pictures"), _labels(task.held_out)
+        lambda: _features(task, network, task.held_out, f"{name}: held-out images"), labels_of(task.held_out)
     )
-    schedule = OptimConfig(
-        schedule=official.schedule, milestones=list(official.milestones), gamma=official.gamma, per_epoch=True
-    )
+    labels = torch.from_numpy(labels_of(task.train)).to(task.device)
     heads: list[LinearHead] = []
-    for seed in task.seeds():
-        plan = Plan(len(task.train), batch, config.epochs, seed, rank(), world_size())
-        head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(device)
-
-        def lr_at(step: int, plan: Plan = plan) -> float:
-            return peak * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
-
-        with _epochs(name, config.epochs) as on_epoch:
-            train_head(
-                backbone,
-                head,
-                task.train,
-                plan,
-                view,
-                lr_at,
-                config.momentum,
-                official.weight_decay,
-                device,
-                task.workers,
-                on_epoch,
-            )
-        heads.append(LinearHead(head.weight.detach(), head.bias.detach(), about_head(task, "output", unit=False)))
+    for seed in _seeds(config):
+        plan = Plan(len(task.train), batch_size, config.epochs, seed, rank(), world_size())
+        head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(task.device)
+        with _epoch_log(name, config.epochs) as on_epoch:
+            stream_of_batches = batches(task.train, plan, [view], task.device, task.data.workers)
+            train_head(backbone, head, stream_of_batches, labels, plan, optim, on_epoch)
+        heads.append(LinearHead(head.weight.detach(), head.bias.detach(), _about_head(task, OUTPUT, unit=False)))
     test, truth = held_out.open()
-    everything = slice(0, test.shape[1])
-    chosen = {"layer": "output", "lr": peak, "weight_decay": official.weight_decay}
-    return Outcome(
-        name,
-        [figures(_scores(head, test, everything, device), truth) for head in heads],
-        heads,
-        [chosen] * len(heads),
-        {"batch_size": batch, "peak_lr": peak},
-    )
+    metrics = [compute_metrics(_scores(head, test, slice(None), task.device), truth) for head in heads]
+    chosen = {"layer": OUTPUT, "lr": optim.lr, "weight_decay": official.weight_decay}
+    return Probe(metrics, heads, [chosen] * len(heads), {"batch_size": batch_size, "peak_lr": optim.lr})
 
 
 # ---- their parts ----
 
 
-def _layers(task: Task, backbone: nn.Module) -> LayerFeatures:
-    layers = task.config.sweep.layers if task.config.kind == "sweep" else ["output"]
+def _seeds(config: LinearConfig) -> range:
+    return range(config.seed, config.seed + config.seeds)
+
+
+def _log_lowered(config: LinearConfig, batch_size: int, reason: str) -> None:
+    if batch_size < config.batch_size:
+        log(f"batch_size={config.batch_size} is lowered to {batch_size}: {reason}")
+
+
+def _layers(task: Task[LinearConfig], backbone: nn.Module) -> LayerFeatures:
+    layers = task.config.sweep.layers if task.config.kind == "sweep" else [OUTPUT]
     try:
-        return LayerFeatures(backbone, layers, task.subject.look.size)
+        return LayerFeatures(backbone, layers, task.subject.transform.size)
     except ValueError as error:
         raise ConfigError(f"sweep.layers: {error}") from error
 
 
-def _features(task: Task, network: LayerFeatures | None, source: Source, what: str) -> Tensor:
-    """Features of a source, (M, D): of the layers, or where there is no network of the raw pixels."""
+def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: Source, description: str) -> Tensor:
+    """Return the features (M, D) of the network's layers, or without a network the raw pixels."""
     if network is None:
-        return features_of(pixels, source, task.subject, task.config, task.device)
-    with progress_bar(what, quiet=not is_rank_zero()) as bar:
-        done, share = 0, -(-len(source) // world_size())
-
-        def counted(images: Tensor) -> Tensor:
-            nonlocal done
-            out: Tensor = network(images)
-            if not out.isfinite().all():
-                raise FloatingPointError(f"{what}: the encoder gives features that are not finite: it is broken")
-            done += len(images)
-            bar(done, share)
-            return out
-
-        if task.config.sweep.cache == "memory":
-            return features_of(counted, source, task.subject, task.config, task.device)
-        return _on_disk(task, network, counted, source)
-
-
-def _on_disk(task: Task, network: LayerFeatures, counted: Callable[[Tensor], Tensor], source: Source) -> Tensor:
-    look = task.subject.look
-    parts = {"weights": network.backbone.state_dict(), "look": asdict(look), "layers": network.layers}
-    key = key_of(
-        parts | {"network": task.subject.file.backbone, "pictures": on_rank_zero(lambda: source.content_digest())}
-    )
+        return task.features(pixels, source)
+    if task.config.sweep.cache == "memory":
+        return task.features(network, source, description)
+    transform = task.subject.transform
+    # The names of the parts stay as they are: they are part of the key of existing files.
+    parts = {"weights": network.backbone.state_dict(), "look": asdict(transform), "layers": network.layers}
+    parts |= {"network": task.subject.file.backbone, "pictures": on_rank_zero(lambda: source.content_digest())}
     folder = task.subject.output / "features"
+    with monitored(network, len(source), description) as watched:
 
-    def compute(rows: Any) -> Iterator[Tensor]:
-        return stream(
-            counted,
-            source,
-            rows,
-            look.size,
-            look.resize,
-            look.mean,
-            look.std,
-            task.device,
-            task.config.images_at_once,
-            task.workers,
-        )
+        def compute(rows: Sequence[int]) -> Iterator[Tensor]:
+            at_once, workers = task.config.images_at_once, task.data.workers
+            return stream(watched, source, rows, transform, task.device, at_once, workers)
 
-    try:
-        return cached(folder, key, len(source), network.width, compute)
-    except OSError as error:
-        raise ConfigError(f"output: {folder} cannot be written to ({error.strerror}): set output=DIR") from error
+        try:
+            return cached(folder, key_of(parts), len(source), network.width, compute)
+        except OSError as error:
+            raise ConfigError(f"output: {folder} cannot be written to ({error.strerror}): set output=DIR") from error
 
 
 def _scores(head: LinearHead, features: Tensor, columns: slice, device: torch.device) -> Tensor:
-    """(M, L)."""
+    """Compute the class scores (M, L)."""
     return torch.cat([head(part[:, columns].to(device)) for part in features.split(_CHUNK)])
 
 
-def _training_view(task: Task) -> View:
-    look = task.subject.look
-    told: dict[str, Any] = {
-        name: tuple(each) if isinstance(each, list) else each for name, each in task.config.augment.items()
+def _training_view(task: Task[LinearConfig]) -> View:
+    transform = task.subject.transform
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in task.config.augment.items()
     }
     try:
-        return View(**(told | {"size": look.size, "mean": look.mean, "std": look.std}))
+        return View(**(fields | {"size": transform.size, "mean": transform.mean, "std": transform.std}))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"augment: {str(error).removeprefix('View.__init__() ')}") from error
 
 
-def _labels(source: Source) -> Any:
-    assert source.labels is not None  # open_labeled saw to it
-    return source.labels
-
-
 @contextmanager
-def _epochs(name: str, epochs: int) -> Iterator[Callable[[int, float, float], None]]:
-    """A bar over the epochs, and now and then a line of how training goes."""
+def _epoch_log(name: str, epochs: int) -> Iterator[Callable[[int, float, float], None]]:
+    """Show a bar over the epochs, and log the training accuracy at most every 30 seconds."""
     last = time.monotonic()
     with progress_bar(f"{name}: epochs", quiet=not is_rank_zero()) as bar:
 
@@ -278,7 +257,85 @@ def _epochs(name: str, epochs: int) -> Iterator[Callable[[int, float, float], No
         yield on_epoch
 
 
-def _warn_at_the_edge(task: Task, name: str, choice: Choice) -> None:
-    lrs = task.config.sweep.lrs
-    if len(lrs) > 1 and choice.setting.lr == max(lrs):
-        log(f"{name}: the best learning rate, {choice.setting.lr:g}, is the highest of sweep.lrs: try higher ones too")
+# ---- what is written and shown ----
+
+
+def _about_head(task: Task[LinearConfig], layer: str, unit: bool) -> dict[str, Any]:
+    """Return the metadata of a classifier's file."""
+    file = task.subject.file
+    return {
+        "layer": layer,
+        "unit": unit,
+        "classes": list(task.train.classes),
+        "protocol": task.config.protocol,
+        "encoder": file.source,
+        "backbone": file.backbone,
+        "step": file.step,
+        "look": asdict(task.subject.transform),
+    }
+
+
+def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
+    """Return the command's own keys of a results.json entry."""
+    names = ["epochs", "batch_size", "momentum", "seed", "seeds", config.kind]
+    names += ["augment"] if config.kind == "official" else []
+    several = len(probe.metrics) > 1
+    count = {"count": probe.metrics[0].count}
+    return {
+        "settings": {name: asdict(config)[name] for name in names} | probe.settings,
+        "chosen": probe.chosen,
+        "figures": summarize_seeds(probe.metrics) | count if several else probe.metrics[0].to_json(),
+        "each_seed": [each.to_json() for each in probe.metrics] if several else None,
+    }
+
+
+def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
+    """Write the first seed's head and confusion matrix; on rank 0."""
+    files = [task.subject.output / "linear.safetensors"]
+    save_head(files[0], probe.heads[0])
+    classes, metrics = task.train.classes, probe.metrics[0]
+    if len(classes) <= _MOST_CLASSES:
+        path = task.subject.output / "confusion_linear.png"
+        title = f"linear, {task.config.protocol}: top-1 {metrics.top1:.1f} %"
+        if draw_confusion(metrics.confusion, classes, title, path):
+            files.append(path)
+        else:
+            log(f"{path.name} needs matplotlib: pip install 'momentum-contrast[figures]'; results.json has its counts")
+    return files
+
+
+def _show(config: LinearConfig, found: list[Result]) -> None:
+    """Print the closing table."""
+    extra: dict[str, list[str]] = {}
+    first = [each.details["chosen"][0] for each in found]
+    note = f"top-1: {interval_note(config.seeds)}" + "; setting and files are the first seed's" * (config.seeds > 1)
+    if config.kind == "sweep":
+        extra["validation %"] = [percent(each["validation_top1"]) for each in first]
+        note += (
+            f".\nThe setting was chosen on {config.sweep.validation:.0%} of each training class, then trained again on "
+            "the full training split. The held-out split was opened once, at the end."
+        )
+    else:
+        note += ".\nThe last epoch counts. The frozen weights and buffers are bit for bit the loaded ones."
+    extra["setting"] = [
+        f"{each['layer']}, " * (each["layer"] not in (OUTPUT, "pixels"))
+        + f"lr {each['lr']:g}, wd {each['weight_decay']:g}"
+        for each in first
+    ]
+    show_results(f"Linear probe, {config.protocol}", found, extra, note)
+
+
+def _log_next(task: Task[LinearConfig]) -> None:
+    config = task.config
+    fields: dict[str, Any] = {}
+    if not config.compare:
+        fields["compare"] = ["untrained", "pixels"] if config.kind == "sweep" else ["untrained"]
+        if config.protocol != "sweep":
+            fields["protocol"] = config.protocol
+        reason = "baselines show what pretraining gained"
+    elif config.kind == "sweep":
+        fields["protocol"] = "moco_v2_digits" if task.data.name == "digits" else "moco_v2"
+        reason = "the published protocol, with augmented images"
+    else:
+        reason = "chooses learning rate, weight decay and layer on a validation part, in seconds"
+    log_next(command("moco.linear", config, **fields), reason)

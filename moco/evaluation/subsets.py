@@ -1,62 +1,109 @@
-"""Which labeled pictures fine-tuning gets: a part of each class, so many of each class, or those of a list.
+"""Class-balanced selections of labeled images: subsets, splits, repeated draws; and selections by a list of names.
 
-Legend: N labeled pictures, L classes.
+Legend: N labeled images, L classes.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moco.data.keyed import FEW_LABELS, permutation
+from moco.config import ConfigError
+from moco.data.keyed import DRAW_LABELS, FEW_LABELS, permutation
+
+Rows = NDArray[np.int64]
 
 
 class SubsetError(ValueError):
-    """Pictures that cannot be picked; its message is one sentence."""
+    """A selection that the data does not allow."""
 
 
-def part_of_each_class(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Rows of a class-balanced part, ascending: of each class the rounded part, and at least one picture.
+@contextmanager
+def naming_field(name: str, value: object) -> Iterator[None]:
+    """Convert a SubsetError into a ConfigError that names the caller's field and its value."""
+    try:
+        yield
+    except SubsetError as error:
+        raise ConfigError(f"{name}={value}: {error}") from error
 
-    With one seed a smaller part lies within a larger one: both are the beginning of one order.
+
+def part_of_each_class(labels: Rows, fraction: float, seed: int) -> Rows:
+    """Select the same fraction of each class, rounded, at least one image; rows in ascending order.
+
+    With the same seed, a smaller part is a subset of a larger one.
 
     Args:
         labels: (N,).
         fraction: above 0, at most 1.
-        seed: another one picks others.
+        seed: another seed selects other images.
     """
-    return _first_of_each_class(labels, lambda count: max(1, round(fraction * count)), seed)
+    return np.sort(
+        np.concatenate([rows[: max(1, round(fraction * len(rows)))] for rows in _by_class(labels, seed, FEW_LABELS)])
+    )
 
 
-def per_class(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Rows of `count` pictures of each class that occurs, ascending; fewer lie within more.
+def per_class(labels: Rows, count: int, seed: int) -> Rows:
+    """Select `count` images of each class that occurs; rows in ascending order. A smaller count gives a subset.
 
     Raises:
-        SubsetError: if a class has fewer pictures.
+        SubsetError: if a class has fewer images.
     """
-    smallest = int(np.unique(labels, return_counts=True)[1].min())
-    if count > smallest:
-        raise SubsetError(f"labels_per_class={count} is more than the smallest class has: take {smallest} at most")
-    return _first_of_each_class(labels, lambda _: count, seed)
+    return np.sort(_first_of_each(labels, count, seed, FEW_LABELS))
 
 
-def listed(names: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
-    """Rows of the pictures whose names end in the listed ones, at the beginning of a path's part; ascending.
+def draw_labels(labels: Rows, count: int, draw: int, seed: int = 0) -> Rows:
+    """Select `count` images of each class for the repeat number `draw`: the same ones for every encoder.
 
-    SimCLR's 1percent.txt says n01440764_10245.JPEG where the picture is n01440764/n01440764_10245.JPEG.
+    Raises:
+        SubsetError: if a class has fewer images.
+    """
+    return _first_of_each(labels, count, seed, DRAW_LABELS + draw)
+
+
+def split_each_class(
+    labels: Rows, part: float, seed: int, stream: int, classes: Sequence[str] = ()
+) -> tuple[Rows, Rows]:
+    """Split rows into the rest and a part of each class: at least one image per class on both sides.
 
     Args:
-        names: of all pictures, in their order.
+        labels: (N,).
+        part: the fraction of each class in the second result.
+        seed, stream: key of the random order, see `moco.data.keyed`.
+        classes: names for the error message.
+
+    Returns:
+        The rest and the part, each in ascending order.
+
+    Raises:
+        SubsetError: if a class has only one image.
+    """
+    held = []
+    for rows in _by_class(labels, seed, stream):
+        if len(rows) < 2:
+            name = classes[labels[rows[0]]] if classes else labels[rows[0]]
+            raise SubsetError(f"class {name} has only one image, and both sides of the split need one: add images")
+        held.append(rows[: min(len(rows) - 1, max(1, round(part * len(rows))))])
+    second = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), second), second
+
+
+def listed(names: Sequence[str], wanted: Sequence[str]) -> Rows:
+    """Select the images whose paths end with the listed names; rows in ascending order.
+
+    SimCLR's 1percent.txt lists n01440764_10245.JPEG for the image n01440764/n01440764_10245.JPEG.
+
+    Args:
+        names: the names of all images, in their order.
         wanted: the list.
 
     Raises:
-        SubsetError: if the list is empty, names a picture twice, none, or one that could be several.
+        SubsetError: if the list is empty, or if a name occurs twice, matches no image or matches several.
     """
     if not wanted:
-        raise SubsetError("the list names no picture: put one file name in a line")
-    twice = [name for name, count in Counter(wanted).items() if count > 1]
-    _refuse(twice, "stand in the list twice", "strike one of each out")
+        raise SubsetError("the list is empty: write one file name per line")
+    _refuse([name for name, count in Counter(wanted).items() if count > 1], "are listed twice", "remove one of each")
     endings = {name.rsplit("/", 1)[-1] for name in wanted}
     by_ending: dict[str, list[int]] = {}
     for row, name in enumerate(names):
@@ -68,25 +115,32 @@ def listed(names: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
         for name in wanted
     }
     missing = [name for name, rows in found.items() if not rows]
-    _refuse(missing, "are not in the training split", "take the list of this data set")
+    _refuse(missing, "are not in the training split", "use the list of this data set")
     ambiguous = [name for name, rows in found.items() if len(rows) > 1]
-    _refuse(ambiguous, "fit several pictures", "write their folders too, such as CLASS/NAME")
+    _refuse(ambiguous, "match several images", "write their folders too, such as CLASS/NAME")
     rows = Counter(row for each in found.values() for row in each)
     same = [names[row] for row, count in rows.items() if count > 1]
-    _refuse(same, "are listed under two names", "strike one of each out")
+    _refuse(same, "are listed under two names", "remove one of each")
     return np.sort(np.array(list(rows), np.int64))
 
 
-def _first_of_each_class(labels: NDArray[np.int64], how_many: Callable[[int], int], seed: int) -> NDArray[np.int64]:
-    order = permutation(seed, 0, len(labels), FEW_LABELS)
-    picked = []
-    for label in np.unique(labels):
-        of_class = order[labels[order] == label]
-        picked.append(of_class[: how_many(len(of_class))])
-    return np.sort(np.concatenate(picked))
+def _by_class(labels: Rows, seed: int, stream: int) -> list[Rows]:
+    """Return the rows of each class that occurs, each in a random order that depends only on the key."""
+    order = permutation(seed, 0, len(labels), stream)
+    counts = np.unique(labels, return_counts=True)[1]
+    return np.split(order[np.argsort(labels[order], kind="stable")], np.cumsum(counts)[:-1])
 
 
-def _refuse(names: Sequence[str], what: str, fix: str) -> None:
+def _first_of_each(labels: Rows, count: int, seed: int, stream: int) -> Rows:
+    """Return the first `count` rows of each class, class by class."""
+    groups = _by_class(labels, seed, stream)
+    smallest = min(map(len, groups))
+    if count > smallest:
+        raise SubsetError(f"the smallest class has {smallest} images, fewer than {count}: use at most {smallest}")
+    return np.concatenate([rows[:count] for rows in groups])
+
+
+def _refuse(names: Sequence[str], problem: str, fix: str) -> None:
     if names:
         more = ", ..." if len(names) > 3 else ""
-        raise SubsetError(f"{len(names)} of the listed pictures {what} ({', '.join(names[:3])}{more}): {fix}")
+        raise SubsetError(f"{len(names)} of the listed images {problem} ({', '.join(names[:3])}{more}): {fix}")

@@ -1,11 +1,11 @@
-"""Many linear heads on fixed features, trained at once; a validation part of the training split names the best.
+"""Many linear heads on fixed features, trained at once; a validation part of the training split selects the best.
 
-No function here that chooses takes test data. Heads do not touch each other: each is what it would be alone.
+No function that chooses receives test data. Heads do not interact: each is the head that it would be alone.
 
-Legend: M samples, B batch, D dimension, L classes, H heads (learning rates x weight decays).
+Legend: M samples, B batch, D feature dimension of a layer, L classes, H heads (learning rates x weight decays).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,20 +16,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import OptimConfig
-from moco.data.keyed import VALIDATION, permutation
+from moco.data.keyed import VALIDATION
 from moco.data.plan import Plan
 from moco.distributed import rank, sum_over_ranks, world_size
+from moco.evaluation.subsets import split_each_class
 from moco.optim.schedules import lr_factor
 
-Columns = Mapping[str, slice]  # of each layer within features (M, D)
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], None]  # called with (epochs done, epochs)
 
-_CHUNK = 4096  # rows at once where all of a split is passed through; bounds memory, changes no result
+_CHUNK = 4096  # rows at once when all rows are processed; bounds memory, changes no result
+
+
+@dataclass(frozen=True, eq=False)
+class LabeledFeatures:
+    """Features of the training split, of one layer or several."""
+
+    features: Tensor  # (M, sum of D), on any device, or a view of a file
+    columns: Mapping[str, slice]  # the columns of each layer
+    labels: NDArray[np.int64]  # (M,)
+    classes: int  # L
+    device: torch.device  # of the computation
+
+    def rows(self, layer: str, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return features (B, D) and labels (B,) of some rows on the device; only these rows are read from a file."""
+        picked = self.features[torch.from_numpy(rows).to(self.features.device)]
+        return picked[:, self.columns[layer]].to(self.device), torch.from_numpy(self.labels[rows]).to(self.device)
+
+    def chunks(self, layer: str, rows: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield `rows` of all given rows in chunks."""
+        for start in range(0, len(rows), _CHUNK):
+            yield self.rows(layer, rows[start : start + _CHUNK])
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a head is trained with."""
+    """The layer and the hyperparameters of one head."""
 
     layer: str
     lr: float
@@ -38,17 +59,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best setting on the validation part, and what each setting reached there (percent)."""
+    """The best setting on the validation part, and the accuracy (percent) of each setting there."""
 
     setting: Setting
     accuracy: float
-    count: int  # of the validation part
+    count: int  # of validation samples
     tried: list[tuple[Setting, float]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How heads are trained: SGD with momentum from zero weights, the learning rate along half a cosine."""
+    """The training of heads: SGD with momentum from zero weights, cosine learning rate."""
 
     epochs: int
     batch_size: int
@@ -59,7 +80,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Scaling:
-    """What happens to a feature before the head: nothing, unit length, or (x - shift) / spread."""
+    """The scaling of features before a head: unit length, or (x - shift) / spread."""
 
     unit: bool
     shift: Tensor  # (D,)
@@ -77,201 +98,138 @@ class Heads:
     bias: Tensor  # (H, L)
 
     def scores(self, scaled: Tensor) -> Tensor:
-        """(B, D) -> (B, H, L): one matrix product for all heads."""
+        """Compute all heads' scores in one matrix product: (B, D) -> (B, H, L)."""
         heads, classes, _ = self.weight.shape
         flat = torch.addmm(self.bias.flatten(), scaled, self.weight.flatten(0, 1).T)
         return flat.view(len(scaled), heads, classes)
 
 
-def validation_rows(labels: NDArray[np.int64], part: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows to train on and rows to choose on, sorted: the same part of each class, at least one sample, never all.
-
-    Raises:
-        ValueError: if a class has one sample only.
-    """
-    order = permutation(seed, 0, len(labels), VALIDATION)
-    chosen = []
-    for label in np.unique(labels):
-        of_class = order[labels[order] == label]
-        if len(of_class) < 2:
-            raise ValueError(
-                f"class number {label} has one training picture only, and a choice needs two: one to learn from, one "
-                "to choose by"
-            )
-        chosen.append(of_class[: min(len(of_class) - 1, max(1, round(part * len(of_class))))])
-    held = np.sort(np.concatenate(chosen))
-    return np.setdiff1d(order, held), held
-
-
-def scaling_of(
-    features: Tensor, columns: slice, rows: NDArray[np.int64], normalize: str, device: torch.device
-) -> Scaling:
-    """Mean and standard deviation of the given training rows; a dimension that does not vary is only shifted."""
-    width = columns.stop - columns.start
-    zero, one = torch.zeros(width, device=device), torch.ones(width, device=device)
+def scaling_of(data: LabeledFeatures, layer: str, rows: NDArray[np.int64], normalize: str) -> Scaling:
+    """Compute the scaling from the given training rows; a constant dimension is only shifted."""
+    columns = data.columns[layer]
+    zero = torch.zeros(columns.stop - columns.start, device=data.device)
     if normalize != "standard":
-        return Scaling(normalize == "l2", zero, one)
+        return Scaling(normalize == "l2", zero, torch.ones_like(zero))
 
     def mean_of(function: Callable[[Tensor], Tensor]) -> Tensor:
-        total = torch.zeros(width, dtype=torch.float64, device=device)
-        for start in range(0, len(rows), _CHUNK):
-            total += function(_take(features, rows[start : start + _CHUNK], columns, device).double()).sum(dim=0)
-        return total / len(rows)
+        sums = (function(x.double()).sum(dim=0) for x, _ in data.chunks(layer, rows))
+        return sum(sums, start=zero.double()) / len(rows)
 
-    mean = mean_of(lambda part: part)
-    spread = mean_of(lambda part: (part - mean).square()).sqrt()
+    mean = mean_of(lambda x: x)
+    spread = mean_of(lambda x: (x - mean).square()).sqrt()
     varies = spread > 1e-6 * spread.max()
     return Scaling(False, mean.float(), torch.where(varies, spread, torch.ones_like(spread)).float())
 
 
 def train_heads(
-    features: Tensor,
-    columns: slice,
-    labels: NDArray[np.int64],
+    data: LabeledFeatures,
+    layer: str,
     rows: NDArray[np.int64],
     scaling: Scaling,
-    classes: int,
     grid: Sequence[tuple[float, float]],
     recipe: Recipe,
-    device: torch.device,
     progress: Progress | None = None,
 ) -> Heads:
-    """Trains one head for each (learning rate, weight decay) of the grid, all on the same batches.
+    """Train one head per (learning rate, weight decay) of the grid, all on the same batches.
 
-    Weight decay is that of torch.optim.SGD and of the weights alone; a bias is not decayed, as in scikit-learn's
-    LogisticRegression, whose C is 1 / (weight decay x samples).
+    Weight decay is that of torch.optim.SGD and applies to weights only, as in scikit-learn's LogisticRegression, whose
+    C is 1 / (weight decay x samples).
 
     Args:
-        features: of all layers, (M, sum of D), on any device or a view of a file.
-        columns: those of this layer.
-        labels: (M,).
-        rows: which samples to train on.
+        data: the training split.
+        layer: the layer of the features.
+        rows: the samples to train on.
         scaling: of the features.
-        classes: L.
         grid: H pairs.
-        recipe: how.
-        device: where to compute.
-        progress: called with (epochs done, epochs).
+        recipe: batch size, epochs, momentum and seed.
+        progress: called after each epoch.
     """
     plan = Plan(len(rows), min(recipe.batch_size, len(rows)), recipe.epochs, recipe.seed)
-    lr = torch.tensor([each[0] for each in grid], device=device).view(-1, 1, 1)  # (H, 1, 1)
-    decay = torch.tensor([each[1] for each in grid], device=device).view(-1, 1, 1)
-    width = columns.stop - columns.start
-    heads = Heads(torch.zeros(len(grid), classes, width, device=device), torch.zeros(len(grid), classes, device=device))
-    speed, bias_speed = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
+    lr = torch.tensor([each[0] for each in grid], device=data.device).view(-1, 1, 1)  # (H, 1, 1)
+    decay = torch.tensor([each[1] for each in grid], device=data.device).view(-1, 1, 1)
+    weight = torch.zeros(len(grid), data.classes, len(scaling.shift), device=data.device)
+    heads = Heads(weight, torch.zeros(len(grid), data.classes, device=data.device))
+    velocity, bias_velocity = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     for step, (epoch, picked) in enumerate(plan.samples(0)):
-        x = scaling(_take(features, rows[picked], columns, device))  # (B, D)
-        truth = F.one_hot(torch.from_numpy(labels[rows[picked]]).to(device), classes).unsqueeze(1)  # (B, 1, L)
-        slope = (heads.scores(x).softmax(dim=2) - truth) / len(x)  # (B, H, L): of the mean cross entropy
+        x, labels = data.rows(layer, rows[picked])
+        x = scaling(x)  # (B, D)
+        truth = F.one_hot(labels, data.classes).unsqueeze(1)  # (B, 1, L)
+        slope = (heads.scores(x).softmax(dim=2) - truth) / len(x)  # (B, H, L), gradient of the mean cross entropy
         gradient = (slope.flatten(1).T @ x).view_as(heads.weight)  # (H, L, D)
         factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(schedule="cosine"))
-        speed.mul_(recipe.momentum).add_(gradient + decay * heads.weight)
-        bias_speed.mul_(recipe.momentum).add_(slope.sum(dim=0))
-        heads.weight.sub_(factor * lr * speed)
-        heads.bias.sub_(factor * lr[:, :, 0] * bias_speed)
+        velocity.mul_(recipe.momentum).add_(gradient + decay * heads.weight)
+        bias_velocity.mul_(recipe.momentum).add_(slope.sum(dim=0))
+        heads.weight.sub_(factor * lr * velocity)
+        heads.bias.sub_(factor * lr[:, :, 0] * bias_velocity)
         if progress is not None and (step + 1) % plan.steps_per_epoch == 0:
             progress(epoch + 1, plan.epochs)
     return heads
 
 
 def choose(
-    features: Tensor,
-    columns: Columns,
-    labels: NDArray[np.int64],
-    classes: int,
+    data: LabeledFeatures,
     lrs: Sequence[float],
     weight_decays: Sequence[float],
     part: float,
     recipe: Recipe,
-    device: torch.device,
     progress: Progress | None = None,
 ) -> Choice:
-    """Trains all heads on the training split less its validation part, and takes the best there.
+    """Train all heads on the training split without its validation part, and take the best on that part.
 
-    Each rank trains its share of a layer's heads. Of equal accuracies the layer named first wins, then the smaller
-    learning rate, then the larger weight decay. A head whose weights are not finite counts as 0 %.
+    Each rank trains its share of a layer's heads. Among equal accuracies the first layer wins, then the smaller
+    learning rate, then the larger weight decay. A head with non-finite weights counts as 0 %.
 
     Args:
-        features: (M, sum of D) of the training split.
-        columns: where each layer stands in them; these are the layers to choose from.
-        labels: (M,).
-        classes: L.
+        data: the training split; the choice is among its layers.
         lrs, weight_decays: the grid.
-        part: of each class that validates.
-        recipe: how heads are trained.
-        device: where.
-        progress: called with (epochs done, epochs) over all layers.
+        part: fraction of each class for validation.
+        recipe: the training of each head.
+        progress: called after each epoch of each layer.
 
     Raises:
-        ValueError: see `validation_rows`.
+        SubsetError: if a class has only one sample.
     """
-    train, held = validation_rows(labels, part, recipe.seed)
+    train, held = split_each_class(data.labels, part, recipe.seed, VALIDATION)
     grid = sorted(set(product(lrs, weight_decays)), key=lambda pair: (pair[0], -pair[1]))
     mine = range(rank(), len(grid), world_size())
     tried: list[tuple[Setting, float]] = []
-    for number, (layer, where) in enumerate(columns.items()):
+    for number, layer in enumerate(data.columns):
 
-        def shown(done: int, epochs: int, number: int = number) -> None:
+        def layer_progress(done: int, epochs: int, number: int = number) -> None:
             if progress is not None:
-                progress(number * epochs + done, len(columns) * epochs)
+                progress(number * epochs + done, len(data.columns) * epochs)
 
-        scores = torch.zeros(len(grid), dtype=torch.float64, device=device)
+        scores = torch.zeros(len(grid), dtype=torch.float64, device=data.device)
         if mine:
-            scaling = scaling_of(features, where, train, recipe.normalize, device)
-            pairs = [grid[i] for i in mine]
-            heads = train_heads(features, where, labels, train, scaling, classes, pairs, recipe, device, shown)
-            scores[list(mine)] = _accuracies(heads, features, where, labels, held, scaling, device)
+            scaling = scaling_of(data, layer, train, recipe.normalize)
+            heads = train_heads(data, layer, train, scaling, [grid[i] for i in mine], recipe, layer_progress)
+            scores[list(mine)] = _accuracies(heads, data, layer, held, scaling)
         tried += [
             (Setting(layer, *pair), score) for pair, score in zip(grid, sum_over_ranks(scores).tolist(), strict=True)
         ]
-    best = max(tried, key=lambda each: each[1])  # the first of equals
+    best = max(tried, key=lambda each: each[1])  # the first of equal ones
     return Choice(best[0], best[1], len(held), tried)
 
 
-def retrain(
-    features: Tensor,
-    columns: Columns,
-    labels: NDArray[np.int64],
-    classes: int,
-    setting: Setting,
-    recipe: Recipe,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """One head with the chosen setting on the whole training split, every rank the same.
+def retrain(data: LabeledFeatures, setting: Setting, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Train one head with the chosen setting on all rows; every rank gets the same head.
 
     Returns:
-        Weight (L, D) and bias (L,), the scaling folded in: scores are features @ weight.T + bias (of features of unit
-        length where `recipe.normalize` is l2).
+        Weight (L, D) and bias (L,) with the scaling folded in: scores are features @ weight.T + bias, for features of
+        unit length if `recipe.normalize` is l2.
     """
-    rows, where = np.arange(len(labels)), columns[setting.layer]
-    scaling = scaling_of(features, where, rows, recipe.normalize, device)
-    pair = (setting.lr, setting.weight_decay)
-    heads = train_heads(features, where, labels, rows, scaling, classes, [pair], recipe, device)
+    rows = np.arange(len(data.labels))
+    scaling = scaling_of(data, setting.layer, rows, recipe.normalize)
+    heads = train_heads(data, setting.layer, rows, scaling, [(setting.lr, setting.weight_decay)], recipe)
     weight = heads.weight[0] / scaling.spread
     return weight, heads.bias[0] - weight @ scaling.shift
 
 
 @torch.no_grad()
-def _accuracies(
-    heads: Heads,
-    features: Tensor,
-    columns: slice,
-    labels: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    scaling: Scaling,
-    device: torch.device,
-) -> Tensor:
-    """Percent, (H,), on the given rows."""
-    right = torch.zeros(len(heads.weight), dtype=torch.float64, device=device)
-    for start in range(0, len(rows), _CHUNK):
-        part = rows[start : start + _CHUNK]
-        predicted = heads.scores(scaling(_take(features, part, columns, device))).argmax(dim=2)  # (B, H)
-        right += (predicted == torch.from_numpy(labels[part]).to(device).unsqueeze(1)).sum(dim=0)
+def _accuracies(heads: Heads, data: LabeledFeatures, layer: str, rows: NDArray[np.int64], scaling: Scaling) -> Tensor:
+    """Compute each head's accuracy in percent, (H,), on the given rows."""
+    correct = torch.zeros(len(heads.weight), dtype=torch.float64, device=data.device)
+    for x, labels in data.chunks(layer, rows):
+        correct += (heads.scores(scaling(x)).argmax(dim=2) == labels.unsqueeze(1)).sum(dim=0)
     finite = heads.weight.isfinite().all(dim=2).all(dim=1) & heads.bias.isfinite().all(dim=1)
-    return torch.where(finite, 100 * right / len(rows), 0.0)
-
-
-def _take(features: Tensor, rows: NDArray[np.int64], columns: slice, device: torch.device) -> Tensor:
-    """Some rows of one layer's features on the device; of features in a file only these rows are read."""
-    picked = features[torch.from_numpy(rows).to(features.device)]
-    return picked[:, columns].to(device)
+    return torch.where(finite, 100 * correct / len(rows), 0.0)

@@ -32,7 +32,7 @@ def convert_encoder(config: ConvertConfig) -> None:
     require(not output.is_dir(), f"output={output} is a directory: name a file in it")
     require(config.overwrite or not output.exists(), f"output={output} exists: choose another, or set overwrite=true")
     subject = open_subject(config)
-    file, look = replace(subject.file, images=asdict(subject.look)), subject.look
+    file, transform = replace(subject.file, images=asdict(subject.transform)), subject.transform
     require(not output.exists() or not output.samefile(file.source), f"output={output} is the file that is read")
     _refuse_unsupported(config.to, file)
     backbone = build(file).get_submodule("backbone")
@@ -41,7 +41,7 @@ def convert_encoder(config: ConvertConfig) -> None:
 
     def features(network: Network) -> Tensor:  # (M, D)
         cpu = torch.device("cpu")
-        parts = stream(network, source, rows, look.size, look.resize, look.mean, look.std, cpu, _AT_ONCE)
+        parts = stream(network, source, rows, transform, cpu, _AT_ONCE)
         return torch.cat(list(parts))
 
     log(f"{file.source} ({file.layout}: {file.backbone}, step {file.step}) to {config.to}")
@@ -54,7 +54,7 @@ def convert_encoder(config: ConvertConfig) -> None:
         temporary = Path(folder.name) / output.name
         difference, largest = write_and_compare(config.to, temporary, file, backbone, features)
         temporary.replace(output)
-    resized = f", the shorter side to {look.resize} first" if look.resize else ""
+    resized = f", the shorter side to {transform.resize} first" if transform.resize else ""
     summary_panel(
         "converted",
         [
@@ -62,7 +62,10 @@ def convert_encoder(config: ConvertConfig) -> None:
             ("file", f"{output} ({output.stat().st_size / 1e6:.1f} MB)"),
             ("checked", f"read again: features of {len(rows)} pictures ({data}) differ by {difference:.2g} at most,"),
             ("", f"the largest is {largest:.3g}"),
-            ("pictures", f"{look.size} px{resized}; minus mean {list(look.mean)}, by std {list(look.std)}"),
+            (
+                "pictures",
+                f"{transform.size} px{resized}; minus mean {list(transform.mean)}, by std {list(transform.std)}",
+            ),
             ("load", FORMATS[config.to].loading(file).replace("FILE", str(output))),
         ],
     )

@@ -109,10 +109,10 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
 
         def features(rows: Sequence[int]) -> ImageSet:
             parts: list[Tensor] = []
-            look = subject.look
-            view = (look.size, look.resize, look.mean, look.std)
             with progress_bar(f"{run.name}: {title}", quiet=False) as progress:
-                for part in stream(backbone, source, rows, *view, device, config.images_at_once, data_used.workers):
+                for part in stream(
+                    backbone, source, rows, subject.transform, device, config.images_at_once, data_used.workers
+                ):
                     parts.append(part.cpu())
                     progress(sum(map(len, parts)), len(rows))
             return ImageSet(source, np.array(rows, np.int64), torch.cat(parts).numpy())
@@ -127,7 +127,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
 
     return ImageFeatures(
         backbone,
-        subject.look,
+        subject.transform,
         drawn(source, config.pictures, "images"),
         drawn(references, config.references, "references"),
         len(sources.train),

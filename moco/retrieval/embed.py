@@ -27,7 +27,7 @@ from moco.data.sources import Source
 from moco.data.unreadable import find_unreadable
 from moco.distributed import all_gather_object, is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation.features import stream
-from moco.evaluation.subject import Subject, data_config, data_written, open_data, open_subject, weights_digest
+from moco.evaluation.subject import Subject, data_config, data_with_absolute_paths, open_data, open_subject, weights_digest
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.retrieval.store import FEATURES, PART, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
@@ -139,8 +139,8 @@ def _about(config: EmbedConfig, subject: Subject, source: Source, dimension: int
             "sha256": names_digest(source),
             "content": on_rank_zero(lambda: source.content_digest()),
         },
-        "data": data_written(config, subject),
-        "look": json.loads(json.dumps(asdict(subject.look))),
+        "data": data_with_absolute_paths(config, subject),
+        "look": json.loads(json.dumps(asdict(subject.transform))),
         "features": config.features,
         "normalize": config.normalize,
         "dtype": config.dtype,
@@ -170,14 +170,12 @@ class _Work:
         return range(chunk * size, min((chunk + 1) * size, len(self.source)))
 
     def dimension(self) -> int:
-        size = self.subject.look.size
+        size = self.subject.transform.size
         return int(self.network(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
 
     def features(self, rows: Sequence[int]) -> Iterator[Tensor]:
-        look, config = self.subject.look, self.config
-        view = (look.size, look.resize, look.mean, look.std)
-        workers = data_config(config, self.subject).workers
-        return stream(self.network, self.source, rows, *view, self.device, config.images_at_once, workers)
+        transform, workers = self.subject.transform, data_config(self.config, self.subject).workers
+        return stream(self.network, self.source, rows, transform, self.device, self.config.images_at_once, workers)
 
     def chunks_of_rank(self, done: int) -> Iterator[_Chunk]:
         """Compute this rank's chunks in order.

@@ -13,7 +13,7 @@ from moco.data.base import names_digest
 from moco.data.decode import ImageError
 from moco.data.opening import open_sources
 from moco.data.sources import FolderSource
-from moco.evaluation.features import stream
+from moco.evaluation.features import EvalTransform, stream
 from moco.evaluation.subject import open_subject, weights_digest
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.retrieval.embed import build_network
@@ -52,10 +52,10 @@ def query_features(
     if outside:
         network = build_network(_encoder(config, index), about["features"], about["normalize"], device)
         look = about["look"]
-        view = (look["size"], look["resize"], look["mean"], look["std"])
+        transform = EvalTransform(look["size"], look["resize"], look["mean"], look["std"])
         every = range(len(outside))
         try:
-            parts = list(stream(network, image_files(outside), every, *view, device, config.images_at_once))
+            parts = list(stream(network, image_files(outside), every, transform, device, config.images_at_once))
         except ImageError as error:
             raise ImageError(f"query: {error}") from error
         features[~own] = torch.cat(parts).cpu().numpy()

@@ -11,8 +11,9 @@ from moco.config import TrainConfig
 from moco.data.base import Sources
 from moco.data.opening import without_unreadable_references
 from moco.data.plan import Plan
-from moco.evaluation.features import Network, extract, pixels
-from moco.evaluation.knn_classifier import Accuracy, knn_accuracy, knn_title
+from moco.evaluation.features import EvalTransform, Network, extract, pixels
+from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy, knn_title
+from moco.evaluation.subsets import naming_field
 
 History = list[dict[str, Any]]  # one entry per evaluation: "step", "epoch", "knn" and, at step 0, "raw_pixels"
 
@@ -108,6 +109,8 @@ def live_knn(
     assert held_out is not None
     assert bank.labels is not None
     assert held_out.labels is not None
+    transform = EvalTransform(augment.size, augment.eval_resize, augment.mean, augment.std)
+    settings = KnnSettings(evaluate.k, evaluate.temperature, evaluate.labels_per_class, evaluate.draws)
     networks: dict[str, Any] = {"knn": method.encoder if evaluate.features == "projection" else method.encoder.backbone}
     if with_pixels and evaluate.raw_pixels:
         networks = {"raw_pixels": pixels} | networks
@@ -117,25 +120,15 @@ def live_knn(
             extract(
                 _WithHeartbeat(network, heartbeat),
                 source,
-                augment.size,
-                augment.eval_resize,
-                augment.mean if network is not pixels else (0.0,) * 3,
-                augment.std if network is not pixels else (1.0,) * 3,
+                transform.unnormalized() if network is pixels else transform,
                 device,
                 evaluate.batch_size,
                 config.data.workers,
             )
             for source in (bank, held_out)
         )
-        scores[name] = knn_accuracy(
-            references,
-            bank.labels,
-            queries,
-            held_out.labels,
-            evaluate.k,
-            evaluate.temperature,
-            evaluate.labels_per_class,
-            evaluate.draws,
-            lambda *_: heartbeat(),
-        )
+        with naming_field("evaluate.labels_per_class", evaluate.labels_per_class):
+            scores[name] = knn_accuracy(
+                references, bank.labels, queries, held_out.labels, settings, lambda *_: heartbeat()
+            )
     return scores

@@ -15,7 +15,7 @@ from moco.choose import choose as command
 from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moco.config.choose import ChooseConfig
 from moco.data.sources import limited, load_source
-from moco.evaluation.features import extract
+from moco.evaluation.features import EvalTransform, extract
 from moco.interop.encoder_file import build, read_encoder
 from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
@@ -54,7 +54,7 @@ def test_measures_equal_those_of_the_features(tmp_path: Path, capsys: pytest.Cap
     images = limited(load_source(DataConfig("digits")).train, 50)
     for point in points:
         encoder = build(read_encoder(Path(point.file)))
-        features = extract(encoder.backbone, images, 16, 0, [0.5] * 3, [0.5] * 3, torch.device("cpu"))
+        features = extract(encoder.backbone, images, EvalTransform(16, 0, [0.5] * 3, [0.5] * 3), torch.device("cpu"))
         projected = encoder.head(features)
         assert point.measures["rank_me"] == pytest.approx(rank_me(features).item(), rel=1e-5)
         assert point.measures["rank_me_projection"] == pytest.approx(rank_me(projected).item(), rel=1e-5)

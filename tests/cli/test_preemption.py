@@ -24,7 +24,7 @@ from moco.config import ConfigError, TrainConfig, check, config_dir
 from moco.data.decode import ImageError
 from moco.digest import digest
 from moco.distributed import PeerLost
-from moco.evaluation.features import stream
+from moco.evaluation.features import EvalTransform, stream
 from moco.interop.encoder_file import read_encoder
 from moco.runs import checkpoint
 from moco.runs.checkpoint import Checkpoint, CheckpointError
@@ -200,9 +200,7 @@ class Struck:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_loader_processes_of_the_live_evaluation_leave_signals_to_the_parent_too(number: signal.Signals) -> None:
     given: Any = Struck(number)
-    parts = list(
-        stream(torch.nn.Flatten(), given, range(4), 4, 0, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"), 2, workers=1)
-    )
+    parts = list(stream(torch.nn.Flatten(), given, range(4), EvalTransform(4), torch.device("cpu"), 2, workers=1))
     features = torch.cat(parts)[:, 0] * 255
     torch.testing.assert_close(features, torch.arange(4.0))
 

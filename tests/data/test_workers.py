@@ -22,7 +22,7 @@ from moco.data.shard_writer import encoded
 from moco.data.sources import Source, load_source
 from moco.data.view import View
 from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded
-from moco.evaluation.features import extract, stream
+from moco.evaluation.features import EvalTransform, extract, stream
 from tests.data.unreadable_files import folder
 
 CPU = torch.device("cpu")
@@ -62,8 +62,8 @@ def test_a_death_is_reported_in_an_evaluation(source: Source) -> None:
         return images
 
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
-        extract(network, source, 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, 4, workers=1)
-    pictures = stream(lambda images: images, source, range(40), 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, 4, workers=1)
+        extract(network, source, EvalTransform(8), CPU, 4, workers=1)
+    pictures = stream(lambda images: images, source, range(40), EvalTransform(8), CPU, 4, workers=1)
     next(pictures)
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
         kill_worker()
@@ -141,7 +141,7 @@ def test_missing_shared_memory_is_one_sentence(source: Source, monkeypatch: pyte
     with pytest.raises(LoaderError, match=words):
         next(batches(source, PLAN, VIEWS, CPU, workers=1))
     with pytest.raises(LoaderError, match=words):
-        extract(torch.nn.Flatten(), source, 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, 4, workers=1)
+        extract(torch.nn.Flatten(), source, EvalTransform(8), CPU, 4, workers=1)
     assert multiprocessing.active_children() == []
     assert len(next(batches(source, PLAN, VIEWS, CPU, workers=0)).index) == 4
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco.config import OptimConfig
 from moco.data.decode import ImageError
 from moco.data.folder import FolderSource
 from moco.data.keyed import permutation
@@ -33,8 +34,8 @@ from moco.distributed import (
     world_size,
 )
 from moco.evaluation.cache import cached
-from moco.evaluation.features import extract, pixels, stream
-from moco.evaluation.finetuning import train
+from moco.evaluation.features import EvalTransform, extract, pixels, stream
+from moco.evaluation.finetuning import TrainSettings, train
 from moco.evaluation.linear_probe import new_head, train_head
 from moco.models.norm import GroupedBatchNorm
 from tests.distributed.launch import run_ranks
@@ -126,7 +127,7 @@ def gradients() -> dict[str, Tensor]:
 def features() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     source = ArraySource(torch.randint(256, (37, 3, 4, 4), generator=generator, dtype=torch.uint8), [""] * 37)
-    return extract(pixels, source, 4, 0, (0.0,) * 3, (1.0,) * 3, CPU, batch_size=8)
+    return extract(pixels, source, EvalTransform(4), CPU, batch_size=8)
 
 
 LABELS = np.arange(8) % 2
@@ -157,7 +158,7 @@ def raised(function: Callable[[], object]) -> str:
 
 def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
     """What `all_gather_object` and `in_lockstep` return, and the errors of each way to read image five."""
-    shown = (4, 0, (0.0,) * 3, (1.0,) * 3, CPU, 2)
+    shown = (EvalTransform(4), CPU, 2)
     plan, views = Plan(8, 4, 2, 0, rank(), world_size()), [View(4)]
     labels = torch.from_numpy(LABELS)
 
@@ -173,7 +174,12 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
         lambda: extract(pixels, OneUnreadable(), *shown),
         lambda: cached(folder, "key", 8, 48, lambda rows: stream(pixels, OneUnreadable(), rows, *shown)),
         lambda: train_head(
-            nn.Flatten(), new_head(48, 2, 0.01, 0), OneUnreadable(), plan, views[0], lambda _: 0.1, 0.9, 0.0, CPU
+            nn.Flatten(),
+            new_head(48, 2, 0.01, 0),
+            batches(OneUnreadable(), plan, views, CPU, 0),
+            labels,
+            plan,
+            OptimConfig(lr=0.1),
         ),
         lambda: train(
             (network := nn.Sequential(nn.Flatten(), nn.Linear(48, 2))),
@@ -181,8 +187,7 @@ def errors(folder: Path) -> tuple[list[int], list[int], list[str]]:
             batches(OneUnreadable(), plan, views, CPU, 0),
             labels,
             plan,
-            *(0.1, 0.0, None, 0.0, torch.float32),
-            lambda *_: None,
+            TrainSettings(0.1),
         ),
     ]
     return all_gather_object(lambda: rank()), seen, [raised(each) for each in attempts]

@@ -19,7 +19,7 @@ from moco.data.decode import ImageError
 from moco.data.sources import Source, load_source
 from moco.evaluation import finetune as stage
 from moco.evaluation import subject as judged_stage
-from moco.evaluation.features import extract
+from moco.evaluation.features import EvalTransform, extract
 from moco.evaluation.finetune import evaluate_finetune, pick, view_of
 from moco.evaluation.finetune_report import Outcome
 from moco.evaluation.metrics import figures, mean_interval
@@ -121,7 +121,7 @@ def test_it_leaves_figures_and_a_network_that_the_other_commands_read(
     assert held_out is not None
     assert held_out.labels is not None
     backbone = build(file).get_submodule("backbone")
-    features = extract(backbone, held_out, 16, 0, (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    features = extract(backbone, held_out, EvalTransform(16, 0, (0.5,) * 3, (0.5,) * 3), torch.device("cpu"))
     with safe_open(folder / "head.safetensors", "pt") as head:
         assert json.loads(head.metadata()["classes"]) == list("0123456789")
         scores = features @ head.get_tensor("weight").T + head.get_tensor("bias")

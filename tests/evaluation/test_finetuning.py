@@ -17,7 +17,7 @@ from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import rank, world_size, wrap_ddp
-from moco.evaluation.features import extract
+from moco.evaluation.features import EvalTransform, extract
 from moco.evaluation.finetuning import classifier, mixed, mixing, optimizer_of, plan_of, step_seed, train
 from moco.models.backbones import build_backbone
 from moco.runtime.errors import NonFiniteLoss
@@ -122,7 +122,7 @@ def _steps(mixup: float, name: str) -> tuple[dict[str, Tensor], list[float], Ten
     plan = plan_of(pictures=31, batch_size=8, epochs=3, min_steps=0, seed=3)
     assert (plan.rank, plan.processes) == (rank(), world_size())
     losses = fit(network, plan, mixup, name=name, lr=0.05 if name == "sgd" else 0.003)
-    scores = extract(network, source(23), 8, 0, (0.0,) * 3, (1.0,) * 3, CPU, batch_size=4)
+    scores = extract(network, source(23), EvalTransform(8), CPU, batch_size=4)
     return dict(network.state_dict()), losses, scores
 
 

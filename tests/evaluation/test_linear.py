@@ -18,7 +18,7 @@ from moco.config import ConfigError, DataConfig, RunWarning
 from moco.config.linear import LinearConfig, check_linear
 from moco.data.sources import load_source
 from moco.distributed import on_rank_zero
-from moco.evaluation.features import extract
+from moco.evaluation.features import EvalTransform, extract
 from moco.evaluation.linear_probe import load_head
 from moco.evaluation.metrics import HeldOut, TestSplitReadTwice
 from moco.evaluation.subject import open_labeled
@@ -129,8 +129,7 @@ def test_the_saved_head_reproduces_the_figure(make: Any, normalize: str, tmp_pat
     head, sources = load_head(tmp_path / "linear.safetensors"), load_source(DataConfig("digits"))
     assert sources.held_out is not None
     backbone = build(read_encoder(tmp_path / "encoder.safetensors")).get_submodule("backbone")
-    look = head.about["look"]
-    features = extract(backbone, sources.held_out, look["size"], look["resize"], look["mean"], look["std"], CPU)
+    features = extract(backbone, sources.held_out, EvalTransform(**head.about["look"]), CPU)
     right = head(features).argmax(dim=1).numpy() == sources.held_out.labels
     assert 100 * right.mean() == pytest.approx(figures["top1"])
     assert head.about["classes"] == list("0123456789")

@@ -8,14 +8,14 @@ import torch
 from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from moco.evaluation.metrics import HeldOut, TestSplitReadTwice, figures, mean_interval
+from moco.evaluation.metrics import HeldOut, TestSplitReadTwice, compute_metrics, mean_interval
 
 SCORES = torch.randn(83, 7, generator=torch.Generator().manual_seed(0))
 LABELS = np.random.default_rng(0).integers(0, 6, 83)  # class 6 has no image
 
 
 def test_accuracies_and_confusion_equal_scikit_learn() -> None:
-    got = figures(SCORES, LABELS)
+    got = compute_metrics(SCORES, LABELS)
     for k, value in ((1, got.top1), (5, got.top5)):
         expected = 100 * top_k_accuracy_score(LABELS, SCORES.numpy(), k=k, labels=range(7))
         assert value == pytest.approx(expected)
@@ -28,26 +28,26 @@ def test_accuracies_and_confusion_equal_scikit_learn() -> None:
 
 
 def test_top5_says_nothing_of_five_classes() -> None:
-    assert figures(SCORES[:, :5], LABELS % 5).top5 is None
+    assert compute_metrics(SCORES[:, :5], LABELS % 5).top5 is None
 
 
 def test_top5_of_votes_does_not_depend_on_the_classes_numbers() -> None:
     votes = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1.0]]).expand(3, 7)
     labels = np.array([0, 5, 6])  # the first has no vote: only its number would put it among the five
-    assert figures(votes, labels, votes=True).top5 == pytest.approx(200 / 3)
-    assert figures(votes.flip(1), 6 - labels, votes=True).top5 == pytest.approx(200 / 3)
-    assert figures(-SCORES.abs(), LABELS).top5 == figures(-SCORES.abs() + 10, LABELS).top5  # other scores have no zero
+    assert compute_metrics(votes, labels, votes=True).top5 == pytest.approx(200 / 3)
+    assert compute_metrics(votes.flip(1), 6 - labels, votes=True).top5 == pytest.approx(200 / 3)
+    assert compute_metrics(-SCORES.abs(), LABELS).top5 == compute_metrics(-SCORES.abs() + 10, LABELS).top5  # other scores have no zero
 
 
 def test_of_equal_scores_the_first_class_counts() -> None:
-    assert figures(torch.zeros(4, 3), np.array([0, 0, 1, 2])).top1 == 50.0
+    assert compute_metrics(torch.zeros(4, 3), np.array([0, 0, 1, 2])).top1 == 50.0
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (3, 10), (10, 10), (377, 500), (9876, 10000)])
 def test_interval_is_wilsons(right: int, count: int) -> None:
     scores = torch.eye(2)[torch.tensor([0] * right + [1] * (count - right))]
     expected = binomtest(right, count).proportion_ci(method="wilson")
-    assert figures(scores, np.zeros(count, np.int64)).interval() == pytest.approx(
+    assert compute_metrics(scores, np.zeros(count, np.int64)).interval() == pytest.approx(
         (100 * expected.low, 100 * expected.high), abs=1e-6
     )
 
@@ -62,7 +62,7 @@ def test_interval_over_seeds_is_students() -> None:
 
 
 def test_plain_figures_are_json() -> None:
-    plain = figures(SCORES, LABELS).plain()
+    plain = compute_metrics(SCORES, LABELS).to_json()
     assert plain["count"] == 83
     assert math.isclose(sum(sum(row) for row in plain["confusion"]), 83)
     assert len(plain["interval95"]) == 2

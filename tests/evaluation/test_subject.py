@@ -58,7 +58,7 @@ def test_a_run_brings_its_encoder_its_data_and_its_look(tmp_path: Path) -> None:
     config = judge(run=str(trained(tmp_path / "run")))
     subject = open_subject(config)
     assert (subject.step, subject.output) == (7, tmp_path / "run")
-    assert (subject.look.size, subject.look.resize, subject.look.mean) == (16, 0, (0.5, 0.5, 0.5))
+    assert (subject.transform.size, subject.transform.resize, subject.transform.mean) == (16, 0, (0.5, 0.5, 0.5))
     bank, held_out = open_labeled(config, subject)
     assert (len(bank), len(held_out)) == (1297, 500)
     found = dict(encoders(subject, ["untrained"], CPU))
@@ -94,8 +94,8 @@ def test_an_encoder_of_ours_judges_into_its_own_directory(tmp_path: Path) -> Non
 def test_the_look_can_be_said_otherwise(tmp_path: Path) -> None:
     config = judge(run=str(trained(tmp_path / "run")))
     config.images.size, config.images.resize = 12, 14
-    look = open_subject(config).look
-    assert (look.size, look.resize, look.mean) == (12, 14, (0.5, 0.5, 0.5))
+    transform = open_subject(config).transform
+    assert (transform.size, transform.resize, transform.mean) == (12, 14, (0.5, 0.5, 0.5))
 
 
 def test_of_other_data_nothing_of_the_runs_is_kept(tmp_path: Path) -> None:

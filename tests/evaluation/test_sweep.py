@@ -11,7 +11,17 @@ from moco.config import DataConfig, OptimConfig
 from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.evaluation import sweep
-from moco.evaluation.sweep import Choice, Recipe, Setting, choose, retrain, scaling_of, train_heads, validation_rows
+from moco.evaluation.subsets import split_each_class
+from moco.evaluation.sweep import (
+    Choice,
+    LabeledFeatures,
+    Recipe,
+    Setting,
+    choose,
+    retrain,
+    scaling_of,
+    train_heads,
+)
 from moco.optim.schedules import lr_factor
 from tests.distributed.launch import run_ranks
 

@@ -28,7 +28,7 @@ from moco.data.pack import pack
 from moco.data.sources import load_source
 from moco.data.unreadable import UnreadableImages
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
-from moco.evaluation.features import pixels, stream
+from moco.evaluation.features import EvalTransform, pixels, stream
 from moco.interop.encoder_file import build, read_encoder
 from moco.retrieval.modes import image_size
 from moco.retrieval.queries import image_files
@@ -237,7 +237,7 @@ def test_an_image_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
     assert image_size(index, 9) == {"width": 0, "height": 0, "bytes": 0}
     with pytest.raises(ImageError, match="no known image format"):
         list(
-            stream(pixels, image_files([str(root / "zz.jpg")]), [0], 8, 0, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"))
+            stream(pixels, image_files([str(root / "zz.jpg")]), [0], EvalTransform(8), torch.device("cpu"))
         )
 
     for compression in (1, 2, 3, 5, 6, 7, 8, 32773, 34676, 34712, 34925, 50000, 50001, 60000):

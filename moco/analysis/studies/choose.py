@@ -25,10 +25,10 @@ from moco.config import DataConfig, require
 from moco.config.choose import ChooseConfig
 from moco.data.opening import open_sources
 from moco.data.sources import Sources, limited
-from moco.evaluation.knn_classifier import knn_accuracy
-from moco.evaluation.metrics import figures
-from moco.evaluation.subsets import per_class
-from moco.evaluation.sweep import Recipe, Setting, retrain
+from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy
+from moco.evaluation.metrics import compute_metrics
+from moco.evaluation.subsets import naming_field, per_class
+from moco.evaluation.sweep import LabeledFeatures, Recipe, Setting, retrain
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.runs import checkpoint
@@ -194,15 +194,17 @@ def _accuracies(outputs: Outputs, file: EncoderFile, sources: Sources, config: C
         return {}
     backbone, device = outputs.encoder.backbone, outputs.features.device
     references, queries = (plain_features(backbone, each, file, device) for each in (bank, held_out))
-    few_labels = (1, VOTE, config.labels_per_class, config.draws)
-    knn = knn_accuracy(references, bank.labels, queries, held_out.labels, *few_labels)
-    rows = per_class(bank.labels, config.probe_labels_per_class, seed=0)
+    few_labels = KnnSettings(1, VOTE, config.labels_per_class, config.draws)
+    with naming_field("labels_per_class", config.labels_per_class):
+        knn = knn_accuracy(references, bank.labels, queries, held_out.labels, few_labels)
+    with naming_field("probe_labels_per_class", config.probe_labels_per_class):
+        rows = per_class(bank.labels, config.probe_labels_per_class, seed=0)
     some, labels = references[torch.from_numpy(rows).to(device)], bank.subset(rows).labels
     assert labels is not None
     recipe = replace(PROBE, batch_size=len(some))
     columns = {PROBE_SETTING.layer: slice(0, some.shape[1])}
-    weight, bias = retrain(some, columns, labels, len(bank.classes), PROBE_SETTING, recipe, device)
-    return {"knn": knn.mean, "probe": figures(queries @ weight.T + bias, held_out.labels).top1}
+    weight, bias = retrain(LabeledFeatures(some, columns, labels, len(bank.classes), device), PROBE_SETTING, recipe)
+    return {"knn": knn.mean, "probe": compute_metrics(queries @ weight.T + bias, held_out.labels).top1}
 
 
 def chosen(points: Sequence[Point], measure: str) -> Point:

@@ -20,7 +20,8 @@ from moco.builder import UNKNOWN, unit_length
 from moco.config import require
 from moco.config.temperature import TemperatureConfig
 from moco.data.sources import Source, Sources, limited
-from moco.evaluation.knn_classifier import Accuracy, knn_accuracy
+from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy
+from moco.evaluation.subsets import naming_field
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.models.encoder import Encoder
 from moco.runs import checkpoint
@@ -93,8 +94,9 @@ def measure(
     knn, bank = None, sources.bank
     if bank is not None and bank.labels is not None and sources.held_out is not None and images.labels is not None:
         references = plain_features(outputs.encoder.backbone, bank, file, device)
-        few_labels = (config.k, VOTE, config.labels_per_class, config.draws)
-        knn = knn_accuracy(references, bank.labels, outputs.features, images.labels, *few_labels)
+        few_labels = KnnSettings(config.k, VOTE, config.labels_per_class, config.draws)
+        with naming_field("labels_per_class", config.labels_per_class):
+            knn = knn_accuracy(references, bank.labels, outputs.features, images.labels, few_labels)
     return Run(
         temperature,
         seed,

@@ -14,7 +14,7 @@ from moco.data.augment import augment, crop_one
 from moco.data.opening import build_views
 from moco.data.sources import Source
 from moco.data.view import draw, draw_crop
-from moco.evaluation.features import extract
+from moco.evaluation.features import EvalTransform, extract
 from moco.interop.encoder_file import EncoderFile, build
 from moco.models.encoder import Encoder
 
@@ -44,7 +44,8 @@ def encode(file: EncoderFile, images: Source, views: list[Tensor], device: torch
 def plain_features(network: nn.Module, source: Source, file: EncoderFile, device: torch.device) -> Tensor:
     """Compute the features (N, D) of the plain evaluation views of a source, in its order."""
     view = file.images
-    return extract(network, source, view["size"], view["resize"], view["mean"], view["std"], device, ROWS)
+    transform = EvalTransform(view["size"], view["resize"], view["mean"], view["std"])
+    return extract(network, source, transform, device, ROWS)
 
 
 def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> list[Tensor]:

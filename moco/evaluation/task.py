@@ -1,0 +1,157 @@
+"""The common parts of the evaluation commands: the opened task, an encoder's result, results.json and the table."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from moco.config import ConfigError, DataConfig
+from moco.config.subject import SubjectConfig
+from moco.data.sources import Source
+from moco.distributed import is_rank_zero, on_rank_zero, world_size
+from moco.evaluation.features import EvalTransform, Network, extract, pixels
+from moco.evaluation.metrics import Metrics, mean_interval, mean_known
+from moco.evaluation.subject import Subject, data_config, describe, open_labeled, open_subject
+from moco.runs import results
+from moco.runtime.console import log, percent, progress_bar, table
+from moco.runtime.device import compute_context
+
+Config = TypeVar("Config", bound=SubjectConfig)
+
+
+@dataclass(frozen=True, eq=False)
+class Task(Generic[Config]):
+    """What all encoders and repeats of one evaluation share."""
+
+    config: Config
+    subject: Subject
+    train: Source
+    held_out: Source
+    device: torch.device
+
+    @cached_property
+    def data(self) -> DataConfig:
+        return data_config(self.config, self.subject)
+
+    def transform_for(self, network: Network) -> EvalTransform:
+        """Return the preparation of images for a network; raw pixels stay unnormalized."""
+        return self.subject.transform.unnormalized() if network is pixels else self.subject.transform
+
+    def features(self, network: Network, source: Source, description: str = "") -> Tensor:
+        """Compute the features (M, D) of a source, in its order, on every rank.
+
+        Args:
+            network: a network on the task's device, or `pixels`.
+            source: one of the splits.
+            description: shows a progress bar and refuses non-finite features, see `monitored`; empty: neither.
+        """
+        monitor = monitored(network, len(source), description) if description else nullcontext(network)
+        with monitor as watched:
+            at_once, workers = self.config.images_at_once, self.data.workers
+            return extract(watched, source, self.transform_for(network), self.device, at_once, workers)
+
+
+@contextmanager
+def open_task(config: Config) -> Iterator[Task[Config]]:
+    """Set up device, threads and process group, and open the encoder and its labeled data.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: see `open_subject` and `open_labeled`.
+    """
+    with compute_context(config) as device:
+        subject = open_subject(config)
+        yield Task(config, subject, *open_labeled(config, subject), device)
+
+
+@contextmanager
+def monitored(network: Network, count: int, description: str) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield the network with a progress bar over `count` images of all ranks.
+
+    The network must be in eval mode. It raises ConfigError if a feature is not finite.
+    """
+    done, share = 0, -(-count // world_size())
+    with progress_bar(description, quiet=not is_rank_zero()) as progress:
+
+        def forward(images: Tensor) -> Tensor:
+            nonlocal done
+            features: Tensor = network(images)
+            if not features.isfinite().all():
+                raise ConfigError(
+                    f"{description}: NaN or infinity: this encoder's training diverged, use an older checkpoint=FILE"
+                )
+            done = min(share, done + len(images))
+            progress(done, share)
+            return features
+
+        yield forward
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The metrics of one encoder."""
+
+    encoder: str  # pretrained, untrained or pixels
+    metrics: list[Metrics]  # one per repeat: a seed, or a draw of labels
+    details: dict[str, Any]  # the command's own keys of the results.json entry; "figures" among them
+
+    @property
+    def top1(self) -> float:
+        return mean_interval([each.top1 for each in self.metrics])[0]
+
+    @property
+    def top5(self) -> float | None:
+        return mean_known([each.top5 for each in self.metrics])
+
+    def accuracy(self) -> str:
+        """Format top1 for a table, with its 95 % interval: Student's over seeds, Wilson's for a single one."""
+        mean, half = mean_interval([each.top1 for each in self.metrics])
+        low, high = self.metrics[0].interval()
+        return f"{mean:.1f} ({low:.1f}–{high:.1f})" if half is None else percent(mean, half)
+
+
+def summarize_seeds(metrics: Sequence[Metrics]) -> dict[str, Any]:
+    """Return the mean accuracies over seeds, and half of Student's 95 % interval, for results.json."""
+    mean, half = mean_interval([each.top1 for each in metrics])
+    return {"top1": mean, "top1_half_width95": half, "top5": mean_known([each.top5 for each in metrics])}
+
+
+def interval_note(seeds: int) -> str:
+    """Return the meaning of the interval that `Result.accuracy` shows."""
+    return f"mean of {seeds} seeds ± half of Student's 95 % interval" if seeds > 1 else "with Wilson's 95 % interval"
+
+
+def record_results(
+    task: Task[Any], command: str, protocol: str, found: Sequence[Result], features: str = "backbone"
+) -> Path:
+    """Add one entry per encoder to results.json, on rank 0; every rank must call.
+
+    Args:
+        task: the evaluation.
+        command, protocol: the names in the entry.
+        found: the results.
+        features: see `describe`.
+
+    Returns:
+        The file's path.
+    """
+    shared = {"command": command, "protocol": protocol}
+    shared |= describe(task.subject, task.config, task.train, task.held_out, features)
+    entries = [shared | {"encoder": each.encoder} | each.details for each in found]
+    return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.step))
+
+
+def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:
+    """Print the closing table: encoder, top-1, top-5, and a column for each item of `extra`."""
+    own = zip(*extra.values(), strict=True)
+    rows = [[each.encoder, each.accuracy(), percent(each.top5), *more] for each, more in zip(found, own, strict=True)]
+    table(title, ["encoder", "top-1 %", "top-5 %", *extra], rows, caption)
+
+
+def log_next(command: str, reason: str = "") -> None:
+    """Print a command that continues from here."""
+    log(f"next: {command}" + (f"  ({reason})" if reason else ""))
