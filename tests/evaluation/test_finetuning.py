@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,32 +13,35 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
+from moco.config import OptimConfig
 from moco.data.loader import Batch, batches
 from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import rank, world_size, wrap_ddp
+from moco.evaluation import finetuning
 from moco.evaluation.features import EvalTransform, extract
-from moco.evaluation.finetuning import classifier, mixed, mixing, optimizer_of, plan_of, step_seed, train
+from moco.evaluation.finetuning import (
+    TrainSettings,
+    build_finetune_optimizer,
+    classifier,
+    mixed,
+    mixing,
+    plan_of,
+    step_seed,
+    train,
+)
+from moco.evaluation.subject import labels_of
 from moco.models.backbones import build_backbone
 from moco.runtime.errors import NonFiniteLoss
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
-PLAIN: dict[str, Any] = {
-    "name": "sgd",
-    "momentum": 0.9,
-    "nesterov": False,
-    "betas": (0.9, 0.999),
-    "weight_decay": 1e-2,
-    "exclude": (),
-    "head_lr_factor": 1.0,
-    "layer_decay": None,
-}
+SGD = OptimConfig(name="sgd", momentum=0.9, weight_decay=1e-2, exclude=[])
 
 
 class Smooth(nn.Module):
-    """A small network without kinks, so that rounding stays rounding."""
+    """A small smooth network, so that rounding errors stay small."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,48 +61,41 @@ def smooth(bn: str = "sync", classes: int = 3) -> nn.Sequential:
 
 
 def source(count: int) -> ArraySource:
-    """Pictures whose class is their brightest channel."""
+    """Return images whose class is their brightest channel."""
     labels = np.arange(count) % 3
     images = torch.randint(0, 160, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images[torch.arange(count), torch.from_numpy(labels)] += 90
     return ArraySource(images, [str(i) for i in range(count)], labels, ("r", "g", "b"))
 
 
-def fit(network: nn.Sequential, plan: Plan, mixup: float = 0.0, lr: float = 0.05, **changed: Any) -> list[float]:
-    pictures = source(plan.length)
+def fit(
+    network: nn.Sequential, plan: Plan, settings: TrainSettings, optim: OptimConfig = SGD, **more: Any
+) -> list[float]:
+    """Train on `source`; return the losses."""
+    images = source(plan.length)
     losses: list[float] = []
-    stream = batches(pictures, plan, [View(8, crop_scale=(0.5, 1.0), flip_p=0.5)], CPU, workers=0)
-    train(
-        wrap_ddp(network, CPU),
-        optimizer_of(network, **(PLAIN | changed)),
-        stream,
-        torch.from_numpy(pictures.labels),
-        plan,
-        lr,
-        0.2,
-        mixing(mixup, mixup, 3),
-        0.1,
-        torch.float32,
-        lambda _, loss: losses.append(loss),
-    )
+    stream = batches(images, plan, [View(8, crop_scale=(0.5, 1.0), flip_p=0.5)], CPU, workers=0)
+    labels = torch.from_numpy(labels_of(images))
+    optimizer = build_finetune_optimizer(network, optim, **more)
+    train(wrap_ddp(network, CPU), optimizer, stream, labels, plan, settings, losses.append)
     return losses
 
 
 def test_the_steps_are_those_of_a_plain_loop() -> None:
-    plan = plan_of(pictures=27, batch_size=12, epochs=4, min_steps=0, seed=3)
+    plan = plan_of(images=27, batch_size=12, epochs=4, min_steps=0, seed=3)
     assert plan.total_steps == 8
     network = smooth()
     reference = nn.Sequential(copy.deepcopy(Smooth()), nn.Linear(24, 3))
     torch.manual_seed(5)
     reference[0] = Smooth()  # with torch's own BN
     reference[1].load_state_dict(network[1].state_dict())
-    fit(network, plan, lr=0.05, head_lr_factor=4.0, nesterov=True)
+    fit(network, plan, TrainSettings(0.05, 0.2, label_smoothing=0.1), head_lr_factor=4.0, nesterov=True)
 
     groups = [{"params": reference[0].parameters(), "scale": 1.0}, {"params": reference[1].parameters(), "scale": 4.0}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2)
-    pictures = source(27)
+    images = source(27)
     view = View(8, crop_scale=(0.5, 1.0), flip_p=0.5)
-    for step, batch in enumerate(batches(pictures, plan, [view], CPU, workers=0)):
+    for step, batch in enumerate(batches(images, plan, [view], CPU, workers=0)):
         epoch = step / 2
         rise = 0.2 * 4
         factor = (
@@ -110,7 +107,7 @@ def test_the_steps_are_those_of_a_plain_loop() -> None:
             group["lr"] = 0.05 * factor * group["scale"]
         optimizer.zero_grad()
         F.cross_entropy(
-            reference(batch.views[0]), torch.from_numpy(pictures.labels)[batch.index], label_smoothing=0.1
+            reference(batch.views[0]), torch.from_numpy(labels_of(images))[batch.index], label_smoothing=0.1
         ).backward()
         optimizer.step()
     for mine, theirs in zip(network.state_dict().values(), reference.state_dict().values(), strict=True):
@@ -119,38 +116,43 @@ def test_the_steps_are_those_of_a_plain_loop() -> None:
 
 def _steps(mixup: float, name: str) -> tuple[dict[str, Tensor], list[float], Tensor]:
     network = smooth()
-    plan = plan_of(pictures=31, batch_size=8, epochs=3, min_steps=0, seed=3)
+    plan = plan_of(images=31, batch_size=8, epochs=3, min_steps=0, seed=3)
     assert (plan.rank, plan.processes) == (rank(), world_size())
-    losses = fit(network, plan, mixup, name=name, lr=0.05 if name == "sgd" else 0.003)
+    settings = TrainSettings(0.05 if name == "sgd" else 0.003, 0.2, mixing(mixup, mixup, 3), 0.1)
+    losses = fit(network, plan, settings, replace(SGD, name=name))
     scores = extract(network, source(23), EvalTransform(8), CPU, batch_size=4)
     return dict(network.state_dict()), losses, scores
 
 
-@pytest.mark.parametrize(("mixup", "name"), [(0.0, "sgd"), (0.5, "adamw")])
-def test_two_processes_make_the_steps_of_one(mixup: float, name: str) -> None:
-    """Also with MixUp and CutMix, whose pairs reach over the ranks, and 23 held-out pictures."""
-    weights, losses, scores = _steps(mixup, name)
+def _all_steps() -> list[tuple[dict[str, Tensor], list[float], Tensor]]:
+    return [_steps(0.0, "sgd"), _steps(0.5, "adamw")]
+
+
+def test_two_processes_make_the_steps_of_one() -> None:
+    """Also with MixUp and CutMix, whose pairs cross ranks, and with 23 held-out images."""
     truth = np.arange(23) % 3
-    assert len(losses) == 9
-    for other_weights, other_losses, other_scores in run_ranks(2, _steps, mixup, name):
-        assert other_losses == pytest.approx(losses, abs=1e-5)
-        for key, value in weights.items():
-            torch.testing.assert_close(other_weights[key], value, atol=1e-5, rtol=1e-5)
-        assert np.array_equal(other_scores.argmax(1).numpy() == truth, scores.argmax(1).numpy() == truth)
-        torch.testing.assert_close(other_scores, scores, atol=1e-4, rtol=1e-4)
+    expected = _all_steps()
+    for found in run_ranks(2, _all_steps):
+        for (weights, losses, scores), (other_weights, other_losses, other_scores) in zip(expected, found, strict=True):
+            assert len(losses) == 9
+            assert other_losses == pytest.approx(losses, abs=1e-5)
+            for key, value in weights.items():
+                torch.testing.assert_close(other_weights[key], value, atol=1e-5, rtol=1e-5)
+            assert np.array_equal(other_scores.argmax(1).numpy() == truth, scores.argmax(1).numpy() == truth)
+            torch.testing.assert_close(other_scores, scores, atol=1e-4, rtol=1e-4)
 
 
 def test_frozen_bn_keeps_its_statistics_and_trains_its_scale() -> None:
     network = smooth("frozen")
     before = copy.deepcopy(network.state_dict())
-    fit(network, plan_of(24, 12, 2, 0, seed=0))
+    fit(network, plan_of(24, 12, 2, 0, seed=0), TrainSettings(0.05))
     bn = "backbone.layers.1."
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(network.state_dict()[bn + name], before[bn + name])
     assert not torch.equal(network.state_dict()[bn + "weight"], before[bn + "weight"])
 
 
-def test_mixup_and_cutmix_pair_each_picture_with_the_one_before() -> None:
+def test_mixup_and_cutmix_pair_each_image_with_the_previous_one() -> None:
     images, labels = torch.rand(5, 3, 6, 6), torch.tensor([0, 1, 2, 0, 1])
     hot = F.one_hot(labels, 3).float()
     mixup = mixing(0.7, 0.0, 3)
@@ -175,7 +177,7 @@ def test_mixup_and_cutmix_pair_each_picture_with_the_one_before() -> None:
     assert mixing(0.0, 0.0, 3) is None
 
 
-def test_both_mixings_take_turns_as_the_step_says() -> None:
+def test_each_step_draws_one_of_the_two_mixings() -> None:
     both = mixing(1.0, 1.0, 2)
     assert both is not None
     images, labels = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 3, 9, 9), torch.tensor([0, 1])
@@ -196,7 +198,7 @@ def test_seeds_of_steps_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pictures", "batch", "epochs", "min_steps", "expected"),
+    ("images", "batch", "epochs", "min_steps", "expected"),
     [
         (10, 128, 30, 300, (10, 300, 300)),  # fewer than a batch
         (130, 128, 30, 300, (128, 300, 300)),
@@ -205,33 +207,25 @@ def test_seeds_of_steps_differ() -> None:
     ],
 )
 def test_few_labels_get_more_epochs(
-    pictures: int, batch: int, epochs: int, min_steps: int, expected: tuple[int, int, int]
+    images: int, batch: int, epochs: int, min_steps: int, expected: tuple[int, int, int]
 ) -> None:
-    plan = plan_of(pictures, batch, epochs, min_steps, seed=0)
+    plan = plan_of(images, batch, epochs, min_steps, seed=0)
     assert (plan.batch_size, plan.epochs, plan.total_steps) == expected
 
 
-def _lowered() -> list[int | str]:
-    found: list[int | str] = []
-    for pictures in (6, 7, 1):
-        try:
-            found.append(plan_of(pictures, 8, 1, 0, seed=0).batch_size)
-        except ValueError as error:
-            found.append(str(error))
-    return found
-
-
-def test_the_lowered_batch_is_the_same_on_any_number_of_processes_or_refused() -> None:
-    assert _lowered() == [6, 7, 1]
-    sentence = "2 processes cannot share a batch of the {} labeled pictures evenly: {}start fewer"
-    wanted = [6, sentence.format(7, "set batch_size=6, or "), sentence.format(1, "")]
-    assert run_ranks(2, _lowered) == [wanted] * 2
+def test_the_lowered_batch_is_the_same_for_any_number_of_processes_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [plan_of(images, 8, 1, 0, seed=0).batch_size for images in (6, 7, 1)] == [6, 7, 1]
+    monkeypatch.setattr(finetuning, "world_size", lambda: 2)
+    assert plan_of(6, 8, 1, 0, seed=0).batch_size == 6
+    for images, fix in ((7, "set batch_size=6, or start fewer"), (1, "start fewer")):
+        with pytest.raises(ValueError, match=rf"2 processes cannot share a batch of the {images} .*: {fix}"):
+            plan_of(images, 8, 1, 0, seed=0)
 
 
 def test_layer_decay_scales_each_layer_as_timm_does_with_a_head_of_its_own() -> None:
     options: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
     network = classifier(build_backbone("timm/vit_tiny_patch16_224", options), 5, "sync", seed=0)
-    optimizer = optimizer_of(network, **(PLAIN | {"name": "adamw", "head_lr_factor": 2.0, "layer_decay": 0.5}))
+    optimizer = build_finetune_optimizer(network, replace(SGD, name="adamw"), head_lr_factor=2.0, layer_decay=0.5)
     names = {parameter: name for name, parameter in network.named_parameters()}
     found = {names[each]: group for group in optimizer.param_groups for each in group["params"]}
     assert set(found) == set(names.values())
@@ -252,10 +246,11 @@ def test_layer_decay_scales_each_layer_as_timm_does_with_a_head_of_its_own() -> 
 
 def test_exclude_and_the_two_learning_rates() -> None:
     network = smooth()
-    optimizer = optimizer_of(network, **(PLAIN | {"exclude": ("norm", "bias"), "head_lr_factor": 10.0}))
-    said = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    optimizer = build_finetune_optimizer(network, replace(SGD, exclude=["norm", "bias"]), head_lr_factor=10.0)
+    groups = {id(each): group for group in optimizer.param_groups for each in group["params"]}
     found = {
-        name: (said[id(each)]["lr_scale"], said[id(each)]["weight_decay"]) for name, each in network.named_parameters()
+        name: (groups[id(each)]["lr_scale"], groups[id(each)]["weight_decay"])
+        for name, each in network.named_parameters()
     }
     assert found == {
         "backbone.layers.0.weight": (1.0, 1e-2),
@@ -266,25 +261,21 @@ def test_exclude_and_the_two_learning_rates() -> None:
     }
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
+def test_a_non_finite_loss_is_an_error_before_the_weights_change() -> None:
     network = smooth()
     plan = plan_of(24, 12, 2, 0, seed=0)
     weights: list[dict[str, Tensor]] = []
     stream = [Batch(torch.arange(12), [torch.rand(12, 3, 8, 8)]) for _ in range(4)]
     stream[2].views[0][3, 0, 0, 0] = math.inf
-    with pytest.raises(NonFiniteLoss, match=r"step 3 of 4 gave loss nan, .*: lower lr=0.05 or head_lr_factor"):
+    with pytest.raises(NonFiniteLoss, match=r"step 3 of 4 .*loss nan, .*lr=0.05"):
         train(
             network,
-            optimizer_of(network, **PLAIN),
+            build_finetune_optimizer(network, SGD),
             stream,
-            torch.from_numpy(source(24).labels),
+            torch.from_numpy(labels_of(source(24))),
             plan,
-            0.05,
-            0.0,
-            None,
-            0.0,
-            torch.float32,
-            lambda *_: weights.append({name: p.detach().clone() for name, p in network.named_parameters()}),
+            TrainSettings(0.05),
+            lambda _: weights.append({name: p.detach().clone() for name, p in network.named_parameters()}),
         )
     assert len(weights) == 2
     for name, parameter in network.named_parameters():
@@ -292,22 +283,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change() -> None:
 
 
 def test_bf16_autocast_stays_near_float32() -> None:
-    first, second = smooth(), smooth()
-    assert fit(first, plan_of(24, 12, 2, 0, seed=0))[0] == pytest.approx(math.log(3), abs=0.05)  # chance, at the start
-    pictures = source(24)
-    losses: list[float] = []
-    train(
-        second,
-        optimizer_of(second, **PLAIN),
-        batches(pictures, plan_of(24, 12, 2, 0, seed=0), [View(8)], CPU, workers=0),
-        torch.from_numpy(pictures.labels),
-        plan_of(24, 12, 2, 0, seed=0),
-        0.05,
-        0.0,
-        None,
-        0.0,
-        torch.bfloat16,
-        lambda _, loss: losses.append(loss),
-    )
-    assert losses[0] == pytest.approx(math.log(3), abs=0.05)
-    assert all(parameter.dtype == torch.float32 for parameter in second.parameters())
+    for precision in (torch.float32, torch.bfloat16):
+        network = smooth()
+        losses = fit(network, plan_of(24, 12, 2, 0, seed=0), TrainSettings(0.05, precision=precision))
+        assert losses[0] == pytest.approx(math.log(3), abs=0.05)  # chance, at the start
+        assert all(parameter.dtype == torch.float32 for parameter in network.parameters())

@@ -1,4 +1,4 @@
-"""kNN against scikit-learn, and few-label draws that every encoder shares."""
+"""The kNN classifier, compared with scikit-learn."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moco.evaluation.knn_classifier import (
     Accuracy,
-    draw_labels,
+    KnnSettings,
     knn_accuracy,
     knn_predict,
     knn_votes,
@@ -19,6 +19,7 @@ from moco.evaluation.knn_classifier import (
     nearest,
     votes_of_draws,
 )
+from moco.evaluation.subsets import draw_labels
 from tests.distributed.launch import run_ranks
 
 BANK, QUERIES, DIM, CLASSES = 60, 41, 7, 5
@@ -34,7 +35,7 @@ def classes(rows: int, seed: int) -> NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, CLASSES, rows)
 
 
-def judge(k: int, temperature: float) -> KNeighborsClassifier:
+def reference(k: int, temperature: float) -> KNeighborsClassifier:
     def weights(distance: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.exp((1 - distance) / temperature)
 
@@ -50,9 +51,11 @@ def test_predictions_equal_scikit_learn(k: int, temperature: float) -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
     similarity = np.sort(torch.nn.functional.cosine_similarity(queries[:, None], bank, dim=2).numpy(), axis=1)
     assert np.diff(similarity, axis=1).min() > 0  # distinct, so there is one right order
-    fitted = judge(k, temperature).fit(bank.double().numpy(), labels)
+    fitted = reference(k, temperature).fit(bank.double().numpy(), labels)
     expected = fitted.predict(queries.double().numpy())
-    assert knn_predict(bank, torch.from_numpy(labels), queries, k, temperature).tolist() == expected.tolist()
+    assert (
+        knn_predict(bank, torch.from_numpy(labels), queries, KnnSettings(k, temperature)).tolist() == expected.tolist()
+    )
 
 
 def test_votes_are_weighted_by_similarity() -> None:
@@ -61,32 +64,36 @@ def test_votes_are_weighted_by_similarity() -> None:
     query, labels = torch.tensor([[1.0, 0.0]]), torch.tensor([1, 0, 0])
     near, far = math.cos(0.1), math.cos(0.6)
     even = (near - far) / math.log(2)  # the temperature at which one near neighbor outweighs two far ones
-    assert knn_predict(bank, labels, query, 3, even * 0.9).tolist() == [1]
-    assert knn_predict(bank, labels, query, 3, even * 1.1).tolist() == [0]
+    assert knn_predict(bank, labels, query, KnnSettings(3, even * 0.9)).tolist() == [1]
+    assert knn_predict(bank, labels, query, KnnSettings(3, even * 1.1)).tolist() == [0]
 
 
 def test_length_of_features_does_not_matter() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    expected = knn_predict(bank, labels, queries, 9, 0.1)
+    expected = knn_predict(bank, labels, queries, KnnSettings(9))
     stretched = torch.linspace(0.01, 100, BANK)[:, None] * bank
-    assert torch.equal(knn_predict(stretched, labels, 50 * queries, 9, 0.1), expected)
+    assert torch.equal(knn_predict(stretched, labels, 50 * queries, KnnSettings(9)), expected)
 
 
 def test_very_low_temperature_is_the_nearest_neighbor() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    assert torch.equal(knn_predict(bank, labels, queries, 20, 1e-5), knn_predict(bank, labels, queries, 1, 0.1))
+    assert torch.equal(
+        knn_predict(bank, labels, queries, KnnSettings(20, 1e-5)), knn_predict(bank, labels, queries, KnnSettings(1))
+    )
 
 
 def test_more_neighbors_than_samples_means_all() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    assert torch.equal(knn_predict(bank, labels, queries, 999, 0.1), knn_predict(bank, labels, queries, BANK, 0.1))
+    assert torch.equal(
+        knn_predict(bank, labels, queries, KnnSettings(999)), knn_predict(bank, labels, queries, KnnSettings(BANK))
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 7, QUERIES, 1000])
 def test_chunks_do_not_change_predictions(chunk: int) -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    expected = torch.cat([knn_predict(bank, labels, queries[i : i + 1], 9, 0.1) for i in range(QUERIES)])
-    assert torch.equal(knn_predict(bank, labels, queries, 9, 0.1, chunk), expected)
+    expected = torch.cat([knn_predict(bank, labels, queries[i : i + 1], KnnSettings(9)) for i in range(QUERIES)])
+    assert torch.equal(knn_predict(bank, labels, queries, KnnSettings(9, query_chunk=chunk)), expected)
 
 
 # ---- votes of a grid, in parts ----
@@ -99,10 +106,11 @@ def test_votes_equal_scikit_learn_for_every_k_and_temperature(chunk: int, bank_c
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
     for k in KS:
         for temperature in TEMPERATURES:
-            expected = judge(k, temperature).fit(bank.double().numpy(), labels).predict_proba(queries.double().numpy())
-            votes = knn_votes(
-                bank, torch.from_numpy(labels), queries, k, temperature, CLASSES, chunk, bank_chunk
-            ).double()
+            expected = (
+                reference(k, temperature).fit(bank.double().numpy(), labels).predict_proba(queries.double().numpy())
+            )
+            settings = KnnSettings(k, temperature, query_chunk=chunk, bank_chunk=bank_chunk)
+            votes = knn_votes(bank, torch.from_numpy(labels), queries, CLASSES, settings).double()
             np.testing.assert_allclose(votes / votes.sum(dim=1, keepdim=True), expected, atol=2e-5)
             assert votes.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
 
@@ -111,13 +119,14 @@ def test_votes_equal_scikit_learn_for_every_k_and_temperature(chunk: int, bank_c
 def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(chunk: int, bank_chunk: int) -> None:
     bank, labels, rows = features(BANK, 0), classes(BANK, 2), [0, 3, 4, 17, 30, BANK - 1]
     ks = (1, 3, 10, BANK - 1, 999)
-    got = leave_one_out(bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, chunk, bank_chunk)
+    settings = KnnSettings(query_chunk=chunk, bank_chunk=bank_chunk)
+    got = leave_one_out(bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, settings)
     for i, k in enumerate(ks):
         for j, temperature in enumerate(TEMPERATURES):
             right = 0
             for row in rows:
                 others = np.delete(np.arange(BANK), row)
-                fitted = judge(min(k, BANK - 1), temperature).fit(bank[others].double().numpy(), labels[others])
+                fitted = reference(min(k, BANK - 1), temperature).fit(bank[others].double().numpy(), labels[others])
                 right += int(fitted.predict(bank[row : row + 1].double().numpy())[0] == labels[row])
             assert got[i, j] == pytest.approx(100 * right / len(rows))
 
@@ -129,7 +138,7 @@ def signs(rows: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("with_own", [False, True])
 @pytest.mark.parametrize("k", [1, 5, 59, 60, 99])
-def test_of_equally_near_references_the_lower_row_counts_in_any_parts(k: int, with_own: bool) -> None:
+def test_among_equally_near_references_the_lower_row_comes_first_for_any_chunks(k: int, with_own: bool) -> None:
     bank = signs(BANK, 0)
     own = torch.tensor([5, 0, 59, 31]) if with_own else None
     queries = signs(9, 1) if own is None else bank[own]
@@ -155,28 +164,30 @@ def test_copies_of_a_picture_are_tied_for_any_features() -> None:
 
 def test_half_precision_references_give_nearly_the_same_votes() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    exact = knn_votes(bank, labels, queries, 20, 0.1, CLASSES)
-    torch.testing.assert_close(knn_votes(bank.half(), labels, queries, 20, 0.1, CLASSES), exact, rtol=0.02, atol=0.02)
+    exact = knn_votes(bank, labels, queries, CLASSES, KnnSettings(20))
+    torch.testing.assert_close(
+        knn_votes(bank.half(), labels, queries, CLASSES, KnnSettings(20)), exact, rtol=0.02, atol=0.02
+    )
 
 
 def test_draws_vote_with_their_few_labels_only() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
-    each = list(votes_of_draws(bank, labels, queries, 3, 0.1, CLASSES, 2, draws=3))
+    each = list(votes_of_draws(bank, labels, queries, CLASSES, KnnSettings(3, 0.1, 2, draws=3)))
     assert len(each) == 3
     for draw, votes in enumerate(each):
         rows = draw_labels(labels, 2, draw)
         few = torch.from_numpy(labels[rows])
-        assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, 3, 0.1, CLASSES))
+        assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, CLASSES, KnnSettings(3)))
 
 
 def everything() -> list[tuple[Tensor, NDArray[np.float64], Accuracy]]:
     bank, queries, labels = features(131, 0), features(173, 1), classes(131, 2)
     all_labels, rows = torch.from_numpy(labels), torch.arange(0, 131, 2)
-    few = knn_accuracy(bank, labels, queries, classes(173, 3), 3, 0.1, 2, 4)
+    few = knn_accuracy(bank, labels, queries, classes(173, 3), KnnSettings(3, 0.1, 2, 4))
     return [
         (
-            knn_votes(bank, all_labels, queries, 20, 0.1, CLASSES, chunk, 50),
-            leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], chunk, 50),
+            knn_votes(bank, all_labels, queries, CLASSES, KnnSettings(20, query_chunk=chunk, bank_chunk=50)),
+            leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], KnnSettings(query_chunk=chunk, bank_chunk=50)),
             few,
         )
         for chunk in (20, 1024)  # 173 queries: nine parts, or one, which leaves the second rank none
@@ -195,52 +206,9 @@ def test_two_processes_equal_one_bit_for_bit() -> None:
 def test_progress_counts_the_parts() -> None:
     seen: list[tuple[int, int]] = []
     bank, labels = features(BANK, 0), torch.from_numpy(classes(BANK, 2))
-    knn_votes(bank, labels, features(QUERIES, 1), 1, 0.1, CLASSES, 10, progress=lambda *done: seen.append(done))
+    settings = KnnSettings(1, query_chunk=10)
+    knn_votes(bank, labels, features(QUERIES, 1), CLASSES, settings, lambda *done: seen.append(done))
     assert seen == [(done, 5) for done in range(5)]
-
-
-# ---- draws of few labels ----
-
-
-def test_draw_holds_so_many_of_each_class_and_none_twice() -> None:
-    labels = classes(200, 0)
-    rows = draw_labels(labels, 6, draw=3)
-    assert len(set(rows.tolist())) == len(rows) == 6 * CLASSES
-    assert np.bincount(labels[rows]).tolist() == [6] * CLASSES
-
-
-def test_draw_is_a_function_of_labels_and_number_alone() -> None:
-    labels = classes(200, 0)
-    first = draw_labels(labels, 2, draw=0)
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    assert np.array_equal(draw_labels(labels, 2, draw=0), first)
-    draws = {tuple(sorted(draw_labels(labels, 2, draw).tolist())) for draw in range(30)}
-    assert len(draws) == 30
-
-
-def test_a_seed_makes_other_draws_and_zero_is_the_default() -> None:
-    labels = classes(200, 0)
-    assert np.array_equal(draw_labels(labels, 2, 3, seed=0), draw_labels(labels, 2, 3))
-    assert not np.array_equal(draw_labels(labels, 2, 3, seed=1), draw_labels(labels, 2, 3))
-
-
-def test_more_labels_a_class_contain_the_fewer() -> None:
-    labels = classes(200, 0)
-    assert set(draw_labels(labels, 1, 4).tolist()) < set(draw_labels(labels, 5, 4).tolist())
-
-
-def test_every_sample_is_drawn_about_equally_often() -> None:
-    labels = np.repeat(np.arange(2), 10)
-    counts = np.bincount(np.concatenate([draw_labels(labels, 3, draw) for draw in range(400)]), minlength=20)
-    # 400 x 3/10 = 120 each; the standard deviation is 9
-    assert abs(counts - 120).max() < 45
-
-
-def test_too_few_samples_name_the_smallest_class() -> None:
-    labels = np.array([0] * 9 + [1] * 3 + [2] * 9)
-    with pytest.raises(ValueError, match=r"evaluate\.labels_per_class=4, but the smallest class has 3 samples"):
-        draw_labels(labels, 4, 0)
 
 
 # ---- accuracy ----
@@ -249,9 +217,9 @@ def test_too_few_samples_name_the_smallest_class() -> None:
 def test_accuracy_with_all_labels_counts_right_predictions() -> None:
     bank, queries = features(BANK, 0), features(QUERIES, 1)
     labels, truth = classes(BANK, 2), classes(QUERIES, 3)
-    predictions = knn_predict(bank, torch.from_numpy(labels), queries, 9, 0.1).tolist()
+    predictions = knn_predict(bank, torch.from_numpy(labels), queries, KnnSettings(9)).tolist()
     right = sum(int(a == b) for a, b in zip(predictions, truth.tolist(), strict=True))
-    score = knn_accuracy(bank, labels, queries, truth, 9, 0.1)
+    score = knn_accuracy(bank, labels, queries, truth, KnnSettings(9))
     assert score.mean == pytest.approx(100 * right / QUERIES)
     assert (score.std, score.draws) == (0.0, 1)
     assert str(score) == f"{100 * right / QUERIES:.1f} %"
@@ -263,11 +231,11 @@ def test_accuracy_with_few_labels_is_mean_and_deviation_over_the_draws() -> None
     scores = []
     for draw in range(7):
         rows = draw_labels(labels, 2, draw)
-        fitted = judge(3, 0.1).fit(bank.double().numpy()[rows], labels[rows])
+        fitted = reference(3, 0.1).fit(bank.double().numpy()[rows], labels[rows])
         scores.append(100 * float(np.mean(fitted.predict(queries.double().numpy()) == truth)))
     mean = sum(scores) / 7
     deviation = math.sqrt(sum((score - mean) ** 2 for score in scores) / 7)
-    score = knn_accuracy(bank, labels, queries, truth, 3, 0.1, labels_per_class=2, draws=7)
+    score = knn_accuracy(bank, labels, queries, truth, KnnSettings(3, labels_per_class=2, draws=7))
     assert score.draws == 7
     assert score.mean == pytest.approx(mean)
     assert score.std == pytest.approx(deviation)
@@ -277,12 +245,15 @@ def test_accuracy_with_few_labels_is_mean_and_deviation_over_the_draws() -> None
 def test_perfect_features_score_100_and_a_class_missing_from_the_bank_scores_0() -> None:
     labels = np.repeat(np.arange(CLASSES), 4)
     perfect = torch.eye(CLASSES)[torch.from_numpy(labels)]
-    assert knn_accuracy(perfect, labels, perfect, labels, 4).mean == 100.0
-    assert knn_accuracy(perfect, labels, perfect, labels, 4, labels_per_class=1, draws=5) == Accuracy(100.0, 0.0, 5)
-    assert knn_accuracy(perfect[:-4], labels[:-4], perfect[-4:], labels[-4:], 4).mean == 0.0
+    assert knn_accuracy(perfect, labels, perfect, labels, KnnSettings(4)).mean == 100.0
+    few = KnnSettings(4, labels_per_class=1, draws=5)
+    assert knn_accuracy(perfect, labels, perfect, labels, few) == Accuracy(100.0, 0.0, 5)
+    assert knn_accuracy(perfect[:-4], labels[:-4], perfect[-4:], labels[-4:], KnnSettings(4)).mean == 0.0
 
 
 def test_features_of_noise_score_at_chance() -> None:
     labels, truth = np.repeat(np.arange(CLASSES), 40), np.repeat(np.arange(CLASSES), 200)
-    score = knn_accuracy(features(200, 0), labels, features(1000, 1), truth, 20, labels_per_class=10, draws=10)
+    score = knn_accuracy(
+        features(200, 0), labels, features(1000, 1), truth, KnnSettings(20, labels_per_class=10, draws=10)
+    )
     assert score.mean == pytest.approx(100 / CLASSES, abs=4)

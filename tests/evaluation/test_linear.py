@@ -1,4 +1,4 @@
-"""The whole probe in this process: what it leaves, what chooses without the test split, what cannot be."""
+"""The linear probe from a configuration to its files: results, a choice without the held-out split, refusals."""
 
 import contextlib
 import io
@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-import moco.evaluation.linear as stage
+import moco.evaluation.linear as linear_module
+import moco.evaluation.task as task_module
 from moco.config import ConfigError, DataConfig, RunWarning
 from moco.config.linear import LinearConfig, check_linear
 from moco.data.sources import load_source
@@ -81,20 +82,20 @@ def on_folders(config: LinearConfig, train: Path, test: Path | None) -> LinearCo
 def run(config: LinearConfig) -> list[dict[str, Any]]:
     check_linear(config, 1)
     with contextlib.redirect_stdout(io.StringIO()):
-        stage.evaluate_linear(config)
+        linear_module.evaluate_linear(config)
     return json.loads((Path(config.output) / "results.json").read_text())  # type: ignore[no-any-return]
 
 
-# ---- what comes out ----
+# ---- results ----
 
 
-def test_a_sweep_with_baselines_leaves_table_results_picture_and_head(
+def test_a_sweep_with_baselines_writes_table_results_image_and_head(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = swept(tmp_path, compare=["untrained", "pixels"])
     config.sweep.layers = ["layers.8", "output"]
     check_linear(config, 1)
-    stage.evaluate_linear(config)
+    linear_module.evaluate_linear(config)
     text = capsys.readouterr().out
     assert re.search(r"pretrained.*untrained.*pixels.*opened once.*results\.json", text, re.S)
     entries = json.loads((tmp_path / "results.json").read_text())
@@ -121,7 +122,7 @@ def test_a_sweep_with_baselines_leaves_table_results_picture_and_head(
 
 @pytest.mark.parametrize("make", [swept, official])
 @pytest.mark.parametrize("normalize", ["standard", "l2"])
-def test_the_saved_head_reproduces_the_figure(make: Any, normalize: str, tmp_path: Path) -> None:
+def test_the_saved_head_reproduces_the_accuracy(make: Any, normalize: str, tmp_path: Path) -> None:
     config = make(tmp_path)
     if config.kind == "sweep":
         config.sweep.normalize = normalize
@@ -145,67 +146,63 @@ def test_several_seeds_give_a_mean_and_students_interval(tmp_path: Path) -> None
         assert entry["figures"]["top1_half_width95"] == pytest.approx(half)
 
 
-def test_features_on_disk_give_the_same_figures_and_are_used_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_features_give_the_same_results_and_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = swept(tmp_path)
     first = run(config)[0]
     config.sweep.cache = "disk"
     second = run(config)[1]
     assert len(list((tmp_path / "features").glob("*.npy"))) == 2
-    monkeypatch.setattr(stage, "stream", None)  # nothing is computed any more
+    monkeypatch.setattr(linear_module, "stream", None)  # nothing is computed any more
     third = run(config)[2]
     for entry in (second, third):
         assert (entry["figures"], entry["chosen"]) == (first["figures"], first["chosen"])
 
 
-def test_a_batch_beyond_the_data_is_lowered_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_larger_than_the_data_is_lowered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = pictures(tmp_path / "train", {"dark": 11, "light": 10})
     config = on_folders(official(tmp_path), train, pictures(tmp_path / "test", {"dark": 3, "light": 4}, 1))
-    stage.evaluate_linear(config)
-    assert "batch_size=256 is lowered to 16: the training split has 21 pictures" in capsys.readouterr().out
+    linear_module.evaluate_linear(config)
+    assert "batch_size=256 is lowered to 16: the training split has 21 images" in capsys.readouterr().out
     entry = json.loads((tmp_path / "results.json").read_text())[0]
     assert entry["settings"]["batch_size"] == 16
     assert entry["figures"]["count"] == 7
     assert entry["figures"]["top5"] is None
 
 
-def test_milestones_that_are_not_reached_are_told(tmp_path: Path) -> None:
+def test_milestones_beyond_the_last_epoch_warn(tmp_path: Path) -> None:
     config = official(tmp_path)
     config.official.milestones = [60, 80]
-    with pytest.warns(RunWarning, match=r"milestones=\[60, 80\] are not all reached within epochs=2"):
+    with pytest.warns(RunWarning, match=r"milestones=\[60, 80\] .* epochs=2"):
         run(config)
 
 
-def test_the_table_is_shown_before_what_may_fail_is_written(
+def test_the_table_is_shown_before_the_files_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any) -> Any:
         raise OSError("no space left")
 
-    monkeypatch.setattr(stage, "keep", full)
+    monkeypatch.setattr(linear_module, "record_results", full)
     with pytest.raises(OSError, match="no space left"):
-        stage.evaluate_linear(swept(tmp_path))
+        linear_module.evaluate_linear(swept(tmp_path))
     assert "Linear probe, sweep" in capsys.readouterr().out
 
 
-def test_an_output_that_cannot_be_written_is_told_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unwritable_output_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = swept(tmp_path)
     config.output = str(tmp_path / "encoder.safetensors" / "out")
-    monkeypatch.setattr(stage, "encoders", None)
+    monkeypatch.setattr(linear_module, "encoders", None)
     with pytest.raises(ConfigError, match=r"output=.* cannot be written to"):
-        stage.evaluate_linear(config)
+        linear_module.evaluate_linear(config)
 
 
-# ---- the test split chooses nothing ----
+# ---- the held-out split chooses nothing ----
 
 
-def test_a_chooser_that_peeks_at_the_test_split_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_that_reads_the_held_out_split_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[HeldOut] = []
 
-    class Watched(HeldOut):
+    class Recorded(HeldOut):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
             opened.append(self)
@@ -214,14 +211,14 @@ def test_a_chooser_that_peeks_at_the_test_split_fails(tmp_path: Path, monkeypatc
         opened[-1].open()  # its accuracy on the test split could now steer the choice
         return choose(*arguments, **named)
 
-    monkeypatch.setattr(stage, "HeldOut", Watched)
-    monkeypatch.setattr(stage, "choose", peeking)
-    with pytest.raises(TestSplitReadTwice, match="was read once already"):
-        stage.evaluate_linear(swept(tmp_path))
+    monkeypatch.setattr(linear_module, "HeldOut", Recorded)
+    monkeypatch.setattr(linear_module, "choose", peeking)
+    with pytest.raises(TestSplitReadTwice, match="already read"):
+        linear_module.evaluate_linear(swept(tmp_path))
     assert not (tmp_path / "results.json").exists()
 
 
-def test_random_test_labels_change_the_figure_and_not_the_choice(
+def test_random_held_out_labels_change_the_accuracy_and_not_the_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = run(swept(tmp_path))[0]
@@ -233,7 +230,7 @@ def test_random_test_labels_change_the_figure_and_not_the_choice(
         mixed.labels[:] = np.random.default_rng(0).permutation(mixed.labels)
         return train, mixed
 
-    monkeypatch.setattr(stage, "open_labeled", shuffled)
+    monkeypatch.setattr(task_module, "open_labeled", shuffled)
     blind = run(swept(tmp_path))[1]
     assert blind["chosen"] == honest["chosen"]
     assert blind["figures"]["top1"] < 20 < honest["figures"]["top1"]
@@ -253,7 +250,7 @@ def both_protocols(folder: Path) -> list[tuple[dict[str, Any], Any]]:
     return outcomes
 
 
-def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
     pictures(tmp_path / "train", {"dark": 8, "middle": 8, "light": 7})
     pictures(tmp_path / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
     one = both_protocols(tmp_path)
@@ -263,7 +260,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
     assert run_ranks(2, both_protocols, tmp_path)[0] == one
 
 
-# ---- what cannot be ----
+# ---- refusals ----
 
 
 @pytest.mark.parametrize(
@@ -291,9 +288,7 @@ def test_two_processes_give_the_figures_of_one(tmp_path: Path) -> None:
         ("sweep", {"kind": "other"}, 1, "kind='other' must be one of sweep, official"),
     ],
 )
-def test_a_value_that_cannot_be_is_one_sentence(
-    kind: str, changes: dict[str, Any], processes: int, sentence: str
-) -> None:
+def test_an_invalid_value_is_refused(kind: str, changes: dict[str, Any], processes: int, sentence: str) -> None:
     config = LinearConfig(checkpoint="x.pt")
     if kind == "official":
         config.kind, config.protocol = "official", "moco_v2"
@@ -307,40 +302,40 @@ def test_a_value_that_cannot_be_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
-def test_a_layer_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_layer_is_refused_with_a_list_of_layers(tmp_path: Path) -> None:
     config = swept(tmp_path)
     config.sweep.layers = ["layers.99"]
-    with pytest.raises(ConfigError, match=r"sweep\.layers: layer 'layers\.99' is not in .* there are: output, layers"):
-        stage.evaluate_linear(config)
+    with pytest.raises(ConfigError, match=r"sweep\.layers: .*'layers\.99'.* output, layers"):
+        linear_module.evaluate_linear(config)
 
 
 @pytest.mark.parametrize("augment", [{"flips": 0.5}, {"flip_p": 2.0}, {"crop_scale": [0.0, 1.0]}])
-def test_a_view_that_cannot_be_is_told(augment: dict[str, Any], tmp_path: Path) -> None:
+def test_an_invalid_view_is_refused(augment: dict[str, Any], tmp_path: Path) -> None:
     config = official(tmp_path)
     config.augment = augment
     with pytest.raises(ConfigError, match=f"augment: .*{next(iter(augment))}"):
-        stage.evaluate_linear(config)
+        linear_module.evaluate_linear(config)
 
 
-def test_a_class_with_one_picture_cannot_be_chosen_on(tmp_path: Path) -> None:
+def test_a_class_with_one_image_allows_no_choice(tmp_path: Path) -> None:
     train = pictures(tmp_path / "train", {"dark": 5, "light": 1})
     test = pictures(tmp_path / "test", {"dark": 2, "light": 2}, 1)
-    with pytest.raises(ConfigError, match="class light has one training picture only"):
-        stage.evaluate_linear(on_folders(swept(tmp_path), train, test))
+    with pytest.raises(ConfigError, match="class light has only one image"):
+        linear_module.evaluate_linear(on_folders(swept(tmp_path), train, test))
 
 
 @pytest.mark.parametrize("make", [swept, official])
-def test_a_picture_that_cannot_be_read_is_named(make: Any, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named(make: Any, tmp_path: Path) -> None:
     train = pictures(tmp_path / "train", {"dark": 5, "light": 5})
     test = pictures(tmp_path / "test", {"dark": 2, "light": 2}, 1)
     (train / "light" / "3.png").write_bytes(b"no picture")
     config = on_folders(make(tmp_path), train, test)
     config.batch_size = 4
     with pytest.raises(ValueError, match=r"light/3\.png"):
-        stage.evaluate_linear(config)
+        linear_module.evaluate_linear(config)
 
 
-def test_an_encoder_of_another_architecture_is_told(tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     config = swept(tmp_path, backbone="convnet", options={"width": 4, "pool": 2})
     with pytest.raises(ValueError, match=r"does not fit backbone=convnet: .* have another shape"):
-        stage.evaluate_linear(config)
+        linear_module.evaluate_linear(config)

@@ -1,6 +1,7 @@
-"""The official probe's loop is plain SGD on a frozen backbone; the head in a file gives the same scores."""
+"""The official probe is plain SGD on a frozen backbone; a saved head reproduces the scores."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moco.config import OptimConfig
 from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import ArraySource
@@ -23,6 +25,7 @@ from moco.evaluation.linear_probe import (
     save_head,
     train_head,
 )
+from moco.evaluation.subject import labels_of
 from moco.models.backbones import build_backbone
 from tests.distributed.launch import run_ranks
 
@@ -31,7 +34,7 @@ VIEW = View(size=8, crop_scale=(0.5, 1.0), flip_p=0.5, mean=(0.5, 0.5, 0.5), std
 
 
 def source(count: int = 21) -> ArraySource:
-    """Pictures of three classes, told apart by their brightest channel."""
+    """Return images whose class is their brightest channel."""
     labels = np.arange(count) % 3
     images = torch.randint(0, 120, (count, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     for i, label in enumerate(labels):
@@ -48,56 +51,60 @@ def backbone() -> nn.Module:
     return network
 
 
-def lr_at(step: int) -> float:
-    return 3.0 if step < 6 else 0.3
+OPTIM = OptimConfig(lr=3.0, schedule="step", milestones=[3], gamma=0.1, per_epoch=True, momentum=0.9, weight_decay=1e-3)
+
+
+def fit(network: nn.Module, head: nn.Linear, plan: Plan, optim: OptimConfig = OPTIM) -> list[tuple[int, float, float]]:
+    """Train the head; return what `on_epoch` received."""
+    epochs: list[tuple[int, float, float]] = []
+    images = source()
+    labels = torch.from_numpy(labels_of(images))
+    stream = batches(images, plan, [VIEW], CPU, 0)
+    train_head(network, head, stream, labels, plan, optim, lambda *values: epochs.append(values))
+    return epochs
 
 
 def trained(seed: int = 4, epochs: int = 4) -> tuple[Tensor, Tensor, list[tuple[int, float, float]]]:
-    told: list[tuple[int, float, float]] = []
     head = new_head(16, 3, 0.01, seed)
-    plan = Plan(21, 8, epochs, seed, rank(), world_size())
-    train_head(
-        backbone(), head, source(), plan, VIEW, lr_at, 0.9, 1e-3, CPU, on_epoch=lambda *values: told.append(values)
-    )
-    return head.weight.detach(), head.bias.detach(), told
+    epoch_log = fit(backbone(), head, Plan(21, 8, epochs, seed, rank(), world_size()))
+    return head.weight.detach(), head.bias.detach(), epoch_log
 
 
 def test_the_loop_is_sgd_on_frozen_features() -> None:
-    """Against momentum and weight decay written out, on the same batches."""
-    network, pictures, head = backbone().eval(), source(), new_head(16, 3, 0.01, 4)
+    """Compare with momentum and weight decay written out, on the same batches."""
+    network, images, head = backbone().eval(), source(), new_head(16, 3, 0.01, 4)
     weight, bias = head.weight.detach().clone().requires_grad_(), head.bias.detach().clone().requires_grad_()
     speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
-    assert pictures.labels is not None
     losses = []
-    for step, batch in enumerate(batches(pictures, Plan(21, 8, 4, 4), [VIEW], CPU, 0)):
+    for step, batch in enumerate(batches(images, Plan(21, 8, 4, 4), [VIEW], CPU, 0)):
         with torch.no_grad():
             features = network(batch.views[0])
-        loss = F.cross_entropy(features @ weight.T + bias, torch.from_numpy(pictures.labels)[batch.index])
+        loss = F.cross_entropy(features @ weight.T + bias, torch.from_numpy(labels_of(images))[batch.index])
         losses.append(loss.item())
         for number, (parameter, slope) in enumerate(
             zip((weight, bias), torch.autograd.grad(loss, (weight, bias)), strict=True)
         ):
             speed[number] = 0.9 * speed[number] + slope + 1e-3 * parameter.detach()
-            parameter.data -= lr_at(step) * speed[number]
-    got_weight, got_bias, told = trained()
+            parameter.data -= (3.0 if step < 6 else 0.3) * speed[number]
+    got_weight, got_bias, epoch_log = trained()
     torch.testing.assert_close(got_weight, weight.detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got_bias, bias.detach(), rtol=1e-4, atol=1e-5)
-    assert [done for done, _, _ in told] == [1, 2, 3, 4]
-    assert told[0][1] == pytest.approx(np.mean(losses[:2]), rel=1e-5)
+    assert [done for done, _, _ in epoch_log] == [1, 2, 3, 4]
+    assert epoch_log[0][1] == pytest.approx(np.mean(losses[:2]), rel=1e-5)
 
 
-def test_it_learns_what_there_is_to_learn() -> None:
-    _, _, told = trained(epochs=40)
-    assert told[0][2] < 50
-    assert told[-1][2] > 85
+def test_it_learns_to_separate_the_classes() -> None:
+    _, _, epoch_log = trained(epochs=40)
+    assert epoch_log[0][2] < 50
+    assert epoch_log[-1][2] > 85
 
 
-def test_two_processes_train_the_same_head_and_tell_the_same_figures() -> None:
-    weight, bias, told = trained()
-    for other_weight, other_bias, others_told in run_ranks(2, trained):
+def test_two_processes_train_the_same_head_and_report_the_same_metrics() -> None:
+    weight, bias, epoch_log = trained()
+    for other_weight, other_bias, other_log in run_ranks(2, trained):
         torch.testing.assert_close(other_weight, weight, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(other_bias, bias, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.tensor(others_told), torch.tensor(told), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(other_log), torch.tensor(epoch_log), rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_weights_are_those_of_the_official_code() -> None:
@@ -110,7 +117,7 @@ def test_the_first_weights_are_those_of_the_official_code() -> None:
 
 
 class Drifting(nn.Module):
-    """A backbone that does not hold still: a buffer moves in each forward, as BN's in training mode would."""
+    """A backbone whose buffer changes in each forward, like those of batch normalization in training mode."""
 
     seen: Tensor
 
@@ -124,24 +131,22 @@ class Drifting(nn.Module):
         return self.inner(images)  # type: ignore[no-any-return]
 
 
-def test_a_backbone_that_changes_by_a_bit_is_noticed() -> None:
-    with pytest.raises(BackboneChanged, match="changed while its head was trained: seen"):
-        train_head(Drifting(), new_head(16, 3, 0.01, 0), source(), Plan(21, 8, 1, 0), VIEW, lr_at, 0.9, 0.0, CPU)
+def test_a_backbone_that_changes_by_a_bit_is_refused() -> None:
+    with pytest.raises(BackboneChanged, match=r"changed .*: seen"):
+        fit(Drifting(), new_head(16, 3, 0.01, 0), Plan(21, 8, 1, 0))
 
 
 def test_the_backbone_sees_evaluation_mode_and_keeps_its_statistics() -> None:
     network = backbone().train()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    train_head(network, new_head(16, 3, 0.01, 0), source(), Plan(21, 8, 1, 0), VIEW, lr_at, 0.9, 0.0, CPU)
+    fit(network, new_head(16, 3, 0.01, 0), Plan(21, 8, 1, 0))
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def test_a_loss_that_leaves_the_numbers_stops() -> None:
+def test_a_non_finite_loss_is_an_error() -> None:
     with pytest.raises(FloatingPointError, match=r"lower official\.lr"):
-        train_head(
-            backbone(), new_head(16, 3, 0.01, 0), source(), Plan(21, 8, 3, 0), VIEW, lambda _: 1e38, 0.9, 0.0, CPU
-        )
+        fit(backbone(), new_head(16, 3, 0.01, 0), Plan(21, 8, 3, 0), replace(OPTIM, lr=1e38))
 
 
 @pytest.mark.parametrize(("wanted", "count", "expected"), [(256, 1297, 256), (1024, 1000, 512), (8, 8, 8), (256, 3, 2)])

@@ -36,7 +36,9 @@ def test_top5_of_votes_does_not_depend_on_the_classes_numbers() -> None:
     labels = np.array([0, 5, 6])  # the first has no vote: only its number would put it among the five
     assert compute_metrics(votes, labels, votes=True).top5 == pytest.approx(200 / 3)
     assert compute_metrics(votes.flip(1), 6 - labels, votes=True).top5 == pytest.approx(200 / 3)
-    assert compute_metrics(-SCORES.abs(), LABELS).top5 == compute_metrics(-SCORES.abs() + 10, LABELS).top5  # other scores have no zero
+    assert (
+        compute_metrics(-SCORES.abs(), LABELS).top5 == compute_metrics(-SCORES.abs() + 10, LABELS).top5
+    )  # other scores have no zero
 
 
 def test_of_equal_scores_the_first_class_counts() -> None:

@@ -1,4 +1,4 @@
-"""The encoder, the data and the look that a command judges, from a run or a file; what cannot be is one sentence."""
+"""The subject of an evaluation, from a run or a file: encoder, data, preparation of images; refusals."""
 
 import json
 import warnings
@@ -13,7 +13,8 @@ from PIL import Image
 from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.subject import SubjectConfig, check_subject
-from moco.evaluation.subject import about, data_config, encoders, features_of, open_labeled, open_subject
+from moco.evaluation.subject import data_config, describe, encoders, open_labeled, open_subject
+from moco.evaluation.task import Task
 from moco.interop.encoder_file import build, save_encoder
 from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder
@@ -50,12 +51,12 @@ def pictures(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
-def judge(**fields: str) -> SubjectConfig:
+def configured(**fields: str) -> SubjectConfig:
     return SubjectConfig(**fields)  # type: ignore[arg-type]
 
 
-def test_a_run_brings_its_encoder_its_data_and_its_look(tmp_path: Path) -> None:
-    config = judge(run=str(trained(tmp_path / "run")))
+def test_a_run_provides_encoder_data_and_image_size(tmp_path: Path) -> None:
+    config = configured(run=str(trained(tmp_path / "run")))
     subject = open_subject(config)
     assert (subject.step, subject.output) == (7, tmp_path / "run")
     assert (subject.transform.size, subject.transform.resize, subject.transform.mean) == (16, 0, (0.5, 0.5, 0.5))
@@ -63,43 +64,44 @@ def test_a_run_brings_its_encoder_its_data_and_its_look(tmp_path: Path) -> None:
     assert (len(bank), len(held_out)) == (1297, 500)
     found = dict(encoders(subject, ["untrained"], CPU))
     assert list(found) == ["pretrained", "untrained"]
-    features = {name: features_of(each.backbone, held_out, subject, config, CPU) for name, each in found.items()}
+    task = Task(config, subject, bank, held_out, CPU)
+    features = {name: task.features(each.backbone, held_out) for name, each in found.items()}
     assert features["pretrained"].shape == (500, 16)
     assert not torch.equal(features["pretrained"], features["untrained"])
 
 
 def test_untrained_is_the_encoder_before_the_first_step(tmp_path: Path) -> None:
-    start = open_subject(judge(run=str(trained(tmp_path / "start", step=0))))
-    end = open_subject(judge(run=str(trained(tmp_path / "end"))))
+    start = open_subject(configured(run=str(trained(tmp_path / "start", step=0))))
+    end = open_subject(configured(run=str(trained(tmp_path / "end"))))
     images = torch.rand(2, 3, 16, 16)
     first = dict(encoders(start, [], CPU))["pretrained"]
     assert torch.equal(first(images), dict(encoders(end, ["untrained"], CPU))["untrained"].backbone(images)) is False
     assert torch.equal(first.backbone(images), dict(encoders(end, ["untrained"], CPU))["untrained"].backbone(images))
 
 
-def test_a_file_judges_into_a_directory_of_its_name(tmp_path: Path) -> None:
+def test_the_output_of_a_file_is_a_directory_of_its_name(tmp_path: Path) -> None:
     path = checkpoint.list_checkpoints(trained(tmp_path / "run") / "checkpoints")[0]
-    assert open_subject(judge(checkpoint=str(path))).output == Path("runs/step_00000007")
-    assert open_subject(judge(checkpoint=str(path), output="there")).output == Path("there")
+    assert open_subject(configured(checkpoint=str(path))).output == Path("runs/step_00000007")
+    assert open_subject(configured(checkpoint=str(path), output="there")).output == Path("there")
 
 
 def test_an_encoder_of_ours_judges_into_its_own_directory(tmp_path: Path) -> None:
-    subject = open_subject(judge(run=str(trained(tmp_path / "run"))))
+    subject = open_subject(configured(run=str(trained(tmp_path / "run"))))
     (tmp_path / "supervised").mkdir()
     file = tmp_path / "supervised" / "encoder.safetensors"
     save_encoder(file, build(subject.file).backbone, subject.file.config, 7)
-    assert open_subject(judge(checkpoint=str(file))).output == tmp_path / "supervised"
+    assert open_subject(configured(checkpoint=str(file))).output == tmp_path / "supervised"
 
 
 def test_the_look_can_be_said_otherwise(tmp_path: Path) -> None:
-    config = judge(run=str(trained(tmp_path / "run")))
+    config = configured(run=str(trained(tmp_path / "run")))
     config.images.size, config.images.resize = 12, 14
     transform = open_subject(config).transform
     assert (transform.size, transform.resize, transform.mean) == (12, 14, (0.5, 0.5, 0.5))
 
 
 def test_of_other_data_nothing_of_the_runs_is_kept(tmp_path: Path) -> None:
-    config = judge(run=str(trained(tmp_path / "run", "folder", root="theirs", eval_root="held", labels="folder")))
+    config = configured(run=str(trained(tmp_path / "run", "folder", root="theirs", eval_root="held", labels="folder")))
     subject = open_subject(config)
     assert data_config(config, subject).eval_root == "held"
     config.data.workers = 5
@@ -112,9 +114,9 @@ def test_of_other_data_nothing_of_the_runs_is_kept(tmp_path: Path) -> None:
 
 def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures", {"a": 10, "b": 2, "c": 5})
-    config = judge(run=str(trained(tmp_path / "run", "folder", root=str(root), labels="folder")))
+    config = configured(run=str(trained(tmp_path / "run", "folder", root=str(root), labels="folder")))
     config.data.hold_out = 0.4
-    with pytest.warns(RunWarning, match=r"hold_out=0\.4 holds out pictures that the encoder was trained on, without"):
+    with pytest.warns(RunWarning, match=r"hold_out=0\.4 .* trained on, without"):
         bank, held_out = open_labeled(config, open_subject(config))
     assert bank.labels is not None
     assert held_out.labels is not None
@@ -125,12 +127,12 @@ def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
     with pytest.warns(RunWarning):
         again = open_labeled(config, open_subject(config))[1]
     assert [again.name(i) for i in range(7)] == [held_out.name(i) for i in range(7)]
-    assert about(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is True
+    assert describe(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is True
     copy = pictures(tmp_path / "copy", {"a": 10, "b": 2, "c": 5})
     config.data.name, config.data.root, config.data.labels = "folder", str(copy), "folder"
     with warnings.catch_warnings(action="error"):  # these it has not seen
         bank, held_out = open_labeled(config, open_subject(config))
-    assert about(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is False
+    assert describe(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is False
 
 
 def test_about_holds_what_repeats_a_figure_in_any_working_directory(
@@ -140,9 +142,9 @@ def test_about_holds_what_repeats_a_figure_in_any_working_directory(
     pictures(Path("train"), {"a": 3, "b": 2})
     pictures(Path("test"), {"a": 1, "b": 1})
     trained(Path("run"), "folder", root="train", eval_root="test", labels="folder")
-    config = judge(run="run")
+    config = configured(run="run")
     subject = open_subject(config)
-    found = about(subject, config, *open_labeled(config, subject))
+    found = describe(subject, config, *open_labeled(config, subject))
     assert found["source"] == str(tmp_path / "run" / "checkpoints" / "step_00000007.pt")
     assert (found["backbone"], found["options"]) == ("convnet", {"width": 2})
     assert (found["weights"], found["step"]) == ("encoder", 7)
@@ -157,7 +159,9 @@ def test_about_holds_what_repeats_a_figure_in_any_working_directory(
     }
     assert found["look"] == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
     assert json.loads(json.dumps(found)) == found
-    other = about(open_subject(judge(run=str(trained(Path("other"), step=0)))), config, *open_labeled(config, subject))
+    other = describe(
+        open_subject(configured(run=str(trained(Path("other"), step=0)))), config, *open_labeled(config, subject)
+    )
     assert other["sha256"] != found["sha256"]
 
 
@@ -167,32 +171,32 @@ def test_about_holds_what_repeats_a_figure_in_any_working_directory(
 def test_labels_that_trained_the_encoder_do_not_judge_it(tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures", {"a": 5, "b": 5})
     run = trained(tmp_path / "run", "folder", root=str(root), labels="folder", supervised=True)
-    config = judge(run=str(run))
+    config = configured(run=str(run))
     config.data.hold_out = 0.2
-    assert "these labels trained it: give data.eval_root=DIR" in sentence(config)
+    assert "data.hold_out=0.2 holds out images that the encoder was trained on, with their labels" in sentence(config)
     config.data.root = str(root / ".." / "pictures")
     config.data.labels = "folder"
-    assert "these labels trained it" in sentence(config)
+    assert "with their labels" in sentence(config)
 
 
 def test_hold_out_beside_a_held_out_split(tmp_path: Path) -> None:
-    config = judge(run=str(trained(tmp_path / "run")))
+    config = configured(run=str(trained(tmp_path / "run")))
     config.data.hold_out = 0.2
-    assert "data.hold_out=0.2, but data.name=digits has a held-out split: leave" in sentence(config)
+    assert "data.hold_out=0.2, but data.name=digits has a held-out split: remove" in sentence(config)
 
 
 def test_a_network_is_not_said_beside_a_run(tmp_path: Path) -> None:
-    config = judge(run="run", backbone="resnet18")
+    config = configured(run="run", backbone="resnet18")
     config.options = {"stem": "cifar"}
     assert "leave backbone=resnet18 and options={'stem': 'cifar'} out" in sentence(config)
 
 
 def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    assert f"is a folder: say run={tmp_path}" in sentence(judge(checkpoint=str(tmp_path)))
+    assert f"is a folder: set run={tmp_path}" in sentence(configured(checkpoint=str(tmp_path)))
 
 
 def test_a_view_larger_than_the_picture_it_is_cut_from(tmp_path: Path) -> None:
-    config = judge(run=str(trained(tmp_path / "run")))
+    config = configured(run=str(trained(tmp_path / "run")))
     config.images.size, config.images.resize = 300, 256
     assert sentence(config) == "images.size=300 exceeds images.resize=256: set both"
 
@@ -200,7 +204,7 @@ def test_a_view_larger_than_the_picture_it_is_cut_from(tmp_path: Path) -> None:
 def test_an_encoder_that_does_not_fit_is_told_before_its_data_is_looked_for(tmp_path: Path) -> None:
     network = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 4).backbone
     torch.save(network.state_dict(), tmp_path / "plain.pth")
-    config = judge(checkpoint=str(tmp_path / "plain.pth"), backbone="resnet18")
+    config = configured(checkpoint=str(tmp_path / "plain.pth"), backbone="resnet18")
     config.data.name, config.data.root = "folder", str(tmp_path / "missing")
     assert "does not fit backbone=resnet18" in sentence(config)
 
@@ -208,11 +212,11 @@ def test_an_encoder_that_does_not_fit_is_told_before_its_data_is_looked_for(tmp_
 def test_a_relative_path_of_a_run_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(tmp_path / "run", "folder", root="pictures", labels="folder")
     monkeypatch.chdir(tmp_path)
-    said = sentence(judge(run=str(run)))
-    assert "(data.root=pictures is what the run says, which was trained in another working directory: set" in said
-    config = judge(run=str(run))
+    said = sentence(configured(run=str(run)))
+    assert "(data.root=pictures comes from the run, which started in another working directory: set" in said
+    config = configured(run=str(run))
     config.data.root = "mine"
-    assert "what the run says" not in sentence(config)
+    assert "comes from the run" not in sentence(config)
 
 
 def sentence(config: SubjectConfig) -> str:
@@ -227,57 +231,59 @@ def sentence(config: SubjectConfig) -> str:
 
 
 def test_which_encoder_must_be_said() -> None:
-    assert "run=DIR for a run" in sentence(judge())
-    assert "not both" in sentence(judge(run="a", checkpoint="b"))
+    assert "run=DIR for a run" in sentence(configured())
+    assert "not both" in sentence(configured(run="a", checkpoint="b"))
 
 
 def test_a_run_that_is_not_there_or_was_never_trained(tmp_path: Path) -> None:
-    assert "does not exist" in sentence(judge(run=str(tmp_path / "none")))
+    assert "does not exist" in sentence(configured(run=str(tmp_path / "none")))
     (tmp_path / "empty").mkdir()
-    assert "holds no checkpoint: train it first" in sentence(judge(run=str(tmp_path / "empty")))
+    assert "has no checkpoint: train it first" in sentence(configured(run=str(tmp_path / "empty")))
 
 
 def test_a_damaged_newest_checkpoint_names_the_one_before(tmp_path: Path) -> None:
     run = trained(trained(tmp_path / "run", step=5), step=9)
     newest, before = checkpoint.list_checkpoints(run / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-50])
-    assert f"take an older one, checkpoint={before}" in sentence(judge(run=str(run)))
+    assert f"use an older one, checkpoint={before}" in sentence(configured(run=str(run)))
 
 
 def test_data_without_labels(tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures", {"a": 2, "b": 2})
     run = trained(tmp_path / "run", "folder", root=str(root))
-    assert "data.name=folder has no labels to judge by: set data.labels=folder" in sentence(judge(run=str(run)))
+    assert "data.name=folder has no labels for the evaluation: set data.labels=folder" in sentence(
+        configured(run=str(run))
+    )
 
 
 def test_data_without_a_held_out_split(tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures", {"a": 2, "b": 2})
     run = trained(tmp_path / "run", "folder", root=str(root), labels="folder")
-    assert "no held-out split: set data.eval_root=DIR" in sentence(judge(run=str(run)))
+    assert "no held-out split: set data.eval_root=DIR" in sentence(configured(run=str(run)))
 
 
 def test_one_class_only_and_a_class_that_is_missing(tmp_path: Path) -> None:
     held = pictures(tmp_path / "held", {"a": 2, "b": 2})
     one = pictures(tmp_path / "one", {"a": 2})
     run = trained(tmp_path / "run", "folder", root=str(one), labels="folder", eval_root=str(held))
-    assert "one class folder only (a)" in sentence(judge(run=str(run)))
+    assert "one class folder only (a)" in sentence(configured(run=str(run)))
     two = pictures(tmp_path / "two", {"a": 2, "c": 2})
     run = trained(tmp_path / "run2", "folder", root=str(two), labels="folder", eval_root=str(held))
-    assert "the class folders differ" in sentence(judge(run=str(run)))
+    assert "the class folders differ" in sentence(configured(run=str(run)))
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run = trained(tmp_path / "run", "folder", root=str(tmp_path / "empty"), labels="folder")
-    assert "holds no images" in sentence(judge(run=str(run)))
+    assert "holds no images" in sentence(configured(run=str(run)))
 
 
 def test_a_file_that_does_not_say_its_data(tmp_path: Path) -> None:
     network = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 4).backbone
     torch.save(network.state_dict(), tmp_path / "plain.pth")
-    config = judge(checkpoint=str(tmp_path / "plain.pth"), backbone="convnet")
+    config = configured(checkpoint=str(tmp_path / "plain.pth"), backbone="convnet")
     config.options = {"width": 2}
-    assert "does not say its data: choose data=cifar10" in sentence(config)
+    assert "does not name its data: set data=cifar10" in sentence(config)
 
 
 @pytest.mark.parametrize(
@@ -285,16 +291,16 @@ def test_a_file_that_does_not_say_its_data(tmp_path: Path) -> None:
     [("weights", "best"), ("device", "tpu"), ("images_at_once", 0), ("threads", -1), ("seed", -1), ("seed", 2**64)],
 )
 def test_impossible_fields_are_named(name: str, value: object) -> None:
-    config = judge(run="x")
+    config = configured(run="x")
     setattr(config, name, value)
     with pytest.raises(ConfigError, match=name):
         check_subject(config)
     for name, value in {"size": 0, "resize": -1, "mean": [0.5], "std": [0.5, 0.0, 0.5]}.items():
-        config = judge(run="x")
+        config = configured(run="x")
         setattr(config.images, name, value)
         with pytest.raises(ConfigError, match=rf"images\.{name}="):
             check_subject(config)
-    config = judge(run="x")
+    config = configured(run="x")
     config.data.hold_out = 1.0
     with pytest.raises(ConfigError, match=r"data\.hold_out=1\.0"):
         check_subject(config)

@@ -1,9 +1,20 @@
-"""Which pictures get a label: balanced, nested, a function of the seed; and lists of names."""
+"""Selections of labeled images: balanced, nested, a function of the seed; and lists of names."""
 
 import numpy as np
 import pytest
+import torch
 
-from moco.evaluation.subsets import SubsetError, listed, part_of_each_class, per_class
+from moco.config import ConfigError
+from moco.data.keyed import VALIDATION
+from moco.evaluation.subsets import (
+    SubsetError,
+    draw_labels,
+    listed,
+    naming_field,
+    part_of_each_class,
+    per_class,
+    split_each_class,
+)
 
 LABELS = np.repeat(np.arange(4), [200, 100, 30, 3])[np.random.default_rng(0).permutation(333)]
 
@@ -16,13 +27,13 @@ def counts_per_class(rows: np.ndarray) -> list[int]:
     ("fraction", "counts"),
     [(0.01, [2, 1, 1, 1]), (0.1, [20, 10, 3, 1]), (0.5, [100, 50, 15, 2]), (1.0, [200, 100, 30, 3])],
 )
-def test_each_class_gives_its_part_and_at_least_one(fraction: float, counts: list[int]) -> None:
+def test_the_same_part_of_each_class_and_at_least_one_image(fraction: float, counts: list[int]) -> None:
     rows = part_of_each_class(LABELS, fraction, seed=7)
     assert counts_per_class(rows) == counts
     assert np.array_equal(rows, np.unique(rows))
 
 
-def test_less_lies_within_more_and_the_seed_alone_decides() -> None:
+def test_a_smaller_part_is_a_subset_and_only_the_seed_decides() -> None:
     parts = [set(part_of_each_class(LABELS, fraction, seed=3).tolist()) for fraction in (0.01, 0.1, 0.5, 1.0)]
     assert parts[0] < parts[1] < parts[2] < parts[3]
     assert len(parts[3]) == 333
@@ -30,7 +41,7 @@ def test_less_lies_within_more_and_the_seed_alone_decides() -> None:
     assert not np.array_equal(part_of_each_class(LABELS, 0.1, 3), part_of_each_class(LABELS, 0.1, 4))
 
 
-def test_every_picture_has_the_same_chance() -> None:
+def test_every_image_has_the_same_chance() -> None:
     drawn = np.zeros(333)
     for seed in range(400):
         drawn[part_of_each_class(LABELS, 0.1, seed)] += 1
@@ -40,12 +51,59 @@ def test_every_picture_has_the_same_chance() -> None:
     assert of_first.std() < 1.5 * np.sqrt(0.1 * 0.9 / 400)  # as chance has it
 
 
-def test_so_many_of_each_class() -> None:
+def test_a_number_of_images_per_class() -> None:
     assert counts_per_class(per_class(LABELS, 3, seed=0)) == [3, 3, 3, 3]
     few, more = (set(per_class(LABELS, count, 0).tolist()) for count in (1, 2))
     assert few < more
-    with pytest.raises(SubsetError, match="labels_per_class=4 is more than the smallest class has: take 3 at most"):
-        per_class(LABELS, 4, seed=0)
+    for select in (per_class, draw_labels):
+        with pytest.raises(SubsetError, match=r"smallest class has 3 images.* 4"):
+            select(LABELS, 4, 0)
+    with pytest.raises(ConfigError, match=r"labels_per_class=4: .* 3"), naming_field("labels_per_class", 4):
+        per_class(LABELS, 4, 0)
+
+
+# ---- repeated draws ----
+
+
+def test_a_draw_is_balanced_and_a_function_of_labels_seed_and_number() -> None:
+    rows = draw_labels(LABELS, 3, draw=3)
+    assert len(set(rows.tolist())) == 12
+    assert counts_per_class(rows) == [3] * 4
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    assert np.array_equal(draw_labels(LABELS, 3, 3, seed=0), rows)
+    assert not np.array_equal(draw_labels(LABELS, 3, 3, seed=1), rows)
+    assert set(draw_labels(LABELS, 1, 3).tolist()) < set(rows.tolist())
+    assert len({tuple(draw_labels(LABELS, 2, draw).tolist()) for draw in range(30)}) == 30
+
+
+def test_every_image_is_drawn_about_equally_often() -> None:
+    labels = np.repeat(np.arange(2), 10)
+    counts = np.bincount(np.concatenate([draw_labels(labels, 3, draw) for draw in range(400)]), minlength=20)
+    # 400 x 3/10 = 120 each; the standard deviation is 9
+    assert abs(counts - 120).max() < 45
+
+
+# ---- splits ----
+
+
+def test_a_split_holds_the_same_part_of_each_class_and_depends_on_the_seed() -> None:
+    labels = np.repeat([0, 1, 2, 3], [40, 10, 2, 3]).astype(np.int64)
+    rest, held = split_each_class(labels, 0.2, 5, VALIDATION)
+    assert np.array_equal(np.sort(np.concatenate([rest, held])), np.arange(55))
+    assert np.bincount(labels[held]).tolist() == [8, 2, 1, 1]
+    assert np.array_equal(split_each_class(labels, 0.2, 5, VALIDATION)[1], held)
+    assert not np.array_equal(split_each_class(labels, 0.2, 6, VALIDATION)[1], held)
+    assert np.bincount(labels[split_each_class(labels, 0.99, 5, VALIDATION)[0]]).tolist() == [1, 1, 1, 1]  # never none
+
+
+def test_a_class_with_one_image_cannot_be_split() -> None:
+    for classes, name in {(): "1", ("cat", "dog"): "dog"}.items():
+        with pytest.raises(SubsetError, match=f"class {name} has only one image"):
+            split_each_class(np.array([0, 0, 1], np.int64), 0.5, 0, VALIDATION, classes)
+
+
+# ---- lists of names ----
 
 
 NAMES = ["n01/n01_5.JPEG", "n01/n01_15.JPEG", "n02/n02_5.JPEG", "n02/x.png", "deep/n02/x.png", "plain.png"]
@@ -59,21 +117,21 @@ NAMES = ["n01/n01_5.JPEG", "n01/n01_15.JPEG", "n02/n02_5.JPEG", "n02/x.png", "de
         (["deep/n02/x.png"], [4]),
     ],
 )
-def test_a_list_finds_the_names_that_end_so(wanted: list[str], rows: list[int]) -> None:
+def test_a_list_matches_the_ends_of_names(wanted: list[str], rows: list[int]) -> None:
     assert listed(NAMES, wanted).tolist() == rows
 
 
 @pytest.mark.parametrize(
     ("wanted", "sentence"),
     [
-        ([], "names no picture"),
-        (["5.JPEG", "n01_5.JPEG"], r"1 of the listed pictures are not in the training split \(5.JPEG\)"),
-        ([f"no_{i}.png" for i in range(5)], r"5 of .* \(no_0.png, no_1.png, no_2.png, ...\): take the list"),
-        (["n01_5.JPEG", "n01_5.JPEG"], r"1 of .* stand in the list twice \(n01_5.JPEG\)"),
-        (["x.png"], r"1 of .* fit several pictures \(x.png\): write their folders too"),
+        ([], "is empty"),
+        (["5.JPEG", "n01_5.JPEG"], r"1 of .* not in the training split \(5.JPEG\)"),
+        ([f"no_{i}.png" for i in range(5)], r"5 of .* \(no_0.png, no_1.png, no_2.png, ...\)"),
+        (["n01_5.JPEG", "n01_5.JPEG"], r"1 of .* listed twice \(n01_5.JPEG\)"),
+        (["x.png"], r"1 of .* several images \(x.png\)"),
         (["plain.png", "n01_5.JPEG", "n01/n01_5.JPEG"], r"listed under two names \(n01/n01_5.JPEG\)"),
     ],
 )
-def test_a_list_that_does_not_fit_is_refused(wanted: list[str], sentence: str) -> None:
+def test_an_invalid_list_is_refused(wanted: list[str], sentence: str) -> None:
     with pytest.raises(SubsetError, match=sentence):
         listed(NAMES, wanted)
