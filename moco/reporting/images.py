@@ -18,9 +18,9 @@ from moco.data.decode import ImageError
 from moco.data.keyed import REPORT, permutation
 from moco.data.sources import Source
 from moco.data.unreadable import find_unreadable
-from moco.evaluation.features import evaluation_view, stream
+from moco.evaluation.features import EvalTransform, evaluation_view, stream
 from moco.evaluation.neighbors import nearest
-from moco.evaluation.subject import EvalTransform, data_config, open_data, open_subject
+from moco.evaluation.subject import data_config, open_data, open_subject
 from moco.interop.encoder_file import build
 from moco.reporting.attention import class_attention, has_class_token, overlay
 from moco.reporting.gallery import Tile
