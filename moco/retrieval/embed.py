@@ -27,7 +27,14 @@ from moco.data.sources import Source
 from moco.data.unreadable import find_unreadable
 from moco.distributed import all_gather_object, is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation.features import stream
-from moco.evaluation.subject import Subject, data_config, data_with_absolute_paths, open_data, open_subject, weights_digest
+from moco.evaluation.subject import (
+    Subject,
+    data_config,
+    data_with_absolute_paths,
+    open_data,
+    open_subject,
+    weights_digest,
+)
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.retrieval.store import FEATURES, PART, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
