@@ -74,39 +74,7 @@ def read_encoder(
     state = _load(path)
     if "method" in state and "config" in state:
         return _ours(path, checkpoint.verify(path, state), weights)
-    arch = state.get("arch")
-    tensors = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
-    tensors = {
-        _unwrapped(name): value
-        for name, value in tensors.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    if not tensors:
-        raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
-    layout = layout_of(tensors)
-    prefix = layout.encoder if weights == "encoder" else layout.momentum_encoder
-    if weights != "encoder" and not (prefix and any(key.startswith(prefix) for key in tensors)):
-        raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
-    if backbone is None:
-        if not isinstance(arch, str):
-            raise ForeignFileError(f"{path} does not name its network: set backbone=NAME, e.g. backbone=resnet50")
-        backbone = arch  # official files use the same names as this project
-    elif layout == PLAIN:
-        _refuse_unknown_heads(path, backbone)
-    inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    head = {key: value for key, value in inside.items() if _is_head(key)}
-    body = torchvision_named({key: value for key, value in inside.items() if key not in head})
-    official = layout in (MOCO_V2, MOCO_V3)
-    small_stem = "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
-    if small_stem and layout not in (MOCO_V2, MOCO_V3, PLAIN):
-        raise ForeignFileError(
-            f"{path} ({layout.name}) has a 3x3 first convolution of unknown padding (solo-learn pads by 2, which no "
-            "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
-        )
-    plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if official else {}
-    if set(plain_head) == {"weight", "bias"}:  # v1 has one linear layer, without a number
-        plain_head = {f"0.{key}": value for key, value in plain_head.items()}
-    return EncoderFile(str(path), layout.name, backbone, options or {}, body, plain_head)
+    return _foreign(path, state, weights, backbone, options or {})
 
 
 def build(file: EncoderFile, seed: int | None = None) -> Encoder:
@@ -251,6 +219,44 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     if not backbone:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
     return EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
+
+
+def _foreign(
+    path: Path, state: dict[str, Any], weights: str, backbone: str | None, options: dict[str, Any]
+) -> EncoderFile:
+    arch = state.get("arch")
+    tensors = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
+    tensors = {
+        _unwrapped(name): value
+        for name, value in tensors.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
+    layout = layout_of(tensors)
+    prefix = layout.encoder if weights == "encoder" else layout.momentum_encoder
+    if weights != "encoder" and not (prefix and any(key.startswith(prefix) for key in tensors)):
+        raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
+    if backbone is None:
+        if not isinstance(arch, str):
+            raise ForeignFileError(f"{path} does not name its network: set backbone=NAME, e.g. backbone=resnet50")
+        backbone = arch  # official files use the same names as this project
+    elif layout == PLAIN:
+        _refuse_unknown_heads(path, backbone)
+    inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    head = {key: value for key, value in inside.items() if _is_head(key)}
+    body = torchvision_named({key: value for key, value in inside.items() if key not in head})
+    official = layout in (MOCO_V2, MOCO_V3)
+    small_stem = "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
+    if small_stem and layout not in (MOCO_V2, MOCO_V3, PLAIN):
+        raise ForeignFileError(
+            f"{path} ({layout.name}) has a 3x3 first convolution of unknown padding (solo-learn pads by 2, which no "
+            "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
+        )
+    plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if official else {}
+    if set(plain_head) == {"weight", "bias"}:  # v1 has one linear layer, without a number
+        plain_head = {f"0.{key}": value for key, value in plain_head.items()}
+    return EncoderFile(str(path), layout.name, backbone, options, body, plain_head)
 
 
 def images_of(config: Mapping[str, Any]) -> dict[str, Any]:
