@@ -153,17 +153,5 @@ def _number(limit: float) -> str:
     return "2**64" if limit == 2**64 else f"{limit:g}"
 
 
-# Used by schemas that have not adopted `bounded` yet.
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not one of those allowed."""
-    require(value in allowed, f"{name}={value!r} must be one of {', '.join(allowed)}")
-
-
-def at_least(low: float, values: Mapping[str, float]) -> None:
-    """Refuse any of the named values below `low`."""
-    for name, value in values.items():
-        require(value >= low, f"{name}={value} must be at least {low:g}")
-
-
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value)
