@@ -1,1 +1,1 @@
-"""Results for people: galleries of pictures, and the report of a run (`python -m moco.report run=DIR`)."""
+"""Results for people: galleries of images, and the report of a run (`python -m moco.report run=DIR`)."""

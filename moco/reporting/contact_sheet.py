@@ -69,7 +69,7 @@ def _scaled(image: Tensor) -> Image.Image:
 
 def _fit(text: str, font: _Font, width: int) -> str:
     """Drop characters from the start until a text fits: the end of a path distinguishes files."""
-    shown = plain_utf8(text)
+    shown = plain_utf8(text).replace("×", "x")  # missing from PIL's font
     if font.getlength(shown) <= width:
         return shown
     while shown and font.getlength(f"…{shown}") > width:

@@ -95,7 +95,7 @@ def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
         if isinstance(state.get("config"), dict) and isinstance(state.get("method"), dict):
             return file, state
     require(
-        not found, f"run={path}: none of its {len(found)} checkpoints can be read: remove them, or name another run"
+        not found, f"run={path}: none of its {len(found)} checkpoints can be read: move them away, or name another run"
     )
     return None, {}
 

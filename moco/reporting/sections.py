@@ -21,7 +21,7 @@ from moco.runtime.provenance import provenance
 
 Fact = tuple[str, list[str]]  # a name, and the value of each run
 
-_IGNORED = {"run", "device", "threads"}  # differences without a meaning
+_IGNORED = {"run", "device", "threads"}  # settings without effect on the results
 _GROUPS = {
     "accuracy": "Accuracy and training",
     "train": "Accuracy and training",
@@ -131,10 +131,9 @@ def _title(run: Run) -> str:
 
 def differences(runs: Sequence[Run]) -> Markup:
     """Return a table of the settings in which the runs differ."""
-    usual = asdict(TrainConfig())
-    del usual["method"]  # Run.method has the defaults of its own fields
-    # `usual` has the values of fields that are newer than a run
-    flat = [flatten(usual) | flatten(run.config | {"method": asdict(run.method)}) for run in runs]
+    defaults = asdict(TrainConfig())  # of fields that are newer than a run
+    del defaults["method"]  # Run.method has its own
+    flat = [flatten(defaults) | flatten(run.config | {"method": asdict(run.method)}) for run in runs]
     values = {
         name: ["empty" if each.get(name) == "" else str(each.get(name, "–")) for each in flat]
         for name in sorted(set().union(*flat) - _IGNORED)

@@ -142,12 +142,12 @@ def test_an_index_knows_its_encoder_and_images(
         search(SearchConfig(index=index, query=[str(outside)], device="cpu"))
     search(SearchConfig(index=index, query=[str(outside)], checkpoint=str(moved), device="cpu"))
 
-    pictures = Path(shutil.move(made[1], tmp_path / "elsewhere"))
+    images = Path(shutil.move(made[1], tmp_path / "elsewhere"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         search(SearchConfig(index=index, device="cpu"))
-    data = SubjectDataConfig(root=str(pictures))
+    data = SubjectDataConfig(root=str(images))
     search(SearchConfig(index=index, device="cpu", data=data))
-    (pictures / "noise.png").unlink()
+    (images / "noise.png").unlink()
     with pytest.raises(ConfigError, match=r"index=.* other images .*data\.root"):
         search(SearchConfig(index=index, device="cpu", data=data))
 
