@@ -103,7 +103,7 @@ def lock(path: Path, wait: bool = False) -> IO[str]:
             file.truncate(0)
             file.write(f"{os.getpid()} on {socket.gethostname()}")
             file.flush()
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:  # EAGAIN or EACCES, depending on the system
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
