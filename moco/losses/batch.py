@@ -1,7 +1,7 @@
 """Contrast within the batch: the candidates are the embeddings of the global batch, gathered by the caller.
 
-A loss is the mean over this process's anchors. Where embeddings have to carry gradient across processes they are
-gathered with `moco.distributed.gather_with_gradient`, which says how the gradients then fit together.
+A loss is the mean over this process's anchors. `moco.distributed.gather_with_gradient` gathers embeddings with gradient
+and describes how the gradients of the processes combine.
 
 Legend: N local samples, M samples of the global batch (M = N in one process), V views, C dimension.
 """
@@ -25,28 +25,26 @@ def in_batch_info_nce(
     margin: float = 0.0,
     margin_kind: Margin = "arc",
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE in which the other samples' keys are the negatives: `ctr` of MoCo v3's Algorithm 1.
+    """Compute InfoNCE with the keys of the other samples as negatives: `ctr` of MoCo v3's Algorithm 1.
 
-    Chen et al. (2021). Without its factor 2T, which is the method's to apply. There the keys carry no gradient;
-    nothing is detached here. For uniform logits the loss is log(M). One direction, and both, in one process:
+    Chen et al. (2021), without the factor 2T. There the keys carry no gradient; nothing is detached here. For uniform
+    logits the loss is log(M). In one process the loss of both directions is
 
         index = torch.arange(len(a))
-        one = in_batch_info_nce(a, b, index, temperature)[0]
-        symmetric = (one + in_batch_info_nce(b, a, index, temperature)[0]) / 2
+        loss = (in_batch_info_nce(a, b, index, T)[0] + in_batch_info_nce(b, a, index, T)[0]) / 2
 
     Args:
         query: L2-normalized, shape (N, C).
         keys: L2-normalized, shape (M, C), of all processes.
         positives: the column of each query's key, integers of shape (N,): rank * N + 0 ... N - 1.
         temperature: T > 0.
-        margin: see `add_margin`, on the positives; 0 is none.
-        margin_kind: see `add_margin`.
+        margin, margin_kind: of the positives, see `add_margin`.
 
     Returns:
-        The mean loss over the queries, shape (), and the detached logits before any margin, shape (N, M).
+        The mean loss over the queries, shape (), and the detached logits without margin, shape (N, M).
 
     Raises:
-        ValueError: if the temperature is not positive, the shapes do not fit or the margin is out of range.
+        ValueError: for an invalid temperature, margin or shape.
     """
     check_temperature(temperature)
     if query.ndim != 2 or keys.shape[1:] != query.shape[1:] or positives.shape != query.shape[:1]:
@@ -64,25 +62,13 @@ def in_batch_info_nce(
 
 
 def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
-    """The normalized temperature-scaled cross entropy of SimCLR (Chen et al., 2020), Eq. 1, for V >= 2 views.
+    """Compute NT-Xent, the normalized temperature-scaled cross entropy of SimCLR (Chen et al., 2020), Eq. 1.
 
-    Each embedding is an anchor against all others of the global batch, both views of every other sample and the
-    other view of its own, which is the positive. With V > 2 each other view of the sample is a positive with a softmax
-    term of its own, and the loss is their mean (SupCon's L_out in which each sample is its own class); the
-    paper has V = 2. For uniform logits the loss is log(V M - 1).
+    Each embedding is an anchor, compared with all others of the global batch; the other view of its sample is the
+    positive. With V > 2 views each other view is a positive with its own softmax term, and the loss is their mean: the
+    loss of `sup_con` in which each sample is its own class. For uniform logits it is log(V M - 1).
 
-    Args:
-        embeddings: L2-normalized, this process's anchors, shape (V, N, C).
-        others: L2-normalized, the global batch's embeddings, shape (V, M, C); `embeddings` itself in one process.
-        offset: the position of this process's first sample in `others`: rank * N.
-        temperature: T > 0.
-
-    Returns:
-        The mean loss over the V N anchors, shape (), and the detached logits, shape (V N, V M), -inf for an anchor
-        with itself. Rows and columns run view after view.
-
-    Raises:
-        ValueError: if the temperature is not positive, V is 1, or shapes and offset do not fit.
+    Args, results and errors are those of `sup_con`; V must be at least 2.
     """
     if len(embeddings) < 2:
         raise ValueError(f"embeddings {tuple(embeddings.shape)} have {len(embeddings)} view; nt_xent needs 2 or more")
@@ -99,15 +85,15 @@ def sup_con(
     base_temperature: float | None = None,
     contrast_mode: Literal["all", "one"] = "all",
 ) -> tuple[Tensor, Tensor]:
-    """The supervised contrastive loss (Khosla et al., 2020), Eq. 2, L_out: every embedding of a class is a positive.
+    """Compute the supervised contrastive loss L_out (Khosla et al., 2020), Eq. 2: a class shares its positives.
 
     Without labels and mask each sample is its own class, and the loss is `nt_xent`.
 
-    Deviations: an anchor without any positive (one view, and no other of its class) is left out of the mean, where the
+    Deviations: an anchor without any positive (one view, no other of its class) is excluded from the mean, where the
     official code divides by zero. The official factor T / base_temperature is off unless a base is given.
 
-    Across processes the mean of the processes' losses is that of the global batch if each has as many anchors with
-    a positive as any other: always with two views or more, unless a `mask` keeps a sample's views apart.
+    The mean of the processes' losses is the loss of the global batch if all processes have equally many anchors with a
+    positive: always with two views or more, unless a `mask` separates the views of a sample.
 
     Args:
         embeddings: L2-normalized, this process's samples, shape (V, N, C).
@@ -115,17 +101,17 @@ def sup_con(
         offset: the position of this process's first sample in `others`: rank * N.
         temperature: T > 0.
         labels: the classes of the global batch, integers of shape (M,).
-        mask: in place of labels, boolean (N, M): which samples are positives of which. Column offset + n says
-            whether sample n's other views are; an embedding is never its own positive.
-        base_temperature: multiplies the loss with T / base_temperature (the official code: 0.07).
-        contrast_mode: "all": the anchors are the embeddings of all views. "one": of the first view only.
+        mask: replaces labels; boolean (N, M), the positives of each sample. Column offset + n holds whether the other
+            views of sample n are positives; an embedding is never its own positive.
+        base_temperature: multiplies the loss by T / base_temperature (the official code: 0.07).
+        contrast_mode: views that serve as anchors: "all", or only the first ("one").
 
     Returns:
         The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1 views of
         anchors; -inf for an anchor with itself. Rows and columns run view after view.
 
     Raises:
-        ValueError: for values and shapes that do not fit.
+        ValueError: for invalid values and shapes.
     """
     check_temperature(temperature)
     same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)
@@ -147,7 +133,7 @@ def sup_con(
 
 
 def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """Which samples of the global batch are of an anchor's class, boolean (N, M); checks the shapes."""
+    """Check the shapes and return the samples of each anchor's class in the global batch, boolean (N, M)."""
     shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"
     if embeddings.ndim != 3 or others.ndim != 3 or embeddings.shape[::2] != others.shape[::2]:
         raise ValueError(f"{shapes} must have shapes (V, N, C) and (V, M, C)")
@@ -155,9 +141,9 @@ def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor 
     if not 0 <= offset <= total - samples:
         raise ValueError(f"offset={offset} must be 0 ... {total - samples}: {shapes} must hold the same samples there")
     if len(others) * total < 2:
-        raise ValueError(f"{shapes}: one embedding alone has nothing to be compared with; give a second view or sample")
+        raise ValueError(f"{shapes}: a single embedding has no candidates; pass a second view or sample")
     if labels is not None and mask is not None:
-        raise ValueError("labels and mask both say which samples are positives; give one of them")
+        raise ValueError("labels and mask both define the positives; pass only one of them")
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape != (samples, total):
             raise ValueError(f"mask {tuple(mask.shape)} of {mask.dtype} must be bool of shape {(samples, total)}")

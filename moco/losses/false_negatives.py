@@ -1,4 +1,4 @@
-"""Finding false negatives: queue entries that show what the query shows, and should not be pushed away."""
+"""False negatives: queue entries with the content of the query, which should not be pushed away."""
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ def find_false_negatives(
     top: int | None = None,
     candidates: Tensor | None = None,
 ) -> Tensor:
-    """Which queue entries are likely of the query's class (Huynh et al., 2022, false negative cancellation).
+    """Return the queue entries that likely have the query's class (Huynh et al., 2022, false negative cancellation).
 
-    Subject by the similarity to a support view of the query's sample, not to the query: its own key, which comes
-    from the same encoder as the queue's. (The paper takes further views and aggregates over them; this is one.)
+    Measured by the similarity to a support view of the query's sample: its own key, which comes from the same encoder
+    as those of the queue. (The paper aggregates over further views; here it is one.)
 
         found = find_false_negatives(key, queue, threshold=0.7, candidates=negatives)
         elimination:  info_nce(query, key, queue, temperature, negatives & ~found)
@@ -27,18 +27,18 @@ def find_false_negatives(
     Args:
         support: L2-normalized, shape (N, C).
         queue: L2-normalized, shape (K, C).
-        threshold: found are entries whose similarity is above it; -1 ... 1.
-        top: found are the entries of the `top` highest similarities; 1 ... K. With both, those that pass both.
-        candidates: optional boolean (N, K) or (1, K), the entries to look among.
+        threshold: find entries with a similarity above it; -1 ... 1.
+        top: find the entries with the `top` highest similarities; 1 ... K. With both, entries must pass both.
+        candidates: boolean (N, K) or (1, K), the entries to search; None: all.
 
     Returns:
         Boolean, shape (N, K).
 
     Raises:
-        ValueError: without threshold and top, or if one is out of range.
+        ValueError: without threshold and top, or if one is invalid.
     """
     if threshold is None and top is None:
-        raise ValueError("threshold=None and top=None: give one of them, or both")
+        raise ValueError("threshold=None and top=None: pass one of them, or both")
     if threshold is not None and not -1 <= threshold <= 1:
         raise ValueError(f"threshold={threshold} must be a cosine, -1 ... 1")
     if top is not None and not 1 <= top <= len(queue):

@@ -1,4 +1,4 @@
-"""Margins on the positive: to count as alike, query and key have to be closer than the loss alone would ask."""
+"""Margins on the positives: query and key must be closer than InfoNCE requires."""
 
 import math
 from typing import Literal
@@ -10,13 +10,13 @@ Margin = Literal["arc", "cosine"]
 
 
 def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
-    """The positives' similarities, lowered by a margin; to be divided by the temperature afterwards.
+    """Lower the similarities of positives by a margin, before the division by the temperature.
 
     "arc" is ArcFace (Deng et al., 2019), Eq. 3: cos(theta + m), an angle in radians. "cosine" is CosFace's large margin
     cosine loss (Wang et al., 2018): cos(theta) - m.
 
-    Deviation: ArcFace's formula turns up again beyond theta = pi - m. From there on this is cos(theta) + cos(m) - 1,
-    which is continuous and falls with theta; the public implementations jump there.
+    Deviation: ArcFace's formula rises again beyond theta = pi - m. There this is cos(theta) + cos(m) - 1, which is
+    continuous and falls with theta; the public implementations jump there.
 
     Args:
         cosine: similarities of unit vectors, any shape.
@@ -24,10 +24,10 @@ def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
         kind: "arc" or "cosine".
 
     Returns:
-        The same shape, nowhere above `cosine`.
+        The same shape, never above `cosine`.
 
     Raises:
-        ValueError: for an unknown kind or a margin out of range.
+        ValueError: for an unknown kind or an invalid margin.
     """
     if kind not in ("arc", "cosine"):
         raise ValueError(f"margin_kind={kind!r} must be 'arc' or 'cosine'")
@@ -37,7 +37,7 @@ def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
         return cosine
     if kind == "cosine":
         return cosine - margin
-    # The slope of sin(theta) is infinite at theta = 0, and rounding leads beyond it.
+    # The slope of sin(theta) is infinite at theta = 0, and rounding can exceed it.
     sine = (1 - cosine.square()).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
     lowered = cosine * math.cos(margin) - sine * math.sin(margin)  # cos(theta + m)
     return torch.where(cosine > -math.cos(margin), lowered, cosine + math.cos(margin) - 1)

@@ -1,4 +1,4 @@
-"""Hard negatives made by mixing: MoCHi.
+"""Hard negatives by mixing: MoCHi.
 
 Legend: N queries, C dimension, K queue length, s mixed pairs of negatives, s' mixed with the query.
 """
@@ -19,31 +19,30 @@ def mix_hard_negatives(
     query_uniforms: Tensor,
     negatives: Tensor | None = None,
 ) -> Tensor:
-    """Synthetic negatives of MoCHi (Kalantidis et al., 2020), Section 4: further candidates beside the queue.
+    """Mix the synthetic negatives of MoCHi (Kalantidis et al., 2020), Section 4: candidates in addition to the queue.
 
-    Of the `hardest` negatives n of a query q, those most similar to it (fewer, where fewer are allowed):
+    From the `hardest` negatives n of a query q, those most similar to it (fewer if fewer are allowed):
 
         s of them:    h  = normalize(a n_i + (1 - a) n_j),   a from U(0, 1)
         s' of them:   h' = normalize(b q   + (1 - b) n_j),   b from U(0, 0.5)
 
-    h' is closer to the query than the n_j it is made of. h lies between its two, at times closer to the query than
-    both; with i = j, which is not excluded, it is n_i once more. Random numbers are arguments (randomness is a
-    function of keys): with a = u, i and j = floor(hardest u), b = u / 2.
+    h' is closer to the query than n_j. h lies between n_i and n_j and can be closer to the query than both; i = j is
+    not excluded and yields n_i. The random numbers u are arguments: a = u, i and j = floor(hardest u), b = u / 2.
 
     Args:
         query: L2-normalized, shape (N, C).
         queue: L2-normalized, shape (K, C).
-        hardest: how many of the hardest negatives to choose from, 1 ... K.
+        hardest: number of hardest negatives to choose from, 1 ... K.
         pair_uniforms: in [0, 1), shape (N, s, 3), for i, j and a.
         query_uniforms: in [0, 1), shape (N, s', 2), for j and b.
-        negatives: as in `info_nce`; an entry that it takes out is not mixed.
+        negatives: as in `info_nce`; an entry that it excludes is not mixed.
 
     Returns:
-        Unit vectors without gradient, shape (N, s + s', C), the s pairs first. Zero for a query that has no
-        negative at all, which `contrast` takes as absent.
+        Unit vectors without gradient, shape (N, s + s', C), the s pairs first. Zero for a query without any negative,
+        which `contrast` treats as absent.
 
     Raises:
-        ValueError: if `hardest` is out of range or shapes do not fit.
+        ValueError: for an invalid `hardest` or shape.
     """
     if not 1 <= hardest <= len(queue):
         raise ValueError(f"hardest={hardest} must be 1 ... {len(queue)}, the length of the queue")
@@ -59,7 +58,7 @@ def mix_hard_negatives(
     available = (top.values > ABSENT).sum(dim=1, keepdim=True)  # (N, 1)
 
     def choose(uniform: Tensor) -> Tensor:
-        """One of a query's hardest negatives for each number: (N, s) -> (N, s, C)."""
+        """Return one of a query's hardest negatives for each number: (N, s) -> (N, s, C)."""
         last = (available - 1).clamp(min=0)
         position = torch.minimum((uniform * available).long(), last)  # u * available may be rounded up
         return queue[top.indices.gather(1, position)]

@@ -1,4 +1,4 @@
-"""InfoNCE against a queue of keys: MoCo's loss, and the same with further positives in the queue.
+"""InfoNCE with a queue of keys: MoCo's loss, and the same with positives in the queue.
 
 Legend: N queries, C dimension, K queue length.
 """
@@ -21,7 +21,7 @@ from moco.losses.similarity import (
 def info_nce_logits(
     query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, negatives: Tensor | None = None
 ) -> Tensor:
-    """Similarity of each query to its key (column 0) and to the queue's keys, over the temperature.
+    """Return the similarity of each query to its key (column 0) and to the queue's keys, divided by the temperature.
 
     MoCo (He et al., 2020), Algorithm 1 and Eq. 1. Computed in float32 (or float64) whatever autocast says.
 
@@ -30,14 +30,14 @@ def info_nce_logits(
         key: L2-normalized, shape (N, C), without gradient. Row n is the positive of query n.
         queue: L2-normalized, shape (K, C), without gradient.
         temperature: T > 0; a tensor of shape () if learned.
-        negatives: optional boolean (N, K) or (1, K); False takes a queue entry out of a query's
-            negatives (an unfilled entry, the query's own stale key).
+        negatives: boolean (N, K) or (1, K), the negatives of each query; None: all entries of the queue. Excluded are
+            unfilled entries and the query's own stale keys.
 
     Returns:
         Logits, shape (N, 1 + K). The positive is class 0, so the labels are all zero.
 
     Raises:
-        ValueError: if the temperature is not positive or the shapes do not fit.
+        ValueError: for an invalid temperature or shape.
     """
     check_temperature(temperature)
     if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
@@ -56,15 +56,12 @@ def info_nce_logits(
 def info_nce(
     query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, negatives: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE with a queue: the cross entropy of `info_nce_logits` with class 0.
+    """Compute InfoNCE with a queue: the cross entropy of `info_nce_logits` with class 0.
 
-    For uniform logits the loss is log(1 + K), its chance level.
+    For uniform logits the loss is log(1 + K), its chance level. Arguments and errors are those of `info_nce_logits`.
 
     Returns:
         The mean loss over the queries, shape (), and the detached logits, shape (N, 1 + K).
-
-    Raises:
-        ValueError: see `info_nce_logits`.
     """
     logits = info_nce_logits(query, key, queue, temperature, negatives)
     labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
@@ -79,23 +76,20 @@ def multi_positive_info_nce(
     positives: Tensor,
     negatives: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """InfoNCE with positives in the queue too: the mean over a query's key and its positives in the queue.
+    """Compute InfoNCE with positives in the queue: the mean over a query's key and its positives in the queue.
 
-    With the queue keys of the query's own label this is the contrast of SupMoCo (Majumder et al., 2021), in the form of
-    SupCon's L_out (Khosla et al., 2020, Eq. 2): one softmax term for each positive, over the key and the whole
-    queue. (SupMoCo's own equation was not at hand to compare.) With false negatives that were found it is the
-    attraction loss of Huynh et al. (2022).
-    UniMoCo (Dai et al., 2021) takes another form, log(1 + sum exp(negatives) * sum exp(-positives)); not this one.
+    If the positives are the keys of the query's class, this is the contrast of SupMoCo (Majumder et al., 2021) in the
+    form of SupCon's L_out (Khosla et al., 2020, Eq. 2): one softmax term per positive, over the key and the
+    whole queue. (SupMoCo's own equation was not available for comparison.) If they are false negatives, it is the
+    attraction loss of Huynh et al. (2022). UniMoCo (Dai et al., 2021) differs: log(1 + sum exp(negatives) * sum
+    exp(-positives)).
 
     Without any positive in the queue it is `info_nce`, bit for bit.
 
     Args:
-        query: L2-normalized, shape (N, C).
-        key: L2-normalized, shape (N, C), without gradient. Always a positive of its query.
-        queue: L2-normalized, shape (K, C), without gradient.
-        temperature: T > 0.
+        query, key, queue, temperature: as in `info_nce`; the key is always a positive of its query.
         positives: boolean (N, K) or (1, K), the queue entries that are positives too.
-        negatives: as in `info_nce`; an entry that it takes out takes no part, be it in `positives` or not.
+        negatives: as in `info_nce`; an entry that it excludes is no candidate, even if it is in `positives`.
 
     Returns:
         The mean loss, shape (), and the detached logits, shape (N, 1 + K).
@@ -111,14 +105,10 @@ def multi_positive_info_nce(
 
 
 def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
-    """`mean_over_positives` where column 0, the key's, is always one: its cross entropy, and what the others change.
+    """Compute `mean_over_positives` where column 0, the key's, is always a positive.
 
-    A row's mean of -log softmax over its positives is the one of column 0, plus logits_0, minus the positives' mean
-    logit. The last two are one product with weights that are exactly 0 where there are no others.
-
-    Args:
-        logits: shape (N, M); -inf for a candidate that takes no part.
-        positive: boolean, shape (N, M), True in column 0, nowhere True where the logit is -inf.
+    A row's mean of -log softmax over its positives is that of column 0, plus logits_0, minus the positives' mean logit.
+    The last two are one product, with weights that are exactly 0 if there are no other positives.
     """
     labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
     weights = -positive.to(logits.dtype) / positive.sum(dim=1, keepdim=True)  # (N, M)

@@ -7,18 +7,10 @@ from torch import Tensor, nn
 
 
 def temperature_at(step: float, period: float, low: float, high: float) -> float:
-    """The cosine schedule of Kukleva et al. (2023), "Temperature schedules for ... long-tail data".
+    """Return T of the cosine schedule of Kukleva et al. (2023), "Temperature schedules for ... long-tail data".
 
     T(step) = low + (high - low) (1 + cos(2 pi step / period)) / 2: from high down to low in half a period and back.
-
-    Args:
-        step: where training stands, in steps or epochs.
-        period: of one oscillation, in the same unit.
-        low: the lowest temperature, above 0.
-        high: the highest.
-
-    Returns:
-        The temperature.
+    `step` and `period`, the length of an oscillation, have the same unit.
 
     Raises:
         ValueError: unless 0 < low <= high and period > 0.
@@ -31,11 +23,11 @@ def temperature_at(step: float, period: float, low: float, high: float) -> float
 
 
 class LearnedTemperature(nn.Module):
-    """A temperature that is trained along, as log 1/T, CLIP's logit scale (Radford et al., 2021).
+    """A trained temperature, as log 1/T, CLIP's logit scale (Radford et al., 2021).
 
     CLIP clamps the scale after each step so that 1/T stays below 100; here it is clamped before each use, which no
-    caller can forget. (A clamp inside the graph would stop the gradient, and a value once outside would stay there.)
-    An optimizer should not decay it: decay pulls toward T = 1.
+    caller can forget. (A clamp in the graph would stop the gradient, and a value outside would stay there.) An
+    optimizer should not decay it: decay pulls toward T = 1.
 
     Args:
         initial: T at the start.
@@ -56,7 +48,7 @@ class LearnedTemperature(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)))
 
     def forward(self) -> Tensor:
-        """T, shape ()."""
+        """Return T, shape ()."""
         with torch.no_grad():
             self.log_scale.clamp_(-math.log(self.high), -math.log(self.low))
         return (-self.log_scale).exp()

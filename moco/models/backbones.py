@@ -1,4 +1,4 @@
-"""Backbones: images (N, 3, S, S) to features (N, D), by name. `timm/NAME` is any timm model."""
+"""Backbones by name: images (N, 3, S, S) to features (N, D). `timm/NAME` is any timm model."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -16,8 +16,8 @@ class ConvNet(nn.Module):
     Args:
         width: channels of the first layer; D = 8 * width * pool**2.
         strides: of the five layers, e.g. (1, 2, 1, 2, 1): 16 px images end as 4x4 maps.
-        pool: side of the map that the features keep. 1 is global pooling; handwriting is centered, so that
-            where a stroke lies says something, and 2 keeps it.
+        pool: side of the feature map after pooling. 1 is global pooling; larger values keep the position, which is
+            informative for centered images such as handwriting.
     """
 
     def __init__(self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1), pool: int = 1) -> None:
@@ -71,32 +71,32 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 
 
 def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
-    """A backbone without its classifier; its attribute `num_features` is D.
+    """Return a backbone without its classifier; its attribute `num_features` is D.
 
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
-        options: keyword arguments of the constructor, e.g. {"stem": "cifar"} or timm's.
+        options: keyword arguments of the constructor, e.g. {"stem": "cifar"}.
 
     Raises:
-        ValueError: for an unknown name (with those that exist) or an option that the constructor does not take.
+        ValueError: for an unknown name or option.
     """
     try:
         if name.startswith("timm/"):
-            import timm  # costs a second at start-up, so only where it is used
+            import timm  # takes a second
 
             if not timm.is_model(name.removeprefix("timm/")):
                 close = ", ".join(difflib.get_close_matches(name.removeprefix("timm/"), timm.list_models(), n=5))
-                raise ValueError(f"model.backbone={name!r}: timm knows no such model; close ones: {close or 'none'}")
+                raise ValueError(f"model.backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
             network: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=0, **options)
-            # timm's num_features are those before the last layer, which some models (MobileNetV3, VGG) widen.
+            # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
             network.num_features = network.head_hidden_size
             return network
         if name not in BACKBONES:
             raise ValueError(f"model.backbone={name!r} must be one of {', '.join(BACKBONES)}, or timm/NAME")
         return BACKBONES[name](**options)
     except TypeError as error:
-        reason = str(error).splitlines()[0].removesuffix(" but expected one of:")  # torch lists all that it could take
+        reason = str(error).splitlines()[0].removesuffix(" but expected one of:")  # torch lists all alternatives
         raise ValueError(
-            f"model.options={dict(options)} does not fit model.backbone={name!r}: {reason}; "
-            "set both, or take another group model=..."
+            f"model.options={dict(options)} is invalid for model.backbone={name!r}: {reason}; "
+            "set both, or choose another group, model=..."
         ) from error

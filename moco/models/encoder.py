@@ -1,4 +1,4 @@
-"""The encoder that MoCo trains, a backbone and a projection head; and MoCo v3's predictor."""
+"""The trained encoder, a backbone and a projection head; and MoCo v3's predictor."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -13,16 +13,16 @@ from moco.models.norm import BatchNormKind, convert_batch_norm
 def projection_head(
     fan_in: int, hidden: int, dim: int, layers: int, norm: bool = False, last_norm: bool = True
 ) -> nn.Module:
-    """MoCo v1's head is one linear layer; v2's is an MLP with ReLU between its layers; v3's has BN as well.
+    """Return a head: one linear layer in MoCo v1, an MLP with ReLU in v2, and with BN in v3.
 
     Args:
-        fan_in: D, the backbone's features.
-        hidden: width of the layers between; 0 means D, as in MoCo v2.
+        fan_in: D, the features of the backbone.
+        hidden: width of the hidden layers; 0: D, as in MoCo v2.
         dim: C, the embedding.
-        layers: linear layers, at least 1.
-        norm: BN behind each linear layer, which then has no bias: v3's projector and predictor.
-        last_norm: with `norm`, whether the last layer has one too, without weight and bias. Only the predictor
-            behind a ResNet has none.
+        layers: number of linear layers, at least 1.
+        norm: add BN after each linear layer, which then has no bias (v3's projector and predictor).
+        last_norm: with `norm`, add BN without weight and bias after the last layer too. Only the predictor of v3's
+            ResNet has none.
     """
     if layers < 1:
         raise ValueError(f"model.head_layers={layers} must be at least 1")
@@ -39,7 +39,7 @@ def projection_head(
 
 
 class Encoder(nn.Module):
-    """Images (N, 3, S, S) to embeddings (N, C); `backbone` alone gives the features (N, D) that transfer."""
+    """Images (N, 3, S, S) to embeddings (N, C); `backbone` returns the features (N, D) for transfer."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -60,15 +60,15 @@ def build_encoder(
     bn_group_size: int,
     head_norm: bool = False,
 ) -> Encoder:
-    """The encoder as the configuration group `model` describes it; arguments are that group's fields.
+    """Return the encoder that the fields of the configuration group `model` describe.
 
     Raises:
-        ValueError: for an unknown backbone, or options that do not fit it.
+        ValueError: for an unknown backbone or invalid options.
     """
     network = build_backbone(backbone, options)
     fan_in = network.num_features
     if not isinstance(fan_in, int):
-        raise ValueError(f"model.backbone={backbone!r} does not say how many features it has")
+        raise ValueError(f"model.backbone={backbone!r} does not state its number of features (num_features)")
     encoder = Encoder(network, projection_head(fan_in, head_hidden, dim, head_layers, head_norm))
     convert_batch_norm(encoder, bn, bn_group_size)
     return encoder
@@ -77,7 +77,7 @@ def build_encoder(
 def build_predictor(
     dim: int, hidden: int, layers: int, last_norm: bool, bn: BatchNormKind, bn_group_size: int
 ) -> nn.Module:
-    """MoCo v3's predictor (N, C) -> (N, C), on the query's side alone; with 0 layers there is none."""
+    """Return MoCo v3's predictor for queries, (N, C) -> (N, C); with 0 layers the identity."""
     if layers == 0:
         return nn.Identity()
     return convert_batch_norm(projection_head(dim, hidden, dim, layers, True, last_norm), bn, bn_group_size)

@@ -1,10 +1,10 @@
 """Batch normalization over groups of the global batch, so that its statistics do not depend on the topology.
 
-Eight GPUs with 32 images each normalize eight groups of 32. Here the group's size is set, and one GPU with 256
-images has the same eight groups (law 3). The key batch is shuffled so that a key's group tells
-nothing of its query's (MoCo, section 3.3, "Shuffling BN").
+Eight GPUs with 32 images each normalize eight groups of 32. Here the size of a group is configured, and one GPU with
+256 images has the same eight groups (law 3). Keys are shuffled so that the group of a key reveals nothing about its
+query (MoCo, section 3.3, "Shuffling BN").
 
-Legend: N local batch, C channels, G groups, g images a group.
+Legend: N local batch, C channels, G groups, g images per group.
 """
 
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ BatchNormKind = Literal["grouped", "sync", "batch"]
 
 
 class GroupedBatchNorm(nn.Module):
-    """BN over consecutive groups of `group_size` images; group_size 0 means the whole global batch ("sync").
+    """BN over consecutive groups of `group_size` images; group_size 0 means the global batch ("sync").
 
-    Holds the parameters and buffers of `nn.BatchNorm2d` under the same names. One optimizer step moves
-    the running statistics once, by the mean over the step's groups, however many calls the step makes.
+    Has the parameters and buffers of `nn.BatchNorm2d`, with the same names. One optimizer step updates the running
+    statistics once, with the mean over the step's groups, for any number of calls per step.
 
     Args:
         channels: C.
         group_size: g; must divide the batch of every training call.
         eps, momentum, affine, track: as in `nn.BatchNorm2d`.
-        after: what timm's fused norm layers apply behind the normalization (their activation).
+        after: the module that timm's fused norm layers apply after the normalization (their activation).
 
     Raises:
         ValueError: in training, if `group_size` does not divide the batch.
@@ -58,8 +58,8 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.after = after or nn.Identity()
         self.calls_per_step = 1  # views x micro-batches
-        self.call = 0  # of this step; a checkpoint falls between steps, so this is not state
-        # The same for compiled code, which a Python number would make compile anew for each value.
+        self.call = 0  # number of calls in this step; no state, because checkpoints are saved between steps
+        # The same for compiled code, in which a Python number would trigger recompilation for each value.
         self.compiled_call: Tensor
         self.register_buffer("compiled_call", torch.tensor(0), persistent=False)
 
@@ -125,12 +125,12 @@ class GroupedBatchNorm(nn.Module):
 
 
 def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) -> nn.Module:
-    """Puts `GroupedBatchNorm` in the place of every BatchNorm layer, with its parameters and buffers.
+    """Replace every BatchNorm layer by `GroupedBatchNorm`, with its parameters and buffers.
 
     Args:
         module: any network, e.g. torchvision's or timm's.
-        kind: "grouped" in groups of `group_size`; "sync" over the global batch; "batch" leaves the layers as they
-            are, over whatever one process sees in one call.
+        kind: "grouped": groups of `group_size`; "sync": the global batch; "batch": keep the layers, which normalize
+            over the images of one call in one process.
         group_size: g, for "grouped".
 
     Returns:
@@ -160,7 +160,7 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
 
 @contextmanager
 def untracked(module: nn.Module) -> Iterator[None]:
-    """Forward passes in it leave every BN's running statistics as they are."""
+    """Keep the running statistics of every BN layer unchanged by forward passes in this context."""
     layers = [
         layer for layer in module.modules() if isinstance(layer, GroupedBatchNorm | nn.modules.batchnorm._BatchNorm)
     ]
@@ -177,7 +177,7 @@ def untracked(module: nn.Module) -> Iterator[None]:
 
 
 def set_calls_per_step(module: nn.Module, calls: int) -> None:
-    """Tells every grouped BN how many times one optimizer step calls it (views x micro-batches)."""
+    """Set the number of calls per optimizer step (views x micro-batches) of every grouped BN layer."""
     for layer in module.modules():
         if isinstance(layer, GroupedBatchNorm):
             layer.calls_per_step, layer.call = calls, 0

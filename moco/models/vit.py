@@ -1,8 +1,8 @@
-"""Vision transformers as MoCo v3 trains them: timm's, with fixed positions and a patch projection that stays random.
+"""Vision transformers of MoCo v3: timm's, with fixed positions and a random patch projection that is not trained.
 
     An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie, He, ICCV 2021)
 
-State-dict keys are timm's, which are those of the official files.
+State-dict keys are timm's, as in the official files.
 
 Legend: N images, S side of an image, P patches, D width.
 """
@@ -26,39 +26,28 @@ def vit(
     freeze_patches: bool | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A ViT from images (N, 3, S, S) to the class token's features (N, D).
+    """Return a ViT from images (N, 3, S, S) to the features of the class token, (N, D).
 
-    Section 4.1 of the paper and its code: 2-D sin-cos positions that are not trained; Xavier initialization in which
-    the weight of query, key and value counts as three. Section 4.2: the patch projection is random and not trained,
-    which is what makes training stable.
+    Section 4.1 of the paper and its code: fixed 2-D sin-cos positions; Xavier initialization in which the weight of
+    query, key and value counts as three. Section 4.2: a random patch projection, not trained, stabilizes training.
 
     Args:
         dim: D, a multiple of 4 and of `heads`.
-        depth: blocks.
-        heads: of the attention.
-        img_size: S, of every image; positions are fixed for it.
+        depth: number of blocks.
+        heads: number of attention heads.
+        img_size: S; the positions are fixed for it.
         patch_size: side of a patch; must divide `img_size`.
-        stem: "patch" projects patches linearly. "conv" has four 3x3 convolutions of stride 2 in their place (Xiao et
-            al., 2021), so that `patch_size` must be 16; it is trained.
-        freeze_patches: whether the patch projection stays as it was drawn; None: it does, a conv stem does not.
+        stem: "patch": linear projection of patches. "conv": four trained 3x3 convolutions of stride 2 (Xiao et al.,
+            2021); `patch_size` must be 16.
+        freeze_patches: whether the patch projection stays random; None: yes, but not a conv stem.
         options: further arguments of timm's VisionTransformer, e.g. drop_path_rate.
 
     Raises:
-        ValueError: for values that do not fit each other; from forward, for images of another size.
+        ValueError: for invalid values; from forward, for images of another size.
     """
     from timm.models.vision_transformer import VisionTransformer  # costs a second at start-up
 
-    if dim < 4 or dim % 4 or heads < 1 or dim % heads:
-        raise ValueError(f"model.options: dim={dim} must be a multiple of 4 and of heads={heads}")
-    if patch_size < 1 or img_size < 1 or img_size % patch_size:
-        raise ValueError(f"model.options.patch_size={patch_size} must divide img_size={img_size} (augment.size)")
-    if stem not in ("patch", "conv"):
-        raise ValueError(f"model.options.stem={stem!r} must be 'patch' or 'conv'")
-    if stem == "conv" and (patch_size != 16 or dim % 8 or freeze_patches):
-        raise ValueError(
-            f"model.options.stem='conv' has patches of 16, is trained and widens to dim from dim / 8: "
-            f"patch_size={patch_size}, freeze_patches={freeze_patches} and dim={dim} do not fit"
-        )
+    _check(dim, heads, img_size, patch_size, stem, freeze_patches)
     network: Any = VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
@@ -85,8 +74,23 @@ def vit(
     return network  # type: ignore[no-any-return]
 
 
+def _check(dim: int, heads: int, img_size: int, patch_size: int, stem: str, freeze_patches: bool | None) -> None:
+    """Raise ValueError for invalid arguments of `vit`."""
+    if dim < 4 or dim % 4 or heads < 1 or dim % heads:
+        raise ValueError(f"model.options: dim={dim} must be a multiple of 4 and of heads={heads}")
+    if patch_size < 1 or img_size < 1 or img_size % patch_size:
+        raise ValueError(f"model.options.patch_size={patch_size} must divide img_size={img_size} (augment.size)")
+    if stem not in ("patch", "conv"):
+        raise ValueError(f"model.options.stem={stem!r} must be 'patch' or 'conv'")
+    if stem == "conv" and (patch_size != 16 or dim % 8 or freeze_patches):
+        raise ValueError(
+            f"model.options.stem='conv' needs patch_size=16, freeze_patches=false and dim divisible by 8, but "
+            f"patch_size={patch_size}, freeze_patches={freeze_patches} and dim={dim}"
+        )
+
+
 def sin_cos_positions(side: int, dim: int) -> Tensor:
-    """Fixed positions of side x side patches, row after row, behind the class token's zeros: (1 + side**2, dim).
+    """Return fixed positions of side x side patches, row by row, after zeros for the class token: (1 + side**2, dim).
 
     A quarter of the dimensions each: sine and cosine of the row, sine and cosine of the column, at frequencies
     10000 ** -(0 ... 1).
@@ -100,7 +104,7 @@ def sin_cos_positions(side: int, dim: int) -> Tensor:
 
 
 def conv_stem(dim: int) -> nn.Sequential:
-    """Images (N, 3, S, S) to (N, D, S/16, S/16): D/8, D/4, D/2, D channels by 3x3, then 1x1."""
+    """Return (N, 3, S, S) to (N, D, S/16, S/16): 3x3 convolutions to D/8, D/4, D/2, D channels, then 1x1."""
     widths = [3, dim // 8, dim // 4, dim // 2, dim]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
@@ -112,12 +116,12 @@ def _check_size(img_size: int, network: nn.Module, inputs: tuple[Tensor, ...]) -
     height, width = inputs[0].shape[-2:]
     if (height, width) != (img_size, img_size):
         raise ValueError(
-            f"images of {height}x{width} px do not fit a ViT whose positions are fixed for {img_size}x{img_size}: "
+            f"images of {height}x{width} px are invalid for a ViT with positions for {img_size}x{img_size}: "
             f"set augment.size={img_size}, or model.options.img_size for a new one"
         )
 
 
-vit_small = partial(vit, 384, 12, 12)  # 12 heads, where the usual ViT-S has 6
+vit_small = partial(vit, 384, 12, 12)  # 12 heads; the usual ViT-S has 6
 vit_base = partial(vit, 768, 12, 12)
-vit_conv_small = partial(vit, 384, 11, 12, stem="conv")  # the stem costs about as much as the block that is left out
+vit_conv_small = partial(vit, 384, 11, 12, stem="conv")  # the stem costs about as much as one block
 vit_conv_base = partial(vit, 768, 11, 12, stem="conv")

@@ -86,7 +86,7 @@ def test_attraction_moves_the_query_toward_what_was_found() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({}, "threshold=None and top=None: give one of them, or both"),
+        ({}, "threshold=None and top=None"),
         ({"threshold": 1.2}, "threshold=1.2 must be a cosine"),
         ({"top": 0}, r"top=0 must be 1 \.\.\. 40"),
         ({"top": K + 1}, r"top=41 must be 1 \.\.\. 40"),

@@ -192,7 +192,7 @@ def test_base_temperature_is_a_factor() -> None:
         ({"offset": 3}, r"offset=3 must be 0 \.\.\. 2"),
         ({"offset": -1}, r"offset=-1 must be 0 \.\.\. 2"),
         ({"labels": LABELS[:N]}, r"labels \(4,\) must have shape \(6,\): those of the global batch"),
-        ({"labels": LABELS, "mask": coins(N, M, seed=0)}, "give one of them"),
+        ({"labels": LABELS, "mask": coins(N, M, seed=0)}, "labels and mask"),
         ({"mask": coins(M, M, seed=0)}, r"mask \(6, 6\) of torch.bool must be bool of shape \(4, 6\)"),
         ({"contrast_mode": "two"}, "contrast_mode='two' must be 'all' or 'one'"),
         ({"base_temperature": 0.0}, "base_temperature=0.0 must be above 0"),
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> Non
 
 
 def test_one_view_or_one_embedding_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"have 1 view; nt_xent needs 2 or more"):
+    with pytest.raises(ValueError, match="have 1 view"):
         nt_xent(whole(1), whole(1), 0, T)
-    with pytest.raises(ValueError, match="one embedding alone"):
+    with pytest.raises(ValueError, match="a single embedding"):
         sup_con(whole(1)[:, :1], whole(1)[:, :1], 0, T)

@@ -154,12 +154,12 @@ def test_batch_norm_is_of_the_kind_asked_for(kind: BatchNormKind, groups: set[in
     ("name", "options", "sentence"),
     [
         ("resnet19", {}, "model.backbone='resnet19' must be one of convnet, resnet18"),
-        ("timm/resnet19", {}, "model.backbone='timm/resnet19': timm knows no such model; close ones: "),
-        ("timm/zzzzzz", {}, "close ones: none"),
+        ("timm/resnet19", {}, "model.backbone='timm/resnet19': timm has no such model; similar names: "),
+        ("timm/zzzzzz", {}, "similar names: none"),
         ("resnet18", {"stem": "small"}, "model.options.stem='small' must be 'imagenet' or 'cifar'"),
-        ("resnet18", {"wide": 3}, "model.options={'wide': 3} does not fit model.backbone='resnet18': "),
-        ("convnet", {"depth": 3}, "model.options={'depth': 3} does not fit model.backbone='convnet': "),
-        ("timm/resnet10t", {"stem": "cifar"}, "model.options={'stem': 'cifar'} does not fit model.backbone="),
+        ("resnet18", {"wide": 3}, "model.options={'wide': 3} is invalid for model.backbone='resnet18': "),
+        ("convnet", {"depth": 3}, "model.options={'depth': 3} is invalid for model.backbone='convnet': "),
+        ("timm/resnet10t", {"stem": "cifar"}, "model.options={'stem': 'cifar'} is invalid for model.backbone="),
     ],
 )
 def test_unknown_names_and_options_give_one_sentence(name: str, options: dict[str, Any], sentence: str) -> None:
