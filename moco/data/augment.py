@@ -49,12 +49,7 @@ def crop_one(
 ) -> Tensor:
     """Apply stage 1 to one streamed image: uint8 (3, h, w) and one row of `draw_crop` -> uint8 (3, S, S).
 
-    Args:
-        image: the pixels.
-        uniforms: determine the crop, together with the size of the full image.
-        view: the recipe.
-        full_size: height and width of the full image, if it was decoded at a fraction of them.
-        factor: see `moco.data.decode.Decoded`.
+    If the image was decoded at 1 / `factor` of its size, `full_size` is the height and width of the full image.
     """
     height, width = full_size or image.shape[1:]
     box = crop_boxes(uniforms.reshape(1, -1), height, width, view.crop_scale, view.crop_ratio)[0]
@@ -65,13 +60,8 @@ def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]
     """Return the largest factor by which an image may shrink in decoding without any crop being enlarged because of it.
 
     It is 1 if a view is resized without antialiasing: decoding averages pixels, as antialiasing does, while such a view
-    needs single pixels of the full image. An image is decoded once for all of its views.
-
-    Args:
-        views: all views of the image.
-        uniforms: the image's row of `draw_crop` for each view.
-        height: of the full image.
-        width: of the full image.
+    needs single pixels of the full image. An image is decoded once for all of its views; `uniforms` holds its row of
+    `draw_crop` for each.
 
     Returns:
         1, 2, 4 or 8. Above 1, each crop has at least S pixels per side in the smaller image.

@@ -93,9 +93,7 @@ def labeled(train: Source, held_out: Source | None) -> Sources:
 def names_digest(source: Source, with_size: bool = False) -> str:
     """Return the SHA-256 of the names in order: equal for copies of the images in another folder.
 
-    Args:
-        source: the images.
-        with_size: include channels, height and width of images in memory.
+    With `with_size`, channels, height and width of images in memory are included.
     """
     sha = hashlib.sha256()
     for name in source.encoded_names():

@@ -4,8 +4,9 @@ Legend: N images, of the training folder and then of the held-out folder.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -76,7 +77,8 @@ def check_data(config: CheckDataConfig) -> None:
         for folder in folders:
             start = row
             try:
-                for i, facts in enumerate(in_order(facts_of(folder), range(len(folder)), data.workers, "data.workers")):
+                every = in_order(partial(_facts, folder), range(len(folder)), data.workers, "data.workers")
+                for i, facts in enumerate(every):
                     findings.add(row, folder.path(i), facts)
                     row += 1
                     progress(row, total)
@@ -99,9 +101,8 @@ def check_data(config: CheckDataConfig) -> None:
         raise ValueError(f"a run with these images would end: {'; '.join(obstacles)}; {output} lists the files")
 
 
-def facts_of(folder: FolderSource) -> Callable[[int], ImageFacts]:
-    """Return a function from the index of an image to its facts."""
-    return lambda i: image_facts(folder.path(i))
+def _facts(folder: FolderSource, i: int) -> ImageFacts:
+    return image_facts(folder.path(i))
 
 
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:

@@ -204,18 +204,9 @@ def _exact_dtype(device: torch.device, extent: int, size: int, antialias: bool) 
 
 
 def _weights(start: Tensor, length: Tensor, extent: int, size: int, antialias: bool, dtype: torch.dtype) -> Tensor:
-    """Return the weight matrices that resize `length` pixels from `start` on to `size`, one per sample.
+    """Return the weight matrices that resize `length` pixels from `start` on, both int64 (n,), to `size`.
 
-    Args:
-        start: first pixel, int64, shape (n,).
-        length: pixels, int64, shape (n,).
-        extent: the image's size along this axis, L.
-        size: S.
-        antialias: as in `resized_crop`.
-        dtype: of the weights.
-
-    Returns:
-        Shape (n, S, L), on the device of `start`; each row sums to about 1.
+    Shape (n, S, L), L = `extent`, on the device of `start`; each row sums to about 1.
     """
     first, taps = _tap_table(extent, size, antialias, start.device, dtype)  # (L + 1, S), (L + 1, S, K)
     width = taps.shape[-1]

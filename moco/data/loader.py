@@ -48,7 +48,7 @@ def batches(
         source: the images; resident if `source.images` is set, otherwise streamed by loader processes.
         plan: the samples of each step.
         views: one recipe per view.
-        device: augmentation runs there, and the batch is there.
+        device: of the augmentation and of the batch.
         workers: loader processes for the streamed path; 0 decodes in this process.
         start: first step.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The

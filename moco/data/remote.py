@@ -278,11 +278,7 @@ def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots:
 
 
 def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sample]:
-    """Yield the images of one shard, in its order.
-
-    Args:
-        address: of the shard.
-        skipped: counts what is skipped, see `moco.data.tars.images_of`.
+    """Yield the images of one shard, in its order; `skipped` as in `moco.data.tars.images_of`.
 
     Raises:
         StreamError: if the shard cannot be opened or read to its end.

@@ -33,15 +33,11 @@ def row_type(name_bytes: int) -> np.dtype[np.void]:
 
 
 def read_index(folder: Path, where: str) -> dict[str, Any]:
-    """Read index.json.
-
-    Args:
-        folder: the packed folder.
-        where: the name of the folder in errors.
+    """Read the index of a packed folder, which errors call `where`.
 
     Raises:
         FileNotFoundError: if it is not there.
-        ValueError: if it is damaged, or of another version.
+        ValueError: if it is damaged, or has another version.
     """
     file = folder / INDEX
     if not file.is_file():
@@ -59,13 +55,8 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 def read_sealed(file: Path, fix: str, version: int) -> dict[str, Any]:
     """Read a JSON file of `sealed` values, without the SHA-256.
 
-    Args:
-        file: the file.
-        fix: what to do if it is damaged, for the error.
-        version: its expected version.
-
     Raises:
-        ValueError: if it is damaged, or of another version.
+        ValueError: with `fix` if it is damaged; or if it has another version.
     """
     try:
         value = json.loads(file.read_text())

@@ -39,10 +39,7 @@ def substitutes(i: int, length: int) -> list[int]:
 def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> tuple[int, Tensor]:
     """Return image i, or its first readable substitute: its index and its pixels (3, H, W).
 
-    Args:
-        source: the images.
-        i: the index.
-        unreadable: gets every unreadable image that was tried, with the reason.
+    Every unreadable image that was tried is added to `unreadable`, with the reason.
 
     Raises:
         ImageError: if no substitute can be read either.

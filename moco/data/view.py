@@ -148,17 +148,9 @@ def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[n
 
 
 def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Params:
-    """Draw all random parameters of one view of a batch.
+    """Draw all random parameters of one view, number `stream` of each sample of `index`, shape (N,).
 
-    Args:
-        view: the recipe.
-        seed: the run's seed.
-        epoch: 0-based.
-        index: sample indices, shape (N,).
-        stream: the number of the view, 0, 1, ...
-
-    Returns:
-        N rows of parameters, equal to those of torchvision's transforms in distribution.
+    In distribution the N rows of parameters equal those of torchvision's transforms.
     """
     noisy = view.noise[1] > 0
     u = keyed_uniform(seed, epoch, index, stream, _PIXELS + view.size**2 + 1 if noisy else _DRAWS).astype(np.float64)
@@ -189,10 +181,6 @@ def _between(u: NDArray[np.float64], low: ArrayLike, high: ArrayLike) -> NDArray
 
 def _affine_theta(u: NDArray[np.float64], view: View) -> NDArray[np.float32]:
     """Return the map of torchvision's `_get_inverse_affine_matrix` around the image center, for `ops.affine`.
-
-    Args:
-        u: the uniform draws, shape (N, D).
-        view: the recipe.
 
     Returns:
         Shape (N, 6): a, b, c, d, e, f of  x' = a x + b y + c,  y' = d x + e y + f,  in half image sides.
