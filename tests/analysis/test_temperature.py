@@ -54,7 +54,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
     output = tmp_path_factory.mktemp("study") / "out"
 
     def train_here(command: Sequence[str], folder: Path) -> str:
-        with pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             patch.setattr(sys, "argv", list(command[2:]))
             patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # the command replaces it
             runpy.run_module(command[2], run_name="__main__", alter_sys=True)
@@ -67,7 +68,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
 
 
 @pytest.fixture
-def copy(study: tuple[Path, list[Run]], tmp_path: Path) -> Path:
+def copy(study: tuple[Path, list[Run]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the study, whose figures are not drawn again."""
+    monkeypatch.setattr(study_module, "FIGURES", {})
     return Path(shutil.copytree(study[0], tmp_path / "out"))
 
 
