@@ -47,8 +47,8 @@ class Bounds:
     def element(self) -> str:
         """Describe the accepted numbers or choices, e.g. "at least 0 and below 1"."""
         limits = {"at least": self.ge, "above": self.gt, "at most": self.le, "below": self.lt}
-        said = [f"{name} {_number(limit)}" for name, limit in limits.items() if limit is not None]
-        return f"one of {', '.join(self.choices)}" if self.choices else " and ".join(said)
+        parts = [f"{name} {_number(limit)}" for name, limit in limits.items() if limit is not None]
+        return f"one of {', '.join(self.choices)}" if self.choices else " and ".join(parts)
 
     def length(self) -> str:
         """Describe the accepted length of a list, e.g. "at least 1 value"."""

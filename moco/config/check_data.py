@@ -19,11 +19,7 @@ class CheckDataConfig:
 
 
 def check_check_data(config: CheckDataConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     name = config.data.name
     require(

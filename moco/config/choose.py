@@ -27,9 +27,5 @@ class ChooseConfig(ComputeConfig):
 
 
 def check_choose(config: ChooseConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the accepted values.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_bounds(config)

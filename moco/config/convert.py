@@ -34,11 +34,7 @@ class ConvertConfig(SubjectConfig):
 
 
 def check_convert(config: ConvertConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_subject(config)
     endings = ENDINGS[config.to]
     require(

@@ -28,11 +28,7 @@ class EmbedConfig(SubjectConfig):
 
 
 def check_embed(config: EmbedConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_subject(config)
     check_features(config)
 

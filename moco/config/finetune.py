@@ -78,15 +78,7 @@ class FinetuneConfig(SubjectConfig):
 
 
 def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
-    """Check a configuration before any work starts.
-
-    Args:
-        config: The composed configuration.
-        processes: The number of processes over which the batch is divided (W).
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
     check_subject(config)
     ways = {name: getattr(config, name) for name in ("fraction", "labels_per_class", "subset_list")}
     given = [f"{name}={value}" for name, value in ways.items() if value]

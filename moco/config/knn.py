@@ -38,11 +38,7 @@ class KnnConfig(SubjectConfig):
 
 
 def check_knn(config: KnnConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_subject(config)
     require(
         not config.labels_per_class or len(config.k) * len(config.temperature) == 1,

@@ -73,15 +73,7 @@ class LinearConfig(SubjectConfig):
 
 
 def check_linear(config: LinearConfig, processes: int) -> None:
-    """Check a configuration before any work starts.
-
-    Args:
-        config: The composed configuration.
-        processes: The number of processes over which the batch is divided (W).
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
     check_subject(config)
     if config.kind == "sweep":
         unused = config.official != OfficialConfig() or bool(config.augment)

@@ -26,11 +26,7 @@ class PackConfig:
 
 
 def check_pack(config: PackConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     check_data_fields(config.data)
     require(

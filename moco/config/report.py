@@ -43,11 +43,7 @@ class ReportConfig(ComputeConfig):
 
 
 def check_report(config: ReportConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     require(config.data.hold_out == 0, f"data.hold_out={config.data.hold_out} has no effect on a report: remove it")
     repeated = sorted(name for name, count in Counter([config.run, *config.compare]).items() if count > 1)

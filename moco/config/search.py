@@ -31,11 +31,7 @@ class SearchConfig(EmbedConfig):
 
 
 def check_search(config: SearchConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     if not config.index or config.run or config.checkpoint:  # an index knows its encoder
         check_subject(config)

@@ -54,11 +54,7 @@ class TemperatureConfig(ComputeConfig):
 
 
 def check_temperature(config: TemperatureConfig) -> None:
-    """Check a configuration before any work starts.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     recipes = sorted(path.stem for path in Path(config_dir(), "experiment").glob("*.yaml"))
     require(config.recipe in recipes, f"recipe={config.recipe!r} must be one of {', '.join(recipes)}")

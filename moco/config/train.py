@@ -209,15 +209,7 @@ class TrainConfig(ComputeConfig):
 
 
 def check(config: TrainConfig, processes: int = 1) -> None:
-    """Check a configuration before any work starts.
-
-    Args:
-        config: The composed configuration.
-        processes: The number of processes over which the batch is divided (W).
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
     check_bounds(config)
     check_data_fields(config.data)
     config.method.check(config)

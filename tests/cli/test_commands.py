@@ -1,30 +1,123 @@
-"""Each command names a function that takes its configuration; help and invalid configurations do not import torch."""
+"""The commands: their functions, their refusals and what --multirun, --cfg and Ctrl-C do. Processes are not needed."""
 
 import importlib
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
+import yaml
 
-from moco.cli import Command
-from moco.config import config_dir
+from moco.cli import Command, run_command
+from moco.config import TrainConfig, config_dir
+from moco.config.knn import KnnConfig
 
 COMMANDS = sorted({path.stem for path in Path(config_dir()).glob("*.yaml")} - {"train"})
+Run = Callable[..., tuple[int, str, str]]
+
+
+def command(name: str) -> Command[Any]:
+    found = getattr(importlib.import_module(f"moco.{name}"), name)
+    assert isinstance(found, Command)
+    return found
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs a command in this process and returns its exit status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def call(name: str, *arguments: str, main: Callable[[], None] | None = None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        try:
+            (main or command(name).main)()
+            status = 0
+        except SystemExit as error:
+            status = int(error.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_names_a_function_that_takes_its_configuration(name: str) -> None:
-    command = getattr(importlib.import_module(f"moco.{name}"), name)
-    assert isinstance(command, Command)
-    assert command.name == name
-    module, _, function = command.work.partition(":")
+    assert command(name).name == name
+    module, _, function = command(name).work.partition(":")
     hints = get_type_hints(getattr(importlib.import_module(module), function))
-    assert hints["config"] is command.schema
+    assert hints["config"] is command(name).schema
 
 
 def test_the_commands_do_not_import_torch() -> None:
     modules = ", ".join(f"moco.{name}" for name in [*COMMANDS, "train"])
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "error"),
+    [
+        ("knn", ["k=[0]", "run=nowhere"], "k=[0]: 0 must be at least 1"),
+        ("knn", ["k=5", "run=nowhere"], "k=5 must be a list: k=[5]"),
+        ("knn", ["k=5,6", "run=nowhere"], "k=5,6 is ambiguous: write a list as 'k=[5,6]'"),
+        ("knn", ["half=maybe", "run=nowhere"], "half=maybe must be true or false"),
+        ("knn", ["run=nowhere", "data=cifar10"], "run=nowhere does not exist"),
+        ("knn", ["run=nowhere", "data.root=Bücher"], "data.root=Bücher cannot be read: quote its value, 'data.root="),
+        ("knn", ["--multirun", "run=nowhere", "seed=1,2"], "--multirun has 2 jobs with run=nowhere: give"),
+        ("finetune", ["run=x", "fraction=2"], "fraction=2.0 must be above 0 and at most 1"),
+        ("finetune", ["run=x", "learning_rate=2"], "there is no field 'learning_rate'"),
+        ("finetune", ["run=x", "+view.flip_p=2", "lr=0"], "lr=0.0 must be above 0"),
+        ("finetune", ["run=x", "data=cifar"], "there is no 'data/cifar'; did you mean 'cifar10'?"),
+        (
+            "linear",
+            ["run=x", "protocol=moco_v4"],
+            "there is no 'protocol/moco_v4'; did you mean 'moco_v2'?; ",
+        ),
+        ("search", ["index=out", "threshold=1.5"], "threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.95"),
+        ("embed", ["data=folder"], "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE"),
+        ("temperature", ["experiment=digits"], "there is no field 'experiment'; did you mean 'recipe'?"),
+    ],
+)
+def test_a_refusal_is_one_line_with_status_2(
+    name: str, arguments: list[str], error: str, run: Run, tmp_path: Path
+) -> None:
+    status, printed, errors = run(name, *arguments)
+    assert (status, printed) == (2, "")
+    (line,) = errors.splitlines()
+    assert line.startswith(f"moco: {error}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "schema", "resumes"), [("knn", KnnConfig, False), ("train", TrainConfig, True)])
+def test_ctrl_c_mentions_a_checkpoint_only_for_training(name: str, schema: type, resumes: bool, run: Run) -> None:
+    def interrupted(config: object) -> None:
+        raise KeyboardInterrupt
+
+    status, _, errors = run(name, "run=x", main=lambda: run_command(name, schema, interrupted))
+    assert status == 130
+    assert errors.startswith("moco: interrupted")
+    assert ("last checkpoint" in errors) == resumes
+
+
+def test_a_preset_and_another_data_set_compose(run: Run) -> None:
+    status, printed, errors = run("knn", "run=r", "preset=notebook", "data=cifar10", "data.root=there", "--cfg", "job")
+    assert status == 0, errors
+    composed = yaml.safe_load(printed)
+    assert (composed["k"], composed["temperature"], composed["features"]) == ([200], [0.1], "projection")
+    assert [composed["data"][name] for name in ("name", "root", "labels")] == ["cifar10", "there", None]
+
+
+def test_without_a_data_group_the_fields_are_null(run: Run) -> None:
+    _, printed, _ = run("finetune", "run=x", "--cfg", "job")
+    assert set(yaml.safe_load(printed)["data"].values()) == {None, 0.0}
+
+
+def test_help_shows_the_fields_and_the_groups(run: Run) -> None:
+    status, printed, _ = run("embed", "--help")
+    assert status == 0
+    assert "on_bad_image: stop" in printed
+    assert "data: cifar10, cifar100, digits, folder" in printed

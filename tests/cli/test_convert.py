@@ -1,4 +1,4 @@
-"""`python -m moco.convert` as a person runs it."""
+"""`python -m moco.convert` in processes of its own."""
 
 import os
 import subprocess

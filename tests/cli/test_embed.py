@@ -1,4 +1,4 @@
-"""`python -m moco.embed` and `python -m moco.search` as a person runs them."""
+"""`python -m moco.embed` and `python -m moco.search` in processes of their own."""
 
 import json
 import os
@@ -39,19 +39,3 @@ def test_embed_then_search(tmp_path: Path) -> None:
     assert [each["query"] for each in queries] == ["pictures/02.png", "pictures/04.png"]
     assert "02.png" not in [each["path"] for each in queries[0]["neighbours"]]
     assert "out/search/nearest.html" in done.stdout
-
-
-def test_one_sentence_and_no_traceback(tmp_path: Path) -> None:
-    done = run(tmp_path, "search", "index=out", "threshold=1.5")
-    assert done.returncode == 2
-    assert done.stderr == ("moco: threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.95\n")
-    done = run(tmp_path, "embed", "data=folder")
-    assert done.returncode == 2
-    assert done.stderr == "moco: no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE\n"
-
-
-def test_help_speaks_of_the_fields(tmp_path: Path) -> None:
-    done = run(tmp_path, "embed", "--help")
-    assert done.returncode == 0
-    assert "on_bad_image: stop" in done.stdout
-    assert "data: cifar10, cifar100, digits, folder" in done.stdout

@@ -1,4 +1,4 @@
-"""`python -m moco.linear` as a person runs it, in a process of its own."""
+"""`python -m moco.linear` in processes of its own."""
 
 import json
 import os
@@ -21,8 +21,8 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
-def test_the_digits_protocol_on_an_encoder_file_of_no_run(tmp_path: Path) -> None:
-    """The recipe is taken from its group, the data from data=digits, and the table is said."""
+def test_the_digits_protocol_on_an_encoder_file_without_a_run(tmp_path: Path) -> None:
+    """The protocol is an option of its group, the data is data=digits, and the table is printed."""
     torch.manual_seed(0)
     config = {
         "model": {"backbone": "convnet", "options": {"width": 2, "pool": 2}},
@@ -46,11 +46,3 @@ def test_the_digits_protocol_on_an_encoder_file_of_no_run(tmp_path: Path) -> Non
     assert entry["settings"]["augment"]["flip_p"] == 0
     assert entry["settings"]["augment"]["blur_p"] == 0.1
     assert entry["data"]["name"] == "digits"
-
-
-def test_an_unknown_protocol_is_one_sentence() -> None:
-    done = call("run=x", "protocol=moco_v4")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "there is no 'protocol/moco_v4'" in done.stderr
-    assert "moco_v2, moco_v2_digits, moco_v3_resnet, moco_v3_vit, sweep" in done.stderr
