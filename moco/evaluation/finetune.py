@@ -73,7 +73,14 @@ class Finetuning:
 
 
 def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
-    """See `moco.finetune.finetune`."""
+    """Fine-tune each configured encoder end to end with each seed, and evaluate it on the held-out split.
+
+    Returns:
+        A result per encoder; the same on every rank.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set.
+    """
     with open_task(config) as opened:
         run = _set_up(opened)
         task = run.task

@@ -40,10 +40,13 @@ class Choice:
 
 
 def evaluate_knn(config: KnnConfig) -> list[Result]:
-    """See `moco.knn.knn`.
+    """Evaluate an encoder and its baselines by kNN; k and temperature are chosen on the training split.
 
     Returns:
         A result for the pretrained encoder, then one for each name in `compare`; the same on every rank.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set.
     """
     with open_task(config) as task:
         file, train = task.subject.file, task.train

@@ -1,6 +1,6 @@
-"""Features of several layers of a backbone, from one pass.
+"""Features of several layers of a backbone, from one forward pass.
 
-Legend: N images, D dimension of all layers together, C channels, T tokens.
+Legend: N images, S image size, D feature dimension of all layers together, C channels, T tokens.
 """
 
 import difflib
@@ -10,26 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-OUTPUT = "output"  # what the backbone itself returns
+OUTPUT = "output"  # the name of the backbone's own output
 
 
 class LayerFeatures(nn.Module):
-    """Images (N, 3, S, S) to the features of the named layers next to each other, (N, D).
+    """A network from images (N, 3, S, S) to the concatenated features of the named layers, (N, D).
 
-    A map (N, C, H, W) is averaged over its places. Of tokens (N, T, C) the class token is taken, as MoCo v3's linear
-    probe does, or their mean where the network has none. What has two dimensions already stays as it is.
+    Maps (N, C, H, W) are averaged over their positions. Tokens (N, T, C) are represented by the class token, as in MoCo
+    v3's linear probe, or by their mean if the network has none. Outputs (N, C) are used unchanged.
 
     Args:
-        backbone: the network; put into eval mode, and it keeps the hooks that this sets.
-        layers: `output`, or names of submodules as in `backbone.named_modules()`; of one that runs several times in a
-            pass the last run counts.
-        size: S, for the one blank image that tells the widths.
+        backbone: the network; put into eval mode, and it keeps the hooks set here.
+        layers: `output`, or names of submodules as in `backbone.named_modules()`. If one runs several times per pass,
+            the last run counts.
+        size: S, for one blank image that determines the widths.
 
     Attributes:
-        columns: for each layer, in the order asked for, where its features stand.
+        columns: the columns of each layer, in the given order.
+        width: D.
 
     Raises:
-        ValueError: for a layer that is not there, does not run, or returns nothing that could be averaged.
+        ValueError: for a layer that does not exist, does not run, or returns neither map, tokens nor features.
     """
 
     def __init__(self, backbone: nn.Module, layers: Sequence[str], size: int) -> None:
@@ -38,13 +39,13 @@ class LayerFeatures(nn.Module):
         inside = dict(backbone.named_modules())
         unknown = [name for name in self.layers if name != OUTPUT and not (name and name in inside)]
         if unknown:
-            raise ValueError(f"layer {unknown[0]!r} is not in the backbone{_names_near(unknown[0], list(inside))}")
-        self._caught: dict[str, Any] = {}
+            raise ValueError(f"layer {unknown[0]!r} is not in the backbone{_suggestions(unknown[0], list(inside))}")
+        self._outputs: dict[str, Any] = {}
         for name in self.layers:
             if name != OUTPUT:
-                inside[name].register_forward_hook(lambda _, __, out, name=name: self._caught.__setitem__(name, out))
-        # Swin and its like give maps as (N, H, W, C) and say so.
-        self._places = (1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else (2, 3)
+                inside[name].register_forward_hook(lambda _, __, out, name=name: self._outputs.__setitem__(name, out))
+        # Swin and similar networks return maps (N, H, W, C) and declare it.
+        self._positions = (1, 2) if getattr(backbone, "output_fmt", "NCHW") == "NHWC" else (2, 3)
         self._class_token = getattr(backbone, "num_prefix_tokens", 0) > 0
         parameter = next(backbone.parameters())
         with torch.no_grad():
@@ -59,20 +60,20 @@ class LayerFeatures(nn.Module):
         return torch.cat(self._pooled(images), dim=1)  # (N, D)
 
     def _pooled(self, images: Tensor) -> list[Tensor]:
-        self._caught.clear()
-        self._caught[OUTPUT] = self.backbone(images)
-        missed = [name for name in self.layers if name not in self._caught]
+        self._outputs.clear()
+        self._outputs[OUTPUT] = self.backbone(images)
+        missed = [name for name in self.layers if name not in self._outputs]
         if missed:
-            raise ValueError(f"layer {missed[0]!r} does not run when the backbone does: name another")
+            raise ValueError(f"layer {missed[0]!r} does not run in the backbone's forward pass: choose another")
         try:
-            return [self._pool(name, self._caught[name]) for name in self.layers]
+            return [self._pool(name, self._outputs[name]) for name in self.layers]
         finally:
-            self._caught.clear()  # feature maps are large
+            self._outputs.clear()  # feature maps are large
 
     def _pool(self, name: str, out: Any) -> Tensor:
         dims = out.dim() if isinstance(out, Tensor) else 0
         if dims == 4:
-            pooled: Tensor = out.mean(dim=self._places)
+            pooled: Tensor = out.mean(dim=self._positions)
             return pooled
         if dims == 3:
             tokens: Tensor = out[:, 0] if self._class_token else out.mean(dim=1)
@@ -80,12 +81,14 @@ class LayerFeatures(nn.Module):
         if dims == 2:
             return out  # type: ignore[no-any-return]
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"layer {name!r} returns {shape}, neither a map nor tokens nor features: name another")
+        raise ValueError(
+            f"layer {name!r} returns {shape}, which is neither a map nor tokens nor features: choose another"
+        )
 
 
-def _names_near(wrong: str, names: list[str], limit: int = 24) -> str:
-    """Which names there are: close ones, then the upper levels."""
+def _suggestions(wrong: str, names: list[str], limit: int = 24) -> str:
+    """List the names of layers: a close one, then the upper levels."""
     close = difflib.get_close_matches(wrong, names, n=1)
     upper = [name for name in names if name and name.count(".") < 2]
     shown = ", ".join([OUTPUT, *upper[:limit]]) + (", ..." if len(upper) > limit else "")
-    return (f"; did you mean {close[0]!r}?" if close else "") + f"; there are: {shown}"
+    return (f"; did you mean {close[0]!r}?" if close else "") + f"; available: {shown}"

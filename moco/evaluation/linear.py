@@ -60,7 +60,11 @@ class Probe:
 
 
 def evaluate_linear(config: LinearConfig) -> None:
-    """See `moco.linear.linear`."""
+    """Run the linear probe of an encoder and its baselines.
+
+    Raises:
+        ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set.
+    """
     with open_task(config) as task:
         file = task.subject.file
         prepare(task.subject.output)

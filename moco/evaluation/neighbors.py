@@ -1,9 +1,10 @@
-"""Search among features: nearest neighbors, groups of near-duplicates, what lies far from everything else.
+"""Search among features: nearest neighbors, groups of near-duplicates, outliers.
 
-A similarity is a cosine, computed in double precision and rounded to a multiple of 2**-23, float32's own resolution.
-So equal pictures tie, ties go by row, and neither the size of the parts nor the device moves a result.
+A similarity is a cosine, computed in double precision and rounded to a multiple of 2**-23, the resolution of float32.
+So equal images tie, ties are ordered by row, and results depend neither on the block size nor on the device. (The kNN
+classifier has a faster search in float32, see `moco.evaluation.knn_classifier.nearest`.)
 
-Legend: M pictures, Q queries, D dimension, B rows at once, k neighbors.
+Legend: M images, Q queries, D feature dimension, B rows per block, k neighbors.
 """
 
 from collections.abc import Callable
@@ -18,18 +19,18 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 Progress = Callable[[int, int], None]  # called with (done, total)
-Features = NDArray[Any]  # (M, D) of any float type, in memory or a memmap: it is read B rows at a time
+Features = NDArray[Any]  # (M, D) of any float type, in memory or a memmap: read B rows at a time
 
-BLOCK = 4096  # B: products of B x B numbers, 130 MB in double precision
+BLOCK = 4096  # B: a product has B x B numbers, 130 MB in double precision
 _STEPS = 2**23
 _ROW_BITS = 38  # a similarity in steps (25 bits with its sign) and a row share one int64
 _LAST_ROW = 2**_ROW_BITS - 1
 _NOTHING = -(2**62)
-_MOST_WAITING = 2**20  # links that wait until they are folded into the groups
+_MOST_LINKS = 2**20  # links kept until they are merged into the groups
 
 
 def _unit(rows: Features, device: torch.device | None) -> Tensor:
-    """Rows of length 1 (or 0), double, on the device."""
+    """Return rows of length 1 (or 0), in double precision, on the device."""
     return F.normalize(torch.from_numpy(np.array(rows)).to(device).double(), dim=1)
 
 
@@ -45,15 +46,15 @@ def nearest(
     block: int = BLOCK,
     device: torch.device | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Each query's k most similar rows, the most similar first; of equal ones the earlier row first.
+    """Find each query's k most similar rows, the most similar first; of equal ones, the lower row first.
 
     Args:
         features: (M, D).
         queries: (Q, D).
-        k: neighbors; more than there are means all.
-        exclude: a row that each query must not find, such as itself, shape (Q,); -1 for none.
+        k: neighbors; more than M means all.
+        exclude: one row per query that it must not find, such as its own, shape (Q,); -1 for none.
         block: B; changes memory, not results.
-        device: where to multiply.
+        device: for the products.
 
     Returns:
         Similarities and rows, both (Q, k).
@@ -65,7 +66,7 @@ def nearest(
         best = torch.full((len(part), 0), _NOTHING, device=device)  # (B, <= k)
         for first in range(0, len(features), block):
             steps = _steps(part, _unit(features[first : first + block], device))  # (B, B)
-            # One number that orders by similarity, then by row: no two are equal, so the order is a fact.
+            # One integer that orders by similarity, then by row: no two are equal, so the order is unique.
             keys = (steps << _ROW_BITS) + (_LAST_ROW - first - torch.arange(steps.shape[1], device=device))
             if exclude is not None:
                 at = torch.from_numpy(exclude[start : start + block]).to(device) - first  # (B,)
@@ -85,7 +86,7 @@ def outlier_scores(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """Each row's mean similarity to its k nearest others: the lower, the lonelier.
+    """Compute each row's mean similarity to its k nearest others; outliers have low scores.
 
     Args:
         features: (M, D), M >= 2.
@@ -111,9 +112,9 @@ def duplicate_groups(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> list[NDArray[np.int64]]:
-    """Groups of rows that a chain of similarities of at least `threshold` links.
+    """Find groups of rows that are connected by chains of similarities of at least `threshold`.
 
-    Every two rows are compared, B x B at a time; what is kept is one number a row, however many links there are.
+    All pairs of rows are compared in blocks of B x B. Memory stays at one number per row for any number of links.
 
     Args:
         features: (M, D).
@@ -122,7 +123,7 @@ def duplicate_groups(
         progress: called with (pairs of blocks done, their number).
 
     Returns:
-        The groups of two rows or more, each in the order of its rows; the largest first, equal ones by their first row.
+        The groups of at least two rows, each in ascending order; the largest first, equal ones by their first row.
     """
     group = np.arange(len(features))  # each row's group so far
     links: list[NDArray[np.int64]] = []
@@ -137,21 +138,21 @@ def duplicate_groups(
             if len(found):
                 links.append(found)
                 waiting += len(found)
-            if waiting > _MOST_WAITING:
-                group, links, waiting = _joined(group, links), [], 0
+            if waiting > _MOST_LINKS:
+                group, links, waiting = _merged(group, links), [], 0
             if progress is not None:
                 progress(done, blocks * (blocks + 1) // 2)
-    group = _joined(group, links)
+    group = _merged(group, links)
     order = np.argsort(group, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
     return sorted((each for each in groups if len(each) > 1), key=lambda rows: (-len(rows), int(rows[0])))
 
 
-def _joined(group: NDArray[np.int64], links: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The groups (M,) after more links (each (L, 2)); a group's number is that of its first row."""
+def _merged(group: NDArray[np.int64], links: list[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Merge links (each (L, 2)) into the groups (M,); a group's number is that of its first row."""
     edges = np.concatenate([np.stack([np.arange(len(group)), group], axis=1), *links])
     graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(len(group),) * 2)
     _, labels = connected_components(graph, directed=False)
     _, first = np.unique(labels, return_index=True)
-    joined: NDArray[np.int64] = first[labels]
-    return joined
+    merged: NDArray[np.int64] = first[labels]
+    return merged

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: an entry in results.json, points in TensorBoard, a table on the terminal."""
+"""results.json and the TensorBoard points of evaluations."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ from moco.runtime.provenance import provenance
 
 
 def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
-    """Adds entries to `folder/results.json`, a list, and their figures to the folder's TensorBoard.
+    """Append entries to `folder/results.json`, and their metrics to the folder's TensorBoard; only on rank 0.
 
-    An entry holds "command", "encoder", "protocol", "data", "settings", "figures" (numbers by name) and what else the
-    command has to say; `provenance` is added here. Call it on rank 0 alone.
+    An entry holds "command", "encoder", "protocol", "figures" (metrics by name) and whatever the command adds.
+    `provenance` is added here.
 
     Args:
-        folder: the run.
-        entries: one for each encoder that was judged.
-        step: where TensorBoard puts the points: the encoder's training step.
+        folder: the run, or another output directory.
+        entries: one per evaluated encoder.
+        step: the encoder's training step, for TensorBoard.
 
     Returns:
         The file's path.
@@ -33,7 +33,7 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
 
     file = folder / "results.json"
     about = provenance()
-    with _opened(folder) as known:
+    with _open(folder) as known:
         write_json(file, known + [dict(entry) | about for entry in entries])
     with SummaryWriter(str(folder)) as events:
         for entry in entries:
@@ -45,33 +45,33 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder and sees that `record` will be able to write there, before the work. Every rank calls it.
+    """Create the folder and check, before the work, that `record` can write there. Every rank must call it.
 
     Raises:
         ConfigError: as `record` does.
     """
 
     def attempt() -> None:
-        with _opened(folder):
+        with _open(folder):
             pass
 
     on_rank_zero(attempt)
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[list[Any]]:
-    """The entries that `folder/results.json` holds, locked: two evaluations of one run may end at the same moment."""
+def _open(folder: Path) -> Iterator[list[Any]]:
+    """Yield the entries of `folder/results.json` under a lock: two evaluations of a run may end at the same moment."""
     file = folder / "results.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ".results.lock", wait=True):
             known = json.loads(file.read_text()) if file.exists() else []
             if not isinstance(known, list):
-                raise ValueError("no list")
+                raise ValueError("not a list")
             yield known
     except OSError as error:
-        raise ConfigError(f"output={folder} cannot be written to: {error.strerror}: set output=DIR") from error
+        raise ConfigError(f"output={folder} cannot be written to ({error.strerror}): set output=DIR") from error
     except WriteError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): move it away") from error
+        raise ConfigError(f"{file} is damaged ({error}): move it to another place") from error

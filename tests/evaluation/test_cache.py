@@ -1,4 +1,4 @@
-"""Features on disk are those that were computed, are found again by their key and never by another, and are whole."""
+"""Cached features equal the computed ones, are found only by their key, and are complete."""
 
 import shutil
 import tempfile
@@ -59,7 +59,7 @@ def test_an_interrupted_writer_leaves_nothing_that_counts(tmp_path: Path) -> Non
     assert len(seen) == 7
 
 
-def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path) -> None:
+def test_a_truncated_file_is_computed_again(tmp_path: Path) -> None:
     keep(tmp_path)
     whole = (tmp_path / "k.npy").read_bytes()
     (tmp_path / "k.npy").write_bytes(whole[:-9])
@@ -68,7 +68,7 @@ def test_a_file_that_was_cut_short_is_computed_again(tmp_path: Path) -> None:
     assert len(seen) == 7
 
 
-def test_what_is_done_to_the_features_does_not_reach_the_file(tmp_path: Path) -> None:
+def test_changes_of_the_features_do_not_reach_the_file(tmp_path: Path) -> None:
     keep(tmp_path)[0].zero_()
     assert torch.equal(keep(tmp_path)[0], FEATURES)
 
@@ -89,7 +89,7 @@ def test_ranks_write_one_file_together(tmp_path: Path) -> None:
 # ---- keys ----
 
 
-def test_a_key_changes_with_every_part() -> None:
+def test_the_key_depends_on_every_part() -> None:
     parts = {"weights": {"a": torch.ones(3)}, "look": {"size": 16}, "layers": ["output"]}
     others = [
         parts | {"weights": {"a": torch.tensor([1, 1, 1.0000001])}},

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, RunWarning
 from moco.config.finetune import FinetuneConfig, check_finetune
 from moco.config.subject import ImagesConfig, SubjectDataConfig
-from moco.data.decode import ImageError
 from moco.data.sources import Source, load_source
 from moco.evaluation import task as task_module
 from moco.evaluation.features import EvalTransform, extract
@@ -310,36 +309,6 @@ def test_invalid_lists(encoder: str, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ConfigError, match=r"subset_list=.*text"):
         pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)
-
-
-def test_invalid_folders(encoder: str, tmp_path: Path) -> None:
-    def attempt(root: Path, **more: Any) -> list[Result]:
-        told: dict[str, Any] = {
-            "name": "folder",
-            "root": str(root),
-            "labels": "folder",
-            "workers": 0,
-            "hold_out": 0.25,
-        } | more
-        images = ImagesConfig(size=12, resize=12)
-        return evaluate_finetune(
-            configured(encoder, tmp_path / "out", data=SubjectDataConfig(**told), images=images, fraction=1.0)
-        )
-
-    good = pictures(tmp_path / "good", 4)
-    with pytest.raises(ConfigError, match=r"has no labels.* data.labels=folder"):
-        attempt(good, labels="none")
-    with pytest.raises(ConfigError, match=r"has no held-out split: set data.eval_root"):
-        attempt(good, hold_out=0.0)
-    with pytest.raises(ValueError, match="has one class folder only"):
-        attempt(pictures(tmp_path / "one", 4, "a"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no images"):
-        attempt(tmp_path / "empty")
-    for path in (good / "a").iterdir():
-        path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ImageError, match=r"a_\d.png"):
-        attempt(good)
 
 
 def test_validation_leaves_each_class_a_labeled_image(encoder: str, tmp_path: Path) -> None:

@@ -246,26 +246,12 @@ def refused(config: KnnConfig, sentence: str, kind: type[Exception] = ValueError
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_without_a_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    refused(configured(tmp_path / "empty"), "empty has no checkpoint")
-    refused(configured(tmp_path / "none"), "none does not exist")
-
-
 def test_a_file_without_a_projection_head(run: Path, tmp_path: Path) -> None:
     state = checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0])
     network = next(iter(encoders(open_subject(configured(run)), [], CPU)))[1].backbone
     save_encoder(tmp_path / "encoder.safetensors", network, state["config"], 7)
     config = KnnConfig(checkpoint=str(tmp_path / "encoder.safetensors"), features="projection", device="cpu")
     refused(config, r"features=projection, but .*encoder\.safetensors .* has no projection head")
-
-
-def test_a_file_of_another_architecture(run: Path, tmp_path: Path) -> None:
-    network = next(iter(encoders(open_subject(configured(run)), [], CPU)))[1].backbone
-    torch.save(network.state_dict(), tmp_path / "weights.pt")
-    config = KnnConfig(checkpoint=str(tmp_path / "weights.pt"), backbone="resnet18", device="cpu")
-    config.data.name = "digits"
-    refused(config, r"weights\.pt .* does not fit backbone=resnet18: no weight matches")
 
 
 def test_non_finite_features(run: Path, tmp_path: Path) -> None:
@@ -277,24 +263,8 @@ def test_non_finite_features(run: Path, tmp_path: Path) -> None:
     refused(config, "pretrained: .* NaN or infinity")
 
 
-def test_invalid_labeled_data(run: Path, tree: Path, tmp_path: Path) -> None:
-    train, test = tree / "train", tree / "test"
-    refused(on_pictures(run, train, None), "no held-out split: set data.eval_root=DIR")
-    unlabeled = on_pictures(run, train, None)
-    unlabeled.data.labels = "none"
-    refused(unlabeled, "has no labels .* set data.labels=folder")
-    pictures(tmp_path / "single", {"cat": 3, "dog": 1})
-    held = on_pictures(run, tmp_path / "single", None)
-    held.data.hold_out = 0.2
-    refused(held, r"data\.hold_out=0\.2: class dog has only one image")
-    (tmp_path / "nothing").mkdir()
-    refused(on_pictures(run, tmp_path / "nothing", test), "nothing.* holds no images", FileNotFoundError)
-    refused(on_pictures(run, tmp_path / "missing", test), "missing.* does not exist", FileNotFoundError)
-    pictures(tmp_path / "one", {"cat": 3})
-    refused(on_pictures(run, tmp_path / "one", test), r"one class folder only \(cat\)")
-    pictures(tmp_path / "other", {"cat": 3, "cow": 3})
-    refused(on_pictures(run, tmp_path / "other", test), "class folders differ: .*cow.*dog")
-    few = on_pictures(run, train, test, k=[1], labels_per_class=6)
+def test_more_labels_than_a_class_has(run: Path, tree: Path) -> None:
+    few = on_pictures(run, tree / "train", tree / "test", k=[1], labels_per_class=6)
     refused(few, "labels_per_class=6, but class dog has 5 training images")
 
 

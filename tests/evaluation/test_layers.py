@@ -1,4 +1,4 @@
-"""Features of several layers from one pass: what a hook by hand gives, averaged; a name that is wrong is told."""
+"""Features of several layers from one pass equal those of separate passes; invalid layers are refused."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def network() -> nn.Module:
     return build_backbone("convnet", {"width": 2})
 
 
-def test_maps_are_averaged_and_stand_in_the_order_asked_for(network: nn.Module) -> None:
+def test_maps_are_averaged_and_concatenated_in_the_given_order(network: nn.Module) -> None:
     images = torch.rand(3, 3, 16, 16)
     layers = LayerFeatures(network, ["output", "layers.5", "layers.8"], 16)
     assert not network.training
@@ -30,7 +30,7 @@ def test_maps_are_averaged_and_stand_in_the_order_asked_for(network: nn.Module) 
 
 
 class Tokens(nn.Module):
-    """A network whose block gives tokens, with or without a class token in front."""
+    """A network whose block returns tokens, with or without a class token."""
 
     def __init__(self, prefix: int) -> None:
         super().__init__()
@@ -44,14 +44,14 @@ class Tokens(nn.Module):
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_of_tokens_the_class_token_is_taken_or_their_mean(prefix: int) -> None:
+def test_tokens_are_represented_by_the_class_token_or_their_mean(prefix: int) -> None:
     network, images = Tokens(prefix), torch.rand(2, 3, 16, 16)
     tokens = network.block(images.mean(1))
     got = LayerFeatures(network, ["block"], 16)(images)
     torch.testing.assert_close(got, tokens[:, 0] if prefix else tokens.mean(1))
 
 
-def test_maps_with_the_channels_last_are_averaged_over_their_places() -> None:
+def test_maps_with_channels_last_are_averaged_over_their_positions() -> None:
     class Last(nn.Module):
         output_fmt = "NHWC"
 
@@ -68,7 +68,7 @@ def test_maps_with_the_channels_last_are_averaged_over_their_places() -> None:
     torch.testing.assert_close(got[:, :5], got[:, 5:])
 
 
-def test_a_vision_transformer_of_timm_gives_the_class_token() -> None:
+def test_a_vision_transformer_of_timm_returns_the_class_token() -> None:
     network = build_backbone("timm/vit_tiny_patch16_224", {"img_size": 32, "depth": 2})
     layers = LayerFeatures(network, ["blocks.1", "norm", "output"], 32)
     with torch.no_grad():
@@ -80,17 +80,17 @@ def test_a_vision_transformer_of_timm_gives_the_class_token() -> None:
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("layers.88", r"'layers\.88' is not in the backbone; did you mean 'layers\.8'\?; there are: output, layers, "),
-        ("", "'' is not in the backbone"),
+        ("layers.88", r"'layers\.88' .*'layers\.8'.* output, layers, "),
+        ("", "'' is not in"),
     ],
 )
-def test_an_unknown_name_is_told_with_those_that_are_there(name: str, sentence: str, network: nn.Module) -> None:
+def test_an_unknown_name_is_refused_with_a_list_of_layers(name: str, sentence: str, network: nn.Module) -> None:
     with pytest.raises(ValueError, match=sentence):
         LayerFeatures(network, ["output", name], 16)
 
 
-def test_a_layer_that_gives_no_features_is_told(network: nn.Module) -> None:
-    with pytest.raises(ValueError, match="'attention' returns tuple, neither"):
+def test_a_layer_without_features_is_refused(network: nn.Module) -> None:
+    with pytest.raises(ValueError, match="'attention' returns tuple"):
         LayerFeatures(Tokens(0), ["attention"], 16)
     network.spare = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="'spare' does not run"):

@@ -333,9 +333,3 @@ def test_an_unreadable_image_is_named(make: Any, tmp_path: Path) -> None:
     config.batch_size = 4
     with pytest.raises(ValueError, match=r"light/3\.png"):
         linear_module.evaluate_linear(config)
-
-
-def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    config = swept(tmp_path, backbone="convnet", options={"width": 4, "pool": 2})
-    with pytest.raises(ValueError, match=r"does not fit backbone=convnet: .* have another shape"):
-        linear_module.evaluate_linear(config)

@@ -96,7 +96,7 @@ def test_groups_do_not_depend_on_how_many_links_may_wait(
 ) -> None:
     wanted = brute_groups(features, 0.99)
     assert len(wanted) > 1
-    monkeypatch.setattr(search, "_MOST_WAITING", 2)  # folded into the groups again and again
+    monkeypatch.setattr(search, "_MOST_LINKS", 2)  # folded into the groups again and again
     assert [group.tolist() for group in duplicate_groups(features, 0.99, block=3)] == wanted
 
 

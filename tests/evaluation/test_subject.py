@@ -85,7 +85,7 @@ def test_the_output_of_a_file_is_a_directory_of_its_name(tmp_path: Path) -> None
     assert open_subject(configured(checkpoint=str(path), output="there")).output == Path("there")
 
 
-def test_an_encoder_of_ours_judges_into_its_own_directory(tmp_path: Path) -> None:
+def test_the_output_of_an_encoder_of_ours_is_its_own_directory(tmp_path: Path) -> None:
     subject = open_subject(configured(run=str(trained(tmp_path / "run"))))
     (tmp_path / "supervised").mkdir()
     file = tmp_path / "supervised" / "encoder.safetensors"
@@ -93,14 +93,14 @@ def test_an_encoder_of_ours_judges_into_its_own_directory(tmp_path: Path) -> Non
     assert open_subject(configured(checkpoint=str(file))).output == tmp_path / "supervised"
 
 
-def test_the_look_can_be_said_otherwise(tmp_path: Path) -> None:
+def test_the_image_size_can_be_changed(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run")))
     config.images.size, config.images.resize = 12, 14
     transform = open_subject(config).transform
     assert (transform.size, transform.resize, transform.mean) == (12, 14, (0.5, 0.5, 0.5))
 
 
-def test_of_other_data_nothing_of_the_runs_is_kept(tmp_path: Path) -> None:
+def test_for_another_data_set_no_field_of_the_run_applies(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run", "folder", root="theirs", eval_root="held", labels="folder")))
     subject = open_subject(config)
     assert data_config(config, subject).eval_root == "held"
@@ -112,7 +112,7 @@ def test_of_other_data_nothing_of_the_runs_is_kept(tmp_path: Path) -> None:
     assert data_config(config, subject).labels == "none"
 
 
-def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
+def test_hold_out_splits_off_a_part_of_each_class(tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures", {"a": 10, "b": 2, "c": 5})
     config = configured(run=str(trained(tmp_path / "run", "folder", root=str(root), labels="folder")))
     config.data.hold_out = 0.4
@@ -135,7 +135,7 @@ def test_hold_out_takes_a_part_of_each_class(tmp_path: Path) -> None:
     assert describe(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is False
 
 
-def test_about_holds_what_repeats_a_figure_in_any_working_directory(
+def test_the_description_reproduces_a_result_in_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -165,10 +165,10 @@ def test_about_holds_what_repeats_a_figure_in_any_working_directory(
     assert other["sha256"] != found["sha256"]
 
 
-# ---- what cannot be ----
+# ---- refusals ----
 
 
-def test_labels_that_trained_the_encoder_do_not_judge_it(tmp_path: Path) -> None:
+def test_labels_that_trained_the_encoder_are_refused(tmp_path: Path) -> None:
     root = pictures(tmp_path / "pictures", {"a": 5, "b": 5})
     run = trained(tmp_path / "run", "folder", root=str(root), labels="folder", supervised=True)
     config = configured(run=str(run))
@@ -179,29 +179,30 @@ def test_labels_that_trained_the_encoder_do_not_judge_it(tmp_path: Path) -> None
     assert "with their labels" in sentence(config)
 
 
-def test_hold_out_beside_a_held_out_split(tmp_path: Path) -> None:
+def test_hold_out_with_a_held_out_split_is_refused(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run")))
     config.data.hold_out = 0.2
     assert "data.hold_out=0.2, but data.name=digits has a held-out split: remove" in sentence(config)
 
 
-def test_a_network_is_not_said_beside_a_run(tmp_path: Path) -> None:
+def test_a_backbone_with_a_run_is_refused(tmp_path: Path) -> None:
     config = configured(run="run", backbone="resnet18")
     config.options = {"stem": "cifar"}
-    assert "leave backbone=resnet18 and options={'stem': 'cifar'} out" in sentence(config)
+    message = sentence(config)
+    assert all(part in message for part in ("run=run", "backbone=resnet18", "options={'stem': 'cifar'}"))
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert f"is a folder: set run={tmp_path}" in sentence(configured(checkpoint=str(tmp_path)))
 
 
-def test_a_view_larger_than_the_picture_it_is_cut_from(tmp_path: Path) -> None:
+def test_a_crop_larger_than_the_image_is_refused(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run")))
     config.images.size, config.images.resize = 300, 256
     assert sentence(config) == "images.size=300 exceeds images.resize=256: set both"
 
 
-def test_an_encoder_that_does_not_fit_is_told_before_its_data_is_looked_for(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_before_the_data_is_opened(tmp_path: Path) -> None:
     network = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 4).backbone
     torch.save(network.state_dict(), tmp_path / "plain.pth")
     config = configured(checkpoint=str(tmp_path / "plain.pth"), backbone="resnet18")
@@ -209,7 +210,7 @@ def test_an_encoder_that_does_not_fit_is_told_before_its_data_is_looked_for(tmp_
     assert "does not fit backbone=resnet18" in sentence(config)
 
 
-def test_a_relative_path_of_a_run_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_data_path_of_a_run_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(tmp_path / "run", "folder", root="pictures", labels="folder")
     monkeypatch.chdir(tmp_path)
     said = sentence(configured(run=str(run)))
@@ -230,18 +231,18 @@ def sentence(config: SubjectConfig) -> str:
     return str(caught.value)
 
 
-def test_which_encoder_must_be_said() -> None:
-    assert "run=DIR for a run" in sentence(configured())
-    assert "not both" in sentence(configured(run="a", checkpoint="b"))
+def test_an_encoder_must_be_named() -> None:
+    assert "run=DIR" in sentence(configured())
+    assert "run=a and checkpoint=b" in sentence(configured(run="a", checkpoint="b"))
 
 
-def test_a_run_that_is_not_there_or_was_never_trained(tmp_path: Path) -> None:
+def test_a_run_that_does_not_exist_or_has_no_checkpoint(tmp_path: Path) -> None:
     assert "does not exist" in sentence(configured(run=str(tmp_path / "none")))
     (tmp_path / "empty").mkdir()
     assert "has no checkpoint: train it first" in sentence(configured(run=str(tmp_path / "empty")))
 
 
-def test_a_damaged_newest_checkpoint_names_the_one_before(tmp_path: Path) -> None:
+def test_a_damaged_newest_checkpoint_names_the_previous_one(tmp_path: Path) -> None:
     run = trained(trained(tmp_path / "run", step=5), step=9)
     newest, before = checkpoint.list_checkpoints(run / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-50])
@@ -262,11 +263,19 @@ def test_data_without_a_held_out_split(tmp_path: Path) -> None:
     assert "no held-out split: set data.eval_root=DIR" in sentence(configured(run=str(run)))
 
 
-def test_one_class_only_and_a_class_that_is_missing(tmp_path: Path) -> None:
+def test_a_single_class_and_a_missing_class(tmp_path: Path) -> None:
     held = pictures(tmp_path / "held", {"a": 2, "b": 2})
     one = pictures(tmp_path / "one", {"a": 2})
     run = trained(tmp_path / "run", "folder", root=str(one), labels="folder", eval_root=str(held))
     assert "one class folder only (a)" in sentence(configured(run=str(run)))
+    single = configured(run=str(trained(tmp_path / "run1", "folder", root=str(held), labels="folder")))
+    single.data.root, single.data.labels, single.data.hold_out = (
+        str(pictures(tmp_path / "few", {"a": 2, "b": 1})),
+        "folder",
+        0.2,
+    )
+    single.data.name = "folder"
+    assert "data.hold_out=0.2: class b has only one image" in sentence(single)
     two = pictures(tmp_path / "two", {"a": 2, "c": 2})
     run = trained(tmp_path / "run2", "folder", root=str(two), labels="folder", eval_root=str(held))
     assert "the class folders differ" in sentence(configured(run=str(run)))
@@ -275,10 +284,10 @@ def test_one_class_only_and_a_class_that_is_missing(tmp_path: Path) -> None:
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run = trained(tmp_path / "run", "folder", root=str(tmp_path / "empty"), labels="folder")
-    assert "holds no images" in sentence(configured(run=str(run)))
+    assert "no images" in sentence(configured(run=str(run)))
 
 
-def test_a_file_that_does_not_say_its_data(tmp_path: Path) -> None:
+def test_a_file_that_does_not_name_its_data(tmp_path: Path) -> None:
     network = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 4).backbone
     torch.save(network.state_dict(), tmp_path / "plain.pth")
     config = configured(checkpoint=str(tmp_path / "plain.pth"), backbone="convnet")
@@ -290,7 +299,7 @@ def test_a_file_that_does_not_say_its_data(tmp_path: Path) -> None:
     ("name", "value"),
     [("weights", "best"), ("device", "tpu"), ("images_at_once", 0), ("threads", -1), ("seed", -1), ("seed", 2**64)],
 )
-def test_impossible_fields_are_named(name: str, value: object) -> None:
+def test_invalid_fields_are_named(name: str, value: object) -> None:
     config = configured(run="x")
     setattr(config, name, value)
     with pytest.raises(ConfigError, match=name):

@@ -1,4 +1,4 @@
-"""results.json keeps every result; TensorBoard gets the figures."""
+"""results.json keeps every result; TensorBoard receives the metrics."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def entry(top1: float) -> dict[str, Any]:
     }
 
 
-def test_results_add_up_in_one_file_and_in_tensorboard(tmp_path: Path) -> None:
+def test_results_accumulate_in_one_file_and_in_tensorboard(tmp_path: Path) -> None:
     results.record(tmp_path, [entry(50.0)], step=7)
     file = results.record(tmp_path, [entry(60.0), entry(70.0) | {"encoder": "untrained"}], step=7)
     written = json.loads(file.read_text())
@@ -48,27 +48,27 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         results.record(tmp_path / "file" / "run", [entry(1.0)], step=0)
 
 
-def test_what_record_could_not_do_is_told_before_the_work(tmp_path: Path) -> None:
+def test_prepare_refuses_what_record_could_not_write(tmp_path: Path) -> None:
     results.prepare(tmp_path / "new" / "run")
     assert (tmp_path / "new" / "run").is_dir()
     results.record(tmp_path, [entry(1.0)], step=0)
     results.prepare(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot be written to: .*: set output=DIR"):
+    with pytest.raises(ConfigError, match=r"output=.* cannot be written to .*output=DIR"):
         results.prepare(tmp_path / "file" / "run")
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"results\.json is damaged \(no list\): move it away"):
+    with pytest.raises(ConfigError, match=r"results\.json is damaged \(not a list\)"):
         results.prepare(tmp_path)
 
 
-def test_brackets_in_a_table_are_letters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_brackets_in_a_table_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     console.table("of [a]", ["[b]"], [["[c] [/]"]], "[20] [i]")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in ("of [a]", "[b]", "[c] [/]", "[20] [i]"):
-        assert text in said
+        assert text in output
 
 
-def test_commit_is_that_of_the_checkout_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_that_of_the_checkout_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "repository" / "moco"
     package.mkdir(parents=True)
     monkeypatch.setattr(moco, "__file__", str(package / "__init__.py"))
