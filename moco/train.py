@@ -1,30 +1,24 @@
-"""Pretrain an encoder: `python -m moco.train [experiment=NAME] [field=value ...]`, or under torchrun.
+"""Pretrain an encoder: `python -m moco.train [experiment=NAME] [field=value ...]`, or under torchrun."""
 
-Reads from top to bottom: set up, build, resume, train, say what happened.
-"""
-
-import os
-
-from moco.cli import run_command
+from moco.cli import launched_processes, run_command
 from moco.config import TrainConfig, check
 from moco.runtime.preemption import PreemptionHandler
 
 
 def train(config: TrainConfig) -> None:
-    """Pretrains as configured, or goes on with the run that is in `config.run`.
+    """Pretrain as configured, or resume the run in `config.run`.
 
     Raises:
-        ConfigError: for a configuration that cannot run.
-        FileNotFoundError: for a data set that is not there.
-        Preempted: if a signal or `config.stop_after` ended the run before its end.
+        ConfigError: for an invalid configuration.
+        FileNotFoundError: if the data set does not exist.
+        Preempted: if a signal or `config.stop_after` stopped the run before its end.
     """
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    # From here on a signal is heard: to import torch takes seconds, in which a launcher may want to stop already.
-    with PreemptionHandler(config.stop_after) as stop:
-        # --help and a configuration that cannot run need no torch: it is imported once there is work to do.
+    check(config, launched_processes())
+    # Signals are caught before torch is imported: that takes seconds, in which a launcher may stop the run.
+    with PreemptionHandler(config.stop_after) as preemption:
         from moco.training.trainer import pretrain
 
-        pretrain(config, stop)
+        pretrain(config, preemption)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A run that is told to stop saves, says so and ends with its status; the same command then ends where one run does.
+"""A run that gets a signal saves and exits with its status; the same command then resumes it bit for bit.
 
-A driver runs the command itself and has the process strike itself in the middle of a step: no race with a clock.
+A driver runs the command, and the process sends itself the signals in the middle of a step.
 """
 
 import multiprocessing
@@ -39,7 +39,7 @@ from tests.evaluation.test_subject import pictures
 
 REPOSITORY = Path(config_dir()).parent
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# 15 steps in seconds, of which nothing but the end is saved or evaluated.
+# 15 steps in seconds; only the last is saved, none is evaluated.
 TINY = [
     "epochs=3",
     "batch_size=256",
@@ -61,25 +61,25 @@ from moco.config import TrainConfig
 from moco.training import trainer as pretrain
 from moco.train import train
 
-step, *blows = os.environ["STRIKE"].split()
+step, *names = os.environ["SIGNALS"].split()
 steps, train_step = 0, pretrain.train_step
 
-def struck(*arguments, **options):
+def signaled(*arguments, **options):
     global steps
     steps += 1
-    if steps == int(step) and os.environ.get("RANK", "0") == os.environ.get("STRIKE_RANK", "0"):
-        for name in blows:
+    if steps == int(step) and os.environ.get("RANK", "0") == os.environ.get("SIGNALED_RANK", "0"):
+        for name in names:
             os.kill(os.getpid(), getattr(signal, name))
     return train_step(*arguments, **options)
 
-pretrain.train_step = struck
+pretrain.train_step = signaled
 run_command("train", TrainConfig, train)
 """
 
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """What this process did on a signal before a test, it does after it."""
+    """Restore the signal handlers of this process."""
     before = [signal.getsignal(each) for each in SIGNALS]
     yield
     for number, handler in zip(SIGNALS, before, strict=True):
@@ -95,22 +95,22 @@ def config(run: Path, *overrides: str) -> TrainConfig:
     return made
 
 
-def strike(monkeypatch: pytest.MonkeyPatch, step: int, *blows: signal.Signals) -> None:
-    """In the run's `step`-th step from now everything is struck, loader processes first, as Slurm and Ctrl-C do."""
+def send_in_step(monkeypatch: pytest.MonkeyPatch, step: int, *signals: signal.Signals) -> None:
+    """Send signals in the `step`-th step from now, to loader processes first, as Slurm and Ctrl-C do."""
     count = 0
 
-    def struck(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+    def signaled(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
         nonlocal count
         count += 1
         if count == step:
-            for number in blows:
-                struck_down = [*multiprocessing.active_children(), multiprocessing.current_process()]
-                # By another process: torch lets a loader that its parent ends go in peace.
-                subprocess.run(["kill", f"-{int(number)}", *(str(each.pid) for each in struck_down)], check=True)
-                time.sleep(0.2 * (len(struck_down) > 1))
+            for number in signals:
+                processes = [*multiprocessing.active_children(), multiprocessing.current_process()]
+                # Sent by another process: torch does not report a loader process that its parent ends.
+                subprocess.run(["kill", f"-{int(number)}", *(str(each.pid) for each in processes)], check=True)
+                time.sleep(0.2 * (len(processes) > 1))
         return train_step(*arguments, **options)
 
-    monkeypatch.setattr(stage, "train_step", struck)
+    monkeypatch.setattr(stage, "train_step", signaled)
 
 
 def newest(run: Path) -> Checkpoint:
@@ -125,19 +125,19 @@ def equal(one: Checkpoint, other: Checkpoint) -> bool:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """What an uninterrupted run ends with."""
+    """The final checkpoint of an uninterrupted run."""
     run = tmp_path_factory.mktemp("uninterrupted") / "whole"
     pretrain(config(run))
     return newest(run)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_lets_the_step_end_saves_it_and_the_run_goes_on_bit_for_bit(
+def test_after_a_signal_the_step_is_saved_and_the_run_resumes_bit_for_bit(
     number: signal.Signals, whole: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        strike(patch, 7, number)
+        send_in_step(patch, 7, number)
         with pytest.raises(Preempted, match=rf"stopped by {number.name} after step 7 of 15") as stopped:
             pretrain(config(run))
     assert stopped.value.status == (130 if number == signal.SIGINT else 75)
@@ -148,18 +148,20 @@ def test_a_signal_lets_the_step_end_saves_it_and_the_run_goes_on_bit_for_bit(
     assert equal(newest(run), whole)
 
 
-def test_the_time_limit_stops_each_turn_and_may_change_between_them(whole: Checkpoint, tmp_path: Path) -> None:
+def test_the_time_limit_stops_each_attempt_and_may_change_between_them(whole: Checkpoint, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for turn in (1, 2):  # the limit is over before the first step is: one step a turn
-        with pytest.raises(Preempted, match=rf"by the time limit stop_after after step {turn} of 15") as stopped:
+    for attempt in (1, 2):  # the limit is over before the first step: one step per attempt
+        with pytest.raises(Preempted, match=rf"by the time limit stop_after after step {attempt} of 15") as stopped:
             pretrain(config(run, "stop_after=1e-6"))
         assert stopped.value.status == 75
     pretrain(config(run, "stop_after=60"))
     assert equal(newest(run), whole)
 
 
-def test_a_signal_in_the_last_step_is_late(whole: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strike(monkeypatch, 15, signal.SIGTERM)
+def test_a_signal_in_the_last_step_does_not_stop_the_run(
+    whole: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_in_step(monkeypatch, 15, signal.SIGTERM)
     pretrain(config(tmp_path / "run"))
     assert equal(newest(tmp_path / "run"), whole)
     assert (tmp_path / "run" / "encoder.safetensors").exists()
@@ -167,21 +169,21 @@ def test_a_signal_in_the_last_step_is_late(whole: Checkpoint, tmp_path: Path, mo
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("number", SIGNALS)
-def test_loader_processes_that_are_struck_too_do_not_cut_the_step_short(
+def test_the_step_ends_even_if_loader_processes_get_the_signal_too(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures(tmp_path / "pictures", {"cat": 40, "dog": 40})
     streamed = ["data=folder", f"data.root={tmp_path / 'pictures'}", "batch_size=16", "model.bn_group_size=8"]
     made = config(tmp_path / "run", *streamed, "method.queue_size=32", "data.workers=2", "epochs=4")
-    strike(monkeypatch, 3, number)
+    send_in_step(monkeypatch, 3, number)
     with pytest.raises(Preempted, match="after step 3 of 20"):
         pretrain(made)
     assert newest(tmp_path / "run")["step"] == 3
     assert multiprocessing.active_children() == []
 
 
-class Struck:
-    """A picture whose reading strikes the process that reads it."""
+class Signaling:
+    """A source that sends a signal to the process that reads it."""
 
     images = None
 
@@ -198,14 +200,14 @@ class Struck:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_loader_processes_of_the_live_evaluation_leave_signals_to_the_parent_too(number: signal.Signals) -> None:
-    given: Any = Struck(number)
-    parts = list(stream(torch.nn.Flatten(), given, range(4), EvalTransform(4), torch.device("cpu"), 2, workers=1))
+def test_loader_processes_of_the_live_evaluation_ignore_signals(number: signal.Signals) -> None:
+    source: Any = Signaling(number)
+    parts = list(stream(torch.nn.Flatten(), source, range(4), EvalTransform(4), torch.device("cpu"), 2, workers=1))
     features = torch.cat(parts)[:, 0] * 255
     torch.testing.assert_close(features, torch.arange(4.0))
 
 
-def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_whose_checkpoint_is_due_is_saved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
     real = checkpoint.Saver.save
 
@@ -214,13 +216,13 @@ def test_a_step_that_is_saved_anyway_is_saved_once(tmp_path: Path, monkeypatch: 
         real(saver, step, *arguments)
 
     monkeypatch.setattr(checkpoint.Saver, "save", count)
-    strike(monkeypatch, 4, signal.SIGUSR1)
+    send_in_step(monkeypatch, 4, signal.SIGUSR1)
     with pytest.raises(Preempted):
         pretrain(config(tmp_path / "run", "checkpoint.every_steps=2"))
     assert saved == [2, 4]
 
 
-def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_run_and_it_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, real = tmp_path / "run", torch.save
 
     def full(what: Any, file: Any) -> None:
@@ -238,25 +240,27 @@ def test_a_full_disk_ends_the_run_with_one_sentence(tmp_path: Path, monkeypatch:
     assert newest(run)["step"] == 15
 
 
-def test_a_full_disk_while_stopping_is_not_called_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_stopping_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    strike(monkeypatch, 2, signal.SIGTERM)
+    send_in_step(monkeypatch, 2, signal.SIGTERM)
     with pytest.raises(CheckpointError, match="No space left on device"):
         pretrain(config(tmp_path / "run"))
 
 
-def test_a_checkpoint_says_what_wrote_it(whole: Checkpoint) -> None:
+def test_a_checkpoint_states_the_versions_that_wrote_it(whole: Checkpoint) -> None:
     assert whole["versions"] == {"moco": moco.__version__, "torch": torch.__version__, "commit": commit()}
     assert {type(each) for each in whole["versions"].values()} <= {str, type(None)}  # no commit outside of a checkout
     assert whole["world_size"] == 1
 
 
-def test_the_best_by_live_knn_stays_and_can_be_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scores are made up; what is saved under them is not."""
-    run, scores = tmp_path / "run", iter([90.0, 40.0, 60.0, 50.0])  # untrained, then behind each epoch
+def test_the_checkpoint_with_the_best_live_knn_accuracy_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With invented scores."""
+    run, scores = tmp_path / "run", iter([90.0, 40.0, 60.0, 50.0])  # untrained, then after each epoch
     monkeypatch.setattr(live, "live_knn", lambda *_, **__: {"knn": (next(scores), 0.0, 1)})
     pretrain(config(run, "evaluate.every_epochs=1", "checkpoint.keep_best=true", "checkpoint.keep_last=1"))
     assert sorted(each.name for each in (run / "checkpoints").iterdir()) == ["best.pt", "step_00000015.pt"]
@@ -275,13 +279,13 @@ def test_the_best_by_live_knn_stays_and_can_be_judged(tmp_path: Path, monkeypatc
         (["stop_after=nan"], "stop_after=nan"),
     ],
 )
-def test_what_cannot_be_asked_for_is_refused(overrides: list[str], sentence: str, tmp_path: Path) -> None:
+def test_invalid_values_are_refused(overrides: list[str], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=sentence):
         config(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "for_good"),
+    ("status", "error", "final"),
     [
         (2, ConfigError("lr"), True),
         (1, ImageError("a.jpg"), True),
@@ -291,22 +295,22 @@ def test_what_cannot_be_asked_for_is_refused(overrides: list[str], sentence: str
         (130, KeyboardInterrupt(), False),
     ],
 )
-def test_a_launcher_is_to_start_again_what_can_succeed_only(
-    status: int, error: BaseException, for_good: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_launcher_restarts_only_what_can_succeed(
+    status: int, error: BaseException, final: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[bool] = []
     monkeypatch.setattr(cli, "prevent_restart", lambda: ended.append(True))
     with pytest.raises(SystemExit) as left:
         cli._exit(status, "sentence", error)
     assert left.value.code == status
-    assert bool(ended) == for_good
+    assert bool(ended) == final
 
 
 # ---- as processes ----
 
 
 def start(
-    folder: Path, blows: str, *arguments: str, launcher: tuple[str, ...] = ()
+    folder: Path, signals: str, *arguments: str, launcher: tuple[str, ...] = ()
 ) -> "subprocess.CompletedProcess[str]":
     driver = folder / "driver.py"
     driver.write_text(DRIVER)
@@ -314,7 +318,7 @@ def start(
     return subprocess.run(
         [*launcher, sys.executable, str(driver), *TINY, *arguments],
         cwd=folder,
-        env=environment | {"STRIKE": blows, "STRIKE_RANK": "1" if launcher else "0"},
+        env=environment | {"SIGNALS": signals, "SIGNALED_RANK": "1" if launcher else "0"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -323,27 +327,25 @@ def start(
 
 
 @pytest.mark.parametrize(
-    ("blows", "status", "sentence"),
+    ("signals", "status", "sentence"),
     [
         ("3 SIGTERM", 75, "moco: stopped by SIGTERM after step 3 of 15, which is saved"),
         ("3 SIGINT", 130, "moco: stopped by SIGINT after step 3 of 15, which is saved"),
         ("3 SIGINT SIGINT", 130, "moco: interrupted"),
     ],
 )
-def test_the_command_ends_with_its_status_and_one_sentence(
-    blows: str, status: int, sentence: str, tmp_path: Path
-) -> None:
-    result = start(tmp_path, blows, "run=run")
+def test_the_exit_status_and_message_of_the_command(signals: str, status: int, sentence: str, tmp_path: Path) -> None:
+    result = start(tmp_path, signals, "run=run")
     assert result.returncode == status, result.stderr
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith(sentence)
     saved = [path.name for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert saved == ([] if blows.count("SIGINT") == 2 else ["step_00000003.pt"])
+    assert saved == ([] if signals.count("SIGINT") == 2 else ["step_00000003.pt"])
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_together(tmp_path: Path) -> None:
-    """Rank 1 is struck; both leave with the status although torchrun strikes whichever is the last to leave."""
+    """Rank 1 gets it. Both exit with the status, although torchrun sends SIGTERM to the last one to exit."""
     keep_status = 'trap : TERM; "$@"; status=$?; echo $status > status_$RANK; exit $status'
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
     launcher = (sys.executable, *torchrun, "bash", "-c", keep_status, "bash")
@@ -357,7 +359,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_together(tmp_path: Path) ->
         assert result.returncode == 0, result.stderr
     one, other = (newest(tmp_path / run) for run in ("cut", "whole"))
     assert digest(one["optimizer"]) == digest(other["optimizer"])
-    # BN's running statistics, which no step reads, are averaged over ranks when saved: once more often here, rounding.
+    # Running statistics are averaged over ranks when they are saved, here once more often: they differ by rounding.
     for name, value in other["method"].items():
         if name.endswith(("running_mean", "running_var")):
             torch.testing.assert_close(one["method"][name], value, rtol=1e-5, atol=1e-6)

@@ -15,9 +15,11 @@ import pytest
 import torch
 import yaml
 
-from moco.config import config_dir
+from moco.cli import register, run_command
+from moco.config import TrainConfig, config_dir
 from moco.digest import digest
 from moco.runs import checkpoint
+from moco.train import train as train_as_configured
 
 REPOSITORY = Path(config_dir()).parent
 # A run of 12 steps in seconds: the digits recipe with a tiny encoder.
@@ -65,14 +67,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder / "whole", result.stdout
 
 
-def test_a_run_leaves_everything_and_says_what_happened(uninterrupted: tuple[Path, str]) -> None:
-    run, said = uninterrupted
+def test_a_run_writes_all_its_files_and_a_summary(uninterrupted: tuple[Path, str]) -> None:
+    run, output = uninterrupted
     for name in ("config.yaml", "metrics.jsonl", "views.png", "encoder.safetensors"):
         assert (run / name).stat().st_size > 0
     assert list(run.glob("events.out.tfevents.*"))
     assert checkpoint.list_checkpoints(run / "checkpoints")[0].name == "step_00000015.pt"
     for words in ("untrained", "raw pixels", "pretrained", "chance", "data wait", "whole/encoder.safetensors"):
-        assert words in said
+        assert words in output
     written = records(run)
     assert [each["step"] for each in written if "train/loss" in each] == list(range(1, 16))
     assert [each["step"] for each in written if "accuracy/knn" in each] == [0, 15]
@@ -92,7 +94,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
         process = subprocess.Popen(
             command(*arguments), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        # Wait for a random number of steps, then strike without warning.
+        # Wait for a random number of steps, then kill the process.
         already = len(records(run)) if (run / "metrics.jsonl").is_file() else 0
         target = already + chance.randint(1, 6)
         while process.poll() is None:
@@ -122,7 +124,7 @@ def test_the_saved_encoder_loads_as_the_readme_says(uninterrupted: tuple[Path, s
         assert torch.equal(value, trained[f"encoder.backbone.{name}"]), name
 
 
-def test_a_finished_run_started_again_trains_nothing(uninterrupted: tuple[Path, str]) -> None:
+def test_a_finished_run_is_not_trained_again(uninterrupted: tuple[Path, str]) -> None:
     run, _ = uninterrupted
     before = (run / "metrics.jsonl").read_text()
     result = train(run.parent, *TINY, "run=whole")
@@ -138,7 +140,9 @@ def test_another_configuration_in_the_same_directory_is_refused(uninterrupted: t
     assert "seed (there 0, now 1)" in result.stderr
 
 
-def test_an_unreadable_newest_checkpoint_falls_back_loudly(uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_falls_back_to_the_previous_one_with_a_warning(
+    uninterrupted: tuple[Path, str], tmp_path: Path
+) -> None:
     result = train(tmp_path, *TINY, "run=hurt")
     assert result.returncode == 0, result.stderr
     newest, before = checkpoint.list_checkpoints(tmp_path / "hurt" / "checkpoints")
@@ -150,7 +154,7 @@ def test_an_unreadable_newest_checkpoint_falls_back_loudly(uninterrupted: tuple[
     assert digest(finished(tmp_path / "hurt")["method"]) == digest(finished(uninterrupted[0])["method"])
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path) -> None:
+def test_a_non_finite_loss_ends_the_run_and_names_the_batch(tmp_path: Path) -> None:
     result = train(tmp_path, *TINY, "run=lost", "optim.lr=1e20", "checkpoint.every_steps=1")
     assert result.returncode == 1
     (line,) = result.stderr.strip().splitlines()
@@ -183,14 +187,24 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_named(tmp_path: Path) ->
         (["device=cuda"], "moco: device=cuda"),
     ],
 )
-def test_what_cannot_run_ends_with_one_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+def test_an_invalid_configuration_is_refused_in_one_sentence(
+    tmp_path: Path,
+    arguments: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     if arguments == ["device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    result = train(tmp_path, *arguments)
-    assert result.returncode in (1, 2)
-    assert result.stdout == ""
-    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert sentence in result.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moco.train", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        run_command("train", TrainConfig, train_as_configured)
+    assert caught.value.code in (1, 2)
+    output, error = capfd.readouterr()
+    assert output == ""
+    assert len(error.strip().splitlines()) == 1, error
+    assert sentence in error
     assert not (tmp_path / "runs").exists()  # before any work starts
 
 
@@ -215,7 +229,7 @@ def test_a_sweep_into_one_directory_is_refused_before_it_starts(tmp_path: Path) 
 def test_every_recipe_composes_and_opens_with_its_command() -> None:
     from hydra import compose, initialize_config_dir
 
-    from moco.cli import register, to_dataclass
+    from moco.cli import to_dataclass
     from moco.config import TrainConfig, check
     from moco.data.opening import build_views
 
@@ -243,7 +257,7 @@ def test_cfg_job_prints_the_recipe_without_running_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_of_ones_own(tmp_path: Path) -> None:
+def test_a_recipe_in_a_directory_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "wide.yaml").write_text(
         "# @package _global_\ndefaults:\n  - digits\n  - _self_\nmethod:\n  temperature: 0.123\n"

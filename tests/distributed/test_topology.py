@@ -106,7 +106,7 @@ def test_several_processes_equal_one(world: int, scenario: str) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_views_of_several_processes_are_those_of_one_bit_for_bit(world: int) -> None:
+def test_several_processes_have_the_views_of_one_bit_for_bit(world: int) -> None:
     alone = on(1)[0]["asymmetric"]["views"]
     for rank_of in on(world):
         together = rank_of["asymmetric"]["views"]

@@ -52,7 +52,7 @@ def trajectory(symmetric: bool) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_trajectory_is_the_recorded_one(symmetric: bool) -> None:
+def test_the_trajectory_equals_the_recorded_one(symmetric: bool) -> None:
     expected = json.loads(FILE.read_text())["symmetric" if symmetric else "asymmetric"]
     for name, values in trajectory(symmetric).items():
         assert values == pytest.approx(expected[name], rel=1e-6), name

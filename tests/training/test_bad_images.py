@@ -37,7 +37,9 @@ def rows(run: Path) -> dict[str, str]:
         return {row["path"]: row["reason"] for row in csv.DictReader(file)}
 
 
-def test_raise_then_replace_in_the_same_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_failed_on_an_unreadable_image_resumes_with_replace(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = folder(tmp_path / "pictures", good=16, bad=False)
     (root / "03.png").write_bytes(b"")
     made = config(root, tmp_path / "run")
@@ -51,7 +53,7 @@ def test_raise_then_replace_in_the_same_directory(tmp_path: Path, capsys: pytest
     assert "1, replaced by others and listed in" in " ".join(said.replace("│", " ").split())
 
 
-def test_too_many_end_the_run_and_mending_lets_it_go_on(tmp_path: Path) -> None:
+def test_too_many_unreadable_images_end_the_run_until_they_are_repaired(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures", good=16, bad=False)
     for name in ("03.png", "07.png"):
         (root / name).write_bytes(b"")
@@ -65,7 +67,7 @@ def test_too_many_end_the_run_and_mending_lets_it_go_on(tmp_path: Path) -> None:
     assert set(rows(tmp_path / "run")) == {"07.png"}
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures", good=16)
     whole, cut = (config(root, tmp_path / name) for name in ("whole", "cut"))
     for each in (whole, cut):
@@ -85,7 +87,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path:
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_the_live_accuracy_leaves_bad_pictures_out_and_says_so(
+def test_the_live_accuracy_excludes_unreadable_images(
     resident: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for part in ("train/a", "train/b", "test/a", "test/b"):
@@ -114,7 +116,7 @@ def test_the_live_accuracy_leaves_bad_pictures_out_and_says_so(
 @pytest.mark.parametrize(
     ("field", "value", "words"), [("on_bad_image", "skip", "raise, replace"), ("max_bad", 1.0, "0.01")]
 )
-def test_values_that_cannot_be_are_named(field: str, value: object, words: str) -> None:
+def test_invalid_values_are_refused(field: str, value: object, words: str) -> None:
     made = TrainConfig(method=MoCoConfig())
     setattr(made.data, field, value)
     with pytest.raises(ConfigError, match=rf"data\.{field}='?{value}'? must .*{words}"):

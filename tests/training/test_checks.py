@@ -25,26 +25,26 @@ def plan(length: int) -> Plan:
     return Plan(length, 64, 1, 0)
 
 
-def test_a_queue_as_long_as_the_data_set_warns_and_says_what_to_set() -> None:
+def test_a_queue_as_long_as_the_data_set_warns() -> None:
     with pytest.warns(RunWarning, match=r"queue_size=1000 .* 1000 images .* set method\.queue_size=448 or less"):
         check_against_data(config(queue_size=1000), plan(1000))
 
 
-def test_a_shorter_queue_is_silent() -> None:
+def test_a_shorter_queue_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_against_data(config(queue_size=999), plan(1000))
         check_against_data(config(queue_size=1999, symmetric=True), plan(1000))  # two keys an image
 
 
-def test_one_bn_group_leaves_the_shuffle_nothing_to_do_and_says_so() -> None:
+def test_shuffling_with_a_single_bn_group_warns() -> None:
     made = config()
     made.model.bn = "batch"
     with pytest.warns(RunWarning, match=r"set model\.bn=grouped"):
         check_against_data(made, plan(1000))
 
 
-def test_a_warm_up_that_is_not_over_says_so() -> None:
+def test_a_warm_up_longer_than_training_warns() -> None:
     made = config()
     made.epochs, made.optim.warmup_epochs = 1, 2.0
     with pytest.warns(RunWarning, match=r"set optim\.warmup_epochs=0"):
@@ -56,7 +56,7 @@ def test_less_than_a_batch_of_images_is_refused() -> None:
         check_against_data(config(), plan(63))
 
 
-def test_the_second_view_differs_where_it_is_told_to() -> None:
+def test_the_second_view_differs_in_the_configured_fields() -> None:
     first, second = build_views(AugmentConfig(size=32, blur_p=1.0, second={"blur_p": 0.1, "solarize_p": 0.2}))
     assert (first.blur_p, first.solarize_p) == (1.0, 0.0)
     assert (second.blur_p, second.solarize_p) == (0.1, 0.2)
@@ -64,12 +64,12 @@ def test_the_second_view_differs_where_it_is_told_to() -> None:
 
 
 @pytest.mark.parametrize("second", [{"blurp": 1.0}, {"size": 16}, {"blur_p": 2.0}])
-def test_a_second_view_that_cannot_be_is_refused(second: dict[str, float]) -> None:
+def test_invalid_fields_of_the_second_view_are_refused(second: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"augment\."):
         build_views(AugmentConfig(size=32, second=second))
 
 
-def test_the_method_gets_its_values() -> None:
+def test_the_method_is_built_with_the_configured_values() -> None:
     made = config(queue_size=96, symmetric=True)
     made.method.temperature = 0.3
     method = build_method(made)
@@ -79,7 +79,7 @@ def test_the_method_gets_its_values() -> None:
     assert len(method.directions) == 2
 
 
-def test_a_limited_bank_is_the_same_each_time() -> None:
+def test_a_limited_bank_is_reproducible() -> None:
     made = config()
     made.data.name = "digits"
     one, two = (open_sources(made.data, bank_size=100) for _ in range(2))

@@ -142,7 +142,7 @@ def real_labels(label: int) -> list[int]:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_each_measure_is_what_loops_over_the_step_find(symmetric: bool) -> None:
+def test_each_measure_equals_its_loop_reference(symmetric: bool) -> None:
     run = Steps(made(symmetric=symmetric), LABELS).run(4)
     for measures, (output, _, index, before) in list(zip(run.measures, run.seen, strict=True))[1:]:
         found = analysed(measures)
@@ -153,7 +153,7 @@ def test_each_measure_is_what_loops_over_the_step_find(symmetric: bool) -> None:
         assert not math.isnan(found["key_drift"])  # the queue holds more than an epoch: there was something to compare
 
 
-def test_the_two_losses_differ_by_the_keys_groups_alone() -> None:
+def test_the_two_losses_differ_only_by_the_groups_of_the_keys() -> None:
     """With the step's own keys, and with keys in the other groups."""
     some = slice(BATCH)  # a look takes up to 64
     for shuffle in (True, False):
@@ -177,7 +177,7 @@ def test_the_two_losses_differ_by_the_keys_groups_alone() -> None:
             assert abs(found[own] - found[other]) > 1e-4
 
 
-def test_the_order_across_groups_mixes_every_group() -> None:
+def test_the_order_across_groups_mixes_all_groups() -> None:
     order = _across_groups(BATCH, GROUP)
     assert order is not None
     assert sorted(order) == list(range(BATCH))
@@ -187,13 +187,13 @@ def test_the_order_across_groups_mixes_every_group() -> None:
 
 
 @pytest.mark.parametrize("bn", ["sync", "batch"])
-def test_without_groups_there_is_no_leak_to_measure(bn: str) -> None:
+def test_without_bn_groups_the_shuffle_losses_are_absent(bn: str) -> None:
     found = analysed(Steps(made(bn=bn)).run(1).measures[0])
     assert found.keys() == ANALYSED | OF_A_QUEUE
 
 
 @pytest.mark.parametrize("name", ["moco_v3", "simclr"])
-def test_methods_without_a_queue_are_measured_by_their_batch(name: str) -> None:
+def test_methods_without_a_queue_are_measured_on_their_batch(name: str) -> None:
     run = Steps(made(name, bn="sync"), LABELS, shuffle=False).run(2)
     output, _, index, _ = run.seen[-1]
     found = analysed(run.measures[-1])
@@ -207,7 +207,7 @@ def test_methods_without_a_queue_are_measured_by_their_batch(name: str) -> None:
     assert int(run.observer.histograms["positives"].sum()) == BATCH
 
 
-def test_what_is_not_there_yet_is_nan() -> None:
+def test_measures_without_data_are_nan() -> None:
     """The first step of a queue that starts empty has no negative, and the first of a random one no key of an image."""
     first = analysed(Steps(made(queue_start="empty"), LABELS).run(1).measures[0])
     assert {name for name, value in first.items() if math.isnan(value)} == {"top_share", "key_age", "key_drift"}
@@ -217,14 +217,14 @@ def test_what_is_not_there_yet_is_nan() -> None:
 
 
 @pytest.mark.parametrize("labels", [torch.full((SAMPLES,), -1), torch.arange(SAMPLES)])
-def test_labels_that_say_nothing_give_nan_and_no_error(labels: Tensor) -> None:
+def test_unknown_labels_give_nan(labels: Tensor) -> None:
     """Unknown to all, or a class for each sample, as small batches of ImageNet often have."""
     found = analysed(Steps(made(), labels).run(2).measures[1])
     assert math.isnan(found["tolerance"])
     assert math.isnan(found["same_label_share"]) if labels[0] < 0 else found["same_label_share"] == 0
 
 
-def test_the_last_micro_batch_is_what_a_look_sees() -> None:
+def test_the_last_micro_batch_is_measured() -> None:
     run = Steps(made(), LABELS, accumulate=2).run(2)
     output, views, index, before = run.seen[-1]
     assert len(output.query) == len(views[0]) == len(index) == BATCH // 2
@@ -243,7 +243,7 @@ def test_the_last_micro_batch_is_what_a_look_sees() -> None:
         ("simclr", "sync", 1),
     ],
 )
-def test_a_look_changes_nothing_to_the_bit(name: str, bn: str, accumulate: int) -> None:
+def test_monitoring_does_not_change_training(name: str, bn: str, accumulate: int) -> None:
     looked, plain = (
         Steps(made(name, bn=bn), LABELS, look, accumulate, shuffle=bn == "grouped").run(4) for look in (True, False)
     )
@@ -258,7 +258,7 @@ def test_a_look_changes_nothing_to_the_bit(name: str, bn: str, accumulate: int) 
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-def test_a_look_at_a_step_that_is_not_finite_leaves_the_sentence_to_the_step() -> None:
+def test_a_monitored_non_finite_step_raises_the_error_of_the_step() -> None:
     run = Steps(made(), LABELS).run(1)
     with torch.no_grad():
         next(iter(run.method.parameters())).fill_(math.nan)
@@ -272,7 +272,7 @@ def ranks_look(labels: Tensor) -> tuple[list[dict[str, float]], dict[str, Tensor
     return [analysed(each) for each in run.measures], run.observer.histograms
 
 
-def test_two_processes_find_what_one_finds() -> None:
+def test_two_processes_measure_the_same_as_one() -> None:
     """Only four samples have a label that another one has: no rank by itself has a pair in every batch."""
     labels = torch.arange(SAMPLES)
     labels[::2] = torch.where(torch.arange(12) < 4, 0, -1)

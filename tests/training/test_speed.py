@@ -94,7 +94,7 @@ def test_a_resumed_run_keeps_the_precision_that_was_picked(tmp_path: Path, monke
     assert (state(run)["step"], state(run)["precision"]) == (10, "bf16")
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(
+def test_a_non_finite_step_is_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken_at(3, monkeypatch, NonFiniteLoss("loss nan, gradient norm nan"))
@@ -111,20 +111,20 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(
     assert "encoder.backbone.layers.0.weight" in kept["method"]
 
 
-def test_one_more_than_may_be_left_out_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_step_beyond_the_limit_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_at(3, monkeypatch, NonFiniteLoss("loss nan, gradient norm nan"))
     with pytest.raises(NonFiniteLoss, match=r"step 3 .*optim\.skip_nonfinite=10"):
         pretrain(config(tmp_path / "run"))
 
 
-def test_out_of_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_fields_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken_at(2, monkeypatch, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB ..."))
     with pytest.raises(OutOfMemory, match=r"128 images .* set accumulate=2"):
         pretrain(config(tmp_path / "run"))
 
 
 @pytest.mark.slow
-def test_a_compiled_encoder_trains_as_the_eager_one(tmp_path: Path) -> None:
+def test_a_compiled_encoder_trains_like_the_eager_one(tmp_path: Path) -> None:
     for name, compiled in (("eager", False), ("compiled", True)):
         made = config(tmp_path / name, compile=compiled, analyse_every=0)
         made.model.bn_group_size = 64  # two groups: less to compile

@@ -93,7 +93,7 @@ def nan_key_image(views: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_micro_batches_train_as_the_whole_batch(accumulate: int, symmetric: bool) -> None:
+def test_micro_batches_train_like_the_full_batch(accumulate: int, symmetric: bool) -> None:
     whole, parts = Trainer(1, symmetric), Trainer(accumulate, symmetric)
     for number in range(3):
         expected, got = whole.step(number), parts.step(number)
@@ -156,7 +156,7 @@ def test_lr_of_the_step_is_the_one_given() -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("change", [nan_image, nan_key_image])
 @pytest.mark.parametrize("before", [0, 2])
-def test_a_nan_in_an_image_changes_nothing_and_training_can_go_on(
+def test_a_nan_in_an_image_changes_nothing_and_training_can_continue(
     before: int, change: Callable[[list[Tensor]], None], accumulate: int
 ) -> None:
     trainer, twin = Trainer(accumulate), Trainer(accumulate)
@@ -172,7 +172,7 @@ def test_a_nan_in_an_image_changes_nothing_and_training_can_go_on(
 
 @pytest.mark.parametrize("where", ["encoder", "momentum_encoder"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_weight_that_is_not_finite_changes_nothing_else(where: str, value: float) -> None:
+def test_a_non_finite_weight_changes_nothing_else(where: str, value: float) -> None:
     trainer = Trainer()
     trainer.step(0)
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_a_weight_that_is_not_finite_changes_nothing_else(where: str, value: flo
 
 
 @pytest.mark.parametrize("clip_grad", [0.0, 1.0])
-def test_a_gradient_that_is_not_finite_changes_nothing(clip_grad: float) -> None:
+def test_a_non_finite_gradient_changes_nothing(clip_grad: float) -> None:
     trainer = Trainer()
     trainer.step(0)
     before = trainer.state()
@@ -207,7 +207,7 @@ def test_fp16_overflow_skips_update_and_enqueue_and_lowers_the_scale() -> None:
     assert int(trainer.method.queue.count) == 2 * N
 
 
-def test_fp16_that_overflows_at_every_scale_stops() -> None:
+def test_fp16_that_overflows_at_every_scale_raises() -> None:
     """A gradient that no scale makes finite is a NaN of the model's own: a run must not skip steps for ever."""
     trainer = Trainer(fp16=True)
     next(trainer.method.encoder.parameters()).register_hook(lambda gradient: gradient * math.nan)
@@ -219,7 +219,7 @@ def test_fp16_that_overflows_at_every_scale_stops() -> None:
     assert int(trainer.method.queue.count) == 0
 
 
-def test_a_scaled_loss_trains_as_an_unscaled_one() -> None:
+def test_a_scaled_loss_trains_like_an_unscaled_one() -> None:
     scaled, plain = Trainer(fp16=True), Trainer()
     for number in range(2):
         scaled.step(number)
@@ -246,7 +246,7 @@ def test_clipping_shortens_the_gradient_to_the_limit_and_keeps_its_direction() -
     assert math.sqrt(total) == pytest.approx(limit, rel=1e-4)
 
 
-def test_a_gradient_below_the_limit_is_left_alone() -> None:
+def test_a_gradient_below_the_limit_is_unchanged() -> None:
     free, clipped = Trainer(), Trainer()
     norm = free.step(0)["gradient_norm"].item()
     clipped.step(0, clip_grad=2 * norm)
@@ -282,7 +282,7 @@ def test_a_step_is_deterministic() -> None:
     assert_bit_equal(first.state(), second.state())
 
 
-def test_measures_are_scalars_of_the_whole_batch() -> None:
+def test_measures_are_scalars_of_the_full_batch() -> None:
     trainer = Trainer(2)
     twin = copy.deepcopy(trainer.method)
     set_calls_per_step(twin.encoder, 1)
@@ -308,7 +308,7 @@ def test_without_waiting_for_the_loss_a_step_computes_the_same() -> None:
     assert_bit_equal(waiting.state(), late.state())
 
 
-def test_without_waiting_a_bad_loss_is_in_the_measures() -> None:
+def test_without_waiting_a_non_finite_loss_is_in_the_measures() -> None:
     trainer = Trainer()
     assert math.isnan(trainer.step(0, change=nan_image, wait=False)["loss"].item())
 
@@ -330,7 +330,7 @@ def test_an_overflow_in_the_first_step_leaves_no_trace_in_the_optimizer() -> Non
     assert all(math.isfinite(value) for value in seen)
 
 
-def test_behind_a_step_that_was_left_out_fp16_goes_on() -> None:
+def test_fp16_continues_after_a_skipped_step() -> None:
     trainer = Trainer(fp16=True)
     with pytest.raises(NonFiniteLoss):
         trainer.step(0, torch.float16, change=nan_image)
@@ -339,7 +339,7 @@ def test_behind_a_step_that_was_left_out_fp16_goes_on() -> None:
     assert trainer.scaler.get_scale() in (before, before / 2)
 
 
-def test_a_network_without_statistics_says_the_same_of_a_bad_step() -> None:
+def test_a_network_without_statistics_raises_the_same_error() -> None:
     trainer = Trainer()
     encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, DIM))
     trainer.method = MoCo(encoder, KeyQueue(K, DIM), 0.2)
@@ -349,7 +349,7 @@ def test_a_network_without_statistics_says_the_same_of_a_bad_step() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_moments_lie_as_their_parameters_do(name: str) -> None:
+def test_optimizer_state_uses_the_memory_format_of_its_parameter(name: str) -> None:
     def network(layout: torch.memory_format) -> torch.nn.Module:
         torch.manual_seed(0)
         return torch.nn.Conv2d(4, 8, 3).to(memory_format=layout)

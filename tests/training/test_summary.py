@@ -21,7 +21,7 @@ def show(path: Path) -> None:
     metrics_log.close()
 
 
-def test_views_that_cannot_be_written_are_one_warning_and_the_next_attempt_writes_them(tmp_path: Path) -> None:
+def test_a_failure_to_write_views_is_a_warning_and_the_next_attempt_writes_them(tmp_path: Path) -> None:
     (tmp_path / "views.png.tmp").symlink_to("/dev/full")
     with pytest.warns(RunWarning, match=r"views\.png .*No space left on device"):
         show(tmp_path)

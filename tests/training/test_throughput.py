@@ -32,14 +32,14 @@ class Convolution(nn.Module):
 
 
 @pytest.mark.parametrize("size", [4, 6])
-def test_operations_are_two_for_each_multiply_add(size: int) -> None:
+def test_a_multiply_add_counts_as_two_operations(size: int) -> None:
     conv, linear = 2 * 5 * 3 * 9 * size**2, 2 * 5 * size**2 * 7
     forward, both = encoder_flops(Convolution(size), 2, size)
     assert forward == conv + linear
     assert both == 2 * conv + 3 * linear  # images need no gradient: the first layer has one product less
 
 
-def test_operations_leave_the_network_as_it_is() -> None:
+def test_counting_operations_does_not_change_the_network() -> None:
     encoder = build_encoder("convnet", {"width": 4}, 2, 0, 8, "grouped", 4).eval()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     forward, both = encoder_flops(encoder, 8, 16)
@@ -48,7 +48,7 @@ def test_operations_leave_the_network_as_it_is() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
 
 
-def test_a_step_is_a_query_with_gradient_and_a_key_without() -> None:
+def test_the_operations_of_a_step() -> None:
     class Method(nn.Module):
         def __init__(self, keys: bool, passes: int) -> None:
             super().__init__()
@@ -61,14 +61,14 @@ def test_a_step_is_a_query_with_gradient_and_a_key_without() -> None:
     assert step_flops(Method(False, 1), 2, 4, views=2) == 2 * both
 
 
-def test_the_rate_of_matrix_products_is_what_the_clock_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_of_matrix_products_agrees_with_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(100))
     monkeypatch.setattr("moco.training.throughput.SIDE", {"cpu": 8, "cuda": 8})
     monkeypatch.setattr("moco.training.throughput.time.perf_counter", lambda: float(next(ticks)))
     assert matrix_rate(CPU, torch.float32) == 2 * 8**3  # one tick each
 
 
-def test_the_precision_that_is_asked_for_is_taken() -> None:
+def test_a_configured_precision_is_used() -> None:
     for wanted in ("fp32", "bf16", "fp16"):
         assert pick_precision(wanted, Convolution(4), 4, CPU) == (wanted, "as configured")
 
@@ -96,7 +96,7 @@ def test_measuring_the_speedup_changes_neither_the_encoder_nor_the_random_number
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def test_a_profile_is_a_trace_and_a_table(tmp_path: Path) -> None:
+def test_a_profile_writes_a_trace_and_a_table(tmp_path: Path) -> None:
     said: list[str] = []
     profile = Profile(tmp_path / "profile", CPU, said.append)
     for _ in range(2 * PROFILED + 3):
@@ -110,18 +110,18 @@ def test_a_profile_is_a_trace_and_a_table(tmp_path: Path) -> None:
     assert "trace.json.gz" in said[0]
 
 
-def test_peak_memory_is_the_process_s_own() -> None:
+def test_peak_memory_is_that_of_the_process() -> None:
     assert peak_memory(CPU) == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     assert peak_memory(CPU) > 2**26
 
 
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
-def test_an_allocator_that_the_user_has_set_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_allocator_set_by_the_user_is_unchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "1")
     assert keep_freed_memory() is False
 
 
-def test_freed_memory_is_kept_by_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_glibc_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith(("MALLOC_", "GLIBC_TUNABLES")):
             monkeypatch.delenv(name)
@@ -150,12 +150,12 @@ def test_out_of_memory_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), NotImplementedError("no"), RecursionError("again")])
-def test_other_errors_stay_what_they_are(error: Exception) -> None:
+def test_other_errors_are_unchanged(error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)), explain_out_of_memory(CPU, "buy more"):
         raise error
 
 
-def test_a_profile_of_too_few_steps_is_none(tmp_path: Path) -> None:
+def test_a_profile_with_too_few_steps_is_not_written(tmp_path: Path) -> None:
     said: list[str] = []
     profile = Profile(tmp_path / "profile", CPU, said.append)
     for _ in range(PROFILED + 2):

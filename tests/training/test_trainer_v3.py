@@ -45,7 +45,7 @@ def config(run: str = "runs/v3", backbone: str = "convnet") -> TrainConfig:
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run's lock is held to the end
 @pytest.mark.parametrize("backbone", list(BACKBONES))
-def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path: Path, backbone: str) -> None:
+def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, backbone: str) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pretrain(config(str(whole), backbone))
     (cut / "checkpoints").mkdir(parents=True)
@@ -60,7 +60,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_weights_bit_for_bit(tmp_path:
     assert digest(one["method"]) != digest(earlier["method"])
 
 
-def test_the_method_gets_its_heads() -> None:
+def test_the_method_is_built_with_its_heads() -> None:
     made = config()
     made.model.predictor_last_norm = False
     method = build_method(made)
@@ -82,7 +82,7 @@ def test_the_method_gets_its_heads() -> None:
         ("optim", "trust", 0.0, "optim.trust=0.0 must be above 0"),
     ],
 )
-def test_what_does_not_fit_gives_a_sentence(group: str, field: str, value: float, sentence: str) -> None:
+def test_invalid_values_are_refused(group: str, field: str, value: float, sentence: str) -> None:
     made = config()
     check(made)
     setattr(getattr(made, group) if group else made, field, value)
