@@ -17,7 +17,7 @@ from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.write import FORMATS
 from moco.runtime.console import log, summary_panel
 
-_AT_ONCE = 16  # pictures through an encoder
+_BATCH_SIZE = 16
 
 
 class ConversionError(ValueError):
@@ -33,21 +33,23 @@ def convert_encoder(config: ConvertConfig) -> None:
     require(config.overwrite or not output.exists(), f"output={output} exists: choose another, or set overwrite=true")
     subject = open_subject(config)
     file, transform = replace(subject.file, images=asdict(subject.transform)), subject.transform
-    require(not output.exists() or not output.samefile(file.source), f"output={output} is the file that is read")
+    require(
+        not output.exists() or not output.samefile(file.source), f"output={output} is the source file: choose another"
+    )
     _refuse_unsupported(config.to, file)
     backbone = build(file).get_submodule("backbone")
-    source, data = _pictures(config, subject)
+    source, data = _comparison_images(config, subject)
     rows = range(0, len(source), max(1, len(source) // config.pictures))[: config.pictures]
 
     def features(network: Network) -> Tensor:  # (M, D)
         cpu = torch.device("cpu")
-        parts = stream(network, source, rows, transform, cpu, _AT_ONCE)
+        parts = stream(network, source, rows, transform, cpu, _BATCH_SIZE)
         return torch.cat(list(parts))
 
     log(f"{file.source} ({file.layout}: {file.backbone}, step {file.step}) to {config.to}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=".convert-", dir=output.parent)  # beside it: for the rename
+        folder = tempfile.TemporaryDirectory(prefix=".convert-", dir=output.parent)  # same disk, for the rename
     except OSError as error:
         raise ConfigError(f"output={output} cannot be written: {error.strerror}") from error
     with folder:
@@ -60,10 +62,10 @@ def convert_encoder(config: ConvertConfig) -> None:
         [
             ("encoder", f"{file.source} ({file.backbone}, {config.weights}, step {file.step})"),
             ("file", f"{output} ({output.stat().st_size / 1e6:.1f} MB)"),
-            ("checked", f"read again: features of {len(rows)} pictures ({data}) differ by {difference:.2g} at most,"),
+            ("checked", f"read again: features of {len(rows)} images ({data}) differ by {difference:.2g} at most,"),
             ("", f"the largest is {largest:.3g}"),
             (
-                "pictures",
+                "images",
                 f"{transform.size} px{resized}; minus mean {list(transform.mean)}, by std {list(transform.std)}",
             ),
             ("load", FORMATS[config.to].loading(file).replace("FILE", str(output))),
@@ -124,7 +126,7 @@ def _refuse_unsupported(to: str, file: EncoderFile) -> None:
     )
 
 
-def _pictures(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
+def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
     """Return images for the comparison, and their name: the configured ones, the run's, or the built-in digits."""
     if config.data.name is not None or subject.file.config.get("data"):
         lazily = replace(config, data=replace(config.data, resident=False))  # only a few are read

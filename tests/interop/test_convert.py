@@ -65,7 +65,7 @@ def test_the_summary_reports_the_comparison(tmp_path: Path, capsys: pytest.Captu
     written = read_encoder(output, backbone="resnet18")
     assert torch.equal(build(written).get_submodule("backbone")(IMAGES), trained()(IMAGES))
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for words in ("features of 4 pictures (digits) differ by 0 at most", "torchvision.models.resnet18()", "32 px"):
+    for words in ("features of 4 images (digits) differ by 0 at most", "torchvision.models.resnet18()", "32 px"):
         assert words in said
 
 
@@ -88,11 +88,11 @@ def test_the_comparison_uses_the_images_of_the_run(tmp_path: Path, capsys: pytes
     run = run_with_data(tmp_path / "run", name="folder", root=str(pictures), resident=True)
     config = ConvertConfig(run=run, to="safetensors", output=str(tmp_path / "x.safetensors"), overwrite=True)
     convert_encoder(config)
-    assert "features of 3 pictures (folder)" in " ".join(capsys.readouterr().out.split())
+    assert "features of 3 images (folder)" in " ".join(capsys.readouterr().out.split())
     for each in pictures.iterdir():
         each.unlink()
     convert_encoder(config)
-    assert "features of 16 pictures (digits)" in " ".join(capsys.readouterr().out.split())
+    assert "features of 16 images (digits)" in " ".join(capsys.readouterr().out.split())
     config.data = SubjectDataConfig(name="folder", root=str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="nowhere"):
         convert_encoder(config)
@@ -182,7 +182,7 @@ def test_an_existing_file_is_overwritten_only_with_overwrite(tmp_path: Path) -> 
     convert_encoder(config)
     assert read_encoder(output).backbone == "convnet"
     config.checkpoint = str(output)
-    with pytest.raises(ConfigError, match="is the file that is read"):
+    with pytest.raises(ConfigError, match="is the source file"):
         convert_encoder(config)
     (tmp_path / "folder.safetensors").mkdir()
     config.output = str(tmp_path / "folder.safetensors")
