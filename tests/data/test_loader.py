@@ -38,7 +38,7 @@ LENGTH, BATCH, EPOCHS, SEED = 22, 8, 3, 7
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """22 images of one size in a lossless format."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     chance = np.random.default_rng(0)
     for i in range(LENGTH):
         pixels = chance.integers(0, 256, (30, 40, 3), dtype=np.uint8)

@@ -22,7 +22,7 @@ from torchvision import datasets
 
 from moco.config import DataConfig, RunWarning, config_dir
 from moco.data.decode import ImageError
-from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source
+from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source, names_digest
 from tests.data.unreadable_files import forbid
 
 
@@ -64,6 +64,13 @@ def test_digits_split_is_fixed_balanced_and_disjoint() -> None:
     assert train.images is not None
     digest.update(train.images.numpy().tobytes())
     assert digest.hexdigest() == "24516a9ac42e80162914915744bd95324afc196d42222fa5beecdf0a31dce270"
+
+
+def test_digests_keep_the_values_that_are_stored_in_runs_and_caches() -> None:
+    train = load_source(DataConfig("digits")).train
+    assert names_digest(train) == "e3d7fde3e92509457cb192745f33484923ff914c60c5269116cec7517f2ec9c5"
+    assert names_digest(train, with_size=True) == "85266121a361464d7a0d020b1fa7452fa8ffd3ebfc9abead5261fd3b79572aa0"
+    assert train.content_digest() == "c40d86bd9f1f3355136801ab13ca8ab871c9e5c95106f68189f186f2a73953a4"
 
 
 def test_digits_are_the_scans_at_double_size() -> None:

@@ -63,11 +63,11 @@ def test_a_death_is_reported_in_an_evaluation(source: Source) -> None:
 
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
         extract(network, source, EvalTransform(8), CPU, 4, workers=1)
-    pictures = stream(lambda images: images, source, range(40), EvalTransform(8), CPU, 4, workers=1)
-    next(pictures)
+    features = stream(lambda images: images, source, range(40), EvalTransform(8), CPU, 4, workers=1)
+    next(features)
     with pytest.raises(LoaderError, match=DIED.format("data.workers")):
         kill_worker()
-    del pictures
+    del features
     assert multiprocessing.active_children() == []
 
 
