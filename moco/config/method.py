@@ -27,40 +27,24 @@ class MethodConfig:
     temperature_period: float = bounded(200.0, gt=0)
     """Epochs per oscillation of cosine."""
 
-    # What the rest of the code asks about a method. None of these is a field; a method overrides what differs.
+    # What the rest of the code asks about a method. A method overrides what differs, by a field or by a value.
     has_momentum_encoder = False
     has_predictor = False
     can_learn_temperature = True
-
-    @property
-    def momentum(self) -> float:
-        """Return m of the momentum encoder; 0 without one."""
-        return 0.0
+    momentum = 0.0  # m of the momentum encoder
+    queue_size = 0  # K
+    mask_own_keys = True  # no query is compared with stale keys of its own image
+    labels = False  # train on the labels of the images
 
     @property
     def momentum_end(self) -> float | None:
-        """Return the momentum that a schedule ends with; None if it is constant."""
+        """Return the momentum at the end of a schedule; None if it is constant."""
         return None
-
-    @property
-    def queue_size(self) -> int:
-        """Return K; 0 without a queue."""
-        return 0
-
-    @property
-    def mask_own_keys(self) -> bool:
-        """Return whether no query is compared with stale keys of its own image."""
-        return True
 
     @property
     def keys_per_image(self) -> int:
         """Return the number of views of an image that serve as keys in one step."""
         return 1
-
-    @property
-    def labels(self) -> bool:
-        """Return whether the method trains on the labels of the images."""
-        return False
 
     def build(self, config: "TrainConfig", encoder: Any, labels: Any) -> Any:
         """Return the method, a `moco.training.step.Method`.
