@@ -1,4 +1,4 @@
-"""Features come in the source's order, each sample once, the same from memory and from files."""
+"""Features are in the source's order, one per image, and equal for memory and files."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def in_memory(count: int, height: int = SIZE, width: int = SIZE) -> ArraySource:
 
 
 def on_disk(source: ArraySource, folder: Path) -> Source:
-    """The same images as PNG files below a folder."""
+    """Write the same images as PNG files in a folder."""
     for i, image in enumerate(source.images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{i:03d}.png")
     return load_source(DataConfig("folder", str(folder))).train
@@ -36,7 +36,7 @@ def features(network: nn.Module, source: Source, batch: int, resize: int = 0, wo
 
 @pytest.fixture
 def network() -> nn.Module:
-    """With BN, which shows if a batch sees training mode."""
+    """A network with batch normalization, whose outputs differ in training mode."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(), nn.Flatten())
     layer = network[1]
@@ -51,7 +51,7 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 100])
 @pytest.mark.parametrize("count", [1, 4, 9])
-def test_every_sample_once_and_in_order_whatever_the_batch(count: int, batch: int, network: nn.Module) -> None:
+def test_every_sample_once_and_in_order_for_any_batch_size(count: int, batch: int, network: nn.Module) -> None:
     source = in_memory(count)
     seen: list[int] = []
     network.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
@@ -76,7 +76,7 @@ def test_pixels_are_the_image_itself() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_network_is_evaluated_and_put_back_as_it_was(training: bool, network: nn.Module) -> None:
+def test_the_network_returns_to_its_previous_mode(training: bool, network: nn.Module) -> None:
     network.train(training)
     modes: list[bool] = []
     network[1].register_forward_hook(lambda layer, *_: modes.append(layer.training))  # type: ignore[index]
@@ -118,7 +118,7 @@ def test_evaluation_view_is_the_center() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_no_image_is_named(workers: int, network: nn.Module, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(workers: int, network: nn.Module, tmp_path: Path) -> None:
     source = on_disk(in_memory(3), tmp_path)
     (tmp_path / "001.png").write_bytes(b"no image")
     with pytest.raises(ImageError, match=r"001\.png"):

@@ -1,4 +1,4 @@
-"""`moco.evaluation.finetune` from a configuration to its files, in this process, on digits and on small folders."""
+"""Fine-tuning from a configuration to its files, on digits and on small folders."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def written(output: Path) -> list[dict[str, Any]]:
 
 
 def pictures(folder: Path, per_class: int, classes: str = "ab", side: int = 12) -> Path:
-    """Class folders of small pictures, each class of another color."""
+    """Write class folders of small images, each class with its own color."""
     for number, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
         for i in range(per_class):
@@ -173,7 +173,7 @@ def test_a_single_seed_gets_the_interval_of_its_test_images(
 
 
 def test_a_foreign_file_on_folders_with_a_list_of_names(tmp_path: Path) -> None:
-    """A plain state dict, streamed pictures, SimCLR's kind of list, bn=frozen, AdamW, MixUp."""
+    """A plain state dict, streamed images, a list as in SimCLR, bn=frozen, AdamW, MixUp."""
     torch.manual_seed(0)
     torch.save(build_backbone("convnet", {"width": 4}).state_dict(), tmp_path / "plain.pt")
     (tmp_path / "few.txt").write_text("a_1.png\na_4.png\n\nb_0.png\nb_2.png\n")

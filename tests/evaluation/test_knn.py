@@ -29,13 +29,13 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny encoder on the digits; nothing but results.json and TensorBoard's files is written here."""
+    """A tiny encoder on the digits; only results.json and TensorBoard files are written here."""
     return trained(tmp_path_factory.mktemp("knn") / "run")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise in two classes, and held out five and two more of it."""
+    """Images of noise in two classes, with five and two held-out images."""
     folder = tmp_path_factory.mktemp("pictures")
     pictures(folder / "train", {"cat": 6, "dog": 5})
     pictures(folder / "test", {"cat": 5, "dog": 2})

@@ -33,7 +33,7 @@ AUGMENT = {"crop_scale": [1.0, 1.0], "affine_p": 1.0, "degrees": 5.0}
 
 
 def encoder_file(folder: Path, data: dict[str, Any] | None = None) -> Path:
-    """An encoder.safetensors of a tiny network, as a run leaves it."""
+    """Write the encoder.safetensors of a tiny network, as a run does."""
     torch.manual_seed(0)
     config = {
         "seed": 0,
@@ -51,7 +51,7 @@ def encoder_file(folder: Path, data: dict[str, Any] | None = None) -> Path:
 
 
 def pictures(folder: Path, counts: dict[str, int], shade: int = 0) -> Path:
-    """Noisy pictures, a class a brightness."""
+    """Write noisy images; each class has its own brightness."""
     rng = np.random.default_rng(shade)
     for number, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True)
@@ -240,7 +240,7 @@ def test_random_held_out_labels_change_the_accuracy_and_not_the_choice(
 
 
 def both_protocols(folder: Path) -> list[tuple[dict[str, Any], Any]]:
-    """The figures of either protocol on 23 training and 7 held-out pictures; every rank reads rank 0's file."""
+    """Return the results of both protocols on 23 training and 7 held-out images; every rank reads rank 0's file."""
     outcomes = []
     for make in (swept, official):
         config = on_folders(make(folder / make.__name__), folder / "train", folder / "test")

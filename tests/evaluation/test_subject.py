@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def trained(folder: Path, data: str = "digits", step: int = 7, supervised: bool = False, **fields: str) -> Path:
-    """A run's directory with a checkpoint of a tiny encoder."""
+    """Write a run's directory with a checkpoint of a tiny encoder."""
     config = TrainConfig(method=MoCoConfig(), seed=3)
     config.model.backbone, config.model.options, config.model.dim = "convnet", {"width": 2}, 8
     config.augment.size, config.augment.mean, config.augment.std = 16, [0.5] * 3, [0.5] * 3
