@@ -23,7 +23,6 @@ BANK = 3_001  # the images that a limited kNN reference set keeps
 HOLD_OUT = 3_002  # the labeled images that an evaluation holds out
 VALIDATION = 3_003  # the labeled images for selecting hyperparameters (learning rate, k)
 FEW_LABELS = 3_004  # the labeled images for fine-tuning
-STEP = 3_005  # the seed of torch's generator in a fine-tuning step: mixup, dropout
 SEARCH = 3_010  # the query images of a search
 REPORT = 3_011  # the images in a report
 SUBSTITUTE = 3_020  # the substitutes of an unreadable image

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from moco.config import OptimConfig
-from moco.data.keyed import STEP, philox
+from moco.data.keyed import step_seed
 from moco.data.loader import Batch
 from moco.data.plan import Plan
 from moco.distributed import gather, in_lockstep, mean_over_ranks, rank, world_size
@@ -145,12 +145,6 @@ def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images[1:], parts[1:]
 
 
-def step_seed(seed: int, step: int, process: int) -> int:
-    """Return a seed for torch's generator, from which mixing and dropout draw; process 0 means all ranks together."""
-    words = philox((seed & 0xFFFFFFFF, seed >> 32), (process, STEP, step, 0))
-    return int(words[0] << 31 | words[1] >> 1)  # 63 bits
-
-
 def train_step(
     forward: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -217,9 +211,11 @@ def train(
     for step, batch in enumerate(in_lockstep(batches)):
         images, target = batch.views[0], labels[batch.index]
         if settings.mix is not None:
-            torch.manual_seed(step_seed(plan.seed, step, 0))
+            torch.manual_seed(step_seed(plan.seed, step << 16))  # the same on all ranks
             images, target = mixed(settings.mix, images, target)
-        torch.manual_seed(step_seed(plan.seed, step, 1 + rank()))  # dropout and drop-path: masks differ between ranks
+        torch.manual_seed(
+            step_seed(plan.seed, (step << 16) + 1 + rank())
+        )  # dropout and drop-path: masks differ between ranks
         lr = settings.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
         try:
             loss = train_step(forward, optimizer, images, target, lr, settings)
