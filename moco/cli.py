@@ -88,7 +88,7 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     store.store(name=f"{name}_schema", node=schema)
     for each in fields(schema):
         for option, node in SCHEMAS.get(each.type, {}).items():
-            store.store(group=f"{each.name}/schema", name=option, node=node)
+            store.store(name=f"{option}_schema", node=node)
     quiet = _QUIET | {"sweep": {"dir": scratch, "subdir": "."}}
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
 
@@ -158,7 +158,7 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
         if schemas.get(name) is not chosen:
             raise ConfigError(
                 f"{each.name}.name={name!r} does not choose a {each.name}: set {each.name}=OPTION, a file of "
-                f"configs/{each.name}/ that opens with the defaults 'schema/NAME@_here_' (NAME is one of "
+                f"configs/{each.name}/ that opens with the defaults '/NAME_schema@_here_' (NAME is one of "
                 f"{', '.join(schemas)})"
             )
         typed[each.name] = chosen
