@@ -192,8 +192,11 @@ def _unwrapped(name: str) -> str:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
+        checkpoint.refuse_zip_bomb(path)
         with warnings.catch_warnings(action="ignore"):  # about pickle's protocol; such files are refused below
             state = torch.load(path, map_location="cpu", weights_only=True)
+    except checkpoint.CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise ForeignFileError(
             f"{path} is refused: it is not a file of weights, or it also holds code (none was run); save only its "

@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,8 @@ def test_every_listed_format_can_be_read(tmp_path: Path) -> None:
 # ---- bombs ----
 
 
-def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [checkpoint.load, read_encoder])
+def test_a_zip_bomb_is_refused(tmp_path: Path, read: Callable[[Path], Any]) -> None:
     path = tmp_path / "step_00000001.pt"
     torch.save({"weight": torch.zeros(10_000_000)}, tmp_path / "plain.pt")
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -273,7 +275,7 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
             packed.writestr(each.filename, plain.read(each))
     assert path.stat().st_size < 1_000_000
     with pytest.raises(CheckpointError, match=r"would unpack to 40,\d+,\d+ bytes, more than its size"):
-        checkpoint.load(path)
+        read(path)
 
 
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
