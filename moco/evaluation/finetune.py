@@ -27,14 +27,7 @@ from moco.data.sources import Source
 from moco.data.view import View
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
-from moco.evaluation.finetuning import (
-    TrainSettings,
-    build_finetune_optimizer,
-    classifier,
-    mixing,
-    plan_of,
-    train,
-)
+from moco.evaluation.finetuning import TrainSettings, build_finetune_optimizer, classifier, mixing, plan_of, train
 from moco.evaluation.metrics import HeldOut, compute_metrics, mean_interval
 from moco.evaluation.subject import Subject, data_with_absolute_paths, labels_of
 from moco.evaluation.task import (

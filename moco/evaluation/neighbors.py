@@ -80,11 +80,7 @@ def nearest(
 
 
 def outlier_scores(
-    features: Features,
-    k: int,
-    block: int = BLOCK,
-    device: torch.device | None = None,
-    progress: Progress | None = None,
+    features: Features, k: int, block: int = BLOCK, device: torch.device | None = None, progress: Progress | None = None
 ) -> NDArray[np.float64]:
     """Compute each row's mean similarity to its k nearest others; outliers have low scores.
 

@@ -108,8 +108,7 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         raise ConfigError(f"data.name={name} has no labels for the evaluation: {fix}")
     if (part := config.data.hold_out) > 0:
         require(
-            held_out is None,
-            f"data.hold_out={part}, but data.name={name} has a held-out split: remove data.hold_out",
+            held_out is None, f"data.hold_out={part}, but data.name={name} has a held-out split: remove data.hold_out"
         )
         _check_seen_images(config, subject)
         with naming_field("data.hold_out", part):

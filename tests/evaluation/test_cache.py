@@ -14,7 +14,6 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.sources import ArraySource, load_source
 from moco.evaluation.cache import cached, key_of
-from tests.distributed.launch import run_ranks
 
 FEATURES = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
 
@@ -71,19 +70,6 @@ def test_a_truncated_file_is_computed_again(tmp_path: Path) -> None:
 def test_changes_of_the_features_do_not_reach_the_file(tmp_path: Path) -> None:
     keep(tmp_path)[0].zero_()
     assert torch.equal(keep(tmp_path)[0], FEATURES)
-
-
-def keep_two(folder: Path) -> list[tuple[Tensor, list[int]]]:
-    return [keep(folder, "seven", 7), keep(folder, "one", 1)]
-
-
-def test_ranks_write_one_file_together(tmp_path: Path) -> None:
-    """Neither 7 nor 1 divides by two; of one row the second process has none."""
-    first, second = run_ranks(2, keep_two, tmp_path)
-    for count, (mine, seen), (theirs, others_seen) in zip((7, 1), first, second, strict=True):
-        assert torch.equal(mine, FEATURES[:count])
-        assert torch.equal(theirs, FEATURES[:count])
-        assert sorted(seen + others_seen) == list(range(count))
 
 
 # ---- keys ----

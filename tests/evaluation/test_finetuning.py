@@ -34,7 +34,6 @@ from moco.evaluation.finetuning import (
 from moco.evaluation.subject import labels_of
 from moco.models.backbones import build_backbone
 from moco.runtime.errors import NonFiniteLoss
-from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
 SGD = OptimConfig(name="sgd", momentum=0.9, weight_decay=1e-2, exclude=[])
@@ -114,7 +113,7 @@ def test_the_steps_are_those_of_a_plain_loop() -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 
 
-def _steps(mixup: float, name: str) -> tuple[dict[str, Tensor], list[float], Tensor]:
+def steps(mixup: float, name: str) -> tuple[dict[str, Tensor], list[float], Tensor]:
     network = smooth()
     plan = plan_of(images=31, batch_size=8, epochs=3, min_steps=0, seed=3)
     assert (plan.rank, plan.processes) == (rank(), world_size())
@@ -122,24 +121,6 @@ def _steps(mixup: float, name: str) -> tuple[dict[str, Tensor], list[float], Ten
     losses = fit(network, plan, settings, replace(SGD, name=name))
     scores = extract(network, source(23), EvalTransform(8), CPU, batch_size=4)
     return dict(network.state_dict()), losses, scores
-
-
-def _all_steps() -> list[tuple[dict[str, Tensor], list[float], Tensor]]:
-    return [_steps(0.0, "sgd"), _steps(0.5, "adamw")]
-
-
-def test_two_processes_make_the_steps_of_one() -> None:
-    """Also with MixUp and CutMix, whose pairs cross ranks, and with 23 held-out images."""
-    truth = np.arange(23) % 3
-    expected = _all_steps()
-    for found in run_ranks(2, _all_steps):
-        for (weights, losses, scores), (other_weights, other_losses, other_scores) in zip(expected, found, strict=True):
-            assert len(losses) == 9
-            assert other_losses == pytest.approx(losses, abs=1e-5)
-            for key, value in weights.items():
-                torch.testing.assert_close(other_weights[key], value, atol=1e-5, rtol=1e-5)
-            assert np.array_equal(other_scores.argmax(1).numpy() == truth, scores.argmax(1).numpy() == truth)
-            torch.testing.assert_close(other_scores, scores, atol=1e-4, rtol=1e-4)
 
 
 def test_frozen_bn_keeps_its_statistics_and_trains_its_scale() -> None:

@@ -20,7 +20,6 @@ from moco.evaluation.knn_classifier import (
     votes_of_draws,
 )
 from moco.evaluation.subsets import draw_labels
-from tests.distributed.launch import run_ranks
 
 BANK, QUERIES, DIM, CLASSES = 60, 41, 7, 5
 
@@ -178,29 +177,6 @@ def test_draws_vote_with_their_few_labels_only() -> None:
         rows = draw_labels(labels, 2, draw)
         few = torch.from_numpy(labels[rows])
         assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, CLASSES, KnnSettings(3)))
-
-
-def everything() -> list[tuple[Tensor, NDArray[np.float64], Accuracy]]:
-    bank, queries, labels = features(131, 0), features(173, 1), classes(131, 2)
-    all_labels, rows = torch.from_numpy(labels), torch.arange(0, 131, 2)
-    few = knn_accuracy(bank, labels, queries, classes(173, 3), KnnSettings(3, 0.1, 2, 4))
-    return [
-        (
-            knn_votes(bank, all_labels, queries, CLASSES, KnnSettings(20, query_chunk=chunk, bank_chunk=50)),
-            leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], KnnSettings(query_chunk=chunk, bank_chunk=50)),
-            few,
-        )
-        for chunk in (20, 1024)  # 173 queries: nine parts, or one, which leaves the second rank none
-    ]
-
-
-def test_two_processes_equal_one_bit_for_bit() -> None:
-    expected = everything()
-    for found in run_ranks(2, everything):
-        for (votes, chosen, few), wanted in zip(found, expected, strict=True):
-            assert torch.equal(votes, wanted[0])
-            assert np.array_equal(chosen, wanted[1])
-            assert few == wanted[2]
 
 
 def test_progress_counts_the_parts() -> None:

@@ -26,7 +26,6 @@ from moco.evaluation.subject import open_labeled
 from moco.evaluation.sweep import Choice, choose
 from moco.interop.encoder_file import build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
-from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
 AUGMENT = {"crop_scale": [1.0, 1.0], "affine_p": 1.0, "degrees": 5.0}
@@ -234,30 +233,6 @@ def test_random_held_out_labels_change_the_accuracy_and_not_the_choice(
     blind = run(swept(tmp_path))[1]
     assert blind["chosen"] == honest["chosen"]
     assert blind["figures"]["top1"] < 20 < honest["figures"]["top1"]
-
-
-# ---- several processes ----
-
-
-def both_protocols(folder: Path) -> list[tuple[dict[str, Any], Any]]:
-    """Return the results of both protocols on 23 training and 7 held-out images; every rank reads rank 0's file."""
-    outcomes = []
-    for make in (swept, official):
-        config = on_folders(make(folder / make.__name__), folder / "train", folder / "test")
-        config.batch_size = 8
-        entries = run(config)
-        outcomes.append((entries[-1]["figures"], entries[-1]["chosen"]))
-    return outcomes
-
-
-def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
-    pictures(tmp_path / "train", {"dark": 8, "middle": 8, "light": 7})
-    pictures(tmp_path / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
-    one = both_protocols(tmp_path)
-    assert [figures["count"] for figures, _ in one] == [7, 7]
-    for folder in ("swept", "official"):
-        (tmp_path / folder / "results.json").unlink()
-    assert run_ranks(2, both_protocols, tmp_path)[0] == one
 
 
 # ---- refusals ----

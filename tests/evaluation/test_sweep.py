@@ -25,7 +25,6 @@ from moco.evaluation.sweep import (
     train_heads,
 )
 from moco.optim.schedules import lr_factor
-from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
 GRID = [(0.01, 0.0), (0.1, 0.0), (0.1, 0.05), (2.0, 0.01)]
@@ -166,12 +165,6 @@ def test_the_retrained_head_uses_all_rows_and_takes_unscaled_features() -> None:
     reference_weight, reference_bias = reference_head(scaling(features), labels, 0.1, 0.01, recipe())
     expected = scaling(features) @ reference_weight.T + reference_bias
     torch.testing.assert_close(features @ weight.T + bias, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_two_processes_choose_and_score_as_one() -> None:
-    expected = pick()
-    for choice in run_ranks(2, pick):
-        assert choice == expected
 
 
 # ---- against scikit-learn ----
