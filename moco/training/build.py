@@ -15,7 +15,6 @@ from moco.data.base import Sources
 from moco.data.opening import open_sources
 from moco.distributed import on_rank_zero, world_size, wrap_ddp
 from moco.methods.build import build_method
-from moco.optim.optimizers import build_optimizer
 from moco.runs.checkpoint import Checkpoint
 from moco.runs.directory import open_run
 from moco.runtime.memory import explain_out_of_memory
@@ -46,11 +45,6 @@ def make_method(config: TrainConfig, labels: Labels | None, device: torch.device
         if config.channels_last:
             method.to(memory_format=torch.channels_last)
     return method
-
-
-def make_optimizer(config: TrainConfig, method: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer. Each step sets its learning rate."""
-    return build_optimizer(method, config.optim)
 
 
 def open_directory(config: TrainConfig) -> IO[str] | None:

@@ -1,11 +1,20 @@
-"""Pretraining: the parts of a run, and its life from the first step to the summary."""
+"""Pretraining: one attempt at a run, from its newest checkpoint or its first step to its end.
 
-from collections.abc import Generator
+`Trainer._loop` takes the steps. One step, in this order:
+
+    read a batch                                             `moco.data.loader.batches`
+    compute the loss and its gradient, update the weights    `moco.training.step.train_step`
+    log                                                      `Trainer._log`
+    evaluate                                                 `Trainer._evaluate`
+    save a checkpoint, if one is due                         `Trainer._save_if_due`
+    after a signal or at the time limit: save and stop       `Trainer._stop_if_requested`
+"""
+
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -30,7 +39,7 @@ from moco.distributed import (
 )
 from moco.interop.encoder_file import save_encoder
 from moco.models.norm import set_calls_per_step
-from moco.optim.optimizers import load_optimizer
+from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr
 from moco.runs import checkpoint
 from moco.runs.checkpoint import Checkpoint
@@ -44,15 +53,7 @@ from moco.runtime.precision import PRECISIONS
 from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
 from moco.runtime.provenance import commit
 from moco.runtime.watchdog import Watchdog, rendezvous_store
-from moco.training.build import (
-    choose_precision,
-    distribute,
-    make_method,
-    make_monitor,
-    make_optimizer,
-    open_data,
-    open_directory,
-)
+from moco.training import build
 from moco.training.checkpoint_schedule import CheckpointSchedule
 from moco.training.checks import check_against_data
 from moco.training.consistency import refuse_other_data, refuse_other_settings
@@ -66,12 +67,7 @@ from moco.training.throughput import Profile, Throughput
 
 
 def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -> None:
-    """Train as `moco.train.train` does.
-
-    Args:
-        config: of the run.
-        preemption: catches signals already; None: they are caught from here on.
-    """
+    """Train as `moco.train.train` does; without a handler, signals are caught from here on."""
     if preemption is None:
         with PreemptionHandler(config.stop_after) as preemption:
             return pretrain(config, preemption)
@@ -80,26 +76,19 @@ def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -
         torch.set_num_threads(config.threads)
     if device.type == "cpu":
         keep_freed_memory()
-    patience = max(10.0, config.hang_after + 5)  # minutes; the watchdog should report before the process group does
+    timeout = max(10.0, config.hang_after + 5)  # minutes: the watchdog should report before the process group does
     with (
-        process_group(device, timeout_minutes=patience),
+        process_group(device, timeout),
         Watchdog(config.hang_after, rendezvous_store(), rank(), world_size()) as watchdog,
     ):
         Trainer(config, preemption, watchdog, device).run()
 
 
 class Trainer:
-    """One attempt at a pretraining run: from its newest checkpoint, if there is one, to its end.
+    """One attempt at a pretraining run.
 
-    The constructor builds the parts of the run in the order in which they depend on each other, and restores the
-    checkpoint. Every rank has all parts, except the metrics log and the doctor, which only rank 0 has, and only if
-    there are steps left.
-
-    Args:
-        config: of the run.
-        preemption: knows whether the run should stop.
-        watchdog: ends the process if no rank makes progress.
-        device: where to train.
+    The constructor builds the parts of the run in the order in which they depend on each other, and restores the newest
+    checkpoint. Every rank has all parts, except the metrics log and the doctor: rank 0 has them if steps are left.
     """
 
     def __init__(
@@ -110,44 +99,46 @@ class Trainer:
         refuse_other_settings(asdict(config))
         self._stop_if_signaled()
 
-        # Data: the images, the samples of each step, and their views.
+        # The images, their views, and the samples of each step.
         self.views = build_views(config.augment)
-        self.sources, self.data_identity = open_data(config, watchdog)
+        self.sources, self.data_identity = build.open_data(config, watchdog)
         self._stop_if_signaled()
         self.plan = Plan(len(self.sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
         check_against_data(config, self.plan, self.sources)
 
-        # The method and its optimizer, as the newest checkpoint left them.
-        self.method = make_method(config, self.sources.train.labels, device)
-        self.optimizer = make_optimizer(config, self.method)
-        self.lock = open_directory(config)
+        # The method and its optimizer, restored from the newest checkpoint.
+        self.method = build.make_method(config, self.sources.train.labels, device)
+        self.optimizer = build_optimizer(self.method, config.optim)  # each step sets its learning rate
+        self.lock = build.open_directory(config)
         state = on_rank_zero(lambda: checkpoint.load_newest(self.path / "checkpoints")) or {}
-        self.precision, self.precision_reason = choose_precision(config, state, self.method.encoder, device)
+        self.precision, self.precision_reason = build.choose_precision(config, state, self.method.encoder, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
         self.start: int = state.get("step", 0)
         self.notes = self._restore(state)
         broadcast_module(self.method)
 
-        # Output: terminal, metrics, checkpoints. Only rank 0 has a metrics log and a doctor.
-        wanted = self.start < self.plan.total_steps
+        # Output: terminal, metrics, checkpoints.
+        unfinished = self.start < self.plan.total_steps
         self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start, quiet=not is_rank_zero())
-        self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, wanted)
-        self.metrics_log = MetricsLogger(self.path, self.start) if is_rank_zero() and wanted else None
+        self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
+        self.metrics_log = MetricsLogger(self.path, self.start) if is_rank_zero() and unfinished else None
         facts = facts_of(config.method, config.batch_size, self.plan.length)
         self.doctor = Doctor(facts, self.path / "metrics.jsonl", self.display.log) if self.metrics_log else None
         self.saver = checkpoint.Saver(self.path / "checkpoints", config.checkpoint.keep_last)
         self.commit = commit() if is_rank_zero() else None
         self.profile: Profile | None = None
 
-        # What is checked and measured while training.
-        self.forward = distribute(config, self.method, device)
+        # Training itself, and what is checked and measured beside it.
+        self.forward = build.distribute(config, self.method, device)
         self.guard = self._build_guard(state.get("skipped", 0))
-        self.monitor = make_monitor(config, self.method, self.sources.train.labels, device, self.precision)
-        self.unreadable = self._build_unreadable()
+        self.monitor = build.make_monitor(config, self.method, self.sources.train.labels, device, self.precision)
+        self.unreadable: UnreadableImages | None = None
+        if config.data.on_bad_image == "replace":
+            self.unreadable = UnreadableImages(self.sources.train, self.path / "bad_images.csv", config.data.max_bad)
         history: History = state.get("history", [])
         self.live_knn = LiveKnn(config, self.method, self.sources, device, self.plan, history, watchdog.heartbeat)
-        if self.unreadable and config.evaluate.every_epochs and wanted:
+        if self.unreadable and config.evaluate.every_epochs and unfinished:
             self.notes += self.live_knn.exclude_unreadable()
         self.stop_reason = DelayedMaxOverRanks(device)
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
@@ -166,20 +157,14 @@ class Trainer:
         return []
 
     def _build_guard(self, skipped: int) -> NonFiniteGuard:
-        limit = self.config.optim.skip_nonfinite
+        limit, folder = self.config.optim.skip_nonfinite, self.path / "nonfinite"
         wait = self.device.type != "cuda" or self.scaler.is_enabled() or limit > 0
-        folder = self.path / "nonfinite"
         return NonFiniteGuard(self.plan, wait, limit, skipped, folder, self._training_state, self.display.log)
 
-    def _build_unreadable(self) -> UnreadableImages | None:
-        if self.config.data.on_bad_image != "replace":
-            return None
-        return UnreadableImages(self.sources.train, self.path / "bad_images.csv", self.config.data.max_bad)
-
-    # ---- the life of a run
+    # ---- steps
 
     def run(self) -> None:
-        """Announce the run, take all steps that are left, export the encoder, and print a summary."""
+        """Take all steps that are left, export the encoder, and print a summary."""
         announce(self)
         if self.start < self.plan.total_steps:
             self._train()
@@ -191,14 +176,14 @@ class Trainer:
             self.lock.close()
 
     def _train(self) -> None:
-        """Take all steps from `start` to the end of the plan."""
-        config = self.config
+        """Open what only the steps need, evaluate the untrained encoder, and take the steps."""
+        config, train = self.config, self.sources.train
         set_calls_per_step(self.method, self.method.passes * config.accumulate)
         self.method.train()
         note = self.unreadable.note if self.unreadable else None
         if self.metrics_log:
-            show_views(self.metrics_log, self.path, self.sources.train, self.plan, self.views, self.device, note)
-        stream = batches(self.sources.train, self.plan, self.views, self.device, config.data.workers, self.start, note)
+            show_views(self.metrics_log, self.path, train, self.plan, self.views, self.device, note)
+        stream = batches(train, self.plan, self.views, self.device, config.data.workers, self.start, note)
         if config.profile and is_rank_zero():
             self.profile = Profile(self.path / "profile", self.device, self.display.log)
         on_gpu = self.device.type == "cuda"
@@ -215,46 +200,35 @@ class Trainer:
                 if part is not None:
                     part.close()
 
-    def _loop(self, stream: Generator[Batch, None, None]) -> None:
-        for step in range(self.start, self.plan.total_steps):
+    def _loop(self, stream: Iterator[Batch]) -> None:
+        """Take all steps that are left; see the top of this file."""
+        total, every = self.plan.total_steps, self.config.log_every
+        for step in range(self.start, total):
             began = perf_counter()
             batch = next(stream)
             arrived = perf_counter()
             measures = self._step(step, batch)
             self.throughput.add_step(began, arrived)
             done = step + 1
-            if measures and (done % self.config.log_every == 0 or done in (1, self.plan.total_steps)):
+            if measures and (done % every == 0 or done in (1, total)):
                 self._log(done, measures)
             self._finish_step(done)
 
     def _step(self, step: int, batch: Batch) -> Measures | None:
-        """Train on one batch. Return its measures, or None if the step was not finite and was skipped."""
-        config = self.config
+        """Train on one batch. Return its measures, or None if the step was skipped because it was not finite."""
+        config, method = self.config, self.method
         values = schedule_values(config, self.plan, self.peak_lr, step)
-        self.method.temperature = values.get("temperature", self.method.temperature)
-        self.method.step = step
+        method.temperature = values.get("temperature", method.temperature)
+        method.step = step
         # Only dropout and drop-path, in timm models, draw from torch's generator. With a seed per step they resume
         # exactly too. The masks differ between ranks.
         torch.manual_seed(step_seed(config.seed, step * world_size() + rank()))
-        settings = StepSettings(
-            values["lr"],
-            values["momentum"],
-            config.accumulate,
-            PRECISIONS[self.precision],
-            config.optim.clip_grad,
-            self.guard.wait,
-        )
+        lr, momentum, precision = values["lr"], values["momentum"], PRECISIONS[self.precision]
+        settings = StepSettings(lr, momentum, config.accumulate, precision, config.optim.clip_grad, self.guard.wait)
+        shuffles = self.plan.shuffles(step, len(self.views)) if config.model.shuffle_keys else None
+        monitor = self.monitor if self.monitor.is_due(step + 1) else None
         try:
-            measures = train_step(
-                self.method,
-                self.forward,
-                self.optimizer,
-                self.scaler,
-                batch,
-                self.plan.shuffles(step, len(self.views)) if config.model.shuffle_keys else None,
-                settings,
-                self.monitor if self.monitor.is_due(step + 1) else None,
-            )
+            measures = train_step(method, self.forward, self.optimizer, self.scaler, batch, shuffles, settings, monitor)
         except NonFiniteLoss as error:
             self.guard.skip(step, batch.index, error)
             return None
@@ -262,7 +236,7 @@ class Trainer:
         return measures
 
     def _finish_step(self, done: int) -> None:
-        """After `done` steps: evaluate, save and stop if it is time."""
+        """Evaluate, save and stop if it is time, after `done` steps."""
         self.watchdog.finished(done)
         if self.profile is not None:
             self.profile.step()
@@ -281,65 +255,14 @@ class Trainer:
         if not last:
             self._stop_if_requested(done, reason, saved)
 
-    # ---- logging and evaluation
-
-    def _log(self, done: int, measures: Measures) -> None:
-        """Write the measures of a step to metrics.jsonl, TensorBoard and the terminal."""
-        values = {name if "/" in name else f"train/{name}": value.item() for name, value in measures.items()}
-        schedules = schedule_values(self.config, self.plan, self.peak_lr, done - 1)
-        values |= {f"train/{name}": value for name, value in schedules.items()}
-        values["train/epoch"] = done / self.plan.steps_per_epoch
-        if self.method.queue is not None:
-            values["train/queue_fill"] = self.method.queue.filled() / self.method.queue.size
-        values |= self.throughput.record()
-        self._synchronize_unreadable()
-        self._record(done, values)
-        if self.metrics_log:
-            for name, counts in self.monitor.histograms.items():
-                self.metrics_log.log_histogram(f"similarity/{name}", counts, done)
-            self.monitor.histograms = {}
-        self.display.step(done, values)
-
-    def _record(self, done: int, values: dict[str, float]) -> None:
-        if self.metrics_log and self.doctor:
-            self.metrics_log.log(done, values)
-            self.doctor.record(values)
-
-    def _evaluate(self, done: int) -> None:
-        """Evaluate the encoder after `done` steps by kNN."""
-        self.guard.check_pending()
-        average_running_statistics(self.method)
-        fix = f"set a smaller evaluate.batch_size={self.config.evaluate.batch_size} or evaluate.bank_size"
-        with explain_out_of_memory(self.device, fix):
-            accuracies, line = self.live_knn.evaluate(done)
-        self._record(done, accuracies)
-        self.display.log(line)
-
-    def _evaluate_at_start(self) -> None:
-        """Evaluate before the first step, or if the previous attempt was stopped before it could evaluate."""
-        if self.live_knn.is_due(self.start):
-            self._evaluate(self.start)
-            self._stop_if_signaled()
-            if self.start:
-                self._save(self.start, self.schedule.keeps(self.start), self._is_best(self.start))
-
-    def _synchronize_unreadable(self) -> None:
-        """Share the unreadable images that each rank has found; report the first ones."""
-        unreadable = self.unreadable
-        if unreadable is not None and (new := unreadable.synchronize()) and new == len(unreadable.found):
-            self.display.log(f"unreadable images are replaced by others and listed in {unreadable.file}: {new} so far")
-
-    # ---- checkpoints and stopping
+    # ---- checkpoints
 
     def _save_if_due(self, done: int) -> bool:
+        """Save after the last step, after the best evaluation so far, and at the intervals of `config.checkpoint`."""
         best = self._is_best(done)
-        check_time = done % min(self.config.log_every, 10) == 0  # not after every step: it is a collective
-        due = (
-            done == self.plan.total_steps
-            or best
-            or self.schedule.is_due(done)
-            or (check_time and on_rank_zero(self.schedule.is_late))
-        )
+        due = done == self.plan.total_steps or best or self.schedule.is_due(done)
+        if not due and done % min(self.config.log_every, 10) == 0:  # not after every step: it is a collective
+            due = on_rank_zero(self.schedule.is_late)
         if due:
             self._save(done, self.schedule.keeps(done), best)
         return due
@@ -369,20 +292,22 @@ class Trainer:
             "data": self.data_identity,
         }
 
-    def _training_state(self) -> dict[str, Any]:
-        return {
-            "config": asdict(self.config),
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+    def _training_state(self) -> Checkpoint:
+        method, optimizer = self.method.state_dict(), self.optimizer.state_dict()
+        return {"config": asdict(self.config), "method": method, "optimizer": optimizer}
+
+    # ---- stopping before the end
 
     def _stop_if_requested(self, done: int, reason: int, saved: bool) -> None:
         """Save and stop if any rank has received a signal, reached its time limit, or failed to save.
 
         Args:
             done: number of finished steps.
-            reason: why to stop, if that is known already.
-            saved: whether these steps are saved.
+            reason: why to stop, if the ranks have agreed on that already.
+            saved: whether there is a checkpoint of these steps.
+
+        Raises:
+            Preempted: on all ranks, once the checkpoint is on disk.
         """
         own = Reason.NOT_SAVED if self.saver.failed() else self.preemption.reason()
         if reason := max(reason, self.stop_reason(own)):
@@ -392,7 +317,55 @@ class Trainer:
             raise Preempted(Reason(reason), done, self.plan.total_steps)
 
     def _stop_if_signaled(self) -> None:
-        """Stop all ranks if one of them has received a signal. For use between the steps, where all ranks wait."""
+        """Stop all ranks, without saving, if one of them has received a signal. Not for use after a step."""
         self.watchdog.heartbeat()
         if reason := max_over_ranks(self.preemption.signal_received()):
             raise Preempted(Reason(reason))
+
+    # ---- evaluation and logging
+
+    def _evaluate_at_start(self) -> None:
+        """Evaluate before the first step, or if the previous attempt was stopped before it could evaluate."""
+        if self.live_knn.is_due(self.start):
+            self._evaluate(self.start)
+            self._stop_if_signaled()
+            if self.start:
+                self._save(self.start, self.schedule.keeps(self.start), self._is_best(self.start))
+
+    def _evaluate(self, done: int) -> None:
+        """Evaluate the encoder after `done` steps by kNN."""
+        self.guard.check_pending()
+        average_running_statistics(self.method)
+        fix = f"set a smaller evaluate.batch_size={self.config.evaluate.batch_size} or evaluate.bank_size"
+        with explain_out_of_memory(self.device, fix):
+            accuracies, line = self.live_knn.evaluate(done)
+        self._record(done, accuracies)
+        self.display.log(line)
+
+    def _log(self, done: int, measures: Measures) -> None:
+        """Write the measures of a step to metrics.jsonl, TensorBoard and the terminal."""
+        values = {name if "/" in name else f"train/{name}": value.item() for name, value in measures.items()}
+        schedules = schedule_values(self.config, self.plan, self.peak_lr, done - 1)
+        values |= {f"train/{name}": value for name, value in schedules.items()}
+        values["train/epoch"] = done / self.plan.steps_per_epoch
+        if self.method.queue is not None:
+            values["train/queue_fill"] = self.method.queue.filled() / self.method.queue.size
+        values |= self.throughput.record()
+        self._synchronize_unreadable()
+        self._record(done, values)
+        if self.metrics_log:
+            for name, counts in self.monitor.histograms.items():
+                self.metrics_log.log_histogram(f"similarity/{name}", counts, done)
+            self.monitor.histograms = {}
+        self.display.step(done, values)
+
+    def _record(self, done: int, values: dict[str, float]) -> None:
+        if self.metrics_log and self.doctor:
+            self.metrics_log.log(done, values)
+            self.doctor.record(values)
+
+    def _synchronize_unreadable(self) -> None:
+        """Share the unreadable images that each rank has found; report the first ones."""
+        unreadable = self.unreadable
+        if unreadable is not None and (new := unreadable.synchronize()) and new == len(unreadable.found):
+            self.display.log(f"unreadable images are replaced by others and listed in {unreadable.file}: {new} so far")
