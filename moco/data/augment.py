@@ -41,11 +41,7 @@ def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Ten
 
 
 def crop_one(
-    image: Tensor,
-    uniforms: NDArray[np.float32],
-    view: View,
-    full_size: tuple[int, int] | None = None,
-    factor: int = 1,
+    image: Tensor, uniforms: NDArray[np.float32], view: View, full_size: tuple[int, int] | None = None, factor: int = 1
 ) -> Tensor:
     """Apply stage 1 to one streamed image: uint8 (3, h, w) and one row of `draw_crop` -> uint8 (3, S, S).
 

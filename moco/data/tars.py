@@ -21,11 +21,7 @@ from moco.data.walk import IMAGE_ENDINGS
 WITHOUT, FURTHER = "samples without an image", "further images of samples that have one"
 _PART = 64  # images of one sample in memory: names with dots can make a complete shard seem one sample
 _OWN = re.compile(r"__[^/]*__(/|$)")
-_PACKERS: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\x00": lzma.open,
-}
+_PACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 class Readable(Protocol):

@@ -14,18 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix
 
 from moco.data import ops
-from moco.data.augment import (
-    Params,
-    View,
-    _plan,
-    _send,
-    augment,
-    crop_batch,
-    crop_one,
-    draw,
-    draw_crop,
-    largest_shrink,
-)
+from moco.data.augment import Params, View, _plan, _send, augment, crop_batch, crop_one, draw, draw_crop, largest_shrink
 from moco.data.crop import crop_boxes
 from moco.data.keyed import keyed_uniform
 

@@ -25,11 +25,7 @@ from tests.data.unreadable_files import encoded, noise
     ],
 )
 def test_a_damaged_folder_is_repaired(
-    files: list[str],
-    start: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    files: list[str], start: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = class_folders(tmp_path / "train", count=24)
     (root / "cat" / "01bad.jpg").write_bytes(b"not an image")

@@ -324,12 +324,7 @@ def test_a_forbidden_link_is_not_a_broken_one(tmp_path: Path, monkeypatch: pytes
 
 
 _setpriv = shutil.which("setpriv")
-_UNPRIVILEGED = [
-    "--bounding-set",
-    "-dac_override,-dac_read_search",
-    "--inh-caps",
-    "-dac_override,-dac_read_search",
-]
+_UNPRIVILEGED = ["--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-dac_override,-dac_read_search"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and _setpriv is None, reason="root needs setpriv to be refused")

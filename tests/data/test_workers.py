@@ -81,10 +81,7 @@ def test_a_death_is_reported_in_packing(source: Source, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("message", "expected"),
     [
-        (
-            "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
-            r"died \(unknown cause\), most likely because mem",
-        ),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", r"died \(unknown cause\), most likely because mem"),
         ("DataLoader worker (pid 7) is killed by signal: Terminated. ", r"died \(Terminated\): lower data\.workers=1"),
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", "shared memory .*: make /dev/shm larger"),
         ("Too many open files. Communication with the workers", r"raise ulimit -n, or lower data\.workers=1"),
