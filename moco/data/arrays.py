@@ -84,21 +84,13 @@ def open_digits(config: DataConfig) -> Sources:
     return Sources(train, train, every.subset(held_out))
 
 
-def open_cifar10(config: DataConfig) -> Sources:
-    """Open CIFAR-10: 50,000 training and 10,000 test images of 32x32."""
-    return _open_cifar(datasets.CIFAR10, config)
+def open_cifar(name: str, config: DataConfig) -> Sources:
+    """Open CIFAR10 or CIFAR100: 50,000 training and 10,000 test images of 32x32."""
 
-
-def open_cifar100(config: DataConfig) -> Sources:
-    """Open CIFAR-100: 50,000 training and 10,000 test images of 32x32."""
-    return _open_cifar(datasets.CIFAR100, config)
-
-
-def _open_cifar(dataset: Any, config: DataConfig) -> Sources:
     def split(train: bool) -> ArraySource:
-        data = _open_torchvision(dataset, config, train=train)
+        data = _open_torchvision(getattr(datasets, name), config, train=train)
         images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
-        names = [f"{dataset.__name__.lower()}/{'train' if train else 'test'}/{i}" for i in range(len(images))]
+        names = [f"{name.lower()}/{'train' if train else 'test'}/{i}" for i in range(len(images))]
         return ArraySource(images, names, np.asarray(data.targets, np.int64), tuple(data.classes))
 
     train = split(train=True)

@@ -19,11 +19,12 @@ Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 class Source(Protocol):
-    """A list of images in a fixed order, with or without labels."""
+    """A list of images in a fixed order, with or without labels. The defaults are those of encoded images in files."""
 
     @property
     def images(self) -> Tensor | None:
         """All images, uint8 (N, 3, H, W), if they are in memory; None if each is decoded on request."""
+        return None
 
     @property
     def labels(self) -> NDArray[np.int64] | None:
@@ -36,10 +37,12 @@ class Source(Protocol):
     @property
     def unreadable(self) -> Mapping[int, ImageError]:
         """The images in memory that could not be decoded (black in `images`); empty for every other source."""
+        return {}
 
     @property
     def stream(self) -> Callable[..., Any] | None:
         """Make a loader for a source that can only be read from start to end (see `moco.data.remote`); else None."""
+        return None
 
     def __len__(self) -> int: ...
 
@@ -55,6 +58,7 @@ class Source(Protocol):
 
     def path(self, i: int) -> str | None:
         """Return the path of image i's own file; None if it has none."""
+        return None
 
     def content(self, i: int) -> bytes | None:
         """Return the encoded bytes of image i; None if the source holds pixels only.

@@ -9,21 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import DataConfig, RunWarning
-from moco.data.base import Sources, entries_digest, labeled
-from moco.data.decode import ImageError, decode, read_bytes
+from moco.data.base import Source, Sources, entries_digest, labeled
+from moco.data.decode import decode, read_bytes
 from moco.data.walk import IMAGE_ENDINGS, walk
 from moco.distributed import is_rank_zero
 
 
 @dataclass(frozen=True, eq=False)
-class FolderSource:
+class FolderSource(Source):
     """Image files below a root, decoded on request."""
 
     root: str  # absolute
@@ -35,9 +35,6 @@ class FolderSource:
     ignored: Mapping[str, int] = field(default_factory=dict)  # number of files that are not images, by kind
     unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
     broken: Mapping[str, str] = field(default_factory=dict)  # broken links without an image's name -> target
-    images: ClassVar[None] = None
-    unreadable: ClassVar[Mapping[int, ImageError]] = {}
-    stream: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -122,10 +119,10 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> F
     """Find all images below a root, ordered by path.
 
     Args:
-        field: the name of the root's field, for errors.
+        field: the field that names the root, for errors.
         root: the folder.
         labels: "none" or "folder".
-        keep_unlistable: list the folders that cannot be listed in the source; False: raise an error.
+        keep_unlistable: record the folders that cannot be listed in the source; False: raise an error.
 
     Warns:
         RunWarning: about broken links without an image's name.

@@ -10,21 +10,21 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import DataConfig
-from moco.data.base import Sources, entries_digest, labeled
+from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
 
 HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the first found is used
 
 
 @dataclass(frozen=True, eq=False)
-class HubSource:
+class HubSource(Source):
     """One split of a data set, each image read on request."""
 
     table: Any  # a datasets.Dataset with the one column `column`, of encoded images
@@ -33,9 +33,6 @@ class HubSource:
     rows: NDArray[np.int64]  # (N,), rows of the table
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    images: ClassVar[None] = None
-    unreadable: ClassVar[Mapping[int, ImageError]] = {}
-    stream: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,9 +42,6 @@ class HubSource:
 
     def name(self, i: int) -> str:
         return f"{self.split}/{self.rows[i]}"
-
-    def path(self, i: int) -> None:
-        return None
 
     def content(self, i: int) -> bytes:
         stored = self.table[int(self.rows[i])][self.column] or {}

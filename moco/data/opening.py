@@ -1,7 +1,8 @@
 """From a configuration to a run's data set and its views."""
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any
 
 from moco.config import AugmentConfig, ConfigError, DataConfig, require
@@ -29,8 +30,8 @@ def open_sources(
     """
 
     def load(download: bool) -> Sources:
-        with progress_bar("decoding images", quiet=not is_rank_zero()) as bar:
-            return load_source(replace(config, download=download), _with_heartbeat(bar, heartbeat), keep_unreadable)
+        with _progress("decoding images", heartbeat) as progress:
+            return load_source(replace(config, download=download), progress, keep_unreadable)
 
     if config.download:
         on_rank_zero(lambda: len(load(True).train))  # one rank downloads, then all of them read
@@ -38,12 +39,16 @@ def open_sources(
     return sources if sources.bank is None else replace(sources, bank=limited(sources.bank, bank_size))
 
 
-def _with_heartbeat(bar: Progress, heartbeat: Callable[[], None]) -> Progress:
+@contextmanager
+def _progress(title: str, heartbeat: Callable[[], None]) -> Iterator[Progress]:
+    """Show a progress bar on rank 0, and call `heartbeat` on every rank."""
+
     def progress(done: int, total: int) -> None:
         heartbeat()
         bar(done, total)
 
-    return progress
+    with progress_bar(title, quiet=not is_rank_zero()) as bar:
+        yield progress
 
 
 def without_unreadable_references(
@@ -61,8 +66,7 @@ def without_unreadable_references(
         return sources, []
     messages, kept = [], []
     for name, source in (("reference", sources.bank), ("held-out", sources.held_out)):
-        with progress_bar(f"reading the {name} images", quiet=not is_rank_zero()) as bar:
-            progress = _with_heartbeat(bar, heartbeat)
+        with _progress(f"reading the {name} images", heartbeat) as progress:
             readable, unreadable = without_unreadable(source, f"{name} images", config.max_bad, progress)
         kept.append(readable)
         if unreadable:
@@ -75,21 +79,20 @@ def without_unreadable_references(
 
 
 def build_views(config: AugmentConfig) -> list[View]:
-    """Return one recipe per view: the group's fields, then the same with the fields of `second`, and so on in turn.
+    """Return one recipe per view, in turn: the group's fields, and the same with the fields of `second`.
 
     Raises:
         ConfigError: for an unknown field of `second`, or an invalid value.
     """
-    values = _tuples({k: v for k, v in asdict(config).items() if k not in ("views", "second", "eval_resize")})
-    unknown = set(config.second) - set(values)
-    require(not unknown, f"augment.second has unknown fields {', '.join(sorted(unknown))}: use {', '.join(values)}")
+    first = {each.name: getattr(config, each.name) for each in fields(View)}
+    unknown = set(config.second) - set(first)
+    require(not unknown, f"augment.second has unknown fields {', '.join(sorted(unknown))}: use {', '.join(first)}")
     require("size" not in config.second, "augment.second cannot change size: both views have augment.size")
-    try:
-        recipes = View(**values), View(**(values | _tuples(config.second)))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"augment.{error}") from error
+    recipes = []
+    for values in (first, first | config.second):
+        recipe: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        try:
+            recipes.append(View(**recipe))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"augment.{error}") from error
     return [recipes[view % 2] for view in range(config.views)]
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -20,33 +20,13 @@ import numpy as np
 
 from moco.config.pack import PackConfig
 from moco.config.subject import SubjectConfig
+from moco.data import pack_output, shard_index
 from moco.data.base import Source, Sources
-from moco.data.decode import ImageError
 from moco.data.opening import open_sources
-from moco.data.pack_output import (
-    Part,
-    begin,
-    join_rows,
-    part_path,
-    read_part,
-    refuse_other,
-    settings,
-    verify,
-    write_part,
-)
-from moco.data.shard_index import (
-    INDEX,
-    PARTS,
-    SKIPPED,
-    SPLITS,
-    VERSION,
-    file_digest,
-    is_intact,
-    read_index,
-    row_type,
-    sealed,
-)
+from moco.data.pack_output import Part, part_path, read_part
+from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_digest
 from moco.data.shard_writer import Encoded, ShardWriter, encoded
+from moco.data.unreadable import refuse_many
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, progress_bar, summary_panel
 from moco.runtime.next_command import command
@@ -68,12 +48,12 @@ def pack(config: PackConfig) -> None:
     started, output = time.monotonic(), Path(config.output)
     data = replace(config.data, resident=False)  # a few images at a time are enough
     splits = splits_of(open_sources(data, bank_size=0, keep_unreadable=True))
-    wanted = settings(config, splits)
+    wanted = pack_output.settings(config, splits)
     lock = lock_directory(output, "output")
     try:
         index, title = finished(output, wanted)
         if index is None:
-            begin(output, wanted)
+            pack_output.begin(output, wanted)
             with write_errors(output):
                 parts = {name: pack_split(config, name, source) for name, source in splits.items()}
                 index = finish(output, splits, parts, wanted)
@@ -92,37 +72,29 @@ def finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | Non
     """
     if not (output / INDEX).is_file():
         return None, "packed"
-    index = read_index(output, f"output={output}")
-    refuse_other(output, index["settings"], wanted)
-    if verify(output, index):
+    index = shard_index.read_index(output, f"output={output}")
+    pack_output.refuse_other(output, index["settings"], wanted)
+    if pack_output.verify(output, index):
         return index, "already packed, and every file is intact"
     return None, "repaired: the damaged part was packed again"
 
 
 def splits_of(sources: Sources) -> dict[str, Source]:
     """Return the splits by name, without a bank that is the training split itself."""
-    found = {"train": sources.train, "bank": sources.bank, "held_out": sources.held_out}
-    if sources.bank is sources.train:
-        found["bank"] = None
-    assert tuple(found) == SPLITS
-    return {name: source for name, source in found.items() if source is not None}
+    bank = None if sources.bank is sources.train else sources.bank
+    found = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
+    return {name: source for name, source in found if source is not None}
 
 
 class Packer:
-    """Packs one split, from where an interrupted command stopped.
-
-    Args:
-        config: settings and output.
-        split: its name.
-        source: its images.
-    """
+    """Packs one split, from where an interrupted command stopped."""
 
     def __init__(self, config: PackConfig, split: str, source: Source) -> None:
         self.output, self.split, self.source = Path(config.output), split, source
         self.most_bytes, self.max_bad = int(config.shard_mb * 1e6), config.data.max_bad
         self.parts: list[Path] = []  # files of the finished parts
         self.start = 0  # the first image that is in none of them
-        self._shards = self._packed = self._skipped = 0  # in all finished parts
+        self._shards = self._packed = self._skipped = 0  # numbers of all finished parts
         self._shard: ShardWriter | None = None
         self._before, self._unreadable = 0, list[list[str]]()  # of the part that is being written
         self._resume()
@@ -145,7 +117,7 @@ class Packer:
         """Return a finished part, or None if it or its shard is damaged."""
         try:
             part = read_part(file)
-            intact = not part.shard or is_intact(self.output / part.shard["file"], part.shard["sha256"])
+            intact = not part.shard or shard_index.is_intact(self.output / part.shard["file"], part.shard["sha256"])
         except Exception:  # a damaged zip raises many kinds of errors; the part is packed again after any of them
             return None
         return part if intact else None
@@ -166,7 +138,8 @@ class Packer:
         name = self.source.name(i)
         if image.fault:
             self._unreadable.append([name, image.fault, image.reason])
-            self._refuse_many(name, image.reason)
+            count, what = self._skipped + len(self._unreadable), f"{self.split} images"
+            refuse_many(count, len(self.source), what, self.max_bad, f"the last: {name} ({image.reason})")
             return
         if self._shard is not None and self._shard.size_with(image.content) > self.most_bytes:
             self._end_part(i)
@@ -184,11 +157,11 @@ class Packer:
 
     def _end_part(self, end: int) -> None:
         """Close the shard; once the file of its part is written, it counts as finished."""
-        rows, shard = (np.empty(0, row_type(1)), {}) if self._shard is None else self._shard.close()
+        rows, shard = (np.empty(0, shard_index.row_type(1)), {}) if self._shard is None else self._shard.close()
         self._shard = None
         part = Part(rows, shard, end, self._before, self._unreadable)
         file = part_path(self.output, self.split, len(self.parts))
-        write_part(file, part)
+        pack_output.write_part(file, part)
         self._count(file, part)
         self._before, self._unreadable = 0, []
 
@@ -196,16 +169,6 @@ class Packer:
         """Remove the unfinished shard, if there is one."""
         if self._shard is not None:
             self._shard.discard()
-
-    def _refuse_many(self, name: str, reason: str) -> None:
-        count = self._skipped + len(self._unreadable)
-        if count > self.max_bad * len(self.source):
-            alternative = ", or raise data.max_bad" if count < len(self.source) else ""  # it must stay below 1
-            raise ImageError(
-                f"{count} of the {len(self.source):,} {self.split} images cannot be read, more than data.max_bad="
-                f"{self.max_bad:g} allows, the last: {name} ({reason}); python -m moco.check_data finds all: repair or "
-                f"remove them{alternative}"
-            )
 
 
 def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
@@ -242,7 +205,7 @@ def finish(
         if not shards:
             raise ValueError(f"none of the {len(source):,} {name} images can be read: check data.root")
         rows = output / f"{name}.npy"
-        count = join_rows(rows, parts[name])
+        count = pack_output.join_rows(rows, parts[name])
         entries[name] = {
             "rows": rows.name,
             "sha256": file_digest(rows),
@@ -256,7 +219,7 @@ def finish(
     classes = next((list(source.classes) for source in splits.values() if source.labels is not None), [])
     index = {"version": VERSION, "classes": classes, "splits": entries, "settings": wanted}
     index["skipped"] = file_digest(output / SKIPPED)
-    write_json(output / INDEX, sealed(index))
+    write_json(output / INDEX, shard_index.sealed(index))
     return index
 
 

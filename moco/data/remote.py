@@ -14,13 +14,14 @@ Legend: B global batch, n = B / W samples per rank, S shards.
 
 import contextlib
 import hashlib
+import itertools
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moco.config import DataConfig, RunWarning
-from moco.data.base import Sources, entries_digest
+from moco.data.base import Source, Sources, entries_digest
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
 from moco.data.plan import Plan
@@ -52,17 +53,14 @@ class StreamError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class RemoteSource:
+class RemoteSource(Source):
     """Tar shards that are read from start to end, by `moco.data.loader.batches` only."""
 
     addresses: tuple[str, ...]
     length: int  # images per epoch
     buffer: int  # images that a worker buffers to shuffle them
-
     labels: None = None
     classes: tuple[str, ...] = ()
-    images: ClassVar[None] = None
-    unreadable: ClassVar[Mapping[int, ImageError]] = {}
 
     def __len__(self) -> int:
         return self.length
@@ -72,9 +70,6 @@ class RemoteSource:
 
     def name(self, i: int) -> str:
         return f"webdataset/{i}"
-
-    def path(self, i: int) -> None:
-        return None
 
     def content(self, i: int) -> bytes:
         raise _NO_ACCESS
@@ -95,8 +90,8 @@ class RemoteSource:
 
         Args:
             cut: makes a batch's views from its images, in the worker.
-            plan: batch size, rank, seed.
-            start: first step.
+            plan: the batch size, the rank and the seed.
+            start: the first step.
             workers: loader processes; at most one per shard of this rank is used.
             replace: skip unreadable images and report them; False: they end the stream.
             options: further arguments of PyTorch's loader.
@@ -134,19 +129,21 @@ def open_remote(config: DataConfig) -> Sources:
         FileNotFoundError: if a local shard does not exist.
         ValueError: if the package webdataset is not installed, or if a field is invalid.
     """
-    _webdataset()
-    from webdataset.shardlists import expand_urls
-
+    try:
+        from webdataset.shardlists import expand_urls  # only this source needs the package
+    except ImportError as error:
+        raise ValueError(
+            "data.name=webdataset needs the package webdataset: pip install 'momentum-contrast[webdataset]'; local "
+            "shards of moco.pack do not, data=shards"
+        ) from error
     root = config.root
     if config.length < 1:
         raise ValueError(f"data.length={config.length}: set it to the number of images per epoch")
-    if config.shuffle_buffer < 1:
-        raise ValueError(f"data.shuffle_buffer={config.shuffle_buffer} must be at least 1 (no shuffling)")
     try:
         addresses = tuple(str(each) for each in expand_urls(root))
     except (AssertionError, KeyError) as error:
         raise ValueError(
-            f"data.root={root} contains an unknown variable: ${{NAME}} stands for the environment variable WDS_NAME"
+            f"data.root={root} contains an unset variable: ${{NAME}} is the environment variable WDS_NAME"
         ) from error
     except ValueError as error:  # of braceexpand
         raise ValueError(f"data.root={root}: {error}; the syntax is train-{{000000..000099}}.tar") from error
@@ -155,29 +152,16 @@ def open_remote(config: DataConfig) -> Sources:
     return Sources(RemoteSource(addresses, config.length, config.shuffle_buffer))
 
 
-def _webdataset() -> None:
-    try:
-        import webdataset  # noqa: F401 # only this source needs it
-    except ImportError as error:
-        raise ValueError(
-            "data.name=webdataset needs the package webdataset: pip install 'momentum-contrast[webdataset]'; local "
-            "shards of moco.pack do not, data=shards"
-        ) from error
-
-
 def _check_address(address: str, allow_pipe: bool) -> None:
     """Refuse a missing file, an unknown scheme, and a command that was not allowed."""
     scheme = urlparse(address).scheme  # in lower case, as in webdataset
-    if scheme == "pipe":
-        if not allow_pipe:
-            raise ValueError(
-                f"data.root={address} would run a shell command here: set data.allow_pipe=true to allow it"
-            )
-    elif scheme in ("", "file"):
+    if scheme == "pipe" and not allow_pipe:
+        raise ValueError(f"data.root={address} would run a shell command here: set data.allow_pipe=true to allow it")
+    if scheme in ("", "file"):
         path = Path(url2pathname(urlparse(address).path) if scheme else address)
         if not path.is_file():
             raise FileNotFoundError(f"data.root: the shard {address} does not exist: correct the path")
-    elif scheme not in SCHEMES:
+    elif scheme not in ("pipe", *SCHEMES):
         raise ValueError(
             f"data.root={address}: {scheme}: is not supported: use a path, {', '.join(SCHEMES)}, or pipe with "
             "data.allow_pipe=true"
@@ -204,9 +188,8 @@ class _Stream(IterableDataset[Any]):
         slot, slots = plan.rank * workers + worker, plan.processes * workers
         buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # a larger one would repeat images
         start = self.steps.start
-        samples = shuffled(
-            endless(self.source.addresses, plan.seed, start, slot, slots), buffer, plan.seed, start, slot
-        )
+        ordered = endless(self.source.addresses, plan.seed, start, slot, slots)
+        samples = shuffled(ordered, buffer, plan.seed, start, slot)
         for step in self.steps[worker::workers]:
             epoch, position = divmod(step, plan.steps_per_epoch)
             first = position * plan.batch_size + plan.rank * plan.share
@@ -248,8 +231,8 @@ def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots:
     Raises:
         StreamError: if a shard cannot be read, or no shard contains an image.
     """
-    number_of_pass, warned = start, False  # begins with `start`, so that a resumed run uses another order
-    while True:
+    warned = False
+    for number_of_pass in itertools.count(start):  # from `start` on, so that a resumed run uses another order
         order = permutation(seed, number_of_pass, len(addresses), SHARDS)
         own, others = order[slot::slots], np.delete(order, np.s_[slot::slots])
         found = False
@@ -274,7 +257,6 @@ def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots:
                 f"data.root: no image in {addresses[order[slot]]}, nor in any other shard: images are files that end "
                 f"in {' '.join(IMAGE_ENDINGS)}"
             )
-        number_of_pass += 1
 
 
 def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sample]:
@@ -306,20 +288,11 @@ def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sa
 
 def shuffled(samples: Iterable[Sample], size: int, seed: int, start: int, slot: int) -> Iterator[Sample]:
     """Yield the samples out of order: each from a keyed random position of a buffer, which the next sample fills."""
-    buffer: list[Sample] = []
-    positions = _positions(size, seed, start, slot)
-    for sample in samples:
-        if len(buffer) < size:
-            buffer.append(sample)
-            continue
-        position = next(positions)
+    samples = iter(samples)
+    buffer = list(itertools.islice(samples, size))
+    parts = (np.arange(first, first + _DRAWS) for first in itertools.count(0, _DRAWS))
+    drawn = (u for part in parts for u in keyed_uniform(seed, start, part, MIXING + slot, 1)[:, 0])
+    for sample, u in zip(samples, drawn, strict=False):
+        position = int(u * size)
         yield buffer[position]
         buffer[position] = sample
-
-
-def _positions(size: int, seed: int, start: int, slot: int) -> Iterator[int]:
-    first = 0
-    while True:
-        drawn = keyed_uniform(seed, start, np.arange(first, first + _DRAWS), MIXING + slot, 1)[:, 0]
-        yield from (drawn * size).astype(int).tolist()
-        first += _DRAWS

@@ -42,9 +42,7 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
     file = folder / INDEX
     if not file.is_file():
         raise FileNotFoundError(f"{where} {_without_index(folder)}")
-    index = read_sealed(file, f"restore it from a copy, or remove {folder} and pack the images again", VERSION)
-    assert isinstance(index["splits"], dict)
-    return index
+    return read_sealed(file, f"restore it from a copy, or remove {folder} and pack the images again", VERSION)
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +51,7 @@ def sealed(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_sealed(file: Path, fix: str, version: int) -> dict[str, Any]:
-    """Read a JSON file of `sealed` values, without the SHA-256.
+    """Read a JSON file of `sealed` values; return them without the SHA-256.
 
     Raises:
         ValueError: with `fix` if it is damaged; or if it has another version.
@@ -77,10 +75,10 @@ def _seal(value: dict[str, Any]) -> str:
 
 def _without_index(folder: Path) -> str:
     """Describe a folder without an index, and the fix."""
+    if not folder.exists():
+        return "does not exist: set it to the output of moco.pack"
     if not folder.is_dir():
-        return (
-            "is a file, not a folder" if folder.exists() else "does not exist"
-        ) + ": set it to the output of moco.pack"
+        return "is a file, not a folder: set it to the output of moco.pack"
     if (folder / PARTS).is_dir():
         return "is not completely packed: run the same moco.pack command again to resume"
     if any(folder.glob("*.tar")):

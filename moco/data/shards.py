@@ -7,18 +7,18 @@ Legend: N images.
 
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import DataConfig
-from moco.data.base import Sources, entries_digest, labeled
+from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.shard_index import file_digest, read_index
 
@@ -26,7 +26,7 @@ OPEN_FILES = 64  # per process, whatever the number of shards
 
 
 @dataclass(frozen=True, eq=False)
-class ShardSource:
+class ShardSource(Source):
     """One split of a packed folder, each image read on request."""
 
     root: str  # absolute
@@ -34,9 +34,6 @@ class ShardSource:
     rows: NDArray[np.void]  # (N,) of `row_type`, mapped from the file
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    images: ClassVar[None] = None
-    unreadable: ClassVar[Mapping[int, ImageError]] = {}
-    stream: ClassVar[None] = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,9 +43,6 @@ class ShardSource:
 
     def name(self, i: int) -> str:
         return os.fsdecode(bytes(self.rows["name"][i]))
-
-    def path(self, i: int) -> None:
-        return None
 
     def content(self, i: int) -> bytes:
         row = self.rows[i]

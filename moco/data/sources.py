@@ -8,6 +8,7 @@ Legend: N images.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,29 +18,16 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.config.base import check_bounds
 from moco.config.data import check_data_fields
-from moco.data.arrays import SPLIT_SEED, ArraySource, open_cifar10, open_cifar100, open_digits, open_stl10
-from moco.data.base import Progress, Source, Sources, names_digest
+from moco.data.arrays import SPLIT_SEED, ArraySource, open_cifar, open_digits, open_stl10
+from moco.data.base import Progress, Source, Sources
 from moco.data.decode import ImageError
 from moco.data.folder import FolderSource, open_folder, open_imagenet
-from moco.data.hub import HubSource, open_hub
+from moco.data.hub import open_hub
 from moco.data.keyed import BANK, permutation
-from moco.data.remote import RemoteSource, open_remote
-from moco.data.shards import ShardSource, open_shards
+from moco.data.remote import open_remote
+from moco.data.shards import open_shards
 
-__all__ = [
-    "SOURCES",
-    "ArraySource",
-    "FolderSource",
-    "HubSource",
-    "Progress",
-    "RemoteSource",
-    "ShardSource",
-    "Source",
-    "Sources",
-    "limited",
-    "load_source",
-    "names_digest",
-]
+__all__ = ["SOURCES", "ArraySource", "FolderSource", "Source", "Sources", "limited", "load_source"]
 
 
 class Kind(NamedTuple):
@@ -53,8 +41,8 @@ _DOWNLOADED = "the folder that contains the data set, or into which data.downloa
 
 SOURCES: dict[str, Kind] = {
     "digits": Kind(open_digits, root=""),
-    "cifar10": Kind(open_cifar10, root=_DOWNLOADED),
-    "cifar100": Kind(open_cifar100, root=_DOWNLOADED),
+    "cifar10": Kind(partial(open_cifar, "CIFAR10"), root=_DOWNLOADED),
+    "cifar100": Kind(partial(open_cifar, "CIFAR100"), root=_DOWNLOADED),
     "stl10": Kind(open_stl10, root=_DOWNLOADED),
     "imagenet": Kind(open_imagenet),
     "folder": Kind(open_folder),

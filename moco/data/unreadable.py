@@ -6,6 +6,7 @@ Legend: N images, W processes.
 import csv
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -59,24 +60,22 @@ def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> t
 
 def find_unreadable(source: Source, rows: Sequence[int], progress: Progress | None = None) -> dict[int, ImageError]:
     """Decode the given images and return the errors by row; `progress` is called with (done, total)."""
+    found: dict[int, ImageError] = {}
 
-    def errors(part: Sequence[int]) -> dict[int, ImageError]:
-        found: dict[int, ImageError] = {}
+    def check(part: Sequence[int]) -> int:
         for i in part:
             try:
                 source.image(i)
             except ImageError as error:
                 found[i] = error
-        return found
+        return len(part)
 
     parts = [rows[start : start + 64] for start in range(0, len(rows), 64)]
-    found: dict[int, ImageError] = {}
     with ThreadPoolExecutor() as pool:  # the decoders release the interpreter lock
-        for number, part in enumerate(pool.map(errors, parts)):
-            found |= part
+        for done in accumulate(pool.map(check, parts)):
             if progress is not None:
-                progress(min(64 * (number + 1), len(rows)), len(rows))
-    return found
+                progress(done, len(rows))
+    return dict(sorted(found.items()))
 
 
 def without_unreadable(
@@ -92,7 +91,8 @@ def without_unreadable(
     found = _of_all_ranks(lambda: _reasons(find_unreadable(source, range(rank(), len(source), world_size()), progress)))
     if not found:
         return source, found
-    _refuse_many(found, source, name, max_fraction, "")
+    first = min(found)
+    refuse_many(len(found), len(source), name, max_fraction, f"the first: {source.name(first)} ({found[first]})")
     return source.subset(np.setdiff1d(np.arange(len(source)), np.array(list(found), np.int64))), found
 
 
@@ -100,9 +100,8 @@ class UnreadableImages:
     """The images that a run could not read: one list for all ranks, which rank 0 writes to a file.
 
     Each rank notes what it finds; `synchronize` merges the notes. Call it before a checkpoint is written: a run that is
-    killed later resumes from the checkpoint and finds the same images again.
-
-    If the file already exists (of a resumed run), its images are checked, and those that are readable now are removed.
+    killed later resumes from the checkpoint and finds the same images again. A resumed run checks the images of the
+    existing file and removes those that are readable now.
 
     Args:
         source: the images.
@@ -132,8 +131,9 @@ class UnreadableImages:
         if new:
             self.found |= new
             on_rank_zero(self._write)
-            listed = f"; {self.file} lists them"
-            _refuse_many(self.found, self._source, "training images", self._max_fraction, listed)
+            first = min(self.found)
+            example = f"the first: {self._source.name(first)} ({self.found[first]}); {self.file} lists them"
+            refuse_many(len(self.found), len(self._source), "training images", self._max_fraction, example)
         return len(new)
 
     def _still_unreadable(self) -> dict[int, str]:
@@ -150,12 +150,12 @@ class UnreadableImages:
         return self.found
 
     def _write(self) -> None:
-        if not self.found:
-            with write_errors(self.file):
-                self.file.unlink(missing_ok=True)
+        if self.found:
+            lines = ((i, self._source.name(i), self.found[i]) for i in sorted(self.found))
+            write_csv(self.file, ("index", "path", "reason"), lines)
             return
-        lines = ((i, self._source.name(i), self.found[i]) for i in sorted(self.found))
-        write_csv(self.file, ("index", "path", "reason"), lines)
+        with write_errors(self.file):
+            self.file.unlink(missing_ok=True)
 
 
 def _reasons(errors: Mapping[int, ImageError]) -> dict[int, str]:
@@ -166,12 +166,11 @@ def _of_all_ranks(find: Callable[[], dict[int, str]]) -> dict[int, str]:
     return {i: reason for part in all_gather_object(find) for i, reason in part.items()}
 
 
-def _refuse_many(found: Mapping[int, str], source: Source, what: str, max_fraction: float, listed: str) -> None:
-    """Raise ImageError if too many of a source's images are unreadable."""
-    if len(found) > max_fraction * len(source):
-        first = min(found)
+def refuse_many(count: int, length: int, what: str, max_fraction: float, example: str) -> None:
+    """Raise ImageError if more than `max_fraction` of a source's images are unreadable."""
+    if count > max_fraction * length:
+        alternative = ", or raise data.max_bad" if count < length else ""  # it must stay below 1
         raise ImageError(
-            f"{len(found)} of the {len(source):,} {what} cannot be read, more than data.max_bad={max_fraction:g} "
-            f"allows, the first: {source.name(first)} ({found[first]}){listed}; python -m moco.check_data finds all: "
-            "repair or remove them, or raise data.max_bad"
+            f"{count} of the {length:,} {what} cannot be read, more than data.max_bad={max_fraction:g} allows, "
+            f"{example}; python -m moco.check_data finds all: repair or remove them{alternative}"
         )

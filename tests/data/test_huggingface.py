@@ -10,7 +10,8 @@ import torch
 
 from moco.config import DataConfig
 from moco.data.decode import ImageError, decode_bytes
-from moco.data.sources import HubSource, Source, load_source
+from moco.data.hub import HubSource
+from moco.data.sources import Source, load_source
 from tests.data.unreadable_files import encoded, noise
 
 datasets: Any = pytest.importorskip("datasets", reason="data=huggingface needs the extra `huggingface`")

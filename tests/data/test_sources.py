@@ -21,8 +21,9 @@ from PIL import Image
 from torchvision import datasets
 
 from moco.config import DataConfig, RunWarning, config_dir
+from moco.data.base import names_digest
 from moco.data.decode import ImageError
-from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source, names_digest
+from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source
 from tests.data.unreadable_files import forbid
 
 
