@@ -4,10 +4,12 @@ PIL draws it: the layout is a fixed grid, and matplotlib (an optional dependency
 """
 
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moco.files import atomic_write
 from moco.reporting.gallery import TILE, Section, Tile
@@ -15,8 +17,6 @@ from moco.reporting.markup import plain_utf8, thumbnail
 
 _GAP, _LINE = 12, 18  # pixels between tiles, of a line of text
 _INK, _SOFT, _MARK, _BORDER, _BACK = "#1c1c1e", "#6b6b70", "#0a6cce", "#dcdce0", "#f2f2f4"
-
-_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def write_png(path: Path, title: str, about: str, sections: Iterable[Section], columns: int = 8) -> None:
@@ -30,11 +30,8 @@ def write_png(path: Path, title: str, about: str, sections: Iterable[Section], c
             for i, tile in enumerate(section.tiles[start : start + columns]):
                 _draw_tile(strip, _GAP + i * (TILE + _GAP), tile)
             strips.append(strip)
-    sheet = Image.new("RGB", (width, sum(strip.height for strip in strips) + _GAP), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
+    strips.append(Image.new("RGB", (width, _GAP), "white"))
+    sheet = Image.fromarray(np.vstack([np.asarray(strip) for strip in strips]))
     with atomic_write(path) as temporary:
         sheet.save(temporary, "PNG")
 
@@ -51,27 +48,16 @@ def _draw_tile(strip: Image.Image, left: int, tile: Tile) -> None:
     border, line_width = (_MARK, 2) if tile.marked else (_BORDER, 1)
     draw.rectangle((left - 2, 0, left + TILE + 1, TILE + 3), _BACK, border, line_width)
     if tile.image is not None:
-        shown = _scaled(tile.image)
-        strip.paste(shown, (left + (TILE - shown.width) // 2, 2 + (TILE - shown.height) // 2))
+        small = thumbnail(tile.image, TILE)  # smaller images are enlarged with visible pixels
+        strip.paste(ImageOps.pad(small, (TILE, TILE), Image.Resampling.NEAREST, _BACK), (left, 2))
     headline = f"{tile.headline} · {tile.detail}" if tile.detail else tile.headline
     rows = [(headline, ImageFont.load_default(13), _INK), (Path(tile.caption).name, ImageFont.load_default(12), _SOFT)]
     for i, (text, font, color) in enumerate(rows):
         draw.text((left, TILE + 5 + i * _LINE), _fit(text, font, TILE), color, font)
 
 
-def _scaled(image: Tensor) -> Image.Image:
-    """Scale the longer side to `TILE`; small images are enlarged with visible pixels."""
-    shown = thumbnail(image, TILE)
-    times = TILE / max(shown.size)
-    size = max(1, round(shown.width * times)), max(1, round(shown.height * times))
-    return shown.resize(size, Image.Resampling.NEAREST)
-
-
-def _fit(text: str, font: _Font, width: int) -> str:
+def _fit(text: str, font: Any, width: int) -> str:
     """Drop characters from the start until a text fits: the end of a path distinguishes files."""
     shown = plain_utf8(text).replace("×", "x")  # missing from PIL's font
-    if font.getlength(shown) <= width:
-        return shown
-    while shown and font.getlength(f"…{shown}") > width:
-        shown = shown[1:]
-    return f"…{shown}"
+    shortened = (f"…{shown[i:]}" for i in range(len(shown) + 1))
+    return next(each for each in chain([shown], shortened) if font.getlength(each) <= width)

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from markupsafe import Markup
-
-from moco.reporting.markup import part, plain
-from moco.reporting.plotly_figures import AXIS, PALETTE, REFERENCE_COLOR, base_layout, plain_figure, plotly
+from moco.reporting.markup import plain
+from moco.reporting.plotly_figures import AXIS, PALETTE, REFERENCE_COLOR, plain_figure
 
 MOST_POINTS = 600  # per curve
 _TABLE_ROWS = 12
@@ -89,11 +87,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by metric: pos
 
 
 def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], list[str]]:
-    """Return a chart per metric, the most important first, and a phrase for each metric that never changed.
-
-    Args:
-        runs: the recorded series by the run's name.
-    """
+    """Return a chart per metric, the most important first, and a phrase for each metric that never changed."""
     recorded = sorted({name for series in runs.values() for name in series} - _HIDDEN)
     references = {each for name in recorded if name in _KNOWN for each in _KNOWN[name].references}
     shown = [name for name in recorded if name not in references]
@@ -159,12 +153,7 @@ def summary(chart: Chart) -> str:
 
 
 def figure(chart: Chart, x_title: str) -> dict[str, Any]:
-    """Return a chart as plotly's JSON.
-
-    Raises:
-        ConfigError: if plotly is not installed.
-    """
-    graph = plotly()
+    """Return a chart as plotly's JSON."""
     several = len({curve.run for curve in chart.curves}) > 1
     references = [curve for curve in chart.curves if curve.reference]
     traces = []
@@ -173,28 +162,28 @@ def figure(chart: Chart, x_title: str) -> dict[str, Any]:
         at = references.index(curve) if curve.reference and not several else curve.run * curve.reference
         dash = _DASHES[at % len(_DASHES)] if curve.reference else "solid"
         lines_only = len(curve.x) > _MARKERS or (curve.reference and len(curve.x) > 1)
-        traces.append(
-            graph.Scatter(
-                name=plain(curve.name),
-                showlegend=not (several and curve.reference),
-                x=[_short(value) for value in curve.x],
-                y=[_short(value) for value in curve.y],
-                mode="lines" if lines_only else "lines+markers",
-                line={"color": color, "width": 1.5 if curve.reference else 2, "dash": dash},
-                marker={"size": 5},
-                hovertemplate="%{y:.4g} at %{x:.4g}",
-            )
-        )
-    layout = base_layout(graph) | {
-        "height": 260,
-        "margin": {"l": 52, "r": 10, "t": 8, "b": 40},
-        "xaxis": AXIS | {"title": {"text": x_title, "standoff": 6}},
-        "yaxis": AXIS | {"ticksuffix": " %" if chart.unit == "%" else "", "nticks": 6},
-        "showlegend": len(chart.curves) > 1,
-        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
-        "hovermode": "x",
-    }
-    return plain_figure(graph, traces, layout)
+        trace = {
+            "type": "scatter",
+            "name": plain(curve.name),
+            "showlegend": not (several and curve.reference),
+            "x": [_short(value) for value in curve.x],
+            "y": [_short(value) for value in curve.y],
+            "mode": "lines" if lines_only else "lines+markers",
+            "line": {"color": color, "width": 1.5 if curve.reference else 2, "dash": dash},
+            "marker": {"size": 5},
+            "hovertemplate": "%{y:.4g} at %{x:.4g}",
+        }
+        traces.append(trace)
+    return plain_figure(
+        traces,
+        height=260,
+        margin={"l": 52, "r": 10, "t": 8, "b": 40},
+        xaxis=AXIS | {"title": {"text": x_title, "standoff": 6}},
+        yaxis=AXIS | {"ticksuffix": " %" if chart.unit == "%" else "", "nticks": 6},
+        showlegend=len(chart.curves) > 1,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 12}},
+        hovermode="x",
+    )
 
 
 def _short(value: float) -> float | None:
@@ -202,14 +191,8 @@ def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def markup(id: str, chart: Chart, x_title: str) -> Markup:
-    """Return the element in which the page's script draws the chart, with its summary and a table of values."""
-    columns = [x_title, *(curve.name for curve in chart.curves)]
-    return part("chart", id, chart.title, chart.unit, summary(chart), columns, list(_rows(chart)))
-
-
-def _rows(chart: Chart) -> Iterator[list[str]]:
-    """Yield the values of all curves at some evenly spaced positions."""
+def table_rows(chart: Chart) -> Iterator[list[str]]:
+    """Yield at most `_TABLE_ROWS` evenly spaced positions with the values of all curves."""
     by_x: dict[float, dict[int, float]] = {}
     for i, curve in enumerate(chart.curves):
         for x, y in zip(curve.x, curve.y, strict=True):

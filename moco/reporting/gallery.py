@@ -1,11 +1,18 @@
-"""Galleries of images as one HTML file that needs no other file; contact_sheet.py writes them as PNG."""
+"""Galleries of images as one HTML file that needs no other file; contact_sheet.py writes them as PNG.
+
+Legend: M images, D dimension.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
+from moco.data.base import Source
 from moco.reporting.markup import resource, write_page
 
 TILE = 168  # pixels, side of a displayed image
@@ -33,6 +40,37 @@ class Section:
 
     title: str
     tiles: Sequence[Tile]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of a source with their features."""
+
+    source: Source
+    rows: NDArray[np.int64]  # (M,) of the source
+    features: NDArray[Any]  # (M, D)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, i: int) -> Tensor:
+        return self.source.image(int(self.rows[i]))
+
+    def name(self, i: int) -> str:
+        return self.source.name(int(self.rows[i]))
+
+    def label(self, i: int) -> str | None:
+        """Return the name of the class; None without labels."""
+        labels = self.source.labels
+        return None if labels is None else self.source.classes[int(labels[self.rows[i]])]
+
+    def caption(self, i: int) -> str:
+        label = self.label(i)
+        return self.name(i) + (f" · {label}" if label is not None else "")
+
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.features).all())
 
 
 def write_html(path: Path, title: str, about: str, sections: Iterable[Section]) -> None:

@@ -10,18 +10,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from moco.config import ConfigError
-from moco.reporting.markup import part, plain, plain_utf8
-from moco.reporting.plotly_figures import PALETTE, REFERENCE_COLOR, base_layout, plain_figure, plotly
+from moco.reporting.markup import plain, plain_utf8
+from moco.reporting.plotly_figures import PALETTE, REFERENCE_COLOR, plain_figure
 
 FEWEST = 5  # images of a map
 _MOST_GROUPS = 30  # in the legend; the rest form one group
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon")
 _SIGNS = ("●", "■", "◆", "▲", "✚", "▼", "⬟")
 _OTHERS = "others"
+_AXIS = {"visible": False, "fixedrange": False}
+_LAYOUT: dict[str, Any] = {
+    "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
+    "xaxis": _AXIS,
+    "yaxis": _AXIS | {"scaleanchor": "x"},
+    "showlegend": False,
+    "hovermode": "closest",
+    "hoverdistance": 20,
+    "dragmode": False,
+}
 
 
 def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: int) -> NDArray[np.float64]:
@@ -31,7 +40,7 @@ def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: in
         features: (M, D), M at least `FEWEST`.
         method: "tsne", or "umap", which needs umap-learn.
         perplexity: approximate number of neighbors to preserve; at most (M - 1) / 3 are used.
-        seed: of the optimization.
+        seed: seed of the optimization.
 
     Raises:
         ConfigError: if umap-learn is required and not installed.
@@ -60,10 +69,8 @@ def clusters(features: NDArray[Any], count: int, seed: int) -> NDArray[np.int64]
     unit = _unit(features)
     count = min(count, len(np.unique(unit, axis=0)))
     found = KMeans(count, n_init=4, random_state=seed % 2**32).fit_predict(unit)
-    order = np.argsort(-np.bincount(found, minlength=count), kind="stable")
-    rank = np.empty(count, np.int64)
-    rank[order] = np.arange(count)
-    ranked: NDArray[np.int64] = rank[found]
+    largest_first = np.argsort(-np.bincount(found, minlength=count), kind="stable")
+    ranked: NDArray[np.int64] = np.argsort(largest_first)[found]
     return ranked
 
 
@@ -79,27 +86,16 @@ class Map:
     title: str  # such as "1,000 held-out images, t-SNE"
     places: NDArray[np.float64]  # (M, 2)
     names: Sequence[str]
-    images: Sequence[int]  # the number of each image in the page
     groups: Mapping[str, Sequence[str]]  # by coloring, "label" or "cluster": the group of each image
 
 
-def figure(each: Map) -> dict[str, Any]:
+def figure(each: Map, images: Sequence[int]) -> dict[str, Any]:
     """Return the data of a map for the page's script: its points, and plotly traces for each coloring.
 
-    Raises:
-        ConfigError: if plotly is not installed.
+    Args:
+        each: the map.
+        images: number of each image in the page.
     """
-    graph = plotly()
-    axis: dict[str, Any] = {"visible": False, "fixedrange": False}
-    layout = base_layout(graph) | {
-        "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-        "xaxis": axis,
-        "yaxis": axis | {"scaleanchor": "x"},
-        "showlegend": False,
-        "hovermode": "closest",
-        "hoverdistance": 20,
-        "dragmode": False,
-    }
     x, y = each.places.round(3).T.tolist()
     colorings = {}
     for kind, groups in each.groups.items():
@@ -108,26 +104,26 @@ def figure(each: Map) -> dict[str, Any]:
             color = REFERENCE_COLOR if name == _OTHERS else PALETTE[number % len(PALETTE)]
             # Ten colors and seven shapes: no two groups share both, so color is not the only distinction.
             shape = (number + number // len(PALETTE)) % len(_SYMBOLS)
-            traces.append(
-                graph.Scatter(
-                    name=plain(name),
-                    x=[x[row] for row in rows],
-                    y=[y[row] for row in rows],
-                    customdata=rows,
-                    mode="markers",
-                    marker={"size": 9, "color": color, "symbol": _SYMBOLS[shape]},
-                    hoverinfo="none",
-                )
-            )
+            trace = {
+                "type": "scatter",
+                "name": plain(name),
+                "x": [x[row] for row in rows],
+                "y": [y[row] for row in rows],
+                "customdata": rows,
+                "mode": "markers",
+                "marker": {"size": 9, "color": color, "symbol": _SYMBOLS[shape]},
+                "hoverinfo": "none",
+            }
+            traces.append(trace)
             legend.append({"name": plain_utf8(name), "count": len(rows), "color": color, "sign": _SIGNS[shape]})
-        colorings[kind] = {"traces": plain_figure(graph, traces, layout)["data"], "legend": legend}
+        colorings[kind] = {"traces": plain_figure(traces)["data"], "legend": legend}
     return {
-        "layout": plain_figure(graph, [], layout)["layout"],
+        "layout": plain_figure([], **_LAYOUT)["layout"],
         "colorings": colorings,
         "x": x,
         "y": y,
         "names": [plain_utf8(name) for name in each.names],
-        "images": list(each.images),
+        "images": list(images),
         "groups": {kind: [plain_utf8(group) for group in groups] for kind, groups in each.groups.items()},
     }
 
@@ -147,8 +143,3 @@ def _grouped(groups: Sequence[str]) -> dict[str, list[int]]:
 def _natural(name: str) -> tuple[int, str]:
     """Sort cluster 2 before cluster 10."""
     return len(name) if name.rpartition(" ")[2].isdigit() else 0, name
-
-
-def markup(id: str, each: Map) -> Markup:
-    """Return the element in which the page's script draws the map."""
-    return part("map", id, each.title, list(each.groups))

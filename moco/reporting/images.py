@@ -1,6 +1,6 @@
 """Images with features of a run's newest encoder: their map, clusters, neighbors and attention.
 
-Legend: M images, R references, D dimension, k neighbors.
+Legend: S image size.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.config import require
@@ -22,45 +21,14 @@ from moco.evaluation.features import EvalTransform, evaluation_view, stream
 from moco.evaluation.neighbors import nearest
 from moco.evaluation.subject import data_config, open_data, open_subject
 from moco.interop.encoder_file import build
-from moco.reporting.attention import class_attention, has_class_token, overlay
-from moco.reporting.gallery import Tile
+from moco.reporting.attention import class_attention, overlay
+from moco.reporting.gallery import ImageSet, Tile
 from moco.reporting.image_map import FEWEST, Map, clusters, coordinates
 from moco.reporting.run_record import Run
 from moco.runtime.console import progress_bar
 
 _MOST_CLUSTERS = 20  # if their number follows the number of classes
 _CLUSTERS = 10  # without labels
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images of a source with their features."""
-
-    source: Source
-    rows: NDArray[np.int64]  # (M,) of the source
-    features: NDArray[np.float32]  # (M, D)
-    unreadable: int = 0  # images that were left out
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def image(self, i: int) -> Tensor:
-        return self.source.image(int(self.rows[i]))
-
-    def name(self, i: int) -> str:
-        return self.source.name(int(self.rows[i]))
-
-    def label(self, i: int) -> str | None:
-        labels = self.source.labels
-        return None if labels is None else self.source.classes[int(labels[self.rows[i]])]
-
-    def caption(self, i: int) -> str:
-        label = self.label(i)
-        return self.name(i) + (f" · {label}" if label is not None else "")
-
-    @property
-    def finite(self) -> bool:
-        return bool(np.isfinite(self.features).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +41,7 @@ class ImageFeatures:
     references: ImageSet
     training: int  # number of images in the training split
     held_out: bool  # whether the shown images are held out
-
-    def description(self) -> str:
-        """Describe the shown images, such as "1,000 of 10,000 held-out images"."""
-        total = f" of {len(self.shown.source):,}" if len(self.shown) < len(self.shown.source) else ""
-        return f"{len(self.shown):,}{total} {'held-out' if self.held_out else 'training'} images"
+    unreadable: int  # images that were excluded from the shown ones
 
 
 def compute_features(config: ReportConfig, run: Run, device: torch.device) -> ImageFeatures:
@@ -104,15 +68,14 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
     references = sources.bank or sources.train
     source = sources.held_out or references
 
-    def drawn(source: Source, count: int, title: str) -> ImageSet:
+    def draw(source: Source, count: int, title: str) -> ImageSet:
         rows = permutation(config.seed, 0, len(source), REPORT)[: count or None].tolist()
 
         def features(rows: Sequence[int]) -> ImageSet:
+            size, workers = config.images_at_once, data_used.workers
             parts: list[Tensor] = []
             with progress_bar(f"{run.name}: {title}", quiet=False) as progress:
-                for part in stream(
-                    backbone, source, rows, subject.transform, device, config.images_at_once, data_used.workers
-                ):
+                for part in stream(backbone, source, rows, subject.transform, device, size, workers):
                     parts.append(part.cpu())
                     progress(sum(map(len, parts)), len(rows))
             return ImageSet(source, np.array(rows, np.int64), torch.cat(parts).numpy())
@@ -120,33 +83,28 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
         try:
             return features(rows)
         except ImageError:
-            bad = find_unreadable(source, rows)
-            if len(bad) == len(rows):
+            unreadable = find_unreadable(source, rows)
+            if len(unreadable) == len(rows):
                 raise
-            return replace(features([row for row in rows if row not in bad]), unreadable=len(bad))
+            return features([row for row in rows if row not in unreadable])
 
+    shown = draw(source, config.pictures, "images")
+    unreadable = min(config.pictures, len(source)) - len(shown)
     return ImageFeatures(
         backbone,
         subject.transform,
-        drawn(source, config.pictures, "images"),
-        drawn(references, config.references, "references"),
+        shown,
+        draw(references, config.references, "references"),
         len(sources.train),
         sources.held_out is not None,
+        unreadable,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The shown images in a plane and in groups."""
-
-    places: NDArray[np.float64]  # (M, 2)
-    groups: dict[str, list[str]]  # "label" and "cluster": the group of each image
-
-
-def compute_layout(config: ReportConfig, images: ImageFeatures) -> Layout | None:
-    """Compute the map; None if it is switched off, or if there are too few images or features that are not finite."""
-    shown = images.shown
-    if config.map == "none" or len(shown) < FEWEST or not shown.finite:
+def compute_map(config: ReportConfig, images: ImageFeatures) -> Map | None:
+    """Compute the map; None if it is disabled, or if there are too few images or features that are not finite."""
+    shown, method = images.shown, {"tsne": "t-SNE", "umap": "UMAP"}.get(config.map)
+    if method is None or len(shown) < FEWEST or not shown.finite:
         return None
     labels = [label for i in range(len(shown)) if (label := shown.label(i)) is not None]
     count = config.clusters or (min(_MOST_CLUSTERS, len(set(labels))) if labels else _CLUSTERS)
@@ -157,18 +115,14 @@ def compute_layout(config: ReportConfig, images: ImageFeatures) -> Layout | None
         found = clusters(shown.features, count, config.seed)
         progress(2, 2)
     groups = {"label": labels} if labels else {}
-    return Layout(places, groups | {"cluster": [f"cluster {group + 1}" for group in found]})
-
-
-def to_map(config: ReportConfig, images: ImageFeatures, layout: Layout, numbers: Sequence[int]) -> Map:
-    """Return the map for the page, in which the images have the given numbers."""
-    method = {"tsne": "t-SNE", "umap": "UMAP"}[config.map]
-    names = [images.shown.name(i) for i in range(len(images.shown))]
-    return Map(f"{images.description()}, {method}", layout.places, names, numbers, layout.groups)
+    groups["cluster"] = [f"cluster {group + 1}" for group in found]
+    total = f" of {len(shown.source):,}" if len(shown) < len(shown.source) else ""
+    title = f"{len(shown):,}{total} {'held-out' if images.held_out else 'training'} images, {method}"
+    return Map(title, places, [shown.name(i) for i in range(len(shown))], groups)
 
 
 def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[str, list[Tile]]], str]:
-    """Return, for some query images, a title and tiles of the query and its nearest references; and a caption."""
+    """Return titles and tiles of query images with their nearest references, and a caption."""
     shown, references = images.shown, images.references
     queries = np.arange(min(config.queries, len(shown)))
     at = {int(row): i for i, row in enumerate(references.rows)} if references.source is shown.source else {}
@@ -195,11 +149,10 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
 
 @torch.no_grad()
 def attention(config: ReportConfig, images: ImageFeatures, device: torch.device) -> tuple[list[Tile], str] | None:
-    """Return tiles of the query images with their attention maps, and a caption; None for other than a ViT."""
-    count = min(config.queries, len(images.shown))
-    if not count or not has_class_token(images.backbone):
+    """Return tiles of the query images with their attention maps, and a caption; None for other networks than a ViT."""
+    count, transform = min(config.queries, len(images.shown)), images.transform
+    if not count:
         return None
-    transform = images.transform
     crops = [evaluation_view(images.shown.image(i), transform.resize, transform.size) for i in range(count)]
     views = torch.stack(crops)  # (count, 3, S, S)
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (transform.mean, transform.std))

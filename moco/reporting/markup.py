@@ -57,28 +57,23 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("moco.reporting"),
-        autoescape=True,
-        # A file name can hold markup and control characters. Markup is a subclass of str and stays as it is.
-        finalize=lambda value: plain(value) if type(value) is str else value,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "breakable": breakable,
-        "percent_signs": lambda text: escape(plain(text)).replace(" %", Markup("&nbsp;%")),
-        "jpeg_url": jpeg_url,
-        "png_url": lambda data: f"data:image/png;base64,{_base64(data)}",
-        "sha256": lambda script: _base64(hashlib.sha256(script.encode()).digest()),
-    }
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    return environment
-
-
-_ENVIRONMENT = _environment()
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("moco.reporting"),
+    autoescape=True,
+    # A file name can contain markup and control characters. Markup is a subclass of str and stays unchanged.
+    finalize=lambda value: plain(value) if type(value) is str else value,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {
+    "breakable": breakable,
+    "percent_signs": lambda text: escape(plain(text)).replace(" %", Markup("&nbsp;%")),
+    "jpeg_url": jpeg_url,
+    "png_url": lambda data: f"data:image/png;base64,{_base64(data)}",
+    "sha256": lambda script: _base64(hashlib.sha256(script.encode()).digest()),
+}
+_ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
 _PARTS: Any = _ENVIRONMENT.get_template("parts.html").module
 
 

@@ -31,13 +31,15 @@ class Figures:
         """Return the chart's element."""
         id = f"chart-{len(self.charts)}"
         self.charts[id] = curves.figure(chart, x_title)
-        return curves.markup(id, chart, x_title)
+        columns = [x_title, *(curve.name for curve in chart.curves)]
+        rows = list(curves.table_rows(chart))
+        return part("chart", id, chart.title, chart.unit, curves.summary(chart), columns, rows)
 
-    def add_map(self, each: image_map.Map) -> Markup:
-        """Return the map's element."""
+    def add_map(self, each: image_map.Map, images: Sequence[int]) -> Markup:
+        """Return the element of a map that shows the images with the given numbers."""
         id = f"map-{len(self.maps)}"
-        self.maps[id] = image_map.figure(each)
-        return image_map.markup(id, each)
+        self.maps[id] = image_map.figure(each, images)
+        return part("map", id, each.title, list(each.groups))
 
     def data(self) -> dict[str, Any]:
         """Return what the script reads."""

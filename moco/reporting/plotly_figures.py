@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moco.config import ConfigError
@@ -11,6 +11,14 @@ from moco.config import ConfigError
 PALETTE = ("#2f7ed8", "#d9541e", "#1e9650", "#a45cc8", "#a8791a", "#d6457f", "#148f9c", "#7d7d83", "#8a6a52", "#6a75d8")
 REFERENCE_COLOR = "#7d7d83"  # gray, of dashed reference curves and of the group "others"
 AXIS: dict[str, Any] = {"gridcolor": "rgba(128,128,128,0.25)", "zeroline": False, "automargin": True}
+_LAYOUT: dict[str, Any] = {  # the page's style sheet sets the colors of background and text
+    "template": {},
+    "paper_bgcolor": "rgba(0,0,0,0)",
+    "plot_bgcolor": "rgba(0,0,0,0)",
+    "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#7d7d83"},
+    "hoverlabel": {"bgcolor": "#1c1c1e", "bordercolor": "#7d7d83", "font": {"color": "#ffffff"}},
+    "autosize": True,
+}
 
 
 def plotly() -> Any:
@@ -31,20 +39,13 @@ def plotly_script() -> str:
     return script
 
 
-def base_layout(graph: Any) -> dict[str, Any]:
-    """Return the layout that all figures share. The page's style sheet sets the background and text colors."""
-    return {
-        "template": graph.layout.Template(),
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#7d7d83"},
-        "hoverlabel": {"bgcolor": "#1c1c1e", "bordercolor": "#7d7d83", "font": {"color": "#ffffff"}},
-        "autosize": True,
-    }
+def plain_figure(traces: Sequence[dict[str, Any]], **layout: Any) -> dict[str, Any]:
+    """Let plotly check a figure and return it as plain values.
 
-
-def plain_figure(graph: Any, traces: Sequence[Any], layout: Mapping[str, Any]) -> dict[str, Any]:
-    """Let plotly check a figure and return it as plain values."""
-    plain: dict[str, Any] = json.loads(graph.Figure(data=list(traces), layout=graph.Layout(**layout)).to_json())
+    Raises:
+        ConfigError: if plotly is not installed.
+    """
+    graph = plotly()
+    plain: dict[str, Any] = json.loads(graph.Figure(traces, _LAYOUT | layout).to_json())
     plain["layout"].pop("template", None)
     return plain

@@ -8,7 +8,8 @@ import torch
 
 from moco.config import ConfigError
 from moco.evaluation.features import evaluation_view
-from moco.reporting.images import ImageFeatures, Layout
+from moco.reporting.image_map import Map
+from moco.reporting.images import ImageFeatures
 from moco.reporting.markup import plain_utf8
 from moco.reporting.run_record import Run
 
@@ -16,7 +17,7 @@ _IMAGE = 64  # at most, pixels of the side of an image
 _SPRITE = 8192  # pixels, TensorBoard's limit for the side of the sprite, which contains all images
 
 
-def write_projector(run: Run, images: ImageFeatures, layout: Layout | None) -> Path:
+def write_projector(run: Run, images: ImageFeatures, each: Map | None) -> Path:
     """Write features, names, groups and images to projector/ in the run; return that directory.
 
     Raises:
@@ -25,7 +26,7 @@ def write_projector(run: Run, images: ImageFeatures, layout: Layout | None) -> P
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     folder, shown = run.path / "projector", images.shown
-    groups = layout.groups if layout else {}
+    groups = each.groups if each else {}
     columns = [[shown.name(i) for i in range(len(shown))], *groups.values()]
     rows = [[plain_utf8(cell) for cell in row] for row in zip(*columns, strict=True)]
     side = min(_IMAGE, _SPRITE // int(np.ceil(len(shown) ** 0.5)))

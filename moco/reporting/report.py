@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
@@ -14,7 +13,8 @@ from moco.config.subject import SubjectConfig
 from moco.distributed import is_rank_zero
 from moco.files import WriteError, cause
 from moco.reporting import page, sections
-from moco.reporting.images import ImageFeatures, Layout, attention, compute_features, compute_layout, neighbors, to_map
+from moco.reporting.image_map import Map
+from moco.reporting.images import ImageFeatures, attention, compute_features, compute_map, neighbors
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, paragraph
 from moco.reporting.plotly_figures import plotly
@@ -27,17 +27,17 @@ from moco.runtime.next_command import command
 
 @dataclass(frozen=True, eq=False)
 class _Computed:
-    """A run with what the report computes from it."""
+    """A run with everything that the report computes from it."""
 
     run: Run
     images: ImageFeatures | None  # None without a checkpoint, or with pictures=0
-    layout: Layout | None
+    map: Map | None
     alarms: list[Alarm]
 
 
 def report(config: ReportConfig) -> None:
     """See `moco.report.report`."""
-    plotly()  # fail before computing, not after minutes
+    plotly()  # fail now, not after minutes
     with compute_context(config) as device:
         if is_rank_zero():
             _report(config, device)
@@ -58,7 +58,7 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     except (OSError, WriteError) as error:
         raise ConfigError(f"output={out} cannot be written ({cause(error)}): set output=FILE") from error
     projectors = [
-        write_projector(each.run, each.images, each.layout)
+        write_projector(each.run, each.images, each.map)
         for each in computed
         if config.projector and each.images is not None and each.images.shown.finite
     ]
@@ -67,48 +67,44 @@ def _report(config: ReportConfig, device: torch.device) -> None:
 
 def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
     images = compute_features(config, run, device) if config.pictures and run.checkpoint else None
-    layout = compute_layout(config, images) if images else None
-    return _Computed(run, images, layout, findings(run, images.training if images else None))
+    each = compute_map(config, images) if images else None
+    return _Computed(run, images, each, findings(run, images.training if images else None))
 
 
 def _body(config: ReportConfig, computed: Sequence[_Computed], figures: Figures, device: torch.device) -> list[Section]:
     runs = [each.run for each in computed]
-    headline = sections.headline(
-        runs, [each.images.training if each.images else None for each in computed], [each.alarms for each in computed]
-    )
+    training = [each.images.training if each.images else None for each in computed]
+    overview = Section("Overview", sections.headline(runs, training, [each.alarms for each in computed]))
     own = [_run_sections(config, each, figures, device) for each in computed]
+    curves = sections.curves(runs, figures)
     if len(runs) == 1:
-        return [Section("Overview", headline), sections.curves(runs, figures), *own[0]]
-    return [
-        Section("Overview", headline),
-        Section("Settings that differ", sections.differences(runs)),
-        sections.curves(runs, figures),
-        *(
-            Section(f"Run {name}", paragraph(sections.progress(run)), parts)
-            for name, run, parts in zip(names(runs), runs, own, strict=True)
-        ),
+        return [overview, curves, *own[0]]
+    each_run = [
+        Section(f"Run {name}", paragraph(sections.progress(run)), parts)
+        for name, run, parts in zip(names(runs), runs, own, strict=True)
     ]
+    return [overview, Section("Settings that differ", sections.differences(runs)), curves, *each_run]
 
 
 def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
-    """Return the sections about one run, in reading order."""
-    run = computed.run
+    run, views = computed.run, computed.run.path / "views.png"
     parts = [Section("Evaluations", sections.evaluations(run))]
-    views = run.path / "views.png"
     if views.is_file():
-        caption = "Augmented views that the model was trained on: one column per image, one row per view."
+        caption = "Augmented views from the start of training: one column per image, one row per view."
         parts.append(Section("Views", part("views", views.read_bytes(), caption)))
-    parts += _image_sections(config, computed, figures, device)
-    parts.append(Section("Training doctor", part("findings", computed.alarms)))
-    parts.append(Section("Environment", sections.environment(run)))
-    return parts
+    return [
+        *parts,
+        *_image_sections(config, computed, figures, device),
+        Section("Training doctor", part("findings", computed.alarms)),
+        Section("Environment", sections.environment(run)),
+    ]
 
 
 def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
-    """Return neighbors, map and attention, or a sentence that says why there are none."""
+    """Return neighbors, map and attention, or the reason why there are none."""
     images = computed.images
     if images is None:
-        why = "Left out: pictures=0." if computed.run.checkpoint else "None: the run has no checkpoint yet."
+        why = "Not shown: pictures=0." if computed.run.checkpoint else "None: the run has no checkpoint yet."
         return [Section("Images", paragraph(why))]
     if not (images.shown.finite and images.references.finite):
         why = "None: training diverged. The features of the encoder are NaN or infinite."
@@ -118,8 +114,14 @@ def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures,
         queries, caption = neighbors(config, images)
         level = 4 if config.compare else 3
         parts.append(Section("Nearest neighbors", paragraph(caption) + part("neighbors", queries, level)))
-    if computed.layout is not None:
-        parts.append(Section("Map", _map(config, images, computed.layout, figures)))
+    if computed.map is not None:
+        numbers = [figures.add_image(images.shown.image(i)) for i in range(len(images.shown))]
+        caption = (
+            f"{computed.map.title} of the backbone features. Nearby images have similar features; distances between "
+            "groups carry little meaning. The clusters come from k-means on the features, without labels."
+        )
+        caption += f" Unreadable images, not shown: {images.unreadable}." if images.unreadable else ""
+        parts.append(Section("Map", paragraph(caption) + figures.add_map(computed.map, numbers)))
     attended = attention(config, images, device)
     if attended is not None:
         tiles, caption = attended
@@ -127,20 +129,7 @@ def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures,
     return parts
 
 
-def _map(config: ReportConfig, images: ImageFeatures, layout: Layout, figures: Figures) -> Markup:
-    shown = images.shown
-    numbers = [figures.add_image(shown.image(i)) for i in range(len(shown))]
-    each = to_map(config, images, layout, numbers)
-    unreadable = f" Unreadable images left out: {shown.unreadable}." if shown.unreadable else ""
-    caption = (
-        f"{each.title} of the backbone features. Nearby images are similar to the encoder; distances between groups "
-        f"carry little meaning. The clusters come from k-means on the features, without labels.{unreadable}"
-    )
-    return paragraph(caption) + figures.add_map(each)
-
-
 def _summarize(computed: Sequence[_Computed], out: Path, projectors: Sequence[Path]) -> None:
-    """Print the closing panel."""
     runs = [each.run for each in computed]
     rows = [(name, sections.progress(run)) for name, run in zip(names(runs), runs, strict=True)]
     for name, each in zip(names(runs), computed, strict=True):

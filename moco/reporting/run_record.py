@@ -61,7 +61,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return bool(self.step >= round(self.total_steps)) if not math.isnan(self.total_steps) else False
+        return self.step >= self.total_steps - 0.5  # false for nan
 
 
 def open_run(path: Path) -> Run:
@@ -108,8 +108,8 @@ def _configuration(path: Path) -> dict[str, Any]:
     )
     try:
         config = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is damaged, and there is no checkpoint: name another run") from error
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
     require(isinstance(config, dict), f"{file} is damaged, and there is no checkpoint: name another run")
     return dict(config)
 
@@ -130,10 +130,9 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
         run: the run.
         images: number of training images; None: derived from the steps per epoch, at most one batch too low.
     """
-    count = images
-    if count is None and not math.isnan(run.steps_per_epoch):
-        count = round(run.steps_per_epoch * run.get("batch_size", 1))
-    facts = facts_of(run.method, run.get("batch_size", TrainConfig.batch_size), count or 2**62)
+    if images is None and not math.isnan(run.steps_per_epoch):
+        images = round(run.steps_per_epoch * run.get("batch_size", 1))
+    facts = facts_of(run.method, run.get("batch_size", TrainConfig.batch_size), images or 2**62)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 
 

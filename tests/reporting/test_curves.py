@@ -8,7 +8,8 @@ import pytest
 
 from moco.config import ConfigError
 from moco.reporting import plotly_figures
-from moco.reporting.curves import MOST_POINTS, Chart, Curve, Series, charts, figure, markup, summary, thinned
+from moco.reporting.curves import MOST_POINTS, Chart, Curve, Series, charts, figure, summary, thinned
+from moco.reporting.page import Figures
 from moco.reporting.plotly_figures import PALETTE
 
 RUN: Series = {
@@ -82,7 +83,7 @@ def test_thinning_keeps_every_spike() -> None:
 def test_a_chart_has_a_summary_and_a_table() -> None:
     chart = Chart("Loss <x>", "nats", [Curve("loss", [0, 1, 2], [5.0, 2.0, math.nan]), Curve("chance", [0], [6.0])])
     assert summary(chart) == "loss from 5 to 2, lowest 2, highest 5; chance 6 (nats)"
-    made = markup("chart-0", chart, "epoch")
+    made = Figures().add_chart(chart, "epoch")
     assert 'role="img" aria-label="Loss &lt;x&gt;: loss from 5 to 2' in made
     assert "<td>5</td><td>6</td>" in made
     assert "<td>–</td><td>–</td>" in made

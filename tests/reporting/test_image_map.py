@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from moco.config import ConfigError
-from moco.reporting.image_map import Map, clusters, coordinates, figure, markup
+from moco.reporting.image_map import Map, clusters, coordinates, figure
+from moco.reporting.page import Figures
 
 
 def blobs(per: int = 20) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -50,11 +51,11 @@ def made(groups: list[str]) -> Map:
     count = len(groups)
     places = np.stack([np.arange(count), np.arange(count) ** 2], axis=1).astype(float)
     names = [f"<b>{i}\n" for i in range(count)]
-    return Map("9 <i>images", places, names, list(range(count))[::-1], {"label": groups, "cluster": ["c"] * count})
+    return Map("9 <i>images", places, names, {"label": groups, "cluster": ["c"] * count})
 
 
 def test_every_point_is_in_one_trace() -> None:
-    each = figure(made(list("abcabcaab")))
+    each = figure(made(list("abcabcaab")), list(range(9))[::-1])
     traces = each["colorings"]["label"]["traces"]
     assert [trace["name"] for trace in traces] == ["a", "b", "c"]
     assert sorted(i for trace in traces for i in trace["customdata"]) == list(range(9))
@@ -71,7 +72,7 @@ def test_every_point_is_in_one_trace() -> None:
 
 def test_of_many_groups_the_largest_thirty_are_shown() -> None:
     groups = [f"cluster {i}" for i in range(40) for _ in range(40 - i)]
-    traces = figure(made(groups))["colorings"]["label"]["traces"]
+    traces = figure(made(groups), range(len(groups)))["colorings"]["label"]["traces"]
     assert [trace["name"] for trace in traces] == [*(f"cluster {i}" for i in range(30)), "others"]
     assert sum(len(trace["x"]) for trace in traces) == len(groups)
     styles = [(trace["marker"]["color"], trace["marker"]["symbol"]) for trace in traces[:-1]]
@@ -79,7 +80,7 @@ def test_of_many_groups_the_largest_thirty_are_shown() -> None:
 
 
 def test_a_map_is_accessible_without_a_mouse() -> None:
-    there = markup("map-0", made(list("aab")))
+    there = Figures().add_map(made(list("aab")), range(3))
     assert 'tabindex="0" role="application"' in there
     assert 'aria-label="Map of 9 &lt;i&gt;images. The arrow keys' in there
     assert 'aria-live="polite"' in there

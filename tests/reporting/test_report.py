@@ -201,7 +201,7 @@ def test_unreadable_images_are_left_out(tmp_path: Path) -> None:
     (root / "3.png").write_bytes(b"no image")
     report(config(made))
     markup, figures = page(made / "report.html")
-    assert "Unreadable images left out: 1." in markup
+    assert "Unreadable images, not shown: 1." in markup
     assert "3.png" not in next(iter(figures["maps"].values()))["names"]
 
 
@@ -210,7 +210,7 @@ def test_moved_or_missing_images(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"data\.root=DIR.*pictures=0"):
         report(config(made))
     report(config(made, pictures=0))
-    assert "Left out: pictures=0." in page(made / "report.html")[0]
+    assert "Not shown: pictures=0." in page(made / "report.html")[0]
     moved = images(tmp_path / "moved", count=6)
     report(config(made, data=SubjectDataConfig(root=str(moved))))
     assert "6 training images" in page(made / "report.html")[0]
