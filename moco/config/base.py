@@ -1,5 +1,6 @@
 """What all configurations share: their errors, the bounds of their fields, and the location of the YAML files."""
 
+import importlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -28,6 +29,21 @@ def require(condition: bool, sentence: str) -> None:
     """Raise `ConfigError(sentence)` unless the condition holds."""
     if not condition:
         raise ConfigError(sentence)
+
+
+def optional_module(name: str, needed: str, extra: str, instead: str = "") -> Any:
+    """Import a module of an optional dependency; raise ConfigError if it is not installed.
+
+    Args:
+        name: the module.
+        needed: start of the message, such as "map=umap needs umap-learn".
+        extra: the extra of the package that installs it.
+        instead: end of the message, such as ", or set map=tsne".
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{needed}: pip install 'momentum-contrast[{extra}]'{instead}") from error
 
 
 @dataclass(frozen=True)

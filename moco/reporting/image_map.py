@@ -3,7 +3,6 @@
 Legend: M images, D dimension.
 """
 
-import importlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moco.config import ConfigError
+from moco.config import optional_module
 from moco.reporting.markup import plain, plain_utf8
 from moco.reporting.plotly_figures import PALETTE, REFERENCE_COLOR, plain_figure
 
@@ -41,18 +40,10 @@ def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: in
         method: "tsne", or "umap", which needs umap-learn.
         perplexity: approximate number of neighbors to preserve; at most (M - 1) / 3 are used.
         seed: seed of the optimization.
-
-    Raises:
-        ConfigError: if umap-learn is required and not installed.
     """
     count = min(perplexity, (len(features) - 1) / 3)
     if method == "umap":
-        try:
-            umap: Any = importlib.import_module("umap")
-        except ImportError as error:
-            raise ConfigError(
-                "map=umap needs umap-learn: pip install 'momentum-contrast[umap]', or set map=tsne"
-            ) from error
+        umap = optional_module("umap", "map=umap needs umap-learn", "umap", ", or set map=tsne")
         mapper = umap.UMAP(n_neighbors=max(2, round(count)), metric="cosine", random_state=seed % 2**32, n_jobs=1)
     else:
         from sklearn.manifold import TSNE  # takes a second to import

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from moco.config import ConfigError
+from moco.config import optional_module
 
 # Contrast at least 3:1 on the light and the dark page; neighboring colors differ in lightness or hue.
 PALETTE = ("#2f7ed8", "#d9541e", "#1e9650", "#a45cc8", "#a8791a", "#d6457f", "#148f9c", "#7d7d83", "#8a6a52", "#6a75d8")
@@ -22,15 +22,8 @@ _LAYOUT: dict[str, Any] = {  # the page's style sheet sets the colors of backgro
 
 
 def plotly() -> Any:
-    """Return the module `plotly.graph_objects`.
-
-    Raises:
-        ConfigError: if plotly is not installed.
-    """
-    try:
-        return importlib.import_module("plotly.graph_objects")
-    except ImportError as error:
-        raise ConfigError("a report needs plotly: pip install 'momentum-contrast[report]'") from error
+    """Return the module `plotly.graph_objects`; raise ConfigError if it is not installed."""
+    return optional_module("plotly.graph_objects", "a report needs plotly", "report")
 
 
 def plotly_script() -> str:

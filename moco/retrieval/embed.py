@@ -8,9 +8,10 @@ Legend: M images, D dimension, W processes.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ def embed(config: EmbedConfig) -> None:
 
 
 def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
-    folder, (rows, dimension) = embedding.folder, embedding.features.shape
+    folder, (rows, dimension) = embedding.folder, embedding.images.features.shape
     skipped = len(embedding.about["unreadable"])
     summary_panel(
         f"{rows:,} images of {embedding.origin}",
@@ -80,37 +81,22 @@ def compute(config: EmbedConfig, subject: Subject, folder: Path, device: torch.d
     """
     if config.table == "parquet":
         pyarrow()  # fail now, not after hours
-    source = _open_split(config, subject)
+    name, source = data_config(config, subject).name, getattr(open_data(config, subject), config.split)
+    require(source is not None, f"split={config.split} does not exist in data.name={name}: set split=train")
     network = build_network(subject.file, config.features, config.normalize, device)
     work = _Work(config, subject, source, network, device)
-    about = _about(config, subject, source, work.dimension())
-    locks: list[IO[str]] = []  # held by rank 0
-    on_rank_zero(lambda: locks.append(lock_directory(folder, "output")))
-    try:
+    about = _about(work)
+    with ExitStack() as locks:  # held by rank 0
+        on_rank_zero(lambda: bool(locks.enter_context(lock_directory(folder, "output"))))
         state = on_rank_zero(lambda: begin(folder, about))
         if state is not None:
             _compute_missing(work, state, folder)
         on_rank_zero(lambda: finish(folder, source, config.table, state))
-    finally:
-        for each in locks:
-            each.close()
     return replace(open_embedding(folder, source), computed=state is not None)
 
 
-def _open_split(config: EmbedConfig, subject: Subject) -> Source:
-    source: Source | None = getattr(open_data(config, subject), config.split)
-    name = data_config(config, subject).name
-    require(source is not None, f"split={config.split} does not exist in data.name={name}: set split=train")
-    assert source is not None
-    return source
-
-
 def build_network(file: EncoderFile, features: str, normalize: bool, device: torch.device) -> nn.Module:
-    """Return the backbone, or for "projection" backbone and head; with `normalize`, its outputs have length 1.
-
-    Raises:
-        ForeignFileError: for the projection of a file without a head.
-    """
+    """Return the backbone, or for "projection" backbone and head; with `normalize`, its outputs have length 1."""
     if features == "projection" and not file.head_weights:
         raise ForeignFileError(
             f"features=projection: {file.source} contains no head; set features=backbone, or name a checkpoint"
@@ -123,37 +109,6 @@ def build_network(file: EncoderFile, features: str, normalize: bool, device: tor
 class _UnitLength(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         return F.normalize(features, dim=1)
-
-
-def _about(config: EmbedConfig, subject: Subject, source: Source, dimension: int) -> About:
-    """Return everything that determines the features, and their origin."""
-    file = subject.file
-    data = data_config(config, subject)
-    return {
-        "encoder": {
-            "source": str(Path(file.source).absolute()),
-            "weights": config.weights,
-            "backbone": file.backbone,
-            "options": dict(file.options),
-            "step": file.step,
-            "sha256": weights_digest(file, config.features),
-        },
-        "pictures": {
-            "name": data.name,
-            "root": str(Path(data.root).absolute()) if data.name != "digits" else "",
-            "split": config.split,
-            "count": len(source),
-            "sha256": names_digest(source),
-            "content": on_rank_zero(lambda: source.content_digest()),
-        },
-        "data": data_with_absolute_paths(config, subject),
-        "look": json.loads(json.dumps(asdict(subject.transform))),
-        "features": config.features,
-        "normalize": config.normalize,
-        "dtype": config.dtype,
-        "dimension": dimension,
-        "images_at_once": config.images_at_once,
-    }
 
 
 _Chunk = tuple[Sequence[int], Tensor | None, dict[str, str]]  # rows, their features (rows, D), why rows are unreadable
@@ -175,10 +130,6 @@ class _Work:
     def rows(self, chunk: int) -> range:
         size = self.config.images_at_once
         return range(chunk * size, min((chunk + 1) * size, len(self.source)))
-
-    def dimension(self) -> int:
-        size = self.subject.transform.size
-        return int(self.network(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
 
     def features(self, rows: Sequence[int]) -> Iterator[Tensor]:
         transform, workers = self.subject.transform, data_config(self.config, self.subject).workers
@@ -202,6 +153,37 @@ class _Work:
                 unreadable = {str(row): str(error) for row, error in find_unreadable(self.source, rows).items()}
                 readable = [row for row in rows if str(row) not in unreadable]
                 yield readable, next(self.features(readable)) if readable else None, unreadable
+
+
+def _about(work: _Work) -> About:
+    """Return everything that determines the features, and their origin."""
+    config, subject, source = work.config, work.subject, work.source
+    file, data, size = subject.file, data_config(config, subject), subject.transform.size
+    return {
+        "encoder": {
+            "source": str(Path(file.source).absolute()),
+            "weights": config.weights,
+            "backbone": file.backbone,
+            "options": dict(file.options),
+            "step": file.step,
+            "sha256": weights_digest(file, config.features),
+        },
+        "pictures": {
+            "name": data.name,
+            "root": str(Path(data.root).absolute()) if data.name != "digits" else "",
+            "split": config.split,
+            "count": len(source),
+            "sha256": names_digest(source),
+            "content": on_rank_zero(lambda: source.content_digest()),
+        },
+        "data": data_with_absolute_paths(config, subject),
+        "look": json.loads(json.dumps(asdict(subject.transform))),
+        "features": config.features,
+        "normalize": config.normalize,
+        "dtype": config.dtype,
+        "dimension": int(work.network(torch.zeros(1, 3, size, size, device=work.device)).shape[1]),
+        "images_at_once": config.images_at_once,
+    }
 
 
 def _compute_missing(work: _Work, state: About, folder: Path) -> None:

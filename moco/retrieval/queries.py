@@ -16,6 +16,7 @@ from moco.data.sources import FolderSource
 from moco.evaluation.features import EvalTransform, stream
 from moco.evaluation.subject import open_subject, weights_digest
 from moco.interop.encoder_file import EncoderFile, read_encoder
+from moco.reporting.gallery import ImageSet
 from moco.retrieval.embed import build_network
 from moco.retrieval.store import Embedding, open_embedding, read_about
 
@@ -44,15 +45,14 @@ def query_features(
     for name in config.query:
         if not Path(name).is_file():
             raise FileNotFoundError(f"query={name} does not exist: name an image file")
-    rows = _rows_of_files(index, [Path(name) for name in config.query])
+    rows = _rows_of_files(index.images, config.query)
     own, about = rows >= 0, index.about
-    features = np.zeros((len(rows), about["dimension"]), index.features.dtype)
-    features[own] = index.features[rows[own]]
+    features = np.zeros((len(rows), about["dimension"]), index.images.features.dtype)
+    features[own] = index.images.features[rows[own]]
     outside = [name for name, row in zip(config.query, rows, strict=True) if row < 0]
     if outside:
         network = build_network(_encoder(config, index), about["features"], about["normalize"], device)
-        look = about["look"]
-        transform = EvalTransform(look["size"], look["resize"], look["mean"], look["std"])
+        transform = EvalTransform(**about["look"])
         every = range(len(outside))
         try:
             parts = list(stream(network, image_files(outside), every, transform, device, config.images_at_once))
@@ -62,16 +62,20 @@ def query_features(
     return rows, features
 
 
-def _rows_of_files(index: Embedding, files: list[Path]) -> NDArray[np.int64]:
+def _rows_of_files(images: ImageSet, files: list[str]) -> NDArray[np.int64]:
     """Return the row of each file in the index, -1 if it is not there."""
-    wanted = {str(path.resolve()): i for i, path in enumerate(files)}
-    names = {path.name for path in files}
-    rows = np.full(len(files), -1)
-    for row, i in enumerate(index.ids):
-        path = index.source.path(int(i))
-        if path is not None and Path(path).name in names and (at := wanted.get(str(Path(path).resolve()))) is not None:
-            rows[at] = row
-    return rows
+    positions = {str(Path(file).resolve()): i for i, file in enumerate(files)}
+    names = {Path(file).name for file in files}
+    found = np.full(len(files), -1)
+    for row, i in enumerate(images.rows):
+        path = images.source.path(int(i))
+        if (
+            path is not None
+            and Path(path).name in names
+            and (at := positions.get(str(Path(path).resolve()))) is not None
+        ):
+            found[at] = row
+    return found
 
 
 def image_files(names: list[str]) -> FolderSource:
@@ -80,11 +84,7 @@ def image_files(names: list[str]) -> FolderSource:
 
 
 def _encoder(config: SearchConfig, index: Embedding) -> EncoderFile:
-    """Read the encoder of the index, from its recorded file or from the configured one.
-
-    Raises:
-        ConfigError: if the file is missing, or contains another encoder.
-    """
+    """Read the encoder of the index, from its recorded file or from the configured one."""
     about = index.about["encoder"]
     if config.run or config.checkpoint:
         file = open_subject(config).file

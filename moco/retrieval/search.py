@@ -37,7 +37,7 @@ def search(config: SearchConfig) -> None:
 
 
 def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.device) -> None:
-    count, encoder = len(index), index.about["encoder"]["source"]
+    count, encoder = len(index.images), index.about["encoder"]["source"]
     require(
         count > 1 or config.mode == "nearest",
         f"mode={config.mode} compares images, but {index.origin} contains only one: add more images",
@@ -63,9 +63,11 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
         about = [f"{count:,} images of {index.origin}", f"encoder {encoder}", *([result.note] if result.note else [])]
         write = write_html if config.gallery == "html" else write_png
         write(written[1], result.title, " · ".join(about), result.sections)
-    rows = [("images", f"{count:,} of {index.origin}"), *result.summary]
-    rows += [("note", result.note)] if result.note else []
-    summary_panel(result.title, [*rows, ("written", "\n".join(map(str, written)))])
+    note = [("note", result.note)] if result.note else []
+    files = "\n".join(map(str, written))
+    summary_panel(
+        result.title, [("images", f"{count:,} of {index.origin}"), *result.summary, *note, ("written", files)]
+    )
 
 
 def _write_json(path: Path, head: dict[str, Any], result: Result) -> None:

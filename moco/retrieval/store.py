@@ -6,7 +6,6 @@ with one line per row, features.json (the origin of the features), and unreadabl
 Legend: M images, D dimension.
 """
 
-import importlib
 import json
 import os
 import shutil
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
-from moco.config import ConfigError, require
+from moco.config import ConfigError, optional_module, require
 from moco.data.sources import Source
 from moco.files import atomic_write, write_csv, write_json
+from moco.reporting.gallery import ImageSet
 
 FEATURES, PART, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
 _ROWS = 65_536  # of a table or of features in memory at the same time
@@ -33,32 +31,12 @@ About = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """Features on disk, and the images that they belong to."""
+    """A complete output."""
 
     folder: Path
-    features: NDArray[Any]  # (rows, D), mapped from the file
-    ids: NDArray[np.int64]  # (rows,), the image of each row in the source
-    source: Source
+    images: ImageSet  # its features are mapped from the file
     about: About
     computed: bool = True  # by this command; False: it was already complete
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def image(self, row: int) -> Tensor:
-        return self.source.image(int(self.ids[row]))
-
-    def name(self, row: int) -> str:
-        return self.source.name(int(self.ids[row]))
-
-    def label(self, row: int) -> str | None:
-        """Return the class name; None without labels."""
-        labels = self.source.labels
-        return None if labels is None else self.source.classes[int(labels[self.ids[row]])]
-
-    def caption(self, row: int) -> str:
-        label = self.label(row)
-        return self.name(row) + (f" · {label}" if label is not None else "")
 
     @property
     def origin(self) -> str:
@@ -69,9 +47,8 @@ class Embedding:
 def open_embedding(folder: Path, source: Source) -> Embedding:
     """Open a complete output with its images."""
     about = read_about(folder)
-    unreadable = np.array([int(row) for row in about["unreadable"]], np.int64)
-    ids = np.setdiff1d(np.arange(len(source)), unreadable)
-    return Embedding(folder, np.load(folder / FEATURES, mmap_mode="r"), ids, source, about)
+    rows = np.setdiff1d(np.arange(len(source)), np.array([int(row) for row in about["unreadable"]], np.int64))
+    return Embedding(folder, ImageSet(source, rows, np.load(folder / FEATURES, mmap_mode="r")), about)
 
 
 def read_about(folder: Path) -> About:
@@ -112,16 +89,6 @@ def begin(folder: Path, about: About) -> About | None:
         f"output={folder} contains other files ({', '.join(others[:3])}): choose another folder, such as "
         f"output={folder / 'features'}",
     )
-    _require_space(folder, about)
-    (folder / PART).unlink(missing_ok=True)
-    shape = (about["pictures"]["count"], about["dimension"])
-    np.lib.format.open_memmap(folder / PART, mode="w+", dtype=about["dtype"], shape=shape)
-    state = about | {"done": 0, "unreadable": {}}
-    write_json(folder / PROGRESS, state)
-    return state
-
-
-def _require_space(folder: Path, about: About) -> None:
     count, dimension, dtype = about["pictures"]["count"], about["dimension"], about["dtype"]
     size, free = count * dimension * np.dtype(dtype).itemsize, shutil.disk_usage(folder).free
     require(
@@ -129,6 +96,11 @@ def _require_space(folder: Path, about: About) -> None:
         f"output={folder}: {count:,} × {dimension} {dtype} need {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are "
         f"free: choose another output{', or dtype=float16' * (dtype == 'float32')}",
     )
+    (folder / PART).unlink(missing_ok=True)
+    np.lib.format.open_memmap(folder / PART, mode="w+", dtype=dtype, shape=(count, dimension))
+    state = about | {"done": 0, "unreadable": {}}
+    write_json(folder / PROGRESS, state)
+    return state
 
 
 def _refuse_other(folder: Path, there: About, now: About) -> None:
@@ -154,13 +126,9 @@ def _refuse_other(folder: Path, there: About, now: About) -> None:
 
 
 def finish(folder: Path, source: Source, table: str, state: About | None) -> None:
-    """Write the table and give the files their final names, features.npy last.
+    """Write the table ("csv" or "parquet") and give the files their final names, features.npy last.
 
-    Args:
-        folder: the output.
-        source: its images.
-        table: "csv" or "parquet".
-        state: None for a complete output: only a missing table is written.
+    Without a state the output is already complete, and only a missing table is written.
     """
     unreadable = {int(row): why for row, why in (state or _read(folder / ABOUT))["unreadable"].items()}
     require(
@@ -176,8 +144,11 @@ def finish(folder: Path, source: Source, table: str, state: About | None) -> Non
         return
     features = folder / PART
     if unreadable:
-        lines = ([i, source.name(i), unreadable[i]] for i in sorted(unreadable))
-        write_csv(folder / "unreadable.csv", ["id", "path", "reason"], lines)
+        write_csv(
+            folder / "unreadable.csv",
+            ["id", "path", "reason"],
+            ([i, source.name(i), unreadable[i]] for i in sorted(unreadable)),
+        )
         features = _selected(folder, ids)
     write_json(folder / ABOUT, {name: value for name, value in state.items() if name != "done"} | {"rows": len(ids)})
     features.replace(folder / FEATURES)
@@ -191,8 +162,7 @@ def _remove_partial(folder: Path) -> None:
 
 def _selected(folder: Path, ids: Sequence[int]) -> Path:
     """Copy the given rows of the features to a new file, `_ROWS` at a time."""
-    every = np.load(folder / PART, mmap_mode="r")
-    path = folder / "features.tmp.npy"
+    every, path = np.load(folder / PART, mmap_mode="r"), folder / "features.tmp.npy"
     kept = np.lib.format.open_memmap(path, mode="w+", dtype=every.dtype, shape=(len(ids), every.shape[1]))
     for start in range(0, len(ids), _ROWS):
         kept[start : start + _ROWS] = every[ids[start : start + _ROWS]]
@@ -221,7 +191,7 @@ def _lines(source: Source, ids: Sequence[int]) -> Iterator[list[Any]]:
 
 
 def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[Any]]) -> None:
-    arrow, parquet = pyarrow()
+    arrow, parquet = pyarrow(), pyarrow("pyarrow.parquet")
     text = {"path", "class"}
     schema = arrow.schema([(name, arrow.string() if name in text else arrow.int64()) for name in columns])
     with atomic_write(path) as temporary, parquet.ParquetWriter(str(temporary), schema) as writer:
@@ -233,15 +203,6 @@ def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[
             writer.write_table(arrow.table(list(values.values()), schema=schema))
 
 
-def pyarrow() -> tuple[Any, Any]:
-    """Return pyarrow and its parquet module.
-
-    Raises:
-        ConfigError: if it is not installed.
-    """
-    try:
-        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(
-            "table=parquet needs pyarrow: pip install 'momentum-contrast[parquet]', or set table=csv"
-        ) from error
+def pyarrow(module: str = "pyarrow") -> Any:
+    """Return pyarrow or a module of it; raise ConfigError if it is not installed."""
+    return optional_module(module, "table=parquet needs pyarrow", "parquet", ", or set table=csv")

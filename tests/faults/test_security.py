@@ -31,9 +31,9 @@ from moco.data.unreadable import UnreadableImages
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
 from moco.evaluation.features import EvalTransform, pixels, stream
 from moco.interop.encoder_file import build, read_encoder
+from moco.reporting.gallery import ImageSet
 from moco.retrieval.modes import image_size
 from moco.retrieval.queries import image_files
-from moco.retrieval.store import Embedding
 from moco.runs import checkpoint
 from moco.runs.checkpoint import CheckpointError
 from tests.data.unreadable_files import encoded, folder, noise, odd_files
@@ -234,8 +234,8 @@ def test_an_image_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
         assert [(row["path"], row["kind"]) for row in csv.DictReader(file)] == [("zz.jpg", "no image")]
 
     source = load_source(DataConfig("folder", str(root))).train
-    index = Embedding(tmp_path, np.zeros((10, 2), np.float32), np.arange(10), source, {})
-    assert image_size(index, 9) == {"width": 0, "height": 0, "bytes": 0}
+    images = ImageSet(source, np.arange(10), np.zeros((10, 2), np.float32))
+    assert image_size(images, 9) == {"width": 0, "height": 0, "bytes": 0}
     with pytest.raises(ImageError, match="no known image format"):
         list(stream(pixels, image_files([str(root / "zz.jpg")]), [0], EvalTransform(8), torch.device("cpu")))
 
