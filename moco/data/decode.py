@@ -46,17 +46,14 @@ class Decoded(NamedTuple):
 
     @classmethod
     def full(cls, pixels: Tensor) -> "Decoded":
-        """Return an image (3, H, W) in its own size."""
+        """Return an image (3, H, W) at its full size."""
         return cls(pixels, (pixels.shape[1], pixels.shape[2]))
 
 
 class ImageError(ValueError):
     """An image file that cannot be used; the message names the file and the reason in one sentence.
 
-    Args:
-        sentence: the message.
-        kind: one of `FAULTS`; "" if no single file is at fault.
-        reason: the message without the file's name.
+    `kind` is one of `FAULTS`, or "" if no single file is at fault; `reason` is the message without the file's name.
     """
 
     def __init__(self, sentence: str, kind: str = "", reason: str = "") -> None:
@@ -74,7 +71,7 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     Args:
         path: the file.
         max_pixels: the largest width x height. The header is checked before decoding, because a file of a few hundred
-            kB can declare an image of several GB. The default is PIL's own limit.
+            kB can declare an image of several GB.
 
     Returns:
         uint8, shape (3, H, W), in red, green, blue. In memory the channels come last, as decoders write them: this
@@ -87,11 +84,7 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Read a file.
-
-    Raises:
-        ImageError: if it cannot be read, or is empty.
-    """
+    """Read a file; raise an ImageError if it cannot be read, or is empty."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -117,15 +110,16 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
     Args:
         path: names the file in errors.
         data: its content.
-        shrink: called for images of at least `SCALED_FROM` pixels.
+        shrink: called for JPEGs of at least `SCALED_FROM` pixels.
         max_pixels: as for `decode`.
-
-    Raises:
-        ImageError: as `decode`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            _check_size(path, image.size, max_pixels)
+            width, height = image.size
+            if width * height > max_pixels:
+                declared = f"its header declares {width} x {height} = {width * height:,} pixels"
+                fix = f"more than max_pixels={max_pixels:,}; shrink or remove the file"
+                raise _refusal(path, "too large", f"{declared}, {fix}")
             scaled = _decode_scaled(image, data, shrink)
             if scaled is not None:
                 return scaled
@@ -163,7 +157,7 @@ def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded |
     if orientation in (5, 6, 7, 8):  # rotated by 90 degrees
         width, height = height, width
     factor = shrink(height, width)
-    # If the factor does not divide the size, the last row and column stand for fewer pixels; rotated, they come first.
+    # If the factor does not divide the size, the last row and column average fewer pixels; rotated, they come first.
     if factor == 1 or (orientation != 1 and (height % factor or width % factor)):
         return None
     image.draft("RGB", (image.size[0] // factor, image.size[1] // factor))
@@ -175,17 +169,6 @@ def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded |
 
 def _refusal(path: str | Path, kind: str, reason: str) -> ImageError:
     return ImageError(f"cannot read image {path}: {reason}", kind, reason)
-
-
-def _check_size(path: str | Path, size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise _refusal(
-            path,
-            "too large",
-            f"its header declares {width} x {height} = {width * height:,} pixels, more than max_pixels={max_pixels:,}; "
-            "shrink or remove the file",
-        )
 
 
 def _decode_jpeg(path: str | Path, data: bytes) -> Tensor | None:

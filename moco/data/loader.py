@@ -45,12 +45,12 @@ def batches(
     """Yield this rank's batches from step `start` to the end of training; `close` ends the loader processes earlier.
 
     Args:
-        source: the images; resident if `source.images` is set, otherwise streamed by loader processes.
+        source: the images; if `source.images` is None, loader processes decode them.
         plan: the samples of each step.
         views: one recipe per view.
-        device: of the augmentation and of the batch.
-        workers: loader processes for the streamed path; 0 decodes in this process.
-        start: first step.
+        device: computes the augmentation and holds the batches.
+        workers: number of loader processes; 0 decodes in this process.
+        start: the first step.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
             random numbers of the views stay those of the original sample, so a substitute that is in the batch itself
             gets other views. None: an unreadable image ends the run.
@@ -80,9 +80,21 @@ def crops(
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[Crop]:
     """Yield the crops of each batch on the device: the first stage of `batches`, with the same arguments."""
-    if source.images is None:
-        return _streamed(source, plan, views, device, workers, start, on_unreadable)
-    return _resident(source, source.images, plan, views, device, start, on_unreadable)
+    if source.images is not None:
+        yield from _resident(source, source.images.to(device), plan, views, start, on_unreadable)
+        return
+    # One loader for all epochs: its workers never restart, and the sampler provides the epoch.
+    cutter = Cutter(source, views, plan.seed, replace=on_unreadable is not None)
+    options: dict[str, Any] = {"batch_size": None, "collate_fn": identity_collate, "worker_init_fn": ignore_signals}
+    options["pin_memory"] = device.type == "cuda"
+    if source.stream is not None:
+        loader = source.stream(cutter.cut, plan, start, workers, cutter.replace, options)
+    else:
+        loader = DataLoader(cutter, sampler=plan.samples(start), num_workers=workers, **options)  # type: ignore[arg-type]
+    for epoch, index, used, cut, unreadable in loaded(loader, "data.workers"):
+        if on_unreadable is not None and unreadable:
+            on_unreadable(unreadable)
+        yield epoch, index, used, [each.to(device, non_blocking=True) for each in cut]
 
 
 def _augmented(plan: Plan, views: Sequence[View], device: torch.device, crop: Crop) -> Batch:
@@ -96,14 +108,9 @@ def _augmented(plan: Plan, views: Sequence[View], device: torch.device, crop: Cr
 
 
 def _resident(
-    source: Source,
-    images: Tensor,
-    plan: Plan,
-    views: Sequence[View],
-    device: torch.device,
-    start: int,
-    on_unreadable: OnUnreadable | None,
+    source: Source, images: Tensor, plan: Plan, views: Sequence[View], start: int, on_unreadable: OnUnreadable | None
 ) -> Iterator[Crop]:
+    """Crop images that are in memory, on their device."""
     substitute = np.arange(len(source))  # of each image; of a readable one itself
     if source.unreadable:
         if on_unreadable is None:
@@ -111,13 +118,11 @@ def _resident(
         on_unreadable({i: error.reason for i, error in source.unreadable.items()})
         for i in source.unreadable:
             substitute[i], _ = image_or_substitute(source, i, {})
-    images = images.to(device)
     for epoch, index in plan.samples(start):
         used = substitute[index]
-        picked = images[queue_copy(torch.from_numpy(used), device)]  # (n, 3, H, W)
-        cut = [
-            crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
-        ]
+        picked = images[queue_copy(torch.from_numpy(used), images.device)]  # (n, 3, H, W)
+        drawn = (draw_crop(plan.seed, epoch, index, stream) for stream in range(len(views)))
+        cut = [crop_batch(picked, uniforms, view) for uniforms, view in zip(drawn, views, strict=True)]
         yield epoch, index, used, cut
 
 
@@ -146,7 +151,7 @@ class Cutter:
         return to_shared_memory(self._cut(self._draw(epoch, index), (Decoded.full(image) for image in images)))
 
     def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
-        """The uniform numbers of the crops, V of (n, 22)."""
+        """Draw the uniform numbers of the crops, V of (n, 22)."""
         return [draw_crop(self.seed, epoch, index, stream) for stream in range(len(self.views))]
 
     def _cut(self, drawn: Sequence[NDArray[np.float32]], images: Iterable[Decoded]) -> list[Tensor]:
@@ -159,7 +164,7 @@ class Cutter:
     def _images(
         self, used: NDArray[np.int64], drawn: Sequence[NDArray[np.float32]], unreadable: dict[int, str]
     ) -> Iterator[Decoded]:
-        """Yield the images of `used`; substitutes replace unreadable ones there."""
+        """Yield the images of `used`, (n,); write the indices of substitutes into it."""
         for row, i in enumerate(used.tolist()):
             image = self._decoded(i, [uniforms[row] for uniforms in drawn])
             if image is None and self.replace:
@@ -176,30 +181,3 @@ class Cutter:
             return decode_scaled(self.source.name(i), content, partial(largest_shrink, self.views, uniforms))
         except ImageError:  # which source.image raises again
             return None
-
-
-def _streamed(
-    source: Source,
-    plan: Plan,
-    views: Sequence[View],
-    device: torch.device,
-    workers: int,
-    start: int,
-    on_unreadable: OnUnreadable | None,
-) -> Iterator[Crop]:
-    # One loader for all epochs: its workers never restart, and the sampler provides the epoch.
-    cutter = Cutter(source, views, plan.seed, replace=on_unreadable is not None)
-    options: dict[str, Any] = {
-        "batch_size": None,
-        "collate_fn": identity_collate,
-        "worker_init_fn": ignore_signals,
-        "pin_memory": device.type == "cuda",
-    }
-    if source.stream is not None:
-        loader = source.stream(cutter.cut, plan, start, workers, cutter.replace, options)
-    else:
-        loader = DataLoader(cutter, sampler=plan.samples(start), num_workers=workers, **options)  # type: ignore[arg-type]
-    for epoch, index, used, cut, unreadable in loaded(loader, "data.workers"):
-        if on_unreadable is not None and unreadable:
-            on_unreadable(unreadable)
-        yield epoch, index, used, [each.to(device, non_blocking=True) for each in cut]

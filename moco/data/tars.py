@@ -12,8 +12,8 @@ import lzma
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, NamedTuple, Protocol, Self
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self
 
 from moco.data.walk import IMAGE_ENDINGS
 
@@ -22,12 +22,6 @@ WITHOUT, FURTHER = "samples without an image", "further images of samples that h
 _PART = 64  # images of one sample in memory: names with dots can make a complete shard seem one sample
 _OWN = re.compile(r"__[^/]*__(/|$)")
 _PACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-
-
-class Readable(Protocol):
-    """A file, a pipe, a connection."""
-
-    def read(self, size: int, /) -> bytes: ...
 
 
 class File(NamedTuple):
@@ -48,7 +42,7 @@ class File(NamedTuple):
         return self.name.rpartition("/")[2].count(".") == 1
 
 
-def images_of(stream: Readable, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+def images_of(stream: Any, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each image, in the archive's order.
 
     A WebDataset sample is a sequence of files with the same name up to the first dot. If one of its images has just
@@ -56,7 +50,8 @@ def images_of(stream: Readable, skipped: Counter[str]) -> Iterator[tuple[str, by
     are part of the names (IMG_2020.01.02.jpg), and each file is an image of its own.
 
     Args:
-        stream: the archive, uncompressed or compressed by gzip, bzip2 or xz; it is read to its end.
+        stream: a file, pipe or connection with the archive, uncompressed or compressed by gzip, bzip2 or xz; it is
+            read to its end.
         skipped: counts the skipped files, by reason (`WITHOUT`, `FURTHER`).
 
     Raises:
@@ -78,16 +73,13 @@ def _used(files: list[File]) -> list[File]:
     """Return the plain image of a sample whose ending comes first in `IMAGE_ENDINGS`; without one, all its images."""
     if len({file.name.lower() for file in files}) < len(files):
         raise ValueError(f"it contains {files[0].name} more than once, so its samples are ambiguous")
-    for ending in IMAGE_ENDINGS:
-        for file in files:
-            if file.plain and file.name.lower().endswith(ending):
-                return [file]
-    return files
+    plain = ([file] for end in IMAGE_ENDINGS for file in files if file.plain and file.name.lower().endswith(end))
+    return next(plain, files)
 
 
-def _files(stream: Readable) -> Iterator[File]:
+def _files(stream: Any) -> Iterator[File]:
     """Yield all files and links, without hidden files and WebDataset's own."""
-    with tarfile.open(fileobj=_Stream.unpacked(stream), mode="r|", tarinfo=_Header) as tar:
+    with tarfile.open(fileobj=_Stream(stream).unpacked(), mode="r|", tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
             hidden = info.name.rpartition("/")[2].startswith(".") or _OWN.match(info.name)
             if not info.isdir() and not hidden:
@@ -119,19 +111,15 @@ class _Header(tarfile.TarInfo):
 class _Stream:
     """A stream whose first bytes were read to detect its compression."""
 
-    def __init__(self, stream: Readable) -> None:
-        self._stream, self.first = stream, b""
-        while len(self.first) < max(map(len, _PACKERS)) and (data := stream.read(1)):
-            self.first += data
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._first = stream, b""
+        while len(self._first) < max(map(len, _PACKERS)) and (data := stream.read(1)):
+            self._first += data
 
-    @classmethod
-    def unpacked(cls, stream: Readable) -> IO[bytes]:
+    def unpacked(self) -> Any:
         """Return the uncompressed archive."""
-        this: Any = cls(stream)
-        openers: Iterable[Any] = (opener for magic, opener in _PACKERS.items() if this.first.startswith(magic))
-        opened: IO[bytes] = next((opener(this) for opener in openers), this)
-        return opened
+        return next((unpack(self) for magic, unpack in _PACKERS.items() if self._first.startswith(magic)), self)
 
     def read(self, size: int) -> bytes:
-        ready, self.first = self.first[:size], self.first[size:]
+        ready, self._first = self._first[:size], self._first[size:]
         return ready or self._stream.read(size)

@@ -85,8 +85,8 @@ def in_order(function: Callable[[int], T], rows: range, workers: int, field: str
 def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
     """Yield the loader's items in order; raise an item that is an error.
 
-    The death of a process is reported wherever this process is at that moment, in a step or in an evaluation: torch's
-    handler of SIGCHLD raises there, and this module replaces its message.
+    The death of a loader process raises an error wherever this process is, in a step or in an evaluation: torch's
+    handler of SIGCHLD does so, and this module replaces its message.
 
     Args:
         loader: with `ignore_signals` and `identity_collate`, if it has processes.
@@ -109,10 +109,7 @@ def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
 
 
 def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
-    """Start the loader's processes.
-
-    They start with signals blocked: a signal that arrives before they ignore it would end them.
-    """
+    """Start the loader's processes with signals blocked: one that arrives before they ignore it would end them."""
     if loader.num_workers == 0:
         return iter(loader)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
@@ -136,10 +133,10 @@ def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
 
 
 def _end(items: Any) -> None:
-    """End the processes, as torch does when its iterator is collected.
+    """End the processes.
 
-    An error's traceback may keep the iterator until the program exits; then multiprocessing would send SIGTERM, which
-    the processes ignore, and wait forever.
+    An error's traceback may keep the iterator alive until the program exits; then multiprocessing would send SIGTERM,
+    which the processes ignore, and wait forever.
     """
     getattr(items, "_shutdown_workers", lambda: None)()
 
@@ -160,30 +157,25 @@ class _ChildHandler:
 
 def _reraise(error: RuntimeError, field: str) -> None:
     """Raise the LoaderError of torch's error about its processes; raise any other error unchanged."""
-    converted = _loader_error(error, field)
-    if converted is None:
-        raise error
-    raise converted from error
-
-
-def _loader_error(error: RuntimeError, field: str) -> LoaderError | None:
-    if isinstance(error.__cause__, LoaderError):  # raised by the handler while torch waited for an item
-        return error.__cause__
     message = str(error)
+    if isinstance(error.__cause__, LoaderError):  # raised by the handler while torch waited for an item
+        raise error.__cause__ from error
     if message.startswith("Too many open files"):
-        return LoaderError(f"too many open files between the loader processes: raise ulimit -n, or lower {field}")
-    if not message.startswith("DataLoader worker"):
-        return None
-    if "Bus error" in message:
-        return LoaderError(_no_room("died (Bus error), most likely because shared memory is full"))
-    killed = re.search(r"killed by signal: ([^.]+)\.", message)
-    reason = killed.group(1) if killed else "unknown cause"
-    # The kernel sends SIGKILL when memory runs out; other signals come from elsewhere.
-    guess = ", most likely because memory ran out" if reason in ("Killed", "unknown cause") else ""
-    return LoaderError(
-        f"a loader process died ({reason}){guess}: lower {field} (0: no loader processes) or provide more memory, and "
-        "run the same command again"
-    )
+        sentence = f"too many open files between the loader processes: raise ulimit -n, or lower {field}"
+    elif not message.startswith("DataLoader worker"):
+        raise error
+    elif "Bus error" in message:
+        sentence = _no_room("died (Bus error), most likely because shared memory is full")
+    else:
+        killed = re.search(r"killed by signal: ([^.]+)\.", message)
+        reason = killed.group(1) if killed else "unknown cause"
+        # The kernel sends SIGKILL when memory runs out; other signals come from elsewhere.
+        guess = ", most likely because memory ran out" if reason in ("Killed", "unknown cause") else ""
+        sentence = (
+            f"a loader process died ({reason}){guess}: lower {field} (0: no loader processes) or provide more memory, "
+            "and run the same command again"
+        )
+    raise LoaderError(sentence) from error
 
 
 def _no_room(what: str) -> str:
