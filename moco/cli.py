@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
@@ -30,18 +30,8 @@ from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_strea
 
 Schema = TypeVar("Schema")
 
-# Hydra writes no files and does not change the directory. The defaults of each command name this after their schema.
-_QUIET = {
-    "output_subdir": None,
-    "run": {"dir": "."},
-    "job": {"chdir": False},
-    "hydra_help": {"template": "${hydra.help.template}"},
-}
-
 # A group with several schemas: the option of the group, configs/GROUP/OPTION.yaml, chooses one in its defaults list.
 SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
-
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 
 @dataclass(frozen=True)
@@ -52,8 +42,7 @@ class Command(Generic[Schema]):
         name: The name of its file in configs/, without the ending.
         schema: The dataclass of its configuration.
         check: Raises ConfigError for an invalid configuration.
-        work: "module:function", called with the configuration. The module is imported after the check, because it
-            imports torch, which --help and an invalid configuration do not need.
+        work: "module:function", called with the configuration. The module imports torch, so it is imported last.
     """
 
     name: str
@@ -67,7 +56,7 @@ class Command(Generic[Schema]):
         getattr(importlib.import_module(module), function)(config)
 
     def main(self) -> None:
-        """Run the command; see `run_command`."""
+        """Run the command with the configuration of the command line."""
         run_command(self.name, self.schema, self)
 
 
@@ -79,17 +68,15 @@ def launched_processes() -> int:
 def register(name: str, schema: type, scratch: str = ".") -> None:
     """Register the entries of the defaults lists in configs/: NAME_schema, quiet, and the schemas of groups.
 
-    Args:
-        name: See `run_command`.
-        schema: See `run_command`.
-        scratch: The directory for multirun.yaml, which Hydra always writes with --multirun.
+    With --multirun, Hydra writes multirun.yaml to the directory `scratch`. It writes no other file.
     """
     store = ConfigStore.instance()
     store.store(name=f"{name}_schema", node=schema)
     for each in fields(schema):
         for option, node in SCHEMAS.get(each.type, {}).items():
             store.store(name=f"{option}_schema", node=node)
-    quiet = _QUIET | {"sweep": {"dir": scratch, "subdir": "."}}
+    quiet = {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}}
+    quiet |= {"sweep": {"dir": scratch, "subdir": "."}, "hydra_help": {"template": "${hydra.help.template}"}}
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
 
 
@@ -98,13 +85,8 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
     The exit status is 2 for an invalid configuration, 1 for an error of the command, 75 (EX_TEMPFAIL) for a run that
-    was stopped and has saved its state, 130 after Ctrl-C, and 141 if the reader of --help has gone (`| head`). Errors
-    are reported in one sentence; MOCO_TRACEBACK=1 shows the traceback instead.
-
-    Args:
-        name: The top-level YAML file, without its ending.
-        schema: The dataclass that the composed configuration must fit.
-        command: The function that gets the configuration.
+    was stopped and has saved its state, 130 after Ctrl-C, and 141 if the output pipe of --help is closed (`| head`).
+    Errors are reported in one sentence; MOCO_TRACEBACK=1 shows the traceback instead.
     """
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (
@@ -117,7 +99,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         _exit(2, _composition_error(error, schema), error)
     except ConfigError as error:
         _exit(2, str(error), error)
-    except USER_ERRORS as error:
+    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
         _exit(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
     except Preempted as stopped:  # not an error: never a traceback
         if os.environ.get("RANK", "0") == "0":
@@ -141,9 +123,7 @@ def _compose(name: str, schema: type[Schema]) -> list[Schema]:
 
 
 def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
-    """Return a composed configuration as an object of its schema.
-
-    Checks it against the schema once more, because `+field=value` adds any field to what Hydra composed.
+    """Return a composed configuration as an object of its schema, to which `+field=value` may have added fields.
 
     Raises:
         ConfigError: if a group's name is not that of its schema.
@@ -169,12 +149,10 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
 
 def _refuse_shared_output(composed: list[DictConfig], schema: type) -> None:
     """Refuse --multirun with jobs that would overwrite each other's files."""
-    names = field_names(schema)
+    names = field_types(schema)
     place = "output" if "output" in names else "run"  # commands that read a run write to `output`
-    written = [
-        next((f"{name}={each[name]}" for name in (place, "run", "checkpoint") if each.get(name)), "")
-        for each in composed
-    ]
+    sources = (place, "run", "checkpoint")
+    written = [next((f"{name}={each[name]}" for name in sources if each.get(name)), "") for each in composed]
     if place in names and len(set(written)) < len(written):
         example = "output=runs/seed_${seed}" if place == "output" else "run=runs/lr_${optim.lr}"
         shared = max(written, key=written.count)
@@ -189,7 +167,11 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    if status == 2 or _is_deterministic(error):
+    decode = sys.modules.get("moco.data.decode")  # if it was not imported, no image was read; importing needs torch
+    invalid_data = isinstance(error, FloatingPointError) or (
+        decode is not None and isinstance(error, decode.ImageError)
+    )
+    if status == 2 or invalid_data:
         prevent_restart()  # each of torchrun's --max-restarts would fail in the same way
     if local_rank == "0" or status == 1:  # an invalid configuration is the same on all ranks of a machine
         print_error(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
@@ -198,15 +180,7 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
     sys.exit(status)
 
 
-def _is_deterministic(error: BaseException) -> bool:
-    """Return whether a restart would fail with the same error, which is caused by the data or the training."""
-    decode = sys.modules.get("moco.data.decode")  # if it was not imported, no image was read; importing needs torch
-    return isinstance(error, FloatingPointError) or (decode is not None and isinstance(error, decode.ImageError))
-
-
 # Messages of Hydra and OmegaConf, and our sentences as functions of the groups.
-_UNKNOWN_FIELD = r"[Kk]ey '([^']+)' (?:is not in struct|not in '\w+')|Could not override '([^']+)'"
-_UNKNOWN_OPTION = r"Could not find '([^']+)'"
 _SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
     (
         r"Value '([^']*)' of type '\w+' could not be converted to (\w+)[\s\S]*full_key: (\S+)",
@@ -235,13 +209,14 @@ def _composition_error(error: Exception, schema: type) -> str:
     if isinstance(error, OverrideParseException):
         return _unreadable_override(error.override)
     text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
-    if unknown := re.search(_UNKNOWN_FIELD, text):
+    not_a_field = r"[Kk]ey '([^']+)' (?:is not in struct|not in '\w+')|Could not override '([^']+)'"
+    if unknown := re.search(not_a_field, text):
         full, owner = re.search(r"full_key: (\S+)", text), re.search(r"not in '(\w+)'", text)
         return _unknown_field(full[1] if full else unknown[1] or unknown[2], owner[1] if owner else "", schema)
     for pattern, sentence in _SENTENCES:
         if found := re.search(pattern, text):
             return sentence(*found.groups())
-    if missing := re.search(_UNKNOWN_OPTION, text):
+    if missing := re.search(r"Could not find '([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)
         available = f"; available: {', '.join(options)}" if options else ""
         return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}"
@@ -267,35 +242,27 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
                 if not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
                     hint = f"; the recipe sets it: choose a recipe for {option}, experiment=NAME"
                 return f"{field} is not a field of {option}{hint}"
-    known = field_names(schema)
+    known = field_types(schema)
     if field == "experiment" and "method.name" in known:  # only moco.train takes recipes
         return "a recipe must open with the line '# @package _global_': see README, a recipe of your own"
-    open_fields = [name for name in known if field.startswith(f"{name}.") and not is_dataclass(_type_of(schema, name))]
-    if open_fields:
-        name = open_fields[-1]
+    name = next((each for each in known if field.startswith(f"{each}.") and not is_dataclass(known[each])), "")
+    if name:
         return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"
     if field == "experiment" and "recipe" in known:
         return "there is no field 'experiment'; did you mean 'recipe'?"
     return f"there is no field {field!r}{_did_you_mean(field, known)}"
 
 
-def _did_you_mean(name: str, known: Sequence[str], cutoff: float = 0.7) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _type_of(schema: Any, name: str) -> Any:
-    """Return the annotated type of a dotted field."""
-    for part in name.split("."):
-        schema = next(each.type for each in fields(schema) if each.name == part)
-    return schema
-
-
-def field_names(schema: Any, prefix: str = "") -> list[str]:
-    """Return the dotted names of all fields of a nested dataclass."""
-    names = []
+def field_types(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the types of all fields of a nested dataclass by their dotted names."""
+    types = {}
     for each in fields(schema):
-        names.append(prefix + each.name)
+        types[prefix + each.name] = each.type
         if is_dataclass(each.type):
-            names += field_names(each.type, f"{prefix}{each.name}.")
-    return names
+            types |= field_types(each.type, f"{prefix}{each.name}.")
+    return types

@@ -1,4 +1,4 @@
-"""What all configurations share: their errors, the bounds of their fields, and the location of the YAML files."""
+"""The common part of all configurations: errors, bounds of fields, and the location of the YAML files."""
 
 import importlib
 import math
@@ -32,13 +32,10 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def optional_module(name: str, needed: str, extra: str, instead: str = "") -> Any:
-    """Import a module of an optional dependency; raise ConfigError if it is not installed.
+    """Import a module of an optional dependency; if it is not installed, raise ConfigError.
 
-    Args:
-        name: the module.
-        needed: start of the message, such as "map=umap needs umap-learn".
-        extra: the extra of the package that installs it.
-        instead: end of the message, such as ", or set map=tsne".
+    The message is e.g. "map=umap needs umap-learn" (`needed`), the pip command with the package's `extra`, and ", or
+    set map=tsne" (`instead`).
     """
     try:
         return importlib.import_module(name)
@@ -102,16 +99,15 @@ class Bounds:
 def bounded(default: Any, **bounds: Any) -> Any:
     """Declare a dataclass field with the values that it accepts, for `check_bounds` and the pages of docs/config.
 
+    Null is accepted where the field's type allows it. A list as the default is copied for each instance.
+
     Args:
-        default: The default value. A list or a dict is copied for each instance.
+        default: The default value.
         bounds: The fields of `Bounds`: ge, gt, le, lt (numbers), choices (names), min_length, max_length and unique
             (lists; min_length=1 refuses an empty string too), example (a valid setting for the error message).
-
-    Returns:
-        The field. Null is accepted where the field's type allows it.
     """
     metadata = {"bounds": Bounds(**bounds)}
-    if isinstance(default, list | dict):
+    if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -119,12 +115,9 @@ def bounded(default: Any, **bounds: Any) -> Any:
 def check_bounds(config: Any, prefix: str = "") -> None:
     """Check all fields of a configuration and its groups against their bounds, and that all numbers are finite.
 
-    Args:
-        config: A dataclass. Its fields may be dataclasses.
-        prefix: The dotted name of the group, with a final dot, for messages.
-
     Raises:
-        ConfigError: for the first invalid value, with the dotted field, the value and the accepted values.
+        ConfigError: for the first invalid value, with the dotted field, the value and the accepted values. `prefix` is
+            the dotted name of the group, with a final dot.
     """
     for each in fields(config):
         name, value = prefix + each.name, getattr(config, each.name)
@@ -148,9 +141,10 @@ class ComputeConfig:
     """CPU threads per process; 0: torch chooses."""
 
 
-def nearest_multiple(value: int, factor: int) -> int:
-    """Return the multiple of `factor`, at least `factor` itself, that is nearest to `value`."""
-    return max(1, round(value / factor)) * factor
+def require_divisible(batch_size: int, parts: int, divisor: str) -> None:
+    """Raise ConfigError, which suggests the nearest multiple, unless the batch divides into equal parts."""
+    nearest = max(1, round(batch_size / parts)) * parts
+    require(batch_size % parts == 0, f"batch_size={batch_size} must be a multiple of {divisor}: take {nearest}")
 
 
 def _floats(name: str, value: Any) -> Iterator[tuple[str, float]]:

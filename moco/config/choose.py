@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moco.config.base import ComputeConfig, bounded, check_bounds
+from moco.config.base import ComputeConfig, bounded
 
 
 @dataclass
@@ -24,8 +24,3 @@ class ChooseConfig(ComputeConfig):
     """Number of random draws of these labels, over which the kNN accuracy is averaged."""
     probe_labels_per_class: int = bounded(10, ge=1)
     """Labeled images per class of the linear probe with which the measures are compared too."""
-
-
-def check_choose(config: ChooseConfig) -> None:
-    """Raise ConfigError for an invalid configuration."""
-    check_bounds(config)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import bounded, nearest_multiple, require
+from moco.config.base import bounded, require, require_divisible
 from moco.config.subject import SubjectConfig, check_subject
 
 DEFAULT_FRACTION = 0.01  # if no field says which images have labels
@@ -88,11 +88,7 @@ def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
         f"nesterov=true needs optimizer=sgd with momentum above 0, not optimizer={config.optimizer} with "
         f"momentum={config.momentum}",
     )
-    require(
-        config.batch_size % processes == 0,
-        f"batch_size={config.batch_size} must be a multiple of the {processes} processes: "
-        f"take {nearest_multiple(config.batch_size, processes)}",
-    )
+    require_divisible(config.batch_size, processes, f"the {processes} processes")
 
 
 def fraction_of(config: FinetuneConfig) -> float | None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import bounded, nearest_multiple, require
+from moco.config.base import bounded, require, require_divisible
 from moco.config.subject import SubjectConfig, check_subject
 
 
@@ -86,10 +86,6 @@ def check_linear(config: LinearConfig, processes: int) -> None:
     unused = config.sweep != SweepConfig()
     require(not unused, f"sweep.* has no effect with protocol={config.protocol}: set protocol=sweep")
     require("pixels" not in config.compare, "compare=[pixels] needs fixed features: set protocol=sweep")
-    require(
-        config.batch_size % processes == 0,
-        f"batch_size={config.batch_size} must be a multiple of the {processes} processes: "
-        f"take {nearest_multiple(config.batch_size, processes)}",
-    )
+    require_divisible(config.batch_size, processes, f"the {processes} processes")
     for name in ("size", "mean", "std"):
         require(name not in config.augment, f"augment.{name} must equal that of evaluation: set images.{name} instead")

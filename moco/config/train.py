@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import ComputeConfig, bounded, check_bounds, nearest_multiple, require
+from moco.config.base import ComputeConfig, bounded, check_bounds, require, require_divisible
 from moco.config.data import DataConfig, check_data_fields
 from moco.config.method import MethodConfig
 
@@ -235,11 +235,8 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
         f"accumulate={config.accumulate} with model.bn=sync would normalize over one micro-batch instead of the global "
         "batch: set accumulate=1 or model.bn=grouped",
     )
-    require(
-        config.batch_size % parts == 0,
-        f"batch_size={config.batch_size} must be a multiple of {parts} ({processes} processes x accumulate="
-        f"{config.accumulate}): take {nearest_multiple(config.batch_size, parts)}",
-    )
+    divisor = f"{parts} ({processes} processes x accumulate={config.accumulate})"
+    require_divisible(config.batch_size, parts, divisor)
     if model.bn != "grouped":
         return
     micro_batch = config.batch_size // parts

@@ -33,7 +33,6 @@ from moco.distributed import (
     is_rank_zero,
     max_over_ranks,
     on_rank_zero,
-    process_group,
     rank,
     world_size,
 )
@@ -46,7 +45,7 @@ from moco.runs.checkpoint import Checkpoint
 from moco.runs.directory import refuse_difference
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display
-from moco.runtime.device import pick_device
+from moco.runtime.device import compute_context
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
 from moco.runtime.precision import PRECISIONS
@@ -71,16 +70,13 @@ def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -
     if preemption is None:
         with PreemptionHandler(config.stop_after) as preemption:
             return pretrain(config, preemption)
-    device = pick_device(config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
     timeout = max(10.0, config.hang_after + 5)  # minutes: the watchdog should report before the process group does
     with (
-        process_group(device, timeout),
+        compute_context(config, timeout) as device,
         Watchdog(config.hang_after, rendezvous_store(), rank(), world_size()) as watchdog,
     ):
+        if device.type == "cpu":
+            keep_freed_memory()
         Trainer(config, preemption, watchdog, device).run()
 
 

@@ -19,6 +19,6 @@ def test_a_file_is_converted_from_any_directory(tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert "features of 16 pictures (digits) differ by 0 at most" in result.stdout
+    assert "features of 16 images (digits) differ by 0 at most" in result.stdout
     assert read_encoder(tmp_path / "y.safetensors").options == {"width": 2}
     assert sorted(each.name for each in tmp_path.iterdir()) == ["x.pth", "y.safetensors"]
