@@ -64,12 +64,12 @@ def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]
     """
     if not all(view.antialias for view in views):
         return 1
-    boxes = [
-        crop_boxes(each.reshape(1, -1), height, width, view.crop_scale, view.crop_ratio)[0]
-        for view, each in zip(views, uniforms, strict=True)
-    ]
-    room = min(int(min(box[2:])) // view.size for view, box in zip(views, boxes, strict=True))
-    return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
+    factor = 8
+    for view, each in zip(views, uniforms, strict=True):
+        box = crop_boxes(each.reshape(1, -1), height, width, view.crop_scale, view.crop_ratio)[0]
+        while factor > 1 and factor * view.size > min(box[2:]):
+            factor //= 2
+    return factor
 
 
 def augment(crops: Tensor, params: Params, view: View) -> Tensor:
@@ -170,8 +170,8 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
         plan["jitter"] = rows
     if params.noise.size:
         plan["noise"] = params.noise[:, None]  # (n, 1, S, S)
-    plan["mean"] = np.asarray(view.mean, dtype=np.float32).reshape(1, 3, 1, 1)
-    plan["std"] = np.asarray(view.std, dtype=np.float32).reshape(1, 3, 1, 1)
+    for name in ("mean", "std"):
+        plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, 3, 1, 1)
     return plan
 
 

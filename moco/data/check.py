@@ -59,11 +59,6 @@ class Findings:
         if len(named) < self.listed:
             named.append({"path": path} | ({"reason": reason} if reason else {}))
 
-    @property
-    def readable(self) -> NDArray[np.bool_]:
-        """Which images can be read, (N,)."""
-        return self.sizes[:, 0] > 0
-
 
 def check_data(config: CheckDataConfig) -> None:
     """Do the work of `moco.check_data`."""
@@ -108,9 +103,9 @@ def _facts(folder: FolderSource, i: int) -> ImageFacts:
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
     """Return the reasons why a run with these data fields would end."""
     obstacles = []
-    if folders := findings.counts[_FOLDER]:
-        many = f"{folders:,} folder{'s' * (folders > 1)} cannot be read"
-        obstacles.append(f"{many} (give this user permission, or move them elsewhere)")
+    if count := findings.counts[_FOLDER]:
+        many = f"{count:,} folder{'s' * (count > 1)}"
+        obstacles.append(f"{many} cannot be read (give this user permission, or move them elsewhere)")
     splits: list[NDArray[np.int32]] = np.split(findings.sizes, np.cumsum(lengths)[:-1])
     for name, sizes in zip(("training", "held-out"), splits, strict=False):
         readable = sizes[sizes[:, 0] > 0]
@@ -136,9 +131,7 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
             if findings.counts[kind]
         }
 
-    ignored: Counter[str] = Counter()
-    for folder in folders:
-        ignored.update(folder.ignored)
+    ignored = sum((Counter(folder.ignored) for folder in folders), Counter[str]())
     return {
         "provenance": provenance(),
         "data": asdict(config.data),
@@ -149,13 +142,13 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         "duplicates": duplicates(folders, findings),
         "ignored": dict(ignored.most_common()),
         "formats": dict(findings.formats.most_common()),
-        "sizes": size_distribution(findings.sizes[findings.readable]),
+        "sizes": size_distribution(findings.sizes[findings.sizes[:, 0] > 0]),
     }
 
 
 def duplicates(folders: Sequence[FolderSource], findings: Findings) -> dict[str, Any]:
     """Find files with the same bytes: their groups, the number of copies, and held-out images in the training set."""
-    rows = np.flatnonzero(findings.readable)
+    rows = np.flatnonzero(findings.sizes[:, 0])
     _, group, count = np.unique(findings.digests[rows].view("S16"), return_inverse=True, return_counts=True)
     repeated = count[group] > 1
     rows, group = rows[repeated], group[repeated]
@@ -180,11 +173,11 @@ def size_distribution(sizes: NDArray[np.int32]) -> dict[str, Any]:
     """Return percentiles of the readable images' sizes (M, 2), and the most frequent sizes."""
     if not len(sizes):
         return {}
-    marks = (0, 5, 50, 95, 100)
+    marks = [0, 5, 50, 95, 100]
     each, count = np.unique(sizes, axis=0, return_counts=True)
     frequent = np.argsort(-count, kind="stable")[:5]
     return {
-        "percentiles": list(marks),
+        "percentiles": marks,
         "width": np.percentile(sizes[:, 0], marks).round().astype(int).tolist(),
         "height": np.percentile(sizes[:, 1], marks).round().astype(int).tolist(),
         "frequent": {f"{each[i][0]} x {each[i][1]}": int(count[i]) for i in frequent},

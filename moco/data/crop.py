@@ -5,8 +5,8 @@ cropped as a batch on its device by two matrix products per sample (`resized_cro
 ATen uses for uint8. So a key determines a view on either route (law 2).
 
 Both routes reduce a crop in one of two ways. With antialiasing a pixel is the weighted mean of all pixels that it
-stands for; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both
-ways agree. Pixels outside the box have no influence.
+covers; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both ways
+agree. Pixels outside the box have no influence.
 
 Legend: N samples, H x W the image, S the crop's output size, K weights (taps) per output pixel, L a length in pixels.
 """
@@ -42,8 +42,7 @@ def crop_boxes(
 
     Args:
         uniforms: numbers in [0, 1), shape (N, 22): ten for the area, ten for the log ratio, one for top, one for left.
-        heights: image heights in pixels, shape (N,) or a scalar.
-        widths: image widths in pixels, shape (N,) or a scalar.
+        heights, widths: of the images in pixels, shape (N,) or a scalar.
         scale: lowest and highest area, as a fraction of the image's.
         ratio: lowest and highest width / height.
 
@@ -83,19 +82,10 @@ def crop_boxes(
 
 
 def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = True) -> Tensor:
-    """Crop one box from one image and resize it: the streamed route.
+    """Crop one box (top, left, height, width) from a uint8 image (3, H, W) on the CPU and resize it to (3, S, S).
 
-    ATen is called directly: torchvision's `resized_crop` makes the same call on CPUs with AVX2 (or ARM), but rounds a
-    float result (off by up to one level) on others, so the views would depend on the machine.
-
-    Args:
-        image: uint8, shape (3, H, W), on the CPU.
-        box: top, left, height, width in pixels.
-        size: S.
-        antialias: as torchvision's argument.
-
-    Returns:
-        uint8, shape (3, S, S).
+    This is the streamed route. It calls ATen directly: torchvision's `resized_crop` makes the same call on CPUs with
+    AVX2 (or ARM), but rounds a float result (off by up to one level) on others, so views would depend on the machine.
     """
     top, left, height, width = (int(value) for value in np.asarray(box))
     window = image[None, :, top : top + height, left : left + width]
@@ -105,14 +95,8 @@ def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = Tru
 def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
     """Convert a box of the full image to the image that was decoded at 1 / factor of its size.
 
+    Both boxes are (top, left, height, width) in pixels of their image; height and width must be at least `factor`.
     Edges move to the nearest pixel: by at most half a pixel of the view, if the crop has at least as many pixels.
-
-    Args:
-        box: top, left, height, width in pixels of the full image, the last two at least `factor`.
-        factor: 1 leaves the box unchanged.
-
-    Returns:
-        top, left, height, width in pixels of the smaller image.
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])
@@ -139,7 +123,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         antialias: as in `resized_crop`.
 
     Returns:
-        uint8, shape (N, 3, S, S), on the images' device.
+        uint8, shape (N, 3, S, S), on the device of the images.
     """
     count, channels, height, width = images.shape
     device = images.device
@@ -165,15 +149,9 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
 
 
 def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Make the evaluation view: the shorter side to `resize`, then the central square of `size`, as torchvision does.
+    """Make the evaluation view of a uint8 image (3, H, W) on the CPU, as torchvision does: (3, S, S).
 
-    Args:
-        image: uint8, shape (3, H, W), on the CPU.
-        resize: pixels of the shorter side after resizing.
-        size: S, pixels of the square.
-
-    Returns:
-        uint8, shape (3, S, S); the image itself if it has that size.
+    The shorter side is resized to `resize` pixels, and the central square of `size` pixels is cut out.
 
     Raises:
         ValueError: if `size` exceeds `resize`.
@@ -245,7 +223,7 @@ def _tap_table(
 
 
 def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it stands for.
+    """Return the weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it covers.
 
     Args:
         lengths: pixels to be resized, shape (L, 1).

@@ -197,7 +197,7 @@ def _pil_to_tensor(image: Image.Image) -> Tensor:
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image.convert("RGBA"))
     array = np.array(image.convert("RGB"))  # (H, W, 3), a copy, because torch needs writable memory
-    return torch.from_numpy(array).permute(2, 0, 1)  # (3, H, W)
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -79,9 +79,7 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
             "training images: set two separate folders"
         )
     train = scan("data.root", root, labels, keep_unlistable)
-    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable)
-    _check_same_classes(train, held_out)
-    return labeled(train, held_out)
+    return _with_same_classes(train, scan("data.eval_root", eval_root, labels, keep_unlistable))
 
 
 def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
@@ -95,20 +93,18 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
             "download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org (data.download "
             "cannot do this: an account is needed) and unpack both into one folder per class"
         )
-    train, held_out = (
-        scan("data.root", os.path.join(config.root, part), "folder", keep_unlistable) for part in ("train", "val")
-    )
-    _check_same_classes(train, held_out)
-    return labeled(train, held_out)
+    parts = (os.path.join(config.root, part) for part in ("train", "val"))
+    return _with_same_classes(*(scan("data.root", part, "folder", keep_unlistable) for part in parts))
 
 
-def _check_same_classes(train: FolderSource, held_out: FolderSource) -> None:
+def _with_same_classes(train: FolderSource, held_out: FolderSource) -> Sources:
     missing, extra = set(train.classes) - set(held_out.classes), set(held_out.classes) - set(train.classes)
     if missing or extra:
         raise ValueError(
             f"the class folders differ: only in {train.root}: {_first_names(sorted(missing))}; "
             f"only in {held_out.root}: {_first_names(sorted(extra))}; both need the same class folders"
         )
+    return labeled(train, held_out)
 
 
 def _first_names(names: Sequence[str], limit: int = 5) -> str:

@@ -77,9 +77,8 @@ def open_hub(config: DataConfig) -> Sources:
             f"data.eval_split={eval_split} equals data.split, so accuracy would be measured on training images: set "
             f"another of {', '.join(every)}"
         )
-    if train.labels is None and not eval_split:
-        return labeled(train, None)
-    for name in [eval_split] if eval_split else [each for each in HELD_OUT if each != split and each in every]:
+    usual = [each for each in HELD_OUT if each != split and each in every] if train.labels is not None else []
+    for name in [eval_split] if eval_split else usual:
         held_out = _open_split(every, config, "eval_split", name)
         if held_out.labels is None and not eval_split:
             continue
@@ -92,19 +91,14 @@ def open_hub(config: DataConfig) -> Sources:
     return labeled(train, None)
 
 
-def _datasets() -> Any:
+def _load(root: str, subset: str) -> Mapping[str, Any]:
+    """Return all splits by name."""
     try:
         import datasets  # takes a second, and only this source needs it
     except ImportError as error:
         raise ValueError(
             "data.name=huggingface needs the package datasets: pip install 'momentum-contrast[huggingface]'"
         ) from error
-    return datasets
-
-
-def _load(root: str, subset: str) -> Mapping[str, Any]:
-    """Return all splits by name."""
-    datasets = _datasets()
     folder = Path(root).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -125,7 +119,8 @@ def _load(root: str, subset: str) -> Mapping[str, Any]:
 
 
 def _open_split(every: Mapping[str, Any], config: DataConfig, field: str, split: str) -> HubSource:
-    datasets = _datasets()
+    import datasets
+
     if split not in every:
         raise ValueError(f"data.{field}={split}: {config.root} has the splits {', '.join(every)}")
     table, where = every[split], f"{config.root} ({split})"
@@ -156,12 +151,9 @@ def _column(field: str, wanted: str, fitting: Sequence[str], present: Sequence[s
 
 
 def _labels(table: Any, wanted: str, where: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return labels (N,) and class names; (None, ()) without a label column, or if all labels are -1 (unknown).
+    """Return labels (N,) and class names; (None, ()) without a label column, or if all labels are -1 (unknown)."""
+    import datasets
 
-    Raises:
-        ValueError: if there are several columns and none is named, or if some rows have no label.
-    """
-    datasets = _datasets()
     fitting = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
     if wanted == "none" or (not wanted and not fitting):
         return None, ()

@@ -1,8 +1,8 @@
 """Keyed randomness: every random number is a function of its key, without any state (law 2).
 
-The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3",
-SC 2011): a bijection on 128-bit counters, chosen because it needs no state, vectorizes over a batch,
-and returns the same bits on every machine. The key of a number is
+The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), a bijection on
+128-bit counters: it needs no state, vectorizes over a batch, and returns the same bits on every machine. The key of a
+number is
 
     (seed, epoch, sample index, stream, draw)
 
@@ -37,14 +37,11 @@ _32 = np.uint64(32)
 
 
 def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]) -> NDArray[np.uint64]:
-    """Compute Philox-4x32-10: four 32-bit words for each counter.
+    """Compute Philox-4x32-10: four 32-bit words for each counter, shape (..., 4).
 
     Args:
         key: two 32-bit words.
-        counter: four 32-bit words, each an array; they broadcast against each other.
-
-    Returns:
-        Shape (..., 4), values below 2**32.
+        counter: four arrays of 32-bit words; they broadcast against each other.
     """
     c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
     k0, k1 = np.uint64(key[0]), np.uint64(key[1])
@@ -56,11 +53,7 @@ def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike,
 
 
 def _key(seed: int) -> tuple[int, int]:
-    """Return the generator's key.
-
-    Raises:
-        ValueError: if the seed is negative or does not fit in 64 bits.
-    """
+    """Return the generator's key: two 32-bit words."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} must lie in 0 ... 2**64 - 1")
     return seed & 0xFFFFFFFF, seed >> 32
@@ -92,14 +85,8 @@ def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: i
 def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.int64]:
     """Return a random order of `length` items, a function of the arguments only.
 
-    Each item gets a 64-bit key and the keys are sorted; ties (probability below length^2 / 2^65) keep
-    the order of the items.
-
-    Returns:
-        Shape (length,), each of 0 ... length - 1 once.
-
-    Raises:
-        ValueError: if the seed is negative or does not fit in 64 bits.
+    Each item gets a 64-bit key and the keys are sorted; ties (probability below length^2 / 2^65) keep the order of the
+    items. The result contains each of 0 ... length - 1 once, shape (length,). Raises as `keyed_uniform`.
     """
     words = philox(_key(seed), (0, stream, np.arange(length, dtype=np.uint64), epoch))
     return np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")

@@ -73,15 +73,12 @@ def hue_(x: Tensor, shift: Tensor) -> Tensor:
 def blur(x: Tensor, half_kernel: Tensor) -> Tensor:
     """Apply a separable symmetric filter with one kernel per sample; borders are reflected.
 
-    It is a sum over shifted images: on a CPU it is faster than grouped convolution (which must prepare new weights each
-    time) and than a banded matrix product at 224 px, and its order of summation is fixed.
+    A sum over shifted images is faster on a CPU than grouped convolution (which must prepare new weights each time) and
+    than a banded matrix product at 224 px, and its order of summation is fixed.
 
     Args:
-        x: shape (n, 3, S, S).
+        x: shape (n, 3, S, S); it is not changed.
         half_kernel: weights of the taps at distance 0, 1, ..., r < S, shape (n, r + 1).
-
-    Returns:
-        A new tensor, shape (n, 3, S, S).
     """
     radius = half_kernel.shape[1] - 1
     weights = half_kernel.t().reshape(radius + 1, -1, 1, 1, 1)  # (r + 1, n, 1, 1, 1)
@@ -109,11 +106,8 @@ def affine(x: Tensor, theta: Tensor) -> Tensor:
     pixels that lie half outside; on a black border the two agree.
 
     Args:
-        x: shape (n, 3, S, S).
+        x: shape (n, 3, S, S); it is not changed.
         theta: output to input map, from centered pixels to units of half the image side, shape (n, 6).
-
-    Returns:
-        A new tensor, shape (n, 3, S, S).
     """
     size = x.shape[-1]
     axis = torch.arange(size, dtype=x.dtype, device=x.device) - (size - 1) / 2  # (S,)

@@ -21,7 +21,7 @@ import numpy as np
 from moco.config.pack import PackConfig
 from moco.config.subject import SubjectConfig
 from moco.data import pack_output, shard_index
-from moco.data.base import Source, Sources
+from moco.data.base import Source
 from moco.data.opening import open_sources
 from moco.data.pack_output import Part, part_path, read_part
 from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_digest
@@ -47,11 +47,16 @@ def pack(config: PackConfig) -> None:
     """Do the work of `moco.pack`."""
     started, output = time.monotonic(), Path(config.output)
     data = replace(config.data, resident=False)  # a few images at a time are enough
-    splits = splits_of(open_sources(data, bank_size=0, keep_unreadable=True))
+    sources = open_sources(data, bank_size=0, keep_unreadable=True)
+    bank = None if sources.bank is sources.train else sources.bank
+    every = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
+    splits = {name: source for name, source in every if source is not None}
     wanted = pack_output.settings(config, splits)
     lock = lock_directory(output, "output")
     try:
-        index, title = finished(output, wanted)
+        index, title = None, "packed"
+        if (output / INDEX).is_file():
+            index, title = _finished(output, wanted)
         if index is None:
             pack_output.begin(output, wanted)
             with write_errors(output):
@@ -63,27 +68,13 @@ def pack(config: PackConfig) -> None:
     summarize(config, index, title, time.monotonic() - started)
 
 
-def finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Return the index of a finished and intact folder (else None), and the title of the summary.
-
-    Raises:
-        ConfigError: if the folder contains something else.
-        ValueError: if its index is damaged.
-    """
-    if not (output / INDEX).is_file():
-        return None, "packed"
+def _finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """Check a finished folder: return its index, or None if a file is damaged, and the title of the summary."""
     index = shard_index.read_index(output, f"output={output}")
     pack_output.refuse_other(output, index["settings"], wanted)
     if pack_output.verify(output, index):
         return index, "already packed, and every file is intact"
     return None, "repaired: the damaged part was packed again"
-
-
-def splits_of(sources: Sources) -> dict[str, Source]:
-    """Return the splits by name, without a bank that is the training split itself."""
-    bank = None if sources.bank is sources.train else sources.bank
-    found = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
-    return {name: source for name, source in found if source is not None}
 
 
 class Packer:
@@ -130,11 +121,7 @@ class Packer:
         self._skipped += len(part.skipped)
 
     def add(self, i: int, image: Encoded) -> None:
-        """Write image i to the shard, or to the list of unreadable images.
-
-        Raises:
-            ImageError: if too many images are unreadable.
-        """
+        """Write image i to the shard, or add it to the unreadable images; raise an ImageError if there are too many."""
         name = self.source.name(i)
         if image.fault:
             self._unreadable.append([name, image.fault, image.reason])
@@ -190,11 +177,7 @@ def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
 def finish(
     output: Path, splits: dict[str, Source], parts: dict[str, list[Path]], wanted: dict[str, Any]
 ) -> dict[str, Any]:
-    """Join the parts, write skipped.csv and finally the index, and return the index.
-
-    Raises:
-        ValueError: if no image of a split could be read.
-    """
+    """Join the parts, write skipped.csv and finally the index, and return the index."""
     entries: dict[str, Any] = {}
     for name, source in splits.items():
         shards, ended = list[dict[str, Any]](), list[dict[str, Any]]()

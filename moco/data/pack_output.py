@@ -114,19 +114,14 @@ def _image_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     both = found["pictures"], wanted["pictures"]
     content = [{name: (split["count"], split["sha256"]) for name, split in each.items()} for each in both]
     if content[0] == content[1]:
-        columns = [repr(each["data.label_column"]) for each in (found, wanted)]
-        return f"other labels or classes of the same images (data.label_column={columns[0]}; now {columns[1]})"
+        old, new = found["data.label_column"], wanted["data.label_column"]
+        return f"other labels or classes of the same images (data.label_column={old!r}; now {new!r})"
     counts = [", ".join(f"{split['count']:,} {name}" for name, split in each.items()) for each in both]
     return f"other images, or the same images before a change ({counts[0]}; now {counts[1]})"
 
 
 def begin(output: Path, wanted: dict[str, Any]) -> None:
-    """Create the folder of parts, or check that the one that is there has the same settings.
-
-    Raises:
-        ConfigError: if the folder contains something else.
-        ValueError: if its settings are damaged.
-    """
+    """Create the folder of parts, or check that the one that is there has the same settings."""
     file = output / PARTS / SETTINGS
     if file.is_file():
         refuse_other(output, read_sealed(file, f"remove {output} and start again", VERSION)["settings"], wanted)

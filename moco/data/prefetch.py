@@ -65,5 +65,5 @@ def prefetched(
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one side stream of a device: tables cached between batches (the crop's weights) are used on it only."""
+    """Return the side stream of a device. There is one, because batches share cached tables (the crop's weights)."""
     return torch.cuda.Stream(device)

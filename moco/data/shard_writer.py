@@ -3,6 +3,7 @@
 Legend: N images, n images of one shard.
 """
 
+import contextlib
 import hashlib
 import io
 import os
@@ -76,18 +77,16 @@ def encoded(source: Source, start: int, workers: int, short_side: int, quality: 
 class ShardWriter:
     """Writes one shard and collects its rows of the index.
 
-    Args:
-        path: the tar file; it has a temporary name until `close`.
-        number: the shard's number in its split.
-        key: the number of images in the previous shards: WebDataset needs unique keys in a split.
+    `key` is the number of images in the previous shards, because WebDataset needs unique keys in a split. The file has
+    a temporary name until `close`.
     """
 
     def __init__(self, path: Path, number: int, key: int) -> None:
         self.path, self.number, self.key = path, number, key
         self.rows: list[tuple[int, int, int, int, int, bytes]] = []
         self._temporary = path.with_name(f"{path.name}.tmp")
-        self._file = _HashedFile(self._temporary)
-        self._tar = tarfile.TarFile(mode="w", fileobj=self._file, format=tarfile.USTAR_FORMAT)  # type: ignore[arg-type]
+        self._file = self._temporary.open("wb+")
+        self._tar = tarfile.TarFile(mode="w", fileobj=self._file, format=tarfile.USTAR_FORMAT)
 
     def size_with(self, content: bytes) -> int:
         """Return the shard's size in bytes with one more image, without the zeros at its end."""
@@ -95,11 +94,10 @@ class ShardWriter:
 
     def add(self, image: Encoded, label: int, name: bytes) -> None:
         """Append an image; label -1: none."""
-        key = f"{self.key + len(self.rows):09}"
-        offset = self._member(f"{key}.{image.ending}", image.content)
+        key, content = f"{self.key + len(self.rows):09}", image.content
+        offset = self._member(f"{key}.{image.ending}", content)
         if label >= 0:
             self._member(f"{key}.cls", str(label).encode())
-        content = image.content
         self.rows.append((self.number, offset, len(content), zlib.crc32(content), label, name))
 
     def _member(self, name: str, data: bytes) -> int:
@@ -113,35 +111,16 @@ class ShardWriter:
     def close(self) -> tuple[NDArray[np.void], dict[str, Any]]:
         """Complete the file on disk, and return its rows (n,) and its entry of the index."""
         self._tar.close()
-        entry = {"file": self.path.name, "bytes": self._file.tell(), "sha256": self._file.close()}
+        entry = {"file": self.path.name, "bytes": self._file.tell()}
+        self._file.seek(0)  # also flushes it
+        with self._file as file:
+            os.fsync(file.fileno())
+            entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         self._temporary.replace(self.path)
-        width = max(len(row[-1]) for row in self.rows)
-        return np.array(self.rows, row_type(width)), entry
+        return np.array(self.rows, row_type(max(len(row[-1]) for row in self.rows))), entry
 
     def discard(self) -> None:
         """Remove the unfinished file."""
-        self._file.close(durable=False)
+        with contextlib.suppress(OSError):  # a full disk, which has been reported
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
-
-
-class _HashedFile:
-    """A new file whose SHA-256 is computed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._sha, self._length = hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self._sha.update(data)
-        self._length += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._length
-
-    def close(self, durable: bool = True) -> str:
-        if durable and not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._file.close()
-        return self._sha.hexdigest()

@@ -22,6 +22,12 @@ _AFFINE, _ANGLE, _SHIFT, _ZOOM, _SHEAR, _NOISE = 38, 39, slice(40, 42), 42, 43, 
 _DRAWS = 45
 _PIXELS = 64  # from here on, the pixel noise
 
+# Bounds of the fields of a view. A probability (NAME_p) is at most 1.
+_HIGHEST = {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf, "hue": 0.5}
+_HIGHEST |= {"solarize_threshold": 1, "degrees": 180, "translate": 1, "shear": 89}
+_RANGES = {"crop_scale": (1e-6, 1), "noise": (0, math.inf)}
+_RANGES |= dict.fromkeys(("crop_ratio", "blur_sigma", "zoom"), (1e-6, math.inf))
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -88,33 +94,18 @@ class View:
         for name in ("antialias", "gray_first"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)} must be true or false")
-        for name in ("jitter_p", "gray_p", "blur_p", "solarize_p", "flip_p", "affine_p"):
-            self._check_number(name, 0, 1)
-        for name in ("brightness", "contrast", "saturation"):
-            self._check_number(name, 0, math.inf)
-        self._check_number("hue", 0, 0.5)
-        self._check_number("solarize_threshold", 0, 1)
-        self._check_number("degrees", 0, 180)
-        self._check_number("translate", 0, 1)
-        self._check_number("shear", 0, 89)
-        self._check_range("crop_scale", 1e-6, 1)
-        for name in ("crop_ratio", "blur_sigma", "zoom"):
-            self._check_range(name, 1e-6, math.inf)
-        self._check_range("noise", 0, math.inf)
+        for name in (*_HIGHEST, *(each.name for each in dataclasses.fields(self) if each.name.endswith("_p"))):
+            value, high = getattr(self, name), _HIGHEST.get(name, 1)
+            if not (0 <= value <= high and math.isfinite(value)):
+                raise ValueError(f"{name}={value} must lie in 0 ... {high}")
+        for name, (low, high) in _RANGES.items():
+            values = getattr(self, name)
+            if len(values) != 2 or not (low <= values[0] <= values[1] <= high and math.isfinite(values[1])):
+                raise ValueError(f"{name}={values} must be (lowest, highest) within {low} ... {high}")
         for name, low in (("mean", -math.inf), ("std", 1e-6)):
             values = getattr(self, name)
             if len(values) != 3 or not all(low <= value < math.inf for value in values):
                 raise ValueError(f"{name}={values} must be three finite numbers{' above 0' * (name == 'std')}")
-
-    def _check_number(self, name: str, low: float, high: float) -> None:
-        value = getattr(self, name)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{name}={value} must lie in {low} ... {high}")
-
-    def _check_range(self, name: str, low: float, high: float) -> None:
-        values = getattr(self, name)
-        if len(values) != 2 or not (low <= values[0] <= values[1] <= high and math.isfinite(values[1])):
-            raise ValueError(f"{name}={values} must be (lowest, highest), in this order and within {low} ... {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +134,7 @@ class Params:
 
 
 def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float32]:
-    """Return only the uniform numbers of the crop, shape (N, 22), for a loader's worker. Equal to `draw(...).crop`."""
+    """Return only the uniform numbers of the crop, shape (N, 22), for a loader process. Equal to `draw(...).crop`."""
     return keyed_uniform(seed, epoch, index, stream, CROP_DRAWS)
 
 

@@ -217,11 +217,11 @@ def test_other_folders_and_changed_images_are_refused(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = class_folders(tmp_path / "train")
 
-    def full(self: Any, data: bytes) -> int:
+    def full(*args: Any) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer._HashedFile, "write", full)
+        patch.setattr(shard_writer.ShardWriter, "_member", full)
         with pytest.raises(ValueError, match=r"cannot be written \(No space left on device\)"):
             packed(tmp_path / "out", root)
     assert not list((tmp_path / "out").glob("*.tmp"))
