@@ -6,13 +6,7 @@ from moco.config import CheckpointConfig
 
 
 class CheckpointSchedule:
-    """Measures the training time over all attempts of a run and decides when a checkpoint is due.
-
-    Args:
-        config: the intervals.
-        steps_per_epoch: of the run.
-        seconds: training time of earlier attempts.
-    """
+    """Measures the training time over all attempts of a run, `seconds` so far, and decides when a checkpoint is due."""
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, seconds: float) -> None:
         self._config, self._steps_per_epoch, self._earlier = config, steps_per_epoch, seconds

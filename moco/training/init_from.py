@@ -15,9 +15,7 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     All weights of the backbone come from the file. The momentum encoder gets its own weights from a file with both
     networks. A head whose shapes differ keeps its random weights, as does everything else.
 
-    Args:
-        config: of the run; its `model` describes the network if the file does not.
-        method: has the attribute `encoder`, and may have `momentum_encoder`.
+    `config.model` describes the network if the file does not.
 
     Returns:
         A line that reports what was loaded.

@@ -21,14 +21,7 @@ History = list[dict[str, Any]]  # one entry per evaluation: "step", "epoch", "kn
 class LiveKnn:
     """Evaluates the encoder by kNN every few epochs, and keeps the history of the accuracies.
 
-    Args:
-        config: of the run.
-        method: what is trained.
-        sources: with reference and held-out images; without them no evaluation is due.
-        device: where features are computed.
-        plan: the length of training.
-        history: the evaluations so far.
-        heartbeat: called after each batch of work.
+    Without reference or held-out images no evaluation is due. `heartbeat` is called after each batch of work.
     """
 
     def __init__(
@@ -65,9 +58,7 @@ class LiveKnn:
         Returns:
             The accuracies, by their names in metrics.jsonl, and a line that reports them.
         """
-        scores = live_knn(
-            self._config, self._method, self._sources, self._device, with_pixels=done == 0, heartbeat=self._heartbeat
-        )
+        scores = live_knn(self._config, self._method, self._sources, self._device, done == 0, self._heartbeat)
         epoch, first = done / self._plan.steps_per_epoch, self._first
         self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
         # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
@@ -75,10 +66,8 @@ class LiveKnn:
         curves = {"knn": list(scores["knn"])} | {name: score for name, score in baselines.items() if score}
         names = {"knn": first if done == 0 else f"epoch {epoch:g}", "raw_pixels": "raw pixels"}
         results = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
-        return (
-            {f"accuracy/{name}": score[0] for name, score in curves.items()},
-            f"{knn_title(self._config.evaluate)}: {results}",
-        )
+        accuracies = {f"accuracy/{name}": score[0] for name, score in curves.items()}
+        return accuracies, f"{knn_title(self._config.evaluate)}: {results}"
 
 
 class _WithHeartbeat(nn.Module):
@@ -116,19 +105,13 @@ def live_knn(
         networks = {"raw_pixels": pixels} | networks
     scores = {}
     for name, network in networks.items():
+        wrapped = _WithHeartbeat(network, heartbeat)
+        inputs = transform.unnormalized() if network is pixels else transform
         references, queries = (
-            extract(
-                _WithHeartbeat(network, heartbeat),
-                source,
-                transform.unnormalized() if network is pixels else transform,
-                device,
-                evaluate.batch_size,
-                config.data.workers,
-            )
+            extract(wrapped, source, inputs, device, evaluate.batch_size, config.data.workers)
             for source in (bank, held_out)
         )
         with naming_field("evaluate.labels_per_class", evaluate.labels_per_class):
-            scores[name] = knn_accuracy(
-                references, bank.labels, queries, held_out.labels, settings, lambda *_: heartbeat()
-            )
+            given = references, bank.labels, queries, held_out.labels
+            scores[name] = knn_accuracy(*given, settings, lambda *_: heartbeat())
     return scores

@@ -6,27 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from moco.analysis import (
-    EMPTY,
-    alignment,
-    covariance_spectrum,
-    duplicate_share,
-    feature_std,
-    hardness,
-    key_ages,
-    key_drift,
-    own_key_share,
-    power_law_exponent,
-    rank_me,
-    same_label_share,
-    similar_share,
-    similarity_histogram,
-    spread,
-    tolerance,
-    uniformity,
-)
+from moco import analysis
 from moco.builder import UNKNOWN, KeyQueue, Method, Output, unit_length
 from moco.distributed import gather, permute, world_size
 from moco.losses import info_nce_logits, info_nce_streamed
@@ -46,7 +28,6 @@ class Monitor:
     All ranks return the same names in the same order, so that the step can average them in one collective.
 
     Args:
-        method: what is trained.
         labels: the class of each sample of the data set, (samples,), -1 if unknown; None without labels.
         keys_per_step: number of keys that a step enqueues, over all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
@@ -81,22 +62,21 @@ class Monitor:
         if len(bank) < len(key):
             bank = key
         found = {
-            "alignment": alignment(query, key),
-            "uniformity": uniformity(key),
-            "effective_rank": _or_nan(rank_me, bank),
-            "alpha_req": _or_nan(_exponent, bank),
-            "spread": spread(bank),
-            "std_lowest": feature_std(bank).amin(),
+            "alignment": analysis.alignment(query, key),
+            "uniformity": analysis.uniformity(key),
+            "effective_rank": _or_nan(analysis.rank_me, bank),
+            "alpha_req": _or_nan(analysis.alpha_req, bank),
+            "spread": analysis.spread(bank),
+            "std_lowest": analysis.feature_std(bank).amin(),
         }
         if self._labels is not None:
             classes = self._labels[samples]
             known = classes >= 0
-            found["tolerance"] = _or_nan(tolerance, key[known], classes[known])
-        self.histograms = {"positives": similarity_histogram((query * key).sum(dim=1))}
+            found["tolerance"] = _or_nan(analysis.tolerance, key[known], classes[known])
+        self.histograms = {"positives": analysis.similarity_histogram((query * key).sum(dim=1))}
         if queue is not None:
             found |= self._queue_measures(queue, query, key, samples, temperature)
-            if self._method.momentum_encoder is not None:
-                found |= self._shuffle_losses(queue, self._method.momentum_encoder, output, views, index, temperature)
+            found |= self._shuffle_losses(queue, output, views, index, temperature)
         return {f"analysis/{name}": value.float() for name, value in found.items()}
 
     def _temperature(self) -> float:
@@ -110,38 +90,35 @@ class Monitor:
         some = slice(QUERIES)
         allowed = queue.negatives(index[some])  # (16, K) or (1, K)
         logits = info_nce_logits(query[some], key[some], queue.keys, temperature, allowed)  # (16, 1 + K)
-        self.histograms["negatives"] = similarity_histogram(logits[:, 1:] * temperature)
-        ages = key_ages(queue.count, queue.size, self._keys_per_step).float()
+        self.histograms["negatives"] = analysis.similarity_histogram(logits[:, 1:] * temperature)
+        ages = analysis.key_ages(queue.count, queue.size, self._keys_per_step).float()
         found = {
-            "top_share": hardness(logits, TOP).top_share,
-            "key_age": ages.masked_fill(ages == EMPTY, torch.nan).nanmean(),
-            "key_drift": key_drift(queue.keys, queue.index, key, index).nanmean(),
-            "own_key_share": own_key_share(queue.index, index).mean(),
-            "likely_false_share": similar_share(key[some], queue.keys, LIKELY_FALSE, allowed).mean(),
-            "duplicate_share": duplicate_share(key[some], queue.keys, allowed),
+            "top_share": analysis.hardness(logits, TOP).top_share,
+            "key_age": ages.masked_fill(ages == analysis.EMPTY, torch.nan).nanmean(),
+            "key_drift": analysis.key_drift(queue.keys, queue.index, key, index).nanmean(),
+            "own_key_share": analysis.own_key_share(queue.index, index).mean(),
+            "likely_false_share": analysis.similar_share(key[some], queue.keys, LIKELY_FALSE, allowed).mean(),
+            "duplicate_share": analysis.duplicate_share(key[some], queue.keys, allowed),
         }
         if self._labels is not None:
             known = self._labels[index[some]] >= 0
             owners = self._labels[queue.index.clamp(min=0)].masked_fill(queue.index == UNKNOWN, -2)
-            share = same_label_share(self._labels[index[some]], owners, allowed)
+            share = analysis.same_label_share(self._labels[index[some]], owners, allowed)
             found["same_label_share"] = share.masked_fill(~known, torch.nan).nanmean()
         return found
 
     def _shuffle_losses(
-        self,
-        queue: KeyQueue,
-        encoder: nn.Module,
-        output: Output,
-        views: Sequence[Tensor],
-        index: Tensor,
-        temperature: float,
+        self, queue: KeyQueue, output: Output, views: Sequence[Tensor], index: Tensor, temperature: float
     ) -> dict[str, Tensor]:
         """Return the loss with keys that were normalized in the BN groups of their queries, and with shuffled keys.
 
         The first is lower if the statistics of a group reveal the positive (He et al., 2020, Sec. 3.3). The step has
-        computed one of the two; the other costs a forward pass of f_k. Empty if BN has a single group.
+        computed one of the two; the other costs a forward pass of f_k. Empty without f_k, or if BN has a single group.
         """
-        group = _group_size(encoder)
+        encoder = self._method.momentum_encoder
+        if encoder is None:
+            return {}
+        group = next((layer.group_size for layer in encoder.modules() if isinstance(layer, GroupedBatchNorm)), 0)
         some = slice(group * max(2, -(-ENCODED // group)) if group else 0)
         images = views[self._method.directions[0][1]][some]  # (n, 3, S, S)
         order = _across_groups(world_size() * len(images), group)
@@ -163,12 +140,6 @@ class Monitor:
         return {"loss_shuffled": shuffled, "loss_unshuffled": unshuffled}
 
 
-def _group_size(module: nn.Module) -> int:
-    """Return the size of the groups of the first grouped BN; 0 without one."""
-    sizes = (layer.group_size for layer in module.modules() if isinstance(layer, GroupedBatchNorm))
-    return next(sizes, 0)
-
-
 def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
     """Return an order in which every group takes samples from all groups; None if there is a single group."""
     if group == 0 or samples <= group:
@@ -188,7 +159,3 @@ def _or_nan(measure: Callable[..., Tensor], features: Tensor, *more: Tensor) -> 
         return measure(features, *more)
     except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         return features.new_tensor(math.nan)
-
-
-def _exponent(features: Tensor) -> Tensor:
-    return power_law_exponent(covariance_spectrum(features))

@@ -13,7 +13,7 @@ and the run ends.
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,26 +25,15 @@ from moco.runtime.errors import NonFiniteLoss
 from moco.training.step import Measures
 
 
-class _Pending(NamedTuple):
-    """A step whose loss and gradient norm are being copied to the host."""
-
-    step: int
-    samples: Tensor  # (n,)
-    values: Tensor  # (2,), on the host
-    ready: torch.cuda.Event | None
-
-
 class NonFiniteGuard:
     """Handles non-finite steps.
 
     Args:
-        plan: the length of training.
-        wait: `train_step` checks its loss itself; otherwise `check` does, one step later.
+        wait: whether `train_step` checks its loss itself; otherwise `check` does, one step later.
         limit: number of steps that a run may skip; needs `wait`.
         skipped: number of steps skipped so far.
         folder: the directory for the state at the first non-finite step.
         state: returns the state to save: configuration, weights, optimizer.
-        log: prints a line about a skipped step.
     """
 
     def __init__(
@@ -61,28 +50,22 @@ class NonFiniteGuard:
         self.wait, self.skipped = wait, skipped
         self._plan, self._limit = plan, limit
         self._folder, self._state, self._log = folder, state, log
-        self._pending: _Pending | None = None
+        # The last step: its number, samples (n,), loss and gradient norm (2,) on the host, and when these are there.
+        self._pending: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
 
     def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:
-        """Skip a step that `train_step` refused. Every rank calls this.
-
-        Args:
-            step: number of the step, from 0.
-            index: its samples on this rank, (n,).
-            error: raised by `train_step`.
+        """Skip a step, counted from 0, with the samples `index` (n,) on this rank. Every rank calls this.
 
         Raises:
-            NonFiniteLoss: naming the step, its epoch and its samples, if no more steps may be skipped.
+            NonFiniteLoss: with the step, its epoch and its samples, if no more steps may be skipped.
         """
         saved = self._save(step, index, str(error))
         if self.skipped >= self._limit:
-            unchanged = "The weights, the queue and the last checkpoint are unchanged"
-            raise NonFiniteLoss(self._message(step, index, str(error), f"{unchanged}{saved}")) from error
+            unchanged = f"The weights, the queue and the last checkpoint are unchanged{saved}"
+            raise NonFiniteLoss(self._message(step, index, str(error), unchanged)) from error
         self.skipped += 1
-        self._log(
-            f"step {step + 1} had {error} and was skipped, {self.skipped} of at most optim.skip_nonfinite="
-            f"{self._limit}{saved}"
-        )
+        limit = f"{self.skipped} of at most optim.skip_nonfinite={self._limit}"
+        self._log(f"step {step + 1} had {error} and was skipped, {limit}{saved}")
 
     def check(self, step: int, index: Tensor, measures: Measures) -> None:
         """Check the previous step, and start to copy the loss of this one to the host. Does nothing with `wait`.
@@ -98,7 +81,7 @@ class NonFiniteGuard:
             values = torch.empty(2, pin_memory=True).copy_(values, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending = _Pending(step, index, values, ready)
+        self._pending = step, index, values, ready
 
     def check_pending(self) -> None:
         """Check the newest step, before its weights are saved or evaluated.
@@ -109,20 +92,19 @@ class NonFiniteGuard:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        if pending.ready is not None:
-            pending.ready.synchronize()
-        loss, norm = pending.values.tolist()
+        step, index, values, ready = pending
+        if ready is not None:
+            ready.synchronize()
+        loss, norm = values.tolist()
         if math.isfinite(loss) and math.isfinite(norm):
             return
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
-        saved = self._save(pending.step, pending.samples, what)
-        raise NonFiniteLoss(
-            self._message(pending.step, pending.samples, what, f"The last checkpoint is unchanged{saved}")
-        )
+        unchanged = f"The last checkpoint is unchanged{self._save(step, index, what)}"
+        raise NonFiniteLoss(self._message(step, index, what, unchanged))
 
     def _message(self, step: int, index: Tensor, what: str, state: str) -> str:
         epoch, position = divmod(step, self._plan.steps_per_epoch)
-        first = ", ".join(str(i) for i in index[:8].tolist())
+        first = ", ".join(map(str, index[:8].tolist()))
         return (
             f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {self._plan.steps_per_epoch}; "
             f"rank {rank()} had samples {first}, ...) had {what}. {state}. In a new run=..., lower optim.lr, raise "
@@ -131,14 +113,9 @@ class NonFiniteGuard:
 
     def _save(self, step: int, index: Tensor, what: str) -> str:
         """Save the state on rank 0; return where it is, or why it could not be saved. Every rank calls this."""
-        about = {
-            "step": step,
-            "epoch": step // self._plan.steps_per_epoch,
-            "index": gather(index).cpu(),  # (W n,)
-            "world_size": world_size(),
-            "rank": rank(),
-            "what": what,
-        }
+        samples = gather(index).cpu()  # (W n,)
+        about = {"step": step, "epoch": step // self._plan.steps_per_epoch, "index": samples}
+        about |= {"world_size": world_size(), "rank": rank(), "what": what}
         return on_rank_zero(lambda: self._write(self._folder / f"step_{step + 1}.pt", about))
 
     def _write(self, file: Path, about: dict[str, Any]) -> str:

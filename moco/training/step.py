@@ -16,7 +16,6 @@ from moco.distributed import mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
 
 Measures = dict[str, Tensor]  # each of shape ()
-MonitorFunction = Callable[[Output, Sequence[Tensor], Tensor], Measures]
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -26,14 +25,12 @@ class StepSettings:
     """Settings of one step.
 
     Attributes:
-        lr: learning rate.
         momentum: m of the momentum encoder.
         accumulate: number of micro-batches.
         precision: data type of autocast; no autocast with float32.
         clip_grad: largest norm of the gradient; 0: no clipping.
-        wait: check the loss and the gradient before anything is changed, which makes the host wait for the device.
-            Otherwise the host never waits, and the caller must check them later (`moco.training.nonfinite`). fp16
-            always waits.
+        wait: check the loss and the gradient before the step changes anything; the host then waits for the device.
+            Otherwise the caller must check them later (`moco.training.nonfinite`). fp16 always waits.
     """
 
     lr: float
@@ -52,7 +49,7 @@ def train_step(
     batch: Batch,
     shuffles: Sequence[NDArray[np.int64]] | None,
     settings: StepSettings,
-    monitor: MonitorFunction | None = None,
+    monitor: Callable[[Output, Sequence[Tensor], Tensor], Measures] | None = None,
 ) -> Measures:
     """Train on one global batch and return its measures (loss, contrast_accuracy, ...), averaged over all ranks.
 
@@ -82,16 +79,15 @@ def train_step(
         views, index = [view[at] for view in batch.views], batch.index[at]
         with _no_sync(forward, part < accumulate - 1):
             with autocast:
-                output: Output = forward(views, keys, index, at.start)
+                output: Output = forward(views, keys, index, at.start)  # queries, logits, loss
             scaler.scale(output.loss / accumulate).backward()
         outputs.append(output._replace(loss=output.loss.detach()))
-    measures = _mean_measures(outputs)
-    if monitor is not None:
-        measures |= monitor(outputs[-1], views, index)
+    monitored = monitor(outputs[-1], views, index) if monitor is not None else {}
 
-    gradients, norm = _unscaled_gradients(optimizer, scaler)
-    averages = mean_over_ranks(torch.stack(list(measures.values())))  # one collective for all measures
-    measures = dict(zip(measures, averages, strict=True)) | {"gradient_norm": norm}
+    scaler.unscale_(optimizer)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    measures = _mean_measures(outputs, monitored) | {"gradient_norm": norm}
     finite = statistics is None or _check_finite(measures["loss"], norm, scaler, statistics)
     if settings.clip_grad:
         torch._foreach_mul_(gradients, (settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
@@ -100,7 +96,8 @@ def train_step(
     scaler.update()
     if finite:  # one optimizer step = one momentum update = one enqueue
         method.update_momentum_encoder(settings.momentum)
-        _enqueue(method, outputs, batch.index)
+        if new_keys := [each.new_keys for each in outputs if each.new_keys is not None]:
+            method.enqueue(torch.cat(new_keys), batch.index)
     # ------------------------------------------------------------------
     return measures
 
@@ -117,24 +114,15 @@ class _BatchNormStatistics:
             torch._foreach_copy_(self._buffers, self._copies)
 
 
-def _mean_measures(outputs: Sequence[Output]) -> Measures:
+def _mean_measures(outputs: Sequence[Output], monitored: Measures) -> Measures:
+    """Average over the micro-batches, then over the ranks; the monitor has measured a single micro-batch."""
     measures: Measures = {}
     for each in outputs:
         for name, value in {"loss": each.loss, **each.measures}.items():
             measures[name] = measures.get(name, 0) + value / len(outputs)
-    return measures
-
-
-def _enqueue(method: Method, outputs: Sequence[Output], index: Tensor) -> None:
-    if keys := [each.new_keys for each in outputs if each.new_keys is not None]:
-        method.enqueue(torch.cat(keys), index)
-
-
-def _unscaled_gradients(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> tuple[list[Tensor], Tensor]:
-    """Divide the gradients by the scale of fp16; return them and their total norm."""
-    scaler.unscale_(optimizer)
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return gradients, nn.utils.get_total_norm(gradients)
+    measures |= monitored
+    averages = mean_over_ranks(torch.stack(list(measures.values())))  # one collective for all measures
+    return dict(zip(measures, averages, strict=True))
 
 
 def _check_finite(loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler, statistics: _BatchNormStatistics) -> bool:

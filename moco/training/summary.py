@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def announce(trainer: "Trainer") -> None:
-    """Print what is about to be trained, and on which data and device."""
+    """Print the network, data, device and settings of the run before its first step."""
     config, plan, sources, log = trainer.config, trainer.plan, trainer.sources, trainer.display.log
     device, method = trainer.device, trainer.method
     parameters = sum(p.numel() for p in method.encoder.parameters())
@@ -63,10 +63,7 @@ def show_views(
     device: torch.device,
     on_unreadable: OnUnreadable | None = None,
 ) -> None:
-    """Write what the model sees, the views of eight images, to views.png and TensorBoard.
-
-    Training does not need the file: if it cannot be written, a warning says so.
-    """
+    """Write the views of eight images to views.png and TensorBoard; warn if the file cannot be written."""
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
     batch = next(batches(source, small, views, device, workers=0, on_unreadable=on_unreadable))
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
@@ -80,21 +77,17 @@ def show_views(
         with atomic_write(file) as temporary:
             save_image(grid, temporary, format="png")
     except WriteError as error:
-        warnings.warn(
-            f"{file} cannot be written ({cause(error)}); training continues without it", RunWarning, stacklevel=2
-        )
+        message = f"{file} cannot be written ({cause(error)}); training continues without it"
+        warnings.warn(message, RunWarning, stacklevel=2)
 
 
 def summarize(trainer: "Trainer") -> None:
-    """Print the closing panel: what was trained, how well, where the files are, and what to run next."""
+    """Print the closing panel: the network and data, speed and accuracy, the files, and the next commands."""
     config, plan = trainer.config, trainer.plan
     method = type(trainer.method).__name__ + (" and labels" if config.method.labels else "")
+    trained = f"{config.model.backbone} with {method} on {config.data.name} ({plan.length:,} images)"
     rows = [
-        (
-            "trained",
-            f"{config.model.backbone} with {method} on {config.data.name} ({plan.length:,} images), "
-            f"{plan.epochs} epochs, {plan.total_steps:,} steps",
-        ),
+        ("trained", f"{trained}, {plan.epochs} epochs, {plan.total_steps:,} steps"),
         ("time", duration(trainer.schedule.seconds())),
     ]
     if speed := trainer.throughput.summary():

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,14 +18,14 @@ from moco.distributed import is_rank_zero, world_size
 from moco.runtime.memory import peak_memory
 from moco.runtime.precision import PRECISIONS
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # side of the matrices whose product measures the device's peak rate
+SIDE = {"cpu": 1024, "cuda": 8192}  # number of rows and columns of the matrices in `matrix_rate`
 PROFILED = 5  # steps in a profile, after as many steps of warm-up
 
 
 def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]:
     """Count the floating point operations per image of a forward pass, and of a forward and backward pass.
 
-    Counts convolutions and matrix products, a multiply-add as two, on a copy without memory: nothing is computed.
+    Convolutions and matrix products count, a multiply-add as two. The copy on the device "meta" computes nothing.
 
     Args:
         encoder: images (N, 3, S, S) to embeddings (N, C).
@@ -43,12 +44,9 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
 
 
 def step_flops(method: Any, images: int, size: int, views: int) -> int:
-    """Count the floating point operations of the encoders per sample of the batch.
+    """Count the floating point operations of the encoders per sample of the batch; see `encoder_flops`.
 
-    Args:
-        method: see `moco.training.step`.
-        images, size: see `encoder_flops`.
-        views: V; without a momentum encoder, all of them go through the encoder.
+    Without a momentum encoder, all V views go through the encoder.
     """
     forward, both = encoder_flops(method.encoder, images, size)
     if getattr(method, "momentum_encoder", None) is None:
@@ -57,34 +55,28 @@ def step_flops(method: Any, images: int, size: int, views: int) -> int:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the peak rate of the device with a large matrix product, in floating point operations per second."""
+    """Measure the highest rate of a large matrix product, in floating point operations per second."""
     side = SIDE["cpu" if device.type == "cpu" else "cuda"]
     a = torch.ones(side, side, device=device, dtype=dtype)
-    best = float("inf")
+    wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    times = []
     for _ in range(5):
-        _synchronize(device)
+        wait()
         began = time.perf_counter()
         a @ a
-        _synchronize(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * side**3 / best
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait()
+        times.append(time.perf_counter() - began)
+    return 2 * side**3 / min(times)
 
 
 class Throughput:
     """Measures the speed of training between two records, and its median over this attempt.
 
     Args:
-        config: of the run.
-        method: what is trained, before it is compiled.
-        device: where it is trained.
+        method: before it is compiled.
         precision: fp32, bf16 or fp16.
         log: prints a line if the operations of the model cannot be counted.
-        wanted: whether there are steps to take; otherwise nothing is measured.
+        unfinished: whether there are steps to take; otherwise nothing is measured.
     """
 
     def __init__(
@@ -94,13 +86,13 @@ class Throughput:
         device: torch.device,
         precision: str,
         log: Callable[[str], None],
-        wanted: bool,
+        unfinished: bool,
     ) -> None:
         self._device, self._batch_size = device, config.batch_size
         self._steps, self._busy, self._waited = 0, 0.0, 0.0
         self._rates, self._waits, self._mfus = list[float](), list[float](), list[float]()
         self._flops, self._peak = 0, 1.0
-        if not is_rank_zero() or not wanted:
+        if not is_rank_zero() or not unfinished:
             return
         images = config.batch_size // world_size() // config.accumulate
         try:
@@ -113,12 +105,7 @@ class Throughput:
         self._peak = matrix_rate(device, PRECISIONS[measured]) * world_size()
 
     def add_step(self, began: float, arrived: float) -> None:
-        """Count a step that ends now.
-
-        Args:
-            began: when the host asked for the batch, by `time.perf_counter`.
-            arrived: when it had the batch.
-        """
+        """Count a step that ends now, whose batch was requested at `began` and arrived at `arrived` (perf_counter)."""
         # On a GPU the host is at most one step ahead of the device; the mean over the steps hides that.
         self._busy += time.perf_counter() - began
         self._waited += arrived - began
@@ -149,17 +136,11 @@ class Throughput:
 
 
 class Profile:
-    """torch's profiler over a few steps: a trace for a browser and a table of the most expensive operations.
-
-    Args:
-        folder: the directory for `trace.json.gz` and `table.txt`.
-        device: where the steps run.
-        log: prints a line when the profile is written.
-    """
+    """Profiles a few steps: `trace.json.gz` is for a browser, `table.txt` lists the most expensive operations."""
 
     def __init__(self, folder: Path, device: torch.device, log: Callable[[str], None]) -> None:
         self._folder, self._log, self._gpu = folder, log, device.type == "cuda"
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._gpu else [])]
+        activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + self._gpu]
         plan = schedule(wait=0, warmup=PROFILED, active=PROFILED, repeat=1)
         self._profile: profile | None = profile(
             activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True

@@ -125,7 +125,7 @@ class Trainer:
         self.commit = commit() if is_rank_zero() else None
         self.profile: Profile | None = None
 
-        # Training itself, and what is checked and measured beside it.
+        # Training, its checks, and its evaluations.
         self.forward = build.distribute(config, self.method, device)
         self.guard = self._build_guard(state.get("skipped", 0))
         self.monitor = build.make_monitor(config, self.method, self.sources.train.labels, device, self.precision)
@@ -172,7 +172,7 @@ class Trainer:
             self.lock.close()
 
     def _train(self) -> None:
-        """Open what only the steps need, evaluate the untrained encoder, and take the steps."""
+        """Start to read batches, evaluate the untrained encoder, and take the steps."""
         config, train = self.config, self.sources.train
         set_calls_per_step(self.method, self.method.passes * config.accumulate)
         self.method.train()
