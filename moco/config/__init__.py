@@ -1,15 +1,6 @@
 """The configurations of the commands: schemas, bounds and checks."""
 
-from moco.config.base import (
-    ComputeConfig,
-    ConfigError,
-    RunWarning,
-    bounded,
-    check_bounds,
-    config_dir,
-    optional_module,
-    require,
-)
+from moco.config.base import ComputeConfig, ConfigError, RunWarning, bounded, check_bounds, config_dir, require
 from moco.config.data import DataConfig, check_data_fields
 from moco.config.method import MethodConfig
 from moco.config.train import (
@@ -39,6 +30,5 @@ __all__ = [
     "check_bounds",
     "check_data_fields",
     "config_dir",
-    "optional_module",
     "require",
 ]

@@ -91,7 +91,7 @@ def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], list[str]]:
     recorded = sorted({name for series in runs.values() for name in series} - _HIDDEN)
     references = {each for name in recorded if name in _KNOWN for each in _KNOWN[name].references}
     shown = [name for name in recorded if name not in references]
-    order = [*(name for name in _KNOWN if name in shown), *(name for name in shown if name not in _KNOWN)]
+    order = [name for name in _KNOWN if name in shown] + [name for name in shown if name not in _KNOWN]
     drawn, constant = [], []
     for name in order:
         values = {value for series in runs.values() for value in series.get(name, ((), ()))[1]}
@@ -108,14 +108,12 @@ def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], list[str]]:
 def _chart(name: str, known: _Known, runs: Mapping[str, Series]) -> Chart:
     curves = []
     several = len(runs) > 1
-    for number_, (run, series) in enumerate(runs.items()):
-        for each in (name, *known.references):
-            if each not in series:
-                continue
+    for i, (run, series) in enumerate(runs.items()):
+        for each in [each for each in (name, *known.references) if each in series]:
             x, y = thinned(*series[each])
             metric = each.rpartition("/")[2].replace("_", " ")
             label = run if several and each == name else f"{run}, {metric}" if several else metric
-            curves.append(Curve(label, x, [value * known.scale for value in y], number_, each != name))
+            curves.append(Curve(label, x, [value * known.scale for value in y], i, each != name))
     return Chart(known.title, known.unit, curves, name.partition("/")[0])
 
 

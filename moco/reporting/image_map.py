@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moco.config import optional_module
+from moco.config.base import optional_module
 from moco.reporting.markup import plain, plain_utf8
 from moco.reporting.plotly_figures import PALETTE, REFERENCE_COLOR, plain_figure
 

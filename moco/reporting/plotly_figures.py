@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from moco.config import optional_module
+from moco.config.base import optional_module
 
 # Contrast at least 3:1 on the light and the dark page; neighboring colors differ in lightness or hue.
 PALETTE = ("#2f7ed8", "#d9541e", "#1e9650", "#a45cc8", "#a8791a", "#d6457f", "#148f9c", "#7d7d83", "#8a6a52", "#6a75d8")

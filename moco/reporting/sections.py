@@ -19,15 +19,9 @@ from moco.runs.directory import flatten
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
-Fact = tuple[str, list[str]]  # a name, and the value of each run
-
 _IGNORED = {"run", "device", "threads"}  # settings without effect on the results
-_GROUPS = {
-    "accuracy": "Accuracy and training",
-    "train": "Accuracy and training",
-    "speed": "Speed",
-    "analysis": "Analysis",
-}
+_GROUPS = {"accuracy": "Accuracy and training", "train": "Accuracy and training"}
+_KINDS = ("raw pixels", "untrained", "initialized", "best", "last")  # of accuracies
 
 
 def headline(runs: Sequence[Run], images: Sequence[int | None], alarms: Sequence[Sequence[Alarm]]) -> Markup:
@@ -38,18 +32,10 @@ def headline(runs: Sequence[Run], images: Sequence[int | None], alarms: Sequence
         images: number of training images per run; None if the data was not opened.
         alarms: the doctor's findings per run.
     """
-    rows: list[Fact] = [
-        ("state", [progress(run) for run in runs]),
-        ("method", [_method(run) for run in runs]),
-        ("encoder", [_encoder(run) for run in runs]),
-        ("data", [_data(run, count) for run, count in zip(runs, images, strict=True)]),
-        ("batch", [f"{run.get('batch_size', '?')}" for run in runs]),
-        ("optimizer", [_optimizer(run) for run in runs]),
-        ("training time", [duration(run.state["seconds"]) if "seconds" in run.state else "–" for run in runs]),
-        *_accuracies(runs),
-        ("doctor", [f"{len(each)} finding{'s' * (len(each) != 1)}" if each else "no findings" for each in alarms]),
-    ]
-    return facts("Settings and results", rows, names(runs))
+    by_run = [_main_facts(run, count, found) for run, count, found in zip(runs, images, alarms, strict=True)]
+    rows = [(name, [each[name] for each in by_run]) for name in by_run[0]]
+    known = [(name, values) for name, values in rows if set(values) - {"–", "no labels"}]
+    return facts("Settings and results", known, names(runs))
 
 
 def progress(run: Run) -> str:
@@ -63,45 +49,30 @@ def progress(run: Run) -> str:
     return f"not finished: step {run.step:,} of {total:,} (epoch {epoch:.1f} of {run.get('epochs')})"
 
 
-def _method(run: Run) -> str:
-    method = run.method
-    parts = [method.name]
-    if method.queue_size:
-        parts.append(f"queue {method.queue_size:,}")
-    parts.append(f"temperature {method.temperature}")
-    if method.has_momentum_encoder:
-        parts.append(f"momentum {method.momentum}")
-    return ", ".join(parts + ["with labels"] * method.labels)
-
-
-def _encoder(run: Run) -> str:
+def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[str, str]:
+    method, data, optim = run.method, str(run.get("data.name", "?")), run.get("optim", {})
+    settings = [method.name]
+    settings += [f"queue {method.queue_size:,}"] * bool(method.queue_size)
+    settings += [f"temperature {method.temperature}"]
+    settings += [f"momentum {method.momentum}"] * method.has_momentum_encoder + ["with labels"] * method.labels
     options = ", ".join(f"{name} {value}" for name, value in run.get("model.options", {}).items())
-    return f"{run.get('model.backbone', '?')}{f' ({options})' if options else ''}, {run.get('augment.size', '?')} px"
-
-
-def _data(run: Run, count: int | None) -> str:
-    name = str(run.get("data.name", "?"))
-    where = f" {run.get('data.root')}" if name == "folder" else ""
-    return f"{name}{where}" + (f", {count:,} training images" if count else "")
-
-
-def _optimizer(run: Run) -> str:
-    optim = run.get("optim", {})
+    folder = f" {run.get('data.root')}" if data == "folder" else ""
     per = f" at batch {optim['base_batch']}" if optim.get("base_batch") else ""
-    return f"{optim.get('name', '?')}, lr {optim.get('lr', '?')}{per}, {optim.get('schedule', '?')}"
-
-
-def _accuracies(runs: Sequence[Run]) -> list[Fact]:
-    """Return the live accuracy and its baselines; nothing if no run has labels."""
-    by_run = [_accuracy(run) for run in runs]
-    kinds = ("raw pixels", "untrained", "initialized", "best", "last")
-    rows = [
-        (f"accuracy, {kind}", [one.get(kind, "–") for one in by_run])
-        for kind in kinds
-        if any(kind in one for one in by_run)
-    ]
-    titles = [_title(run) if one else "no labels" for run, one in zip(runs, by_run, strict=True)]
-    return [("kind of accuracy", titles), *rows] if rows else []
+    accuracy = _accuracy(run)
+    known = {each.name for each in fields(EvaluateConfig)}
+    evaluate = {name: value for name, value in run.get("evaluate", {}).items() if name in known}
+    return {
+        "state": progress(run),
+        "method": ", ".join(settings),
+        "encoder": f"{run.get('model.backbone', '?')}{options and f' ({options})'}, {run.get('augment.size', '?')} px",
+        "data": f"{data}{folder}" + (f", {images:,} training images" if images else ""),
+        "batch": str(run.get("batch_size", "?")),
+        "optimizer": f"{optim.get('name', '?')}, lr {optim.get('lr', '?')}{per}, {optim.get('schedule', '?')}",
+        "training time": duration(run.state["seconds"]) if "seconds" in run.state else "–",
+        "kind of accuracy": knn_title(EvaluateConfig(**evaluate)) if accuracy else "no labels",
+        **{f"accuracy, {kind}": accuracy.get(kind, "–") for kind in _KINDS},
+        "doctor": f"{len(alarms)} finding{'s' * (len(alarms) != 1)}" if alarms else "no findings",
+    }
 
 
 def _accuracy(run: Run) -> dict[str, str]:
@@ -120,13 +91,6 @@ def _accuracy(run: Run) -> dict[str, str]:
         return shown
     series = {"raw pixels": "accuracy/raw_pixels", first: f"accuracy/{first}", "last": "accuracy/knn"}
     return {kind: f"{run.values[name][1][-1]:.1f} %" for kind, name in series.items() if name in run.values}
-
-
-def _title(run: Run) -> str:
-    known = {each.name for each in fields(EvaluateConfig)}
-    return knn_title(
-        EvaluateConfig(**{name: value for name, value in run.get("evaluate", {}).items() if name in known})
-    )
 
 
 def differences(runs: Sequence[Run]) -> Markup:
@@ -152,7 +116,7 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
     drawn, constant = charts(series)
     by_title: dict[str, Markup] = {}
     for chart in drawn:
-        title = _GROUPS.get(chart.group, chart.group)
+        title = _GROUPS.get(chart.group, chart.group.capitalize())
         by_title[title] = by_title.get(title, Markup()) + figures.add_chart(chart, x_title)
     parts = [Section(title, part("charts", body)) for title, body in by_title.items()]
     dashed = any(curve.reference for chart in drawn for curve in chart.curves)
@@ -170,48 +134,44 @@ def evaluations(run: Run) -> Markup:
         newest[key] = entry
     if not newest:
         return paragraph(f"None yet. To evaluate: python -m moco.linear run={run.path} 'compare=[untrained,pixels]'")
-    columns = ["evaluation", "encoder", "top-1 %", "spread", "top-5 %", "images", "step", "other metrics", "made"]
     rows = [_evaluation(each) for each in newest.values()]
-    return part("table", "Accuracy on held-out images", columns, rows)
+    return part("table", "Accuracy on held-out images", list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _evaluation(entry: Mapping[str, Any]) -> list[str]:
-    figures = entry["figures"]
-    known = {"top1", "top5", "count", "std", "draws", "top1_half_width95"}
-    other = [
-        f"{name} {value:.4g}" for name, value in figures.items() if name not in known and isinstance(value, int | float)
-    ]
-    held_out = figures.get("count") or entry.get("data", {}).get("held_out", "–")
-    return [
-        f"{entry.get('command', '?')}, {entry.get('protocol', '?')}",
-        str(entry.get("encoder", "?")),
-        percent(figures.get("top1")),
-        _spread(figures),
-        percent(figures.get("top5")),
-        str(held_out),
-        str(entry.get("step", "–")),
-        ", ".join(other) or "–",
-        str(entry.get("time", "–"))[:16].replace("T", " "),
-    ]
+def _evaluation(entry: Mapping[str, Any]) -> dict[str, str]:
+    results = entry["figures"]
+    shown = {"top1", "top5", "count", "std", "draws", "top1_half_width95"}
+    others = [(name, value) for name, value in results.items() if name not in shown and isinstance(value, int | float)]
+    return {
+        "evaluation": f"{entry.get('command', '?')}, {entry.get('protocol', '?')}",
+        "encoder": str(entry.get("encoder", "?")),
+        "top-1 %": percent(results.get("top1")),
+        "spread": _spread(results),
+        "top-5 %": percent(results.get("top5")),
+        "images": str(results.get("count") or entry.get("data", {}).get("held_out", "–")),
+        "step": str(entry.get("step", "–")),
+        "other metrics": ", ".join(f"{name} {value:.4g}" for name, value in others) or "–",
+        "made": str(entry.get("time", "–"))[:16].replace("T", " "),
+    }
 
 
-def _spread(figures: Mapping[str, Any]) -> str:
+def _spread(results: Mapping[str, Any]) -> str:
     """Describe the uncertainty of the top-1 accuracy."""
-    if figures.get("top1_half_width95") is not None:
-        return f"± {figures['top1_half_width95']:.1f} (95 % over seeds)"
-    if figures.get("std") is not None:
-        return f"± {figures['std']:.1f} over {figures.get('draws', '?')} draws"
-    interval = figures.get("interval95")
+    if results.get("top1_half_width95") is not None:
+        return f"± {results['top1_half_width95']:.1f} (95 % over seeds)"
+    if results.get("std") is not None:
+        return f"± {results['std']:.1f} over {results.get('draws', '?')} draws"
+    interval = results.get("interval95")
     return f"{interval[0]:.1f} – {interval[1]:.1f} (95 %)" if interval else "–"
 
 
 def environment(run: Run) -> Markup:
     """Return versions, hardware and all settings of the run and of this page."""
-    versions, now = run.state.get("versions", {}), provenance()
+    now = provenance()
     evaluated = {f"commit {each.get('commit')} on {each.get('machine')}" for each in run.results if each.get("commit")}
     rows = [
         ("run", str(run.path)),
-        ("trained with", _software(versions)),
+        ("trained with", _software(run.state.get("versions", {}))),
         ("processes", str(run.state.get("world_size", "?"))),
         ("device, precision", f"{run.get('device', '?')}, {run.get('precision', '?')}"),
         ("checkpoint", run.checkpoint.name if run.checkpoint else "none yet"),

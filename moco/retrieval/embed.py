@@ -27,15 +27,8 @@ from moco.data.decode import ImageError
 from moco.data.sources import Source
 from moco.data.unreadable import find_unreadable
 from moco.distributed import all_gather_object, is_rank_zero, on_rank_zero, rank, world_size
+from moco.evaluation import subject as subjects
 from moco.evaluation.features import stream
-from moco.evaluation.subject import (
-    Subject,
-    data_config,
-    data_with_absolute_paths,
-    open_data,
-    open_subject,
-    weights_digest,
-)
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.retrieval.store import FEATURES, PART, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
@@ -48,7 +41,7 @@ from moco.runtime.output_directory import lock_directory
 def embed(config: EmbedConfig) -> None:
     """See `moco.embed.embed`."""
     with compute_context(config) as device:
-        subject = open_subject(config)
+        subject = subjects.open_subject(config)
         folder = Path(config.output) if config.output else subject.output / "features"
         embedding = compute(config, subject, folder, device)
         if is_rank_zero():
@@ -71,7 +64,7 @@ def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
     )
 
 
-def compute(config: EmbedConfig, subject: Subject, folder: Path, device: torch.device) -> Embedding:
+def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device: torch.device) -> Embedding:
     """Compute the missing features of an output folder and open it. Every rank calls it.
 
     Raises:
@@ -81,7 +74,10 @@ def compute(config: EmbedConfig, subject: Subject, folder: Path, device: torch.d
     """
     if config.table == "parquet":
         pyarrow()  # fail now, not after hours
-    name, source = data_config(config, subject).name, getattr(open_data(config, subject), config.split)
+    name, source = (
+        subjects.data_config(config, subject).name,
+        getattr(subjects.open_data(config, subject), config.split),
+    )
     require(source is not None, f"split={config.split} does not exist in data.name={name}: set split=train")
     network = build_network(subject.file, config.features, config.normalize, device)
     work = _Work(config, subject, source, network, device)
@@ -119,7 +115,7 @@ class _Work:
     """The rows of a source in chunks: chunk c is rows c * size ... (c + 1) * size - 1."""
 
     config: EmbedConfig
-    subject: Subject
+    subject: subjects.Subject
     source: Source
     network: nn.Module
     device: torch.device
@@ -132,7 +128,7 @@ class _Work:
         return range(chunk * size, min((chunk + 1) * size, len(self.source)))
 
     def features(self, rows: Sequence[int]) -> Iterator[Tensor]:
-        transform, workers = self.subject.transform, data_config(self.config, self.subject).workers
+        transform, workers = self.subject.transform, subjects.data_config(self.config, self.subject).workers
         return stream(self.network, self.source, rows, transform, self.device, self.config.images_at_once, workers)
 
     def chunks_of_rank(self, done: int) -> Iterator[_Chunk]:
@@ -158,7 +154,7 @@ class _Work:
 def _about(work: _Work) -> About:
     """Return everything that determines the features, and their origin."""
     config, subject, source = work.config, work.subject, work.source
-    file, data, size = subject.file, data_config(config, subject), subject.transform.size
+    file, data, size = subject.file, subjects.data_config(config, subject), subject.transform.size
     return {
         "encoder": {
             "source": str(Path(file.source).absolute()),
@@ -166,7 +162,7 @@ def _about(work: _Work) -> About:
             "backbone": file.backbone,
             "options": dict(file.options),
             "step": file.step,
-            "sha256": weights_digest(file, config.features),
+            "sha256": subjects.weights_digest(file, config.features),
         },
         "pictures": {
             "name": data.name,
@@ -176,7 +172,7 @@ def _about(work: _Work) -> About:
             "sha256": names_digest(source),
             "content": on_rank_zero(lambda: source.content_digest()),
         },
-        "data": data_with_absolute_paths(config, subject),
+        "data": subjects.data_with_absolute_paths(config, subject),
         "look": json.loads(json.dumps(asdict(subject.transform))),
         "features": config.features,
         "normalize": config.normalize,

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moco.config import ConfigError, optional_module, require
+from moco.config.base import ConfigError, optional_module, require
 from moco.data.sources import Source
 from moco.files import atomic_write, write_csv, write_json
 from moco.reporting.gallery import ImageSet
