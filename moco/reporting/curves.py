@@ -46,10 +46,9 @@ class _Known:
     references: tuple[str, ...] = ()
 
 
+_BASELINES = ("accuracy/untrained", "accuracy/initialized", "accuracy/raw_pixels")
 _KNOWN = {
-    "accuracy/knn": _Known(
-        "Held-out kNN accuracy", "%", references=("accuracy/untrained", "accuracy/initialized", "accuracy/raw_pixels")
-    ),
+    "accuracy/knn": _Known("Held-out kNN accuracy", "%", references=_BASELINES),
     "train/loss": _Known("Loss", "nats", references=("train/chance",)),
     "train/contrast_accuracy": _Known("Contrast accuracy: the positive has the highest similarity", "%", 100.0),
     "train/positive_similarity": _Known("Cosine similarity of query and positive key"),

@@ -81,11 +81,9 @@ class Map:
 
 
 def figure(each: Map, images: Sequence[int]) -> dict[str, Any]:
-    """Return the data of a map for the page's script: its points, and plotly traces for each coloring.
+    """Return the points of a map and its plotly traces by coloring, for the page's script.
 
-    Args:
-        each: the map.
-        images: number of each image in the page.
+    `images` has the number of each image in the page.
     """
     x, y = each.places.round(3).T.tolist()
     colorings = {}

@@ -89,16 +89,9 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
             return features([row for row in rows if row not in unreadable])
 
     shown = draw(source, config.pictures, "images")
-    unreadable = min(config.pictures, len(source)) - len(shown)
-    return ImageFeatures(
-        backbone,
-        subject.transform,
-        shown,
-        draw(references, config.references, "references"),
-        len(sources.train),
-        sources.held_out is not None,
-        unreadable,
-    )
+    compared = draw(references, config.references, "references")
+    held_out, unreadable = sources.held_out is not None, min(config.pictures, len(source)) - len(shown)
+    return ImageFeatures(backbone, subject.transform, shown, compared, len(sources.train), held_out, unreadable)
 
 
 def compute_map(config: ReportConfig, images: ImageFeatures) -> Map | None:

@@ -59,8 +59,7 @@ def write(path: Path, title: str, about: str, sections: Sequence[Section], figur
     """Write the page as one file that works without a network."""
     style = resource("gallery.css") + resource("report.css")
     scripts = plotly_script(), resource("report.js")
-    values = {"title": title, "about": about, "sections": sections, "figures": figures.data()}
-    write_page(path, "report.html", style, scripts, **values)
+    write_page(path, "report.html", style, scripts, title=title, about=about, sections=sections, figures=figures.data())
 
 
 def paragraph(text: str, kind: str = "") -> Markup:

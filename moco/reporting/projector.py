@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +19,7 @@ _SPRITE = 8192  # pixels, TensorBoard's limit for the side of the sprite, which 
 
 
 def write_projector(run: Run, images: ImageFeatures, each: Map | None) -> Path:
-    """Write features, names, groups and images to projector/ in the run; return that directory.
-
-    Raises:
-        ConfigError: if it cannot be written.
-    """
+    """Write features, names, groups and images to projector/ in the run, and return that directory."""
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     folder, shown = run.path / "projector", images.shown
@@ -31,18 +28,13 @@ def write_projector(run: Run, images: ImageFeatures, each: Map | None) -> Path:
     rows = [[plain_utf8(cell) for cell in row] for row in zip(*columns, strict=True)]
     side = min(_IMAGE, _SPRITE // int(np.ceil(len(shown) ** 0.5)))
     small = torch.stack([evaluation_view(shown.image(i), 0, side) for i in range(len(shown))])
+    features = torch.from_numpy(shown.features)
+    metadata: list[Any] = rows if groups else [row[0] for row in rows]
     header = ["name", *groups] if groups else None  # TensorBoard expects no header for a single column
     try:
         shutil.rmtree(folder, ignore_errors=True)  # add_embedding would append to an earlier embedding
         with SummaryWriter(str(folder)) as writer:
-            writer.add_embedding(
-                torch.from_numpy(shown.features),
-                rows if header else [row[0] for row in rows],
-                small.float() / 255,
-                global_step=run.step,
-                tag="backbone",
-                metadata_header=header,
-            )
+            writer.add_embedding(features, metadata, small.float() / 255, run.step, "backbone", header)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): set projector=false") from error
     return folder

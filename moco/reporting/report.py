@@ -48,10 +48,17 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     out = Path(config.output) if config.output else runs[0].path / "report.html"
     require(not out.is_dir(), f"output={out} is a folder: name a file, e.g. output={out / 'report.html'}")
     computed = [_compute(config, run, device) for run in runs]
-    figures = Figures()
-    body = _body(config, computed, figures, device)
+    figures, states = Figures(), [sections.progress(run) for run in runs]
+    training = [each.images.training if each.images else None for each in computed]
+    body = [Section("Overview", sections.headline(runs, training, [each.alarms for each in computed]))]
+    if len(runs) > 1:
+        body.append(Section("Settings that differ", sections.differences(runs)))
+    body.append(sections.curves(runs, figures))
+    for name, state, each in zip(names(runs), states, computed, strict=True):
+        parts = _run_sections(config, each, figures, device)
+        body += [Section(f"Run {name}", paragraph(state), parts)] if len(runs) > 1 else parts
     title = " and ".join(names(runs)) if len(runs) < 3 else f"{len(runs)} runs"
-    about = " · ".join(f"{name}: {sections.progress(run)}" for name, run in zip(names(runs), runs, strict=True))
+    about = " · ".join(f"{name}: {state}" for name, state in zip(names(runs), states, strict=True))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         page.write(out, f"Report of {title}", about, body, figures)
@@ -69,21 +76,6 @@ def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
     images = compute_features(config, run, device) if config.pictures and run.checkpoint else None
     each = compute_map(config, images) if images else None
     return _Computed(run, images, each, findings(run, images.training if images else None))
-
-
-def _body(config: ReportConfig, computed: Sequence[_Computed], figures: Figures, device: torch.device) -> list[Section]:
-    runs = [each.run for each in computed]
-    training = [each.images.training if each.images else None for each in computed]
-    overview = Section("Overview", sections.headline(runs, training, [each.alarms for each in computed]))
-    own = [_run_sections(config, each, figures, device) for each in computed]
-    curves = sections.curves(runs, figures)
-    if len(runs) == 1:
-        return [overview, curves, *own[0]]
-    each_run = [
-        Section(f"Run {name}", paragraph(sections.progress(run)), parts)
-        for name, run, parts in zip(names(runs), runs, own, strict=True)
-    ]
-    return [overview, Section("Settings that differ", sections.differences(runs)), curves, *each_run]
 
 
 def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:

@@ -65,11 +65,7 @@ class Run:
 
 
 def open_run(path: Path) -> Run:
-    """Read a run.
-
-    Raises:
-        ConfigError: if the directory is not a run, or a file of it is damaged.
-    """
+    """Read a run; raise ConfigError if the directory is not a run, or a file of it is damaged."""
     require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path)
     config = state.get("config") or _configuration(path)
@@ -124,14 +120,9 @@ def _results(file: Path) -> list[dict[str, Any]]:
 
 
 def findings(run: Run, images: int | None) -> list[Alarm]:
-    """Return the findings of the training doctor.
-
-    Args:
-        run: the run.
-        images: number of training images; None: derived from the steps per epoch, at most one batch too low.
-    """
+    """Return the findings of the training doctor; `images` is the number of training images, None if unknown."""
     if images is None and not math.isnan(run.steps_per_epoch):
-        images = round(run.steps_per_epoch * run.get("batch_size", 1))
+        images = round(run.steps_per_epoch * run.get("batch_size", 1))  # at most one batch too low
     facts = facts_of(run.method, run.get("batch_size", TrainConfig.batch_size), images or 2**62)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 

@@ -25,13 +25,7 @@ _KINDS = ("raw pixels", "untrained", "initialized", "best", "last")  # of accura
 
 
 def headline(runs: Sequence[Run], images: Sequence[int | None], alarms: Sequence[Sequence[Alarm]]) -> Markup:
-    """Return a table of the main settings and results.
-
-    Args:
-        runs: the runs.
-        images: number of training images per run; None if the data was not opened.
-        alarms: the doctor's findings per run.
-    """
+    """Return a table of main settings and results; `images` are the numbers of training images, None if unknown."""
     by_run = [_main_facts(run, count, found) for run, count, found in zip(runs, images, alarms, strict=True)]
     rows = [(name, [each[name] for each in by_run]) for name in by_run[0]]
     known = [(name, values) for name, values in rows if set(values) - {"–", "no labels"}]

@@ -207,9 +207,7 @@ def _write(features: NDArray[Any], chunk: _Chunk | None) -> dict[str, str]:
             numbers = values.cpu().numpy().astype(features.dtype)
         if not np.isfinite(numbers).all():
             fix = ": set dtype=float32" if features.dtype == np.float16 and bool(values.isfinite().all()) else ""
-            raise FloatingPointError(
-                f"features of rows {rows[0]} ... {rows[-1]} are not finite in {features.dtype}{fix}"
-            )
+            raise FloatingPointError(f"rows {rows[0]} ... {rows[-1]} are not finite in {features.dtype}{fix}")
         features[np.asarray(rows)] = numbers
         assert isinstance(features, np.memmap)
         features.flush()

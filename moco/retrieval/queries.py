@@ -34,9 +34,7 @@ def open_index(config: SearchConfig) -> Embedding:
     return open_embedding(Path(config.index), source)
 
 
-def query_features(
-    config: SearchConfig, index: Embedding, device: torch.device
-) -> tuple[NDArray[np.int64], NDArray[Any]]:
+def query_features(config: SearchConfig, index: Embedding, device: torch.device) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the rows, (Q,), -1 for an image outside the index, and the features, (Q, D), of the query files.
 
     Raises:

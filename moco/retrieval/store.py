@@ -52,11 +52,7 @@ def open_embedding(folder: Path, source: Source) -> Embedding:
 
 
 def read_about(folder: Path) -> About:
-    """Read features.json of a complete output.
-
-    Raises:
-        ConfigError: if the folder is not a complete output of moco.embed.
-    """
+    """Read features.json; raise ConfigError if the folder is not a complete output of moco.embed."""
     require(folder.is_dir(), f"{folder} does not exist: create it with python -m moco.embed output={folder} ...")
     if (folder / PROGRESS).exists() and not (folder / FEATURES).exists():
         raise ConfigError(f"{folder} is not complete: run the same moco.embed command again to resume")
@@ -144,11 +140,8 @@ def finish(folder: Path, source: Source, table: str, state: About | None) -> Non
         return
     features = folder / PART
     if unreadable:
-        write_csv(
-            folder / "unreadable.csv",
-            ["id", "path", "reason"],
-            ([i, source.name(i), unreadable[i]] for i in sorted(unreadable)),
-        )
+        reasons = ([i, source.name(i), why] for i, why in sorted(unreadable.items()))
+        write_csv(folder / "unreadable.csv", ["id", "path", "reason"], reasons)
         features = _selected(folder, ids)
     write_json(folder / ABOUT, {name: value for name, value in state.items() if name != "done"} | {"rows": len(ids)})
     features.replace(folder / FEATURES)
