@@ -1,1 +1,1 @@
-"""Results for people: galleries of images, and the report of a run (`python -m moco.report run=DIR`)."""
+"""Galleries of images, and the report of a run (`python -m moco.report run=DIR`)."""

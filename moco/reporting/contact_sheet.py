@@ -1,6 +1,6 @@
 """Galleries of images as one PNG file, for slides or a terminal without a browser.
 
-PIL draws it: the layout is a fixed grid, and matplotlib (an optional dependency) would resample the images.
+PIL draws the file: matplotlib is an optional dependency, and it would resample the images.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ _INK, _SOFT, _MARK, _BORDER, _BACK = "#1c1c1e", "#6b6b70", "#0a6cce", "#dcdce0",
 
 
 def write_png(path: Path, title: str, about: str, sections: Iterable[Section], columns: int = 8) -> None:
-    """Write all tiles as one image; it is in memory while it is drawn."""
+    """Write all tiles as one image, which is drawn in memory."""
     width = _GAP + columns * (TILE + _GAP)
     strips = [_text(width, title, 24, _INK), _text(width, about, 12, _SOFT)]
     for section in sections:

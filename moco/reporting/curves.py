@@ -13,7 +13,7 @@ from moco.reporting.plotly_figures import AXIS, PALETTE, REFERENCE_COLOR, plain_
 
 MOST_POINTS = 600  # per curve
 _TABLE_ROWS = 12
-_MARKERS = 40  # a curve of at most this many points shows them
+_MARKERS = 40  # a curve with at most this many points has markers
 _DASHES = ("dash", "dot", "dashdot", "longdash")
 
 
@@ -130,12 +130,12 @@ def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> 
 
 
 def number(value: float) -> str:
-    """Format four significant digits."""
+    """Format a number with four significant digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def summary(chart: Chart) -> str:
-    """Describe each curve by its ends and extremes; the text alternative of the chart."""
+    """Describe each curve by its ends and extremes, as the text alternative of the chart."""
     parts = []
     for curve in chart.curves:
         finite = [value for value in curve.y if not math.isnan(value)]

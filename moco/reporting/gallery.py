@@ -1,4 +1,4 @@
-"""Galleries of images as one HTML file that needs no other file; contact_sheet.py writes them as PNG.
+"""Galleries of images as one self-contained HTML file; contact_sheet.py writes a PNG file instead.
 
 Legend: M images, D dimension.
 """
@@ -22,7 +22,7 @@ TILE = 168  # pixels, side of a displayed image
 class Tile:
     """One image of a gallery."""
 
-    image: Tensor | None  # uint8 (3, H, W); None: it can no longer be read
+    image: Tensor | None  # uint8 (3, H, W); None if it cannot be read
     headline: str  # such as its similarity
     caption: str  # its path and class
     detail: str = ""  # such as its size
@@ -30,7 +30,7 @@ class Tile:
 
     @property
     def small(self) -> bool:
-        """Whether it is enlarged with visible pixels."""
+        """Whether the page enlarges the image, with visible pixels."""
         return self.image is not None and max(self.image.shape[1:]) <= TILE // 2
 
 
@@ -47,7 +47,7 @@ class ImageSet:
     """Images of a source with their features."""
 
     source: Source
-    rows: NDArray[np.int64]  # (M,) of the source
+    rows: NDArray[np.int64]  # (M,), position of each image in the source
     features: NDArray[Any]  # (M, D)
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from moco.config.base import optional_module
 from moco.reporting.markup import plain, plain_utf8
 from moco.reporting.plotly_figures import PALETTE, REFERENCE_COLOR, plain_figure
 
-FEWEST = 5  # images of a map
+FEWEST = 5  # images that a map needs
 _MOST_GROUPS = 30  # in the legend; the rest form one group
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "pentagon")
 _SIGNS = ("●", "■", "◆", "▲", "✚", "▼", "⬟")
@@ -49,8 +49,7 @@ def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: in
         from sklearn.manifold import TSNE  # takes a second to import
 
         mapper = TSNE(perplexity=count, metric="cosine", init="pca", random_state=seed % 2**32)
-    placed: NDArray[np.float64] = np.asarray(mapper.fit_transform(_unit(features)), np.float64)
-    return placed
+    return np.asarray(mapper.fit_transform(_unit(features)), np.float64)
 
 
 def clusters(features: NDArray[Any], count: int, seed: int) -> NDArray[np.int64]:
@@ -61,13 +60,11 @@ def clusters(features: NDArray[Any], count: int, seed: int) -> NDArray[np.int64]
     count = min(count, len(np.unique(unit, axis=0)))
     found = KMeans(count, n_init=4, random_state=seed % 2**32).fit_predict(unit)
     largest_first = np.argsort(-np.bincount(found, minlength=count), kind="stable")
-    ranked: NDArray[np.int64] = np.argsort(largest_first)[found]
-    return ranked
+    return np.asarray(np.argsort(largest_first)[found])
 
 
 def _unit(features: NDArray[Any]) -> NDArray[Any]:
-    unit: NDArray[Any] = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    return unit
+    return np.asarray(features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +78,7 @@ class Map:
 
 
 def figure(each: Map, images: Sequence[int]) -> dict[str, Any]:
-    """Return the points of a map and its plotly traces by coloring, for the page's script.
-
-    `images` has the number of each image in the page.
-    """
+    """Return the points and traces of a map for the page's script; `images` has the image number of each point."""
     x, y = each.places.round(3).T.tolist()
     colorings = {}
     for kind, groups in each.groups.items():

@@ -27,13 +27,13 @@ from moco.reporting.image_map import FEWEST, Map, clusters, coordinates
 from moco.reporting.run_record import Run
 from moco.runtime.console import progress_bar
 
-_MOST_CLUSTERS = 20  # if their number follows the number of classes
-_CLUSTERS = 10  # without labels
+_MOST_CLUSTERS = 20  # if config.clusters is not set: one per class, up to this number
+_CLUSTERS = 10  # the same without labels
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """A run's encoder, the images that the report shows, and references among which their neighbors are found."""
+    """A run's encoder, the images in the report, and the reference images among which it searches for neighbors."""
 
     backbone: nn.Module
     transform: EvalTransform
@@ -50,7 +50,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
     Raises:
         FileNotFoundError, ValueError: for missing or unsuitable data, or an invalid checkpoint.
     """
-    # A resident folder would be decoded completely, but the report reads only some thousand images.
+    # data.resident would decode all images of a folder, but the report needs only a few thousand.
     data = replace(config.data, resident=bool(config.data.resident))
     encoder = SubjectConfig(checkpoint=str(run.checkpoint), data=data, images_at_once=config.images_at_once)
     subject = open_subject(encoder)
@@ -162,6 +162,6 @@ def attention(config: ReportConfig, images: ImageFeatures, device: torch.device)
         f"Attention of the class token to the {patches} patches in the last block, averaged over heads. The stronger "
         "the orange, the higher the attention, relative to the most attended patch of the image. Uniform attention "
         f"would be {100 / patches:.1f} % per patch. On average, all patches together receive "
-        f"{100 * float(maps.sum(dim=(1, 2)).mean()):.0f} %; the rest stays on the class token."
+        f"{100 * float(maps.sum(dim=(1, 2)).mean()):.0f} %; the class token receives the rest."
     )
     return tiles, explanation

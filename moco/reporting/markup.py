@@ -1,4 +1,4 @@
-"""Render the templates in templates/: self-contained pages that print all text escaped."""
+"""Render the templates in templates/ as self-contained pages; all text is escaped."""
 
 import base64
 import hashlib
@@ -13,14 +13,13 @@ from torch import Tensor
 
 from moco.files import atomic_write
 
-DIRECTORY = Path(__file__).parent  # of the style sheets and scripts
 THUMBNAIL = 320  # at most, pixels of the longer side: twice the displayed size, for high-density displays
 
 
 def plain(text: str) -> str:
     """Replace characters that control the display, such as line ends and changes of writing direction.
 
-    Surrogates stay: they stand for bytes of a file name that are not UTF-8.
+    Surrogates stay, because they represent bytes of a file name that are not UTF-8.
     """
     if text.isprintable():
         return text
@@ -85,11 +84,11 @@ def part(name: str, *values: Any, **options: Any) -> Markup:
 
 def resource(name: str) -> str:
     """Return the text of a style sheet or script."""
-    return (DIRECTORY / name).read_text()
+    return (Path(__file__).parent / name).read_text()
 
 
 def write_page(path: Path, template: str, style: str, scripts: tuple[str, ...] = (), **values: Any) -> None:
-    """Render a template to a file, atomically and part by part: a large page is never in memory.
+    """Render a template to a file, atomically and part by part, so that a large page is never completely in memory.
 
     The page's Content-Security-Policy forbids every request and every script except the given ones, identified by
     their digests. Bytes of file names that are not UTF-8 become escapes.

@@ -27,13 +27,13 @@ def plotly() -> Any:
 
 
 def plotly_script() -> str:
-    """Return plotly's script (4.8 MB), the only one that the package contains."""
+    """Return plotly's script (4.8 MB); the package contains no smaller one."""
     script: str = importlib.import_module("plotly.offline").get_plotlyjs()
     return script
 
 
 def plain_figure(traces: Sequence[dict[str, Any]], **layout: Any) -> dict[str, Any]:
-    """Let plotly check a figure and return it as plain values.
+    """Validate a figure with plotly and return it as JSON values.
 
     Raises:
         ConfigError: if plotly is not installed.

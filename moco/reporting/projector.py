@@ -19,7 +19,11 @@ _SPRITE = 8192  # pixels, TensorBoard's limit for the side of the sprite, which 
 
 
 def write_projector(run: Run, images: ImageFeatures, each: Map | None) -> Path:
-    """Write features, names, groups and images to projector/ in the run, and return that directory."""
+    """Write features, names, groups and images to projector/ in the run, and return that directory.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
     from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
     folder, shown = run.path / "projector", images.shown

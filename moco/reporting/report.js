@@ -17,7 +17,7 @@
     let kind = find("input[type=radio]").value;
     let hidden = new Set(); // numbers of the hidden groups
     let current = -1; // the selected image
-    let zoomed = null; // the ranges of the axes; null: the whole map
+    let zoomed = null; // the ranges of the axes; null: the full map
 
     const ring = () => ({
       x: current < 0 ? [] : [map.x[current]], y: current < 0 ? [] : [map.y[current]],
@@ -101,10 +101,10 @@
     }
 
     function zoom(times) {
-      const whole = { x: range(map.x), y: range(map.y) };
+      const full = { x: range(map.x), y: range(map.y) };
       if (!times) zoomed = null;
       else {
-        const from = zoomed ?? whole;
+        const from = zoomed ?? full;
         const around = (axis, at) => {
           const half = (from[axis][1] - from[axis][0]) / 2 / times;
           return [at - half, at + half];

@@ -51,7 +51,7 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float:
-        """As recorded; nan if nothing was recorded."""
+        """The recorded length of an epoch; nan if it was not recorded."""
         epochs, steps = self.values.get("train/epoch", ([], []))[::-1]
         return steps[-1] / epochs[-1] if epochs and epochs[-1] > 0 else math.nan
 
@@ -128,7 +128,7 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
 
 
 def by_epoch(runs: Sequence[Run]) -> tuple[dict[str, Metrics], str]:
-    """Return the metrics by run, and their x axis: epochs if all runs recorded their length, else steps."""
+    """Return the metrics by run, and their x axis: epochs if all runs recorded the length of an epoch, else steps."""
     epochs = all(not math.isnan(run.steps_per_epoch) for run in runs)
     moved = {}
     for run, name in zip(runs, names(runs), strict=True):

@@ -1,4 +1,4 @@
-"""Sections of a report that need only the files of a run, no data and no encoder."""
+"""Sections of a report that need only the files of a run, not its data or its encoder."""
 
 import math
 from collections.abc import Mapping, Sequence

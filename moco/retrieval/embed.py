@@ -1,9 +1,9 @@
 """Compute features of any images and write them to files: in bounded memory, resumable, on any number of ranks.
 
-A chunk is `images_at_once` rows and one pass through the network, on whichever rank. Therefore an interrupted run, two
-processes and one process write the same bytes.
+A chunk has `images_at_once` rows and is one forward pass, on any rank. Therefore the written bytes depend neither on
+interruptions nor on the number of processes.
 
-Legend: M images, D dimension, W processes.
+Legend: D dimension.
 """
 
 import json
@@ -112,7 +112,7 @@ _Chunk = tuple[Sequence[int], Tensor | None, dict[str, str]]  # rows, their feat
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """The rows of a source in chunks: chunk c is rows c * size ... (c + 1) * size - 1."""
+    """The rows of a source in chunks: chunk c has the rows c * images_at_once ... (c + 1) * images_at_once - 1."""
 
     config: EmbedConfig
     subject: subjects.Subject
@@ -134,8 +134,8 @@ class _Work:
     def chunks_of_rank(self, done: int) -> Iterator[_Chunk]:
         """Compute this rank's chunks in order.
 
-        They are distributed round robin, so that the completed chunks are always the first ones, and an attempt can
-        resume with another W.
+        Chunks are distributed round robin, so that the completed chunks are always the first ones. Therefore the number
+        of processes may change when the run resumes.
         """
         left = list(range(done + rank(), len(self), world_size()))
         while left:
@@ -198,7 +198,7 @@ def _compute_missing(work: _Work, state: About, folder: Path) -> None:
 
 
 def _write(features: NDArray[Any], chunk: _Chunk | None) -> dict[str, str]:
-    """Write a chunk to the file and return its unreadable rows; in the last round a rank may have no chunk."""
+    """Write the chunk of a round, if this rank has one, and return its unreadable rows."""
     if chunk is None:
         return {}
     rows, values, unreadable = chunk
@@ -206,8 +206,9 @@ def _write(features: NDArray[Any], chunk: _Chunk | None) -> dict[str, str]:
         with np.errstate(over="ignore"):  # the next check reports it
             numbers = values.cpu().numpy().astype(features.dtype)
         if not np.isfinite(numbers).all():
-            fix = ": set dtype=float32" if features.dtype == np.float16 and bool(values.isfinite().all()) else ""
-            raise FloatingPointError(f"rows {rows[0]} ... {rows[-1]} are not finite in {features.dtype}{fix}")
+            dtype = features.dtype
+            fix = ": set dtype=float32" if dtype == np.float16 and bool(values.isfinite().all()) else ""
+            raise FloatingPointError(f"features of rows {rows[0]} ... {rows[-1]} are not finite in {dtype}{fix}")
         features[np.asarray(rows)] = numbers
         assert isinstance(features, np.memmap)
         features.flush()

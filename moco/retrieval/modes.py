@@ -22,8 +22,8 @@ from moco.retrieval.queries import image_files, query_features
 from moco.retrieval.store import Embedding
 from moco.runtime.console import progress_bar
 
-_GROUP_TILES = 24  # at most, tiles per group in the gallery
-_SAMPLE = 8  # queries without query and sample
+_GROUP_TILES = 24  # maximum number of tiles per group in the gallery
+_SAMPLE = 8  # number of queries if neither query nor sample is set
 
 Entry = dict[str, Any]
 
@@ -158,7 +158,7 @@ def _readable(source: Source, i: int) -> Tensor | None:
 
 
 def image_size(images: ImageSet, row: int) -> dict[str, int]:
-    """Return width, height and bytes of an image file, only whose header is read, or of an image in memory."""
+    """Return width, height and bytes of an image: from the header of its file, or of the image in memory."""
     path = images.source.path(int(images.rows[row]))
     if path is None:
         height, width = images.image(row).shape[-2:]

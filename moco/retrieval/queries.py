@@ -22,7 +22,7 @@ from moco.retrieval.store import Embedding, open_embedding, read_about
 
 
 def open_index(config: SearchConfig) -> Embedding:
-    """Open the output of moco.embed that `index` names. Its images may have moved to another data.root."""
+    """Open the output of moco.embed in `config.index`. Its images may have moved to another data.root."""
     about = read_about(Path(config.index))
     sources = open_sources(DataConfig(**(about["data"] | config.data.overrides())), bank_size=0)
     source = getattr(sources, about["pictures"]["split"])
@@ -77,7 +77,7 @@ def _rows_of_files(images: ImageSet, files: list[str]) -> NDArray[np.int64]:
 
 
 def image_files(names: list[str]) -> FolderSource:
-    """Return image files anywhere as a source."""
+    """Return any image files as a source."""
     return FolderSource("", np.array([str(Path(name).absolute()).encode("utf-8", "surrogateescape") for name in names]))
 
 

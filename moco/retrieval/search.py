@@ -71,7 +71,7 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
 
 
 def _write_json(path: Path, head: dict[str, Any], result: Result) -> None:
-    """Write one JSON object, one entry per line: there can be too many entries to have all in memory."""
+    """Write one JSON object with one entry per line, because all entries may not fit in memory."""
     with atomic_write(path) as temporary, temporary.open("w") as file:
         file.write(json.dumps(head)[:-1] + f', "{result.kind}": [')
         for i, entry in enumerate(result.entries):

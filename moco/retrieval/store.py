@@ -1,9 +1,10 @@
-"""The output folder of moco.embed: begin or resume it, finish it, open it.
+"""Begin, resume, finish and open the output folder of moco.embed.
 
-While it grows: features.part.npy and progress.json. When complete: features.npy (rows, D), index.csv or index.parquet
-with one line per row, features.json (the origin of the features), and unreadable.csv if images were skipped.
+An incomplete folder contains features.part.npy and progress.json. A complete one contains features.npy (rows, D),
+index.csv or index.parquet with one line per row, features.json (the origin of the features), and unreadable.csv if
+images were skipped.
 
-Legend: M images, D dimension.
+Legend: D dimension.
 """
 
 import json
@@ -71,7 +72,7 @@ def begin(folder: Path, about: About) -> About | None:
     """
     if (folder / FEATURES).exists() and (folder / ABOUT).exists():
         _refuse_other(folder, _read(folder / ABOUT), about | {"images_at_once": None})
-        _remove_partial(folder)  # left by a process that ended during its last lines
+        _remove_partial(folder)  # left by a process that ended within `finish`
         return None
     if (folder / PROGRESS).exists() and (folder / PART).exists():
         state = _read(folder / PROGRESS)

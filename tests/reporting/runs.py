@@ -51,7 +51,7 @@ def run(
     saved: bool = True,
     **method: Any,
 ) -> Path:
-    """Write a run with ten steps per epoch, whose metrics have every second step.
+    """Write a run with ten steps per epoch, with metrics of every second step.
 
     Args:
         folder: the run.

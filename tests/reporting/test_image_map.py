@@ -70,7 +70,7 @@ def test_every_point_is_in_one_trace() -> None:
     assert each["names"][0] == "<b>0\N{REPLACEMENT CHARACTER}"  # text; the script inserts it as text
 
 
-def test_of_many_groups_the_largest_thirty_are_shown() -> None:
+def test_a_map_shows_the_thirty_largest_groups() -> None:
     groups = [f"cluster {i}" for i in range(40) for _ in range(40 - i)]
     traces = figure(made(groups), range(len(groups)))["colorings"]["label"]["traces"]
     assert [trace["name"] for trace in traces] == [*(f"cluster {i}" for i in range(30)), "others"]

@@ -70,6 +70,7 @@ def test_a_labeled_run(labeled: Path, capsys: pytest.CaptureFixture[str]) -> Non
     levels = [int(level) for level in re.findall(r"<h(\d)", markup)]
     assert all(after <= before + 1 for before, after in pairwise(levels))  # no level is skipped
     assert "<img" in markup
+    assert re.findall(r'aria-labelledby="(\w+)"', markup) == re.findall(r'<h2 id="(\w+)"', markup)
     assert all(re.search(r'alt=["\'][^"\']', each) for each in re.findall(r"<img[^>]*>", markup))
     assert len(re.findall(r'<figure class="chart">', markup)) == len(figures["charts"])
     assert "Effective rank" in markup
@@ -277,7 +278,7 @@ def test_an_invalid_configuration_is_refused(fields: dict[str, Any], match: str)
         check_report(ReportConfig(**fields))
 
 
-def test_what_cannot_be_shown_or_written_is_refused(tmp_path: Path) -> None:
+def test_invalid_data_and_outputs_are_refused(tmp_path: Path) -> None:
     made = run(tmp_path / "run", images(tmp_path / "all", count=6))
     with pytest.raises(ConfigError, match=r"data\.name=webdataset.*pictures=0"):
         report(config(made, data=SubjectDataConfig(name="webdataset", root="a.tar")))
@@ -288,7 +289,7 @@ def test_what_cannot_be_shown_or_written_is_refused(tmp_path: Path) -> None:
         report(config(made, output=str(tmp_path)))
 
 
-def test_the_same_run_gives_the_same_map(labeled: Path) -> None:
+def test_a_map_is_deterministic(labeled: Path) -> None:
     found = []
     for _ in range(2):
         report(config(labeled))

@@ -33,7 +33,7 @@ FILES = ("features.npy", "index.csv", "features.json")
 
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[Path, Path]:
-    return encoder(tmp_path / "encoder.safetensors"), folder(tmp_path / "pictures")
+    return encoder(tmp_path / "encoder.safetensors"), folder(tmp_path / "images")
 
 
 def config(made: tuple[Path, Path], output: Path, **changes: Any) -> EmbedConfig:
@@ -72,8 +72,8 @@ def test_the_features_equal_those_of_the_encoder(
 
 def test_labels_normalization_and_float16(tmp_path: Path) -> None:
     for name in ("dog", "cat"):
-        folder(tmp_path / "pictures" / name, 2)
-    made = encoder(tmp_path / "encoder.safetensors"), tmp_path / "pictures"
+        folder(tmp_path / "images" / name, 2)
+    made = encoder(tmp_path / "encoder.safetensors"), tmp_path / "images"
     data = SubjectDataConfig("folder", str(made[1]), labels="folder", workers=0)
     embed(config(made, tmp_path / "out", data=data, normalize=True, dtype="float16"))
     written = np.load(tmp_path / "out" / "features.npy")
@@ -95,10 +95,10 @@ class Killed(RuntimeError):
 
 def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupt the computation after the given number of batches, like a kill."""
-    whole = features.stream
+    stream = features.stream
 
     def broken(*arguments: Any) -> Iterator[Tensor]:
-        for i, part in enumerate(whole(*arguments)):
+        for i, part in enumerate(stream(*arguments)):
             if i == batches:
                 raise Killed
             yield part
@@ -110,17 +110,17 @@ def test_a_resumed_run_writes_the_same_bytes(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (made[1] / "04.png").write_bytes(b"no image")
-    embed(config(made, tmp_path / "whole", images_at_once=2, on_bad_image="skip"))
-    halves = config(made, tmp_path / "halves", images_at_once=2, on_bad_image="skip")
+    embed(config(made, tmp_path / "complete", images_at_once=2, on_bad_image="skip"))
+    resumed = config(made, tmp_path / "resumed", images_at_once=2, on_bad_image="skip")
     for batches, done in ((1, 1), (1, 4), (0, 4)):  # the second attempt skips 04.png in chunk 2
         with monkeypatch.context() as patch:
             stop_after(batches, patch)
             with pytest.raises(Killed):
-                embed(halves)
-        assert json.loads((tmp_path / "halves" / "progress.json").read_text())["done"] == done
-        assert not (tmp_path / "halves" / "features.npy").exists()
+                embed(resumed)
+        assert json.loads((tmp_path / "resumed" / "progress.json").read_text())["done"] == done
+        assert not (tmp_path / "resumed" / "features.npy").exists()
     with pytest.raises(ConfigError, match="is not complete"):
-        read_about(tmp_path / "halves")
+        read_about(tmp_path / "resumed")
     computed: list[int] = []
     build_network = embed_module.build_network
 
@@ -131,9 +131,9 @@ def test_a_resumed_run_writes_the_same_bytes(
 
     with monkeypatch.context() as patch:
         patch.setattr(embed_module, "build_network", counted)
-        embed(halves)
+        embed(resumed)
     assert computed == [1, 2, 1]  # one image to get the dimension, then rows 8, 9 and 10
-    assert contents(tmp_path / "halves") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "complete")
 
 
 def test_a_complete_output_is_kept_unless_an_image_changed(
@@ -141,7 +141,7 @@ def test_a_complete_output_is_kept_unless_an_image_changed(
 ) -> None:
     embed(config(made, tmp_path / "out"))
     before = contents(tmp_path / "out")
-    shutil.move(str(made[1] / "../pictures"), tmp_path / "moved")  # the same images in another place
+    shutil.move(str(made[1] / "../images"), tmp_path / "moved")  # the same images in another place
     stop_after(0, monkeypatch)
     embed(config((made[0], tmp_path / "moved"), tmp_path / "out", images_at_once=100))
     assert contents(tmp_path / "out") == before
@@ -165,7 +165,7 @@ def _skip_and_stop(made: tuple[Path, Path], output: Path) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(made: tuple[Path, Path], tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes_as_one(made: tuple[Path, Path], tmp_path: Path) -> None:
     (made[1] / "09.png").write_bytes(b"no image")
     alone = run_ranks(1, _skip_and_stop, made, tmp_path / "one")
     both = run_ranks(2, _skip_and_stop, made, tmp_path / "two")
@@ -189,9 +189,9 @@ def test_an_unreadable_image_is_an_error_or_listed(
     assert [int(each["id"]) for each in rows(output)] == kept
     assert [int(each["row"]) for each in rows(output)] == list(range(8))
     with (output / "unreadable.csv").open(newline="") as file:
-        bad = list(csv.DictReader(file))
-    assert [(each["id"], each["path"]) for each in bad] == [("2", "02.png"), ("5", "05.png"), ("6", "06.png")]
-    assert all("no known image format" in each["reason"] for each in bad)
+        unreadable = list(csv.DictReader(file))
+    assert [(each["id"], each["path"]) for each in unreadable] == [("2", "02.png"), ("5", "05.png"), ("6", "06.png")]
+    assert all("no known image format" in each["reason"] for each in unreadable)
     for name in ("02.png", "05.png", "06.png"):
         (made[1] / name).unlink()
     embed(config(made, tmp_path / "without"))
@@ -211,7 +211,7 @@ def test_a_different_embedding_is_refused(
     before = contents(output)
     with pytest.raises(ConfigError, match=r"another encoder .*encoder.safetensors, step 3"):
         embed(config((encoder(tmp_path / "second.safetensors", seed=1), made[1]), output))
-    with pytest.raises(ConfigError, match=r"other images .11 of .*pictures, split=train"):
+    with pytest.raises(ConfigError, match=r"other images .11 of .*images, split=train"):
         embed(config((made[0], folder(tmp_path / "fewer", 9)), output))
     with pytest.raises(ConfigError, match=r"images=.* and normalize=False \(now True\) and dtype=float32"):
         embed(config(made, output, normalize=True, dtype="float16", images=ImagesConfig(size=8)))
@@ -226,7 +226,7 @@ def test_a_different_embedding_is_refused(
         embed(config(made, tmp_path / "half", images_at_once=3))
 
 
-def test_what_cannot_be_computed_or_written_is_refused(
+def test_missing_images_and_invalid_outputs_are_refused(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "empty").mkdir()

@@ -13,7 +13,7 @@ from moco.config import ConfigError
 from moco.config.search import SearchConfig, check_search
 from moco.config.subject import SubjectDataConfig
 from moco.data.decode import ImageError
-from moco.retrieval import embed as embed_stage
+from moco.retrieval import embed as embed_module
 from moco.retrieval.search import search
 from tests.data.images import encoder, folder, gradient
 
@@ -23,7 +23,7 @@ EVIL = "<script>alert(1)<_script>.png"
 @pytest.fixture
 def made(tmp_path: Path) -> tuple[Path, Path]:
     """Write gradients; of 03 an exact, a recompressed and an enlarged copy; a copy of 05; and noise."""
-    root = folder(tmp_path / "pictures")
+    root = folder(tmp_path / "images")
     shutil.copy(root / "03.png", root / "copy_of_03.png")
     with Image.open(root / "03.png") as image:
         image.save(root / "again_03.jpg", quality=60)
@@ -115,12 +115,12 @@ def test_queries_inside_and_outside_the_index(made: tuple[Path, Path], tmp_path:
     assert page.count("data:image/jpeg;base64,") == 8
 
 
-def test_an_index_knows_its_encoder_and_images(
+def test_an_index_requires_its_encoder_and_images(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
     search(config(made, output, mode="outliers", gallery="none"))  # leaves output/features
-    monkeypatch.setattr(embed_stage, "_compute_missing", None)  # nothing is computed from now on
+    monkeypatch.setattr(embed_module, "_compute_missing", None)  # nothing is computed from now on
     index = str(output / "features")
     search(config(made, output, sample=5, k=2, gallery="none"))
     first = results(output, "nearest")
