@@ -30,10 +30,8 @@ def write_errors(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if _system_error(error) is None:
             raise
-        raise WriteError(
-            f"{path} cannot be written ({cause(error)}): free some space or make it writable, then run the same "
-            "command again"
-        ) from error
+        fix = "free some space or make it writable, then run the same command again"
+        raise WriteError(f"{path} cannot be written ({cause(error)}): {fix}") from error
 
 
 @contextmanager
@@ -86,9 +84,6 @@ def lock(path: Path, wait: bool = False) -> IO[str]:
 
     The lock holds until the returned file is closed or the process ends, even by SIGKILL.
 
-    Args:
-        wait: wait while another process holds the lock.
-
     Raises:
         FileLocked: if another process holds the lock and `wait` is false.
         OSError: if the file cannot be created or locked.
@@ -116,8 +111,7 @@ def lock(path: Path, wait: bool = False) -> IO[str]:
 
 def cause(error: BaseException) -> str:
     """Return the system's message if the error comes from the system, otherwise the first line of the error."""
-    system = _system_error(error)
-    if system is not None:
+    if system := _system_error(error):
         return system.strerror or str(system)
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 

@@ -33,18 +33,20 @@ def convert_encoder(config: ConvertConfig) -> None:
     require(config.overwrite or not output.exists(), f"output={output} exists: choose another, or set overwrite=true")
     subject = open_subject(config)
     file, transform = replace(subject.file, images=asdict(subject.transform)), subject.transform
+    same = output.exists() and output.samefile(file.source)
+    require(not same, f"output={output} is the source file: choose another")
+    chosen, fitting = FORMATS[config.to], [name for name, each in FORMATS.items() if each.fits(file)]
     require(
-        not output.exists() or not output.samefile(file.source), f"output={output} is the source file: choose another"
+        config.to in fitting,
+        f"to={config.to} supports {chosen.holds}, but {file.source} has backbone={file.backbone} "
+        f"options={file.options}: set to={', '.join(fitting)}",
     )
-    _refuse_unsupported(config.to, file)
     backbone = build(file).get_submodule("backbone")
     source, data = _comparison_images(config, subject)
     rows = range(0, len(source), max(1, len(source) // config.pictures))[: config.pictures]
 
     def features(network: Network) -> Tensor:  # (M, D)
-        cpu = torch.device("cpu")
-        parts = stream(network, source, rows, transform, cpu, _BATCH_SIZE)
-        return torch.cat(list(parts))
+        return torch.cat(list(stream(network, source, rows, transform, torch.device("cpu"), _BATCH_SIZE)))
 
     log(f"{file.source} ({file.layout}: {file.backbone}, step {file.step}) to {config.to}")
     try:
@@ -68,7 +70,7 @@ def convert_encoder(config: ConvertConfig) -> None:
                 "images",
                 f"{transform.size} px{resized}; minus mean {list(transform.mean)}, by std {list(transform.std)}",
             ),
-            ("load", FORMATS[config.to].loading(file).replace("FILE", str(output))),
+            ("load", chosen.loading(file).replace("FILE", str(output))),
         ],
     )
 
@@ -79,8 +81,7 @@ def write_and_compare(
     """Write a file, read it again, and compare it with the source.
 
     Args:
-        to: the format.
-        path: the file.
+        to: a key of `FORMATS`.
         file: the source, with `images`.
         backbone: its backbone, in eval mode on the CPU.
         features: computes a network's features (M, D) of fixed images.
@@ -95,11 +96,8 @@ def write_and_compare(
     chosen = FORMATS[to]
     chosen.write(path, file, backbone)
     again = chosen.read(path, file)
-    changed = [
-        name
-        for name, value in backbone.state_dict().items()
-        if again.weights and not name.endswith("num_batches_tracked") and not torch.equal(value, again.weights[name])
-    ]
+    weights = {name: each for name, each in backbone.state_dict().items() if not name.endswith("num_batches_tracked")}
+    changed = [name for name, each in weights.items() if again.weights and not torch.equal(each, again.weights[name])]
     if changed:
         raise ConversionError(
             f"to={to}: {len(changed)} weights differ in the written file ({', '.join(changed[:3])}): "
@@ -115,15 +113,6 @@ def write_and_compare(
             f"largest feature ({largest:.2g}): nothing was written"
         )
     return difference, largest
-
-
-def _refuse_unsupported(to: str, file: EncoderFile) -> None:
-    fitting = [name for name, each in FORMATS.items() if each.fits(file)]
-    require(
-        to in fitting,
-        f"to={to} supports {FORMATS[to].holds}, but {file.source} has backbone={file.backbone} options={file.options}: "
-        f"set to={', '.join(fitting)}",
-    )
 
 
 def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:

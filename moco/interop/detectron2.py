@@ -31,12 +31,7 @@ _FROM_DETECTRON2 = (
 )
 # The names in a pickled array. NumPy 1 has only the old name of the first module, NumPy 2 has both.
 _RECONSTRUCT, _OLD_RECONSTRUCT = "numpy._core.multiarray", "numpy.core.multiarray"
-_ALLOWED = {
-    (_RECONSTRUCT, "_reconstruct"),
-    (_OLD_RECONSTRUCT, "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-}
+_ALLOWED = {f"{_RECONSTRUCT}._reconstruct", f"{_OLD_RECONSTRUCT}._reconstruct", "numpy.ndarray", "numpy.dtype"}
 
 
 def to_detectron2(name: str) -> str:
@@ -65,8 +60,7 @@ def save_detectron2(path: Path, state: Mapping[str, Tensor]) -> None:
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")
     }
-    # A pickle of protocol 3 names the function once, in plain text before all arrays: write the name that every NumPy
-    # version has.
+    # Protocol 3 names the function once, as text before all arrays: write the name that every NumPy version has.
     data = pickle.dumps({"model": model, "__author__": "moco", "matching_heuristics": True}, protocol=3)
     old, new = (f"c{module}\n_reconstruct\n".encode() for module in (_RECONSTRUCT, _OLD_RECONSTRUCT))
     path.write_bytes(data.replace(old, new, 1))
@@ -84,6 +78,6 @@ def load_detectron2(path: Path) -> dict[str, Tensor]:
 
 class _ArraysOnly(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        if f"{module}.{name}" not in _ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is not part of an array")
         return super().find_class(module.replace(_OLD_RECONSTRUCT, _RECONSTRUCT), name)

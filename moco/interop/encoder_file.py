@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from moco.files import cause
 from moco.interop.foreign import MOCO_V2, MOCO_V3, PLAIN, layout_of, torchvision_named
 from moco.interop.weights import save_weights
 from moco.models.backbones import build_backbone
@@ -29,6 +30,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 _CLASSIFIERS = ("fc.", "head.", "classifier.")  # of supervised networks: not part of the backbone
 # timm options that would load other weights
 _LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+_NO_NETWORK = "does not name its network: set backbone=NAME, e.g. backbone=resnet50"
 _NO_MOMENTUM_ENCODER = "holds no momentum encoder: set weights=encoder"
 
 
@@ -57,7 +59,6 @@ def read_encoder(
     """Read a file of any known layout. Only tensors and plain values are loaded, no code is run.
 
     Args:
-        path: the file.
         weights: "encoder" (f_q; the base encoder of v3), or "momentum_encoder".
         backbone, options: the network, if the file does not name it.
 
@@ -92,10 +93,8 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
     try:
         backbone = build_backbone(file.backbone, options)
     except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0]
-        raise ForeignFileError(
-            f"{file.source}: backbone={file.backbone} with {options} cannot be built ({reason})"
-        ) from error
+        network = f"backbone={file.backbone} with {options}"
+        raise ForeignFileError(f"{file.source}: {network} cannot be built ({cause(error)})") from error
     head: nn.Module = nn.Identity()
     if file.head_weights:
         shapes = [tuple(value.shape) for value in file.head_weights.values() if value.dim() == 2]
@@ -114,8 +113,6 @@ def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], ste
     """Write encoder.safetensors: the weights of the backbone, with metadata for `read_encoder`.
 
     Args:
-        path: the file.
-        backbone: the network.
         config: of the run, with the groups "model" and "augment".
         step: number of optimizer steps of the training.
     """
@@ -128,13 +125,9 @@ def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], ste
 def load_all(module: nn.Module, weights: State, complaint: str) -> None:
     """Load all weights of a module.
 
-    Args:
-        module: the network.
-        weights: by name.
-        complaint: the beginning of the error message.
-
     Raises:
-        ForeignFileError: if a weight is missing, unknown, of another shape or not finite; nothing is loaded then.
+        ForeignFileError: if a weight is missing, unknown, of another shape or not finite; nothing is loaded then. The
+            message begins with `complaint`.
     """
     wanted, found = _shapes(module.state_dict()), _shapes(weights)
     common = sorted(wanted.keys() & found.keys())
@@ -229,11 +222,8 @@ def _foreign(
 ) -> EncoderFile:
     arch = state.get("arch")
     tensors = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
-    tensors = {
-        _unwrapped(name): value
-        for name, value in tensors.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+    named = ((name, value) for name, value in tensors.items() if isinstance(name, str) and isinstance(value, Tensor))
+    tensors = {_unwrapped(name): value for name, value in named}
     if not tensors:
         raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
     layout = layout_of(tensors)
@@ -242,7 +232,7 @@ def _foreign(
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
     if backbone is None:
         if not isinstance(arch, str):
-            raise ForeignFileError(f"{path} does not name its network: set backbone=NAME, e.g. backbone=resnet50")
+            raise ForeignFileError(f"{path} {_NO_NETWORK}")
         backbone = arch  # official files use the same names as this project
     elif layout == PLAIN:
         _refuse_unknown_heads(path, backbone)
@@ -251,7 +241,7 @@ def _foreign(
     body = torchvision_named({key: value for key, value in inside.items() if key not in head})
     official = layout in (MOCO_V2, MOCO_V3)
     small_stem = "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
-    if small_stem and layout not in (MOCO_V2, MOCO_V3, PLAIN):
+    if small_stem and not official and layout != PLAIN:
         raise ForeignFileError(
             f"{path} ({layout.name}) has a 3x3 first convolution of unknown padding (solo-learn pads by 2, which no "
             "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
@@ -276,13 +266,11 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
         step = int(about.get("step", 0))
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise ForeignFileError(f"{path} cannot be read as safetensors ({error})") from error
-    if backbone is None and "backbone" not in about:
-        raise ForeignFileError(f"{path} does not name its network: set backbone=NAME, e.g. backbone=resnet50")
-    if "backbone" not in about and backbone is not None:
+    if "backbone" not in about:
+        if backbone is None:
+            raise ForeignFileError(f"{path} {_NO_NETWORK}")
         _refuse_unknown_heads(path, backbone)
-    named = backbone or about["backbone"]
     chosen = options if options is not None else metadata.get("options", {})
     body = {key: value for key, value in weights.items() if "backbone" in about or not _is_head(key)}
-    return EncoderFile(
-        str(path), "safetensors", named, chosen, body, {}, step, metadata.get("images", {}), metadata.get("config", {})
-    )
+    images, config = metadata.get("images", {}), metadata.get("config", {})
+    return EncoderFile(str(path), "safetensors", backbone or about["backbone"], chosen, body, {}, step, images, config)

@@ -22,7 +22,6 @@ def save_onnx(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> Non
     """Write a `.onnx` file with the input "images" (batch, 3, S, S) and the output "features" (batch, D).
 
     Args:
-        path: the file.
         backbone: in eval mode, on the CPU.
         images: "size" and other values, stored as JSON in the file's metadata under "images".
 
@@ -72,9 +71,8 @@ def _onnxruntime() -> Any:
         import_module("onnxscript")
         return import_module("onnxruntime")
     except ImportError as error:
-        raise ConfigError(
-            "to=onnx needs onnx, onnxscript and onnxruntime: pip install 'momentum-contrast[onnx]'"
-        ) from error
+        packages = "onnx, onnxscript and onnxruntime"
+        raise ConfigError(f"to=onnx needs {packages}: pip install 'momentum-contrast[onnx]'") from error
 
 
 def _example(images: Mapping[str, Any]) -> Tensor:

@@ -23,13 +23,9 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
         try:
             save_file(tensors, temporary, dict(metadata or {}))
         except SafetensorError as error:
-            raise _system_error(error) from error
+            if number := re.search(r"os error (\d+)", str(error)):  # safetensors gives the number only in its text
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
         mask = os.umask(0)  # safetensors makes the file readable only for its owner
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-
-
-def _system_error(error: SafetensorError) -> Exception:
-    """Return the system's error, whose number safetensors gives only in its text, or the error itself."""
-    number = re.search(r"os error (\d+)", str(error))
-    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else error

@@ -43,15 +43,24 @@ class Format:
 
     holds: str
     """the networks that it supports, as text"""
-    fits: Callable[[EncoderFile], bool]
+    network: Callable[[EncoderFile], str | None]
+    """returns the network in the format's own terms; None if the format cannot hold it"""
     write: Callable[[Path, EncoderFile, nn.Module], None]
     """writes to a path, given the source file (with `images`) and its backbone in eval mode on the CPU"""
     read: Callable[[Path, EncoderFile], Read]
     """reads the file as its own project does; uses only names of the source, not weights"""
-    loading: Callable[[EncoderFile], str]
-    """returns a line of Python that loads FILE"""
+    load: str
+    """how to load FILE, whose network is NETWORK"""
     tolerance: float = 1e-5
     """largest difference between features, as a fraction of the largest feature"""
+
+    def fits(self, file: EncoderFile) -> bool:
+        """Return whether the format can hold this network."""
+        return self.network(file) is not None
+
+    def loading(self, file: EncoderFile) -> str:
+        """Return a line that loads FILE."""
+        return self.load.replace("NETWORK", self.network(file) or "")
 
 
 # ---- the names that other projects use for the network ----
@@ -85,9 +94,16 @@ def official_v3_name(file: EncoderFile) -> str | None:
     return file.backbone if file.backbone in _OFFICIAL_VITS and standard else torchvision_name(file)
 
 
-def is_deit(file: EncoderFile) -> bool:
-    """Return whether the network is a plain ViT, as in DeiT."""
-    return timm_name(file) is not None and all(_DEIT_NAMES.fullmatch(name) for name in file.weights)
+def _timm_call(file: EncoderFile) -> str | None:
+    """Return the expression that builds the identical timm model, or None."""
+    name, options = timm_name(file) or (None, {})
+    arguments = ", ".join([repr(name), "num_classes=0", *(f"{key}={value!r}" for key, value in options.items())])
+    return f"timm.create_model({arguments})" if name else None
+
+
+def _deit_call(file: EncoderFile) -> str | None:
+    """As `_timm_call`, for a plain ViT as in DeiT only."""
+    return _timm_call(file) if all(_DEIT_NAMES.fullmatch(name) for name in file.weights) else None
 
 
 def _options(file: EncoderFile) -> dict[str, Any]:
@@ -101,9 +117,8 @@ def _state(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone().contiguous() for name, value in backbone.state_dict().items()}
 
 
-def _load(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    return content
+def _load(path: Path) -> Any:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
 def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
@@ -134,7 +149,7 @@ def _prefixed(prefix: str, weights: State) -> dict[str, Tensor]:
 
 
 def _write_official(path: Path, file: EncoderFile, arch: str | None, encoder: str, weights: State) -> None:
-    state = {f"module.{encoder}.{name}": value for name, value in weights.items()}
+    state = _prefixed(f"module.{encoder}.", weights)
     torch.save({"epoch": file.config.get("epochs", 0), "arch": arch, "state_dict": state}, path)
 
 
@@ -151,9 +166,7 @@ def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> No
 
 
 def _torchvision(file: EncoderFile, state: State, path: Path) -> Read:
-    name = torchvision_name(file)
-    assert name is not None
-    network: Any = getattr(torchvision.models, name)(weights=None)
+    network: Any = torchvision.models.get_model(torchvision_name(file) or "", weights=None)
     network.fc = nn.Identity()
     return _loaded(network, state, path)
 
@@ -161,9 +174,8 @@ def _torchvision(file: EncoderFile, state: State, path: Path) -> Read:
 def _timm(file: EncoderFile, state: State, path: Path) -> Read:
     import timm  # costs a second at start-up
 
-    named = timm_name(file)
-    assert named is not None
-    return _loaded(timm.create_model(named[0], num_classes=0, **named[1]), state, path)
+    name, options = timm_name(file) or ("", {})
+    return _loaded(timm.create_model(name, num_classes=0, **options), state, path)
 
 
 def _loaded(network: nn.Module, state: State, path: Path) -> Read:
@@ -178,81 +190,72 @@ def _read_ours(path: Path, file: EncoderFile) -> Read:
 
 # ---- the formats ----
 
-
-def _timm_call(file: EncoderFile) -> str:
-    name, options = timm_name(file) or ("", {})
-    return f"timm.create_model({', '.join([repr(name), 'num_classes=0', *(f'{k}={v!r}' for k, v in options.items())])})"
-
+_RESNETS_AS_PUBLISHED = "torchvision's ResNets with their own stem"
 
 FORMATS: dict[str, Format] = {
     "torchvision": Format(
-        "torchvision's ResNets with their own stem",
-        lambda file: torchvision_name(file) is not None,
+        _RESNETS_AS_PUBLISHED,
+        torchvision_name,
         _write_state,
         lambda path, file: _torchvision(file, _load(path), path),
-        lambda file: (
-            f"torchvision.models.{torchvision_name(file)}().load_state_dict(torch.load('FILE'), strict=False), with a "
-            "new fc"
-        ),
+        "torchvision.models.NETWORK().load_state_dict(torch.load('FILE'), strict=False), with a new fc",
     ),
     "timm": Format(
-        "timm's models, torchvision's ResNets with their own stem, and vit_small and vit_base",
-        lambda file: timm_name(file) is not None,
+        f"timm's models, {_RESNETS_AS_PUBLISHED}, and vit_small and vit_base",
+        _timm_call,
         _write_state,
         lambda path, file: _timm(file, _load(path), path),
-        lambda file: f"{_timm_call(file)}.load_state_dict(timm.models.load_state_dict('FILE'))",
+        "NETWORK.load_state_dict(timm.models.load_state_dict('FILE'))",
     ),
     "detectron2": Format(
         "ResNets with torchvision's stem",
-        lambda file: torchvision_name(file) is not None,
+        torchvision_name,
         lambda path, file, backbone: save_detectron2(path, _state(backbone)),
         lambda path, file: _torchvision(file, load_detectron2(path), path),
-        lambda file: (
-            "MODEL.WEIGHTS FILE, with INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False and MODEL.PIXEL_MEAN and "
-            "_STD of 255 x mean and std"
-        ),
+        "MODEL.WEIGHTS FILE, with INPUT.FORMAT RGB, MODEL.RESNETS.STRIDE_IN_1X1 False and MODEL.PIXEL_MEAN and _STD "
+        "of 255 x mean and std",
     ),
     "deit": Format(
         "plain ViTs that timm knows",
-        is_deit,
+        _deit_call,
         lambda path, file, backbone: torch.save({"model": _state(backbone)}, path),
         lambda path, file: _timm(file, _load(path)["model"], path),
-        lambda file: f"{_timm_call(file)}.load_state_dict(torch.load('FILE')['model'])",
+        "NETWORK.load_state_dict(torch.load('FILE')['model'])",
     ),
     "moco_v2": Format(
-        "torchvision's ResNets with their own stem",
-        lambda file: torchvision_name(file) is not None,
+        _RESNETS_AS_PUBLISHED,
+        torchvision_name,
         _write_moco_v2,
         _read_ours,
-        lambda file: f"main_lincls.py -a {torchvision_name(file)} --pretrained FILE, of facebookresearch/moco",
+        "main_lincls.py -a NETWORK --pretrained FILE, of facebookresearch/moco",
     ),
     "moco_v3": Format(
-        "torchvision's ResNets with their own stem, and vit_small, vit_base and vit_conv_* of 224 px",
-        lambda file: official_v3_name(file) is not None,
+        f"{_RESNETS_AS_PUBLISHED}, and vit_small, vit_base and vit_conv_* of 224 px",
+        official_v3_name,
         _write_moco_v3,
         _read_ours,
-        lambda file: f"main_lincls.py -a {official_v3_name(file)} --pretrained FILE, of facebookresearch/moco-v3",
+        "main_lincls.py -a NETWORK --pretrained FILE, of facebookresearch/moco-v3",
     ),
     "safetensors": Format(
         "every network",
-        lambda file: True,
+        lambda file: file.backbone,
         _write_safetensors,
         _read_ours,
-        lambda file: "checkpoint=FILE in every command here",
+        "checkpoint=FILE in every command here",
     ),
     "onnx": Format(
         "every network",
-        lambda file: True,
+        lambda file: file.backbone,
         lambda path, file, backbone: save_onnx(path, backbone, file.images),
         lambda path, file: Read(load_onnx(path), {}),
-        lambda file: "onnxruntime.InferenceSession('FILE').run(None, {'images': array})",
+        "onnxruntime.InferenceSession('FILE').run(None, {'images': array})",
         tolerance=1e-4,
     ),
     "torch_export": Format(
         "every network",
-        lambda file: True,
+        lambda file: file.backbone,
         lambda path, file, backbone: save_exported(path, backbone, file.images),
         lambda path, file: Read(*load_exported(path)),
-        lambda file: "torch.export.load('FILE').module()(images)",
+        "torch.export.load('FILE').module()(images)",
     ),
 }

@@ -10,12 +10,7 @@ from moco.config import OptimConfig
 from moco.losses import LearnedTemperature
 from moco.models.norm import GroupedBatchNorm
 
-_NORMS = (
-    GroupedBatchNorm,
-    nn.modules.batchnorm._BatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-)
+_NORMS = (GroupedBatchNorm, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[str]) -> list[dict[str, object]]:

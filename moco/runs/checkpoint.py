@@ -91,11 +91,7 @@ class Saver:
 
     An error while writing is raised by the next `save` or `join`. Used as a context manager, it waits at the end for
     the checkpoint that is being written, except after KeyboardInterrupt: the unfinished file then keeps its temporary
-    name.
-
-    Args:
-        folder: the directory of the checkpoints.
-        keep_last: see `save`.
+    name. See `save` for `keep_last`.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
@@ -104,11 +100,7 @@ class Saver:
         self._error: Exception | None = None
 
     def save(self, step: int, state: Checkpoint, keep: bool = False, best: bool = False) -> None:
-        """Wait until the previous checkpoint is written, copy the state, and start to write it.
-
-        Raises:
-            CheckpointError: if the previous checkpoint could not be written.
-        """
+        """Wait for the previous checkpoint as `join` does, copy the state, and start to write it."""
         self.join()
         # A daemon, so that the interpreter does not wait for it after a KeyboardInterrupt.
         self._writer = threading.Thread(target=self._write, args=(step, copy_to_host(state), keep, best), daemon=True)
@@ -128,9 +120,11 @@ class Saver:
             self._writer.join()
         error, self._writer, self._error = self._error, None, None
         if error is not None:
+            fix = (
+                "free some space there, then run the same command again to resume; the previous checkpoint is untouched"
+            )
             raise CheckpointError(
-                f"no checkpoint could be written to {self._folder} ({cause(error)}): free some space there, then run "
-                "the same command again to resume; the previous checkpoint is untouched"
+                f"no checkpoint could be written to {self._folder} ({cause(error)}): {fix}"
             ) from error
 
     def __enter__(self) -> "Saver":
@@ -156,9 +150,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def step_of(path: Path) -> int:
     """Return the step in a checkpoint's file name."""
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, path
-    return int(match[1])
+    return int(_NAME.sub(r"\1", path.name))
 
 
 def load(path: Path) -> Checkpoint:
@@ -183,9 +175,8 @@ def refuse_zip_bomb(path: Path) -> None:
         with zipfile.ZipFile(path) as parts:
             unpacked = sum(each.file_size for each in parts.infolist())
         if unpacked > path.stat().st_size:
-            raise CheckpointError(
-                f"{path} would unpack to {unpacked:,} bytes, more than its size: it was not written by torch"
-            )
+            larger = f"{unpacked:,} bytes, more than its size"
+            raise CheckpointError(f"{path} would unpack to {larger}: it was not written by torch")
 
 
 def _tensors(state: Any) -> Iterator[Tensor]:
@@ -213,7 +204,12 @@ def verify(path: Path, state: Any) -> Checkpoint:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """Return the newest readable checkpoint, or None if there is none. Warn of each unreadable one before it.
+    """Return the content of the newest readable checkpoint; see `find_newest`."""
+    return (find_newest(folder) or (None, None))[1]
+
+
+def find_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
+    """Return the newest readable checkpoint and its content, or None if there is none. Warn of each unreadable one.
 
     Raises:
         CheckpointError: if there are checkpoints but none can be read.
@@ -221,12 +217,12 @@ def load_newest(folder: Path) -> Checkpoint | None:
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            return load(path)
+            return path, load(path)
         except CheckpointError as error:
             if path == paths[-1]:
                 others = f", and none of the {len(paths)} checkpoints in {folder} can be read" * (len(paths) > 1)
                 raise CheckpointError(f"{error}{others}; {_advice(folder, len(paths))}") from error
-            warnings.warn(f"{error}; using the previous checkpoint", RunWarning, stacklevel=2)
+            warnings.warn(f"{error}; using the previous checkpoint", RunWarning, stacklevel=3)
     return None
 
 

@@ -10,34 +10,17 @@ from typing import IO, Any
 
 import yaml
 
-from moco.config import ConfigError
+from moco.config import require
 from moco.files import atomic_write, write_errors
 from moco.methods import read_method
 from moco.runtime.output_directory import LOCK, lock_directory
 
 # Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
+# Images that were unreadable so far would have been replaced the same way: data.on_bad_image and data.max_bad are free.
 FREE_FIELDS = (
-    "run",
-    "device",
-    "threads",
-    "log_every",
-    "analyse_every",
-    "stop_after",
-    "hang_after",
-    "accumulate",
-    "compile",
-    "channels_last",
-    "profile",
-    "optim.skip_nonfinite",
-    "data.root",
-    "data.eval_root",
-    "data.download",
-    "data.allow_pipe",
-    "data.workers",
-    "data.on_bad_image",  # the images shown so far would have been the same
-    "data.max_bad",
-    "checkpoint",
-    "evaluate.batch_size",
+    *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
+    *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
+    *(f"data.{name}" for name in ("root", "eval_root", "download", "allow_pipe", "workers", "on_bad_image", "max_bad")),
 )
 
 
@@ -57,8 +40,7 @@ def refuse_difference(
 
     Args:
         path: the run's directory.
-        there: the configuration of the run in it.
-        config: the configuration of this run.
+        there, config: the configuration of the run in it, and of this run.
         defaults: the values of fields that did not exist yet when the earlier run was configured.
     """
     if there.get("method"):
@@ -72,18 +54,17 @@ def refuse_difference(
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not any(name == each or name.startswith(f"{each}.") for each in free)
     ]
-    if differing:
-        raise ConfigError(
-            f"run={path} holds a run with another configuration: {'; '.join(differing)}. "
-            "Choose another directory (run=...) or restore those values"
-        )
+    require(
+        not differing,
+        f"run={path} holds a run with another configuration: {'; '.join(differing)}. Choose another directory "
+        "(run=...) or restore those values",
+    )
 
 
 def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> IO[str]:
-    """Create and lock the directory and write config.yaml, or check that it holds the same run.
+    """Lock the directory and write config.yaml, or check that it holds the same run.
 
-    Returns:
-        The lock; it holds until the file is closed or the process ends.
+    Returns the lock, which holds until the file is closed or the process ends.
 
     Raises:
         ConfigError: if another process trains in the directory, if it holds other files, or if it holds a
@@ -91,8 +72,8 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     """
     file, checkpoints = path / "config.yaml", path / "checkpoints"
     holds_run = file.exists() or checkpoints.is_dir()
-    if path.is_dir() and not holds_run and any(each.name != LOCK for each in path.iterdir()):
-        raise ConfigError(f"run={path} is not empty and holds no run (no config.yaml): choose another directory")
+    free = holds_run or not path.is_dir() or all(each.name == LOCK for each in path.iterdir())
+    require(free, f"run={path} is not empty and holds no run (no config.yaml): choose another directory")
     lock = lock_directory(path, "run")
     with write_errors(checkpoints):
         for half_written in checkpoints.glob("*.tmp"):
@@ -106,11 +87,10 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
 
 
 def _read(file: Path) -> dict[str, Any]:
-    damaged = ConfigError(f"{file} is damaged: remove it, the checkpoints in the same directory hold the configuration")
     try:
         there = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise damaged from error
-    if not isinstance(there, dict):
-        raise damaged
-    return there
+    except (yaml.YAMLError, UnicodeDecodeError):
+        there = None
+    advice = "remove it, the checkpoints in the same directory hold the configuration"
+    require(isinstance(there, dict), f"{file} is damaged: {advice}")
+    return dict(there)

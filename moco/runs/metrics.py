@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moco.files import atomic_write, write_errors
 
 METRICS = "metrics.jsonl"
@@ -49,14 +51,11 @@ class MetricsLogger:
 
     def log_histogram(self, name: str, counts: Any, step: int) -> None:
         """Add counts in equal bins over -1 ... 1, shape (B,), to TensorBoard."""
-        size = len(counts)
-        edges = [-1 + 2 * (bin + 1) / size for bin in range(size)]
-        middles = [edge - 1 / size for edge in edges]
-        counts = [float(each) for each in counts]
-        total, mean = sum(counts), sum(c * m for c, m in zip(counts, middles, strict=True))
-        squares = sum(c * m * m for c, m in zip(counts, middles, strict=True))
+        counts, edges = np.asarray(counts, np.float64), np.linspace(-1, 1, len(counts) + 1)
+        middles = (edges[1:] + edges[:-1]) / 2
+        sums = counts.sum(), counts @ middles, counts @ middles**2  # of the values and of their squares
         with write_errors(self._path):
-            self._events.add_histogram_raw(name, -1.0, 1.0, total, mean, squares, edges, counts, step)
+            self._events.add_histogram_raw(name, -1.0, 1.0, *sums, edges[1:].tolist(), counts.tolist(), step)
 
     def log_image(self, name: str, image: Any, step: int = 0) -> None:
         """Add an image (3, H, W), float in 0 ... 1 or uint8, to TensorBoard."""

@@ -19,10 +19,7 @@ from moco.runtime.stdio import discard_output
 
 
 class Terminal(Console):
-    """A console that survives a broken pipe (`| head`, a closed terminal): its output is dropped, the work continues.
-
-    By default rich ends the process there.
-    """
+    """A console that drops its output after a broken pipe (`| head`, a closed terminal); rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -36,28 +33,15 @@ class Terminal(Console):
 
 
 class Display:
-    """The live display of a training run.
-
-    Args:
-        total_steps, steps_per_epoch: the length of training.
-        start: the step from which it resumes.
-        quiet: print nothing (ranks other than 0).
-    """
+    """The live display of a training run that resumes from step `start`. If quiet, it prints nothing."""
 
     def __init__(self, total_steps: int, steps_per_epoch: int, start: int, quiet: bool) -> None:
         self.console = Terminal(quiet=quiet, highlight=False)
         self._total, self._steps_per_epoch, self._start = total_steps, steps_per_epoch, start
         self._began = self._last_line = time.monotonic()
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:3.0f} %"),
-            MofNCompleteColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            expand=True,
-        )
+        name, share, left = map(TextColumn, ("[bold]{task.description}", "{task.percentage:3.0f} %", "left"))
+        columns = (name, BarColumn(bar_width=None), share, MofNCompleteColumn(), left, TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self.console, expand=True)
         self._task = self._progress.add_task("epoch 1", total=total_steps, completed=start)
         self._status = Text("")
         self._live: Live | None = None
@@ -103,12 +87,8 @@ def status_line(values: Mapping[str, float]) -> str:
         f"{values['speed/images_per_second']:,.0f} img/s",
         f"data wait {100 * values['speed/data_wait']:.0f} %",
     ]
-    if "speed/mfu" in values:
-        parts.append(f"MFU {100 * values['speed/mfu']:.0f} %")
-    if "speed/peak_memory_gib" in values:
-        parts.append(f"{values['speed/peak_memory_gib']:.1f} GiB")
-    if "train/queue_fill" in values:
-        parts.append(f"queue {100 * values['train/queue_fill']:.0f} %")
+    optional = {"speed/mfu": "MFU {:.0%}", "speed/peak_memory_gib": "{:.1f} GiB", "train/queue_fill": "queue {:.0%}"}
+    parts += [text.format(values[name]).replace("%", " %") for name, text in optional.items() if name in values]
     return " · ".join(parts)
 
 
@@ -144,13 +124,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], cap
     """Print a table, on rank 0. Brackets in the text are not markup."""
     if not is_rank_zero():
         return
-    out = Table(
-        title=Text(title, style="table.title"),
-        title_justify="left",
-        caption=Text(caption, style="table.caption") if caption else None,
-        caption_justify="left",
-        box=box.ROUNDED,
-    )
+    out = Table(title=Text(title, style="table.title"), title_justify="left", caption_justify="left", box=box.ROUNDED)
+    out.caption = Text(caption, style="table.caption") if caption else None
     for i, column in enumerate(columns):
         out.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
@@ -165,6 +140,5 @@ def duration(seconds: float) -> str:
 
 def percent(value: float | None, half_width: float | None = None) -> str:
     """Format a percentage: 86.3, or 86.3 ± 0.4; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{value:.1f}" + (f" ± {half_width:.1f}" if half_width is not None else "")
+    spread = "" if half_width is None else f" ± {half_width:.1f}"
+    return "–" if value is None else f"{value:.1f}{spread}"

@@ -26,15 +26,11 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def compute_context(config: ComputeConfig, timeout_minutes: float = 10.0) -> Iterator[torch.device]:
-    """Set the number of CPU threads, join the process group of torchrun if there is one, and yield the device.
-
-    Args:
-        config: The fields device and threads.
-        timeout_minutes: Time after which a collective operation fails if another process does not take part.
+    """Set the number of CPU threads, join torchrun's process group if there is one, and yield the device.
 
     Raises:
         ConfigError: if device=cuda and there is no GPU.
-        PeerLost: if another process exits within the block.
+        PeerLost: if another process exits within the block, or does not respond for `timeout_minutes`.
     """
     device = pick_device(config.device)
     if config.threads:

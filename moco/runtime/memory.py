@@ -31,7 +31,7 @@ def keep_freed_memory() -> bool:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: of its tensors on a GPU, of the whole process on a CPU."""
+    """Return the peak memory of this process in bytes: of its tensors on a GPU, of all its memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -43,31 +43,23 @@ _MESSAGES = ("not enough memory", "can't allocate memory", "CUDA error: out of m
 
 
 class OutOfMemory(ValueError):
-    """A step does not fit into memory; the message is one sentence that tells what to change."""
+    """A step does not fit into memory; the message is one sentence that names the settings to change."""
 
 
 @contextmanager
 def explain_out_of_memory(device: torch.device, fix: str) -> Iterator[None]:
-    """Convert an out-of-memory error into a one-sentence `OutOfMemory`.
-
-    Args:
-        device: the device whose memory is used.
-        fix: the current settings and what to change, as the end of a sentence.
-    """
+    """Convert an out-of-memory error into a one-sentence `OutOfMemory` that ends with what to change, `fix`."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not any(words in str(error) for words in _MESSAGES):
             raise
-        on_gpu = device.type == "cuda"
-        total = (
-            torch.cuda.mem_get_info(device)[1] if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        )
-        raise OutOfMemory(
-            f"out of memory on {device}: {peak_memory(device) / 2**30:.1f} of {total / 2**30:.1f} GiB were in use "
-            f"before the allocation failed; {fix}"
-        ) from error
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if device.type == "cuda":
+            total = torch.cuda.mem_get_info(device)[1]
+        used = f"{peak_memory(device) / 2**30:.1f} of {total / 2**30:.1f} GiB were in use"
+        raise OutOfMemory(f"out of memory on {device}: {used} before the allocation failed; {fix}") from error
 
 
 def training_fix(batch_size: int, processes: int, accumulate: int, on_gpu: bool, precision: str) -> str:

@@ -19,7 +19,6 @@ def command(module: str, config: SubjectConfig, **changes: Any) -> str:
 
     Args:
         module: such as "moco.linear".
-        config: the configuration of the current command.
         **changes: fields that replace or extend those of `config`. A field of `SubjectConfig` that is changed to its
             default is left out.
     """

@@ -12,19 +12,14 @@ LOCK = ".lock"
 def lock_directory(path: Path, field: str) -> IO[str]:
     """Create a directory if needed and lock it for this process; see `moco.files.lock`.
 
-    Args:
-        path: the directory.
-        field: the configuration field that names it, for messages.
-
     Raises:
-        ConfigError: if the directory cannot be created, or another process writes to it.
+        ConfigError: if the directory cannot be created, or another process writes to it; the message names `field`.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
         return lock(path / LOCK)
     except FileLocked as error:
-        raise ConfigError(
-            f"{field}={path} is in use by {error}: wait for it, stop it, or choose another directory"
-        ) from error
+        fix = "wait for it, stop it, or choose another directory"
+        raise ConfigError(f"{field}={path} is in use by {error}: {fix}") from error
     except OSError as error:
         raise ConfigError(f"{field}={path} cannot be created or written to: {cause(error)}") from error

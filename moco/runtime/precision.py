@@ -22,9 +22,7 @@ def pick_precision(wanted: str, encoder: nn.Module, size: int, device: torch.dev
 
     Args:
         wanted: fp32, bf16, fp16, or auto.
-        encoder: the network to train.
-        size: S, the side of the images.
-        device: where it is trained.
+        encoder: the network to train on images of `size` x `size`.
     """
     if wanted != "auto":
         return wanted, "as configured"

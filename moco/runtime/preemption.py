@@ -42,11 +42,10 @@ class Preempted(Exception):
     def __init__(self, reason: Reason, done: int | None = None, total: int = 0) -> None:
         self.status = INTERRUPTED if reason is Reason.SIGINT else PREEMPTED
         by = "the time limit stop_after" if reason is Reason.TIME_LIMIT else reason.name
+        text = f"after step {done} of {total}, which is saved: run the same command again to resume"
         if done is None:
-            text = f"stopped by {by} before the first step: nothing new to save; run the same command again to start"
-        else:
-            text = f"stopped by {by} after step {done} of {total}, which is saved: run the same command again to resume"
-        super().__init__(f"{text} (status {self.status})")
+            text = "before the first step: nothing new to save; run the same command again to start"
+        super().__init__(f"stopped by {by} {text} (status {self.status})")
 
 
 class PreemptionHandler:

@@ -67,20 +67,17 @@ def hang_message(states: Sequence[RankState], minutes: float) -> str:
     hung = hung or [each for each in ranks if states[each].done < max(state.done for state in states)]
     hung = hung or [each for each in ranks if not states[each].waiting] or list(ranks)
     others = [each for each in ranks if each not in hung]
-    sentence = (
-        f"rank{'s' * (len(hung) > 1)} {_list(hung)} hang{'s' * (len(hung) == 1)}: no progress for {minutes:.3g} "
-        f"minutes; {_describe(states, hung)}"
-    )
-    if others:
-        sentence += f"; the others wait, {_describe(states, others)}"
+    waiting = f"; the others wait, {_describe(states, others)}" if others else ""
     return (
-        f"{sentence} (status {HUNG}; run the same command again to resume from the last checkpoint; if a step or a "
+        f"{_list(hung)} hang{'s' * (len(hung) == 1)}: no progress for {minutes:.3g} minutes; {_describe(states, hung)}"
+        f"{waiting} (status {HUNG}; run the same command again to resume from the last checkpoint; if a step or a "
         "batch can take that long, raise hang_after)"
     )
 
 
 def _list(ranks: Sequence[int], most: int = 8) -> str:
-    return ", ".join(str(each) for each in ranks[:most]) + (f" and {len(ranks) - most} more" * (len(ranks) > most))
+    more = f" and {len(ranks) - most} more" * (len(ranks) > most)
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:most]))}{more}"
 
 
 def _describe(states: Sequence[RankState], ranks: Sequence[int]) -> str:
@@ -88,12 +85,11 @@ def _describe(states: Sequence[RankState], ranks: Sequence[int]) -> str:
     groups: dict[str, list[int]] = {}
     for each in ranks:
         state = states[each]
+        text = f"at {state.location or 'an unknown line'}"
         if state.silent_for:
             text = f"no heartbeat for {state.silent_for:.0f} s"
-        else:
-            text = f"at {state.location or 'an unknown line'}"
         groups.setdefault(f"after step {state.done}, {text}" if state.done >= 0 else text, []).append(each)
-    return "; ".join(f"rank{'s' * (len(each) > 1)} {_list(each)} {text}" for text, each in groups.items())
+    return "; ".join(f"{_list(each)} {text}" for text, each in groups.items())
 
 
 def rendezvous_store() -> Store | None:
@@ -188,15 +184,13 @@ class Watchdog:
                 location, waiting = code_location(self._thread) if idle else ("", False)
                 state = [beat, self._done, self._parts + self._paused * beat, location, waiting]
                 self._store.set(str(self._rank), json.dumps(state))
-                if idle:
-                    self._read()
-                else:
-                    self._progress = []
+                self._progress = self._read() if idle else []
             except Exception:  # the store does not respond: the other ranks then count as silent
                 pass
             self._over.wait(self._interval)
 
-    def _read(self) -> None:
+    def _read(self) -> list[tuple[int, int]]:
+        """Read the states of all ranks and return their progress."""
         assert self._store is not None
         now = time.monotonic()
         self._states = [(state, beat, at or now) for state, beat, at in self._states]  # silence counts from here
@@ -208,7 +202,7 @@ class Watchdog:
                 self._states[other] = (RankState(done, location, waiting), beat, now)
         if self._progress and progress != self._progress:
             self._progress_elsewhere += 1
-        self._progress = progress
+        return progress
 
     def _exit(self) -> None:
         now = time.monotonic()
