@@ -3,19 +3,19 @@
     Momentum Contrast for Unsupervised Visual Representation Learning (He et al., CVPR 2020)
     Improved Baselines with Momentum Contrastive Learning (Chen et al., 2020)
 
-One training step is the paper's Algorithm 1, in its order (see `moco/training/step.py`):
+One training step is the paper's Algorithm 1 (see `moco/training/step.py`):
 
     keys = moco.encode_keys(views)                     k = f_k(x_k), no gradient
     output = moco(views, keys, index)                  q = f_q(x_q); InfoNCE(q, k, queue)
     output.loss.backward(); optimizer.step()           update f_q
     moco.update_momentum_encoder(momentum)             f_k = m f_k + (1 - m) f_q
-    moco.enqueue(output.new_keys, index)               enqueue k, dequeue the oldest: last
+    moco.enqueue(output.new_keys, index)               enqueue k, dequeue the oldest keys
 
-v1 and v2 differ in the encoder's head, the temperature, the augmentation and the schedule, which are configuration.
-v2+ is symmetric: each view is the query once and the key once.
+v1 and v2 differ only in configuration: head, temperature, augmentation and schedule. v2+ is symmetric: each view is the
+query once and the key once.
 
-Deliberate deviation: the official code updates the momentum encoder between encoding query and key, at the start of
-the next step. The keys are the same, and here a step that fails changes nothing.
+Deliberate deviation: the official code updates the momentum encoder at the start of the next step, between encoding
+query and key. The keys are the same, and here a step that fails changes nothing.
 
 Changes to InfoNCE (`moco.losses.Switches`, labels, a learned temperature) are off by default and confined to
 `MoCo._contrast`. With labels the method is SupMoCo:
@@ -39,9 +39,9 @@ from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 
-UNKNOWN = -1  # the sample index of a key that shows no image
+UNKNOWN = -1  # the sample index of a random key, which shows no image
 NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key
-STREAM_FROM = 2**22  # number of logits, N x K, from which they are not kept: 16 MiB of float32, more than caches hold
+STREAM_FROM = 2**22  # logits, N x K, from which the loss is streamed: 16 MiB of float32, more than caches hold
 
 
 def separate_unknown(labels: Tensor) -> Tensor:
@@ -55,12 +55,9 @@ class KeyQueue(nn.Module):
     Args:
         size: K.
         dim: C.
-        start: "random" fills it with random unit vectors that count as negatives, as in the official code; with
-            "empty" an entry is no negative before a key is stored in it.
+        start: "random": filled with random unit vectors that count as negatives, as in the official code. "empty": an
+            entry is a negative only after a key is stored in it.
         mask_own_keys: exclude the stale keys of a query's own image from its negatives.
-
-    Raises:
-        ValueError: if `size` is below 1 or `start` is unknown.
     """
 
     keys: Tensor  # (K, C), unit length
@@ -85,8 +82,8 @@ class KeyQueue(nn.Module):
         The ring wraps around for any n; of more than K keys the newest K stay.
         """
         dropped = max(0, len(keys) - self.size)
-        slots = torch.arange(dropped, len(keys), device=self.count.device)
-        slots = (self.count + slots) % self.size  # on the device: a pointer on the host would wait for it
+        # `count` is on the device: a pointer on the host would make the host wait.
+        slots = (self.count + torch.arange(dropped, len(keys), device=self.count.device)) % self.size
         self.keys[slots] = keys[dropped:].to(self.keys.dtype)
         self.index[slots] = index[dropped:]
         self.count += len(keys)
@@ -96,17 +93,13 @@ class KeyQueue(nn.Module):
         return min(int(self.count), self.size)
 
     def filled_mask(self) -> Tensor | None:
-        """Return the entries that may be negatives of any query, boolean (1, K); None means all of them."""
+        """Return the entries that can be negatives, boolean (1, K); None means all entries."""
         if self.start == "random":
             return None
         return (torch.arange(self.size, device=self.count.device) < self.count)[None]
 
     def negatives(self, index: Tensor) -> Tensor | None:
-        """Return each query's negatives, boolean (N, K) or (1, K); None means all entries.
-
-        Args:
-            index: the queries' sample indices, (N,).
-        """
+        """Return the negatives of queries with sample indices (N,), boolean (N, K) or (1, K); None means all."""
         allowed = self.filled_mask()  # (1, K)
         if self.mask_own_keys:
             others = self.index != index[:, None]  # (N, K)
@@ -115,7 +108,7 @@ class KeyQueue(nn.Module):
 
 
 def unit_length(x: Tensor) -> Tensor:
-    """Normalize rows (N, C) in float32 or higher precision: in bf16 their length would be off by a thousandth."""
+    """Normalize rows (N, C) in float32 or float64: in bf16 their length would have an error of 0.001."""
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
@@ -126,8 +119,8 @@ def encode_keys(encoder: nn.Module, images: Tensor, shuffle: NDArray[np.int64] |
     Args:
         encoder: f_k.
         images: (n, 3, S, S).
-        shuffle: a permutation of the global batch (0 ... W n - 1), or None. BN then sees the keys in other groups than
-            their queries, so that the statistics of a group do not reveal the positive.
+        shuffle: a permutation of the global batch (0 ... W n - 1), or None (no shuffling BN, paper section 3.3). BN
+            then normalizes a key in another group than its query, so that its statistics do not reveal the positive.
         micro_batch: number of images per forward pass.
     """
     x = images if shuffle is None else permute(images, shuffle)
@@ -137,25 +130,25 @@ def encode_keys(encoder: nn.Module, images: Tensor, shuffle: NDArray[np.int64] |
 
 @torch.no_grad()
 def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, momentum: float) -> None:
-    """Set f_k = m f_k + (1 - m) f_q (Eq. 2). Only parameters: the running statistics of BN are f_k's own."""
+    """Set f_k = m f_k + (1 - m) f_q (Eq. 2). Updates only parameters: f_k has its own running statistics of BN."""
     torch._foreach_lerp_(list(momentum_encoder.parameters()), list(encoder.parameters()), weight=1 - momentum)
 
 
 @torch.no_grad()
 def enqueue(queue: KeyQueue, keys: Tensor, index: Tensor) -> None:
-    """Enqueue the keys of all ranks, (n, E, C) each, view after view, each view in the order of the global batch."""
+    """Enqueue the keys of all ranks, (n, E, C) each: all keys of the first view, then those of the second."""
     index = gather(index)  # (W n,)
-    for k in gather(keys.flatten(1)).split(keys.shape[2], dim=1):  # one collective
-        queue.enqueue(k, index)  # (W n, C)
+    for k in gather(keys.flatten(1)).split(keys.shape[2], dim=1):  # (W n, E C) -> E times (W n, C)
+        queue.enqueue(k, index)
 
 
 class Output(NamedTuple):
     """The result of a method's forward."""
 
     loss: Tensor  # (), to differentiate
-    measures: dict[str, Tensor]  # detached, each of shape (); "chance" and "contrast_accuracy" must be among them
-    query: Tensor  # (N, C), detached; of the first direction
-    key: Tensor  # (N, C), its positives
+    measures: dict[str, Tensor]  # detached, each of shape (); must contain "chance" and "contrast_accuracy"
+    query: Tensor  # (N, C), detached, of the first direction
+    key: Tensor  # (N, C), the positives of these queries
     new_keys: Tensor | None = None  # (N, E, C), to enqueue after the step; None without a queue
 
 
@@ -166,7 +159,7 @@ class Method(Protocol):
     """
 
     encoder: nn.Module  # f_q
-    temperature: float  # T; the trainer sets it before each step if it has a schedule
+    temperature: float  # T; if it has a schedule, the trainer sets it before each step
     step: int  # number of the current step, from 0; the trainer sets it before each step
     passes: int  # forward passes of an encoder per micro-batch
 
@@ -200,10 +193,7 @@ class MoCo(nn.Module):
         labels: the class of each sample of the data set, integers (samples,), -1 if unknown: keys of the query's class
             in the queue are positives too (SupMoCo).
         switches: changes to InfoNCE.
-        seed: of the random numbers for mixed negatives, which are a function of seed and step.
-
-    Raises:
-        ValueError: for an invalid reduction.
+        seed: determines, with the step, the random numbers for mixed negatives.
     """
 
     labels: Tensor | None
@@ -235,18 +225,13 @@ class MoCo(nn.Module):
     def encode_keys(
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
     ) -> dict[int, Tensor]:
-        """Return the keys of the local batch, {view: (n, C)}, for each view that serves as a key.
+        """Return the keys of the local batch, {view: (n, C)}, of each view that serves as a key.
 
-        Args:
-            views: V tensors (n, 3, S, S).
-            shuffles: one permutation of the global batch per view, or None; see the function `encode_keys`.
-            micro_batch: number of images per forward pass.
+        For images (n, 3, S, S) and one shuffle, or None, per view; see the function `encode_keys`.
         """
         shuffled = [None] * len(views) if shuffles is None else shuffles
-        return {
-            view: encode_keys(self.momentum_encoder, views[view], shuffled[view], micro_batch)
-            for _, view in self.directions
-        }
+        key_views = [key_view for _, key_view in self.directions]
+        return {v: encode_keys(self.momentum_encoder, views[v], shuffled[v], micro_batch) for v in key_views}
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
         """Compute the loss of one micro-batch against the queue before this step.
@@ -258,27 +243,27 @@ class MoCo(nn.Module):
             start: position of the micro-batch in the local batch.
         """
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
-        own = {view: k[start : start + len(index)] for view, k in sorted(keys.items())}  # {view: (N, C)}
-        losses, measured, queries = [], [], []
+        keys_of = {view: k[start : start + len(index)] for view, k in sorted(keys.items())}  # {view: (N, C)}
+        losses, measured, pairs = [], [], []
         for query_view, key_view in self.directions:
             q = unit_length(self.encoder(views[query_view]))  # (N, C)
+            k = keys_of[key_view]  # (N, C)
             uniforms = self._uniforms(query_view, rank() * len(keys[key_view]) + start, index)
-            loss, found = self._contrast(q, own[key_view], index, temperature, uniforms)
+            loss, measures = self._contrast(q, k, index, temperature, uniforms)
             losses.append(loss)
-            measured.append(found)
-            queries.append(q.detach())
+            measured.append(measures)
+            pairs.append((q.detach(), k))
         measures = {name: torch.stack([each[name] for each in measured]).mean() for name in measured[0]}
         measures["chance"] = measures["chance"] * (len(losses) if self.reduction == "sum" else 1)
         if isinstance(temperature, Tensor):
             measures["temperature"] = temperature.detach()
         total = torch.stack(losses).sum() if self.reduction == "sum" else torch.stack(losses).mean()
-        key = own[self.directions[0][1]]
-        return Output(total, measures, queries[0], key, new_keys=torch.stack(list(own.values()), dim=1))
+        return Output(total, measures, *pairs[0], new_keys=torch.stack(list(keys_of.values()), dim=1))
 
     def _contrast(
         self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return InfoNCE(q, k, queue), shape (), and measures of its logits. A large matrix of logits is not kept."""
+        """Return InfoNCE(q, k, queue), shape (), and measures of its logits; streamed from `STREAM_FROM` logits."""
         queue = self.queue
         if self.switches == Switches() and self.labels is None and len(q) * queue.size >= STREAM_FROM:
             own, of = (index, queue.index) if queue.mask_own_keys else (None, None)
@@ -291,15 +276,14 @@ class MoCo(nn.Module):
         """Return the entries of each query's class, boolean (N, K); None without labels."""
         if self.labels is None:
             return None
-        owner = self.labels[self.queue.index.clamp(min=0)]  # (K,)
-        owner = owner.masked_fill(self.queue.index == UNKNOWN, NO_CLASS)
-        return self.labels[index][:, None] == owner
+        classes = self.labels[self.queue.index.clamp(min=0)]  # (K,)
+        classes = classes.masked_fill(self.queue.index == UNKNOWN, NO_CLASS)
+        return self.labels[index][:, None] == classes
 
     def _uniforms(self, view: int, first: int, index: Tensor) -> Tensor | None:
-        """Return random numbers for mixing, (N, draws), of the queries from position `first` of the global batch.
+        """Return random numbers for mixing, (N, draws), for the queries from position `first` of the global batch.
 
-        Their key is (seed, step, position, view). The sample index would serve as well, but it is on the device, and
-        the host would have to wait for it.
+        They depend on seed, step, position and view; not on the sample index, for which the host would wait.
         """
         if not self.switches.draws:
             return None

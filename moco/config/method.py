@@ -27,13 +27,13 @@ class MethodConfig:
     temperature_period: float = bounded(200.0, gt=0)
     """Epochs per oscillation of cosine."""
 
-    # What the rest of the code asks about a method. A method overrides what differs, by a field or by a value.
+    # Properties of the method. A subclass overrides them, by a field or by a value.
     has_momentum_encoder = False
     has_predictor = False
     can_learn_temperature = True
     momentum = 0.0  # m of the momentum encoder
     queue_size = 0  # K
-    mask_own_keys = True  # no query is compared with stale keys of its own image
+    mask_own_keys = True  # exclude stale keys of a query's own image from its negatives
     labels = False  # train on the labels of the images
 
     @property
@@ -47,21 +47,14 @@ class MethodConfig:
         return 1
 
     def build(self, config: "TrainConfig", encoder: Any, labels: Any) -> Any:
-        """Return the method, a `moco.training.step.Method`.
+        """Return the method, a `moco.builder.Method`, with a new encoder, an `nn.Module`.
 
-        Args:
-            config: the configuration of the run.
-            encoder: the new encoder, an `nn.Module`.
-            labels: the class of each training image, a tensor (samples,); None unless `self.labels`.
+        `labels` are the classes of the training images, a tensor (samples,); None unless `self.labels`.
         """
         raise NotImplementedError
 
     def check(self, config: "TrainConfig") -> None:
-        """Refuse fields that contradict each other or the rest of the run's configuration. A method extends this.
-
-        Raises:
-            ConfigError: with the field, its value and the fix.
-        """
+        """Raise ConfigError for fields that contradict each other or the rest of the configuration."""
         kind, low, high = self.temperature_schedule, self.temperature_low, self.temperature_high
         require(
             kind != "learned" or self.can_learn_temperature,
@@ -87,13 +80,13 @@ class MethodConfig:
 
 
 def refuse_together(method: MethodConfig, *pairs: tuple[str, str, str]) -> None:
-    """Raise ConfigError if both fields of a pair differ from their defaults; a pair ends with the reason."""
-    off = type(method)()
-    for one, other, why in pairs:
+    """Raise ConfigError if both fields of a triple (field, field, reason) differ from their defaults."""
+    default = type(method)()
+    for one, other, reason in pairs:
         value, second = getattr(method, one), getattr(method, other)
         require(
-            value == getattr(off, one) or second == getattr(off, other),
-            f"method.{one}={value} excludes method.{other}={second}: {why}; reset one of them",
+            value == getattr(default, one) or second == getattr(default, other),
+            f"method.{one}={value} excludes method.{other}={second}: {reason}; reset one of them",
         )
 
 

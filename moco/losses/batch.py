@@ -1,7 +1,7 @@
 """Contrast within the batch: the candidates are the embeddings of the global batch, gathered by the caller.
 
-A loss is the mean over this process's anchors. `moco.distributed.gather_with_gradient` gathers embeddings with gradient
-and describes how the gradients of the processes combine.
+A loss is the mean over the anchors of this process. See `moco.distributed.gather_with_gradient` for how the gradients
+of the processes combine.
 
 Legend: N local samples, M samples of the global batch (M = N in one process), V views, C dimension.
 """
@@ -42,9 +42,6 @@ def in_batch_info_nce(
 
     Returns:
         The mean loss over the queries, shape (), and the detached logits without margin, shape (N, M).
-
-    Raises:
-        ValueError: for an invalid temperature, margin or shape.
     """
     check_temperature(temperature)
     if query.ndim != 2 or keys.shape[1:] != query.shape[1:] or positives.shape != query.shape[:1]:
@@ -64,9 +61,9 @@ def in_batch_info_nce(
 def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
     """Compute NT-Xent, the normalized temperature-scaled cross entropy of SimCLR (Chen et al., 2020), Eq. 1.
 
-    Each embedding is an anchor, compared with all others of the global batch; the other view of its sample is the
-    positive. With V > 2 views each other view is a positive with its own softmax term, and the loss is their mean: the
-    loss of `sup_con` in which each sample is its own class. For uniform logits it is log(V M - 1).
+    Each embedding is an anchor, compared with all others of the global batch; the other views of its sample are its
+    positives, each with its own softmax term. This is `sup_con` in which each sample is its own class. For uniform
+    logits the loss is log(V M - 1).
 
     Args, results and errors are those of `sup_con`; V must be at least 2.
     """
@@ -85,15 +82,15 @@ def sup_con(
     base_temperature: float | None = None,
     contrast_mode: Literal["all", "one"] = "all",
 ) -> tuple[Tensor, Tensor]:
-    """Compute the supervised contrastive loss L_out (Khosla et al., 2020), Eq. 2: a class shares its positives.
+    """Compute the supervised contrastive loss L_out (Khosla et al., 2020), Eq. 2: samples of a class are positives.
 
     Without labels and mask each sample is its own class, and the loss is `nt_xent`.
 
-    Deviations: an anchor without any positive (one view, no other of its class) is excluded from the mean, where the
-    official code divides by zero. The official factor T / base_temperature is off unless a base is given.
+    Deviations: an anchor without any positive (one view, no other sample of its class) is excluded from the mean; the
+    official code divides by zero. The official factor T / base_temperature is off by default.
 
-    The mean of the processes' losses is the loss of the global batch if all processes have equally many anchors with a
-    positive: always with two views or more, unless a `mask` separates the views of a sample.
+    The mean of the losses of all processes is the loss of the global batch if all processes have the same number of
+    anchors with a positive: always with two views or more, unless a `mask` separates the views of a sample.
 
     Args:
         embeddings: L2-normalized, this process's samples, shape (V, N, C).
@@ -101,17 +98,14 @@ def sup_con(
         offset: the position of this process's first sample in `others`: rank * N.
         temperature: T > 0.
         labels: the classes of the global batch, integers of shape (M,).
-        mask: replaces labels; boolean (N, M), the positives of each sample. Column offset + n holds whether the other
+        mask: replaces labels; boolean (N, M), the positives of each sample. Entry (n, offset + n): whether the other
             views of sample n are positives; an embedding is never its own positive.
         base_temperature: multiplies the loss by T / base_temperature (the official code: 0.07).
         contrast_mode: views that serve as anchors: "all", or only the first ("one").
 
     Returns:
         The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1 views of
-        anchors; -inf for an anchor with itself. Rows and columns run view after view.
-
-    Raises:
-        ValueError: for invalid values and shapes.
+        anchors; -inf for an anchor with itself. Rows and columns are ordered by view, then by sample.
     """
     check_temperature(temperature)
     same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)

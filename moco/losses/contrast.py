@@ -14,15 +14,8 @@ from moco.losses.debias import debiased_cross_entropy
 from moco.losses.false_negatives import find_false_negatives
 from moco.losses.margin import Margin, add_margin
 from moco.losses.mixing import mix_hard_negatives
-from moco.losses.queue import info_nce_logits, mean_over_key_and_positives, positive_columns
-from moco.losses.similarity import (
-    ABSENT,
-    Temperature,
-    check_mask,
-    full_precision,
-    paired_similarity,
-    similarity,
-)
+from moco.losses.queue import first_cross_entropy, info_nce_logits, mean_over_key_and_positives, positive_columns
+from moco.losses.similarity import ABSENT, Temperature, check_mask, full_precision, paired_similarity, similarity
 from moco.losses.streamed import logit_measures
 
 
@@ -72,10 +65,10 @@ def contrast(
 
     Returns:
         The mean loss over the queries, shape (), and detached measures of shape (), means over the queries:
-        "negatives", the number of negatives in the queue; "chance", the loss if all candidates are equally similar;
-        "eliminated" or "attracted", the number of false negatives found; "positives", the number of positives in the
-        queue; "mixed_similarity", the cosine of the query and its mixed negatives; and those of `logit_measures`,
-        without margin and mixed negatives, so that runs can be compared.
+        "negatives" and "positives", their numbers in the queue; "chance", the loss if all candidates are equally
+        similar; "eliminated" or "attracted", the number of false negatives found; "mixed_similarity", the cosine of a
+        query and its mixed negatives; and `logit_measures`, without margin and mixed negatives, so that runs can be
+        compared.
 
     Raises:
         ValueError: for invalid values and shapes, and for debiasing together with another switch.
@@ -129,8 +122,8 @@ def _loss(
         on = [name for name, is_on in others.items() if is_on]
         if on:
             raise ValueError(
-                f"debias={switches.debias} together with {', '.join(on)}: its estimate holds for the queue's keys as "
-                "they are; use one or the other"
+                f"debias={switches.debias} excludes {', '.join(on)}: its estimate holds only if all keys of the queue "
+                "are unchanged negatives; use one or the other"
             )
         return debiased_cross_entropy(logits, temperature, switches.debias)
     positive = None if positives is None else positive_columns(positives, logits)  # (N, 1+K)
@@ -147,8 +140,7 @@ def _loss(
         extra = (similarity(query, mixed) / temperature).masked_fill(absent, ABSENT)
         logits = torch.cat([logits, extra], dim=1)  # (N, 1+K+E)
     if positive is None:
-        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
-        return F.cross_entropy(logits, labels)
+        return first_cross_entropy(logits)
     positive = F.pad(positive, (0, logits.shape[1] - positive.shape[1]))  # mixed ones are no positives
     return mean_over_key_and_positives(logits, positive)
 
@@ -158,14 +150,9 @@ def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | No
     if uniforms is None or uniforms.shape != (len(query), switches.draws):
         raise ValueError(f"uniforms must have shape ({len(query)}, {switches.draws}) for mixing")
     pairs, with_query = uniforms.split([3 * switches.mix_pairs, 2 * switches.mix_query], dim=1)
-    return mix_hard_negatives(
-        query,
-        queue,
-        switches.mix_hardest,
-        pairs.unflatten(1, (switches.mix_pairs, 3)),
-        with_query.unflatten(1, (switches.mix_query, 2)),
-        negatives,
-    )
+    pairs = pairs.unflatten(1, (switches.mix_pairs, 3))
+    with_query = with_query.unflatten(1, (switches.mix_query, 2))
+    return mix_hard_negatives(query, queue, switches.mix_hardest, pairs, with_query, negatives)
 
 
 def _mean_count(mask: Tensor) -> Tensor:

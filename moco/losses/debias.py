@@ -9,7 +9,7 @@ from moco.losses.similarity import ABSENT, Temperature, check_temperature
 def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: float) -> Tensor:
     """Compute the debiased contrastive loss (Chuang et al., 2020), Eq. 7 and 8, from `info_nce_logits`.
 
-    With tau+ the probability that a negative has the query's class, N g replaces the sum over N negatives:
+    tau+ is the probability that a negative has the query's class. N g replaces the sum over N negatives:
 
         g = max((mean of exp(negative) - tau+ exp(positive)) / (1 - tau+), exp(-1 / T))
 
@@ -23,9 +23,6 @@ def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: floa
 
     Returns:
         The mean loss over the queries, shape ().
-
-    Raises:
-        ValueError: for an invalid prior or temperature.
     """
     check_temperature(temperature)
     if not 0 <= prior < 1:

@@ -1,4 +1,4 @@
-"""False negatives: queue entries with the content of the query, which should not be pushed away."""
+"""False negatives: queue entries that likely have the query's class, and so should not be its negatives."""
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ def find_false_negatives(
 ) -> Tensor:
     """Return the queue entries that likely have the query's class (Huynh et al., 2022, false negative cancellation).
 
-    Measured by the similarity to a support view of the query's sample: its own key, which comes from the same encoder
-    as those of the queue. (The paper aggregates over further views; here it is one.)
+    The criterion is the similarity to a support view of the query's sample: its own key, which comes from the same
+    encoder as the keys of the queue. (The paper aggregates several support views.)
 
         found = find_false_negatives(key, queue, threshold=0.7, candidates=negatives)
         elimination:  info_nce(query, key, queue, temperature, negatives & ~found)
@@ -33,9 +33,6 @@ def find_false_negatives(
 
     Returns:
         Boolean, shape (N, K).
-
-    Raises:
-        ValueError: without threshold and top, or if one is invalid.
     """
     if threshold is None and top is None:
         raise ValueError("threshold=None and top=None: pass one of them, or both")

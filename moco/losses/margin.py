@@ -10,24 +10,18 @@ Margin = Literal["arc", "cosine"]
 
 
 def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
-    """Lower the similarities of positives by a margin, before the division by the temperature.
+    """Return the similarities of positives lowered by a margin, before the division by the temperature.
 
     "arc" is ArcFace (Deng et al., 2019), Eq. 3: cos(theta + m), an angle in radians. "cosine" is CosFace's large margin
     cosine loss (Wang et al., 2018): cos(theta) - m.
 
-    Deviation: ArcFace's formula rises again beyond theta = pi - m. There this is cos(theta) + cos(m) - 1, which is
-    continuous and falls with theta; the public implementations jump there.
+    Deviation: ArcFace's formula rises again beyond theta = pi - m. There this function returns cos(theta) + cos(m) - 1,
+    which is continuous and falls with theta; public implementations are discontinuous there.
 
     Args:
         cosine: similarities of unit vectors, any shape.
         margin: m >= 0, below pi for "arc"; 0 changes nothing.
         kind: "arc" or "cosine".
-
-    Returns:
-        The same shape, never above `cosine`.
-
-    Raises:
-        ValueError: for an unknown kind or an invalid margin.
     """
     if kind not in ("arc", "cosine"):
         raise ValueError(f"margin_kind={kind!r} must be 'arc' or 'cosine'")

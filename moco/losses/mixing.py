@@ -19,12 +19,12 @@ def mix_hard_negatives(
     query_uniforms: Tensor,
     negatives: Tensor | None = None,
 ) -> Tensor:
-    """Mix the synthetic negatives of MoCHi (Kalantidis et al., 2020), Section 4: candidates in addition to the queue.
+    """Return the synthetic negatives of MoCHi (Kalantidis et al., 2020), Section 4: candidates besides the queue.
 
-    From the `hardest` negatives n of a query q, those most similar to it (fewer if fewer are allowed):
+    They are mixed from the `hardest` negatives n of a query q, those most similar to it (fewer if fewer are allowed):
 
-        s of them:    h  = normalize(a n_i + (1 - a) n_j),   a from U(0, 1)
-        s' of them:   h' = normalize(b q   + (1 - b) n_j),   b from U(0, 0.5)
+        s negatives:    h  = normalize(a n_i + (1 - a) n_j),   a from U(0, 1)
+        s' negatives:   h' = normalize(b q   + (1 - b) n_j),   b from U(0, 0.5)
 
     h' is closer to the query than n_j. h lies between n_i and n_j and can be closer to the query than both; i = j is
     not excluded and yields n_i. The random numbers u are arguments: a = u, i and j = floor(hardest u), b = u / 2.
@@ -40,9 +40,6 @@ def mix_hard_negatives(
     Returns:
         Unit vectors without gradient, shape (N, s + s', C), the s pairs first. Zero for a query without any negative,
         which `contrast` treats as absent.
-
-    Raises:
-        ValueError: for an invalid `hardest` or shape.
     """
     if not 1 <= hardest <= len(queue):
         raise ValueError(f"hardest={hardest} must be 1 ... {len(queue)}, the length of the queue")

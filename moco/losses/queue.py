@@ -18,20 +18,29 @@ from moco.losses.similarity import (
 )
 
 
+def check_shapes(query: Tensor, key: Tensor, queue: Tensor) -> None:
+    """Raise ValueError unless the shapes are (N, C), (N, C) and (K, C)."""
+    if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and queue {tuple(queue.shape)} "
+            "must have shapes (N, C), (N, C) and (K, C)"
+        )
+
+
 def info_nce_logits(
     query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, negatives: Tensor | None = None
 ) -> Tensor:
     """Return the similarity of each query to its key (column 0) and to the queue's keys, divided by the temperature.
 
-    MoCo (He et al., 2020), Algorithm 1 and Eq. 1. Computed in float32 (or float64) whatever autocast says.
+    MoCo (He et al., 2020), Algorithm 1 and Eq. 1. Computed in float32 (or float64) even under autocast.
 
     Args:
         query: L2-normalized, shape (N, C).
         key: L2-normalized, shape (N, C), without gradient. Row n is the positive of query n.
         queue: L2-normalized, shape (K, C), without gradient.
         temperature: T > 0; a tensor of shape () if learned.
-        negatives: boolean (N, K) or (1, K), the negatives of each query; None: all entries of the queue. Excluded are
-            unfilled entries and the query's own stale keys.
+        negatives: boolean (N, K) or (1, K), the negatives of each query, e.g. without unfilled entries and the query's
+            own stale keys; None: all entries of the queue.
 
     Returns:
         Logits, shape (N, 1 + K). The positive is class 0, so the labels are all zero.
@@ -40,17 +49,18 @@ def info_nce_logits(
         ValueError: for an invalid temperature or shape.
     """
     check_temperature(temperature)
-    if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and queue {tuple(queue.shape)} "
-            "must have shapes (N, C), (N, C) and (K, C)"
-        )
+    check_shapes(query, key, queue)
     query = full_precision(query)
     positive = paired_similarity(query, key) / temperature  # (N, 1)
     negative = similarity(query, queue) / temperature  # (N, K)
     if negatives is not None:  # after the division: the gradient of -inf / T is nan for a learned T
         negative = negative.masked_fill(~negatives, ABSENT)
     return torch.cat([positive, negative], dim=1)  # (N, 1+K)
+
+
+def first_cross_entropy(logits: Tensor) -> Tensor:
+    """Return the mean cross entropy of (N, M) with class 0."""
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def info_nce(
@@ -64,8 +74,7 @@ def info_nce(
         The mean loss over the queries, shape (), and the detached logits, shape (N, 1 + K).
     """
     logits = info_nce_logits(query, key, queue, temperature, negatives)
-    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
-    return F.cross_entropy(logits, labels), logits.detach()
+    return first_cross_entropy(logits), logits.detach()
 
 
 def multi_positive_info_nce(
@@ -78,24 +87,20 @@ def multi_positive_info_nce(
 ) -> tuple[Tensor, Tensor]:
     """Compute InfoNCE with positives in the queue: the mean over a query's key and its positives in the queue.
 
-    If the positives are the keys of the query's class, this is the contrast of SupMoCo (Majumder et al., 2021) in the
-    form of SupCon's L_out (Khosla et al., 2020, Eq. 2): one softmax term per positive, over the key and the
-    whole queue. (SupMoCo's own equation was not available for comparison.) If they are false negatives, it is the
-    attraction loss of Huynh et al. (2022). UniMoCo (Dai et al., 2021) differs: log(1 + sum exp(negatives) * sum
-    exp(-positives)).
+    Each positive has one softmax term over the key and all of the queue. If the positives are the keys of the query's
+    class, this is SupMoCo (Majumder et al., 2021) in the form of SupCon's L_out (Khosla et al., 2020, Eq. 2); SupMoCo's
+    own equation was not available for comparison. If they are false negatives, it is the attraction loss of Huynh et
+    al. (2022). UniMoCo (Dai et al., 2021) differs: log(1 + sum exp(negatives) * sum exp(-positives)).
 
     Without any positive in the queue it is `info_nce`, bit for bit.
 
     Args:
         query, key, queue, temperature: as in `info_nce`; the key is always a positive of its query.
         positives: boolean (N, K) or (1, K), the queue entries that are positives too.
-        negatives: as in `info_nce`; an entry that it excludes is no candidate, even if it is in `positives`.
+        negatives: as in `info_nce`; excluded entries are no candidates, even those in `positives`.
 
     Returns:
-        The mean loss, shape (), and the detached logits, shape (N, 1 + K).
-
-    Raises:
-        ValueError: see `info_nce_logits`; for a mask of another type or shape.
+        As `info_nce`.
     """
     check_mask("positives", positives, (len(query), len(queue)))
     logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
@@ -110,11 +115,10 @@ def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
     A row's mean of -log softmax over its positives is that of column 0, plus logits_0, minus the positives' mean logit.
     The last two are one product, with weights that are exactly 0 if there are no other positives.
     """
-    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)  # (N,)
     weights = -positive.to(logits.dtype) / positive.sum(dim=1, keepdim=True)  # (N, M)
     weights[:, 0] += 1
     change = (logits.masked_fill(~positive, 0.0) * weights).sum(dim=1)  # (N,)
-    return F.cross_entropy(logits, labels) + change.mean()
+    return first_cross_entropy(logits) + change.mean()
 
 
 def positive_columns(positives: Tensor, logits: Tensor) -> Tensor:

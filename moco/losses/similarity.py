@@ -1,4 +1,4 @@
-"""Parts of the losses: similarities in full precision, and a cross entropy averaged over positives.
+"""Parts of the losses: similarities in full precision, a cross entropy over positives, and checks of arguments.
 
 Legend: N anchors (queries), M candidates, C dimension, E candidates of one anchor.
 """
@@ -13,15 +13,14 @@ ABSENT = float("-inf")  # the logit of an excluded candidate
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Convert half precision to float32. Convert x before using it twice, so that its gradients add up in float32."""
+    """Convert half precision to float32. Call it before x is used twice, so that gradients are added in float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def similarity(anchors: Tensor, candidates: Tensor) -> Tensor:
-    """Return the inner products of (N, C) with (M, C), shape (N, M), or with each anchor's own (N, E, C), shape (N, E).
+    """Return the inner products of (N, C) with (M, C), shape (N, M), or with (N, E, C) row by row, shape (N, E).
 
-    Computed in float32 (or float64) even under autocast: at temperature 0.07 the logit of a bf16 similarity has an
-    error of up to 0.06.
+    Uses float32 (or float64) even under autocast: at temperature 0.07 a logit in bf16 has an error of up to 0.06.
     """
     with torch.autocast(anchors.device.type, enabled=False):
         anchors = full_precision(anchors)
@@ -41,15 +40,12 @@ def paired_similarity(anchors: Tensor, partners: Tensor) -> Tensor:
 def mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
     """Compute the cross entropy with any number of positives: L_out of SupCon (Khosla et al., 2020), Eq. 2.
 
-    For each anchor the mean over its positives p of -log(exp(logits_p) / sum over all candidates of exp(logits)). The
-    mean over anchors excludes those without a positive.
+    The loss of an anchor is the mean over its positives p of -log(exp(logits_p) / sum over candidates of exp(logits)).
+    The result is the mean over the anchors that have a positive, shape (); 0 without any.
 
     Args:
-        logits: shape (N, M); -inf for an excluded candidate, never for all of a row.
+        logits: shape (N, M); -inf for an excluded candidate. Each row has a candidate.
         positive: boolean, shape (N, M), False where the logit is -inf.
-
-    Returns:
-        Shape (); 0 if no anchor has a positive.
     """
     log_p = F.log_softmax(logits, dim=1).masked_fill(~positive, 0.0)  # a product would make 0 * -inf = nan
     count = positive.sum(dim=1)  # (N,)
@@ -58,10 +54,7 @@ def mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def check_temperature(temperature: Temperature) -> None:
-    """Raise ValueError unless the temperature is above 0.
-
-    Tensors are not checked: the host would wait for the device, and `LearnedTemperature` has bounds.
-    """
+    """Raise ValueError unless the temperature is above 0; a tensor, for which the host would wait, is not checked."""
     if not isinstance(temperature, Tensor) and temperature <= 0:
         raise ValueError(f"temperature={temperature} must be above 0")
 

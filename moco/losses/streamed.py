@@ -1,14 +1,14 @@
 """InfoNCE with a long queue in one pass over it: no tensor of size N x K is kept, and nothing is computed twice.
 
-The queue's keys carry no gradient, so the gradient only needs the mean key under their softmax p_j. With u = q / T, L
-the log of the sum of the negatives' exponentials, and P = sigmoid(L - u k) the share of all negatives in the softmax
-over them and the key k:
+The queue's keys Q_j carry no gradient, so the gradient only needs the mean key under their softmax p_j. Let u = q / T.
+Let L be the log of the sum of the negatives' exponentials, and P = sigmoid(L - u k) the share of all negatives in the
+softmax over them and the key k:
 
     loss = log(1 + exp(L - u k))        d loss / du = P (sum over j of p_j Q_j - k)
 
 This is attention with keys = values = queue. As in FlashAttention (Dao et al., 2022) the sums run over parts of the
-queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). Backward scales
-what forward has saved, (N, C). By the chain rule the derivative by a learned T is -u / T times that by u.
+queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). Forward saves the
+gradient (N, C) and backward scales it. By the chain rule the derivative by a learned T is -u / T times that by u.
 
 The entropy of the p_j is L minus their mean logit, which is u times the mean key.
 
@@ -20,17 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moco.losses.similarity import (
-    ABSENT,
-    Temperature,
-    check_mask,
-    check_temperature,
-    full_precision,
-    paired_similarity,
-)
+from moco.losses.queue import check_shapes
+from moco.losses.similarity import ABSENT, Temperature, check_mask, check_temperature, full_precision, paired_similarity
 
-# R and B by device. On a CPU the logits of a block are 1 MiB of float32, which stays in the cache; the time varies by
-# less than 10 % for B from 256 to 1,024. A GPU needs few and large operations: 128 MiB.
+# R and B by device. The logits of a block are 1 MiB of float32 on a CPU, which fits in the cache (256 <= B <= 1,024
+# changes the time by less than 10 %), and 128 MiB on a GPU, which needs few and large operations.
 ROWS = {"cpu": 512, "cuda": 4096}
 CHUNK = {"cpu": 512, "cuda": 8192}
 
@@ -95,26 +89,23 @@ def info_nce_streamed(
 ) -> Streamed:
     """Compute `info_nce`, with the same loss and gradient up to rounding, in memory of order N C instead of N K.
 
-    Computed in float32 (or float64) even under autocast. No gradient reaches key and queue.
+    Computed in float32 (or float64) even under autocast. Key and queue get no gradient.
 
     Args:
         query, key, queue, temperature, negatives: as in `info_nce`.
-        index: the sample of each query, integers of shape (N,). Entries of the queue with the same sample are excluded,
-            as by `KeyQueue.negatives`, without a mask of size N x K.
+        index: the sample of each query, integers of shape (N,). Excludes the entries of the queue with the same sample,
+            as `KeyQueue.negatives` does, but without a mask of size N x K.
         queue_index: the sample of each entry of the queue, integers of shape (K,); required with `index`.
-        chunk: B; affects only speed and rounding. None: a value for the device.
+        chunk: B; affects only speed and rounding. None: a default for the device.
 
     Raises:
         ValueError: for an invalid temperature, shape or chunk, or if only one of the indices is given.
         RuntimeError: in a backward with create_graph=True: there is no second derivative.
     """
     check_temperature(temperature)
-    if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and queue {tuple(queue.shape)} "
-            "must have shapes (N, C), (N, C) and (K, C)"
-        )
-    size = _for_device(CHUNK, query) if chunk is None else chunk
+    check_shapes(query, key, queue)
+    device = "cpu" if query.device.type == "cpu" else "cuda"
+    size = CHUNK[device] if chunk is None else chunk
     if size < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     check_mask("negatives", negatives, (len(query), len(queue)))
@@ -124,9 +115,8 @@ def info_nce_streamed(
         scaled = query / temperature  # (N, C), u
         key = key.to(query.dtype)
         parts = []
-        height = _for_device(ROWS, query)
-        for start in range(0, max(1, len(query)), height):
-            rows = slice(start, start + height)
+        for start in range(0, max(1, len(query)), ROWS[device]):
+            rows = slice(start, start + ROWS[device])
             allowed = negatives if negatives is None or len(negatives) == 1 else negatives[rows]
             parts.append(_pass(scaled[rows], queue, allowed, own and own.of(rows), size))
         hardest, log_sum, mean_key, count = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -134,10 +124,6 @@ def info_nce_streamed(
         mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, each with its share
     losses: Tensor = _Loss.apply(query, temperature, mean_key - key, mean_logit - positive, log_sum - positive)
     return Streamed(losses.mean(), positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
-
-
-def _for_device(sizes: dict[str, int], x: Tensor) -> int:
-    return sizes["cpu" if x.device.type == "cpu" else "cuda"]
 
 
 class _Loss(torch.autograd.Function):
@@ -172,7 +158,7 @@ class _OwnKeys(NamedTuple):
     def find(
         cls, index: Tensor | None, queue_index: Tensor | None, query: Tensor, queue: Tensor, chunk: int
     ) -> "_OwnKeys":
-        """Find them; raise ValueError for invalid indices."""
+        """Find these entries; raise ValueError for invalid indices."""
         if index is None or queue_index is None:
             missing = "index" if index is None else "queue_index"
             raise ValueError(f"{missing}=None; pass both index and queue_index, or neither")
@@ -181,7 +167,7 @@ class _OwnKeys(NamedTuple):
                 f"index {tuple(index.shape)} and queue_index {tuple(queue_index.shape)} "
                 f"must have shapes {tuple(query.shape[:1])} and {tuple(queue.shape[:1])}"
             )
-        if query.device.type != "cpu":  # finding them would make the host wait for the device
+        if query.device.type != "cpu":  # `nonzero` would make the host wait for the device
             return cls(index, queue_index, None)
         found = torch.isin(queue_index, index).nonzero()[:, 0]
         each = torch.bincount(found // chunk, minlength=-(-len(queue) // chunk))
@@ -201,9 +187,8 @@ def _pass(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pass over the queue for u, (R, C), with the mask (R, K) or (1, K).
 
-    Returns:
-        The largest logit, (R,), the log of the sum of exponentials, (R,), the mean key under their softmax, (R, C), and
-        the number of negatives, (R,).
+    Returns the largest logit, (R,), the log of the sum of exponentials, (R,), the mean key under their softmax, (R, C),
+    and the number of negatives, (R,).
     """
     lowest = torch.finfo(scaled.dtype).min  # not -inf: -inf - -inf is nan
     top = scaled.new_full((len(scaled), 1), lowest)  # (R, 1), the largest logit so far

@@ -1,4 +1,4 @@
-"""Temperatures that change: on a schedule, or by gradient."""
+"""Temperatures that follow a schedule or are trained."""
 
 import math
 
@@ -25,17 +25,9 @@ def temperature_at(step: float, period: float, low: float, high: float) -> float
 class LearnedTemperature(nn.Module):
     """A trained temperature, as log 1/T, CLIP's logit scale (Radford et al., 2021).
 
-    CLIP clamps the scale after each step so that 1/T stays below 100; here it is clamped before each use, which no
-    caller can forget. (A clamp in the graph would stop the gradient, and a value outside would stay there.) An
-    optimizer should not decay it: decay pulls toward T = 1.
-
-    Args:
-        initial: T at the start.
-        low: the lowest T.
-        high: the highest T.
-
-    Raises:
-        ValueError: unless 0 < low <= initial <= high.
+    CLIP clamps the scale after each step so that 1/T stays below 100. Here T is clamped to low ... high before each
+    use, outside the graph: inside, a clamped value would get no gradient and never return. Do not decay the scale:
+    decay pulls T toward 1.
     """
 
     log_scale: Tensor  # log 1/T, shape ()

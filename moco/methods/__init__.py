@@ -12,18 +12,14 @@ from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3_config import MoCoV3Config
 from moco.methods.simclr_config import SimCLRConfig
 
-METHODS: dict[str, type[MethodConfig]] = {
-    "moco": MoCoConfig,
-    "moco_v3": MoCoV3Config,
-    "simclr": SimCLRConfig,
-}
+METHODS: dict[str, type[MethodConfig]] = {"moco": MoCoConfig, "moco_v3": MoCoV3Config, "simclr": SimCLRConfig}
 
 
 def read_method(values: Mapping[str, Any]) -> MethodConfig:
     """Return the group `method` of a saved configuration.
 
-    Runs of version 0.1 saved the fields of all methods. Those that the run's method does not have were without effect
-    and are dropped. Fields that are newer than the run get their defaults.
+    Runs of version 0.1 saved the fields of all methods: fields that this method does not have are dropped. Fields that
+    are newer than the run get their defaults.
 
     Raises:
         ConfigError: for an unknown method.

@@ -1,4 +1,4 @@
-"""From a configuration to a method."""
+"""Build a method from a configuration."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from moco.models.encoder import build_encoder, build_predictor
 
 
 def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -> Any:
-    """Return the method of `config.method`, a `moco.training.step.Method`, on a new encoder.
+    """Return the method of `config.method`, a `moco.builder.Method`, with a new encoder.
 
     Args:
         config: the configuration of the run.
-        labels: the class of each training image, (samples,); None without labels. Used only if `method.labels`.
+        labels: the class of each training image, (samples,), or None; used only if `method.labels`.
 
     Raises:
         ConfigError: if `method.labels` is set and there are no labels.
@@ -29,17 +29,9 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -
         f"method.labels=true, but the training images of data.name={config.data.name} have no labels: set "
         "data.labels=folder for a folder with one subfolder per class, or method.labels=false",
     )
+    head = model.head_layers, model.head_hidden, model.dim
     bn: Any = model.bn
-    encoder = build_encoder(
-        model.backbone,
-        model.options,
-        model.head_layers,
-        model.head_hidden,
-        model.dim,
-        bn,
-        model.bn_group_size,
-        model.head_norm,
-    )
+    encoder = build_encoder(model.backbone, model.options, *head, bn, model.bn_group_size, model.head_norm)
     return method.build(config, encoder, torch.from_numpy(labels) if method.labels and labels is not None else None)
 
 

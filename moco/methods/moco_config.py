@@ -8,7 +8,7 @@ from moco.config.base import bounded, require
 from moco.config.method import MethodConfig, refuse_together, require_two_views
 from moco.config.train import TrainConfig
 
-_DEBIAS = "the estimate of debias holds for the queue's keys as they are, each as a negative"
+_DEBIAS = "the estimate of debias holds only if all keys of the queue are unchanged negatives"
 
 
 @dataclass
@@ -75,24 +75,20 @@ class MoCoConfig(MethodConfig):
             self.margin_kind == "cosine" or self.margin < math.pi,
             f"method.margin={self.margin} must be below pi, in radians; or set method.margin_kind=cosine",
         )
-        self._check_false_negatives()
-        hardest, pairs, query = self.mix_hardest, self.mix_pairs, self.mix_query
-        require(
-            (hardest > 0) == (pairs + query > 0),
-            f"method.mix_hardest={hardest}, method.mix_pairs={pairs} and method.mix_query={query}: mixing needs "
-            "mix_hardest and one of the other two",
-        )
-        size = self.queue_size
-        require(hardest <= size, f"method.mix_hardest={hardest} exceeds method.queue_size={size}: lower it")
-
-    def _check_false_negatives(self) -> None:
-        threshold, top, size = self.false_threshold, self.false_top, self.queue_size
+        size, threshold, top = self.queue_size, self.false_threshold, self.false_top
         require(
             (self.false_negatives != "keep") == (threshold is not None or top is not None),
             f"method.false_negatives={self.false_negatives} with method.false_threshold={threshold} and "
             f"method.false_top={top}: eliminate and attract need one of the two, keep neither",
         )
         require(top is None or top <= size, f"method.false_top={top} exceeds method.queue_size={size}: lower it")
+        hardest, pairs, query = self.mix_hardest, self.mix_pairs, self.mix_query
+        require(
+            (hardest > 0) == (pairs + query > 0),
+            f"method.mix_hardest={hardest}, method.mix_pairs={pairs} and method.mix_query={query}: mixing needs "
+            "mix_hardest and one of the other two",
+        )
+        require(hardest <= size, f"method.mix_hardest={hardest} exceeds method.queue_size={size}: lower it")
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""

@@ -5,8 +5,8 @@
 One training step is the paper's Algorithm 1 (see `moco/training/step.py`):
 
     keys = method.encode_keys(views)             k1, k2 = f_k(x1), f_k(x2), no gradient, all ranks'
-    loss = method(views, keys, index)            q1, q2 = f_q(x1), f_q(x2); ctr(q1, k2) + ctr(q2, k1)
-    loss.backward(); optimizer.step()            update f_q
+    output = method(views, keys, index)          q1, q2 = f_q(x1), f_q(x2); ctr(q1, k2) + ctr(q2, k1)
+    output.loss.backward(); optimizer.step()     update f_q
     method.update_momentum_encoder(momentum)     f_k = m f_k + (1 - m) f_q
 
 f_q is backbone, projector and predictor; f_k has no predictor. ResNet and ViT differ in the heads, the optimizer and
@@ -14,12 +14,12 @@ the augmentation, which are configuration.
 
 Deliberate deviations from the official code:
 
-- It updates f_k between encoding queries and keys; here that happens at the end of the previous step. The keys are
+- It updates f_k between encoding queries and keys; here f_k is updated at the end of the previous step. The keys are
   the same (in the first step f_k equals f_q), and a step that fails changes nothing.
-- Keys are normalized before they are gathered, not after. Logits are float32 also under autocast.
+- Keys are normalized before they are gathered, not after. Logits are float32 even under autocast.
 - The accuracy that it logs counts a tie as a success; here a tie is a failure.
-- Keys may be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. Its BN is synchronized, and so are
-  the published recipes here (`model.bn=sync`, `model.shuffle_keys=false`).
+- Keys can be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. The official BN is synchronized, as in
+  the recipes here (`model.bn=sync`, `model.shuffle_keys=false`).
 - LARS is timm's: its trust ratio is |w| / (|g| + wd |w|), the official one |w| / |g + wd w|; at the weight decay of
   1e-6 they agree. In the recipes with AdamW weight decay covers all trained weights, as in the official code.
 
@@ -46,9 +46,6 @@ class MoCoV3(nn.Module):
         encoder: backbone and projector, images (N, 3, S, S) to (N, C). f_k starts as its copy.
         predictor: (N, C) to (N, C), for queries only; `nn.Identity` for none.
         temperature: T.
-
-    Raises:
-        ValueError: if the temperature is not above 0.
     """
 
     queue: None = None
@@ -69,25 +66,16 @@ class MoCoV3(nn.Module):
     ) -> dict[int, Tensor]:
         """Return the keys of the global batch, {view: (M, C)}: each micro-batch is compared with all of them.
 
-        Args:
-            views: two tensors (n, 3, S, S).
-            shuffles: one permutation of the global batch per view, or None; see `moco.builder.encode_keys`.
-            micro_batch: number of images per forward pass.
+        For images (n, 3, S, S) and one shuffle, or None, per view; see `moco.builder.encode_keys`.
         """
         shuffled = [None] * len(views) if shuffles is None else shuffles
-        return {
-            view: gather(encode_keys(self.momentum_encoder, images, shuffled[view], micro_batch))
-            for view, images in enumerate(views)
-        }
+        local = [encode_keys(self.momentum_encoder, *pair, micro_batch) for pair in zip(views, shuffled, strict=True)]
+        return {view: gather(k) for view, k in enumerate(local)}
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
         """Compute the loss of one micro-batch against the keys of the global batch: ctr(q1, k2) + ctr(q2, k1).
 
-        Args:
-            views: two tensors (N, 3, S, S).
-            keys: {view: (M, C)}, from `encode_keys`.
-            index: the sample indices of the micro-batch, (N,).
-            start: position of the micro-batch in the local batch.
+        The arguments are those of `MoCo.forward`, but keys are {view: (M, C)}.
         """
         local = len(keys[0]) // world_size()  # n
         labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), each query's key

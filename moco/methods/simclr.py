@@ -3,14 +3,12 @@
     A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., ICML 2020)
     Supervised Contrastive Learning (Khosla et al., NeurIPS 2020)
 
-One training step (see `moco/training/step.py`; there are no keys to encode, nothing to enqueue):
+One training step (see `moco/training/step.py`) encodes all views, gathers the embeddings of all ranks with gradient,
+and compares each with all others of the global batch. It encodes no keys and enqueues nothing.
 
-    z = f(all views), gathered from all ranks with gradient; the loss compares each with all others of the global batch
-    loss.backward(); optimizer.step()            update f
+SimCLR is SupCon in which each sample is its own class, so both are one method; with labels it is SupCon.
 
-SupCon in which every sample is a class of its own is SimCLR, so both are one method; labels make it SupCon.
-
-Deliberate deviations from the official codes:
+Deliberate deviations from the official code:
 
 - More than two views are allowed; NT-Xent with V > 2 is SupCon's loss without labels.
 - SupCon's factor T / 0.07 is off unless `base_temperature` is given.
@@ -20,7 +18,7 @@ Legend: N local batch, W processes, M = W N global batch, V views, C embedding.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,23 +31,20 @@ from moco.losses import LearnedTemperature, Margin, Temperature, in_batch_info_n
 
 
 class SimCLR(nn.Module):
-    """SimCLR, SupCon (with labels), and the simplest contrast in a batch (`candidates="other_view"`).
+    """SimCLR, SupCon (with labels), and InfoNCE between two views (`candidates="other_view"`).
 
-    BN should see the global batch (`model.bn=sync`): in smaller groups, which the views of a sample share, the
-    statistics of a group reveal the positive.
+    BN should normalize the global batch (`model.bn=sync`): all views of a sample are in the same group, so the
+    statistics of small groups reveal the positive.
 
     Args:
         encoder: f, images (N, 3, S, S) to embeddings (N, C).
         temperature: T, or a temperature that is trained.
         labels: the class of each sample of the data set, integers (samples,), -1 if unknown: SupCon.
         candidates: "all": compare an anchor with all other embeddings, including those of its own view. "other_view":
-            with the embeddings of one other view at a time, one of which is its positive; the mean over pairs of views.
-        contrast_mode: "all": each view is the anchor. "one": only the first; with "other_view" one direction.
+            compare it with the embeddings of one other view, one of them its positive; mean over pairs of views.
+        contrast_mode: "all": each view is the anchor. "one": only the first view.
         base_temperature: see `moco.losses.sup_con`; with `candidates="all"`.
         margin, margin_kind: see `moco.losses.add_margin`; with `candidates="other_view"`.
-
-    Raises:
-        ValueError: for values that contradict each other.
     """
 
     queue: None = None
@@ -86,44 +81,24 @@ class SimCLR(nn.Module):
     def encode_keys(
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
     ) -> dict[int, Tensor]:
-        """Return {}: the forward computes all embeddings.
-
-        Raises:
-            ValueError: for micro-batches, which would only be compared with themselves.
-        """
+        """Return {}: the forward computes all embeddings. Micro-batches, which lack negatives, are a ValueError."""
         if micro_batch != len(views[0]):
             raise ValueError(f"accumulate={len(views[0]) // micro_batch} must be 1 where the batch is the negatives")
         return {}
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
-        """Compute the loss of this process's samples against the global batch.
-
-        Args:
-            views: V tensors (N, 3, S, S).
-            keys: not used.
-            index: the sample indices, (N,).
-            start: not used.
-        """
+        """Compute the loss of this process's samples, views (N, 3, S, S) and index (N,), against the global batch."""
         z = unit_length(self.encoder(torch.cat(list(views))))  # (V N, C)
         z = z.unflatten(0, (len(views), len(index)))  # (V, N, C)
-        others = gather_with_gradient(z.transpose(0, 1)).transpose(
-            0, 1
-        )  # (V, M, C); the gathered dimension is the first
+        others = gather_with_gradient(z.transpose(0, 1)).transpose(0, 1)  # (V, M, C); the first dimension is gathered
         sample = gather(index)  # (M,)
         classes = sample if self.labels is None else self.labels[sample]  # (M,)
         first = rank() * len(index)
         same = classes[first : first + len(index), None] == classes  # (N, M)
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
         if self.candidates == "all":
-            loss, logits = sup_con(
-                z,
-                others,
-                first,
-                temperature,
-                mask=same,
-                base_temperature=self.base_temperature,
-                contrast_mode=self.contrast_mode,
-            )
+            base, mode = self.base_temperature, self.contrast_mode
+            loss, logits = sup_con(z, others, first, temperature, mask=same, base_temperature=base, contrast_mode=mode)
         else:
             loss, logits = self._between_views(z, others, first, temperature)
         return Output(loss, self._measures(logits, same, temperature), z[0].detach(), z[-1].detach())
@@ -132,29 +107,23 @@ class SimCLR(nn.Module):
         """Return the mean InfoNCE over the pairs (anchor's view, other view), and the logits (pairs N, M)."""
         anchors = range(len(z) if self.contrast_mode == "all" else 1)
         own = first + torch.arange(z.shape[1], device=z.device)  # (N,), each anchor's column
-        losses, logits = zip(
-            *(
-                in_batch_info_nce(z[a], others[b], own, temperature, margin=self.margin, margin_kind=self.margin_kind)
-                for a in anchors
-                for b in range(len(z))
-                if a != b
-            ),
-            strict=True,
-        )
+        margin: dict[str, Any] = {"margin": self.margin, "margin_kind": self.margin_kind}
+        pairs = [(z[a], others[b]) for a in anchors for b in range(len(z)) if a != b]
+        losses, logits = zip(*(in_batch_info_nce(a, b, own, temperature, **margin) for a, b in pairs), strict=True)
         return torch.stack(losses).mean(), torch.cat(logits)
 
     @torch.no_grad()
     def _measures(self, logits: Tensor, same: Tensor, temperature: Temperature) -> dict[str, Tensor]:
-        """Return means over anchors; accuracy is the share of anchors with a positive nearer than all negatives."""
+        """Return means over anchors; an anchor is correct if one of its positives is nearer than all negatives."""
         candidate = logits > -math.inf  # all but the anchor itself
         positive = same.repeat(len(logits) // len(same), logits.shape[1] // same.shape[1]) & candidate
         negative = candidate & ~positive
         count = positive.sum(dim=1)  # 0 for a class of one sample with one view
         similarity = logits.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1) * temperature
-        nearest = [logits.masked_fill(~each, -math.inf).amax(dim=1) for each in (positive, negative)]
+        nearest, hardest = (logits.masked_fill(~each, -math.inf).amax(dim=1) for each in (positive, negative))
         factor = 1.0 if self.base_temperature is None else temperature / self.base_temperature
         measures = {
-            "contrast_accuracy": (nearest[0] > nearest[1]).float().mean(),
+            "contrast_accuracy": (nearest > hardest).float().mean(),
             "positive_similarity": similarity.mean(),
             "negatives": negative.sum(dim=1).float().mean(),
             "chance": factor * candidate.sum(dim=1).float().log().mean(),

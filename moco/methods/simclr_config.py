@@ -45,9 +45,7 @@ class SimCLRConfig(MethodConfig):
             "accumulate=1 and use more processes, or use method=moco_v2, whose negatives do not depend on the batch",
         )
         refuse_together(
-            self,
-            ("candidates", "labels", _ONE_POSITIVE),
-            ("candidates", "base_temperature", _ONE_POSITIVE),
+            self, ("candidates", "labels", _ONE_POSITIVE), ("candidates", "base_temperature", _ONE_POSITIVE)
         )
         require(
             base is None or self.temperature_schedule != "learned",

@@ -21,8 +21,8 @@ def projection_head(
         dim: C, the embedding.
         layers: number of linear layers, at least 1.
         norm: add BN after each linear layer, which then has no bias (v3's projector and predictor).
-        last_norm: with `norm`, add BN without weight and bias after the last layer too. Only the predictor of v3's
-            ResNet has none.
+        last_norm: with `norm`, also add BN, without weight and bias, after the last layer (not in the predictor of v3's
+            ResNet).
     """
     if layers < 1:
         raise ValueError(f"model.head_layers={layers} must be at least 1")
@@ -60,15 +60,11 @@ def build_encoder(
     bn_group_size: int,
     head_norm: bool = False,
 ) -> Encoder:
-    """Return the encoder that the fields of the configuration group `model` describe.
-
-    Raises:
-        ValueError: for an unknown backbone or invalid options.
-    """
+    """Return the encoder for the fields of the configuration group `model`; invalid values are a ValueError."""
     network = build_backbone(backbone, options)
     fan_in = network.num_features
     if not isinstance(fan_in, int):
-        raise ValueError(f"model.backbone={backbone!r} does not state its number of features (num_features)")
+        raise ValueError(f"model.backbone={backbone!r} must have an integer attribute num_features")
     encoder = Encoder(network, projection_head(fan_in, head_hidden, dim, head_layers, head_norm))
     convert_batch_norm(encoder, bn, bn_group_size)
     return encoder

@@ -1,8 +1,8 @@
-"""Batch normalization over groups of the global batch, so that its statistics do not depend on the topology.
+"""Batch normalization over groups of the global batch, so that its statistics do not depend on the number of GPUs.
 
-Eight GPUs with 32 images each normalize eight groups of 32. Here the size of a group is configured, and one GPU with
-256 images has the same eight groups (law 3). Keys are shuffled so that the group of a key reveals nothing about its
-query (MoCo, section 3.3, "Shuffling BN").
+Eight GPUs with 32 images each normalize eight groups of 32. Here the size of a group is configured, so one GPU with 256
+images has the same eight groups. Keys are shuffled so that the group of a key reveals nothing about its query (MoCo,
+section 3.3, "Shuffling BN").
 
 Legend: N local batch, C channels, G groups, g images per group.
 """
@@ -28,12 +28,9 @@ class GroupedBatchNorm(nn.Module):
 
     Args:
         channels: C.
-        group_size: g; must divide the batch of every training call.
-        eps, momentum, affine, track: as in `nn.BatchNorm2d`.
+        group_size: g; must divide the batch of every training call (ValueError).
+        eps, momentum, affine: as in `nn.BatchNorm2d`.
         after: the module that timm's fused norm layers apply after the normalization (their activation).
-
-    Raises:
-        ValueError: in training, if `group_size` does not divide the batch.
     """
 
     num_batches_tracked: Tensor
@@ -58,38 +55,34 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.after = after or nn.Identity()
         self.calls_per_step = 1  # views x micro-batches
-        self.call = 0  # number of calls in this step; no state, because checkpoints are saved between steps
-        # The same for compiled code, in which a Python number would trigger recompilation for each value.
+        self.call = 0  # number of calls in this step; not saved, because checkpoints are saved between steps
+        # Replaces `call` in compiled code, where each new value of a Python number would trigger recompilation.
         self.compiled_call: Tensor
         self.register_buffer("compiled_call", torch.tensor(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, ...) -> (N, C, ...)
+        out: Tensor = self.after(self._normalize(x))
+        return out
+
+    def _normalize(self, x: Tensor) -> Tensor:
         if not self.training:
-            return self._after(
-                F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-            )
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if self.group_size and len(x) % self.group_size:
             raise ValueError(f"model.bn_group_size={self.group_size} does not divide a batch of {len(x)} images")
         if self.group_size == 0 and world_size() > 1:
-            return self._after(self._forward_sync(x))
-
+            return self._normalize_sync(x)
         groups = x.split(self.group_size or len(x))
-        statistics = x.new_zeros(
-            2, len(groups), x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
-        )  # (2, G, C)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        statistics = x.new_zeros(2, len(groups), x.shape[1], dtype=dtype)  # (2, G, C), means and variances
         # momentum=1 makes batch_norm write each group's own statistics into its row.
         out = [
             F.batch_norm(group, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
             for group, mean, var in zip(groups, *statistics, strict=True)
         ]
         self._track(*statistics.mean(dim=1))
-        return self._after(out[0] if len(out) == 1 else torch.cat(out))
+        return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _after(self, x: Tensor) -> Tensor:
-        out: Tensor = self.after(x)
-        return out
-
-    def _forward_sync(self, x: Tensor) -> Tensor:
+    def _normalize_sync(self, x: Tensor) -> Tensor:
         """BN over all ranks; two passes, because E[x^2] - E[x]^2 cancels in float32."""
         values = x.float()
         dims = [0, *range(2, x.dim())]
@@ -134,7 +127,7 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
         group_size: g, for "grouped".
 
     Returns:
-        The same module, changed in place (or the new layer, if the module itself is one).
+        The same module, changed in place; if it is itself a BatchNorm layer, the new layer.
     """
     if kind == "batch":
         return module
@@ -161,9 +154,8 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
 @contextmanager
 def untracked(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of every BN layer unchanged by forward passes in this context."""
-    layers = [
-        layer for layer in module.modules() if isinstance(layer, GroupedBatchNorm | nn.modules.batchnorm._BatchNorm)
-    ]
+    kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
+    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
     before = [[(x, x.clone()) for x in layer.buffers(recurse=False)] for layer in layers]
     calls = [layer.call if isinstance(layer, GroupedBatchNorm) else 0 for layer in layers]
     try:

@@ -1,4 +1,4 @@
-"""Vision transformers of MoCo v3: timm's, with fixed positions and a random patch projection that is not trained.
+"""Vision transformers of MoCo v3: timm's, with fixed positions and a random, untrained patch projection.
 
     An Empirical Study of Training Self-Supervised Vision Transformers (Chen, Xie, He, ICCV 2021)
 
@@ -28,8 +28,8 @@ def vit(
 ) -> nn.Module:
     """Return a ViT from images (N, 3, S, S) to the features of the class token, (N, D).
 
-    Section 4.1 of the paper and its code: fixed 2-D sin-cos positions; Xavier initialization in which the weight of
-    query, key and value counts as three. Section 4.2: a random patch projection, not trained, stabilizes training.
+    Section 4.1 of the paper and its code: fixed 2-D sin-cos positions; Xavier initialization that treats the weights of
+    query, key and value as three matrices. Section 4.2: a random patch projection, not trained, stabilizes training.
 
     Args:
         dim: D, a multiple of 4 and of `heads`.
@@ -39,7 +39,7 @@ def vit(
         patch_size: side of a patch; must divide `img_size`.
         stem: "patch": linear projection of patches. "conv": four trained 3x3 convolutions of stride 2 (Xiao et al.,
             2021); `patch_size` must be 16.
-        freeze_patches: whether the patch projection stays random; None: yes, but not a conv stem.
+        freeze_patches: do not train the patch projection; None: True, except for a conv stem.
         options: further arguments of timm's VisionTransformer, e.g. drop_path_rate.
 
     Raises:

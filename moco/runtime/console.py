@@ -80,9 +80,10 @@ class Display:
 def status_line(values: Mapping[str, float]) -> str:
     """Format a step's metrics as one line, with reference values such as the chance-level loss."""
     chance = values.get("train/chance")
+    accuracy = values.get("train/contrast_accuracy")
     parts = [
         f"loss {values['train/loss']:.3f}" + (f" (chance {chance:.3f})" if chance else ""),
-        f"contrast acc {100 * values['train/contrast_accuracy']:.0f} %",
+        *([] if accuracy is None else [f"contrast acc {100 * accuracy:.0f} %"]),
         f"lr {values['train/lr']:.2g}",
         f"{values['speed/images_per_second']:,.0f} img/s",
         f"data wait {100 * values['speed/data_wait']:.0f} %",

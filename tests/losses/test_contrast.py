@@ -127,7 +127,7 @@ def test_autocast_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("switches", "positives", "uniforms", "message"),
     [
-        (Switches(debias=0.1, margin=0.2), None, None, r"debias=0.1 together with margin: "),
+        (Switches(debias=0.1, margin=0.2), None, None, r"debias=0.1 excludes margin: "),
         (Switches(debias=0.1, **MIX), POSITIVES, UNIFORMS, "debias=0.1 .* mixed negatives, positives"),
         (Switches(**MIX), None, UNIFORMS[1:], r"\(5, 8\)"),
         (Switches(), POSITIVES[1:], None, r"positives is bool of shape \(4, 9\)"),

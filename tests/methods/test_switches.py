@@ -72,11 +72,7 @@ def indices(seed: int) -> Tensor:
 
 
 def step(
-    method: MoCo,
-    optimizer: torch.optim.Optimizer,
-    number: int,
-    forward: nn.Module | None = None,
-    accumulate: int = 1,
+    method: MoCo, optimizer: torch.optim.Optimizer, number: int, forward: nn.Module | None = None, accumulate: int = 1
 ) -> dict[str, Tensor]:
     """One step on this rank's share of the batch."""
     share = N // world_size()
@@ -214,10 +210,7 @@ def test_with_threshold_and_top_both_must_hold() -> None:
 
 @pytest.mark.parametrize(
     ("switches", "lowered"),
-    [
-        (Switches(margin=0.2), math.cos(math.pi / 3 + 0.2)),
-        (Switches(margin=0.2, margin_kind="cosine"), 0.5 - 0.2),
-    ],
+    [(Switches(margin=0.2), math.cos(math.pi / 3 + 0.2)), (Switches(margin=0.2, margin_kind="cosine"), 0.5 - 0.2)],
 )
 def test_a_margin_lowers_the_positive_in_the_loss_and_not_in_the_measures(switches: Switches, lowered: float) -> None:
     output = planted(QUEUE, switches=switches)

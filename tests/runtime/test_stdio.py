@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from moco.config import config_dir
-from moco.runtime.console import Display, Terminal, progress_bar, summary_panel
+from moco.runtime.console import Display, Terminal, progress_bar, status_line, summary_panel
 
 REPOSITORY = Path(config_dir()).parent
 
@@ -68,3 +68,9 @@ def test_output_is_dropped_after_the_reader_has_gone(name: str, monkeypatch: pyt
 def test_other_errors_are_still_raised() -> None:
     with pytest.raises(ValueError, match="a defect"), Terminal(quiet=True):
         raise ValueError("a defect")
+
+
+def test_the_status_line_omits_measures_that_a_method_does_not_return() -> None:
+    values = {"train/loss": 1.5, "train/lr": 0.1, "speed/images_per_second": 100.0, "speed/data_wait": 0.0}
+    assert status_line(values) == "loss 1.500 · lr 0.1 · 100 img/s · data wait 0 %"
+    assert "contrast acc 25 %" in status_line(values | {"train/contrast_accuracy": 0.25})
