@@ -4,11 +4,10 @@ PIL draws the file: matplotlib is an optional dependency, and it would resample 
 """
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from moco.files import atomic_write
@@ -30,14 +29,15 @@ def write_png(path: Path, title: str, about: str, sections: Iterable[Section], c
             for i, tile in enumerate(section.tiles[start : start + columns]):
                 _draw_tile(strip, _GAP + i * (TILE + _GAP), tile)
             strips.append(strip)
-    strips.append(Image.new("RGB", (width, _GAP), "white"))
-    sheet = Image.fromarray(np.vstack([np.asarray(strip) for strip in strips]))
+    *tops, height = accumulate((strip.height for strip in strips), initial=0)
+    sheet = Image.new("RGB", (width, height + _GAP), "white")
+    for strip, top in zip(strips, tops, strict=True):
+        sheet.paste(strip, (0, top))
     with atomic_write(path) as temporary:
         sheet.save(temporary, "PNG")
 
 
 def _text(width: int, text: str, size: int, color: str) -> Image.Image:
-    """Return a strip with one line of text."""
     strip, font = Image.new("RGB", (width, size + 16), "white"), ImageFont.load_default(size)
     ImageDraw.Draw(strip).text((_GAP, 8), _fit(text, font, width - 2 * _GAP), color, font)
     return strip
