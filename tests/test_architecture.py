@@ -42,7 +42,7 @@ ORDER = [
     {"distributed", "config", "files", "digest"},
 ]
 HYDRA_USERS = {"cli"}
-LONGEST_FILE = 400  # lines
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
 MODULES = sorted((ROOT / "moco").rglob("*.py"))
 LEVEL = {room: len(ORDER) - number for number, rooms in enumerate(ORDER) for room in rooms}
@@ -150,3 +150,14 @@ def test_configs_name_nothing_to_instantiate() -> None:
 def test_no_file_is_too_long() -> None:
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
     assert {name: length for name, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def test_no_function_is_too_long() -> None:
+    functions = [
+        (f"{name_of(path)}.{node.name}", node.end_lineno - node.lineno + 1)
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno is not None
+    ]
+    assert len(functions) > 500
+    assert {name: lines for name, lines in functions if lines > LONGEST_FUNCTION} == {}
