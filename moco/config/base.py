@@ -138,7 +138,7 @@ class ComputeConfig:
     device: str = bounded("auto", choices=("auto", "cpu", "cuda"))
     """Device for the computation. auto: a GPU if there is one, else the CPU."""
     threads: int = bounded(0, ge=0)
-    """CPU threads per process; 0: torch chooses."""
+    """CPU threads per process; 0: the default of torch."""
 
 
 def require_divisible(batch_size: int, parts: int, divisor: str) -> None:

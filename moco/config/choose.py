@@ -15,12 +15,12 @@ class ChooseConfig(ComputeConfig):
     output: str = bounded("runs/choose", min_length=1, example="output=runs/choose")
     """Directory for the results, choose.json."""
     images: int = bounded(2000, ge=2)
-    """Largest number of training images, drawn once, on which the measures are computed without labels."""
+    """Number of training images, drawn once, on which the label-free measures are computed; all if there are fewer."""
     labels: bool = True
-    """If the images have labels, also report how well each measure agrees with the accuracy; false: ignore labels."""
+    """If the images have labels, report how well each measure agrees with the accuracy; false: ignore labels."""
     labels_per_class: int = bounded(1, ge=1)
-    """Labeled images per class of the kNN accuracy with which the measures are compared."""
+    """Labeled images per class of the kNN classifier whose accuracy is compared with the measures."""
     draws: int = bounded(100, ge=1)
-    """Number of random draws of these labels, over which the kNN accuracy is averaged."""
+    """Number of random draws of the kNN classifier's labeled images. Its accuracy is the mean over the draws."""
     probe_labels_per_class: int = bounded(10, ge=1)
-    """Labeled images per class of the linear probe with which the measures are compared too."""
+    """Labeled images per class of the linear probe whose accuracy is also compared with the measures."""

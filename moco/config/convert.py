@@ -23,14 +23,14 @@ class ConvertConfig(SubjectConfig):
     """Write an encoder in another format, and check the file by reading it again."""
 
     to: str = bounded("", choices=tuple(ENDINGS))
-    """Format of the file."""
+    """Format of the file. `python -m moco.convert --help` lists the networks that each format supports."""
     output: str = ""
-    """File to write. Its ending must be one of the format's."""
+    """File to write, with an ending of the format, e.g. encoder.onnx."""
     overwrite: bool = False
     """Replace an existing file."""
     pictures: int = bounded(16, ge=1)
-    """Number of images for the check: encoder and file must compute the same features for them. They are
-    images of `data` or of the run, or the embedded digits if neither is available."""
+    """Number of images for the check that encoder and file compute the same features. They come from `data` or the run;
+    if neither is available, from the embedded digits."""
 
 
 def check_convert(config: ConvertConfig) -> None:

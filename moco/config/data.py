@@ -17,8 +17,8 @@ class SourceConfig:
     works with moco.train only)."""
     root: str = "data"
     """The folder that holds the data set, or into which it is downloaded. For `folder`: the folder of images. For
-    `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or a folder. For `webdataset`: addresses of
-    tar files, in which {000000..000099} expands to 100 numbers."""
+    `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or a folder. For `webdataset`: paths or
+    URLs of tar files, in which {000000..000099} expands to 100 numbers."""
     download: bool = False
     """Download CIFAR or STL-10 into root if it is not there."""
     labels: str = bounded("none", choices=("none", "folder"))
@@ -26,14 +26,13 @@ class SourceConfig:
     eval_root: str = ""
     """For `folder` with labels: a separate folder of held-out images with the same class folders."""
     resident: bool = False
-    """For `folder`, `imagenet`, `shards` and `huggingface`: decode all images into memory once. All images must have
-    the same size."""
+    """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images, of one size, decoded in memory."""
     workers: int = bounded(2, ge=0, le=256)
-    """Loader processes per rank, for images that are not in memory; 0: load in the main process."""
+    """Loader processes per training process, for images that are not in memory; 0: load in the main process."""
     subset: str = ""
-    """For `huggingface`: the configuration of a data set that has several."""
+    """For `huggingface`: the name of the subset (the hub's "configuration") of a data set that has several."""
     split: str = "train"
-    """For `huggingface`: the training split."""
+    """For `huggingface`: the name of the training split."""
     eval_split: str = ""
     """For `huggingface`: the held-out split; empty: the first of test, validation, valid and val that has labels."""
     image_column: str = ""
@@ -47,17 +46,17 @@ class DataConfig(SourceConfig):
     """The data set that a run reads."""
 
     length: int = bounded(0, ge=0)
-    """For `webdataset`: the number of images per epoch, which a stream does not know."""
+    """For `webdataset`: the number of images per epoch, because a stream has no length."""
     shuffle_buffer: int = bounded(1000, ge=1)
-    """For `webdataset`: the number of encoded images that each loader process buffers to shuffle them."""
+    """For `webdataset`: images that each loader process holds in memory, still encoded, to shuffle their order."""
     allow_pipe: bool = False
-    """For `webdataset`: allow an address pipe:COMMAND, which runs COMMAND in a shell."""
+    """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))
-    """Training on an unreadable image: raise (end with its name), or replace (use another image, always the same one,
-    and list the unreadable image in bad_images.csv). With replace, unreadable images are also excluded from the live
-    accuracy."""
+    """Treatment of unreadable training images: raise (the run ends and names the image), or replace (a fixed other
+    image is used, and bad_images.csv lists the unreadable one). Replace also excludes them from the kNN accuracy in
+    training."""
     max_bad: float = bounded(0.01, ge=0, lt=1, example="data.max_bad=0.01")
-    """With on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
+    """For on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
 
 
 def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
@@ -81,8 +80,8 @@ class SubjectDataConfig(SourceConfig):
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
-    """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. Refused as well
-    if the labels of these images trained the encoder."""
+    """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. It is also
+    refused if the encoder was trained with the labels of these images."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""

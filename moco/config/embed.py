@@ -13,8 +13,8 @@ class EmbedConfig(SubjectConfig):
     output: str = ""
     """Directory for the features and their table; empty: features/ in the run's directory."""
     features: str = bounded("backbone", choices=("backbone", "projection"))
-    """Features to write: backbone (its output, the usual choice for other tasks), or projection (the output of the
-    projection head, which the file must hold)."""
+    """Features to write: backbone (the backbone's output, which suits most tasks), or projection (the output of the
+    projection head; the checkpoint must hold the head)."""
     split: str = bounded("train", choices=("train", "bank", "held_out"))
     """Images to use: train (for an unlabeled folder, all images), bank (the labeled reference images), or held_out."""
     normalize: bool = False
@@ -22,9 +22,9 @@ class EmbedConfig(SubjectConfig):
     dtype: str = bounded("float32", choices=("float32", "float16"))
     """Number format of the features. float16 takes half the disk space."""
     table: str = bounded("csv", choices=("csv", "parquet"))
-    """Format of the table of images: csv (index.csv), or parquet (index.parquet, which needs pyarrow)."""
+    """Format of the table with the image of each row: csv (index.csv), or parquet (index.parquet, needs pyarrow)."""
     on_bad_image: str = bounded("stop", choices=("stop", "skip"))
-    """On an unreadable image: stop (end with its name), or skip (omit it and list it in unreadable.csv)."""
+    """On unreadable images: stop (the command ends and names the image), or skip (unreadable.csv lists them)."""
 
 
 def check_embed(config: EmbedConfig) -> None:

@@ -27,20 +27,19 @@ class FinetuneConfig(SubjectConfig):
     """Text file with the names of the labeled training images, one per line, such as SimCLR's 1percent.txt; empty: use
     fraction or labels_per_class."""
     seeds: int = bounded(1, ge=1)
-    """Repetitions, with the seeds `seed`, `seed` + 1, ... Each has its own labeled images, initial weights, order and
-    augmentation."""
+    """Repetitions, with seeds `seed`, `seed` + 1, ... Labeled images, initial weights, order and views differ."""
     epochs: int = bounded(100, ge=1)
     """Passes over the labeled images."""
     min_steps: int = bounded(0, ge=0)
-    """Least number of steps. With few labels, more epochs are added to reach it."""
+    """Smallest number of steps. If `epochs` passes have fewer, more epochs follow."""
     batch_size: int = bounded(128, ge=1)
     """Images per step, over all processes. It is lowered to the number of labeled images if that is smaller."""
     optimizer: str = bounded("sgd", choices=("sgd", "adamw"))
     """The optimizer."""
     lr: float = bounded(0.01, gt=0)
-    """Peak learning rate (lr) of the backbone. It is not scaled by the batch size, and a cosine lowers it to 0."""
+    """Peak learning rate (lr) of the backbone, not scaled by the batch size. It decreases to 0 along a cosine."""
     head_lr_factor: float = bounded(1.0, gt=0)
-    """Learning rate of the classifier, as a multiple of lr."""
+    """Learning rate of the classifier, divided by that of the backbone."""
     momentum: float = bounded(0.9, ge=0, lt=1)
     """Momentum of sgd."""
     nesterov: bool = False
@@ -54,27 +53,27 @@ class FinetuneConfig(SubjectConfig):
     warmup: float = bounded(0.0, ge=0, lt=1)
     """Fraction of the steps in which the lr rises linearly from zero to its peak."""
     layer_decay: float | None = bounded(None, gt=0, le=1)
-    """For vision transformers and networks of timm: factor between the lr of a layer and that of the next layer towards
-    the output. Vectors then have no weight decay. Null: the same lr for all layers."""
+    """For vision transformers and networks of timm: the lr of a layer, divided by that of the next layer towards the
+    output. Biases and other vectors then have no weight decay. Null: the same lr for all layers."""
     drop_path: float | None = bounded(None, ge=0, lt=1)
     """For vision transformers and networks of timm: probability of skipping the deepest block in training
     (stochastic depth); null: the network's own value."""
     label_smoothing: float = bounded(0.0, ge=0, lt=1)
     """Fraction of each target that is spread evenly over all classes; 0: no smoothing."""
     mixup: float = bounded(0.0, ge=0)
-    """Alpha of MixUp; 0: no MixUp. With cutmix as well, each step uses one of the two at random."""
+    """MixUp's alpha, of Beta(alpha, alpha); 0: off. With cutmix as well, each step uses one of them at random."""
     cutmix: float = bounded(0.0, ge=0)
-    """Alpha of CutMix; 0: no CutMix."""
+    """CutMix's alpha, of Beta(alpha, alpha); 0: off."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization: sync (statistics of the global batch), or frozen (the encoder's running statistics)."""
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
     """Precision of the computation."""
     validation: float = bounded(0.0, ge=0, lt=1)
-    """Evaluate on this fraction of each class of the training split, which then has no labels in training, instead of
-    the held-out split. Use it to choose settings. 0: evaluate on the held-out split."""
+    """Fraction of each class of the training split to evaluate on instead of the held-out split, to choose settings.
+    The other images are trained on. 0: evaluate on the held-out split."""
     view: dict[str, Any] = field(default_factory=dict)
-    """Fields of the training augmentation (`moco.data.view.View`) to change. Write each as +view.NAME=VALUE. The others
-    are those of the run's first view; for a file, crops of 8 to 100 % of the area and a horizontal flip."""
+    """Fields of the training augmentation to change, each as +view.NAME=VALUE; docs/config/augment.md lists them. The
+    others are those of the run's first view; without a run, crops of 8 to 100 % of the area and a horizontal flip."""
 
 
 def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:

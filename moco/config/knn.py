@@ -11,17 +11,16 @@ class KnnConfig(SubjectConfig):
     """Evaluate an encoder with a weighted k-nearest-neighbor (kNN) classifier on frozen features."""
 
     k: list[int] = bounded([200], ge=1, min_length=1, example="k=[20]")
-    """Number of nearest neighbors that vote. Of several values, the best one on the training split (leave-one-out) is
-    used."""
+    """Number of neighbors that vote. Of several values, the one with the best leave-one-out accuracy is used."""
     # Similarities are divided by the temperature in float32.
     temperature: list[float] = bounded([0.1], ge=1e-6, min_length=1, example="temperature=[0.1]")
-    """Temperature of the votes: a neighbor's vote has the weight exp(cosine / temperature). Of several values, one is
-    chosen together with k."""
+    """Temperature of the votes: a neighbor's vote has the weight exp(cosine / temperature). Of several values, the best
+    one is chosen together with k."""
     features: str = bounded("backbone", choices=("backbone", "projection"))
-    """Features to compare: backbone (its output), or projection (the embedding that the loss compares; the file must
-    hold the projection head)."""
+    """Features to compare: backbone (the backbone's output), or projection (the embedding that the loss compares; the
+    checkpoint must hold the projection head)."""
     choose_on: int = bounded(10000, ge=1)
-    """Largest number of training images, drawn once, on which k and temperature are chosen."""
+    """Number of training images, drawn once, on which k and temperature are chosen; all if there are fewer."""
     labels_per_class: int = bounded(0, ge=0)
     """Use N labeled training images per class and average over random draws of them; 0: use all labels."""
     draws: int = bounded(100, ge=1)

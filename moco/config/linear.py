@@ -12,18 +12,18 @@ class SweepConfig:
     """Fields of kind=sweep: train many classifiers on fixed features, and choose the best on a validation part."""
 
     lrs: list[float] = bounded([], gt=0)
-    """Learning rates to try. They are not scaled."""
+    """Learning rates to try. They are not scaled by the batch size."""
     weight_decays: list[float] = bounded([], ge=0)
     """Weight decays to try, in every combination with `lrs`."""
     layers: list[str] = bounded(["output"], min_length=1, unique=True)
-    """Layers to try: output, or submodules of the backbone such as layer3, layers.8 or blocks.10. The best is used."""
+    """Layers to try, of which the best is used: output, or submodules of the backbone such as layer3 or blocks.10."""
     normalize: str = bounded("standard", choices=("standard", "l2", "none"))
     """Normalization of the features: standard (subtract the training split's mean and divide by its deviation, per
     dimension), l2 (unit length), or none."""
     validation: float = bounded(0.2, gt=0, lt=1)
     """Fraction of each class of the training split on which layer, lr and weight decay are chosen."""
     cache: str = bounded("memory", choices=("memory", "disk"))
-    """Where features are stored: memory, or disk (output/features/; later commands reuse them if nothing changed)."""
+    """Where features are stored: memory, or disk (output/features/, which later commands with the same data reuse)."""
 
 
 @dataclass
@@ -51,25 +51,24 @@ class LinearConfig(SubjectConfig):
     """Train and evaluate a linear classifier on a frozen encoder (a linear probe)."""
 
     protocol: str = "sweep"
-    """Name of the recipe in tables and results.json. On the command line, protocol=NAME chooses the recipe itself."""
+    """Name of the protocol in tables and results.json. protocol=NAME on the command line sets its values too."""
     kind: str = bounded("sweep", choices=("sweep", "official"))
-    """Procedure of the recipe: sweep (fields sweep.*) or official (fields official.* and augment.*)."""
+    """Procedure of the protocol: sweep (uses the fields sweep.*) or official (uses official.* and augment.*)."""
     epochs: int = bounded(100, ge=1)
     """Passes over the training features or images."""
     batch_size: int = bounded(512, ge=1)
-    """Images per step, over all processes. It is lowered, with a message, to the size of a smaller data set."""
+    """Images per step, over all processes. If the data set is smaller, its size is used."""
     momentum: float = bounded(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     seeds: int = bounded(1, ge=1)
     """Repetitions with different orders, views, initial weights and validation parts. The result is their mean with a
     95 % interval (Student's t)."""
     compare: list[str] = bounded([], choices=("untrained", "pixels"))
-    """Baselines to evaluate in the same way: untrained (the same network with initial weights), pixels (raw pixels,
-    kind=sweep only)."""
+    """Baselines: untrained (the same network with initial weights), pixels (raw pixels, for kind=sweep only)."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     official: OfficialConfig = field(default_factory=OfficialConfig)
     augment: dict[str, Any] = field(default_factory=dict)
-    """For kind=official: the augmentation, as fields of `moco.data.view.View`. Set size, mean and std in `images`."""
+    """For kind=official: fields of docs/config/augment.md. Set size, mean and std in `images` instead."""
 
 
 def check_linear(config: LinearConfig, processes: int) -> None:

@@ -16,16 +16,16 @@ class MethodConfig:
     name: str = ""
     """The method; set by method=OPTION."""
     temperature: float = bounded(0.2, gt=0)
-    """T. A low one weights the nearest negatives most, a high one weights all negatives similarly."""
+    """Temperature T of the loss. A low T weights the most similar negatives most, a high T all negatives similarly."""
     temperature_schedule: str = bounded("constant", choices=("constant", "cosine", "learned"))
-    """constant, cosine (from temperature_high to temperature_low and back; Kukleva et al., 2023), or learned (starts at
-    `temperature`, stays within the limits; Radford et al., 2021, section 2.5)."""
+    """constant; cosine (T oscillates between temperature_low and temperature_high; Kukleva et al., 2023); or learned (T
+    starts at `temperature` and stays between these limits; Radford et al., 2021, section 2.5)."""
     temperature_low: float = bounded(0.1, gt=0)
-    """Lowest T of cosine and learned."""
+    """Lowest T of temperature_schedule=cosine or learned."""
     temperature_high: float = bounded(1.0, gt=0)
-    """Highest T of cosine and learned."""
+    """Highest T of temperature_schedule=cosine or learned."""
     temperature_period: float = bounded(200.0, gt=0)
-    """Epochs per oscillation of cosine."""
+    """Epochs per oscillation of temperature_schedule=cosine."""
 
     # Properties of the method. A subclass overrides them, by a field or by a value.
     has_momentum_encoder = False

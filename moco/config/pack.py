@@ -16,13 +16,13 @@ class PackConfig:
     output: str = bounded("", min_length=1, example="output=/data/images_packed")
     """Directory for the shards and their index. Run the same command again to resume, or to check finished shards."""
     short_side: int = bounded(0, ge=0)
-    """Reduce images with a longer shorter side to this many pixels; 0: pack every file unchanged."""
+    """Reduce images whose shorter side exceeds N pixels to N pixels; 0: pack every file unchanged."""
     quality: int = bounded(90, ge=1, le=95)
     """JPEG quality of the images that are reduced."""
     shard_mb: float = bounded(256.0, gt=0, le=8000)
     """Largest size of a shard in megabytes (1,000,000 bytes)."""
     workers: int | None = bounded(None, ge=0, le=256)
-    """Processes that read, check and reduce images; null: data.workers."""
+    """Processes that read, check and reduce images; null: the value of data.workers."""
 
 
 def check_pack(config: PackConfig) -> None:

@@ -12,7 +12,7 @@ class ReportConfig(ComputeConfig):
     """Write an HTML page about one run, or about several runs side by side."""
 
     run: str = bounded("", min_length=1, example="run=runs/digits")
-    """Directory of a run of moco.train, finished or not."""
+    """Directory of a run of moco.train, which may still be in progress."""
     compare: list[str] = field(default_factory=list)
     """Directories of other runs to show side by side with `run`."""
     output: str = ""
@@ -23,13 +23,13 @@ class ReportConfig(ComputeConfig):
     map: str = bounded("tsne", choices=("tsne", "umap", "none"))
     """Method of the map: tsne, umap (needs umap-learn), or none (no map)."""
     perplexity: float = bounded(30.0, ge=1)
-    """Perplexity of t-SNE, and number of neighbors of UMAP: about how many neighbors of an image the map preserves."""
+    """Perplexity of t-SNE or number of neighbors of UMAP: how many neighbors of an image the map preserves, roughly."""
     clusters: int = bounded(0, ge=0)
     """Number of k-means clusters of the features; 0: the number of classes (at most 20), or 10 without labels."""
     queries: int = bounded(8, ge=0)
-    """Number of images, at most `pictures`, for which the nearest neighbors and, for a ViT, the attention are shown."""
+    """Number of images of the map for which nearest neighbors and, for a ViT, attention are shown."""
     neighbours: int = bounded(6, ge=1)
-    """Number of nearest neighbors per query."""
+    """Number of nearest neighbors shown per query image."""
     references: int = bounded(5000, ge=0)
     """Number of training images, drawn at random, among which neighbors are searched; 0: all of them."""
     projector: bool = True
@@ -39,7 +39,7 @@ class ReportConfig(ComputeConfig):
     images_at_once: int = bounded(512, ge=1)
     """Images per forward pass of the encoder. It affects memory, not results."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
-    """The current location of the images of all runs, if it has changed since the runs."""
+    """The present location of the images, for all runs, if they were moved after the runs."""
 
 
 def check_report(config: ReportConfig) -> None:

@@ -19,11 +19,11 @@ class SearchConfig(EmbedConfig):
     query: list[str] = field(default_factory=list)
     """For mode=nearest: image files to search for. They need not be part of the data set."""
     sample: int = bounded(0, ge=0)
-    """For mode=nearest: search for N images of the data set, drawn at random; 0: 8 images, if query is empty too."""
+    """For mode=nearest: search for N random images of the data set; 0: for 8 if `query` is empty, else for none."""
     k: int = bounded(12, ge=1)
-    """Number of nearest neighbors. For mode=outliers, their mean similarity is the score of an image."""
+    """Number of nearest neighbors. For mode=outliers, an image's score is its mean similarity to them."""
     threshold: float = bounded(0.95, gt=-1, le=1, example="threshold=0.95")
-    """For mode=duplicates: images with at least this cosine similarity belong to the same group."""
+    """For mode=duplicates: the lowest cosine similarity of two images of the same group."""
     show: int = bounded(60, ge=1)
     """Largest number of groups or outliers in the gallery. The JSON file holds all of them."""
     gallery: str = bounded("html", choices=("html", "png", "none"))

@@ -16,12 +16,11 @@ class ImagesConfig:
     size: int | None = bounded(None, ge=1)
     """Side of the input images in pixels."""
     resize: int | None = bounded(None, ge=0)
-    """Shorter side in pixels to which an image is resized before the central crop; 0: do not resize, the images already
-    have the input size."""
+    """Shorter side in pixels to which an image is resized before the central crop; 0: no resizing."""
     mean: list[float] | None = bounded(None, min_length=3, max_length=3)
-    """Mean of each channel, which is subtracted (pixels are in 0 ... 1)."""
+    """Mean of each channel, subtracted from the pixels, which are in 0 ... 1."""
     std: list[float] | None = bounded(None, gt=0, min_length=3, max_length=3)
-    """Standard deviation of each channel, by which the difference is divided."""
+    """Standard deviation of each channel, by which pixels are divided after the mean is subtracted."""
 
 
 @dataclass
@@ -33,12 +32,12 @@ class SubjectConfig(ComputeConfig):
     checkpoint: str = ""
     """A file instead of a run: one of our checkpoints or encoder.safetensors, or an official MoCo v1, v2 or v3 file."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
-    """Which network of the file to use. momentum_encoder works only if the file holds one."""
+    """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
-    """The network, as in model.backbone, for a file that does not name it; null: the one that the file names."""
+    """The network of a checkpoint that does not name it; values as for model.backbone. Null: the one that it names."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the backbone's constructor, as in model.options. Write each as +options.NAME=VALUE. Empty: those of
-    the file, if it has any."""
+    """Arguments of the backbone's constructor, as model.options. Write each as +options.NAME=VALUE. Empty: those that
+    the checkpoint holds, if any."""
     output: str = ""
     """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of ours, the
     directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""

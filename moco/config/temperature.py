@@ -18,12 +18,11 @@ class TemperatureConfig(ComputeConfig):
     """
 
     mode: str = bounded("sweep", choices=("sweep", "explain"))
-    """sweep: train at each temperature, measure and draw. explain: print the loss and gradient of three logits, without
-    training."""
+    """sweep: train at each temperature, measure and draw; explain: print loss and gradient of three logits."""
     temperatures: list[float] = bounded([], gt=0, min_length=1, example="temperatures=[0.05,0.1,0.2,0.5]")
-    """Temperatures to compare, each in its own runs. More can be added later; finished runs are not repeated."""
+    """Temperatures to compare. Each has its own runs. More can be added later; finished runs are not repeated."""
     seeds: int = bounded(1, ge=1)
-    """Runs per temperature, with the seeds 0, 1, ... Two or more show the spread."""
+    """Runs per temperature, with the seeds 0, 1, ... Two or more show the variation between seeds."""
     recipe: str = "digits"
     """Recipe of the runs: a file of configs/experiment/, as experiment=NAME of moco.train."""
     overrides: list[str] = field(default_factory=list)
@@ -33,11 +32,9 @@ class TemperatureConfig(ComputeConfig):
     keep_epochs: int = bounded(0, ge=0)
     """Keep a checkpoint of each run every N epochs, for moco.choose; 0: keep only the newest ones."""
     output: str = bounded("runs/temperature", min_length=1, example="output=runs/temperature")
-    """Directory for the runs (tT/seedS/), the results (temperature.json) and the figures (SVG). A study with the same
-    output resumes."""
+    """Directory for runs (tT/seedS/), results (temperature.json) and figures. The same output resumes a study."""
     images: int = bounded(2000, ge=2)
-    """Largest number of images to measure, drawn once from the held-out images, or from the training images if none are
-    held out."""
+    """Number of images to measure, drawn from the held-out images or, without these, from the training images."""
     labels_per_class: int = bounded(1, ge=1)
     """Labeled images per class of the kNN accuracy."""
     k: int = bounded(1, ge=1)
@@ -49,8 +46,8 @@ class TemperatureConfig(ComputeConfig):
     similarities: list[float] = bounded(
         [0.8, 0.5, 0.1], ge=-1, le=1, min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
     )
-    """For mode=explain: cosine similarities of the candidates. The correct one is the first in one table, and the
-    second in the other."""
+    """For mode=explain: cosine similarities of the candidates. In the first table the first candidate is the correct
+    one, in the second table the second."""
 
 
 def check_temperature(config: TemperatureConfig) -> None:

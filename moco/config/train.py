@@ -13,7 +13,7 @@ class AugmentConfig:
     """The augmentation of both views. The fields are those of `moco.data.view.View` and a few more."""
 
     views: int = bounded(2, ge=1)
-    """Views per image. With more than two, the recipes of the first and second view alternate."""
+    """Views per image. With more than two, the recipes of the first and the second view alternate."""
     size: int = 224
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
@@ -40,8 +40,7 @@ class AugmentConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     eval_resize: int = 0
-    """Shorter side in pixels to which evaluation resizes an image before the central crop; 0: do not resize, the images
-    already have the size of a view."""
+    """Shorter side in pixels to which evaluation resizes an image before the central crop; 0: no resizing."""
     second: dict[str, Any] = field(default_factory=dict)
     """Fields that differ for the second view, e.g. {blur_p: 0.1, solarize_p: 0.2}."""
 
@@ -74,8 +73,7 @@ class ModelConfig:
     bn_group_size: int = bounded(32, ge=1)
     """Images per BN group with bn=grouped. 32 corresponds to the published 256 images on 8 GPUs."""
     shuffle_keys: bool = True
-    """Shuffle the keys' images over the global batch before they are encoded, so that BN does not leak which key
-    belongs to which query."""
+    """Shuffle the images of the keys over all processes, so that BN does not reveal which key matches a query."""
 
 
 @dataclass
@@ -95,14 +93,13 @@ class OptimConfig:
     weight_decay: float = bounded(1e-4, ge=0)
     """Weight decay of all weights except those in `exclude`."""
     exclude: list[str] = bounded([], choices=("bias", "norm"))
-    """Weights without weight decay and without the layer-wise rate of lars: bias (all biases), norm (the weights of
-    normalization layers)."""
+    """Weights without weight decay and without lars's layer-wise rate: bias (all biases), norm (normalization)."""
     trust: float = bounded(0.001, gt=0)
-    """Trust coefficient of lars: the rate of a layer is lr x trust x |w| / |gradient|."""
+    """Trust coefficient of lars: the learning rate of a layer is lr x trust x |w| / |gradient|."""
     trust_clip: bool = False
-    """For lars: use the smaller of lr and trust x |w| / |gradient| as the rate of a layer."""
+    """For lars: the learning rate of a layer is the smaller of lr and trust x |w| / |gradient| instead."""
     schedule: str = bounded("cosine", choices=("cosine", "step", "constant"))
-    """How the lr decreases after the warm-up: cosine (to lr_end), step (at the milestones), or constant."""
+    """Decrease of the lr after the warm-up: cosine (to lr_end), step (at the milestones), or constant (none)."""
     milestones: list[float] = field(default_factory=list)
     """Epochs at which schedule=step multiplies the lr by gamma."""
     gamma: float = bounded(0.1, gt=0, le=1)
@@ -114,7 +111,7 @@ class OptimConfig:
     per_epoch: bool = False
     """Change the lr only between epochs, as the official MoCo code does; false: change it every step."""
     clip_grad: float = bounded(0.0, ge=0)
-    """Largest norm of the gradient; larger gradients are scaled down to it. 0: no clipping."""
+    """Largest norm of the gradient, to which larger gradients are scaled down; 0: no clipping."""
     skip_nonfinite: int = bounded(0, ge=0)
     """Number of steps with a non-finite loss or gradient that a run skips before it ends; 0: end at the first one."""
 
@@ -130,7 +127,7 @@ class EvaluateConfig:
     temperature: float = bounded(0.1, gt=0)
     """Temperature of the votes: a neighbor's vote has the weight exp(similarity / temperature)."""
     features: str = bounded("backbone", choices=("backbone", "projection"))
-    """Features to compare: backbone (its output), or projection (the embedding that the loss compares)."""
+    """Features to compare: backbone (the backbone's output), or projection (the embedding that the loss compares)."""
     labels_per_class: int = bounded(0, ge=0)
     """Use N labeled reference images per class and average over random draws of them; 0: use all labels."""
     draws: int = bounded(100, ge=1)
@@ -148,18 +145,17 @@ class CheckpointConfig:
     """When checkpoints are saved and which ones are kept."""
 
     every_minutes: float = bounded(5.0, ge=0)
-    """Minutes between checkpoints, in addition to those at the end of an epoch."""
+    """Save when N minutes have passed since the last checkpoint, in addition to the ends of epochs."""
     every_steps: int = bounded(0, ge=0)
     """Also save every N steps; 0: never."""
     every_epochs: int = bounded(1, ge=0)
-    """Save at the end of every N-th epoch; 0: do not save because an epoch ends. The end of the run is always saved."""
+    """Save at the end of every N-th epoch; 0: not at the ends of epochs. The end of the run is always saved."""
     keep_epochs: int = bounded(0, ge=0)
     """Keep a checkpoint permanently every N epochs; 0: keep only the newest ones."""
     keep_last: int = bounded(2, ge=1)
     """Number of newest checkpoints to keep. With 2 or more, a run can resume if the newest one is unreadable."""
     keep_best: bool = False
-    """Also keep the checkpoint with the best kNN accuracy so far, as checkpoints/best.pt. It is saved whenever the
-    accuracy improves."""
+    """Also keep the checkpoint with the best kNN accuracy so far, as checkpoints/best.pt, saved at each new best."""
 
 
 @dataclass
@@ -178,20 +174,20 @@ class TrainConfig(ComputeConfig):
     batch_size: int = bounded(256, ge=1)
     """Images per optimizer step, over all processes."""
     accumulate: int = bounded(1, ge=1)
-    """Micro-batches into which each process divides its part of the batch, to save memory."""
+    """Micro-batches into which each process divides its part of the batch, which saves memory."""
     precision: str = bounded("fp32", choices=("auto", "fp32", "bf16", "fp16"))
-    """Precision of the computation. auto: bf16 if the device is faster with it (measured on a CPU), else fp32. A
-    resumed run keeps the precision of its start."""
+    """Number format of the computation. auto: bf16 if a short measurement on the CPU shows that it is faster, else
+    fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Store images in channels-last memory format, which makes convolutions faster and gives the same results."""
     compile: bool = False
-    """Compile the encoders with torch.compile: takes minutes at the start, then each step is faster."""
+    """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     profile: bool = False
-    """Write a trace and a table of a few steps by torch's profiler into profile/ in the run's directory."""
+    """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
     log_every: int = bounded(10, ge=1)
-    """Steps between two records in metrics.jsonl and TensorBoard."""
+    """Write a record to metrics.jsonl and TensorBoard every N steps."""
     analyse_every: int = bounded(5, ge=0)
-    """Add the measures of moco.analysis (alignment, uniformity, effective rank, ...) to every N-th record; 0: never."""
+    """Add alignment, uniformity, effective rank and other measures to every N-th record; 0: never."""
     stop_after: float = bounded(0.0, ge=0)
     """Minutes after which the run saves and exits with status 75, so that the same command can resume it; 0: never. Set
     it below a job's time limit by the time of one step, one evaluation and one checkpoint."""

@@ -18,26 +18,27 @@ class MoCoConfig(MethodConfig):
     name: str = "moco"
     """The method; set by method=OPTION."""
     queue_size: int = bounded(65536, ge=1)
-    """K."""
+    """Number of keys in the queue (K)."""
     queue_start: str = bounded("random", choices=("random", "empty"))
-    """random (official: random keys count as negatives) or empty (only real keys do)."""
+    """The first queue: random (random keys count as negatives, as in the official code) or empty (no negatives)."""
     mask_own_keys: bool = True
-    """Exclude a query's own stale keys from its negatives."""
+    """Exclude older keys of a query's own image from its negatives."""
     momentum: float = bounded(0.999, ge=0, le=1)
-    """m of the momentum encoder."""
+    """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """m grows to this along half a cosine; null: constant."""
+    """Final value of m, to which it increases along half a cosine; null: m is constant."""
     symmetric: bool = False
-    """Use each view as the query once (v2+)."""
+    """Use each of the two views as the query once and as the key once (v2+)."""
     reduction: str = bounded("mean", choices=("mean", "sum"))
-    """mean or sum of the losses of both directions."""
+    """For symmetric=true: the loss is the mean or the sum of the losses of both directions."""
     labels: bool = False
     """Train on the classes of the training images: keys of the query's class in the queue are positives too (SupMoCo,
     Majumder et al., 2021)."""
     margin: float = bounded(0.0, ge=0)
-    """Subtracted from a positive's similarity before the softmax, see margin_kind; 0: none."""
+    """Margin that is subtracted from the similarity of positives (see margin_kind); 0: no margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
-    """arc: cos(theta + m), in radians (Deng et al., 2019, Eq. 3); cosine: cos(theta) - m (Wang et al., 2018)."""
+    """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
+    cosine, cos(theta) - m (Wang et al., 2018)."""
     debias: float = bounded(0.0, ge=0, lt=1)
     """tau+, the share of the queue that has the query's own class (1 / classes if balanced): its expected part is
     removed from the negatives (Chuang et al., 2020, Eq. 7 and 8); 0: off."""

@@ -15,9 +15,9 @@ class MoCoV3Config(MethodConfig):
     name: str = "moco_v3"
     """The method; set by method=OPTION."""
     momentum: float = bounded(0.99, ge=0, le=1)
-    """m of the momentum encoder."""
+    """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
-    """m grows to this along half a cosine; null: constant."""
+    """Final value of m, to which it increases along half a cosine; null: m is constant."""
 
     has_momentum_encoder = True
     has_predictor = True
