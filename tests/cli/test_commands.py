@@ -3,8 +3,6 @@
 import importlib
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -14,34 +12,15 @@ import yaml
 from moco.cli import Command, run_command
 from moco.config import TrainConfig, config_dir
 from moco.config.knn import KnnConfig
+from tests.cli.conftest import Run
 
 COMMANDS = sorted({path.stem for path in Path(config_dir()).glob("*.yaml")} - {"train"})
-Run = Callable[..., tuple[int, str, str]]
 
 
 def command(name: str) -> Command[Any]:
     found = getattr(importlib.import_module(f"moco.{name}"), name)
     assert isinstance(found, Command)
     return found
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs a command in this process and returns its exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-
-    def call(name: str, *arguments: str, main: Callable[[], None] | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        try:
-            (main or command(name).main)()
-            status = 0
-        except SystemExit as error:
-            status = int(error.code or 0)
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -72,11 +51,7 @@ def test_the_commands_do_not_import_torch() -> None:
         ("finetune", ["run=x", "learning_rate=2"], "there is no field 'learning_rate'"),
         ("finetune", ["run=x", "+view.flip_p=2", "lr=0"], "lr=0.0 must be above 0"),
         ("finetune", ["run=x", "data=cifar"], "there is no 'data/cifar'; did you mean 'cifar10'?"),
-        (
-            "linear",
-            ["run=x", "protocol=moco_v4"],
-            "there is no 'protocol/moco_v4'; did you mean 'moco_v2'?; ",
-        ),
+        ("linear", ["run=x", "protocol=moco_v4"], "there is no 'protocol/moco_v4'; did you mean 'moco_v2'?; "),
         ("search", ["index=out", "threshold=1.5"], "threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.95"),
         ("embed", ["data=folder"], "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE"),
         ("report", ["run=nowhere", "perplexity=0.5"], "perplexity=0.5 must be at least 1"),

@@ -1,4 +1,4 @@
-"""`python -m moco.train` as a person runs it: in a process of its own, from any directory."""
+"""`python -m moco.train`: the files of a run, resuming, refusals and recipes. Two tests start processes."""
 
 import json
 import os
@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 
-from moco.cli import register, run_command
-from moco.config import TrainConfig, config_dir
+from moco.cli import register, to_dataclass
+from moco.config import RunWarning, TrainConfig, check, config_dir
+from moco.data.opening import build_views
 from moco.digest import digest
 from moco.runs import checkpoint
-from moco.train import train as train_as_configured
+from tests.cli.conftest import Run
 
 REPOSITORY = Path(config_dir()).parent
-# A run of 12 steps in seconds: the digits recipe with a tiny encoder.
+# A run of 15 steps in seconds: the digits recipe with a tiny encoder.
 TINY = [
     "epochs=3",
     "batch_size=256",
@@ -62,9 +64,9 @@ def records(run: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    result = train(folder, *TINY, "run=whole")
+    result = train(folder, *TINY, "run=full")
     assert result.returncode == 0, result.stderr
-    return folder / "whole", result.stdout
+    return folder / "full", result.stdout
 
 
 def test_a_run_writes_all_its_files_and_a_summary(uninterrupted: tuple[Path, str]) -> None:
@@ -73,7 +75,7 @@ def test_a_run_writes_all_its_files_and_a_summary(uninterrupted: tuple[Path, str
         assert (run / name).stat().st_size > 0
     assert list(run.glob("events.out.tfevents.*"))
     assert checkpoint.list_checkpoints(run / "checkpoints")[0].name == "step_00000015.pt"
-    for words in ("untrained", "raw pixels", "pretrained", "chance", "data wait", "whole/encoder.safetensors"):
+    for words in ("untrained", "raw pixels", "pretrained", "chance", "data wait", "full/encoder.safetensors"):
         assert words in output
     written = records(run)
     assert [each["step"] for each in written if "train/loss" in each] == list(range(1, 16))
@@ -86,7 +88,7 @@ def test_a_run_writes_all_its_files_and_a_summary(uninterrupted: tuple[Path, str
 def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
     uninterrupted: tuple[Path, str], tmp_path: Path, seed: int
 ) -> None:
-    """SIGKILL at a random moment of training, once or more, then the same command again until it is done."""
+    """Sends SIGKILL at a random moment of training, twice, then runs the same command to the end."""
     chance = random.Random(seed)
     arguments = [*TINY, "run=killed", "checkpoint.every_steps=2"]
     run = tmp_path / "killed"
@@ -106,17 +108,16 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
         process.wait()
     result = train(tmp_path, *arguments)
     assert result.returncode == 0, result.stderr
-    whole, resumed = finished(uninterrupted[0]), finished(run)
-    assert digest(whole["method"]) == digest(resumed["method"])
-    assert digest(whole["optimizer"]) == digest(resumed["optimizer"])
-    # No record is missing or there twice, and each loss is the uninterrupted run's.
+    expected, resumed = finished(uninterrupted[0]), finished(run)
+    assert digest(expected["method"]) == digest(resumed["method"])
+    assert digest(expected["optimizer"]) == digest(resumed["optimizer"])
+    # No record is missing or repeated, and each loss equals that of the uninterrupted run.
     losses = [(each["step"], each["train/loss"]) for each in records(run) if "train/loss" in each]
     assert losses == [(each["step"], each["train/loss"]) for each in records(uninterrupted[0]) if "train/loss" in each]
 
 
-def test_the_saved_encoder_loads_as_the_readme_says(uninterrupted: tuple[Path, str]) -> None:
+def test_the_saved_encoder_loads_with_the_code_of_the_readme(uninterrupted: tuple[Path, str]) -> None:
     code = (REPOSITORY / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    # The README's own lines, on this run.
     scope: dict[str, Any] = {}
     exec(code.replace("runs/digits/encoder.safetensors", str(uninterrupted[0] / "encoder.safetensors")), scope)
     trained = finished(uninterrupted[0])["method"]
@@ -124,43 +125,36 @@ def test_the_saved_encoder_loads_as_the_readme_says(uninterrupted: tuple[Path, s
         assert torch.equal(value, trained[f"encoder.backbone.{name}"]), name
 
 
-def test_a_finished_run_is_not_trained_again(uninterrupted: tuple[Path, str]) -> None:
-    run, _ = uninterrupted
-    before = (run / "metrics.jsonl").read_text()
-    result = train(run.parent, *TINY, "run=whole")
-    assert result.returncode == 0, result.stderr
-    assert "already finished" in result.stdout
-    assert (run / "metrics.jsonl").read_text() == before
-
-
-def test_another_configuration_in_the_same_directory_is_refused(uninterrupted: tuple[Path, str]) -> None:
-    result = train(uninterrupted[0].parent, *TINY, "run=whole", "method.temperature=0.3", "seed=1")
-    assert result.returncode == 2
-    assert "method.temperature (there 0.5, now 0.3)" in result.stderr
-    assert "seed (there 0, now 1)" in result.stderr
+def test_a_finished_run_is_not_trained_again(uninterrupted: tuple[Path, str], run: Run) -> None:
+    folder, _ = uninterrupted
+    before = (folder / "metrics.jsonl").read_text()
+    status, output, errors = run("train", *TINY, f"run={folder}")
+    assert status == 0, errors
+    assert "already finished" in output
+    assert (folder / "metrics.jsonl").read_text() == before
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_previous_one_with_a_warning(
-    uninterrupted: tuple[Path, str], tmp_path: Path
+    uninterrupted: tuple[Path, str], run: Run, tmp_path: Path
 ) -> None:
-    result = train(tmp_path, *TINY, "run=hurt")
-    assert result.returncode == 0, result.stderr
-    newest, before = checkpoint.list_checkpoints(tmp_path / "hurt" / "checkpoints")
+    shutil.copytree(uninterrupted[0], tmp_path / "damaged")
+    newest, before = checkpoint.list_checkpoints(tmp_path / "damaged" / "checkpoints")
     newest.write_bytes(newest.read_bytes()[:-1000])
-    result = train(tmp_path, *TINY, "run=hurt")
-    assert result.returncode == 0, result.stderr
-    assert f"{newest.name} cannot be read" in result.stderr
-    assert f"resuming hurt at step {int(before.name[5:13])}" in result.stdout
-    assert digest(finished(tmp_path / "hurt")["method"]) == digest(finished(uninterrupted[0])["method"])
+    with pytest.warns(RunWarning, match=f"{newest.name} cannot be read"):
+        status, output, errors = run("train", *TINY, "run=damaged")
+    assert status == 0, errors
+    assert f"resuming damaged at step {int(before.name[5:13])}" in output
+    assert digest(finished(tmp_path / "damaged")["method"]) == digest(finished(uninterrupted[0])["method"])
 
 
-def test_a_non_finite_loss_ends_the_run_and_names_the_batch(tmp_path: Path) -> None:
-    result = train(tmp_path, *TINY, "run=lost", "optim.lr=1e20", "checkpoint.every_steps=1")
-    assert result.returncode == 1
-    (line,) = result.stderr.strip().splitlines()
+def test_a_non_finite_loss_ends_the_run_and_names_the_batch(run: Run, tmp_path: Path) -> None:
+    never = ["evaluate.every_epochs=0"]
+    status, _, errors = run("train", *TINY, "run=lost", "optim.lr=1e20", "checkpoint.every_steps=1", *never)
+    assert status == 1
+    (line,) = errors.strip().splitlines()
     for words in ("moco: step", "epoch 1, batch", "samples", "lower optim.lr"):
         assert words in line
-    # What was saved last is the state before the step that failed, and it is finite.
+    # The newest checkpoint is the state before the step that failed, and it is finite.
     newest = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "lost" / "checkpoints")[0])
     assert f"moco: step {newest['step'] + 1} (" in line
     assert all(torch.isfinite(value).all() for value in newest["method"].values())
@@ -185,54 +179,48 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_batch(tmp_path: Path) -> N
         (["data=cifar10"], "data.download=true"),
         (["batch_size=2048"], "moco: batch_size=2048"),
         (["device=cuda"], "moco: device=cuda"),
+        (["--multirun", "optim.lr=0.01,0.02", "run=one"], "moco: --multirun has 2 jobs with run=one"),
     ],
 )
 def test_an_invalid_configuration_is_refused_in_one_sentence(
-    tmp_path: Path,
-    arguments: list[str],
-    sentence: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    arguments: list[str], sentence: str, run: Run, tmp_path: Path
 ) -> None:
     if arguments == ["device=cuda"] and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["moco.train", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        run_command("train", TrainConfig, train_as_configured)
-    assert caught.value.code in (1, 2)
-    output, error = capfd.readouterr()
+    status, output, errors = run("train", *arguments)
+    assert status in (1, 2)
     assert output == ""
-    assert len(error.strip().splitlines()) == 1, error
-    assert sentence in error
-    assert not (tmp_path / "runs").exists()  # before any work starts
+    (line,) = errors.splitlines()
+    assert sentence in line
+    assert list(tmp_path.iterdir()) == []  # refused before any work starts
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(uninterrupted: tuple[Path, str], tmp_path: Path) -> None:
-    """Its own configuration counts, whatever config.yaml beside it says."""
-    (tmp_path / "swapped").mkdir()
-    shutil.copytree(uninterrupted[0] / "checkpoints", tmp_path / "swapped" / "checkpoints")
-    result = train(tmp_path, *TINY, "run=swapped", "method.symmetric=true")
-    assert result.returncode == 2
-    assert "method.symmetric (there False, now True)" in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
-
-
-def test_a_sweep_into_one_directory_is_refused_before_it_starts(tmp_path: Path) -> None:
-    result = train(tmp_path, "--multirun", *TINY, "optim.lr=0.01,0.02", "run=one")
-    assert result.returncode == 2
-    assert "--multirun has 2 jobs with run=one" in result.stderr
-    assert not (tmp_path / "one").exists()
-    assert list(tmp_path.iterdir()) == []  # no multirun.yaml either
+@pytest.mark.parametrize(
+    ("files", "changes", "fields"),
+    [
+        (
+            "*",
+            ["method.temperature=0.3", "seed=1"],
+            ["temperature (there 0.5, now 0.3)", "seed (there 0, now 1)"],
+        ),
+        # Without config.yaml, the configuration in the checkpoint counts.
+        ("checkpoints", ["method.symmetric=true"], ["method.symmetric (there False, now True)"]),
+    ],
+)
+def test_a_run_of_another_configuration_is_refused(
+    files: str, changes: list[str], fields: list[str], uninterrupted: tuple[Path, str], run: Run, tmp_path: Path
+) -> None:
+    for path in uninterrupted[0].glob(files):
+        target = tmp_path / "other" / path.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    status, _, errors = run("train", *TINY, "run=other", *changes)
+    assert status == 2
+    (line,) = errors.splitlines()
+    assert all(field in line for field in fields)
 
 
 def test_every_recipe_composes_and_opens_with_its_command() -> None:
-    from hydra import compose, initialize_config_dir
-
-    from moco.cli import to_dataclass
-    from moco.config import TrainConfig, check
-    from moco.data.opening import build_views
-
     register("train", TrainConfig)
     recipes = sorted((Path(config_dir()) / "experiment").glob("*.yaml"))
     assert {"digits", "cifar10_notebook", "moco_v1_imagenet", "moco_v2_folder"} <= {each.stem for each in recipes}
@@ -248,31 +236,32 @@ def test_every_recipe_composes_and_opens_with_its_command() -> None:
             assert config.run == f"runs/{recipe.stem}"
 
 
-def test_cfg_job_prints_the_recipe_without_running_it(tmp_path: Path) -> None:
-    result = train(tmp_path, "experiment=cifar10_notebook", "--cfg", "job")
-    assert result.returncode == 0, result.stderr
-    printed = yaml.safe_load(result.stdout)
+def test_cfg_job_prints_the_recipe_without_running_it(run: Run, tmp_path: Path) -> None:
+    status, output, errors = run("train", "experiment=cifar10_notebook", "--cfg", "job")
+    assert status == 0, errors
+    printed = yaml.safe_load(output)
     assert printed["optim"]["lr"] == 0.06
     assert printed["method"]["queue_size"] == 4096
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recipe_in_a_directory_of_the_user(tmp_path: Path) -> None:
-    (tmp_path / "mine" / "experiment").mkdir(parents=True)
-    (tmp_path / "mine" / "experiment" / "wide.yaml").write_text(
+def test_a_recipe_in_a_directory_of_the_user(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "wide.yaml").write_text(
         "# @package _global_\ndefaults:\n  - digits\n  - _self_\nmethod:\n  temperature: 0.123\n"
     )
-    (tmp_path / "mine" / "experiment" / "bare.yaml").write_text("method: {temperature: 0.1}\n")
-    result = train(tmp_path, "--config-dir", "mine", "experiment=bare")
-    assert result.returncode == 2
-    assert "must open with the line '# @package _global_'" in result.stderr
-    result = train(tmp_path, "--config-dir", "mine", "experiment=wide", "--cfg", "job")
-    assert result.returncode == 0, result.stderr
-    assert yaml.safe_load(result.stdout)["method"]["temperature"] == 0.123
+    (folder / "bare.yaml").write_text("method: {temperature: 0.1}\n")
+    status, _, errors = run("train", "--config-dir", "mine", "experiment=bare")
+    assert status == 2
+    assert "must open with the line '# @package _global_'" in errors
+    status, output, errors = run("train", "--config-dir", "mine", "experiment=wide", "--cfg", "job")
+    assert status == 0, errors
+    assert yaml.safe_load(output)["method"]["temperature"] == 0.123
 
 
-def test_help_names_recipes_and_groups(tmp_path: Path) -> None:
-    result = train(tmp_path, "--help")
-    assert result.returncode == 0, result.stderr
+def test_help_lists_recipes_and_groups(run: Run) -> None:
+    status, output, errors = run("train", "--help")
+    assert status == 0, errors
     for words in ("experiment=NAME", "moco_v2_imagenet", "temperature", "--config-dir"):
-        assert words in result.stdout
+        assert words in output
