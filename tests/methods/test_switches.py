@@ -1,4 +1,4 @@
-"""The switches on InfoNCE through the method: planted cases, loops, schedules, resume, and what is refused.
+"""Switches of InfoNCE in MoCo: constructed cases, loops, temperature schedules, resume and refused values.
 
 Legend: N batch, C embedding, K queue length, P pixels of an image.
 """
@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from moco.optim.optimizers import parameter_groups
 from moco.training.checks import check_against_data
 from moco.training.step import StepSettings, train_step
 from moco.training.trainer import pretrain
-from tests.distributed.launch import run_ranks
 
 N, C, K, P, T = 4, 5, 12, 12, 0.3
 SAMPLES = 9
@@ -111,8 +109,8 @@ def test_no_switch_is_moco_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_run_goes_on_from_its_state_dict_bit_for_bit(name: str) -> None:
-    """What is random is a function of the step, what is learned is in the state."""
+def test_training_resumes_from_the_state_dict_bit_for_bit(name: str) -> None:
+    """Random numbers depend on the step; everything else is in the state."""
     first = made(**SWITCHES[name])
     optimizer = sgd(first)
     for number in range(3):
@@ -128,38 +126,27 @@ def test_a_run_goes_on_from_its_state_dict_bit_for_bit(name: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
 
 
-def every_switch(accumulate: int) -> dict[str, list[dict[str, Tensor]]]:
-    result: dict[str, list[dict[str, Tensor]]] = {}
-    for name, options in SWITCHES.items():
-        method = made(**options)
-        optimizer = sgd(method)
-        forward = wrap_ddp(method, torch.device("cpu"))
-        result[name] = []
-        for number in range(3):
-            measures = step(method, optimizer, number, forward, accumulate)
-            result[name].append(
-                measures | {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
-            )
+def steps_with_switch(name: str, accumulate: int = 1) -> dict[str, Tensor]:
+    """Return measures and gradients of three steps."""
+    method = made(**SWITCHES[name])
+    optimizer, forward = sgd(method), wrap_ddp(method, torch.device("cpu"))
+    result: dict[str, Tensor] = {}
+    for number in range(3):
+        measures = step(method, optimizer, number, forward, accumulate)
+        gradients = {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
+        result |= {f"{number} {key}": value for key, value in (measures | gradients).items()}
     return result
 
 
-@cache
-def on(world: int, accumulate: int) -> list[dict[str, list[dict[str, Tensor]]]]:
-    return run_ranks(world, every_switch, accumulate)
-
-
 @pytest.mark.parametrize("name", SWITCHES)
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 2), (2, 1)])
-def test_processes_and_micro_batches_are_no_part_of_the_mathematics(world: int, accumulate: int, name: str) -> None:
-    (alone,) = on(1, 1)
-    for each in on(world, accumulate):
-        for got, expected in zip(each[name], alone[name], strict=True):
-            assert got.keys() == expected.keys()
-            for key, value in expected.items():
-                torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5, msg=key)
+def test_micro_batches_do_not_change_a_step(name: str) -> None:
+    expected, got = steps_with_switch(name), steps_with_switch(name, accumulate=2)
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
-# ---- planted cases: the encoder hands the pixels on, the query is e0 ----
+# ---- constructed cases: the encoder returns the pixels, the query is e0 ----
 
 
 def planted(queue: Tensor, **options: Any) -> Output:
@@ -218,7 +205,7 @@ def test_a_margin_lowers_the_positive_in_the_loss_and_not_in_the_measures(switch
     assert output.measures["positive_similarity"].item() == pytest.approx(0.5)
 
 
-def test_debiasing_takes_the_expected_share_of_the_class_out() -> None:
+def test_debiasing_removes_the_expected_share_of_the_class() -> None:
     prior = 0.1
     output = planted(QUEUE, switches=Switches(debias=prior))
     negatives = [math.exp(0.6 / T), 1.0, 1.0, 1.0]
@@ -229,7 +216,7 @@ def test_debiasing_takes_the_expected_share_of_the_class_out() -> None:
 
 @pytest.mark.parametrize(("pairs", "with_query"), [(3, 2), (4, 0), (0, 3)])
 def test_mixed_negatives_equal_the_loops(pairs: int, with_query: int) -> None:
-    """MoCHi by hand: of the two hardest, with the random numbers of (seed, step, place, view)."""
+    """MoCHi by hand: from the two hardest, with the random numbers of (seed, step, position, view)."""
     method = MoCo(
         nn.Flatten(),
         KeyQueue(4, P, "empty"),
@@ -261,13 +248,13 @@ def test_mixed_negatives_equal_the_loops(pairs: int, with_query: int) -> None:
     assert output.measures["chance"].item() == pytest.approx(math.log(1 + 4 + pairs + with_query))
 
 
-def test_mixed_with_the_query_they_are_harder_than_the_hardest_and_raise_the_loss() -> None:
+def test_negatives_mixed_with_the_query_are_harder_than_the_hardest_and_raise_the_loss() -> None:
     mixed = planted(QUEUE, switches=Switches(mix_hardest=1, mix_query=8))
     assert mixed.measures["mixed_similarity"].item() > 0.6  # the hardest in the queue
     assert mixed.loss > planted(QUEUE).loss
 
 
-def test_other_steps_views_and_seeds_draw_other_numbers() -> None:
+def test_random_numbers_differ_per_step_view_seed_and_position() -> None:
     method = made(switches=Switches(mix_hardest=4, mix_pairs=3), seed=3)
     index = torch.arange(N)
 
@@ -283,7 +270,7 @@ def test_other_steps_views_and_seeds_draw_other_numbers() -> None:
 
 
 def test_positives_are_not_mixed_into_negatives() -> None:
-    """The only entry is of the query's class: nothing is left to mix."""
+    """The only entry has the query's class, so no negative can be mixed."""
     output = planted(
         FALSE[None], labels=torch.zeros(200, dtype=torch.long), switches=Switches(mix_hardest=1, mix_query=3)
     )
@@ -301,7 +288,7 @@ def test_a_learned_temperature_moves_and_stays_within_its_bounds() -> None:
     seen = [step(method, optimizer, number)["temperature"].item() for number in range(12)]
     assert seen[0] == pytest.approx(T)
     assert seen[1] > T
-    assert seen[-1] == pytest.approx(0.35)  # this far it would go on
+    assert seen[-1] == pytest.approx(0.35)  # the bound
     assert all(0.25 - 1e-6 <= each <= 0.35 + 1e-6 for each in seen)
     assert method.state_dict()["learned_temperature.log_scale"].shape == ()
 
@@ -391,7 +378,7 @@ SIMCLR: dict[str, Any] = {"name": "simclr"}
         ({"name": "moco_v3", "temperature_schedule": "learned"}, r"must be one of constant, cosine"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_sentence(values: dict[str, Any], words: str) -> None:
+def test_invalid_combinations_are_refused_in_one_line(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         check(config(setting(**values)))
     assert "\n" not in str(caught.value)
@@ -414,7 +401,7 @@ def test_micro_batches_are_refused_where_the_batch_is_the_negatives() -> None:
         SIMCLR | {"candidates": "other_view", "margin": 0.1, "temperature_schedule": "learned", "augment__views": 4},
     ],
 )
-def test_what_goes_together_is_built(values: dict[str, Any]) -> None:
+def test_valid_combinations_are_built(values: dict[str, Any]) -> None:
     of = config(setting(**values))
     check(of)
     method = build_method(of, np.arange(10) % 3)
@@ -424,7 +411,7 @@ def test_what_goes_together_is_built(values: dict[str, Any]) -> None:
     assert (method.learned_temperature is not None) == (of.method.temperature_schedule == "learned")
 
 
-def test_each_field_arrives_where_it_belongs() -> None:
+def test_each_field_reaches_the_method() -> None:
     values: dict[str, Any] = {
         "margin": 0.1,
         "margin_kind": "cosine",
@@ -449,29 +436,27 @@ def test_each_field_arrives_where_it_belongs() -> None:
     assert (other.candidates, other.contrast_mode, other.margin, other.margin_kind) == ("other_view", "one", 0.2, "arc")
 
 
-def test_labels_that_are_missing_are_asked_for() -> None:
+def test_missing_labels_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"method.labels=true, but .* set data.labels=folder"):
         build_method(config(setting(labels=True)))
 
 
-def test_more_views_repeat_the_two_recipes() -> None:
+def test_further_views_alternate_between_the_two_augmentations() -> None:
     of = config(setting(augment__views=5, augment__second={"blur_p": 0.5}))
     assert [view.blur_p for view in build_views(of.augment)] == [0.0, 0.5, 0.0, 0.5, 0.0]
 
 
-def test_grouped_bn_with_the_batch_as_negatives_is_warned_of() -> None:
+def test_grouped_bn_with_negatives_from_the_batch_warns() -> None:
     with pytest.warns(RunWarning, match=r"set model.bn=sync"):
         check_against_data(config(setting(**SIMCLR)), Plan(1000, 64, 1, 0))
 
 
-# ---- whole runs ----
+# ---- runs ----
 
 
 def records(folder: Path, **values: Any) -> list[dict[str, float]]:
-    """A run of two epochs of five steps on the digits; its records, a step each."""
-    of = config(
-        setting(data__name="digits", augment__size=16, augment__crop_scale=[1.0, 1.0], evaluate__every_epochs=0)
-    )
+    """Train for two epochs of five steps on the digits; return the record of each step."""
+    of = config(setting(data__name="digits", augment__size=8, augment__crop_scale=[1.0, 1.0], evaluate__every_epochs=0))
     of.run, of.epochs, of.batch_size, of.log_every, of.device, of.threads = str(folder), 2, 256, 1, "cpu", 1
     setting(**values)(of)
     check(of)
@@ -479,53 +464,43 @@ def records(folder: Path, **values: Any) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_cosine_schedule_is_high_at_its_start_and_low_in_its_middle(tmp_path: Path) -> None:
-    seen = [
-        each["train/temperature"]
-        for each in records(
-            tmp_path / "run",
-            temperature_schedule="cosine",
-            temperature_low=0.2,
-            temperature_high=0.8,
-            temperature_period=2.0,
-        )
-    ]
-    assert len(seen) == 10
-    assert seen[0] == pytest.approx(0.8)
-    assert seen[5] == pytest.approx(0.2)  # an epoch later
-    assert seen[5] == min(seen)
-    assert seen[1] == pytest.approx(seen[9])
-    assert seen[4] == pytest.approx(seen[6])
+COSINE = {"temperature_low": 0.2, "temperature_high": 0.8, "temperature_period": 2.0, "temperature_schedule": "cosine"}
 
 
 @pytest.mark.parametrize(
     "values",
     [
         SIMCLR | {"labels": True, "model__bn": "sync", "augment__views": 3, "temperature_schedule": "learned"},
-        {"mix_hardest": 8, "mix_pairs": 4, "mix_query": 2, "labels": True, "temperature_schedule": "cosine"},
+        {"mix_hardest": 8, "mix_pairs": 4, "mix_query": 2, "labels": True} | COSINE,
     ],
+    ids=["simclr", "moco"],
 )
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(
+def test_an_interrupted_run_resumes_bit_for_bit(
     tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = records(tmp_path / "whole", **values)
+    expected = records(tmp_path / "uninterrupted", **values)
+    temperatures = [each["train/temperature"] for each in expected]
+    if "mix_hardest" in values:  # high at the start, low in the middle of the period, an epoch later
+        assert temperatures[0] == pytest.approx(0.8)
+        assert temperatures[5] == pytest.approx(0.2)
+        assert temperatures[5] == min(temperatures)
+        assert temperatures[1] == pytest.approx(temperatures[9])
+        assert temperatures[4] == pytest.approx(temperatures[6])
 
-    import moco.training.trainer as stage
+    calls = iter(range(10))
 
-    def stopped(*args: Any, **options: Any) -> dict[str, Tensor]:
-        stopped.steps += 1  # type: ignore[attr-defined]
-        if stopped.steps == 8:  # type: ignore[attr-defined]
+    def interrupted(*args: Any, **options: Any) -> dict[str, Tensor]:
+        if next(calls) == 6:
             raise KeyboardInterrupt
         return train_step(*args, **options)
 
-    stopped.steps = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(stage, "train_step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        records(tmp_path / "parts", **values)
-    monkeypatch.undo()
-    parts = records(tmp_path / "parts", **values)
-    assert len(parts) == len(whole) == 10
-    for a, b in zip(parts, whole, strict=True):
+    with monkeypatch.context() as patch:
+        patch.setattr("moco.training.trainer.train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            records(tmp_path / "resumed", **values)
+    resumed = records(tmp_path / "resumed", **values)
+    assert len(resumed) == len(expected) == 10
+    for a, b in zip(resumed, expected, strict=True):
         for name in a:
             if name.startswith("train/"):
                 assert a[name] == b[name], name
