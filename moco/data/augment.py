@@ -29,9 +29,7 @@ from moco.data.view import Params, View, draw, draw_crop
 __all__ = ["Params", "View", "augment", "crop_batch", "crop_one", "draw", "draw_crop", "largest_shrink"]
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
-
-# Numbers per part on a CPU, so that they stay in its cache between operations.
-_CPU_PART = 2**21
+_CPU_PART = 2**21  # numbers per part on a CPU, so that they stay in its cache between operations
 
 
 def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:

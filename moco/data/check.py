@@ -91,8 +91,7 @@ def check_data(config: CheckDataConfig) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
     show(report, output)
-    obstacles = find_obstacles(data, [len(folder) for folder in folders], findings)
-    if obstacles:
+    if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would end: {'; '.join(obstacles)}; {output} lists the files")
 
 

@@ -23,9 +23,8 @@ from torch import Tensor
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
 CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: areas, log ratios, top, left
 
-# Limits the working memory of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
-_PART_NUMBERS = {"cpu": 2**21}
-_PART_NUMBERS_ELSEWHERE = 2**26
+# Limits of the working memory of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
+_PART_CPU, _PART_ELSEWHERE = 2**21, 2**26
 
 
 def crop_boxes(
@@ -131,7 +130,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
     where = queue_copy(torch.from_numpy(boxes), device)  # (N, 4)
     out = torch.empty(count, channels, size, size, dtype=torch.uint8, device=device)
     largest = max(height, size) * max(width, size) * channels
-    part = max(1, _PART_NUMBERS.get(device.type, _PART_NUMBERS_ELSEWHERE) // largest)
+    part = max(1, (_PART_CPU if device.type == "cpu" else _PART_ELSEWHERE) // largest)
     for start in range(0, count, part):
         rows = slice(start, start + part)
         top, left, box_h, box_w = where[rows].unbind(1)
@@ -248,7 +247,8 @@ def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[n
 def plain_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the weights of plain bilinear interpolation: the two pixels nearest to the output pixel's center.
 
-    Args and returns as `antialiased_taps`, K = 2. A center beyond that of the first or last pixel uses only this pixel.
+    Arguments and result are those of `antialiased_taps`, with K = 2. A center beyond that of the first or last pixel
+    uses only this pixel.
     """
     center = np.maximum(lengths / size * (np.arange(size) + 0.5) - 0.5, 0.0)  # (L, S)
     first = np.minimum(np.floor(center), lengths - 1)  # (L, S)

@@ -63,12 +63,7 @@ class HubSource(Source):
 
 
 def open_hub(config: DataConfig) -> Sources:
-    """Open the training split of a data set, and a labeled held-out split if there is one.
-
-    Raises:
-        FileNotFoundError: if the data set does not exist, or cannot be downloaded.
-        ValueError: if `datasets` is not installed, or if a field does not fit the data set.
-    """
+    """Open the training split of a data set, and a labeled held-out split if there is one."""
     split, eval_split = config.split, config.eval_split
     every = _load(config.root, config.subset)
     train = _open_split(every, config, "split", split)

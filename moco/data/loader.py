@@ -29,7 +29,7 @@ from moco.data.workers import LoaderError, identity_collate, ignore_signals, loa
 class Batch:
     """This rank's share of one global batch."""
 
-    index: Tensor  # (n,), sample indices; a substitute's own, because queue and labels refer to the image that is used
+    index: Tensor  # (n,), of the images that are used: for a substitute its own index, which queue and labels need
     views: list[Tensor]  # V of (n, 3, S, S), float32, normalized
 
 
@@ -131,7 +131,7 @@ Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, 
 
 
 class Cutter:
-    """The data set of the streamed path: a worker decodes each image once and cuts all views from it."""
+    """The data set of a loader process, which decodes each image once and crops all views from it."""
 
     def __init__(self, source: Source, views: Sequence[View], seed: int, replace: bool) -> None:
         self.source, self.views, self.seed, self.replace = source, views, seed, replace

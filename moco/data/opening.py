@@ -17,16 +17,13 @@ from moco.runtime.console import progress_bar
 def open_sources(
     config: DataConfig, bank_size: int, keep_unreadable: bool = False, heartbeat: Callable[[], None] = lambda: None
 ) -> Sources:
-    """Open a data set on every rank, with a progress bar.
+    """Open a data set on every rank, with a progress bar; for errors see `moco.data.sources.load_source`.
 
     Args:
         config: the data set.
         bank_size: the largest number of reference images for the live kNN; 0: all.
         keep_unreadable: see `moco.data.sources.load_source`.
         heartbeat: called regularly while images are decoded.
-
-    Raises:
-        FileNotFoundError, ValueError, ImageError: see `moco.data.sources.load_source`.
     """
 
     def load(download: bool) -> Sources:

@@ -123,12 +123,7 @@ _NO_ACCESS = ValueError(
 
 
 def open_remote(config: DataConfig) -> Sources:
-    """Open the shards that data.root names; in it {000000..000099} expands, and :: separates several addresses.
-
-    Raises:
-        FileNotFoundError: if a local shard does not exist.
-        ValueError: if the package webdataset is not installed, or if a field is invalid.
-    """
+    """Open the shards that data.root names; in it {000000..000099} expands, and :: separates several addresses."""
     try:
         from webdataset.shardlists import expand_urls  # only this source needs the package
     except ImportError as error:
@@ -136,17 +131,15 @@ def open_remote(config: DataConfig) -> Sources:
             "data.name=webdataset needs the package webdataset: pip install 'momentum-contrast[webdataset]'; local "
             "shards of moco.pack do not, data=shards"
         ) from error
-    root = config.root
     if config.length < 1:
         raise ValueError(f"data.length={config.length}: set it to the number of images per epoch")
     try:
-        addresses = tuple(str(each) for each in expand_urls(root))
+        addresses = tuple(str(each) for each in expand_urls(config.root))
     except (AssertionError, KeyError) as error:
-        raise ValueError(
-            f"data.root={root} contains an unset variable: ${{NAME}} is the environment variable WDS_NAME"
-        ) from error
+        unset = "contains an unset variable: ${NAME} is the environment variable WDS_NAME"
+        raise ValueError(f"data.root={config.root} {unset}") from error
     except ValueError as error:  # of braceexpand
-        raise ValueError(f"data.root={root}: {error}; the syntax is train-{{000000..000099}}.tar") from error
+        raise ValueError(f"data.root={config.root}: {error}; the syntax is train-{{000000..000099}}.tar") from error
     for address in addresses:
         _check_address(address, config.allow_pipe)
     return Sources(RemoteSource(addresses, config.length, config.shuffle_buffer))
@@ -223,10 +216,8 @@ class _Stream(IterableDataset[Any]):
 def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots: int) -> Iterator[Sample]:
     """Yield the images of one of `slots` workers, pass after pass; in a pass every shard belongs to one worker.
 
-    A worker whose shards of a pass contain no image reads the next shard that contains one.
-
-    Warns:
-        RunWarning: once, about the first shard with files that are skipped.
+    A worker whose shards of a pass contain no image reads the next shard that contains one. A RunWarning reports the
+    first shard with files that are skipped.
 
     Raises:
         StreamError: if a shard cannot be read, or no shard contains an image.
@@ -260,10 +251,9 @@ def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots:
 
 
 def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sample]:
-    """Yield the images of one shard, in its order; `skipped` as in `moco.data.tars.images_of`.
+    """Yield the images of one shard in its order; raise a StreamError if it cannot be opened or read to its end.
 
-    Raises:
-        StreamError: if the shard cannot be opened or read to its end.
+    `skipped` is that of `moco.data.tars.images_of`.
     """
     from webdataset.gopen import gopen
 
@@ -274,7 +264,7 @@ def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sa
             name = f"{member} of {address}"
             hashed = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
             yield Sample(int.from_bytes(hashed) >> 1, name, content)
-        while stream.read(2**16):  # to the very end, so that the program that sends it can exit with its status
+        while stream.read(2**16):  # until the end, so that the program that sends it can exit with its status
             pass
         stream.close()
     except Exception as error:  # tarfile, the downloading program and the pipe have errors of their own

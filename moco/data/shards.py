@@ -77,7 +77,7 @@ class ShardSource(Source):
 
 
 class _File:
-    """A file that stays open as long as somebody holds it, so a thread can read it after the cache drops it."""
+    """A file that is open while something refers to it, so a thread can read it after the cache drops it."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = -1
@@ -95,12 +95,12 @@ def _open(path: str, digest: str) -> _File:
 
 
 def open_shards(config: DataConfig) -> Sources:
-    """Open a packed folder. A bank is there if it was packed; otherwise labeled training images are the bank.
+    """Open a packed folder. If no bank was packed, labeled training images are the bank.
 
     The sizes of all shards and the SHA-256 of the index are checked now, an image's checksum when it is read.
 
     Raises:
-        FileNotFoundError: if the folder, its index or a shard is not there.
+        FileNotFoundError: if the folder, its index or a shard does not exist.
         ValueError: if the index or a shard is damaged, or if the index has another version.
     """
     folder = Path(config.root).expanduser().absolute()

@@ -96,12 +96,7 @@ def limited(source: Source, size: int) -> Source:
 
 
 def _decode_all(source: Source, config: DataConfig, progress: Progress | None, keep_unreadable: bool) -> ArraySource:
-    """Decode a source into memory with threads, because the decoders release the interpreter lock.
-
-    Raises:
-        ValueError: if two images differ in size.
-        ImageError: if an image cannot be decoded and `keep_unreadable` is false, or if none can.
-    """
+    """Decode a source into memory with threads, because the decoders release the interpreter lock."""
     unreadable: dict[int, ImageError] = {}
 
     def decoded(i: int) -> Tensor | None:

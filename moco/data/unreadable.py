@@ -83,10 +83,8 @@ def without_unreadable(
 ) -> tuple[Source, dict[int, str]]:
     """Return the source without its unreadable images, and these with the reasons. Each rank decodes a part.
 
-    For measuring accuracy, where a substitute would be counted twice.
-
-    Raises:
-        ImageError: if more than `max_fraction` of the images are unreadable.
+    For measuring accuracy, where a substitute would be counted twice. Raises an ImageError if more than `max_fraction`
+    of the images are unreadable.
     """
     found = _of_all_ranks(lambda: _reasons(find_unreadable(source, range(rank(), len(source), world_size()), progress)))
     if not found:

@@ -70,14 +70,9 @@ def in_order(function: Callable[[int], T], rows: range, workers: int, field: str
     At most `2 * workers` tasks of `TASK` rows are in progress. For the arguments and errors see `loaded`.
     """
     # PyTorch's loader keeps the order, limits the tasks in progress, and its workers end if their parent is killed.
-    loader: DataLoader[Any] = DataLoader(
-        _Tasks(function),  # type: ignore[arg-type]
-        sampler=(rows[at : at + TASK] for at in range(0, len(rows), TASK)),
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=identity_collate,
-        worker_init_fn=ignore_signals,
-    )
+    options: dict[str, Any] = {"batch_size": None, "collate_fn": identity_collate, "worker_init_fn": ignore_signals}
+    tasks = (rows[at : at + TASK] for at in range(0, len(rows), TASK))
+    loader: DataLoader[Any] = DataLoader(_Tasks(function), sampler=tasks, num_workers=workers, **options)  # type: ignore[arg-type]
     for results in loaded(loader, field):
         yield from results
 
@@ -179,7 +174,5 @@ def _reraise(error: RuntimeError, field: str) -> None:
 
 
 def _no_room(what: str) -> str:
-    return (
-        f"a loader process {what}: make /dev/shm larger (in a container docker run --shm-size=8g), or set "
-        "data.workers=0, which does not use it"
-    )
+    larger = "make /dev/shm larger (in a container docker run --shm-size=8g)"
+    return f"a loader process {what}: {larger}, or set data.workers=0, which does not use it"

@@ -159,12 +159,12 @@ def test_affine_equals_torchvision() -> None:
         shift = [round((-0.2 + 0.4 * u[row, k]) * 17) for k in (40, 41)]
         matrix = np.array(_get_inverse_affine_matrix([0, 0], angle, shift, zoom, [shear, 0.0]))
         assert np.allclose(params.theta[row] * 17 / 2, matrix, atol=1e-5)
-        floats, whole = (
+        floats, full = (
             TF.affine(crop, angle, shift, zoom, [shear, 0.0], interpolation=TF.InterpolationMode.BILINEAR)
             for crop in (crops[row] / 255, crops[row])
         )
         assert (ours[row] - floats).abs().max() < 1e-5
-        assert (levels(ours[row]) - whole).abs().max() <= 1
+        assert (levels(ours[row]) - full).abs().max() <= 1
 
 
 def test_hue_of_ties_and_extremes() -> None:

@@ -34,7 +34,7 @@ def drawn(**fields: Any) -> Params:
     return draw(View(**{"size": 8, **fields}), 0, 0, np.arange(DRAWS), 0)
 
 
-def alike(ours: ArrayLike, theirs: ArrayLike) -> bool:
+def same_distribution(ours: ArrayLike, theirs: ArrayLike) -> bool:
     """Two-sample Kolmogorov-Smirnov."""
     return bool(stats.ks_2samp(np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)).pvalue > LEVEL)
 
@@ -64,8 +64,8 @@ def test_jitter_parameters() -> None:
     names = ("brightness", "contrast", "saturation", "hue")
     for column, name in enumerate(names):
         expected = [params[f"{name}_factor"] for params in theirs]
-        assert alike(drawn(**fields).factors[:, column], expected)
-        assert not alike(drawn(**{**fields, name: fields[name] * 1.25}).factors[:, column], expected)
+        assert same_distribution(drawn(**fields).factors[:, column], expected)
+        assert not same_distribution(drawn(**{**fields, name: fields[name] * 1.25}).factors[:, column], expected)
     orders = np.array([params["fn_idx"].tolist() for params in theirs])
     for sample in (orders, drawn(**fields).order):
         _, counts = np.unique(sample, axis=0, return_counts=True)
@@ -77,8 +77,8 @@ def test_blur_sigma() -> None:
     torch.manual_seed(0)
     transform = T.GaussianBlur(13, (0.1, 2.0))
     theirs = [transform.make_params([])["sigma"][0] for _ in range(DRAWS)]
-    assert alike(drawn(blur_p=1, blur_sigma=(0.1, 2.0)).sigma, theirs)
-    assert not alike(drawn(blur_p=1, blur_sigma=(0.1, 1.8)).sigma, theirs)
+    assert same_distribution(drawn(blur_p=1, blur_sigma=(0.1, 2.0)).sigma, theirs)
+    assert not same_distribution(drawn(blur_p=1, blur_sigma=(0.1, 1.8)).sigma, theirs)
 
 
 def test_affine_parameters() -> None:
@@ -93,7 +93,7 @@ def test_affine_parameters() -> None:
 
     def entries_alike(**changed: Any) -> list[bool]:
         ours = drawn(**{**fields, **changed}).theta * 16
-        return [alike(ours[:, entry], np.array(theirs)[:, entry]) for entry in range(6)]
+        return [same_distribution(ours[:, entry], np.array(theirs)[:, entry]) for entry in range(6)]
 
     assert all(entries_alike())
     for changed in (dict(degrees=30), dict(translate=0.3), dict(zoom=(0.7, 1.3)), dict(shear=20)):
@@ -155,7 +155,7 @@ def measures_alike(source: Tensor, theirs: dict[str, Tensor], **changed: Any) ->
     view = View(**{"size": 8, **FIELDS, **changed})
     params = draw(view, 1, 0, np.arange(DRAWS), 0)
     ours = measures(augment(source.expand(DRAWS, -1, -1, -1).contiguous(), params, view))
-    return {name for name in theirs if alike(ours[name], theirs[name])}
+    return {name for name in theirs if same_distribution(ours[name], theirs[name])}
 
 
 def test_images_have_the_same_distribution(source: Tensor, torchvision_measures: dict[str, Tensor]) -> None:

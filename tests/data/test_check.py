@@ -18,7 +18,7 @@ from moco.data import check as module
 from moco.data import image_facts as image_facts_module
 from moco.data.decode import FAULTS, ImageError
 from moco.data.image_facts import ODDITIES, image_facts
-from tests.data.unreadable_files import bad_files, encoded, folder, forbid, noise, odd_files
+from tests.data.unreadable_files import encoded, folder, forbid, noise, odd_files, unreadable_files
 
 
 def checked(output: Path, error: str = "", **data: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
         tmp_path / "report.json", r"8 of the 24 training images .*report\.json", root=str(root), workers=workers
     )
     wanted: dict[str, list[str]] = {"broken link": ["circle", "nowhere.png"]}
-    for name, (_, kind) in (bad_files() | odd_files()).items():
+    for name, (_, kind) in (unreadable_files() | odd_files()).items():
         wanted.setdefault(kind, []).append(name)
     assert set(wanted) == (set(FAULTS) | set(ODDITIES)) - {"unreadable", "huge"}  # planted in tests of their own
     found = report["unreadable"] | report["odd"]
@@ -72,7 +72,9 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
 
 
 def test_a_folder_without_faults_passes(tmp_path: Path) -> None:
-    report = checked(tmp_path / "out/report.json", root=str(folder(tmp_path / "images", bad=False)), resident=True)
+    report = checked(
+        tmp_path / "out/report.json", root=str(folder(tmp_path / "images", unreadable=False)), resident=True
+    )
     assert report["unreadable"] == report["odd"] == report["ignored"] == {}
     assert report["formats"] == {"PNG RGB": 6}
     assert report["sizes"]["frequent"] == {"40 x 30": 6}
@@ -82,13 +84,13 @@ def test_a_folder_without_faults_passes(tmp_path: Path) -> None:
 
 
 def test_obstacles_depend_on_the_data_fields(tmp_path: Path) -> None:
-    root = folder(tmp_path / "images", good=19, bad=False)
-    (root / "bad.png").write_bytes(b"")
+    root = folder(tmp_path / "images", good=19, unreadable=False)
+    (root / "unreadable.png").write_bytes(b"")
     output = tmp_path / "report.json"
     checked(output, r"1 of the 20 training images .*set data\.on_bad_image=replace", root=str(root))
     checked(output, root=str(root), on_bad_image="replace", max_bad=0.05)
     checked(output, r"more than data\.max_bad=0\.04 allows", root=str(root), on_bad_image="replace", max_bad=0.04)
-    (root / "bad.png").unlink()
+    (root / "unreadable.png").unlink()
     noise(height=31).save(root / "tall.png")
     checked(output, root=str(root))
     checked(output, "the training images have 2 sizes: data.resident=true needs one", root=str(root), resident=True)
@@ -112,21 +114,21 @@ def test_duplicates_and_images_in_both_splits(tmp_path: Path) -> None:
 
 def test_an_unreadable_held_out_image_is_an_obstacle(tmp_path: Path) -> None:
     for part in ("train/a", "train/b", "test/a", "test/b"):
-        folder(tmp_path / part, good=1, bad=False)
+        folder(tmp_path / part, good=1, unreadable=False)
     (tmp_path / "test/b/00.png").write_bytes(b"")
     where = {"root": str(tmp_path / "train"), "labels": "folder", "eval_root": str(tmp_path / "test")}
     checked(tmp_path / "report.json", "1 of the 2 held-out images cannot be read", **where)
 
 
 def test_files_beyond_the_limit_are_counted_but_not_listed(tmp_path: Path) -> None:
-    root = folder(tmp_path / "images", good=1, bad=False)
+    root = folder(tmp_path / "images", good=1, unreadable=False)
     for i in range(40):
-        (root / f"bad{i:02}.png").write_bytes(b"")
+        (root / f"unreadable{i:02}.png").write_bytes(b"")
     config = CheckDataConfig(DataConfig(name="folder", root=str(root), workers=2), str(tmp_path / "r.json"), listed=3)
     with pytest.raises(ValueError, match="40 of the 41"):
         check_data(config)
     entry = json.loads((tmp_path / "r.json").read_text())["unreadable"]["empty"]
-    assert (entry["count"], names(entry)) == (40, ["bad00.png", "bad01.png", "bad02.png"])
+    assert (entry["count"], names(entry)) == (40, ["unreadable00.png", "unreadable01.png", "unreadable02.png"])
 
 
 def test_missing_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,14 +145,14 @@ def test_missing_and_forbidden_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_folder_that_cannot_be_listed_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "images", good=2)
-    folder(root / "closed", good=1, bad=False)
+    folder(root / "closed", good=1, unreadable=False)
     forbid(monkeypatch, root / "closed")
     words = r"1 folder cannot be read \(give this user .*; 7 of the 9 training images"
     report = checked(tmp_path / "report.json", words, root=str(root))
     entry = report["unreadable"]
     assert entry["unreadable folder"]["files"] == [{"path": str(root / "closed"), "reason": "Permission denied"}]
     assert entry["empty"]["count"] == 1
-    clean = folder(tmp_path / "clean", bad=False)
+    clean = folder(tmp_path / "clean", unreadable=False)
     forbid(monkeypatch, clean)
     with pytest.raises(ValueError, match=r"data\.root=.* cannot be listed: \."):
         check_data(CheckDataConfig(DataConfig(name="folder", root=str(clean))))
@@ -166,7 +168,7 @@ def test_huge_and_sixteen_bit_color(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_worker_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = folder(tmp_path / "images", good=2, bad=False)
+    root = folder(tmp_path / "images", good=2, unreadable=False)
     monkeypatch.setattr(module, "image_facts", _die)
     checked(tmp_path / "r.json", r"data\.workers=1.*00\.png \.\.\. 01\.png", root=str(root), workers=1)
 
@@ -176,7 +178,7 @@ def _die(path: str) -> None:
 
 
 def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    root = folder(tmp_path / "images", good=1, bad=False)
+    root = folder(tmp_path / "images", good=1, unreadable=False)
     name = os.fsdecode(b"[red]caf\xe9.png")
     (root / name).write_bytes(b"")
     report = checked(tmp_path / "report.json", "1 of the 2", root=str(root))

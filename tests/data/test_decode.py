@@ -206,9 +206,9 @@ def test_int32_and_float_tiffs_have_one_scale_or_are_refused(tmp_path: Path) -> 
     unit = np.linspace(0, 1, H * W, dtype=np.float32).reshape(H, W)
     got = hwc(decode(written(tmp_path, encoded(Image.fromarray(unit), "TIFF"))))
     assert (got == np.rint(unit * 255)[..., None]).all()
-    for bad in (values * 2, -values, unit * 255, np.full_like(unit, np.nan)):
+    for invalid in (values * 2, -values, unit * 255, np.full_like(unit, np.nan)):
         with pytest.raises(ImageError, match=r"image\.bin: its [IF] pixels are in .* convert it to 8 bits"):
-            decode(written(tmp_path, encoded(Image.fromarray(bad), "TIFF")))
+            decode(written(tmp_path, encoded(Image.fromarray(invalid), "TIFF")))
 
 
 # ---- errors ----
@@ -246,7 +246,7 @@ def test_truncated_files_of_other_kinds_are_refused(kind: str, tmp_path: Path) -
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"hello, I am no picture", r"no known image format .*, it begins with b'hello, I am "),
+        (b"hello, I am no image", r"no known image format .*, it begins with b'hello, I am "),
         (b"\xff\xd8\xff\xe0 hello", r"\w+"),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), r"\w+"),
     ],

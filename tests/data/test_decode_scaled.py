@@ -59,9 +59,9 @@ def means(pixels: Tensor, factor: int) -> Tensor:
 def test_a_pixel_is_the_mean_of_the_pixels_that_it_stands_for(factor: int, mode: str) -> None:
     data = jpeg(mode=mode, progressive=factor == 4)
     got = decode_scaled("a.jpg", data, lambda height, width: factor)
-    whole = decode_bytes("a.jpg", data)
+    full = decode_bytes("a.jpg", data)
     assert (got.size, got.factor) == ((160, 200), factor)
-    error = (got.pixels - means(whole, factor)).abs()
+    error = (got.pixels - means(full, factor)).abs()
     assert got.pixels.shape[1:] == (160 // factor, 200 // factor)
     assert error.mean() < 1.5
     assert error.max() < 16
@@ -75,9 +75,9 @@ def test_orientation_applies_to_the_size_and_the_pixels(orientation: int) -> Non
         asked.append((height, width))
         return 4
 
-    got, whole = decode_scaled("a.jpg", data, shrink), decode_bytes("a.jpg", data)
-    assert asked == [tuple(whole.shape[1:])] == [got.size]
-    assert (got.pixels - means(whole, 4)).abs().mean() < 1.5
+    got, full = decode_scaled("a.jpg", data, shrink), decode_bytes("a.jpg", data)
+    assert asked == [tuple(full.shape[1:])] == [got.size]
+    assert (got.pixels - means(full, 4)).abs().mean() < 1.5
     # If the factor does not divide the sides, a rotated image is decoded in full size.
     odd = decode_scaled("a.jpg", jpeg(203, 161, exif=turned(orientation)), shrink)
     assert odd.factor == (4 if orientation == 1 else 1)
@@ -93,8 +93,8 @@ def test_only_large_jpegs_are_decoded_at_a_fraction() -> None:
     file = io.BytesIO()
     Image.new("RGB", (300, 300)).save(file, "PNG")
     assert decode_scaled("a.png", file.getvalue(), never).pixels.shape == (3, 300, 300)
-    whole = decode_scaled("a.jpg", jpeg(), lambda height, width: 1)
-    assert torch.equal(whole.pixels, decode_bytes("a.jpg", jpeg()))
+    full = decode_scaled("a.jpg", jpeg(), lambda height, width: 1)
+    assert torch.equal(full.pixels, decode_bytes("a.jpg", jpeg()))
 
 
 @pytest.mark.parametrize("appended", [b"\0", b"\0" * 9_000, b"the camera's own"])
@@ -149,12 +149,12 @@ def test_no_crop_is_enlarged_because_of_scaled_decoding() -> None:
 def test_crops_keep_their_position(factor: int) -> None:
     # Pixel values encode the position, so a shifted crop has other values.
     y, x = torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij")
-    whole = torch.stack([y, x, (x + y) // 2]).to(torch.uint8)
-    smaller = means(whole, factor).round().to(torch.uint8)
+    full = torch.stack([y, x, (x + y) // 2]).to(torch.uint8)
+    smaller = means(full, factor).round().to(torch.uint8)
     for i in range(50):
         uniforms = draw_crop(0, 0, [i], 0)[0]
         view = View(16, (0.3, 1.0))
-        moved = crop_one(smaller, uniforms, view, (256, 256), factor).int() - crop_one(whole, uniforms, view).int()
+        moved = crop_one(smaller, uniforms, view, (256, 256), factor).int() - crop_one(full, uniforms, view).int()
         assert moved.abs().max() <= factor / 2 + 1
 
 
@@ -166,8 +166,8 @@ def test_the_loader_decodes_large_images_at_a_fraction_and_returns_similar_views
     assert np.array_equal(index, shown)
     for stream, got in enumerate(cut):
         uniforms = draw_crop(0, epoch, index, stream)
-        whole = [crop_batch(source.image(int(i))[None], uniforms[row : row + 1], VIEW) for row, i in enumerate(index)]
-        error = (got.int() - torch.cat(whole)).abs().float()
+        full = [crop_batch(source.image(int(i))[None], uniforms[row : row + 1], VIEW) for row, i in enumerate(index)]
+        error = (got.int() - torch.cat(full)).abs().float()
         assert 0 < error.mean() < 3
         assert error.amax(dim=(1, 2, 3)).median() < 30
 
@@ -192,5 +192,5 @@ def test_crops_of_enlarged_photographs_are_within_a_few_levels(monkeypatch: pyte
             got = decode_scaled(member.name, data.getvalue(), partial(largest_shrink, [view], [uniforms]))
             assert got.factor > 1
             ours = crop_one(got.pixels, uniforms, view, got.size, got.factor)
-            whole = crop_one(decode_bytes(member.name, data.getvalue()), uniforms, view)
-            assert (ours.int() - whole.int()).abs().float().mean() < 4
+            full = crop_one(decode_bytes(member.name, data.getvalue()), uniforms, view)
+            assert (ours.int() - full.int()).abs().float().mean() < 4

@@ -24,7 +24,7 @@ from moco.data.sources import load_source
 from moco.methods.moco_config import MoCoConfig
 from moco.training.trainer import pretrain
 from tests.data.packed import class_folders, packed
-from tests.data.unreadable_files import bad_files, encoded, noise, odd_files
+from tests.data.unreadable_files import encoded, noise, odd_files, unreadable_files
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -98,7 +98,7 @@ def _pack_slowly(output: Path, root: Path) -> None:
 def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = class_folders(tmp_path / "train", count=60)
     (root / "cat" / "30bad.jpg").write_bytes(b"not an image")
-    whole = everything(packed(tmp_path / "whole", root, data_max_bad=0.1))
+    complete = everything(packed(tmp_path / "complete", root, data_max_bad=0.1))
     output = tmp_path / "killed"
     process = multiprocessing.get_context("fork").Process(target=_pack_slowly, args=(output, root))
     process.start()
@@ -109,7 +109,7 @@ def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path: Path, monk
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     parts = sorted((output / "parts").glob("train-*.npz"))
-    assert 3 <= len(parts) < len([name for name in whole if name.endswith(".tar")])
+    assert 3 <= len(parts) < len([name for name in complete if name.endswith(".tar")])
     assert not (output / "index.json").exists()
 
     # A finished shard that is damaged is written again, and all shards after it; the previous one is kept.
@@ -122,7 +122,7 @@ def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path: Path, monk
     assert len(calls.starts) == 1
     assert 0 < calls.starts[0] < 20  # after the first shard
     assert (output / "train-000000.tar").stat().st_mtime_ns == kept
-    assert everything(output) == whole
+    assert everything(output) == complete
 
 
 class Noting:
@@ -139,14 +139,14 @@ class Noting:
 def test_unreadable_images_are_skipped_and_listed(tmp_path: Path) -> None:
     root = tmp_path / "mixed"
     root.mkdir()
-    for name, (data, _) in (bad_files() | odd_files()).items():
+    for name, (data, _) in (unreadable_files() | odd_files()).items():
         (root / name).write_bytes(data)
     with pytest.raises(ImageError, match=r"1 of the 17 train images cannot be read, more than data\.max_bad=0\.01"):
         packed(tmp_path / "out", root)
     packed(tmp_path / "out", root, data_max_bad=0.5)  # this field may change when the command resumes
     with (tmp_path / "out" / "skipped.csv").open(newline="") as file:
         listed = {row["path"]: (row["split"], row["kind"]) for row in csv.DictReader(file)}
-    assert listed == {name: ("train", kind) for name, (_, kind) in bad_files().items()}
+    assert listed == {name: ("train", kind) for name, (_, kind) in unreadable_files().items()}
     source = packed_split(tmp_path / "out")
     assert [source.name(i) for i in range(len(source))] == sorted(odd_files())
     for i in range(len(source)):
@@ -172,7 +172,7 @@ def test_large_images_are_scaled_and_small_ones_keep_their_bytes(tmp_path: Path)
         assert source.content(i) == (root / name).read_bytes()
     with Image.open(io.BytesIO(source.content(0))) as image:
         assert image.format == "JPEG"
-    # Antialiased and nearly lossless: close to the mean of the pixels that each small pixel stands for.
+    # Antialiased and nearly lossless: close to the mean of the pixels that each small pixel covers.
     small, large = source.image(0).float(), decode(root / "a.png").float()
     mean = torch.nn.functional.interpolate(large[None], (32, 64), mode="area")[0]
     assert (small - mean).abs().mean() < 2

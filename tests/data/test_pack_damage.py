@@ -74,7 +74,7 @@ def _no_disk(*_: object) -> None:
 
 def test_a_damaged_part_is_packed_again(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "train")
-    whole = everything(packed(tmp_path / "whole", root))
+    complete = everything(packed(tmp_path / "complete", root))
     output = tmp_path / "out"
     interrupted(output, root)
     part = output / "parts" / "train-000001.npz"
@@ -93,7 +93,7 @@ def test_a_damaged_part_is_packed_again(tmp_path: Path) -> None:
     interrupted(output, root)
     (output / "parts" / "train-000001.npz").unlink()  # a gap
     packed(output, root)
-    assert everything(output) == whole
+    assert everything(output) == complete
 
 
 def test_damaged_settings_of_an_unfinished_folder(tmp_path: Path) -> None:

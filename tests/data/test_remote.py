@@ -117,11 +117,11 @@ def test_two_ranks_of_two_workers_use_each_image_once_per_epoch(tmp_path: Path) 
 
 def test_a_resumed_run_warns_and_starts_another_pass(shards: Path) -> None:
     plan = Plan(12, 4, 4, seed=5)
-    whole = drawn(source(shards), plan)
+    full = drawn(source(shards), plan)
     with pytest.warns(RunWarning, match="cannot resume in the middle: .* at step 6"):
         rest = drawn(source(shards), plan, start=6)
     assert len(rest) == 6
-    assert [b.index.tolist() for b in rest] != [b.index.tolist() for b in whole[6:]]
+    assert [b.index.tolist() for b in rest] != [b.index.tolist() for b in full[6:]]
     with warnings.catch_warnings():
         warnings.simplefilter("error", RunWarning)
         drawn(source(shards), plan)
@@ -202,14 +202,14 @@ def test_file_addresses_are_unquoted(shards: Path, tmp_path: Path) -> None:
 
 def test_shards_that_cannot_be_read(shards: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.tar"
-    whole = (shards / "train-000000.tar").read_bytes()
-    cut.write_bytes(whole[:2200])
+    full = (shards / "train-000000.tar").read_bytes()
+    cut.write_bytes(full[:2200])
     (tmp_path / "text.tar").write_text("no tar")
     border, flipped = tmp_path / "border.tar", tmp_path / "flipped.tar"
     with tarfile.open(shards / "train-000000.tar") as file:
         second = file.getmembers()[2].offset
-    border.write_bytes(whole[:second])
-    flipped.write_bytes(whole[:second] + bytes([whole[second] ^ 1]) + whole[second + 1 :])
+    border.write_bytes(full[:second])
+    flipped.write_bytes(full[:second] + bytes([full[second] ^ 1]) + full[second + 1 :])
     for address in (
         str(cut),
         str(border),

@@ -80,15 +80,15 @@ def test_the_views_are_bit_equal_to_those_of_the_folder(tree: Path, workers: int
 def test_two_ranks_equal_one_and_use_each_image_once_per_epoch(tree: Path) -> None:
     source = load_source(DataConfig("shards", str(tree / "packed"))).train
     views = [View(size=8, flip_p=0.5)] * 2
-    whole, *ranks = (
+    full, *ranks = (
         list(batches(source, Plan(12, 4, 2, seed=3, rank=rank, processes=of), views, CPU, of - 1))
         for rank, of in ((0, 1), (0, 2), (1, 2))
     )
-    for one, first, second in zip(whole, *ranks, strict=True):
+    for one, first, second in zip(full, *ranks, strict=True):
         assert torch.equal(one.index, torch.cat([first.index, second.index]))
         for a, b, c in zip(one.views, first.views, second.views, strict=True):
             assert torch.equal(a, torch.cat([b, c]))
-    assert sorted(torch.cat([batch.index for batch in whole[:3]]).tolist()) == list(range(12))
+    assert sorted(torch.cat([batch.index for batch in full[:3]]).tolist()) == list(range(12))
 
 
 def test_subsets_and_resident_shards(tree: Path) -> None:
@@ -213,10 +213,10 @@ def test_missing_or_damaged_files_are_one_sentence(
 def test_every_flipped_bit_of_the_index_is_detected(tree: Path, tmp_path: Path) -> None:
     root = copy(tree, tmp_path / "copy")
     file = root / "index.json"
-    whole, about = file.read_bytes(), shard_index.read_index(root, "here")
-    for at in range(0, len(whole), 11):
+    full, about = file.read_bytes(), shard_index.read_index(root, "here")
+    for at in range(0, len(full), 11):
         for bit in (1, 4):
-            file.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            file.write_bytes(full[:at] + bytes([full[at] ^ bit]) + full[at + 1 :])
             if _index_or_none(root) is not None:
                 assert shard_index.read_index(root, "here") == about  # only white space has changed
 

@@ -49,8 +49,8 @@ def read(data: bytes) -> tuple[dict[str, bytes], dict[str, int]]:
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_all_images_of_an_intact_archive(pack: Callable[[bytes], bytes]) -> None:
-    whole = {name: data for name, data in FILES.items() if name.endswith(".jpg")}
-    assert read(pack(archive(FILES))) == (whole, {})
+    full = {name: data for name, data in FILES.items() if name.endswith(".jpg")}
+    assert read(pack(archive(FILES))) == (full, {})
     assert read(pack(archive({}))) == ({}, {})  # no file, only the end-of-archive mark
 
 

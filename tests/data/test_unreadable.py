@@ -25,13 +25,13 @@ from moco.data.unreadable import (
 )
 from moco.data.view import View, draw_crop
 from moco.files import WriteError
-from tests.data.unreadable_files import bad_files, folder, noise, odd_files
+from tests.data.unreadable_files import folder, noise, odd_files, unreadable_files
 from tests.distributed.launch import run_ranks
 
 CPU = torch.device("cpu")
 # Only a crop, whose pixels the tests compute independently.
 VIEWS = (View(16, (0.2, 1.0), mean=(0, 0, 0), std=(1, 1, 1)),) * 2
-BAD = bad_files()
+BAD = unreadable_files()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def equal(a: list[Batch], b: list[Batch]) -> bool:
 @pytest.mark.parametrize("name", list(BAD))
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_default_ends_with_one_sentence(name: str, workers: int, tmp_path: Path) -> None:
-    folder(tmp_path, good=7, bad=False)
+    folder(tmp_path, good=7, unreadable=False)
     (tmp_path / name).write_bytes(BAD[name][0])
     source = opened(tmp_path)
     with pytest.raises(ImageError, match=rf"^cannot read image \S*{name}: ") as caught:
@@ -161,7 +161,7 @@ def test_substitutes_of_a_resident_folder_are_the_same(mixed: Path) -> None:
 
 
 def test_odd_images_are_not_replaced(tmp_path: Path) -> None:
-    folder(tmp_path, good=0, bad=False, odd=True)
+    folder(tmp_path, good=0, unreadable=False, odd=True)
     source = opened(tmp_path)
     shown, found = replaced(source, Plan(len(source), len(source), 2, 0))
     assert found == {}
@@ -170,7 +170,7 @@ def test_odd_images_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_removed_during_training_is_replaced(tmp_path: Path) -> None:
-    folder(tmp_path, good=8, bad=False)
+    folder(tmp_path, good=8, unreadable=False)
     source = opened(tmp_path)
     found: dict[int, str] = {}
     stream = batches(source, plan(source), VIEWS, CPU, 0, on_unreadable=found.update)
@@ -195,7 +195,7 @@ def test_substitutes_are_a_function_of_the_index_and_uniform() -> None:
 
 
 def test_a_run_ends_if_no_image_can_be_read(tmp_path: Path) -> None:
-    folder(tmp_path, good=8, bad=False)
+    folder(tmp_path, good=8, unreadable=False)
     source = opened(tmp_path)
     for path in tmp_path.iterdir():
         path.unlink()
@@ -216,38 +216,38 @@ def listed(file: Path) -> list[tuple[str, str]]:
 
 def test_the_list_contains_each_unreadable_image_once(mixed: Path, tmp_path: Path) -> None:
     source = opened(mixed)
-    bad = UnreadableImages(source, tmp_path / "bad_images.csv", max_fraction=0.9)
-    assert bad.synchronize() == 0
-    assert not bad.file.exists()
-    list(batches(source, plan(source), VIEWS, CPU, 2, 0, bad.note))
-    assert bad.synchronize() == len(bad.found) > 0
-    assert bad.synchronize() == 0
-    names = [name for name, _ in listed(bad.file)]
+    unreadable = UnreadableImages(source, tmp_path / "bad_images.csv", max_fraction=0.9)
+    assert unreadable.synchronize() == 0
+    assert not unreadable.file.exists()
+    list(batches(source, plan(source), VIEWS, CPU, 2, 0, unreadable.note))
+    assert unreadable.synchronize() == len(unreadable.found) > 0
+    assert unreadable.synchronize() == 0
+    names = [name for name, _ in listed(unreadable.file)]
     assert names == sorted(set(names))
     assert set(names) <= set(BAD)
-    assert dict(listed(bad.file)).get("empty.jpg", "the file is empty") == "the file is empty"
+    assert dict(listed(unreadable.file)).get("empty.jpg", "the file is empty") == "the file is empty"
 
 
 def test_too_many_unreadable_images_end_the_run_after_listing_them(mixed: Path, tmp_path: Path) -> None:
     source = opened(mixed)  # 9 readable, 7 unreadable
     for fraction, ends in ((7 / 16, False), (0.43, True)):
-        bad = UnreadableImages(source, tmp_path / f"{fraction}.csv", fraction)
-        bad.note(reasons(source))
+        unreadable = UnreadableImages(source, tmp_path / f"{fraction}.csv", fraction)
+        unreadable.note(reasons(source))
         if not ends:
-            assert bad.synchronize() == 7
+            assert unreadable.synchronize() == 7
             continue
         with pytest.raises(ImageError, match=r"7 of the 16 training images cannot be read, more than data\.max_bad="):
-            bad.synchronize()
+            unreadable.synchronize()
     assert len(listed(tmp_path / "0.43.csv")) == 7
 
 
 def test_a_resumed_run_reads_the_list_and_removes_repaired_images(mixed: Path, tmp_path: Path) -> None:
     root = folder(tmp_path / "images", good=9)
     source, file = opened(root), tmp_path / "bad_images.csv"
-    bad = UnreadableImages(source, file, 0.9)
-    bad.note(reasons(source))
-    bad.synchronize()
-    before = dict(bad.found)
+    unreadable = UnreadableImages(source, file, 0.9)
+    unreadable.note(reasons(source))
+    unreadable.synchronize()
+    before = dict(unreadable.found)
     assert UnreadableImages(source, file, 0.9).found == before
     noise().save(root / "empty.jpg")
     assert set(before) - set(UnreadableImages(source, file, 0.0).found) == {
@@ -262,8 +262,10 @@ def test_a_resumed_run_reads_the_list_and_removes_repaired_images(mixed: Path, t
 
 def test_a_list_of_other_images_is_ignored(mixed: Path, tmp_path: Path) -> None:
     source, file = opened(mixed), tmp_path / "bad_images.csv"
-    bad = next(i for i in range(len(source)) if source.name(i) in BAD)
-    file.write_text(f"index,path,reason\n{bad},other.png,empty\n99,empty.jpg,empty\n-1,{source.name(-1)},empty\n")
+    unreadable = next(i for i in range(len(source)) if source.name(i) in BAD)
+    file.write_text(
+        f"index,path,reason\n{unreadable},other.png,empty\n99,empty.jpg,empty\n-1,{source.name(-1)},empty\n"
+    )
     assert UnreadableImages(source, file, 0.9).found == {}
 
 
@@ -275,14 +277,14 @@ def test_an_invalid_list_is_refused(mixed: Path, tmp_path: Path) -> None:
 
 
 def test_names_that_are_not_utf8_keep_their_bytes(tmp_path: Path) -> None:
-    root = folder(tmp_path / "images", good=2, bad=False)
+    root = folder(tmp_path / "images", good=2, unreadable=False)
     name = os.fsdecode(b'caf\xe9, "1".png')
     (root / name).write_bytes(b"")
-    bad = UnreadableImages(opened(root), tmp_path / "bad_images.csv", 0.9)
-    bad.note({2: "the file is empty"})
-    bad.synchronize()
-    assert listed(bad.file) == [(name, "the file is empty")]
-    assert UnreadableImages(opened(root), bad.file, 0.9).found == {2: "the file is empty"}
+    unreadable = UnreadableImages(opened(root), tmp_path / "bad_images.csv", 0.9)
+    unreadable.note({2: "the file is empty"})
+    unreadable.synchronize()
+    assert listed(unreadable.file) == [(name, "the file is empty")]
+    assert UnreadableImages(opened(root), unreadable.file, 0.9).found == {2: "the file is empty"}
 
 
 def _synchronized(root: str, file: str) -> tuple[dict[int, str], int, list[str], str]:
@@ -291,21 +293,21 @@ def _synchronized(root: str, file: str) -> tuple[dict[int, str], int, list[str],
     all_bad = reasons(source)
     me = torch.distributed.get_rank()
     mine = {i: why for number, (i, why) in enumerate(sorted(all_bad.items())) if number % 2 == me or number == 0}
-    bad = UnreadableImages(source, Path(file), 0.9)
-    bad.note(mine)
-    new = bad.synchronize()
+    unreadable = UnreadableImages(source, Path(file), 0.9)
+    unreadable.note(mine)
+    new = unreadable.synchronize()
     kept, left_out = without_unreadable(source, "reference images", 0.9)
     assert left_out == all_bad
     few = UnreadableImages(source, Path(f"{file}.few.csv"), 0.1)
     few.note(mine)
     with pytest.raises(ImageError) as caught:
         few.synchronize()
-    return bad.found, new, [kept.name(i) for i in range(len(kept))], str(caught.value)
+    return unreadable.found, new, [kept.name(i) for i in range(len(kept))], str(caught.value)
 
 
 def test_all_ranks_have_the_images_that_each_found(mixed: Path, tmp_path: Path) -> None:
     file = tmp_path / "bad_images.csv"
-    first, second = run_ranks(2, _synchronized, str(mixed), str(file))
+    first, second = run_ranks(2, _synchronized, str(mixed), str(file), fork=True)
     assert first == second
     found, new, kept, sentence = first
     assert found == reasons(opened(mixed))
@@ -320,13 +322,13 @@ def test_all_ranks_have_the_images_that_each_found(mixed: Path, tmp_path: Path) 
 @pytest.mark.parametrize("resident", [False, True])
 def test_unreadable_references_are_excluded_with_their_labels(resident: bool, tmp_path: Path) -> None:
     for label in "ab":
-        folder(tmp_path / label, good=3, bad=False)
+        folder(tmp_path / label, good=3, unreadable=False)
     (tmp_path / "a/01.png").write_bytes(b"")
     source = load_source(
         DataConfig("folder", str(tmp_path), labels="folder", resident=resident), keep_unreadable=True
     ).train
-    kept, bad = without_unreadable(source, "held-out images", 0.2)
-    assert bad == {1: "the file is empty"}
+    kept, unreadable = without_unreadable(source, "held-out images", 0.2)
+    assert unreadable == {1: "the file is empty"}
     assert [kept.name(i) for i in range(5)] == ["a/00.png", "a/02.png", "b/00.png", "b/01.png", "b/02.png"]
     assert kept.labels is not None
     assert kept.labels.tolist() == [0, 0, 1, 1, 1]
@@ -338,10 +340,10 @@ def test_unreadable_references_are_excluded_with_their_labels(resident: bool, tm
 
 def test_a_subset_of_a_resident_source_keeps_its_unreadable_rows() -> None:
     images: Tensor = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
-    source = ArraySource(images, list("abcd"), unreadable={2: ImageError("c is bad")})
+    source = ArraySource(images, list("abcd"), unreadable={2: ImageError("c is unreadable")})
     part = source.subset(np.array([3, 2]))
     assert (part.image(0) == 3).all()
-    with pytest.raises(ImageError, match="c is bad"):
+    with pytest.raises(ImageError, match="c is unreadable"):
         part.image(1)
 
 
@@ -350,13 +352,13 @@ def test_a_list_that_cannot_be_written_keeps_the_previous_one(tmp_path: Path) ->
     source, file = opened(root), tmp_path / "bad_images.csv"
     found = reasons(source)
     first = min(found)
-    bad = UnreadableImages(source, file, 0.9)
-    bad.note({first: found[first]})
-    bad.synchronize()
-    bad.note(found)
+    unreadable = UnreadableImages(source, file, 0.9)
+    unreadable.note({first: found[first]})
+    unreadable.synchronize()
+    unreadable.note(found)
     file.with_name("bad_images.csv.tmp").symlink_to("/dev/full")
     with pytest.raises(WriteError, match=r"bad_images\.csv cannot be written \(No space left on device\)"):
-        bad.synchronize()
+        unreadable.synchronize()
     assert [name for name, _ in listed(file)] == [source.name(first)]
     assert not file.with_name("bad_images.csv.tmp").is_symlink()
     file.with_name("bad_images.csv.tmp").write_text("torn by a kill")

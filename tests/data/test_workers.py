@@ -34,7 +34,7 @@ DIED = (
 
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
-    return load_source(DataConfig("folder", str(folder(tmp_path / "images", good=40, bad=False)))).train
+    return load_source(DataConfig("folder", str(folder(tmp_path / "images", good=40, unreadable=False)))).train
 
 
 def kill_worker() -> None:

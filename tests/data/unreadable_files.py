@@ -33,7 +33,7 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def bad_files() -> dict[str, tuple[bytes, str]]:
+def unreadable_files() -> dict[str, tuple[bytes, str]]:
     """Return content and kind of fault by name."""
     jpeg, png = encoded(noise(), "JPEG"), encoded(noise(), "PNG")
     broken = bytearray(png)
@@ -71,12 +71,12 @@ def odd_files() -> dict[str, tuple[bytes, str]]:
     }
 
 
-def folder(root: Path, good: int = 6, bad: bool = True, odd: bool = False) -> Path:
+def folder(root: Path, good: int = 6, unreadable: bool = True, odd: bool = False) -> Path:
     """Write readable images 00.png, 01.png, ... of one size, and every unreadable or odd file."""
     root.mkdir(parents=True, exist_ok=True)
     for i in range(good):
         noise(100 + i).save(root / f"{i:02}.png")
-    for name, (data, _) in ((bad_files() if bad else {}) | (odd_files() if odd else {})).items():
+    for name, (data, _) in ((unreadable_files() if unreadable else {}) | (odd_files() if odd else {})).items():
         (root / name).write_bytes(data)
     return root
 

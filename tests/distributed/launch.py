@@ -20,10 +20,15 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], argu
         dist.destroy_process_group()
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Return the result of `function(*arguments)` on each rank; the function must be at the top level of a module."""
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, fork: bool = False) -> list[Any]:
+    """Return the result of `function(*arguments)` on each rank; the function must be at the top level of a module.
+
+    With `fork`, the processes start without importing everything again; the caller must have no other threads.
+    """
     if world == 1:
         return [function(*arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (world, folder, function, arguments), nprocs=world)  # type: ignore[attr-defined,no-untyped-call]
+        torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
+            _rank, (world, folder, function, arguments), nprocs=world, start_method="fork" if fork else "spawn"
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]

@@ -216,7 +216,7 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_image_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
     """PIL would pass a PostScript file named .jpg to Ghostscript. Try everywhere that images are read."""
-    root = folder(tmp_path / "pictures", good=9, bad=False)
+    root = folder(tmp_path / "pictures", good=9, unreadable=False)
     (root / "zz.jpg").write_bytes(POSTSCRIPT)
     with pytest.raises(ImageError, match="no known image format") as refused:
         decode(root / "zz.jpg")

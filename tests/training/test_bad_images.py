@@ -40,7 +40,7 @@ def rows(run: Path) -> dict[str, str]:
 def test_a_run_that_failed_on_an_unreadable_image_resumes_with_replace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = folder(tmp_path / "pictures", good=16, bad=False)
+    root = folder(tmp_path / "pictures", good=16, unreadable=False)
     (root / "03.png").write_bytes(b"")
     made = config(root, tmp_path / "run")
     with pytest.raises(ImageError, match=r"03\.png: the file is empty"):
@@ -54,7 +54,7 @@ def test_a_run_that_failed_on_an_unreadable_image_resumes_with_replace(
 
 
 def test_too_many_unreadable_images_end_the_run_until_they_are_repaired(tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=16, bad=False)
+    root = folder(tmp_path / "pictures", good=16, unreadable=False)
     for name in ("03.png", "07.png"):
         (root / name).write_bytes(b"")
     made = config(root, tmp_path / "run")
@@ -91,7 +91,7 @@ def test_the_live_accuracy_excludes_unreadable_images(
     resident: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for part in ("train/a", "train/b", "test/a", "test/b"):
-        folder(tmp_path / part, good=8, bad=False)
+        folder(tmp_path / part, good=8, unreadable=False)
     for name in ("train/b/01.png", "test/a/02.png"):
         (tmp_path / name).write_bytes(b"no picture")
     made = config(tmp_path / "train", tmp_path / "run")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 def started(tmp_path: Path, **data: object) -> TrainConfig:
     """A run on 20 images that was stopped after its first step."""
-    made = config(folder(tmp_path / "pictures", good=20, bad=False), tmp_path / "run")
+    made = config(folder(tmp_path / "pictures", good=20, unreadable=False), tmp_path / "run")
     made.data = replace(made.data, **data)  # type: ignore[arg-type]
     made.stop_after = 1e-6
     with pytest.raises(Preempted):
