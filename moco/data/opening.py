@@ -87,9 +87,13 @@ def build_views(config: AugmentConfig) -> list[View]:
     require("size" not in config.second, "augment.second cannot change size: both views have augment.size")
     recipes = []
     for values in (first, first | config.second):
-        recipe: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         try:
-            recipes.append(View(**recipe))
+            recipes.append(View(**with_tuples(values)))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"augment.{error}") from error
     return [recipes[view % 2] for view in range(config.views)]
+
+
+def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `View` with tuples, which a configuration stores as lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -3,37 +3,25 @@
 Legend: M images, D feature dimension, W processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from moco.digest import digest
 from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
 
-Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # yields the features of the given rows in batches
-
-
-def key_of(parts: Mapping[str, Any]) -> str:
-    """Return the key of everything that determines the features: hexadecimal digits of a SHA-256."""
-    return digest(dict(parts))[:24]
+Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # yields the features of the given rows, in batches
 
 
 def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> Tensor:
     """Return the float32 features (M, D) of `folder/KEY.npy`; compute and write them first if the file is missing.
 
+    The key is a digest of everything that determines the features.
     The tensor is a view of the file, so no process has to hold all of it. Each rank computes and writes M / W rows; all
     processes must see the folder. The file gets its name when it is complete (not by `moco.files.atomic_write`, which
     knows one process), so an interrupted run leaves no incomplete features.
-
-    Args:
-        folder: created if necessary.
-        key: see `key_of`.
-        count, width: M and D.
-        compute: computes the features of some rows, in their order.
 
     Raises:
         OSError: if the folder cannot be written to.

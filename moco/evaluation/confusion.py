@@ -13,13 +13,7 @@ _MOST_NUMBERS = 30  # classes; more numbers would not fit into their cells
 
 
 def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> bool:
-    """Write a PNG: rows are true classes, columns predictions; darker cells hold a larger share of their row.
-
-    Args:
-        confusion: counts (L, L), L at least 1.
-        classes: L names.
-        title: one line.
-        path: the file.
+    """Write counts (L, L) as a PNG: rows are true classes, columns predictions; darker cells hold more of their row.
 
     Returns:
         False if nothing was drawn because matplotlib is not installed.
@@ -41,8 +35,8 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
     if count <= _MOST_NUMBERS:
         for row, column in zip(*confusion.nonzero(), strict=True):
             color = "white" if share[row, column] > 0.4 else "black"
-            text = str(confusion[row, column])
-            axes.text(column, row, text, ha="center", va="center", fontsize=font - 1, color=color)
+            number = str(confusion[row, column])
+            axes.text(column, row, number, ha="center", va="center", fontsize=font - 1, color=color)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return True

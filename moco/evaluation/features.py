@@ -21,17 +21,11 @@ Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> featu
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """The preparation of an image: resize, crop the center, normalize. The default leaves values in 0 ... 1.
+    """The preparation of an image: resize, crop the center, normalize. The default leaves values in 0 ... 1."""
 
-    Attributes:
-        size: side of the central crop in pixels.
-        resize: length to which the shorter side is resized before; 0: `size`, and no change if the image has that size.
-        mean, std: per channel, for pixel values in 0 ... 1.
-    """
-
-    size: int
-    resize: int = 0
-    mean: Sequence[float] = (0.0, 0.0, 0.0)
+    size: int  # side of the central crop in pixels
+    resize: int = 0  # length of the shorter side before; 0: `size`, and no change if the image has that size
+    mean: Sequence[float] = (0.0, 0.0, 0.0)  # mean and std are per channel, for pixel values in 0 ... 1
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
     def unnormalized(self) -> "EvalTransform":
@@ -93,12 +87,7 @@ def stream(
     """Yield the features of the given rows on this process, in their order: batches (<= batch_size, D), float32.
 
     Args:
-        network: a module is put into eval mode, and into its previous mode at the end.
-        source: the images.
-        rows: positions in the source.
-        transform: the preparation of each image.
-        device: where the network is.
-        batch_size: images per forward pass.
+        network: on the device; a module is put into eval mode, and into its previous mode at the end.
         workers: loader processes for images that are not in memory.
 
     Raises:

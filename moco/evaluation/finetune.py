@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from moco.config import ConfigError, OptimConfig, RunWarning, require
@@ -22,34 +19,25 @@ from moco.config.finetune import FinetuneConfig, fraction_of
 from moco.config.subject import SubjectConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
+from moco.data.opening import with_tuples
 from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
-from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
+from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
+from moco.evaluation import task as evaluation
 from moco.evaluation.finetuning import TrainSettings, build_finetune_optimizer, classifier, mixing, plan_of, train
 from moco.evaluation.metrics import HeldOut, compute_metrics, mean_interval
 from moco.evaluation.subject import Subject, data_with_absolute_paths, labels_of
-from moco.evaluation.task import (
-    Result,
-    Task,
-    interval_note,
-    log_next,
-    open_task,
-    record_results,
-    show_results,
-    summarize_seeds,
-)
+from moco.evaluation.task import Result, Task
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
 from moco.interop.weights import save_weights
 from moco.runs.results import prepare
-from moco.runtime.console import Terminal, duration, log, percent
+from moco.runtime.console import log, percent
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
 DEFAULT_VIEW: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # for files without a run's augmentation
-
-OnStep = Callable[[str, float], None]  # called with a description and the loss
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,21 +56,17 @@ class Finetuning:
 def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
     """Fine-tune each configured encoder end to end with each seed, and evaluate it on the held-out split.
 
-    Returns:
-        A result per encoder; the same on every rank.
-
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set.
+    Returns a result per encoder, the same on every rank. Errors: see `open_task`.
     """
-    with open_task(config) as opened:
+    with evaluation.open_task(config) as opened:
         run = _set_up(opened)
         task = run.task
         plan = _log_plan(run)
         prepare(task.subject.output)
         settings = _settings(run, plan)  # before the work, during which a list of images may be edited
-        with _progress(len(config.encoders) * config.seeds * plan.total_steps) as on_step:
+        with evaluation.progress_log("step", len(config.encoders) * config.seeds * plan.total_steps) as on_step:
             found = [_finetune(run, name, settings, on_step) for name in config.encoders]
-        path = record_results(task, "finetune", protocol(config)[0], found)
+        path = evaluation.record_results(task, "finetune", protocol(config)[0], found)
         _report(task, plan, found, path)
     return found
 
@@ -90,21 +74,16 @@ def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
 def _set_up(task: Task[FinetuneConfig]) -> Finetuning:
     """Choose the training view and the validation part, and refuse options that the network lacks."""
     config, file = task.config, task.subject.file
-    options = {
-        name: getattr(config, name) for name in ("layer_decay", "drop_path") if getattr(config, name) is not None
-    }
+    options = {name: getattr(config, name) for name in ("layer_decay", "drop_path")}
+    options = {name: value for name, value in options.items() if value is not None}
     if options and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # timm's list of layers
         each = " ".join(f"{name}={value}" for name, value in options.items())
         raise ConfigError(f"{each} needs a vision transformer or a timm network, {file.backbone} is neither: remove it")
     if config.drop_path is not None:
         file = replace(file, options=file.options | {"drop_path_rate": config.drop_path})
     if config.bn == "frozen" and "untrained" in config.encoders:
-        warnings.warn(
-            "bn=frozen keeps the initial statistics of the untrained encoder, as if it had no batch normalization: "
-            "compare with bn=sync",
-            RunWarning,
-            stacklevel=2,
-        )
+        problem = "bn=frozen keeps the initial statistics of the untrained encoder, as if it had no batch normalization"
+        warnings.warn(f"{problem}: compare with bn=sync", RunWarning, stacklevel=2)
     view = view_of(config, task.subject)
     if config.validation:
         labels = labels_of(task.train)
@@ -128,12 +107,8 @@ def view_of(config: FinetuneConfig, subject: Subject) -> View:
         require(name not in fixed, f"view.{name} must equal that of the evaluation: set images.{name} instead")
         free = ", ".join(sorted(known - set(fixed)))
         require(name in known, f"view.{name} is not a field of a view: use one of {free}")
-    merged = (of_run or DEFAULT_VIEW) | config.view | fixed
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in merged.items()
-    }
     try:
-        return View(**values)
+        return View(**with_tuples((of_run or DEFAULT_VIEW) | config.view | fixed))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"view.{error}") from error
 
@@ -182,7 +157,7 @@ def _log_plan(run: Finetuning) -> Plan:
     return plan
 
 
-def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: OnStep) -> Result:
+def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Callable[[str], None]) -> Result:
     """Train and evaluate one encoder with all seeds; save the last one's network."""
     task, metrics = run.task, []
     for seed in range(task.config.seed, task.config.seed + task.config.seeds):
@@ -191,19 +166,19 @@ def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: OnS
         metrics.append(compute_metrics(*held_out.open()))
         log(f"{name}, seed {seed}: {percent(metrics[-1].top1)} %")
     folder = _folder(task, name)
-    steps = plan.total_steps + (task.subject.step if name == "pretrained" else 0)
+    steps = plan.total_steps + (task.subject.file.step if name == "pretrained" else 0)
     on_rank_zero(lambda: _save(task, network, folder, steps))
     details = {
         "settings": settings,
         "labelled": plan.length,
-        "figures": summarize_seeds(metrics),
+        "figures": evaluation.summarize_seeds(metrics),
         "per_seed": [each.to_json() for each in metrics],
         "saved": str(folder.absolute()),
     }
     return Result(name, metrics, details)
 
 
-def _train(run: Finetuning, name: str, seed: int, on_step: OnStep) -> tuple[nn.Sequential, Plan]:
+def _train(run: Finetuning, name: str, seed: int, on_step: Callable[[str], None]) -> tuple[nn.Sequential, Plan]:
     task, config = run.task, run.task.config
     picked = task.train.subset(pick(config, task.train, seed))
     plan = run.plan(len(picked), seed)
@@ -211,13 +186,8 @@ def _train(run: Finetuning, name: str, seed: int, on_step: OnStep) -> tuple[nn.S
     classes = len(task.train.classes)
     network = classifier(backbone, classes, config.bn, seed).to(task.device)
     broadcast_module(network)
-    optim = OptimConfig(
-        name=config.optimizer,
-        momentum=config.momentum,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        exclude=config.exclude,
-    )
+    shared = {name: getattr(config, name) for name in ("momentum", "betas", "weight_decay", "exclude")}
+    optim = OptimConfig(name=config.optimizer, **shared)
     mix, precision = mixing(config.mixup, config.cutmix, classes), PRECISIONS[config.precision]
     train(
         wrap_ddp(network, task.device),
@@ -226,7 +196,7 @@ def _train(run: Finetuning, name: str, seed: int, on_step: OnStep) -> tuple[nn.S
         torch.from_numpy(labels_of(picked)).to(task.device),
         plan,
         TrainSettings(config.lr, config.warmup, mix, config.label_smoothing, precision),
-        lambda loss: on_step(f"{name}, seed {seed}", loss),
+        lambda loss: on_step(f"{name}, seed {seed}: loss {loss:.3f}"),
     )
     return network, plan
 
@@ -248,32 +218,6 @@ def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step
     save_encoder(folder / "encoder.safetensors", network.get_submodule("backbone"), config, step)
     head = network.get_submodule("head").state_dict()
     save_weights(folder / "head.safetensors", head, {"classes": json.dumps(task.train.classes)})
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[OnStep]:
-    """Show a bar over all steps of all encoders and seeds, or without a terminal a line every 30 seconds; on rank 0."""
-    terminal = Terminal(quiet=not is_rank_zero(), highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    start = last_line = time.monotonic()
-    done = 0
-    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-
-        def on_step(description: str, loss: float) -> None:
-            nonlocal last_line, done
-            done += 1
-            line = f"{description}: loss {loss:.3f}"
-            bar.update(task, completed=done, description=line)
-            if not terminal.is_terminal and time.monotonic() - last_line > 30:
-                last_line = time.monotonic()
-                left = duration((last_line - start) / done * (total - done))
-                log(f"step {done}/{total} · {line} · left {left}")
-
-        yield on_step
-
-
-# ---- what is written and shown ----
 
 
 def protocol(config: FinetuneConfig) -> tuple[str, str]:
@@ -307,11 +251,11 @@ def _settings(run: Finetuning, plan: Plan) -> dict[str, Any]:
 def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: Path) -> None:
     """Print the closing table, the written files and the next command."""
     config = task.config
-    show_results(
+    evaluation.show_results(
         f"fine-tuned, {_title(config)} ({plan.length:,} images, {plan.total_steps:,} steps)",
         found,
         {"each seed": [", ".join(percent(one.top1) for one in each.metrics) for each in found]},
-        f"top-1: {interval_note(config.seeds)}; evaluated on {len(task.held_out):,} images",
+        f"top-1: {evaluation.interval_note(config.seeds)}; evaluated on {len(task.held_out):,} images",
     )
     if len(found) == 2 and config.seeds > 1:
         pairs = zip(*(each.metrics for each in found), strict=True)
@@ -321,14 +265,7 @@ def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: P
     log(f"written: {path}")
     for each in found:
         log(f"saved: {_folder(task, each.encoder)}/encoder.safetensors and head.safetensors (of the last seed)")
-    # The saved file holds these itself.
-    saved: dict[str, Any] = {
-        "run": "",
-        "output": "",
-        "weights": "encoder",
-        "backbone": None,
-        "options": {},
-        "images": {},
-    }
+    # The saved file holds all other settings itself.
+    own: dict[str, Any] = {"run": "", "output": "", "weights": "encoder", "backbone": None, "options": {}, "images": {}}
     data, encoder = {"hold_out": config.data.hold_out}, f"{_folder(task, found[0].encoder)}/encoder.safetensors"
-    log_next(command("moco.knn", config, **saved, data=data, checkpoint=encoder))
+    evaluation.log_next(command("moco.knn", config, **own, data=data, checkpoint=encoder))

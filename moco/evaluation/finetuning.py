@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchvision.transforms import v2
 
 from moco.config import OptimConfig
@@ -48,10 +49,8 @@ def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequ
 
     Args:
         backbone: changed in place; its `num_features` is D.
-        classes: L.
         bn: "sync" normalizes over the global batch and updates the running statistics; "frozen" uses the stored ones.
             Scale and shift are trained in both cases.
-        seed: of the head's weights.
     """
     torch.manual_seed(seed)
     head = nn.Linear(cast(int, backbone.num_features), classes)
@@ -73,13 +72,11 @@ def build_finetune_optimizer(
     nesterov: bool = False,
     head_lr_factor: float = 1.0,
     layer_decay: float | None = None,
-) -> torch.optim.Optimizer:
+) -> Optimizer:
     """Build an optimizer whose groups hold the factor of their learning rate in "lr_scale".
 
     Args:
-        network: from `classifier`.
-        optim: name (sgd or adamw), momentum, betas, weight decay and its exclusions.
-        nesterov: for sgd.
+        optim: sgd (with `nesterov`) or adamw.
         head_lr_factor: the head's scale.
         layer_decay: for timm networks: each layer's scale is this times that of the layer above, the head's being 1
             (BEiT, Bao et al., 2022); weight decay then excludes the backbone's vectors and the parameters that it
@@ -138,30 +135,22 @@ def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     previous rank.
     """
     previous = (rank() - 1) % world_size()
-    images, labels = (
-        torch.cat([gather(each[-1:])[previous : previous + 1], each]) for each in (images, labels)
-    )  # (1 + n, ...)
+    # (1 + n, ...)
+    images, labels = (torch.cat([gather(each[-1:])[[previous]], each]) for each in (images, labels))
     images, parts = mix(images, labels)
     return images[1:], parts[1:]
 
 
 def train_step(
-    forward: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    target: Tensor,
-    lr: float,
-    settings: TrainSettings,
+    forward: nn.Module, optimizer: Optimizer, images: Tensor, target: Tensor, lr: float, settings: TrainSettings
 ) -> float:
     """Train on one global batch and return its loss.
 
     Args:
         forward: the network, or DDP around it.
-        optimizer: from `build_finetune_optimizer`.
         images: this rank's share, (n, 3, S, S).
         target: its classes (n,), or class proportions (n, L).
-        lr: of this step, before each group's own scale.
-        settings: label smoothing and precision.
+        lr: before each group's own scale; replaces `settings.lr`.
 
     Raises:
         NonFiniteLoss: on every rank, before any weight has changed.
@@ -185,7 +174,7 @@ def train_step(
 
 def train(
     forward: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Iterable[Batch],
     labels: Tensor,
     plan: Plan,
@@ -195,12 +184,9 @@ def train(
     """Run all steps of a plan.
 
     Args:
-        forward: the network in training mode, or DDP around it.
-        optimizer: from `build_finetune_optimizer`.
+        forward, optimizer: see `train_step`; the network is in training mode.
         batches: the plan's batches, one view each.
         labels: of all images of the plan, (N,), on the device.
-        plan: the length of training and its seed.
-        settings: learning rate, mixing, smoothing, precision.
         on_step: receives the loss of each step.
 
     Raises:
@@ -213,15 +199,12 @@ def train(
         if settings.mix is not None:
             torch.manual_seed(step_seed(plan.seed, step << 16))  # the same on all ranks
             images, target = mixed(settings.mix, images, target)
-        torch.manual_seed(
-            step_seed(plan.seed, (step << 16) + 1 + rank())
-        )  # dropout and drop-path: masks differ between ranks
+        # Masks of dropout and drop-path differ between ranks.
+        torch.manual_seed(step_seed(plan.seed, (step << 16) + 1 + rank()))
         lr = settings.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
         try:
             loss = train_step(forward, optimizer, images, target, lr, settings)
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(
-                f"step {step + 1} of {plan.total_steps} has {error} at lr {lr:.3g}: lower lr={settings.lr:g} or "
-                "head_lr_factor, or increase warmup"
-            ) from error
+            fix = f"lower lr={settings.lr:g} or head_lr_factor, or increase warmup"
+            raise NonFiniteLoss(f"step {step + 1} of {plan.total_steps} has {error} at lr {lr:.3g}: {fix}") from error
         on_step(loss)

@@ -4,8 +4,7 @@ Legend: M training images, L classes.
 """
 
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import require
+from moco.config import ConfigError
 from moco.config.knn import KnnConfig
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.sources import Source
@@ -23,37 +22,26 @@ from moco.evaluation.features import Network, pixels
 from moco.evaluation.knn_classifier import KnnSettings, leave_one_out, votes_of_draws
 from moco.evaluation.metrics import HeldOut, Metrics, compute_metrics, mean_known
 from moco.evaluation.subject import encoders, labels_of
+from moco.evaluation.subsets import draw_labels, naming_field
 from moco.evaluation.task import Result, Task, log_next, open_task, record_results
 from moco.runs.results import prepare
 from moco.runtime.console import log, percent, progress_bar, table
 from moco.runtime.next_command import command
 
-NAMES = {"pixels": "raw pixels"}  # other encoders keep their name
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The settings chosen for one encoder."""
-
-    settings: KnnSettings
-    grid: NDArray[np.float64] | None  # leave-one-out accuracy (k, temperature); None if there was nothing to choose
+Grid = NDArray[np.float64]  # leave-one-out accuracy (k, temperature)
 
 
 def evaluate_knn(config: KnnConfig) -> list[Result]:
     """Evaluate an encoder and its baselines by kNN; k and temperature are chosen on the training split.
 
-    Returns:
-        A result for the pretrained encoder, then one for each name in `compare`; the same on every rank.
-
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set.
+    Returns a result for the pretrained encoder, then one for each name in `compare`, the same on every rank.
+    Errors: see `open_task`.
     """
     with open_task(config) as task:
         file, train = task.subject.file, task.train
-        require(
-            config.features == "backbone" or bool(file.head_weights),
-            f"features=projection, but {file.source} ({file.layout}) has no projection head: set features=backbone",
-        )
+        if config.features == "projection" and not file.head_weights:
+            problem = f"features=projection, but {file.source} ({file.layout}) has no projection head"
+            raise ConfigError(f"{problem}: set features=backbone")
         references = _count_references(train, config)
         prepare(task.subject.output)
         log(
@@ -62,33 +50,24 @@ def evaluate_knn(config: KnnConfig) -> list[Result]:
         )
         if max(config.k) > references:
             log(f"k={max(config.k)} exceeds the {references:,} reference images: all of them vote")
-        results, choices = zip(*(_evaluate(task, *each) for each in _networks(task)), strict=True)
-        _report(task, list(results), list(choices))
-        return list(results)
+        networks = encoders(task.subject, config.compare, task.device)
+        projection = config.features == "projection"
+        found = [_evaluate(task, name, each if projection else each.backbone) for name, each in networks]
+        if "pixels" in config.compare:
+            found.append(_evaluate(task, "pixels", pixels))
+        _report(task, found)
+        return [result for result, _, _ in found]
 
 
 def _count_references(train: Source, config: KnnConfig) -> int:
     """Return the number of labeled references; refuse `labels_per_class` above the size of a class."""
     if not config.labels_per_class:
         return len(train)
-    labels, counts = np.unique(labels_of(train), return_counts=True)
-    fewest = int(counts.argmin())
-    require(
-        counts[fewest] >= config.labels_per_class,
-        f"labels_per_class={config.labels_per_class}, but class {train.classes[labels[fewest]]} has "
-        f"{counts[fewest]} training images: lower it",
-    )
-    return config.labels_per_class * len(labels)
+    with naming_field("labels_per_class", config.labels_per_class):
+        return len(draw_labels(labels_of(train), config.labels_per_class, 0))
 
 
-def _networks(task: Task[KnnConfig]) -> Iterator[tuple[str, Network]]:
-    for name, encoder in encoders(task.subject, task.config.compare, task.device):
-        yield name, encoder if task.config.features == "projection" else encoder.backbone
-    if "pixels" in task.config.compare:
-        yield "pixels", pixels
-
-
-def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> tuple[Result, Choice]:
+def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> tuple[Result, KnnSettings, Grid | None]:
     """Choose k and temperature on the training split, then open the held-out split once."""
     config, labels = task.config, labels_of(task.train)
 
@@ -99,56 +78,38 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> tuple[Resul
     bank = features(task.train)  # (M, D)
     if config.half:
         bank = F.normalize(bank, dim=1).half()  # unit length, so that any range of features fits
-    choice = _choose(task, name, bank)
+    settings, grid = _choose(task, name, bank)
     queries, truth = held_out.open()
     with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
-        votes = votes_of_draws(bank, labels, queries, len(task.train.classes), choice.settings, progress)
+        votes = votes_of_draws(bank, labels, queries, len(task.train.classes), settings, progress)
         metrics = [compute_metrics(each, truth, votes=True) for each in votes]
-    settings = choice.settings
     if settings.k < 5:  # fewer than five classes can have votes
         metrics = [replace(each, top5=None) for each in metrics]
-    details = {
-        "settings": {
-            "features": config.features,
-            "k": settings.k,
-            "temperature": settings.temperature,
-            "labels_per_class": settings.labels_per_class,
-            "draws": config.draws if config.labels_per_class else 1,
-            "half": config.half,
-            "seed": config.seed,
-        },
-        "figures": summarize_draws(metrics),
-    }
-    if choice.grid is not None:
-        details["choice"] = {
-            "k": config.k,
-            "temperature": config.temperature,
-            "leave_one_out": choice.grid.tolist(),
-            "images": min(config.choose_on, len(task.train)),
-        }
-    return Result(name, metrics, details), choice
+    used = {"features": config.features, "half": config.half}
+    used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
+    details = {"settings": used | {"draws": len(metrics)}, "figures": summarize_draws(metrics)}
+    if grid is not None:
+        details["choice"] = {"k": config.k, "temperature": config.temperature, "leave_one_out": grid.tolist()}
+        details["choice"]["images"] = min(config.choose_on, len(task.train))
+    return Result(name, metrics, details), settings, grid
 
 
-def _choose(task: Task[KnnConfig], name: str, bank: Tensor) -> Choice:
-    """Choose k and temperature by leave-one-out on the training split; the first of equally good pairs."""
+def _choose(task: Task[KnnConfig], name: str, bank: Tensor) -> tuple[KnnSettings, Grid | None]:
+    """Choose k and temperature by leave-one-out on the training split; the first of equally good pairs.
+
+    The grid is None if there is nothing to choose.
+    """
     config = task.config
-    settings = KnnSettings(
-        config.k[0],
-        config.temperature[0],
-        config.labels_per_class,
-        config.draws,
-        config.seed,
-        config.queries_at_once,
-        config.references_at_once,
-    )
+    settings = KnnSettings(config.k[0], config.temperature[0], config.labels_per_class, config.draws, config.seed)
+    settings = replace(settings, query_chunk=config.queries_at_once, bank_chunk=config.references_at_once)
     if len(config.k) * len(config.temperature) == 1:
-        return Choice(settings, None)
+        return settings, None
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
     labels, rows = (torch.from_numpy(each).to(task.device) for each in (labels_of(task.train), drawn))
     with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
         grid = leave_one_out(bank, labels, rows, config.k, config.temperature, settings, progress)
     i, j = np.unravel_index(grid.argmax(), grid.shape)
-    return Choice(replace(settings, k=config.k[i], temperature=config.temperature[j]), grid)
+    return replace(settings, k=config.k[i], temperature=config.temperature[j]), grid
 
 
 def total_confusion(metrics: list[Metrics]) -> NDArray[np.int64]:
@@ -182,37 +143,35 @@ def most_confused(confusion: NDArray[np.int64], classes: tuple[str, ...], most: 
     return [f"{classes[a]} for {classes[b]} {share[a, b]:.1f} %" for a, b in pairs if share[a, b]]
 
 
-def _report(task: Task[KnnConfig], results: list[Result], choices: list[Choice]) -> None:
+def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid | None]]) -> None:
     """Print the tables, write results.json, print the next commands."""
-    config, train, draws = task.config, task.train, len(results[0].metrics)
+    config, train = task.config, task.train
+    pretrained, settings, grid = found[0]
+    draws = len(pretrained.metrics)
     few = config.labels_per_class
     protocol = f"{few} label{'s' * (few > 1)} a class" if few else "all labels"  # in results.json of earlier versions
-    if choices[0].grid is not None:
-        _show_choice(config, choices[0].settings, choices[0].grid, len(train))
+    if grid is not None:
+        _show_choice(config, settings, grid, len(train))
     table(
         f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
         ["encoder", "k", "T", "top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"],
-        [_row(result, choice.settings) for result, choice in zip(results, choices, strict=True)],
+        [_row(result, settings) for result, settings, _ in found],
         f"on {len(task.held_out):,} held-out images; chance is {100 / len(train.classes):.1f} %",
     )
-    if pairs := most_confused(total_confusion(results[0].metrics), train.classes):
+    if pairs := most_confused(total_confusion(pretrained.metrics), train.classes):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")
-    log(f"written: {record_results(task, 'knn', protocol, results, config.features)}")
+    log(f"written: {record_results(task, 'knn', protocol, [each[0] for each in found], config.features)}")
     live = task.subject.file.config.get("evaluate", {})
     if live.get("labels_per_class") and not config.labels_per_class:
         fields = {name: live[name] for name in ("features", "labels_per_class", "draws")}
-        fields |= {
-            "k": [live["k"]],
-            "temperature": [live["temperature"]],
-            "compare": ["untrained", "pixels"],
-            "seed": 0,
-        }
+        fields |= {name: [live[name]] for name in ("k", "temperature")}
+        fields |= {"compare": ["untrained", "pixels"], "seed": 0}
         log_next(command("moco.knn", config, **fields), "few labels, as during training: all labels can saturate")
     log_next(command("moco.linear", config))
     log_next(shlex.join(["tensorboard", "--logdir", str(task.subject.output)]))
 
 
-def _show_choice(config: KnnConfig, chosen: KnnSettings, grid: NDArray[np.float64], count: int) -> None:
+def _show_choice(config: KnnConfig, chosen: KnnSettings, grid: Grid, count: int) -> None:
     best = (config.k.index(chosen.k), config.temperature.index(chosen.temperature))
     table(
         "choice: leave-one-out accuracy of the pretrained encoder on training images",
@@ -228,5 +187,5 @@ def _show_choice(config: KnnConfig, chosen: KnnSettings, grid: NDArray[np.float6
 def _row(result: Result, settings: KnnSettings) -> list[str]:
     values = result.details["figures"]
     spread = percent(values["std"]) if "std" in values else " – ".join(map(percent, values["interval95"]))
-    name = NAMES.get(result.encoder, result.encoder)
+    name = "raw pixels" if result.encoder == "pixels" else result.encoder
     return [name, str(settings.k), f"{settings.temperature:g}", percent(result.top1), spread, percent(result.top5)]

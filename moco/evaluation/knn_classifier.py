@@ -21,7 +21,8 @@ from moco.config import EvaluateConfig
 from moco.distributed import rank, sum_over_ranks, world_size
 from moco.evaluation.subsets import draw_labels
 
-Progress = Callable[[int, int], None]  # called with (done, total)
+Progress = Callable[[int, int], None]  # called with (chunks done, chunks of this rank)
+Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class KnnSettings:
     seed: int = 0  # of the draws
     query_chunk: int = 1024  # queries at once; this and the next bound memory and change no result
     bank_chunk: int = 65536  # references at once
+
+
+def ignore(*_: int) -> None:
+    """Show no progress."""
 
 
 class Accuracy(NamedTuple):
@@ -57,8 +62,7 @@ def nearest(
     device, at several times the cost. This search stays in float32 and keeps the accuracies of earlier runs.
 
     Args:
-        bank: features (M, D) of any length and precision; they are normalized here, chunk by chunk.
-        queries: (Q, D).
+        bank, queries: features (M, D) and (Q, D) of any length and precision; they are normalized here.
         k: neighbors; more than M means all.
         own: (Q,), each query's own row in the bank, which is not a neighbor.
         bank_chunk: references at once; memory is Q x (k + bank_chunk).
@@ -115,32 +119,24 @@ def _chunks(length: int, most: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(length * i // count for i in range(count + 1))]
 
 
-def _own_chunks(length: int, most: int, progress: Progress | None) -> Iterator[slice]:
+def _own_chunks(length: int, most: int, progress: Progress) -> Iterator[slice]:
     """Yield this rank's chunks of the queries. The chunks, and so the results, do not depend on the number of ranks."""
     chunks = _chunks(length, most)[rank() :: world_size()]
     for done, chunk in enumerate(chunks):
-        if progress is not None:
-            progress(done, len(chunks))
+        progress(done, len(chunks))
         yield chunk
 
 
 def knn_votes(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    classes: int,
-    settings: KnnSettings,
-    progress: Progress | None = None,
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, settings: KnnSettings, progress: Progress = ignore
 ) -> Tensor:
     """Sum the votes of each query's k nearest references per class, weighted by exp(similarity / temperature).
 
     Args:
-        bank: features (M, D), of any length.
+        bank, queries: features (M, D) and (Q, D), of any length.
         bank_labels: (M,), classes from 0.
-        queries: (Q, D).
         classes: L.
         settings: all references vote; `labels_per_class` and `draws` have no effect here.
-        progress: called with (chunks done, chunks of this rank).
 
     Returns:
         Shape (Q, L), in units of the nearest neighbor's vote.
@@ -153,12 +149,7 @@ def knn_votes(
 
 
 def votes_of_draws(
-    bank: Tensor,
-    bank_labels: NDArray[np.int64],
-    queries: Tensor,
-    classes: int,
-    settings: KnnSettings,
-    progress: Progress | None = None,
+    bank: Tensor, bank_labels: Labels, queries: Tensor, classes: int, settings: KnnSettings, progress: Progress = ignore
 ) -> Iterator[Tensor]:
     """Yield votes (Q, L) once with all labels, or once per draw of `labels_per_class`. Arguments: see `knn_votes`.
 
@@ -175,34 +166,28 @@ def votes_of_draws(
         yield knn_votes(bank[rows], labels[rows], queries, classes, settings, progress)
 
 
-def knn_predict(bank: Tensor, bank_labels: Tensor, queries: Tensor, settings: KnnSettings) -> Tensor:
-    """Return each query's class (Q,): the one with most votes, the first of equal ones."""
-    return knn_votes(bank, bank_labels, queries, int(bank_labels.max()) + 1, settings).argmax(dim=1)
-
-
 def leave_one_out(
     bank: Tensor,
     bank_labels: Tensor,
     rows: Tensor,
     ks: Sequence[int],
     temperatures: Sequence[float],
-    settings: KnnSettings | None = None,
-    progress: Progress | None = None,
+    settings: KnnSettings = KnnSettings(),  # frozen
+    progress: Progress = ignore,
 ) -> NDArray[np.float64]:
     """Compute the accuracy on the references, each without itself as a neighbor: to choose k and temperature.
 
     The neighbors are searched once, for the largest k.
 
     Args:
-        bank, bank_labels, progress: see `knn_votes`.
+        bank, bank_labels: see `knn_votes`.
         rows: references that are the queries, (Q,).
         ks, temperatures: the grid.
-        settings: the chunk sizes.
+        settings: only the chunk sizes apply.
 
     Returns:
         Percent, shape (len(ks), len(temperatures)).
     """
-    settings = settings or KnnSettings()
     classes = int(bank_labels.max()) + 1
     correct = torch.zeros(len(ks), len(temperatures), dtype=torch.int64, device=bank.device)
     for chunk in _own_chunks(len(rows), settings.query_chunk, progress):
@@ -219,11 +204,11 @@ def leave_one_out(
 
 def knn_accuracy(
     bank: Tensor,
-    bank_labels: NDArray[np.int64],
+    bank_labels: Labels,
     queries: Tensor,
-    labels: NDArray[np.int64],
-    settings: KnnSettings | None = None,
-    progress: Progress | None = None,
+    labels: Labels,
+    settings: KnnSettings = KnnSettings(),  # frozen
+    progress: Progress = ignore,
 ) -> Accuracy:
     """Compute the kNN accuracy with all labels, or averaged over draws of few labels per class.
 
@@ -232,15 +217,15 @@ def knn_accuracy(
     Args:
         bank, queries: features (M, D) and (Q, D).
         bank_labels, labels: (M,) and (Q,).
-        settings: k, temperature, number of labels; default: all labels.
-        progress: see `knn_votes`; restarts with each draw.
+        settings: all labels by default.
+        progress: restarts with each draw.
 
     Raises:
         SubsetError: if a class has fewer than `labels_per_class` references.
     """
     truth = torch.from_numpy(labels).to(bank.device)
     classes = int(bank_labels.max()) + 1
-    votes = votes_of_draws(bank, bank_labels, queries, classes, settings or KnnSettings(), progress)
+    votes = votes_of_draws(bank, bank_labels, queries, classes, settings, progress)
     scores = [100 * (each.argmax(dim=1) == truth).double().mean().item() for each in votes]
     return Accuracy(float(np.mean(scores)), float(np.std(scores)), len(scores))
 

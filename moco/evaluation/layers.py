@@ -5,6 +5,7 @@ Legend: N images, S image size, D feature dimension of all layers together, C ch
 
 import difflib
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -20,14 +21,12 @@ class LayerFeatures(nn.Module):
     v3's linear probe, or by their mean if the network has none. Outputs (N, C) are used unchanged.
 
     Args:
-        backbone: the network; put into eval mode, and it keeps the hooks set here.
+        backbone: put into eval mode; it keeps the hooks set here.
         layers: `output`, or names of submodules as in `backbone.named_modules()`. If one runs several times per pass,
             the last run counts.
         size: S, for one blank image that determines the widths.
 
-    Attributes:
-        columns: the columns of each layer, in the given order.
-        width: D.
+    Attributes `columns` (the columns of each layer, in the given order) and `width` (D) describe the result.
 
     Raises:
         ValueError: for a layer that does not exist, does not run, or returns neither map, tokens nor features.
@@ -50,11 +49,9 @@ class LayerFeatures(nn.Module):
         parameter = next(backbone.parameters())
         with torch.no_grad():
             blank = parameter.new_zeros(1, 3, size, size)
-            widths = [each.shape[1] for each in self._pooled(blank)]
-        stops = torch.tensor(widths).cumsum(0).tolist()
-        starts = [0, *stops[:-1]]
-        self.columns = {name: slice(a, b) for name, a, b in zip(self.layers, starts, stops, strict=True)}
-        self.width: int = stops[-1]
+            edges = list(accumulate((each.shape[1] for each in self._pooled(blank)), initial=0))
+        self.columns = {name: slice(*pair) for name, pair in zip(self.layers, pairwise(edges), strict=True)}
+        self.width = edges[-1]
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.cat(self._pooled(images), dim=1)  # (N, D)
@@ -71,19 +68,15 @@ class LayerFeatures(nn.Module):
             self._outputs.clear()  # feature maps are large
 
     def _pool(self, name: str, out: Any) -> Tensor:
-        dims = out.dim() if isinstance(out, Tensor) else 0
-        if dims == 4:
-            pooled: Tensor = out.mean(dim=self._positions)
-            return pooled
-        if dims == 3:
-            tokens: Tensor = out[:, 0] if self._class_token else out.mean(dim=1)
-            return tokens
-        if dims == 2:
-            return out  # type: ignore[no-any-return]
+        if isinstance(out, Tensor):
+            if out.dim() == 4:
+                return out.mean(dim=self._positions)
+            if out.dim() == 3:
+                return out[:, 0] if self._class_token else out.mean(dim=1)
+            if out.dim() == 2:
+                return out
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(
-            f"layer {name!r} returns {shape}, which is neither a map nor tokens nor features: choose another"
-        )
+        raise ValueError(f"layer {name!r} returns {shape}, not a map, tokens or features: choose another")
 
 
 def _suggestions(wrong: str, names: list[str], limit: int = 24) -> str:

@@ -1,9 +1,7 @@
 """`python -m moco.linear`: the linear probe of an encoder and of its baselines, all by one protocol."""
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,14 @@ from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.linear import LinearConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
+from moco.data.opening import with_tuples
 from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
+from moco.digest import digest
 from moco.distributed import is_rank_zero, on_rank_zero, rank, world_size
-from moco.evaluation.cache import cached, key_of
+from moco.evaluation import task as evaluation
+from moco.evaluation.cache import cached
 from moco.evaluation.confusion import draw_confusion
 from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import OUTPUT, LayerFeatures
@@ -28,17 +29,7 @@ from moco.evaluation.metrics import HeldOut, Metrics, compute_metrics
 from moco.evaluation.subject import encoders, labels_of
 from moco.evaluation.subsets import SubsetError, split_each_class
 from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
-from moco.evaluation.task import (
-    Result,
-    Task,
-    interval_note,
-    log_next,
-    monitored,
-    open_task,
-    record_results,
-    show_results,
-    summarize_seeds,
-)
+from moco.evaluation.task import Result, Task
 from moco.models.encoder import Encoder
 from moco.optim.schedules import scaled_lr
 from moco.runs.results import prepare
@@ -46,6 +37,7 @@ from moco.runtime.console import log, percent, progress_bar
 from moco.runtime.next_command import command
 
 _CHUNK = 4096  # rows at once through a head
+_EPOCH = "loss {:.3f} · training accuracy {:.1f} %"
 _MOST_CLASSES = 100  # in the image of the confusion matrix
 
 
@@ -60,12 +52,8 @@ class Probe:
 
 
 def evaluate_linear(config: LinearConfig) -> None:
-    """Run the linear probe of an encoder and its baselines.
-
-    Raises:
-        ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set.
-    """
-    with open_task(config) as task:
+    """Run the linear probe of an encoder and its baselines. Errors: see `open_task`."""
+    with evaluation.open_task(config) as task:
         file = task.subject.file
         prepare(task.subject.output)
         log(
@@ -74,20 +62,16 @@ def evaluate_linear(config: LinearConfig) -> None:
             f"classes, {task.device.type}, {world_size()} process{'es' * (world_size() > 1)}"
         )
         probe = _sweep if config.kind == "sweep" else _official
-        probes = {
-            name: probe(task, name, encoder) for name, encoder in encoders(task.subject, config.compare, task.device)
-        }
+        networks = encoders(task.subject, config.compare, task.device)
+        probes = {name: probe(task, name, encoder) for name, encoder in networks}
         if "pixels" in config.compare:
             probes["pixels"] = _sweep(task, "pixels", None)
         found = [Result(name, each.metrics, _details(config, each)) for name, each in probes.items()]
         _show(config, found)  # before writing: the results stay visible if writing fails
-        path = record_results(task, "linear", config.protocol, found)
+        path = evaluation.record_results(task, "linear", config.protocol, found)
         files = on_rank_zero(lambda: [path, *_save_files(task, probes["pretrained"])])
         log(f"written to {task.subject.output}: {', '.join(each.name for each in files)}")
         _log_next(task)
-
-
-# ---- the two protocols ----
 
 
 def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Probe:
@@ -104,25 +88,20 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
         columns = network.columns
     train = _features(task, network, task.train, f"{name}: features of the training images")
     data = LabeledFeatures(train, columns, labels, len(task.train.classes), task.device)
-    held_out = HeldOut(
-        lambda: _features(task, network, task.held_out, f"{name}: features of the held-out images"),
-        labels_of(task.held_out),
-    )
-    choices, heads = zip(*(_choose_and_retrain(task, name, data, seed) for seed in _seeds(config)), strict=True)
+    description = f"{name}: features of the held-out images"
+    held_out = HeldOut(lambda: _features(task, network, task.held_out, description), labels_of(task.held_out))
+    seeds = range(config.seed, config.seed + config.seeds)
+    choices, heads = zip(*(_choose_and_retrain(task, name, data, seed) for seed in seeds), strict=True)
     test, truth = held_out.open()
     batch_size = min(config.batch_size, len(labels) - choices[0].count)
     if name == "pretrained":
         _log_lowered(config, batch_size, f"{len(labels) - choices[0].count} images remain for training")
-    layers = [choice.setting.layer for choice in choices]
-    return Probe(
-        [
-            compute_metrics(_scores(head, test, columns[layer], task.device), truth)
-            for head, layer in zip(heads, layers, strict=True)
-        ],
-        list(heads),
-        [asdict(each.setting) | {"validation_top1": each.accuracy, "validation_count": each.count} for each in choices],
-        {"batch_size": batch_size},
-    )
+    metrics = [
+        compute_metrics(_scores(head, test, columns[choice.setting.layer], task.device), truth)
+        for head, choice in zip(heads, choices, strict=True)
+    ]
+    chosen = [asdict(one.setting) | {"validation_top1": one.accuracy, "validation_count": one.count} for one in choices]
+    return Probe(metrics, list(heads), chosen, {"batch_size": batch_size})
 
 
 def _choose_and_retrain(
@@ -150,47 +129,29 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
         f"batch_size={batch_size}, lowered because the training split has {len(task.train)} images, must be a multiple "
         f"of the {world_size()} processes: use fewer processes, or set batch_size",
     )
-    optim = OptimConfig(
-        lr=scaled_lr(official.lr, batch_size, official.base_batch),
-        schedule=official.schedule,
-        milestones=list(official.milestones),
-        gamma=official.gamma,
-        per_epoch=True,
-        momentum=config.momentum,
-        weight_decay=official.weight_decay,
-    )
+    lr = scaled_lr(official.lr, batch_size, official.base_batch)
+    shared = {name: getattr(official, name) for name in ("schedule", "milestones", "gamma", "weight_decay")}
+    optim = OptimConfig(lr=lr, per_epoch=True, momentum=config.momentum, **shared)
     if name == "pretrained":
         _log_lowered(config, batch_size, f"the training split has {len(task.train)} images")
     if official.schedule == "step" and any(each >= config.epochs for each in official.milestones):
-        warnings.warn(
-            f"official.milestones={official.milestones} exceed epochs={config.epochs}, so the learning rate stays "
-            "high: change them too",
-            RunWarning,
-            stacklevel=2,
-        )
-    held_out = HeldOut(
-        lambda: _features(task, network, task.held_out, f"{name}: held-out images"), labels_of(task.held_out)
-    )
+        problem = f"official.milestones={official.milestones} exceed epochs={config.epochs}"
+        warnings.warn(f"{problem}, so the learning rate stays high: change them too", RunWarning, stacklevel=2)
+    description = f"{name}: features of the held-out images"
+    held_out = HeldOut(lambda: _features(task, network, task.held_out, description), labels_of(task.held_out))
     labels = torch.from_numpy(labels_of(task.train)).to(task.device)
     heads: list[LinearHead] = []
-    for seed in _seeds(config):
+    for seed in range(config.seed, config.seed + config.seeds):
         plan = Plan(len(task.train), batch_size, config.epochs, seed, rank(), world_size())
         head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(task.device)
-        with _epoch_log(name, config.epochs) as on_epoch:
-            stream_of_batches = batches(task.train, plan, [view], task.device, task.data.workers)
-            train_head(backbone, head, stream_of_batches, labels, plan, optim, on_epoch)
+        views = batches(task.train, plan, [view], task.device, task.data.workers)
+        with evaluation.progress_log(f"{name}: epoch", config.epochs) as log_epoch:
+            train_head(backbone, head, views, labels, plan, optim, lambda _, *each: log_epoch(_EPOCH.format(*each)))
         heads.append(LinearHead(head.weight.detach(), head.bias.detach(), _about_head(task, OUTPUT, unit=False)))
     test, truth = held_out.open()
     metrics = [compute_metrics(_scores(head, test, slice(None), task.device), truth) for head in heads]
     chosen = {"layer": OUTPUT, "lr": optim.lr, "weight_decay": official.weight_decay}
     return Probe(metrics, heads, [chosen] * len(heads), {"batch_size": batch_size, "peak_lr": optim.lr})
-
-
-# ---- their parts ----
-
-
-def _seeds(config: LinearConfig) -> range:
-    return range(config.seed, config.seed + config.seeds)
 
 
 def _log_lowered(config: LinearConfig, batch_size: int, reason: str) -> None:
@@ -217,66 +178,36 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
     parts = {"weights": network.backbone.state_dict(), "look": asdict(transform), "layers": network.layers}
     parts |= {"network": task.subject.file.backbone, "pictures": on_rank_zero(lambda: source.content_digest())}
     folder = task.subject.output / "features"
-    with monitored(network, len(source), description) as watched:
+    with evaluation.monitored(network, len(source), description) as watched:
 
         def compute(rows: Sequence[int]) -> Iterator[Tensor]:
             at_once, workers = task.config.images_at_once, task.data.workers
             return stream(watched, source, rows, transform, task.device, at_once, workers)
 
         try:
-            return cached(folder, key_of(parts), len(source), network.width, compute)
+            return cached(folder, digest(parts)[:24], len(source), network.width, compute)
         except OSError as error:
             raise ConfigError(f"output: {folder} cannot be written to ({error.strerror}): set output=DIR") from error
 
 
 def _scores(head: LinearHead, features: Tensor, columns: slice, device: torch.device) -> Tensor:
-    """Compute the class scores (M, L)."""
     return torch.cat([head(part[:, columns].to(device)) for part in features.split(_CHUNK)])
 
 
 def _training_view(task: Task[LinearConfig]) -> View:
     transform = task.subject.transform
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in task.config.augment.items()
-    }
+    fixed = {"size": transform.size, "mean": transform.mean, "std": transform.std}
     try:
-        return View(**(fields | {"size": transform.size, "mean": transform.mean, "std": transform.std}))
+        return View(**(with_tuples(task.config.augment) | fixed))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"augment: {str(error).removeprefix('View.__init__() ')}") from error
 
 
-@contextmanager
-def _epoch_log(name: str, epochs: int) -> Iterator[Callable[[int, float, float], None]]:
-    """Show a bar over the epochs, and log the training accuracy at most every 30 seconds."""
-    last = time.monotonic()
-    with progress_bar(f"{name}: epochs", quiet=not is_rank_zero()) as bar:
-
-        def on_epoch(done: int, loss: float, accuracy: float) -> None:
-            nonlocal last
-            bar(done, epochs)
-            if done in (1, epochs) or time.monotonic() - last > 30:
-                last = time.monotonic()
-                log(f"{name}: epoch {done}/{epochs} · loss {loss:.3f} · training accuracy {accuracy:.1f} %")
-
-        yield on_epoch
-
-
-# ---- what is written and shown ----
-
-
 def _about_head(task: Task[LinearConfig], layer: str, unit: bool) -> dict[str, Any]:
     """Return the metadata of a classifier's file."""
-    file = task.subject.file
-    return {
-        "layer": layer,
-        "unit": unit,
-        "classes": list(task.train.classes),
-        "protocol": task.config.protocol,
-        "encoder": file.source,
-        "backbone": file.backbone,
-        "step": file.step,
-        "look": asdict(task.subject.transform),
-    }
+    file, transform = task.subject.file, asdict(task.subject.transform)
+    about = {"layer": layer, "unit": unit, "classes": list(task.train.classes), "protocol": task.config.protocol}
+    return about | {"encoder": file.source, "backbone": file.backbone, "step": file.step, "look": transform}
 
 
 def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
@@ -288,7 +219,7 @@ def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
     return {
         "settings": {name: asdict(config)[name] for name in names} | probe.settings,
         "chosen": probe.chosen,
-        "figures": summarize_seeds(probe.metrics) | count if several else probe.metrics[0].to_json(),
+        "figures": evaluation.summarize_seeds(probe.metrics) | count if several else probe.metrics[0].to_json(),
         "each_seed": [each.to_json() for each in probe.metrics] if several else None,
     }
 
@@ -309,10 +240,10 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
 
 
 def _show(config: LinearConfig, found: list[Result]) -> None:
-    """Print the closing table."""
     extra: dict[str, list[str]] = {}
     first = [each.details["chosen"][0] for each in found]
-    note = f"top-1: {interval_note(config.seeds)}" + "; setting and files are the first seed's" * (config.seeds > 1)
+    note = f"top-1: {evaluation.interval_note(config.seeds)}"
+    note += "; setting and files are the first seed's" * (config.seeds > 1)
     if config.kind == "sweep":
         extra["validation %"] = [percent(each["validation_top1"]) for each in first]
         note += (
@@ -326,7 +257,7 @@ def _show(config: LinearConfig, found: list[Result]) -> None:
         + f"lr {each['lr']:g}, wd {each['weight_decay']:g}"
         for each in first
     ]
-    show_results(f"Linear probe, {config.protocol}", found, extra, note)
+    evaluation.show_results(f"Linear probe, {config.protocol}", found, extra, note)
 
 
 def _log_next(task: Task[LinearConfig]) -> None:
@@ -342,4 +273,4 @@ def _log_next(task: Task[LinearConfig]) -> None:
         reason = "the published protocol, with augmented images"
     else:
         reason = "chooses learning rate, weight decay and layer on a validation part, in seconds"
-    log_next(command("moco.linear", config, **fields), reason)
+    evaluation.log_next(command("moco.linear", config, **fields), reason)

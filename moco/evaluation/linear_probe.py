@@ -81,13 +81,10 @@ def train_head(
 
     Args:
         backbone: images (n, 3, S, S) to features (n, D); put into eval mode, never changed.
-        head: on the same device.
         batches: the plan's batches, one view each.
-        labels: of all images of the plan, on the device.
-        plan: the length of training.
+        labels: of all images of the plan, on the device of the networks.
         optim: peak learning rate and schedule, momentum, weight decay; the optimizer is SGD.
-        on_epoch: receives the number of finished epochs, and mean loss and top-1 accuracy (percent) on the augmented
-            training images.
+        on_epoch: receives the finished epochs, and mean loss and top-1 accuracy (percent) on the augmented images.
 
     Raises:
         BackboneChanged: if a weight or buffer of the backbone changed by a single bit.
@@ -116,19 +113,12 @@ def train_head(
         if (step + 1) % plan.steps_per_epoch == 0:
             mean_loss, accuracy = (mean_over_ranks(sums) / plan.steps_per_epoch).tolist()
             if not np.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f"the loss of the linear probe is {mean_loss} at step {step}: lower official.lr"
-                )
+                raise FloatingPointError(f"the probe's loss is {mean_loss} at step {step}: lower official.lr")
             on_epoch((step + 1) // plan.steps_per_epoch, mean_loss, 100 * accuracy)
             sums.zero_()
-    _require_unchanged(backbone, loaded)
-
-
-def _require_unchanged(backbone: nn.Module, loaded: dict[str, str]) -> None:
-    """Perform the sanity check of main_lincls.py, here for buffers too."""
     now = _digests(backbone)
     changed = sorted(name for name in now.keys() | loaded.keys() if now.get(name) != loaded.get(name))
-    if changed:
+    if changed:  # the sanity check of main_lincls.py, here for buffers too
         raise BackboneChanged(f"the frozen backbone changed while its head was trained: {', '.join(changed[:5])}")
 
 

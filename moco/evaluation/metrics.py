@@ -5,7 +5,7 @@ Legend: M images, L classes.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,14 +38,8 @@ class Metrics:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for results.json."""
-        return {
-            "top1": self.top1,
-            "top5": self.top5,
-            "interval95": list(self.interval()),
-            "count": self.count,
-            "per_class": self.per_class,
-            "confusion": self.confusion.tolist() if len(self.confusion) <= _LARGEST_CONFUSION else None,
-        }
+        confusion = self.confusion.tolist() if len(self.confusion) <= _LARGEST_CONFUSION else None
+        return asdict(self) | {"interval95": list(self.interval()), "confusion": confusion}
 
 
 def compute_metrics(scores: Tensor, labels: NDArray[np.int64], votes: bool = False) -> Metrics:
@@ -66,16 +60,10 @@ def compute_metrics(scores: Tensor, labels: NDArray[np.int64], votes: bool = Fal
     if votes:
         in_top5 &= scores.cpu().numpy()[np.arange(len(truth)), truth] > 0
     confusion = np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
-    return Metrics(
-        top1=100 * float(np.mean(predicted == truth)),
-        top5=100 * float(np.mean(in_top5)) if classes > 5 else None,
-        per_class=[
-            100 * float(correct) / int(total) if total else None
-            for correct, total in zip(np.diag(confusion), confusion.sum(axis=1), strict=True)
-        ],
-        confusion=confusion.astype(np.int64),
-        count=len(truth),
-    )
+    top1, top5 = 100 * float(np.mean(predicted == truth)), 100 * float(np.mean(in_top5)) if classes > 5 else None
+    pairs = zip(np.diag(confusion), confusion.sum(axis=1), strict=True)
+    per_class = [100 * float(correct) / int(total) if total else None for correct, total in pairs]
+    return Metrics(top1, top5, per_class, confusion.astype(np.int64), len(truth))
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:
@@ -103,9 +91,7 @@ class TestSplitReadTwice(RuntimeError):
 class HeldOut:
     """A held-out split that opens once, after every choice (learning rate, layer, k) is made.
 
-    Args:
-        features: computes the features (M, D) of the split; called when it is opened, not before.
-        labels: (M,).
+    Its features (M, D) are computed when it is opened, not before.
     """
 
     def __init__(self, features: Callable[[], Tensor], labels: NDArray[np.int64]) -> None:

@@ -49,8 +49,7 @@ def nearest(
     """Find each query's k most similar rows, the most similar first; of equal ones, the lower row first.
 
     Args:
-        features: (M, D).
-        queries: (Q, D).
+        features, queries: (M, D) and (Q, D).
         k: neighbors; more than M means all.
         exclude: one row per query that it must not find, such as its own, shape (Q,); -1 for none.
         block: B; changes memory, not results.
@@ -80,24 +79,21 @@ def nearest(
 
 
 def outlier_scores(
-    features: Features, k: int, block: int = BLOCK, device: torch.device | None = None, progress: Progress | None = None
+    features: Features,
+    k: int,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+    progress: Progress = lambda *_: None,
 ) -> NDArray[np.float64]:
-    """Compute each row's mean similarity to its k nearest others; outliers have low scores.
+    """Compute each row's mean similarity (M,) to its k nearest others; outliers have low scores.
 
-    Args:
-        features: (M, D), M >= 2.
-        k, block, device: see `nearest`.
-        progress: called with (rows done, M).
-
-    Returns:
-        (M,).
+    The features are (M, D), M >= 2; for k, block and device see `nearest`. Progress counts rows.
     """
     scores = np.zeros(len(features))
     for start in range(0, len(features), block):
         rows = np.arange(start, min(start + block, len(features)))
         scores[rows] = nearest(features, features[start : start + block], k, rows, block, device)[0].mean(axis=1)
-        if progress is not None:
-            progress(int(rows[-1]) + 1, len(features))
+        progress(int(rows[-1]) + 1, len(features))
     return scores
 
 
@@ -106,16 +102,15 @@ def duplicate_groups(
     threshold: float,
     block: int = BLOCK,
     device: torch.device | None = None,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> list[NDArray[np.int64]]:
     """Find groups of rows that are connected by chains of similarities of at least `threshold`.
 
     All pairs of rows are compared in blocks of B x B. Memory stays at one number per row for any number of links.
 
     Args:
-        features: (M, D).
+        features, block, device: see `nearest`.
         threshold: cosine, above -1, at most 1.
-        block, device: see `nearest`.
         progress: called with (pairs of blocks done, their number).
 
     Returns:
@@ -136,8 +131,7 @@ def duplicate_groups(
                 waiting += len(found)
             if waiting > _MOST_LINKS:
                 group, links, waiting = _merged(group, links), [], 0
-            if progress is not None:
-                progress(done, blocks * (blocks + 1) // 2)
+            progress(done, blocks * (blocks + 1) // 2)
     group = _merged(group, links)
     order = np.argsort(group, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)

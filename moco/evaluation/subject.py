@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.subject import SubjectConfig
@@ -19,7 +18,7 @@ from moco.data.opening import open_sources
 from moco.data.sources import Source, Sources
 from moco.digest import digest
 from moco.distributed import is_rank_zero
-from moco.evaluation.features import EvalTransform, Network, extract, pixels
+from moco.evaluation.features import EvalTransform
 from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.models.encoder import Encoder
@@ -36,10 +35,6 @@ class Subject:
     output: Path
     transform: EvalTransform
 
-    @property
-    def step(self) -> int:
-        return self.file.step
-
 
 def open_subject(config: SubjectConfig) -> Subject:
     """Read the encoder file that the configuration names and choose the preparation of its images.
@@ -53,19 +48,20 @@ def open_subject(config: SubjectConfig) -> Subject:
         require(run.is_dir(), f"run={config.run} does not exist: set run to the directory of a run, e.g. runs/digits")
         found = checkpoint.list_checkpoints(run / "checkpoints")
         require(bool(found), f"run={config.run} has no checkpoint: train it first, python -m moco.train run={run}")
-        file = _newest(found, config)
+        try:
+            file = read_encoder(found[0], config.weights)
+        except ValueError as error:  # an older one is never used silently: a result must state its checkpoint
+            rest = f": use an older one, checkpoint={found[1]}" if len(found) > 1 else ""
+            raise ConfigError(f"{error}{rest}") from error
     else:
         folder = Path(config.checkpoint).is_dir()
         require(not folder, f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file")
         file = read_encoder(Path(config.checkpoint), config.weights, config.backbone, config.options or None)
-    images: dict[str, Any] = (
-        IMAGENET | file.images | {name: value for name, value in asdict(config.images).items() if value is not None}
-    )
+    overrides = {name: value for name, value in asdict(config.images).items() if value is not None}
+    images = IMAGENET | file.images | overrides
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))
-    require(
-        transform.resize == 0 or transform.resize >= transform.size,
-        f"images.size={transform.size} exceeds images.resize={transform.resize}: set both",
-    )
+    fits = transform.resize == 0 or transform.resize >= transform.size
+    require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: set both")
     build(file)  # refuses weights that do not fit before any image is searched for
     beside = Path(config.checkpoint).parent  # each encoder.safetensors of this project has a directory of its own
     by_name = Path("runs") / Path(config.checkpoint).name.split(".")[0]
@@ -73,23 +69,14 @@ def open_subject(config: SubjectConfig) -> Subject:
     return Subject(file, Path(config.output or config.run or own), transform)
 
 
-def _newest(paths: list[Path], config: SubjectConfig) -> EncoderFile:
-    """Read the run's newest checkpoint; an unreadable one is an error, because a result must state its checkpoint."""
-    try:
-        return read_encoder(paths[0], config.weights)
-    except ValueError as error:
-        rest = f": use an older one, checkpoint={paths[1]}" if len(paths) > 1 else ""
-        raise ConfigError(f"{error}{rest}") from error
-
-
 def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:
     """Yield the encoder ("pretrained") and, if `compare` names it, the same network "untrained", both in eval mode.
 
     Untrained is a run's network with its first random weights, even if the run started from `init_from`.
     """
-    seed = subject.file.config.get("seed", 0)  # of the run, for its own first weights
-    for name in ["pretrained", *(each for each in compare if each == "untrained")]:
-        yield name, build(subject.file, None if name == "pretrained" else seed).to(device)
+    yield "pretrained", build(subject.file).to(device)
+    if "untrained" in compare:
+        yield "untrained", build(subject.file, subject.file.config.get("seed", 0)).to(device)
 
 
 def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Source]:
@@ -107,9 +94,8 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         fix = "set data.labels=folder, with one folder per class" if name == "folder" else "choose a labeled data set"
         raise ConfigError(f"data.name={name} has no labels for the evaluation: {fix}")
     if (part := config.data.hold_out) > 0:
-        require(
-            held_out is None, f"data.hold_out={part}, but data.name={name} has a held-out split: remove data.hold_out"
-        )
+        problem = f"data.hold_out={part}, but data.name={name} has a held-out split"
+        require(held_out is None, f"{problem}: remove data.hold_out")
         _check_seen_images(config, subject)
         with naming_field("data.hold_out", part):
             rest, held = split_each_class(bank.labels, part, 0, HOLD_OUT, bank.classes)
@@ -133,11 +119,7 @@ def labels_of(source: Source) -> NDArray[np.int64]:
 
 
 def open_data(config: SubjectConfig, subject: Subject) -> Sources:
-    """Open the data set, labeled or not.
-
-    Raises:
-        FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
-    """
+    """Open the data set, labeled or not. Errors: see `moco.data.sources.load_source`."""
     data = data_config(config, subject)
     try:
         return open_sources(data, bank_size=0)
@@ -156,10 +138,8 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     """Return the run's data configuration, or for another data set the defaults, with the overrides of `config`."""
     overrides = config.data.overrides()
     of_run = subject.file.config.get("data", {})
-    require(
-        "name" in overrides or bool(of_run),
-        f"{subject.file.source} does not name its data: set data=cifar10, data=folder data.root=DIR, ...",
-    )
+    named = "name" in overrides or bool(of_run)
+    require(named, f"{subject.file.source} does not name its data: set data=cifar10, data=folder data.root=DIR, ...")
     # For another data set, or another folder, no other field of the run's data applies.
     same = all(overrides.get(field, of_run.get(field)) == of_run.get(field) for field in ("name", "root"))
     known = {each.name for each in fields(DataConfig)}
@@ -182,41 +162,28 @@ def describe(
 ) -> dict[str, Any]:
     """Return the part of a results.json entry that states the encoder, the data and the preparation of images.
 
-    Args:
-        subject, config: the encoder.
-        train, held_out: the splits.
-        features: backbone or projection: "sha256" covers the weights behind these features.
+    "sha256" covers the weights that compute the features, "backbone" or "projection".
     """
     file = subject.file
-    return {
+    splits = {"training": len(train), "held_out": len(held_out), "classes": list(train.classes)}
+    part = config.data.hold_out
+    seen = part > 0 and _trained_on_it(config, subject)  # without its labels
+    data = data_with_absolute_paths(config, subject) | splits | {"hold_out": part, "held_out_seen": seen}
+    return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {
         "source": str(Path(file.source).expanduser().absolute()),
-        "layout": file.layout,
         "weights": config.weights,
-        "backbone": file.backbone,
-        "options": dict(file.options),
-        "step": file.step,
         "sha256": weights_digest(file, features),
-        "data": data_with_absolute_paths(config, subject)
-        | {
-            "hold_out": config.data.hold_out,
-            "held_out_seen": config.data.hold_out > 0 and _trained_on_it(config, subject),  # without its labels
-            "training": len(train),
-            "held_out": len(held_out),
-            "classes": list(train.classes),
-        },
-        "look": {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(subject.transform).items()
-        },
+        "data": data,
+        "look": asdict(subject.transform),
     }
 
 
 def weights_digest(file: EncoderFile, features: str) -> str:
-    """Return the SHA-256 of the weights behind the features; independent of the file format and order."""
-    used = dict(file.weights) | {f"head.{key}": value for key, value in file.head_weights.items()}
-    kept = sorted(key for key in used if features == "projection" or key in file.weights)
-    kept = [key for key in kept if not key.endswith("num_batches_tracked")]
-    return digest({key: used[key] for key in kept} | {"backbone": file.backbone, "options": dict(file.options)})
+    """Return the SHA-256 of the weights that compute the features; independent of the file format and order."""
+    head = file.head_weights if features == "projection" else {}
+    used = file.weights | {f"head.{key}": value for key, value in head.items()}
+    kept = {key: used[key] for key in sorted(used) if not key.endswith("num_batches_tracked")}
+    return digest(kept | {"backbone": file.backbone, "options": dict(file.options)})
 
 
 def _trained_on_it(config: SubjectConfig, subject: Subject) -> bool:
@@ -234,16 +201,5 @@ def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:
     if subject.file.config.get("method", {}).get("labels", False):
         raise ConfigError(f"{problem}, with their labels: set data.eval_root=DIR to other images")
     if is_rank_zero():
-        warnings.warn(
-            f"{problem}, without their labels: other images, data.eval_root=DIR, give a better estimate",
-            RunWarning,
-            stacklevel=2,
-        )
-
-
-def compute_features(
-    network: Network, source: Source, subject: Subject, config: SubjectConfig, device: torch.device
-) -> Tensor:
-    """Return the features (M, D) of a source in its order, on every rank; images stay unnormalized for `pixels`."""
-    transform = subject.transform.unnormalized() if network is pixels else subject.transform
-    return extract(network, source, transform, device, config.images_at_once, data_config(config, subject).workers)
+        advice = "other images, data.eval_root=DIR, give a better estimate"
+        warnings.warn(f"{problem}, without their labels: {advice}", RunWarning, stacklevel=2)

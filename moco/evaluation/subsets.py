@@ -33,19 +33,13 @@ def part_of_each_class(labels: Rows, fraction: float, seed: int) -> Rows:
     """Select the same fraction of each class, rounded, at least one image; rows in ascending order.
 
     With the same seed, a smaller part is a subset of a larger one.
-
-    Args:
-        labels: (N,).
-        fraction: above 0, at most 1.
-        seed: another seed selects other images.
     """
-    return np.sort(
-        np.concatenate([rows[: max(1, round(fraction * len(rows)))] for rows in _by_class(labels, seed, FEW_LABELS)])
-    )
+    groups = _by_class(labels, seed, FEW_LABELS)
+    return np.sort(np.concatenate([rows[: max(1, round(fraction * len(rows)))] for rows in groups]))
 
 
 def per_class(labels: Rows, count: int, seed: int) -> Rows:
-    """Select `count` images of each class that occurs; rows in ascending order. A smaller count gives a subset.
+    """Select `count` images of each class; rows in ascending order. A smaller count gives a subset.
 
     Raises:
         SubsetError: if a class has fewer images.
@@ -54,11 +48,7 @@ def per_class(labels: Rows, count: int, seed: int) -> Rows:
 
 
 def draw_labels(labels: Rows, count: int, draw: int, seed: int = 0) -> Rows:
-    """Select `count` images of each class for the repeat number `draw`: the same ones for every encoder.
-
-    Raises:
-        SubsetError: if a class has fewer images.
-    """
+    """Select `count` images of each class for the repeat number `draw`, the same for every encoder; see `per_class`."""
     return _first_of_each(labels, count, seed, DRAW_LABELS + draw)
 
 
@@ -69,7 +59,7 @@ def split_each_class(
 
     Args:
         labels: (N,).
-        part: the fraction of each class in the second result.
+        part: a fraction.
         seed, stream: key of the random order, see `moco.data.keyed`.
         classes: names for the error message.
 
@@ -94,26 +84,18 @@ def listed(names: Sequence[str], wanted: Sequence[str]) -> Rows:
 
     SimCLR's 1percent.txt lists n01440764_10245.JPEG for the image n01440764/n01440764_10245.JPEG.
 
-    Args:
-        names: the names of all images, in their order.
-        wanted: the list.
-
     Raises:
         SubsetError: if the list is empty, or if a name occurs twice, matches no image or matches several.
     """
     if not wanted:
         raise SubsetError("the list is empty: write one file name per line")
     _refuse([name for name, count in Counter(wanted).items() if count > 1], "are listed twice", "remove one of each")
-    endings = {name.rsplit("/", 1)[-1] for name in wanted}
-    by_ending: dict[str, list[int]] = {}
+    found: dict[str, list[int]] = {name: [] for name in wanted}
     for row, name in enumerate(names):
-        ending = name.rsplit("/", 1)[-1]
-        if ending in endings:
-            by_ending.setdefault(ending, []).append(row)
-    found = {
-        name: [row for row in by_ending.get(name.rsplit("/", 1)[-1], []) if f"/{names[row]}".endswith(f"/{name}")]
-        for name in wanted
-    }
+        parts = name.split("/")
+        for ending in ("/".join(parts[start:]) for start in range(len(parts))):
+            if ending in found:
+                found[ending].append(row)
     missing = [name for name, rows in found.items() if not rows]
     _refuse(missing, "are not in the training split", "use the list of this data set")
     ambiguous = [name for name, rows in found.items() if len(rows) > 1]
@@ -142,5 +124,5 @@ def _first_of_each(labels: Rows, count: int, seed: int, stream: int) -> Rows:
 
 def _refuse(names: Sequence[str], problem: str, fix: str) -> None:
     if names:
-        more = ", ..." if len(names) > 3 else ""
-        raise SubsetError(f"{len(names)} of the listed images {problem} ({', '.join(names[:3])}{more}): {fix}")
+        shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+        raise SubsetError(f"{len(names)} of the listed images {problem} ({shown}): {fix}")

@@ -128,25 +128,15 @@ def train_heads(
     scaling: Scaling,
     grid: Sequence[tuple[float, float]],
     recipe: Recipe,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Heads:
-    """Train one head per (learning rate, weight decay) of the grid, all on the same batches.
+    """Train one head per (learning rate, weight decay) of the grid on the given rows, all on the same batches.
 
     Weight decay is that of torch.optim.SGD and applies to weights only, as in scikit-learn's LogisticRegression, whose
     C is 1 / (weight decay x samples).
-
-    Args:
-        data: the training split.
-        layer: the layer of the features.
-        rows: the samples to train on.
-        scaling: of the features.
-        grid: H pairs.
-        recipe: batch size, epochs, momentum and seed.
-        progress: called after each epoch.
     """
     plan = Plan(len(rows), min(recipe.batch_size, len(rows)), recipe.epochs, recipe.seed)
-    lr = torch.tensor([each[0] for each in grid], device=data.device).view(-1, 1, 1)  # (H, 1, 1)
-    decay = torch.tensor([each[1] for each in grid], device=data.device).view(-1, 1, 1)
+    lr, decay = torch.tensor(grid, device=data.device).T[:, :, None, None]  # (H, 1, 1) each
     weight = torch.zeros(len(grid), data.classes, len(scaling.shift), device=data.device)
     heads = Heads(weight, torch.zeros(len(grid), data.classes, device=data.device))
     velocity, bias_velocity = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
@@ -161,7 +151,7 @@ def train_heads(
         bias_velocity.mul_(recipe.momentum).add_(slope.sum(dim=0))
         heads.weight.sub_(factor * lr * velocity)
         heads.bias.sub_(factor * lr[:, :, 0] * bias_velocity)
-        if progress is not None and (step + 1) % plan.steps_per_epoch == 0:
+        if (step + 1) % plan.steps_per_epoch == 0:
             progress(epoch + 1, plan.epochs)
     return heads
 
@@ -172,7 +162,7 @@ def choose(
     weight_decays: Sequence[float],
     part: float,
     recipe: Recipe,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> Choice:
     """Train all heads on the training split without its validation part, and take the best on that part.
 
@@ -184,7 +174,7 @@ def choose(
         lrs, weight_decays: the grid.
         part: fraction of each class for validation.
         recipe: the training of each head.
-        progress: called after each epoch of each layer.
+        progress: counts the epochs of all layers.
 
     Raises:
         SubsetError: if a class has only one sample.
@@ -196,17 +186,15 @@ def choose(
     for number, layer in enumerate(data.columns):
 
         def layer_progress(done: int, epochs: int, number: int = number) -> None:
-            if progress is not None:
-                progress(number * epochs + done, len(data.columns) * epochs)
+            progress(number * epochs + done, len(data.columns) * epochs)
 
         scores = torch.zeros(len(grid), dtype=torch.float64, device=data.device)
         if mine:
             scaling = scaling_of(data, layer, train, recipe.normalize)
             heads = train_heads(data, layer, train, scaling, [grid[i] for i in mine], recipe, layer_progress)
             scores[list(mine)] = _accuracies(heads, data, layer, held, scaling)
-        tried += [
-            (Setting(layer, *pair), score) for pair, score in zip(grid, sum_over_ranks(scores).tolist(), strict=True)
-        ]
+        settings = [Setting(layer, *pair) for pair in grid]
+        tried += zip(settings, sum_over_ranks(scores).tolist(), strict=True)
     best = max(tried, key=lambda each: each[1])  # the first of equal ones
     return Choice(best[0], best[1], len(held), tried)
 

@@ -1,5 +1,6 @@
 """The common parts of the evaluation commands: the opened task, an encoder's result, results.json and the table."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from moco.config import ConfigError, DataConfig
 from moco.config.subject import SubjectConfig
 from moco.data.sources import Source
 from moco.distributed import is_rank_zero, on_rank_zero, world_size
-from moco.evaluation.features import EvalTransform, Network, extract, pixels
+from moco.evaluation.features import Network, extract, pixels
 from moco.evaluation.metrics import Metrics, mean_interval, mean_known
 from moco.evaluation.subject import Subject, data_config, describe, open_labeled, open_subject
 from moco.runs import results
-from moco.runtime.console import log, percent, progress_bar, table
+from moco.runtime.console import duration, log, percent, progress_bar, table
 from moco.runtime.device import compute_context
 
 Config = TypeVar("Config", bound=SubjectConfig)
@@ -38,22 +39,14 @@ class Task(Generic[Config]):
     def data(self) -> DataConfig:
         return data_config(self.config, self.subject)
 
-    def transform_for(self, network: Network) -> EvalTransform:
-        """Return the preparation of images for a network; raw pixels stay unnormalized."""
-        return self.subject.transform.unnormalized() if network is pixels else self.subject.transform
-
     def features(self, network: Network, source: Source, description: str = "") -> Tensor:
-        """Compute the features (M, D) of a source, in its order, on every rank.
+        """Compute the features (M, D) of a source, in its order, on every rank; `pixels` are not normalized.
 
-        Args:
-            network: a network on the task's device, or `pixels`.
-            source: one of the splits.
-            description: shows a progress bar and refuses non-finite features, see `monitored`; empty: neither.
+        A description shows a progress bar and refuses non-finite features, see `monitored`.
         """
-        monitor = monitored(network, len(source), description) if description else nullcontext(network)
-        with monitor as watched:
-            at_once, workers = self.config.images_at_once, self.data.workers
-            return extract(watched, source, self.transform_for(network), self.device, at_once, workers)
+        transform = self.subject.transform.unnormalized() if network is pixels else self.subject.transform
+        with monitored(network, len(source), description) if description else nullcontext(network) as forward:
+            return extract(forward, source, transform, self.device, self.config.images_at_once, self.data.workers)
 
 
 @contextmanager
@@ -61,11 +54,34 @@ def open_task(config: Config) -> Iterator[Task[Config]]:
     """Set up device, threads and process group, and open the encoder and its labeled data.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: see `open_subject` and `open_labeled`.
+        ConfigError, FileNotFoundError, ValueError: for an invalid configuration, or an unsuitable encoder or data set;
+            see `open_subject` and `open_labeled`.
     """
     with compute_context(config) as device:
         subject = open_subject(config)
         yield Task(config, subject, *open_labeled(config, subject), device)
+
+
+@contextmanager
+def progress_log(description: str, total: int) -> Iterator[Callable[[str], None]]:
+    """Yield a function to call with a line after each of `total` steps or epochs.
+
+    It advances a progress bar, and logs the first line, the last one, and one every 30 seconds with the time left.
+    """
+    start = last = time.monotonic()
+    done = 0
+    with progress_bar(description, quiet=not is_rank_zero()) as bar:
+
+        def on_step(line: str) -> None:
+            nonlocal last, done
+            done += 1
+            bar(done, total)
+            if done in (1, total) or time.monotonic() - last > 30:
+                last = time.monotonic()
+                left = duration((last - start) / done * (total - done))
+                log(f"{description} {done}/{total} · {line} · left {left}")
+
+        yield on_step
 
 
 @contextmanager
@@ -81,9 +97,7 @@ def monitored(network: Network, count: int, description: str) -> Iterator[Callab
             nonlocal done
             features: Tensor = network(images)
             if not features.isfinite().all():
-                raise ConfigError(
-                    f"{description}: NaN or infinity: this encoder's training diverged, use an older checkpoint=FILE"
-                )
+                raise ConfigError(f"{description}: NaN or infinity: training diverged, use an older checkpoint=FILE")
             done = min(share, done + len(images))
             progress(done, share)
             return features
@@ -128,21 +142,11 @@ def interval_note(seeds: int) -> str:
 def record_results(
     task: Task[Any], command: str, protocol: str, found: Sequence[Result], features: str = "backbone"
 ) -> Path:
-    """Add one entry per encoder to results.json, on rank 0; every rank must call.
-
-    Args:
-        task: the evaluation.
-        command, protocol: the names in the entry.
-        found: the results.
-        features: see `describe`.
-
-    Returns:
-        The file's path.
-    """
+    """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call."""
     shared = {"command": command, "protocol": protocol}
     shared |= describe(task.subject, task.config, task.train, task.held_out, features)
     entries = [shared | {"encoder": each.encoder} | each.details for each in found]
-    return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.step))
+    return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.file.step))
 
 
 def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:

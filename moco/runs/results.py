@@ -13,18 +13,10 @@ from moco.runtime.provenance import provenance
 
 
 def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
-    """Append entries to `folder/results.json`, and their metrics to the folder's TensorBoard; only on rank 0.
+    """Append entries to `folder/results.json`, and their metrics to the folder's TensorBoard; return the file's path.
 
-    An entry holds "command", "encoder", "protocol", "figures" (metrics by name) and whatever the command adds.
-    `provenance` is added here.
-
-    Args:
-        folder: the run, or another output directory.
-        entries: one per evaluated encoder.
-        step: the encoder's training step, for TensorBoard.
-
-    Returns:
-        The file's path.
+    Only rank 0 calls. An entry describes one encoder: "command", "encoder", "protocol", "figures" (metrics by name) and
+    whatever the command adds. `provenance` is added here. `step` is the encoder's training step, for TensorBoard.
 
     Raises:
         ConfigError: if the folder cannot be written to or its results.json is damaged.

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from moco.config import config_dir
-from tests.evaluation.test_subject import pictures, trained
+from tests.evaluation.test_subject import trained, write_images
 
 REPOSITORY = Path(config_dir()).parent
 
@@ -23,8 +23,8 @@ def knn(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subpr
 def test_two_processes_return_the_results_of_one(tmp_path: Path) -> None:
     """The held-out images form three blocks, and no count is divisible by two."""
     trained(tmp_path / "run")
-    pictures(tmp_path / "train", {"cat": 70, "dog": 67})
-    pictures(tmp_path / "test", {"cat": 71, "dog": 64})
+    write_images(tmp_path / "train", {"cat": 70, "dog": 67})
+    write_images(tmp_path / "test", {"cat": 71, "dog": 64})
     data = ["data=folder", "data.root=train", "data.eval_root=test", "data.labels=folder", "data.workers=0"]
     arguments = [
         "run=run",

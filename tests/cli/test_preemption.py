@@ -35,7 +35,7 @@ from moco.training import live_knn as live
 from moco.training import trainer
 from moco.training.step import train_step
 from moco.training.trainer import pretrain
-from tests.evaluation.test_subject import pictures
+from tests.evaluation.test_subject import write_images
 
 REPOSITORY = Path(config_dir()).parent
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -174,7 +174,7 @@ def test_a_signal_in_the_last_step_does_not_stop_the_run(
 def test_the_step_ends_even_if_loader_processes_get_the_signal_too(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures(tmp_path / "pictures", {"cat": 40, "dog": 40})
+    write_images(tmp_path / "pictures", {"cat": 40, "dog": 40})
     streamed = ["data=folder", f"data.root={tmp_path / 'pictures'}", "batch_size=16", "model.bn_group_size=8"]
     made = config(tmp_path / "run", *streamed, "method.queue_size=32", "data.workers=2", "epochs=4")
     send_in_step(monkeypatch, 3, number)

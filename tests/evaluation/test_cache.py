@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moco.config import DataConfig
 from moco.data.sources import ArraySource, load_source
-from moco.evaluation.cache import cached, key_of
+from moco.digest import digest
+from moco.evaluation.cache import cached
 
 FEATURES = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
 
@@ -60,8 +61,8 @@ def test_an_interrupted_writer_leaves_nothing_that_counts(tmp_path: Path) -> Non
 
 def test_a_truncated_file_is_computed_again(tmp_path: Path) -> None:
     keep(tmp_path)
-    whole = (tmp_path / "k.npy").read_bytes()
-    (tmp_path / "k.npy").write_bytes(whole[:-9])
+    content = (tmp_path / "k.npy").read_bytes()
+    (tmp_path / "k.npy").write_bytes(content[:-9])
     again, seen = keep(tmp_path)
     assert torch.equal(again, FEATURES)
     assert len(seen) == 7
@@ -82,12 +83,12 @@ def test_the_key_depends_on_every_part() -> None:
         parts | {"look": {"size": 32}},
         parts | {"layers": ["output", "layer3"]},
     ]
-    keys = {key_of(each) for each in [parts, *others]}
+    keys = {digest(each) for each in [parts, *others]}
     assert len(keys) == 4
-    assert key_of(parts | {"weights": {"a": torch.ones(3)}}) in keys
+    assert digest(parts | {"weights": {"a": torch.ones(3)}}) in keys
 
 
-def test_pictures_in_memory_are_told_apart_by_their_pixels_and_names() -> None:
+def test_images_in_memory_are_distinguished_by_their_pixels_and_names() -> None:
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
     other = images.clone()
     other[1, 0, 0, 0] = 1
@@ -96,13 +97,13 @@ def test_pictures_in_memory_are_told_apart_by_their_pixels_and_names() -> None:
     assert ArraySource(images.clone(), "ab").content_digest() in digests
 
 
-def test_files_are_told_apart_by_name_size_and_time(tmp_path: Path) -> None:
-    picture = tmp_path / "a.png"
-    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(picture)
+def test_files_are_distinguished_by_name_size_and_time(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(image)
     before = load_source(DataConfig("folder", str(tmp_path))).train.content_digest()
     assert load_source(DataConfig("folder", str(tmp_path))).train.content_digest() == before
     with tempfile.TemporaryDirectory() as other:
-        shutil.copy2(picture, other)  # with its time
+        shutil.copy2(image, other)  # with its time
         assert load_source(DataConfig("folder", other)).train.content_digest() == before
-    Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(picture)
+    Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(image)
     assert load_source(DataConfig("folder", str(tmp_path))).train.content_digest() != before

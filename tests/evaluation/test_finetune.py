@@ -64,7 +64,7 @@ def written(output: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def pictures(folder: Path, per_class: int, classes: str = "ab", side: int = 12) -> Path:
+def write_images(folder: Path, per_class: int, classes: str = "ab", side: int = 12) -> Path:
     """Write class folders of small images, each class with its own color."""
     for number, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_the_held_out_split_opens_once_per_seed_and_never_in_validation(
     assert evaluated == [259]
     assert written(tmp_path)[-1]["protocol"] == "1 % of labels, validation"
     assert written(tmp_path)[-1]["labelled"] == 10
-    assert written(tmp_path)[-1]["settings"]["fraction"] == 0.01  # what the null of the configuration stands for
+    assert written(tmp_path)[-1]["settings"]["fraction"] == 0.01  # the default, which the configuration stores as null
 
 
 def test_a_single_seed_gets_the_interval_of_its_test_images(
@@ -165,10 +165,10 @@ def test_a_single_seed_gets_the_interval_of_its_test_images(
 ) -> None:
     (outcome,) = evaluate_finetune(configured(encoder, tmp_path, labels_per_class=2))
     low, high = outcome.metrics[0].interval()
-    said = capsys.readouterr().out
-    assert f"({low:.1f}–{high:.1f})" in said
-    assert "Wilson" in said
-    assert "batch_size=128 is lowered to 20" in said
+    output = capsys.readouterr().out
+    assert f"({low:.1f}–{high:.1f})" in output
+    assert "Wilson" in output
+    assert "batch_size=128 is lowered to 20" in output
     assert (tmp_path / "finetune" / "pretrained_2perclass" / "encoder.safetensors").is_file()
 
 
@@ -184,8 +184,8 @@ def test_a_foreign_file_on_folders_with_a_list_of_names(tmp_path: Path) -> None:
         options={"width": 4},
         data=SubjectDataConfig(
             name="folder",
-            root=str(pictures(tmp_path / "train", 6)),
-            eval_root=str(pictures(tmp_path / "test", 3)),
+            root=str(write_images(tmp_path / "train", 6)),
+            eval_root=str(write_images(tmp_path / "test", 3)),
             labels="folder",
             workers=0,
         ),
@@ -225,8 +225,8 @@ def test_a_vision_transformer_with_layer_decay_and_drop_path_keeps_its_options(t
     run = RUN | {"model": asdict(ModelConfig(backbone="timm/vit_tiny_patch16_224", options=options))}
     path = tmp_path / "vit.safetensors"
     save_encoder(path, build_backbone("timm/vit_tiny_patch16_224", options), run, step=0)
-    told = {"layer_decay": 0.7, "drop_path": 0.2, "optimizer": "adamw", "lr": 0.001, "label_smoothing": 0.1}
-    (outcome,) = evaluate_finetune(configured(str(path), tmp_path, **told))
+    settings = {"layer_decay": 0.7, "drop_path": 0.2, "optimizer": "adamw", "lr": 0.001, "label_smoothing": 0.1}
+    (outcome,) = evaluate_finetune(configured(str(path), tmp_path, **settings))
     file = read_encoder(Path(outcome.details["saved"]) / "encoder.safetensors")
     assert file.options == options  # drop-path is for training only
     assert build(file).get_submodule("backbone").num_features == 12
@@ -297,7 +297,7 @@ def test_what_only_the_files_show_is_refused(
 
 
 def test_invalid_lists(encoder: str, tmp_path: Path) -> None:
-    train = load_source(DataConfig("folder", str(pictures(tmp_path / "train", 3, "abc")), labels="folder")).train
+    train = load_source(DataConfig("folder", str(write_images(tmp_path / "train", 3, "abc")), labels="folder")).train
     for text, sentence in {
         "": "is empty",
         "a_0.png\nz.png\n": r"few.txt: 1 .* not in the training split \(z.png\)",
@@ -312,14 +312,14 @@ def test_invalid_lists(encoder: str, tmp_path: Path) -> None:
 
 
 def test_validation_leaves_each_class_a_labeled_image(encoder: str, tmp_path: Path) -> None:
-    test = pictures(tmp_path / "test", 1)
+    test = write_images(tmp_path / "test", 1)
 
     def attempt(root: Path) -> list[Result]:
         data = SubjectDataConfig(name="folder", root=str(root), eval_root=str(test), labels="folder", workers=0)
         images = ImagesConfig(size=12, resize=12)
         return evaluate_finetune(configured(encoder, tmp_path / "out", data=data, images=images, validation=0.9))
 
-    two = pictures(tmp_path / "two", 2)
+    two = write_images(tmp_path / "two", 2)
     (outcome,) = attempt(two)
     assert outcome.metrics[0].count == 2  # 0.9 of two would be both
     (two / "b" / "b_1.png").unlink()

@@ -214,9 +214,9 @@ def test_layer_decay_scales_each_layer_as_timm_does_with_a_head_of_its_own() -> 
     assert found["backbone.blocks.2.attn.qkv.weight"]["lr_scale"] == 0.5
     assert found["backbone.patch_embed.proj.weight"]["lr_scale"] == 0.0625
 
-    whole: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, **options)
-    theirs = param_groups_layer_decay(whole, 1e-2, whole.no_weight_decay(), layer_decay=0.5)
-    names = {parameter: name for name, parameter in whole.named_parameters()}
+    with_head: Any = timm.create_model("vit_tiny_patch16_224", num_classes=5, **options)
+    theirs = param_groups_layer_decay(with_head, 1e-2, with_head.no_weight_decay(), layer_decay=0.5)
+    names = {parameter: name for name, parameter in with_head.named_parameters()}
     for group in theirs:
         for each in group["params"]:
             if not names[each].startswith("head."):

@@ -49,7 +49,7 @@ def encoder_file(folder: Path, data: dict[str, Any] | None = None) -> Path:
     return folder / "encoder.safetensors"
 
 
-def pictures(folder: Path, counts: dict[str, int], shade: int = 0) -> Path:
+def write_images(folder: Path, counts: dict[str, int], shade: int = 0) -> Path:
     """Write noisy images; each class has its own brightness."""
     rng = np.random.default_rng(shade)
     for number, (name, count) in enumerate(counts.items()):
@@ -115,8 +115,8 @@ def test_a_sweep_with_baselines_writes_table_results_image_and_head(
     assert chosen["validation_count"] == pytest.approx(0.2 * 1297, abs=5)
     assert entries[2]["chosen"][0]["layer"] == "pixels"
     assert entries[2]["figures"]["top1"] > 80
-    with Image.open(tmp_path / "confusion_linear.png") as picture:
-        assert picture.width > 400
+    with Image.open(tmp_path / "confusion_linear.png") as image:
+        assert image.width > 400
 
 
 @pytest.mark.parametrize("make", [swept, official])
@@ -158,8 +158,8 @@ def test_cached_features_give_the_same_results_and_are_reused(tmp_path: Path, mo
 
 
 def test_a_batch_larger_than_the_data_is_lowered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train = pictures(tmp_path / "train", {"dark": 11, "light": 10})
-    config = on_folders(official(tmp_path), train, pictures(tmp_path / "test", {"dark": 3, "light": 4}, 1))
+    train = write_images(tmp_path / "train", {"dark": 11, "light": 10})
+    config = on_folders(official(tmp_path), train, write_images(tmp_path / "test", {"dark": 3, "light": 4}, 1))
     linear_module.evaluate_linear(config)
     assert "batch_size=256 is lowered to 16: the training split has 21 images" in capsys.readouterr().out
     entry = json.loads((tmp_path / "results.json").read_text())[0]
@@ -181,7 +181,7 @@ def test_the_table_is_shown_before_the_files_are_written(
     def full(*_: Any) -> Any:
         raise OSError("no space left")
 
-    monkeypatch.setattr(linear_module, "record_results", full)
+    monkeypatch.setattr(task_module, "record_results", full)
     with pytest.raises(OSError, match="no space left"):
         linear_module.evaluate_linear(swept(tmp_path))
     assert "Linear probe, sweep" in capsys.readouterr().out
@@ -293,17 +293,17 @@ def test_an_invalid_view_is_refused(augment: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_a_class_with_one_image_allows_no_choice(tmp_path: Path) -> None:
-    train = pictures(tmp_path / "train", {"dark": 5, "light": 1})
-    test = pictures(tmp_path / "test", {"dark": 2, "light": 2}, 1)
+    train = write_images(tmp_path / "train", {"dark": 5, "light": 1})
+    test = write_images(tmp_path / "test", {"dark": 2, "light": 2}, 1)
     with pytest.raises(ConfigError, match="class light has only one image"):
         linear_module.evaluate_linear(on_folders(swept(tmp_path), train, test))
 
 
 @pytest.mark.parametrize("make", [swept, official])
 def test_an_unreadable_image_is_named(make: Any, tmp_path: Path) -> None:
-    train = pictures(tmp_path / "train", {"dark": 5, "light": 5})
-    test = pictures(tmp_path / "test", {"dark": 2, "light": 2}, 1)
-    (train / "light" / "3.png").write_bytes(b"no picture")
+    train = write_images(tmp_path / "train", {"dark": 5, "light": 5})
+    test = write_images(tmp_path / "test", {"dark": 2, "light": 2}, 1)
+    (train / "light" / "3.png").write_bytes(b"no image")
     config = on_folders(make(tmp_path), train, test)
     config.batch_size = 4
     with pytest.raises(ValueError, match=r"light/3\.png"):

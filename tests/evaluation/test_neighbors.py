@@ -11,7 +11,7 @@ STEPS = 2**23
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """In double precision, rounded to 2**-23, as the module says."""
+    """In double precision, rounded to 2**-23, as the module documents."""
     x, y = a.astype(np.float64), b.astype(np.float64)
     length = max(float(np.linalg.norm(x)), 1e-12) * max(float(np.linalg.norm(y)), 1e-12)
     return float(np.rint((x @ y) / length * STEPS)) / STEPS
@@ -108,9 +108,9 @@ def test_a_chain_is_one_group() -> None:
 
 @pytest.mark.parametrize("block", [1, 6, 4096])
 def test_outlier_scores_are_means_over_the_nearest_others(features: NDArray[np.float32], block: int) -> None:
-    told: list[tuple[int, int]] = []
-    scores = outlier_scores(features, 3, block, progress=lambda done, total: told.append((done, total)))
+    calls: list[tuple[int, int]] = []
+    scores = outlier_scores(features, 3, block, progress=lambda done, total: calls.append((done, total)))
     wanted, _ = brute_nearest(features, features, 3, list(range(30)))
     assert scores.tolist() == pytest.approx([sum(each) / 3 for each in wanted], abs=1e-12)
     assert int(scores.argmin()) == 20  # the zero: similar to nothing
-    assert told[-1] == (30, 30)
+    assert calls[-1] == (30, 30)

@@ -68,8 +68,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of one process, then those of the two ranks."""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     for folder in folders:
-        test_linear.pictures(folder / "train", {"dark": 8, "middle": 8, "light": 7})
-        test_linear.pictures(folder / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
+        test_linear.write_images(folder / "train", {"dark": 8, "middle": 8, "light": 7})
+        test_linear.write_images(folder / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
     return [everything(folders[0]), *run_ranks(2, everything, folders[1])]
 
 

@@ -42,7 +42,7 @@ def trained(folder: Path, data: str = "digits", step: int = 7, supervised: bool 
     return folder
 
 
-def pictures(folder: Path, counts: dict[str, int]) -> Path:
+def write_images(folder: Path, counts: dict[str, int]) -> Path:
     rng = np.random.default_rng(0)
     for name, count in counts.items():
         (folder / name).mkdir(parents=True)
@@ -58,7 +58,7 @@ def configured(**fields: str) -> SubjectConfig:
 def test_a_run_provides_encoder_data_and_image_size(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run")))
     subject = open_subject(config)
-    assert (subject.step, subject.output) == (7, tmp_path / "run")
+    assert (subject.file.step, subject.output) == (7, tmp_path / "run")
     assert (subject.transform.size, subject.transform.resize, subject.transform.mean) == (16, 0, (0.5, 0.5, 0.5))
     bank, held_out = open_labeled(config, subject)
     assert (len(bank), len(held_out)) == (1297, 500)
@@ -113,7 +113,7 @@ def test_for_another_data_set_no_field_of_the_run_applies(tmp_path: Path) -> Non
 
 
 def test_hold_out_splits_off_a_part_of_each_class(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "pictures", {"a": 10, "b": 2, "c": 5})
+    root = write_images(tmp_path / "images", {"a": 10, "b": 2, "c": 5})
     config = configured(run=str(trained(tmp_path / "run", "folder", root=str(root), labels="folder")))
     config.data.hold_out = 0.4
     with pytest.warns(RunWarning, match=r"hold_out=0\.4 .* trained on, without"):
@@ -128,7 +128,7 @@ def test_hold_out_splits_off_a_part_of_each_class(tmp_path: Path) -> None:
         again = open_labeled(config, open_subject(config))[1]
     assert [again.name(i) for i in range(7)] == [held_out.name(i) for i in range(7)]
     assert describe(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is True
-    copy = pictures(tmp_path / "copy", {"a": 10, "b": 2, "c": 5})
+    copy = write_images(tmp_path / "copy", {"a": 10, "b": 2, "c": 5})
     config.data.name, config.data.root, config.data.labels = "folder", str(copy), "folder"
     with warnings.catch_warnings(action="error"):  # these it has not seen
         bank, held_out = open_labeled(config, open_subject(config))
@@ -139,12 +139,12 @@ def test_the_description_reproduces_a_result_in_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pictures(Path("train"), {"a": 3, "b": 2})
-    pictures(Path("test"), {"a": 1, "b": 1})
+    write_images(Path("train"), {"a": 3, "b": 2})
+    write_images(Path("test"), {"a": 1, "b": 1})
     trained(Path("run"), "folder", root="train", eval_root="test", labels="folder")
     config = configured(run="run")
     subject = open_subject(config)
-    found = describe(subject, config, *open_labeled(config, subject))
+    found = json.loads(json.dumps(describe(subject, config, *open_labeled(config, subject))))
     assert found["source"] == str(tmp_path / "run" / "checkpoints" / "step_00000007.pt")
     assert (found["backbone"], found["options"]) == ("convnet", {"width": 2})
     assert (found["weights"], found["step"]) == ("encoder", 7)
@@ -158,7 +158,6 @@ def test_the_description_reproduces_a_result_in_any_working_directory(
         "held_out": 2,
     }
     assert found["look"] == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
-    assert json.loads(json.dumps(found)) == found
     other = describe(
         open_subject(configured(run=str(trained(Path("other"), step=0)))), config, *open_labeled(config, subject)
     )
@@ -169,12 +168,12 @@ def test_the_description_reproduces_a_result_in_any_working_directory(
 
 
 def test_labels_that_trained_the_encoder_are_refused(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "pictures", {"a": 5, "b": 5})
+    root = write_images(tmp_path / "images", {"a": 5, "b": 5})
     run = trained(tmp_path / "run", "folder", root=str(root), labels="folder", supervised=True)
     config = configured(run=str(run))
     config.data.hold_out = 0.2
     assert "data.hold_out=0.2 holds out images that the encoder was trained on, with their labels" in sentence(config)
-    config.data.root = str(root / ".." / "pictures")
+    config.data.root = str(root / ".." / "images")
     config.data.labels = "folder"
     assert "with their labels" in sentence(config)
 
@@ -211,10 +210,10 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_is_opened(tmp_path:
 
 
 def test_a_relative_data_path_of_a_run_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = trained(tmp_path / "run", "folder", root="pictures", labels="folder")
+    run = trained(tmp_path / "run", "folder", root="images", labels="folder")
     monkeypatch.chdir(tmp_path)
-    said = sentence(configured(run=str(run)))
-    assert "(data.root=pictures comes from the run, which started in another working directory: set" in said
+    message = sentence(configured(run=str(run)))
+    assert "(data.root=images comes from the run, which started in another working directory: set" in message
     config = configured(run=str(run))
     config.data.root = "mine"
     assert "comes from the run" not in sentence(config)
@@ -250,7 +249,7 @@ def test_a_damaged_newest_checkpoint_names_the_previous_one(tmp_path: Path) -> N
 
 
 def test_data_without_labels(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "pictures", {"a": 2, "b": 2})
+    root = write_images(tmp_path / "images", {"a": 2, "b": 2})
     run = trained(tmp_path / "run", "folder", root=str(root))
     assert "data.name=folder has no labels for the evaluation: set data.labels=folder" in sentence(
         configured(run=str(run))
@@ -258,25 +257,25 @@ def test_data_without_labels(tmp_path: Path) -> None:
 
 
 def test_data_without_a_held_out_split(tmp_path: Path) -> None:
-    root = pictures(tmp_path / "pictures", {"a": 2, "b": 2})
+    root = write_images(tmp_path / "images", {"a": 2, "b": 2})
     run = trained(tmp_path / "run", "folder", root=str(root), labels="folder")
     assert "no held-out split: set data.eval_root=DIR" in sentence(configured(run=str(run)))
 
 
 def test_a_single_class_and_a_missing_class(tmp_path: Path) -> None:
-    held = pictures(tmp_path / "held", {"a": 2, "b": 2})
-    one = pictures(tmp_path / "one", {"a": 2})
+    held = write_images(tmp_path / "held", {"a": 2, "b": 2})
+    one = write_images(tmp_path / "one", {"a": 2})
     run = trained(tmp_path / "run", "folder", root=str(one), labels="folder", eval_root=str(held))
     assert "one class folder only (a)" in sentence(configured(run=str(run)))
     single = configured(run=str(trained(tmp_path / "run1", "folder", root=str(held), labels="folder")))
     single.data.root, single.data.labels, single.data.hold_out = (
-        str(pictures(tmp_path / "few", {"a": 2, "b": 1})),
+        str(write_images(tmp_path / "few", {"a": 2, "b": 1})),
         "folder",
         0.2,
     )
     single.data.name = "folder"
     assert "data.hold_out=0.2: class b has only one image" in sentence(single)
-    two = pictures(tmp_path / "two", {"a": 2, "c": 2})
+    two = write_images(tmp_path / "two", {"a": 2, "c": 2})
     run = trained(tmp_path / "run2", "folder", root=str(two), labels="folder", eval_root=str(held))
     assert "the class folders differ" in sentence(configured(run=str(run)))
 
