@@ -13,7 +13,7 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     """Load the weights of `config.init_from` into the encoder and, if there is one, the momentum encoder.
 
     All weights of the backbone come from the file. The momentum encoder gets its own weights from a file with both
-    networks. A head whose shapes differ keeps its random weights, as does everything else.
+    networks. A head whose shapes differ keeps its random weights.
 
     `config.model` describes the network if the file does not.
 

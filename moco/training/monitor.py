@@ -16,7 +16,7 @@ from moco.models.norm import GroupedBatchNorm, untracked
 
 KEYS = 4096  # newest keys of the queue, for the spectrum
 QUERIES = 16  # queries of a step whose logits are measured
-ENCODED = 64  # images per rank that are encoded again: whole BN groups, at least two
+ENCODED = 64  # images per rank that are encoded again, rounded up to complete BN groups, at least two
 TOP = 10  # negatives of `top_share`
 LIKELY_FALSE = 0.9  # cosine from which a key in the queue probably shows the same thing as the query
 
@@ -24,12 +24,12 @@ LIKELY_FALSE = 0.9  # cosine from which a key in the queue probably shows the sa
 class Monitor:
     """Measures a step of at least two samples; see `train_step`. The names begin with "analysis/".
 
-    The measures are those of the global batch (the two losses: of `ENCODED` images per rank), in the last micro-batch.
-    All ranks return the same names in the same order, so that the step can average them in one collective.
+    Measures the last micro-batch of all ranks together, and the two losses on `ENCODED` images per rank. All ranks
+    return the same names in the same order, so that the step can average them in one collective.
 
     Args:
         labels: the class of each sample of the data set, (samples,), -1 if unknown; None without labels.
-        keys_per_step: number of keys that a step enqueues, over all ranks and directions.
+        keys_per_step: number of keys that a step enqueues, from all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
         precision: data type of autocast.
         every: steps between two measurements; 0: never.

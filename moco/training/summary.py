@@ -102,7 +102,7 @@ def summarize(trainer: "Trainer") -> None:
         rows += [("doctor", str(each)) for each in trainer.doctor.found]
     files, evaluated = Path(config.run), bool(trainer.live_knn.history)
     rows += [
-        ("encoder", f"{files / 'encoder.safetensors'} (the backbone's weights; README says how to load them)"),
+        ("encoder", f"{files / 'encoder.safetensors'} (backbone weights; the README describes how to load them)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
         ("next", f"python -m moco.linear run={files}" if evaluated else f"tensorboard --logdir {files}"),
         ("", f"python -m moco.report run={files}"),

@@ -41,7 +41,6 @@ from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr
 from moco.runs import checkpoint
-from moco.runs.checkpoint import Checkpoint
 from moco.runs.directory import refuse_difference
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display
@@ -139,7 +138,7 @@ class Trainer:
         self.stop_reason = DelayedMaxOverRanks(device)
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 
-    def _restore(self, state: Checkpoint) -> list[str]:
+    def _restore(self, state: checkpoint.Checkpoint) -> list[str]:
         """Restore a checkpoint; without one, load the weights of `init_from`, if any. Return lines to print."""
         if state:
             refuse_difference(self.path, state["config"], asdict(self.config), asdict(TrainConfig()))
@@ -274,7 +273,7 @@ class Trainer:
         on_rank_zero(lambda: self.saver.save(done, self._state(done), keep, best))
         self.schedule.saved()
 
-    def _state(self, done: int) -> Checkpoint:
+    def _state(self, done: int) -> checkpoint.Checkpoint:
         """Return all that a resumed run needs."""
         return self._training_state() | {
             "step": done,
@@ -288,7 +287,7 @@ class Trainer:
             "data": self.data_identity,
         }
 
-    def _training_state(self) -> Checkpoint:
+    def _training_state(self) -> checkpoint.Checkpoint:
         method, optimizer = self.method.state_dict(), self.optimizer.state_dict()
         return {"config": asdict(self.config), "method": method, "optimizer": optimizer}
 

@@ -1,4 +1,4 @@
-"""A run over a folder with bad pictures: it ends with a sentence, or replaces, lists, resumes and sums up."""
+"""Runs on a folder with unreadable images: they end with an error, or replace and list these images."""
 
 import csv
 import shutil
@@ -14,12 +14,12 @@ from moco.runs import checkpoint
 from moco.training.trainer import pretrain
 from tests.data.unreadable_files import folder, noise
 
-# the lock of a run is held until the process ends
+# A run keeps its lock open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:method.queue_size")
 
 
 def config(root: Path, run: Path) -> TrainConfig:
-    """Two steps an epoch, three epochs."""
+    """Return a run of three epochs with two steps each."""
     made = TrainConfig(
         method=MoCoConfig(queue_size=16), run=str(run), epochs=3, batch_size=8, device="cpu", threads=1, log_every=1
     )
@@ -40,21 +40,21 @@ def rows(run: Path) -> dict[str, str]:
 def test_a_run_that_failed_on_an_unreadable_image_resumes_with_replace(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = folder(tmp_path / "pictures", good=16, unreadable=False)
+    root = folder(tmp_path / "images", good=16, unreadable=False)
     (root / "03.png").write_bytes(b"")
     made = config(root, tmp_path / "run")
     with pytest.raises(ImageError, match=r"03\.png: the file is empty"):
         pretrain(made)
-    made.data.on_bad_image, made.data.max_bad = "replace", 0.1  # a free field: what was saved so far stays valid
+    made.data.on_bad_image, made.data.max_bad = "replace", 0.1  # both may change between attempts
     pretrain(made)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert rows(tmp_path / "run") == {"03.png": "the file is empty"}
-    assert "bad_images.csv: 1 so far" in said
-    assert "1, replaced by others and listed in" in " ".join(said.replace("│", " ").split())
+    assert "bad_images.csv: 1 so far" in output
+    assert "1, replaced by others and listed in" in " ".join(output.replace("│", " ").split())
 
 
 def test_too_many_unreadable_images_end_the_run_until_they_are_repaired(tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=16, unreadable=False)
+    root = folder(tmp_path / "images", good=16, unreadable=False)
     for name in ("03.png", "07.png"):
         (root / name).write_bytes(b"")
     made = config(root, tmp_path / "run")
@@ -68,22 +68,22 @@ def test_too_many_unreadable_images_end_the_run_until_they_are_repaired(tmp_path
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
-    root = folder(tmp_path / "pictures", good=16)
-    whole, cut = (config(root, tmp_path / name) for name in ("whole", "cut"))
-    for each in (whole, cut):
+    root = folder(tmp_path / "images", good=16)
+    full, cut = (config(root, tmp_path / name) for name in ("full", "cut"))
+    for each in (full, cut):
         each.data.on_bad_image, each.data.max_bad = "replace", 0.5
-    pretrain(whole)
+    pretrain(full)
     (tmp_path / "cut/checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "bad_images.csv", "checkpoints/step_00000002.pt"):
-        shutil.copy(tmp_path / "whole" / name, tmp_path / "cut" / name)
+        shutil.copy(tmp_path / "full" / name, tmp_path / "cut" / name)
     cut.data.workers = 2
     pretrain(cut)
     one, other = (
-        checkpoint.load(checkpoint.list_checkpoints(tmp_path / run / "checkpoints")[0]) for run in ("whole", "cut")
+        checkpoint.load(checkpoint.list_checkpoints(tmp_path / run / "checkpoints")[0]) for run in ("full", "cut")
     )
     assert one["step"] == other["step"] == 6
     assert digest(one["method"]) == digest(other["method"])
-    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+    assert rows(tmp_path / "full") == rows(tmp_path / "cut")
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -93,7 +93,7 @@ def test_the_live_accuracy_excludes_unreadable_images(
     for part in ("train/a", "train/b", "test/a", "test/b"):
         folder(tmp_path / part, good=8, unreadable=False)
     for name in ("train/b/01.png", "test/a/02.png"):
-        (tmp_path / name).write_bytes(b"no picture")
+        (tmp_path / name).write_bytes(b"no image")
     made = config(tmp_path / "train", tmp_path / "run")
     made.data.labels, made.data.eval_root, made.data.resident = "folder", str(tmp_path / "test"), resident
     made.evaluate.every_epochs = 3
@@ -101,15 +101,15 @@ def test_the_live_accuracy_excludes_unreadable_images(
         pretrain(made)
     made.data.on_bad_image, made.data.max_bad = "replace", 0.2
     pretrain(made)
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "1 of the 16 reference images cannot be read and are excluded from the live accuracy, the first: b/01.png"
-        in said
+        in output
     )
-    assert "1 of the 16 held-out images cannot be read" in said
+    assert "1 of the 16 held-out images cannot be read" in output
     state = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")[0])
     assert [each["step"] for each in state["history"]] == [0, 6]
-    correct = state["history"][-1]["knn"][0] / 100 * 15  # of the fifteen that are left
+    correct = state["history"][-1]["knn"][0] / 100 * 15  # 15 readable images
     assert correct == pytest.approx(round(correct), abs=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""From the configuration to the parts, and the warnings that need the data set's size."""
+"""Checks that need the size of the data set, and parts that are built from the configuration."""
 
 import warnings
 
@@ -34,7 +34,7 @@ def test_a_shorter_queue_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_against_data(config(queue_size=999), plan(1000))
-        check_against_data(config(queue_size=1999, symmetric=True), plan(1000))  # two keys an image
+        check_against_data(config(queue_size=1999, symmetric=True), plan(1000))  # two keys per image
 
 
 def test_shuffling_with_a_single_bn_group_warns() -> None:

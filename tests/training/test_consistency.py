@@ -23,13 +23,13 @@ from tests.data.unreadable_files import folder, noise
 from tests.distributed.launch import run_ranks
 from tests.training.test_bad_images import config
 
-# the lock of a run is held until the process ends
+# A run keeps its lock open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:method.queue_size")
 
 
 def started(tmp_path: Path, **data: object) -> TrainConfig:
-    """A run on 20 images that was stopped after its first step."""
-    made = config(folder(tmp_path / "pictures", good=20, unreadable=False), tmp_path / "run")
+    """Train on 20 images and stop after the first step; return the configuration."""
+    made = config(folder(tmp_path / "images", good=20, unreadable=False), tmp_path / "run")
     made.data = replace(made.data, **data)  # type: ignore[arg-type]
     made.stop_after = 1e-6
     with pytest.raises(Preempted):
@@ -86,20 +86,18 @@ def test_the_identity_is_reproducible_and_of_plain_types() -> None:
 
 def test_a_missing_image_is_refused_and_the_run_resumes_once_it_is_restored(tmp_path: Path) -> None:
     made = started(tmp_path)
-    kept = (tmp_path / "pictures" / "07.png").rename(tmp_path / "07.png")
+    kept = (tmp_path / "images" / "07.png").rename(tmp_path / "07.png")
     before = {each: each.read_bytes() for each in (tmp_path / "run" / "checkpoints").iterdir()}
     with pytest.raises(ConfigError) as refused:
         pretrain(made)
     message = str(refused.value)
-    assert (
-        f"run={tmp_path}/run was trained on 20 images, and now there are 19 (data.root={tmp_path}/pictures)" in message
-    )
+    assert f"run={tmp_path}/run was trained on 20 images, and now there are 19 (data.root={tmp_path}/images)" in message
     assert Path(message.rpartition("init_from=")[2]).is_file()
     assert "replace" not in message
     assert {each: each.read_bytes() for each in (tmp_path / "run" / "checkpoints").iterdir()} == before
-    shutil.move(kept, tmp_path / "pictures" / "07.png")
+    shutil.move(kept, tmp_path / "images" / "07.png")
     pretrain(made)
-    with (tmp_path / "pictures" / "20.png").open("wb") as file:
+    with (tmp_path / "images" / "20.png").open("wb") as file:
         noise().save(file, "PNG")
     with pytest.raises(ConfigError, match="on 20 images, and now there are 21"):  # also once it is finished
         pretrain(made)
@@ -107,14 +105,14 @@ def test_a_missing_image_is_refused_and_the_run_resumes_once_it_is_restored(tmp_
 
 def test_the_same_number_of_images_with_another_name_is_refused(tmp_path: Path) -> None:
     made = started(tmp_path)
-    (tmp_path / "pictures" / "07.png").rename(tmp_path / "pictures" / "zz.png")
+    (tmp_path / "images" / "07.png").rename(tmp_path / "images" / "zz.png")
     with pytest.raises(ConfigError, match=r"20 images, and now they have other names"):
         pretrain(made)
 
 
 def test_images_may_be_moved_to_another_directory(tmp_path: Path) -> None:
     made = started(tmp_path)
-    (tmp_path / "pictures").rename(tmp_path / "elsewhere")
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
     made.data.root = str(tmp_path / "elsewhere")
     pretrain(made)
     state = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
@@ -124,7 +122,7 @@ def test_images_may_be_moved_to_another_directory(tmp_path: Path) -> None:
 
 def test_replacing_unreadable_images_does_not_allow_missing_ones(tmp_path: Path) -> None:
     made = started(tmp_path, on_bad_image="replace", max_bad=0.5)
-    (tmp_path / "pictures" / "07.png").unlink()
+    (tmp_path / "images" / "07.png").unlink()
     with pytest.raises(ConfigError, match=r"data\.on_bad_image=replace replaces unreadable images, not missing ones"):
         pretrain(made)
 
@@ -135,7 +133,7 @@ def test_a_checkpoint_without_an_identity_resumes(tmp_path: Path) -> None:
     state = checkpoint.load(old)
     assert state.pop("data")["length"] == 20
     checkpoint.save(old.parent, state["step"], state, keep_last=1)
-    (tmp_path / "pictures" / "07.png").unlink()
+    (tmp_path / "images" / "07.png").unlink()
     pretrain(made)
     assert checkpoint.load(checkpoint.list_checkpoints(old.parent)[0])["data"]["length"] == 19
 
@@ -170,7 +168,7 @@ def opened(names_of_rank_1: list[str], held_out_of_rank_1: list[str]) -> str:
 
 
 def all_cases() -> list[str]:
-    """All cases in one pair of processes, which takes seconds to start."""
+    """Run all cases in one pair of processes: starting them takes seconds."""
     return [
         compared(0.1),  # data.root may differ
         compared(0.3),

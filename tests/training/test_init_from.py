@@ -1,4 +1,4 @@
-"""A run that starts from a published encoder has its features, and refuses any other network."""
+"""Starting a run from a published encoder: it has the same features, and other networks are refused."""
 
 import copy
 from pathlib import Path
@@ -37,7 +37,7 @@ def method(config: TrainConfig, head_layers: int = 2) -> MoCo:
 
 
 def official(path: Path, head: nn.Module) -> Path:
-    """MoCo v2's file of both networks, the second one with another head."""
+    """Write both networks in the format of MoCo v2; their heads differ."""
     state = prefixed("module.encoder_q.", trained(seed=0).state_dict() | prefixed("fc.", head.state_dict()))
     doubled = {name: 2 * value for name, value in head.state_dict().items()}
     state |= prefixed("module.encoder_k.", trained(seed=1).state_dict() | prefixed("fc.", doubled))
@@ -122,7 +122,7 @@ def test_another_number_of_attention_heads_is_refused(tmp_path: Path) -> None:
         load_initial_weights(config, method(config))
 
 
-# The lock of a run is held until the process ends.
+# A run keeps its lock open until the process ends.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_starts_from_the_file_and_a_resumed_run_does_not_read_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

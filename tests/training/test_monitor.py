@@ -1,4 +1,4 @@
-"""Measures taken beside the step: each against loops, and a look changes nothing of what is trained."""
+"""Measures of the monitor compared with loops; monitoring does not change training."""
 
 import math
 from collections.abc import Sequence
@@ -43,10 +43,15 @@ def made(name: str = "moco", bn: str = "grouped", **options: Any) -> Any:
 
 
 class Steps:
-    """Trains a method for some steps; keeps what each look saw, on a world of any size."""
+    """Trains a method for some steps, on any number of processes, and keeps the inputs of the monitor."""
 
     def __init__(
-        self, method: Method, labels: Tensor | None = None, look: bool = True, accumulate: int = 1, shuffle: bool = True
+        self,
+        method: Method,
+        labels: Tensor | None = None,
+        monitored: bool = True,
+        accumulate: int = 1,
+        shuffle: bool = True,
     ) -> None:
         assert isinstance(method, torch.nn.Module)
         self.method, self.measures = method.train(), list[dict[str, Tensor]]()
@@ -65,12 +70,8 @@ class Steps:
         self.forward = wrap_ddp(method, CPU)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.plan = Plan(SAMPLES, BATCH, 9, 0, rank(), world_size())
-        self.look, self.accumulate, self.shuffle, self.observer = (
-            keeping if look else None,
-            accumulate,
-            shuffle,
-            observer,
-        )
+        self.monitor = keeping if monitored else None
+        self.accumulate, self.shuffle, self.observer = accumulate, shuffle, observer
 
     def run(self, steps: int) -> "Steps":
         for step, (epoch, samples) in zip(range(steps), self.plan.samples(0), strict=False):
@@ -86,7 +87,7 @@ class Steps:
                     Batch(index, views),
                     self.plan.shuffles(step, 2) if self.shuffle else None,
                     StepSettings(0.05, 0.9, self.accumulate),
-                    self.look,
+                    self.monitor,
                 )
             )
         return self
@@ -98,7 +99,7 @@ def analysed(measures: dict[str, Tensor]) -> dict[str, float]:
 
 
 def by_loops(output: Output, index: Tensor, before: dict[str, Tensor], keys_per_step: int) -> dict[str, float]:
-    """What a look should find: plain loops over the batch and the queue as its loss saw it."""
+    """Compute the measures with loops over the batch and over the queue before the step."""
     q, k, queue, owner = output.query, output.key, before["queue.keys"], before["queue.index"].tolist()
     count, n = int(before["queue.count"]), len(q)
     real = [slot for slot in range(len(queue)) if owner[slot] != UNKNOWN]
@@ -116,7 +117,7 @@ def by_loops(output: Output, index: Tensor, before: dict[str, Tensor], keys_per_
         similar = [float(k[i] @ queue[s]) for s in negatives]
         false.append(sum(each >= 0.9 for each in similar) / len(negatives))
         duplicate.append(float(any(each >= 1 - 1e-5 for each in similar)))
-        labeled.append(sum(owner[s] in real_labels(classes[i]) for s in negatives) / len(negatives))
+        labeled.append(sum(owner[s] in samples_of(classes[i]) for s in negatives) / len(negatives))
     deviations = unit.std(dim=0, correction=0)
     return {
         "alignment": float(np.mean([float((a - b).square().sum()) for a, b in zip(q, k, strict=True)])),
@@ -136,8 +137,8 @@ def by_loops(output: Output, index: Tensor, before: dict[str, Tensor], keys_per_
     }
 
 
-def real_labels(label: int) -> list[int]:
-    """Samples of a class."""
+def samples_of(label: int) -> list[int]:
+    """Return the samples of a class."""
     return [sample for sample in range(SAMPLES) if int(LABELS[sample]) == label]
 
 
@@ -150,12 +151,12 @@ def test_each_measure_equals_its_loop_reference(symmetric: bool) -> None:
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, abs=2e-5, nan_ok=True), name
         assert found.keys() == expected.keys() | {"loss_shuffled", "loss_unshuffled"}
-        assert not math.isnan(found["key_drift"])  # the queue holds more than an epoch: there was something to compare
+        assert not math.isnan(found["key_drift"])  # the queue holds more than an epoch
 
 
 def test_the_two_losses_differ_only_by_the_groups_of_the_keys() -> None:
-    """With the step's own keys, and with keys in the other groups."""
-    some = slice(BATCH)  # a look takes up to 64
+    """One loss uses the keys of the step, the other keys of other BN groups."""
+    some = slice(BATCH)  # the monitor takes up to 64
     for shuffle in (True, False):
         run = Steps(made(), shuffle=shuffle).run(3)
         own, other = ("loss_shuffled", "loss_unshuffled")[:: 1 if shuffle else -1]
@@ -201,14 +202,14 @@ def test_methods_without_a_queue_are_measured_on_their_batch(name: str) -> None:
     assert found["alignment"] == pytest.approx(float((output.query - output.key).square().sum(dim=1).mean()), abs=1e-6)
     assert found["effective_rank"] == pytest.approx(float(rank_me(output.key)), abs=1e-4)
     k, classes = output.key, LABELS[index]
-    alike = [float(k[a] @ k[b]) for a in range(BATCH) for b in range(a) if classes[a] == classes[b]]
-    assert found["tolerance"] == pytest.approx(float(np.mean(alike)), abs=1e-5)
+    same = [float(k[a] @ k[b]) for a in range(BATCH) for b in range(a) if classes[a] == classes[b]]
+    assert found["tolerance"] == pytest.approx(float(np.mean(same)), abs=1e-5)
     assert set(run.observer.histograms) == {"positives"}
     assert int(run.observer.histograms["positives"].sum()) == BATCH
 
 
 def test_measures_without_data_are_nan() -> None:
-    """The first step of a queue that starts empty has no negative, and the first of a random one no key of an image."""
+    """In the first step, an empty queue has no negatives, and a random one has no keys of images."""
     first = analysed(Steps(made(queue_start="empty"), LABELS).run(1).measures[0])
     assert {name for name, value in first.items() if math.isnan(value)} == {"top_share", "key_age", "key_drift"}
     assert first["same_label_share"] == first["likely_false_share"] == first["duplicate_share"] == 0
@@ -218,7 +219,7 @@ def test_measures_without_data_are_nan() -> None:
 
 @pytest.mark.parametrize("labels", [torch.full((SAMPLES,), -1), torch.arange(SAMPLES)])
 def test_unknown_labels_give_nan(labels: Tensor) -> None:
-    """Unknown to all, or a class for each sample, as small batches of ImageNet often have."""
+    """All labels are unknown, or each sample has its own class, as in most small batches of ImageNet."""
     found = analysed(Steps(made(), labels).run(2).measures[1])
     assert math.isnan(found["tolerance"])
     assert math.isnan(found["same_label_share"]) if labels[0] < 0 else found["same_label_share"] == 0
@@ -244,17 +245,17 @@ def test_the_last_micro_batch_is_measured() -> None:
     ],
 )
 def test_monitoring_does_not_change_training(name: str, bn: str, accumulate: int) -> None:
-    looked, plain = (
-        Steps(made(name, bn=bn), LABELS, look, accumulate, shuffle=bn == "grouped").run(4) for look in (True, False)
+    observed, plain = (
+        Steps(made(name, bn=bn), LABELS, each, accumulate, shuffle=bn == "grouped").run(4) for each in (True, False)
     )
-    assert len(looked.seen) == 4
+    assert len(observed.seen) == 4
     assert not plain.seen
-    ours, others = looked.method.state_dict(), plain.method.state_dict()
+    ours, others = observed.method.state_dict(), plain.method.state_dict()
     assert all(torch.equal(ours[name], others[name]) for name in others)
-    states = [each.optimizer.state_dict()["state"] for each in (looked, plain)]
+    states = [each.optimizer.state_dict()["state"] for each in (observed, plain)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key]["momentum_buffer"], states[1][key]["momentum_buffer"]) for key in states[1])
-    for a, b in zip(looked.measures, plain.measures, strict=True):
+    for a, b in zip(observed.measures, plain.measures, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in b)
 
 
@@ -267,17 +268,17 @@ def test_a_monitored_non_finite_step_raises_the_error_of_the_step() -> None:
     assert len(run.seen) == 2
 
 
-def ranks_look(labels: Tensor) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def measured(labels: Tensor) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     run = Steps(made(), labels).run(3)
     return [analysed(each) for each in run.measures], run.observer.histograms
 
 
 def test_two_processes_measure_the_same_as_one() -> None:
-    """Only four samples have a label that another one has: no rank by itself has a pair in every batch."""
+    """Four samples share a label, so no single rank has a pair of one class in every batch."""
     labels = torch.arange(SAMPLES)
     labels[::2] = torch.where(torch.arange(12) < 4, 0, -1)
-    alone, counts = ranks_look(labels)
-    (first, histograms), (second, _) = run_ranks(2, ranks_look, labels)
+    alone, counts = measured(labels)
+    (first, histograms), (second, _) = run_ranks(2, measured, labels)
     assert torch.equal(histograms["positives"], counts["positives"])
     for here, there, expected in zip(first, second, alone, strict=True):
         assert list(here) == list(there) == list(expected)

@@ -1,4 +1,4 @@
-"""Non-finite steps: named, saved for study, skipped up to a limit, or detected one step late."""
+"""Non-finite steps: reported, saved, skipped up to a limit, or detected one step later."""
 
 import math
 from functools import partial
@@ -89,7 +89,7 @@ def test_a_state_that_cannot_be_saved_does_not_hide_the_step(tmp_path: Path) -> 
 
 
 def message_of_rank(folder: str) -> str:
-    """The message on this rank, which had samples 10 r ... 10 r + 3."""
+    """Return the message of rank r, which had samples 10 r ... 10 r + 3."""
     with pytest.raises(NonFiniteLoss) as caught:
         guard(Path(folder)).skip(0, 10 * rank() + torch.arange(4), ERROR)
     return str(caught.value)

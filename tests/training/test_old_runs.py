@@ -1,4 +1,4 @@
-"""Run directories of commit a78f1f1 resume and evaluate; fixtures/run_a78f1f1/README.md says how they were made."""
+"""Resume and evaluate a run of commit a78f1f1; fixtures/run_a78f1f1/README.md describes how it was made."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ EXPECTED_ACCURACY = pytest.approx(EXPECTED["knn"]["pretrained"]["top1"], abs=0.5
 
 
 def accuracy(output: Path, **encoder: Any) -> float:
-    """kNN accuracy, with the k and temperature that the old code chose."""
+    """Return the kNN accuracy with the k and temperature that the old code chose."""
     knn(KnnConfig(output=str(output), device="cpu", k=[5], temperature=[0.05], compare=[], **encoder))
     (result,) = json.loads((output / "results.json").read_text())
     top1: float = result["figures"]["top1"]
@@ -48,7 +48,7 @@ def accuracy(output: Path, **encoder: Any) -> float:
 
 
 def same_machine() -> bool:
-    """Whether the arithmetic is that of the machine that made the fixture, to the bit."""
+    """Return whether results are equal to the bit to those of the machine that made the fixture."""
     cpuinfo = Path("/proc/cpuinfo")
     return (
         EXPECTED["torch"] == str(torch.__version__)
@@ -60,7 +60,7 @@ def same_machine() -> bool:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The old run, resumed to its end."""
+    """Resume the old run to its end; return its directory."""
     run = tmp_path_factory.mktemp("old") / "run"
     shutil.copytree(OLD / "stopped", run)
     register("train", TrainConfig)

@@ -1,4 +1,4 @@
-"""A run's speed and its faults, from the configuration on: precision, compile, profile, steps that are left out."""
+"""Runs with options and failures: speed records, precision, profile, compile, skipped steps, out of memory."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from moco.training import trainer as stage
 from moco.training.step import train_step
 from moco.training.trainer import pretrain
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run's lock stays open
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run keeps its lock open
 
 
 def config(run: Path, **changed: Any) -> TrainConfig:
@@ -48,7 +48,7 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def broken_at(step: int, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Lets that step fail, counted from 1."""
+    """Let step `step`, counted from 1, raise the error."""
     calls = 0
 
     def train(*args: Any, **options: Any) -> dict[str, torch.Tensor]:
@@ -66,8 +66,8 @@ def test_records_hold_speed_and_measures(tmp_path: Path, capsys: pytest.CaptureF
     found = records(tmp_path / "run")
     assert [each["step"] for each in found] == list(range(1, 11))
     assert all(each["speed/mfu"] > 0 and each["speed/peak_memory_gib"] > 0.05 for each in found)
-    looked = [each["step"] for each in found if "analysis/effective_rank" in each]
-    assert looked == [4, 8]  # analyse_every=4 records of one step
+    measured = [each["step"] for each in found if "analysis/effective_rank" in each]
+    assert measured == [4, 8]  # analyse_every=4 records of one step
     assert 1 <= found[3]["analysis/effective_rank"] <= 8
     assert "images/s" in capsys.readouterr().out
 
@@ -99,13 +99,13 @@ def test_a_non_finite_step_is_skipped_and_counted(
 ) -> None:
     broken_at(3, monkeypatch, NonFiniteLoss("loss nan, gradient norm nan"))
     pretrain(config(tmp_path / "run", skip_nonfinite=1))
-    said = capsys.readouterr().out
-    assert "step 3 had loss nan" in said
-    assert "1 steps with a non-finite loss or gradient" in said
-    assert [each["step"] for each in records(tmp_path / "run")] == [1, 2, *range(4, 11)]  # nothing is made up for it
+    output = capsys.readouterr().out
+    assert "step 3 had loss nan" in output
+    assert "1 steps with a non-finite loss or gradient" in output
+    assert [each["step"] for each in records(tmp_path / "run")] == [1, 2, *range(4, 11)]  # it has no record
     end = state(tmp_path / "run")
     assert (end["step"], end["skipped"]) == (10, 1)
-    assert int(end["method"]["queue.count"]) == 9 * 128  # one step, one enqueue: none for the one left out
+    assert int(end["method"]["queue.count"]) == 9 * 128  # no keys of the skipped step
     kept = torch.load(tmp_path / "run" / "nonfinite" / "step_3.pt", weights_only=True)
     assert kept["step"] == 2
     assert "encoder.backbone.layers.0.weight" in kept["method"]

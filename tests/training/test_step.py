@@ -1,4 +1,4 @@
-"""A step is the same in one piece or several, and one that fails leaves nothing behind."""
+"""One training step: micro-batches, failed steps, clipping, precision and determinism."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ N, SIZE, DIM, K, GROUP = 16, 8, 8, 40, 4
 
 
 class Trainer:
-    """A method with its optimizer, built alike each time, and steps on random images."""
+    """The same method and optimizer each time, and steps on random images that depend on the step's number."""
 
     def __init__(self, accumulate: int = 1, symmetric: bool = False, momentum: float = 0.9, fp16: bool = False) -> None:
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Weights, statistics, queue, and what the optimizer remembers."""
+        """Return a copy of weights, statistics, queue and optimizer state."""
         state = {name: tensor.clone() for name, tensor in self.method.state_dict().items()}
         for number, memory in self.optimizer.state_dict()["state"].items():
             state |= {f"optimizer.{number}.{name}": value.clone() for name, value in memory.items()}
@@ -94,17 +94,17 @@ def nan_key_image(views: list[Tensor]) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("accumulate", [2, 4])
 def test_micro_batches_train_like_the_full_batch(accumulate: int, symmetric: bool) -> None:
-    whole, parts = Trainer(1, symmetric), Trainer(accumulate, symmetric)
+    full, parts = Trainer(1, symmetric), Trainer(accumulate, symmetric)
     for number in range(3):
-        expected, got = whole.step(number), parts.step(number)
+        expected, got = full.step(number), parts.step(number)
         assert got.keys() == expected.keys()
         for name in expected:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-5)
-        for p, q in zip(parts.method.encoder.parameters(), whole.method.encoder.parameters(), strict=True):
+        for p, q in zip(parts.method.encoder.parameters(), full.method.encoder.parameters(), strict=True):
             assert p.grad is not None
             assert q.grad is not None
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
-        a, b = parts.state(), whole.state()
+        a, b = parts.state(), full.state()
         assert a.keys() == b.keys()
         for name in a:
             assert (a[name] - b[name]).abs().max() <= 1e-5 * (1 + b[name].abs().max()), name
@@ -140,7 +140,7 @@ def test_the_keys_that_were_compared_are_the_keys_enqueued(monkeypatch: pytest.M
     assert torch.equal(trainer.method.queue.keys[: 2 * N], torch.cat(seen))
 
 
-def test_lr_of_the_step_is_the_one_given() -> None:
+def test_the_step_uses_the_given_learning_rate() -> None:
     slow, fast = Trainer(momentum=0.0), Trainer(momentum=0.0)
     start = [p.detach().clone() for p in slow.method.encoder.parameters()]
     slow.step(0, lr=0.01)
@@ -208,7 +208,7 @@ def test_fp16_overflow_skips_update_and_enqueue_and_lowers_the_scale() -> None:
 
 
 def test_fp16_that_overflows_at_every_scale_raises() -> None:
-    """A gradient that no scale makes finite is a NaN of the model's own: a run must not skip steps for ever."""
+    """A gradient that no scale makes finite comes from the model: a run must not skip steps forever."""
     trainer = Trainer(fp16=True)
     next(trainer.method.encoder.parameters()).register_hook(lambda gradient: gradient * math.nan)
     for number in range(17):  # 2**16 halved seventeen times is below 1
@@ -236,7 +236,7 @@ def test_clipping_shortens_the_gradient_to_the_limit_and_keeps_its_direction() -
     free, clipped = Trainer(momentum=0.0), Trainer(momentum=0.0)
     norm = free.step(0)["gradient_norm"].item()
     limit = norm / 3
-    assert clipped.step(0, clip_grad=limit)["gradient_norm"].item() == pytest.approx(norm)  # as it was before
+    assert clipped.step(0, clip_grad=limit)["gradient_norm"].item() == pytest.approx(norm)  # the norm before clipping
     total = 0.0
     for p, q in zip(clipped.method.encoder.parameters(), free.method.encoder.parameters(), strict=True):
         assert p.grad is not None
@@ -253,7 +253,7 @@ def test_a_gradient_below_the_limit_is_unchanged() -> None:
     assert_bit_equal(clipped.state(), free.state())
 
 
-def test_clipped_step_moves_the_weights_by_lr_times_the_limit() -> None:
+def test_a_clipped_step_moves_the_weights_by_lr_times_the_limit() -> None:
     trainer = Trainer(momentum=0.0)
     trainer.optimizer.param_groups[0]["weight_decay"] = 0.0
     start = nn.utils.parameters_to_vector(trainer.method.encoder.parameters()).detach().clone()
@@ -313,13 +313,13 @@ def test_without_waiting_a_non_finite_loss_is_in_the_measures() -> None:
     assert math.isnan(trainer.step(0, change=nan_image, wait=False)["loss"].item())
 
 
-# ---- what a fused optimizer asks for ----
+# ---- optimizer state ----
 
 
-def test_an_overflow_in_the_first_step_leaves_no_trace_in_the_optimizer() -> None:
+def test_an_overflow_in_the_first_step_does_not_change_the_optimizer() -> None:
     trainer = Trainer(fp16=True)
     trainer.optimizer = build_optimizer(trainer.method.encoder, OptimConfig(weight_decay=1e-3), lr=0.05)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows until it has come down
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # overflows until the scale is lower
     seen = []
     for number in range(30):
         trainer.step(number, torch.float16)

@@ -1,4 +1,4 @@
-"""The picture of the views, which helps a person to look and ends no run."""
+"""The image of the views, views.png: its size, and a failure to write it."""
 
 from pathlib import Path
 
@@ -26,8 +26,8 @@ def test_a_failure_to_write_views_is_a_warning_and_the_next_attempt_writes_them(
     with pytest.warns(RunWarning, match=r"views\.png .*No space left on device"):
         show(tmp_path)
     assert not list(tmp_path.glob("views.*"))
-    (tmp_path / "views.png.tmp").write_bytes(b"torn by a kill")
+    (tmp_path / "views.png.tmp").write_bytes(b"partial")
     show(tmp_path)
     assert [each.name for each in tmp_path.glob("views.*")] == ["views.png"]
-    with Image.open(tmp_path / "views.png", formats=["PNG"]) as picture:
-        assert picture.size == (8 * 66 + 2, 2 * 66 + 2)  # two rows of eight, enlarged to 64, in frames of 2
+    with Image.open(tmp_path / "views.png", formats=["PNG"]) as image:
+        assert image.size == (8 * 66 + 2, 2 * 66 + 2)  # two rows of eight, enlarged to 64, in frames of 2

@@ -1,4 +1,4 @@
-"""A MoCo v3 run from its configuration: it resumes exactly, for a convnet and a ViT, and says what does not fit."""
+"""MoCo v3 runs from their configuration: exact resume of a convnet and a ViT, and refused values."""
 
 import shutil
 from pathlib import Path
@@ -43,20 +43,20 @@ def config(run: str = "runs/v3", backbone: str = "convnet") -> TrainConfig:
     return made
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run's lock is held to the end
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run keeps its lock open
 @pytest.mark.parametrize("backbone", list(BACKBONES))
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, backbone: str) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    pretrain(config(str(whole), backbone))
+    full, cut = tmp_path / "full", tmp_path / "cut"
+    pretrain(config(str(full), backbone))
     (cut / "checkpoints").mkdir(parents=True)
-    shutil.copy(whole / "config.yaml", cut)
-    shutil.copy(whole / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
+    shutil.copy(full / "config.yaml", cut)
+    shutil.copy(full / "checkpoints" / "step_00000002.pt", cut / "checkpoints")
     pretrain(config(str(cut), backbone))
-    one, other = (checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0]) for run in (whole, cut))
+    one, other = (checkpoint.load(checkpoint.list_checkpoints(run / "checkpoints")[0]) for run in (full, cut))
     assert one["step"] == other["step"] == 5
     assert digest(one["method"]) == digest(other["method"])
     assert digest(one["optimizer"]) == digest(other["optimizer"])
-    earlier = checkpoint.load(whole / "checkpoints" / "step_00000002.pt")
+    earlier = checkpoint.load(full / "checkpoints" / "step_00000002.pt")
     assert digest(one["method"]) != digest(earlier["method"])
 
 
@@ -74,7 +74,7 @@ def test_the_method_is_built_with_its_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "field", "value", "sentence"),
+    ("group", "field", "value", "message"),
     [
         ("", "batch_size", 1, "batch_size=1 leaves moco_v3 no negatives"),
         ("", "accumulate", 2, "accumulate=2 with model.bn=sync"),
@@ -82,13 +82,13 @@ def test_the_method_is_built_with_its_heads() -> None:
         ("optim", "trust", 0.0, "optim.trust=0.0 must be above 0"),
     ],
 )
-def test_invalid_values_are_refused(group: str, field: str, value: float, sentence: str) -> None:
+def test_invalid_values_are_refused(group: str, field: str, value: float, message: str) -> None:
     made = config()
     check(made)
     setattr(getattr(made, group) if group else made, field, value)
     with pytest.raises(ConfigError) as caught:
         check(made)
-    assert sentence in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_predictor_is_refused_for_a_method_without_one() -> None:
