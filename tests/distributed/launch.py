@@ -1,5 +1,6 @@
 """Run a function on several processes (gloo), or in this one."""
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,11 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, fork: b
     if world == 1:
         return [function(*arguments)]
     with tempfile.TemporaryDirectory() as folder:
+        # A fork server imports the modules once for all tests; it computes nothing, so that forking it is safe.
+        multiprocessing.set_forkserver_preload(
+            ["pytest", "torch._dynamo", "moco.training.step", "moco.methods.moco_v3", "moco.evaluation.features"]
+        )
         torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
-            _rank, (world, folder, function, arguments), nprocs=world, start_method="fork" if fork else "spawn"
+            _rank, (world, folder, function, arguments), nprocs=world, start_method="fork" if fork else "forkserver"
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]

@@ -87,7 +87,7 @@ def collectives(batch: int) -> dict[str, Any]:
 
 
 def _fail() -> None:
-    raise ValueError("a bad directory")
+    raise ValueError("not a directory")
 
 
 BATCH, T = 8, 0.5
@@ -226,7 +226,7 @@ def test_collectives(four: list[Found]) -> None:
         assert torch.equal(result["running_mean"], torch.full((2,), 1.5))
         assert torch.equal(result["weight"], torch.full((2, 2), 5.0))
         assert result["main"] == 0
-        assert result["failure"] == "a bad directory"  # on every rank, so that none is left waiting
+        assert result["failure"] == "not a directory"  # on every rank, so that none is left waiting
 
 
 def test_synchronized_bn_equals_batch_norm_over_all_images(four: list[Found]) -> None:
@@ -248,7 +248,7 @@ def test_collectives_in_one_process() -> None:
     result = collectives(16)
     assert torch.equal(result["gathered"], result["mine"])
     assert torch.equal(result["back"], result["mine"])
-    assert result["failure"] == "a bad directory"
+    assert result["failure"] == "not a directory"
 
 
 def test_features_of_an_odd_number_of_images_equal_those_of_one_process(four: list[Found]) -> None:

@@ -47,7 +47,7 @@ def trajectory(bn: Any, accumulate: int, shuffle: bool) -> dict[str, Any]:
         views = [torch.randn(BATCH, 3, 12, 12, generator=generator) for _ in range(2)]
         orders = [torch.randperm(BATCH, generator=generator).numpy() for _ in range(2)] if shuffle else None
         index = torch.arange(BATCH)[mine]
-        told = train_step(
+        measures = train_step(
             method,
             forward,
             optimizer,
@@ -57,7 +57,7 @@ def trajectory(bn: Any, accumulate: int, shuffle: bool) -> dict[str, Any]:
             StepSettings(LR, 0.9, accumulate),
         )
         keys.append(method.seen)
-        losses.append({name: value.item() for name, value in told.items()})
+        losses.append({name: value.item() for name, value in measures.items()})
         gradients.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
     average_running_statistics(method)
     return {"keys": keys, "losses": losses, "gradients": gradients, "method": method.state_dict()}

@@ -158,7 +158,7 @@ def test_an_override_cannot_name_code(override: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_names_of_images_and_runs_do_not_reach_a_shell(tmp_path: Path) -> None:
     """Train on files with shell commands as names, into a run with such a name."""
-    root = tmp_path / "pictures $(touch EVIL)"
+    root = tmp_path / "images $(touch EVIL)"
     root.mkdir()
     for number, name in enumerate(NASTY):
         for copy in range(4):
@@ -180,9 +180,9 @@ def test_a_name_cannot_forge_a_line_of_a_table(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     noise().save(tmp_path / "good.png")
     source = load_source(DataConfig("folder", str(tmp_path))).train
-    bad = UnreadableImages(source, tmp_path / "bad_images.csv", max_fraction=0.9)
-    bad.note({i: "empty" for i in range(len(source)) if source.name(i) in names})
-    bad.synchronize()
+    unreadable = UnreadableImages(source, tmp_path / "bad_images.csv", max_fraction=0.9)
+    unreadable.note({i: "empty" for i in range(len(source)) if source.name(i) in names})
+    unreadable.synchronize()
     with (tmp_path / "bad_images.csv").open(newline="") as file:
         assert sorted(row["path"] for row in csv.DictReader(file)) == sorted(names)
 
@@ -210,13 +210,13 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).write_text(f"#!/bin/sh\ntouch {mark}\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # PIL looks for it once per process
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # PIL searches for it once per process
     return mark
 
 
 def test_an_image_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
     """PIL would pass a PostScript file named .jpg to Ghostscript. Try everywhere that images are read."""
-    root = folder(tmp_path / "pictures", good=9, unreadable=False)
+    root = folder(tmp_path / "images", good=9, unreadable=False)
     (root / "zz.jpg").write_bytes(POSTSCRIPT)
     with pytest.raises(ImageError, match="no known image format") as refused:
         decode(root / "zz.jpg")

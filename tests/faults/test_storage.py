@@ -110,7 +110,7 @@ def test_a_full_disk_at_any_file_of_a_run_is_one_sentence_and_later_the_file_is_
     (small_disk / run.name).mkdir()
     given = ["epochs=1"]
     if name == "bad_images.csv":
-        root = folder(tmp_path / "pictures", good=40)
+        root = folder(tmp_path / "images", good=40)
         given += ["data=folder", f"data.root={root}", "data.on_bad_image=replace", "data.max_bad=0.5", "augment=cifar"]
         given += ["batch_size=16", "model.bn_group_size=8", "method.queue_size=32"]
     if name.startswith("nonfinite"):
@@ -144,7 +144,7 @@ def test_a_full_disk_at_any_file_of_a_run_is_one_sentence_and_later_the_file_is_
 @pytest.mark.slow
 def test_images_deleted_while_training_are_replaced_and_listed(tmp_path: Path) -> None:
     """Five of forty images are deleted while loader processes read them."""
-    root, run = folder(tmp_path / "pictures", good=40, unreadable=False), tmp_path / "run"
+    root, run = folder(tmp_path / "images", good=40, unreadable=False), tmp_path / "run"
     given = ["data=folder", f"data.root={root}", "data.workers=1", "data.on_bad_image=replace", "data.max_bad=0.2"]
     given += ["batch_size=16", "model.bn_group_size=8", "epochs=20", "method.queue_size=32", "augment=cifar"]
     processes = runs.start(run, *given)

@@ -20,7 +20,7 @@ from moco.interop.write import FORMATS, Read
 from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
-from tests.data.images import folder as folder_of_pictures
+from tests.data.images import folder as folder_of_images
 from tests.interop.networks import IMAGES, saved, source, trained
 
 CONVNET = {"width": 2}
@@ -64,9 +64,9 @@ def test_the_summary_reports_the_comparison(tmp_path: Path, capsys: pytest.Captu
     assert [each.name for each in output.parent.iterdir()] == ["resnet18.pth"]
     written = read_encoder(output, backbone="resnet18")
     assert torch.equal(build(written).get_submodule("backbone")(IMAGES), trained()(IMAGES))
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for words in ("features of 4 images (digits) differ by 0 at most", "torchvision.models.resnet18()", "32 px"):
-        assert words in said
+        assert words in printed
 
 
 @pytest.mark.parametrize(("weights", "added"), [("encoder", 0.0), ("momentum_encoder", 0.1)])
@@ -83,13 +83,13 @@ def test_weights_selects_the_network_of_a_run(tmp_path: Path, weights: str, adde
 
 
 def test_the_comparison_uses_the_images_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pictures = folder_of_pictures(tmp_path / "pictures", 3)
+    images = folder_of_images(tmp_path / "images", 3)
     # the comparison does not need `resident`
-    run = run_with_data(tmp_path / "run", name="folder", root=str(pictures), resident=True)
+    run = run_with_data(tmp_path / "run", name="folder", root=str(images), resident=True)
     config = ConvertConfig(run=run, to="safetensors", output=str(tmp_path / "x.safetensors"), overwrite=True)
     convert_encoder(config)
     assert "features of 3 images (folder)" in " ".join(capsys.readouterr().out.split())
-    for each in pictures.iterdir():
+    for each in images.iterdir():
         each.unlink()
     convert_encoder(config)
     assert "features of 16 images (digits)" in " ".join(capsys.readouterr().out.split())

@@ -174,11 +174,11 @@ def test_the_file_is_renamed_after_it_is_flushed(tmp_path: Path, monkeypatch: py
     seen: list[list[str]] = []
     real = os.fsync
 
-    def look(descriptor: int) -> None:
+    def record(descriptor: int) -> None:
         seen.append(steps(tmp_path))
         real(descriptor)
 
-    monkeypatch.setattr(os, "fsync", look)
+    monkeypatch.setattr(os, "fsync", record)
     save(tmp_path, 1, state(), keep_last=1)
     assert seen == [[], ["step_00000001.pt"]]  # the file, then the directory
 
@@ -448,7 +448,7 @@ def test_exit_waits_for_the_writer_except_after_a_keyboard_interrupt(tmp_path: P
     assert slow.began.wait(20)
     assert steps(tmp_path / "at_once") == []
     left.clear()
-    waiting = threading.Thread(target=leave, args=(ValueError("a bad step"), tmp_path / "waits"))
+    waiting = threading.Thread(target=leave, args=(ValueError("an invalid step"), tmp_path / "waits"))
     waiting.start()
     assert not left.wait(0.2)
     slow.go.set()

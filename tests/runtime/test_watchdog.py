@@ -1,4 +1,4 @@
-"""Which ranks the watchdog names when a run hangs. tests/faults/test_ranks.py has real hangs."""
+"""The ranks that the watchdog names when a run hangs. tests/faults/test_ranks.py has real hangs."""
 
 import os
 import re
@@ -8,13 +8,14 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from moco.config import config_dir
+from moco.distributed import mean_over_ranks, rank
 from moco.runtime.watchdog import HUNG, RankState, Watchdog, code_location, hang_message
+from tests.distributed.launch import run_ranks
 
 STEP = "moco/training/step.py:90 (train_step)"
 LOADER = "moco/training/trainer.py:48 (_loop)"
@@ -25,7 +26,7 @@ def waiting(done: int = 7) -> RankState:
 
 
 def named(states: list[RankState]) -> str:
-    """The ranks at the beginning of the message."""
+    """Return the ranks at the beginning of the message."""
     message = hang_message(states, 2)
     found = re.match(r"ranks? ([\d, ]+(?: and \d+ more)?) hangs?: no progress for 2 minutes; ", message)
     assert found is not None
@@ -80,88 +81,62 @@ def test_a_thread_outside_of_the_package_has_no_location() -> None:
     assert code_location(thread.ident or 0) == ("", False)  # the thread has ended
 
 
+def location_of_a_waiting_rank() -> tuple[str, bool]:
+    """Return the location of this process after half a second in `mean_over_ranks`, for which rank 1 is late."""
+    time.sleep(2 * rank())
+    found: list[tuple[str, bool]] = []
+    observer = threading.Timer(0.5, lambda thread: found.append(code_location(thread)), [threading.get_ident()])
+    observer.start()
+    mean_over_ranks(torch.ones(3))
+    observer.join()
+    return found[0]
+
+
 def test_a_line_inside_a_collective_counts_as_waiting() -> None:
-    """Rank 0 of two waits in `mean_over_ranks`."""
-    code = """
-import sys, threading, time, torch, torch.distributed as dist
-from moco.distributed import mean_over_ranks
-from moco.runtime.watchdog import code_location
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
-if sys.argv[2] == "1":
-    time.sleep(60)
-main = threading.get_ident()
-def look():
-    time.sleep(1)
-    print(*code_location(main), flush=True)
-threading.Thread(target=look, daemon=True).start()
-mean_over_ranks(torch.ones(3))
-"""
-    environment = os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)}
-    store = f"/tmp/moco_watch_{os.getpid()}"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code, store, rank], env=environment, stdout=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    try:
-        assert processes[0].stdout is not None
-        line = processes[0].stdout.readline()
-    finally:
-        for each in processes:
-            each.kill()
-            each.communicate()
-        Path(store).unlink(missing_ok=True)
-    assert re.fullmatch(r"moco/distributed\.py:\d+ \(mean_over_ranks\) True\n", line)
+    location, is_waiting = run_ranks(2, location_of_a_waiting_rank)[0]
+    assert re.fullmatch(r"moco/distributed\.py:\d+ \(mean_over_ranks\)", location)
+    assert is_waiting
 
 
-ALONE = """
-import sys, time
+SINGLE = """
+import time
 from moco.runtime.watchdog import Watchdog
-with Watchdog(float(sys.argv[1]) / 60) as watch:
+with Watchdog(0.02) as watchdog:
     for done in range(1, 9):
         time.sleep(0.2)
-        watch.finished(done)
+        watchdog.finished(done)
     for batch in range(8):
         time.sleep(0.2)
-        watch.heartbeat()
-    with watch.paused():
+        watchdog.heartbeat()
+    with watchdog.paused():
         time.sleep(1.8)
     print("evaluated", flush=True)
-    time.sleep(float(sys.argv[2]))
-print("over", flush=True)
+    time.sleep(0.2)
+    print("resumed", flush=True)
+    time.sleep(60)
 """
-
-
-def alone(limit: float, sleep: float) -> "subprocess.Popen[str]":
-    environment = os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)}
-    command = [sys.executable, "-c", ALONE, str(limit), str(sleep)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_one_process_is_ended_only_without_steps_heartbeats_and_pauses() -> None:
-    process = alone(1.2, 60)
+    """The time for which it is stopped, as after Ctrl-Z and fg, does not count either."""
+    command = [sys.executable, "-c", SINGLE]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "evaluated\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGCONT)
     out, err = process.communicate(timeout=60)
+    assert out == "resumed\n"
     assert process.returncode == HUNG == 69
-    assert out == "evaluated\n"
     assert err.startswith("moco: rank 0 hangs: no progress for 0.02 minutes; rank 0 after step 8, at ")
     assert len(err.splitlines()) == 1
 
 
-def test_the_time_for_which_a_process_was_stopped_does_not_count() -> None:
-    """As after Ctrl-Z and fg."""
-    process = alone(1.2, 0.2)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "evaluated\n"
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
-    process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=60)[0] == "over\n"
-    assert process.returncode == 0
-
-
 def test_zero_disables_the_watchdog() -> None:
     before = threading.active_count()
-    with Watchdog(0.0) as watch:
-        watch.finished(1)
+    with Watchdog(0.0) as watchdog:
+        watchdog.finished(1)
         assert threading.active_count() == before
 
 
@@ -172,12 +147,12 @@ def test_ranks_read_each_other_in_a_store(monkeypatch: pytest.MonkeyPatch) -> No
     printed: list[str] = []
     monkeypatch.setattr(os, "_exit", lambda status: left.append(status))
     monkeypatch.setattr("builtins.print", lambda text, **_: printed.append(text))
-    watches = [Watchdog(0.02, store, rank, 2) for rank in (0, 1)]
-    with watches[0], watches[1]:
-        for watch in watches:
-            watch.finished(3)
+    watchdogs = [Watchdog(0.02, store, each, 2) for each in (0, 1)]
+    with watchdogs[0], watchdogs[1]:
+        for watchdog in watchdogs:
+            watchdog.finished(3)
         time.sleep(0.4)
-        watches[1].__exit__()
+        watchdogs[1].__exit__()
         until = time.monotonic() + 20
         while not left and time.monotonic() < until:
             time.sleep(0.05)
@@ -187,16 +162,16 @@ def test_ranks_read_each_other_in_a_store(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("busy", [True, False])
 def test_progress_of_another_rank_is_not_a_hang(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 evaluates for three times the limit, in batches, while rank 0 waits."""
+    """Rank 1 evaluates in batches for twice the limit while rank 0 waits."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     left: list[int] = []
     monkeypatch.setattr(os, "_exit", lambda status: left.append(status))
     monkeypatch.setattr("builtins.print", lambda *_, **__: None)
-    watches = [Watchdog(0.02, store, rank, 2) for rank in (0, 1)]
-    with watches[0], watches[1]:
-        until = time.monotonic() + 3.6
-        while time.monotonic() < until:
+    watchdogs = [Watchdog(0.02, store, each, 2) for each in (0, 1)]
+    with watchdogs[0], watchdogs[1]:
+        until = time.monotonic() + (2.4 if busy else 20)
+        while time.monotonic() < until and not left:
             time.sleep(0.1)
             if busy:
-                watches[1].heartbeat()
+                watchdogs[1].heartbeat()
     assert bool(left) != busy
