@@ -13,10 +13,9 @@ _MOST_NUMBERS = 30  # classes; more numbers would not fit into their cells
 
 
 def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> bool:
-    """Write counts (L, L) as a PNG: rows are true classes, columns predictions; darker cells hold more of their row.
+    """Write counts (L, L) as a PNG: rows are true classes, columns predictions, dark cells large shares of their row.
 
-    Returns:
-        False if nothing was drawn because matplotlib is not installed.
+    Returns False, without a file, if matplotlib is not installed.
     """
     try:
         figures = importlib.import_module("matplotlib.figure")

@@ -24,7 +24,7 @@ class EvalTransform:
     """The preparation of an image: resize, crop the center, normalize. The default leaves values in 0 ... 1."""
 
     size: int  # side of the central crop in pixels
-    resize: int = 0  # length of the shorter side before; 0: `size`, and no change if the image has that size
+    resize: int = 0  # the shorter side becomes this long first; 0: `size`, unless the image is size x size
     mean: Sequence[float] = (0.0, 0.0, 0.0)  # mean and std are per channel, for pixel values in 0 ... 1
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
@@ -44,7 +44,7 @@ class _CroppedBatches:
             images = torch.stack([evaluation_view(self.source.image(row), self.resize, self.size) for row in rows])
             return to_shared_memory([images])[0]
         except (ImageError, LoaderError) as error:
-            return error  # raised here, the user would get the worker's traceback
+            return error  # not raised: the user would see the worker's traceback
 
 
 def evaluation_view(image: Tensor, resize: int, size: int) -> Tensor:

@@ -42,7 +42,7 @@ DEFAULT_VIEW: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # for
 
 @dataclass(frozen=True, eq=False)
 class Finetuning:
-    """What all encoders and seeds share."""
+    """The common state of all encoders and seeds."""
 
     task: Task[FinetuneConfig]  # its held-out split may be a validation part of the training split
     file: EncoderFile  # the subject's file, with drop-path if it is configured
@@ -63,7 +63,7 @@ def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
         task = run.task
         plan = _log_plan(run)
         prepare(task.subject.output)
-        settings = _settings(run, plan)  # before the work, during which a list of images may be edited
+        settings = _settings(run, plan)  # read now: a list of images may be edited during training
         with evaluation.progress_log("step", len(config.encoders) * config.seeds * plan.total_steps) as on_step:
             found = [_finetune(run, name, settings, on_step) for name in config.encoders]
         path = evaluation.record_results(task, "finetune", protocol(config)[0], found)

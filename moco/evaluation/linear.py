@@ -77,7 +77,7 @@ def evaluate_linear(config: LinearConfig) -> None:
 def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Probe:
     """Train many heads on fixed features, choose on a part of the training split, open the held-out split last."""
     config, labels = task.config, labels_of(task.train)
-    try:  # before the work: `choose` makes the same split
+    try:  # before features are computed: `choose` makes the same split
         split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.train.classes)
     except SubsetError as error:
         raise ConfigError(f"{error}, or set protocol=moco_v2, which makes no choice") from error

@@ -29,7 +29,7 @@ from moco.optim.schedules import lr_factor
 
 
 class BackboneChanged(RuntimeError):
-    """A weight or buffer of the frozen backbone differs from the loaded one: the result would be of another network."""
+    """A weight or buffer of the frozen backbone changed, so the result would be that of another network."""
 
 
 @dataclass(frozen=True, eq=False)

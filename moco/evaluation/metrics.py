@@ -50,8 +50,8 @@ def compute_metrics(scores: Tensor, labels: NDArray[np.int64], votes: bool = Fal
     Args:
         scores: (M, L); the first of equal scores counts.
         labels: (M,).
-        votes: the scores are votes of neighbors, and a class without a vote is not among the top five. Its number alone
-            would place it there if fewer than five classes have votes.
+        votes: the scores are votes of neighbors, and a class without a vote is not among the top five, even if
+            fewer than five classes have votes.
     """
     classes, truth = scores.shape[1], np.asarray(labels)
     ranked = scores.float().argsort(dim=1, descending=True, stable=True)[:, : min(5, classes)].cpu().numpy()
@@ -83,7 +83,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 class TestSplitReadTwice(RuntimeError):
-    """The held-out split was opened a second time: whatever saw it the first time could choose by it."""
+    """The held-out split was opened twice, so a choice could depend on it."""
 
     __test__ = False  # pytest would collect it because of its name
 

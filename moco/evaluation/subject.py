@@ -187,7 +187,7 @@ def weights_digest(file: EncoderFile, features: str) -> str:
 
 
 def _trained_on_it(config: SubjectConfig, subject: Subject) -> bool:
-    """Whether the encoder was trained on this data set: data.hold_out then holds out images that it saw."""
+    """Return whether the encoder was trained on this data set: data.hold_out then holds out images that it saw."""
     of_run, data = subject.file.config.get("data", {}), data_config(config, subject)
     same_root = Path(of_run.get("root", "")).expanduser().resolve() == Path(data.root).expanduser().resolve()
     return bool(of_run.get("name") == data.name and same_root)

@@ -1,6 +1,6 @@
-"""Many linear heads on fixed features, trained at once; a validation part of the training split selects the best.
+"""Many linear heads on fixed features, trained together; a validation part of the training split selects the best.
 
-No function that chooses receives test data. Heads do not interact: each is the head that it would be alone.
+No function that chooses receives test data. Heads do not interact: each equals the same head trained separately.
 
 Legend: M samples, B batch, D feature dimension of a layer, L classes, H heads (learning rates x weight decays).
 """

@@ -27,7 +27,7 @@ Config = TypeVar("Config", bound=SubjectConfig)
 
 @dataclass(frozen=True, eq=False)
 class Task(Generic[Config]):
-    """What all encoders and repeats of one evaluation share."""
+    """The common state of all encoders and repeats of one evaluation."""
 
     config: Config
     subject: Subject

@@ -287,7 +287,7 @@ def test_the_batch_must_be_shared_evenly() -> None:
         ),
     ],
 )
-def test_what_only_the_files_show_is_refused(
+def test_a_value_that_does_not_fit_the_files_is_refused(
     encoder: str, tmp_path: Path, changed: dict[str, Any], kind: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(kind, match=sentence) as caught:

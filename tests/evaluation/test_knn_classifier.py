@@ -155,7 +155,7 @@ def test_among_equally_near_references_the_lower_row_comes_first_for_any_chunks(
         assert torch.equal(got, values[:, :wanted])
 
 
-def test_copies_of_a_picture_are_tied_for_any_features() -> None:
+def test_copies_of_an_image_are_tied_for_any_features() -> None:
     bank, queries = features(500, 0, 192), features(100, 1, 192)
     bank[[250, 499]] = bank[3].clone()
     for bank_chunk in (100, 499, 1000):

@@ -27,7 +27,7 @@ def test_accuracies_and_confusion_equal_scikit_learn() -> None:
     assert got.count == 83
 
 
-def test_top5_says_nothing_of_five_classes() -> None:
+def test_top5_is_none_for_five_classes() -> None:
     assert compute_metrics(SCORES[:, :5], LABELS % 5).top5 is None
 
 
@@ -63,7 +63,7 @@ def test_interval_over_seeds_is_students() -> None:
     assert mean_interval([3.0]) == (3.0, None)
 
 
-def test_plain_figures_are_json() -> None:
+def test_metrics_are_plain_json() -> None:
     plain = compute_metrics(SCORES, LABELS).to_json()
     assert plain["count"] == 83
     assert math.isclose(sum(sum(row) for row in plain["confusion"]), 83)

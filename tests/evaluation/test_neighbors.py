@@ -65,7 +65,7 @@ def test_nearest_equals_brute_force(features: NDArray[np.float32], k: int, block
     assert scores.tolist() == wanted_scores
 
 
-def test_ties_go_by_row_and_nothing_is_excluded_by_minus_one(features: NDArray[np.float32]) -> None:
+def test_ties_are_ordered_by_row_and_minus_one_excludes_nothing(features: NDArray[np.float32]) -> None:
     _, rows = nearest(features, features[[2, 2]], 4, np.array([-1, 5]))
     assert rows[0].tolist() == [2, 5, 17, 29]
     assert rows[1, :3].tolist() == [2, 17, 29]
@@ -75,7 +75,7 @@ def test_ties_go_by_row_and_nothing_is_excluded_by_minus_one(features: NDArray[n
     assert opposite.tolist() == [[-1.0]]
 
 
-def test_features_may_lie_on_disk_and_be_halves(features: NDArray[np.float32], tmp_path: object) -> None:
+def test_features_may_be_on_disk_and_in_half_precision(features: NDArray[np.float32], tmp_path: object) -> None:
     halves = np.lib.format.open_memmap(f"{tmp_path}/f.npy", mode="w+", dtype=np.float16, shape=features.shape)
     halves[:] = features
     same = np.array(halves, np.float32)
@@ -91,12 +91,12 @@ def test_groups_equal_brute_force(features: NDArray[np.float32], threshold: floa
         assert groups == [[2, 5, 17, 29]]
 
 
-def test_groups_do_not_depend_on_how_many_links_may_wait(
+def test_groups_do_not_depend_on_the_number_of_pending_links(
     features: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = brute_groups(features, 0.99)
     assert len(wanted) > 1
-    monkeypatch.setattr(search, "_MOST_LINKS", 2)  # folded into the groups again and again
+    monkeypatch.setattr(search, "_MOST_LINKS", 2)  # merged into the groups many times
     assert [group.tolist() for group in duplicate_groups(features, 0.99, block=3)] == wanted
 
 
