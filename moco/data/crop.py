@@ -203,9 +203,7 @@ def _tap_table(
     rounded to multiples of 2**-precision, where precision is the largest for which the axis's largest weight
     fits in an int16.
 
-    Returns:
-        The first pixel of each output pixel, int64, shape (L + 1, S), and its weights, shape (L + 1, S, K).
-        Row 0 is unused.
+    Returns the first pixel of each output pixel, int64 (L + 1, S), and its weights (L + 1, S, K). Row 0 is unused.
     """
     lengths = np.arange(1, extent + 1, dtype=np.float64)[:, None]  # (L, 1)
     first, taps = (antialiased_taps if antialias else plain_taps)(lengths, size)  # (L, S), (L, S, K)
@@ -224,12 +222,8 @@ def _tap_table(
 def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it covers.
 
-    Args:
-        lengths: pixels to be resized, shape (L, 1).
-        size: S, pixels to resize them to.
-
-    Returns:
-        The first pixel of each output pixel, shape (L, S), and its weights, shape (L, S, K); they sum to 1.
+    `lengths`, shape (L, 1), are numbers of pixels to resize to S = `size`. Returns the first pixel of each output
+    pixel, shape (L, S), and its weights, shape (L, S, K), which sum to 1.
     """
     scale = lengths / size  # input pixels per output pixel
     support = np.maximum(scale, 1.0)

@@ -78,7 +78,7 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
         makes resizing a crop up to four times faster, with the same bits.
 
     Raises:
-        ImageError: if the file cannot be read, is empty, truncated, too large, or not an image.
+        ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, or not an image.
     """
     return decode_bytes(path, read_bytes(path), max_pixels)
 

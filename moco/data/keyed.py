@@ -63,7 +63,7 @@ def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: i
     """Return uniform numbers in [0, 1), one row per sample.
 
     Args:
-        seed: the run's seed, 0 <= seed < 2**64.
+        seed: 0 <= seed < 2**64.
         epoch: 0-based.
         index: sample indices, shape (N,), each below 2**32.
         stream: the view, or one of the named streams of this module.

@@ -46,11 +46,8 @@ def batches(
 
     Args:
         source: the images; if `source.images` is None, loader processes decode them.
-        plan: the samples of each step.
-        views: one recipe per view.
         device: computes the augmentation and holds the batches.
         workers: number of loader processes; 0 decodes in this process.
-        start: the first step.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
             random numbers of the views stay those of the original sample, so a substitute that is in the batch itself
             gets other views. None: an unreadable image ends the run.

@@ -189,14 +189,8 @@ def finish(
             raise ValueError(f"none of the {len(source):,} {name} images can be read: check data.root")
         rows = output / f"{name}.npy"
         count = pack_output.join_rows(rows, parts[name])
-        entries[name] = {
-            "rows": rows.name,
-            "sha256": file_digest(rows),
-            "pictures": count,
-            "labelled": source.labels is not None,
-            "shards": shards,
-            "parts": ended,
-        }
+        entries[name] = {"rows": rows.name, "sha256": file_digest(rows), "pictures": count}
+        entries[name] |= {"labelled": source.labels is not None, "shards": shards, "parts": ended}
     skipped = ((split, *line) for split, files in parts.items() for part in files for line in read_part(part).skipped)
     write_csv(output / SKIPPED, ("split", "path", "kind", "reason"), skipped)
     classes = next((list(source.classes) for source in splits.values() if source.labels is not None), [])

@@ -78,21 +78,13 @@ def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
         images = {}
         for number, (name, source) in enumerate(splits.items()):
             labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64))
-            images[name] = {
-                "count": len(source),
-                "sha256": source.content_digest(),
-                "labels": digest({"classes": list(source.classes), "labels": labels})[:24],
-            }
+            names = digest({"classes": list(source.classes), "labels": labels})[:24]
+            images[name] = {"count": len(source), "sha256": source.content_digest(), "labels": names}
             progress(number + 1, len(splits))
-    return {
-        "short_side": config.short_side,
-        "quality": config.quality if config.short_side else None,
-        "shard_mb": config.shard_mb,
-        "data.name": data.name,
-        "data.labels": data.labels,
-        "data.label_column": data.label_column,
-        "pictures": images,
-    }
+    quality = config.quality if config.short_side else None
+    shards = {"short_side": config.short_side, "quality": quality, "shard_mb": config.shard_mb}
+    labels_of = {"data.name": data.name, "data.labels": data.labels, "data.label_column": data.label_column}
+    return shards | labels_of | {"pictures": images}
 
 
 def refuse_other(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

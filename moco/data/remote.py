@@ -90,8 +90,6 @@ class RemoteSource(Source):
 
         Args:
             cut: makes a batch's views from its images, in the worker.
-            plan: the batch size, the rank and the seed.
-            start: the first step.
             workers: loader processes; at most one per shard of this rank is used.
             replace: skip unreadable images and report them; False: they end the stream.
             options: further arguments of PyTorch's loader.

@@ -126,7 +126,7 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
             images[i] = image
         return part.stop
 
-    parts = [range(start, min(start + 64, len(source))) for start in range(0, len(source), 64)]
+    parts = (range(start, min(start + 64, len(source))) for start in range(0, len(source), 64))
     with ThreadPoolExecutor() as pool:
         for done in pool.map(fill, parts):  # in order; the first error cancels the rest
             if progress is not None:

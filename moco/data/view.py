@@ -84,11 +84,7 @@ class View:
     """The standard deviation per channel, by which the result is divided."""
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: naming the field, its value and the allowed range.
-        """
+        """Raise a ValueError that names the field, its value and the accepted range, if a value is invalid."""
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1 pixel")
         for name in ("antialias", "gray_first"):

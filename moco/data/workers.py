@@ -128,11 +128,9 @@ def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
 
 
 def _end(items: Any) -> None:
-    """End the processes.
-
-    An error's traceback may keep the iterator alive until the program exits; then multiprocessing would send SIGTERM,
-    which the processes ignore, and wait forever.
-    """
+    """End the processes."""
+    # A traceback may keep the iterator alive until the program exits; then multiprocessing would wait forever, because
+    # the processes ignore its SIGTERM.
     getattr(items, "_shutdown_workers", lambda: None)()
 
 
