@@ -260,6 +260,14 @@ class MoCo(nn.Module):
         total = torch.stack(losses).sum() if self.reduction == "sum" else torch.stack(losses).mean()
         return Output(total, measures, *pairs[0], new_keys=torch.stack(list(keys_of.values()), dim=1))
 
+    def update_momentum_encoder(self, momentum: float) -> None:
+        """Set f_k = m f_k + (1 - m) f_q."""
+        update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
+
+    def enqueue(self, keys: Tensor, index: Tensor) -> None:
+        """Enqueue the new keys of all ranks: `Output.new_keys` of the local batch, (n, E, C), and its indices, (n,)."""
+        enqueue(self.queue, keys, index)
+
     def _contrast(
         self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -290,11 +298,3 @@ class MoCo(nn.Module):
         positions = np.arange(first, first + len(index))
         uniforms = keyed_uniform(self.seed, self.step, positions, MIX + view, self.switches.draws)
         return torch.from_numpy(uniforms).to(index.device)
-
-    def update_momentum_encoder(self, momentum: float) -> None:
-        """Set f_k = m f_k + (1 - m) f_q."""
-        update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
-
-    def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the new keys of all ranks: `Output.new_keys` of the local batch, (n, E, C), and its indices, (n,)."""
-        enqueue(self.queue, keys, index)

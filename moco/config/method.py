@@ -35,6 +35,7 @@ class MethodConfig:
     queue_size = 0  # K
     mask_own_keys = True  # exclude stale keys of a query's own image from its negatives
     labels = False  # train on the labels of the images
+    symmetric = False  # use each view as the query and as the key
 
     @property
     def momentum_end(self) -> float | None:
@@ -44,7 +45,7 @@ class MethodConfig:
     @property
     def keys_per_image(self) -> int:
         """Return the number of views of an image that serve as keys in one step."""
-        return 1
+        return 2 if self.symmetric else 1
 
     def build(self, config: "TrainConfig", encoder: Any, labels: Any) -> Any:
         """Return the method, a `moco.builder.Method`, with a new encoder, an `nn.Module`.
@@ -88,8 +89,3 @@ def refuse_together(method: MethodConfig, *pairs: tuple[str, str, str]) -> None:
             value == getattr(default, one) or second == getattr(default, other),
             f"method.{one}={value} excludes method.{other}={second}: {reason}; reset one of them",
         )
-
-
-def require_two_views(method: MethodConfig, views: int) -> None:
-    """Raise ConfigError unless each image has two views."""
-    require(views == 2, f"augment.views={views} must be 2 for {method.name}")

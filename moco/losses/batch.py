@@ -28,10 +28,7 @@ def in_batch_info_nce(
     """Compute InfoNCE with the keys of the other samples as negatives: `ctr` of MoCo v3's Algorithm 1.
 
     Chen et al. (2021), without the factor 2T. There the keys carry no gradient; nothing is detached here. For uniform
-    logits the loss is log(M). In one process the loss of both directions is
-
-        index = torch.arange(len(a))
-        loss = (in_batch_info_nce(a, b, index, T)[0] + in_batch_info_nce(b, a, index, T)[0]) / 2
+    logits the loss is log(M).
 
     Args:
         query: L2-normalized, shape (N, C).

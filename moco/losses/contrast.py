@@ -76,8 +76,8 @@ def contrast(
     check_mask("positives", positives, (len(query), len(queue)))
     measures = {}
     if switches.false_negatives != "keep":
-        limits = {"threshold": switches.false_threshold, "top": switches.false_top}
-        found = find_false_negatives(key, queue, candidates=negatives, **limits)  # type: ignore[arg-type]  # (N, K)
+        threshold, top = switches.false_threshold, switches.false_top
+        found = find_false_negatives(key, queue, threshold=threshold, top=top, candidates=negatives)  # (N, K)
         if switches.false_negatives == "eliminate":
             measures["eliminated"] = _mean_count(found)
             negatives = ~found if negatives is None else negatives & ~found

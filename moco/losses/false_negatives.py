@@ -25,8 +25,7 @@ def find_false_negatives(
         attraction:   multi_positive_info_nce(query, key, queue, temperature, found, negatives)
 
     Args:
-        support: L2-normalized, shape (N, C).
-        queue: L2-normalized, shape (K, C).
+        support, queue: L2-normalized, shapes (N, C) and (K, C).
         threshold: find entries with a similarity above it; -1 ... 1.
         top: find the entries with the `top` highest similarities; 1 ... K. With both, entries must pass both.
         candidates: boolean (N, K) or (1, K), the entries to search; None: all.

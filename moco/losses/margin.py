@@ -21,7 +21,6 @@ def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
     Args:
         cosine: similarities of unit vectors, any shape.
         margin: m >= 0, below pi for "arc"; 0 changes nothing.
-        kind: "arc" or "cosine".
     """
     if kind not in ("arc", "cosine"):
         raise ValueError(f"margin_kind={kind!r} must be 'arc' or 'cosine'")

@@ -30,8 +30,7 @@ def mix_hard_negatives(
     not excluded and yields n_i. The random numbers u are arguments: a = u, i and j = floor(hardest u), b = u / 2.
 
     Args:
-        query: L2-normalized, shape (N, C).
-        queue: L2-normalized, shape (K, C).
+        query, queue: L2-normalized, shapes (N, C) and (K, C).
         hardest: number of hardest negatives to choose from, 1 ... K.
         pair_uniforms: in [0, 1), shape (N, s, 3), for i, j and a.
         query_uniforms: in [0, 1), shape (N, s', 2), for j and b.

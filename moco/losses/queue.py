@@ -123,6 +123,4 @@ def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
 
 def positive_columns(positives: Tensor, logits: Tensor) -> Tensor:
     """Return the columns of `info_nce_logits` that are positives: the key's and those in the queue, (N, 1 + K)."""
-    positive = torch.ones_like(logits, dtype=torch.bool)  # (N, 1+K), the key's column stays True
-    positive[:, 1:] = positives
-    return positive
+    return F.pad(positives.expand(len(logits), -1), (1, 0), value=True)

@@ -118,7 +118,8 @@ def info_nce_streamed(
         for start in range(0, max(1, len(query)), ROWS[device]):
             rows = slice(start, start + ROWS[device])
             allowed = negatives if negatives is None or len(negatives) == 1 else negatives[rows]
-            parts.append(_pass(scaled[rows], queue, allowed, own and own.of(rows), size))
+            own_rows = own and own._replace(sample=own.sample[rows])
+            parts.append(_pass(scaled[rows], queue, allowed, own_rows, size))
         hardest, log_sum, mean_key, count = (torch.cat(part) for part in zip(*parts, strict=True))
         positive = paired_similarity(scaled, key)[:, 0]  # (N,)
         mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, each with its share
@@ -173,14 +174,6 @@ class _OwnKeys(NamedTuple):
         each = torch.bincount(found // chunk, minlength=-(-len(queue) // chunk))
         return cls(index, queue_index, (found % chunk).split(each.tolist()))
 
-    def at(self, number: int, keys: Tensor) -> Tensor:
-        """Return the positions to compare in a chunk with these keys."""
-        return torch.arange(len(keys), device=keys.device) if self.places is None else self.places[number]
-
-    def of(self, rows: slice) -> "_OwnKeys":
-        """Return the same for some of the queries."""
-        return self._replace(sample=self.sample[rows])
-
 
 def _pass(
     scaled: Tensor, queue: Tensor, allowed: Tensor | None, own: _OwnKeys | None, chunk: int
@@ -204,8 +197,8 @@ def _pass(
             part = allowed[:, columns]  # (R, B) or (1, B)
             weights.add_(torch.where(part, 0.0, ABSENT))  # several times faster than masked_fill
             count += part.sum(dim=1)
-        at = own and own.at(number, keys)  # (B',)
-        if own is not None and at is not None and len(at):
+        if own is not None and (own.places is None or len(own.places[number])):
+            at = torch.arange(len(keys), device=keys.device) if own.places is None else own.places[number]  # (B',)
             same = own.sample[:, None] == own.queue_sample[start + at]  # (R, B')
             weights[:, at] = weights[:, at].masked_fill(same, ABSENT)
             count -= (same if allowed is None else same & part[:, at]).sum(dim=1)

@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from moco.config import MethodConfig, ModelConfig, TrainConfig, require
+from moco.config import MethodConfig, TrainConfig, require
 from moco.losses import LearnedTemperature
-from moco.models.encoder import build_encoder, build_predictor
+from moco.models.encoder import build_encoder
 
 
 def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -> Any:
@@ -21,7 +20,6 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -
 
     Raises:
         ConfigError: if `method.labels` is set and there are no labels.
-        ValueError: see `moco.models.encoder.build_encoder`.
     """
     model, method = config.model, config.method
     require(
@@ -33,14 +31,6 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -
     bn: Any = model.bn
     encoder = build_encoder(model.backbone, model.options, *head, bn, model.bn_group_size, model.head_norm)
     return method.build(config, encoder, torch.from_numpy(labels) if method.labels and labels is not None else None)
-
-
-def build_model_predictor(model: ModelConfig) -> nn.Module:
-    """Return the predictor that the group `model` describes."""
-    bn: Any = model.bn
-    return build_predictor(
-        model.dim, model.predictor_hidden, model.predictor_layers, model.predictor_last_norm, bn, model.bn_group_size
-    )
 
 
 def build_temperature(method: MethodConfig) -> float | LearnedTemperature:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from moco.config.base import bounded, require
-from moco.config.method import MethodConfig, refuse_together, require_two_views
+from moco.config.method import MethodConfig, refuse_together
 from moco.config.train import TrainConfig
 
 _DEBIAS = "the estimate of debias holds only if all keys of the queue are unchanged negatives"
@@ -58,15 +58,10 @@ class MoCoConfig(MethodConfig):
 
     has_momentum_encoder = True
 
-    @property
-    def keys_per_image(self) -> int:
-        """Return 2 if both views are keys."""
-        return 2 if self.symmetric else 1
-
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
         super().check(config)
-        require_two_views(self, config.augment.views)
+        require(config.augment.views == 2, f"augment.views={config.augment.views} must be 2 for {self.name}")
         refuse_together(
             self,
             *[("debias", other, _DEBIAS) for other in ("labels", "margin", "false_negatives", "mix_hardest")],

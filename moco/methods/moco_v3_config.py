@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moco.config.base import bounded, require
-from moco.config.method import MethodConfig, require_two_views
+from moco.config.method import MethodConfig
 from moco.config.train import TrainConfig
 
 
@@ -22,21 +22,20 @@ class MoCoV3Config(MethodConfig):
     has_momentum_encoder = True
     has_predictor = True
     can_learn_temperature = False
-
-    @property
-    def keys_per_image(self) -> int:
-        """Return 2: both views are keys."""
-        return 2
+    symmetric = True
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
         super().check(config)
         require(config.batch_size > 1, f"batch_size={config.batch_size} leaves moco_v3 no negatives: raise it")
-        require_two_views(self, config.augment.views)
+        require(config.augment.views == 2, f"augment.views={config.augment.views} must be 2 for {self.name}")
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""
-        from moco.methods.build import build_model_predictor
         from moco.methods.moco_v3 import MoCoV3
+        from moco.models.encoder import build_predictor
 
-        return MoCoV3(encoder, build_model_predictor(config.model), self.temperature)
+        model = config.model
+        layers = model.predictor_hidden, model.predictor_layers, model.predictor_last_norm
+        predictor = build_predictor(model.dim, *layers, model.bn, model.bn_group_size)  # type: ignore[arg-type]
+        return MoCoV3(encoder, predictor, self.temperature)

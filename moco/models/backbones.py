@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torchvision.models
@@ -40,28 +41,22 @@ class ConvNet(nn.Module):
         return out
 
 
-def _resnet(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    def make(stem: str = "imagenet", **options: Any) -> nn.Module:
-        if stem not in ("imagenet", "cifar"):
-            raise ValueError(f"model.options.stem={stem!r} must be 'imagenet' or 'cifar'")
-        network: Any = build(weights=None, **options)
-        network.num_features = network.fc.in_features
-        network.fc = nn.Identity()
-        if stem == "cifar":  # 3x3 stem without max-pool, as SimCLR's and the official MoCo CIFAR-10 notebook's
-            network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-            network.maxpool = nn.Identity()
-        return network  # type: ignore[no-any-return]
-
-    return make
+def _resnet(name: str, /, stem: str = "imagenet", **options: Any) -> nn.Module:
+    """Return torchvision's ResNet. The stem "cifar" is that of SimCLR and of the official MoCo CIFAR-10 notebook."""
+    if stem not in ("imagenet", "cifar"):
+        raise ValueError(f"model.options.stem={stem!r} must be 'imagenet' or 'cifar'")
+    network: Any = getattr(torchvision.models, name)(weights=None, **options)
+    network.num_features = network.fc.in_features
+    network.fc = nn.Identity()
+    if stem == "cifar":
+        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    return network  # type: ignore[no-any-return]
 
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
-    "resnet18": _resnet(torchvision.models.resnet18),
-    "resnet34": _resnet(torchvision.models.resnet34),
-    "resnet50": _resnet(torchvision.models.resnet50),
-    "resnet101": _resnet(torchvision.models.resnet101),
-    "resnet152": _resnet(torchvision.models.resnet152),
+    **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
     "vit": vit,
     "vit_small": vit_small,
     "vit_base": vit_base,

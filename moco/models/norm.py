@@ -137,14 +137,9 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
         return module
     # timm's BatchNormAct2d holds its dropout and activation inside.
     after = [layer for layer in (getattr(module, "drop", None), getattr(module, "act", None)) if layer is not None]
-    new = GroupedBatchNorm(
-        module.num_features,
-        0 if kind == "sync" else group_size,
-        module.eps,
-        0.1 if module.momentum is None else module.momentum,
-        module.affine,
-        nn.Sequential(*after) if after else None,
-    )
+    size, momentum = 0 if kind == "sync" else group_size, 0.1 if module.momentum is None else module.momentum
+    fused = nn.Sequential(*after) if after else None
+    new = GroupedBatchNorm(module.num_features, size, module.eps, momentum, module.affine, fused)
     new.load_state_dict(module.state_dict(), strict=False)
     for name, parameter in module.named_parameters(recurse=False):
         new.get_parameter(name).requires_grad_(parameter.requires_grad)
@@ -156,16 +151,15 @@ def untracked(module: nn.Module) -> Iterator[None]:
     """Keep the running statistics of every BN layer unchanged by forward passes in this context."""
     kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
     layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
-    before = [[(x, x.clone()) for x in layer.buffers(recurse=False)] for layer in layers]
-    calls = [layer.call if isinstance(layer, GroupedBatchNorm) else 0 for layer in layers]
+    buffers = [(x, x.clone()) for layer in layers for x in layer.buffers(recurse=False)]
+    calls = [(layer, layer.call) for layer in layers if isinstance(layer, GroupedBatchNorm)]
     try:
         yield
     finally:
-        for layer, kept, call in zip(layers, before, calls, strict=True):
-            for buffer, value in kept:
-                buffer.copy_(value)
-            if isinstance(layer, GroupedBatchNorm):
-                layer.call = call
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        for layer, call in calls:
+            layer.call = call
 
 
 def set_calls_per_step(module: nn.Module, calls: int) -> None:

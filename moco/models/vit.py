@@ -33,8 +33,7 @@ def vit(
 
     Args:
         dim: D, a multiple of 4 and of `heads`.
-        depth: number of blocks.
-        heads: number of attention heads.
+        depth, heads: number of blocks, and of attention heads per block.
         img_size: S; the positions are fixed for it.
         patch_size: side of a patch; must divide `img_size`.
         stem: "patch": linear projection of patches. "conv": four trained 3x3 convolutions of stride 2 (Xiao et al.,
