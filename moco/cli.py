@@ -180,30 +180,6 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
     sys.exit(status)
 
 
-# Messages of Hydra and OmegaConf, and our sentences as functions of the groups.
-_SENTENCES: tuple[tuple[str, Callable[..., str]], ...] = (
-    (
-        r"Value '([^']*)' of type '\w+' could not be converted to (\w+)[\s\S]*full_key: (\S+)",
-        lambda value, kind, field: f"{field}={value} must be of type {kind.lower()}",
-    ),
-    (
-        r"Value '([^']*)' is not a valid bool[\s\S]*full_key: (\S+)",
-        lambda value, field: f"{field}={value} must be true or false",
-    ),
-    (
-        r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig",
-        lambda field, value: f"{field}={value} must be a list: {field}=[{value}]",
-    ),
-    (
-        r"Ambiguous value for argument '([^=]+)=(.*)'",
-        lambda field, value: (
-            f"{field}={value} is ambiguous: write a list as '{field}=[{value}]', or text with a comma as "
-            f"{shlex.quote(f'{field}={quoted(value)}')}"
-        ),
-    ),
-)
-
-
 def _composition_error(error: Exception, schema: type) -> str:
     """Return one sentence for an error of Hydra or OmegaConf, with the most similar name for a misspelled one."""
     if isinstance(error, OverrideParseException):
@@ -213,14 +189,28 @@ def _composition_error(error: Exception, schema: type) -> str:
     if unknown := re.search(not_a_field, text):
         full, owner = re.search(r"full_key: (\S+)", text), re.search(r"not in '(\w+)'", text)
         return _unknown_field(full[1] if full else unknown[1] or unknown[2], owner[1] if owner else "", schema)
-    for pattern, sentence in _SENTENCES:
-        if found := re.search(pattern, text):
-            return sentence(*found.groups())
+    if sentence := _invalid_value(text):
+        return sentence
     if missing := re.search(r"Could not find '([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)
         available = f"; available: {', '.join(options)}" if options else ""
         return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def _invalid_value(text: str) -> str:
+    """Return one sentence for a message of Hydra or OmegaConf about a value; "" for another message."""
+    if found := re.search(r"Value '([^']*)' of type '\w+' could not be converted to (\w+)[\s\S]*full_key: (\S+)", text):
+        return f"{found[3]}={found[1]} must be of type {found[2].lower()}"
+    if found := re.search(r"Value '([^']*)' is not a valid bool[\s\S]*full_key: (\S+)", text):
+        return f"{found[2]}={found[1]} must be true or false"
+    if found := re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text):
+        return f"{found[1]}={found[2]} must be a list: {found[1]}=[{found[2]}]"
+    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        field, value = found.groups()
+        as_text = shlex.quote(f"{field}={quoted(value)}")
+        return f"{field}={value} is ambiguous: write a list as '{field}=[{value}]', or text with a comma as {as_text}"
+    return ""
 
 
 def _unreadable_override(override: str) -> str:

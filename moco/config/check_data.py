@@ -22,10 +22,7 @@ def check_check_data(config: CheckDataConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     name = config.data.name
-    require(
-        name != "shards",
-        "data.name=shards: run moco.pack again to check and repair shards; moco.check_data checks a folder of images",
-    )
+    require(name != "shards", "data.name=shards: to check and repair shards, run moco.pack again with the same fields")
     # The other data sets are arrays with checksums of their own.
     require(name in ("folder", "imagenet"), f"data.name={name!r} must be one of folder, imagenet")
     check_data_fields(config.data)

@@ -37,9 +37,6 @@ def check_convert(config: ConvertConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_subject(config)
     endings = ENDINGS[config.to]
-    require(
-        config.output.endswith(endings),
-        f"output={config.output!r} must be a file that ends in {' or '.join(endings)} for to={config.to}, e.g. "
-        f"output=encoder{endings[0]}",
-    )
+    required = f"must be a file that ends in {' or '.join(endings)} for to={config.to}, e.g. output=encoder{endings[0]}"
+    require(config.output.endswith(endings), f"output={config.output!r} {required}")
     require(config.device != "cuda", "device=cuda: a conversion runs on the CPU, set device=cpu")

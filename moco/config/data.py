@@ -89,14 +89,12 @@ class SubjectDataConfig(SourceConfig):
         return {name: value for name, value in values.items() if value is not None}
 
 
-def check_data_fields(data: DataConfig) -> None:
-    """Check the fields of a data set that depend on each other.
+def refuse_hold_out(data: SubjectDataConfig) -> None:
+    """Raise ConfigError if a command that ignores data.hold_out gets it."""
+    require(data.hold_out == 0, f"data.hold_out={data.hold_out} has no effect in this command: remove it")
 
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
-    require(
-        not data.eval_root or data.name == "folder",
-        f"data.eval_root={data.eval_root!r} works with data.name=folder only, and data.name={data.name}: leave "
-        "data.eval_root empty to use the data set's own held-out images, if it has any",
-    )
+
+def check_data_fields(data: DataConfig) -> None:
+    """Raise ConfigError if fields of a data set contradict each other."""
+    error = f"data.eval_root={data.eval_root!r} works with data.name=folder only, not with {data.name}: remove it"
+    require(not data.eval_root or data.name == "folder", error)

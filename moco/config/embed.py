@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from moco.config.base import bounded, require
+from moco.config.base import bounded
+from moco.config.data import refuse_hold_out
 from moco.config.subject import SubjectConfig, check_subject
 
 
@@ -30,13 +31,4 @@ class EmbedConfig(SubjectConfig):
 def check_embed(config: EmbedConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_subject(config)
-    check_features(config)
-
-
-def check_features(config: EmbedConfig) -> None:
-    """Check the fields of features, which may exist already: then no encoder is needed."""
-    require(
-        config.data.hold_out == 0,
-        f"data.hold_out={config.data.hold_out} has no effect here: remove it. split=held_out uses the held-out images "
-        "of the data set",
-    )
+    refuse_hold_out(config.data)

@@ -75,15 +75,13 @@ def check_linear(config: LinearConfig, processes: int) -> None:
     """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
     check_subject(config)
     if config.kind == "sweep":
-        unused = config.official != OfficialConfig() or bool(config.augment)
-        require(
-            not unused, f"official.* and augment.* have no effect with protocol={config.protocol}: set protocol=moco_v2"
-        )
+        error = f"official.* and augment.* have no effect with protocol={config.protocol}: set protocol=moco_v2"
+        require(config.official == OfficialConfig() and not config.augment, error)
         for name in ("lrs", "weight_decays"):
             require(bool(getattr(config.sweep, name)), f"sweep.{name}=[] must hold at least 1 value")
         return
-    unused = config.sweep != SweepConfig()
-    require(not unused, f"sweep.* has no effect with protocol={config.protocol}: set protocol=sweep")
+    error = f"sweep.* has no effect with protocol={config.protocol}: set protocol=sweep"
+    require(config.sweep == SweepConfig(), error)
     require("pixels" not in config.compare, "compare=[pixels] needs fixed features: set protocol=sweep")
     require_divisible(config.batch_size, processes, f"the {processes} processes")
     for name in ("size", "mean", "std"):

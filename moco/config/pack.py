@@ -29,7 +29,5 @@ def check_pack(config: PackConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     check_data_fields(config.data)
-    require(
-        config.data.name != "webdataset",
-        "data.name=webdataset is in shards already: use data=webdataset with moco.train, or pack the original images",
-    )
+    packed = config.data.name == "webdataset"
+    require(not packed, "data.name=webdataset is in shards already: use it with moco.train, or pack the originals")

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from moco.config.base import ComputeConfig, bounded, check_bounds, require
-from moco.config.subject import SubjectDataConfig
+from moco.config.data import SubjectDataConfig, refuse_hold_out
 
 
 @dataclass
@@ -45,9 +45,6 @@ class ReportConfig(ComputeConfig):
 def check_report(config: ReportConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
-    require(config.data.hold_out == 0, f"data.hold_out={config.data.hold_out} has no effect on a report: remove it")
+    refuse_hold_out(config.data)
     repeated = sorted(name for name, count in Counter([config.run, *config.compare]).items() if count > 1)
-    require(
-        not repeated,
-        f"run={config.run} and compare={config.compare} name {', '.join(repeated)} twice: remove one of the two",
-    )
+    require(not repeated, f"run={config.run} and compare={config.compare} repeat {', '.join(repeated)}: remove one")

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from moco.config.base import bounded, check_bounds, require
-from moco.config.embed import EmbedConfig, check_features
+from moco.config.data import refuse_hold_out
+from moco.config.embed import EmbedConfig
 from moco.config.subject import check_subject
 
 
@@ -35,12 +36,10 @@ def check_search(config: SearchConfig) -> None:
     check_bounds(config)
     if not config.index or config.run or config.checkpoint:  # an index knows its encoder
         check_subject(config)
-    check_features(config)
-    require(
-        not (config.query and config.sample),
-        f"query={config.query} and sample={config.sample} exclude each other: remove one of them",
-    )
+    refuse_hold_out(config.data)
+    both = f"query={config.query} and sample={config.sample}"
+    require(not (config.query and config.sample), f"{both} exclude each other: remove one of them")
     require(
         config.mode == "nearest" or not (config.query or config.sample),
-        f"mode={config.mode} compares all images with each other: remove query and sample, or set mode=nearest",
+        f"mode={config.mode} compares all images with each other: remove {both}, or set mode=nearest",
     )

@@ -6,8 +6,6 @@ from typing import Any
 from moco.config.base import ComputeConfig, bounded, check_bounds, require
 from moco.config.data import SubjectDataConfig
 
-__all__ = ["ImagesConfig", "SubjectConfig", "SubjectDataConfig", "check_subject"]
-
 
 @dataclass
 class ImagesConfig:
@@ -50,21 +48,13 @@ class SubjectConfig(ComputeConfig):
 
 
 def check_subject(config: SubjectConfig) -> None:
-    """Check the bounds of all fields, and that exactly one encoder is named.
-
-    Raises:
-        ConfigError: with the invalid field, its value and the fix.
-    """
+    """Raise ConfigError unless all fields are within their bounds and exactly one encoder is named."""
     check_bounds(config)
     require(bool(config.run or config.checkpoint), "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE")
     require(
         not (config.run and config.checkpoint),
         f"run={config.run} and checkpoint={config.checkpoint} both name an encoder: remove one of them",
     )
-    network = {"backbone": config.backbone, "options": config.options}
-    given = [f"{name}={value}" for name, value in network.items() if value]
-    require(
-        not (config.run and given),
-        f"{' and '.join(given)} cannot be combined with run={config.run}, which defines its network: remove "
-        f"{'it' if len(given) == 1 else 'both'}, or name a file with checkpoint=FILE",
-    )
+    given = [f"{name}={value}" for name in ("backbone", "options") if (value := getattr(config, name))]
+    error = f"{' and '.join(given)} cannot be combined with run={config.run}, which defines its network"
+    require(not (config.run and given), f"{error}: remove {' and '.join(given)}, or replace run by checkpoint=FILE")

@@ -57,10 +57,7 @@ def check_temperature(config: TemperatureConfig) -> None:
     require(config.recipe in recipes, f"recipe={config.recipe!r} must be one of {', '.join(recipes)}")
     names = Counter(f"{each:g}" for each in config.temperatures)
     repeated = ", ".join(name for name, count in names.items() if count > 1)
-    require(
-        not repeated,
-        f"temperatures={config.temperatures} holds {repeated} twice (to six digits): remove one of the two",
-    )
+    require(not repeated, f"temperatures={config.temperatures} repeats {repeated} (to six digits): remove one")
     for override in config.overrides:
         _check_override(override)
 

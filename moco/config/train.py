@@ -210,15 +210,13 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     check_data_fields(config.data)
     config.method.check(config)
     evaluate, optim = config.evaluate, config.optim
-    require(
-        evaluate.every_epochs > 0 or not config.checkpoint.keep_best,
-        f"checkpoint.keep_best=true needs the live kNN accuracy, but evaluate.every_epochs={evaluate.every_epochs} "
-        "turns it off: set evaluate.every_epochs=1 or checkpoint.keep_best=false",
-    )
+    off = f"evaluate.every_epochs={evaluate.every_epochs}"
+    error = f"checkpoint.keep_best=true needs the kNN accuracy, but {off} turns it off: set evaluate.every_epochs=1"
+    require(evaluate.every_epochs > 0 or not config.checkpoint.keep_best, error)
     require(
         (optim.schedule == "step") == bool(optim.milestones),
         f"optim.milestones={optim.milestones} does not fit optim.schedule={optim.schedule}: "
-        "the step schedule needs milestones, the others do not use them",
+        "set milestones with schedule=step and only then",
     )
     _check_batch(config, processes)
 
@@ -226,17 +224,14 @@ def check(config: TrainConfig, processes: int = 1) -> None:
 def _check_batch(config: TrainConfig, processes: int) -> None:
     """Check that the batch divides over processes, micro-batches and BN groups."""
     model, parts = config.model, processes * config.accumulate
-    require(
-        model.bn != "sync" or config.accumulate == 1,
-        f"accumulate={config.accumulate} with model.bn=sync would normalize over one micro-batch instead of the global "
-        "batch: set accumulate=1 or model.bn=grouped",
-    )
+    both = f"accumulate={config.accumulate} with model.bn=sync"
+    error = f"{both} would normalize over one micro-batch, not the batch: set accumulate=1 or model.bn=grouped"
+    require(model.bn != "sync" or config.accumulate == 1, error)
     divisor = f"{parts} ({processes} processes x accumulate={config.accumulate})"
     require_divisible(config.batch_size, parts, divisor)
     if model.bn != "grouped":
         return
-    micro_batch = config.batch_size // parts
-    group = model.bn_group_size
+    micro_batch, group = config.batch_size // parts, model.bn_group_size
     require(group > 1, f"model.bn_group_size={group}: BN over one image has no variance; set at least 2")
     require(
         micro_batch % group == 0,

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, RunWarning
+from moco.config.data import SubjectDataConfig
 from moco.config.finetune import FinetuneConfig, check_finetune
-from moco.config.subject import ImagesConfig, SubjectDataConfig
+from moco.config.subject import ImagesConfig
 from moco.data.sources import Source, load_source
 from moco.evaluation import task as task_module
 from moco.evaluation.features import EvalTransform, extract

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from moco.config import ConfigError
+from moco.config.data import SubjectDataConfig
 from moco.config.report import ReportConfig, check_report
-from moco.config.subject import SubjectDataConfig
 from moco.reporting.report import report
 from moco.reporting.run_record import findings, open_run
 from moco.runs import checkpoint

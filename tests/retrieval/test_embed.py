@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moco.config import ConfigError, DataConfig
+from moco.config.data import SubjectDataConfig
 from moco.config.embed import EmbedConfig, check_embed
-from moco.config.subject import ImagesConfig, SubjectDataConfig
+from moco.config.subject import ImagesConfig
 from moco.data.decode import ImageError
 from moco.data.sources import load_source
 from moco.evaluation import features

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from moco.config import ConfigError
+from moco.config.data import SubjectDataConfig
 from moco.config.search import SearchConfig, check_search
-from moco.config.subject import SubjectDataConfig
 from moco.data.decode import ImageError
 from moco.retrieval import embed as embed_module
 from moco.retrieval.search import search
