@@ -1,4 +1,4 @@
-"""The queue, the momentum encoder and whole steps against loops, and faults planted to see the checks fail.
+"""The queue, the momentum encoder and global_batch steps against loops, and faults planted to see the checks fail.
 
 Each check is a function of a MoCo class. `MoCo` itself passes all of them; each class of the second half differs from
 it by one fault that some published code base has had, and must fail its check.
@@ -79,7 +79,7 @@ def test_queue_of_one_key_holds_the_newest() -> None:
     check_ring(KeyQueue, [1, 3, 2], size=1)
 
 
-def test_random_start_is_unit_vectors_of_no_sample() -> None:
+def test_a_random_queue_holds_unit_vectors_without_sample() -> None:
     queue = KeyQueue(K, C, mask_own_keys=False)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(K))
     assert queue.index.tolist() == [UNKNOWN] * K
@@ -87,7 +87,7 @@ def test_random_start_is_unit_vectors_of_no_sample() -> None:
     assert queue.negatives(torch.arange(N)) is None
 
 
-def test_empty_start_admits_entries_as_they_are_filled() -> None:
+def test_in_an_empty_queue_only_filled_entries_are_negatives() -> None:
     queue = KeyQueue(K, C, "empty", mask_own_keys=False)
     for filled in (0, 4, 8, 10, 10):
         allowed = queue.negatives(torch.arange(N))
@@ -109,7 +109,7 @@ def test_own_stale_keys_are_no_negatives_of_a_query(start: str) -> None:
 
 
 @pytest.mark.parametrize(("size", "start", "sentence"), [(0, "random", "method.queue_size=0"), (4, "zeros", "'zeros'")])
-def test_queue_refuses_values_that_cannot_be(size: int, start: str, sentence: str) -> None:
+def test_queue_refuses_invalid_values(size: int, start: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         KeyQueue(size, C, start)
 
@@ -137,7 +137,7 @@ def indices(seed: int, n: int = N) -> Tensor:
 def step(
     method: MoCo, optimizer: torch.optim.Optimizer, views: Sequence[Tensor], index: Tensor, momentum: float = M
 ) -> Output:
-    """One step in the order that `moco.builder` asks for."""
+    """Run one step in the order of `moco.builder`."""
     keys = method.encode_keys(views, None, len(index))
     output: Output = method(views, keys, index)
     optimizer.zero_grad()
@@ -287,7 +287,7 @@ def test_momentum_encoder_starts_as_an_independent_copy() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["max", ""])
-def test_unknown_reduction_is_named(reduction: Any) -> None:
+def test_unknown_reduction_is_refused(reduction: Any) -> None:
     with pytest.raises(ValueError, match=f"method.reduction='{reduction}' must be 'sum' or 'mean'"):
         MoCo(linear_encoder(), KeyQueue(K, C), reduction=reduction)
 
@@ -318,7 +318,7 @@ def check_momentum_update(make: type[MoCo]) -> None:
         assert torch.equal(buffer, old)
 
 
-def test_momentum_update_is_the_papers() -> None:
+def test_momentum_update_equals_the_papers() -> None:
     check_momentum_update(MoCo)
 
 
@@ -407,7 +407,7 @@ def check_floor_is_below_log_2(make: type[MoCo]) -> None:
 
 
 def check_logits_come_before_the_enqueue(make: type[MoCo]) -> None:
-    """The queue that a loss sees is the one of the step before, to the bit."""
+    """The loss uses the queue of the previous step, bit for bit."""
     torch.manual_seed(0)
     method = make(linear_encoder(), KeyQueue(K, C), T)
     for number in range(3):
@@ -435,7 +435,7 @@ def check_own_stale_keys_are_no_negatives(make: type[MoCo]) -> None:
     assert output.measures["negatives"].item() == 1.0
 
 
-def check_gradient_reaches_the_query_alone(make: type[MoCo]) -> None:
+def check_only_the_query_gets_a_gradient(make: type[MoCo]) -> None:
     method = make(linear_encoder(), KeyQueue(K, C), T)
     views = [images(0).requires_grad_(), images(1).requires_grad_()]
     output: Output = method(views, method.encode_keys(views, None, N), indices(0))
@@ -454,7 +454,7 @@ def check_queue_wraps_around(make: type[MoCo]) -> None:
 
 
 class PositiveAmongNegatives(MoCo):
-    """(a) The keys of this batch are in the queue when the loss is taken, each as a negative of its own query."""
+    """(a) The queue already holds the keys of this batch, each a negative of its own query."""
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
         before = copy.deepcopy(self.queue.state_dict())
@@ -466,7 +466,7 @@ class PositiveAmongNegatives(MoCo):
 
 
 class EnqueueBeforeLogits(MoCo):
-    """(b) lightly #1007: the batch's keys push the oldest out before the logits."""
+    """(b) lightly #1007: the keys of the batch replace the oldest before the logits."""
 
     def encode_keys(
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
@@ -491,7 +491,7 @@ class _CutQueue(KeyQueue):
 
 
 class StaleOwnKeyCounts(MoCo):
-    """(c) The mask is asked for and not applied."""
+    """(c) The mask is computed but not applied."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -534,7 +534,7 @@ class GradientIntoQueue(MoCo):
 
 
 class TailDropped(MoCo):
-    """(f) lightly: what does not fit before the ring's end is lost."""
+    """(f) lightly: keys that do not fit before the end of the ring are dropped."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -548,8 +548,8 @@ FAULTS: list[tuple[type[MoCo], Callable[[type[MoCo]], None]]] = [
     (StaleOwnKeyCounts, check_own_stale_keys_are_no_negatives),
     (MomentumSwapped, check_momentum_update),
     (MomentumBackwards, check_momentum_update),
-    (GradientIntoKeys, check_gradient_reaches_the_query_alone),
-    (GradientIntoQueue, check_gradient_reaches_the_query_alone),
+    (GradientIntoKeys, check_only_the_query_gets_a_gradient),
+    (GradientIntoQueue, check_only_the_query_gets_a_gradient),
     (TailDropped, check_queue_wraps_around),
 ]
 
@@ -570,7 +570,7 @@ def test_planted_fault_fails_its_check(fault: type[MoCo], check: Callable[[type[
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("fault", PATH_FAULTS)
-def test_planted_fault_leaves_the_path_of_algorithm_1(fault: type[MoCo], symmetric: bool) -> None:
+def test_planted_fault_deviates_from_algorithm_1(fault: type[MoCo], symmetric: bool) -> None:
     with pytest.raises(AssertionError):
         check_steps_are_algorithm_1(fault, symmetric=symmetric)
 

@@ -13,7 +13,7 @@ N, C, K, T = 5, 6, 9, 0.5
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("tau", "temperature"), [(0.0, T), (0.1, T), (0.4, T), (0.1, 0.05), (0.1, 0.01)])
-def test_it_equals_the_loops(tau: float, temperature: float, masked: bool) -> None:
+def test_loss_equals_the_loops(tau: float, temperature: float, masked: bool) -> None:
     query, key, queue = (unit(rows, C, seed=i, dtype=torch.float64) for i, rows in enumerate((N, N, K)))
     negatives = coins(N, K, seed=3) if masked else None
     loss = debiased_cross_entropy(info_nce_logits(query, key, queue, temperature, negatives), temperature, tau)

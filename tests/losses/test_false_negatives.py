@@ -93,6 +93,6 @@ def test_attraction_moves_the_query_toward_what_was_found() -> None:
         ({"top": 1, "candidates": torch.ones(K, dtype=torch.bool)}, r"candidates is bool of shape \(40,\)"),
     ],
 )
-def test_what_does_not_fit_is_named(how: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(how: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_false_negatives(*planted()[1:], **how)

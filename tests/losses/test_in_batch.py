@@ -11,7 +11,7 @@ from tests.losses.loops import cross_entropy, dot, mean, unit
 N, M, C, T = 4, 10, 6, 0.3
 
 
-def test_it_equals_the_loops() -> None:
+def test_loss_equals_the_loops() -> None:
     query, keys, positives = unit(N, C, seed=0), unit(M, C, seed=1), torch.tensor([4, 5, 6, 7])
     loss, logits = in_batch_info_nce(query, keys, positives, T)
     rows = [[dot(q, k) / T for k in keys.tolist()] for q in query.tolist()]
@@ -76,7 +76,7 @@ def test_a_margin_lowers_the_positive_alone(kind: str) -> None:
     assert torch.equal(logits, same)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_invalid_arguments_are_refused() -> None:
     query, keys = unit(N, C, seed=0), unit(M, C, seed=1)
     with pytest.raises(ValueError, match=r"positives \(3,\)"):
         in_batch_info_nce(query, keys, torch.arange(3), T)

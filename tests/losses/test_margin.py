@@ -65,6 +65,6 @@ def test_gradient_passes_gradcheck(kind: Any) -> None:
         (0.1, "sphere", "margin_kind='sphere' must be 'arc' or 'cosine'"),
     ],
 )
-def test_what_does_not_fit_is_named(margin: float, kind: Any, message: str) -> None:
+def test_invalid_arguments_are_refused(margin: float, kind: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         add_margin(torch.zeros(1), margin, kind)

@@ -22,7 +22,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_each_is_what_its_numbers_say(masked: bool) -> None:
+def test_mixed_negatives_follow_the_random_numbers(masked: bool) -> None:
     query, queue, pairs, singles = inputs()
     negatives = coins(N, K, seed=3, share=0.2) if masked else None
     mixed = mix_hard_negatives(query, queue, HARDEST, pairs, singles, negatives)
@@ -43,7 +43,7 @@ def test_each_is_what_its_numbers_say(masked: bool) -> None:
     assert min(counts) < HARDEST if masked else counts == {HARDEST}
 
 
-def test_mixed_with_the_query_is_harder_than_what_it_was_mixed_from() -> None:
+def test_mixing_with_the_query_makes_a_negative_harder() -> None:
     query, queue, pairs, _ = inputs()
     singles = uniforms(N, 200, 2)
     mixed = mix_hard_negatives(query, queue, 1, pairs[:, :0], singles)  # from the hardest negative alone
@@ -64,14 +64,14 @@ def test_a_pair_is_at_least_as_hard_as_its_easier_half_and_can_be_harder_than_bo
     assert (similarity > top[:, :1]).any()  # on the chord's arc between two, closer than either end
 
 
-def test_they_are_unit_vectors_without_gradient() -> None:
+def test_mixed_negatives_are_unit_vectors_without_gradient() -> None:
     query, queue, pairs, singles = inputs()
     mixed = mix_hard_negatives(query.requires_grad_(), queue, HARDEST, pairs, singles)
     assert not mixed.requires_grad
     torch.testing.assert_close(mixed.norm(dim=2), torch.ones(N, PAIRS + QUERIES))
 
 
-def test_a_query_without_negatives_gets_none() -> None:
+def test_a_query_without_negatives_gets_zero_vectors() -> None:
     query, queue, pairs, singles = inputs()
     negatives = torch.ones(N, K, dtype=torch.bool)
     negatives[2] = False
@@ -90,12 +90,12 @@ def test_numbers_next_to_one_stay_within_the_hardest() -> None:
 
 def test_the_same_numbers_give_the_same_negatives_in_any_batch() -> None:
     query, queue, pairs, singles = inputs()
-    whole = mix_hard_negatives(query, queue, HARDEST, pairs, singles)
+    global_batch = mix_hard_negatives(query, queue, HARDEST, pairs, singles)
     part = mix_hard_negatives(query[2:], queue, HARDEST, pairs[2:], singles[2:])
-    torch.testing.assert_close(whole[2:], part, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(global_batch[2:], part, rtol=1e-6, atol=1e-7)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_invalid_arguments_are_refused() -> None:
     query, queue, pairs, singles = inputs()
     for hardest in (0, K + 1):
         with pytest.raises(ValueError, match=rf"hardest={hardest} must be 1 \.\.\. 20"):

@@ -21,7 +21,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_it_equals_the_loops(masked: bool) -> None:
+def test_loss_equals_the_loops(masked: bool) -> None:
     query, key, queue = inputs()
     positives, negatives = coins(N, K, seed=3, share=0.3), coins(N, K, seed=4, share=0.7)
     loss, logits = multi_positive_info_nce(query, key, queue, T, positives, negatives if masked else None)
@@ -85,6 +85,6 @@ def test_order_of_the_queue_does_not_matter_if_the_mask_follows() -> None:
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(N, K), torch.zeros(N, K + 1, dtype=torch.bool)])
-def test_a_mask_that_does_not_fit_is_named(mask: Tensor) -> None:
+def test_an_invalid_mask_is_refused(mask: Tensor) -> None:
     with pytest.raises(ValueError, match=r"positives is .* it must be bool of shape \(5, 9\) or \(1, 9\)"):
         multi_positive_info_nce(*inputs(), T, mask)

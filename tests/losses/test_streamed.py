@@ -29,7 +29,7 @@ INDEX = torch.tensor([3, 8, 100, 3, 0])  # the samples that the queries show: 10
 QUEUE_INDEX = torch.cat([torch.tensor([-1, 8, 3, 0, 8]), torch.arange(K - 5)])  # -1: of no image; 8, 3 and 0 repeat
 UNFILLED = torch.arange(K)[None] < 11
 NO_MASK, OWN = torch.ones(1, K, dtype=torch.bool), INDEX[:, None] != QUEUE_INDEX
-# What is given to the streamed form, and the mask that says the same.
+# Arguments of the streamed form, and the equivalent mask.
 MASKS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
     "none": ({}, NO_MASK),
     "unfilled": ({"negatives": UNFILLED}, UNFILLED),
@@ -77,7 +77,7 @@ def test_loss_and_gradients_equal_the_materialized_form(mask: str, chunk: int) -
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("mask", MASKS)
-def test_what_was_seen_equals_what_the_logits_say(mask: str, chunk: int) -> None:
+def test_statistics_equal_those_of_the_logits(mask: str, chunk: int) -> None:
     given, allowed = MASKS[mask]
     found, logits, _, _ = both(given, allowed, chunk)
     torch.testing.assert_close(found.positive, logits[:, 0])
@@ -96,7 +96,7 @@ def test_what_was_seen_equals_what_the_logits_say(mask: str, chunk: int) -> None
     assert not any(value.requires_grad for value in (*found[1:], *measures.values()))
 
 
-def test_the_indices_say_what_the_mask_of_the_queue_says() -> None:
+def test_indices_equal_the_mask_of_the_queue() -> None:
     queue = KeyQueue(K, C, start="empty")
     for seed in range(3):
         queue.enqueue(unit(4, seed), torch.arange(seed * 2, seed * 2 + 4))
@@ -112,7 +112,7 @@ def test_the_indices_say_what_the_mask_of_the_queue_says() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 2, N, N + 1])
-def test_queries_a_few_at_a_time_are_all_of_them(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_queries_equal_all_queries(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ROWS", {"cpu": rows})
     for given, mask in MASKS.values():
         found, _, streamed, expected = both(given, mask, chunk=7)
@@ -121,7 +121,7 @@ def test_queries_a_few_at_a_time_are_all_of_them(rows: int, monkeypatch: pytest.
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
-def test_a_learned_temperature_moves_as_with_info_nce() -> None:
+def test_a_learned_temperature_trains_as_with_info_nce() -> None:
     slopes = []
     for streamed in (True, False):
         temperature = LearnedTemperature(initial=0.2)
@@ -147,7 +147,7 @@ def test_gradients_pass_gradcheck_in_float64(mask: str) -> None:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_a_second_derivative_is_an_error_and_not_a_zero() -> None:
+def test_a_second_derivative_is_refused() -> None:
     query = unit(N, 0).requires_grad_()
     loss = info_nce_streamed(query, unit(N, 1), unit(K, 2), T).loss
     with pytest.raises(RuntimeError, match="can be differentiated once; use info_nce"):
@@ -166,7 +166,7 @@ def test_key_and_queue_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.2])
-def test_float32_is_as_near_to_float64_as_the_materialized_form(temperature: float) -> None:
+def test_float32_is_as_accurate_as_the_materialized_form(temperature: float) -> None:
     n, k, dim = 64, 8192, 128
     query, key, queue = unit(n, 0, dim=dim), unit(n, 1, dim=dim), unit(k, 2, dim=dim)
 
@@ -193,7 +193,7 @@ def test_extreme_logits_do_not_overflow(chunk: int) -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_logits_that_rise_or_fall_along_the_queue(order: int) -> None:
-    """Each chunk is a new maximum, or far below it."""
+    """Each chunk has a new maximum, or is far below it."""
     angle = torch.linspace(0, math.pi, K, dtype=torch.float64)
     queue = torch.stack([angle.cos(), angle.sin()], dim=1)
     queue = queue.flip(0) if order < 0 else queue
@@ -204,8 +204,8 @@ def test_logits_that_rise_or_fall_along_the_queue(order: int) -> None:
     assert found.hardest.tolist() == pytest.approx(logits[:, 1:].amax(dim=1).tolist())
 
 
-def test_a_solved_contrast_keeps_its_small_loss_and_slope() -> None:
-    """log(1 + 5 exp(-1 / T)) is below what float32 tells from 1, and cross entropy makes it 0."""
+def test_a_very_small_loss_and_gradient_are_not_rounded_to_zero() -> None:
+    """log(1 + 5 exp(-1 / T)) is too small for 1 + x in float32, where cross entropy returns 0."""
     query, queue = torch.eye(8)[:3].requires_grad_(), torch.eye(8)[3:]
     found = info_nce_streamed(query, query.detach(), queue, 0.05)
     assert found.loss.item() == pytest.approx(math.log1p(5 * math.exp(-20)), rel=1e-5)
@@ -264,7 +264,7 @@ def test_without_any_negative_loss_and_gradient_are_zero(chunk: int) -> None:
     }
 
 
-def test_one_query_without_negatives_does_not_touch_the_others() -> None:
+def test_a_query_without_negatives_does_not_change_the_others() -> None:
     mask = torch.ones(N, K, dtype=torch.bool)
     mask[2] = False
     found, _, streamed, expected = both({"negatives": mask}, mask, chunk=7)
@@ -273,7 +273,7 @@ def test_one_query_without_negatives_does_not_touch_the_others() -> None:
     assert found.hardest.isinf().tolist() == [False, False, True, False, False]
 
 
-def test_nan_is_not_swallowed() -> None:
+def test_nan_propagates() -> None:
     query = unit(N, 0)
     query[1, 0] = math.nan
     found = info_nce_streamed(query, unit(N, 1), unit(K, 2), T)
@@ -285,7 +285,7 @@ def test_nan_is_not_swallowed() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """How many elements the largest tensor has that any operation returns."""
+    """Record the number of elements of the largest tensor that any operation returns."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -299,7 +299,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_nothing_of_the_size_of_the_logits_is_made() -> None:
+def test_no_tensor_has_the_size_of_the_logits() -> None:
     n, k = 600, 4096
     query, key, queue = unit(n, 0).requires_grad_(), unit(n, 1), unit(k, 2)
     mask, index, queue_index = torch.arange(k)[None] < 3000, torch.arange(n), torch.arange(k) % 1500
@@ -312,7 +312,7 @@ def test_nothing_of_the_size_of_the_logits_is_made() -> None:
     assert materialized.elements >= n * k  # the measure sees what it is for
 
 
-def test_forward_keeps_no_more_than_queries_and_slopes() -> None:
+def test_forward_saves_only_tensors_of_the_size_of_the_queries() -> None:
     n, k = 64, 1024
     kept: list[int] = []
 
@@ -336,7 +336,7 @@ def test_temperature_must_be_positive(temperature: float) -> None:
 
 
 @pytest.mark.parametrize(("key", "queue"), [((N + 1, C), (K, C)), ((N, C + 1), (K, C)), ((N, C), (K, C + 1))])
-def test_shapes_that_do_not_fit_are_named(key: tuple[int, int], queue: tuple[int, int]) -> None:
+def test_invalid_shapes_are_refused(key: tuple[int, int], queue: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=rf"key \({key[0]}, {key[1]}\) and queue \({queue[0]}, {queue[1]}\)"):
         info_nce_streamed(unit(N, 0), torch.zeros(key), torch.zeros(queue), T)
 
@@ -353,6 +353,6 @@ def test_shapes_that_do_not_fit_are_named(key: tuple[int, int], queue: tuple[int
         ({"index": INDEX, "queue_index": QUEUE_INDEX[:2]}, r"index \(5,\) and queue_index \(2,\)"),
     ],
 )
-def test_what_does_not_fit_is_named(given: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         info_nce_streamed(unit(N, 0), unit(N, 1), unit(K, 2), T, **given)

@@ -15,7 +15,7 @@ OFFSET = 1
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])  # sample 3 is alone in its class
 
 
-def whole(views: int = V, dtype: torch.dtype = torch.float32) -> Tensor:
+def global_batch(views: int = V, dtype: torch.dtype = torch.float32) -> Tensor:
     return unit(views, M, C, seed=0, dtype=dtype)
 
 
@@ -47,7 +47,7 @@ def classes(labels: Tensor, samples: int, offset: int) -> list[list[bool]]:
 
 @pytest.mark.parametrize("views", [2, 3, 4])
 def test_nt_xent_equals_the_loops(views: int) -> None:
-    others = whole(views)
+    others = global_batch(views)
     mine = others[:, OFFSET : OFFSET + N]
     loss, logits = nt_xent(mine, others, OFFSET, T)
     assert loss.item() == pytest.approx(
@@ -59,7 +59,7 @@ def test_nt_xent_equals_the_loops(views: int) -> None:
 
 def test_simclr_equation_1_with_two_views() -> None:
     """The paper's own numbering: 2k - 1 and 2k are the views of sample k; the loss of both orders, over 2N."""
-    both = whole(2)
+    both = global_batch(2)
     rows = [both[v, m].tolist() for m in range(M) for v in range(2)]
     total = 0.0
     for i, a in enumerate(rows):
@@ -81,20 +81,20 @@ def test_perfect_views_of_orthogonal_samples() -> None:
 
 
 def test_order_of_samples_and_views_does_not_matter() -> None:
-    others = whole()
+    others = global_batch()
     loss = nt_xent(others, others, 0, T)[0]
     for changed in (others[:, torch.tensor([3, 0, 5, 1, 4, 2])], others[torch.tensor([2, 0, 1])]):
         torch.testing.assert_close(nt_xent(changed, changed, 0, T)[0], loss, rtol=1e-6, atol=0)
 
 
-def test_parts_of_the_batch_average_to_the_whole() -> None:
-    others = whole()
+def test_parts_of_the_batch_average_to_the_batch() -> None:
+    others = global_batch()
     parts = [nt_xent(others[:, r : r + 2], others, r, T)[0] for r in (0, 2, 4)]
     torch.testing.assert_close(torch.stack(parts).mean(), nt_xent(others, others, 0, T)[0], rtol=1e-6, atol=0)
 
 
 def test_gradient_passes_gradcheck() -> None:
-    embeddings = whole(dtype=torch.float64).requires_grad_()
+    embeddings = global_batch(dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda e: nt_xent(e, e, 0, T)[0], (embeddings,))
     mine = unit(V, N, C, seed=1, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda e, o: sup_con(e, o, OFFSET, T, LABELS)[0], (mine, embeddings))
@@ -106,7 +106,7 @@ def test_gradient_passes_gradcheck() -> None:
 @pytest.mark.parametrize("mode", ["all", "one"])
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_sup_con_equals_the_loops(views: int, mode: Any) -> None:
-    others = whole(views)
+    others = global_batch(views)
     mine = others[:, OFFSET : OFFSET + N]
     loss, logits = sup_con(mine, others, OFFSET, T, LABELS, contrast_mode=mode)
     anchor_views = views if mode == "all" else 1
@@ -117,28 +117,28 @@ def test_sup_con_equals_the_loops(views: int, mode: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["all", "one"])
 def test_a_mask_equals_the_loops(mode: Any) -> None:
-    others = whole()
+    others = global_batch()
     mine, mask = others[:, OFFSET : OFFSET + N], coins(N, M, seed=2)
     loss, _ = sup_con(mine, others, OFFSET, T, mask=mask, contrast_mode=mode)
     expected = looped(mine, others, OFFSET, mask.tolist(), V if mode == "all" else 1)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_mask_of_the_labels_is_the_same_as_the_labels() -> None:
-    others = whole()
+def test_the_mask_of_the_labels_equals_the_labels() -> None:
+    others = global_batch()
     a = sup_con(others, others, 0, T, LABELS)[0]
     assert torch.equal(a, sup_con(others, others, 0, T, mask=LABELS[:, None] == LABELS)[0])
 
 
 def test_unique_labels_give_nt_xent() -> None:
-    others = whole()
+    others = global_batch()
     unique = torch.tensor([7, 3, 11, 0, 5, 2])
     assert torch.equal(sup_con(others, others, 0, T, unique)[0], nt_xent(others, others, 0, T)[0])
     assert torch.equal(sup_con(others, others, 0, T)[0], nt_xent(others, others, 0, T)[0])
 
 
-def test_names_of_the_classes_do_not_matter() -> None:
-    others = whole()
+def test_renaming_the_classes_changes_nothing() -> None:
+    others = global_batch()
     renamed = torch.tensor([5, -3, 9])[LABELS]
     assert torch.equal(sup_con(others, others, 0, T, LABELS)[0], sup_con(others, others, 0, T, renamed)[0])
 
@@ -156,8 +156,8 @@ def test_collapsed_orthogonal_classes_are_the_minimum() -> None:
     assert sup_con(both, both, 0, T, labels)[0].item() == pytest.approx(math.log(3 + 4 * math.exp(-1 / T)), rel=1e-5)
 
 
-def test_an_anchor_without_a_positive_has_no_term_and_no_nan() -> None:
-    others = whole(1).requires_grad_()
+def test_an_anchor_without_a_positive_is_excluded() -> None:
+    others = global_batch(1).requires_grad_()
     loss = sup_con(others, others, 0, T, LABELS)[0]
     (gradient,) = torch.autograd.grad(loss, others)
     assert gradient.isfinite().all()
@@ -168,7 +168,7 @@ def test_an_anchor_without_a_positive_has_no_term_and_no_nan() -> None:
 
 
 def test_without_any_positive_loss_and_gradient_are_zero() -> None:
-    others = whole(1).requires_grad_()
+    others = global_batch(1).requires_grad_()
     loss = sup_con(others, others, 0, T)[0]
     (gradient,) = torch.autograd.grad(loss, others)
     assert loss.item() == 0
@@ -176,7 +176,7 @@ def test_without_any_positive_loss_and_gradient_are_zero() -> None:
 
 
 def test_base_temperature_is_a_factor() -> None:
-    others = whole()
+    others = global_batch()
     plain = sup_con(others, others, 0, T, LABELS)[0]
     torch.testing.assert_close(sup_con(others, others, 0, T, LABELS, base_temperature=0.1)[0], plain * 4)
 
@@ -198,14 +198,19 @@ def test_base_temperature_is_a_factor() -> None:
         ({"base_temperature": 0.0}, "base_temperature=0.0 must be above 0"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"embeddings": whole()[:, :N], "others": whole(), "offset": 0, "temperature": T}
+def test_invalid_arguments_are_refused(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "embeddings": global_batch()[:, :N],
+        "others": global_batch(),
+        "offset": 0,
+        "temperature": T,
+    }
     with pytest.raises(ValueError, match=message):
         sup_con(**(arguments | change))
 
 
 def test_one_view_or_one_embedding_is_refused() -> None:
     with pytest.raises(ValueError, match="have 1 view"):
-        nt_xent(whole(1), whole(1), 0, T)
+        nt_xent(global_batch(1), global_batch(1), 0, T)
     with pytest.raises(ValueError, match="a single embedding"):
-        sup_con(whole(1)[:, :1], whole(1)[:, :1], 0, T)
+        sup_con(global_batch(1)[:, :1], global_batch(1)[:, :1], 0, T)

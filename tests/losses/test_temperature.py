@@ -12,7 +12,7 @@ from tests.losses.loops import coins, unit
 N, C, K = 5, 6, 9
 
 
-def test_the_schedule_goes_from_high_to_low_and_back() -> None:
+def test_the_schedule_oscillates_between_high_and_low() -> None:
     values = [temperature_at(step, 400, 0.1, 1.0) for step in (0, 100, 200, 300, 400, 600)]
     assert values == pytest.approx([1.0, 0.55, 0.1, 0.55, 1.0, 0.1])
     assert temperature_at(37.5, 400, 0.2, 0.2) == 0.2
@@ -24,12 +24,12 @@ def test_the_schedule_goes_from_high_to_low_and_back() -> None:
     ("arguments", "message"),
     [((0, 0, 0.1, 1.0), "period=0"), ((0, 1, 0.0, 1.0), "low=0.0 and"), ((0, 1, 0.5, 0.1), "in this order")],
 )
-def test_a_schedule_that_cannot_be_is_named(arguments: tuple[Any, ...], message: str) -> None:
+def test_an_invalid_schedule_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         temperature_at(*arguments)
 
 
-def test_it_starts_where_it_is_told_and_is_a_log_scale() -> None:
+def test_the_parameter_is_the_log_of_the_inverse_temperature() -> None:
     temperature = LearnedTemperature(0.07)
     assert temperature().item() == pytest.approx(0.07, rel=1e-6)
     assert temperature.log_scale.item() == pytest.approx(math.log(1 / 0.07), rel=1e-6)
@@ -37,7 +37,7 @@ def test_it_starts_where_it_is_told_and_is_a_log_scale() -> None:
 
 
 @pytest.mark.parametrize(("direction", "bound"), [(-1.0, 0.5), (1.0, 0.05)])
-def test_it_stops_at_its_bounds_and_comes_back(direction: float, bound: float) -> None:
+def test_it_stays_within_its_bounds_and_can_return(direction: float, bound: float) -> None:
     temperature = LearnedTemperature(0.2, 0.05, 0.5)
     optimizer = torch.optim.SGD(temperature.parameters(), lr=3.0)
     for sign in (1, 1, 1, -1):
@@ -51,7 +51,7 @@ def test_it_stops_at_its_bounds_and_comes_back(direction: float, bound: float) -
     assert abs(math.log(temperature().item() / bound)) > 1  # one step away from the bound is enough to leave it
 
 
-def test_two_uses_before_a_backward_do_not_disturb_each_other() -> None:
+def test_it_can_be_used_twice_before_a_backward() -> None:
     temperature = LearnedTemperature(0.2)
     (temperature() * temperature()).backward()
     assert temperature.log_scale.grad is not None
@@ -59,7 +59,7 @@ def test_two_uses_before_a_backward_do_not_disturb_each_other() -> None:
 
 
 def test_every_loss_takes_a_learned_temperature_and_trains_it() -> None:
-    """With entries taken out too: their logit is -inf, whose gradient by T must not become nan."""
+    """Also with excluded entries: their logit is -inf, whose gradient by T must not become nan."""
     query, key, queue, negatives = unit(N, C, seed=0), unit(N, C, seed=1), unit(K, C, seed=2), coins(N, K, seed=3)
     positives = coins(N, K, seed=4)
     views = torch.stack([query, key])
@@ -81,6 +81,6 @@ def test_every_loss_takes_a_learned_temperature_and_trains_it() -> None:
         assert gradient.item() == pytest.approx(slope, rel=2e-2, abs=2e-3)
 
 
-def test_bounds_that_cannot_be_are_named() -> None:
+def test_invalid_bounds_are_refused() -> None:
     with pytest.raises(ValueError, match=r"low=0.1, initial=0.07 and high=1.0"):
         LearnedTemperature(0.07, 0.1)

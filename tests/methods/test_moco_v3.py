@@ -135,17 +135,19 @@ def test_steps_are_algorithm_1(optimizer: str) -> None:
     for number in range(6):
         views = [images(2 * number), images(2 * number + 1)]
         loss, measures = reference.step(views)
-        told = train_step(ours, ours, optim, scaler, Batch(torch.arange(N), views), None, StepSettings(reference.lr, M))
-        assert told["loss"].item() == pytest.approx(loss, rel=1e-4)
+        measured = train_step(
+            ours, ours, optim, scaler, Batch(torch.arange(N), views), None, StepSettings(reference.lr, M)
+        )
+        assert measured["loss"].item() == pytest.approx(loss, rel=1e-4)
         for name, value in measures.items():
-            assert told[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            assert measured[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), name
         np.testing.assert_allclose(weight(ours.encoder), reference.f_q, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(weight(ours.predictor), reference.predictor, rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(weight(ours.momentum_encoder), reference.f_k, rtol=1e-3, atol=1e-5)
     assert all((weight(getattr(ours, name)) - value).abs().max() > 0.01 for name, value in start.items())
 
 
-def test_gradients_are_those_by_hand() -> None:
+def test_gradients_equal_those_by_hand() -> None:
     ours = method()
     with torch.no_grad():  # keys of another encoder than the queries'
         weight(ours.momentum_encoder).add_(0.3)
@@ -171,7 +173,7 @@ def with_norms(bn: Any) -> tuple[nn.Module, nn.Module]:
     return smooth(encoder), smooth(build_predictor(6, 12, 2, False, bn, 0))
 
 
-def test_steps_with_batch_norm_are_the_papers() -> None:
+def test_steps_with_batch_norm_follow_the_paper() -> None:
     ours = MoCoV3(*with_norms("sync"), temperature=T)
     set_calls_per_step(ours, 2)
     optim = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], LR, MOMENTUM, weight_decay=DECAY)
@@ -185,7 +187,7 @@ def test_steps_with_batch_norm_are_the_papers() -> None:
 
     for number in range(4):
         x1, x2 = (torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2 * number + v)) for v in range(2))
-        told = train_step(
+        measured = train_step(
             ours,
             ours,
             optim,
@@ -206,7 +208,7 @@ def test_steps_with_batch_norm_are_the_papers() -> None:
         with torch.no_grad():
             for k, q in zip(f_k.parameters(), f_q.parameters(), strict=True):
                 k.copy_(M * k + (1 - M) * q)
-        assert told["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+        assert measured["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
         for mine, theirs in ((ours.encoder, f_q), (ours.predictor, predictor), (ours.momentum_encoder, f_k)):
             for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -223,7 +225,7 @@ def test_swapping_the_views_changes_nothing() -> None:
         torch.testing.assert_close(value, other.measures[name])
 
 
-def test_the_order_of_the_batch_changes_nothing() -> None:
+def test_the_order_of_the_batch_does_not_matter() -> None:
     ours, order = method(), torch.tensor([3, 0, 4, 1, 2])
     one = loss_of(ours, [images(0), images(1)])
     torch.testing.assert_close(one.loss, loss_of(ours, [images(0)[order], images(1)[order]]).loss)
@@ -231,9 +233,9 @@ def test_the_order_of_the_batch_changes_nothing() -> None:
 
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
 @pytest.mark.parametrize("n", [2, 5, 16])
-def test_chance_is_the_loss_of_keys_that_are_all_alike(n: int, temperature: float) -> None:
-    alike = images(0, 1).expand(n, -1, -1, -1)
-    output = loss_of(method(temperature), [alike, alike])
+def test_chance_is_the_loss_of_equal_keys(n: int, temperature: float) -> None:
+    equal = images(0, 1).expand(n, -1, -1, -1)
+    output = loss_of(method(temperature), [equal, equal])
     assert output.loss.item() == pytest.approx(2 * 2 * temperature * math.log(n), rel=1e-5)
     assert output.measures["chance"].item() == pytest.approx(output.loss.item(), rel=1e-5)
     assert output.measures["negatives"].item() == n - 1
@@ -268,18 +270,18 @@ def test_the_momentum_encoder_is_a_copy_without_predictor() -> None:
         torch.testing.assert_close(key, F.normalize(ours.momentum_encoder(views[view]), dim=1))
 
 
-def test_a_micro_batch_meets_the_keys_of_the_whole_batch() -> None:
+def test_a_micro_batch_is_compared_with_all_keys_of_the_batch() -> None:
     ours = method()
     views = [images(0, 6), images(1, 6)]
     keys = ours.encode_keys(views, None, 2)
     parts = [ours([view[at : at + 2] for view in views], keys, torch.arange(at, at + 2), at) for at in (0, 2, 4)]
-    whole = ours(views, keys, torch.arange(6), 0)
-    torch.testing.assert_close(torch.stack([part.loss for part in parts]).mean(), whole.loss)
-    for name, value in whole.measures.items():
+    all_at_once = ours(views, keys, torch.arange(6), 0)
+    torch.testing.assert_close(torch.stack([part.loss for part in parts]).mean(), all_at_once.loss)
+    for name, value in all_at_once.measures.items():
         torch.testing.assert_close(torch.stack([part.measures[name] for part in parts]).mean(), value)
 
 
-def test_bf16_is_near_and_its_logits_are_float32() -> None:
+def test_under_bf16_autocast_the_loss_is_float32_and_close() -> None:
     ours, views = method(), [images(0), images(1)]
     exact = loss_of(ours, views).loss
     with torch.autocast("cpu", torch.bfloat16):

@@ -72,7 +72,7 @@ def test_the_schemas_do_not_import_torch() -> None:
         (["method.name=simclr"], r"method\.name='simclr'"),
     ],
 )
-def test_a_field_of_another_method_is_refused_in_one_sentence(
+def test_a_field_of_another_method_is_refused(
     overrides: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from moco.cli import run_command

@@ -104,7 +104,7 @@ def test_loss_and_positives_equal_the_loops_while_the_ring_wraps_around(start: s
         assert method.queue.index.tolist() == [UNKNOWN if each is None else each for each in shown]
 
 
-def test_keys_of_no_image_are_of_no_class() -> None:
+def test_random_keys_have_no_class() -> None:
     """UNKNOWN is -1, which as a position would be the last sample."""
     torch.manual_seed(0)
     method = MoCo(
@@ -115,7 +115,7 @@ def test_keys_of_no_image_are_of_no_class() -> None:
     assert output.measures["negatives"].item() == K
 
 
-def test_a_queue_full_of_the_querys_class_is_all_positives() -> None:
+def test_all_keys_of_the_querys_class_are_positives() -> None:
     """Every candidate a positive: the loss is the mean of -log softmax over all of them, and finite."""
     torch.manual_seed(0)
     _, outputs, gradients = steps(torch.zeros(SAMPLES, dtype=torch.long), 5, mask_own_keys=False)
@@ -125,7 +125,7 @@ def test_a_queue_full_of_the_querys_class_is_all_positives() -> None:
     assert all(torch.isfinite(each).all() for each in gradients)
 
 
-def test_chance_is_the_loss_of_a_query_to_which_all_keys_are_alike() -> None:
+def test_chance_is_the_loss_of_a_query_equally_similar_to_all_keys() -> None:
     method = MoCo(nn.Flatten(), KeyQueue(K, P, mask_own_keys=False), T, labels=torch.arange(SAMPLES) % 2)
     method.queue.index[:] = torch.arange(K) % SAMPLES
     method.queue.keys[:] = torch.eye(P)[5]
@@ -135,7 +135,7 @@ def test_chance_is_the_loss_of_a_query_to_which_all_keys_are_alike() -> None:
     assert output.loss.item() == pytest.approx(output.measures["chance"].item(), rel=1e-6)
 
 
-def test_unknown_labels_become_classes_that_no_label_is() -> None:
+def test_unknown_labels_become_separate_new_classes() -> None:
     made = separate_unknown(torch.tensor([3, -1, 0, -1, 3]))
     assert made[[0, 2, 4]].tolist() == [3, 0, 3]
     assert len(set(made.tolist())) == 4

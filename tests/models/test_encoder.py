@@ -35,9 +35,7 @@ def attribute(module: nn.Module, path: str) -> Any:
         ("timm/mobilenetv3_small_050", {}, 32, 1024),  # its last layer is wider than timm's `num_features`
     ],
 )
-def test_a_backbone_gives_as_many_features_as_it_says(
-    name: str, options: dict[str, Any], size: int, features: int
-) -> None:
+def test_a_backbone_returns_num_features_features(name: str, options: dict[str, Any], size: int, features: int) -> None:
     network = build_backbone(name, options)
     out = network.eval()(torch.randn(2, 3, size, size))
     assert out.shape == (2, features)
@@ -45,7 +43,7 @@ def test_a_backbone_gives_as_many_features_as_it_says(
 
 
 @pytest.mark.parametrize("name", sorted(name for name in BACKBONES if name.startswith("resnet")))
-def test_each_resnet_is_as_deep_as_its_name_says_without_the_classifier(name: str) -> None:
+def test_each_resnet_has_its_depth_and_no_classifier(name: str) -> None:
     with torch.device("meta"):  # no memory, no initialization
         network = build_backbone(name, {})
     layers = [path for path, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
@@ -107,7 +105,7 @@ def test_head_with_norm_is_moco_v3s(layers: int, hidden: int, last_norm: bool) -
     assert [each.affine for each in norms] == [True] * (layers - 1) + [False] * last_norm
 
 
-def test_the_head_of_the_first_versions_draws_the_same_numbers_as_ever() -> None:
+def test_the_head_without_norm_has_the_initial_weights_of_version_0_1() -> None:
     torch.manual_seed(0)
     head = projection_head(6, 5, 4, 2)
     torch.manual_seed(0)
@@ -117,7 +115,7 @@ def test_the_head_of_the_first_versions_draws_the_same_numbers_as_ever() -> None
 
 
 @pytest.mark.parametrize(("kind", "group"), [("sync", 0), ("grouped", 2)])
-def test_the_predictors_norms_are_of_the_kind_asked_for(kind: BatchNormKind, group: int) -> None:
+def test_the_predictor_has_the_configured_norm(kind: BatchNormKind, group: int) -> None:
     predictor = build_predictor(4, 9, 2, True, kind, 2)
     norms = [each for each in predictor.modules() if isinstance(each, GroupedBatchNorm)]
     assert [(each.group_size, each.weight is None) for each in norms] == [(group, False), (group, True)]
@@ -140,7 +138,7 @@ def test_the_head_fits_a_timm_model_whose_last_layer_is_wider() -> None:
 
 
 @pytest.mark.parametrize(("kind", "groups"), [("grouped", {4}), ("sync", {0}), ("batch", set())])
-def test_batch_norm_is_of_the_kind_asked_for(kind: BatchNormKind, groups: set[int]) -> None:
+def test_the_encoder_has_the_configured_norm(kind: BatchNormKind, groups: set[int]) -> None:
     encoder = build_encoder("convnet", {"width": 2}, 1, 0, 7, kind, 4)
     layers = [layer for layer in encoder.modules() if isinstance(layer, GroupedBatchNorm)]
     assert {layer.group_size for layer in layers} == groups
@@ -162,7 +160,7 @@ def test_batch_norm_is_of_the_kind_asked_for(kind: BatchNormKind, groups: set[in
         ("timm/resnet10t", {"stem": "cifar"}, "model.options={'stem': 'cifar'} is invalid for model.backbone="),
     ],
 )
-def test_unknown_names_and_options_give_one_sentence(name: str, options: dict[str, Any], sentence: str) -> None:
+def test_unknown_names_and_options_are_refused(name: str, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         build_encoder(name, options, 2, 0, 8, "grouped", 2)
     assert sentence in str(caught.value)

@@ -77,13 +77,13 @@ def test_outputs_and_gradients_equal_a_batch_norm_on_each_group(group_size: int)
         torch.testing.assert_close(actual, total, rtol=1e-4, atol=1e-4)
 
 
-def test_a_group_of_the_whole_batch_is_not_the_same_as_smaller_groups() -> None:
+def test_one_group_of_the_batch_differs_from_smaller_groups() -> None:
     layer = official()
     assert (grouped(layer)(images(0)) - grouped(layer, N)(images(0))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0])
-def test_running_statistics_move_once_by_the_mean_over_the_groups(momentum: float) -> None:
+def test_running_statistics_are_updated_once_with_the_mean_over_groups(momentum: float) -> None:
     layer, x = official(momentum), images(0)
     ours = grouped(layer)
     before_mean, before_var = of(ours, "running_mean").clone(), of(ours, "running_var").clone()
@@ -99,7 +99,7 @@ def test_running_statistics_move_once_by_the_mean_over_the_groups(momentum: floa
 
 
 @pytest.mark.parametrize("group_size", [0, N])
-def test_over_the_whole_batch_it_is_batch_norm_in_one_process(group_size: int) -> None:
+def test_one_group_of_the_batch_is_batch_norm(group_size: int) -> None:
     layer = official()
     ours = grouped(layer, group_size)
     for seed in range(3):
@@ -124,7 +124,7 @@ def test_eval_mode_is_batch_norm_for_any_batch_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("n", [3, 5, 11])
-def test_a_group_size_that_does_not_divide_is_an_error_and_changes_nothing(n: int) -> None:
+def test_a_group_size_must_divide_the_batch(n: int) -> None:
     ours = grouped(official())
     before = copy.deepcopy(ours.state_dict())
     with pytest.raises(ValueError, match=f"model.bn_group_size=4 does not divide a batch of {n} images"):
@@ -153,29 +153,29 @@ def test_half_precision_keeps_its_type_and_float32_statistics() -> None:
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-def test_micro_batches_give_the_outputs_and_statistics_of_one_call(calls: int) -> None:
-    whole, parts = grouped(official()), grouped(official())
+def test_micro_batches_equal_one_call(calls: int) -> None:
+    global_batch, parts = grouped(official()), grouped(official())
     set_calls_per_step(parts, calls)
     for seed in range(3):
-        expected = whole(images(seed))
+        expected = global_batch(images(seed))
         out = torch.cat([parts(part) for part in images(seed).split(N // calls)])
         torch.testing.assert_close(out, expected)
-        close(parts, whole)
+        close(parts, global_batch)
     assert of(parts, "num_batches_tracked").item() == 3
 
 
-def test_evaluating_between_the_steps_does_not_shift_the_count() -> None:
-    whole, parts = grouped(official()), grouped(official())
+def test_evaluation_between_steps_does_not_change_the_count() -> None:
+    global_batch, parts = grouped(official()), grouped(official())
     set_calls_per_step(parts, 2)
     for seed in range(2):
-        whole(images(seed))
+        global_batch(images(seed))
         for part in (images(seed)[:8], images(seed)[8:]):
             parts(part)
         parts.eval()
         parts(images(7, 3))
         parts.train()
-    # groups 8 and 4: the calls weigh alike, so only the count is the same
-    assert torch.equal(of(parts, "num_batches_tracked"), of(whole, "num_batches_tracked"))
+    # groups 8 and 4: the calls have equal weight, so only the count is the same
+    assert torch.equal(of(parts, "num_batches_tracked"), of(global_batch, "num_batches_tracked"))
     assert parts.call == 0
 
 
@@ -187,7 +187,7 @@ def test_set_calls_reaches_every_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", ["grouped", "sync", "batch"])
-def test_untracked_calls_leave_no_trace(kind: BatchNormKind) -> None:
+def test_untracked_calls_change_nothing(kind: BatchNormKind) -> None:
     """Statistics, counters and the count of calls are the same bits: in the middle of a step, and after an error."""
     network = convert_batch_norm(nn.Sequential(official(), nn.ReLU(), official(0.3)), kind, GROUP)
     network.add_module("plain", nn.BatchNorm2d(C, track_running_stats=False))  # nothing to keep

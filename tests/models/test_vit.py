@@ -58,7 +58,7 @@ def test_sizes_and_twelve_heads(name: str, dim: int, depth: int, millions: float
 
 
 @pytest.mark.parametrize("name", ["vit_small", "vit_base"])
-def test_the_names_of_the_weights_are_timms(name: str) -> None:
+def test_weights_have_the_names_of_timm(name: str) -> None:
     with torch.device("meta"):
         ours = build_backbone(name, {}).state_dict()
         theirs = timm.create_model(f"{name}_patch16_224", num_classes=0).state_dict()
@@ -73,7 +73,7 @@ def test_features_are_the_class_tokens_after_the_last_norm() -> None:
     torch.testing.assert_close(network(images), network.forward_features(images)[:, 0])
 
 
-def test_the_conv_stem_halves_four_times_and_ends_on_as_many_patches() -> None:
+def test_the_conv_stem_returns_as_many_patches_as_the_projection() -> None:
     network: Any = build_backbone("vit", {"dim": 32, "depth": 1, "heads": 4, "img_size": 48, "stem": "conv"})
     convolutions = [layer for layer in network.patch_embed.proj if isinstance(layer, nn.Conv2d)]
     widths = [3, 4, 8, 16, 32, 32]
@@ -136,11 +136,11 @@ def test_initialization_is_the_published_one() -> None:
     assert 0 < token.std() < 3e-6
 
 
-# ---- what is never trained ----
+# ---- frozen weights ----
 
 
 @pytest.mark.parametrize(("freeze", "moves"), [(None, False), (True, False), (False, True)])
-def test_weight_decay_leaves_what_is_frozen_alone(freeze: bool | None, moves: bool) -> None:
+def test_weight_decay_does_not_change_frozen_weights(freeze: bool | None, moves: bool) -> None:
     torch.manual_seed(0)
     encoder = build_encoder("vit", SMALL | {"freeze_patches": freeze}, 3, 16, 8, "sync", 0, head_norm=True)
     before = values(encoder)
@@ -162,7 +162,7 @@ def test_a_conv_stem_is_trained() -> None:
     assert all(parameter.requires_grad for parameter in network.get_submodule("patch_embed").parameters())
 
 
-def test_a_copy_computes_the_same_and_keeps_what_is_frozen() -> None:
+def test_a_copy_computes_the_same_and_stays_frozen() -> None:
     network = small().eval()
     twin = copy.deepcopy(network)
     images = torch.randn(2, 3, 16, 16)
@@ -171,11 +171,11 @@ def test_a_copy_computes_the_same_and_keeps_what_is_frozen() -> None:
     assert frozen == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
-# ---- sentences ----
+# ---- errors ----
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 16, 20), (2, 3, 8, 16)])
-def test_images_of_another_size_give_a_sentence(shape: tuple[int, ...]) -> None:
+def test_images_of_another_size_are_refused(shape: tuple[int, ...]) -> None:
     network = small().eval()
     for each in (network, copy.deepcopy(network)):
         with pytest.raises(ValueError, match=rf"images of {shape[2]}x{shape[3]} px .* set augment\.size=16"):
@@ -196,7 +196,7 @@ def test_images_of_another_size_give_a_sentence(shape: tuple[int, ...]) -> None:
         ({"width": 3}, "model.options="),
     ],
 )
-def test_options_that_do_not_fit_give_a_sentence(options: dict[str, Any], sentence: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         build_backbone("vit", SMALL | options)
     assert sentence in str(caught.value)
