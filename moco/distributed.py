@@ -51,11 +51,7 @@ _PEER_LOST = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken p
 
 @contextmanager
 def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterator[None]:
-    """Join the process group that torchrun configured in the environment, if any.
-
-    Args:
-        device: a GPU uses NCCL, a CPU gloo.
-        timeout_minutes: of a collective.
+    """Join the process group that torchrun configured in the environment, if any: NCCL on a GPU, gloo on a CPU.
 
     Raises:
         PeerLost: instead of the backend's error if another process has exited.
@@ -73,10 +69,8 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _PEER_LOST.search(str(error)):
             raise
-        raise PeerLost(
-            f"another process of this run exited or is not responding ({str(error).splitlines()[0]:.200}): see its "
-            "error message"
-        ) from error
+        problem = f"another process of this run exited or is not responding ({str(error).splitlines()[0]:.200})"
+        raise PeerLost(f"{problem}: see its error message") from error
     finally:
         dist.destroy_process_group()
 
@@ -116,10 +110,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
     Backward is a collective: every rank must run it, in the same order.
     """
-    if world_size() == 1:
-        return x
-    out: Tensor = _GatherRows.apply(x)
-    return out
+    return x if world_size() == 1 else cast(Tensor, _GatherRows.apply(x))
 
 
 @torch.no_grad()
@@ -156,10 +147,7 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Return the sum over ranks. Its gradient is summed over ranks too: the loss of every rank depends on the sum."""
-    if world_size() == 1:
-        return x
-    out: Tensor = all_reduce(x)
-    return out
+    return x if world_size() == 1 else cast(Tensor, all_reduce(x))
 
 
 @torch.no_grad()
@@ -178,9 +166,6 @@ class DelayedMaxOverRanks:
     With several ranks the result is one call late: each call starts a reduction and returns the result of the previous
     call, which has had a step's time to arrive. The result is the same on all ranks. One process gets its own number
     immediately. The number is not part of the averaged measures, so that the training step has only what the paper has.
-
-    Args:
-        device: where the process group reduces.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -223,6 +208,14 @@ def average_running_statistics(module: nn.Module) -> None:
                 buffer.copy_(mean_over_ranks(buffer))
 
 
+def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Call the function and return its result or its exception, which the caller raises on every rank."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
 def on_rank_zero(function: Callable[[], T]) -> T:
     """Call the function on rank 0 only; every rank returns its result or raises its exception.
 
@@ -230,12 +223,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return function()
-    outcome: list[tuple[T | None, Exception | None]] = [(None, None)]
-    if is_rank_zero():
-        try:
-            outcome = [(function(), None)]
-        except Exception as error:  # raised on every rank below
-            outcome = [(None, error)]
+    outcome = [_outcome(function) if is_rank_zero() else (None, None)]
     dist.broadcast_object_list(outcome, src=0)
     result, failure = outcome[0]
     if failure is not None:
@@ -251,13 +239,8 @@ def all_gather_object(function: Callable[[], T]) -> list[T]:
     """
     if world_size() == 1:
         return [function()]
-    outcome: tuple[T | None, Exception | None]
-    try:
-        outcome = (function(), None)
-    except Exception as error:  # raised on every rank below
-        outcome = (None, error)
     outcomes: list[Any] = [None] * world_size()
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, _outcome(function))
     for _, failure in outcomes:
         if failure is not None:
             raise failure

@@ -81,9 +81,7 @@ def write_and_compare(
     """Write a file, read it again, and compare it with the source.
 
     Args:
-        to: a key of `FORMATS`.
-        file: the source, with `images`.
-        backbone: its backbone, in eval mode on the CPU.
+        file: the source, with `images`; `backbone` is its network, in eval mode on the CPU.
         features: computes a network's features (M, D) of fixed images.
 
     Returns:
@@ -99,9 +97,9 @@ def write_and_compare(
     weights = {name: each for name, each in backbone.state_dict().items() if not name.endswith("num_batches_tracked")}
     changed = [name for name, each in weights.items() if again.weights and not torch.equal(each, again.weights[name])]
     if changed:
+        names = ", ".join(changed[:3])
         raise ConversionError(
-            f"to={to}: {len(changed)} weights differ in the written file ({', '.join(changed[:3])}): "
-            "nothing was written"
+            f"to={to}: {len(changed)} weights differ in the written file ({names}): nothing was written"
         )
     wanted = features(backbone)
     if not wanted.any():

@@ -112,9 +112,7 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
 def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], step: int) -> None:
     """Write encoder.safetensors: the weights of the backbone, with metadata for `read_encoder`.
 
-    Args:
-        config: of the run, with the groups "model" and "augment".
-        step: number of optimizer steps of the training.
+    `config` is the run's, with the groups "model" and "augment"; `step` is its number of optimizer steps.
     """
     model = config["model"]
     about = {"options": model["options"], "images": images_of(config), "config": dict(config)}

@@ -21,9 +21,7 @@ Features = Callable[[Tensor], Tensor]  # images (N, 3, S, S) to features (N, D)
 def save_onnx(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
     """Write a `.onnx` file with the input "images" (batch, 3, S, S) and the output "features" (batch, D).
 
-    Args:
-        backbone: in eval mode, on the CPU.
-        images: "size" and other values, stored as JSON in the file's metadata under "images".
+    The backbone must be in eval mode, on the CPU. The file's metadata hold `images` as JSON: "size" and other values.
 
     Raises:
         ConfigError: if a package is missing.

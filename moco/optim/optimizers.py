@@ -18,8 +18,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[s
 
     A learned temperature is never decayed: its parameter is log 1/T, for which 0 is not a preferred value.
     """
-    decayed: list[nn.Parameter] = []
-    excluded: list[nn.Parameter] = []
+    decayed, excluded = list[nn.Parameter](), list[nn.Parameter]()
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):
             if parameter.requires_grad:
@@ -46,11 +45,9 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, lr: float = 0.0) -> t
     """Build SGD, AdamW or LARS (timm's; it adapts only decayed parameters, as in MoCo v3).
 
     Args:
-        module: its trainable parameters are optimized.
         optim: of which this uses `name`, `momentum` (SGD, LARS), `betas` (AdamW), `weight_decay`, `exclude`, `trust`
             and `trust_clip`. In LARS a layer's rate is lr x trust x |w| / |gradient|; with `trust_clip` it is the
             smaller of lr and trust x |w| / |gradient|, as in solo-learn (LARC).
-        lr: learning rate until a schedule sets it.
 
     Raises:
         ValueError: for an unknown name.

@@ -22,8 +22,7 @@ class MetricsLogger:
 
     Args:
         path: the run's directory.
-        step: the step from which training resumes. Later records of an earlier attempt are dropped: this attempt
-            writes them again.
+        step: the step from which training resumes. Later records of an earlier attempt are dropped.
     """
 
     def __init__(self, path: Path, step: int) -> None:

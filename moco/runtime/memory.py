@@ -66,8 +66,7 @@ def training_fix(batch_size: int, processes: int, accumulate: int, on_gpu: bool,
     """Return the end of the sentence for a training step; on a GPU, half precision halves the memory."""
     lower = ", precision=bf16" if on_gpu and precision == "fp32" else ""
     return (
-        f"a micro-batch has {batch_size // processes // accumulate} images (batch_size={batch_size} / {processes} "
-        f"processes / accumulate={accumulate}): set accumulate={2 * accumulate} (the same results if BN works in "
-        f"groups){lower}, or a smaller batch_size or augment.size, and run the command again; it resumes from the "
-        "last checkpoint if there is one"
+        f"a micro-batch has {batch_size // processes // accumulate} images ({batch_size=} / {processes} processes / "
+        f"{accumulate=}): set accumulate={2 * accumulate} (the same results if BN works in groups){lower}, or a "
+        "smaller batch_size or augment.size, and run the command again; it resumes from its last checkpoint, if any"
     )

@@ -17,10 +17,8 @@ _KEYWORDS = {"true", "false", "null", "nan", "inf"}  # Hydra reads these as valu
 def command(module: str, config: SubjectConfig, **changes: Any) -> str:
     """Return `python -m MODULE` with each field of `SubjectConfig` that differs from its default.
 
-    Args:
-        module: such as "moco.linear".
-        **changes: fields that replace or extend those of `config`. A field of `SubjectConfig` that is changed to its
-            default is left out.
+    `changes` replace or extend the fields of `config`. A field of `SubjectConfig` that is changed to its default is
+    left out.
     """
     defaults = asdict(SubjectConfig())
     values = {each.name: asdict(config)[each.name] for each in fields(SubjectConfig)} | changes

@@ -15,14 +15,10 @@ PIXELS = 4 * 224**2  # per pass
 
 
 def pick_precision(wanted: str, encoder: nn.Module, size: int, device: torch.device) -> tuple[str, str]:
-    """Return the precision to train in, and the reason in a few words.
+    """Return the precision to train in on images of `size` x `size`, and the reason in a few words.
 
     For "auto", a GPU uses bfloat16 if it has units for it. A CPU uses it if it has instructions for it (AMX, or AVX-512
     with BF16; others emulate it several times more slowly) and a copy of the encoder runs faster.
-
-    Args:
-        wanted: fp32, bf16, fp16, or auto.
-        encoder: the network to train on images of `size` x `size`.
     """
     if wanted != "auto":
         return wanted, "as configured"

@@ -33,10 +33,7 @@ class Reason(IntEnum):
 class Preempted(Exception):
     """The run was stopped before its end, and everything is saved; the message is one sentence.
 
-    Args:
-        reason: why it was stopped.
-        done: number of saved steps; None if this attempt has not taken a step.
-        total: number of steps of the run.
+    `done` of `total` steps are saved; `done` is None if this attempt has not taken a step.
     """
 
     def __init__(self, reason: Reason, done: int | None = None, total: int = 0) -> None:

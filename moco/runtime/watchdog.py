@@ -52,15 +52,11 @@ def code_location(thread: int) -> tuple[str, bool]:
 
 
 def hang_message(states: Sequence[RankState], minutes: float) -> str:
-    """Return a sentence that names the ranks for which the others wait.
+    """Return a sentence that names the ranks for which the others wait, after `minutes` without progress.
 
     These are the silent ranks; if there are none, the ranks with fewer steps than the others; if there are none, the
     ranks that are neither in a step nor in a collective, for example at a disk that does not respond. If none of these
     apply, all ranks are named.
-
-    Args:
-        states: of each rank.
-        minutes: the time without progress.
     """
     ranks = range(len(states))
     hung = [each for each in ranks if states[each].silent_for]
@@ -116,7 +112,6 @@ class Watchdog:
     Args:
         minutes: time limit for a step, or a part of other work; 0: no watchdog.
         store: see `rendezvous_store`; None: this rank does not know about others.
-        rank, world: of this process.
     """
 
     def __init__(self, minutes: float, store: Store | None = None, rank: int = 0, world: int = 1) -> None:
@@ -152,8 +147,9 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._thread = threading.get_ident()
         if self._limit:
-            for target in (self._watch, self._publish)[: 1 + (self._store is not None)]:
-                threading.Thread(target=target, daemon=True).start()
+            threading.Thread(target=self._watch, daemon=True).start()
+        if self._limit and self._store is not None:
+            threading.Thread(target=self._publish, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
