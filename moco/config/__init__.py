@@ -1,7 +1,7 @@
 """The configurations of the commands: schemas, bounds and checks."""
 
 from moco.config.base import ComputeConfig, ConfigError, RunWarning, bounded, check_bounds, config_dir, require
-from moco.config.data import DataConfig, check_data_fields
+from moco.config.data import DataConfig
 from moco.config.method import MethodConfig
 from moco.config.train import (
     AugmentConfig,
@@ -28,7 +28,6 @@ __all__ = [
     "bounded",
     "check",
     "check_bounds",
-    "check_data_fields",
     "config_dir",
     "require",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 from moco.config.base import bounded, require, require_divisible
 from moco.config.subject import SubjectConfig, check_subject
 
-DEFAULT_FRACTION = 0.01  # if no field says which images have labels
+DEFAULT_FRACTION = 0.01  # if no field selects the labeled images
 
 
 @dataclass
@@ -80,13 +80,11 @@ def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
     check_subject(config)
     ways = {name: getattr(config, name) for name in ("fraction", "labels_per_class", "subset_list")}
-    given = [f"{name}={value}" for name, value in ways.items() if value]
-    require(len(given) < 2, f"{' and '.join(given)} select the labeled images in different ways: remove all but one")
-    require(
-        not config.nesterov or (config.optimizer == "sgd" and config.momentum > 0),
-        f"nesterov=true needs optimizer=sgd with momentum above 0, not optimizer={config.optimizer} with "
-        f"momentum={config.momentum}",
-    )
+    chosen = [f"{name}={value}" for name, value in ways.items() if value]
+    require(len(chosen) < 2, f"{' and '.join(chosen)} select the labeled images in different ways: remove all but one")
+    given = f"optimizer={config.optimizer} with momentum={config.momentum}"
+    possible = config.optimizer == "sgd" and config.momentum > 0
+    require(not config.nesterov or possible, f"nesterov=true needs optimizer=sgd with momentum above 0, not {given}")
     require_divisible(config.batch_size, processes, f"the {processes} processes")
 
 

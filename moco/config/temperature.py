@@ -65,12 +65,8 @@ def check_temperature(config: TemperatureConfig) -> None:
 def _check_override(override: str) -> None:
     name, _, value = override.lstrip("+~").partition("=")
     require(bool(value) and not override.startswith("-"), f"overrides: {override!r} must be field=value")
-    require(
-        name not in SET_BY_SWEEP,
-        f"overrides must not set {name} ({override!r}), because the sweep sets it: use temperatures, seeds, epochs, "
-        "keep_epochs, recipe or output",
-    )
-    require(
-        name != "method.temperature_schedule" or value == "constant",
-        f"overrides must not change the temperature during a run ({override!r}): remove it",
-    )
+    fields = "temperatures, seeds, epochs, keep_epochs, recipe or output"
+    error = f"overrides must not set {name} ({override!r}), because the sweep sets it: use {fields}"
+    require(name not in SET_BY_SWEEP, error)
+    error = f"overrides must not change the temperature during a run ({override!r}): remove it"
+    require(name != "method.temperature_schedule" or value == "constant", error)
