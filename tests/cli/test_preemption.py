@@ -1,7 +1,4 @@
-"""A run that gets a signal saves and exits with its status; the same command then resumes it bit for bit.
-
-A driver runs the command, and the process sends itself the signals in the middle of a step.
-"""
+"""A run that receives a signal saves and exits; the same command then resumes it bit for bit."""
 
 import multiprocessing
 import os
@@ -39,7 +36,7 @@ from tests.evaluation.test_subject import write_images
 
 REPOSITORY = Path(config_dir()).parent
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# 15 steps in seconds; only the last is saved, none is evaluated.
+# A run of 15 steps that takes seconds: it saves only after the last step and does not evaluate.
 TINY = [
     "epochs=3",
     "batch_size=256",
@@ -152,7 +149,7 @@ def test_the_time_limit_stops_each_attempt_and_may_change_between_them(
     uninterrupted: Checkpoint, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    for attempt in (1, 2):  # the limit is over before the first step: one step per attempt
+    for attempt in (1, 2):  # the limit has passed before the first step: each attempt takes one step
         with pytest.raises(Preempted, match=rf"by the time limit stop_after after step {attempt} of 15") as stopped:
             pretrain(config(run, "stop_after=1e-6"))
         assert stopped.value.status == 75
@@ -174,8 +171,8 @@ def test_a_signal_in_the_last_step_does_not_stop_the_run(
 def test_the_step_ends_even_if_loader_processes_get_the_signal_too(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_images(tmp_path / "pictures", {"cat": 40, "dog": 40})
-    streamed = ["data=folder", f"data.root={tmp_path / 'pictures'}", "batch_size=16", "model.bn_group_size=8"]
+    write_images(tmp_path / "images", {"cat": 40, "dog": 40})
+    streamed = ["data=folder", f"data.root={tmp_path / 'images'}", "batch_size=16", "model.bn_group_size=8"]
     made = config(tmp_path / "run", *streamed, "method.queue_size=32", "data.workers=2", "epochs=4")
     send_in_step(monkeypatch, 3, number)
     with pytest.raises(Preempted, match="after step 3 of 20"):
