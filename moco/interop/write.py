@@ -33,26 +33,20 @@ class Read(NamedTuple):
     """The content of a written file."""
 
     network: Features
-    weights: State
-    """under the names of the source; empty for a simplified graph (ONNX)"""
+    weights: State  # under the names of the source; empty for a simplified graph (ONNX)
 
 
 @dataclass(frozen=True)
 class Format:
     """A format to which an encoder can be converted."""
 
-    holds: str
-    """the networks that it supports, as text"""
-    network: Callable[[EncoderFile], str | None]
-    """returns the network in the format's own terms; None if the format cannot hold it"""
+    holds: str  # the networks that it supports, as text
+    network: Callable[[EncoderFile], str | None]  # returns its name in the format; None if the format cannot hold it
+    # writes to a path, given the source file (with `images`) and its backbone in eval mode on the CPU
     write: Callable[[Path, EncoderFile, nn.Module], None]
-    """writes to a path, given the source file (with `images`) and its backbone in eval mode on the CPU"""
-    read: Callable[[Path, EncoderFile], Read]
-    """reads the file as its own project does; uses only names of the source, not weights"""
-    load: str
-    """how to load FILE, whose network is NETWORK"""
-    tolerance: float = 1e-5
-    """largest difference between features, as a fraction of the largest feature"""
+    read: Callable[[Path, EncoderFile], Read]  # as its own project does; uses only names of the source, not weights
+    load: str  # how to load FILE, whose network is NETWORK
+    tolerance: float = 1e-5  # largest difference between features, as a fraction of the largest feature
 
     def fits(self, file: EncoderFile) -> bool:
         """Return whether the format can hold this network."""
@@ -61,9 +55,6 @@ class Format:
     def loading(self, file: EncoderFile) -> str:
         """Return a line that loads FILE."""
         return self.load.replace("NETWORK", self.network(file) or "")
-
-
-# ---- the names that other projects use for the network ----
 
 
 def torchvision_name(file: EncoderFile) -> str | None:
@@ -108,9 +99,6 @@ def _deit_call(file: EncoderFile) -> str | None:
 
 def _options(file: EncoderFile) -> dict[str, Any]:
     return {name: value for name, value in file.options.items() if name not in _ONLY_IN_TRAINING}
-
-
-# ---- writing ----
 
 
 def _state(backbone: nn.Module) -> dict[str, Tensor]:
@@ -162,9 +150,6 @@ def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> No
     save_encoder(path, backbone, config, file.step)
 
 
-# ---- reading as each project does ----
-
-
 def _torchvision(file: EncoderFile, state: State, path: Path) -> Read:
     network: Any = torchvision.models.get_model(torchvision_name(file) or "", weights=None)
     network.fc = nn.Identity()
@@ -187,8 +172,6 @@ def _read_ours(path: Path, file: EncoderFile) -> Read:
     network = build(read_encoder(path)).get_submodule("backbone")
     return Read(network, network.state_dict())
 
-
-# ---- the formats ----
 
 _RESNETS_AS_PUBLISHED = "torchvision's ResNets with their own stem"
 

@@ -13,8 +13,7 @@ from moco.files import atomic_write, write_errors
 
 METRICS = "metrics.jsonl"
 
-Metrics = dict[str, tuple[list[float], list[float]]]
-"""by name: steps and values"""
+Metrics = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
 
 
 class MetricsLogger:

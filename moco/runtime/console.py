@@ -105,33 +105,30 @@ def progress_bar(description: str, quiet: bool) -> Iterator[Callable[[int, int],
 
 def log(line: str) -> None:
     """Print a line, on rank 0."""
-    if is_rank_zero():
-        Terminal(highlight=False).print(line, markup=False, soft_wrap=True)
+    Terminal(highlight=False, quiet=not is_rank_zero()).print(line, markup=False, soft_wrap=True)
 
 
 def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print the closing panel of a command: rows of a name and a text. On rank 0."""
-    if not is_rank_zero():
-        return
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in rows:
         grid.add_row(name, Text(text))
-    Terminal(highlight=False).print(Panel(grid, title=title, title_align="left", expand=False))
+    Terminal(highlight=False, quiet=not is_rank_zero()).print(
+        Panel(grid, title=title, title_align="left", expand=False)
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
     """Print a table, on rank 0. Brackets in the text are not markup."""
-    if not is_rank_zero():
-        return
     out = Table(title=Text(title, style="table.title"), title_justify="left", caption_justify="left", box=box.ROUNDED)
     out.caption = Text(caption, style="table.caption") if caption else None
     for i, column in enumerate(columns):
         out.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         out.add_row(*map(Text, row))
-    Terminal(highlight=False).print(out)
+    Terminal(highlight=False, quiet=not is_rank_zero()).print(out)
 
 
 def duration(seconds: float) -> str:

@@ -26,8 +26,7 @@ class Reason(IntEnum):
     SIGUSR1 = 2
     SIGTERM = 3
     SIGINT = 4
-    NOT_SAVED = 5
-    """the last checkpoint could not be written"""
+    NOT_SAVED = 5  # the last checkpoint could not be written
 
 
 class Preempted(Exception):
