@@ -123,7 +123,7 @@ def _compose(name: str, schema: type[Schema]) -> list[Schema]:
 
 
 def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
-    """Return a composed configuration as an object of its schema, to which `+field=value` may have added fields.
+    """Return a composed configuration, to which `+field=value` may have added fields, as an object of its schema.
 
     Raises:
         ConfigError: if a group's name is not that of its schema.

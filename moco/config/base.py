@@ -32,11 +32,7 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def optional_module(name: str, needed: str, extra: str, instead: str = "") -> Any:
-    """Import a module of an optional dependency; if it is not installed, raise ConfigError.
-
-    The message is e.g. "map=umap needs umap-learn" (`needed`), the pip command with the package's `extra`, and ", or
-    set map=tsne" (`instead`).
-    """
+    """Import a module of an optional dependency, or raise ConfigError with the pip command of the package's `extra`."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -116,8 +112,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
     """Check all fields of a configuration and its groups against their bounds, and that all numbers are finite.
 
     Raises:
-        ConfigError: for the first invalid value, with the dotted field, the value and the accepted values. `prefix` is
-            the dotted name of the group, with a final dot.
+        ConfigError: for the first invalid value, with its dotted field (after `prefix`) and what is accepted.
     """
     for each in fields(config):
         name, value = prefix + each.name, getattr(config, each.name)

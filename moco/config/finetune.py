@@ -6,8 +6,6 @@ from typing import Any
 from moco.config.base import bounded, require, require_divisible
 from moco.config.subject import SubjectConfig, check_subject
 
-DEFAULT_FRACTION = 0.01  # if no field selects the labeled images
-
 
 @dataclass
 class FinetuneConfig(SubjectConfig):
@@ -90,6 +88,4 @@ def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
 
 def fraction_of(config: FinetuneConfig) -> float | None:
     """Return the fraction of each class that has labels; None if another field selects the labeled images."""
-    if config.labels_per_class or config.subset_list:
-        return None
-    return config.fraction or DEFAULT_FRACTION
+    return None if config.labels_per_class or config.subset_list else config.fraction or 0.01
