@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# torchvision's names on the left. Detectron2 counts stages from 2, as the ResNet paper does.
+# torchvision's names on the left. Detectron2 calls layer1 res2, as the ResNet paper calls it conv2_x.
 _TO_DETECTRON2 = (
     (r"^(?!layer)", "stem."),
     (r"^layer(\d)", lambda stage: f"res{int(stage[1]) + 1}"),

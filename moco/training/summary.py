@@ -30,14 +30,14 @@ def announce(trainer: "Trainer") -> None:
     config, plan, sources, log = trainer.config, trainer.plan, trainer.sources, trainer.display.log
     device, method = trainer.device, trainer.method
     parameters = sum(p.numel() for p in method.encoder.parameters())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, threads={torch.get_num_threads()}"
     log(
         f"moco {moco.__version__} · {config.model.backbone} ({parameters / 1e6:.2f} M parameters) on "
         f"{config.data.name} ({plan.length:,} images) · {world_size()} x {where}"
     )
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     log(
-        f"{plan.epochs} epochs of {plan.steps_per_epoch} steps · batch {config.batch_size} · {negatives} · "
+        f"epochs {plan.epochs}, {plan.steps_per_epoch} steps each · batch {config.batch_size} · {negatives} · "
         f"temperature {config.method.temperature} · lr {trainer.peak_lr:.3g} · {trainer.precision} "
         f"({trainer.precision_reason}) · into {config.run}"
     )
@@ -87,7 +87,7 @@ def summarize(trainer: "Trainer") -> None:
     method = type(trainer.method).__name__ + (" and labels" if config.method.labels else "")
     trained = f"{config.model.backbone} with {method} on {config.data.name} ({plan.length:,} images)"
     rows = [
-        ("trained", f"{trained}, {plan.epochs} epochs, {plan.total_steps:,} steps"),
+        ("trained", f"{trained}, {plan.epochs} epoch{'s' * (plan.epochs > 1)}, {plan.total_steps:,} steps"),
         ("time", duration(trainer.schedule.seconds())),
     ]
     if speed := trainer.throughput.summary():
