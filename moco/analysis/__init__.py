@@ -26,30 +26,7 @@ from moco.analysis.staleness import (
     similar_share,
 )
 
-__all__ = [
-    "EMPTY",
-    "Explained",
-    "Hardness",
-    "alignment",
-    "alpha_req",
-    "bin_edges",
-    "covariance_spectrum",
-    "duplicate_share",
-    "effective_negatives",
-    "explain_temperature",
-    "feature_std",
-    "hardness",
-    "key_ages",
-    "key_drift",
-    "own_key_share",
-    "power_law_exponent",
-    "rank_me",
-    "relative_penalty",
-    "same_label_share",
-    "similar_share",
-    "similarity_histogram",
-    "spread",
-    "tolerance",
-    "top_share",
-    "uniformity",
-]
+__all__ = ["alignment", "bin_edges", "similarity_histogram", "tolerance", "uniformity"]
+__all__ += ["Explained", "Hardness", "effective_negatives", "explain_temperature", "hardness", "relative_penalty"]
+__all__ += ["alpha_req", "covariance_spectrum", "feature_std", "power_law_exponent", "rank_me", "spread", "top_share"]
+__all__ += ["EMPTY", "duplicate_share", "key_ages", "key_drift", "own_key_share", "same_label_share", "similar_share"]

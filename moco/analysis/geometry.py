@@ -1,4 +1,4 @@
-"""Where embeddings lie on the unit sphere: alignment, uniformity, tolerance.
+"""The distribution of embeddings on the unit sphere: alignment, uniformity, tolerance.
 
     Understanding Contrastive Representation Learning through Alignment and Uniformity (Wang & Isola, ICML 2020)
     Understanding the Behavior of Contrastive Loss (Wang & Liu, CVPR 2021)
@@ -9,8 +9,9 @@ Legend: N pairs, M samples, C dimension, L classes.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from moco.builder import unit_length
 
 PAIRS_AT_ONCE = 2**22  # distances in memory: 16 MiB of float32
 MOST_SHARPNESS = 20.0  # exp(-4 t), the potential of antipodal points, is still a normal float32
@@ -18,23 +19,16 @@ MOST_SHARPNESS = 20.0  # exp(-4 t), the potential of antipodal points, is still 
 
 @torch.no_grad()
 def alignment(query: Tensor, key: Tensor, alpha: float = 2.0) -> Tensor:
-    """Compute the mean of |q - k|^alpha over positive pairs.
+    """Compute the mean of |q - k|^alpha over positive pairs: the rows of query and key, both (N, C).
 
-    Wang & Isola (2020), Sec. 4.1, L_align. With alpha = 2 it is 2 - 2 times the mean positive similarity.
-
-    Args:
-        query: shape (N, C).
-        key: shape (N, C), row n is the positive of query n.
-        alpha: above 0.
-
-    Returns:
-        Shape (), 0 (equal views) ... 2**alpha (antipodal).
+    Wang & Isola (2020), Sec. 4.1, L_align. With alpha = 2 it is 2 - 2 times the mean positive similarity. The result of
+    shape () is 0 (equal views) ... 2**alpha (antipodal); alpha must be above 0.
     """
     if query.shape != key.shape or query.ndim != 2 or len(query) == 0:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must both be (N, C) with N at least 1")
     if alpha <= 0:
         raise ValueError(f"alpha={alpha} must be above 0")
-    distance: Tensor = torch.linalg.vector_norm(_unit(query) - _unit(key), dim=1)  # (N,)
+    distance: Tensor = torch.linalg.vector_norm(unit_length(query) - unit_length(key), dim=1)  # (N,)
     return distance.pow(alpha).mean()
 
 
@@ -42,22 +36,16 @@ def alignment(query: Tensor, key: Tensor, alpha: float = 2.0) -> Tensor:
 def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
     """Compute the log of the mean Gaussian potential exp(-t |x - y|^2) over distinct pairs; lower is more uniform.
 
-    Wang & Isola (2020), Sec. 4.1, L_uniform. Each of the M (M - 1) / 2 pairs counts once. At most `PAIRS_AT_ONCE` of
-    them are in memory, or one row of M.
-
-    Args:
-        features: shape (M, C).
-        t: sharpness, above 0 and at most 20.
-
-    Returns:
-        Shape (), -4 t (two antipodal points) ... 0 (collapse). About -4 + 8 / C for t = 2 and points that are uniform
-        on a sphere of large C.
+    Wang & Isola (2020), Sec. 4.1, L_uniform, for features (M, C) and a sharpness t above 0 and at most 20. Each of the
+    M (M - 1) / 2 pairs counts once. Memory holds at most `PAIRS_AT_ONCE` of them, or one row of M. The result of shape
+    () is -4 t (two antipodal points) ... 0 (collapse): about -4 + 8 / C for t = 2 and uniform points on a sphere of
+    large C.
     """
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 2, to form a pair")
     if not 0 < t <= MOST_SHARPNESS:
         raise ValueError(f"t={t} must be above 0 and at most {MOST_SHARPNESS}")
-    x, samples = _unit(features), len(features)
+    x, samples = unit_length(features), len(features)
     half = x.square().sum(dim=1) / 2  # (M,), 1/2, or 0 for a zero vector
     rows = max(1, PAIRS_AT_ONCE // samples)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
@@ -74,33 +62,20 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
 def tolerance(features: Tensor, labels: Tensor) -> Tensor:
     """Compute the mean similarity of pairs of distinct samples of the same class.
 
-    Wang & Liu (2021), Sec. 4 (the uniformity-tolerance dilemma). In a class |sum of x|^2 - sum of |x|^2 is the sum of
-    x . y over its pairs, so no M x M matrix is needed.
-
-    Args:
-        features: shape (M, C).
-        labels: classes, integers of shape (M,).
-
-    Returns:
-        Shape (), -1 ... 1; 1 if each class is one point.
+    Wang & Liu (2021), Sec. 4 (the uniformity-tolerance dilemma). For the features (M, C) and integer labels (M,). The
+    result of shape () is -1 ... 1; 1 if each class is one point.
 
     Raises:
         ValueError: if no class has two samples, or for an invalid shape.
     """
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} must be (M, C) and (M,)")
-    x = _unit(features).double()
+    x = unit_length(features)
     classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     pairs = int((counts * (counts - 1)).sum())
     if pairs == 0:
         raise ValueError(f"none of the {len(classes)} classes has two samples, so there is no same-class pair")
-    sums = x.new_zeros(len(classes), x.shape[1]).index_add_(0, inverse, x)  # (L, C)
-    return ((sums.square().sum() - x.square().sum()) / pairs).to(_at_least_float32(features).dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(_at_least_float32(x), dim=1)
+    exact = x.double()
+    sums = exact.new_zeros(len(classes), x.shape[1]).index_add_(0, inverse, exact)  # (L, C)
+    # |sum of x|^2 - sum of |x|^2 of a class is the sum of x . y over its pairs, without an M x M matrix
+    return ((sums.square().sum() - exact.square().sum()) / pairs).to(x.dtype)

@@ -6,6 +6,8 @@ Legend: B bins.
 import torch
 from torch import Tensor
 
+from moco.losses.similarity import full_precision
+
 ENTRIES_AT_ONCE = 2**21  # similarities at once: their bin numbers take 16 MiB
 
 
@@ -18,9 +20,9 @@ def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | 
         push = similarity_histogram(similarity, weights=relative_penalty(similarity, temperature))
 
     Args:
-        similarity: any shape. Values that rounding put outside -1 ... 1 count in the outer bins; -inf does not count.
+        similarity: any shape. Values outside -1 ... 1, from rounding, count in the outer bins; -inf does not count.
         bins: B, at least 1.
-        weights: of each entry, in the shape of the similarity; None: 1. The weight of -inf is not used.
+        weights: of each entry, in the shape of the similarity; None: 1. The weight of -inf is ignored.
 
     Returns:
         Counts, int64, shape (B,), or sums of weights, float64. Bin b is [-1 + 2 b / B, -1 + 2 (b + 1) / B); the last
@@ -35,7 +37,7 @@ def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | 
     parts = similarity.flatten().split(ENTRIES_AT_ONCE)
     weighted = [None] * len(parts) if weights is None else weights.flatten().split(ENTRIES_AT_ONCE)
     for part, weight in zip(parts, weighted, strict=True):
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        part = full_precision(part)
         at = ((part + 1) * (bins / 2)).floor().clamp(0, bins - 1)
         at = torch.where(part.isfinite(), at, float(bins)).long()
         counts.scatter_add_(0, at, torch.ones_like(at) if weight is None else weight.to(dtype))

@@ -1,8 +1,8 @@
-"""Which negatives the gradient of a query comes from, and how the temperature controls it.
+"""The share of each negative in a query's gradient, and the effect of the temperature on it.
 
     Understanding the Behavior of Contrastive Loss (Wang & Liu, CVPR 2021), Sec. 3
 
-With P_ij the softmax of query i over its positive and its negatives, the gradient of the loss by the similarities s is
+P_ij is the softmax of query i over its positive and its negatives. The gradient of the loss by the similarities s is
 
     dL/ds_ii = -(1 / T) sum over j of P_ij  (the positive)        dL/ds_ij = P_ij / T  (a negative)
 
@@ -52,11 +52,9 @@ def effective_negatives(weights: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top_share(weights: Tensor, top: int) -> Tensor:
-    """Compute the share of the push on the `top` hardest negatives, shape (...): top / K (equal shares) ... 1.
+    """Compute the share of the push on the `top` (1 ... K) hardest negatives: top / K (equal shares) ... 1.
 
-    Args:
-        weights: `relative_penalty`, shape (..., K).
-        top: 1 ... K.
+    `weights` are the `relative_penalty`, shape (..., K). Shape (...).
     """
     if not 1 <= top <= weights.shape[-1]:
         raise ValueError(f"top={top} must be 1 ... {weights.shape[-1]}, the number of negatives")
@@ -73,12 +71,12 @@ class Hardness(NamedTuple):
 
 @torch.no_grad()
 def hardness(logits: Tensor, top: int = 10) -> Hardness:
-    """Compute all three measures in one pass over the logits, a few queries at a time.
+    """Compute the means of `Hardness` in one pass over the logits, a few queries at a time.
 
     Args:
         logits: shape (N, 1 + K), as `moco.losses.info_nce` returns them: the positive in column 0, -inf for an entry
             that is not a negative. Each row needs a negative.
-        top: for `top_share`, at most K are used.
+        top: for `top_share`; K if K is smaller.
     """
     if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)} must be (N, 1 + K) with N and K at least 1")
@@ -109,12 +107,8 @@ def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -
         right, wrong = (explain_temperature(torch.tensor([0.8, 0.5, 0.1]), answer, grid) for answer in (0, 1))
 
     With a right answer, loss and gradient vanish at a low T. With a wrong one, both are large at a low T, and the
-    hardest candidate gets all of the push.
-
-    Args:
-        similarity: of the candidates, shape (1 + K,).
-        answer: the candidate that is the positive.
-        temperatures: above 0, shape (B,).
+    hardest candidate gets all of the push. `similarity` (1 + K,) is that of the candidates, `answer` the number of the
+    positive one. The `temperatures` (B,) are above 0.
     """
     if similarity.ndim != 1 or not 0 <= answer < len(similarity):
         raise ValueError(f"answer={answer} must be one of the candidates 0 ... {similarity.numel() - 1}")

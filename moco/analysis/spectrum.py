@@ -1,4 +1,4 @@
-"""How many dimensions embeddings use: effective rank, decay of the spectrum, standard deviation.
+"""The number of dimensions that embeddings use: effective rank, decay of the spectrum, standard deviation.
 
     RankMe (Garrido et al., ICML 2023)
     alpha-ReQ (Agrawal et al., NeurIPS 2022)
@@ -13,8 +13,9 @@ Legend: M samples, C dimension, R = min(M, C).
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from moco.builder import unit_length
 
 EPSILON = 1e-7  # RankMe's for float32
 FIRST_RANK, LAST_RANK = 4, 100  # the eigenvalues that alpha-ReQ's published code fits, counted from 1
@@ -23,17 +24,12 @@ NOISE = 1e-12  # of the largest eigenvalue; smaller ones are rounding errors
 
 @torch.no_grad()
 def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
-    """Compute the effective rank: exp of the entropy of the normalized singular values.
+    """Compute the effective rank of features (M, C): exp of the entropy of the normalized singular values.
 
-    Garrido et al. (2023), Eq. 1: exp(-sum over k of p_k log p_k), p_k = sigma_k / |sigma|_1 + epsilon. The paper uses
-    25,600 samples of raw embeddings, neither centered nor normalized, and compares runs of one method only.
-
-    Args:
-        features: shape (M, C).
-        epsilon: above 0.
-
-    Returns:
-        Shape (), 1 (all on one line, or all zero; epsilon adds about 2e-6 R) ... R (the same in all directions).
+    Garrido et al. (2023), Eq. 1: exp(-sum over k of p_k log p_k), p_k = sigma_k / |sigma|_1 + epsilon, epsilon above 0.
+    The paper uses 25,600 samples of raw embeddings, neither centered nor normalized, and compares runs of one method
+    only. The result of shape () is 1 (all on one line, or all zero; epsilon adds about 2e-6 R) ... R (equal in all
+    directions).
     """
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 1")
@@ -56,25 +52,23 @@ def covariance_spectrum(features: Tensor) -> Tensor:
 def alpha_req(features: Tensor, first: int = FIRST_RANK, last: int = LAST_RANK) -> Tensor:
     """Compute the exponent alpha of the power law of the covariance spectrum, lambda_i ~ i^-alpha.
 
-    Agrawal et al. (2022): good features (M, C), which are the backbone's, have alpha near 1. A smaller alpha is a flat,
-    noisy spectrum; a larger one means that few directions are used. See `power_law_exponent` for the rest.
+    Agrawal et al. (2022): good backbone features (M, C) have alpha near 1. A smaller alpha is a flat, noisy spectrum; a
+    larger one means that few directions are used. For the other arguments see `power_law_exponent`.
     """
     return power_law_exponent(covariance_spectrum(features), first, last)
 
 
 @torch.no_grad()
 def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LAST_RANK) -> Tensor:
-    """Fit a line to (log i, log lambda_i); the weights 1 / i make each octave of ranks count equally.
+    """Fit a line to (log i, log lambda_i) with weights 1 / i and return its negative slope, shape (); 0 if it is flat.
 
-    The range and the weights are those of alpha-ReQ's published code; the paper fits "the full set".
+    The range and the weights are those of alpha-ReQ's published code; the paper fits "the full set". With the weights
+    each octave of ranks counts equally.
 
     Args:
         spectrum: eigenvalues, descending, shape (R,).
         first: the first rank of the fit, counted from 1.
         last: the last rank; a shorter spectrum is used up to its last eigenvalue above rounding errors.
-
-    Returns:
-        The negative slope, shape (), any number; 0 for a flat spectrum.
 
     Raises:
         ValueError: if fewer than two eigenvalues are in the range.
@@ -97,19 +91,13 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Compute the standard deviation of each dimension over the samples, after normalizing the features.
+    """Normalize features (M, C) and compute the standard deviation (divided by M) of each dimension, shape (C,).
 
-    Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C).
-
-    Args:
-        features: shape (M, C).
-
-    Returns:
-        Population deviations (divided by M), shape (C,). Their root mean square is at most 1 / sqrt(C).
+    Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C), which is
+    also the highest possible root mean square.
     """
     _require_two(features)
-    unit = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=1)
-    return unit.std(dim=0, correction=0)
+    return unit_length(features).std(dim=0, correction=0)
 
 
 def spread(features: Tensor) -> Tensor:

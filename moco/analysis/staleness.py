@@ -1,4 +1,4 @@
-"""The keys in a queue: how old they are, how far they have drifted, and which of them are false negatives.
+"""The keys in a queue: their age, their drift, and the share of false negatives among them.
 
 The functions use the tensors of a queue (`KeyQueue.keys`, `index`, `count`, `size`) on their device.
 
@@ -20,11 +20,11 @@ ENTRIES_AT_ONCE = 2**22  # similarities at once: 16 MiB of float32
 def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
     """Compute the age of each slot's key: the number of optimizer steps that enqueued keys after it.
 
-    The newest keys have age 0, although the next step's queries are made by an encoder that is one update newer. In a
-    full queue the age of the oldest key is about K / keys_per_step.
+    The newest keys have age 0, although the encoder of the next step's queries is one update newer. In a full queue the
+    age of the oldest key is about K / keys_per_step.
 
     Args:
-        count: keys ever enqueued, an integer of shape ().
+        count: number of all keys enqueued so far, an integer of shape ().
         size: K.
         keys_per_step: of the global batch, times the directions: W N, or 2 W N for a symmetric loss.
 
@@ -46,10 +46,9 @@ def key_drift(keys: Tensor, index: Tensor, now: Tensor, now_index: Tensor) -> Te
     keys, or encode the same views.
 
     Args:
-        keys: the queue's, shape (K, C).
-        index: the sample of each key, shape (K,).
-        now: keys of the present encoder, shape (M, C).
-        now_index: their samples, shape (M,); if a sample occurs twice, either key is used.
+        keys, index: the queue's keys, shape (K, C), and their samples, shape (K,).
+        now, now_index: keys of the present encoder, shape (M, C), and their samples, shape (M,). If a sample occurs
+            twice, either key is used.
 
     Returns:
         Shape (K,), 0 (unchanged) ... 2; nan for an image without a present key.
@@ -72,14 +71,8 @@ def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
     """Compute the share of the queue's keys that show a query's own image: false negatives, unless they are masked.
 
     With K keys and epochs over M >= K images in independent orders, a query finds one with probability (K / M)^2 / 2:
-    its last visit was M keys ago, plus or minus the difference of the two orders.
-
-    Args:
-        queue_index: the sample of each key, -1 for none, shape (K,).
-        index: the queries' samples, shape (N,).
-
-    Returns:
-        Per query, shape (N,), 0 ... 1.
+    its last visit was M keys ago, plus or minus the difference of the two orders. `queue_index` (K,) holds the sample
+    of each key, -1 for none; `index` (N,) those of the queries. The result, one per query, has shape (N,), 0 ... 1.
     """
     ordered = queue_index.sort().values
     first = torch.searchsorted(ordered, index)
@@ -93,10 +86,10 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
     Huynh et al. (2022). `moco.losses.find_false_negatives` explains why the key is compared instead of the query.
 
     Args:
-        key: unit length, shape (N, C).
+        key: of each query, unit length, shape (N, C).
         queue: unit length, shape (K, C).
         threshold: a cosine, -1 ... 1.
-        negatives: which entries are negatives, boolean (N, K) or (1, K); None: all.
+        negatives: True for an entry that is a negative, boolean (N, K) or (1, K); None: all.
 
     Returns:
         Per query, shape (N,), 0 ... 1; 0 without negatives.
@@ -114,23 +107,18 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
 def duplicate_share(key: Tensor, queue: Tensor, negatives: Tensor | None = None) -> Tensor:
     """Compute the share of queries with their own key among the negatives, shape (), 0 ... 1.
 
-    Above 0 the keys are enqueued before the loss, or in the same step: the softmax then halves, and the loss cannot
-    fall below log 2. A collapsed encoder has 1 too. For the arguments see `similar_share`.
+    Above 0, keys are enqueued before the loss: the softmax then halves, and the loss cannot fall below log 2. A
+    collapsed encoder has 1 too. For the arguments see `similar_share`.
     """
     return (similar_share(key, queue, 1 - SAME, negatives) > 0).float().mean()
 
 
 @torch.no_grad()
 def same_label_share(labels: Tensor, queue_labels: Tensor, negatives: Tensor | None = None) -> Tensor:
-    """Compute the share of a query's negatives that have its label.
+    """Compute the share of a query's negatives that have its label, shape (N,), 0 ... 1; 0 without negatives.
 
-    Args:
-        labels: of the queries, integers of shape (N,).
-        queue_labels: of the queue's keys, shape (K,); an invalid label where it is unknown.
-        negatives: which entries are negatives, boolean (N, K) or (1, K); None: all.
-
-    Returns:
-        Per query, shape (N,), 0 ... 1; 0 without negatives. About 1 / classes if the classes are balanced.
+    About 1 / classes if the classes are balanced. `labels` (N,) are those of the queries, `queue_labels` (K,) those of
+    the keys, with an invalid one where it is unknown. For `negatives` see `similar_share`.
     """
     same = labels[:, None] == queue_labels  # (N, K)
     if negatives is None:

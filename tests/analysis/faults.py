@@ -67,15 +67,10 @@ CASES = {
         (*SHORT, "batch_size=32", "method.queue_size=1024", "method.momentum=0.9"),
     ),
     "early": Case(
-        "positive among the negatives",
-        "keys enqueued before the loss",
-        (*SHORT, "method.mask_own_keys=false"),
-        "early",
+        "positive among the negatives", "keys enqueued before the loss", (*SHORT, "method.mask_own_keys=false"), "early"
     ),
     "weak": Case(
-        "augmentation too weak",
-        "augmentation off",
-        (*SHORT, "augment.affine_p=0.0", "augment.noise=[0.0,0.0]"),
+        "augmentation too weak", "augmentation off", (*SHORT, "augment.affine_p=0.0", "augment.noise=[0.0,0.0]")
     ),
     "leak": Case(
         "BN leak",
@@ -142,12 +137,7 @@ def jump(patch: Patch) -> None:
     patch(trainer, "schedule_values", wrong)
 
 
-DEFECTS: dict[str, Callable[[Patch], None]] = {
-    "early": early,
-    "unrelated": unrelated,
-    "slow": slow,
-    "jump": jump,
-}
+DEFECTS: dict[str, Callable[[Patch], None]] = {"early": early, "unrelated": unrelated, "slow": slow, "jump": jump}
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_uniformity_of_uniform_points_is_the_integral(c: int) -> None:
     points = unit(4000, c, seed=3)
     assert uniformity(points).item() == pytest.approx(expected, abs=0.01)
     if c == 128:
-        assert expected == pytest.approx(-4 + 8 / c, abs=0.01)  # as the docstring says
+        assert expected == pytest.approx(-4 + 8 / c, abs=0.01)  # the value in the docstring
 
 
 def test_tolerance_equals_the_loops() -> None:

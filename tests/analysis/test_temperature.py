@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from moco.analysis.studies import temperature as study_module
-from moco.analysis.studies.figures import draw_curves, penalties
+from moco.analysis.studies.figures import FIGURES, draw_curves, penalties
 from moco.analysis.studies.measures import Contrast, Run, Space, contrast_of, measure
 from moco.analysis.studies.temperature import Planned, command_of, explain, summary, sweep
 from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
@@ -95,7 +95,7 @@ def test_a_study_is_its_runs_measures_and_figures(study: tuple[Path, list[Run]])
     assert [each["temperature"] for each in written["runs"]] == [0.1, 1.0]
     assert written["summary"][0]["knn"] == {"mean": runs[0].knn.mean if runs[0].knn else None, "std": None}
     assert written["runs"][1]["contrast"]["push_at"] == runs[1].contrast.push_at
-    for name in study_module.FIGURES:
+    for name in FIGURES:
         assert "<svg" in (output / name).read_text()
 
 

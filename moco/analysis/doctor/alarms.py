@@ -41,15 +41,12 @@ def momentum_frozen(series: Series, facts: Facts) -> Alarm | None:
     """Find a momentum of 1 from the start: the momentum encoder stays random. A schedule may end at 1."""
     if facts.momentum is None or facts.momentum < 1:
         return None
-    return Alarm(
-        "momentum of 1",
-        "the momentum encoder never changes, so the queries learn to match a random network",
-        "method.momentum=0.999",
-    )
+    evidence = "the momentum encoder never changes, so the queries learn to match a random network"
+    return Alarm("momentum of 1", evidence, "method.momentum=0.999")
 
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: 0.05 ... 1 (MoCo v3 with ResNet)
-FEW_NEGATIVES = 2.0  # the gradient then comes from the nearest negative, often one of the query's own class
+FEW_NEGATIVES = 2.0  # below: the gradient comes from the nearest negative, often one of the query's own class
 ALL_NEGATIVES = 0.99  # share of K: similarities differ by less than about T / 10, so the loss ranks no negatives
 SPREAD_OUT = 0.5  # below: an untrained encoder's embeddings are so close that all negatives count equally at any T
 RECOGNIZED = 0.5  # at T = 1 well-spread features have equal weights too, but over half of the queries find their key
@@ -71,11 +68,8 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     temperature = present_temperature(series, facts)
     effective, negatives = latest(series, "train/effective_negatives"), latest(series, "train/negatives")
     accuracy = latest(series, "train/contrast_accuracy")
-    equal = (
-        effective > ALL_NEGATIVES * negatives
-        and accuracy < RECOGNIZED
-        and not latest(series, "analysis/spread") < SPREAD_OUT
-    )
+    spread_out = not latest(series, "analysis/spread") < SPREAD_OUT
+    equal = effective > ALL_NEGATIVES * negatives and accuracy < RECOGNIZED and spread_out
     if temperature <= HIGHEST_TEMPERATURE and not equal:
         return None
     evidence = f"the temperature is {temperature:g}"
@@ -94,17 +88,20 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     if share <= (1.0 if facts.mask_own_keys else MOST_OF_DATASET):
         return None
     evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
-    remedy = f"method.queue_size={_power_of_two(facts.dataset_size // 4)}"
+    power_of_two = 1 << max(0, (facts.dataset_size // 4).bit_length() - 1)
+    remedy = f"method.queue_size={power_of_two}"
     if facts.mask_own_keys:
         evidence += "it holds several keys per image: old keys instead of more images"
     else:
-        evidence += f"about {_meets_itself(share):.0%} of the queries meet a key of their own image as a negative"
+        # The order of each epoch is independent: an image's last key is M - a + b keys old, a and b uniform in 0 ... M.
+        meets_itself = share**2 / 2 if share <= 1 else 1 - max(0.0, 2 - share) ** 2 / 2
+        evidence += f"about {meets_itself:.0%} of the queries meet a key of their own image as a negative"
         remedy = f"method.mask_own_keys=true, {remedy}"
     return Alarm("queue too long for the data set", evidence, remedy)
 
 
 # The oldest key is K / B steps old. At 3 lifetimes, exp(-3) = 5 % of the encoder that made it is left in the present
-# one. Published recipes have at most 2.6 (K 65536, B 256, m 0.99 in MoCo's ablation); m 0.9 has 26.
+# one. Published recipes reach 2.6 (K 65536, B 256, m 0.99 in MoCo's ablation); m 0.9 has 26.
 MOST_LIFETIMES = 3.0
 
 
@@ -138,11 +135,8 @@ def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
         found.append(f"{share:.1%} of the queries have their own key among the negatives")
     at_floor = len(losses) == 2 * LATEST and all(-0.01 < loss - math.log(2) < LOG_2_MARGIN for loss in losses)
     if at_floor and similarity > 0.9 and accuracy < SOLVED:
-        found.append(
-            f"the loss stays at {losses[-1]:.3f} (log 2) although positives have a similarity of {similarity:.2f}"
-        )
-    remedy = "enqueueing after the loss, or method.mask_own_keys=true"
-    return _alarm("positive among the negatives", found, remedy)
+        found.append(f"the loss stays at {losses[-1]:.3f} (log 2), but positives have a similarity of {similarity:.2f}")
+    return _alarm("positive among the negatives", found, "enqueueing after the loss, or method.mask_own_keys=true")
 
 
 VIEWS_SIMILAR = 0.98  # mean similarity of two views for an untrained encoder; this project's recipes have 0.72 to 0.85
@@ -175,18 +169,15 @@ def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
     if shuffled - unshuffled > LEAK_NATS:
         evidence = f"the loss is {unshuffled:.2f} with keys in the BN groups of their queries and {shuffled:.2f} with "
         return Alarm("BN leak", f"{evidence}shuffled keys", remedy)
-    accuracies, knns, untrained = (
-        once_full(series, "train/contrast_accuracy"),
-        series.get("accuracy/knn", ()),
-        latest(series, "accuracy/untrained"),
-    )
+    accuracies = once_full(series, "train/contrast_accuracy")
+    knns, untrained = series.get("accuracy/knn", ()), latest(series, "accuracy/untrained")
     if len(accuracies) < LATEST or len(knns) < 2:  # the first kNN is the untrained encoder's
         return None
     accuracy, knn = fmean(accuracies[-LATEST:]), knns[-1]
     if accuracy < SOLVED or not knn <= untrained + NO_GAIN or _views_similar(series) or at_chance(series, facts):
         return None
     evidence = f"{accuracy:.1%} of the queries find their key, but kNN is {knn:.1f} % (untrained: {untrained:.1f} %)"
-    return Alarm("BN leak", evidence, f"{remedy}; otherwise look for what the two views share besides the image")
+    return Alarm("BN leak", evidence, f"{remedy}; otherwise check what the two views share besides the image")
 
 
 SPIKE_NATS, SPIKE_DEVIATIONS, SPIKES = 0.5, 6.0, 2  # the mean loss of a batch varies by about 0.1 nats between steps
@@ -206,8 +197,7 @@ def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
         early, late = median(norms[quarter : 2 * quarter]), median(norms[-quarter:])
         if late > NORM_GROWTH * early > 0:
             found.append(f"the gradient norm grew from {early:.2g} to {late:.2g}")
-    remedy = "half of optim.lr, a longer warm-up, or optim.clip_grad=1"
-    return _alarm("learning rate too high", found, remedy)
+    return _alarm("learning rate too high", found, "half of optim.lr, a longer warm-up, or optim.clip_grad=1")
 
 
 def _spikes(series: Series) -> int:
@@ -306,15 +296,3 @@ def _views_similar(series: Series) -> bool:
     """Return whether the positives of the first step were already similar; False without records of the start."""
     epochs, similarity = series.get("train/epoch", ()), series.get("train/positive_similarity", ())
     return bool(epochs and similarity) and epochs[0] <= 1 and similarity[0] > VIEWS_SIMILAR
-
-
-def _meets_itself(share: float) -> float:
-    """Return the probability that an image's last key is still in a queue of `share` = K / M data sets.
-
-    The order of each epoch is independent, so the last visit was M - a + b keys ago, with a and b uniform in 0 ... M.
-    """
-    return share**2 / 2 if share <= 1 else 1 - max(0.0, 2 - share) ** 2 / 2
-
-
-def _power_of_two(most: int) -> int:
-    return 1 << max(0, most.bit_length() - 1)

@@ -13,25 +13,18 @@ from moco.runs.metrics import read_metrics
 def diagnose(series: Series, facts: Facts) -> list[Alarm]:
     """Return all findings, in the order in which to act on them.
 
-    Args:
-        series: the records of the run so far, or the newest part of them. Two alarms compare with the first records
-            of the run, and find nothing without those.
-        facts: settings of the run.
+    The series may hold only the newest records of the run. The two alarms that compare with the first ones then find
+    nothing.
     """
     return [alarm for check in ALARMS if (alarm := check(series, facts)) is not None]
 
 
 def facts_of(method: MethodConfig, batch_size: int, images: int) -> Facts:
     """Return the settings that the doctor needs; `images` is the size of the data set."""
-    return Facts(
-        temperature=method.temperature,
-        momentum=method.momentum if method.has_momentum_encoder else None,
-        queue_size=method.queue_size,
-        dataset_size=images,
-        keys_per_step=batch_size * method.keys_per_image,
-        mask_own_keys=method.mask_own_keys,
-        supervised=method.labels,
-    )
+    momentum = method.momentum if method.has_momentum_encoder else None
+    keys_per_step = batch_size * method.keys_per_image
+    fixed = (method.temperature, momentum, method.queue_size, images, keys_per_step)
+    return Facts(*fixed, mask_own_keys=method.mask_own_keys, supervised=method.labels)
 
 
 class Doctor:
@@ -39,14 +32,14 @@ class Doctor:
 
     Args:
         facts: settings of the run.
-        file: its metrics.jsonl, with the records of earlier attempts.
-        log: is called with one line per new finding.
+        file: its metrics.jsonl, with the records before a resume.
+        log: called with one line per new finding.
     """
 
     def __init__(self, facts: Facts, file: Path, log: Callable[[str], None]) -> None:
         self._facts, self._log = facts, log
         self._series = {name: array("d", values) for name, (_, values) in read_metrics(file).items()}
-        self._reported: set[str] = set()  # an alarm that stops and returns is logged once
+        self._reported: set[str] = set()  # an alarm that disappears and returns is logged once
         self.found: list[Alarm] = []
 
     def record(self, values: Mapping[str, float]) -> None:

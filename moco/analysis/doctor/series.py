@@ -1,4 +1,4 @@
-"""What an alarm is made of: recorded series by their names in metrics.jsonl, facts about the run, the finding.
+"""The input and output of a check: recorded series by their names in metrics.jsonl, facts about the run, the alarm.
 
 A check whose series was not recorded finds nothing: `latest` is nan then, and every comparison with nan is false.
 """
@@ -23,7 +23,7 @@ class Facts(NamedTuple):
     momentum: float | None  # of the momentum encoder; None without one
     queue_size: int  # K; 0 without a queue: the negatives are the batch
     dataset_size: int  # images
-    keys_per_step: int  # keys of the global batch: images times directions
+    keys_per_step: int  # of the global batch: images times directions
     mask_own_keys: bool = True
     supervised: bool = False  # the labels define the positives
 

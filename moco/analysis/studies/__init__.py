@@ -9,16 +9,12 @@ from moco.runtime.device import pick_device
 
 
 def open_study(output: str, device: str, threads: int) -> tuple[Path, torch.device]:
-    """Make the output directory of a study, set the number of CPU threads, and return directory and device.
-
-    Raises:
-        ConfigError: if the directory cannot be made.
-    """
+    """Create the output directory of a study, set the number of CPU threads, and return directory and device."""
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output={folder} cannot be made: {error.strerror}") from error
+        raise ConfigError(f"output={folder} cannot be created: {error.strerror}") from error
     if threads:
         torch.set_num_threads(threads)
     return folder, pick_device(device)

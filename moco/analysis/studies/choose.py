@@ -39,8 +39,6 @@ RESULTS = "choose.json"  # not results.json: the output may be a run, whose eval
 PROBE = Recipe(epochs=100, batch_size=0, momentum=0.9, normalize="standard", seed=0)  # batch_size: all images
 PROBE_SETTING = Setting("output", 0.1, 1e-3)  # the same for every checkpoint, and long enough to fit the few images
 EVALUATIONS = {"knn": "few-label kNN", "probe": "linear probe"}
-
-
 GOODNESS: dict[str, Callable[[float], float]] = {  # the higher the better
     "highest": lambda value: value,
     "lowest": lambda value: -value,
@@ -52,7 +50,7 @@ class Measure(NamedTuple):
     """A measure that needs no labels."""
 
     title: str
-    best: str  # which value is best, a key of GOODNESS
+    best: str  # the value that is best, a key of GOODNESS
     compute: Callable[[Outputs], Tensor]
 
 
@@ -83,7 +81,7 @@ class Point:
     accuracies: dict[str, float]  # percent, by the names of EVALUATIONS; empty without labels
 
     def goodness(self, measure: str) -> float:
-        """Return how good the checkpoint is by a measure: the higher the better; nan without a value."""
+        """Rate the checkpoint by a measure: the higher the better; nan without a value."""
         return GOODNESS[MEASURES[measure].best](self.measures[measure])
 
     def plain(self) -> dict[str, Any]:
@@ -94,7 +92,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well a measure orders checkpoints, compared with an accuracy."""
+    """The agreement of a measure with an accuracy about the order of checkpoints."""
 
     within: float | None  # Spearman's rank correlation within a run, mean over the runs
     across: float | None  # among the last checkpoints of all runs
@@ -105,7 +103,7 @@ class Agreement:
 
 
 def choose(config: ChooseConfig) -> list[Point]:
-    """Measure all checkpoints of the runs, write the results and report which one each measure chooses.
+    """Measure all checkpoints of the runs, write the results and print each measure's choice.
 
     Returns:
         The checkpoints, run by run, the oldest first.
@@ -163,20 +161,13 @@ def _checkpoints(run: str) -> list[Path]:
 
 
 def _same_data(files: Mapping[str, Sequence[Path]]) -> DataConfig:
-    """Return the data configuration of the runs.
-
-    Raises:
-        ConfigError: if it differs: measures of different images cannot be compared.
-    """
+    """Return the data configuration of the runs; refuse different ones, whose measures cannot be compared."""
     data = {run: dict(read_encoder(paths[-1]).config["data"]) for run, paths in files.items()}
     first, expected = next(iter(data.items()))
     for run, own in data.items():
         for name in ("name", "root", "eval_root", "labels"):
-            require(
-                own[name] == expected[name],
-                f"runs: {run} has data.{name}={own[name]}, but {first} has {expected[name]}: choose runs on the same "
-                "images",
-            )
+            difference = f"{run} has data.{name}={own[name]}, but {first} has {expected[name]}"
+            require(own[name] == expected[name], f"runs: {difference}: choose runs on the same images")
     return DataConfig(**expected)
 
 
@@ -208,7 +199,7 @@ def _accuracies(outputs: Outputs, file: EncoderFile, sources: Sources, config: C
 
 
 def chosen(points: Sequence[Point], measure: str) -> Point:
-    """Return the checkpoint that a measure chooses: the first of equals, and one without a value only as the last."""
+    """Return the checkpoint that a measure chooses: the first of equal ones; one without a value if all have none."""
     return _best(points, measure)[0]
 
 
@@ -229,14 +220,9 @@ def agreements(points: Sequence[Point]) -> dict[str, dict[str, Agreement]]:
     def agreement(measure: str, evaluation: str) -> Agreement:
         pair = (measure, evaluation)
         within = [value for run in several if (value := _correlation(run, *pair)) is not None]
-        return Agreement(
-            float(np.mean(within)) if within else None,
-            _correlation(last, *pair),
-            _correlation(points, *pair),
-            float(np.mean([_lost(run, *pair) for run in runs])),
-            _lost(last, *pair),
-            _lost(points, *pair),
-        )
+        across, everything = (_correlation(each, *pair) for each in (last, points))
+        lost = (float(np.mean([_lost(run, *pair) for run in runs])), _lost(last, *pair), _lost(points, *pair))
+        return Agreement(float(np.mean(within)) if within else None, across, everything, *lost)
 
     return {measure: {each: agreement(measure, each) for each in EVALUATIONS} for measure in MEASURES}
 

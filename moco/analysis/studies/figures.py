@@ -17,7 +17,7 @@ from moco.analysis.studies.measures import Run
 from moco.config import ConfigError
 from moco.files import atomic_write
 
-RIGHT, WRONG = 0, 1  # which candidate is the answer
+RIGHT, WRONG = 0, 1  # the candidate that is the answer
 _STYLE = {
     "figure.facecolor": "#ffffff",
     "axes.grid": True,
@@ -32,11 +32,7 @@ _STYLE = {
 
 
 def matplotlib() -> Any:
-    """Return the module, with `matplotlib.figure` imported.
-
-    Raises:
-        ConfigError: if it is not installed.
-    """
+    """Import and return matplotlib with `matplotlib.figure`; raise ConfigError if it is not installed."""
     try:
         importlib.import_module("matplotlib.figure")
         return importlib.import_module("matplotlib")
@@ -58,11 +54,8 @@ def drawing(path: Path, rows: int, columns: int, size: tuple[float, float]) -> I
 def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, highest: float) -> None:
     """Draw softmax, loss and gradient of one query against the temperature, for a right and a wrong answer.
 
-    Args:
-        path: the SVG file.
-        similarities: of the candidates; the first is the right answer, the second the wrong one.
-        lowest: temperature.
-        highest: temperature.
+    `similarities` are those of the candidates; the first is the right answer, the second the wrong one. The
+    temperature goes from `lowest` to `highest`.
     """
     grid = torch.logspace(np.log10(lowest), np.log10(highest), 200, dtype=torch.float64)
     colors = _colors(len(similarities))
@@ -140,8 +133,10 @@ def draw_penalties(path: Path, runs: Sequence[Run]) -> None:
             centers = (edges[1:] + edges[:-1]) / 2
             total.plot(centers, share * len(share) / 2, color=color, label=f"T = {temperature:g}")
             single.plot(centers, one, color=color)
-        total.set(title="distribution of the push (density)", xlabel="similarity of the negative", xlim=(-1, 1))
-        single.set(title="push on one negative ÷ mean push", xlabel="similarity of the negative", xlim=(-1, 1))
+        total.set_title("distribution of the push (density)")
+        single.set_title("push on one negative ÷ mean push")
+        for axis in axes[0]:
+            axis.set(xlabel="similarity of the negative", xlim=(-1, 1))
         single.set(yscale="log", ylim=(1e-6, None))  # anything lower has no effect
         single.axhline(1, color="#333333", linewidth=0.6)
         total.legend(fontsize=7)
@@ -150,9 +145,8 @@ def draw_penalties(path: Path, runs: Sequence[Run]) -> None:
 def penalties(runs: Sequence[Run]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Return the two curves of one temperature in the penalty figure, each (B,), means over its runs.
 
-    Returns:
-        The share of the push on the negatives of each bin, which sums to 1. And the push on a single negative divided
-        by the mean push, nan in bins with fewer than 10 similarities per run on average.
+    The first is the share of the push on the negatives of each bin, and sums to 1. The second is the push on a single
+    negative divided by the mean push, nan in bins with fewer than 10 similarities per run on average.
     """
     share = np.mean([each.contrast.push_at for each in runs], axis=0)
     counts = np.mean([each.contrast.negatives_at for each in runs], axis=0)
@@ -168,3 +162,6 @@ def _by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
 def _colors(count: int) -> list[Any]:
     """Return colors from dark to light in viridis, ordered also without color vision; not its palest, yellow."""
     return list(matplotlib().colormaps["viridis"](np.linspace(0, 0.85, max(2, count))))[:count]
+
+
+FIGURES = {"curves.svg": draw_curves, "similarities.svg": draw_similarities, "penalties.svg": draw_penalties}

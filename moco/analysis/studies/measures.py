@@ -38,12 +38,12 @@ class Space:
 
 @dataclass(frozen=True)
 class Contrast:
-    """What the loss sees of N queries, each with one positive and K negatives."""
+    """Similarities and pushes of N queries, each with one positive and K negatives."""
 
     positive_similarity: float
     negatives: int  # K
     effective_negatives: float  # mean over the queries, 1 ... K
-    push: float  # 1 - P of the positive: how much gradient is left, 0 ... 1
+    push: float  # 1 - P of the positive, 0 (no gradient is left) ... 1
     positives_at: list[int]  # (B,), number of positive similarities in each bin over -1 ... 1
     negatives_at: list[int]  # (B,), the same for the negatives
     push_at: list[float]  # (B,), share of a query's push on the negatives in each bin; sums to 1
@@ -72,11 +72,7 @@ class Run:
 def measure(
     path: Path, temperature: float, seed: int, sources: Sources, config: TemperatureConfig, device: torch.device
 ) -> Run:
-    """Measure the newest checkpoint of a run.
-
-    Args:
-        path: the run directory, of a run with this temperature and seed on these sources.
-        config: images, bins, and the settings of few-label kNN.
+    """Measure the newest checkpoint of a run with this temperature and seed on these sources.
 
     Raises:
         ConfigError: if the run has no checkpoint, or there are fewer than two images.
@@ -97,30 +93,19 @@ def measure(
         few_labels = KnnSettings(config.k, VOTE, config.labels_per_class, config.draws)
         with naming_field("labels_per_class", config.labels_per_class):
             knn = knn_accuracy(references, bank.labels, outputs.features, images.labels, few_labels)
-    return Run(
-        temperature,
-        seed,
-        str(path),
-        file.step,
-        float(state["seconds"]),
-        len(images),
-        knn,
-        _space(outputs.projection, (query, other), images),
-        _space(outputs.features, outputs.view_features, images),
-        contrast_of(unit_length(query), unit_length(key), _queue(state["method"], device), temperature, config.bins),
-    )
+    projection = _space(outputs.projection, (query, other), images)
+    backbone = _space(outputs.features, outputs.view_features, images)
+    queue = _queue(state["method"], device)
+    contrast = contrast_of(unit_length(query), unit_length(key), queue, temperature, config.bins)
+    about = (temperature, seed, str(path), file.step, float(state["seconds"]), len(images))
+    return Run(*about, knn, projection, backbone, contrast)
 
 
 @torch.no_grad()
 def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: float, bins: int) -> Contrast:
-    """Measure similarities and pushes of queries against their positives and negatives.
+    """Measure similarities and pushes of queries (N, C) against their positives, the rows of key (N, C), and negatives.
 
-    Args:
-        query: unit length, (N, C).
-        key: unit length, (N, C); row n is the positive of query n.
-        queue: the negatives (K, C), unit length; None: the keys of all other images.
-        temperature: above 0.
-        bins: B.
+    The negatives are the queue (K, C), or for None the keys of all other images. All have unit length.
     """
     negatives = key if queue is None else queue
     positives = (query * key).sum(dim=1)  # (N,)
@@ -138,16 +123,10 @@ def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: f
         push += measured.push.item() * len(similarity)
         negatives_at += similarity_histogram(similarity, bins)
         push_at += similarity_histogram(similarity, bins, relative_penalty(similarity, temperature))
-    count = len(query)
-    return Contrast(
-        positives.mean().item(),
-        len(negatives) - (queue is None),
-        effective / count,
-        push / count,
-        similarity_histogram(positives, bins).tolist(),
-        negatives_at.tolist(),
-        (push_at / count).tolist(),
-    )
+    n, k = len(query), len(negatives) - (queue is None)
+    positives_at = similarity_histogram(positives, bins)
+    histograms = (positives_at.tolist(), negatives_at.tolist(), (push_at / n).tolist())
+    return Contrast(positives.mean().item(), k, effective / n, push / n, *histograms)
 
 
 def _space(plain: Tensor, views: tuple[Tensor, Tensor], images: Source) -> Space:
@@ -157,7 +136,7 @@ def _space(plain: Tensor, views: tuple[Tensor, Tensor], images: Source) -> Space
 
 
 def _momentum_encoder(path: Path, device: torch.device) -> Encoder | None:
-    """Return the momentum encoder of a checkpoint, None for a method without one."""
+    """Return the momentum encoder of a checkpoint; None if the method has none."""
     try:
         return build(read_encoder(path, "momentum_encoder")).to(device)
     except ForeignFileError:

@@ -19,15 +19,7 @@ import yaml
 
 from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
-from moco.analysis.studies.figures import (
-    RIGHT,
-    WRONG,
-    draw_curves,
-    draw_explanation,
-    draw_penalties,
-    draw_similarities,
-    matplotlib,
-)
+from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation, matplotlib
 from moco.analysis.studies.measures import Run, measure
 from moco.config import ConfigError, DataConfig
 from moco.config.temperature import TemperatureConfig
@@ -38,7 +30,6 @@ from moco.runtime.console import duration, log, percent, progress_bar, table
 from moco.runtime.preemption import PREEMPTED
 from moco.runtime.provenance import provenance
 
-FIGURES = {"curves.svg": draw_curves, "similarities.svg": draw_similarities, "penalties.svg": draw_penalties}
 RESULTS = "temperature.json"  # not results.json: the output may be a run, whose evaluations that file holds
 
 
@@ -69,8 +60,8 @@ def explain(config: TemperatureConfig) -> None:
     for i, temperature in enumerate(temperatures):
         row = [f"{temperature:g}"]
         for answer, each in explained.items():
-            row += [percent(100 * each.softmax[i, answer].item()), f"{each.loss[i]:.3g}"]
-            row += [f"{-each.gradient[i, answer]:.3g}"]
+            softmax = percent(100 * each.softmax[i, answer].item())
+            row += [softmax, f"{each.loss[i]:.3g}", f"{-each.gradient[i, answer]:.3g}"]
         rows.append(row)
     table(
         f"one query, candidates with similarities {', '.join(f'{each:g}' for each in similarities)}",
@@ -86,10 +77,7 @@ def explain(config: TemperatureConfig) -> None:
 
 
 def sweep(config: TemperatureConfig) -> list[Run]:
-    """Train the unfinished runs, measure all finished ones, write the results and the figures.
-
-    Returns:
-        The finished runs, by temperature and seed.
+    """Train the unfinished runs, measure all finished ones, write results and figures, and return the finished runs.
 
     Raises:
         ConfigError: if the output holds another study, or matplotlib is missing.
@@ -124,18 +112,12 @@ def plan(config: TemperatureConfig, output: Path) -> list[Planned]:
 
 def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
     """Return the command that trains a run."""
-    return [
-        sys.executable,
-        "-m",
-        "moco.train",
-        f"experiment={config.recipe}",
-        *config.overrides,
-        *([] if config.epochs is None else [f"epochs={config.epochs}"]),
-        *([f"checkpoint.keep_epochs={config.keep_epochs}"] if config.keep_epochs else []),
-        f"method.temperature={run.temperature!r}",
-        f"seed={run.seed}",
-        f"run={run.folder}",
-    ]
+    command = [sys.executable, "-m", "moco.train", f"experiment={config.recipe}", *config.overrides]
+    if config.epochs is not None:
+        command.append(f"epochs={config.epochs}")
+    if config.keep_epochs:
+        command.append(f"checkpoint.keep_epochs={config.keep_epochs}")
+    return [*command, f"method.temperature={run.temperature!r}", f"seed={run.seed}", f"run={run.folder}"]
 
 
 def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
@@ -152,7 +134,7 @@ def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
 
 
 def _train_all(config: TemperatureConfig, planned: Sequence[Planned]) -> dict[str, str]:
-    """Train the unfinished runs, and continue after one that fails. Return the reasons of the failed, by directory."""
+    """Train the unfinished runs, also after one has failed, and return the reasons of the failures by directory."""
     unfinished = [run for run in planned if not is_finished(run.folder)]
     done = len(planned) - len(unfinished)
     if done:
@@ -169,10 +151,7 @@ def _train_all(config: TemperatureConfig, planned: Sequence[Planned]) -> dict[st
 
 
 def train(command: Sequence[str], folder: Path) -> str:
-    """Train one run, with its output in FOLDER.log.
-
-    Returns:
-        The reason if it failed, which is its last line of output; else "".
+    """Train one run, with its output in FOLDER.log, and return why it failed (its last line of output), else "".
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, once the run has ended.
@@ -244,7 +223,6 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def _write(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> None:
-    """Write the results and the figures."""
     results = {
         "command": "temperature",
         "settings": asdict(config),
@@ -267,17 +245,14 @@ def _report(output: Path, runs: Sequence[Run]) -> None:
         return f"{value['mean']:.{digits}f}" + (f" ± {value['std']:.{digits}f}" if value["std"] is not None else "")
 
     shown = {name: column for name, column in SUMMARY.items() if column.title}
+    rows = []
+    for row in summary(runs):
+        measures = [cell(row[name], column.digits) for name, column in shown.items()]
+        rows.append([f"{row['temperature']:g}", *measures, duration(row["seconds"]["mean"])])
     table(
         "temperature study",
         ["T", *(column.title for column in shown.values()), "time"],
-        [
-            [
-                f"{row['temperature']:g}",
-                *(cell(row[name], column.digits) for name, column in shown.items()),
-                duration(row["seconds"]["mean"]),
-            ]
-            for row in summary(runs)
-        ],
+        rows,
         f"{runs[0].pictures:,} images, {runs[0].contrast.negatives:,} negatives; kNN uses the backbone's features, the "
         "other measures the projection, as the loss does; ± is the standard deviation over seeds",
     )
