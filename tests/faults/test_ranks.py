@@ -77,11 +77,10 @@ def test_a_signal_to_one_of_four_processes_stops_all_with_their_status(tmp_path:
 
 def send_sigterm_in(where: str) -> None:
     """Rank 1 (at the export rank 0) sends itself SIGTERM when it calls this function, outside of training steps."""
-    from moco.training import build
-    from moco.training import live_knn as live
-    from moco.training import trainer as pretrain
+    from moco.runtime import device
+    from moco.training import build, live_knn, trainer
 
-    module = next(each for each in (live, build, pretrain) if where in vars(each))
+    module = next(each for each in (device, build, live_knn, trainer) if where in vars(each))
     real = vars(module)[where]
 
     def send(*arguments: Any, **options: Any) -> Any:
