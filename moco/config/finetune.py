@@ -51,7 +51,7 @@ class FinetuneConfig(SubjectConfig):
     warmup: float = bounded(0.0, ge=0, lt=1)
     """Fraction of the steps in which the lr rises linearly from zero to its peak."""
     layer_decay: float | None = bounded(None, gt=0, le=1)
-    """For vision transformers and networks of timm: the lr of a layer, divided by that of the next layer towards the
+    """For vision transformers and networks of timm: the lr of a layer, divided by that of the next layer toward the
     output. Biases and other vectors then have no weight decay. Null: the same lr for all layers."""
     drop_path: float | None = bounded(None, ge=0, lt=1)
     """For vision transformers and networks of timm: probability of skipping the deepest block in training
