@@ -27,8 +27,8 @@ class FolderSource(Source):
     """Image files below a root, decoded on request."""
 
     root: str  # absolute
-    # Relative to the root, in the file system's encoding. An array, because a list of a million strings would be copied
-    # into each worker process bit by bit, as Python writes their reference counts.
+    # Relative to the root, in the file system's encoding. An array, because Python's reference counts would make every
+    # worker process copy a list of a million strings, page by page.
     paths: NDArray[np.bytes_]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()

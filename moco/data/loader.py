@@ -176,5 +176,5 @@ class Cutter:
             if content is None:
                 return None
             return decode_scaled(self.source.name(i), content, partial(largest_shrink, self.views, uniforms))
-        except ImageError:  # which source.image raises again
+        except ImageError:  # source.image raises it again
             return None
