@@ -40,7 +40,7 @@ from moco.distributed import gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 
 UNKNOWN = -1  # the sample index of a random key, which shows no image
-NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key
+NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key, equal to that of no image
 STREAM_FROM = 2**22  # logits, N x K, from which the loss is streamed: 16 MiB of float32, more than caches hold
 
 
@@ -77,12 +77,12 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Replace the oldest keys by those of the global batch, (n, C), with their sample indices, (n,).
+        """Replace the oldest keys by those of the global batch, (W n, C), with their sample indices, (W n,).
 
         The ring wraps around for any n; of more than K keys the newest K stay.
         """
         dropped = max(0, len(keys) - self.size)
-        # `count` is on the device: a pointer on the host would make the host wait.
+        # `count` is on the device: a Python int would make the host wait for the device.
         slots = (self.count + torch.arange(dropped, len(keys), device=self.count.device)) % self.size
         self.keys[slots] = keys[dropped:].to(self.keys.dtype)
         self.index[slots] = index[dropped:]

@@ -53,7 +53,7 @@ def without_unreadable_references(
 ) -> tuple[Sources, list[str]]:
     """Exclude unreadable images from the bank and the held-out split, and return one message per split about them.
 
-    Accuracy is not measured with substitutes. Every image of both splits is decoded once, which takes about as long as
+    Substitutes would falsify the accuracy. Every image of both splits is decoded once, which takes about as long as
     the first evaluation; each rank does a part. `heartbeat` is called regularly.
 
     Raises:

@@ -256,7 +256,7 @@ class Trainer:
         """Save after the last step, after the best evaluation so far, and at the intervals of `config.checkpoint`."""
         best = self._is_best(done)
         due = done == self.plan.total_steps or best or self.schedule.is_due(done)
-        if not due and done % min(self.config.log_every, 10) == 0:  # not after every step: it is a collective
+        if not due and done % min(self.config.log_every, 10) == 0:  # not after every step, because it is a collective
             due = on_rank_zero(self.schedule.is_late)
         if due:
             self._save(done, self.schedule.keeps(done), best)
