@@ -1,10 +1,17 @@
-"""The arithmetic of the benchmarks: turns, medians, ratios. Times themselves are not tested."""
+"""The arithmetic of the benchmarks: turns, medians, ratios. Times themselves are not tested.
 
-from collections.abc import Iterator
+Each comparison also runs once in its smallest form.
+"""
 
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
 import pytest
+from PIL import Image
 
-from scripts.bench.__main__ import COMPARISONS, as_markdown, parsed
+from scripts.bench import start, views
+from scripts.bench.__main__ import COMPARISONS, NEEDS_DATA, as_markdown, parsed
 from scripts.bench.measure import CLOCKS, alternate, compared, stream_rate
 
 
@@ -52,3 +59,42 @@ def test_each_comparison_lists_its_arguments(name: str, capsys: pytest.CaptureFi
         parsed([name, "--help"])
     assert ended.value.code == 0
     assert "--rounds" in capsys.readouterr().out
+
+
+SMALLEST = {  # arguments, and the number of rows of the first table
+    "views": ("--batches 2", 2),
+    "streamed": ("--workers 1 --passes 1 --batch 4", 5),
+    "augment": ("--batch 1", 2),
+    "decode": ("--sides 80 --images 1", 2),
+    "info_nce": ("--sizes 2 --task step", 2),
+    "step": ("--batch 32 --queue 32", 2),
+    "overhead": ("--batch 32 --queue 32", 2),
+    "measures": ("--queue", 1),
+    "peer": ("--batch 32 --batches 2 --queue 32", 2),
+    "start": ("", 1),
+}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_each_comparison_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to its first table, each variant once and without a warm-up round."""
+    if name == "peer":
+        pytest.importorskip("lightly", reason="the comparison with lightly needs it: pip install lightly")
+    arguments, rows = SMALLEST[name]
+    if name in NEEDS_DATA:
+        noise = np.random.default_rng(0).integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+        (tmp_path / "class").mkdir()
+        for i, image in enumerate(noise):
+            Image.fromarray(image).save(tmp_path / "class" / f"{i}.jpg")
+        arguments += f" --data {tmp_path}"
+    options = parsed([name, *arguments.split()])
+
+    def once(forms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+        return {title: [form()] for title, form in forms.items()}
+
+    monkeypatch.setattr(COMPARISONS[name], "alternate", once)
+    monkeypatch.setattr(start, "COMMANDS", {"nothing": ["-c", ""]})
+    monkeypatch.setattr(views, "BATCH", 4)
+    table = next(COMPARISONS[name].run(options))
+    assert len(table.rows) >= rows
+    assert all(len(row) == len(table.columns) for row in table.rows)

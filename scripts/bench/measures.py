@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
 
 def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
-    parser.add_argument("--queue", type=int, nargs="+", default=[4096, 65536], help="of ResNet-18")
+    parser.add_argument("--queue", type=int, nargs="*", default=[4096, 65536], help="of ResNet-18")
 
 
 def run(options: Namespace) -> Iterator[Table]:
