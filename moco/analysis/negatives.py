@@ -73,10 +73,8 @@ class Hardness(NamedTuple):
 def hardness(logits: Tensor, top: int = 10) -> Hardness:
     """Compute the means of `Hardness` in one pass over the logits, a few queries at a time.
 
-    Args:
-        logits: shape (N, 1 + K), as `moco.losses.info_nce` returns them: the positive in column 0, -inf for an entry
-            that is not a negative. Each row needs a negative.
-        top: for `top_share`; K if K is smaller.
+    The logits (N, 1 + K) are those of `moco.losses.info_nce`: the positive in column 0, -inf for an entry that is not a
+    negative. Each row needs a negative. `top` is for `top_share`; K if K is smaller.
     """
     if logits.ndim != 2 or len(logits) == 0 or logits.shape[1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)} must be (N, 1 + K) with N and K at least 1")

@@ -24,8 +24,7 @@ def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
     age of the oldest key is about K / keys_per_step.
 
     Args:
-        count: number of all keys enqueued so far, an integer of shape ().
-        size: K.
+        count, size: number of all keys enqueued so far, an integer of shape (), and K.
         keys_per_step: of the global batch, times the directions: W N, or 2 W N for a symmetric loss.
 
     Returns:
@@ -86,8 +85,7 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
     Huynh et al. (2022). `moco.losses.find_false_negatives` explains why the key is compared instead of the query.
 
     Args:
-        key: of each query, unit length, shape (N, C).
-        queue: unit length, shape (K, C).
+        key, queue: unit length, shapes (N, C) and (K, C).
         threshold: a cosine, -1 ... 1.
         negatives: True for an entry that is a negative, boolean (N, K) or (1, K); None: all.
 

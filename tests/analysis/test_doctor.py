@@ -122,24 +122,24 @@ def test_the_doctor_finds_the_fault_of_a_run_and_nothing_in_a_healthy_one(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_measuring_does_not_change_a_run_and_a_resumed_run_keeps_its_series(tmp_path: Path) -> None:
-    whole, cut, unmeasured = (digits(tmp_path / name) for name in ("whole", "cut", "unmeasured"))
-    for config in (whole, cut, unmeasured):
+    full, cut, unmeasured = (digits(tmp_path / name) for name in ("full", "cut", "unmeasured"))
+    for config in (full, cut, unmeasured):
         config.checkpoint.every_steps, config.checkpoint.keep_last = 2, 9
     unmeasured.analyse_every = 0
-    for config in (whole, unmeasured):
+    for config in (full, unmeasured):
         pretrain(config)
     (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "metrics.jsonl", "checkpoints/step_00000002.pt"):
-        shutil.copy(tmp_path / "whole" / name, tmp_path / "cut" / name)
+        shutil.copy(tmp_path / "full" / name, tmp_path / "cut" / name)
     pretrain(cut)
     first, *others = (
         checkpoint.load(checkpoint.list_checkpoints(tmp_path / name / "checkpoints")[0])
-        for name in ("whole", "cut", "unmeasured")
+        for name in ("full", "cut", "unmeasured")
     )
     for other in others:
         assert digest(first["method"]) == digest(other["method"])
         assert digest(first["optimizer"]) == digest(other["optimizer"])
-    one, two, none = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut", "unmeasured"))
+    one, two, none = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("full", "cut", "unmeasured"))
     measures = [name for name in one if name.startswith("analysis/")]
     assert {"analysis/effective_rank", "analysis/loss_shuffled"} <= set(measures)
     assert all(one[name][1] == pytest.approx(two[name][1], nan_ok=True, abs=0) for name in measures)

@@ -13,8 +13,7 @@ from moco.runs.metrics import read_metrics
 def diagnose(series: Series, facts: Facts) -> list[Alarm]:
     """Return all findings, in the order in which to act on them.
 
-    The series may hold only the newest records of the run. The two alarms that compare with the first ones then find
-    nothing.
+    The series may hold only the newest records of the run: two alarms need the first ones, and find nothing then.
     """
     return [alarm for check in ALARMS if (alarm := check(series, facts)) is not None]
 
