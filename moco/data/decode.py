@@ -157,7 +157,8 @@ def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded |
     if orientation in (5, 6, 7, 8):  # rotated by 90 degrees
         width, height = height, width
     factor = shrink(height, width)
-    # If the factor does not divide the size, the last row and column average fewer pixels; rotated, they come first.
+    # If the factor does not divide the size, the last row and column average fewer pixels. In a rotated image they may
+    # come first.
     if factor == 1 or (orientation != 1 and (height % factor or width % factor)):
         return None
     image.draft("RGB", (image.size[0] // factor, image.size[1] // factor))

@@ -85,9 +85,9 @@ class Packer:
         self.most_bytes, self.max_bad = int(config.shard_mb * 1e6), config.data.max_bad
         self.parts: list[Path] = []  # files of the finished parts
         self.start = 0  # the first image that is in none of them
-        self._shards = self._packed = self._skipped = 0  # numbers of all finished parts
+        self._shards = self._packed = self._skipped = 0  # totals over the finished parts
         self._shard: ShardWriter | None = None
-        self._before, self._unreadable = 0, list[list[str]]()  # of the part that is being written
+        self._bytes_before, self._unreadable = 0, list[list[str]]()  # of the part that is being written
         self._resume()
 
     def _resume(self) -> None:
@@ -135,7 +135,7 @@ class Packer:
             self._shard = ShardWriter(path, self._shards, self._packed)
         label = -1 if self.source.labels is None else int(self.source.labels[i])
         self._shard.add(image, label, os.fsencode(name))
-        self._before += image.before
+        self._bytes_before += image.before
 
     def end(self) -> None:
         """Finish the last part."""
@@ -143,14 +143,14 @@ class Packer:
             self._end_part(len(self.source))
 
     def _end_part(self, end: int) -> None:
-        """Close the shard; once the file of its part is written, it counts as finished."""
+        """Close the shard and write the file of its part; the part then counts as finished."""
         rows, shard = (np.empty(0, shard_index.row_type(1)), {}) if self._shard is None else self._shard.close()
         self._shard = None
-        part = Part(rows, shard, end, self._before, self._unreadable)
+        part = Part(rows, shard, end, self._bytes_before, self._unreadable)
         file = part_path(self.output, self.split, len(self.parts))
         pack_output.write_part(file, part)
         self._count(file, part)
-        self._before, self._unreadable = 0, []
+        self._bytes_before, self._unreadable = 0, []
 
     def discard(self) -> None:
         """Remove the unfinished shard, if there is one."""

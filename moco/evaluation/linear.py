@@ -135,8 +135,10 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
     if name == "pretrained":
         _log_lowered(config, batch_size, f"the training split has {len(task.train)} images")
     if official.schedule == "step" and any(each >= config.epochs for each in official.milestones):
-        problem = f"official.milestones={official.milestones} exceed epochs={config.epochs}"
-        warnings.warn(f"{problem}, so the learning rate stays high: change them too", RunWarning, stacklevel=2)
+        problem = f"official.milestones={official.milestones} has values that are not below epochs={config.epochs}"
+        warnings.warn(
+            f"{problem}, so the learning rate is not lowered there: change them too", RunWarning, stacklevel=2
+        )
     description = f"{name}: features of the held-out images"
     held_out = HeldOut(lambda: _features(task, network, task.held_out, description), labels_of(task.held_out))
     labels = torch.from_numpy(labels_of(task.train)).to(task.device)
@@ -247,8 +249,8 @@ def _show(config: LinearConfig, found: list[Result]) -> None:
     if config.kind == "sweep":
         extra["validation %"] = [percent(each["validation_top1"]) for each in first]
         note += (
-            f".\nThe setting was chosen on {config.sweep.validation:.0%} of each training class, then trained again on "
-            "the full training split. The held-out split was opened once, at the end."
+            f".\nThe setting was chosen on {config.sweep.validation:.0%} of each training class; a head with it was "
+            "then trained on the full training split. The held-out split was opened once, at the end."
         )
     else:
         note += ".\nThe last epoch counts. The frozen weights and buffers are bit for bit the loaded ones."

@@ -45,7 +45,7 @@ class Metrics:
 def compute_metrics(scores: Tensor, labels: NDArray[np.int64], votes: bool = False) -> Metrics:
     """Compare class scores with the true classes.
 
-    scikit-learn's top_k_accuracy_score prefers the last of equal scores, and it has no votes.
+    Not scikit-learn's top_k_accuracy_score: it prefers the last of equal scores, and has no option for votes.
 
     Args:
         scores: (M, L); the first of equal scores counts.

@@ -108,7 +108,7 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     present = set(labels_of(bank).tolist())
     require(len(present) >= 2, "the training split has only one class: classification needs two")
     lacking = [bank.classes[label] for label in np.unique(held_out.labels) if label not in present]
-    require(not lacking, f"the training split has no image of {', '.join(lacking[:5])}, the held-out split has")
+    require(not lacking, f"the held-out split has images of {', '.join(lacking[:5])}, the training split has none")
     return bank, held_out
 
 
@@ -131,7 +131,7 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
         fixes = " ".join(f"data.{name}=DIR" for name in of_run)
         relative = not all(map(os.path.isabs, of_run.values()))
         where = ", which started in another working directory" * relative
-        raise FileNotFoundError(f"{error} ({each} comes from the run{where}: set {fixes})") from error
+        raise FileNotFoundError(f"{error} ({each}, taken from the run{where}: set {fixes})") from error
 
 
 def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
@@ -167,7 +167,7 @@ def describe(
     file = subject.file
     splits = {"training": len(train), "held_out": len(held_out), "classes": list(train.classes)}
     part = config.data.hold_out
-    seen = part > 0 and _trained_on_it(config, subject)  # without its labels
+    seen = part > 0 and _trained_on_it(config, subject)  # the encoder saw these images, without their labels
     data = data_with_absolute_paths(config, subject) | splits | {"hold_out": part, "held_out_seen": seen}
     return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {
         "source": str(Path(file.source).expanduser().absolute()),

@@ -71,7 +71,7 @@ def contrast(
         compared.
 
     Raises:
-        ValueError: for invalid values and shapes, and for debiasing together with another switch.
+        ValueError: for invalid values and shapes, and for debiasing with margin, mixed negatives or more positives.
     """
     check_mask("positives", positives, (len(query), len(queue)))
     measures = {}

@@ -213,10 +213,10 @@ def test_a_relative_data_path_of_a_run_in_another_directory(tmp_path: Path, monk
     run = trained(tmp_path / "run", "folder", root="images", labels="folder")
     monkeypatch.chdir(tmp_path)
     message = sentence(configured(run=str(run)))
-    assert "(data.root=images comes from the run, which started in another working directory: set" in message
+    assert "(data.root=images, taken from the run, which started in another working directory: set" in message
     config = configured(run=str(run))
     config.data.root = "mine"
-    assert "comes from the run" not in sentence(config)
+    assert "from the run" not in sentence(config)
 
 
 def sentence(config: SubjectConfig) -> str:
