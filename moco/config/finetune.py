@@ -37,7 +37,7 @@ class FinetuneConfig(SubjectConfig):
     lr: float = bounded(0.01, gt=0)
     """Peak learning rate (lr) of the backbone, not scaled by the batch size. It decreases to 0 along a cosine."""
     head_lr_factor: float = bounded(1.0, gt=0)
-    """Learning rate of the classifier, divided by that of the backbone."""
+    """Ratio of the classifier's learning rate to that of the backbone."""
     momentum: float = bounded(0.9, ge=0, lt=1)
     """Momentum of sgd."""
     nesterov: bool = False
@@ -51,7 +51,7 @@ class FinetuneConfig(SubjectConfig):
     warmup: float = bounded(0.0, ge=0, lt=1)
     """Fraction of the steps in which the lr rises linearly from zero to its peak."""
     layer_decay: float | None = bounded(None, gt=0, le=1)
-    """For vision transformers and networks of timm: the lr of a layer, divided by that of the next layer toward the
+    """For vision transformers and networks of timm: the ratio of a layer's lr to that of the next layer toward the
     output. Biases and other vectors then have no weight decay. Null: the same lr for all layers."""
     drop_path: float | None = bounded(None, ge=0, lt=1)
     """For vision transformers and networks of timm: probability of skipping the deepest block in training

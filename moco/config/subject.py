@@ -9,7 +9,7 @@ from moco.config.data import SubjectDataConfig
 
 @dataclass
 class ImagesConfig:
-    """The preparation of images for the encoder. A null field has the run's value, or for a file that of ImageNet."""
+    """The preparation of images for the encoder. A null field has the run's or the file's value, else ImageNet's."""
 
     size: int | None = bounded(None, ge=1)
     """Side of the input images in pixels."""
@@ -28,7 +28,8 @@ class SubjectConfig(ComputeConfig):
     run: str = ""
     """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
     checkpoint: str = ""
-    """A file instead of a run: one of our checkpoints or encoder.safetensors, or an official MoCo v1, v2 or v3 file."""
+    """A file instead of a run: one of our checkpoints, encoder.safetensors, or a file of another project, such as
+    official MoCo v1, v2 or v3."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None

@@ -165,8 +165,8 @@ class TrainConfig(ComputeConfig):
     run: str = bounded("runs/digits", min_length=1, example="run=runs/first")
     """Directory of the run. If it holds an unfinished run, that run resumes."""
     init_from: str = ""
-    """File with the weights from which the encoder starts: one of our checkpoints or an official MoCo file. It is not
-    read again when the run resumes."""
+    """File with the weights from which the encoder starts: one of our checkpoints, encoder.safetensors, or a file of
+    another project, such as official MoCo. It is not read again when the run resumes."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of the initial weights, the order of the samples and all augmentations."""
     epochs: int = bounded(200, ge=1)
@@ -176,8 +176,8 @@ class TrainConfig(ComputeConfig):
     accumulate: int = bounded(1, ge=1)
     """Micro-batches into which each process divides its part of the batch, which saves memory."""
     precision: str = bounded("fp32", choices=("auto", "fp32", "bf16", "fp16"))
-    """Number format of the computation. auto: bf16 if a short measurement on the CPU shows that it is faster, else
-    fp32. A resumed run keeps its precision."""
+    """Number format of the computation. auto: bf16 on a GPU that has units for it, or on a CPU if a short measurement
+    shows that it is faster; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Store images in channels-last memory format, which makes convolutions faster and gives the same results."""
     compile: bool = False
@@ -193,8 +193,8 @@ class TrainConfig(ComputeConfig):
     it below a job's time limit by the time of one step, one evaluation and one checkpoint."""
     hang_after: float = bounded(15.0, ge=0)
     """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
-    wait forever. Progress is a finished step or a finished batch of an evaluation. Set it above the duration of the
-    longest step, including a checkpoint."""
+    wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set it above
+    the duration of the longest step, including a checkpoint."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -34,7 +34,7 @@ class View:
     """The recipe of one view of an image. The defaults change only the size."""
 
     size: int
-    """Pixels of a side of the view."""
+    """Side of the view in pixels."""
     crop_scale: tuple[float, float] = (1.0, 1.0)
     """Lowest and highest area of the crop, as a fraction of the image's."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -59,7 +59,7 @@ class View:
     blur_p: float = 0.0
     """Probability of the Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Lowest and highest standard deviation of the blur in pixels; the kernel reaches to 3 times the higher one."""
+    """Lowest and highest standard deviation of the blur in pixels. The kernel's radius is 3 times the higher one."""
     solarize_p: float = 0.0
     """Probability of inverting the values from solarize_threshold on."""
     solarize_threshold: float = 0.5
