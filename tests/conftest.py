@@ -2,8 +2,20 @@
 
 import signal
 
+import hypothesis
 import pytest
 import torch
+
+# The same examples on every machine and in every run; a run leaves no folder of examples behind.
+hypothesis.settings.register_profile(
+    "moco",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("moco")
 
 
 @pytest.fixture(autouse=True, scope="session")
