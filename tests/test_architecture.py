@@ -112,8 +112,8 @@ def test_imports_run_downward() -> None:
         ("moco.models.norm", "from . import encoder", True),
         ("moco.models.norm", "from moco.data.crop import crop", False),  # a neighbor
         ("moco.evaluation.knn", "from moco.training.step import train_step", False),
-        ("moco.training.live_knn", "from moco.evaluation.knn_classifier import knn_accuracy", True),
-        ("moco.training.live_knn", "import hydra.utils", False),
+        ("moco.training.live_evaluation", "from moco.evaluation.knn_classifier import knn_accuracy", True),
+        ("moco.training.live_evaluation", "import hydra.utils", False),
         ("moco.data.pack", "from moco.data.sources import Source", True),
         ("moco.data.sources", "from moco.interop.foreign import read", False),
         ("moco.config", "from omegaconf import OmegaConf", False),

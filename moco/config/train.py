@@ -118,10 +118,13 @@ class OptimConfig:
 
 @dataclass
 class EvaluateConfig:
-    """The accuracy of a k-nearest-neighbor (kNN) classifier, measured while training."""
+    """The evaluation while training: the accuracy of a k-nearest-neighbor (kNN) classifier on labeled held-out images.
+
+    Without labels: the share of random crops that find the other crop of their image, among one crop of every image.
+    """
 
     every_epochs: int = bounded(1, ge=0)
-    """Measure the kNN accuracy every N epochs, before the first epoch and after the last; 0: never."""
+    """Evaluate every N epochs, before the first epoch and after the last; 0: never."""
     k: int = bounded(200, ge=1)
     """Number of nearest neighbors that vote."""
     temperature: float = bounded(0.1, gt=0)
@@ -135,7 +138,7 @@ class EvaluateConfig:
     bank_size: int = bounded(0, ge=0)
     """Use at most N reference images, drawn once; 0: use all of them."""
     raw_pixels: bool = False
-    """Also report the kNN accuracy on raw pixels."""
+    """Also report the kNN accuracy on raw pixels. Without labels, the retrieval of raw pixels is always reported."""
     batch_size: int = bounded(512, ge=1)
     """Images per forward pass of the encoder. It affects memory, not results."""
 
@@ -202,6 +205,11 @@ class TrainConfig(ComputeConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the encoder starts from trained weights: those of a file, or the published ones of timm."""
+        return bool(self.init_from or self.model.options.get("pretrained"))
 
 
 def check(config: TrainConfig, processes: int = 1) -> None:

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moco.config import MethodConfig, TrainConfig, require
+from moco.config import MethodConfig, ModelConfig, TrainConfig, require
 from moco.losses import LearnedTemperature
-from moco.models.encoder import build_encoder
+from moco.models.encoder import Encoder, build_encoder
 
 
 def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -> Any:
@@ -21,16 +21,22 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -
     Raises:
         ConfigError: if `method.labels` is set and there are no labels.
     """
-    model, method = config.model, config.method
+    method = config.method
     require(
         not method.labels or labels is not None,
         f"method.labels=true, but the training images of data.name={config.data.name} have no labels: set "
         "data.labels=folder for a folder with one subfolder per class, or method.labels=false",
     )
+    return method.build(
+        config, encoder_of(config.model), torch.from_numpy(labels) if method.labels and labels is not None else None
+    )
+
+
+def encoder_of(model: ModelConfig) -> Encoder:
+    """Return a new encoder, which the method trains."""
     head = model.head_layers, model.head_hidden, model.dim
     bn: Any = model.bn
-    encoder = build_encoder(model.backbone, model.options, *head, bn, model.bn_group_size, model.head_norm)
-    return method.build(config, encoder, torch.from_numpy(labels) if method.labels and labels is not None else None)
+    return build_encoder(model.backbone, model.options, *head, bn, model.bn_group_size, model.head_norm)
 
 
 def build_temperature(method: MethodConfig) -> float | LearnedTemperature:

@@ -47,8 +47,12 @@ class _Known:
 
 
 _BASELINES = ("accuracy/untrained", "accuracy/initialized", "accuracy/raw_pixels")
+_RETRIEVAL_BASELINES = ("retrieval/raw_pixels", "retrieval/untrained", "retrieval/initialized")
 _KNOWN = {
     "accuracy/knn": _Known("Held-out kNN accuracy", "%", references=_BASELINES),
+    "retrieval/retrieval": _Known(
+        "Crops that find the other crop of their image", "%", references=_RETRIEVAL_BASELINES
+    ),
     "train/loss": _Known("Loss", "nats", references=("train/chance",)),
     "train/contrast_accuracy": _Known("Contrast accuracy: the positive has the highest similarity", "%", 100.0),
     "train/positive_similarity": _Known("Cosine similarity of query and positive key"),

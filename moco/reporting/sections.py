@@ -20,7 +20,8 @@ from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
 _IGNORED = {"run", "device", "threads"}  # settings without effect on the results
-_GROUPS = {"accuracy": "Accuracy and training", "train": "Accuracy and training"}
+_GROUPS = {"accuracy": "Accuracy and training", "retrieval": "Accuracy and training", "train": "Accuracy and training"}
+_BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
 _KINDS = ("raw pixels", "untrained", "initialized", "best", "last")  # of accuracies
 
 
@@ -28,7 +29,7 @@ def headline(runs: Sequence[Run], images: Sequence[int | None], alarms: Sequence
     """Return a table of main settings and results; `images` are the numbers of training images, None if unknown."""
     by_run = [_main_facts(run, count, found) for run, count, found in zip(runs, images, alarms, strict=True)]
     rows = [(name, [each[name] for each in by_run]) for name in by_run[0]]
-    known = [(name, values) for name, values in rows if set(values) - {"–", "no labels"}]
+    known = [(name, values) for name, values in rows if set(values) - {"–", "none measured"}]
     return facts("Settings and results", known, names(runs))
 
 
@@ -53,8 +54,6 @@ def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[s
     folder = f" {run.get('data.root')}" if data == "folder" else ""
     per = f" at batch {optim['base_batch']}" if optim.get("base_batch") else ""
     accuracy = _accuracy(run)
-    known = {each.name for each in fields(EvaluateConfig)}
-    evaluate = {name: value for name, value in run.get("evaluate", {}).items() if name in known}
     return {
         "state": progress(run),
         "method": ", ".join(settings),
@@ -63,28 +62,49 @@ def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[s
         "batch": str(run.get("batch_size", "?")),
         "optimizer": f"{optim.get('name', '?')}, lr {optim.get('lr', '?')}{per}, {optim.get('schedule', '?')}",
         "training time": duration(run.state["seconds"]) if "seconds" in run.state else "–",
-        "kind of accuracy": knn_title(EvaluateConfig(**evaluate)) if accuracy else "no labels",
+        "kind of accuracy": _kind_of_accuracy(run) if accuracy else "none measured",
         **{f"accuracy, {kind}": accuracy.get(kind, "–") for kind in _KINDS},
         "doctor": f"{len(alarms)} finding{'s' * (len(alarms) != 1)}" if alarms else "no findings",
     }
 
 
 def _accuracy(run: Run) -> dict[str, str]:
-    """Return accuracies as text, by kind; from metrics.jsonl if there is no checkpoint."""
-    first = "initialized" if run.get("init_from") else "untrained"
+    """Return the results of the evaluations while training as text, by kind; without a checkpoint, by metrics.jsonl."""
+    first = "initialized" if _starts_trained(run) else "untrained"
     history: list[dict[str, Any]] = run.state.get("history") or []
-    if history and all("knn" in entry for entry in history):
+    measure = "retrieval" if _retrieval(run) else "knn"
+    if history and all(measure in entry for entry in history):
         start, last = history[0], history[-1]
-        shown = {"raw pixels": str(Accuracy(*start["raw_pixels"]))} if start.get("raw_pixels") else {}
-        shown[first] = str(Accuracy(*start["knn"]))
+        shown = {name: str(Accuracy(*start[key])) for name, key in _BASELINES.items() if start.get(key)}
+        shown[first] = str(Accuracy(*start[measure]))
         trained = [entry for entry in history if entry["step"] > 0]
         if trained:
-            best = max(trained, key=lambda entry: entry["knn"][0])
-            shown["best"] = f"{Accuracy(*best['knn'])} (epoch {best['epoch']:g})"
-            shown["last"] = f"{Accuracy(*last['knn'])} ({last['knn'][0] - start['knn'][0]:+.1f} over {first})"
+            best = max(trained, key=lambda entry: entry[measure][0])
+            shown["best"] = f"{Accuracy(*best[measure])} (epoch {best['epoch']:g})"
+            shown["last"] = f"{Accuracy(*last[measure])} ({last[measure][0] - start[measure][0]:+.1f} over {first})"
         return shown
-    series = {"raw pixels": "accuracy/raw_pixels", first: f"accuracy/{first}", "last": "accuracy/knn"}
-    return {kind: f"{run.values[name][1][-1]:.1f} %" for kind, name in series.items() if name in run.values}
+    group = "accuracy" if measure == "knn" else "retrieval"
+    series = {**_BASELINES, first: first, "last": measure}
+    metrics = {kind: f"{group}/{name}" for kind, name in series.items()}
+    return {kind: f"{run.values[name][1][-1]:.1f} %" for kind, name in metrics.items() if name in run.values}
+
+
+def _kind_of_accuracy(run: Run) -> str:
+    if _retrieval(run):
+        return "retrieval of the other crop of an image"
+    known = {each.name for each in fields(EvaluateConfig)}
+    return knn_title(
+        EvaluateConfig(**{name: value for name, value in run.get("evaluate", {}).items() if name in known})
+    )
+
+
+def _retrieval(run: Run) -> bool:
+    """Return whether the run was evaluated by instance retrieval, for want of labels."""
+    return "retrieval/retrieval" in run.values
+
+
+def _starts_trained(run: Run) -> bool:
+    return bool(run.get("init_from") or run.get("model.options", {}).get("pretrained"))
 
 
 def differences(runs: Sequence[Run]) -> Markup:

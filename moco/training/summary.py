@@ -16,10 +16,11 @@ from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
 from moco.distributed import world_size
-from moco.evaluation.knn_classifier import Accuracy, knn_title
+from moco.evaluation.knn_classifier import Accuracy
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import duration, summary_panel
+from moco.training.live_evaluation import BASELINES, baselines
 
 if TYPE_CHECKING:
     from moco.training.trainer import Trainer
@@ -48,8 +49,8 @@ def announce(trainer: "Trainer") -> None:
             log(f"resuming {config.run} at step {trainer.start} of {plan.total_steps}")
         if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
             log(f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote")
-        if config.evaluate.every_epochs and sources.held_out is None:
-            log("no live kNN accuracy: the data source has no labeled held-out images")
+        if config.evaluate.every_epochs and trainer.live.measure == "retrieval":
+            log("no labeled held-out images: evaluating how often two crops of an image find each other")
     for note in trainer.notes:
         log(note)
 
@@ -100,11 +101,16 @@ def summarize(trainer: "Trainer") -> None:
     rows += _accuracy_rows(trainer)
     if trainer.doctor is not None:
         rows += [("doctor", str(each)) for each in trainer.doctor.found]
-    files, evaluated = Path(config.run), bool(trainer.live_knn.history)
+    files = Path(config.run)
+    evaluated = (
+        f"moco.linear run={files}"
+        if trainer.live.measure == "knn"
+        else f"moco.embed run={files} output={files}/features"
+    )
     rows += [
         ("encoder", f"{files / 'encoder.safetensors'} (backbone weights; the README describes how to load them)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
-        ("next", f"python -m moco.linear run={files}" if evaluated else f"tensorboard --logdir {files}"),
+        ("next", f"python -m {evaluated}"),
         ("", f"python -m moco.report run={files}"),
     ]
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
@@ -113,13 +119,12 @@ def summarize(trainer: "Trainer") -> None:
 
 
 def _accuracy_rows(trainer: "Trainer") -> list[tuple[str, str]]:
-    config, history = trainer.config, trainer.live_knn.history
+    history, measure = trainer.live.history, trainer.live.measure
     if not history:
         return []
-    first, last = history[0], history[-1]
-    rows = [("accuracy", knn_title(config.evaluate))]
-    if "raw_pixels" in first:
-        rows.append(("  raw pixels", str(Accuracy(*first["raw_pixels"]))))
-    rows.append(("  initialized" if config.init_from else "  untrained", str(Accuracy(*first["knn"]))))
-    rows.append(("  pretrained", f"{Accuracy(*last['knn'])}  ({last['knn'][0] - first['knn'][0]:+.1f})"))
-    return rows
+    rows = [("accuracy" if measure == "knn" else "retrieval", trainer.live.title)]
+    before = baselines(history, trainer.config.starts_trained)
+    rows += [(f"  {BASELINES[name]}", str(result)) for name, result in before.items()]
+    last = Accuracy(*history[-1][measure])
+    gain = f"  ({last.mean - list(before.values())[-1].mean:+.1f})" if before else ""
+    return [*rows, ("  pretrained", f"{last}{gain}")]

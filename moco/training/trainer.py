@@ -56,7 +56,7 @@ from moco.training.checkpoint_schedule import CheckpointSchedule
 from moco.training.checks import check_against_data
 from moco.training.consistency import refuse_other_data, refuse_other_settings
 from moco.training.init_from import load_initial_weights
-from moco.training.live_knn import History, LiveKnn
+from moco.training.live_evaluation import History, LiveEvaluation
 from moco.training.nonfinite import NonFiniteGuard
 from moco.training.schedules import schedule_values
 from moco.training.step import Measures, StepSettings, train_step
@@ -132,9 +132,10 @@ class Trainer:
         if config.data.on_bad_image == "replace":
             self.unreadable = UnreadableImages(self.sources.train, self.path / "bad_images.csv", config.data.max_bad)
         history: History = state.get("history", [])
-        self.live_knn = LiveKnn(config, self.method, self.sources, device, self.plan, history, watchdog.heartbeat)
+        parts = config, self.method, self.sources, device, self.plan
+        self.live = LiveEvaluation(*parts, history, watchdog.heartbeat)
         if self.unreadable and config.evaluate.every_epochs and unfinished:
-            self.notes += self.live_knn.exclude_unreadable()
+            self.notes += self.live.exclude_unreadable(self.unreadable.note)
         self.stop_reason = DelayedMaxOverRanks(device)
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 
@@ -238,7 +239,7 @@ class Trainer:
         self.display.step(done)
         last = done == self.plan.total_steps
         # An evaluation may take longer than a launcher waits after its signal: save first, evaluate when resumed.
-        evaluate = self.live_knn.is_due(done)
+        evaluate = self.live.is_due(done)
         reason = max_over_ranks(self.preemption.reason()) if evaluate else Reason.NONE
         if reason and last:
             self._save(done)  # only the evaluation is left
@@ -263,7 +264,7 @@ class Trainer:
         return due
 
     def _is_best(self, done: int) -> bool:
-        return self.config.checkpoint.keep_best and checkpoint.is_best(self.live_knn.history, done)
+        return self.config.checkpoint.keep_best and checkpoint.is_best(self.live.history, done)
 
     def _save(self, done: int, keep: bool = False, best: bool = False) -> None:
         """Save a checkpoint after `done` steps; see `moco.runs.checkpoint.save`."""
@@ -277,7 +278,7 @@ class Trainer:
         """Return all that a resumed run needs."""
         return self._training_state() | {
             "step": done,
-            "history": self.live_knn.history,
+            "history": self.live.history,
             "seconds": self.schedule.seconds(),
             "scaler": self.scaler.state_dict(),
             "versions": {"moco": moco.__version__, "torch": str(torch.__version__), "commit": self.commit},
@@ -321,20 +322,20 @@ class Trainer:
 
     def _evaluate_at_start(self) -> None:
         """Evaluate before the first step, or if the previous attempt was stopped before it could evaluate."""
-        if self.live_knn.is_due(self.start):
+        if self.live.is_due(self.start):
             self._evaluate(self.start)
             self._stop_if_signaled()
             if self.start:
                 self._save(self.start, self.schedule.keeps(self.start), self._is_best(self.start))
 
     def _evaluate(self, done: int) -> None:
-        """Evaluate the encoder after `done` steps by kNN."""
+        """Evaluate the encoder after `done` steps."""
         self.guard.check_pending()
         average_running_statistics(self.method)
         fix = f"set a smaller evaluate.batch_size={self.config.evaluate.batch_size} or evaluate.bank_size"
         with explain_out_of_memory(self.device, fix):
-            accuracies, line = self.live_knn.evaluate(done)
-        self._record(done, accuracies)
+            results, line = self.live.evaluate(done)
+        self._record(done, results)
         self.display.log(line)
 
     def _log(self, done: int, measures: Measures) -> None:

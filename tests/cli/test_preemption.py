@@ -22,13 +22,14 @@ from moco.data.decode import ImageError
 from moco.digest import digest
 from moco.distributed import PeerLost
 from moco.evaluation.features import EvalTransform, stream
+from moco.evaluation.knn_classifier import Accuracy
 from moco.interop.encoder_file import read_encoder
 from moco.runs import checkpoint
 from moco.runs.checkpoint import Checkpoint, CheckpointError
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.preemption import Preempted
 from moco.runtime.provenance import commit
-from moco.training import live_knn as live
+from moco.training import live_evaluation as live
 from moco.training import trainer
 from moco.training.step import train_step
 from moco.training.trainer import pretrain
@@ -259,7 +260,7 @@ def test_the_checkpoint_with_the_best_live_knn_accuracy_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, scores = tmp_path / "run", iter([90.0, 40.0, 60.0, 50.0])  # before the first epoch, then after each
-    monkeypatch.setattr(live, "live_knn", lambda *_, **__: {"knn": (next(scores), 0.0, 1)})
+    monkeypatch.setattr(live, "live_knn", lambda *_, **__: {"knn": Accuracy(next(scores), 0.0, 1)})
     pretrain(config(run, "evaluate.every_epochs=1", "checkpoint.keep_best=true", "checkpoint.keep_last=1"))
     assert sorted(each.name for each in (run / "checkpoints").iterdir()) == ["best.pt", "step_00000015.pt"]
     best = checkpoint.load(run / "checkpoints" / "best.pt")

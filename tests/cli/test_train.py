@@ -22,6 +22,7 @@ from moco.data.opening import build_views
 from moco.digest import digest
 from moco.runs import checkpoint
 from tests.cli.conftest import Run
+from tests.data import images as example_images
 
 REPOSITORY = Path(config_dir()).parent
 # A run of 15 steps in seconds: the digits recipe with a tiny encoder.
@@ -265,3 +266,29 @@ def test_help_lists_recipes_and_groups(run: Run) -> None:
     assert status == 0, errors
     for words in ("experiment=NAME", "moco_v2_imagenet", "temperature", "--config-dir"):
         assert words in output
+
+
+def test_a_run_without_labels_reports_retrieval_with_baselines(run: Run, tmp_path: Path) -> None:
+    folder = example_images.folder(tmp_path / "images", 16)
+    small = ["experiment=moco_v2_folder", f"data.root={folder}", "data.workers=0", "model=convnet", "augment.size=16"]
+    small += ["model.options={width: 4}", "model.dim=8", "model.head_hidden=16", "model.bn_group_size=4", "epochs=2"]
+    small += ["batch_size=8", "method.queue_size=8", "optim.warmup_epochs=0", "augment.eval_resize=16", "threads=1"]
+    status, output, errors = run("train", *small, f"run={tmp_path / 'first'}")
+    assert status == 0, errors
+    for name in ("raw pixels", "untrained", "pretrained"):
+        assert name in output
+    assert f"moco.embed run={tmp_path / 'first'}" in output.replace("\n", "")
+    history = finished(tmp_path / "first")["history"]
+    assert [set(each) for each in history] == [
+        {"step", "epoch", "retrieval", "raw_pixels"},
+        {"step", "epoch", "retrieval"},
+    ]
+    assert records(tmp_path / "first")[-1]["retrieval/untrained"] == history[0]["retrieval"][0]
+
+    start = f"init_from={tmp_path / 'first' / 'encoder.safetensors'}"
+    status, output, errors = run("train", *small, f"run={tmp_path / 'second'}", start)
+    assert status == 0, errors
+    first, *_, last = finished(tmp_path / "second")["history"]
+    assert first["untrained"] == history[0]["retrieval"]  # the same seed
+    assert first["retrieval"] == history[-1]["retrieval"]
+    assert last["step"] == 4

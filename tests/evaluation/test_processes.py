@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy, knn_votes, leave_one_out
+from tests.data import images as example_images
 from tests.distributed.launch import run_ranks
 from tests.evaluation import (
     test_cache,
     test_finetuning,
+    test_instance_retrieval,
     test_knn_classifier,
     test_linear,
     test_linear_probe,
@@ -60,6 +62,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "finetuning": finetuning(),
         "linear_probe": test_linear_probe.trained(),
         "sweep": test_sweep.pick(),
+        "retrieval": test_instance_retrieval.measure(folder / "images", 4),
     }
 
 
@@ -70,6 +73,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     for folder in folders:
         test_linear.write_images(folder / "train", {"dark": 8, "middle": 8, "light": 7})
         test_linear.write_images(folder / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
+        example_images.folder(folder / "images", 10)
     return [everything(folders[0]), *run_ranks(2, everything, folders[1])]
 
 
@@ -121,4 +125,9 @@ def test_the_official_probe_trains_the_same_head_and_reports_the_same_metrics(fo
 
 def test_a_sweep_chooses_and_scores_as_one_process(found: list[dict[str, Any]]) -> None:
     one, *ranks = (each["sweep"] for each in found)
+    assert ranks == [one, one]
+
+
+def test_retrieval_is_equal(found: list[dict[str, Any]]) -> None:
+    one, *ranks = (each["retrieval"] for each in found)
     assert ranks == [one, one]

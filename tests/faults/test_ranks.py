@@ -78,9 +78,9 @@ def test_a_signal_to_one_of_four_processes_stops_all_with_their_status(tmp_path:
 def send_sigterm_in(where: str) -> None:
     """Rank 1 (at the export rank 0) sends itself SIGTERM when it calls this function, outside of training steps."""
     from moco.runtime import device
-    from moco.training import build, live_knn, trainer
+    from moco.training import build, live_evaluation, trainer
 
-    module = next(each for each in (device, build, live_knn, trainer) if where in vars(each))
+    module = next(each for each in (device, build, live_evaluation, trainer) if where in vars(each))
     real = vars(module)[where]
 
     def send(*arguments: Any, **options: Any) -> Any:
@@ -117,7 +117,7 @@ def test_a_signal_to_one_of_two_processes_outside_of_steps_stops_both(moment: st
 
 def stop_in_an_epochs_last_step() -> None:
     """Rank 1, or a single process, sends itself SIGTERM in the 20th step, and must not start an evaluation then."""
-    from moco.training import live_knn as live
+    from moco.training import live_evaluation as live
     from moco.training import trainer as pretrain
 
     real, count = vars(pretrain)["train_step"], 0
@@ -179,7 +179,7 @@ def test_the_other_ranks_of_a_killed_one_end_with_a_sentence(tmp_path: Path) -> 
 
 def stuck_in_the_first_evaluation() -> None:
     """Rank 1, or a single process, hangs in its first evaluation."""
-    from moco.training import live_knn as live
+    from moco.training import live_evaluation as live
 
     real = vars(live)["knn_accuracy"]
 
@@ -201,7 +201,7 @@ def test_a_rank_that_hangs_in_an_evaluation_is_named(world: int, tmp_path: Path)
     assert processes[0].exitcode == HUNG, runs.output(run)
     (line,) = [each for each in runs.output(run).splitlines() if each.startswith("moco: ")]
     assert line.startswith(f"moco: rank {world - 1} hangs: no progress for 0.1 minutes; rank {world - 1} after ")
-    assert f"rank {world - 1} after step 0, at moco/training/live_knn.py:" in line
+    assert f"rank {world - 1} after step 0, at moco/training/live_evaluation.py:" in line
     print(
         f"faults: a first evaluation that hangs, {world} processes: named {time.monotonic() - began:.1f} s after start"
     )

@@ -1,0 +1,100 @@
+"""Instance retrieval, a measure of features that needs no labels.
+
+Each image is cropped twice at random. The share of crops whose most similar crop, among one crop of every image, is the
+other crop of their own image is the retrieval at 1. Of M images, chance is 1 / M. Only positions and mirroring differ
+between the two crops, not colors, so that raw pixels are a fair baseline.
+
+Legend: M images, D feature dimension, S image size.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moco.data.base import Source
+from moco.data.loader import batches
+from moco.data.plan import Plan
+from moco.data.unreadable import OnUnreadable
+from moco.data.view import View
+from moco.distributed import gather, rank, world_size
+from moco.evaluation.features import EvalTransform, Network, pixels
+
+MOST_IMAGES = 1024  # enough for a standard error of 1.6 points; more images only cost time
+SEED = 0  # of the choice of the images and of their crops
+CROP_SCALE = (0.2, 1.0)  # area of a crop, as a fraction of the image's: that of MoCo
+
+
+def retrieval_at_1(first: Tensor, second: Tensor) -> float:
+    """Return the share of crops that find the other crop of their image, in percent, over both directions.
+
+    Args:
+        first, second: features (M, D) of two crops of the same M images. Their similarity is the cosine. Of equal
+            similarities the first one counts, so constant features have a retrieval of 1 / M.
+    """
+    similarity = F.normalize(first.double(), dim=1) @ F.normalize(second.double(), dim=1).T  # (M, M)
+    own = torch.arange(len(similarity), device=similarity.device)
+    found = [(each.argmax(dim=1) == own).double().mean() for each in (similarity, similarity.T)]
+    return 100 * float(sum(found)) / 2
+
+
+def instance_retrieval(
+    networks: Mapping[str, Network],
+    source: Source,
+    transform: EvalTransform,
+    device: torch.device,
+    batch_size: int,
+    workers: int = 0,
+    on_unreadable: OnUnreadable | None = None,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Return the retrieval at 1 of several networks, in percent, by their names. Collective.
+
+    Uses the first `MOST_IMAGES` images of a random order, in complete batches. All networks see the same crops.
+
+    Args:
+        networks: modules on the device, which are put into eval mode for the measurement; `pixels` for raw pixels.
+        transform: its size, mean and std are those of the crops; `pixels` gets crops that are not normalized.
+        batch_size: images of a forward pass, over all processes.
+        on_unreadable: see `moco.data.loader.batches`.
+        heartbeat: called before each batch.
+    """
+    features: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in networks}
+    modules = [network for network in networks.values() if isinstance(network, nn.Module)]
+    modes = [module.training for module in modules]
+    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (transform.mean, transform.std))
+    try:
+        for module in modules:
+            module.eval()
+        for crops in _crop_pairs(source, transform.size, device, batch_size, workers, on_unreadable):
+            heartbeat()
+            for name, network in networks.items():
+                for images, out in zip(crops, features[name], strict=True):
+                    with torch.no_grad():
+                        out.append(network(images if network is pixels else (images - mean) / std).float())
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
+    return {
+        name: retrieval_at_1(*(gather(torch.cat(parts)) for parts in both))  # rows of all ranks, in the same order
+        for name, both in features.items()
+    }
+
+
+def images_used(length: int, batch_size: int) -> int:
+    """Return M for a source of some length: complete batches, at most `MOST_IMAGES` images or one batch."""
+    return min(length // batch_size, max(1, MOST_IMAGES // batch_size)) * batch_size
+
+
+def _crop_pairs(
+    source: Source, size: int, device: torch.device, batch_size: int, workers: int, on_unreadable: OnUnreadable | None
+) -> Iterator[list[Tensor]]:
+    """Yield this rank's two crops of each batch, 2 of (n, 3, S, S), in 0 ... 1."""
+    plan = Plan(len(source), batch_size, 1, SEED, rank(), world_size())
+    view = View(size, crop_scale=CROP_SCALE, flip_p=0.5)
+    count = images_used(len(source), batch_size) // batch_size
+    with closing(batches(source, plan, (view, view), device, workers, on_unreadable=on_unreadable)) as stream:
+        yield from (batch.views for batch in islice(stream, count))

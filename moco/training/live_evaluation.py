@@ -1,0 +1,183 @@
+"""Evaluation while training: kNN accuracy on a labeled held-out split, or instance retrieval without one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.builder import Method
+from moco.config import EvaluateConfig, TrainConfig
+from moco.data.base import Sources
+from moco.data.opening import without_unreadable_references
+from moco.data.plan import Plan
+from moco.data.unreadable import OnUnreadable
+from moco.evaluation.features import EvalTransform, Network, extract, pixels
+from moco.evaluation.instance_retrieval import images_used, instance_retrieval
+from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy, knn_title
+from moco.evaluation.subsets import naming_field
+from moco.methods.build import encoder_of
+
+# One entry per evaluation: "step", "epoch" and the result of the encoder, "knn" or "retrieval". The entry of step 0 may
+# also have the baselines "raw_pixels" and, if the encoder starts from a file, "untrained".
+History = list[dict[str, Any]]
+BASELINES = {"raw_pixels": "raw pixels", "untrained": "untrained", "initialized": "initialized"}
+
+
+class LiveEvaluation:
+    """Evaluates the encoder every few epochs and keeps the history of the results.
+
+    With labeled reference and held-out images the result is the accuracy of the kNN classifier; without, it is the
+    retrieval at 1 among the training images. `heartbeat` is called after each batch of work.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        method: Method,
+        sources: Sources,
+        device: torch.device,
+        plan: Plan,
+        history: History,
+        heartbeat: Callable[[], None],
+    ) -> None:
+        self._config, self._method, self._sources, self._device = config, method, sources, device
+        self._plan, self.history, self._heartbeat = plan, history, heartbeat
+        labeled = sources.bank is not None and sources.held_out is not None
+        self.measure = "knn" if labeled else "retrieval"
+        self.title = knn_title(config.evaluate) if labeled else retrieval_title(plan)
+        self._on_unreadable: OnUnreadable | None = None
+
+    def exclude_unreadable(self, on_unreadable: OnUnreadable) -> list[str]:
+        """Remove unreadable images from the reference and held-out images; return a line per split with some.
+
+        Without labels, call `on_unreadable` with them, see `moco.data.loader.batches`.
+        """
+        self._on_unreadable = on_unreadable
+        self._sources, lines = without_unreadable_references(self._sources, self._config.data, self._heartbeat)
+        return lines
+
+    def is_due(self, done: int) -> bool:
+        """Return whether to evaluate after `done` steps. An evaluation in the history is not repeated."""
+        every = self._config.evaluate.every_epochs
+        if not every:
+            return False
+        epoch, rest = divmod(done, self._plan.steps_per_epoch)
+        wanted = done == self._plan.total_steps or (rest == 0 and epoch % every == 0)
+        return wanted and all(each["step"] != done for each in self.history)
+
+    def evaluate(self, done: int) -> tuple[dict[str, float], str]:
+        """Evaluate after `done` steps, with BN's running statistics averaged over the ranks. Collective.
+
+        Returns:
+            The results, by their names in metrics.jsonl, and a line that reports them.
+        """
+        start, epoch = done == 0, done / self._plan.steps_per_epoch
+        scores = self._live_knn(start) if self.measure == "knn" else self._retrieval(start)
+        self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
+        # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
+        group = {"knn": "accuracy", "retrieval": "retrieval"}[self.measure]
+        curves = baselines(self.history, self._config.starts_trained) | {self.measure: scores[self.measure]}
+        names = BASELINES | {self.measure: self._first_name() if start else f"epoch {epoch:g}"}
+        results = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
+        return {f"{group}/{name}": score.mean for name, score in curves.items()}, f"{self.title}: {results}"
+
+    def _first_name(self) -> str:
+        return "initialized" if self._config.starts_trained else "untrained"
+
+    def _untrained_encoder(self) -> nn.Module:
+        """Return the encoder with random weights, for a run that starts from others."""
+        options = {name: value for name, value in self._config.model.options.items() if name != "pretrained"}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._config.seed)
+            return encoder_of(replace(self._config.model, options=options)).to(self._device)
+
+    def _live_knn(self, start: bool) -> dict[str, Accuracy]:
+        return live_knn(self._config, self._method, self._sources, self._device, start, self._heartbeat)
+
+    def _retrieval(self, start: bool) -> dict[str, Accuracy]:
+        """Return the retrieval at 1 of the encoder, and at the start also of the baselines."""
+        config, augment = self._config, self._config.augment
+        networks: dict[str, Network] = {}
+        if start:
+            networks["raw_pixels"] = pixels
+            if config.starts_trained:
+                networks["untrained"] = evaluated_network(self._untrained_encoder(), config.evaluate)
+        networks["retrieval"] = evaluated_network(self._method.encoder, config.evaluate)
+        found = instance_retrieval(
+            networks,
+            self._sources.train,
+            EvalTransform(augment.size, mean=augment.mean, std=augment.std),
+            self._device,
+            config.batch_size,
+            config.data.workers,
+            on_unreadable=self._on_unreadable,
+            heartbeat=self._heartbeat,
+        )
+        return {name: Accuracy(value, 0.0, 1) for name, value in found.items()}
+
+
+def baselines(history: History, starts_trained: bool) -> dict[str, Accuracy]:
+    """Return the results before the first step, by name; empty if the run was not evaluated then."""
+    first = history[0] if history and history[0]["step"] == 0 else {}
+    encoder = "initialized" if starts_trained else "untrained"
+    names = {"raw_pixels": "raw_pixels", "untrained": "untrained", "knn": encoder, "retrieval": encoder}
+    return {name: Accuracy(*first[key]) for key, name in names.items() if key in first}
+
+
+def evaluated_network(encoder: nn.Module, evaluate: EvaluateConfig) -> nn.Module:
+    """Return the part of an encoder that computes the features of `evaluate.features`."""
+    return encoder if evaluate.features == "projection" else encoder.get_submodule("backbone")
+
+
+def retrieval_title(plan: Plan) -> str:
+    """Return the name of the retrieval measure, with its number of images."""
+    return f"two crops of an image find each other among {images_used(plan.length, plan.batch_size):,} images"
+
+
+class _WithHeartbeat(nn.Module):
+    """Reports progress before each batch. Wraps the network: a forward hook would trigger recompilation."""
+
+    def __init__(self, network: Network, heartbeat: Callable[[], None]) -> None:
+        super().__init__()
+        self.network, self.heartbeat = network, heartbeat
+        self.training = isinstance(network, nn.Module) and network.training  # `extract` restores this mode at its end
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.heartbeat()
+        features: Tensor = self.network(images)
+        return features
+
+
+def live_knn(
+    config: TrainConfig,
+    method: Method,
+    sources: Sources,
+    device: torch.device,
+    with_pixels: bool,
+    heartbeat: Callable[[], None],
+) -> dict[str, Accuracy]:
+    """Return the kNN accuracy of the current encoder, "knn"; with `evaluate.raw_pixels` also that of "raw_pixels"."""
+    evaluate, augment, bank, held_out = config.evaluate, config.augment, sources.bank, sources.held_out
+    assert bank is not None
+    assert held_out is not None
+    assert bank.labels is not None
+    assert held_out.labels is not None
+    transform = EvalTransform(augment.size, augment.eval_resize, augment.mean, augment.std)
+    settings = KnnSettings(evaluate.k, evaluate.temperature, evaluate.labels_per_class, evaluate.draws)
+    networks: dict[str, Network] = {"knn": evaluated_network(method.encoder, evaluate)}
+    if with_pixels and evaluate.raw_pixels:
+        networks = {"raw_pixels": pixels} | networks
+    scores = {}
+    for name, network in networks.items():
+        wrapped = _WithHeartbeat(network, heartbeat)
+        inputs = transform.unnormalized() if network is pixels else transform
+        references, queries = (
+            extract(wrapped, source, inputs, device, evaluate.batch_size, config.data.workers)
+            for source in (bank, held_out)
+        )
+        with naming_field("evaluate.labels_per_class", evaluate.labels_per_class):
+            given = references, bank.labels, queries, held_out.labels
+            scores[name] = knn_accuracy(*given, settings, lambda *_: heartbeat())
+    return scores
