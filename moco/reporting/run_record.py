@@ -45,6 +45,11 @@ class Run:
         return read_method(self.config.get("method", {}))
 
     @property
+    def starts_trained(self) -> bool:
+        """See `moco.config.TrainConfig.starts_trained`."""
+        return bool(self.get("init_from") or self.get("model.options.pretrained"))
+
+    @property
     def step(self) -> int:
         recorded = [steps[-1] for steps, _ in self.values.values() if steps]
         return int(max([*recorded, self.state.get("step", 0)]))
@@ -123,7 +128,9 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
     """Return the findings of the training doctor; `images` is the number of training images, None if unknown."""
     if images is None and not math.isnan(run.steps_per_epoch):
         images = round(run.steps_per_epoch * run.get("batch_size", 1))  # at most one batch too low
-    facts = facts_of(run.method, run.get("batch_size", TrainConfig.batch_size), images or 2**62)
+    batch_size, epochs = run.get("batch_size", TrainConfig.batch_size), run.get("epochs", math.inf)
+    fixed = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
+    facts = facts_of(run.method, images or 2**62, batch_size, epochs, **fixed)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 
 

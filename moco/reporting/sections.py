@@ -70,7 +70,7 @@ def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[s
 
 def _accuracy(run: Run) -> dict[str, str]:
     """Return the results of the evaluations while training as text, by kind; without a checkpoint, by metrics.jsonl."""
-    first = "initialized" if _starts_trained(run) else "untrained"
+    first = "initialized" if run.starts_trained else "untrained"
     history: list[dict[str, Any]] = run.state.get("history") or []
     measure = "retrieval" if _retrieval(run) else "knn"
     if history and all(measure in entry for entry in history):
@@ -101,10 +101,6 @@ def _kind_of_accuracy(run: Run) -> str:
 def _retrieval(run: Run) -> bool:
     """Return whether the run was evaluated by instance retrieval, for want of labels."""
     return "retrieval/retrieval" in run.values
-
-
-def _starts_trained(run: Run) -> bool:
-    return bool(run.get("init_from") or run.get("model.options", {}).get("pretrained"))
 
 
 def differences(runs: Sequence[Run]) -> Markup:

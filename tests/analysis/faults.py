@@ -53,6 +53,8 @@ CASES = {
     "simclr": Case("", "SimCLR", ("experiment=simclr_digits",)),
     "supmoco": Case("", "SupMoCo", ("experiment=supmoco_digits",)),
     "fast_keys": Case("momentum too low", "keys change as fast as queries", (*SHORT, "method.momentum=0.5")),
+    "slow_keys": Case("momentum too high", "momentum for longer runs", (*SHORT, "method.momentum=0.999")),
+    "no_rate": Case("learning rate of 0", "learning rate of 0", (*SHORT, "optim.lr=0")),
     "frozen_keys": Case("momentum of 1", "keys never change", (*SHORT, "method.momentum=1.0")),
     "cold": Case("temperature too low", "temperature a hundredth", (*SHORT, "method.temperature=0.005")),
     "hot": Case("temperature too high", "temperature 20 times as high", (*SHORT, "method.temperature=10")),
@@ -168,7 +170,7 @@ def log_of(name: str, folder: Path) -> str:
     return file.read_text()
 
 
-LOGGED = re.compile(r"^doctor, epoch ([\d.]+): ([^:]+): (.*)$", re.MULTILINE)
+LOGGED = re.compile(r"^doctor, (?:epoch )?([\d.]+|before the first step): ([^:]+): (.*)$", re.MULTILINE)
 
 
 def row(case: Case, log: str) -> list[str]:

@@ -16,10 +16,13 @@ from moco.analysis.doctor.alarms import (
     augmentation_too_weak,
     collapse,
     data_starvation,
+    few_images,
     learning_rate_too_high,
+    learning_rate_zero,
     loss_at_chance,
-    momentum_frozen,
+    momentum_too_high,
     momentum_too_low,
+    nothing_learned,
     positive_among_negatives,
     queue_against_dataset,
     stale_queue,
@@ -108,7 +111,7 @@ def test_nothing_recorded_means_nothing_found() -> None:
 
 
 def test_every_alarm_is_listed_once() -> None:
-    assert len(set(ALARMS)) == len(ALARMS) == 13
+    assert len(set(ALARMS)) == len(ALARMS) == 14
 
 
 def assert_found(alarm: Alarm | None, *evidence: str) -> None:
@@ -127,8 +130,57 @@ def test_a_low_momentum(momentum: float) -> None:
 
 
 def test_a_momentum_of_one() -> None:
-    assert_found(momentum_frozen({}, FACTS._replace(momentum=1.0)))
-    assert momentum_frozen({}, FACTS._replace(momentum=0.9999)) is None
+    assert_found(momentum_too_high({}, FACTS._replace(momentum=1.0)))
+    assert momentum_too_high({}, FACTS._replace(momentum=0.9999)) is None
+
+
+def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
+    """150 steps at 0.999: NEWCOMER's first defect, found before the first step; the remedy is not alarming itself."""
+    short = FACTS._replace(momentum=0.999, queue_size=64, dataset_size=250, total_steps=150)
+    assert_found(momentum_too_high({}, short), "0.999", "86%", "150")
+    assert "method.momentum=0.95" in str(momentum_too_high({}, short))
+    assert momentum_too_high({}, short._replace(momentum=0.95)) is None
+    assert momentum_too_high({}, short._replace(total_steps=7000)) is None
+    assert momentum_too_high({}, short._replace(momentum=None)) is None
+    assert names({}, short) == ["momentum too high"]
+
+
+def test_a_learning_rate_of_zero_and_few_images() -> None:
+    assert_found(learning_rate_zero({}, FACTS._replace(lr=0.0)), "optim.lr=0")
+    assert learning_rate_zero({}, FACTS) is None
+    few = FACTS._replace(dataset_size=40, queue_size=0)
+    assert_found(few_images({}, few), "40")
+    assert few_images({}, few._replace(starts_trained=True)) is None
+    assert names({}, few) == ["few images"]
+
+
+SHORT_RUN = {  # 150 steps, a record every 10 steps, and no evaluation
+    "train/epoch": [0.02, *(0.2 * i for i in range(1, 16))],
+    "train/contrast_accuracy": [0.0, 0.02, 0.05, 0.08, *[0.04] * 12],
+    "train/loss": [4.15] * 16,
+    "train/chance": [4.174] * 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({}, True),
+        ({"retrieval/retrieval": [46.0, 48.4]}, True),  # the noise of 250 images is 6 points
+        ({"retrieval/retrieval": [46.0, 60.0]}, False),
+        ({"accuracy/knn": [58.0, 57.6]}, True),
+        ({"accuracy/knn": [58.0, 65.0]}, False),
+        ({"train/contrast_accuracy": [0.05] * 10 + [0.2] * 6}, False),
+        ({"train/epoch": [0.02, *(0.15 * i for i in range(1, 16))]}, False),  # not finished, few records
+    ],
+)
+def test_a_short_run_that_learns_nothing(changed: dict[str, list[float]], found: bool) -> None:
+    facts = FACTS._replace(momentum=0.95, queue_size=64, dataset_size=250, epochs=3, total_steps=150)
+    series = SHORT_RUN | changed
+    assert names(series, facts) == ["nothing learned"] * found
+    assert (nothing_learned(series, facts) is not None) == found
+    # With a cause, only the cause is reported.
+    assert names(series, facts._replace(momentum=0.999)) == ["momentum too high"]
 
 
 def test_a_stale_queue() -> None:
@@ -260,3 +312,7 @@ def test_a_positive_among_the_negatives(directions: int) -> None:
 def test_a_device_that_waits() -> None:
     assert_found(data_starvation(healthy(**{"speed/data_wait": [0.05] * 9 + [0.6] * 5}), FACTS), "60%")
     assert data_starvation(healthy(**{"speed/data_wait": [0.9] + [0.05] * 9}), FACTS) is None
+    assert data_starvation(healthy(**{"speed/data_wait": [0.9, 0.6] + [0.3] * 4}), FACTS) is None  # start of the loader
+    packed = data_starvation(healthy(**{"speed/data_wait": [0.6] * 9}), FACTS._replace(source="shards"))
+    assert packed is not None
+    assert "moco.pack" not in packed.remedy

@@ -22,6 +22,7 @@ from moco.analysis.doctor.series import (
     present_temperature,
     running_means,
 )
+from moco.config.recommended import momentum_for, queue_for
 
 LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: 0.9 costs 3.8 points of 59.0, and 0 does not train
 
@@ -33,16 +34,54 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
     return Alarm(
         "momentum too low",
         f"momentum {facts.momentum:g} is below {LOWEST_MOMENTUM:g}, so the queue mixes keys of very different encoders",
-        "method.momentum=0.999 (0.99 for runs of a few thousand steps)",
+        f"method.momentum={_better_momentum(facts):g}",
     )
 
 
-def momentum_frozen(series: Series, facts: Facts) -> Alarm | None:
-    """Find a momentum of 1 from the start: the momentum encoder stays random. A schedule may end at 1."""
-    if facts.momentum is None or facts.momentum < 1:
+MOST_LEFT = 0.5  # of the momentum encoder's initial weights; the digits end at 0.2 %, CIFAR-10 on a CPU at 0.001 %
+
+
+def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
+    """Find a momentum encoder that hardly changes in a run of this length, or never. A schedule may end at 1."""
+    if facts.momentum is None:
         return None
-    evidence = "the momentum encoder never changes, so the queries learn to match a random network"
-    return Alarm("momentum of 1", evidence, "method.momentum=0.999")
+    if facts.momentum >= 1:
+        evidence = "the momentum encoder never changes, so the queries learn to match a random network"
+        return Alarm("momentum of 1", evidence, f"method.momentum={_better_momentum(facts):g}")
+    left, better = facts.momentum**facts.total_steps, _better_momentum(facts)
+    if left <= MOST_LEFT or facts.momentum <= better:
+        return None
+    return Alarm(
+        "momentum too high",
+        f"at momentum {facts.momentum:g}, {left:.0%} of the momentum encoder's initial weights are left after all "
+        f"{facts.total_steps:.0f} steps",
+        f"method.momentum={better:g}, or more epochs",
+    )
+
+
+def _better_momentum(facts: Facts) -> float:
+    return momentum_for(round(min(facts.total_steps, 1e6)))
+
+
+def learning_rate_zero(series: Series, facts: Facts) -> Alarm | None:
+    """Find a learning rate at which no weight changes."""
+    if facts.lr != 0:
+        return None
+    return Alarm("learning rate of 0", "optim.lr=0, so no weight changes", "optim.lr=0.03 for sgd, 1e-4 for adamw")
+
+
+FEW_IMAGES = 200  # see docs/howto/own_images.md for what was measured
+
+
+def few_images(series: Series, facts: Facts) -> Alarm | None:
+    """Find a data set that is too small to train a network from random weights."""
+    if facts.starts_trained or facts.dataset_size >= FEW_IMAGES:
+        return None
+    return Alarm(
+        "few images",
+        f"{facts.dataset_size} images are too few to train an encoder from random weights",
+        "published weights: init_from=FILE, or without any training moco.embed checkpoint=FILE",
+    )
 
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: 0.05 ... 1 (MoCo v3 with ResNet)
@@ -88,8 +127,7 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     if share <= (1.0 if facts.mask_own_keys else MOST_OF_DATASET):
         return None
     evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
-    power_of_two = 1 << max(0, (facts.dataset_size // 4).bit_length() - 1)
-    remedy = f"method.queue_size={power_of_two}"
+    remedy = f"method.queue_size={queue_for(facts.dataset_size, facts.keys_per_step)}"
     if facts.mask_own_keys:
         evidence += "it holds several keys per image: old keys instead of more images"
     else:
@@ -166,6 +204,8 @@ def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
     """Find BN statistics that reveal the key, so that the features need not improve (He et al., 2020, Sec. 3.3)."""
     shuffled, unshuffled = latest(series, "analysis/loss_shuffled"), latest(series, "analysis/loss_unshuffled")
     remedy = "model.shuffle_keys=true with model.bn=grouped, and a larger model.bn_group_size"
+    if facts.momentum is None:  # no keys to shuffle
+        remedy = "model.bn=sync"
     if shuffled - unshuffled > LEAK_NATS:
         evidence = f"the loss is {unshuffled:.2f} with keys in the BN groups of their queries and {shuffled:.2f} with "
         return Alarm("BN leak", f"{evidence}shuffled keys", remedy)
@@ -234,7 +274,8 @@ def collapse(series: Series, facts: Facts) -> Alarm | None:
     norm, first = latest(series, "train/gradient_norm"), (*series.get("train/gradient_norm", ()), 0.0)[0]
     if norm < GRADIENT_GONE * first and stuck:
         found.append(f"the gradient norm fell from {first:.2g} to {norm:.2g} with the loss at chance")
-    return _alarm("collapse", found, "a lower optim.lr, method.temperature=0.2, method.momentum=0.99 or higher")
+    momentum = "" if facts.momentum is None else ", method.momentum=0.99 or higher"
+    return _alarm("collapse", found, f"a lower optim.lr, method.temperature=0.2{momentum}")
 
 
 LONG_EPOCHS, LONG_RECORDS = 3.0, 20  # the loss of a healthy run is below chance after an epoch or two
@@ -253,21 +294,60 @@ def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
+FEW_FOUND = 0.1  # of the keys, near the chance of a short queue; healthy runs find 15 % after three epochs
+NO_GAIN_ERRORS = 2.0  # standard errors of the retrieval
+
+
+def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
+    """Find a run that ends, or is long enough, without a sign of learning. For runs without another finding."""
+    accuracies, epochs = series.get("train/contrast_accuracy", ()), series.get("train/epoch", ())
+    if not accuracies or not epochs or latest(series, "train/contrast_accuracy") >= FEW_FOUND:
+        return None
+    if epochs[-1] < facts.epochs and (len(accuracies) < LONG_RECORDS or epochs[-1] < LONG_EPOCHS):
+        return None
+    gains = [_gain(series, name, facts) for name in ("retrieval/retrieval", "accuracy/knn")]
+    if any(gain > 0 for gain, _ in gains):  # nan: not evaluated
+        return None
+    evidence = f"only {latest(series, 'train/contrast_accuracy'):.0%} of the queries find their key"
+    evidence += "".join(f", and {text}" for gain, text in gains if not math.isnan(gain))
+    momentum = f", method.momentum={_better_momentum(facts):g}" if facts.momentum is not None else ""
+    return Alarm("nothing learned", evidence, f"more epochs, twice the optim.lr{momentum}, or more images")
+
+
+def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
+    """Return by how much an evaluation exceeds that before the first step and its noise, in points, and a phrase."""
+    values = series.get(name, ())
+    if len(values) < 2:
+        return math.nan, ""
+    first, last = values[0], values[-1]
+    noise = NO_GAIN
+    if name == "retrieval/retrieval":  # a share of some hundred images
+        share = last / 100
+        noise = NO_GAIN_ERRORS * 100 * math.sqrt(share * (1 - share) / min(facts.dataset_size, 1024))
+    return last - first - noise, f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step)"
+
+
 MOST_WAITING = 0.2  # of the time; the digits wait 9 %, CIFAR-10 on a CPU 5 %
+STARTING = 2  # records at the start of a run, while the loader's processes start and fill their queue
 
 
 def data_starvation(series: Series, facts: Facts) -> Alarm | None:
     """Find a device that waits for images."""
-    waiting = latest(series, "speed/data_wait")
-    if not waiting > MOST_WAITING:
+    waits = series.get("speed/data_wait", ())[STARTING:][-LATEST:]
+    if len(waits) < LATEST or not (waiting := median(waits)) > MOST_WAITING:
         return None
-    remedy = "more data.workers, images resized to a shorter side of 256, or data.resident=true"
+    remedy = "more data.workers (at most one per processor core)"
+    if facts.source in ("folder", "imagenet"):
+        remedy += ", or smaller images: python -m moco.pack writes them with a chosen short_side"
     return Alarm("data starvation", f"{waiting:.0%} of the time is spent waiting for batches", remedy)
 
 
+# Without `nothing_learned` and `data_starvation`, which `diagnose` adds.
 ALARMS: tuple[Check, ...] = (
     momentum_too_low,
-    momentum_frozen,
+    momentum_too_high,
+    learning_rate_zero,
+    few_images,
     temperature_too_low,
     temperature_too_high,
     queue_against_dataset,
@@ -278,7 +358,6 @@ ALARMS: tuple[Check, ...] = (
     learning_rate_too_high,
     collapse,
     loss_at_chance,
-    data_starvation,
 )
 
 

@@ -1,10 +1,12 @@
 """The training doctor: run all alarms over the records of a run, and log each finding once."""
 
+import math
 from array import array
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from moco.analysis.doctor.alarms import ALARMS
+from moco.analysis.doctor.alarms import ALARMS, data_starvation, nothing_learned
 from moco.analysis.doctor.series import Alarm, Facts, Series
 from moco.config import MethodConfig
 from moco.runs.metrics import read_metrics
@@ -15,15 +17,28 @@ def diagnose(series: Series, facts: Facts) -> list[Alarm]:
 
     The series may hold only the newest records of the run: two alarms need the first ones, and find nothing then.
     """
-    return [alarm for check in ALARMS if (alarm := check(series, facts)) is not None]
+    found = [alarm for check in ALARMS if (alarm := check(series, facts)) is not None]
+    if not found and (alarm := nothing_learned(series, facts)):
+        found.append(alarm)
+    if alarm := data_starvation(series, facts):
+        found.append(alarm)
+    return found
 
 
-def facts_of(method: MethodConfig, batch_size: int, images: int) -> Facts:
-    """Return the settings that the doctor needs; `images` is the size of the data set."""
-    momentum = method.momentum if method.has_momentum_encoder else None
-    keys_per_step = batch_size * method.keys_per_image
-    fixed = (method.temperature, momentum, method.queue_size, images, keys_per_step)
-    return Facts(*fixed, mask_own_keys=method.mask_own_keys, supervised=method.labels)
+def facts_of(method: MethodConfig, images: int, batch_size: int, epochs: float = math.inf, **more: Any) -> Facts:
+    """Return the settings that the doctor needs; `images` is the size of the data set, `more` are fields of `Facts`."""
+    return Facts(
+        temperature=method.temperature,
+        momentum=method.momentum if method.has_momentum_encoder else None,
+        queue_size=method.queue_size,
+        dataset_size=images,
+        keys_per_step=batch_size * method.keys_per_image,
+        mask_own_keys=method.mask_own_keys,
+        supervised=method.labels,
+        epochs=epochs,
+        total_steps=images // batch_size * epochs if images >= batch_size else math.inf,
+        **more,
+    )
 
 
 class Doctor:
@@ -53,5 +68,5 @@ class Doctor:
             if alarm.name not in self._reported:
                 self._reported.add(alarm.name)
                 epochs = self._series.get("train/epoch")
-                when = f", epoch {epochs[-1]:.3g}" if epochs else ""
+                when = f", epoch {epochs[-1]:.3g}" if epochs else ", before the first step"
                 self._log(f"doctor{when}: {alarm}")

@@ -26,6 +26,11 @@ class Facts(NamedTuple):
     keys_per_step: int  # of the global batch: images times directions
     mask_own_keys: bool = True
     supervised: bool = False  # the labels define the positives
+    epochs: float = math.inf  # of the complete run; inf if unknown, as its steps
+    total_steps: float = math.inf
+    lr: float = math.nan  # the configured peak; nan if unknown
+    starts_trained: bool = False  # from published weights, or those of another run
+    source: str = ""  # data.name
 
 
 class Alarm(NamedTuple):
