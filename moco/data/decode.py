@@ -5,13 +5,15 @@ Color profiles are ignored, as torchvision and the published pipelines do.
 
 import contextlib
 import io
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -23,13 +25,18 @@ FAULTS = {
     "broken link": "the target of the link does not exist",
     "empty": "the file has no bytes",
     "no image": "the content has no known image format, whatever the name suggests",
+    "unsupported": "a known format with a kind of pixels that is not read",
     "too large": "the header declares more pixels than the limit",
     "truncated": "the end is missing",
     "damaged": "the decoder failed, or the values have an unknown scale",
 }
 MAX_PIXELS = 178_956_970  # PIL's own limit
 
+# PIL's notes on damaged files and odd headers would go to stderr; each fault that matters is an ImageError.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 0x0112  # EXIF's tag
 # A JPEG of at least this many pixels may be decoded at a fraction of its size. For smaller ones this saves nothing:
 # PIL, which can do it, is slower than torchvision, which cannot (measured in docs/benchmarks.md).
@@ -131,6 +138,9 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
     except ImageError:
         raise
     except UnidentifiedImageError as error:
+        if data.startswith(_TIFF) and (kind := _unknown_tiff(data)):
+            fix = "which is not read: store one or three bands of 8 bits as a gray or RGB image"
+            raise _refusal(path, "unsupported", f"{kind}, {fix}") from error
         known = ", ".join(IMAGE_FORMATS)
         raise _refusal(path, "no image", f"no known image format ({known}), it begins with {data[:12]!r}") from error
     except Image.DecompressionBombError as error:  # PIL checks its own limit first
@@ -138,6 +148,19 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, IndexError and others for a damaged file
         reason = str(error) or type(error).__name__
         raise _refusal(path, "truncated" if "truncated" in reason.lower() else "damaged", reason) from error
+
+
+def _unknown_tiff(data: bytes) -> str:
+    """Describe the pixels of a TIFF that PIL does not open; "" for another file, or if its tags cannot be read."""
+    with contextlib.suppress(Exception):  # a damaged directory
+        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
+        file = io.BytesIO(data)
+        file.seek(directory.next)
+        directory.load(file)
+        bits = directory.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+        bands = int(directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
+        return f"a TIFF with {bands} band{'s' * (bands > 1)} of {'/'.join(map(str, sorted(set(bits))))} bits"
+    return ""
 
 
 def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded | None:

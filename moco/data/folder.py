@@ -58,8 +58,16 @@ class FolderSource(Source):
         return list(self.paths.tolist())
 
     def content_digest(self) -> str:
-        files = ((self.name(i), Path(self.path(i)).stat()) for i in range(len(self)))
-        return entries_digest([name, stat.st_size, stat.st_mtime_ns] for name, stat in files)
+        return entries_digest([self.name(i), *_size_and_time(self.path(i))] for i in range(len(self)))
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    """Return size and modification time of a file; (-1, -1) if it cannot be found, such as a broken link."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:

@@ -19,7 +19,8 @@ ODDITIES = {
     "16 bits": "the upper 8 bits of each value are used",
     "CMYK": "converted to RGB without its color profile",
     "palette": "converted to RGB",
-    "transparent": "put on a white background",
+    "transparent": "put on a white background; a band that a TIFF marks as alpha, such as infrared, counts as opacity",
+    "extra band": "the last band is not used",
     "rotated by EXIF": "used upright",
     "several frames": "the first one is used",
     "tiny": f"a side has fewer than {TINY} pixels: its crops are strongly enlarged",
@@ -28,6 +29,7 @@ ODDITIES = {
     "misnamed": "the content has another format than its name; the content counts",
     "name": "not ASCII: other tools may not support it",
 }
+_BANDS = 277  # TIFF's tag SamplesPerPixel
 _SAME_FORMAT = {"MPO": "JPEG"}  # a JPEG that contains a second image, as phones write it
 
 
@@ -74,14 +76,20 @@ def _header(data: bytes) -> tuple[str, dict[str, bool]]:
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         # PIL opens PNGs and TIFFs with 16 bits per color as RGB; only its raw mode ("RGB;16B") shows the 16 bits.
         raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
-        orientation = 1
+        orientation, frames, transparent = 1, 2, False
         with contextlib.suppress(Exception):  # broken EXIF data
             orientation = image.getexif().get(0x0112, 1)
+        with contextlib.suppress(Exception):  # there is more after the first frame, but it is damaged
+            frames = getattr(image, "n_frames", 1)
+        with contextlib.suppress(Exception):
+            transparent = image.has_transparency_data
+        bands = getattr(image, "tag_v2", {}).get(_BANDS, 0)
         return f"{image.format} {image.mode}", {
             "16 bits": image.mode[0] in "IF" or any(";16" in each for each in raw_modes),
             "CMYK": image.mode == "CMYK",
             "palette": image.mode in ("P", "PA") and image.format != "GIF",  # every GIF has a palette
-            "transparent": image.has_transparency_data,
+            "transparent": transparent,
+            "extra band": bands == len(image.getbands()) + 1,
             "rotated by EXIF": orientation in range(2, 9),
-            "several frames": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,
+            "several frames": image.format != "MPO" and frames > 1,
         }

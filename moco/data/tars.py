@@ -2,7 +2,7 @@
 
 tarfile treats an unreadable header, or a stream that ends between two files, as the regular end of the archive: the
 rest is silently lost. Here the end must follow the format, a block of zeros followed by zeros only, and the checksum of
-a compressed stream is verified.
+a compressed stream is verified. Memory is bounded: an image has at most `MAX_BYTES`, and sparse files are refused.
 """
 
 import bz2
@@ -19,6 +19,15 @@ from moco.data.walk import IMAGE_ENDINGS
 
 # Reasons to skip files. Hidden files (.NAME) and WebDataset's own (__NAME__) belong to no sample and are not counted.
 WITHOUT, FURTHER = "samples without an image", "further images of samples that have one"
+MAX_BYTES = 2**28  # of an image in a shard: 256 MiB; a few kB of a compressed archive can hold any size
+_MAX_HEADER = 2**20  # of an extended header, such as a long name
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _PART = 64  # images of one sample in memory: names with dots can make a complete shard seem one sample
 _OWN = re.compile(r"__[^/]*__(/|$)")
 _PACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
@@ -55,7 +64,8 @@ def images_of(stream: Any, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]
         skipped: counts the skipped files, by reason (`WITHOUT`, `FURTHER`).
 
     Raises:
-        tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error: if the archive is invalid, damaged or cut off.
+        tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error: if the archive is invalid, damaged or cut off,
+            or an image has more than `MAX_BYTES`.
         ValueError: if the same name occurs more than once in a sample.
     """
     for _, files in itertools.groupby(_files(stream), key=lambda file: file.sample):
@@ -84,6 +94,10 @@ def _files(stream: Any) -> Iterator[File]:
             hidden = info.name.rpartition("/")[2].startswith(".") or _OWN.match(info.name)
             if not info.isdir() and not hidden:
                 wanted = info.isreg() and info.name.lower().endswith(IMAGE_ENDINGS)
+                if info.issparse():
+                    raise _SPARSE
+                if wanted and not 0 <= info.size <= MAX_BYTES:
+                    raise tarfile.ReadError(f"{info.name} has {info.size:,} bytes, an image at most {MAX_BYTES:,}")
                 content = tar.extractfile(info) if wanted else None
                 yield File(info.name, None if content is None else content.read())
             tar.members.clear()  # type: ignore[attr-defined] # tarfile would keep all headers in memory
@@ -93,8 +107,23 @@ def _files(stream: Any) -> Iterator[File]:
                 raise tarfile.ReadError("data follow its end-of-archive mark: two archives in one, or damage")
 
 
+_SPARSE = tarfile.ReadError("it contains a sparse file, which can declare any size: write it without tar --sparse")
+
+
 class _Header(tarfile.TarInfo):
     """tarfile's hook for reading headers: only here the end-of-archive mark and damage can be distinguished."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise _SPARSE
+        if header.type in _EXTENDED and not 0 <= header.size <= _MAX_HEADER:  # tarfile would read it into memory
+            raise tarfile.ReadError(f"an extended header has {header.size:,} bytes, more than {_MAX_HEADER:,}")
+        return header
+
+    def _proc_gnusparse_10(self, *_: Any) -> None:  # tarfile's name: it would read a map of any length
+        raise _SPARSE
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> Self:

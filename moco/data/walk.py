@@ -26,8 +26,9 @@ def walk(folder: str) -> Tree:
     """Find all images below a folder, and what else is there.
 
     Links are followed, and each real folder counts once, so a link to a parent folder is harmless. Links are followed
-    last, in order: so a folder keeps its own name, in whatever order the file system lists its entries. A broken link
-    with an image's name counts as an image: it keeps its position and is unreadable.
+    last, in order: so a folder keeps its own name, in whatever order the file system lists its entries. A link with an
+    image's name that cannot be followed (no target, a cycle, no permission) counts as an image: it keeps its position
+    and is unreadable.
     """
     tree = Tree()
     seen: set[str] = set()
@@ -62,9 +63,11 @@ def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> 
             tree.broken[path] = os.readlink(entry.path)
         else:  # its target may be a folder of images
             tree.unlistable[path] = link_error.strerror or str(link_error)
+    elif link_error is not None:
+        tree.images.append(path)
     elif entry.is_dir():
         folders.append(path)
-    elif is_image and (link_error is not None or entry.is_file()):
+    elif is_image and entry.is_file():
         tree.images.append(path)
     else:
         tree.ignored[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1

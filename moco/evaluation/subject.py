@@ -119,8 +119,15 @@ def labels_of(source: Source) -> NDArray[np.int64]:
 
 
 def open_data(config: SubjectConfig, subject: Subject) -> Sources:
-    """Open the data set, labeled or not. Errors: see `moco.data.sources.load_source`."""
+    """Open the data set, labeled or not.
+
+    Raises:
+        ConfigError: for a stream, whose images cannot be read one by one.
+        FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
+    """
     data = data_config(config, subject)
+    fix = "set data.name=folder data.root=IMAGES, or another data set whose images can be read one by one"
+    require(data.name != "webdataset", f"data.name=webdataset can be read from start to end only: {fix}")
     try:
         return open_sources(data, bank_size=0)
     except FileNotFoundError as error:

@@ -166,5 +166,5 @@ def image_size(images: ImageSet, row: int) -> dict[str, int]:
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return {"width": image.width, "height": image.height, "bytes": Path(path).stat().st_size}
-    except OSError:
+    except Exception:  # removed or damaged since; PIL raises many kinds of errors
         return {"width": 0, "height": 0, "bytes": 0}

@@ -18,7 +18,7 @@ from moco.data import check as module
 from moco.data import image_facts as image_facts_module
 from moco.data.decode import FAULTS, ImageError
 from moco.data.image_facts import ODDITIES, image_facts
-from tests.data.unreadable_files import encoded, folder, forbid, noise, odd_files, unreadable_files
+from tests.data.unreadable_files import encoded, folder, forbid, noise, odd_files, tiff, unreadable_files
 
 
 def checked(output: Path, error: str = "", **data: Any) -> dict[str, Any]:
@@ -43,13 +43,14 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
     root = folder(tmp_path / "images", odd=True)
     for name in ("notes.txt", "Makefile", ".hidden.png"):
         (root / name).write_text("x")
+    (root / "bands.tif").write_bytes(tiff(8, 8, bands=13))
     (root / "circle").symlink_to(root / "circle")
     (root / "nowhere.png").symlink_to(root / "gone.png")
     (root / "up").symlink_to(tmp_path)
     report = checked(
-        tmp_path / "report.json", r"8 of the 24 training images .*report\.json", root=str(root), workers=workers
+        tmp_path / "report.json", r"9 of the 27 training images .*report\.json", root=str(root), workers=workers
     )
-    wanted: dict[str, list[str]] = {"broken link": ["circle", "nowhere.png"]}
+    wanted: dict[str, list[str]] = {"broken link": ["circle", "nowhere.png"], "unsupported": ["bands.tif"]}
     for name, (_, kind) in (unreadable_files() | odd_files()).items():
         wanted.setdefault(kind, []).append(name)
     assert set(wanted) == (set(FAULTS) | set(ODDITIES)) - {"unreadable", "huge"}  # planted in tests of their own
@@ -58,14 +59,14 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
         kind: sorted(each) for kind, each in wanted.items()
     }
     assert all(entry["count"] == len(entry["files"]) for entry in found.values())
-    assert report["pictures"] == 24
+    assert report["pictures"] == 27
     assert report["unreadable"]["broken link"]["files"] == [
         {"path": str(root / "nowhere.png"), "reason": f"a link to {root}/gone.png: No such file or directory"},
         {"path": str(root / "circle"), "reason": f"a link to {root}/circle, ignored"},
     ]
     assert report["ignored"] == {".txt": 1, "without ending": 1, "hidden": 1}
     assert report["formats"]["JPEG CMYK"] == 1
-    assert sum(report["formats"].values()) == 16
+    assert sum(report["formats"].values()) == 18
     printed = capsys.readouterr().out
     assert all(kind in printed for kind in wanted)
     assert "ignored: .txt" in printed

@@ -24,6 +24,7 @@ from moco.config import DataConfig, RunWarning, config_dir
 from moco.data.base import names_digest
 from moco.data.decode import ImageError
 from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source
+from moco.data.unreadable import find_unreadable
 from tests.data.unreadable_files import forbid
 
 
@@ -247,6 +248,38 @@ def test_folder_finds_all_images_in_sorted_order(tmp_path: Path) -> None:
     assert (train.labels, train.classes, train.images, sources.bank, sources.held_out) == (None, (), None, None, None)
     assert train.image(wanted.index("b/ü 漢字.png")).shape == (3, 5, 6)
     assert train.image(wanted.index("f.gif")).flatten().tolist() == [0] * 90
+
+
+def test_a_link_that_cannot_be_followed_is_one_unreadable_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image(tmp_path / "good.png")
+    (tmp_path / "cycle.jpg").symlink_to("cycle.jpg")
+    (tmp_path / "one.png").symlink_to("two.png")
+    (tmp_path / "two.png").symlink_to("one.png")
+    (tmp_path / "in_a_file.gif").symlink_to("good.png/x.gif")
+    (tmp_path / "denied.jpg").symlink_to("forbidden/x.jpg")
+    stat = os.stat
+
+    def denied(path: Any, *given: Any, **named: Any) -> os.stat_result:
+        if str(path).endswith("denied.jpg") and named.get("follow_symlinks", True):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "stat", denied)
+    train = load_source(DataConfig("folder", str(tmp_path))).train
+    assert names(train) == ["cycle.jpg", "denied.jpg", "good.png", "in_a_file.gif", "one.png", "two.png"]
+    digest = train.content_digest()
+    unreadable = find_unreadable(train, range(len(train)))
+    assert {train.name(i): error.kind for i, error in unreadable.items()} == {
+        name: "broken link" for name in names(train) if name != "good.png"
+    }
+    image(tmp_path / "forbidden/x.jpg")
+    monkeypatch.undo()
+    train = load_source(DataConfig("folder", str(tmp_path))).train
+    assert names(train)[1] == "denied.jpg"
+    assert train.image(1).shape == (3, 5, 6)
+    assert train.content_digest() != digest
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

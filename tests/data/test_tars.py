@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moco.data.tars import FURTHER, WITHOUT, images_of
+from moco.data.tars import FURTHER, MAX_BYTES, WITHOUT, images_of
 
 FILES = {f"some/{i}.{ending}": bytes([i]) * 900 for i in range(3) for ending in ("cls", "jpg")}
 BLOCK = tarfile.BLOCKSIZE
@@ -117,3 +117,41 @@ def test_a_repeated_name_is_refused() -> None:
     second = info.tobuf() + twice[3 * BLOCK :]
     with pytest.raises(ValueError, match=r"it contains a\.jpg more than once"):
         read(twice[: 2 * BLOCK] + second)
+
+
+def member(name: str, size: int, kind: bytes = tarfile.REGTYPE, **pax: str) -> bytes:
+    """Return only the header of a member."""
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.pax_headers = size, kind, {key.replace("_", "."): value for key, value in pax.items()}
+    return info.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("head", "words"),
+    [
+        (member("a.jpg", MAX_BYTES + 1), r"a\.jpg has 268,435,457 bytes, an image at most 268,435,456"),
+        (member("a.jpg", 6_000_000_000), r"a\.jpg has 6,000,000,000 bytes"),
+        (member("long name", 6_000_000_000, tarfile.GNUTYPE_LONGNAME), "extended header has 6,000,000,000 bytes"),
+        (member("pax", 2**30, tarfile.XHDTYPE), "extended header has 1,073,741,824 bytes"),
+        (member("pax", 2**30, tarfile.XGLTYPE), "extended header has 1,073,741,824 bytes"),
+        (member("a.jpg", 512, tarfile.GNUTYPE_SPARSE), "sparse"),
+        (member("a.jpg", 0, GNU_sparse_map="0,1", GNU_sparse_size="9000000000000"), "sparse"),
+        (member("a.jpg", 512, GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="1"), "sparse"),
+    ],
+)
+def test_a_file_of_excessive_size_is_refused_before_it_is_read(head: bytes, words: str) -> None:
+    class Endless:
+        taken = 0
+
+        def read(self, size: int, /) -> bytes:
+            self.taken += size
+            assert self.taken < 10**6, "the content was read"
+            return (head + b"1\n" * 256 * 20)[self.taken - size : self.taken].ljust(size, b"\0")
+
+    with pytest.raises(tarfile.ReadError, match=words):
+        list(images_of(Endless(), Counter()))
+
+
+def test_files_that_are_no_images_may_have_any_size() -> None:
+    big = gzip.compress(member("movie.mp4", 51_200_000) + bytes(51_200_000) + archive(FILES), 1)
+    assert len(read(big)[0]) == 3

@@ -33,6 +33,33 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
+def tiff(width: int, height: int, bands: int, extra: int | None = None, bits: int = 8, content: bytes = b"") -> bytes:
+    """Make an uncompressed TIFF of a kind that PIL cannot write; `extra` is the tag ExtraSamples of its last band."""
+    size = width * height * bands * bits // 8
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 2 if bands > 2 else 1)]
+    tags += [(273, 4, 0), (277, 3, bands), (278, 4, height), (279, 4, size), (284, 3, 1)]
+    tags += [] if extra is None else [(338, 3, extra)]
+    after = 8 + 2 + 12 * len(tags) + 4
+    many = struct.pack(f"<{bands}H", *[bits] * bands)  # BitsPerSample, if it does not fit into the directory
+    start = after + len(many)
+    out = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    for tag, kind, value in tags:
+        if tag == 258 and bands > 2:
+            out += struct.pack("<HHII", tag, kind, bands, after)
+        elif tag == 258:
+            out += struct.pack("<HHI4s", tag, kind, bands, many.ljust(4, b"\0"))
+        else:
+            out += struct.pack("<HHII", tag, kind, 1, start if tag == 273 else value)
+    return out + bytes(4) + many + (content or bytes(i * 7 % 256 for i in range(size)))
+
+
+def without_palette() -> bytes:
+    """Make a palette PNG whose palette is missing."""
+    data = encoded(noise().quantize(16), "PNG")
+    at = data.index(b"PLTE") - 4
+    return data[:at] + data[at + 12 + int.from_bytes(data[at : at + 4]) :]
+
+
 def unreadable_files() -> dict[str, tuple[bytes, str]]:
     """Return content and kind of fault by name."""
     jpeg, png = encoded(noise(), "JPEG"), encoded(noise(), "PNG")
@@ -64,6 +91,8 @@ def odd_files() -> dict[str, tuple[bytes, str]]:
         "turned.jpg": (encoded(noise(), "JPEG", exif=exif), "rotated by EXIF"),
         "glass.png": (encoded(glass, "PNG"), "transparent"),
         "moving.gif": (encoded(noise(), "GIF", save_all=True, append_images=[noise(1)]), "several frames"),
+        "infrared.tif": (tiff(9, 9, 4, extra=2), "transparent"),
+        "fourth.tif": (tiff(9, 9, 4, extra=0), "extra band"),
         "dot.png": (encoded(noise(height=1, width=1), "PNG"), "tiny"),
         "ribbon.png": (encoded(Image.new("RGB", (30_000, 20), "red"), "PNG"), "long"),
         "liar.jpg": (encoded(noise(2), "PNG"), "misnamed"),

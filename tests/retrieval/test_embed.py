@@ -227,6 +227,17 @@ def test_a_different_embedding_is_refused(
         embed(config(made, tmp_path / "half", images_at_once=3))
 
 
+def test_links_without_a_target_are_listed_and_a_stream_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    (made[1] / "03.png").unlink()
+    (made[1] / "03.png").symlink_to("gone.png")
+    (made[1] / "05.png").unlink()
+    (made[1] / "05.png").symlink_to("05.png")
+    embed(config(made, tmp_path / "out", on_bad_image="skip"))
+    assert [each["path"] for each in rows(tmp_path / "out")] == [f"{i:02}.png" for i in range(11) if i not in (3, 5)]
+    with pytest.raises(ConfigError, match=r"data\.name=webdataset"):
+        embed(config(made, tmp_path / "out", data=SubjectDataConfig("webdataset", "x.tar")))
+
+
 def test_missing_images_and_invalid_outputs_are_refused(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
