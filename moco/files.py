@@ -1,9 +1,11 @@
 """Write files atomically, report write errors in one sentence, lock a file."""
 
 import csv
+import errno
 import fcntl
 import json
 import os
+import secrets
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,14 +38,15 @@ def write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield the temporary name `path`.tmp to write to, then flush that file and rename it to `path`.
+    """Yield the name of a temporary file to write to, then flush that file and rename it to `path`.
 
-    If anything fails, the temporary file is removed and an earlier `path` is left unchanged.
+    If anything fails, the temporary file is removed and an earlier `path` is left unchanged. Two processes may write
+    the same `path` at once: each has its own temporary file, and the last one to finish decides.
 
     Raises:
         WriteError: if the system does not let the file be written.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = temporary_name(path)
     with write_errors(path):
         try:
             yield temporary
@@ -51,6 +54,48 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path` that no other process uses; it ends in `.tmp`."""
+    return path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+
+
+def reserve(path: Path) -> None:
+    """Reserve the space of a sparse file on disk, so that writing through a memory map cannot find the disk full.
+
+    Without reserved space, such a write ends the process with SIGBUS. Holes become zeros; the length stays the same.
+
+    Raises:
+        WriteError: if the disk is full; the file is removed then.
+    """
+    with write_errors(path):
+        try:
+            with path.open("r+b") as file:
+                _allocate(file, os.fstat(file.fileno()).st_size)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _allocate(file: IO[bytes], size: int) -> None:
+    """Allocate the blocks of a file, by writing zeros over the holes where the system has no call for it."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    except AttributeError:  # macOS
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    step = 1 << 20
+    for start in range(0, size, step):
+        file.seek(start)
+        block = file.read(min(step, size - start))
+        file.seek(start)
+        file.write(block)
+    file.flush()
+    os.fsync(file.fileno())  # some file systems allocate only now
 
 
 def write_json(path: Path, value: Any) -> None:

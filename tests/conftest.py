@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import signal
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -22,6 +23,12 @@ hypothesis.settings.load_profile("moco")
 def one_thread() -> None:
     """Use one thread: tensors are tiny and several processes share two cores, so this is several times faster."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fixed_temporary_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `atomic_write` write NAME to NAME.tmp, so that a link of that name to /dev/full is a full disk for it."""
+    monkeypatch.setattr("moco.files.temporary_name", lambda path: Path(f"{path}.tmp"))
 
 
 @pytest.fixture(autouse=True, scope="session")

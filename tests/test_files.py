@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moco.files import FileLocked, WriteError, atomic_write, cause, lock, write_errors
+from moco.files import FileLocked, WriteError, atomic_write, cause, lock, reserve, write_errors
 
 
 def test_a_file_is_renamed_when_it_is_complete(tmp_path: Path) -> None:
@@ -21,6 +21,7 @@ def test_a_file_is_renamed_when_it_is_complete(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.usefixtures("fixed_temporary_names")
 def test_a_temporary_file_left_by_a_kill_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.txt.tmp").write_text("torn by a kill")
     with atomic_write(tmp_path / "a.txt") as temporary:
@@ -28,6 +29,7 @@ def test_a_temporary_file_left_by_a_kill_is_overwritten(tmp_path: Path) -> None:
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"a.txt": "new"}
 
 
+@pytest.mark.usefixtures("fixed_temporary_names")
 def test_a_full_disk_is_one_sentence_and_leaves_the_previous_file(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("before")
@@ -38,6 +40,48 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_previous_file(tmp_path: Path
     ):
         temporary.write_text("more")
     assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"a.txt": "before"}
+
+
+def test_two_writers_of_one_file_do_not_share_their_temporary_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    with atomic_write(file) as first, atomic_write(file) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"a.txt": "first"}  # the last to finish
+
+
+@pytest.mark.parametrize("system_call", ["there", "missing", "unsupported"])
+def test_reserving_space_fills_the_holes_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system_call: str
+) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "unsupported")
+
+    if system_call == "missing":
+        monkeypatch.delattr(os, "posix_fallocate")
+    elif system_call == "unsupported":
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    file, size = tmp_path / "a.npy", (3 << 20) + 5
+    with file.open("wb") as opened:
+        opened.write(b"header")
+        opened.truncate(size)
+    assert file.stat().st_blocks * 512 < size
+    reserve(file)
+    assert file.stat().st_blocks * 512 >= size
+    assert file.read_bytes() == b"header".ljust(size, b"\0")
+
+
+def test_a_disk_without_space_to_reserve_is_one_sentence_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    (tmp_path / "a.npy").write_bytes(bytes(9))
+    with pytest.raises(WriteError, match=r"a\.npy cannot be written \(No space left on device\)"):
+        reserve(tmp_path / "a.npy")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_disk_that_is_full_only_at_the_flush_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

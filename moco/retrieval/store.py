@@ -20,10 +20,11 @@ import numpy as np
 
 from moco.config.base import ConfigError, optional_module, require
 from moco.data.sources import Source
-from moco.files import atomic_write, write_csv, write_json
+from moco.files import atomic_write, reserve, write_csv, write_json
 from moco.reporting.gallery import ImageSet
 
 FEATURES, PART, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
+_SELECTED = "features.tmp.npy"  # the readable rows of PART
 _ROWS = 65_536  # of a table or of features in memory at the same time
 
 About = dict[str, Any]
@@ -79,8 +80,12 @@ def begin(folder: Path, about: About) -> About | None:
         if state["done"] > 0:
             _refuse_other(folder, state, about)
             return about | {"done": state["done"], "unreadable": state["unreadable"]}
-    known = {PROGRESS, PART, f"{PROGRESS}.tmp", "search"}
-    others = sorted(each.name for each in folder.iterdir() if not each.name.startswith(".") and each.name not in known)
+    known = {PROGRESS, PART, _SELECTED, "search"}
+    others = sorted(
+        each.name
+        for each in folder.iterdir()
+        if not each.name.startswith(".") and each.name not in known and not each.match(f"{PROGRESS}*.tmp")
+    )
     require(
         not others,
         f"output={folder} contains other files ({', '.join(others[:3])}): choose another folder, such as "
@@ -95,6 +100,7 @@ def begin(folder: Path, about: About) -> About | None:
     )
     (folder / PART).unlink(missing_ok=True)
     np.lib.format.open_memmap(folder / PART, mode="w+", dtype=dtype, shape=(count, dimension))
+    reserve(folder / PART)
     state = about | {"done": 0, "unreadable": {}}
     write_json(folder / PROGRESS, state)
     return state
@@ -156,8 +162,9 @@ def _remove_partial(folder: Path) -> None:
 
 def _selected(folder: Path, ids: Sequence[int]) -> Path:
     """Copy the given rows of the features to a new file, `_ROWS` at a time."""
-    every, path = np.load(folder / PART, mmap_mode="r"), folder / "features.tmp.npy"
+    every, path = np.load(folder / PART, mmap_mode="r"), folder / _SELECTED
     kept = np.lib.format.open_memmap(path, mode="w+", dtype=every.dtype, shape=(len(ids), every.shape[1]))
+    reserve(path)
     for start in range(0, len(ids), _ROWS):
         kept[start : start + _ROWS] = every[ids[start : start + _ROWS]]
     kept.flush()

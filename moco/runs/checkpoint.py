@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moco.config import RunWarning
 from moco.digest import digest
-from moco.files import atomic_write, cause, flush
+from moco.files import atomic_write, cause, flush, temporary_name
 
 Checkpoint = dict[str, Any]
 
@@ -56,7 +56,7 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
 
 
 def _link_best(path: Path) -> None:
-    temporary = path.with_name(f"{BEST}.tmp")
+    temporary = temporary_name(path.with_name(BEST))
     try:
         try:
             temporary.hardlink_to(path)  # takes no space, and remains when the step's own name is deleted

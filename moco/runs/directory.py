@@ -13,6 +13,7 @@ import yaml
 from moco.config import require
 from moco.files import atomic_write, write_errors
 from moco.methods import read_method
+from moco.runs.metrics import METRICS
 from moco.runtime.output_directory import LOCK, lock_directory
 
 # Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
@@ -72,11 +73,11 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     """
     file, checkpoints = path / "config.yaml", path / "checkpoints"
     holds_run = file.exists() or checkpoints.is_dir()
-    free = holds_run or not path.is_dir() or all(each.name == LOCK for each in path.iterdir())
+    free = holds_run or not path.is_dir() or all(each.name == LOCK or _is_remnant(each) for each in path.iterdir())
     require(free, f"run={path} is not empty and holds no run (no config.yaml): choose another directory")
     lock = lock_directory(path, "run")
     with write_errors(checkpoints):
-        for half_written in checkpoints.glob("*.tmp"):
+        for half_written in [*checkpoints.glob("*.tmp"), *filter(_is_remnant, path.glob("*.tmp"))]:
             half_written.unlink()
     # Without a checkpoint there is nothing to resume: a failed start does not block the directory.
     if file.is_file() and any(checkpoints.glob("step_*.pt")):
@@ -84,6 +85,11 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     with atomic_write(file) as temporary:
         temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     return lock
+
+
+def _is_remnant(file: Path) -> bool:
+    """Return whether a kill left this file while a run was writing one of its files; evaluations write others."""
+    return any(file.match(f"{name}*.tmp") for name in ("config.yaml", METRICS, "encoder.safetensors", "views.png"))
 
 
 def _read(file: Path) -> dict[str, Any]:

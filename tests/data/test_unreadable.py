@@ -347,6 +347,7 @@ def test_a_subset_of_a_resident_source_keeps_its_unreadable_rows() -> None:
         part.image(1)
 
 
+@pytest.mark.usefixtures("fixed_temporary_names")
 def test_a_list_that_cannot_be_written_keeps_the_previous_one(tmp_path: Path) -> None:
     root = folder(tmp_path / "images", good=9)
     source, file = opened(root), tmp_path / "bad_images.csv"

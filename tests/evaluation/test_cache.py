@@ -1,5 +1,7 @@
 """Cached features equal the computed ones, are found only by their key, and are complete."""
 
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from moco.config import DataConfig
 from moco.data.sources import ArraySource, load_source
 from moco.digest import digest
 from moco.evaluation.cache import cached
+from moco.files import WriteError
 
 FEATURES = torch.arange(7 * 3, dtype=torch.float32).view(7, 3)
 
@@ -57,6 +60,39 @@ def test_an_interrupted_writer_leaves_nothing_that_counts(tmp_path: Path) -> Non
     again, seen = keep(tmp_path)
     assert torch.equal(again, FEATURES)
     assert len(seen) == 7
+
+
+def test_two_commands_at_once_write_their_own_files(tmp_path: Path) -> None:
+    def while_another_computes(rows: Sequence[int]) -> Iterator[Tensor]:
+        yield FEATURES[:3]
+        (in_use,) = tmp_path.glob("k.npy.*.tmp")
+        (owner := os.fork()) or os._exit(
+            0 if torch.equal(keep(tmp_path)[0], FEATURES) else 1
+        )  # a process has its own locks
+        assert os.waitstatus_to_exitcode(os.waitpid(owner, 0)[1]) == 0
+        assert in_use.exists()
+        assert torch.equal(torch.from_numpy(np.load(tmp_path / "k.npy")), FEATURES)
+        yield FEATURES[3:]
+
+    assert torch.equal(cached(tmp_path, "k", 7, 3, while_another_computes), FEATURES)
+    assert [path.name for path in tmp_path.iterdir()] == ["k.npy"]
+
+
+def test_the_file_of_a_killed_command_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "k.npy.12345678.tmp").write_bytes(b"half")
+    (tmp_path / "k.npy.12345678.lock").write_text("1 on a host")
+    keep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["k.npy"]
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(WriteError, match="No space left on device"):
+        keep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_file_is_computed_again(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Features in files: their content, resuming, agreement of processes, refused input."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from moco.data.decode import ImageError
 from moco.data.sources import load_source
 from moco.evaluation import features
 from moco.evaluation.features import EvalTransform, extract
+from moco.files import WriteError
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.retrieval import embed as embed_module
 from moco.retrieval.embed import embed
@@ -313,3 +315,19 @@ def test_parquet_equals_the_csv(made: tuple[Path, Path], tmp_path: Path) -> None
     assert there["path"] == [*(f"{i:02}.png" for i in range(11)), "caf\\xe9.png"]
     assert there["id"] == there["row"] == list(range(12))
     assert b"11,11,caf\xe9.png\r\n" in (tmp_path / "out" / "index.csv").read_bytes()  # a CSV keeps the bytes
+
+
+def test_a_full_disk_is_one_sentence_before_any_feature_is_computed(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with pytest.raises(WriteError, match=r"features\.part\.npy cannot be written \(No space left on device\)"):
+            embed(config(made, output))
+    assert contents(output) == {}
+    embed(config(made, output))
+    assert set(contents(output)) == set(FILES)

@@ -117,8 +117,20 @@ def test_an_unremovable_unfinished_checkpoint_is_one_sentence(tmp_path: Path, mo
         open_run(tmp_path / "run", values())
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_sentence_and_does_not_block_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    with monkeypatch.context() as patched:
+        patched.setattr("moco.files.temporary_name", lambda _: tmp_path / "full")
+        with pytest.raises(WriteError, match=r"config\.yaml cannot be written \(No space left on device\)"):
+            open_run(tmp_path / "run", values())
+    assert [each.name for each in (tmp_path / "run").iterdir()] == [".lock"]
     open_run(tmp_path / "run", values()).close()
-    (tmp_path / "run" / "config.yaml.tmp").symlink_to("/dev/full")
-    with pytest.raises(WriteError, match=r"config\.yaml cannot be written \(No space left on device\)"):
-        open_run(tmp_path / "run", values())
+
+
+@pytest.mark.parametrize("name", ["config.yaml.tmp", "config.yaml.0123abcd.tmp", "metrics.jsonl.0123abcd.tmp"])
+def test_the_rest_of_a_killed_start_does_not_block_the_directory(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("half")
+    open_run(tmp_path, values()).close()
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".lock", "config.yaml"]

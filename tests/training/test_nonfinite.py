@@ -72,6 +72,7 @@ def test_without_waiting_the_newest_step_is_checked_before_saving(tmp_path: Path
         late.check_pending()
 
 
+@pytest.mark.usefixtures("fixed_temporary_names")
 def test_a_state_that_cannot_be_saved_does_not_hide_the_step(tmp_path: Path) -> None:
     """A full disk, then a partial file of an earlier attempt, then a path that cannot be created."""
     lines: list[str] = []

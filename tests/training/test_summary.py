@@ -21,6 +21,7 @@ def show(path: Path) -> None:
     metrics_log.close()
 
 
+@pytest.mark.usefixtures("fixed_temporary_names")
 def test_a_failure_to_write_views_is_a_warning_and_the_next_attempt_writes_them(tmp_path: Path) -> None:
     (tmp_path / "views.png.tmp").symlink_to("/dev/full")
     with pytest.warns(RunWarning, match=r"views\.png .*No space left on device"):
