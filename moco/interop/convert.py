@@ -13,6 +13,7 @@ from moco.config.convert import ConvertConfig
 from moco.data.sources import Source, load_source
 from moco.evaluation.features import Network, stream
 from moco.evaluation.subject import Subject, data_config, open_data, open_subject
+from moco.files import WriteError, cause, flush, write_errors
 from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.write import FORMATS
 from moco.runtime.console import log, summary_panel
@@ -56,7 +57,10 @@ def convert_encoder(config: ConvertConfig) -> None:
         raise ConfigError(f"output={output} cannot be written: {error.strerror}") from error
     with folder:
         temporary = Path(folder.name) / output.name
-        difference, largest = write_and_compare(config.to, temporary, file, backbone, features)
+        try:
+            difference, largest = write_and_compare(config.to, temporary, file, backbone, features)
+        except WriteError as error:
+            raise WriteError(f"output={output} cannot be written ({cause(error)}): free some space") from error
         temporary.replace(output)
     resized = f", the shorter side to {transform.resize} first" if transform.resize else ""
     summary_panel(
@@ -90,9 +94,12 @@ def write_and_compare(
     Raises:
         ConversionError: if weights are not equal bit for bit, if the difference exceeds the format's tolerance, or if
             all features are 0, as they could be for a broken file.
+        WriteError: if the disk is full.
     """
     chosen = FORMATS[to]
-    chosen.write(path, file, backbone)
+    with write_errors(path):
+        chosen.write(path, file, backbone)
+        flush(path)  # some file systems report a full disk only now
     again = chosen.read(path, file)
     weights = {name: each for name, each in backbone.state_dict().items() if not name.endswith("num_batches_tracked")}
     changed = [name for name, each in weights.items() if again.weights and not torch.equal(each, again.weights[name])]

@@ -3,6 +3,7 @@
 The input is normalized images; their size, mean and std are stored in the file.
 """
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
@@ -53,7 +54,9 @@ def save_exported(path: Path, backbone: nn.Module, images: Mapping[str, Any]) ->
     program = torch.export.export(
         backbone, (_example(images),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
     )
-    torch.export.save(program, path, extra_files={"images.json": json.dumps(dict(images))})
+    content = io.BytesIO()  # with a path, torch's writer aborts the process if the disk is full
+    torch.export.save(program, content, extra_files={"images.json": json.dumps(dict(images))})
+    path.write_bytes(content.getbuffer())
 
 
 def load_exported(path: Path) -> tuple[Features, dict[str, Any]]:

@@ -109,11 +109,16 @@ def _load(path: Path) -> Any:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
 
 
+def _save(path: Path, value: dict[str, Any]) -> None:
+    with path.open("wb") as file:  # with a path, torch's writer reports a full disk without the system's error
+        torch.save(value, file)
+
+
 def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
     if path.suffix == ".safetensors":
         save_weights(path, _state(backbone))
     else:
-        torch.save(_state(backbone), path)
+        _save(path, _state(backbone))
 
 
 def _write_moco_v2(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
@@ -138,7 +143,7 @@ def _prefixed(prefix: str, weights: State) -> dict[str, Tensor]:
 
 def _write_official(path: Path, file: EncoderFile, arch: str | None, encoder: str, weights: State) -> None:
     state = _prefixed(f"module.{encoder}.", weights)
-    torch.save({"epoch": file.config.get("epochs", 0), "arch": arch, "state_dict": state}, path)
+    _save(path, {"epoch": file.config.get("epochs", 0), "arch": arch, "state_dict": state})
 
 
 def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
@@ -201,7 +206,7 @@ FORMATS: dict[str, Format] = {
     "deit": Format(
         "plain ViTs that timm knows",
         _deit_call,
-        lambda path, file, backbone: torch.save({"model": _state(backbone)}, path),
+        lambda path, file, backbone: _save(path, {"model": _state(backbone)}),
         lambda path, file: _timm(file, _load(path)["model"], path),
         "NETWORK.load_state_dict(torch.load('FILE')['model'])",
     ),
