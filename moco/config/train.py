@@ -80,24 +80,25 @@ class ModelConfig:
 class OptimConfig:
     """The optimizer and its learning rate (lr) schedule."""
 
-    name: str = bounded("sgd", choices=("sgd", "lars", "adamw"))
-    """The optimizer."""
+    name: str = bounded("sgd", choices=("sgd", "lars", "lars_timm", "adamw"))
+    """The optimizer. lars: the LARS of MoCo v3's code; lars_timm: timm's, whose rates differ for small gradients."""
     lr: float = bounded(0.03, ge=0)
     """Peak learning rate, before it is scaled by the batch size (see base_batch)."""
     base_batch: int | None = bounded(256, ge=1)
     """Scale lr by batch_size / base_batch; null: do not scale it."""
     momentum: float = bounded(0.9, ge=0, lt=1)
-    """Momentum of sgd and lars."""
+    """Momentum of sgd, lars and lars_timm."""
     betas: list[float] = bounded([0.9, 0.999], ge=0, lt=1, min_length=2, max_length=2)
     """The two decay rates of adamw."""
     weight_decay: float = bounded(1e-4, ge=0)
     """Weight decay of all weights except those in `exclude`."""
     exclude: list[str] = bounded([], choices=("bias", "norm"))
-    """Weights without weight decay and without lars's layer-wise rate: bias (all biases), norm (normalization)."""
+    """Weights without weight decay: bias (all biases), norm (normalization). lars_timm gives them no rate of their own;
+    lars gives neither weight decay nor a rate of its own to any one-dimensional weight."""
     trust: float = bounded(0.001, gt=0)
-    """Trust coefficient of lars: the learning rate of a layer is lr x trust x |w| / |gradient|."""
+    """Trust coefficient of lars and lars_timm: a layer's rate is lr x trust x |w| / |gradient with weight decay|."""
     trust_clip: bool = False
-    """For lars: the learning rate of a layer is the smaller of lr and trust x |w| / |gradient| instead."""
+    """For lars and lars_timm: a layer's rate is instead the smaller of lr and trust x |w| / |gradient|."""
     schedule: str = bounded("cosine", choices=("cosine", "step", "constant"))
     """Decrease of the lr after the warm-up: cosine (to lr_end), step (at the milestones), or constant (none)."""
     milestones: list[float] = field(default_factory=list)
@@ -105,7 +106,10 @@ class OptimConfig:
     gamma: float = bounded(0.1, gt=0, le=1)
     """Factor of the lr at each milestone of schedule=step."""
     warmup_epochs: float = bounded(0.0, ge=0)
-    """Epochs at the start in which the lr rises linearly from zero to its peak."""
+    """Epochs at the start in which the lr rises linearly to its peak."""
+    warmup_from_zero: bool = False
+    """Start the warm-up at lr 0, as in MoCo v3's code: step s = 0, 1, ... of W has s / W of the peak; false: it has
+    (s + 1) / W."""
     lr_end: float = bounded(0.0, ge=0, le=1)
     """Final lr of schedule=cosine, as a fraction of the peak."""
     per_epoch: bool = False
@@ -225,6 +229,16 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         (optim.schedule == "step") == bool(optim.milestones),
         f"optim.milestones={optim.milestones} does not fit optim.schedule={optim.schedule}: "
         "set milestones with schedule=step and only then",
+    )
+    require(
+        not (optim.warmup_from_zero and optim.per_epoch and optim.warmup_epochs > 0),
+        "optim.warmup_from_zero=true with optim.per_epoch=true would hold the learning rate at 0 for an epoch: set one "
+        "of them to false",
+    )
+    require(
+        optim.name != "lars_timm" or optim.weight_decay > 0,
+        f"optim.weight_decay={optim.weight_decay} with optim.name=lars_timm would give no layer its own rate: set "
+        "optim.weight_decay above 0, or optim.name=lars",
     )
     _check_batch(config, processes)
 

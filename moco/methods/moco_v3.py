@@ -20,8 +20,6 @@ Deliberate deviations from the official code:
 - The accuracy that it logs counts a tie as a success; here a tie is a failure.
 - Keys can be shuffled between BN groups (`model.bn=grouped`), as in v1 and v2. The official BN is synchronized, as in
   the recipes here (`model.bn=sync`, `model.shuffle_keys=false`).
-- LARS is timm's: its trust ratio is |w| / (|g| + wd |w|), the official one |w| / |g + wd w|; at the weight decay of
-  1e-6 they agree. In the recipes with AdamW weight decay covers all trained weights, as in the official code.
 
 Legend: N local micro-batch, n local batch, W processes, M = W n global batch, C embedding.
 """

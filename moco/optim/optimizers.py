@@ -1,6 +1,6 @@
 """Optimizers and their parameter groups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from moco.config import OptimConfig
 from moco.losses import LearnedTemperature
 from moco.models.norm import GroupedBatchNorm
+from moco.optim.lars import Lars
 
 _NORMS = (GroupedBatchNorm, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -34,20 +35,26 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
 
     Fused kernels iterate over both in memory order: state from a run with another `channels_last` would be mixed up.
     """
+    built = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, built, strict=True):
+        group.update({name: value for name, value in settings.items() if name not in group})  # unknown when saved
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
                 moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
 
 
-def build_optimizer(module: nn.Module, optim: OptimConfig, lr: float = 0.0) -> torch.optim.Optimizer:
-    """Build SGD, AdamW or LARS (timm's; it adapts only decayed parameters, as in MoCo v3).
+def build_optimizer(
+    module: nn.Module, optim: OptimConfig, lr: float = 0.0, saved: Mapping[str, Any] | None = None
+) -> torch.optim.Optimizer:
+    """Build SGD, AdamW, MoCo v3's LARS (`lars`) or timm's (`lars_timm`).
 
     Args:
         optim: of which this uses `name`, `momentum` (SGD, LARS), `betas` (AdamW), `weight_decay`, `exclude`, `trust`
-            and `trust_clip`. In LARS a layer's rate is lr x trust x |w| / |gradient|; with `trust_clip` it is the
-            smaller of lr and trust x |w| / |gradient|, as in solo-learn (LARC).
+            and `trust_clip`. In LARS a layer's rate is lr x trust x |w| / |update|; with `trust_clip` it is the
+            smaller of lr and trust x |w| / |update|, as in solo-learn (LARC).
+        saved: the state dict that will be loaded. In earlier versions `lars` was timm's; a run of theirs keeps it.
 
     Raises:
         ValueError: for an unknown name.
@@ -57,8 +64,19 @@ def build_optimizer(module: nn.Module, optim: OptimConfig, lr: float = 0.0) -> t
         return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=True)  # the same bits, in half the time
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
-    if optim.name == "lars":
-        from timm.optim.lars import Lars  # timm costs a second at start-up, so only where it is used
+    if optim.name in ("lars", "lars_timm"):
+        kind: Any = Lars
+        if optim.name == "lars_timm" or _is_timms(saved):
+            from timm.optim import lars as timms  # timm costs a second at start-up, so only where it is used
 
-        return Lars(groups, lr=lr, momentum=optim.momentum, trust_coeff=optim.trust, trust_clip=optim.trust_clip)
-    raise ValueError(f"optim.name={optim.name!r} must be sgd, lars or adamw")
+            kind = timms.Lars
+        optimizer: torch.optim.Optimizer = kind(
+            groups, lr=lr, momentum=optim.momentum, trust_coeff=optim.trust, trust_clip=optim.trust_clip
+        )
+        return optimizer
+    raise ValueError(f"optim.name={optim.name!r} must be sgd, lars, lars_timm or adamw")
+
+
+def _is_timms(saved: Mapping[str, Any] | None) -> bool:
+    """Return whether a state dict is that of timm's LARS."""
+    return saved is not None and any("always_adapt" in group for group in saved["param_groups"])

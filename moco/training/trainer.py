@@ -103,9 +103,10 @@ class Trainer:
 
         # The method and its optimizer, restored from the newest checkpoint.
         self.method = build.make_method(config, self.sources.train.labels, device)
-        self.optimizer = build_optimizer(self.method, config.optim)  # each step sets its learning rate
         self.lock = build.open_directory(config)
         state = on_rank_zero(lambda: checkpoint.load_newest(self.path / "checkpoints")) or {}
+        # Each step sets its learning rate.
+        self.optimizer = build_optimizer(self.method, config.optim, saved=state.get("optimizer"))
         self.precision, self.precision_reason = build.choose_precision(config, state, self.method.encoder, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)

@@ -110,9 +110,8 @@ class Algorithm1:
         for name, gradient in gradients.items():
             w: Array = getattr(self, name)
             update = gradient + DECAY * w
-            if self.optimizer == "lars":  # You et al., 2017, Eq. 6, with its coefficient of 0.001
-                norm, of_gradient = float(np.linalg.norm(w)), float(np.linalg.norm(gradient))
-                update = update * 0.001 * norm / (of_gradient + DECAY * norm)
+            if self.optimizer == "lars":  # moco-v3, moco/optimizer.py, with its coefficient of 0.001
+                update = update * 0.001 * float(np.linalg.norm(w)) / float(np.linalg.norm(update))
             self.velocity[name] = MOMENTUM * self.velocity[name] + update
             setattr(self, name, w - self.lr * self.velocity[name])
         self.f_k = M * self.f_k + (1 - M) * self.f_q

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.config import OptimConfig
+from moco.config import ConfigError, OptimConfig, TrainConfig, check
+from moco.methods.moco_config import MoCoConfig
 from moco.models.norm import GroupedBatchNorm
 from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.optim.schedules import lr_factor, momentum_at, scaled_lr
@@ -71,6 +72,24 @@ def test_warm_up_is_linear_and_the_schedule_follows(schedule: str) -> None:
     if schedule == "cosine":  # over the remaining epochs
         for step in range(warm, TOTAL):
             assert factor(step) == pytest.approx(cosine((step - warm) / (TOTAL - warm)))
+
+
+def test_warm_up_from_zero_is_moco_v3s() -> None:
+    def official(epoch: float) -> float:  # main_moco.py, adjust_learning_rate(epoch + i / iters_per_epoch)
+        if epoch < 4:
+            return epoch / 4
+        return 0.5 * (1.0 + math.cos(math.pi * (epoch - 4) / (EPOCHS - 4)))
+
+    optim = OptimConfig(warmup_epochs=4, warmup_from_zero=True)
+    for step in range(TOTAL):
+        assert lr_factor(step, PER_EPOCH, EPOCHS, optim) == pytest.approx(official(step / PER_EPOCH), abs=1e-14)
+    assert lr_factor(0, PER_EPOCH, EPOCHS, optim) == 0.0
+
+
+def test_warm_up_from_zero_per_epoch_is_refused() -> None:
+    optim = OptimConfig(warmup_epochs=1, warmup_from_zero=True, per_epoch=True)
+    with pytest.raises(ConfigError, match=r"optim\.warmup_from_zero=true.*optim\.per_epoch=true"):
+        check(TrainConfig(method=MoCoConfig(), optim=optim))
 
 
 def test_warm_up_per_epoch_rises_once_per_epoch() -> None:
@@ -169,7 +188,7 @@ def test_frozen_parameters_are_in_no_group(network: nn.Module) -> None:
 # ---- optimizers ----
 
 
-@pytest.mark.parametrize(("name", "lr"), [("sgd", 0.1), ("adamw", 0.1), ("lars", 50.0)])
+@pytest.mark.parametrize(("name", "lr"), [("sgd", 0.1), ("adamw", 0.1), ("lars", 0.1), ("lars_timm", 50.0)])
 def test_each_optimizer_reduces_a_quadratic(name: str, lr: float) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(4, 3)
@@ -178,7 +197,7 @@ def test_each_optimizer_reduces_a_quadratic(name: str, lr: float) -> None:
     def distance() -> Tensor:
         return (layer.weight - target).square().sum() + layer.bias.square().sum()
 
-    optimizer = build_optimizer(layer, OptimConfig(name=name, momentum=0.5), lr)
+    optimizer = build_optimizer(layer, OptimConfig(name=name, momentum=0.5, trust=0.5 if name == "lars" else 0.001), lr)
     start = distance().item()
     for _ in range(60):
         optimizer.zero_grad()
@@ -202,7 +221,7 @@ def test_sgd_step_is_momentum_and_decay_by_hand() -> None:
         torch.testing.assert_close(layer.bias.detach(), bias)
 
 
-def test_lars_adapts_only_decayed_parameters() -> None:
+def test_lars_adapts_only_weights_of_two_or_more_dimensions() -> None:
     def moved(scale: float) -> tuple[Tensor, Tensor]:
         layer = nn.Linear(2, 2)
         nn.init.ones_(layer.weight)
@@ -235,5 +254,5 @@ def test_names_select_torch_optimizers(name: str, kind: Callable[[], type], netw
 
 
 def test_unknown_optimizer_is_named(network: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"optim\.name='lion' must be sgd, lars or adamw"):
+    with pytest.raises(ValueError, match=r"optim\.name='lion' must be sgd, lars, lars_timm or adamw"):
         build_optimizer(network, OptimConfig(name="lion"))
