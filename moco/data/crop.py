@@ -25,6 +25,8 @@ CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: areas, log ratios, top, 
 
 # Limits of the working memory of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
 _PART_CPU, _PART_ELSEWHERE = 2**21, 2**26
+_LARGEST_TABLE = 2**24  # numbers in a table of weights; for longer images each crop is resized alone
+_LARGEST_RESIZED = 2**24  # pixels of an image that is resized as a whole before its center is cut out
 
 
 def crop_boxes(
@@ -126,6 +128,10 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
     """
     count, channels, height, width = images.shape
     device = images.device
+    extent = max(height, width)
+    if extent * size * (2 * extent // size + 3 if antialias else 2) > _LARGEST_TABLE:
+        crops = (resized_crop(image.cpu(), box, size, antialias) for image, box in zip(images, boxes, strict=True))
+        return torch.stack(list(crops)).to(device)
     dtype = _exact_dtype(device, max(height, width), size, antialias)
     where = queue_copy(torch.from_numpy(boxes), device)  # (N, 4)
     out = torch.empty(count, channels, size, size, dtype=torch.uint8, device=device)
@@ -161,10 +167,37 @@ def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
     if min(height, width) != resize:
         shorter = min(height, width)
         height, width = (resize * height // shorter, resize * width // shorter)
+        if shorter < resize and height * width > _LARGEST_RESIZED:
+            return _enlarged_center(image, (height, width), size)
         image = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
-    # round() rounds half to even, as in torchvision.
-    top, left = round((height - size) / 2), round((width - size) / 2)
+    top, left = _center(height, size), _center(width, size)
     return image[:, top : top + size, left : left + size]
+
+
+def _center(length: int, size: int) -> int:
+    return round((length - size) / 2)  # rounds half to even, as in torchvision
+
+
+def _enlarged_center(image: Tensor, shape: tuple[int, int], size: int) -> Tensor:
+    """Return the central (3, S, S) of an image that is enlarged to `shape`, without the rest: bounded memory.
+
+    Equal to `F.interpolate` and a crop, bit for bit: the same weights as in `resized_crops`, horizontal first.
+    """
+    rows, down = _center_weights(image.shape[1], shape[0], size)  # (S, h)
+    columns, across = _center_weights(image.shape[2], shape[1], size)  # (S, w)
+    pixels = image[:, rows, columns].double() @ across.T  # (3, h, S)
+    return (down @ pixels.add_(0.5).floor_()).add_(0.5).to(torch.uint8)
+
+
+def _center_weights(length: int, resized: int, size: int) -> tuple[slice, Tensor]:
+    """Return the n pixels of an axis that its central S pixels depend on when enlarged, and their weights (S, n)."""
+    outputs = _center(resized, size) + np.arange(size)
+    first, taps = (each[0] for each in antialiased_taps(np.array([[float(length)]]), resized, outputs))  # (S,), (S, K)
+    start, stop = int(first[0]), min(int(first[-1]) + taps.shape[1], length)
+    weights = np.zeros((size, stop - start + taps.shape[1]))  # the last K columns hold unused taps
+    columns = (first - start).astype(np.int64)[:, None] + np.arange(taps.shape[1])
+    np.put_along_axis(weights, columns, _quantized(taps, np.ones(())), axis=1)  # the first output's only weight is 1
+    return slice(start, stop), torch.from_numpy(weights[:, : stop - start])
 
 
 def _exact_dtype(device: torch.device, extent: int, size: int, antialias: bool) -> torch.dtype:
@@ -207,27 +240,33 @@ def _tap_table(
     """
     lengths = np.arange(1, extent + 1, dtype=np.float64)[:, None]  # (L, 1)
     first, taps = (antialiased_taps if antialias else plain_taps)(lengths, size)  # (L, S), (L, S, K)
-    largest = taps.max(axis=(1, 2))  # (L,)
-    precisions = np.arange(1, 23)
-    too_large = np.trunc(0.5 + largest[:, None] * 2.0**precisions) >= 2**15  # (L, 22)
-    precision = np.where(too_large.any(axis=1), too_large.argmax(axis=1), 22)  # (L,)
-    step = 2.0 ** -precision.astype(np.float64)[:, None, None]
-    taps = np.trunc(0.5 + taps / step) * step
+    taps = _quantized(taps, taps.max(axis=(1, 2)))
 
     first = np.concatenate([np.zeros((1, size)), first]).astype(np.int64)
     taps = np.concatenate([np.zeros((1, *taps.shape[1:])), taps])
     return torch.from_numpy(first).to(device), torch.from_numpy(taps).to(device, dtype)
 
 
-def antialiased_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _quantized(taps: NDArray[np.float64], largest: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Round weights (..., S, K) to multiples of 2**-precision, as ATen; `largest` (...) is that of the axis."""
+    too_large = np.trunc(0.5 + largest[..., None] * 2.0 ** np.arange(1, 23)) >= 2**15  # (..., 22)
+    precision = np.where(too_large.any(axis=-1), too_large.argmax(axis=-1), 22)  # (...)
+    step = 2.0 ** -precision.astype(np.float64)[..., None, None]
+    rounded: NDArray[np.float64] = np.trunc(0.5 + taps / step) * step
+    return rounded
+
+
+def antialiased_taps(
+    lengths: NDArray[np.float64], size: int, outputs: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it covers.
 
     `lengths`, shape (L, 1), are numbers of pixels to resize to S = `size`. Returns the first pixel of each output
-    pixel, shape (L, S), and its weights, shape (L, S, K), which sum to 1.
+    pixel, shape (L, S), and its weights, shape (L, S, K), which sum to 1. With `outputs`, only these output pixels.
     """
     scale = lengths / size  # input pixels per output pixel
     support = np.maximum(scale, 1.0)
-    center = scale * (np.arange(size) + 0.5)  # (L, S)
+    center = scale * ((np.arange(size) if outputs is None else outputs) + 0.5)  # (L, S)
     first = np.maximum(np.trunc(center - support + 0.5), 0)  # (L, S)
     after = np.minimum(np.trunc(center + support + 0.5), lengths)  # (L, S)
     offsets = np.arange(int((after - first).max()))  # (K,)

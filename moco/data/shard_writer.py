@@ -28,6 +28,8 @@ from moco.data.workers import in_order
 
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # other endings equal the format's name
 
+_LONGEST_JPEG = 65_500  # pixels, PIL's limit
+
 
 class Encoded(NamedTuple):
     """An image as it is written to a shard; of an unreadable image only its fault."""
@@ -43,8 +45,8 @@ def encode(source: Source, i: int, short_side: int, quality: int) -> Encoded:
     """Return image i as it is written to a shard; it is decoded once to verify that it can be.
 
     The file's bytes are kept, unless its shorter side exceeds `short_side`: then the image is scaled down to that,
-    upright, bicubic and antialiased, and encoded as JPEG with 4:2:0 color. An image without a file (CIFAR, digits)
-    becomes a lossless PNG.
+    upright, bicubic and antialiased, and encoded as JPEG with 4:2:0 color, or as PNG if it is too long for a JPEG. An
+    image without a file (CIFAR, digits) becomes a lossless PNG.
     """
     try:
         content = source.content(i)
@@ -57,6 +59,8 @@ def encode(source: Source, i: int, short_side: int, quality: int) -> Encoded:
         return Encoded(fault=error.kind, reason=error.reason)
     if 0 < short_side < min(pixels.shape[1:]):
         small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (3, h, w)
+        if max(small.shape) > _LONGEST_JPEG:
+            return Encoded(_encode_pixels(small, "PNG"), "png", before)
         return Encoded(_encode_pixels(small, "JPEG", quality=quality), "jpg", before)
     with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
         kind = image.format or "bin"

@@ -1,6 +1,8 @@
 """Random resized crops: torchvision's boxes, ATen's bits."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,10 +10,13 @@ import pytest
 import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from moco.data import crop as module
 from moco.data.crop import antialiased_taps, crop_boxes, plain_taps, resize_center_crop, resized_crop, resized_crops
 from moco.data.keyed import keyed_uniform
 
@@ -233,6 +238,46 @@ def test_evaluation_view_equals_torchvision(height: int, width: int, resize: int
 def test_evaluation_view_returns_an_image_of_the_right_size() -> None:
     image = random_images(1, 32, 32)[0]
     assert resize_center_crop(image, 32, 32).data_ptr() == image.data_ptr()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.tuples(st.integers(1, 60), st.integers(1, 300)), st.booleans(), st.booleans(), st.data())
+def test_the_center_alone_equals_the_enlarged_image_cropped(
+    sides: tuple[int, int], tall: bool, channels_last: bool, data: st.DataObject
+) -> None:
+    height, width = sides[::-1] if tall else sides
+    resize = data.draw(st.integers(min(sides) + 1, 3 * min(sides) + 20))
+    size = data.draw(st.integers(1, resize))
+    image = random_images(1, height, width)[0]
+    if channels_last:  # as decoders write it
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    expected = TF.center_crop(TF.resize(image, [resize], antialias=True), [size, size])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LARGEST_RESIZED", 0)
+        assert torch.equal(resize_center_crop(image, resize, size), expected)
+
+
+SHAPES = [(2, 20_000), (65_500, 2), (2, 65_500), (1, 1_000_000), (1, 1), (3, 50_000)]
+
+
+def test_memory_is_bounded_for_every_shape() -> None:
+    script = f"""
+import resource, numpy as np, torch
+from moco.data.crop import crop_boxes, resize_center_crop, resized_crop, resized_crops
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for height, width in {SHAPES}:
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    assert resize_center_crop(image, 256, 224).shape == (3, 224, 224)
+    boxes = crop_boxes(np.full((1, 22), 0.5, np.float32), height, width, (0.2, 1.0), (0.75, 1.33))
+    alone = resized_crop(image, boxes[0], 224)
+    assert torch.equal(resized_crops(image[None], boxes, 224)[0], alone)
+    whole = np.array([[0, 0, height, width]])
+    assert resized_crops(image[None], whole, 224).shape == (1, 3, 224, 224)
+assert resize_center_crop(torch.zeros(3, 200, 300, dtype=torch.uint8), 100_000, 224).shape == (3, 224, 224)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 600  # MB; the old route took 13,000
 
 
 def test_a_size_above_the_resize_is_refused() -> None:

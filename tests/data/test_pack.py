@@ -18,7 +18,7 @@ from moco.config import ConfigError, DataConfig, TrainConfig
 from moco.config.pack import PackConfig, check_pack
 from moco.data import pack as stage
 from moco.data import shard_writer
-from moco.data.decode import ImageError, decode
+from moco.data.decode import ImageError, decode, decode_bytes
 from moco.data.shards import ShardSource
 from moco.data.sources import load_source
 from moco.methods.moco_config import MoCoConfig
@@ -178,6 +178,15 @@ def test_large_images_are_scaled_and_small_ones_keep_their_bytes(tmp_path: Path)
     assert (small - mean).abs().mean() < 2
     first = len(source.content(0))
     assert len(packed_split(packed(tmp_path / "fine", root, short_side=32, quality=95)).content(0)) > first
+
+
+def test_an_image_too_long_for_a_jpeg_becomes_a_png(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (140_000, 10), "red").save(tmp_path / "images/long.png")
+    source = load_source(DataConfig("folder", str(tmp_path / "images"))).train
+    image = shard_writer.encode(source, 0, short_side=5, quality=90)
+    assert (image.ending, image.fault) == ("png", "")
+    assert decode_bytes("long.png", image.content).shape == (3, 5, 70_000)
 
 
 def test_a_data_set_in_memory_keeps_its_pixels_and_splits(tmp_path: Path) -> None:
