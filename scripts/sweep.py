@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Trains once at each point of a grid, one torchrun after the other, each in its own run directory.
 
-    python scripts/sweep.py runs/lr optim.lr=0.03,0.06 seed=0,1 -- experiment=moco_v2_cifar10 epochs=100
+    python scripts/sweep.py runs/lr optim.lr=0.03,0.06 seed=0,1 -- experiment=cifar10_notebook epochs=100
     GPUS=4 python scripts/sweep.py ...      # processes per training; default: all GPUs, or one process without a GPU
 
 The fields before `--` vary, the overrides after it apply to every trial. A list in brackets is one value:

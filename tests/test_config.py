@@ -1,12 +1,16 @@
 """Invalid configurations are refused with the field, its value and the fix."""
 
+import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 
 from moco.cli import field_types
-from moco.config import ConfigError, TrainConfig, bounded, check, check_bounds
+from moco.config import ConfigError, TrainConfig, bounded, check, check_bounds, config_dir
+from moco.config.base import EXTRAS
 from moco.methods.moco_config import MoCoConfig
 from moco.runs.directory import FREE_FIELDS, flatten
 
@@ -104,3 +108,10 @@ def test_what_may_change_in_a_resumed_run_are_fields_that_exist() -> None:
     known = set(field_types(TrainConfig))
     assert set(FREE_FIELDS) <= known
     assert "method.temperature" in flatten(asdict(TrainConfig(method=MoCoConfig())))
+
+
+def test_the_packages_of_extras_are_those_of_pyproject() -> None:
+    project = tomllib.loads((Path(config_dir()).parent / "pyproject.toml").read_text())["project"]
+    declared = project["optional-dependencies"]
+    for extra, packages in EXTRAS.items():
+        assert [re.split(r"[><=]", each)[0] for each in declared[extra]] == packages.split()

@@ -31,12 +31,29 @@ def require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
-def optional_module(name: str, needed: str, extra: str, instead: str = "") -> Any:
-    """Import a module of an optional dependency, or raise ConfigError with the pip command of the package's `extra`."""
+# The extras of pyproject.toml that a command may need, and their packages as pip names them.
+EXTRAS = {
+    "figures": "matplotlib",
+    "huggingface": "datasets",
+    "onnx": "onnx onnxruntime onnxscript",
+    "parquet": "pyarrow",
+    "umap": "umap-learn",
+    "webdataset": "webdataset",
+}
+
+
+def optional_module(name: str, purpose: str, extra: str, instead: str = "") -> Any:
+    """Import a module of an extra, or raise ConfigError with the pip command for it; `purpose` needs the module."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ConfigError(f"{needed}: pip install 'momentum-contrast[{extra}]'{instead}") from error
+        raise ConfigError(f"{purpose} needs {install(extra)}{instead}") from error
+
+
+def install(extra: str) -> str:
+    """Return the packages of an extra, and the command that installs them."""
+    packages = EXTRAS[extra]
+    return f"{packages.replace(' ', ', ')}: pip install {packages} (extra {extra!r})"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import DataConfig
+from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
 
@@ -88,12 +89,7 @@ def open_hub(config: DataConfig) -> Sources:
 
 def _load(root: str, subset: str) -> Mapping[str, Any]:
     """Return all splits by name."""
-    try:
-        import datasets  # takes a second, and only this source needs it
-    except ImportError as error:
-        raise ValueError(
-            "data.name=huggingface needs the package datasets: pip install 'momentum-contrast[huggingface]'"
-        ) from error
+    datasets = optional_module("datasets", "data.name=huggingface", "huggingface")  # takes a second
     folder = Path(root).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moco.config import DataConfig, RunWarning
+from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
@@ -122,13 +123,8 @@ _NO_ACCESS = ValueError(
 
 def open_remote(config: DataConfig) -> Sources:
     """Open the shards that data.root names; in it {000000..000099} expands, and :: separates several addresses."""
-    try:
-        from webdataset.shardlists import expand_urls  # only this source needs the package
-    except ImportError as error:
-        raise ValueError(
-            "data.name=webdataset needs the package webdataset: pip install 'momentum-contrast[webdataset]'; local "
-            "shards of moco.pack do not, data=shards"
-        ) from error
+    local = "; local shards of moco.pack do not, data=shards"
+    expand_urls = optional_module("webdataset.shardlists", "data.name=webdataset", "webdataset", local).expand_urls
     if config.length < 1:
         raise ValueError(f"data.length={config.length}: set it to the number of images per epoch")
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import ConfigError, OptimConfig, RunWarning, require
+from moco.config.base import install
 from moco.config.linear import LinearConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
@@ -237,7 +238,7 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
         if draw_confusion(metrics.confusion, classes, title, path):
             files.append(path)
         else:
-            log(f"{path.name} needs matplotlib: pip install 'momentum-contrast[figures]'; results.json has its counts")
+            log(f"{path.name} needs {install('figures')}; results.json has its counts")
     return files
 
 

@@ -7,14 +7,13 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moco.config import ConfigError
+from moco.config.base import optional_module
 
 Features = Callable[[Tensor], Tensor]  # images (N, 3, S, S) to features (N, D)
 
@@ -68,12 +67,8 @@ def load_exported(path: Path) -> tuple[Features, dict[str, Any]]:
 
 
 def _onnxruntime() -> Any:
-    try:
-        import_module("onnxscript")
-        return import_module("onnxruntime")
-    except ImportError as error:
-        packages = "onnx, onnxscript and onnxruntime"
-        raise ConfigError(f"to=onnx needs {packages}: pip install 'momentum-contrast[onnx]'") from error
+    optional_module("onnxscript", "to=onnx", "onnx")
+    return optional_module("onnxruntime", "to=onnx", "onnx")
 
 
 def _example(images: Mapping[str, Any]) -> Tensor:

@@ -43,7 +43,7 @@ def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: in
     """
     count = min(perplexity, (len(features) - 1) / 3)
     if method == "umap":
-        umap = optional_module("umap", "map=umap needs umap-learn", "umap", ", or set map=tsne")
+        umap = optional_module("umap", "map=umap", "umap", ", or set map=tsne")
         mapper = umap.UMAP(n_neighbors=max(2, round(count)), metric="cosine", random_state=seed % 2**32, n_jobs=1)
     else:
         from sklearn.manifold import TSNE  # takes a second to import

@@ -206,4 +206,4 @@ def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[
 
 def pyarrow(module: str = "pyarrow") -> Any:
     """Return pyarrow or a module of it; raise ConfigError if it is not installed."""
-    return optional_module(module, "table=parquet needs pyarrow", "parquet", ", or set table=csv")
+    return optional_module(module, "table=parquet", "parquet", ", or set table=csv")

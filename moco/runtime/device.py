@@ -24,6 +24,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU, or "cpu" with the number of threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, threads={torch.get_num_threads()}"
+
+
 @contextmanager
 def compute_context(config: ComputeConfig, timeout_minutes: float = 10.0) -> Iterator[torch.device]:
     """Set the number of CPU threads, join torchrun's process group if there is one, and yield the device.

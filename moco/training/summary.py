@@ -15,7 +15,6 @@ from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
-from moco.distributed import world_size
 from moco.evaluation.knn_classifier import Accuracy
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
@@ -29,12 +28,11 @@ if TYPE_CHECKING:
 def announce(trainer: "Trainer") -> None:
     """Print the network, data, device and settings of the run before its first step."""
     config, plan, sources, log = trainer.config, trainer.plan, trainer.sources, trainer.display.log
-    device, method = trainer.device, trainer.method
+    method = trainer.method
     parameters = sum(p.numel() for p in method.encoder.parameters())
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, threads={torch.get_num_threads()}"
     log(
         f"moco {moco.__version__} · {config.model.backbone} ({parameters / 1e6:.2f} M parameters) on "
-        f"{config.data.name} ({plan.length:,} images) · {world_size()} x {where}"
+        f"{config.data.name} ({plan.length:,} images) · {trainer.computed_on}"
     )
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     log(
@@ -90,6 +88,7 @@ def summarize(trainer: "Trainer") -> None:
     rows = [
         ("trained", f"{trained}, {plan.epochs} epoch{'s' * (plan.epochs > 1)}, {plan.total_steps:,} steps"),
         ("time", duration(trainer.schedule.seconds())),
+        ("computed", f"in {trainer.precision} on {trainer.computed_on}"),
     ]
     if speed := trainer.throughput.summary():
         rows.append(("speed", speed))

@@ -44,7 +44,7 @@ from moco.runs import checkpoint
 from moco.runs.directory import refuse_difference
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import Display
-from moco.runtime.device import compute_context
+from moco.runtime.device import compute_context, describe_device
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
 from moco.runtime.precision import PRECISIONS
@@ -90,6 +90,7 @@ class Trainer:
         self, config: TrainConfig, preemption: PreemptionHandler, watchdog: Watchdog, device: torch.device
     ) -> None:
         self.config, self.preemption, self.watchdog, self.device = config, preemption, watchdog, device
+        self.computed_on = f"{world_size()} x {describe_device(device)}"
         self.path = Path(config.run)
         refuse_other_settings(asdict(config))
         self._stop_if_signaled()
@@ -289,6 +290,7 @@ class Trainer:
             "world_size": world_size(),
             "skipped": self.guard.skipped,
             "precision": self.precision,
+            "computed_on": self.computed_on,
             "data": self.data_identity,
         }
 

@@ -1,13 +1,9 @@
 """Charts: which metrics are drawn, and what remains of a long curve."""
 
 import math
-import sys
 
 import numpy as np
-import pytest
 
-from moco.config import ConfigError
-from moco.reporting import plotly_figures
 from moco.reporting.curves import MOST_POINTS, Chart, Curve, Series, charts, figure, summary, thinned
 from moco.reporting.page import Figures
 from moco.reporting.plotly_figures import PALETTE
@@ -88,9 +84,3 @@ def test_a_chart_has_a_summary_and_a_table() -> None:
     assert "<td>5</td><td>6</td>" in made
     assert "<td>–</td><td>–</td>" in made
     assert "<x>" not in made
-
-
-def test_a_missing_plotly_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
-    with pytest.raises(ConfigError, match=r"momentum-contrast\[report\]"):
-        plotly_figures.plotly()

@@ -32,7 +32,7 @@ def test_a_map_keeps_neighbors_and_is_deterministic() -> None:
 def test_a_missing_umap_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     features, _ = blobs()
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(ConfigError, match=r"pip install 'momentum-contrast\[umap\]', or set map=tsne"):
+    with pytest.raises(ConfigError, match=r"pip install umap-learn .*, or set map=tsne"):
         coordinates(features, "umap", 10, 0)
 
 

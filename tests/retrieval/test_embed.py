@@ -300,7 +300,7 @@ def test_parquet_without_pyarrow(made: tuple[Path, Path], tmp_path: Path, monkey
         return plain(name)
 
     monkeypatch.setattr(importlib, "import_module", without)
-    with pytest.raises(ConfigError, match=r"table=parquet .*momentum-contrast\[parquet\]"):
+    with pytest.raises(ConfigError, match=r"table=parquet .*pip install pyarrow"):
         embed(config(made, tmp_path / "out", table="parquet"))
     assert not (tmp_path / "out").exists()  # refused before any work
 

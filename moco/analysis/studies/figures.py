@@ -3,7 +3,6 @@
 Legend: B bins.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies.measures import Run
-from moco.config import ConfigError
+from moco.config.base import optional_module
 from moco.files import atomic_write
 
 RIGHT, WRONG = 0, 1  # the candidate that is the answer
@@ -33,11 +32,8 @@ _STYLE = {
 
 def matplotlib() -> Any:
     """Import and return matplotlib with `matplotlib.figure`; raise ConfigError if it is not installed."""
-    try:
-        importlib.import_module("matplotlib.figure")
-        return importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise ConfigError("figures need matplotlib: pip install 'momentum-contrast[figures]'") from error
+    optional_module("matplotlib.figure", "a figure", "figures")
+    return optional_module("matplotlib", "a figure", "figures")
 
 
 @contextmanager
