@@ -40,7 +40,7 @@ from moco.distributed import gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 
 UNKNOWN = -1  # the sample index of a random key, which shows no image
-NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key, equal to that of no image
+NO_CLASS = torch.iinfo(torch.int64).min  # the class of a random key; no image has this class
 STREAM_FROM = 2**22  # logits, N x K, from which the loss is streamed: 16 MiB of float32, more than caches hold
 
 
@@ -119,8 +119,8 @@ def encode_keys(encoder: nn.Module, images: Tensor, shuffle: NDArray[np.int64] |
     Args:
         encoder: f_k.
         images: (n, 3, S, S).
-        shuffle: a permutation of the global batch (0 ... W n - 1), or None (no shuffling BN, paper section 3.3). BN
-            then normalizes a key in another group than its query, so that its statistics do not reveal the positive.
+        shuffle: a permutation of the global batch (0 ... W n - 1). With it, BN normalizes a key in another group than
+            its query, so that BN's statistics do not reveal the positive (paper, section 3.3). None: no shuffling.
         micro_batch: number of images per forward pass.
     """
     x = images if shuffle is None else permute(images, shuffle)
@@ -140,6 +140,16 @@ def enqueue(queue: KeyQueue, keys: Tensor, index: Tensor) -> None:
     index = gather(index)  # (W n,)
     for k in gather(keys.flatten(1)).split(keys.shape[2], dim=1):  # (W n, E C) -> E times (W n, C)
         queue.enqueue(k, index)
+
+
+def streamed_info_nce(
+    q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return InfoNCE(q, k, queue), shape (), and measures of its logits, without storing the logits (N, 1 + K)."""
+    samples, key_samples = (index, queue.index) if queue.mask_own_keys else (None, None)
+    filled = queue.filled_mask()
+    streamed = info_nce_streamed(q, k, queue.keys, temperature, filled, index=samples, queue_index=key_samples)
+    return streamed.loss, streamed.measures(temperature)
 
 
 class Output(NamedTuple):
@@ -227,7 +237,7 @@ class MoCo(nn.Module):
     ) -> dict[int, Tensor]:
         """Return the keys of the local batch, {view: (n, C)}, of each view that serves as a key.
 
-        For images (n, 3, S, S) and one shuffle, or None, per view; see the function `encode_keys`.
+        `views` are images (n, 3, S, S); `shuffles` has one permutation per view. See the function `encode_keys`.
         """
         shuffled = [None] * len(views) if shuffles is None else shuffles
         key_views = [key_view for _, key_view in self.directions]
@@ -274,9 +284,7 @@ class MoCo(nn.Module):
         """Return InfoNCE(q, k, queue), shape (), and measures of its logits; streamed from `STREAM_FROM` logits."""
         queue = self.queue
         if self.switches == Switches() and self.labels is None and len(q) * queue.size >= STREAM_FROM:
-            own, of = (index, queue.index) if queue.mask_own_keys else (None, None)
-            streamed = info_nce_streamed(q, k, queue.keys, temperature, queue.filled_mask(), index=own, queue_index=of)
-            return streamed.loss, streamed.measures(temperature)
+            return streamed_info_nce(q, k, queue, temperature, index)
         negatives, positives = queue.negatives(index), self._same_class(index)  # (N, K)
         return contrast(q, k, queue.keys, temperature, self.switches, negatives, positives, uniforms)
 

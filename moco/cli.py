@@ -167,7 +167,7 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    decode = sys.modules.get("moco.data.decode")  # if it was not imported, no image was read; importing needs torch
+    decode = sys.modules.get("moco.data.decode")  # not imported here: that needs torch; None: no image was read
     invalid_data = isinstance(error, FloatingPointError) or (
         decode is not None and isinstance(error, decode.ImageError)
     )

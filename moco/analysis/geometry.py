@@ -14,7 +14,7 @@ from torch import Tensor
 from moco.builder import unit_length
 
 PAIRS_AT_ONCE = 2**22  # distances in memory: 16 MiB of float32
-MOST_SHARPNESS = 20.0  # exp(-4 t), the potential of antipodal points, is still a normal float32
+MOST_SHARPNESS = 20.0  # up to this t, exp(-4 t), the potential of antipodal points, is a normal float32
 
 
 @torch.no_grad()
@@ -62,8 +62,8 @@ def uniformity(features: Tensor, t: float = 2.0) -> Tensor:
 def tolerance(features: Tensor, labels: Tensor) -> Tensor:
     """Compute the mean similarity of pairs of distinct samples of the same class.
 
-    Wang & Liu (2021), Sec. 4 (the uniformity-tolerance dilemma). For the features (M, C) and integer labels (M,). The
-    result of shape () is -1 ... 1; 1 if each class is one point.
+    Wang & Liu (2021), Sec. 4 (the uniformity-tolerance dilemma). Features are (M, C), labels integers (M,). The result
+    has shape () and is -1 ... 1; it is 1 if each class is one point.
 
     Raises:
         ValueError: if no class has two samples, or for an invalid shape.

@@ -13,7 +13,7 @@ from moco.losses import find_false_negatives
 
 EMPTY = -1  # the age of a slot that has never received a key
 SAME = 1e-5  # two float32 keys with 1 - cosine below this are the same key
-ENTRIES_AT_ONCE = 2**22  # similarities at once: 16 MiB of float32
+ENTRIES_AT_ONCE = 2**22  # similarities in memory: 16 MiB of float32
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
 
     Args:
         count, size: number of all keys enqueued so far, an integer of shape (), and K.
-        keys_per_step: of the global batch, times the directions: W N, or 2 W N for a symmetric loss.
+        keys_per_step: number of keys that a step enqueues: W N for the global batch, 2 W N for a symmetric loss.
 
     Returns:
         Shape (K,), integers from 0; `EMPTY` for a slot without a key.
@@ -70,8 +70,8 @@ def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
     """Compute the share of the queue's keys that show a query's own image: false negatives, unless they are masked.
 
     With K keys and epochs over M >= K images in independent orders, a query finds one with probability (K / M)^2 / 2:
-    its last visit was M keys ago, plus or minus the difference of the two orders. `queue_index` (K,) holds the sample
-    of each key, -1 for none; `index` (N,) those of the queries. The result, one per query, has shape (N,), 0 ... 1.
+    its last key is M keys old, plus or minus the difference of its positions in the two orders. `queue_index` (K,)
+    holds the sample of each key, -1 for none; `index` (N,) those of the queries. The result is (N,), 0 ... 1.
     """
     ordered = queue_index.sort().values
     first = torch.searchsorted(ordered, index)
@@ -105,8 +105,8 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
 def duplicate_share(key: Tensor, queue: Tensor, negatives: Tensor | None = None) -> Tensor:
     """Compute the share of queries with their own key among the negatives, shape (), 0 ... 1.
 
-    Above 0, keys are enqueued before the loss: the softmax then halves, and the loss cannot fall below log 2. A
-    collapsed encoder has 1 too. For the arguments see `similar_share`.
+    Above 0, keys are enqueued before the loss: the positive's softmax is then at most 1/2, and the loss at least log 2.
+    A collapsed encoder has 1 too. For the arguments see `similar_share`.
     """
     return (similar_share(key, queue, 1 - SAME, negatives) > 0).float().mean()
 
@@ -116,7 +116,7 @@ def same_label_share(labels: Tensor, queue_labels: Tensor, negatives: Tensor | N
     """Compute the share of a query's negatives that have its label, shape (N,), 0 ... 1; 0 without negatives.
 
     About 1 / classes if the classes are balanced. `labels` (N,) are those of the queries, `queue_labels` (K,) those of
-    the keys, with an invalid one where it is unknown. For `negatives` see `similar_share`.
+    the keys, with a value that is no label where it is unknown. For `negatives` see `similar_share`.
     """
     same = labels[:, None] == queue_labels  # (N, K)
     if negatives is None:

@@ -76,7 +76,7 @@ def _set_up(task: Task[FinetuneConfig]) -> Finetuning:
     config, file = task.config, task.subject.file
     options = {name: getattr(config, name) for name in ("layer_decay", "drop_path")}
     options = {name: value for name, value in options.items() if value is not None}
-    if options and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # timm's list of layers
+    if options and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # of timm
         each = " ".join(f"{name}={value}" for name, value in options.items())
         raise ConfigError(f"{each} needs a vision transformer or a timm network, {file.backbone} is neither: remove it")
     if config.drop_path is not None:
@@ -94,7 +94,7 @@ def _set_up(task: Task[FinetuneConfig]) -> Finetuning:
 
 
 def view_of(config: FinetuneConfig, subject: Subject) -> View:
-    """Return the training view: the run's first, or crops and a flip, with the size and colors of the evaluation.
+    """Return the training view: the run's first, or else `DEFAULT_VIEW`; size, mean and std are the evaluation's.
 
     Raises:
         ConfigError: for an unknown field of `view`, or an invalid value.
@@ -158,7 +158,7 @@ def _log_plan(run: Finetuning) -> Plan:
 
 
 def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Callable[[str], None]) -> Result:
-    """Train and evaluate one encoder with all seeds; save the last one's network."""
+    """Train and evaluate one encoder with all seeds; save the network of the last seed."""
     task, metrics = run.task, []
     for seed in range(task.config.seed, task.config.seed + task.config.seeds):
         network, plan = _train(run, name, seed, on_step)
@@ -206,7 +206,7 @@ def _folder(task: Task[FinetuneConfig], encoder: str) -> Path:
 
 
 def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step: int) -> None:
-    """Write the encoder for the other commands, and the classifier on it with the names of its classes."""
+    """Write the encoder, as the other commands read it, and its linear head with the names of the classes."""
     file, transform, of_run = task.subject.file, task.subject.transform, task.subject.file.config
     augment = {name: getattr(transform, name) for name in ("size", "mean", "std")} | {"eval_resize": transform.resize}
     config = of_run | {
@@ -221,12 +221,12 @@ def _save(task: Task[FinetuneConfig], network: nn.Sequential, folder: Path, step
 
 
 def protocol(config: FinetuneConfig) -> tuple[str, str]:
-    """Return the selection of labels for results.json, as in earlier versions, and for a folder's name."""
+    """Describe the selection of labels: as text for results.json (fixed wording), and for the name of a folder."""
     if fraction := fraction_of(config):
         text, short = f"{100 * fraction:g} % of labels", f"{100 * fraction:g}percent"
     elif config.labels_per_class:
         text, short = f"{config.labels_per_class} labels a class", f"{config.labels_per_class}perclass"
-    else:  # list_: SimCLR's 1percent.txt is not fraction=0.01
+    else:  # the prefix distinguishes SimCLR's 1percent.txt from fraction=0.01
         text, short = f"labels of {Path(config.subset_list).name}", f"list_{Path(config.subset_list).stem}"
     return (f"{text}, validation", f"{short}_validation") if config.validation else (text, short)
 
@@ -265,7 +265,7 @@ def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: P
     log(f"written: {path}")
     for each in found:
         log(f"saved: {_folder(task, each.encoder)}/encoder.safetensors and head.safetensors (of the last seed)")
-    # The saved file holds all other settings itself.
-    own: dict[str, Any] = {"run": "", "output": "", "weights": "encoder", "backbone": None, "options": {}, "images": {}}
+    # The saved file contains what these fields describe.
+    reset: Any = {"run": "", "output": "", "weights": "encoder", "backbone": None, "options": {}, "images": {}}
     data, encoder = {"hold_out": config.data.hold_out}, f"{_folder(task, found[0].encoder)}/encoder.safetensors"
-    evaluation.log_next(command("moco.knn", config, **own, data=data, checkpoint=encoder))
+    evaluation.log_next(command("moco.knn", config, **reset, data=data, checkpoint=encoder))

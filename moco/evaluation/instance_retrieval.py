@@ -1,8 +1,8 @@
 """Instance retrieval, a measure of features that needs no labels.
 
-Each image is cropped twice at random. The share of crops whose most similar crop, among one crop of every image, is the
-other crop of their own image is the retrieval at 1. Of M images, chance is 1 / M. Only positions and mirroring differ
-between the two crops, not colors, so that raw pixels are a fair baseline.
+Each image is cropped twice at random. Each crop of the first set is compared with all crops of the second, and vice
+versa. The retrieval at 1 is the share of crops whose most similar crop shows their own image; chance is 1 / M. The two
+crops differ in position, size and mirroring, not in color, so that raw pixels are a fair baseline.
 
 Legend: M images, D feature dimension, S image size.
 """
@@ -25,7 +25,7 @@ from moco.evaluation.features import EvalTransform, Network, pixels
 
 MOST_IMAGES = 1024  # enough for a standard error of 1.6 points; more images only cost time
 SEED = 0  # of the choice of the images and of their crops
-CROP_SCALE = (0.2, 1.0)  # area of a crop, as a fraction of the image's: that of MoCo
+CROP_SCALE = (0.2, 1.0)  # area of a crop, as a fraction of the image's, as in MoCo
 
 
 def retrieval_at_1(first: Tensor, second: Tensor) -> float:
@@ -85,7 +85,7 @@ def instance_retrieval(
 
 
 def images_used(length: int, batch_size: int) -> int:
-    """Return M for a source of some length: complete batches, at most `MOST_IMAGES` images or one batch."""
+    """Return M for a source of `length` images: a multiple of the batch size, at most `MOST_IMAGES` or one batch."""
     return min(length // batch_size, max(1, MOST_IMAGES // batch_size)) * batch_size
 
 

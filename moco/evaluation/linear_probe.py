@@ -84,7 +84,7 @@ def train_head(
         batches: the plan's batches, one view each.
         labels: of all images of the plan, on the device of the networks.
         optim: peak learning rate and schedule, momentum, weight decay; the optimizer is SGD.
-        on_epoch: receives the finished epochs, and mean loss and top-1 accuracy (percent) on the augmented images.
+        on_epoch: receives the number of finished epochs, mean loss and top-1 accuracy (percent) on augmented images.
 
     Raises:
         BackboneChanged: if a weight or buffer of the backbone changed by a single bit.
@@ -127,5 +127,5 @@ def _digests(module: nn.Module) -> dict[str, str]:
 
 
 def fitting_batch(batch_size: int, count: int) -> int:
-    """Return the batch size, lowered for fewer images to the largest power of two: usual numbers of ranks divide it."""
+    """Return the batch size, or for fewer images the largest power of two, which usual numbers of ranks divide."""
     return batch_size if batch_size <= count else 2 ** (count.bit_length() - 1)

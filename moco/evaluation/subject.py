@@ -159,7 +159,7 @@ def _paths(data: DataConfig) -> dict[str, str]:
 
 
 def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[str, Any]:
-    """Return `data_config` for a file: its paths hold in every working directory."""
+    """Return `data_config` as a dictionary with absolute paths, valid in every working directory."""
     data = data_config(config, subject)
     return asdict(data) | {name: str(Path(path).expanduser().absolute()) for name, path in _paths(data).items()}
 

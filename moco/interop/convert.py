@@ -26,7 +26,7 @@ class ConversionError(ValueError):
 
 
 def convert_encoder(config: ConvertConfig) -> None:
-    """See `moco.convert.convert`."""
+    """Convert the configured encoder, and print where it is and how to load it."""
     if config.threads:
         torch.set_num_threads(config.threads)
     output = Path(config.output)
@@ -69,7 +69,7 @@ def convert_encoder(config: ConvertConfig) -> None:
             ("encoder", f"{file.source} ({file.backbone}, {config.weights}, step {file.step})"),
             ("file", f"{output} ({output.stat().st_size / 1e6:.1f} MB)"),
             ("checked", f"read again: features of {len(rows)} images ({data}) differ by {difference:.2g} at most,"),
-            ("", f"the largest is {largest:.3g}"),
+            ("", f"the largest feature is {largest:.3g}"),
             (
                 "images",
                 f"{transform.size} px{resized}; minus mean {list(transform.mean)}, by std {list(transform.std)}",
@@ -93,7 +93,7 @@ def write_and_compare(
 
     Raises:
         ConversionError: if weights are not equal bit for bit, if the difference exceeds the format's tolerance, or if
-            all features are 0, as they could be for a broken file.
+            all features are 0, because their comparison would prove nothing.
         WriteError: if the disk is full.
     """
     chosen = FORMATS[to]

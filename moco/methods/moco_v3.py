@@ -64,7 +64,7 @@ class MoCoV3(nn.Module):
     ) -> dict[int, Tensor]:
         """Return the keys of the global batch, {view: (M, C)}: each micro-batch is compared with all of them.
 
-        For images (n, 3, S, S) and one shuffle, or None, per view; see `moco.builder.encode_keys`.
+        `views` are images (n, 3, S, S); `shuffles` has one permutation per view. See `moco.builder.encode_keys`.
         """
         shuffled = [None] * len(views) if shuffles is None else shuffles
         local = [encode_keys(self.momentum_encoder, *pair, micro_batch) for pair in zip(views, shuffled, strict=True)]

@@ -39,9 +39,10 @@ class SimCLR(nn.Module):
     Args:
         encoder: f, images (N, 3, S, S) to embeddings (N, C).
         temperature: T, or a temperature that is trained.
-        labels: the class of each sample of the data set, integers (samples,), -1 if unknown: SupCon.
+        labels: the class of each sample of the data set, integers (samples,), -1 if unknown. With labels the method is
+            SupCon.
         candidates: "all": compare an anchor with all other embeddings, including those of its own view. "other_view":
-            compare it with the embeddings of one other view, one of them its positive; mean over pairs of views.
+            compare it with all embeddings of one other view, and average the loss over the pairs of views.
         contrast_mode: "all": each view is the anchor. "one": only the first view.
         base_temperature: see `moco.losses.sup_con`; with `candidates="all"`.
         margin, margin_kind: see `moco.losses.add_margin`; with `candidates="other_view"`.
@@ -81,16 +82,16 @@ class SimCLR(nn.Module):
     def encode_keys(
         self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
     ) -> dict[int, Tensor]:
-        """Return {}: the forward computes all embeddings. Micro-batches, which lack negatives, are a ValueError."""
+        """Return {}: the forward computes all embeddings. Raise ValueError for micro-batches: they lack negatives."""
         if micro_batch != len(views[0]):
-            raise ValueError(f"accumulate={len(views[0]) // micro_batch} must be 1 where the batch is the negatives")
+            raise ValueError(f"accumulate={len(views[0]) // micro_batch} must be 1: the batch provides the negatives")
         return {}
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
         """Compute the loss of this process's samples, views (N, 3, S, S) and index (N,), against the global batch."""
         z = unit_length(self.encoder(torch.cat(list(views))))  # (V N, C)
         z = z.unflatten(0, (len(views), len(index)))  # (V, N, C)
-        others = gather_with_gradient(z.transpose(0, 1)).transpose(0, 1)  # (V, M, C); the first dimension is gathered
+        all_z = gather_with_gradient(z.transpose(0, 1)).transpose(0, 1)  # (V, M, C); the first dimension is gathered
         sample = gather(index)  # (M,)
         classes = sample if self.labels is None else self.labels[sample]  # (M,)
         first = rank() * len(index)
@@ -98,18 +99,19 @@ class SimCLR(nn.Module):
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
         if self.candidates == "all":
             base, mode = self.base_temperature, self.contrast_mode
-            loss, logits = sup_con(z, others, first, temperature, mask=same, base_temperature=base, contrast_mode=mode)
+            loss, logits = sup_con(z, all_z, first, temperature, mask=same, base_temperature=base, contrast_mode=mode)
         else:
-            loss, logits = self._between_views(z, others, first, temperature)
+            loss, logits = self._between_views(z, all_z, first, temperature)
         return Output(loss, self._measures(logits, same, temperature), z[0].detach(), z[-1].detach())
 
-    def _between_views(self, z: Tensor, others: Tensor, first: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
+    def _between_views(self, z: Tensor, all_z: Tensor, first: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
         """Return the mean InfoNCE over the pairs (anchor's view, other view), and the logits (pairs N, M)."""
         anchors = range(len(z) if self.contrast_mode == "all" else 1)
-        own = first + torch.arange(z.shape[1], device=z.device)  # (N,), each anchor's column
+        positives = first + torch.arange(z.shape[1], device=z.device)  # (N,), the column of each anchor's positive
         margin: dict[str, Any] = {"margin": self.margin, "margin_kind": self.margin_kind}
-        pairs = [(z[a], others[b]) for a in anchors for b in range(len(z)) if a != b]
-        losses, logits = zip(*(in_batch_info_nce(a, b, own, temperature, **margin) for a, b in pairs), strict=True)
+        pairs = [(z[a], all_z[b]) for a in anchors for b in range(len(z)) if a != b]
+        found = [in_batch_info_nce(a, b, positives, temperature, **margin) for a, b in pairs]
+        losses, logits = zip(*found, strict=True)
         return torch.stack(losses).mean(), torch.cat(logits)
 
     @torch.no_grad()

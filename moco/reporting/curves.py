@@ -23,7 +23,7 @@ class Curve:
 
     name: str
     x: Sequence[float]
-    y: Sequence[float]  # nan: not finite
+    y: Sequence[float]  # nan for a value that is not finite
     run: int = 0
     reference: bool = False
 
@@ -86,7 +86,7 @@ _KNOWN = {
 }
 _HIDDEN = {"train/epoch"}  # the x axis
 
-Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by metric: positions and values
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by metric: x (epochs or steps) and values
 
 
 def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], list[str]]:
@@ -193,7 +193,7 @@ def _short(value: float) -> float | None:
 
 
 def table_rows(chart: Chart) -> Iterator[list[str]]:
-    """Yield at most `_TABLE_ROWS` evenly spaced positions with the values of all curves."""
+    """Yield at most `_TABLE_ROWS` evenly spaced values of x, each with the values of all curves."""
     by_x: dict[float, dict[int, float]] = {}
     for i, curve in enumerate(chart.curves):
         for x, y in zip(curve.x, curve.y, strict=True):

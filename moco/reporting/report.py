@@ -36,7 +36,7 @@ class _Computed:
 
 
 def report(config: ReportConfig) -> None:
-    """See `moco.report.report`."""
+    """Write the page about the configured runs, on rank 0."""
     plotly()  # fail now, not after minutes
     with compute_context(config) as device:
         if is_rank_zero():

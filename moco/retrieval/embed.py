@@ -39,7 +39,7 @@ from moco.runtime.output_directory import lock_directory
 
 
 def embed(config: EmbedConfig) -> None:
-    """See `moco.embed.embed`."""
+    """Compute and write the features of the configured images, and print a summary."""
     with compute_context(config) as device:
         subject = subjects.open_subject(config)
         folder = Path(config.output) if config.output else subject.output / "features"

@@ -24,7 +24,7 @@ _MODES = {"nearest": find_nearest, "duplicates": find_duplicates, "outliers": fi
 
 
 def search(config: SearchConfig) -> None:
-    """See `moco.search.search`."""
+    """Search as configured, and write the results."""
     with compute_context(config) as device:
         if config.index:
             index, out = open_index(config), Path(config.output or config.index)

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco import analysis
-from moco.builder import UNKNOWN, KeyQueue, Method, Output, unit_length
+from moco.builder import UNKNOWN, KeyQueue, Method, Output, streamed_info_nce, unit_length
 from moco.distributed import gather, permute, world_size
-from moco.losses import info_nce_logits, info_nce_streamed
+from moco.losses import info_nce_logits
 from moco.models.norm import GroupedBatchNorm, untracked
 
 KEYS = 4096  # newest keys of the queue, for the spectrum
@@ -24,8 +24,9 @@ LIKELY_FALSE = 0.9  # cosine from which a key in the queue probably shows the sa
 class Monitor:
     """Measures a step of at least two samples; see `train_step`. The names begin with "analysis/".
 
-    Measures the last micro-batch of all ranks together, and the two losses on `ENCODED` images per rank. All ranks
-    return the same names in the same order, so that the step can average them in one collective.
+    Measures the last micro-batch of all ranks together, and the losses with shuffled and with unshuffled keys on
+    `ENCODED` images per rank. All ranks return the same names in the same order, so that the step can average them in
+    one collective.
 
     Args:
         labels: the class of each sample of the data set, (samples,), -1 if unknown; None without labels.
@@ -102,8 +103,8 @@ class Monitor:
         }
         if self._labels is not None:
             known = self._labels[index[some]] >= 0
-            owners = self._labels[queue.index.clamp(min=0)].masked_fill(queue.index == UNKNOWN, -2)
-            share = analysis.same_label_share(self._labels[index[some]], owners, allowed)
+            key_labels = self._labels[queue.index.clamp(min=0)].masked_fill(queue.index == UNKNOWN, -2)  # -2: no label
+            share = analysis.same_label_share(self._labels[index[some]], key_labels, allowed)
             found["same_label_share"] = share.masked_fill(~known, torch.nan).nanmean()
         return found
 
@@ -130,13 +131,11 @@ class Monitor:
                 other = unit_length(encoder(images))  # (n, C)
             else:
                 other = permute(unit_length(encoder(permute(images, order))), np.argsort(order))  # (n, C)
-        filled = queue.filled_mask()  # (1, K)
-        of, by = (index[some], queue.index) if queue.mask_own_keys else (None, None)
-        own, other = (
-            info_nce_streamed(output.query[some], k, queue.keys, temperature, filled, index=of, queue_index=by).loss
+        first, second = (
+            streamed_info_nce(output.query[some], k, queue, temperature, index[some])[0]
             for k in (output.key[some], other)
         )
-        shuffled, unshuffled = (own, other) if self._shuffled else (other, own)
+        shuffled, unshuffled = (first, second) if self._shuffled else (second, first)
         return {"loss_shuffled": shuffled, "loss_unshuffled": unshuffled}
 
 
@@ -148,7 +147,7 @@ def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
 
 
 def _newest(queue: KeyQueue) -> Tensor:
-    """Return the newest keys of images, at most `KEYS`, (M, C)."""
+    """Return at most `KEYS` of the newest keys, (M, C), without the random keys of the first queue."""
     slots = (queue.count - 1 - torch.arange(min(KEYS, queue.size), device=queue.count.device)) % queue.size
     return queue.keys[slots[queue.index[slots] != UNKNOWN]]
 

@@ -173,7 +173,7 @@ def test_the_command_of_a_run() -> None:
 
 @pytest.mark.parametrize("with_queue", [True, False])
 def test_similarities_and_pushes_equal_the_loops(with_queue: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moco.analysis.studies.measures.ROWS", 3)  # does not divide 5
+    monkeypatch.setattr("moco.analysis.studies.measures.BATCH", 3)  # does not divide 5
     query, key, queue = unit(5, 4, seed=0), unit(5, 4, seed=1), unit(9, 4, seed=2)
     found = contrast_of(query, key, queue if with_queue else None, 0.2, bins=8)
     negatives_at, push_at, effective, push = [0] * 8, [0.0] * 8, 0.0, 0.0

@@ -86,7 +86,7 @@ def few_images(series: Series, facts: Facts) -> Alarm | None:
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: 0.05 ... 1 (MoCo v3 with ResNet)
 FEW_NEGATIVES = 2.0  # below: the gradient comes from the nearest negative, often one of the query's own class
-ALL_NEGATIVES = 0.99  # share of K: similarities differ by less than about T / 10, so the loss ranks no negatives
+ALL_NEGATIVES = 0.99  # share of K; above: similarities differ by less than about T / 10, so no negative stands out
 SPREAD_OUT = 0.5  # below: an untrained encoder's embeddings are so close that all negatives count equally at any T
 RECOGNIZED = 0.5  # at T = 1 well-spread features have equal weights too, but over half of the queries find their key
 
@@ -158,7 +158,7 @@ def stale_queue(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
-MOST_DUPLICATES = 0.1  # of the queries: the defect affects all of them, a run that is collapsing some
+MOST_DUPLICATES = 0.1  # share of the queries; the defect affects all of them, a collapsing run only some
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
 SOLVED = 0.99  # of the queries find their key; without shuffling over 99.9 % do (He et al., 2020, Fig. 5)
 
@@ -179,7 +179,7 @@ def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
 
 VIEWS_SIMILAR = 0.98  # mean similarity of two views for an untrained encoder; this project's recipes have 0.72 to 0.85
 EARLY_EPOCHS = 3.0
-EARLY_SOLVED = 0.9  # of the keys found by then: digits 20 %, CIFAR-10 15 %, digits without augmentation 96 %
+EARLY_SOLVED = 0.9  # share of the keys found by then: digits 20 %, CIFAR-10 15 %, digits without augmentation 96 %
 
 
 def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
@@ -197,7 +197,7 @@ def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
 
 
 NO_GAIN = 1.0  # percentage points of kNN above the untrained encoder
-LEAK_NATS = 0.1  # between the two losses; they are of the same views, so the noise of a batch is far smaller
+LEAK_NATS = 0.1  # between the two losses; both come from the same views, so the noise is far smaller
 
 
 def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
@@ -221,8 +221,8 @@ def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
 
 
 SPIKE_NATS, SPIKE_DEVIATIONS, SPIKES = 0.5, 6.0, 2  # the mean loss of a batch varies by about 0.1 nats between steps
-BEFORE = 10  # records whose consecutive differences show how much the loss varies, falling or not
-NORM_GROWTH = 3.0  # over the records so far; it falls or stays in healthy runs (CIFAR-10: at most 1.4 times)
+BEFORE = 10  # records before a jump; their consecutive differences measure the noise, even while the loss falls
+NORM_GROWTH = 3.0  # from the second to the last quarter of the records; healthy runs: at most 1.4 (CIFAR-10)
 
 
 def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
@@ -253,8 +253,8 @@ def _spikes(series: Series) -> int:
 
 
 COLLAPSED_SPREAD = 0.1  # the mean cosine of two images is then 0.99; digits: 0.8 to 0.96, below 0.02 once collapsed
-RANK_FALL = 0.25  # of the highest rank, which falls in healthy runs too (digits: 43 to 27); collapsed runs have 1.1
-GRADIENT_GONE = 0.01  # of the first step's; healthy runs on the digits end at 0.06 of it, broken ones at 0.002
+RANK_FALL = 0.25  # share of the highest rank; healthy runs fall too (digits: 43 to 27), collapsed ones to 1.1
+GRADIENT_GONE = 0.01  # share of the first step's norm; on the digits, healthy runs end at 0.06, broken ones at 0.002
 ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the loss is at chance
 
 
@@ -327,7 +327,7 @@ def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
     return last - first - noise, f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step)"
 
 
-MOST_WAITING = 0.2  # of the time; the digits wait 9 %, CIFAR-10 on a CPU 5 %
+MOST_WAITING = 0.2  # share of the time; 0.09 on the digits, 0.05 on CIFAR-10 with a CPU
 STARTING = 2  # records at the start of a run, while the loader's processes start and fill their queue
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moco.analysis import alignment, alpha_req, rank_me, uniformity
 from moco.analysis.studies import open_study
-from moco.analysis.studies.outputs import VOTE, Outputs, augmented_views, encode, plain_features
+from moco.analysis.studies.outputs import VOTE_TEMPERATURE, Outputs, augmented_views, encode, plain_features
 from moco.config import DataConfig, require
 from moco.config.choose import ChooseConfig
 from moco.data.opening import open_sources
@@ -37,7 +37,7 @@ from moco.runtime.provenance import provenance
 
 RESULTS = "choose.json"  # not results.json: the output may be a run, whose evaluations that file holds
 PROBE = Recipe(epochs=100, batch_size=0, momentum=0.9, normalize="standard", seed=0)  # batch_size: all images
-PROBE_SETTING = Setting("output", 0.1, 1e-3)  # the same for every checkpoint, and long enough to fit the few images
+PROBE_SETTING = Setting("output", 0.1, 1e-3)  # for every checkpoint; 100 epochs suffice to fit the few images
 EVALUATIONS = {"knn": "few-label kNN", "probe": "linear probe"}
 GOODNESS: dict[str, Callable[[float], float]] = {  # the higher the better
     "highest": lambda value: value,
@@ -92,7 +92,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The agreement of a measure with an accuracy about the order of checkpoints."""
+    """How well a measure and an accuracy agree on the order of checkpoints."""
 
     within: float | None  # Spearman's rank correlation within a run, mean over the runs
     across: float | None  # among the last checkpoints of all runs
@@ -185,7 +185,7 @@ def _accuracies(outputs: Outputs, file: EncoderFile, sources: Sources, config: C
         return {}
     backbone, device = outputs.encoder.backbone, outputs.features.device
     references, queries = (plain_features(backbone, each, file, device) for each in (bank, held_out))
-    few_labels = KnnSettings(1, VOTE, config.labels_per_class, config.draws)
+    few_labels = KnnSettings(1, VOTE_TEMPERATURE, config.labels_per_class, config.draws)
     with naming_field("labels_per_class", config.labels_per_class):
         knn = knn_accuracy(references, bank.labels, queries, held_out.labels, few_labels)
     with naming_field("probe_labels_per_class", config.probe_labels_per_class):
@@ -264,7 +264,7 @@ def _report(points: Sequence[Point], agreement: Mapping[str, Mapping[str, Agreem
             f"agreement with {title} on held-out images",
             ["measure", "ρ in a run", "ρ of last", "ρ of all", "lost in a run", "lost of last", "lost of all"],
             [[MEASURES[name].title, *_cells(each[evaluation])] for name, each in agreement.items()],
-            "ρ: Spearman's rank correlation, 1 is the order of the accuracies; lost: points below the best checkpoint; "
+            "ρ: Spearman's rank correlation, 1 if both orders are equal; lost: points below the best checkpoint; "
             "in a run: mean over runs; last: among the last checkpoints of all runs; all: among all checkpoints",
         )
 

@@ -16,7 +16,7 @@ from moco.analysis.studies.measures import Run
 from moco.config.base import optional_module
 from moco.files import atomic_write
 
-RIGHT, WRONG = 0, 1  # the candidate that is the answer
+RIGHT, WRONG = 0, 1  # the number of the candidate that is the correct answer, in the two cases of `mode=explain`
 _STYLE = {
     "figure.facecolor": "#ffffff",
     "axes.grid": True,
@@ -26,7 +26,7 @@ _STYLE = {
     "axes.spines.right": False,
     "font.size": 9,
     "legend.frameon": False,
-    "svg.hashsalt": "moco",  # the same figure is the same file
+    "svg.hashsalt": "moco",  # makes the bytes of a figure reproducible
 }
 
 
@@ -50,8 +50,8 @@ def drawing(path: Path, rows: int, columns: int, size: tuple[float, float]) -> I
 def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, highest: float) -> None:
     """Draw softmax, loss and gradient of one query against the temperature, for a right and a wrong answer.
 
-    `similarities` are those of the candidates; the first is the right answer, the second the wrong one. The
-    temperature goes from `lowest` to `highest`.
+    `similarities` are those of the candidates. In the first row of axes the first candidate is the correct answer, in
+    the second row the second candidate is. The temperature goes from `lowest` to `highest`.
     """
     grid = torch.logspace(np.log10(lowest), np.log10(highest), 200, dtype=torch.float64)
     colors = _colors(len(similarities))
@@ -59,11 +59,11 @@ def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, h
         for row, (answer, kind) in enumerate(((RIGHT, "right"), (WRONG, "wrong"))):
             explained = explain_temperature(torch.tensor(similarities), answer, grid)
             softmax, loss, slope = axes[row]
-            for place, similarity in enumerate(similarities):
-                role, line = ("the answer", "-") if place == answer else ("a negative", "--")
-                style = {"color": colors[place], "linestyle": line}
-                softmax.plot(grid, explained.softmax[:, place], label=f"s = {similarity:g}, {role}", **style)
-                slope.plot(grid, explained.gradient[:, place].abs(), **style)
+            for candidate, similarity in enumerate(similarities):
+                role, line = ("the answer", "-") if candidate == answer else ("a negative", "--")
+                style = {"color": colors[candidate], "linestyle": line}
+                softmax.plot(grid, explained.softmax[:, candidate], label=f"s = {similarity:g}, {role}", **style)
+                slope.plot(grid, explained.gradient[:, candidate].abs(), **style)
             loss.plot(grid, explained.loss, color="#333333")
             softmax.legend(fontsize=7)
             for axis, name in zip(axes[row], ("softmax", "loss", "pull and push"), strict=True):
@@ -109,10 +109,10 @@ def draw_similarities(path: Path, runs: Sequence[Run]) -> None:
         for axis in axes.flat[len(groups) :]:
             axis.set_visible(False)
         for axis, (temperature, group) in zip(axes.flat, groups.items(), strict=False):
-            for name, color in (("positives_at", "#c2571a"), ("negatives_at", "#1f5fa8")):
-                counts = np.sum([getattr(each.contrast, name) for each in group], axis=0)
+            for name, color in (("positives", "#c2571a"), ("negatives", "#1f5fa8")):
+                counts = np.sum([getattr(each.contrast, f"{name}_at") for each in group], axis=0)
                 edges = bin_edges(len(counts))
-                axis.stairs(counts / counts.max(), edges, fill=True, alpha=0.55, color=color, label=name[:9])
+                axis.stairs(counts / counts.max(), edges, fill=True, alpha=0.55, color=color, label=name)
             axis.set(title=f"T = {temperature:g}", xlim=(-1, 1), xticks=[-1, 0, 1], yticks=[])
         axes[0][0].legend(fontsize=7, loc="upper left")
         figure.supxlabel("cosine similarity to the query", fontsize=9)
@@ -156,7 +156,7 @@ def _by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
 
 
 def _colors(count: int) -> list[Any]:
-    """Return colors from dark to light in viridis, ordered also without color vision; not its palest, yellow."""
+    """Return colors of viridis from dark to light, without its palest, yellow; brightness alone shows their order."""
     return list(matplotlib().colormaps["viridis"](np.linspace(0, 0.85, max(2, count))))[:count]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moco.analysis import alignment, hardness, relative_penalty, similarity_histogram, tolerance, uniformity
-from moco.analysis.studies.outputs import ROWS, VOTE, augmented_views, encode, in_parts, plain_features
+from moco.analysis.studies.outputs import BATCH, VOTE_TEMPERATURE, augmented_views, encode, in_parts, plain_features
 from moco.builder import UNKNOWN, unit_length
 from moco.config import require
 from moco.config.temperature import TemperatureConfig
@@ -44,8 +44,8 @@ class Contrast:
     negatives: int  # K
     effective_negatives: float  # mean over the queries, 1 ... K
     push: float  # 1 - P of the positive, 0 (no gradient is left) ... 1
-    positives_at: list[int]  # (B,), number of positive similarities in each bin over -1 ... 1
-    negatives_at: list[int]  # (B,), the same for the negatives
+    positives_at: list[int]  # (B,), number of positives whose similarity is in each bin over -1 ... 1
+    negatives_at: list[int]  # (B,), number of negatives whose similarity is in each bin
     push_at: list[float]  # (B,), share of a query's push on the negatives in each bin; sums to 1
 
 
@@ -90,7 +90,7 @@ def measure(
     knn, bank = None, sources.bank
     if bank is not None and bank.labels is not None and sources.held_out is not None and images.labels is not None:
         references = plain_features(outputs.encoder.backbone, bank, file, device)
-        few_labels = KnnSettings(config.k, VOTE, config.labels_per_class, config.draws)
+        few_labels = KnnSettings(config.k, VOTE_TEMPERATURE, config.labels_per_class, config.draws)
         with naming_field("labels_per_class", config.labels_per_class):
             knn = knn_accuracy(references, bank.labels, outputs.features, images.labels, few_labels)
     projection = _space(outputs.projection, (query, other), images)
@@ -105,15 +105,15 @@ def measure(
 def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: float, bins: int) -> Contrast:
     """Measure similarities and pushes of queries (N, C) against their positives, the rows of key (N, C), and negatives.
 
-    The negatives are the queue (K, C), or for None the keys of all other images. All have unit length.
+    The negatives are the queue (K, C); without a queue, the keys of all other images. All have unit length.
     """
     negatives = key if queue is None else queue
     positives = (query * key).sum(dim=1)  # (N,)
-    negatives_at = torch.zeros(bins, dtype=torch.int64, device=query.device)
-    push_at = torch.zeros(bins, dtype=torch.float64, device=query.device)
+    negative_counts = torch.zeros(bins, dtype=torch.int64, device=query.device)
+    push_sums = torch.zeros(bins, dtype=torch.float64, device=query.device)
     effective, push = 0.0, 0.0
-    for start in range(0, len(query), ROWS):
-        part = slice(start, start + ROWS)
+    for start in range(0, len(query), BATCH):
+        part = slice(start, start + BATCH)
         similarity = query[part] @ negatives.T  # (n, K)
         if queue is None:
             rows = torch.arange(len(similarity), device=query.device)
@@ -121,18 +121,18 @@ def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: f
         measured = hardness(torch.cat([positives[part, None], similarity], dim=1) / temperature)
         effective += measured.effective_negatives.item() * len(similarity)
         push += measured.push.item() * len(similarity)
-        negatives_at += similarity_histogram(similarity, bins)
-        push_at += similarity_histogram(similarity, bins, relative_penalty(similarity, temperature))
+        negative_counts += similarity_histogram(similarity, bins)
+        push_sums += similarity_histogram(similarity, bins, relative_penalty(similarity, temperature))
     n, k = len(query), len(negatives) - (queue is None)
-    positives_at = similarity_histogram(positives, bins)
-    histograms = (positives_at.tolist(), negatives_at.tolist(), (push_at / n).tolist())
+    positive_counts = similarity_histogram(positives, bins)
+    histograms = (positive_counts.tolist(), negative_counts.tolist(), (push_sums / n).tolist())
     return Contrast(positives.mean().item(), k, effective / n, push / n, *histograms)
 
 
 def _space(plain: Tensor, views: tuple[Tensor, Tensor], images: Source) -> Space:
     labels = None if images.labels is None else torch.from_numpy(images.labels).to(plain.device)
-    near = None if labels is None else tolerance(plain, labels).item()
-    return Space(uniformity(plain).item(), near, alignment(*views).item())
+    similarity = None if labels is None else tolerance(plain, labels).item()
+    return Space(uniformity(plain).item(), similarity, alignment(*views).item())
 
 
 def _momentum_encoder(path: Path, device: torch.device) -> Encoder | None:

@@ -18,8 +18,8 @@ from moco.evaluation.features import EvalTransform, extract
 from moco.interop.encoder_file import EncoderFile, build
 from moco.models.encoder import Encoder
 
-ROWS = 256  # images or queries at once; bounds the memory, does not change results
-VOTE = 0.1  # temperature of the kNN votes: a neighbor's weight is exp(similarity / VOTE); irrelevant for one neighbor
+BATCH = 256  # images or queries per batch; bounds the memory, does not change results
+VOTE_TEMPERATURE = 0.1  # T of the kNN votes: a neighbor's weight is exp(similarity / T); has no effect with k = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Outputs:
     encoder: Encoder
     features: Tensor  # (N, D), backbone, plain evaluation views
     projection: Tensor  # (N, C)
-    view_features: tuple[Tensor, Tensor]  # two of (N, D), augmented views
+    view_features: tuple[Tensor, Tensor]  # of two augmented views, each (N, D)
 
 
 def encode(file: EncoderFile, images: Source, views: list[Tensor], device: torch.device) -> Outputs:
@@ -45,21 +45,21 @@ def plain_features(network: nn.Module, source: Source, file: EncoderFile, device
     """Compute the features (N, D) of the plain evaluation views of a source, in its order."""
     view = file.images
     transform = EvalTransform(view["size"], view["resize"], view["mean"], view["std"])
-    return extract(network, source, transform, device, ROWS)
+    return extract(network, source, transform, device, BATCH)
 
 
 def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> list[Tensor]:
     """Make two augmented views of each image with the run's own recipe, each (N, 3, S, S).
 
-    A view depends on the position of its image only, so all runs with one recipe are measured on the same views. (Its
-    random key is that of seed 0, epoch 0. Training used these keys for other images, or for the same ones if there is
-    no held-out split.)
+    A view depends on the position of its image only, so all runs with one recipe are measured on the same views. (The
+    random numbers are those of seed 0, epoch 0. A training run with seed 0 used them for other images, or for these
+    images if there is no held-out split.)
     """
     made = []
     for stream, view in enumerate(build_views(AugmentConfig(**file.config["augment"] | {"views": 2}))):
         parts = []
-        for start in range(0, len(source), ROWS):
-            index = np.arange(start, min(start + ROWS, len(source)))
+        for start in range(0, len(source), BATCH):
+            index = np.arange(start, min(start + BATCH, len(source)))
             uniforms = draw_crop(0, 0, index, stream)
             crops = [crop_one(source.image(int(i)), each, view) for i, each in zip(index, uniforms, strict=True)]
             parts.append(augment(torch.stack(crops).to(device), draw(view, 0, 0, index, stream), view))
@@ -69,5 +69,5 @@ def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> 
 
 @torch.no_grad()
 def in_parts(network: nn.Module, inputs: Tensor) -> Tensor:
-    """Compute a network's outputs for `ROWS` inputs at a time, float32."""
-    return torch.cat([network(part).float() for part in inputs.split(ROWS)])
+    """Compute a network's outputs for `BATCH` inputs at a time, float32."""
+    return torch.cat([network(part).float() for part in inputs.split(BATCH)])
