@@ -5,6 +5,7 @@ Legend: M training images, L classes.
 
 import shlex
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from moco.data.sources import Source
 from moco.distributed import is_rank_zero
 from moco.evaluation.features import Network, pixels
 from moco.evaluation.knn_classifier import KnnSettings, leave_one_out, votes_of_draws
-from moco.evaluation.metrics import HeldOut, Metrics, compute_metrics, mean_known
+from moco.evaluation.metrics import HeldOut, Metrics, confusion_of, mean_known, ranking_metrics
+from moco.evaluation.ranking import rank_classes
 from moco.evaluation.subject import encoders, labels_of
 from moco.evaluation.subsets import draw_labels, naming_field
 from moco.evaluation.task import Result, Task, log_next, open_task, record_results
@@ -81,8 +83,9 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> tuple[Resul
     settings, grid = _choose(task, name, bank)
     queries, truth = held_out.open()
     with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
-        votes = votes_of_draws(bank, labels, queries, len(task.train.classes), settings, progress)
-        metrics = [compute_metrics(each, truth, votes=True) for each in votes]
+        classes, reduce = len(task.train.classes), partial(rank_classes, votes=True)
+        ranked = votes_of_draws(bank, labels, queries, classes, settings, progress, reduce)
+        metrics = [ranking_metrics(each.cpu().numpy(), truth, classes) for each in ranked]
     if settings.k < 5:  # fewer than five classes can have votes
         metrics = [replace(each, top5=None) for each in metrics]
     used = {"features": config.features, "half": config.half}
@@ -112,10 +115,14 @@ def _choose(task: Task[KnnConfig], name: str, bank: Tensor) -> tuple[KnnSettings
     return replace(settings, k=config.k[i], temperature=config.temperature[j]), grid
 
 
+def total_pairs(metrics: list[Metrics]) -> NDArray[np.int64]:
+    """Join the pairs (P, 3) of all draws."""
+    return np.concatenate([each.pairs for each in metrics])
+
+
 def total_confusion(metrics: list[Metrics]) -> NDArray[np.int64]:
     """Sum the confusion matrices (L, L) over the draws."""
-    total: NDArray[np.int64] = np.sum([each.confusion for each in metrics], axis=0)
-    return total
+    return confusion_of(total_pairs(metrics), len(metrics[0].per_class))
 
 
 def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
@@ -134,13 +141,19 @@ def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
     }
 
 
-def most_confused(confusion: NDArray[np.int64], classes: tuple[str, ...], most: int = 3) -> list[str]:
-    """List the most frequent confusions, such as "cat for dog 12.5 %": percent of the images of the true class, cat."""
-    share = 100 * confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    np.fill_diagonal(share, 0)
-    order = np.argsort(-share, axis=None, kind="stable")[:most]
-    pairs = [divmod(int(place), len(classes)) for place in order]
-    return [f"{classes[a]} for {classes[b]} {share[a, b]:.1f} %" for a, b in pairs if share[a, b]]
+def most_confused(pairs: NDArray[np.int64], classes: tuple[str, ...], most: int = 3) -> list[str]:
+    """List the most frequent confusions, such as "cat for dog 12.5 %": percent of the images of the true class, cat.
+
+    `pairs` are those of `Metrics`, of one draw or several.
+    """
+    count = len(classes)
+    codes, place = np.unique(pairs[:, 0] * count + pairs[:, 1], return_inverse=True)
+    truth, predicted = np.divmod(codes, count)
+    images = np.bincount(place, pairs[:, 2])
+    share = 100 * images / np.bincount(truth, images, count)[truth]
+    share[truth == predicted] = 0
+    order = np.argsort(-share, kind="stable")[:most]
+    return [f"{classes[truth[i]]} for {classes[predicted[i]]} {share[i]:.1f} %" for i in order if share[i]]
 
 
 def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid | None]]) -> None:
@@ -158,7 +171,7 @@ def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid |
         [_row(result, settings) for result, settings, _ in found],
         f"on {len(task.held_out):,} held-out images; chance is {100 / len(train.classes):.1f} %",
     )
-    if pairs := most_confused(total_confusion(pretrained.metrics), train.classes):
+    if pairs := most_confused(total_pairs(pretrained.metrics), train.classes):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")
     log(f"written: {record_results(task, 'knn', protocol, [each[0] for each in found], config.features)}")
     live = task.subject.file.config.get("evaluate", {})

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from moco.config import EvaluateConfig
 from moco.distributed import rank, sum_over_ranks, world_size
+from moco.evaluation.ranking import largest
 from moco.evaluation.subsets import draw_labels
 
 Progress = Callable[[int, int], None]  # called with (chunks done, chunks of this rank)
 Labels = NDArray[np.int64]
+Reduce = Callable[[Tensor], Tensor]  # votes (chunk, L) -> what is kept of them, (chunk, columns)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class KnnSettings:
 
 def ignore(*_: int) -> None:
     """Show no progress."""
+
+
+def keep_all(votes: Tensor) -> Tensor:
+    """Keep the votes for every class."""
+    return votes
 
 
 class Accuracy(NamedTuple):
@@ -79,27 +86,11 @@ def nearest(
         if own is not None:
             inside = ((own >= part.start) & (own < part.stop)).nonzero().squeeze(1)
             similarity[inside, own[inside] - part.start] = -torch.inf
-        values, found = _largest(similarity, k)
+        values, found = largest(similarity, k)
         # Earlier chunks come first in the concatenation, so the lower row of equal ones stays first.
-        best, at = _largest(torch.cat([best, values], dim=1), k)
+        best, at = largest(torch.cat([best, values], dim=1), k)
         rows = torch.cat([rows, found + part.start], dim=1).gather(1, at)
     return best, rows
-
-
-def _largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row and their columns, descending; of equal ones the first (`topk` takes any)."""
-    k = min(k, values.shape[1])
-    top, at = values.topk(min(k + 1, values.shape[1]), dim=1)
-    edge, at = top[:, k - 1 : k], at[:, :k]
-    tied = (top[:, k:] == edge).any(dim=1)  # more equal values than places
-    if tied.any():
-        some, edge = values[tied], edge[tied]
-        above, level = some > edge, some == edge
-        kept = above | (level & (level.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
-        at[tied] = kept.nonzero()[:, 1].view(-1, k)
-    at = at.sort(dim=1).values
-    top, order = values.gather(1, at).sort(dim=1, descending=True, stable=True)
-    return top, at.gather(1, order)
 
 
 def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
@@ -128,7 +119,13 @@ def _own_chunks(length: int, most: int, progress: Progress) -> Iterator[slice]:
 
 
 def knn_votes(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, classes: int, settings: KnnSettings, progress: Progress = ignore
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    classes: int,
+    settings: KnnSettings,
+    progress: Progress = ignore,
+    reduce: Reduce = keep_all,
 ) -> Tensor:
     """Sum the votes of each query's k nearest references per class, weighted by exp(similarity / temperature).
 
@@ -137,33 +134,41 @@ def knn_votes(
         bank_labels: (M,), classes from 0.
         classes: L.
         settings: all references vote; `labels_per_class` and `draws` have no effect here.
+        reduce: applied to the votes of each chunk of queries, so that (Q, L) votes need not fit into memory.
 
     Returns:
-        Shape (Q, L), in units of the nearest neighbor's vote.
+        Shape (Q, L), in units of the nearest neighbor's vote; with `reduce`, its results for all queries.
     """
-    votes = torch.zeros(len(queries), classes, device=queries.device)
+    example = reduce(torch.zeros(1, classes, device=queries.device))
+    found = example.new_zeros(len(queries), example.shape[1])
     for chunk in _own_chunks(len(queries), settings.query_chunk, progress):
         similarity, rows = nearest(bank, queries[chunk], settings.k, bank_chunk=settings.bank_chunk)
-        votes[chunk] = _votes(similarity, bank_labels[rows], settings.temperature, classes)
-    return sum_over_ranks(votes)  # exact: other ranks hold zeros here
+        found[chunk] = reduce(_votes(similarity, bank_labels[rows], settings.temperature, classes))
+    return sum_over_ranks(found)  # exact: other ranks hold zeros here
 
 
 def votes_of_draws(
-    bank: Tensor, bank_labels: Labels, queries: Tensor, classes: int, settings: KnnSettings, progress: Progress = ignore
+    bank: Tensor,
+    bank_labels: Labels,
+    queries: Tensor,
+    classes: int,
+    settings: KnnSettings,
+    progress: Progress = ignore,
+    reduce: Reduce = keep_all,
 ) -> Iterator[Tensor]:
-    """Yield votes (Q, L) once with all labels, or once per draw of `labels_per_class`. Arguments: see `knn_votes`.
+    """Yield `knn_votes` once with all labels, or once per draw of `labels_per_class`. Arguments: see `knn_votes`.
 
     Raises:
         SubsetError: if a class has fewer than `labels_per_class` references.
     """
     labels = torch.from_numpy(bank_labels).to(bank.device)
     if not settings.labels_per_class:
-        yield knn_votes(bank, labels, queries, classes, settings, progress)
+        yield knn_votes(bank, labels, queries, classes, settings, progress, reduce)
         return
     for draw in range(settings.draws):
         drawn = draw_labels(bank_labels, settings.labels_per_class, draw, settings.seed)
         rows = torch.from_numpy(drawn).to(bank.device)
-        yield knn_votes(bank[rows], labels[rows], queries, classes, settings, progress)
+        yield knn_votes(bank[rows], labels[rows], queries, classes, settings, progress, reduce)
 
 
 def leave_one_out(
@@ -225,8 +230,10 @@ def knn_accuracy(
     """
     truth = torch.from_numpy(labels).to(bank.device)
     classes = int(bank_labels.max()) + 1
-    votes = votes_of_draws(bank, bank_labels, queries, classes, settings, progress)
-    scores = [100 * (each.argmax(dim=1) == truth).double().mean().item() for each in votes]
+    predictions = votes_of_draws(
+        bank, bank_labels, queries, classes, settings, progress, lambda votes: votes.argmax(dim=1, keepdim=True)
+    )
+    scores = [100 * (each.squeeze(1) == truth).double().mean().item() for each in predictions]
     return Accuracy(float(np.mean(scores)), float(np.std(scores)), len(scores))
 
 

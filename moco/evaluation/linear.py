@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.config import ConfigError, OptimConfig, RunWarning, require
@@ -26,7 +28,8 @@ from moco.evaluation.confusion import draw_confusion
 from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import OUTPUT, LayerFeatures
 from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, save_head, train_head
-from moco.evaluation.metrics import HeldOut, Metrics, compute_metrics
+from moco.evaluation.metrics import HeldOut, Metrics, ranking_metrics
+from moco.evaluation.ranking import rank_classes
 from moco.evaluation.subject import encoders, labels_of
 from moco.evaluation.subsets import SubsetError, split_each_class
 from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
@@ -98,7 +101,7 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
     if name == "pretrained":
         _log_lowered(config, batch_size, f"{len(labels) - choices[0].count} images remain for training")
     metrics = [
-        compute_metrics(_scores(head, test, columns[choice.setting.layer], task.device), truth)
+        ranking_metrics(_ranked(head, test, columns[choice.setting.layer], task.device), truth, data.classes)
         for head, choice in zip(heads, choices, strict=True)
     ]
     chosen = [asdict(one.setting) | {"validation_top1": one.accuracy, "validation_count": one.count} for one in choices]
@@ -152,7 +155,8 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
             train_head(backbone, head, views, labels, plan, optim, lambda _, *each: log_epoch(_EPOCH.format(*each)))
         heads.append(LinearHead(head.weight.detach(), head.bias.detach(), _about_head(task, OUTPUT, unit=False)))
     test, truth = held_out.open()
-    metrics = [compute_metrics(_scores(head, test, slice(None), task.device), truth) for head in heads]
+    classes = len(task.train.classes)
+    metrics = [ranking_metrics(_ranked(head, test, slice(None), task.device), truth, classes) for head in heads]
     chosen = {"layer": OUTPUT, "lr": optim.lr, "weight_decay": official.weight_decay}
     return Probe(metrics, heads, [chosen] * len(heads), {"batch_size": batch_size, "peak_lr": optim.lr})
 
@@ -193,8 +197,10 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
             raise ConfigError(f"output: {folder} cannot be written to ({error.strerror}): set output=DIR") from error
 
 
-def _scores(head: LinearHead, features: Tensor, columns: slice, device: torch.device) -> Tensor:
-    return torch.cat([head(part[:, columns].to(device)) for part in features.split(_CHUNK)])
+def _ranked(head: LinearHead, features: Tensor, columns: slice, device: torch.device) -> NDArray[np.int64]:
+    """Return the best classes of each image, (M, min(5, L)); the scores (M, L) need not fit into memory."""
+    parts = (rank_classes(head(part[:, columns].to(device))) for part in features.split(_CHUNK))
+    return np.concatenate([part.cpu().numpy() for part in parts])
 
 
 def _training_view(task: Task[LinearConfig]) -> View:

@@ -5,15 +5,17 @@ Legend: M images, L classes.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moco.evaluation.ranking import rank_classes
+
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
-_LARGEST_CONFUSION = 200  # classes; a larger matrix is not written to results.json
+LARGEST_CONFUSION = 200  # classes; a larger matrix is not written to results.json
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +25,13 @@ class Metrics:
     top1: float
     top5: float | None  # None with five classes or fewer
     per_class: list[float | None]  # None for a class without images
-    confusion: NDArray[np.int64]  # (L, L): rows are true classes, columns predictions
+    pairs: NDArray[np.int64]  # (P, 3): true class, prediction and number of images of each pair that occurs
     count: int  # M
+
+    @property
+    def confusion(self) -> NDArray[np.int64]:
+        """Build the confusion matrix (L, L): rows are true classes, columns predictions. Memory is quadratic in L."""
+        return confusion_of(self.pairs, len(self.per_class))
 
     def interval(self) -> tuple[float, float]:
         """Return Wilson's 95 % interval of top1 in percent: the uncertainty due to the finite number of test images.
@@ -38,8 +45,9 @@ class Metrics:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for results.json."""
-        confusion = self.confusion.tolist() if len(self.confusion) <= _LARGEST_CONFUSION else None
-        return asdict(self) | {"interval95": list(self.interval()), "confusion": confusion}
+        confusion = self.confusion.tolist() if len(self.per_class) <= LARGEST_CONFUSION else None
+        plain = {name: getattr(self, name) for name in ("top1", "top5", "per_class")}
+        return plain | {"confusion": confusion, "count": self.count, "interval95": list(self.interval())}
 
 
 def compute_metrics(scores: Tensor, labels: NDArray[np.int64], votes: bool = False) -> Metrics:
@@ -53,17 +61,29 @@ def compute_metrics(scores: Tensor, labels: NDArray[np.int64], votes: bool = Fal
         votes: the scores are votes of neighbors, and a class without a vote is not among the top five, even if
             fewer than five classes have votes.
     """
-    classes, truth = scores.shape[1], np.asarray(labels)
-    ranked = scores.float().argsort(dim=1, descending=True, stable=True)[:, : min(5, classes)].cpu().numpy()
+    return ranking_metrics(rank_classes(scores, votes).cpu().numpy(), labels, scores.shape[1])
+
+
+def ranking_metrics(ranked: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> Metrics:
+    """Compare the best classes of each image, (M, min(5, L)) of `rank_classes`, with the true classes (M,).
+
+    Time and memory are linear in the number of classes L.
+    """
+    truth = np.asarray(labels)
     predicted = ranked[:, 0]
     in_top5 = (ranked == truth[:, None]).any(axis=1)
-    if votes:
-        in_top5 &= scores.cpu().numpy()[np.arange(len(truth)), truth] > 0
-    confusion = np.bincount(truth * classes + predicted, minlength=classes**2).reshape(classes, classes)
     top1, top5 = 100 * float(np.mean(predicted == truth)), 100 * float(np.mean(in_top5)) if classes > 5 else None
-    pairs = zip(np.diag(confusion), confusion.sum(axis=1), strict=True)
-    per_class = [100 * float(correct) / int(total) if total else None for correct, total in pairs]
-    return Metrics(top1, top5, per_class, confusion.astype(np.int64), len(truth))
+    correct, total = (np.bincount(each, minlength=classes) for each in (truth[predicted == truth], truth))
+    per_class = [100 * float(c) / int(t) if t else None for c, t in zip(correct, total, strict=True)]
+    codes, counts = np.unique(truth * classes + predicted, return_counts=True)
+    pairs = np.stack([codes // classes, codes % classes, counts], axis=1)
+    return Metrics(top1, top5, per_class, pairs, len(truth))
+
+
+def confusion_of(pairs: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """Sum `Metrics.pairs` (P, 3), of one repeat or several, to a confusion matrix (L, L)."""
+    counts = np.bincount(pairs[:, 0] * classes + pairs[:, 1], pairs[:, 2], classes**2)
+    return counts.astype(np.int64).reshape(classes, classes)
 
 
 def mean_known(values: Sequence[float | None]) -> float | None:

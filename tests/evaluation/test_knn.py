@@ -210,9 +210,14 @@ def test_a_damaged_results_file_is_refused_before_the_work(
 
 
 def test_the_most_confused_pairs_by_share_of_the_true_class() -> None:
-    confusion = np.array([[6, 4, 0], [1, 99, 0], [1, 1, 2]])
-    assert most_confused(confusion, ("a", "b", "c")) == ["a for b 40.0 %", "c for a 25.0 %", "c for b 25.0 %"]
-    assert most_confused(np.diag([3, 0, 2]), ("a", "b", "c")) == []
+    def pairs(matrix: list[list[int]]) -> Any:
+        return np.array([(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count])
+
+    confusion = pairs([[6, 4, 0], [1, 99, 0], [1, 1, 2]])
+    wanted = ["a for b 40.0 %", "c for a 25.0 %", "c for b 25.0 %"]
+    assert most_confused(confusion, ("a", "b", "c")) == wanted
+    assert most_confused(np.concatenate([confusion, confusion]), ("a", "b", "c")) == wanted  # of two draws
+    assert most_confused(pairs([[3, 0, 0], [0, 0, 0], [0, 0, 2]]), ("a", "b", "c")) == []
 
 
 # ---- what is refused ----

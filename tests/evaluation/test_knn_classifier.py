@@ -1,6 +1,7 @@
 """The kNN classifier, compared with scikit-learn."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from moco.evaluation.knn_classifier import (
     nearest,
     votes_of_draws,
 )
+from moco.evaluation.ranking import NO_VOTE, rank_classes
 from moco.evaluation.subsets import draw_labels
 
 BANK, QUERIES, DIM, CLASSES = 60, 41, 7, 5
@@ -180,6 +182,17 @@ def test_draws_vote_with_their_few_labels_only() -> None:
         rows = draw_labels(labels, 2, draw)
         few = torch.from_numpy(labels[rows])
         assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, CLASSES, KnnSettings(3)))
+
+
+@pytest.mark.parametrize("chunk", [1024, 7])
+def test_votes_that_are_reduced_in_parts_rank_as_all_votes(chunk: int) -> None:
+    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
+    reduce = partial(rank_classes, votes=True)
+    settings = KnnSettings(3, query_chunk=chunk)
+    ranked = knn_votes(bank, labels, queries, CLASSES, settings, reduce=reduce)
+    votes = knn_votes(bank, labels, queries, CLASSES, settings)
+    assert torch.equal(ranked, rank_classes(votes, votes=True))
+    assert ((ranked == NO_VOTE).sum(dim=1) == (5 - (votes > 0).sum(dim=1)).clamp(min=0)).all()
 
 
 def test_progress_counts_the_parts() -> None:

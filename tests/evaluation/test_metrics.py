@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
@@ -68,6 +70,38 @@ def test_metrics_are_plain_json() -> None:
     assert plain["count"] == 83
     assert math.isclose(sum(sum(row) for row in plain["confusion"]), 83)
     assert len(plain["interval95"]) == 2
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_metrics_equal_plain_counting(data: st.DataObject) -> None:
+    classes, count, votes = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12)), data.draw(st.booleans())
+    values = st.lists(st.integers(0, 3), min_size=classes, max_size=classes).filter(any)  # many ties
+    scores = [data.draw(values) for _ in range(count)]
+    labels = [data.draw(st.integers(0, classes - 1)) for _ in range(count)]
+    got = compute_metrics(torch.tensor(scores, dtype=torch.float32), np.array(labels), votes)
+    ranked = [sorted(range(classes), key=lambda c, row=row: (-row[c], c))[:5] for row in scores]  # type: ignore[misc]
+    hits = [label in r and (not votes or row[label] > 0) for r, row, label in zip(ranked, scores, labels, strict=True)]
+    assert got.top1 == pytest.approx(100 * np.mean([r[0] == label for r, label in zip(ranked, labels, strict=True)]))
+    assert got.top5 == (pytest.approx(100 * np.mean(hits)) if classes > 5 else None)
+    matrix = np.zeros((classes, classes), int)
+    for r, label in zip(ranked, labels, strict=True):
+        matrix[label, r[0]] += 1
+    assert got.confusion.tolist() == matrix.tolist()
+    shares = [100 * row[i] / row.sum() if row.sum() else None for i, row in enumerate(matrix)]
+    assert got.per_class == [None if each is None else pytest.approx(each) for each in shares]
+
+
+def test_many_classes_need_no_quadratic_memory() -> None:
+    classes, images = 100_000, 20  # a matrix would have 10 billion cells
+    labels = np.arange(images) * 7
+    scores = torch.zeros(images, classes)
+    scores[torch.arange(images), torch.from_numpy(labels)] = 1
+    scores[0, 3] = 2
+    got = compute_metrics(scores, labels)
+    assert (got.top1, got.top5, got.per_class[:8]) == (95.0, 100.0, [0.0, *[None] * 6, 100.0])
+    assert got.pairs[:2].tolist() == [[0, 3, 1], [7, 7, 1]]
+    assert got.to_json()["confusion"] is None
 
 
 def test_the_test_split_opens_once() -> None:
