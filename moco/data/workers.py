@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from moco.runtime.preemption import STOP_SIGNALS
+
 T = TypeVar("T")
 TASK = 16  # rows per task of `in_order`
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class LoaderError(ValueError):
@@ -24,8 +25,8 @@ class LoaderError(ValueError):
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignore the signals of Ctrl-C and Slurm, which reach every process: the parent ends its loaders after the step."""
-    for number in _IGNORED:
+    """Ignore the signals of terminals and Slurm, which reach every process: the parent ends its loaders."""
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -107,7 +108,7 @@ def _started(loader: DataLoader[T], field: str) -> Iterator[T]:
     """Start the loader's processes with signals blocked: one that arrives before they ignore it would end them."""
     if loader.num_workers == 0:
         return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         multiprocessing.Semaphore()  # fails before the loader's own locks do, for which torch prints a traceback
         items = iter(loader)

@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import shutil
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
+from moco.config import RunWarning
 from moco.files import atomic_write, write_errors
 
 METRICS = "metrics.jsonl"
@@ -33,7 +37,7 @@ class MetricsLogger:
                 kept = [line for line, at, _ in _records(file) if at <= step and step > 0]
                 with atomic_write(file) as temporary:
                     temporary.write_text("".join(f"{line}\n" for line in kept))
-            self._file = file.open("a", buffering=1)
+            self._file = self._open()
             self._hook = threading.excepthook
             threading.excepthook = self._on_thread_error
             self._events = SummaryWriter(str(path), purge_step=step + 1 if step else 0)
@@ -43,9 +47,27 @@ class MetricsLogger:
         # JSON has no NaN and no infinity, as the overflowing gradient norm of fp16: null.
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with write_errors(self._path):
+            self._restore()
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def _open(self) -> TextIO:
+        return self._path.open("a+", buffering=1)
+
+    def _restore(self) -> None:
+        """Write metrics.jsonl again if it was removed; append to the file that replaced it, if there is one."""
+        own = os.fstat(self._file.fileno())
+        replaced = self._path.exists()
+        if replaced and os.path.samestat(own, self._path.stat()):
+            return
+        removed, self._file = self._file, self._open()
+        with removed:
+            if not replaced:
+                removed.seek(0)  # its content stays on disk as long as it is open
+                shutil.copyfileobj(removed, self._file)
+        what = "replaced: records are appended to the new file" if replaced else "removed: it is written again"
+        warnings.warn(f"{self._path} was {what}", RunWarning, stacklevel=2)
 
     def log_histogram(self, name: str, counts: Any, step: int) -> None:
         """Add counts in equal bins over -1 ... 1, shape (B,), to TensorBoard."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from moco.runtime.preemption import STOP_SIGNALS
+
 
 class Ended(NamedTuple):
     """How a process ended."""
@@ -24,7 +26,7 @@ def is_finished(run: Path) -> bool:
 
 
 def run_to_end(command: Sequence[str], log: Path | None = None) -> Ended:
-    """Run a command and wait until it ends, also if SIGTERM, SIGINT or SIGUSR1 arrives meanwhile.
+    """Run a command and wait until it ends, also if a signal of `STOP_SIGNALS` arrives meanwhile.
 
     The first of these signals is passed on as SIGTERM, which lets moco.train save. Later ones are ignored.
 
@@ -53,9 +55,9 @@ def run_to_end(command: Sequence[str], log: Path | None = None) -> Ended:
 @contextmanager
 def _handling(handler: "signal._HANDLER") -> Iterator[None]:
     """Install a signal handler; Python allows that in the main thread only."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     main = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handler) for number in numbers if main}
+    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # not under nohup
+    previous = {number: signal.signal(number, handler) for number in caught if main}
     try:
         yield
     finally:

@@ -23,10 +23,17 @@ class Reason(IntEnum):
 
     NONE = 0
     TIME_LIMIT = 1
-    SIGUSR1 = 2
-    SIGTERM = 3
-    SIGINT = 4
-    NOT_SAVED = 5  # the last checkpoint could not be written
+    SIGXCPU = 2  # the limit of CPU time, `ulimit -t`
+    SIGUSR1 = 3  # SIGUSR1 and SIGUSR2: batch systems announce the end of a job with them
+    SIGUSR2 = 4
+    SIGHUP = 5  # the terminal was closed
+    SIGTERM = 6
+    SIGINT = 7
+    NOT_SAVED = 8  # the last checkpoint could not be written
+
+
+STOP_SIGNALS = tuple(signal.Signals[each.name] for each in Reason if each.name in signal.Signals.__members__)
+"""The signals after which a run saves and ends. Loader processes ignore them: the parent ends those after the step."""
 
 
 class Preempted(Exception):
@@ -45,7 +52,7 @@ class Preempted(Exception):
 
 
 class PreemptionHandler:
-    """Catches SIGTERM, SIGUSR1 and SIGINT, and checks the time limit.
+    """Catches the signals of `STOP_SIGNALS` and checks the time limit.
 
     Use it as a context manager around as much as possible: a signal that arrives during imports or while data is opened
     is remembered until all ranks can act on it together. Within `stepping` the first SIGINT is remembered too;
@@ -81,7 +88,7 @@ class PreemptionHandler:
 
     def __enter__(self) -> "PreemptionHandler":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -102,14 +109,14 @@ class PreemptionHandler:
 def prevent_restart() -> None:
     """Stop torchrun from restarting this job. Call it before an intended exit or a repeatable error.
 
-    Without a launcher it does nothing. First, this process ignores SIGTERM and SIGUSR1: torchrun sends SIGTERM to the
-    other ranks when one has left, and that must not change their exit status. Then local rank 0 ends a torchrun that
-    would restart the job (--max-restarts), because torchrun takes every status other than 0 as a failure.
+    Without a launcher it does nothing. First, this process ignores all stop signals except SIGINT: torchrun sends
+    SIGTERM to the other ranks when one has left, and that must not change their exit status. Then local rank 0 ends a
+    torchrun that would restart the job (--max-restarts), because torchrun takes every status other than 0 as a failure.
     """
     if "WORLD_SIZE" not in os.environ:
         return
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in set(STOP_SIGNALS) - {signal.SIGINT}:
             # Not a Python handler: the interpreter removes those at exit, and then the default would end the process.
             signal.signal(number, signal.SIG_IGN)
     most, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))

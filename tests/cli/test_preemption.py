@@ -27,7 +27,7 @@ from moco.interop.encoder_file import read_encoder
 from moco.runs import checkpoint
 from moco.runs.checkpoint import Checkpoint, CheckpointError
 from moco.runtime.errors import NonFiniteLoss
-from moco.runtime.preemption import Preempted
+from moco.runtime.preemption import STOP_SIGNALS, Preempted
 from moco.runtime.provenance import commit
 from moco.training import live_evaluation as live
 from moco.training import trainer
@@ -36,7 +36,7 @@ from moco.training.trainer import pretrain
 from tests.evaluation.test_subject import write_images
 
 REPOSITORY = Path(config_dir()).parent
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = STOP_SIGNALS
 # A run of 15 steps that takes seconds: it saves only after the last step and does not evaluate.
 TINY = [
     "epochs=3",

@@ -23,6 +23,7 @@ from moco.data.sources import Source, load_source
 from moco.data.view import View
 from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded
 from moco.evaluation.features import EvalTransform, extract, stream
+from moco.runtime.preemption import STOP_SIGNALS
 from tests.data.unreadable_files import folder
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ class Fails:
 
 def _stopped_at_its_start(worker: int) -> None:
     """A stop that reaches all processes comes before this one ignores it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
     ignore_signals(worker)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moco.config import RunWarning
 from moco.files import WriteError
 from moco.runs.metrics import MetricsLogger, read_metrics
 
@@ -38,6 +39,25 @@ def test_records_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     logger.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 2.0}, {"step": 3, "train/loss": None}]
+
+
+def test_a_file_that_is_removed_during_a_run_is_written_again(tmp_path: Path) -> None:
+    logger = MetricsLogger(tmp_path, 0)
+    logger.log(1, {"train/loss": 1.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.warns(RunWarning, match=r"metrics\.jsonl was removed"):
+        logger.log(2, {"train/loss": 2.0})
+    logger.log(3, {"train/loss": 3.0})  # without a warning
+    (tmp_path / "new").write_text('{"step": 1, "train/loss": 9.0}\n')
+    (tmp_path / "new").replace(tmp_path / "metrics.jsonl")
+    with pytest.warns(RunWarning, match=r"metrics\.jsonl was replaced"):
+        logger.log(4, {"train/loss": 4.0})
+    assert read_metrics(tmp_path / "metrics.jsonl") == {"train/loss": ([1.0, 4.0], [9.0, 4.0])}
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.warns(RunWarning):
+        logger.log(5, {"train/loss": 5.0})
+    assert read_metrics(tmp_path / "metrics.jsonl")["train/loss"][0] == [1.0, 4.0, 5.0]
+    logger.close()
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ import torch
 
 from moco.config import config_dir
 from moco.distributed import DelayedMaxOverRanks, rank, world_size
-from moco.runtime.preemption import INTERRUPTED, PREEMPTED, Preempted, PreemptionHandler, Reason
+from moco.runtime.preemption import INTERRUPTED, PREEMPTED, STOP_SIGNALS, Preempted, PreemptionHandler, Reason
 from tests.distributed.launch import run_ranks
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = STOP_SIGNALS
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_a_signal_is_remembered_instead_of_ending_the_process(number: signal.Sig
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [each for each in SIGNALS if each != signal.SIGINT])
 def test_a_signal_before_the_first_step_is_remembered(number: signal.Signals) -> None:
     with PreemptionHandler(0) as stop:
         send(number)
@@ -75,6 +75,10 @@ def test_a_second_signal_of_another_kind_does_not_raise() -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             send(number)
         assert stop.reason() is Reason.SIGINT
+
+
+def test_the_stop_signals_are_those_of_terminals_and_batch_systems() -> None:
+    assert {each.name for each in SIGNALS} == {"SIGHUP", "SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
 
 
 def test_the_time_limit_counts_from_construction_and_zero_means_none() -> None:
