@@ -1,7 +1,7 @@
 """The distribution of embeddings on the unit sphere: alignment, uniformity, tolerance.
 
     Understanding Contrastive Representation Learning through Alignment and Uniformity (Wang & Isola, ICML 2020)
-    Understanding the Behavior of Contrastive Loss (Wang & Liu, CVPR 2021)
+    Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021)
 
 The functions normalize their features. A zero vector stays zero.
 

@@ -1,6 +1,6 @@
 """The share of each negative in a query's gradient, and the effect of the temperature on it.
 
-    Understanding the Behavior of Contrastive Loss (Wang & Liu, CVPR 2021), Sec. 3
+    Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021), Sec. 3
 
 P_ij is the softmax of query i over its positive and its negatives. The gradient of the loss by the similarities s is
 
