@@ -54,7 +54,7 @@ def effective_negatives(weights: Tensor) -> Tensor:
 def top_share(weights: Tensor, top: int) -> Tensor:
     """Compute the share of the push on the `top` (1 ... K) hardest negatives: top / K (equal shares) ... 1.
 
-    `weights` are the `relative_penalty`, shape (..., K). Shape (...).
+    `weights` are the `relative_penalty`, shape (..., K). The result has shape (...).
     """
     if not 1 <= top <= weights.shape[-1]:
         raise ValueError(f"top={top} must be 1 ... {weights.shape[-1]}, the number of negatives")
@@ -104,9 +104,9 @@ def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -
         grid = torch.logspace(-2, 0, 100)
         right, wrong = (explain_temperature(torch.tensor([0.8, 0.5, 0.1]), answer, grid) for answer in (0, 1))
 
-    With a right answer, loss and gradient vanish at a low T. With a wrong one, both are large at a low T, and the
-    hardest candidate gets all of the push. `similarity` (1 + K,) is that of the candidates, `answer` the number of the
-    positive one. The `temperatures` (B,) are above 0.
+    If the answer is the most similar candidate (right), loss and gradient vanish at a low T. Otherwise (wrong) both are
+    large at a low T, and the hardest candidate gets all of the push. `similarity` (1 + K,) is that of the candidates,
+    `answer` the number of the positive. The `temperatures` (B,) are above 0.
     """
     if similarity.ndim != 1 or not 0 <= answer < len(similarity):
         raise ValueError(f"answer={answer} must be one of the candidates 0 ... {similarity.numel() - 1}")

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from moco.builder import unit_length
 
-EPSILON = 1e-7  # RankMe's for float32
+EPSILON = 1e-7  # RankMe's epsilon for float32
 FIRST_RANK, LAST_RANK = 4, 100  # the eigenvalues that alpha-ReQ's published code fits, counted from 1
-NOISE = 1e-12  # of the largest eigenvalue; smaller ones are rounding errors
+NOISE = 1e-12  # as a share of the largest eigenvalue; smaller eigenvalues are rounding errors
 
 
 @torch.no_grad()
@@ -28,8 +28,8 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
     Garrido et al. (2023), Eq. 1: exp(-sum over k of p_k log p_k), p_k = sigma_k / |sigma|_1 + epsilon, epsilon above 0.
     The paper uses 25,600 samples of raw embeddings, neither centered nor normalized, and compares runs of one method
-    only. The result of shape () is 1 (all on one line, or all zero; epsilon adds about 2e-6 R) ... R (equal in all
-    directions).
+    only. The result has shape (): 1 if all features are on one line or zero (epsilon adds about 2e-6 R), R if they vary
+    equally in all directions.
     """
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 1")
@@ -43,7 +43,7 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @torch.no_grad()
 def covariance_spectrum(features: Tensor) -> Tensor:
-    """Compute the eigenvalues of the covariance (divided by M), descending, float64, shape (R,)."""
+    """Compute the eigenvalues of the covariance, a mean over M, in descending order: float64, shape (R,)."""
     _require_two(features)
     centered = features.double() - features.double().mean(dim=0)
     return _gram_spectrum(centered) / len(features)
@@ -91,10 +91,10 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Normalize features (M, C) and compute the standard deviation (divided by M) of each dimension, shape (C,).
+    """Compute the standard deviation, from a mean over M, of each dimension of normalized features (M, C): (C,).
 
-    Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C), which is
-    also the highest possible root mean square.
+    Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C), which no
+    root mean square over the dimensions can exceed.
     """
     _require_two(features)
     return unit_length(features).std(dim=0, correction=0)

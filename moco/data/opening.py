@@ -48,7 +48,7 @@ def _progress(title: str, heartbeat: Callable[[], None]) -> Iterator[Progress]:
         yield progress
 
 
-def without_unreadable_references(
+def without_unreadable_evaluation_images(
     sources: Sources, config: DataConfig, heartbeat: Callable[[], None]
 ) -> tuple[Sources, list[str]]:
     """Exclude unreadable images from the bank and the held-out split, and return one message per split about them.

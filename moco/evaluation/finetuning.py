@@ -34,7 +34,7 @@ Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, 3, S, S), 
 class TrainSettings:
     """The loss and the learning rate of each step."""
 
-    lr: float  # the peak, before each group's own scale; a cosine lowers it to 0
+    lr: float  # the peak, to be multiplied by each group's "lr_scale"; a cosine lowers it to 0
     warmup: float = 0.0  # fraction of the steps in which it rises
     mix: Mix | None = None  # from `mixing`
     label_smoothing: float = 0.0  # part of a target that is spread over all classes
@@ -77,10 +77,10 @@ def build_finetune_optimizer(
 
     Args:
         optim: sgd (with `nesterov`) or adamw.
-        head_lr_factor: the head's scale.
-        layer_decay: for timm networks: each layer's scale is this times that of the layer above, the head's being 1
-            (BEiT, Bao et al., 2022); weight decay then excludes the backbone's vectors and the parameters that it
-            lists. None: the backbone's scale is 1.
+        head_lr_factor: "lr_scale" of the head.
+        layer_decay: ratio of each layer's "lr_scale" to that of the next layer, from 1 at the head downward (BEiT, Bao
+            et al., 2022), for timm networks. Weight decay then excludes the backbone's vectors and what its
+            `no_weight_decay` lists. None: "lr_scale" is 1 in the whole backbone.
     """
     backbone: Any = network.get_submodule("backbone")
     optimizer = build_optimizer(network.get_submodule("head"), optim)
@@ -107,8 +107,8 @@ def plan_of(images: int, batch_size: int, epochs: int, min_steps: int, seed: int
     """Plan the images of each step: the batch is lowered to their number, the epochs are raised to reach `min_steps`.
 
     Raises:
-        ValueError: if the processes cannot share that batch evenly. Another batch would give other results than one
-            process has.
+        ValueError: if the processes cannot share that batch evenly. Another batch would give other results than
+            with one process.
     """
     processes = world_size()
     batch = min(batch_size, images)
@@ -150,7 +150,7 @@ def train_step(
         forward: the network, or DDP around it.
         images: this rank's share, (n, 3, S, S).
         target: its classes (n,), or class proportions (n, L).
-        lr: before each group's own scale; replaces `settings.lr`.
+        lr: of this step, instead of `settings.lr`; multiplied by each group's "lr_scale".
 
     Raises:
         NonFiniteLoss: on every rank, before any weight has changed.

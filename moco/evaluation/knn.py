@@ -142,7 +142,7 @@ def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
 
 
 def most_confused(pairs: NDArray[np.int64], classes: tuple[str, ...], most: int = 3) -> list[str]:
-    """List the most frequent confusions, such as "cat for dog 12.5 %": percent of the images of the true class, cat.
+    """List the most frequent confusions: "cat as dog 12.5 %" if this share of the cats was predicted to be dogs.
 
     `pairs` are those of `Metrics`, of one draw or several.
     """
@@ -153,7 +153,7 @@ def most_confused(pairs: NDArray[np.int64], classes: tuple[str, ...], most: int 
     share = 100 * images / np.bincount(truth, images, count)[truth]
     share[truth == predicted] = 0
     order = np.argsort(-share, kind="stable")[:most]
-    return [f"{classes[truth[i]]} for {classes[predicted[i]]} {share[i]:.1f} %" for i in order if share[i]]
+    return [f"{classes[truth[i]]} as {classes[predicted[i]]} {share[i]:.1f} %" for i in order if share[i]]
 
 
 def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid | None]]) -> None:

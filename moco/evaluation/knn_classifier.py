@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbor classification on frozen features (Wu et al., CVPR 2018, section 3.4).
 
 Queries and references are processed in chunks, so memory is bounded by their product. With several processes, each
-processes some chunks of the queries: every rank must call, and every rank gets all results.
+processes some chunks of the queries: every rank must call these functions, and gets all results.
 
 Legend: M reference ("bank") features, Q queries, D dimension, L classes.
 """
@@ -34,7 +34,7 @@ class KnnSettings:
     k: int = 200  # neighbors; more than M means all M
     temperature: float = 0.1  # above 0; a vote weighs exp(similarity / temperature)
     labels_per_class: int = 0  # labeled references per class; 0: all references, once
-    draws: int = 100  # repeats with other labeled references
+    draws: int = 100  # repetitions, each with other labeled references
     seed: int = 0  # of the draws
     query_chunk: int = 1024  # queries at once; this and the next bound memory and change no result
     bank_chunk: int = 65536  # references at once
@@ -66,7 +66,7 @@ def nearest(
     """Find each query's k nearest references by cosine, nearest first; of equally near ones, the lower row first.
 
     `moco.evaluation.neighbors.nearest` searches in double precision and rounds, so its results do not depend on the
-    device, at several times the cost. This search stays in float32 and keeps the accuracies of earlier runs.
+    device, at several times the cost. This one stays in float32, so that accuracies equal those of earlier runs.
 
     Args:
         bank, queries: features (M, D) and (Q, D) of any length and precision; they are normalized here.
@@ -101,7 +101,7 @@ def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int)
 
 
 def _chunks(length: int, most: int) -> list[slice]:
-    """Split 0 ... length into chunks of at most `most` that differ by one in size.
+    """Split 0 ... length into chunks of at most `most`; their sizes differ by at most one.
 
     BLAS multiplies a short last chunk with another kernel, which rounds differently: equal references would get
     unequal similarities.
@@ -217,7 +217,7 @@ def knn_accuracy(
 ) -> Accuracy:
     """Compute the kNN accuracy with all labels, or averaged over draws of few labels per class.
 
-    With all labels, kNN saturates on easy data and shows nothing about the encoder; with few labels it does.
+    On easy data the accuracy with all labels saturates and hides differences between encoders; few labels show them.
 
     Args:
         bank, queries: features (M, D) and (Q, D).

@@ -114,7 +114,7 @@ def duplicate_groups(
         progress: called with (pairs of blocks done, their number).
 
     Returns:
-        The groups of at least two rows, each in ascending order; the largest first, equal ones by their first row.
+        The groups of at least two rows, each in ascending order; the largest first, then by first row.
     """
     group = np.arange(len(features))  # each row's group so far
     links: list[NDArray[np.int64]] = []

@@ -42,7 +42,7 @@ class Task(Generic[Config]):
     def features(self, network: Network, source: Source, description: str = "") -> Tensor:
         """Compute the features (M, D) of a source, in its order, on every rank; `pixels` are not normalized.
 
-        A description shows a progress bar and refuses non-finite features, see `monitored`.
+        With a description, shows a progress bar and refuses non-finite features; see `monitored`.
         """
         transform = self.subject.transform.unnormalized() if network is pixels else self.subject.transform
         with monitored(network, len(source), description) if description else nullcontext(network) as forward:
@@ -88,7 +88,7 @@ def progress_log(description: str, total: int) -> Iterator[Callable[[str], None]
 def monitored(network: Network, count: int, description: str) -> Iterator[Callable[[Tensor], Tensor]]:
     """Yield the network with a progress bar over `count` images of all ranks.
 
-    The network must be in eval mode. It raises ConfigError if a feature is not finite.
+    The network must be in eval mode. The yielded function raises ConfigError if a feature is not finite.
     """
     done, share = 0, -(-count // world_size())
     with progress_bar(description, quiet=not is_rank_zero()) as progress:

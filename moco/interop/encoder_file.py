@@ -169,9 +169,8 @@ def _refuse_unknown_heads(path: Path, backbone: str) -> None:
     """Refuse a plain file of a ViT-S: it does not state the number of heads, and any number fits its weights."""
     if backbone == "vit_small":
         raise ForeignFileError(
-            f"{path} does not state how many heads its ViT has, and backbone=vit_small is MoCo v3's, with 12: set "
-            "backbone=timm/vit_small_patch16_224 for timm's and DeiT's, with 6; for MoCo v3's weights also set "
-            "+options.num_heads=12"
+            f"{path} does not state how many heads its ViT has: set backbone=timm/vit_small_patch16_224 for a ViT-S of "
+            "timm or DeiT, which has 6 heads; for one of MoCo v3, which has 12, also set +options.num_heads=12"
         )
 
 

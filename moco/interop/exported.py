@@ -63,7 +63,7 @@ def load_exported(path: Path) -> tuple[Features, dict[str, Any]]:
     with warnings.catch_warnings(action="ignore"):  # torch 2.11: about buffers that are not writable
         program = torch.export.load(path)
     network = program.module()
-    return lambda images: network(images), program.state_dict  # a function: this module has no eval()
+    return lambda images: network(images), program.state_dict  # wrapped, because this module refuses eval()
 
 
 def _onnxruntime() -> Any:

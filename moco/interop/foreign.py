@@ -25,7 +25,7 @@ _LAYOUTS = (
     Layout("lightly", "backbone.", "backbone_momentum."),
     Layout("solo-learn before 2022", "encoder.", "momentum_encoder."),
 )
-# With "encoder.", one of these must exist: torchvision's transformers have a part of that name.
+# The prefix "encoder." counts only with one of these: torchvision's transformers have a module of that name.
 _FIRST_LAYERS = ("encoder.conv1.weight", "encoder.patch_embed.proj.weight")
 
 # nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples; ReLU (2) and pooling (3, 8) have no weights.
@@ -33,7 +33,7 @@ _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 
 
 def layout_of(names: Collection[str]) -> Layout:
-    """Return the layout by the names of the weights; `PLAIN` if they have no known prefix."""
+    """Identify the layout by the names of the weights; `PLAIN` if they have no known prefix."""
 
     def occurs(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in names)
@@ -45,7 +45,7 @@ def layout_of(names: Collection[str]) -> Layout:
 
 
 def torchvision_named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a ResNet whose layers are numbered to torchvision's names; return others unchanged."""
+    """Rename the weights of a ResNet with numbered layers as torchvision does; leave other weights unchanged."""
     numbers = {name.split(".")[0] for name in state}
     if numbers != _CHILDREN.keys():
         return dict(state)

@@ -93,7 +93,7 @@ def _timm_call(file: EncoderFile) -> str | None:
 
 
 def _deit_call(file: EncoderFile) -> str | None:
-    """As `_timm_call`, for a plain ViT as in DeiT only."""
+    """Return the same as `_timm_call` for a plain ViT as in DeiT, otherwise None."""
     return _timm_call(file) if all(_DEIT_NAMES.fullmatch(name) for name in file.weights) else None
 
 

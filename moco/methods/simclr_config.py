@@ -8,7 +8,7 @@ from moco.config.base import bounded, require
 from moco.config.method import MethodConfig, refuse_together
 from moco.config.train import TrainConfig
 
-_ONE_POSITIVE = "with other_view a sample has one positive, itself"
+_ONE_POSITIVE = "with other_view the only positive is another view of the same image"
 
 
 @dataclass
@@ -28,10 +28,11 @@ class SimCLRConfig(MethodConfig):
     base_temperature: float | None = bounded(None, gt=0)
     """Multiply the loss by T / base_temperature (Khosla et al., 2020, official code: 0.07); null: no factor."""
     margin: float = bounded(0.0, ge=0)
-    """Subtracted from a positive's similarity before the softmax, see margin_kind; needs candidates=other_view; 0:
-    none."""
+    """Margin that is subtracted from the similarity of positives (see margin_kind); needs candidates=other_view; 0: no
+    margin."""
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
-    """arc: cos(theta + m), in radians (Deng et al., 2019, Eq. 3); cosine: cos(theta) - m (Wang et al., 2018)."""
+    """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
+    cosine, cos(theta) - m (Wang et al., 2018)."""
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""

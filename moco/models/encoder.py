@@ -60,7 +60,7 @@ def build_encoder(
     bn_group_size: int,
     head_norm: bool = False,
 ) -> Encoder:
-    """Return the encoder for the fields of the configuration group `model`; invalid values are a ValueError."""
+    """Return the encoder for the fields of the configuration group `model`; raise ValueError for invalid ones."""
     network = build_backbone(backbone, options)
     fan_in = network.num_features
     if not isinstance(fan_in, int):

@@ -103,7 +103,7 @@ def sin_cos_positions(side: int, dim: int) -> Tensor:
 
 
 def conv_stem(dim: int) -> nn.Sequential:
-    """Return (N, 3, S, S) to (N, D, S/16, S/16): 3x3 convolutions to D/8, D/4, D/2, D channels, then 1x1."""
+    """Return images (N, 3, S, S) to patches (N, D, S/16, S/16): 3x3 convolutions, D/8 ... D channels, then 1x1."""
     widths = [3, dim // 8, dim // 4, dim // 2, dim]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):

@@ -14,7 +14,7 @@ from moco.files import atomic_write
 from moco.reporting.gallery import TILE, Section, Tile
 from moco.reporting.markup import plain_utf8, thumbnail
 
-_GAP, _LINE = 12, 18  # pixels between tiles, of a line of text
+_GAP, _LINE = 12, 18  # pixels: between tiles, and the height of a line of text
 _INK, _SOFT, _MARK, _BORDER, _BACK = "#1c1c1e", "#6b6b70", "#0a6cce", "#dcdce0", "#f2f2f4"
 
 

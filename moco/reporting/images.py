@@ -28,7 +28,7 @@ from moco.reporting.run_record import Run
 from moco.runtime.console import progress_bar
 
 _MOST_CLUSTERS = 20  # if config.clusters is not set: one per class, up to this number
-_CLUSTERS = 10  # the same without labels
+_CLUSTERS = 10  # number of clusters without labels
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,7 +69,7 @@ def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[s
 
 
 def _accuracy(run: Run) -> dict[str, str]:
-    """Return the results of the evaluations while training as text, by kind; without a checkpoint, by metrics.jsonl."""
+    """Return the results of the evaluations while training as text, by kind; or from metrics.jsonl."""
     first = "initialized" if run.starts_trained else "untrained"
     history: list[dict[str, Any]] = run.state.get("history") or []
     measure = "retrieval" if _retrieval(run) else "knn"
@@ -99,14 +99,14 @@ def _kind_of_accuracy(run: Run) -> str:
 
 
 def _retrieval(run: Run) -> bool:
-    """Return whether the run was evaluated by instance retrieval, for want of labels."""
+    """Return whether the run was evaluated by instance retrieval, as it had no labels."""
     return "retrieval/retrieval" in run.values
 
 
 def differences(runs: Sequence[Run]) -> Markup:
     """Return a table of the settings in which the runs differ."""
     defaults = asdict(TrainConfig())  # of fields that are newer than a run
-    del defaults["method"]  # Run.method has its own
+    del defaults["method"]  # Run.method has its own defaults
     flat = [flatten(defaults) | flatten(run.config | {"method": asdict(run.method)}) for run in runs]
     values = {
         name: ["empty" if each.get(name) == "" else str(each.get(name, "–")) for each in flat]

@@ -31,7 +31,7 @@ from moco.evaluation import subject as subjects
 from moco.evaluation.features import stream
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
-from moco.retrieval.store import FEATURES, PART, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
+from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
 from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
@@ -184,7 +184,7 @@ def _about(work: _Work) -> About:
 
 def _compute_missing(work: _Work, state: About, folder: Path) -> None:
     """Compute one chunk per rank and round, and record each round in progress.json."""
-    features = np.lib.format.open_memmap(folder / PART, mode="r+")
+    features = np.lib.format.open_memmap(folder / PARTIAL, mode="r+")
     chunks = work.chunks_of_rank(state["done"])
     count = len(work.source)
     with progress_bar("embedding images", quiet=not is_rank_zero()) as progress:

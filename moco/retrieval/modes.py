@@ -62,7 +62,7 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
             if row >= 0:
                 query = _tile(images, row, "query", marked=True)
             else:
-                query = Tile(_readable(image_files([name]), 0), "query", name, marked=True)
+                query = Tile(_image_or_none(image_files([name]), 0), "query", name, marked=True)
             tiles = [_tile(images, each, f"{score:.3f}") for each, score in zip(near, similarities, strict=True)]
             yield Section(name, [query, *tiles])
 
@@ -146,10 +146,10 @@ def _entry(images: ImageSet, row: int, **values: Any) -> Entry:
 
 
 def _tile(images: ImageSet, row: int, headline: str, detail: str = "", marked: bool = False) -> Tile:
-    return Tile(_readable(images.source, int(images.rows[row])), headline, images.caption(row), detail, marked)
+    return Tile(_image_or_none(images.source, int(images.rows[row])), headline, images.caption(row), detail, marked)
 
 
-def _readable(source: Source, i: int) -> Tensor | None:
+def _image_or_none(source: Source, i: int) -> Tensor | None:
     """Load an image; None if it has been removed or damaged since its features were computed."""
     try:
         return source.image(i)
@@ -158,7 +158,7 @@ def _readable(source: Source, i: int) -> Tensor | None:
 
 
 def image_size(images: ImageSet, row: int) -> dict[str, int]:
-    """Return width, height and bytes of an image: from the header of its file, or of the image in memory."""
+    """Return width, height and bytes of an image: from the header of its file, or from the image in memory."""
     path = images.source.path(int(images.rows[row]))
     if path is None:
         height, width = images.image(row).shape[-2:]

@@ -35,7 +35,7 @@ def open_index(config: SearchConfig) -> Embedding:
 
 
 def query_features(config: SearchConfig, index: Embedding, device: torch.device) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the rows, (Q,), -1 for an image outside the index, and the features, (Q, D), of the query files.
+    """Return each query file's row in the index, (Q,), -1 if it is not there, and the features of all, (Q, D).
 
     Raises:
         FileNotFoundError, ImageError: for a missing or unreadable query.
@@ -44,9 +44,9 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
         if not Path(name).is_file():
             raise FileNotFoundError(f"query={name} does not exist: name an image file")
     rows = _rows_of_files(index.images, config.query)
-    own, about = rows >= 0, index.about
+    known, about = rows >= 0, index.about
     features = np.zeros((len(rows), about["dimension"]), index.images.features.dtype)
-    features[own] = index.images.features[rows[own]]
+    features[known] = index.images.features[rows[known]]
     outside = [name for name, row in zip(config.query, rows, strict=True) if row < 0]
     if outside:
         network = build_network(_encoder(config, index), about["features"], about["normalize"], device)
@@ -56,7 +56,7 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
             parts = list(stream(network, image_files(outside), every, transform, device, config.images_at_once))
         except ImageError as error:
             raise ImageError(f"query: {error}") from error
-        features[~own] = torch.cat(parts).cpu().numpy()
+        features[~known] = torch.cat(parts).cpu().numpy()
     return rows, features
 
 

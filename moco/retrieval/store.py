@@ -23,9 +23,9 @@ from moco.data.sources import Source
 from moco.files import atomic_write, reserve, write_csv, write_json
 from moco.reporting.gallery import ImageSet
 
-FEATURES, PART, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
-_SELECTED = "features.tmp.npy"  # the readable rows of PART
-_ROWS = 65_536  # of a table or of features in memory at the same time
+FEATURES, PARTIAL, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
+_SELECTED = "features.tmp.npy"  # the readable rows of PARTIAL
+_ROWS_AT_ONCE = 65_536  # of a table or of features in memory at the same time
 
 About = dict[str, Any]
 """The content of features.json: encoder, images and settings. progress.json also has the number of completed chunks."""
@@ -75,12 +75,12 @@ def begin(folder: Path, about: About) -> About | None:
         _refuse_other(folder, _read(folder / ABOUT), about | {"images_at_once": None})
         _remove_partial(folder)  # left by a process that ended within `finish`
         return None
-    if (folder / PROGRESS).exists() and (folder / PART).exists():
+    if (folder / PROGRESS).exists() and (folder / PARTIAL).exists():
         state = _read(folder / PROGRESS)
         if state["done"] > 0:
             _refuse_other(folder, state, about)
             return about | {"done": state["done"], "unreadable": state["unreadable"]}
-    known = {PROGRESS, PART, _SELECTED, "search"}
+    known = {PROGRESS, PARTIAL, _SELECTED, "search"}
     others = sorted(
         each.name
         for each in folder.iterdir()
@@ -98,9 +98,9 @@ def begin(folder: Path, about: About) -> About | None:
         f"output={folder}: {count:,} × {dimension} {dtype} need {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are "
         f"free: choose another output{', or dtype=float16' * (dtype == 'float32')}",
     )
-    (folder / PART).unlink(missing_ok=True)
-    np.lib.format.open_memmap(folder / PART, mode="w+", dtype=dtype, shape=(count, dimension))
-    reserve(folder / PART)
+    (folder / PARTIAL).unlink(missing_ok=True)
+    np.lib.format.open_memmap(folder / PARTIAL, mode="w+", dtype=dtype, shape=(count, dimension))
+    reserve(folder / PARTIAL)
     state = about | {"done": 0, "unreadable": {}}
     write_json(folder / PROGRESS, state)
     return state
@@ -145,7 +145,7 @@ def finish(folder: Path, source: Source, table: str, state: About | None) -> Non
     write_table(folder / f"index.{table}", columns, _lines(source, ids))
     if state is None:
         return
-    features = folder / PART
+    features = folder / PARTIAL
     if unreadable:
         reasons = ([i, source.name(i), why] for i, why in sorted(unreadable.items()))
         write_csv(folder / "unreadable.csv", ["id", "path", "reason"], reasons)
@@ -156,17 +156,17 @@ def finish(folder: Path, source: Source, table: str, state: About | None) -> Non
 
 
 def _remove_partial(folder: Path) -> None:
-    for name in (PART, PROGRESS):
+    for name in (PARTIAL, PROGRESS):
         (folder / name).unlink(missing_ok=True)
 
 
 def _selected(folder: Path, ids: Sequence[int]) -> Path:
-    """Copy the given rows of the features to a new file, `_ROWS` at a time."""
-    every, path = np.load(folder / PART, mmap_mode="r"), folder / _SELECTED
+    """Copy the given rows of the features to a new file, `_ROWS_AT_ONCE` at a time."""
+    every, path = np.load(folder / PARTIAL, mmap_mode="r"), folder / _SELECTED
     kept = np.lib.format.open_memmap(path, mode="w+", dtype=every.dtype, shape=(len(ids), every.shape[1]))
     reserve(path)
-    for start in range(0, len(ids), _ROWS):
-        kept[start : start + _ROWS] = every[ids[start : start + _ROWS]]
+    for start in range(0, len(ids), _ROWS_AT_ONCE):
+        kept[start : start + _ROWS_AT_ONCE] = every[ids[start : start + _ROWS_AT_ONCE]]
     kept.flush()
     return path
 
@@ -182,7 +182,7 @@ def _read(path: Path) -> About:
 
 
 def _lines(source: Source, ids: Sequence[int]) -> Iterator[list[Any]]:
-    """Yield row, number and name of each image, and its label and class if there are labels."""
+    """Yield row (in the features), id (in the source) and name of each image; label and class if there are labels."""
     for row, i in enumerate(ids):
         line: list[Any] = [row, i, source.name(i)]
         if source.labels is not None:
@@ -196,7 +196,7 @@ def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[
     text = {"path", "class"}
     schema = arrow.schema([(name, arrow.string() if name in text else arrow.int64()) for name in columns])
     with atomic_write(path) as temporary, parquet.ParquetWriter(str(temporary), schema) as writer:
-        while part := list(islice(lines, _ROWS)):
+        while part := list(islice(lines, _ROWS_AT_ONCE)):
             values = {name: list(column) for name, column in zip(columns, zip(*part, strict=True), strict=True)}
             # Parquet's strings are UTF-8: other bytes of a path are written as escapes.
             for name in text & values.keys():

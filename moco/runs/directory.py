@@ -17,7 +17,7 @@ from moco.runs.metrics import METRICS
 from moco.runtime.output_directory import LOCK, lock_directory
 
 # Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
-# Images that were unreadable so far would have been replaced the same way: data.on_bad_image and data.max_bad are free.
+# data.on_bad_image and data.max_bad decide whether a run continues after an unreadable image, not what replaces it.
 FREE_FIELDS = (
     *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
     *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
@@ -73,8 +73,8 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     """
     file, checkpoints = path / "config.yaml", path / "checkpoints"
     holds_run = file.exists() or checkpoints.is_dir()
-    free = holds_run or not path.is_dir() or all(each.name == LOCK or _is_remnant(each) for each in path.iterdir())
-    require(free, f"run={path} is not empty and holds no run (no config.yaml): choose another directory")
+    usable = holds_run or not path.is_dir() or all(each.name == LOCK or _is_remnant(each) for each in path.iterdir())
+    require(usable, f"run={path} is not empty and holds no run (no config.yaml): choose another directory")
     lock = lock_directory(path, "run")
     with write_errors(checkpoints):
         for half_written in [*checkpoints.glob("*.tmp"), *filter(_is_remnant, path.glob("*.tmp"))]:

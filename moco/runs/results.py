@@ -15,7 +15,7 @@ from moco.runtime.provenance import provenance
 def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
     """Append entries to `folder/results.json`, and their metrics to the folder's TensorBoard; return the file's path.
 
-    Only rank 0 calls. An entry describes one encoder: "command", "encoder", "protocol", "figures" (metrics by name) and
+    For rank 0 only. An entry describes one encoder: "command", "encoder", "protocol", "figures" (metrics by name) and
     whatever the command adds. `provenance` is added here. `step` is the encoder's training step, for TensorBoard.
 
     Raises:

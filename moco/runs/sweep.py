@@ -1,4 +1,4 @@
-"""Training one run after the other, each in a process of its own. Needs no torch: scripts/sweep.py starts quickly."""
+"""Train runs one after the other, each in its own process; without importing torch, so scripts/sweep.py starts fast."""
 
 import contextlib
 import signal

@@ -48,7 +48,7 @@ def make_method(config: TrainConfig, labels: Labels | None, device: torch.device
 
 
 def open_directory(config: TrainConfig) -> IO[str] | None:
-    """Open the run directory. Return its lock on rank 0, which holds until the file is closed."""
+    """Open the run directory. Return its lock on rank 0, which holds until it is closed; None on other ranks."""
     lock: list[IO[str]] = []
     on_rank_zero(lambda: lock.append(open_run(Path(config.run), asdict(config), asdict(TrainConfig()))))
     return lock[0] if lock else None

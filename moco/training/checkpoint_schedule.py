@@ -6,7 +6,7 @@ from moco.config import CheckpointConfig
 
 
 class CheckpointSchedule:
-    """Measures the training time over all attempts of a run, `seconds` so far, and decides when a checkpoint is due."""
+    """Measures the training time of a run, `seconds` before this attempt, and decides when a checkpoint is due."""
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, seconds: float) -> None:
         self._config, self._steps_per_epoch, self._earlier = config, steps_per_epoch, seconds

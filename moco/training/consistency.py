@@ -26,7 +26,7 @@ def identity(source: Source) -> Identity:
 
 
 def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: DataConfig) -> None:
-    """Raise ConfigError if a checkpoint was trained on other images than `now`; early checkpoints hold no identity."""
+    """Raise ConfigError if a checkpoint was trained on other images; those of early versions do not name them."""
     before = state.get("data", now)
     if before == now:
         return
@@ -73,7 +73,7 @@ def open_consistently(open_data: Callable[[], Sources]) -> tuple[Sources, Identi
     def identities() -> dict[str, Identity]:
         opened.append(open_data())
         parts = {"training": opened[0].train, "reference": opened[0].bank, "held-out": opened[0].held_out}
-        known = {id(part): identity(part) for part in parts.values() if part is not None}  # two may be one source
+        known = {id(part): identity(part) for part in parts.values() if part is not None}  # splits can be equal
         return {name: known[id(part)] for name, part in parts.items() if part is not None}
 
     fix = "give every machine the same data, with the same names, under data.root and data.eval_root"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco.builder import Method
 from moco.config import EvaluateConfig, TrainConfig
 from moco.data.base import Sources
-from moco.data.opening import without_unreadable_references
+from moco.data.opening import without_unreadable_evaluation_images
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.evaluation.features import EvalTransform, Network, extract, pixels
@@ -50,12 +50,12 @@ class LiveEvaluation:
         self._on_unreadable: OnUnreadable | None = None
 
     def exclude_unreadable(self, on_unreadable: OnUnreadable) -> list[str]:
-        """Remove unreadable images from the reference and held-out images; return a line per split with some.
+        """Remove unreadable images from the reference and held-out images; return a line about each split with some.
 
-        Without labels, call `on_unreadable` with them, see `moco.data.loader.batches`.
+        Without such splits, unreadable images are replaced and reported to `on_unreadable`, as in `batches`.
         """
         self._on_unreadable = on_unreadable
-        self._sources, lines = without_unreadable_references(self._sources, self._config.data, self._heartbeat)
+        self._sources, lines = without_unreadable_evaluation_images(self._sources, self._config.data, self._heartbeat)
         return lines
 
     def is_due(self, done: int) -> bool:

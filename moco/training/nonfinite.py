@@ -29,8 +29,8 @@ class NonFiniteGuard:
     """Handles non-finite steps.
 
     Args:
-        wait: whether `train_step` checks its loss itself; otherwise `check` does, one step later.
-        limit: number of steps that a run may skip; needs `wait`.
+        in_step: whether `train_step` checks its own loss; otherwise `check` does, one step later.
+        limit: number of steps that a run may skip; needs `in_step`.
         skipped: number of steps skipped so far.
         folder: the directory for the state at the first non-finite step.
         state: returns the state to save: configuration, weights, optimizer.
@@ -39,18 +39,18 @@ class NonFiniteGuard:
     def __init__(
         self,
         plan: Plan,
-        wait: bool,
+        in_step: bool,
         limit: int,
         skipped: int,
         folder: Path,
         state: Callable[[], dict[str, Any]],
         log: Callable[[str], None],
     ) -> None:
-        assert wait or not limit
-        self.wait, self.skipped = wait, skipped
+        assert in_step or not limit
+        self.in_step, self.skipped = in_step, skipped
         self._plan, self._limit = plan, limit
         self._folder, self._state, self._log = folder, state, log
-        # The last step: its number, samples (n,), loss and gradient norm (2,) on the host, and when these are there.
+        # The last step: number, samples (n,), loss and gradient norm (2,), and the event of their arrival on the host.
         self._pending: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
 
     def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:
@@ -68,12 +68,12 @@ class NonFiniteGuard:
         self._log(f"step {step + 1} had {error} and was skipped, {limit}{saved}")
 
     def check(self, step: int, index: Tensor, measures: Measures) -> None:
-        """Check the previous step, and start to copy the loss of this one to the host. Does nothing with `wait`.
+        """Check the previous step, and start to copy the loss of this one to the host. Does nothing if `in_step`.
 
         Raises:
             NonFiniteLoss: as `skip`, about the previous step.
         """
-        if self.wait:
+        if self.in_step:
             return
         self.check_pending()
         values, ready = torch.stack([measures["loss"], measures["gradient_norm"]]), None
@@ -127,4 +127,4 @@ class NonFiniteGuard:
         except (OSError, WriteError) as error:  # the non-finite step is the more important error
             return f" (the state could not be saved to {file}: {cause(error)})"
         first = min(self._folder.glob("*.pt"))
-        return f"; the state {'before' if self.wait else 'after'} the first such step is in {first}"
+        return f"; the state {'before' if self.in_step else 'after'} the first such step is in {first}"

@@ -29,8 +29,8 @@ class StepSettings:
         accumulate: number of micro-batches.
         precision: data type of autocast; no autocast with float32.
         clip_grad: largest norm of the gradient; 0: no clipping.
-        wait: check the loss and the gradient before the step changes anything; the host then waits for the device.
-            Otherwise the caller must check them later (`moco.training.nonfinite`). fp16 always waits.
+        check_finite: check the loss and the gradient before the step changes anything, for which the host waits for the
+            device. If False, the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
     """
 
     lr: float
@@ -38,7 +38,7 @@ class StepSettings:
     accumulate: int = 1
     precision: torch.dtype = torch.float32
     clip_grad: float = 0.0
-    wait: bool = True
+    check_finite: bool = True
 
 
 def train_step(
@@ -62,11 +62,11 @@ def train_step(
             weights and the queue change.
 
     Raises:
-        NonFiniteLoss: with `settings.wait`, on all ranks, if the loss or its gradient is not finite on any of them.
+        NonFiniteLoss: with `settings.check_finite`, on all ranks, if loss or gradient is not finite on any of them.
     """
     accumulate, micro_batch = settings.accumulate, len(batch.index) // settings.accumulate
     autocast = torch.autocast(batch.index.device.type, settings.precision, settings.precision != torch.float32)
-    statistics = _BatchNormStatistics(forward) if settings.wait or scaler.is_enabled() else None
+    statistics = _BatchNormStatistics(forward) if settings.check_finite or scaler.is_enabled() else None
     outputs: list[Output] = []
     for group in optimizer.param_groups:
         group["lr"] = settings.lr

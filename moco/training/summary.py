@@ -101,7 +101,7 @@ def summarize(trainer: "Trainer") -> None:
     if trainer.doctor is not None:
         rows += [("doctor", str(each)) for each in trainer.doctor.found]
     files = Path(config.run)
-    evaluated = (
+    next_command = (
         f"moco.linear run={files}"
         if trainer.live.measure == "knn"
         else f"moco.embed run={files} output={files}/features"
@@ -109,7 +109,7 @@ def summarize(trainer: "Trainer") -> None:
     rows += [
         ("encoder", f"{files / 'encoder.safetensors'} (backbone weights; the README describes how to load them)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
-        ("next", f"python -m {evaluated}"),
+        ("next", f"python -m {next_command}"),
         ("", f"python -m moco.report run={files}"),
     ]
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):

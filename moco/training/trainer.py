@@ -7,7 +7,7 @@
     log                                                      `Trainer._log`
     evaluate                                                 `Trainer._evaluate`
     save a checkpoint, if one is due                         `Trainer._save_if_due`
-    after a signal or at the time limit: save and stop       `Trainer._stop_if_requested`
+    after a signal or at the time limit: save and stop       `Trainer._save_and_stop_if_requested`
 """
 
 from collections.abc import Iterator
@@ -83,7 +83,7 @@ class Trainer:
     """One attempt at a pretraining run.
 
     The constructor builds the parts of the run in the order in which they depend on each other, and restores the newest
-    checkpoint. Every rank has all parts, except the metrics log and the doctor: rank 0 has them if steps are left.
+    checkpoint. Every rank has all parts, except the metrics log and the doctor: only rank 0 has these.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Trainer:
         self.live = LiveEvaluation(*parts, history, watchdog.heartbeat)
         if self.unreadable and config.evaluate.every_epochs and unfinished:
             self.notes += self.live.exclude_unreadable(self.unreadable.note)
-        self.stop_reason = DelayedMaxOverRanks(device)
+        self.delayed_max = DelayedMaxOverRanks(device)  # of the reasons to stop
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 
     def _restore(self, state: checkpoint.Checkpoint) -> list[str]:
@@ -157,8 +157,8 @@ class Trainer:
 
     def _build_guard(self, skipped: int) -> NonFiniteGuard:
         limit, folder = self.config.optim.skip_nonfinite, self.path / "nonfinite"
-        wait = self.device.type != "cuda" or self.scaler.is_enabled() or limit > 0
-        return NonFiniteGuard(self.plan, wait, limit, skipped, folder, self._training_state, self.display.log)
+        in_step = self.device.type != "cuda" or self.scaler.is_enabled() or limit > 0
+        return NonFiniteGuard(self.plan, in_step, limit, skipped, folder, self._training_state, self.display.log)
 
     # ---- steps
 
@@ -175,7 +175,7 @@ class Trainer:
             self.lock.close()
 
     def _train(self) -> None:
-        """Start to read batches, evaluate the untrained encoder, and take the steps."""
+        """Start to read batches, evaluate before the first step, and take the steps."""
         config, train = self.config, self.sources.train
         set_calls_per_step(self.method, self.method.passes * config.accumulate)
         self.method.train()
@@ -225,7 +225,7 @@ class Trainer:
         # exactly too. The masks differ between ranks.
         torch.manual_seed(step_seed(config.seed, step * world_size() + rank()))
         lr, momentum, precision = values["lr"], values["momentum"], PRECISIONS[self.precision]
-        settings = StepSettings(lr, momentum, config.accumulate, precision, config.optim.clip_grad, self.guard.wait)
+        settings = StepSettings(lr, momentum, config.accumulate, precision, config.optim.clip_grad, self.guard.in_step)
         shuffles = self.plan.shuffles(step, len(self.views)) if config.model.shuffle_keys else None
         monitor = self.monitor if self.monitor.is_due(step + 1) else None
         try:
@@ -254,7 +254,7 @@ class Trainer:
             self.doctor.check()
         saved = self._save_if_due(done)
         if not last:
-            self._stop_if_requested(done, reason, saved)
+            self._save_and_stop_if_requested(done, reason, saved)
 
     # ---- checkpoints
 
@@ -300,7 +300,7 @@ class Trainer:
 
     # ---- stopping before the end
 
-    def _stop_if_requested(self, done: int, reason: int, saved: bool) -> None:
+    def _save_and_stop_if_requested(self, done: int, reason: int, saved: bool) -> None:
         """Save and stop if any rank has received a signal, reached its time limit, or failed to save.
 
         Args:
@@ -311,8 +311,8 @@ class Trainer:
         Raises:
             Preempted: on all ranks, once the checkpoint is on disk.
         """
-        own = Reason.NOT_SAVED if self.saver.failed() else self.preemption.reason()
-        if reason := max(reason, self.stop_reason(own)):
+        reason_here = Reason.NOT_SAVED if self.saver.failed() else self.preemption.reason()
+        if reason := max(reason, self.delayed_max(reason_here)):
             if not saved:
                 self._save(done)  # raises the error of the previous save, on all ranks
             on_rank_zero(self.saver.join)

@@ -95,7 +95,7 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
         torch.amp.GradScaler(device.type, enabled=False),
         Batch(torch.arange(BATCH, device=device), views),
         shuffles,
-        StepSettings(0.06, 0.99, precision=PRECISIONS[precision], wait=device.type == "cpu"),
+        StepSettings(0.06, 0.99, precision=PRECISIONS[precision], check_finite=device.type == "cpu"),
     )
     seen: list[tuple[Output, Sequence[Tensor], Tensor]] = []
 

@@ -78,7 +78,7 @@ def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> C
         stream = batches(source, plan, views("cifar"), device, workers=0)
         for number, batch in enumerate(islice(stream, options.batches)):
             shuffles = plan.shuffles(number, 2)
-            settings = StepSettings(LR, M, precision=PRECISIONS[precision], wait=not late)
+            settings = StepSettings(LR, M, precision=PRECISIONS[precision], check_finite=not late)
             yield train_step(method, method, optimizer, scaler, batch, shuffles, settings)
 
     return steps

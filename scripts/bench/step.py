@@ -90,7 +90,7 @@ def ours(options: Namespace, views: list[Tensor], index: Tensor, precision: str,
         method.momentum_encoder.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     shuffles = [np.random.default_rng(view).permutation(len(index)) for view in range(2)]
-    settings = StepSettings(LR, M, precision=PRECISIONS[precision], wait=device.type != "cuda")
+    settings = StepSettings(LR, M, precision=PRECISIONS[precision], check_finite=device.type != "cuda")
     return partial(train_step, method, method, optimizer, scaler, Batch(index, views), shuffles, settings)
 
 

@@ -214,7 +214,7 @@ def test_the_most_confused_pairs_by_share_of_the_true_class() -> None:
         return np.array([(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if count])
 
     confusion = pairs([[6, 4, 0], [1, 99, 0], [1, 1, 2]])
-    wanted = ["a for b 40.0 %", "c for a 25.0 %", "c for b 25.0 %"]
+    wanted = ["a as b 40.0 %", "c as a 25.0 %", "c as b 25.0 %"]
     assert most_confused(confusion, ("a", "b", "c")) == wanted
     assert most_confused(np.concatenate([confusion, confusion]), ("a", "b", "c")) == wanted  # of two draws
     assert most_confused(pairs([[3, 0, 0], [0, 0, 0], [0, 0, 2]]), ("a", "b", "c")) == []

@@ -19,9 +19,9 @@ INDEX = torch.arange(30, 40)
 ERROR = NonFiniteLoss("loss nan, gradient norm nan")
 
 
-def guard(folder: Path, wait: bool = True, limit: int = 0, lines: list[str] | None = None) -> NonFiniteGuard:
+def guard(folder: Path, in_step: bool = True, limit: int = 0, lines: list[str] | None = None) -> NonFiniteGuard:
     log = ([] if lines is None else lines).append
-    return NonFiniteGuard(PLAN, wait, limit, 0, folder, lambda: {"method": {"w": torch.ones(2)}}, log)
+    return NonFiniteGuard(PLAN, in_step, limit, 0, folder, lambda: {"method": {"w": torch.ones(2)}}, log)
 
 
 def measures(loss: float = 1.0, gradient_norm: float = 2.0) -> Measures:
@@ -55,7 +55,7 @@ def test_steps_are_skipped_up_to_the_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["loss", "gradient_norm"])
 def test_without_waiting_a_step_is_checked_after_the_next(name: str, tmp_path: Path) -> None:
-    late = guard(tmp_path, wait=False)
+    late = guard(tmp_path, in_step=False)
     late.check(0, INDEX, measures())
     late.check(1, INDEX, measures(**{name: math.inf}))
     with pytest.raises(NonFiniteLoss, match=rf"step 2 .*{name.replace('_', ' ')} inf.*the state after .*step_2\.pt"):
@@ -63,7 +63,7 @@ def test_without_waiting_a_step_is_checked_after_the_next(name: str, tmp_path: P
 
 
 def test_without_waiting_the_newest_step_is_checked_before_saving(tmp_path: Path) -> None:
-    late = guard(tmp_path, wait=False)
+    late = guard(tmp_path, in_step=False)
     late.check(0, INDEX, measures())
     late.check_pending()
     late.check_pending()  # nothing is pending

@@ -46,7 +46,7 @@ class Trainer:
         clip_grad: float = 0.0,
         change: Callable[[list[Tensor]], object] = lambda views: None,
         lr: float = 0.05,
-        wait: bool = True,
+        check_finite: bool = True,
     ) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(number)
         images = torch.randn(N, 3, SIZE, SIZE, generator=generator)
@@ -60,7 +60,7 @@ class Trainer:
             self.scaler,
             Batch(torch.randperm(100, generator=generator)[:N], views),
             shuffles,
-            StepSettings(lr, 0.9, self.accumulate, precision, clip_grad, wait),
+            StepSettings(lr, 0.9, self.accumulate, precision, clip_grad, check_finite),
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -303,14 +303,14 @@ def test_measures_are_scalars_of_the_full_batch() -> None:
 def test_without_waiting_for_the_loss_a_step_computes_the_same() -> None:
     waiting, late = Trainer(2, True), Trainer(2, True)
     for number in range(2):
-        a, b = waiting.step(number), late.step(number, wait=False)
+        a, b = waiting.step(number), late.step(number, check_finite=False)
         assert {name: value.item() for name, value in a.items()} == {name: value.item() for name, value in b.items()}
     assert_bit_equal(waiting.state(), late.state())
 
 
 def test_without_waiting_a_non_finite_loss_is_in_the_measures() -> None:
     trainer = Trainer()
-    assert math.isnan(trainer.step(0, change=nan_image, wait=False)["loss"].item())
+    assert math.isnan(trainer.step(0, change=nan_image, check_finite=False)["loss"].item())
 
 
 # ---- optimizer state ----
