@@ -23,6 +23,7 @@ ORDER = [
         "temperature",
         "choose",
         "report",
+        "__main__",
     },  # the commands
     {"cli"},
     {"training"},

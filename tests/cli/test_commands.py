@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 import pytest
 import yaml
 
+from moco.__main__ import main as list_commands
 from moco.cli import Command, run_command
 from moco.config import TrainConfig, config_dir
 from moco.config.knn import KnnConfig
@@ -98,3 +99,16 @@ def test_help_shows_the_fields_and_the_groups(run: Run) -> None:
     assert status == 0
     assert "on_bad_image: stop" in printed
     assert "data: cifar10, cifar100, digits, folder" in printed
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_package_lists_all_commands_with_lines_that_fit(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    list_commands()
+    lines = capsys.readouterr().out.splitlines()
+    listed = [words[2] for line in lines if (words := line.split())[:2] == ["python", "-m"]]
+    assert sorted(listed) == sorted(f"moco.{name}" for name in [*COMMANDS, "train"])
+    assert all(len(line) <= max(width, 84) for line in lines)
+    assert "Rank the checkpoints of runs without labels" in " ".join(lines)

@@ -1,0 +1,37 @@
+"""List the commands: `python -m moco`."""
+
+import ast
+import shutil
+from pathlib import Path
+
+COMMANDS = {
+    "train": ("train",),
+    "check and pack images": ("check_data", "pack"),
+    "evaluate": ("knn", "linear", "finetune"),
+    "use the features": ("embed", "search"),
+    "understand": ("report", "temperature", "choose"),
+    "exchange": ("convert",),
+}
+
+
+def summary(command: str) -> str:
+    """Return what a command does, the first words of its file, without importing it."""
+    text = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8"))) or ""
+    return text.partition(": `")[0]
+
+
+def main() -> None:
+    """Print each command with its purpose."""
+    width = shutil.get_terminal_size().columns
+    print("Momentum Contrast, from pretraining to evaluation. Commands:")
+    for title, commands in COMMANDS.items():
+        print(f"\n  {title}")
+        for command in commands:
+            line = f"    python -m moco.{command}"
+            purpose = summary(command)
+            print(f"{line:<32}{purpose}" if 32 + len(purpose) <= width else f"{line}\n        {purpose}")
+    print("\nEach prints its fields with --help. First steps: README.md; all pages: docs/index.md")
+
+
+if __name__ == "__main__":
+    main()
