@@ -76,13 +76,13 @@ def test_measures_equal_those_of_the_features(tmp_path: Path, capsys: pytest.Cap
 def test_labels_do_not_change_the_measures_and_evaluations_of_a_run_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = run(tmp_path / "a", (1,))
+    made = run(tmp_path / "a", (1, 2, 3))
     evaluations = made / "results.json"
     evaluations.write_text('[{"command": "knn"}]')
-    (without,) = choose(config(made, made, labels=False))  # the output is the run itself
+    without, *_ = choose(config(made, made, labels=False))  # the output is the run itself
     assert without.accuracies == {}
     assert "agreement" not in capsys.readouterr().out
-    (point,) = choose(config(made, made))
+    point, *_ = choose(config(made, made))
     assert point.measures == without.measures
     assert point.accuracies
     assert evaluations.read_text() == '[{"command": "knn"}]'
@@ -137,3 +137,9 @@ def test_refusals_name_the_field(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             command(invalid)
         assert "\n" not in str(caught.value)
+
+
+def test_two_checkpoints_of_one_run_are_no_choice(tmp_path: Path) -> None:
+    made = run(tmp_path / "a", (1, 2))
+    with pytest.raises(ConfigError, match=r"a has 2 checkpoints.*checkpoint\.keep_epochs=5"):
+        choose(config(tmp_path / "out", made))

@@ -112,6 +112,7 @@ def choose(config: ChooseConfig) -> list[Point]:
         ConfigError: if a pattern matches no run, a run has no checkpoint, or the runs have different data.
     """
     files = {run: _checkpoints(run) for run in _runs(config.runs)}
+    _refuse_no_choice(files)
     output, device = open_study(config.output, config.device, config.threads)
     sources = open_sources(_same_data(files), bank_size=0)
     images = limited(sources.train, config.images)
@@ -158,6 +159,16 @@ def _checkpoints(run: str) -> list[Path]:
     found = checkpoint.list_checkpoints(Path(run) / "checkpoints")
     require(bool(found), f"runs: {run} has no checkpoint: remove it, or train it with python -m moco.train run={run}")
     return found[::-1]
+
+
+def _refuse_no_choice(files: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse a single run of which only the newest checkpoints are left: they hardly differ."""
+    run, paths = next(iter(files.items()))
+    require(
+        len(files) > 1 or len(paths) > 2,
+        f"runs: {run} has {len(paths)} checkpoint{'s' * (len(paths) > 1)}, so there is nothing to choose from: train "
+        "with checkpoint.keep_epochs=5, or name several runs",
+    )
 
 
 def _same_data(files: Mapping[str, Sequence[Path]]) -> DataConfig:
