@@ -48,9 +48,9 @@ GROUPS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "checkpoint": CheckpointConfig,
 }
-SCHEMAS: dict[type, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}  # the schemas that add to a group's own
+SCHEMAS: dict[type, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}  # schemas that add fields to a group's
 OPTIONS = {"knn": "preset", "linear": "protocol"}  # commands with a group of their own
-EXPLAINED: dict[type, type] = {AugmentConfig: View}  # the class that documents the fields of a schema
+DOCUMENTED_BY: dict[type, type] = {AugmentConfig: View}  # the class that documents the fields of a schema
 
 
 def commands() -> dict[str, type]:
@@ -67,8 +67,8 @@ def own_pages() -> dict[type, str]:
     return {SubjectConfig: "subject"} | {schema: name for name, schema in (GROUPS | commands()).items()}
 
 
-def explained(schema: type) -> dict[str, tuple[str, str]]:
-    """Return the type and the string below (or "") of each field that a class declares itself."""
+def declared_fields(schema: type) -> dict[str, tuple[str, str]]:
+    """Return the type and the help text ("" without one) of each field that a class itself declares."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(schema))).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -97,16 +97,16 @@ def comment(path: Path) -> str:
     return "\n".join(lines)
 
 
-def written(value: Any) -> str:
-    """Return a value as code, written as on the command line; "" for an empty text."""
+def as_code(value: Any) -> str:
+    """Return a value in backticks, as it is written on the command line; "" for an empty string."""
     if isinstance(value, str):
         return f"`{value}`" if value else ""
     if isinstance(value, float):
         return f"`{value:.6g}`"
     if isinstance(value, list):
-        return f"`[{','.join(written(each).strip('`') for each in value)}]`"
+        return f"`[{','.join(as_code(each).strip('`') for each in value)}]`"
     if isinstance(value, Mapping):
-        inside = ", ".join(f"{name}: {written(each).strip('`')}" for name, each in value.items())
+        inside = ", ".join(f"{name}: {as_code(each).strip('`')}" for name, each in value.items())
         return f"`{{{inside}}}`"
     return f"`{yaml.safe_dump(value).splitlines()[0]}`"  # null, true, 3
 
@@ -128,13 +128,13 @@ def row(*cells: str) -> str:
 
 
 def table(schema: type, given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the table of a schema's fields, and tables of its groups. Parents and groups with a page are left out."""
+    """Yield tables of a schema's fields and of its groups; parents and groups with their own page are left out."""
     pages = own_pages()
     meanings: dict[str, tuple[str, str]] = {}
     for base in reversed(schema.__mro__):
         if base is schema or (is_dataclass(base) and base not in pages):
-            meanings |= explained(base)
-    elsewhere = explained(EXPLAINED[schema]) if schema in EXPLAINED else {}
+            meanings |= declared_fields(base)
+    elsewhere = declared_fields(DOCUMENTED_BY[schema]) if schema in DOCUMENTED_BY else {}
     yield row("field", "type", "default", "meaning") + row("---", "---", "---", "---")
     nested = []
     for each in fields(schema):
@@ -152,7 +152,7 @@ def table(schema: type, given: Mapping[str, Any], prefix: str = "") -> Iterator[
         else:
             optional = default is None and "None" not in kind
             kind = kind.replace(" | None", " or null") + " or null" * optional + limits(each)
-            default = written(default)
+            default = as_code(default)
         yield row(f"`{prefix}{each.name}`", kind, default, meaning)
     for each in nested:
         assert isinstance(each.type, type)
@@ -175,7 +175,7 @@ def options(group: str) -> Iterator[str]:
     names = list(dict.fromkeys(name for each in flat.values() for name in each))
     yield row("field", *flat) + row(*["---"] * (1 + len(flat)))
     for name in names:
-        yield row(f"`{name}`", *(written(each[name]) if name in each else "" for each in flat.values()))
+        yield row(f"`{name}`", *(as_code(each[name]) if name in each else "" for each in flat.values()))
 
 
 def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -194,7 +194,7 @@ def group_page(name: str, schema: type) -> Iterator[str]:
     given = values(CONFIGS / "train.yaml").get(name, {})
     yield f"# {name}\n\n{docstring(schema)} Schema: `{source(schema)}`. On the command line: `{name}.FIELD=VALUE`.\n\n"
     if (CONFIGS / name).is_dir():
-        yield "The defaults are those of the schema; the options below set others.\n\n"
+        yield "The table shows the defaults of the schema; the options below set other values.\n\n"
     yield from table(schema, given)
     for option, added in SCHEMAS.get(schema, {}).items():
         yield f"\n## {option}\n\n{docstring(added)} Schema: `{source(added)}`. It has the fields above and these:\n\n"
@@ -225,7 +225,7 @@ def recipes_page() -> Iterator[str]:
     """Yield the page of the recipes: the comment of each file."""
     yield "# experiment\n\n"
     yield "The recipes: `python -m moco.train experiment=NAME`. Each is a file in `configs/experiment/` that "
-    yield "opens with its command, hardware, time and expected results, as below. A test checks all of them.\n"
+    yield "opens with its command, hardware, run time and expected accuracy, as below.\n"
     for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
         yield f"\n## {path.stem}\n\n```text\n{comment(path)}\n```\n"
 
@@ -233,7 +233,7 @@ def recipes_page() -> Iterator[str]:
 def index_page() -> Iterator[str]:
     """Yield the page that links to all others."""
     yield "# Configuration\n\nAll fields of all commands. `python -m moco.NAME --cfg job` prints the composed "
-    yield "values, `--help` the options.\n\n## Groups of moco.train\n\n"
+    yield "values, `--help` lists the options.\n\n## Groups of moco.train\n\n"
     yield "".join(f"- [{name}]({name}.md): {first(schema)}\n" for name, schema in GROUPS.items())
     yield "- [experiment](experiment.md): the recipes.\n\n## Commands\n\n"
     yield "".join(f"- [moco.{name}]({name}.md): {first(schema)}\n" for name, schema in commands().items())
@@ -268,8 +268,8 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     made = pages()
-    there = {path.name: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}
-    stale = sorted(name for name in made | there if made.get(name) != there.get(name))
+    existing = {path.name: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}
+    stale = sorted(name for name in made | existing if made.get(name) != existing.get(name))
     if arguments:
         for name in stale:
             print(f"docs/config/{name} is not up to date: run python -m scripts.config_pages", file=sys.stderr)

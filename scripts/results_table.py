@@ -1,7 +1,7 @@
 """Prints all evaluations of a run as one Markdown table: python scripts/results_table.py RUN.
 
-Rows are commands with their protocols, columns are encoders. Reads RUN/results.json and RUN/supervised/results.json; of
-repeated evaluations the newest counts.
+Rows are commands with their protocols, columns are encoders. Reads RUN/results.json and RUN/supervised/results.json. If
+an evaluation was repeated, its newest result is used.
 """
 
 import json
@@ -13,7 +13,7 @@ ENCODERS = ("pixels", "untrained", "pretrained", "supervised")
 
 
 def cell(figures: dict[str, Any]) -> str:
-    """Format a top-1 accuracy with half its 95 % interval over seeds, or its standard deviation over draws."""
+    """Format a top-1 accuracy ± half-width of its 95 % interval over seeds, or ± standard deviation over draws."""
     spread = figures.get("top1_half_width95") or figures.get("std")
     return f"{figures['top1']:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
 

@@ -23,7 +23,7 @@ def links_from_top_level(text: str) -> str:
 
 
 def links_to_top_level(text: str) -> str:
-    """Convert a page's links to `../README.md` or `../../README.md` to the copy in the site."""
+    """Convert a docs page's links: `../README.md` and `../../README.md` become links to the copy in the site."""
     for page, name in PAGES.items():
         text = re.sub(rf"\]\(((?:\.\./)*)\.\./{re.escape(page)}", rf"](\1{name}", text)
     return text
@@ -38,7 +38,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_post_build(config: Any) -> None:
-    """Hide the search box on pages opened from the disk, where browsers do not start its worker."""
+    """Hide the search box on pages opened from the disk: there, browsers do not start the web worker that searches."""
     script = Path(config["site_dir"]) / "search" / "main.js"
     hide = "document.querySelectorAll('[role=search]').forEach(box => { box.hidden = true; });"
     search = script.read_text(encoding="utf-8")

@@ -5,9 +5,10 @@
     GPUS=4 python scripts/sweep.py ...      # processes per training; default: all GPUs, or one process without a GPU
 
 The fields before `--` vary, the overrides after it apply to every trial. A list in brackets is one value:
-optim.milestones=[120,160],[60,80]. The first command above trains four runs: runs/lr/optim.lr-0.03__seed-0 and so on.
-Run the same command again to resume: finished trials are skipped, unfinished ones continue. If a trial fails, the
-others still run, and the exit status is 1. Ctrl-C and SIGTERM stop the sweep after the current trial has saved.
+optim.milestones=[120,160],[60,80] has two values. The first command above trains four runs:
+runs/lr/optim.lr-0.03__seed-0 and so on. Run the same command again to resume: finished trials are skipped, unfinished
+ones continue. If a trial fails, the others still run, and the exit status is 1. Ctrl-C and SIGTERM stop the sweep after
+the current trial has saved.
 """
 
 import itertools
@@ -57,7 +58,7 @@ def trials(folder: Path, varied: list[str]) -> dict[Path, list[str]]:
 
 
 def processes() -> str:
-    """Return the number of processes: GPUS, or the number of GPUs, or 1."""
+    """Return the number of processes: the environment variable GPUS if it is set, else the number of GPUs, else 1."""
     if "GPUS" in os.environ or shutil.which("nvidia-smi") is None:
         return os.environ.get("GPUS", "1")
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout

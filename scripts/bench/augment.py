@@ -1,7 +1,7 @@
-"""The device part of MoCo v2's views at 224 px, compared with its encoder: it must not be the slower one.
+"""The device part of MoCo v2's augmentation at 224 px, compared with the encoder, which must be the slower one.
 
---data is a folder of photographs. Both process one view at a time: color, blur, flip and normalization, against forward
-and backward of ResNet-50. (A training step also runs the key encoder's forward.)
+--data is a folder of photographs. The device part is color, blur, flip and normalization of one view. The encoder's
+part is forward and backward of ResNet-50 on one view. (A training step also runs the key encoder's forward.)
 """
 
 from argparse import ArgumentParser, Namespace
@@ -23,7 +23,7 @@ from scripts.bench.recipes import views
 
 def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
-    parser.add_argument("--batch", type=int, default=16, help="images")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch")
 
 
 def run(options: Namespace) -> Iterator[Table]:
@@ -31,14 +31,14 @@ def run(options: Namespace) -> Iterator[Table]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, recipe = load_source(DataConfig("folder", options.data)).train, views("moco_v2")
     plan = Plan(len(source), options.batch, epochs=1, seed=0)
-    cut = [each[0] for _, _, _, each in crops(source, plan, recipe[:1], device, workers=0)]
+    crops_of_steps = [each[0] for _, _, _, each in crops(source, plan, recipe[:1], device, workers=0)]
     encoder = build_backbone("resnet50", {}).to(device)
     steps = iter(range(10**9))  # each call uses the next batch and new parameters
 
     def device_part() -> torch.Tensor:
         step = next(steps)
         index = np.arange(options.batch) + step * options.batch
-        return augment(cut[step % len(cut)], draw(recipe[0], 0, 0, index, 0), recipe[0])
+        return augment(crops_of_steps[step % len(crops_of_steps)], draw(recipe[0], 0, 0, index, 0), recipe[0])
 
     def four_batches() -> None:
         for _ in range(4):  # one batch is too short to time
@@ -49,9 +49,9 @@ def run(options: Namespace) -> Iterator[Table]:
     def encode() -> None:
         encoder(views_ready).square().mean().backward()
 
-    forms = {
+    variants = {
         "ResNet-50, forward and backward": lambda: per_second(options.batch, encode, options.clock),
         "device part of the views": lambda: per_second(4 * options.batch, four_batches, options.clock),
     }
     title = f"224 px views on {device.type}, views/s, {options.clock} time"
-    yield compared(title, alternate(forms, options.rounds), "views/s")
+    yield compared(title, alternate(variants, options.rounds), "views/s")

@@ -26,7 +26,7 @@ from moco.data.walk import IMAGE_FORMATS
 from scripts.bench.measure import Table, alternate, compared, per_second
 from scripts.bench.recipes import views
 
-Shrink = Callable[[list[NDArray[np.float32]]], decode.Shrink]  # from the uniforms of an image
+Shrink = Callable[[list[NDArray[np.float32]]], decode.Shrink]  # takes the random numbers of an image's crops
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -41,21 +41,21 @@ def run(options: Namespace) -> Iterator[Table]:
     source = load_source(DataConfig("folder", options.data)).train
     assert isinstance(source, FolderSource)
     recipe, errors = views("moco_v2"), []
-    decode.SCALED_FROM = 0  # this benchmark measures from which size on it is faster
+    decode.SCALED_FROM = 0  # smaller images too: this benchmark shows from which size on scaled decoding is faster
     ways: dict[str, Shrink] = {
         "full size": lambda uniforms: lambda height, width: 1,
         "as small as the crops allow": lambda uniforms: partial(largest_shrink, recipe, uniforms),
     }
     for side in options.sides:
         files = [_enlarged(path, side, options.quality) for path in islice(_paths(source), options.images)]
-        work = {name: partial(_cut_all, files, recipe, way) for name, way in ways.items()}
-        forms = {name: partial(per_second, len(files), each, options.clock) for name, each in work.items()}
+        work = {name: partial(_crop_all, files, recipe, way) for name, way in ways.items()}
+        variants = {name: partial(per_second, len(files), each, options.clock) for name, each in work.items()}
         title = f"Two crops of {len(files)} JPEGs, longer side {side} px, images/s, {options.clock} time"
-        yield compared(title, alternate(forms, options.rounds), "images/s")
+        yield compared(title, alternate(variants, options.rounds), "images/s")
         full, small = (torch.stack(each()).float() for each in work.values())
         error = (full - small).abs().flatten(1)
         errors.append([f"{side} px", *(f"{x:.2f}" for x in (error.mean(), error.mean(1).max(), _shift(full)))])
-    columns = ["", "mean error", "of the worst crop", "for comparison: full-size crops shifted by one pixel"]
+    columns = ["", "mean error", "mean error of the worst crop", "for comparison: full-size crops shifted by one pixel"]
     yield Table("Crops of images decoded at a smaller size, levels of 255", columns, errors)
 
 
@@ -72,15 +72,15 @@ def _enlarged(path: str, side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _cut_all(files: list[bytes], recipe: list[View], way: Shrink) -> list[Tensor]:
-    """Cut both crops of each image."""
-    cut = []
+def _crop_all(files: list[bytes], recipe: list[View], way: Shrink) -> list[Tensor]:
+    """Crop each image twice."""
+    cropped = []
     for i, data in enumerate(files):
         uniforms = [draw_crop(0, 0, [i], stream)[0] for stream in range(len(recipe))]
         image = decode.decode_scaled(f"{i}.jpg", data, way(uniforms))
         for view, each in zip(recipe, uniforms, strict=True):
-            cut.append(crop_one(image.pixels, each, view, image.size, image.factor))
-    return cut
+            cropped.append(crop_one(image.pixels, each, view, image.size, image.factor))
+    return cropped
 
 
 def _shift(crops: Tensor) -> Tensor:

@@ -24,40 +24,40 @@ from moco.losses.streamed import CHUNK, info_nce_streamed
 from scripts.bench.measure import Table, alternate, compared, per_second
 
 K, C, T = 65536, 128, 0.07
-IMAGES = 50_000  # of the data set: most queries have an own key in the queue
+IMAGES = 50_000  # images in the data set: for most queries, the queue holds an older key of the same image
 Pass = Callable[[], Tensor]
 
 
 def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096], help="N, the queries")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096], help="N, the number of queries")
     parser.add_argument("--task", nargs="+", default=["loss", "step"], choices=["loss", "step"])
     parser.add_argument("--chunk", type=int, default=CHUNK["cpu"])
 
 
 def run(options: Namespace) -> Iterator[Table]:
     """Yield a table of times per size and task, and one of memory and error."""
-    spent = []
+    costs = []
     for n in options.sizes:
         error = errors(n, options.chunk)
         for task in options.task:
-            passes = both(n, task, options.chunk)
-            forms = {name: partial(_milliseconds, each, options.clock) for name, each in passes.items()}
+            passes = both_variants(n, task, options.chunk)
+            variants = {name: partial(_milliseconds, each, options.clock) for name, each in passes.items()}
             what = f"InfoNCE, N {n}, K {K}, C {C}, {task}, chunk {options.chunk}, ms, {options.clock} time"
-            yield compared(what, alternate(forms, options.rounds), "ms", less_is_faster=True)
-            mb = {form: peak_elsewhere(n, task, options.chunk, form) for form in passes}
+            yield compared(what, alternate(variants, options.rounds), "ms", less_is_faster=True)
+            mb = {variant: peak_in_fresh_process(n, task, options.chunk, variant) for variant in passes}
             cells = [f"{value:.1f}" for value in (*mb.values(), mb["materialized"] / mb["streamed"])]
-            spent.append([f"N {n}, {task}", *cells, *(f"{value:.1e}" for value in error.values())])
+            costs.append([f"N {n}, {task}", *cells, *(f"{value:.1e}" for value in error.values())])
     columns = ["", "MB, materialized", "MB, streamed", "ratio", "error, materialized", "error, streamed"]
-    yield Table("InfoNCE, peak memory of a pass, and the gradient's error", columns, spent)
+    yield Table("InfoNCE, peak memory of a pass, and the gradient's error", columns, costs)
 
 
 def _milliseconds(work: Pass, clock: str) -> float:
     return 1e3 / per_second(1, work, clock)
 
 
-def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
-    """Return both variants as functions that return the gradient by the queries."""
+def both_variants(n: int, task: str, chunk: int) -> dict[str, Pass]:
+    """Return both variants as functions that return the gradient with respect to the queries."""
     generator = torch.Generator().manual_seed(0)
     query, key, queue = (F.normalize(torch.randn(rows, C, generator=generator), dim=1) for rows in (n, n, K))
     index, queue_index = (torch.randint(IMAGES, (rows,), generator=generator) for rows in (n, K))
@@ -81,31 +81,31 @@ def both(n: int, task: str, chunk: int) -> dict[str, Pass]:
     return {"materialized": materialized, "streamed": streamed}
 
 
-def peak(n: int, task: str, chunk: int, form: str) -> float:
+def peak(n: int, task: str, chunk: int, variant: str) -> float:
     """Measure the peak increase of the resident memory in one pass, in MB. Call it in a fresh process."""
-    both(2, task, chunk)[form]()  # one-time allocations of the libraries
-    work = both(n, task, chunk)[form]
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    both_variants(2, task, chunk)[variant]()  # one-time allocations of the libraries
+    work = both_variants(n, task, chunk)[variant]
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _resident("VmRSS")
     work()
     return (_resident("VmHWM") - before) / 1024
 
 
 def _resident(field: str) -> int:
-    """Read a field of this process's status, in KiB; `resource` has only the peak, which exec inherits."""
+    """Read a field of this process's status, in KiB; `resource` has only the peak, which a new process inherits."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def peak_elsewhere(n: int, task: str, chunk: int, form: str) -> float:
-    """Run `peak` in a fresh process whose malloc returns freed memory: reused memory would not be counted."""
-    command = [sys.executable, "-m", "scripts.bench.info_nce", str(n), task, str(chunk), form]
+def peak_in_fresh_process(n: int, task: str, chunk: int, variant: str) -> float:
+    """Run `peak` in a fresh process, whose malloc returns freed memory: the reuse of memory would not be counted."""
+    command = [sys.executable, "-m", "scripts.bench.info_nce", str(n), task, str(chunk), variant]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
 def errors(n: int, chunk: int) -> dict[str, float]:
-    """Compare each variant's gradient with float64, some rows at a time to fit into memory."""
+    """Compare each variant's gradient with float64, some queries at a time to fit into memory."""
     generator = torch.Generator().manual_seed(0)
     query, key, queue = (F.normalize(torch.randn(rows, C, generator=generator), dim=1).double() for rows in (n, n, K))
     exact = []
@@ -114,7 +114,8 @@ def errors(n: int, chunk: int) -> dict[str, float]:
         exact.append(torch.autograd.grad(info_nce(part, k, queue, T)[0] * len(q) / n, part)[0])
     reference = torch.cat(exact)
     return {
-        name: float((each() - reference).norm() / reference.norm()) for name, each in both(n, "loss", chunk).items()
+        name: float((each() - reference).norm() / reference.norm())
+        for name, each in both_variants(n, "loss", chunk).items()
     }
 
 

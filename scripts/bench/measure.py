@@ -1,4 +1,4 @@
-"""Comparing variants: they take turns in one process."""
+"""Compare variants, which take turns in one process."""
 
 import resource
 import statistics
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-Form = Callable[[], float]  # does its work once and returns its measurement
+Variant = Callable[[], float]  # does the work once and returns its measurement
 
 
 def processor() -> float:
@@ -28,21 +28,21 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": _wall, "processor": processor}
 
 
 def per_second(count: int, work: Callable[[], object], clock: str) -> float:
-    """Return the rate of `work`, which does `count` things, per second."""
+    """Call `work`, which processes `count` items, and return the number of items per second."""
     read = CLOCKS[clock]
     start = read()
     work()
     return count / (read() - start)
 
 
-def alternate(forms: Mapping[str, Form], rounds: int) -> dict[str, list[float]]:
+def alternate(variants: Mapping[str, Variant], rounds: int) -> dict[str, list[float]]:
     """Measure each variant once per round, after one warm-up round.
 
     The variants take turns, so that other load on the machine affects all of them.
     """
-    figures: dict[str, list[float]] = {name: [] for name in forms}
-    for name, form in [pair for _ in range(1 + rounds) for pair in forms.items()]:
-        figures[name].append(form())
+    figures: dict[str, list[float]] = {name: [] for name in variants}
+    for name, variant in [pair for _ in range(1 + rounds) for pair in variants.items()]:
+        figures[name].append(variant())
     return {name: each[1:] for name, each in figures.items()}
 
 
@@ -74,16 +74,16 @@ def _plain(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def stream_rate(opened: Callable[[], Iterable[object]], each: int, clock: str) -> float:
-    """Return the images per second of a stream that yields `each` images per batch.
+def stream_rate(open_stream: Callable[[], Iterable[object]], batch_size: int, clock: str) -> float:
+    """Return the images per second of a stream that yields batches of `batch_size` images.
 
     The wall clock starts at the first batch, since the start of the workers does not matter in a long run. The
     processor clock counts everything, since a worker's time is known only after it has ended.
     """
     read = CLOCKS[clock]
     start, batches = read(), 0
-    for _ in opened():
+    for _ in open_stream():
         if batches == 0 and clock == "wall":
             start = read()
         batches += 1
-    return each * (batches - (clock == "wall")) / (read() - start)
+    return batch_size * (batches - (clock == "wall")) / (read() - start)

@@ -39,13 +39,13 @@ class Recipe(NamedTuple):
     dim: int
     size: int  # of an image
     queue: int
-    steps: int  # between two measurements
-    plain: bool = False  # float32, contiguous; otherwise the fastest setting
+    steps: int  # from one measurement to the next
+    plain: bool = False  # whether to use float32 and contiguous memory instead of the fastest settings
 
 
 def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
-    parser.add_argument("--queue", type=int, nargs="*", default=[4096, 65536], help="of ResNet-18")
+    parser.add_argument("--queue", type=int, nargs="*", default=[4096, 65536], help="queue lengths for ResNet-18")
 
 
 def run(options: Namespace) -> Iterator[Table]:
@@ -58,11 +58,11 @@ def run(options: Namespace) -> Iterator[Table]:
     rows = []
     for recipe in recipes:
         step, measurement = prepared(recipe, device)
-        forms = {"step": step, "measurement": measurement}
-        clocks = {name: partial(_seconds, work, options.clock) for name, work in forms.items()}
+        variants = {"step": step, "measurement": measurement}
+        clocks = {name: partial(_seconds, work, options.clock) for name, work in variants.items()}
         found = alternate(clocks, options.rounds)
         shares = [b / (recipe.steps * a) for a, b in zip(found["step"], found["measurement"], strict=True)]
-        middle = [f"{1000 * median(found[name]):,.1f}" for name in forms]
+        middle = [f"{1000 * median(found[name]):,.1f}" for name in variants]
         rows.append([recipe.title, *middle, str(recipe.steps), f"{median(shares):.2%}", f"{max(shares):.2%}"])
     yield Table(
         f"A step of {BATCH} images and a measurement of it, ms, {options.clock} time",

@@ -55,7 +55,7 @@ def cifar_notebook() -> Transform:
 
 
 class TwoViews:
-    """A data set of two views per image, which is a file or an array (H, W, 3)."""
+    """A data set that returns two views per image. The images are files or arrays (H, W, 3)."""
 
     def __init__(self, images: Sequence[str] | NDArray[np.uint8], transform: Transform) -> None:
         self.images, self.transform = images, transform
@@ -76,7 +76,7 @@ class TwoViews:
 def loader(
     images: Sequence[str] | NDArray[np.uint8], transform: Transform, order: list[int], batch: int, workers: int
 ) -> DataLoader[Any]:
-    """Load two views per image in this order, as the official scripts do."""
+    """Return a loader of two views per image, in this order, as in the official scripts."""
     return DataLoader(
         TwoViews(images, transform),  # type: ignore[arg-type]
         batch_size=batch,

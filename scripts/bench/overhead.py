@@ -1,7 +1,7 @@
 """A training step compared with its encoders only: forward and backward of f_q, and forward of f_k.
 
-The rest (shuffle, logits, optimizer, momentum update, queue, measures) is overhead. Precision, memory layout and batch
-are the same.
+The rest (shuffle, logits, optimizer, momentum update, queue, measures) is overhead. Both variants use the same
+precision, memory layout and batch.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -44,12 +44,12 @@ def run(options: Namespace) -> Iterator[Table]:
     for queue in options.queue:
         chosen = Namespace(**vars(options) | {"queue": queue})
         step = ours(chosen, views, index, precision, compiled=False)
-        forms = {
+        variants = {
             name: partial(_seconds, work, options.clock)
-            for name, work in {"its encoders": encoders_only, "step": step}.items()
+            for name, work in {"encoders only": encoders_only, "step": step}.items()
         }
         title = f"A step of {options.backbone}, batch {options.batch}, K {queue}, {precision}, s, {options.clock} time"
-        yield compared(title, alternate(forms, options.rounds), "s", less_is_faster=True)
+        yield compared(title, alternate(variants, options.rounds), "s", less_is_faster=True)
 
 
 def _seconds(work: object, clock: str) -> float:

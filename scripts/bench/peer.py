@@ -3,7 +3,7 @@
 --data is CIFAR-10 as a folder of images, which both keep in memory. lightly is set up as in its CIFAR-10 benchmark: its
 transform of PIL images in two loader processes, its memory bank, projection head and loss, SGD, float32. Ours is the
 loop of `moco.train` with the precision chosen for the machine. Backbone, batch, queue, head and temperature are the
-same. BN uses groups of 32 here, and the batch in lightly, which is cheaper.
+same. Here BN uses groups of 32 images. In lightly it uses the whole batch, which is cheaper.
 """
 
 import copy
@@ -40,7 +40,7 @@ C, T, M, LR, DECAY, WORKERS = 128, 0.1, 0.99, 0.06, 5e-4, 2
 def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=3, help="per round; the first is not counted")
+    parser.add_argument("--batches", type=int, default=3, help="steps per round; the first is not counted")
     parser.add_argument("--queue", type=int, default=4096)
     parser.add_argument("--backbone", default="resnet18")
 
@@ -49,22 +49,24 @@ def run(options: Namespace) -> Iterator[Table]:
     """Yield one table: images per second."""
     source = load_source(DataConfig("folder", options.data, resident=True)).train
     keep_freed_memory()
-    given: dict[str, object] = (
+    backbone_options: dict[str, object] = (
         {"stem": "cifar"} if options.backbone.startswith("resnet") else {"width": 24, "strides": (2, 1, 2, 1, 2)}
     )
-    forms = {
-        "lightly": partial(stream_rate, lightly_epoch(options, source, given), options.batch, options.clock),
-        "moco": partial(stream_rate, our_epoch(options, source, given), options.batch, options.clock),
+    variants = {
+        "lightly": partial(stream_rate, lightly_epoch(options, source, backbone_options), options.batch, options.clock),
+        "moco": partial(stream_rate, our_epoch(options, source, backbone_options), options.batch, options.clock),
     }
     title = f"CIFAR-10 end to end, {options.backbone}, batch {options.batch}, K {options.queue}, images/s"
-    yield compared(f"{title}, {options.clock} time", alternate(forms, options.rounds), "images/s")
+    yield compared(f"{title}, {options.clock} time", alternate(variants, options.rounds), "images/s")
 
 
-def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> Callable[[], Iterator[object]]:
-    """Return a stream of this project's steps."""
+def our_epoch(
+    options: Namespace, source: Source, backbone_options: dict[str, object]
+) -> Callable[[], Iterator[object]]:
+    """Return a function that yields after each step of this project."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    encoder = build_encoder(options.backbone, given, 2, 0, C, "grouped", 32)
+    encoder = build_encoder(options.backbone, backbone_options, 2, 0, C, "grouped", 32)
     precision, _ = pick_precision("auto", encoder, 32, device)
     method = MoCo(encoder, KeyQueue(options.queue, C), T).to(device)
     method.to(memory_format=torch.channels_last)
@@ -72,13 +74,13 @@ def our_epoch(options: Namespace, source: Source, given: dict[str, object]) -> C
     optimizer = build_optimizer(method.train(), OptimConfig(weight_decay=DECAY))
     scaler = torch.amp.GradScaler(device.type, enabled=False)
     plan = Plan(len(source), options.batch, epochs=1, seed=0)
-    late = device.type == "cuda"
+    read_loss_late = device.type == "cuda"
 
     def steps() -> Iterator[object]:
         stream = batches(source, plan, views("cifar"), device, workers=0)
         for number, batch in enumerate(islice(stream, options.batches)):
             shuffles = plan.shuffles(number, 2)
-            settings = StepSettings(LR, M, precision=PRECISIONS[precision], check_finite=not late)
+            settings = StepSettings(LR, M, precision=PRECISIONS[precision], check_finite=not read_loss_late)
             yield train_step(method, method, optimizer, scaler, batch, shuffles, settings)
 
     return steps
@@ -93,7 +95,7 @@ def _lightly(name: str) -> Any:
 
 
 class _Images:
-    """lightly's transform of images in memory, (N, 3, S, S)."""
+    """A data set of images in memory, (N, 3, S, S), with lightly's transform."""
 
     def __init__(self, images: torch.Tensor) -> None:
         self.images = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -107,12 +109,14 @@ class _Images:
         return seen
 
 
-def lightly_epoch(options: Namespace, source: Source, given: dict[str, object]) -> Callable[[], Iterator[object]]:
-    """Return a stream of steps with lightly's parts, in the order of its example."""
+def lightly_epoch(
+    options: Namespace, source: Source, backbone_options: dict[str, object]
+) -> Callable[[], Iterator[object]]:
+    """Return a function that yields after each step with lightly's parts, in the order of lightly's example."""
     assert source.images is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    backbone = build_backbone(options.backbone, given)
+    backbone = build_backbone(options.backbone, backbone_options)
     width = int(backbone.num_features)  # type: ignore[arg-type]
     f_q = (
         nn.Sequential(backbone, _lightly("models.modules.heads").MoCoProjectionHead(width, width, C)).to(device).train()

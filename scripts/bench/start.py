@@ -26,8 +26,8 @@ def arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Iterator[Table]:
     """Yield two tables: seconds and MiB."""
-    forms = {name: partial(_seconds, words) for name, words in COMMANDS.items()}
-    yield compared("Start-up, s, wall time", alternate(forms, options.rounds), "s", less_is_faster=True)
+    variants = {name: partial(_seconds, words) for name, words in COMMANDS.items()}
+    yield compared("Start-up, s, wall time", alternate(variants, options.rounds), "s", less_is_faster=True)
     with tempfile.TemporaryDirectory() as folder:
         words = ["-m", "moco.train", f"run={folder}/run", f"epochs={options.epochs}", "evaluate.every_epochs=0"]
         rows = [[name, f"{_peak(each):,.0f}"] for name, each in (COMMANDS | {"the default run": words}).items()]
@@ -41,7 +41,7 @@ def _seconds(words: list[str]) -> float:
 
 
 def _peak(words: list[str]) -> float:
-    """Poll the peak resident memory of a process until it ends, in MiB (Linux)."""
+    """Run a process to its end and return its peak resident memory, in MiB (Linux)."""
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     highest = 0
     while process.poll() is None:

@@ -41,7 +41,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> Iterator[Table]:
-    """Yield a table of images per second, and one of the use of the machine."""
+    """Yield a table of images per second, and a table of the fraction of the machine's peak rate that is used."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, why = pick_precision("auto", encoder(options.backbone), SIZE, device)
     views, index = inputs(options.batch, device)
@@ -51,10 +51,10 @@ def run(options: Namespace) -> Iterator[Table]:
         steps[f"{precision} ({why}), channels_last"] = ours(options, views, index, precision, compiled=False)
     if options.compile:
         steps[f"{precision}, channels_last, compiled"] = ours(options, views, index, precision, compiled=True)
-    forms = {name: partial(per_second, options.batch, step, options.clock) for name, step in steps.items()}
+    variants = {name: partial(per_second, options.batch, step, options.clock) for name, step in steps.items()}
     title = f"A step of {options.backbone} (CIFAR stem), batch {options.batch}, K {options.queue}, images/s"
     kept = device.type == "cpu" and keep_freed_memory()
-    found = alternate(forms, options.rounds)
+    found = alternate(variants, options.rounds)
     yield compared(f"{title}{', freed memory kept in all' if kept else ''}, {options.clock} time", found, "images/s")
     method = MoCo(encoder(options.backbone), KeyQueue(options.queue, C), T)
     operations = step_flops(method, GROUP, SIZE, views=2)
@@ -72,7 +72,7 @@ def encoder(backbone: str) -> Encoder:
 
 
 def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Return two random views (N, 3, S, S) and the samples' numbers (N,)."""
+    """Return two random views (N, 3, S, S) and the image indices (N,)."""
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(batch, 3, SIZE, SIZE, generator=generator).to(device) for _ in range(2)]
     return views, torch.arange(batch, device=device)

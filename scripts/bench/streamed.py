@@ -1,7 +1,8 @@
 """Two MoCo v2 views of image files from loader workers: this project's and the official pipeline.
 
 --data is a folder of photographs. The official workers return finished views. Ours return both crops in uint8, and the
-device does the rest; the "complete" variants do it here, in the main process. Threads are compared with processes.
+rest of the augmentation runs on the device. The "complete" variants include this rest, in the main process on the CPU.
+Workers in threads are compared with workers in processes.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -31,8 +32,8 @@ CPU = torch.device("cpu")
 def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--passes", type=int, default=2, help="over the images per round")
-    parser.add_argument("--batch", type=int, default=16, help="images")
+    parser.add_argument("--passes", type=int, default=2, help="passes over the images, per round")
+    parser.add_argument("--batch", type=int, default=16, help="images per batch")
 
 
 def run(options: Namespace) -> Iterator[Table]:
@@ -53,9 +54,9 @@ def run(options: Namespace) -> Iterator[Table]:
             "ours, from processes, complete": partial(batches, source, plan, recipe, CPU, workers),
             "ours, from threads, complete": partial(_threads_complete, source, plan, recipe, workers),
         }
-        forms = {name: partial(stream_rate, each, options.batch, options.clock) for name, each in streams.items()}
+        variants = {name: partial(stream_rate, each, options.batch, options.clock) for name, each in streams.items()}
         title = f"Two views of {len(source)} photographs, {workers} worker(s), images/s, {options.clock} time"
-        yield compared(title, alternate(forms, options.rounds), "images/s")
+        yield compared(title, alternate(variants, options.rounds), "images/s")
 
 
 def _threads(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[Item]:
@@ -78,8 +79,8 @@ def _item(done: Future[Item | ValueError]) -> Item:
 
 
 def _threads_complete(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[list[Tensor]]:
-    for epoch, index, _, cut, _ in _threads(source, plan, recipe, workers):
+    for epoch, index, _, crops_of_views, _ in _threads(source, plan, recipe, workers):
         yield [
             augment(each, draw(view, plan.seed, epoch, index, stream), view)
-            for stream, (view, each) in enumerate(zip(recipe, cut, strict=True))
+            for stream, (view, each) in enumerate(zip(recipe, crops_of_views, strict=True))
         ]

@@ -1,4 +1,4 @@
-"""Two views of images in memory, with the CIFAR-10 notebook's recipe: the resident path, and PIL with two workers.
+"""Two views of images in memory, with the CIFAR-10 notebook's recipe: this project's resident path, and PIL transforms.
 
 --data is a folder of images of one size, such as CIFAR-10's. Both variants return batches of normalized float views.
 """
@@ -22,7 +22,9 @@ BATCH, WORKERS = 512, 2
 
 def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
-    parser.add_argument("--batches", type=int, default=20, help=f"of {BATCH} images per round and variant")
+    parser.add_argument(
+        "--batches", type=int, default=20, help=f"number of batches of {BATCH} images, per round and variant"
+    )
 
 
 def run(options: Namespace) -> Iterator[Table]:
@@ -40,10 +42,10 @@ def run(options: Namespace) -> Iterator[Table]:
     def pil() -> Iterator[object]:
         return iter(official.loader(images, official.cifar_notebook(), order, BATCH, WORKERS))
 
-    forms = {
+    variants = {
         f"PIL transforms, {WORKERS} workers": lambda: stream_rate(pil, 2 * BATCH, options.clock),
         "resident": lambda: stream_rate(resident, 2 * BATCH, options.clock),
     }
     side = images.shape[1]
     title = f"Two views of resident images ({side} x {side}), views/s, {options.clock} time"
-    yield compared(title, alternate(forms, options.rounds), "views/s")
+    yield compared(title, alternate(variants, options.rounds), "views/s")

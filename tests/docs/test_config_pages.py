@@ -53,7 +53,7 @@ def test_the_string_below_a_field_is_its_meaning() -> None:
         names: list[str] = bounded(["a"], choices=("a", "b"), min_length=1, unique=True)
         text: str = bounded("x", min_length=1)
 
-    explained = config_pages.explained(Schema)
+    explained = config_pages.declared_fields(Schema)
     assert explained["bare"] == ("int", "")
     assert explained["documented"] == ("float | None", "Two lines.")
     lines = [*config_pages.table(Schema, {"documented": 0.5})][1:]
@@ -68,10 +68,10 @@ def test_the_string_below_a_field_is_its_meaning() -> None:
     "schema", [*config_pages.GROUPS.values(), *METHODS.values(), *config_pages.commands().values()]
 )
 def test_every_field_has_a_meaning(schema: type) -> None:
-    elsewhere = config_pages.explained(config_pages.EXPLAINED.get(schema, schema))
+    elsewhere = config_pages.declared_fields(config_pages.DOCUMENTED_BY.get(schema, schema))
     missing = {
         name
-        for name, (_, meaning) in config_pages.explained(schema).items()
+        for name, (_, meaning) in config_pages.declared_fields(schema).items()
         if not meaning and not elsewhere.get(name, ("", ""))[1]
     }
     assert missing <= {*config_pages.GROUPS, "images", "sweep", "official"}  # groups of fields
