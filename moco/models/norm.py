@@ -9,7 +9,7 @@ Legend: N local batch, C channels, G groups, g images per group.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,9 @@ BatchNormKind = Literal["grouped", "sync", "batch"]
 class GroupedBatchNorm(nn.Module):
     """BN over consecutive groups of `group_size` images; group_size 0 means the global batch ("sync").
 
-    Has the parameters and buffers of `nn.BatchNorm2d`, with the same names. One optimizer step updates the running
-    statistics once, with the mean over the step's groups, for any number of calls per step.
+    Has the parameters and buffers of `nn.BatchNorm2d`, with the same names. The running statistics move as those of
+    `nn.BatchNorm2d` that is called once for each view with its global batch: once per view, in the order of the views,
+    with the mean over the view's groups, for any number of micro-batches.
 
     Args:
         channels: C.
@@ -54,7 +55,7 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.after = after or nn.Identity()
-        self.calls_per_step = 1  # views x micro-batches
+        self.views, self.micro_batches, self.views_outside = 1, 1, False  # see `set_calls_per_step`
         self.call = 0  # number of calls in this step; not saved, because checkpoints are saved between steps
         # Replaces `call` in compiled code, where each new value of a Python number would trigger recompilation.
         self.compiled_call: Tensor
@@ -84,7 +85,7 @@ class GroupedBatchNorm(nn.Module):
 
     def _normalize_sync(self, x: Tensor) -> Tensor:
         """BN over all ranks; two passes, because E[x^2] - E[x]^2 cancels in float32."""
-        values = x.float()
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = values.numel() // values.shape[1] * world_size()
@@ -99,22 +100,33 @@ class GroupedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
+        """Move the running statistics by one call's statistics, (C,) each.
+
+        With V views of m micro-batches, the step's first call multiplies them by (1 - momentum)^V. A call for view v
+        adds momentum (1 - momentum)^(V - 1 - v) / m of its statistics.
+        """
+        calls, kept = self.views * self.micro_batches, 1 - self.momentum
         if torch.compiler.is_compiling():
-            first = self.compiled_call == 0
-            kept = torch.where(first, 1 - self.momentum, 1.0)
-            self.num_batches_tracked.add_(first)
-            self.running_mean.mul_(kept)
-            self.running_var.mul_(kept)
-            self.compiled_call.add_(1).remainder_(self.calls_per_step)
-        elif self.call == 0:
-            self.num_batches_tracked.add_(1)
-            self.running_mean.mul_(1 - self.momentum)
-            self.running_var.mul_(1 - self.momentum)
-        share = self.momentum / self.calls_per_step
+            at = self.compiled_call
+            shrink = torch.where(at == 0, kept**self.views, 1.0)
+            share: Any = self.momentum * kept ** (self.views - 1 - self._view(at)) / self.micro_batches
+            self.num_batches_tracked.add_((at == 0) * self.views)
+            self.running_mean.mul_(shrink).add_(mean * share)
+            self.running_var.mul_(shrink).add_(var * share)
+            at.add_(1).remainder_(calls)
+            return
+        if self.call == 0:
+            self.num_batches_tracked.add_(self.views)
+            self.running_mean.mul_(kept**self.views)
+            self.running_var.mul_(kept**self.views)
+        share = self.momentum * kept ** (self.views - 1 - self._view(self.call)) / self.micro_batches
         self.running_mean.add_(mean, alpha=share)
         self.running_var.add_(var, alpha=share)
-        if not torch.compiler.is_compiling():
-            self.call = (self.call + 1) % self.calls_per_step
+        self.call = (self.call + 1) % calls
+
+    def _view(self, call: Any) -> Any:
+        """Return the number of the view that a call of the step is for."""
+        return call // self.micro_batches if self.views_outside else call % self.views
 
 
 def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) -> nn.Module:
@@ -162,9 +174,17 @@ def untracked(module: nn.Module) -> Iterator[None]:
             layer.call = call
 
 
-def set_calls_per_step(module: nn.Module, calls: int) -> None:
-    """Set the number of calls per optimizer step (views x micro-batches) of every grouped BN layer."""
+def set_calls_per_step(module: nn.Module, views: int, micro_batches: int = 1, views_outside: bool = False) -> None:
+    """Set how often every grouped BN layer is called in an optimizer step: once per view and micro-batch.
+
+    Args:
+        views: V, the views that the network encodes one after the other.
+        micro_batches: m, per view.
+        views_outside: all micro-batches of the first view come first, then those of the second; else all views of the
+            first micro-batch.
+    """
     for layer in module.modules():
         if isinstance(layer, GroupedBatchNorm):
-            layer.calls_per_step, layer.call = calls, 0
+            layer.views, layer.micro_batches, layer.views_outside = views, micro_batches, views_outside
+            layer.call = 0
             layer.compiled_call.zero_()

@@ -15,6 +15,7 @@ from moco.data.base import Sources
 from moco.data.opening import open_sources
 from moco.distributed import on_rank_zero, world_size, wrap_ddp
 from moco.methods.build import build_method
+from moco.models.norm import set_calls_per_step
 from moco.runs.checkpoint import Checkpoint
 from moco.runs.directory import open_run
 from moco.runtime.memory import explain_out_of_memory
@@ -61,6 +62,12 @@ def choose_precision(
     if state and config.precision == "auto":
         return state.get("precision", "fp32"), "as before"
     return on_rank_zero(lambda: pick_precision(config.precision, encoder, config.augment.size, device))
+
+
+def set_batch_norm_calls(method: Any, accumulate: int) -> None:
+    """Tell the grouped BN layers how often a step calls them. Keys are encoded view by view; see `train_step`."""
+    for name, network in method.named_children():
+        set_calls_per_step(network, method.passes, accumulate, views_outside=name == "momentum_encoder")
 
 
 def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> nn.Module:

@@ -37,7 +37,6 @@ from moco.distributed import (
     world_size,
 )
 from moco.interop.encoder_file import save_encoder
-from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr
 from moco.runs import checkpoint
@@ -177,7 +176,7 @@ class Trainer:
     def _train(self) -> None:
         """Start to read batches, evaluate before the first step, and take the steps."""
         config, train = self.config, self.sources.train
-        set_calls_per_step(self.method, self.method.passes * config.accumulate)
+        build.set_batch_norm_calls(self.method, config.accumulate)
         self.method.train()
         note = self.unreadable.note if self.unreadable else None
         if self.metrics_log:

@@ -15,7 +15,7 @@ from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size, wrap_ddp
 from moco.models.encoder import build_encoder
-from moco.models.norm import set_calls_per_step
+from moco.training.build import set_batch_norm_calls
 from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
 
@@ -44,8 +44,7 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict
     encoder = build_encoder("convnet", {"width": 4}, 2, 0, 16, bn, GROUP)  # type: ignore[arg-type]
     method = MoCo(smooth(encoder), KeyQueue(80, 16), 0.2, symmetric)  # 80: the ring wraps around within a batch
     broadcast_module(method)
-    for each in (method.encoder, method.momentum_encoder):
-        set_calls_per_step(each, len(method.directions) * accumulate)
+    set_batch_norm_calls(method, accumulate)
     forward = wrap_ddp(method, CPU)
     optimizer = torch.optim.SGD(method.encoder.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

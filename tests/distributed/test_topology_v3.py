@@ -11,7 +11,7 @@ from moco.data.loader import Batch
 from moco.distributed import average_running_statistics, broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
-from moco.models.norm import set_calls_per_step
+from moco.training.build import set_batch_norm_calls
 from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_topology import largest_difference, smooth
@@ -34,7 +34,7 @@ def trajectory(bn: Any, accumulate: int, shuffle: bool) -> dict[str, Any]:
     encoder = smooth(build_encoder("convnet", {"width": 4}, 2, 24, 8, bn, GROUP, head_norm=True))
     method = Recording(encoder, smooth(build_predictor(8, 24, 2, True, bn, GROUP)), temperature=1.0)
     broadcast_module(method)
-    set_calls_per_step(method, method.passes * accumulate)
+    set_batch_norm_calls(method, accumulate)
     forward = wrap_ddp(method, torch.device("cpu"))
     trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.0, momentum=0.9, weight_decay=1e-4)

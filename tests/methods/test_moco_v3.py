@@ -211,6 +211,10 @@ def test_steps_with_batch_norm_follow_the_paper() -> None:
         for mine, theirs in ((ours.encoder, f_q), (ours.predictor, predictor), (ours.momentum_encoder, f_k)):
             for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+            official = dict(theirs.named_buffers())  # two calls of each BN per step, so two moves of its statistics
+            for name, buffer in mine.named_buffers():
+                if name in official:  # not the counter of compiled code
+                    torch.testing.assert_close(buffer, official[name], rtol=1e-3, atol=1e-4)
 
 
 # ---- symmetries and closed forms ----

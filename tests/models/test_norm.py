@@ -149,13 +149,74 @@ def test_half_precision_keeps_its_type_and_float32_statistics() -> None:
     torch.testing.assert_close(of(ours, "running_var"), of(exact, "running_var"), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("kind", ["grouped", "sync", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_statistics_have_the_wider_of_float32_and_the_type_of_the_input(
+    kind: BatchNormKind, dtype: torch.dtype
+) -> None:
+    """A network in float64 trains and is evaluated in float64: exact to 1e-12, not to float32's 1e-7."""
+    network = convert_batch_norm(nn.Sequential(official()), kind, N).to(dtype)
+    exact = official().double()
+    for seed in range(2):
+        x = images(seed).to(dtype)
+        out, expected = network(x), exact(x.double())
+        assert out.dtype == dtype
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+        out.square().sum().backward()
+    layer = next(iter(network.children()))
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(of(layer, name).double(), of(exact, name), rtol=tolerance, atol=tolerance)
+    out, expected = network.eval()(images(5).to(dtype)), exact.eval()(images(5).double())
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_synchronized_statistics_keep_float64() -> None:
+    """The code for several processes, in one."""
+    ours, exact = grouped(official(), 0).double(), official().double()
+    torch.testing.assert_close(
+        ours._normalize_sync(images(0).double()), exact(images(0).double()), rtol=1e-12, atol=1e-12
+    )
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(of(ours, name), of(exact, name), rtol=1e-12, atol=1e-12)
+
+
 # ---- several calls a step ----
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("views_outside", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_views_move_the_statistics_as_calls_of_batch_norm(
+    views: int, micro_batches: int, views_outside: bool, compiled: bool
+) -> None:
+    """One call of torch's BN per view, with the mean over the view's groups; whatever the order of the calls."""
+    ours = grouped(official())
+    set_calls_per_step(ours, views, micro_batches, views_outside)
+    call = torch.compile(ours, backend="eager", fullgraph=True) if compiled else ours
+    expected = {name: of(ours, name).clone() for name in ("running_mean", "running_var")}
+    for step in range(3):
+        batches = [images(10 * step + view) for view in range(views)]
+        for x in batches:
+            each = [official() for _ in range(N // GROUP)]
+            for layer, group in zip(each, x.split(GROUP), strict=True):
+                layer.load_state_dict(expected | {"num_batches_tracked": torch.tensor(0)}, strict=False)
+                layer(group)
+            expected = {name: torch.stack([of(layer, name) for layer in each]).mean(dim=0) for name in expected}
+        calls = [(view, part) for view in range(views) for part in range(micro_batches)]
+        for view, part in calls if views_outside else sorted(calls, key=lambda each: each[1]):
+            call(batches[view].split(N // micro_batches)[part])
+        for name, value in expected.items():
+            torch.testing.assert_close(of(ours, name), value, rtol=1e-5, atol=1e-6)
+        assert of(ours, "num_batches_tracked").item() == views * (step + 1)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("calls", [1, 3])
 def test_micro_batches_equal_one_call(calls: int) -> None:
     global_batch, parts = grouped(official()), grouped(official())
-    set_calls_per_step(parts, calls)
+    set_calls_per_step(parts, 1, calls)
     for seed in range(3):
         expected = global_batch(images(seed))
         out = torch.cat([parts(part) for part in images(seed).split(N // calls)])
@@ -166,7 +227,7 @@ def test_micro_batches_equal_one_call(calls: int) -> None:
 
 def test_evaluation_between_steps_does_not_change_the_count() -> None:
     global_batch, parts = grouped(official()), grouped(official())
-    set_calls_per_step(parts, 2)
+    set_calls_per_step(parts, 1, 2)
     for seed in range(2):
         global_batch(images(seed))
         for part in (images(seed)[:8], images(seed)[8:]):
@@ -181,9 +242,9 @@ def test_evaluation_between_steps_does_not_change_the_count() -> None:
 
 def test_set_calls_reaches_every_layer() -> None:
     network = convert_batch_norm(torchvision.models.resnet18(weights=None), "grouped", 2)
-    set_calls_per_step(network, 6)
-    calls = [layer.calls_per_step for layer in network.modules() if isinstance(layer, GroupedBatchNorm)]
-    assert calls == [6] * 20
+    set_calls_per_step(network, 2, 3)
+    calls = [(layer.views, layer.micro_batches) for layer in network.modules() if isinstance(layer, GroupedBatchNorm)]
+    assert calls == [(2, 3)] * 20
 
 
 @pytest.mark.parametrize("kind", ["grouped", "sync", "batch"])
@@ -191,7 +252,7 @@ def test_untracked_calls_change_nothing(kind: BatchNormKind) -> None:
     """Statistics, counters and the count of calls are the same bits: in the middle of a step, and after an error."""
     network = convert_batch_norm(nn.Sequential(official(), nn.ReLU(), official(0.3)), kind, GROUP)
     network.add_module("plain", nn.BatchNorm2d(C, track_running_stats=False))  # nothing to keep
-    set_calls_per_step(network, 3)
+    set_calls_per_step(network, 1, 3)
     network(images(0))  # a step of three calls has begun
     before = {name: x.clone() for name, x in network.state_dict().items()}
     calls = [layer.call for layer in network.modules() if isinstance(layer, GroupedBatchNorm)]

@@ -17,8 +17,8 @@ from moco.distributed import broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
 from moco.methods.simclr import SimCLR
 from moco.models.encoder import build_encoder
-from moco.models.norm import set_calls_per_step
 from moco.runtime.errors import NonFiniteLoss
+from moco.training.build import set_batch_norm_calls
 from moco.training.monitor import Monitor, _across_groups
 from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
@@ -66,7 +66,7 @@ class Steps:
             return found
 
         broadcast_module(method)
-        set_calls_per_step(method, method.passes * accumulate)
+        set_batch_norm_calls(method, accumulate)
         self.forward = wrap_ddp(method, CPU)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.plan = Plan(SAMPLES, BATCH, 9, 0, rank(), world_size())
