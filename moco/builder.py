@@ -88,6 +88,13 @@ class KeyQueue(nn.Module):
         self.index[slots] = index[dropped:]
         self.count += len(keys)
 
+    @torch.no_grad()
+    def load(self, keys: Tensor) -> None:
+        """Fill the queue with keys (K, C) of unknown images, the oldest first; they are normalized."""
+        self.keys.copy_(unit_length(keys))
+        self.index.fill_(UNKNOWN)
+        self.count.fill_(self.size)
+
     def filled(self) -> int:
         """Return the number of entries that hold the key of an image."""
         return min(int(self.count), self.size)

@@ -173,7 +173,8 @@ class TrainConfig(ComputeConfig):
     """Directory of the run. If it holds an unfinished run, that run resumes."""
     init_from: str = ""
     """File with the weights from which the encoder starts: one of our checkpoints, encoder.safetensors, or a file of
-    another project, such as official MoCo. It is not read again when the run resumes."""
+    another project, such as official MoCo. The head, predictor and queue are loaded too if they fit. It is not read
+    again when the run resumes."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of the initial weights, the order of the samples and all augmentations."""
     epochs: int = bounded(200, ge=1)

@@ -1,15 +1,16 @@
 """Read an encoder from a file: its network, its weights, and how images are preprocessed for it.
 
 Layouts are recognized by their keys: checkpoints and encoder.safetensors of this project; facebookresearch/moco v1 and
-v2 (`module.encoder_q.*`); facebookresearch/moco-v3 (`module.base_encoder.*`); modules of lightly and solo-learn
+v2 (`module.encoder_q.*`) and its CIFAR-10 notebook (`encoder_q.net.N.*`); facebookresearch/moco-v3
+(`module.base_encoder.*`); modules of lightly and solo-learn
 (`backbone.*`); plain state dicts of a backbone, such as torchvision's and timm's.
 """
 
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moco.files import cause
-from moco.interop.foreign import MOCO_V2, MOCO_V3, PLAIN, layout_of, torchvision_named
+from moco.interop.foreign import NOTEBOOK, OFFICIAL, PLAIN, Layout, layout_of, torchvision_named
 from moco.interop.weights import save_weights
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
@@ -51,6 +52,10 @@ class EncoderFile:
     step: int = 0  # optimizer steps of its training; 0: unknown
     images: dict[str, Any] = field(default_factory=dict)  # size, resize, mean and std of evaluation
     config: dict[str, Any] = field(default_factory=dict)  # of the run; empty in files of other projects
+    predictor: dict[str, Tensor] = field(default_factory=dict)  # weights of MoCo v3's predictor
+    queue: Tensor | None = None  # (K, C), keys of images
+    oldest: int = 0  # the row of the oldest key
+    unused: tuple[str, ...] = ()  # names of other parts with weights
 
 
 def read_encoder(
@@ -129,7 +134,7 @@ def load_all(module: nn.Module, weights: State, complaint: str) -> None:
     """
     wanted, found = _shapes(module.state_dict()), _shapes(weights)
     common = sorted(wanted.keys() & found.keys())
-    if invalid := [name for name in common if not _is_valid(weights[name])]:
+    if invalid := [name for name in common if not is_valid(weights[name])]:
         raise ForeignFileError(
             f"{complaint}: {len(invalid)} weights are not finite numbers in a plain floating-point tensor "
             f"({_some(invalid)})"
@@ -147,11 +152,17 @@ def load_all(module: nn.Module, weights: State, complaint: str) -> None:
     module.load_state_dict(dict(weights), strict=False)
 
 
+def _under(prefix: str, state: State) -> dict[str, Tensor]:
+    """Return the weights whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def _shapes(state: State) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
-def _is_valid(tensor: Tensor) -> bool:
+def is_valid(tensor: Tensor) -> bool:
+    """Return whether a tensor is a plain one of finite floating-point numbers."""
     plain = tensor.layout == torch.strided and tensor.is_floating_point() and not tensor.is_meta
     return plain and bool(torch.isfinite(tensor).all())
 
@@ -202,16 +213,17 @@ def _load(path: Path) -> dict[str, Any]:
 def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     try:
         config, method, model = state["config"], state["method"], state["config"]["model"]
-        backbone, head = (
-            {key.removeprefix(prefix): value for key, value in method.items() if key.startswith(prefix)}
-            for prefix in (f"{weights}.backbone.", f"{weights}.head.")
-        )
+        backbone, head = (_under(prefix, method) for prefix in (f"{weights}.backbone.", f"{weights}.head."))
         name, options, step, images = str(model["backbone"]), dict(model["options"]), state["step"], images_of(config)
+        keys, count = method.get("queue.keys"), _integer(method.get("queue.count")) or 0
     except (KeyError, TypeError, AttributeError) as error:
         raise ForeignFileError(f"{path} is not a complete checkpoint of moco.train ({error!r})") from error
     if not backbone:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
-    return EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
+    file = EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
+    if keys is not None and 0 < len(keys) <= count:
+        file = replace(file, queue=keys, oldest=count % len(keys))
+    return replace(file, predictor=_under("predictor.", method))
 
 
 def _foreign(
@@ -233,10 +245,12 @@ def _foreign(
         backbone = arch  # official files use the same names as this project
     elif layout == PLAIN:
         _refuse_unknown_heads(path, backbone)
-    inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    inside = torchvision_named(_under(prefix, tensors))
     head = {key: value for key, value in inside.items() if _is_head(key)}
     body = torchvision_named({key: value for key, value in inside.items() if key not in head})
-    official = layout in (MOCO_V2, MOCO_V3)
+    official = layout in OFFICIAL
+    if layout == NOTEBOOK:
+        options = {"stem": "cifar"} | options
     small_stem = "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
     if small_stem and not official and layout != PLAIN:
         raise ForeignFileError(
@@ -246,7 +260,33 @@ def _foreign(
     plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if official else {}
     if set(plain_head) == {"weight", "bias"}:  # v1 has one linear layer, without a number
         plain_head = {f"0.{key}": value for key, value in plain_head.items()}
-    return EncoderFile(str(path), layout.name, backbone, options, body, plain_head)
+    file = EncoderFile(str(path), layout.name, backbone, options, body, plain_head)
+    return _with_other_parts(file, layout, tensors, () if official else head)
+
+
+def _with_other_parts(file: EncoderFile, layout: Layout, tensors: State, unread: Collection[str]) -> EncoderFile:
+    """Return the file with what it holds besides encoders: an official predictor and queue, and names of the rest.
+
+    `unread` are the weights of the encoder that `file` lacks.
+    """
+    encoders = (layout.encoder, layout.momentum_encoder) if layout != PLAIN else ()
+    others = {name: value for name, value in tensors.items() if layout != PLAIN and not name.startswith(encoders)}
+    predictor, queue, oldest = dict[str, Tensor](), None, 0
+    if layout in OFFICIAL:
+        keys, pointer = others.pop("queue", None), _integer(others.pop("queue_ptr", None))
+        if keys is not None and keys.dim() == 2 and pointer is not None:
+            queue, oldest = keys.T, pointer  # (C, K) there
+        predictor = _under("predictor.", others)
+        others = {name: value for name, value in others.items() if not name.startswith("predictor.")}
+    unused = tuple(sorted({name.split(".")[0] for name in [*others, *unread]}))
+    return replace(file, predictor=predictor, queue=queue, oldest=oldest, unused=unused)
+
+
+def _integer(tensor: Tensor | None) -> int | None:
+    """Return the value of an integer tensor with one element; None for anything else."""
+    if tensor is None or tensor.numel() != 1 or tensor.dtype != torch.int64 or tensor.is_meta:
+        return None
+    return int(tensor)
 
 
 def images_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,12 +15,13 @@ class Layout(NamedTuple):
     momentum_encoder: str
 
 
+NOTEBOOK = Layout("official MoCo CIFAR-10 notebook", "encoder_q.net.", "encoder_k.net.")
 MOCO_V2 = Layout("official MoCo v1/v2", "encoder_q.", "encoder_k.")
 MOCO_V3 = Layout("official MoCo v3", "base_encoder.", "momentum_encoder.")
+OFFICIAL = (NOTEBOOK, MOCO_V2, MOCO_V3)
 PLAIN = Layout("plain state dict", "", "")
 _LAYOUTS = (
-    MOCO_V2,
-    MOCO_V3,
+    *OFFICIAL,
     Layout("solo-learn", "backbone.", "momentum_backbone."),
     Layout("lightly", "backbone.", "backbone_momentum."),
     Layout("solo-learn before 2022", "encoder.", "momentum_encoder."),
@@ -30,6 +31,9 @@ _FIRST_LAYERS = ("encoder.conv1.weight", "encoder.patch_embed.proj.weight")
 
 # nn.Sequential(*list(resnet.children())[:-1]), as in lightly's examples; ReLU (2) and pooling (3, 8) have no weights.
 _CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# The children of the notebook's ResNet: no max-pooling, but nn.Flatten (8) before the last layer.
+_NOTEBOOK_CHILDREN = {"0": "conv1", "1": "bn1", "3": "layer1", "4": "layer2", "5": "layer3", "6": "layer4", "9": "fc"}
+_NUMBERINGS = (_CHILDREN, _NOTEBOOK_CHILDREN)
 
 
 def layout_of(names: Collection[str]) -> Layout:
@@ -47,6 +51,7 @@ def layout_of(names: Collection[str]) -> Layout:
 def torchvision_named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of a ResNet with numbered layers as torchvision does; leave other weights unchanged."""
     numbers = {name.split(".")[0] for name in state}
-    if numbers != _CHILDREN.keys():
+    names = next((each for each in _NUMBERINGS if numbers == each.keys()), None)
+    if names is None:
         return dict(state)
-    return {re.sub(r"^\d+", lambda number: _CHILDREN[number[0]], name): value for name, value in state.items()}
+    return {re.sub(r"^\d+", lambda number: names[number[0]], name): value for name, value in state.items()}

@@ -5,15 +5,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moco.builder import KeyQueue
 from moco.config import ConfigError, TrainConfig, require
-from moco.interop.encoder_file import EncoderFile, ForeignFileError, State, build, load_all, read_encoder
+from moco.interop.encoder_file import EncoderFile, ForeignFileError, State, build, is_valid, load_all, read_encoder
 
 
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     """Load the weights of `config.init_from` into the encoder and, if there is one, the momentum encoder.
 
     All weights of the backbone come from the file. The momentum encoder gets its own weights from a file with both
-    networks. A head whose shapes differ keeps its random weights.
+    networks. A head whose shapes differ keeps its random weights. The predictor and a full queue of the same size are
+    loaded too, if the head is: they belong to its embedding. The keys of the queue then show no image of this run.
 
     `config.model` describes the network if the file does not.
 
@@ -47,7 +49,43 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     loaded = "backbone and head" if with_head else f"backbone; the head {reason} and has random weights"
     source = "the same" if momentum_file is file else "its own"
     momentum = f"; momentum encoder from {source} weights" if len(networks) > 1 else ""
-    return f"starting from {path} ({file.layout}: {file.backbone}): {loaded}{momentum}"
+    others = _load_predictor(method, file, with_head, complaint) + _load_queue(method, file, with_head)
+    others += f"; not used: {', '.join(file.unused)}" if file.unused else ""
+    return f"starting from {path} ({file.layout}: {file.backbone}): {loaded}{momentum}{others}"
+
+
+def _load_predictor(method: nn.Module, file: EncoderFile, with_head: bool, complaint: str) -> str:
+    """Load the predictor, if the method has one that fits. Return what to report."""
+    predictor: nn.Module | None = getattr(method, "predictor", None)
+    wanted = predictor is not None and bool(predictor.state_dict())
+    if predictor is not None and wanted and file.predictor and with_head and _fits(predictor, file.predictor):
+        load_all(predictor, file.predictor, complaint)
+        return "; predictor from the file"
+    if file.predictor:
+        reason = "it or the head does not fit" if wanted else "the method has none"
+        return f"; the predictor in the file is not used ({reason})"
+    return "; the predictor is not in the file and has random weights" if wanted else ""
+
+
+def _load_queue(method: nn.Module, file: EncoderFile, with_head: bool) -> str:
+    """Load the queue, if the method has one of its size. Return what to report."""
+    queue: KeyQueue | None = getattr(method, "queue", None)
+    keys = file.queue
+    if keys is None:
+        return ""
+    problem = ""
+    if queue is None:
+        problem = "the method has none"
+    elif keys.shape != queue.keys.shape:
+        problem = f"it is {' x '.join(map(str, keys.shape))}, not {queue.size} x {queue.keys.shape[1]}"
+    elif not with_head:
+        problem = "the head does not fit"
+    elif not is_valid(keys):
+        problem = "its keys are not finite numbers"
+    if problem or queue is None:
+        return f"; the queue in the file is not used ({problem})"
+    queue.load(keys.roll(-file.oldest, 0))
+    return "; queue from the file"
 
 
 def _read(path: Path, config: TrainConfig, weights: str) -> EncoderFile:

@@ -1,18 +1,21 @@
 """Starting a run from a published encoder: it has the same features, and other networks are refused."""
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.builder import KeyQueue, MoCo
+from moco.builder import UNKNOWN, KeyQueue, MoCo
 from moco.config import ConfigError, TrainConfig
 from moco.interop.encoder_file import ForeignFileError, read_encoder, save_encoder
 from moco.methods.moco_config import MoCoConfig
-from moco.models.encoder import build_encoder, projection_head
+from moco.methods.moco_v3 import MoCoV3
+from moco.models.encoder import build_encoder, build_predictor, projection_head
 from moco.runs import checkpoint
 from moco.training.init_from import load_initial_weights
 from moco.training.trainer import pretrain
@@ -71,6 +74,101 @@ def test_both_networks_of_an_official_file(tmp_path: Path, fits: bool) -> None:
         assert "the head does not fit and has random weights" in line
         assert torch.equal(new.encoder.get_parameter(weight), before.encoder.get_parameter(weight))
         assert torch.equal(new.momentum_encoder.get_parameter(weight), before.encoder.get_parameter(weight))
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers", "line"),
+    [
+        (16, 2, "; queue from the file"),
+        (24, 2, "; the queue in the file is not used (it is 24 x 8, not 16 x 8)"),
+        (16, 1, "; the queue in the file is not used (the head does not fit)"),
+        (0, 2, "momentum encoder from its own weights"),
+    ],
+)
+def test_the_queue_of_an_official_file(tmp_path: Path, keys: int, layers: int, line: str) -> None:
+    """Stored as (C, K) with a pointer to the oldest key; here the oldest key is replaced first."""
+    path = official(tmp_path / "moco.pth.tar", projection_head(512, 0, 8, 2))
+    queue = F.normalize(torch.randn(8, keys, generator=torch.Generator().manual_seed(0)), dim=0)
+    if keys:
+        file = torch.load(path)
+        file["state_dict"] |= {"module.queue": queue, "module.queue_ptr": torch.tensor([5])}
+        torch.save(file, path)
+    config = configured(path)
+    new = method(config, layers)
+    before = new.queue.keys.clone()
+    assert load_initial_weights(config, new).endswith(line)
+    if "from the file" not in line:
+        assert torch.equal(new.queue.keys, before)
+        return
+    torch.testing.assert_close(new.queue.keys, queue.T.roll(-5, 0))
+    assert new.queue.filled() == 16
+    assert new.queue.index.eq(UNKNOWN).all()
+    new.queue.enqueue(torch.ones(1, 8), torch.tensor([3]))
+    torch.testing.assert_close(new.queue.keys[1:], queue.T.roll(-5, 0)[1:])  # the oldest is gone
+
+
+def test_the_queue_of_our_checkpoint_is_loaded_once_it_is_full(tmp_path: Path) -> None:
+    config = configured(tmp_path / "x.pt")
+    old = method(config)
+    for step, enqueued in ((1, 10), (2, 16)):
+        old.queue.enqueue(F.normalize(torch.randn(enqueued, 8)), torch.arange(enqueued))
+        state = {"config": asdict(config), "method": old.state_dict(), "step": step}
+        config.init_from = str(checkpoint.save(tmp_path, step, state, keep_last=9))
+        new = method(config)
+        assert ("queue from the file" in load_initial_weights(config, new)) == (step == 2)
+    torch.testing.assert_close(new.queue.keys, old.queue.keys.roll(-10, 0))
+
+
+@pytest.mark.parametrize(("hidden", "taken"), [(16, True), (24, False)])
+def test_the_predictor_of_an_official_v3_file(tmp_path: Path, hidden: int, taken: bool) -> None:
+    head, predictor = projection_head(512, 16, 8, 2, norm=True), build_predictor(8, hidden, 2, False, "batch", 0)
+    state: dict[str, Tensor] = {}
+    for name in ("base_encoder", "momentum_encoder"):
+        state |= prefixed(f"module.{name}.", trained().state_dict() | prefixed("fc.", head.state_dict()))
+    state |= prefixed("module.predictor.", predictor.state_dict())
+    path = saved(tmp_path / "v3.pth.tar", {"arch": "resnet18", "state_dict": state})
+    config = configured(path)
+    encoder = build_encoder("resnet18", {}, 2, 16, 8, "sync", 0, head_norm=True)
+    new = MoCoV3(encoder, build_predictor(8, 16, 2, False, "sync", 0))
+    line = load_initial_weights(config, new)
+    assert ("; predictor from the file" in line) == taken
+    assert ("the predictor in the file is not used" in line) != taken
+    assert torch.equal(new.predictor.state_dict()["0.weight"], predictor.state_dict()["0.weight"]) == taken
+    line = load_initial_weights(config, method(config))
+    assert "the predictor in the file is not used (the method has none)" in line
+
+
+def test_the_checkpoint_of_the_official_notebook(tmp_path: Path) -> None:
+    """`encoder_q.net.N.*`: the children of a CIFAR ResNet-18 without max-pooling, and the linear layer as number 9."""
+    state: dict[str, Tensor] = {}
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 3, "layer2": 4, "layer3": 5, "layer4": 6}
+    networks, head = [trained(options={"stem": "cifar"}, seed=each) for each in (0, 1)], nn.Linear(512, 8)
+    for encoder, network in zip(("encoder_q", "encoder_k"), networks, strict=True):
+        for name, value in network.state_dict().items():
+            layer, rest = name.split(".", 1)
+            state[f"{encoder}.net.{numbers[layer]}.{rest}"] = value
+        state |= prefixed(f"{encoder}.net.9.", head.state_dict())
+    state |= {"queue": F.normalize(torch.randn(8, 16), dim=0), "queue_ptr": torch.zeros(1, dtype=torch.long)}
+    path = saved(tmp_path / "model_last.pth", {"epoch": 200, "state_dict": state, "optimizer": {}})
+    config = configured(path, options={"stem": "cifar"})
+    new = method(config, head_layers=1)
+    line = load_initial_weights(config, new)
+    assert "official MoCo CIFAR-10 notebook: resnet18): backbone and head" in line
+    assert line.endswith("queue from the file")
+    for mine, theirs in zip((new.encoder, new.momentum_encoder), networks, strict=True):
+        torch.testing.assert_close(features(mine.get_submodule("backbone")), features(theirs))
+        assert torch.equal(mine.get_parameter("head.0.weight"), head.weight)
+    file = read_encoder(path, backbone="resnet18")
+    assert file.options == {"stem": "cifar"}
+    with pytest.raises(ForeignFileError, match="does not name its network"):
+        read_encoder(path)
+
+
+def test_parts_that_are_not_read_are_named(tmp_path: Path) -> None:
+    state = prefixed("backbone.", trained().state_dict()) | {"projector.0.weight": torch.ones(2, 2)}
+    state |= {"classifier.weight": torch.ones(2, 2), "backbone.fc.weight": torch.ones(2, 2)}
+    config = configured(saved(tmp_path / "solo.ckpt", {"state_dict": state}))
+    assert load_initial_weights(config, method(config)).endswith("; not used: classifier, fc, projector")
 
 
 def test_a_file_with_one_network_initializes_both_encoders(tmp_path: Path) -> None:
