@@ -27,6 +27,9 @@ class SourceConfig:
     """For `folder` with labels: a separate folder of held-out images with the same class folders."""
     resident: bool = False
     """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images, of one size, decoded in memory."""
+    bits: int | None = bounded(None, ge=8, le=16)
+    """For images with 16 bits per channel: how many of them are used (12: 0 ... 4095 becomes black ... white). Null:
+    the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 images at equal distances; for `webdataset` 16."""
     workers: int = bounded(2, ge=0, le=256)
     """Loader processes per training process, for images that are not in memory; 0: load in the main process."""
     subset: str = ""

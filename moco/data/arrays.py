@@ -35,6 +35,7 @@ class ArraySource:
     classes: tuple[str, ...] = ()
     unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # rows without an image, black here
     stream: ClassVar[None] = None
+    bits: ClassVar[int] = 16
 
     def __len__(self) -> int:
         return len(self.images)

@@ -35,6 +35,11 @@ class Source(Protocol):
         """The class names; empty if unlabeled."""
 
     @property
+    def bits(self) -> int:
+        """The significant bits of images with 16 bits per channel, see `moco.data.depth`."""
+        return 16
+
+    @property
     def unreadable(self) -> Mapping[int, ImageError]:
         """The images in memory that could not be decoded (black in `images`); empty for every other source."""
         return {}
@@ -107,9 +112,14 @@ def names_digest(source: Source, with_size: bool = False) -> str:
     return sha.hexdigest()
 
 
-def entries_digest(entries: Iterable[list[Any]], head: str = "") -> str:
-    """Return the SHA-256 over `head` and one JSON list per image: the common part of `Source.content_digest`."""
+def entries_digest(entries: Iterable[list[Any]], head: str = "", bits: int = 16) -> str:
+    """Return the SHA-256 over `head` and one JSON list per image: the common part of `Source.content_digest`.
+
+    The digest depends on `bits` if they are not 16, because they change the pixels.
+    """
     sha = hashlib.sha256(head.encode())
+    if bits != 16:
+        sha.update(f"bits={bits}".encode())
     for entry in entries:
         sha.update(json.dumps(entry).encode())
     return sha.hexdigest()

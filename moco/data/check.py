@@ -96,7 +96,7 @@ def check_data(config: CheckDataConfig) -> None:
 
 
 def _facts(folder: FolderSource, i: int) -> ImageFacts:
-    return image_facts(folder.path(i))
+    return image_facts(folder.path(i), folder.bits)
 
 
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
@@ -136,6 +136,7 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         "data": asdict(config.data),
         "pictures": len(findings.sizes),
         "bytes": findings.bytes,
+        "bits": folders[0].bits,
         "unreadable": described(_FOLDER_FAULTS),
         "odd": described(ODDITIES),
         "duplicates": duplicates(folders, findings),

@@ -9,13 +9,14 @@ import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from moco.data.walk import BROKEN_LINK, IMAGE_FORMATS
 
@@ -68,7 +69,7 @@ class ImageError(ValueError):
         self.kind, self.reason = kind, reason or sentence
 
 
-def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(path: str | Path, max_pixels: int = MAX_PIXELS, bits: int = 16) -> Tensor:
     """Read an image file in any of `IMAGE_FORMATS`, upright (EXIF orientation applied), first frame only.
 
     JPEGs are decoded by torchvision: it takes a quarter less time than PIL and returns the same pixels, also for gray,
@@ -79,6 +80,7 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
         path: the file.
         max_pixels: the largest width x height. The header is checked before decoding, because a file of a few hundred
             kB can declare an image of several GB.
+        bits: significant bits of images with 16 bits per channel, see `moco.data.depth`: 2**bits - 1 becomes 255.
 
     Returns:
         uint8, shape (3, H, W), in red, green, blue. In memory the channels come last, as decoders write them: this
@@ -87,7 +89,7 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     Raises:
         ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, or not an image.
     """
-    return decode_bytes(path, read_bytes(path), max_pixels)
+    return decode_bytes(path, read_bytes(path), max_pixels, bits)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -104,12 +106,14 @@ def read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS, bits: int = 16) -> Tensor:
     """Decode the content of a file as `decode` does; `path` names it in errors."""
-    return decode_scaled(path, data, lambda height, width: 1, max_pixels).pixels
+    return decode_scaled(path, data, lambda height, width: 1, max_pixels, bits).pixels
 
 
-def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode_scaled(
+    path: str | Path, data: bytes, shrink: Shrink, max_pixels: int = MAX_PIXELS, bits: int = 16
+) -> Decoded:
     """Decode as `decode_bytes`, but possibly a large JPEG at a fraction of its size (libjpeg's scaled decoding).
 
     A pixel is then about the mean of factor x factor pixels of the full image.
@@ -118,7 +122,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
         path: names the file in errors.
         data: its content.
         shrink: called for JPEGs of at least `SCALED_FROM` pixels.
-        max_pixels: as for `decode`.
+        max_pixels, bits: as for `decode`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
@@ -132,8 +136,9 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, max_pixels: int
                 return scaled
             pixels = _decode_jpeg(path, data) if data.startswith(_JPEG) else None
             if pixels is None:
+                deep = bits < 16 and _is_deep_color(image)
                 image.load()
-                pixels = _pil_to_tensor(image)
+                pixels = _pil_to_tensor(_deep_color(image, data, bits) if deep else image, bits)
             return Decoded.full(pixels)
     except ImageError:
         raise
@@ -209,12 +214,65 @@ def _decode_jpeg(path: str | Path, data: bytes) -> Tensor | None:
         return None
 
 
-def _pil_to_tensor(image: Image.Image) -> Tensor:
+def highest_value(data: bytes) -> int:
+    """Return the highest value of an image of 16 bits per channel; 0 for another image, or one that is unreadable.
+
+    Of a TIFF in color only the upper bytes are read: the result is at most 255 too high.
+    """
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS or _stated_bits(image) < 16:
+            return 0
+        if _is_deep_color(image):
+            if image.format == "PNG":
+                return int(_decode_deep_png(data)[: 1 if image.mode == "LA" else 3].max())
+            return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
+        if image.mode.startswith("I"):
+            return int(np.asarray(image).max())
+    return 0
+
+
+def _is_deep_color(image: Image.Image) -> bool:
+    """Return whether an image that is not loaded has 16 bits per channel, of which PIL reads the upper 8 only."""
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
+    return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)
+
+
+def _stated_bits(image: Image.Image) -> int:
+    """Return the bits per channel that a TIFF states; 16 for other formats."""
+    return int(getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+
+
+def _decode_deep_png(data: bytes) -> NDArray[np.int32]:
+    """Return all bits of a PNG, (C, H, W)."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    values: NDArray[np.int32] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy().astype(np.int32)
+    return values
+
+
+def _deep_color(image: Image.Image, data: bytes, bits: int) -> Image.Image:
+    """Return an image with 16 bits per channel, of which the lower `bits` are used, with 8; raise a ValueError."""
+    if image.format != "PNG":
+        raise ValueError(
+            f"a {image.format} with 16 bits per color, of which only the upper 8 are read, but data.bits={bits}: "
+            "convert it to 8 bits, or to PNG"
+        )
+    values = _decode_deep_png(data)  # (C, H, W)
+    colors = len(values) - (len(values) in (2, 4))
+    _check_range("16-bit", values[:colors], 2**bits - 1)
+    # Opacity may fill the range of 16 bits, although the colors do not.
+    array = (np.minimum(values, 2**bits - 1) >> (bits - 8)).astype(np.uint8).transpose(1, 2, 0)  # (H, W, C)
+    small = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array, {2: "LA"}.get(array.shape[2]))
+    small.info = {name: value for name, value in image.info.items() if name in ("exif", "xmp")}
+    return small
+
+
+def _pil_to_tensor(image: Image.Image, bits: int = 16) -> Tensor:
     """Convert a loaded image of any mode to uint8 RGB (3, H, W)."""
+    stated = _stated_bits(image)
     with contextlib.suppress(Exception):  # broken EXIF data does not affect the pixels
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
-        image = _to_eight_bits(image)
+        image = _to_eight_bits(image, stated if 8 <= stated < 16 else bits)
     if image.has_transparency_data:
         # The color of transparent pixels is arbitrary (often black), and most such images are drawings, logos and
         # products made for a white page.
@@ -224,20 +282,24 @@ def _pil_to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Convert gray of 16 bits (modes I;16, I) or float (F, 0 ... 1) to 8 bits; PIL's own conversion saturates at 255.
+def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """Convert gray of up to 16 bits (modes I;16, I) or float (F, 0 ... 1) to 8 bits; PIL's conversion saturates at 255.
 
-    The scale depends on the format, never on the image: stretching each image to its own range would remove differences
-    in brightness between images. Values outside the range are refused.
+    The scale depends on the format and the data set, never on the image: stretching each image to its own range would
+    remove differences in brightness between images. Values outside the range are refused.
     """
     values = np.asarray(image)  # (H, W)
-    top = 1 if image.mode == "F" else 65535
-    if not (values.min() >= 0 and values.max() <= top):  # written so that NaN is refused too
-        raise ValueError(
-            f"its {image.mode} pixels are in {values.min()} ... {values.max()}, but only 0 ... {top} is supported; "
-            "convert it to 8 bits"
-        )
+    _check_range(image.mode, values, 1 if image.mode == "F" else 2**bits - 1)
     if image.mode == "F":
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
-    # The upper byte, as PIL and libpng do for 16-bit color, so that gray and color versions of an image agree.
-    return Image.fromarray((values >> 8).astype(np.uint8))
+    # The upper 8 of the bits, as PIL and libpng do for 16-bit color, so that gray and color versions of an image agree.
+    return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+
+
+def _check_range(kind: str, values: NDArray[Any], top: int) -> None:
+    if not (values.min() >= 0 and values.max() <= top):  # written so that NaN is refused too
+        wider = ", or set data.bits=16" if 1 < top < values.max() <= 65535 else ""
+        raise ValueError(
+            f"its {kind} pixels are in {values.min()} ... {values.max()}, but only 0 ... {top} is supported: "
+            f"convert it to 8 bits{wider}"
+        )

@@ -32,6 +32,7 @@ class FolderSource(Source):
     paths: NDArray[np.bytes_]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    bits: int = 16
     ignored: Mapping[str, int] = field(default_factory=dict)  # number of files that are not images, by kind
     unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
     broken: Mapping[str, str] = field(default_factory=dict)  # broken links without an image's name -> target
@@ -40,7 +41,7 @@ class FolderSource(Source):
         return len(self.paths)
 
     def image(self, i: int) -> Tensor:
-        return decode(self.path(i))
+        return decode(self.path(i), bits=self.bits)
 
     def name(self, i: int) -> str:
         return os.fsdecode(bytes(self.paths[i]))
@@ -58,7 +59,8 @@ class FolderSource(Source):
         return list(self.paths.tolist())
 
     def content_digest(self) -> str:
-        return entries_digest([self.name(i), *_size_and_time(self.path(i))] for i in range(len(self)))
+        entries = ([self.name(i), *_size_and_time(self.path(i))] for i in range(len(self)))
+        return entries_digest(entries, bits=self.bits)
 
 
 def _size_and_time(path: str) -> tuple[int, int]:

@@ -34,12 +34,13 @@ class HubSource(Source):
     rows: NDArray[np.int64]  # (N,), rows of the table
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    bits: int = 16
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def image(self, i: int) -> Tensor:
-        return decode_bytes(self.name(i), self.content(i))
+        return decode_bytes(self.name(i), self.content(i), bits=self.bits)
 
     def name(self, i: int) -> str:
         return f"{self.split}/{self.rows[i]}"
@@ -60,7 +61,7 @@ class HubSource(Source):
 
     def content_digest(self) -> str:
         # datasets' own hash of the table and of all operations on it
-        return entries_digest(([self.name(i)] for i in range(len(self))), str(self.table._fingerprint))
+        return entries_digest(([self.name(i)] for i in range(len(self))), str(self.table._fingerprint), self.bits)
 
 
 def open_hub(config: DataConfig) -> Sources:

@@ -16,7 +16,7 @@ TINY, LONG, HUGE = 8, 10, 50_000_000
 
 # Unusual properties that do not end a run, and how such an image is handled.
 ODDITIES = {
-    "16 bits": "the upper 8 bits of each value are used",
+    "16 bits": "scaled to 8 bits; data.bits gives the scale",
     "CMYK": "converted to RGB without its color profile",
     "palette": "converted to RGB",
     "transparent": "put on a white background; a band that a TIFF marks as alpha, such as infrared, counts as opacity",
@@ -46,13 +46,13 @@ class ImageFacts:
     reason: str = ""
 
 
-def image_facts(path: str) -> ImageFacts:
+def image_facts(path: str, bits: int = 16) -> ImageFacts:
     """Read and decode one file as training does, and return its properties."""
     try:
         data = read_bytes(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's: the relevant ones are among the facts
-            pixels = decode_bytes(path, data)
+            pixels = decode_bytes(path, data, bits=bits)
             form, odd = _header(data)
     except ImageError as error:
         return ImageFacts(fault=error.kind, reason=error.reason)

@@ -175,6 +175,7 @@ class Cutter:
             content = self.source.content(i)
             if content is None:
                 return None
-            return decode_scaled(self.source.name(i), content, partial(largest_shrink, self.views, uniforms))
+            shrink = partial(largest_shrink, self.views, uniforms)
+            return decode_scaled(self.source.name(i), content, shrink, bits=self.source.bits)
         except ImageError:  # source.image raises it again
             return None

@@ -62,6 +62,7 @@ class RemoteSource(Source):
     buffer: int  # images that a worker buffers to shuffle them
     labels: None = None
     classes: tuple[str, ...] = ()
+    bits: int = 16
 
     def __len__(self) -> int:
         return self.length
@@ -196,7 +197,7 @@ class _Stream(IterableDataset[Any]):
         while row < len(used):
             sample = next(samples)
             try:
-                image = decode_bytes(sample.name, sample.content)
+                image = decode_bytes(sample.name, sample.content, bits=self.source.bits)
             except ImageError as error:
                 if not self.replace:
                     raise

@@ -54,7 +54,7 @@ def encode(source: Source, i: int, short_side: int, quality: int) -> Encoded:
             pixels = source.image(i)  # (3, H, W)
             content, before = _encode_pixels(pixels, "PNG"), pixels.numel()
         else:
-            pixels, before = decode_bytes(source.name(i), content), len(content)
+            pixels, before = decode_bytes(source.name(i), content, bits=source.bits), len(content)
     except ImageError as error:
         return Encoded(fault=error.kind, reason=error.reason)
     if 0 < short_side < min(pixels.shape[1:]):

@@ -34,12 +34,13 @@ class ShardSource(Source):
     rows: NDArray[np.void]  # (N,) of `row_type`, mapped from the file
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
+    bits: int = 16
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def image(self, i: int) -> Tensor:
-        return decode_bytes(self.name(i), self.content(i))
+        return decode_bytes(self.name(i), self.content(i), bits=self.bits)
 
     def name(self, i: int) -> str:
         return os.fsdecode(bytes(self.rows["name"][i]))
@@ -68,7 +69,8 @@ class ShardSource(Source):
 
     def content_digest(self) -> str:
         return entries_digest(
-            [self.name(i), int(self.rows[i]["size"]), int(self.rows[i]["crc"])] for i in range(len(self))
+            ([self.name(i), int(self.rows[i]["size"]), int(self.rows[i]["crc"])] for i in range(len(self))),
+            bits=self.bits,
         )
 
     def _error(self, i: int, shard: str, kind: str, reason: str) -> ImageError:

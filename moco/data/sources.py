@@ -21,6 +21,7 @@ from moco.config.data import check_data_fields
 from moco.data.arrays import SPLIT_SEED, ArraySource, open_cifar, open_digits, open_stl10
 from moco.data.base import Progress, Source, Sources
 from moco.data.decode import ImageError
+from moco.data.depth import with_bits
 from moco.data.folder import FolderSource, open_folder, open_imagenet
 from moco.data.hub import open_hub
 from moco.data.keyed import BANK, permutation
@@ -77,6 +78,7 @@ def load_source(
     if kind.root and not config.root:
         raise FileNotFoundError(f"data.root is empty: set it to {kind.root}")
     found = kind.open(config, keep_unlistable=True) if keep_unlistable else kind.open(config)
+    found = with_bits(found, config)
     if not config.resident:
         return found
     decoded: dict[int, Source] = {}  # by identity, because train may be the bank as well

@@ -62,7 +62,7 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
             if row >= 0:
                 query = _tile(images, row, "query", marked=True)
             else:
-                query = Tile(_image_or_none(image_files([name]), 0), "query", name, marked=True)
+                query = Tile(_image_or_none(image_files([name], images.source.bits), 0), "query", name, marked=True)
             tiles = [_tile(images, each, f"{score:.3f}") for each, score in zip(near, similarities, strict=True)]
             yield Section(name, [query, *tiles])
 

@@ -51,9 +51,9 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     if outside:
         network = build_network(_encoder(config, index), about["features"], about["normalize"], device)
         transform = EvalTransform(**about["look"])
-        every = range(len(outside))
+        every, files = range(len(outside)), image_files(outside, index.images.source.bits)
         try:
-            parts = list(stream(network, image_files(outside), every, transform, device, config.images_at_once))
+            parts = list(stream(network, files, every, transform, device, config.images_at_once))
         except ImageError as error:
             raise ImageError(f"query: {error}") from error
         features[~known] = torch.cat(parts).cpu().numpy()
@@ -76,9 +76,10 @@ def _rows_of_files(images: ImageSet, files: list[str]) -> NDArray[np.int64]:
     return found
 
 
-def image_files(names: list[str]) -> FolderSource:
-    """Return any image files as a source."""
-    return FolderSource("", np.array([str(Path(name).absolute()).encode("utf-8", "surrogateescape") for name in names]))
+def image_files(names: list[str], bits: int) -> FolderSource:
+    """Return any image files as a source; for `bits` see `moco.data.depth`."""
+    paths = np.array([str(Path(name).absolute()).encode("utf-8", "surrogateescape") for name in names])
+    return FolderSource("", paths, bits=bits)
 
 
 def _encoder(config: SearchConfig, index: Embedding) -> EncoderFile:
