@@ -95,9 +95,9 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
     rows = max(1, ENTRIES_AT_ONCE // len(queue))
     shares = []
     for start in range(0, len(key), rows):
-        own = key[start : start + rows]
+        part = key[start : start + rows]
         candidates = None if negatives is None else negatives[start : start + rows] if len(negatives) > 1 else negatives
-        found = find_false_negatives(own, queue, threshold=threshold, candidates=candidates).sum(dim=1)
+        found = find_false_negatives(part, queue, threshold=threshold, candidates=candidates).sum(dim=1)
         shares.append(found / (len(queue) if candidates is None else candidates.sum(dim=1).clamp(min=1)))
     return torch.cat(shares) if shares else key.new_zeros(0)
 

@@ -33,7 +33,7 @@ def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> 
     """
     path = folder / f"{key}.npy"
     if not on_rank_zero(lambda: _is_complete(path, count, width)):
-        with ExitStack() as cleanup:  # of rank 0
+        with ExitStack() as cleanup:  # used on rank 0
             temporary = on_rank_zero(lambda: _create(path, count, width, cleanup))
             share = -(-count // world_size())
             mine = range(min(count, rank() * share), min(count, (rank() + 1) * share))
@@ -54,7 +54,7 @@ def _is_complete(path: Path, count: int, width: int) -> bool:
 
 
 def _create(path: Path, count: int, width: int, cleanup: ExitStack) -> Path:
-    """Create a file of zeros under a name of its own, which is removed at the end; its lock shows that it is in use."""
+    """Create a file of zeros with a unique name; `cleanup` removes it. Its lock shows that it is in use."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f"{path.name}.*.tmp"):
         try:

@@ -61,7 +61,7 @@ class Accuracy(NamedTuple):
 
 
 def nearest(
-    bank: Tensor, queries: Tensor, k: int, own: Tensor | None = None, bank_chunk: int = KnnSettings.bank_chunk
+    bank: Tensor, queries: Tensor, k: int, exclude: Tensor | None = None, bank_chunk: int = KnnSettings.bank_chunk
 ) -> tuple[Tensor, Tensor]:
     """Find each query's k nearest references by cosine, nearest first; of equally near ones, the lower row first.
 
@@ -71,21 +71,21 @@ def nearest(
     Args:
         bank, queries: features (M, D) and (Q, D) of any length and precision; they are normalized here.
         k: neighbors; more than M means all.
-        own: (Q,), each query's own row in the bank, which is not a neighbor.
+        exclude: (Q,), a row per query that is not a neighbor, such as its own.
         bank_chunk: references at once; memory is Q x (k + bank_chunk).
 
     Returns:
-        Similarity and row in the bank, each (Q, min(k, M)), or one neighbor fewer with `own` if k reaches M.
+        Similarity and row in the bank, each (Q, min(k, M)), or one neighbor fewer with `exclude` if k reaches M.
     """
-    k = min(k, len(bank) - (own is not None))
+    k = min(k, len(bank) - (exclude is not None))
     queries = F.normalize(queries.float(), dim=1)
     best = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for part in _chunks(len(bank), bank_chunk):
         similarity = queries @ F.normalize(bank[part].float(), dim=1).T  # (Q, chunk)
-        if own is not None:
-            inside = ((own >= part.start) & (own < part.stop)).nonzero().squeeze(1)
-            similarity[inside, own[inside] - part.start] = -torch.inf
+        if exclude is not None:
+            inside = ((exclude >= part.start) & (exclude < part.stop)).nonzero().squeeze(1)
+            similarity[inside, exclude[inside] - part.start] = -torch.inf
         values, found = largest(similarity, k)
         # Earlier chunks come first in the concatenation, so the lower row of equal ones stays first.
         best, at = largest(torch.cat([best, values], dim=1), k)

@@ -185,11 +185,11 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
     parts = {"weights": network.backbone.state_dict(), "look": asdict(transform), "layers": network.layers}
     parts |= {"network": task.subject.file.backbone, "pictures": on_rank_zero(lambda: source.content_digest())}
     folder = task.subject.output / "features"
-    with evaluation.monitored(network, len(source), description) as watched:
+    with evaluation.monitored(network, len(source), description) as forward:
 
         def compute(rows: Sequence[int]) -> Iterator[Tensor]:
             at_once, workers = task.config.images_at_once, task.data.workers
-            return stream(watched, source, rows, transform, task.device, at_once, workers)
+            return stream(forward, source, rows, transform, task.device, at_once, workers)
 
         try:
             return cached(folder, digest(parts)[:24], len(source), network.width, compute)

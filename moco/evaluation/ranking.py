@@ -8,7 +8,7 @@ from torch import Tensor
 
 BEST = 5  # classes per image
 NO_VOTE = -1
-_AT_ONCE = 2**24  # scores
+_AT_ONCE = 2**24  # scores in memory: 64 MiB of float32
 
 
 def rank_classes(scores: Tensor, votes: bool = False) -> Tensor:
@@ -16,7 +16,7 @@ def rank_classes(scores: Tensor, votes: bool = False) -> Tensor:
 
     Args:
         scores: (M, L); the first of equal scores counts.
-        votes: the scores are votes of neighbors: `NO_VOTE` replaces a class without a vote, after the first.
+        votes: the scores are votes of neighbors; `NO_VOTE` replaces each class without a vote except the best class.
     """
     classes = scores.shape[1]
     parts = []
@@ -36,8 +36,8 @@ def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tied = (top[:, k:] == edge).any(dim=1)  # more equal values than places
     if tied.any():
         some, edge = values[tied], edge[tied]
-        above, level = some > edge, some == edge
-        kept = above | (level & (level.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+        above, equal = some > edge, some == edge
+        kept = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
         at[tied] = kept.nonzero()[:, 1].view(-1, k)
     at = at.sort(dim=1).values
     top, order = values.gather(1, at).sort(dim=1, descending=True, stable=True)

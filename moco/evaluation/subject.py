@@ -65,8 +65,8 @@ def open_subject(config: SubjectConfig) -> Subject:
     build(file)  # refuses weights that do not fit before any image is searched for
     beside = Path(config.checkpoint).parent  # each encoder.safetensors of this project has a directory of its own
     by_name = Path("runs") / Path(config.checkpoint).name.split(".")[0]
-    own = beside if config.checkpoint and file.config and file.layout == "safetensors" else by_name
-    return Subject(file, Path(config.output or config.run or own), transform)
+    default = beside if config.checkpoint and file.config and file.layout == "safetensors" else by_name
+    return Subject(file, Path(config.output or config.run or default), transform)
 
 
 def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:

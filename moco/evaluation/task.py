@@ -142,7 +142,7 @@ def interval_note(seeds: int) -> str:
 def record_results(
     task: Task[Any], command: str, protocol: str, found: Sequence[Result], features: str = "backbone"
 ) -> Path:
-    """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call."""
+    """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call it."""
     shared = {"command": command, "protocol": protocol}
     shared |= describe(task.subject, task.config, task.train, task.held_out, features)
     entries = [shared | {"encoder": each.encoder} | each.details for each in found]
@@ -151,8 +151,8 @@ def record_results(
 
 def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:
     """Print the closing table: encoder, top-1, top-5, and a column for each item of `extra`."""
-    own = zip(*extra.values(), strict=True)
-    rows = [[each.encoder, each.accuracy(), percent(each.top5), *more] for each, more in zip(found, own, strict=True)]
+    added = zip(*extra.values(), strict=True)
+    rows = [[each.encoder, each.accuracy(), percent(each.top5), *more] for each, more in zip(found, added, strict=True)]
     table(title, ["encoder", "top-1 %", "top-5 %", *extra], rows, caption)
 
 

@@ -119,8 +119,8 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
     shown, references = images.shown, images.references
     queries = np.arange(min(config.queries, len(shown)))
     at = {int(row): i for i, row in enumerate(references.rows)} if references.source is shown.source else {}
-    own = np.array([at.get(int(shown.rows[i]), -1) for i in queries], np.int64)
-    scores, found = nearest(references.features, shown.features[queries], config.neighbours, own)
+    exclude = np.array([at.get(int(shown.rows[i]), -1) for i in queries], np.int64)
+    scores, found = nearest(references.features, shown.features[queries], config.neighbours, exclude)
     sections, same_label = [], 0
     for i, near, similarities in zip(queries.tolist(), found.tolist(), scores.tolist(), strict=True):
         label = shown.label(i)

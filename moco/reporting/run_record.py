@@ -129,8 +129,8 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
     if images is None and not math.isnan(run.steps_per_epoch):
         images = round(run.steps_per_epoch * run.get("batch_size", 1))  # at most one batch too low
     batch_size, epochs = run.get("batch_size", TrainConfig.batch_size), run.get("epochs", math.inf)
-    fixed = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
-    facts = facts_of(run.method, images or 2**62, batch_size, epochs, **fixed)
+    more = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
+    facts = facts_of(run.method, images or 2**62, batch_size, epochs, **more)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 
 

@@ -25,7 +25,7 @@ from moco.reporting.gallery import ImageSet
 
 FEATURES, PARTIAL, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
 _SELECTED = "features.tmp.npy"  # the readable rows of PARTIAL
-_ROWS_AT_ONCE = 65_536  # of a table or of features in memory at the same time
+_ROWS_AT_ONCE = 65_536  # rows of a table or of features in memory
 
 About = dict[str, Any]
 """The content of features.json: encoder, images and settings. progress.json also has the number of completed chunks."""

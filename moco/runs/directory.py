@@ -88,7 +88,7 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
 
 
 def _is_remnant(file: Path) -> bool:
-    """Return whether a kill left this file while a run was writing one of its files; evaluations write others."""
+    """Return whether this is a temporary file that a killed run left; those of evaluations have other names."""
     return any(file.match(f"{name}*.tmp") for name in ("config.yaml", METRICS, "encoder.safetensors", "views.png"))
 
 

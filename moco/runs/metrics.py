@@ -57,9 +57,9 @@ class MetricsLogger:
 
     def _restore(self) -> None:
         """Write metrics.jsonl again if it was removed; append to the file that replaced it, if there is one."""
-        own = os.fstat(self._file.fileno())
+        opened = os.fstat(self._file.fileno())
         replaced = self._path.exists()
-        if replaced and os.path.samestat(own, self._path.stat()):
+        if replaced and os.path.samestat(opened, self._path.stat()):
             return
         removed, self._file = self._file, self._open()
         with removed:

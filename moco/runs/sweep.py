@@ -56,7 +56,7 @@ def run_to_end(command: Sequence[str], log: Path | None = None) -> Ended:
 def _handling(handler: "signal._HANDLER") -> Iterator[None]:
     """Install a signal handler; Python allows that in the main thread only."""
     main = threading.current_thread() is threading.main_thread()
-    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # not under nohup
+    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup: ignored
     previous = {number: signal.signal(number, handler) for number in caught if main}
     try:
         yield

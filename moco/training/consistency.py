@@ -47,8 +47,8 @@ def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: 
 
 def refuse_other_settings(config: Mapping[str, Any]) -> None:
     """Raise ConfigError on every rank if the nested configuration of a rank differs from that of rank 0. Collective."""
-    own = {name: value for name, value in flatten(config).items() if name not in PER_MACHINE}
-    first, *others = all_gather_object(lambda: own)
+    settings = {name: value for name, value in flatten(config).items() if name not in PER_MACHINE}
+    first, *others = all_gather_object(lambda: settings)
     for rank, other in enumerate(others, start=1):
         differing = [
             f"{name} ({other.get(name)!r}, on rank 0 {first.get(name)!r})"

@@ -119,8 +119,8 @@ class Trainer:
         self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start, quiet=not is_rank_zero())
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
         self.metrics_log = MetricsLogger(self.path, self.start) if is_rank_zero() and unfinished else None
-        fixed = dict(lr=config.optim.lr, starts_trained=config.starts_trained, source=config.data.name)
-        facts = facts_of(config.method, self.plan.length, config.batch_size, config.epochs, **fixed)
+        settings = dict(lr=config.optim.lr, starts_trained=config.starts_trained, source=config.data.name)
+        facts = facts_of(config.method, self.plan.length, config.batch_size, config.epochs, **settings)
         self.doctor = Doctor(facts, self.path / "metrics.jsonl", self.display.log) if self.metrics_log else None
         self.saver = checkpoint.Saver(self.path / "checkpoints", config.checkpoint.keep_last)
         self.commit = commit() if is_rank_zero() else None
@@ -188,7 +188,7 @@ class Trainer:
         fix = training_fix(config.batch_size, world_size(), config.accumulate, on_gpu, self.precision)
         try:
             if self.doctor:
-                self.doctor.check()  # the settings
+                self.doctor.check()  # reports unsuitable settings before the first step
             with self.saver, explain_out_of_memory(self.device, fix), closing(stream):
                 self._stop_if_signaled()
                 self._evaluate_at_start()

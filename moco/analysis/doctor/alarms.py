@@ -38,7 +38,7 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
-MOST_LEFT = 0.5  # of the momentum encoder's initial weights; the digits end at 0.2 %, CIFAR-10 on a CPU at 0.001 %
+MOST_LEFT = 0.5  # share of the momentum encoder's initial weights at the end; digits: 0.002, CIFAR-10 on a CPU: 1e-5
 
 
 def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
@@ -160,7 +160,7 @@ def stale_queue(series: Series, facts: Facts) -> Alarm | None:
 
 MOST_DUPLICATES = 0.1  # share of the queries; the defect affects all of them, a collapsing run only some
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
-SOLVED = 0.99  # of the queries find their key; without shuffling over 99.9 % do (He et al., 2020, Fig. 5)
+SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. 5)
 
 
 def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
@@ -294,12 +294,12 @@ def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
-FEW_FOUND = 0.1  # of the keys, near the chance of a short queue; healthy runs find 15 % after three epochs
+FEW_FOUND = 0.1  # share of the keys found; chance is near it with a short queue; healthy runs reach 0.15
 NO_GAIN_ERRORS = 2.0  # standard errors of the retrieval
 
 
 def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
-    """Find a run that ends, or is long enough, without a sign of learning. For runs without another finding."""
+    """Find a run that shows no sign of learning at its end, or after enough epochs, if there is no other alarm."""
     accuracies, epochs = series.get("train/contrast_accuracy", ()), series.get("train/epoch", ())
     if not accuracies or not epochs or latest(series, "train/contrast_accuracy") >= FEW_FOUND:
         return None
@@ -315,13 +315,13 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
 
 
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
-    """Return by how much an evaluation exceeds that before the first step and its noise, in points, and a phrase."""
+    """Return the gain of an evaluation since the first step, minus its noise, in points; and a phrase about it."""
     values = series.get(name, ())
     if len(values) < 2:
         return math.nan, ""
     first, last = values[0], values[-1]
     noise = NO_GAIN
-    if name == "retrieval/retrieval":  # a share of some hundred images
+    if name == "retrieval/retrieval":  # a share of at most `instance_retrieval.MOST_IMAGES` images
         share = last / 100
         noise = NO_GAIN_ERRORS * 100 * math.sqrt(share * (1 - share) / min(facts.dataset_size, 1024))
     return last - first - noise, f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step)"

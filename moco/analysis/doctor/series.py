@@ -11,7 +11,7 @@ from typing import NamedTuple
 Series = Mapping[str, Sequence[float]]  # by the names in metrics.jsonl, in the order of recording; lengths may differ
 
 LATEST = 5  # records whose mean is the present value: single batches are noisy
-LATEST_MEASURES = 2  # the same for measures of thousands of keys: they are recorded rarely and have little noise
+LATEST_MEASURES = 2  # as LATEST, for measures of thousands of keys, which are recorded rarely and have little noise
 AT_CHANCE_COSINE = 0.05  # at chance: positives are closer than negatives by at most this (divided by T: nats) ...
 AT_CHANCE_SHARE = 0.02  # ... or by at most this share of the chance level, which is the tighter bound at a low T
 
@@ -26,8 +26,8 @@ class Facts(NamedTuple):
     keys_per_step: int  # of the global batch: images times directions
     mask_own_keys: bool = True
     supervised: bool = False  # the labels define the positives
-    epochs: float = math.inf  # of the complete run; inf if unknown, as its steps
-    total_steps: float = math.inf
+    epochs: float = math.inf  # of the complete run; inf if unknown
+    total_steps: float = math.inf  # of the complete run; inf if unknown
     lr: float = math.nan  # the configured peak; nan if unknown
     starts_trained: bool = False  # from published weights, or those of another run
     source: str = ""  # data.name
