@@ -24,7 +24,8 @@ class SourceConfig:
     labels: str = bounded("none", choices=("none", "folder"))
     """For `folder`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = ""
-    """For `folder` with labels: a separate folder of held-out images with the same class folders."""
+    """For `folder` with labels: a separate folder of held-out images. Its class folders have the names of
+    those in root; some may be missing."""
     resident: bool = False
     """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images, of one size, decoded in memory."""
     bits: int | None = bounded(None, ge=8, le=16)
@@ -41,7 +42,9 @@ class SourceConfig:
     image_column: str = ""
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
-    """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one."""
+    """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one. It has
+    one text, whole number, or true or false per image. Missing, empty, NaN and -1 mean unlabeled; a split whose images
+    are partly unlabeled is refused."""
 
 
 @dataclass

@@ -34,6 +34,7 @@ class ArraySource:
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
     unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # rows without an image, black here
+    ignored: Mapping[str, int] = field(default_factory=dict)  # files that are not images, see `Source.left_out`
     stream: ClassVar[None] = None
     bits: ClassVar[int] = 16
 
@@ -53,6 +54,9 @@ class ArraySource:
 
     def content(self, i: int) -> None:
         return None
+
+    def left_out(self) -> Mapping[str, int]:
+        return self.ignored
 
     def subset(self, rows: NDArray[np.int64]) -> "ArraySource":
         labels = None if self.labels is None else self.labels[rows]

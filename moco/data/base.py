@@ -72,6 +72,10 @@ class Source(Protocol):
             ImageError: if they cannot be read.
         """
 
+    def left_out(self) -> Mapping[str, int]:
+        """Return the number of files that were found and are no images by their names, by kind."""
+        return {}
+
     def subset(self, rows: NDArray[np.int64]) -> "Source":
         """Return the given images as a source, in the order of `rows`."""
 

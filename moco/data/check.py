@@ -19,13 +19,14 @@ from rich.table import Table
 
 from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
+from moco.data.contents import class_counts, opening_lines
 from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
 from moco.data.image_facts import ODDITIES, ImageFacts, image_facts
 from moco.data.sources import load_source
 from moco.data.workers import TASK, LoaderError, in_order
 from moco.files import write_errors, write_json
-from moco.runtime.console import Terminal, progress_bar
+from moco.runtime.console import Terminal, log, progress_bar
 from moco.runtime.provenance import provenance
 
 _FOLDER = "unreadable folder"
@@ -65,6 +66,8 @@ def check_data(config: CheckDataConfig) -> None:
     data = config.data
     sources = load_source(replace(data, resident=False), keep_unlistable=True)
     folders = [cast(FolderSource, each) for each in (sources.train, sources.held_out) if each is not None]
+    for line in opening_lines(sources):
+        log(line)
     total = sum(len(folder) for folder in folders)
     findings = Findings(config.listed, np.zeros((total, 2), np.int32), np.zeros(total, "V16"))
     row = 0
@@ -141,6 +144,7 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         "odd": described(ODDITIES),
         "duplicates": duplicates(folders, findings),
         "ignored": dict(ignored.most_common()),
+        "classes": {name: class_counts(each) for name, each in zip(("training", "held_out"), folders, strict=False)},
         "formats": dict(findings.formats.most_common()),
         "sizes": size_distribution(findings.sizes[findings.sizes[:, 0] > 0]),
     }

@@ -6,7 +6,7 @@ Legend: N images.
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from moco.config import DataConfig, RunWarning
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import decode, read_bytes
+from moco.data.labels import first_names, labels_of_split, read_labels
 from moco.data.walk import IMAGE_ENDINGS, walk
 from moco.distributed import is_rank_zero
 
@@ -51,6 +52,9 @@ class FolderSource(Source):
 
     def content(self, i: int) -> bytes:
         return read_bytes(self.path(i))
+
+    def left_out(self) -> Mapping[str, int]:
+        return self.ignored
 
     def subset(self, rows: NDArray[np.int64]) -> "FolderSource":
         return replace(self, paths=self.paths[rows], labels=None if self.labels is None else self.labels[rows])
@@ -89,7 +93,8 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
             "training images: set two separate folders"
         )
     train = scan("data.root", root, labels, keep_unlistable)
-    return _with_same_classes(train, scan("data.eval_root", eval_root, labels, keep_unlistable))
+    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, least=1)
+    return _with_classes_of(train, held_out, "data.eval_root", eval_root)
 
 
 def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
@@ -103,25 +108,20 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
             "download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org (data.download "
             "cannot do this: an account is needed) and unpack both into one folder per class"
         )
-    parts = (os.path.join(config.root, part) for part in ("train", "val"))
-    return _with_same_classes(*(scan("data.root", part, "folder", keep_unlistable) for part in parts))
+    parts = [os.path.join(config.root, part) for part in ("train", "val")]
+    train = scan("data.root", parts[0], "folder", keep_unlistable)
+    val = scan("data.root", parts[1], "folder", keep_unlistable, least=1)
+    return _with_classes_of(train, val, "data.root", parts[1])
 
 
-def _with_same_classes(train: FolderSource, held_out: FolderSource) -> Sources:
-    missing, extra = set(train.classes) - set(held_out.classes), set(held_out.classes) - set(train.classes)
-    if missing or extra:
-        raise ValueError(
-            f"the class folders differ: only in {train.root}: {_first_names(sorted(missing))}; "
-            f"only in {held_out.root}: {_first_names(sorted(extra))}; both need the same class folders"
-        )
-    return labeled(train, held_out)
+def _with_classes_of(train: FolderSource, held_out: FolderSource, field: str, root: str) -> Sources:
+    """Return both splits, with the classes of training; `field` and `root` name the held-out split in errors."""
+    assert held_out.labels is not None
+    labels = labels_of_split(held_out.labels, held_out.classes, train.classes, f"{field}={root}")
+    return labeled(train, replace(held_out, labels=labels, classes=train.classes))
 
 
-def _first_names(names: Sequence[str], limit: int = 5) -> str:
-    return (", ".join(names[:limit]) or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> FolderSource:
+def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, least: int = 2) -> FolderSource:
     """Find all images below a root, ordered by path.
 
     Args:
@@ -129,6 +129,7 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> F
         root: the folder.
         labels: "none" or "folder".
         keep_unlistable: record the folders that cannot be listed in the source; False: raise an error.
+        least: the smallest number of classes, with labels.
 
     Warns:
         RunWarning: about broken links without an image's name.
@@ -150,7 +151,7 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> F
         named = [f"{path or '.'} ({reason})" for path, reason in sorted(tree.unlistable.items())]
         raise ValueError(
             f"{where} contains {len(named)} folder{'s' * (len(named) > 1)} that cannot be listed: "
-            f"{_first_names(named, 3)}; give this user permission (chmod -R u+rX), or move them elsewhere"
+            f"{first_names(named, 3)}; give this user permission (chmod -R u+rX), or move them elsewhere"
         )
     if not paths:
         others = tree.ignored + Counter({"broken link": len(tree.broken)})
@@ -161,7 +162,7 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> F
         )
     if tree.broken and not keep_unlistable and is_rank_zero():
         named = [f"{path} -> {target}" for path, target in sorted(tree.broken.items())]
-        warnings.warn(f"{where}: {len(named)} broken links are ignored: {_first_names(named, 3)}", RunWarning, 2)
+        warnings.warn(f"{where}: {len(named)} broken links are ignored: {first_names(named, 3)}", RunWarning, 2)
     packed = np.array([os.fsencode(path) for path in paths])
     left_out: dict[str, Any] = {"ignored": tree.ignored, "unlistable": tree.unlistable, "broken": tree.broken}
     if labels == "none":
@@ -169,10 +170,10 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False) -> F
     outside = [path for path in paths if "/" not in path]
     if outside:
         raise ValueError(
-            f"{where} has {len(outside)} images outside class folders ({_first_names(outside, 3)}): "
+            f"{where} has {len(outside)} images outside class folders ({first_names(outside, 3)}): "
             "move each into the folder of its class, or set data.labels=none"
         )
-    if len(classes) < 2:
+    if len(classes) < least:
         raise ValueError(f"{where} has one class folder only ({classes[0]}): at least two are needed")
-    index = {name: i for i, name in enumerate(classes)}
-    return FolderSource(folder, packed, np.array([index[name] for name in owners], np.int64), classes, **left_out)
+    indices, classes = read_labels(owners, where, "set data.labels=none", least=least)
+    return FolderSource(folder, packed, indices, classes, **left_out)

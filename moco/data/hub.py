@@ -20,6 +20,7 @@ from moco.config import DataConfig
 from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
+from moco.data.labels import labels_of_split, read_labels, refuse_several
 
 HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the first found is used
 
@@ -79,12 +80,10 @@ def open_hub(config: DataConfig) -> Sources:
         held_out = _open_split(every, config, "eval_split", name)
         if held_out.labels is None and not eval_split:
             continue
-        if held_out.labels is None or held_out.classes != train.classes:
-            raise ValueError(
-                f"data.eval_split={name}: its classes ({', '.join(held_out.classes[:5]) or 'none'}) differ from those "
-                f"of {split} ({', '.join(train.classes[:5]) or 'none'}): set another split"
-            )
-        return labeled(train, held_out)
+        if held_out.labels is None or train.labels is None:
+            raise ValueError(f"data.eval_split={name}: {name if held_out.labels is None else split} has no labels")
+        labels = labels_of_split(held_out.labels, held_out.classes, train.classes, f"data.eval_split={name}")
+        return labeled(train, replace(held_out, labels=labels, classes=train.classes))
     return labeled(train, None)
 
 
@@ -121,7 +120,8 @@ def _open_split(every: Mapping[str, Any], config: DataConfig, field: str, split:
     if column not in images:
         fix = f"; set data.image_column to one of {', '.join(images)}" if images else ""
         raise ValueError(f"data.image_column={column}: this column of {config.root} contains no images{fix}")
-    labels, classes = _labels(table, config.label_column, where)
+    least = 2 if field == "split" else 1  # the held-out split may lack classes
+    labels, classes = _labels(table, config.label_column, where, least)
     # Encoded, so that the same decoder as for files returns the same pixels and the same errors.
     encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return HubSource(encoded, column, split, np.arange(len(table)), labels, classes)
@@ -142,26 +142,19 @@ def _column(field: str, wanted: str, fitting: Sequence[str], present: Sequence[s
     return fitting[0]
 
 
-def _labels(table: Any, wanted: str, where: str) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return labels (N,) and class names; (None, ()) without a label column, or if all labels are -1 (unknown)."""
+def _labels(table: Any, wanted: str, where: str, least: int = 2) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Return labels (N,) and class names; (None, ()) without a label column, or if every image is unlabeled."""
     import datasets
 
     fitting = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
     if wanted == "none" or (not wanted and not fitting):
         return None, ()
     column = _column("label_column", wanted, fitting, table.column_names, where, "class labels")
-    values = table.with_format("numpy").select_columns([column])[:][column]
+    field, fix = f"data.label_column={column} of {where}", "set data.label_column to another column or to none"
     kind = table.features[column]
-    if not isinstance(kind, datasets.ClassLabel):  # integers or text: the classes are the values that occur
-        names, labels = np.unique(values, return_inverse=True)
-        if values.dtype.kind not in "iuUSOT" or len(names) < 2:
-            raise ValueError(
-                f"data.label_column={column}: this column of {where} contains no classes; set another, or none"
-            )
-        return labels.astype(np.int64), tuple(str(name) for name in names)
-    labels = np.asarray(values, np.int64)
-    if (labels < 0).all():  # a test split with secret labels
-        return None, ()
-    if (labels < 0).any():
-        raise ValueError(f"{int((labels < 0).sum())} rows of {where} have no label: set data.label_column=none")
-    return labels, tuple(kind.names)
+    if not isinstance(kind, datasets.ClassLabel | datasets.Value):  # the values are not read: they may be images
+        if isinstance(kind, datasets.List | datasets.LargeList | list):
+            raise refuse_several(field, fix)
+        raise ValueError(f"{field}: this column contains no classes; {fix}")
+    values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    return read_labels(values, field, fix, kind.names if isinstance(kind, datasets.ClassLabel) else (), least)

@@ -7,15 +7,20 @@ from typing import Any
 
 from moco.config import AugmentConfig, ConfigError, DataConfig, require
 from moco.data.base import Progress, Sources
+from moco.data.contents import opening_lines
 from moco.data.sources import limited, load_source
 from moco.data.unreadable import without_unreadable
 from moco.data.view import View
 from moco.distributed import is_rank_zero, on_rank_zero
-from moco.runtime.console import progress_bar
+from moco.runtime.console import log, progress_bar
 
 
 def open_sources(
-    config: DataConfig, bank_size: int, keep_unreadable: bool = False, heartbeat: Callable[[], None] = lambda: None
+    config: DataConfig,
+    bank_size: int,
+    keep_unreadable: bool = False,
+    heartbeat: Callable[[], None] = lambda: None,
+    announce: bool = True,
 ) -> Sources:
     """Open a data set on every rank, with a progress bar; for errors see `moco.data.sources.load_source`.
 
@@ -24,6 +29,7 @@ def open_sources(
         bank_size: the largest number of reference images for the live kNN; 0: all.
         keep_unreadable: see `moco.data.sources.load_source`.
         heartbeat: called regularly while images are decoded.
+        announce: print what the data set contains; False: the caller does.
     """
 
     def load(download: bool) -> Sources:
@@ -33,6 +39,9 @@ def open_sources(
     if config.download:
         on_rank_zero(lambda: len(load(True).train))  # one rank downloads, then all of them read
     sources = load(False)
+    if announce and is_rank_zero():
+        for line in opening_lines(sources):
+            log(line)
     return sources if sources.bank is None else replace(sources, bank=limited(sources.bank, bank_size))
 
 

@@ -134,4 +134,4 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
             if progress is not None:
                 progress(done, len(source))
     names = [source.name(i) for i in range(len(source))]
-    return ArraySource(images, names, source.labels, source.classes, unreadable)
+    return ArraySource(images, names, source.labels, source.classes, unreadable, source.left_out())

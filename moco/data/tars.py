@@ -15,9 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self
 
-from moco.data.walk import IMAGE_ENDINGS
+from moco.data.walk import IMAGE_ENDINGS, is_system_name
 
-# Reasons to skip files. Hidden files (.NAME) and WebDataset's own (__NAME__) belong to no sample and are not counted.
+# Reasons to skip files. Hidden files (.NAME), those of systems (see `moco.data.walk.SYSTEM_NAMES`) and WebDataset's own
+# (__NAME__) belong to no sample and are not counted.
 WITHOUT, FURTHER = "samples without an image", "further images of samples that have one"
 MAX_BYTES = 2**28  # of an image in a shard: 256 MiB; a few kB of a compressed archive can hold any size
 _MAX_HEADER = 2**20  # of an extended header, such as a long name
@@ -88,10 +89,11 @@ def _used(files: list[File]) -> list[File]:
 
 
 def _files(stream: Any) -> Iterator[File]:
-    """Yield all files and links, without hidden files and WebDataset's own."""
+    """Yield all files and links, without those of systems and WebDataset's own."""
     with tarfile.open(fileobj=_Stream(stream).unpacked(), mode="r|", tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
-            hidden = info.name.rpartition("/")[2].startswith(".") or _OWN.match(info.name)
+            parts = (part for part in info.name.split("/") if part not in (".", ".."))
+            hidden = _OWN.match(info.name) or any(map(is_system_name, parts))
             if not info.isdir() and not hidden:
                 wanted = info.isreg() and info.name.lower().endswith(IMAGE_ENDINGS)
                 if info.issparse():

@@ -5,10 +5,21 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+# The order matters in tar files: of several images of a sample, the first in this list is used.
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".jpe", ".jfif", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
 # PIL's names of the formats of these endings. Only they may be opened: PIL's EPS reader, for example, runs another
 # program. A JPEG that contains a second image (MPO) opens as JPEG.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# Files and folders of operating systems, storage devices and editors, in lower case. They may hold images: thumbnails,
+# deleted files. As hidden ones (.NAME), they are left out wherever they lie.
+SYSTEM_NAMES = {
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),  # Synology and QNAP
+    *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "desktop.ini"),  # Windows
+    *("__macosx", "lost+found", "__pycache__"),
+}
 BROKEN_LINK = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # errors of a link with no target, or in a cycle
 
 
@@ -56,8 +67,8 @@ def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> 
     """Add one entry of a folder to the tree, or to the `folders` that remain to be listed."""
     is_image = entry.name.lower().endswith(IMAGE_ENDINGS)
     link_error = _link_error(entry)
-    if entry.name.startswith("."):
-        tree.ignored["hidden"] += 1
+    if is_system_name(entry.name):
+        tree.ignored["hidden" if entry.name.startswith(".") else entry.name] += 1
     elif link_error is not None and not is_image:
         if link_error.errno in BROKEN_LINK:
             tree.broken[path] = os.readlink(entry.path)
@@ -71,6 +82,11 @@ def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> 
         tree.images.append(path)
     else:
         tree.ignored[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
+
+
+def is_system_name(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or belongs to a system; see `SYSTEM_NAMES`."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def _link_error(entry: os.DirEntry[str]) -> OSError | None:

@@ -34,7 +34,9 @@ def open_data(config: TrainConfig, watchdog: Watchdog) -> tuple[Sources, Identit
     # Downloads run in other libraries, which report no progress.
     downloads = data.download or data.name == "huggingface"
     with watchdog.paused() if downloads else nullcontext():
-        return open_consistently(lambda: open_sources(data, bank_size, keep_unreadable, watchdog.heartbeat))
+        return open_consistently(
+            lambda: open_sources(data, bank_size, keep_unreadable, watchdog.heartbeat, announce=False)
+        )
 
 
 def make_method(config: TrainConfig, labels: Labels | None, device: torch.device) -> Any:

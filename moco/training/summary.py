@@ -11,10 +11,12 @@ from torchvision.utils import make_grid, save_image
 import moco
 from moco.config import RunWarning
 from moco.data.base import Source
+from moco.data.contents import opening_lines
 from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
+from moco.distributed import is_rank_zero
 from moco.evaluation.knn_classifier import Accuracy
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
@@ -34,6 +36,9 @@ def announce(trainer: "Trainer") -> None:
         f"moco {moco.__version__} · {config.model.backbone} ({parameters / 1e6:.2f} M parameters) on "
         f"{config.data.name} ({plan.length:,} images) · {trainer.computed_on}"
     )
+    if trainer.start < plan.total_steps and is_rank_zero():
+        for line in opening_lines(sources):
+            log(line)
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     log(
         f"epochs {plan.epochs}, {plan.steps_per_epoch} steps each · batch {config.batch_size} · {negatives} · "

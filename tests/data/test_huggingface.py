@@ -118,7 +118,7 @@ def test_rows_without_an_image_or_a_label(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"cannot read image train/1: the row has no image"):
         train.image(1)
     table(3, label=([0, -1, 1], CLASSES)).save_to_disk(str(tmp_path / "gaps"))
-    with pytest.raises(ValueError, match=r"1 rows of .* have no label: set data\.label_column=none"):
+    with pytest.raises(ValueError, match=r"data\.label_column=label of .*: 1 of the 3 images .*set data\.label_column"):
         load_source(DataConfig("huggingface", str(tmp_path / "gaps")))
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(str(tmp_path / "text"))
     with pytest.raises(ValueError, match=r"has no column with images: its columns are text"):

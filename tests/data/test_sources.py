@@ -438,7 +438,7 @@ def test_an_invalid_eval_root_is_refused(tmp_path: Path) -> None:
     for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png", "test/c/4.png"):
         image(tmp_path / name)
     train, test = str(tmp_path / "train"), str(tmp_path / "test")
-    with pytest.raises(ValueError, match=r"only in \S*train: a; only in \S*test: c; both"):
+    with pytest.raises(ValueError, match=r"data\.eval_root=\S*test has images of c, "):
         load_source(DataConfig("folder", train, labels="folder", eval_root=test))
     with pytest.raises(ValueError, match=r"data\.labels=none: set data\.labels=folder"):
         load_source(DataConfig("folder", train, eval_root=test))
@@ -525,7 +525,7 @@ def test_imagenet_tree(tmp_path: Path) -> None:
     assert sources.held_out.labels is not None
     assert sources.held_out.labels.tolist() == [0, 1]
     (tmp_path / "val/n02").rename(tmp_path / "val/n03")
-    with pytest.raises(ValueError, match=r"only in \S*train: n02; only in \S*val: n03"):
+    with pytest.raises(ValueError, match=r"data\.root=\S*val has images of n03, "):
         load_source(DataConfig("imagenet", str(tmp_path)))
 
 

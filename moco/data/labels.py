@@ -1,0 +1,146 @@
+"""Class labels: one reader for the labels of every source, and one comparison of the classes of two splits.
+
+A label is a whole number, true or false, or a text. A value that is missing, empty, NaN or -1 means "unlabeled". A
+split in which every image is unlabeled has no labels; a split with labels for some of its images only is refused.
+
+Legend: N images.
+"""
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHOWN = 5  # names in a message
+
+
+def read_labels(
+    values: Sequence[Any], where: str, fix: str, classes: Sequence[str] = (), least: int = 2
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+    """Return labels (N,) as indices into the class names, and these; (None, ()) if every image is unlabeled.
+
+    Args:
+        values: one value per image.
+        where: the values' origin, for errors.
+        fix: what a user can set instead, for errors.
+        classes: the names, if the values are indices into them. Empty: the classes are the values that occur, numbers
+            in ascending order and texts in alphabetical order; of true and false both, even if only one occurs.
+        least: the smallest number of classes.
+
+    Raises:
+        ValueError: if the values are not one class per image, or some images are unlabeled.
+    """
+    missing = [is_missing(value) for value in values]
+    count = sum(missing)
+    if count == len(values):
+        return None, ()
+    known = [value for value, absent in zip(values, missing, strict=True) if not absent]
+    _refuse_kind(known, where, fix)
+    if count:
+        raise ValueError(
+            f"{where}: {count:,} of the {len(values):,} images have no label (missing, empty or -1): label all of "
+            f"them, or {fix}"
+        )
+    if isinstance(known[0], str):
+        found: list[Any] = sorted(set(known))
+    elif isinstance(known[0], bool | np.bool_):
+        found = [False, True]
+    else:
+        known = [int(value) for value in known]
+        found = list(range(len(classes))) if classes else sorted(set(known))
+        if outside := sorted(set(known) - set(found)):
+            raise ValueError(f"{where}: label {outside[0]} is not an index of its {len(classes)} class names; {fix}")
+    if len(found) < least and not classes:
+        raise ValueError(f"{where}: all images have the label {found[0]!r}, and at least {least} are needed; {fix}")
+    index = {value: i for i, value in enumerate(found)}
+    labels = np.fromiter((index[value] for value in known), np.int64, len(known))
+    return labels, tuple(classes) if classes else tuple(map(str, found))
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value means "unlabeled"."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, float | np.floating):
+        return math.isnan(value) or value == -1
+    return value is None or (isinstance(value, int | np.integer) and not isinstance(value, bool) and value == -1)
+
+
+def refuse_several(where: str, fix: str) -> ValueError:
+    """Return the error for images with several labels each."""
+    return ValueError(
+        f"{where}: each image has a list of labels (multi-label), but one class per image is needed; {fix}"
+    )
+
+
+def _refuse_kind(values: Sequence[Any], where: str, fix: str) -> None:
+    """Raise ValueError unless all values are texts, all true or false, or all whole numbers."""
+    kinds = {_kind(value) for value in values}
+    if "list" in kinds:
+        raise refuse_several(where, fix)
+    if len(kinds) > 1 or not kinds <= {"text", "true or false", "whole number"}:
+        found = ", ".join(sorted(kinds))
+        raise ValueError(f"{where}: the values are no classes ({found}): use texts or whole numbers, or {fix}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, bool | np.bool_):
+        return "true or false"
+    if isinstance(value, int | np.integer):
+        return "whole number"
+    if isinstance(value, float | np.floating):
+        return "whole number" if float(value).is_integer() else "number with a fraction"
+    return "list" if isinstance(value, list | tuple | np.ndarray) else type(value).__name__
+
+
+def labels_of_split(
+    labels: NDArray[np.int64], classes: Sequence[str], training: Sequence[str], where: str
+) -> NDArray[np.int64]:
+    """Return the labels (N,) of a held-out split as indices into the classes of training.
+
+    The held-out split may lack classes. A class name counts if an image has it.
+
+    Args:
+        labels, classes: of the held-out split.
+        training: the class names of training.
+        where: the held-out split, for errors.
+
+    Raises:
+        ValueError: if held-out images have classes that training lacks.
+    """
+    index = {name: i for i, name in enumerate(training)}
+    present = [classes[label] for label in np.unique(labels)]
+    if extra := [name for name in present if name not in index]:
+        raise ValueError(
+            f"{where} has images of {first_names(extra)}, and training has no such class{_similar(extra, training)}: "
+            "add training images of each class, or remove these"
+        )
+    place = np.array([index.get(name, -1) for name in classes], np.int64)
+    return place[labels]
+
+
+def _similar(extra: Sequence[str], training: Sequence[str]) -> str:
+    """Return a hint if a class differs from one of training in its Unicode form or its case only."""
+    for name in extra:
+        for other in training:
+            form = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
+            if form:
+                return f" ({name!a} and {other!a} look equal but differ in their Unicode form: rename one)"
+            if unify(name) == unify(other):
+                return f" ({name} and {other} differ in upper and lower case: rename one)"
+    return ""
+
+
+def unify(name: str) -> str:
+    """Return a name without its differences in Unicode form and in case."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def first_names(names: Sequence[str], limit: int = SHOWN) -> str:
+    """Return the first names as one text, and how many follow."""
+    return (", ".join(names[:limit]) or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")
