@@ -22,7 +22,7 @@ Changes to InfoNCE (`moco.losses.Switches`, labels, a learned temperature) are o
 
     Supervised Momentum Contrastive Learning for Few-Shot Classification (Majumder et al., 2021)
 
-Legend: N micro-batch, n local batch, C embedding, K queue length, V = 2 views, E views that are keys, W processes.
+Legend: N micro-batch, n local batch, C embedding, K queue length, V = 2 views, E views that serve as keys, W processes.
 """
 
 import copy
@@ -149,7 +149,7 @@ def enqueue(queue: KeyQueue, keys: Tensor, index: Tensor) -> None:
         queue.enqueue(k, index)
 
 
-def streamed_info_nce(
+def queue_info_nce(
     q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return InfoNCE(q, k, queue), shape (), and measures of its logits, without storing the logits (N, 1 + K)."""
@@ -288,10 +288,10 @@ class MoCo(nn.Module):
     def _contrast(
         self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return InfoNCE(q, k, queue), shape (), and measures of its logits; streamed from `STREAM_FROM` logits."""
+        """Return InfoNCE(q, k, queue), shape (), and measures of its logits; from `STREAM_FROM` logits on, streamed."""
         queue = self.queue
         if self.switches == Switches() and self.labels is None and len(q) * queue.size >= STREAM_FROM:
-            return streamed_info_nce(q, k, queue, temperature, index)
+            return queue_info_nce(q, k, queue, temperature, index)
         negatives, positives = queue.negatives(index), self._same_class(index)  # (N, K)
         return contrast(q, k, queue.keys, temperature, self.switches, negatives, positives, uniforms)
 

@@ -43,7 +43,7 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
 
 @torch.no_grad()
 def covariance_spectrum(features: Tensor) -> Tensor:
-    """Compute the eigenvalues of the covariance, a mean over M, in descending order: float64, shape (R,)."""
+    """Compute the eigenvalues of the covariance (with divisor M) in descending order: float64, shape (R,)."""
     _require_two(features)
     centered = features.double() - features.double().mean(dim=0)
     return _gram_spectrum(centered) / len(features)
@@ -91,7 +91,7 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
 
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
-    """Compute the standard deviation, from a mean over M, of each dimension of normalized features (M, C): (C,).
+    """Compute the standard deviation (with divisor M) of each dimension of the normalized features (M, C): (C,).
 
     Chen & He (2021), Sec. 4.1, Fig. 2: 0 is a collapse; a uniform distribution on the sphere has 1 / sqrt(C), which no
     root mean square over the dimensions can exceed.

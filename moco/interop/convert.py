@@ -62,6 +62,7 @@ def convert_encoder(config: ConvertConfig) -> None:
         except WriteError as error:
             raise WriteError(f"output={output} cannot be written ({cause(error)}): free some space") from error
         temporary.replace(output)
+    mean, std = list(transform.mean), list(transform.std)
     resized = f", the shorter side to {transform.resize} first" if transform.resize else ""
     summary_panel(
         "converted",
@@ -70,10 +71,7 @@ def convert_encoder(config: ConvertConfig) -> None:
             ("file", f"{output} ({output.stat().st_size / 1e6:.1f} MB)"),
             ("checked", f"read again: features of {len(rows)} images ({data}) differ by {difference:.2g} at most,"),
             ("", f"the largest feature is {largest:.3g}"),
-            (
-                "images",
-                f"{transform.size} px{resized}; minus mean {list(transform.mean)}, by std {list(transform.std)}",
-            ),
+            ("images", f"{transform.size} px{resized}; minus mean {mean}, divided by std {std}"),
             ("load", chosen.loading(file).replace("FILE", str(output))),
         ],
     )

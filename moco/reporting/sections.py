@@ -93,9 +93,8 @@ def _kind_of_accuracy(run: Run) -> str:
     if _retrieval(run):
         return "retrieval of the other crop of an image"
     known = {each.name for each in fields(EvaluateConfig)}
-    return knn_title(
-        EvaluateConfig(**{name: value for name, value in run.get("evaluate", {}).items() if name in known})
-    )
+    evaluate = {name: value for name, value in run.get("evaluate", {}).items() if name in known}
+    return knn_title(EvaluateConfig(**evaluate))
 
 
 def _retrieval(run: Run) -> bool:

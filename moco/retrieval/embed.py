@@ -74,10 +74,8 @@ def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device
     """
     if config.table == "parquet":
         pyarrow()  # fail now, not after hours
-    name, source = (
-        subjects.data_config(config, subject).name,
-        getattr(subjects.open_data(config, subject), config.split),
-    )
+    name = subjects.data_config(config, subject).name
+    source = getattr(subjects.open_data(config, subject), config.split)
     require(source is not None, f"split={config.split} does not exist in data.name={name}: set split=train")
     network = build_network(subject.file, config.features, config.normalize, device)
     work = _Work(config, subject, source, network, device)

@@ -120,12 +120,9 @@ class Saver:
             self._writer.join()
         error, self._writer, self._error = self._error, None, None
         if error is not None:
-            fix = (
-                "free some space there, then run the same command again to resume; the previous checkpoint is untouched"
-            )
-            raise CheckpointError(
-                f"no checkpoint could be written to {self._folder} ({cause(error)}): {fix}"
-            ) from error
+            problem = f"no checkpoint could be written to {self._folder} ({cause(error)})"
+            fix = "free some space, then run the same command again to resume; the previous checkpoint is untouched"
+            raise CheckpointError(f"{problem}: {fix}") from error
 
     def __enter__(self) -> "Saver":
         return self

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco import analysis
-from moco.builder import UNKNOWN, KeyQueue, Method, Output, streamed_info_nce, unit_length
+from moco.builder import UNKNOWN, KeyQueue, Method, Output, queue_info_nce, unit_length
 from moco.distributed import gather, permute, world_size
 from moco.losses import info_nce_logits
 from moco.models.norm import GroupedBatchNorm, untracked
@@ -132,8 +132,7 @@ class Monitor:
             else:
                 other = permute(unit_length(encoder(permute(images, order))), np.argsort(order))  # (n, C)
         first, second = (
-            streamed_info_nce(output.query[some], k, queue, temperature, index[some])[0]
-            for k in (output.key[some], other)
+            queue_info_nce(output.query[some], k, queue, temperature, index[some])[0] for k in (output.key[some], other)
         )
         shuffled, unshuffled = (first, second) if self._shuffled else (second, first)
         return {"loss_shuffled": shuffled, "loss_unshuffled": unshuffled}
