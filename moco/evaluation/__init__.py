@@ -1,1 +1,1 @@
-"""Evaluation of encoders; used by the commands and by the training loop's live kNN."""
+"""Evaluation of encoders; used by the commands and by the training loop."""

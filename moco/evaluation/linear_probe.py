@@ -127,5 +127,5 @@ def _digests(module: nn.Module) -> dict[str, str]:
 
 
 def fitting_batch(batch_size: int, count: int) -> int:
-    """Return the batch size, or for fewer images the largest power of two, which usual numbers of ranks divide."""
+    """Return the batch size; for fewer images, the largest power of two, as usual numbers of ranks divide it."""
     return batch_size if batch_size <= count else 2 ** (count.bit_length() - 1)

@@ -2,8 +2,8 @@
 
 Layouts are recognized by their keys: checkpoints and encoder.safetensors of this project; facebookresearch/moco v1 and
 v2 (`module.encoder_q.*`) and its CIFAR-10 notebook (`encoder_q.net.N.*`); facebookresearch/moco-v3
-(`module.base_encoder.*`); modules of lightly and solo-learn
-(`backbone.*`); plain state dicts of a backbone, such as torchvision's and timm's.
+(`module.base_encoder.*`); modules of lightly and solo-learn (`backbone.*`); plain state dicts of a backbone, such as
+torchvision's and timm's.
 """
 
 import json
@@ -275,7 +275,7 @@ def _with_other_parts(file: EncoderFile, layout: Layout, tensors: State, unread:
     if layout in OFFICIAL:
         keys, pointer = others.pop("queue", None), _integer(others.pop("queue_ptr", None))
         if keys is not None and keys.dim() == 2 and pointer is not None:
-            queue, oldest = keys.T, pointer  # (C, K) there
+            queue, oldest = keys.T, pointer  # official files store (C, K)
         predictor = _under("predictor.", others)
         others = {name: value for name, value in others.items() if not name.startswith("predictor.")}
     unused = tuple(sorted({name.split(".")[0] for name in [*others, *unread]}))

@@ -4,7 +4,7 @@
 
 One training step is the paper's Algorithm 1 (see `moco/training/step.py`):
 
-    keys = method.encode_keys(views)             k1, k2 = f_k(x1), f_k(x2), no gradient, all ranks'
+    keys = method.encode_keys(views)             k1, k2 = f_k(x1), f_k(x2) of all ranks, no gradient
     output = method(views, keys, index)          q1, q2 = f_q(x1), f_q(x2); ctr(q1, k2) + ctr(q2, k1)
     output.loss.backward(); optimizer.step()     update f_q
     method.update_momentum_encoder(momentum)     f_k = m f_k + (1 - m) f_q
@@ -76,7 +76,7 @@ class MoCoV3(nn.Module):
         The arguments are those of `MoCo.forward`, but keys are {view: (M, C)}.
         """
         local = len(keys[0]) // world_size()  # n
-        labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), each query's key
+        labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), row of the key
         losses, positives, correct, pairs = [], [], [], []
         for query_view, key_view in self.directions:
             q = unit_length(self.predictor(self.encoder(views[query_view])))  # (N, C)

@@ -23,9 +23,9 @@ BatchNormKind = Literal["grouped", "sync", "batch"]
 class GroupedBatchNorm(nn.Module):
     """BN over consecutive groups of `group_size` images; group_size 0 means the global batch ("sync").
 
-    Has the parameters and buffers of `nn.BatchNorm2d`, with the same names. The running statistics move as those of
-    `nn.BatchNorm2d` that is called once for each view with its global batch: once per view, in the order of the views,
-    with the mean over the view's groups, for any number of micro-batches.
+    Has the parameters and buffers of `nn.BatchNorm2d`, with the same names. For any number of micro-batches, running
+    statistics move once per view, in the order of the views, by the mean over the view's groups. So do those of an
+    `nn.BatchNorm2d` that is called once per view with the global batch.
 
     Args:
         channels: C.
@@ -55,7 +55,7 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.after = after or nn.Identity()
-        self.views, self.micro_batches, self.views_outside = 1, 1, False  # see `set_calls_per_step`
+        self.views, self.micro_batches, self.view_by_view = 1, 1, False  # see `set_calls_per_step`
         self.call = 0  # number of calls in this step; not saved, because checkpoints are saved between steps
         # Replaces `call` in compiled code, where each new value of a Python number would trigger recompilation.
         self.compiled_call: Tensor
@@ -125,8 +125,8 @@ class GroupedBatchNorm(nn.Module):
         self.call = (self.call + 1) % calls
 
     def _view(self, call: Any) -> Any:
-        """Return the number of the view that a call of the step is for."""
-        return call // self.micro_batches if self.views_outside else call % self.views
+        """Return the view to which call number `call` of the step belongs."""
+        return call // self.micro_batches if self.view_by_view else call % self.views
 
 
 def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) -> nn.Module:
@@ -174,17 +174,17 @@ def untracked(module: nn.Module) -> Iterator[None]:
             layer.call = call
 
 
-def set_calls_per_step(module: nn.Module, views: int, micro_batches: int = 1, views_outside: bool = False) -> None:
+def set_calls_per_step(module: nn.Module, views: int, micro_batches: int = 1, view_by_view: bool = False) -> None:
     """Set how often every grouped BN layer is called in an optimizer step: once per view and micro-batch.
 
     Args:
         views: V, the views that the network encodes one after the other.
         micro_batches: m, per view.
-        views_outside: all micro-batches of the first view come first, then those of the second; else all views of the
-            first micro-batch.
+        view_by_view: True: all micro-batches of the first view come first, then those of the second. False: all views
+            of the first micro-batch come first, then those of the second.
     """
     for layer in module.modules():
         if isinstance(layer, GroupedBatchNorm):
-            layer.views, layer.micro_batches, layer.views_outside = views, micro_batches, views_outside
+            layer.views, layer.micro_batches, layer.view_by_view = views, micro_batches, view_by_view
             layer.call = 0
             layer.compiled_call.zero_()

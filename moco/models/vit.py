@@ -103,7 +103,7 @@ def sin_cos_positions(side: int, dim: int) -> Tensor:
 
 
 def conv_stem(dim: int) -> nn.Sequential:
-    """Return images (N, 3, S, S) to patches (N, D, S/16, S/16): 3x3 convolutions, D/8 ... D channels, then 1x1."""
+    """Return a network, (N, 3, S, S) to (N, D, S/16, S/16): 3x3 convolutions with D/8 ... D channels, then a 1x1."""
     widths = [3, dim // 8, dim // 4, dim // 2, dim]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):

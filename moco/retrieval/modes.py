@@ -131,7 +131,7 @@ def _duplicates_note(config: SearchConfig, groups: Sequence[NDArray[np.int64]], 
 def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> list[tuple[int, float]]:
     """Return the rows of a group, the image to keep first, then by similarity to it; and these similarities.
 
-    The image to keep has the most pixels. Among these it is the largest file, and among these the first.
+    The image to keep has the most pixels; of several such images it is the largest file, and of equal files the first.
     """
     sizes = [image_size(images, int(row)) for row in rows]
     best = max(range(len(rows)), key=lambda i: (sizes[i]["width"] * sizes[i]["height"], sizes[i]["bytes"], -i))

@@ -44,7 +44,7 @@ class MetricsLogger:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, and one point per curve; names are "train/loss", "accuracy/knn", ..."""
-        # JSON has neither NaN nor infinity, which is the gradient norm after an overflow of fp16: write null.
+        # JSON has neither NaN nor infinity (such as the gradient norm after an overflow of fp16): write null.
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with write_errors(self._path):
             self._restore()

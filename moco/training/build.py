@@ -69,7 +69,7 @@ def choose_precision(
 def set_batch_norm_calls(method: Any, accumulate: int) -> None:
     """Tell the grouped BN layers how often a step calls them. Keys are encoded view by view; see `train_step`."""
     for name, network in method.named_children():
-        set_calls_per_step(network, method.passes, accumulate, views_outside=name == "momentum_encoder")
+        set_calls_per_step(network, method.passes, accumulate, view_by_view=name == "momentum_encoder")
 
 
 def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> nn.Module:

@@ -26,7 +26,7 @@ def identity(source: Source) -> Identity:
 
 
 def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: DataConfig) -> None:
-    """Raise ConfigError if a checkpoint was trained on other images; those of early versions do not name them."""
+    """Raise ConfigError if a checkpoint belongs to other images; checkpoints of early versions are not checked."""
     before = state.get("data", now)
     if before == now:
         return

@@ -185,15 +185,15 @@ def test_synchronized_statistics_keep_float64() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("views_outside", [False, True])
+@pytest.mark.parametrize("view_by_view", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("views", [1, 2, 3])
 def test_views_move_the_statistics_as_calls_of_batch_norm(
-    views: int, micro_batches: int, views_outside: bool, compiled: bool
+    views: int, micro_batches: int, view_by_view: bool, compiled: bool
 ) -> None:
     """One call of torch's BN per view, with the mean over the view's groups; whatever the order of the calls."""
     ours = grouped(official())
-    set_calls_per_step(ours, views, micro_batches, views_outside)
+    set_calls_per_step(ours, views, micro_batches, view_by_view)
     call = torch.compile(ours, backend="eager", fullgraph=True) if compiled else ours
     expected = {name: of(ours, name).clone() for name in ("running_mean", "running_var")}
     for step in range(3):
@@ -205,7 +205,7 @@ def test_views_move_the_statistics_as_calls_of_batch_norm(
                 layer(group)
             expected = {name: torch.stack([of(layer, name) for layer in each]).mean(dim=0) for name in expected}
         calls = [(view, part) for view in range(views) for part in range(micro_batches)]
-        for view, part in calls if views_outside else sorted(calls, key=lambda each: each[1]):
+        for view, part in calls if view_by_view else sorted(calls, key=lambda each: each[1]):
             call(batches[view].split(N // micro_batches)[part])
         for name, value in expected.items():
             torch.testing.assert_close(of(ours, name), value, rtol=1e-5, atol=1e-6)

@@ -162,7 +162,7 @@ def _checkpoints(run: str) -> list[Path]:
 
 
 def _refuse_no_choice(files: Mapping[str, Sequence[Path]]) -> None:
-    """Refuse a single run of which only the newest checkpoints are left: they hardly differ."""
+    """Refuse a single run that has kept only its newest checkpoints, because they hardly differ."""
     run, paths = next(iter(files.items()))
     require(
         len(files) > 1 or len(paths) > 2,
