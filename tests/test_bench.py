@@ -12,7 +12,7 @@ from PIL import Image
 
 from scripts.bench import start, views
 from scripts.bench.__main__ import COMPARISONS, NEEDS_DATA, as_markdown, parsed
-from scripts.bench.measure import CLOCKS, alternate, compared, stream_rate
+from scripts.bench.timing import CLOCKS, alternate, compared, stream_rate
 
 
 def test_variants_take_turns_after_a_warm_up_round() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from scripts.bench import augment, decode, info_nce, measures, overhead, peer, start, step, streamed, views
 from scripts.bench.machine import machine
-from scripts.bench.measure import CLOCKS, Table
+from scripts.bench.timing import CLOCKS, Table
 
 # Each module has a docstring, `arguments(parser)`, and `run(options)`, which yields its tables.
 COMPARISONS: dict[str, ModuleType] = {

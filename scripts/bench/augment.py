@@ -17,8 +17,8 @@ from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import draw
 from moco.models.backbones import build_backbone
-from scripts.bench.measure import Table, alternate, compared, per_second
 from scripts.bench.recipes import views
+from scripts.bench.timing import Table, alternate, compared, per_second
 
 
 def arguments(parser: ArgumentParser) -> None:

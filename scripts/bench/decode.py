@@ -23,8 +23,8 @@ from moco.data.folder import FolderSource
 from moco.data.sources import load_source
 from moco.data.view import View, draw_crop
 from moco.data.walk import IMAGE_FORMATS
-from scripts.bench.measure import Table, alternate, compared, per_second
 from scripts.bench.recipes import views
+from scripts.bench.timing import Table, alternate, compared, per_second
 
 Shrink = Callable[[list[NDArray[np.float32]]], decode.Shrink]  # takes the random numbers of an image's crops
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from moco.losses import info_nce
 from moco.losses.streamed import CHUNK, info_nce_streamed
-from scripts.bench.measure import Table, alternate, compared, per_second
+from scripts.bench.timing import Table, alternate, compared, per_second
 
 K, C, T = 65536, 128, 0.07
 IMAGES = 50_000  # images in the data set: for most queries, the queue holds an older key of the same image

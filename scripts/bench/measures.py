@@ -25,8 +25,8 @@ from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.training.monitor import Monitor
 from moco.training.step import StepSettings, train_step
-from scripts.bench.measure import Table, alternate, per_second
 from scripts.bench.step import C, encoder
+from scripts.bench.timing import Table, alternate, per_second
 
 BATCH, GROUP, CLASSES, IMAGES = 128, 32, 10, 50_000
 

@@ -12,8 +12,8 @@ import torch
 
 from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
-from scripts.bench.measure import Table, alternate, compared, per_second
 from scripts.bench.step import SIZE, encoder, inputs, ours
+from scripts.bench.timing import Table, alternate, compared, per_second
 
 
 def arguments(parser: ArgumentParser) -> None:

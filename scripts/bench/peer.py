@@ -31,8 +31,8 @@ from moco.optim.optimizers import build_optimizer
 from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.training.step import StepSettings, train_step
-from scripts.bench.measure import Table, alternate, compared, stream_rate
 from scripts.bench.recipes import views
+from scripts.bench.timing import Table, alternate, compared, stream_rate
 
 C, T, M, LR, DECAY, WORKERS = 128, 0.1, 0.99, 0.06, 5e-4, 2
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from scripts.bench.measure import Table, alternate, compared
+from scripts.bench.timing import Table, alternate, compared
 
 COMMANDS = {
     "import torch": ["-c", "import torch"],

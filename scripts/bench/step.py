@@ -26,7 +26,7 @@ from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.training.step import StepSettings, train_step
 from moco.training.throughput import matrix_rate, step_flops
-from scripts.bench.measure import Table, alternate, compared, per_second
+from scripts.bench.timing import Table, alternate, compared, per_second
 
 SIZE, C, T, M, LR, DECAY, GROUP = 32, 128, 0.1, 0.99, 0.06, 5e-4, 32
 Step = Callable[[], object]

@@ -23,8 +23,8 @@ from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View, draw
 from scripts.bench import official
-from scripts.bench.measure import Table, alternate, compared, stream_rate
 from scripts.bench.recipes import views
+from scripts.bench.timing import Table, alternate, compared, stream_rate
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import load_source
 from scripts.bench import official
-from scripts.bench.measure import Table, alternate, compared, stream_rate
 from scripts.bench.recipes import views
+from scripts.bench.timing import Table, alternate, compared, stream_rate
 
 BATCH, WORKERS = 512, 2
 

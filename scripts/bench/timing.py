@@ -40,10 +40,10 @@ def alternate(variants: Mapping[str, Variant], rounds: int) -> dict[str, list[fl
 
     The variants take turns, so that other load on the machine affects all of them.
     """
-    figures: dict[str, list[float]] = {name: [] for name in variants}
+    measurements: dict[str, list[float]] = {name: [] for name in variants}
     for name, variant in [pair for _ in range(1 + rounds) for pair in variants.items()]:
-        figures[name].append(variant())
-    return {name: each[1:] for name, each in figures.items()}
+        measurements[name].append(variant())
+    return {name: each[1:] for name, each in measurements.items()}
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def compared(title: str, figures: Mapping[str, Sequence[float]], unit: str, less_is_faster: bool = False) -> Table:
+def compared(title: str, measurements: Mapping[str, Sequence[float]], unit: str, less_is_faster: bool = False) -> Table:
     """Return one row per variant: median, quartiles, and the speed relative to the first variant.
 
     The relative speed is the median of the ratios within each round, since a round's measurements are close in time.
     """
-    first = next(iter(figures.values()))
+    first = next(iter(measurements.values()))
     rows = []
-    for name, values in figures.items():
+    for name, values in measurements.items():
         low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         ratios = [a / b if less_is_faster else b / a for a, b in zip(first, values, strict=True)]
         rows.append([name, _plain(middle), f"{_plain(low)} – {_plain(high)}", f"{statistics.median(ratios):.2f}"])
