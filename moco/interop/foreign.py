@@ -49,7 +49,7 @@ def layout_of(names: Collection[str]) -> Layout:
 
 
 def torchvision_named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a ResNet with numbered layers as torchvision does; leave other weights unchanged."""
+    """Rename the weights of a ResNet with numbered layers to torchvision's names; return other states unchanged."""
     numbers = {name.split(".")[0] for name in state}
     names = next((each for each in _NUMBERINGS if numbers == each.keys()), None)
     if names is None:

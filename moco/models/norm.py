@@ -102,8 +102,8 @@ class GroupedBatchNorm(nn.Module):
     def _track(self, mean: Tensor, var: Tensor) -> None:
         """Move the running statistics by one call's statistics, (C,) each.
 
-        With V views of m micro-batches, the step's first call multiplies them by (1 - momentum)^V. A call for view v
-        adds momentum (1 - momentum)^(V - 1 - v) / m of its statistics.
+        With V views of m micro-batches, the first call multiplies the running statistics by (1 - momentum)^V. A call
+        for view v adds momentum (1 - momentum)^(V - 1 - v) / m of its statistics.
         """
         calls, kept = self.views * self.micro_batches, 1 - self.momentum
         if torch.compiler.is_compiling():

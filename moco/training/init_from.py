@@ -68,7 +68,7 @@ def _load_predictor(method: nn.Module, file: EncoderFile, with_head: bool, compl
 
 
 def _load_queue(method: nn.Module, file: EncoderFile, with_head: bool) -> str:
-    """Load the queue, if the method has one of its size. Return what to report."""
+    """Load the queue, if the method has one of the same size. Return what to report."""
     queue: KeyQueue | None = getattr(method, "queue", None)
     keys = file.queue
     if keys is None:

@@ -162,12 +162,12 @@ def _checkpoints(run: str) -> list[Path]:
 
 
 def _refuse_no_choice(files: Mapping[str, Sequence[Path]]) -> None:
-    """Refuse a single run that has kept only its newest checkpoints, because they hardly differ."""
+    """Refuse a single run with fewer than three checkpoints: the newest ones, which it always keeps, hardly differ."""
     run, paths = next(iter(files.items()))
     require(
         len(files) > 1 or len(paths) > 2,
-        f"runs: {run} has {len(paths)} checkpoint{'s' * (len(paths) > 1)}, so there is nothing to choose from: train "
-        "with checkpoint.keep_epochs=5, or name several runs",
+        f"runs: {run} has only {len(paths)} checkpoint{'s' * (len(paths) > 1)}, and a choice needs three: train with "
+        "checkpoint.keep_epochs=5, or name several runs",
     )
 
 
