@@ -234,7 +234,7 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
                 return f"{field} is not a field of {option}{hint}"
     known = field_types(schema)
     if field == "experiment" and "method.name" in known:  # only moco.train takes recipes
-        return "a recipe must open with the line '# @package _global_': see README, a recipe of your own"
+        return "a recipe must open with the line '# @package _global_': see docs/howto/use.md"
     name = next((each for each in known if field.startswith(f"{each}.") and not is_dataclass(known[each])), "")
     if name:
         return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"

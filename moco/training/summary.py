@@ -112,7 +112,10 @@ def summarize(trainer: "Trainer") -> None:
         else f"moco.embed run={files} output={files}/features"
     )
     rows += [
-        ("encoder", f"{files / 'encoder.safetensors'} (backbone weights; the README describes how to load them)"),
+        (
+            "encoder",
+            f"{files / 'encoder.safetensors'} (backbone weights; to load them: docs/howto/use.md)",
+        ),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
         ("next", f"python -m {next_command}"),
         ("", f"python -m moco.report run={files}"),

@@ -117,8 +117,8 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
     assert losses == [(each["step"], each["train/loss"]) for each in records(uninterrupted[0]) if "train/loss" in each]
 
 
-def test_the_saved_encoder_loads_with_the_code_of_the_readme(uninterrupted: tuple[Path, str]) -> None:
-    code = (REPOSITORY / "README.md").read_text().split("```python\n")[1].split("```")[0]
+def test_the_saved_encoder_loads_with_the_code_of_the_documentation(uninterrupted: tuple[Path, str]) -> None:
+    code = (REPOSITORY / "docs/howto/use.md").read_text().split("```python\n")[1].split("```")[0]
     scope: dict[str, Any] = {}
     exec(code.replace("runs/digits/encoder.safetensors", str(uninterrupted[0] / "encoder.safetensors")), scope)
     trained = finished(uninterrupted[0])["method"]

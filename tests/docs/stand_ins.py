@@ -20,7 +20,8 @@ CLASSES = ("cat", "dog")
 # Names on the pages, and the names of their substitutes.
 RENAMED = {"/data/imagenet": "imagenet", "moco.NAME": "moco.train", "=NAME": "=digits"}
 
-DIGITS = ["epochs=1", "batch_size=256", "model.options.width=4", "evaluate.draws=2", "checkpoint.keep_epochs=1"]
+DIGITS = ["epochs=1", "batch_size=256", "model.options.width=4", "evaluate.draws=2"]
+DIGITS += ["checkpoint.keep_epochs=1", "checkpoint.every_steps=1", "checkpoint.keep_last=3"]
 SMALL = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
 SMALL += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
 SMALL += ["data.workers=0", "optim.warmup_epochs=0", "evaluate.k=5", "precision=fp32", "threads=1"]
@@ -126,5 +127,5 @@ def make(root: Path) -> None:
         gradient(number).save(root / "IMAGES" / f"{name}.jpg")
     official_file(root / "moco_v2_800ep_pretrain.pth.tar")
     (root / "DIR" / "experiment").mkdir(parents=True)
-    (recipe,) = [text for _, text in blocks(REPOSITORY / "README.md", "yaml")]
+    (recipe,) = [text for _, text in blocks(REPOSITORY / "docs/howto/use.md", "yaml")]
     (root / "DIR" / "experiment" / "mine.yaml").write_text(recipe)
