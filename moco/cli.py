@@ -22,8 +22,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moco.config import ConfigError, MethodConfig, RunWarning, config_dir
+from moco.config import ConfigError, MethodConfig, RunWarning, config_dir, expand_paths
 from moco.methods import METHODS
+from moco.overrides import checked_files, keep_text, type_error
 from moco.runtime.next_command import quoted
 from moco.runtime.preemption import Preempted, prevent_restart
 from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_streams
@@ -114,8 +115,10 @@ def _compose(name: str, schema: type[Schema]) -> list[Schema]:
     """Return the configuration; with --multirun, one per job; after --help or --cfg, none."""
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, instead of printing several lines and exiting
-    with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe():
+    types = field_types(schema)
+    with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
         register(name, schema, scratch)
+        sys.argv = [sys.argv[0], *keep_text(sys.argv[1:], types)]
         # The command runs outside Hydra, which would print a traceback of its own for every error.
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
     _refuse_shared_output(composed, schema)
@@ -144,16 +147,30 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
         typed[each.name] = chosen
     config = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(composed)))
     assert isinstance(config, schema)
+    _check_types(config)
+    expand_paths(config)
     return config
+
+
+def _check_types(config: Any, prefix: str = "") -> None:
+    """Raise ConfigError for a list inside a list of numbers or text, which OmegaConf accepts."""
+    for each in fields(config):
+        name, value = prefix + each.name, getattr(config, each.name)
+        if is_dataclass(value):
+            _check_types(value, f"{name}.")
+        elif error := type_error(name, value, each.type):
+            raise ConfigError(error)
 
 
 def _refuse_shared_output(composed: list[DictConfig], schema: type) -> None:
     """Refuse --multirun with jobs that would overwrite each other's files."""
     names = field_types(schema)
     place = "output" if "output" in names else "run"  # commands that read a run write to `output`
+    if place not in names or len(composed) < 2:
+        return
     sources = (place, "run", "checkpoint")
     written = [next((f"{name}={each[name]}" for name in sources if each.get(name)), "") for each in composed]
-    if place in names and len(set(written)) < len(written):
+    if len(set(written)) < len(written):
         example = "output=runs/seed_${seed}" if place == "output" else "run=runs/lr_${optim.lr}"
         shared = max(written, key=written.count)
         raise ConfigError(
@@ -191,11 +208,13 @@ def _composition_error(error: Exception, schema: type) -> str:
         return _unknown_field(full[1] if full else unknown[1] or unknown[2], owner[1] if owner else "", schema)
     if sentence := _invalid_value(text):
         return sentence
-    if missing := re.search(r"Could not find '([^']+)'", text):
+    if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)
         available = f"; available: {', '.join(options)}" if options else ""
         return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}"
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    lines = [str(each).splitlines()[0].strip() for each in (error, error.__cause__) if str(each or "")]
+    field = getattr(error, "full_key", None)
+    return ": ".join([field, *lines] if field and field not in lines[0] else lines)
 
 
 def _invalid_value(text: str) -> str:
@@ -249,10 +268,11 @@ def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
 
 
 def field_types(schema: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the types of all fields of a nested dataclass by their dotted names."""
+    """Return the types of all fields of a nested dataclass by their dotted names; of a group, those of all schemas."""
     types = {}
     for each in fields(schema):
         types[prefix + each.name] = each.type
         if is_dataclass(each.type):
-            types |= field_types(each.type, f"{prefix}{each.name}.")
+            for chosen in (*SCHEMAS.get(each.type, {}).values(), each.type):
+                types |= field_types(chosen, f"{prefix}{each.name}.")
     return types

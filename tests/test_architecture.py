@@ -26,6 +26,7 @@ ORDER = [
         "__main__",
     },  # the commands
     {"cli"},
+    {"overrides"},
     {"training"},
     {"retrieval"},
     {"reporting"},
@@ -42,7 +43,7 @@ ORDER = [
     {"runtime"},
     {"distributed", "config", "files", "digest"},
 ]
-HYDRA_USERS = {"cli"}
+HYDRA_USERS = {"cli", "overrides"}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
 MODULES = sorted((ROOT / "moco").rglob("*.py"))

@@ -1,6 +1,15 @@
 """The configurations of the commands: schemas, bounds and checks."""
 
-from moco.config.base import ComputeConfig, ConfigError, RunWarning, bounded, check_bounds, config_dir, require
+from moco.config.base import (
+    ComputeConfig,
+    ConfigError,
+    RunWarning,
+    bounded,
+    check_bounds,
+    config_dir,
+    expand_paths,
+    require,
+)
 from moco.config.data import DataConfig
 from moco.config.method import MethodConfig
 from moco.config.train import (
@@ -29,5 +38,6 @@ __all__ = [
     "check",
     "check_bounds",
     "config_dir",
+    "expand_paths",
     "require",
 ]

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -68,6 +69,7 @@ class Bounds:
     min_length: int = 0
     max_length: int | None = None
     unique: bool = False
+    path: bool = False
     example: str = ""
 
     def element(self) -> str:
@@ -117,7 +119,8 @@ def bounded(default: Any, **bounds: Any) -> Any:
     Args:
         default: The default value.
         bounds: The fields of `Bounds`: ge, gt, le, lt (numbers), choices (names), min_length, max_length and unique
-            (lists; min_length=1 refuses an empty string too), example (a valid setting for the error message).
+            (lists; min_length=1 refuses an empty string too), path (text that names a file or directory, or a list of
+            such: see `expand_paths`), example (a valid setting for the error message).
     """
     metadata = {"bounds": Bounds(**bounds)}
     if isinstance(default, list):
@@ -141,6 +144,28 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         bounds = each.metadata.get("bounds")
         error = bounds.error(name, value) if bounds and value is not None else ""
         require(not error, error)
+
+
+def expand_paths(config: Any, prefix: str = "") -> None:
+    """Replace `~` and `~user` at the start of all path fields of a configuration and its groups, in place.
+
+    Raises:
+        ConfigError: if there is no such user.
+    """
+
+    def expanded(name: str, path: str) -> str:
+        full = os.path.expanduser(path)  # noqa: PTH111 # Path would also remove ./, // and a final slash
+        user = path.partition("/")[0]
+        require(not full.startswith("~"), f"{name}={path}: there is no user {user[1:]!r}; write ./{path} for that name")
+        return full
+
+    for each in fields(config):
+        name, value = prefix + each.name, getattr(config, each.name)
+        if is_dataclass(value):
+            expand_paths(value, f"{name}.")
+        elif value and (bounds := each.metadata.get("bounds")) and bounds.path:
+            several = isinstance(value, list)
+            setattr(config, each.name, [expanded(name, one) for one in value] if several else expanded(name, value))
 
 
 @dataclass

@@ -9,10 +9,10 @@ from moco.config.base import ComputeConfig, bounded
 class ChooseConfig(ComputeConfig):
     """Rank the checkpoints of runs by measures that need no labels."""
 
-    runs: list[str] = bounded([], min_length=1, example="runs=[runs/digits]")
+    runs: list[str] = bounded([], min_length=1, path=True, example="runs=[runs/digits]")
     """Directories of runs of moco.train on the same images. All checkpoints that they kept (checkpoint.keep_epochs) are
     ranked. A pattern such as runs/temperature/t*/seed* names several runs."""
-    output: str = bounded("runs/choose", min_length=1, example="output=runs/choose")
+    output: str = bounded("runs/choose", min_length=1, path=True, example="output=runs/choose")
     """Directory for the results, choose.json."""
     images: int = bounded(2000, ge=2)
     """Number of training images, drawn once, on which the label-free measures are computed; all if there are fewer."""

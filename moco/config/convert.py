@@ -24,7 +24,7 @@ class ConvertConfig(SubjectConfig):
 
     to: str = bounded("", choices=tuple(ENDINGS))
     """Format of the file. `python -m moco.convert --help` lists the networks that each format supports."""
-    output: str = ""
+    output: str = bounded("", path=True)
     """File to write, with an ending of the format, e.g. encoder.onnx."""
     overwrite: bool = False
     """Replace an existing file."""

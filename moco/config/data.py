@@ -15,7 +15,7 @@ class SourceConfig:
     name: str = "digits"
     """The data set: digits, cifar10, cifar100, stl10, imagenet, folder, shards, huggingface or webdataset (webdataset
     works with moco.train only)."""
-    root: str = "data"
+    root: str = bounded("data", path=True)
     """The folder that holds the data set, or into which it is downloaded. For `folder`: the folder of images. For
     `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or a folder. For `webdataset`: paths or
     URLs of tar files, in which {000000..000099} expands to 100 numbers."""
@@ -23,7 +23,7 @@ class SourceConfig:
     """Download CIFAR or STL-10 into root if it is not there."""
     labels: str = bounded("none", choices=("none", "folder"))
     """For `folder`: none, or folder (the first-level folder names are the classes)."""
-    eval_root: str = ""
+    eval_root: str = bounded("", path=True)
     """For `folder` with labels: a separate folder of held-out images. Its class folders have the names of
     those in root; some may be missing."""
     resident: bool = False

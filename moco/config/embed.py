@@ -11,7 +11,7 @@ from moco.config.subject import SubjectConfig, check_subject
 class EmbedConfig(SubjectConfig):
     """Compute the features of images and write them to files."""
 
-    output: str = ""
+    output: str = bounded("", path=True)
     """Directory for the features and their table; empty: features/ in the run's directory."""
     features: str = bounded("backbone", choices=("backbone", "projection"))
     """Features to write: backbone (the backbone's output, which suits most tasks), or projection (the output of the

@@ -21,7 +21,7 @@ class FinetuneConfig(SubjectConfig):
     labels_per_class or subset_list; if neither is set, 0.01."""
     labels_per_class: int = bounded(0, ge=0)
     """Labeled training images per class; 0: use fraction or subset_list."""
-    subset_list: str = ""
+    subset_list: str = bounded("", path=True)
     """Text file with the names of the labeled training images, one per line, such as SimCLR's 1percent.txt; empty: use
     fraction or labels_per_class."""
     seeds: int = bounded(1, ge=1)

@@ -13,7 +13,7 @@ class PackConfig:
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))
     """The images to pack, as for moco.train. A held-out split is packed too. Unreadable images are omitted and listed;
     the command fails if their fraction exceeds data.max_bad."""
-    output: str = bounded("", min_length=1, example="output=/data/images_packed")
+    output: str = bounded("", min_length=1, path=True, example="output=/data/images_packed")
     """Directory for the shards and their index. Run the same command again to resume, or to check finished shards."""
     short_side: int = bounded(0, ge=0)
     """Reduce images whose shorter side exceeds N pixels to N pixels; 0: pack every file unchanged."""

@@ -11,11 +11,11 @@ from moco.config.data import SubjectDataConfig, refuse_hold_out
 class ReportConfig(ComputeConfig):
     """Write an HTML page about one run, or about several runs side by side."""
 
-    run: str = bounded("", min_length=1, example="run=runs/digits")
+    run: str = bounded("", min_length=1, path=True, example="run=runs/digits")
     """Directory of a run of moco.train, which may still be in progress."""
-    compare: list[str] = field(default_factory=list)
+    compare: list[str] = bounded([], path=True)
     """Directories of other runs to show side by side with `run`."""
-    output: str = ""
+    output: str = bounded("", path=True)
     """File to write; empty: report.html in the run's directory."""
     pictures: int = bounded(1000, ge=0)
     """Number of images in the map, drawn at random from the held-out images, or from the training images if none are

@@ -1,6 +1,6 @@
 """The configuration of `python -m moco.search`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from moco.config.base import bounded, check_bounds, require
 from moco.config.data import refuse_hold_out
@@ -12,12 +12,12 @@ from moco.config.subject import check_subject
 class SearchConfig(EmbedConfig):
     """Find similar images, near-duplicates or outliers. The features are computed once and kept for later searches."""
 
-    index: str = ""
+    index: str = bounded("", path=True)
     """Directory with the output of moco.embed; empty: features/ in `output`, computed if they do not exist."""
     mode: str = bounded("nearest", choices=("nearest", "duplicates", "outliers"))
     """What to find: nearest (the most similar images to each query), duplicates (groups of near-duplicates), or
     outliers (images that resemble no others)."""
-    query: list[str] = field(default_factory=list)
+    query: list[str] = bounded([], path=True)
     """For mode=nearest: image files to search for. They need not be part of the data set."""
     sample: int = bounded(0, ge=0)
     """For mode=nearest: search for N random images of the data set; 0: for 8 if `query` is empty, else for none."""

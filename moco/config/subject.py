@@ -25,9 +25,9 @@ class ImagesConfig:
 class SubjectConfig(ComputeConfig):
     """The encoder to use, its data and the output."""
 
-    run: str = ""
+    run: str = bounded("", path=True)
     """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
-    checkpoint: str = ""
+    checkpoint: str = bounded("", path=True)
     """A file instead of a run: one of our checkpoints, encoder.safetensors, or a file of another project, such as
     official MoCo v1, v2 or v3."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
@@ -37,7 +37,7 @@ class SubjectConfig(ComputeConfig):
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the backbone's constructor, as model.options. Write each as +options.NAME=VALUE. Empty: those that
     the checkpoint holds, if any."""
-    output: str = ""
+    output: str = bounded("", path=True)
     """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of ours, the
     directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)

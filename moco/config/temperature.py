@@ -31,7 +31,7 @@ class TemperatureConfig(ComputeConfig):
     """Epochs of each run; null: those of the recipe."""
     keep_epochs: int = bounded(0, ge=0)
     """Keep a checkpoint of each run every N epochs, for moco.choose; 0: keep only the newest ones."""
-    output: str = bounded("runs/temperature", min_length=1, example="output=runs/temperature")
+    output: str = bounded("runs/temperature", min_length=1, path=True, example="output=runs/temperature")
     """Directory for runs (tT/seedS/), results (temperature.json) and figures. The same output resumes a study."""
     images: int = bounded(2000, ge=2)
     """Number of images to measure, drawn from the held-out images or, without these, from the training images."""

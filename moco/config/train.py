@@ -169,9 +169,9 @@ class CheckpointConfig:
 class TrainConfig(ComputeConfig):
     """Pretrain an encoder."""
 
-    run: str = bounded("runs/digits", min_length=1, example="run=runs/first")
+    run: str = bounded("runs/digits", min_length=1, path=True, example="run=runs/first")
     """Directory of the run. If it holds an unfinished run, that run resumes."""
-    init_from: str = ""
+    init_from: str = bounded("", path=True)
     """File with the weights from which the encoder starts: one of our checkpoints, encoder.safetensors, or a file of
     another project, such as official MoCo. The head, predictor and queue are loaded too if they fit. It is not read
     again when the run resumes."""

@@ -46,4 +46,4 @@ def _text(value: Any) -> str:
 
 def quoted(text: str) -> str:
     """Quote text for Hydra. Only backslashes before a quote, or at the end, are special there: they are doubled."""
-    return '"' + re.sub(r'(\\*)("|$)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'
+    return '"' + re.sub(r'(\\*)("|\Z)', lambda found: 2 * found[1] + ('\\"' if found[2] else ""), text) + '"'

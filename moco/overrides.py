@@ -1,0 +1,264 @@
+"""Text fields: they keep the characters that the person typed, on the command line and in YAML.
+
+Hydra and YAML convert a value before the schema is known: 1.10 becomes 1.1, and 2024_01 becomes 202401. Therefore the
+overrides of the command line are rewritten before Hydra reads them: text that Hydra would change is quoted. In YAML
+such a value is refused, because the file can be corrected.
+"""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, OverrideType, QuotedString, RangeSweep, Sweep
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moco.config import ConfigError, config_dir
+from moco.runtime.next_command import quoted
+
+# Hydra's functions, of which `extend_list` gives a list and the others a sweep, or a value of another type.
+_FUNCTION = re.compile(
+    r"\s*(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\s*\(.*\)\s*", re.DOTALL
+)
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+class _Unreadable:
+    """Stands for a value that Hydra cannot read."""
+
+
+def keep_text(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """Return the arguments of a command line with quotes around text that Hydra would change.
+
+    Args:
+        arguments: the arguments, options of Hydra such as --multirun among them.
+        types: the types of all fields of the command by their dotted names.
+
+    Raises:
+        ConfigError: for a value that does not fit its field's type, or text that has another meaning to Hydra; the
+            message names the field, the value and the quotes that make it text.
+    """
+    sweep = "--multirun" in arguments or "-m" in arguments
+    return [each if each.startswith("-") else _override(each, types, sweep) for each in arguments]
+
+
+def _override(override: str, types: Mapping[str, Any], sweep: bool) -> str:
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+").partition("@")[0]
+    kind = types.get(name, str)
+    is_group = bool(re.fullmatch(r"\w+", name)) and Path(config_dir(), name).is_dir()
+    group = is_group and (kind is str or is_dataclass(kind))
+    if equals and not name:
+        raise ConfigError(f"{override} cannot be read: write field=value")
+    if not equals or key.startswith("~") or not (group or name in types):
+        return override
+    kind = str if group else kind
+    values = split(value)
+    if len(values) > 1 and not sweep:
+        return override  # Hydra refuses it as ambiguous
+    if len(values) == 1 and not _is_list(value):
+        values = [value]  # with its spaces
+    return f"{key}={','.join(_value(name, each, kind, group, sweep) for each in values)}"
+
+
+def _value(name: str, value: str, kind: Any, group: bool, sweep: bool) -> str:
+    """Return one value of an override, quoted if needed."""
+    kinds = _members(kind)
+    if list[str] in kinds and _is_list(value):
+        return f"[{','.join(_text(name, each, optional=False, sweep=False) for each in split(value.strip()[1:-1]))}]"
+    if str in kinds:
+        return value if group and _is_list(value) else _text(name, value, type(None) in kinds, sweep)
+    parsed = _parse(value)
+    if not isinstance(parsed, _Unreadable | Sweep) and not (isinstance(parsed, str) and "${" in parsed):
+        _refuse(type_error(name, parsed, kind, value))
+    return value
+
+
+def _text(name: str, value: str, optional: bool, sweep: bool) -> str:
+    """Return a value of a text field, quoted unless Hydra reads exactly these characters."""
+    parsed = _parse(value)
+    fix = f"write {shlex.quote(f'{name}={quoted(value)}')} for this text"
+    if isinstance(parsed, QuotedString):
+        _refuse_reference(name, parsed.text)
+        return value
+    if sweep and isinstance(parsed, Sweep) and _exact(parsed):
+        return value
+    if _FUNCTION.fullmatch(value):
+        raise ConfigError(f"{name}={value} has the form of a function of Hydra: quote its values, or {fix}")
+    if value.lstrip()[:1] in {"[", "{", '"', "'"}:
+        raise ConfigError(f"{name}={value} must be text: {fix}")
+    if parsed is None:
+        if optional:
+            return value
+        raise ConfigError(f"{name}={value} must be text: leave it out, or {fix}")
+    if isinstance(parsed, str) and "\\" in value and parsed != value:
+        raise ConfigError(f"{name}={value} has backslashes that Hydra would remove: {fix}")
+    _refuse_reference(name, value)
+    return value if parsed == value else quoted(value)
+
+
+def _refuse_reference(name: str, text: str) -> None:
+    """Refuse text that OmegaConf does not read as text: an incomplete reference to a field, or its mark "???"."""
+    try:
+        if not OmegaConf.is_missing(OmegaConf.create({"text": text}), "text"):
+            return
+        problem = "marks a missing value"
+    except OmegaConfBaseException:
+        problem = "has an incomplete reference: ${field} is the value of another field"
+    raise ConfigError(f"{name}={text} {problem}: choose other text")
+
+
+def _exact(sweep: Sweep) -> bool:
+    """Return whether all values of a sweep are text, or whole numbers of a range."""
+    if isinstance(sweep, ChoiceSweep):
+        return all(isinstance(each, str | QuotedString) for each in sweep.list)
+    return not isinstance(sweep, RangeSweep) or isinstance(sweep.start, int)
+
+
+def _parse(value: str) -> Any:
+    """Return what Hydra reads: text, a `QuotedString`, a number, a list, a `Sweep`, ..., or `_Unreadable`."""
+    try:
+        override = OverridesParser.create().parse_override(f"x={value}")
+    except HydraException:
+        return _Unreadable()
+    assert override.type is OverrideType.CHANGE
+    return override._value
+
+
+def split(text: str) -> list[str]:
+    """Split at the commas outside quotes and brackets, and remove the spaces around each part; [""] for no text."""
+    parts, depth, quote = [""], 0, ""
+    for i, letter in enumerate(text):
+        opens = not parts[-1].strip()  # a quote inside of text is an apostrophe
+        escaped = (i - len(text[:i].rstrip("\\"))) % 2 == 1
+        if quote:
+            quote = "" if letter == quote and not escaped else quote
+        elif letter in "'\"" and (opens or depth):
+            quote = letter
+        elif letter in "[{(":
+            depth += 1
+        elif letter in "]})":
+            depth -= 1
+        if letter == "," and depth <= 0 and not (quote or escaped):
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [each.strip() for each in parts]
+
+
+def _is_list(value: str) -> bool:
+    return value.strip().startswith("[") and value.strip().endswith("]")
+
+
+def _refuse(sentence: str) -> None:
+    if sentence:
+        raise ConfigError(sentence)
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the types of a union; a type itself for any other type."""
+    return (kind,) if get_origin(kind) in (list, dict) else get_args(kind) or (kind,)
+
+
+def type_error(name: str, value: Any, kind: Any, text: str = "") -> str:
+    """Return the sentence that refuses a value which is null, a list or a group where the field's type is not.
+
+    Args:
+        name: the dotted name of the field.
+        value: its value, of plain types.
+        kind: its type.
+        text: the value as the person wrote it; empty: as Python shows it.
+
+    Returns:
+        The sentence; "" for a value that fits. Conversions between text and numbers are left to OmegaConf.
+    """
+    kinds = _members(kind)
+    shown = f"{name}={text or value}"
+    one = kinds[0]
+    if kind is Any or (value is None and type(None) in kinds) or isinstance(value, one if is_dataclass(one) else ()):
+        return ""
+    if is_dataclass(one):
+        example = f"{name}.{fields(one)[0].name}=VALUE"
+        return "" if isinstance(value, Mapping) else f"{shown} is a group of fields: set one of them, e.g. {example}"
+    if get_origin(one) is dict or one is dict:
+        return "" if isinstance(value, Mapping) else f"{shown} must hold named values: write +{name}.NAME=VALUE"
+    if get_origin(one) is list:
+        if isinstance(value, list):
+            return "" if all(_scalar(each) for each in value) else f"{shown} must be a list without lists in it"
+        return f"{shown} must be a list: {name}=[{text or value}]" if _scalar(value) else f"{shown} must be a list"
+    return "" if _scalar(value) else f"{shown} must be {_KINDS.get(one, one.__name__)}"
+
+
+def _scalar(value: Any) -> bool:
+    return value is not None and not isinstance(value, list | Mapping)
+
+
+@contextmanager
+def checked_files(types: Mapping[str, Any]) -> Iterator[None]:
+    """Let Hydra check each YAML file that it reads: raise ConfigError for a value that does not fit its field's type.
+
+    A number or a word such as `true` in a text field is refused, because its characters are lost.
+    """
+
+    class CheckedSource(FileConfigSource):
+        def load_config(self, config_path: str) -> ConfigResult:
+            path = Path(self.path, self._normalize_file_name(config_path))
+            try:
+                result = super().load_config(config_path)
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            package = result.header.get("package") or config_path.rpartition("/")[0].replace("/", ".")
+            prefix = "" if package in ("", "_global_") else f"{package}."
+            _check_file(path, OmegaConf.to_container(result.config), types, prefix, [])
+            return result
+
+    Plugins.instance()  # registers Hydra's own source of files
+    sources = SourcesRegistry.instance().types
+    before, sources["file"] = sources["file"], CheckedSource
+    try:
+        yield
+    finally:
+        sources["file"] = before
+
+
+def _check_file(path: Path, values: Any, types: Mapping[str, Any], prefix: str, keys: list[Any]) -> None:
+    """Check the values below `keys` in a file, whose fields begin with `prefix`."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} must hold lines of the form field: value")
+    for key, value in values.items():
+        name, here = f"{prefix}{key}", [*keys, key]
+        kinds = _members(types.get(name, Any))
+        if list[str] in kinds and isinstance(value, list):
+            for i, each in enumerate(value):
+                _check_text(path, each, [*here, i])
+        elif str in kinds and not (value is None and type(None) in kinds):
+            _check_text(path, value, here)
+        elif name in types and not (isinstance(value, str) and "${" in value):
+            error = type_error(name, value, types[name])
+            _refuse(error and f"{path}: {error}")
+        if isinstance(value, Mapping) and not (name in types and not is_dataclass(kinds[0])):
+            _check_file(path, value, types, f"{name}.", here)
+
+
+def _check_text(path: Path, value: Any, keys: Sequence[Any]) -> None:
+    """Refuse a value of a text field that is not text, with the characters that the file holds."""
+    if isinstance(value, str):
+        return
+    node: Any = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+    for key in keys:
+        node = node.value[key] if isinstance(key, int) else [one for name, one in node.value if name.value == key][-1]
+    where = f"{path}, line {node.start_mark.line + 1}: {next(key for key in reversed(keys) if isinstance(key, str))}"
+    if _scalar(value) or value is None:
+        raise ConfigError(f'{where}: {node.value} is not read as text: put it in quotes, "{node.value}"')
+    raise ConfigError(f"{where} must be text, not a list or a group")

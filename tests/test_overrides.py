@@ -1,0 +1,241 @@
+"""Text fields keep the characters that the person typed, or the value is refused with the quotes to use."""
+
+import importlib
+import os
+import re
+import shlex
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationKeyError
+
+from moco import cli
+from moco.config import ConfigError, config_dir
+from moco.overrides import keep_text, split, type_error
+from moco.runtime.next_command import quoted
+
+COMMANDS = sorted(path.stem for path in Path(config_dir()).glob("*.yaml"))
+HARD = (
+    *("2024_01", "1.10", "1_0", "1e5", "+5", "-5", "0x10", "007", "1:30", "inf", "nan", "true", "False", "no", "null"),
+    *("NULL", "~", "~/x", "~nobody_has_this_name", "a b", " a", "it's", '"a', "'a'b", '"a"', "Bücher", "日本", "a,b"),
+    *("a=b", "[a]", "[a", "a]", "{a: 1}", "{a", "$HOME", "a$b", "${x", "${seed}", "a\\,b", "a\\x", "\\", "str(5)"),
+    *("f(x)", "(a)", "choice(1,2)", "range(1,3)", "???", "#a", "a#b", "!a", "@a", "%a", "a:b", "a: b", "a\nb", "a;b"),
+)
+TEXT = st.one_of(st.sampled_from(HARD), st.text(st.sampled_from("aé1_0.+-~ '\"\\,=:[]{}()$?#@!\n"), max_size=8))
+
+
+def text_fields(name: str) -> tuple[type, list[str]]:
+    """The schema of a command and its text fields, without those that name a file of configs/."""
+    title = "".join(part.title() for part in name.split("_"))
+    schema = getattr(importlib.import_module(f"moco.config.{name}"), f"{title}Config")
+    names = [field for field, kind in cli.field_types(schema).items() if kind in (str, str | None)]
+    names = [field for field in names if not field.startswith("method.") and field != "protocol"]
+    return schema, names
+
+
+def composed(name: str, schema: type, *arguments: str) -> Any:
+    with patch.object(sys, "argv", [name, *arguments]):
+        (config,) = cli._compose(name, schema)
+    return config
+
+
+def of(config: Any, field: str) -> Any:
+    for part in field.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def quotes_of(text: str) -> bool:
+    """Whether a text is in quotes, which are not part of it."""
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+
+
+@settings(max_examples=400)
+@given(TEXT)
+@example("a\\,b")
+def test_hydra_reads_the_characters_that_were_typed_or_they_are_refused(text: str) -> None:
+    def read(argument: str) -> Any:
+        (kept,) = keep_text([argument], {"field": str})
+        (parsed,) = OverridesParser.create().parse_overrides([kept])
+        if parsed.is_sweep_override():
+            raise ConfigError(cli._invalid_value(f"Ambiguous value for argument '{kept}'"))
+        return OmegaConf.create({"field": parsed.value()}).field
+
+    try:
+        value = read(f"field={text}")
+    except OverrideParseException as error:
+        assert "," in text
+        sentence = cli._unreadable_override(error.override)
+    except ConfigError as error:
+        sentence = str(error)
+    except InterpolationKeyError:
+        return  # a complete reference
+    else:
+        assert quotes_of(text) or value == text
+        return
+    assert f"field={text}" in sentence
+    if "${" not in text and text.strip() != "???":
+        fixed = re.findall(r"'field=\"[\s\S]*\"'", sentence)
+        assert read(shlex.split(fixed[-1])[0]) == text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_all_text_fields_of_a_command_keep_their_characters(name: str) -> None:
+    schema, fields = text_fields(name)
+    kept = [each for each in HARD if not any(part in each for part in ("${", "~", "???"))]
+    first = COMMANDS.index(name) * 5  # each command begins with other texts
+    texts = {field: kept[(first + i) % len(kept)] for i, field in enumerate(fields)}
+    arguments = []
+    for field, text in texts.items():
+        try:
+            arguments += keep_text([f"{field}={text}"], {field: str})
+        except ConfigError:
+            arguments.append(f"{field}={quoted(text)}")
+        if split(text) != [text.strip()]:  # a sweep
+            arguments[-1] = f"{field}={quoted(text)}"
+    config = composed(name, schema, *arguments)
+    assert {field: of(config, field) for field in fields} == {
+        field: text[1:-1] if quotes_of(text) else text for field, text in texts.items()
+    }
+
+
+@settings(max_examples=300)
+@given(TEXT)
+def test_quoted_text_is_kept_unchanged(text: str) -> None:
+    if "${" not in text and text != "???":
+        argument = f"run={quoted(text)}"
+        assert keep_text([argument], {"run": str}) == [argument]
+
+
+@settings(max_examples=200)
+@given(st.lists(TEXT, max_size=3))
+def test_a_list_of_text_is_kept_or_refused(texts: list[str]) -> None:
+    try:
+        (found,) = keep_text([f"runs=[{','.join(map(quoted, texts))}]"], {"runs": list[str]})
+    except ConfigError as error:
+        assert "runs" in str(error)  # noqa: PT017
+        assert any("${" in text or text == "???" for text in texts)
+    else:
+        assert [each for each in split(found.removeprefix("runs=")[1:-1]) if each] == list(map(quoted, texts))
+
+
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("run=2024_01", 'run="2024_01"'),
+        ("run=runs/first", "run=runs/first"),
+        ("+data.root=1.10", '+data.root="1.10"'),
+        ("data.root=Bücher", 'data.root="Bücher"'),
+        ("runs=[2024_01, r/a,'b,c']", "runs=[\"2024_01\",r/a,'b,c']"),
+        ("overrides=[data.root=IMAGES,optim.milestones=[1,2]]", None),
+        ("experiment=2024", 'experiment="2024"'),
+        ("backbone=null", "backbone=null"),
+        ("~run", "~run"),
+        ("epochs=1e5", "epochs=1e5"),
+        ("--config-dir", "--config-dir"),
+    ],
+)
+def test_only_text_that_hydra_would_change_is_quoted(argument: str, kept: str | None) -> None:
+    types = {"run": str, "data.root": str, "runs": list[str], "overrides": list[str], "backbone": str | None}
+    expected = kept or 'overrides=["data.root=IMAGES","optim.milestones=[1,2]"]'
+    assert keep_text([argument], types | {"epochs": int}) == [expected]
+
+
+def test_a_sweep_keeps_the_characters_of_each_value() -> None:
+    schema, _ = text_fields("train")
+    with patch.object(sys, "argv", ["train", "-m", "run=1.10, 2024_01,ü"]):
+        assert [each.run for each in cli._compose("train", schema)] == ["1.10", "2024_01", "ü"]
+    with (
+        patch.object(sys, "argv", ["train", "-m", "run=choice(1.10,2)"]),
+        pytest.raises(ConfigError, match=r"run=choice\(1.10,2\) has the form of a function of Hydra"),
+    ):
+        cli._compose("train", schema)
+
+
+def test_the_home_directory_is_expanded_in_every_path_field() -> None:
+    home = os.path.expanduser("~")
+    schema, _ = text_fields("search")
+    arguments = ["run=~/r", "checkpoint=~/c", "output=~", "index=~/i", "query=[~/q.jpg]", "data.root=~/d"]
+    config = composed("search", schema, *arguments, "weights=~/w")
+    assert [config.run, config.checkpoint, config.output, config.index, config.query, config.data.root] == [
+        *(f"{home}/r", f"{home}/c", home, f"{home}/i", [f"{home}/q.jpg"], f"{home}/d")
+    ]
+    assert config.weights == "~/w"
+
+
+PATHS = {"run", "runs", "output", "checkpoint", "init_from", "index", "query", "root", "eval_root", "subset_list"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_fields_with_the_names_of_paths_are_paths(name: str) -> None:
+    def walk(schema: Any) -> None:
+        for each in fields(schema):
+            if is_dataclass(each.type):
+                walk(each.type)
+            elif each.name in PATHS:
+                assert each.metadata["bounds"].path, each.name
+
+    walk(text_fields(name)[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("run: 2024_02", 'line 2: run: 2024_02 is not read as text: put it in quotes, "2024_02"'),
+        ("run: 1.10", 'run: 1.10 .*"1.10"'),
+        ("run: no", 'run: no .*"no"'),
+        ("run: ~", 'run: ~ .*"~"'),
+        ("data: {root: 1_0}", 'root: 1_0 .*"1_0"'),
+        ("optim: {exclude: [bias, 1]}", 'exclude: 1 .*"1"'),
+        ("method: {queue_start: 3}", 'queue_start: 3 .*"3"'),
+        ("run: [a, b]", "line 2: run must be text"),
+        ("epochs: [1]", r"mine\.yaml: epochs=\[1\] must be an integer"),
+        ("optim: {exclude: bias}", r"optim.exclude=bias must be a list: optim.exclude=\[bias\]"),
+        ("model: 3", "model=3 is a group of fields"),
+        ('run: "a', r"mine\.yaml is not valid YAML"),
+        ("- a", r"mine\.yaml must hold lines of the form field: value"),
+    ],
+)
+def test_a_recipe_with_a_value_of_another_type_is_refused(line: str, error: str, tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{line}\n")
+    with pytest.raises(ConfigError, match=error):
+        composed("train", text_fields("train")[0], "--config-dir", str(tmp_path), "experiment=mine")
+
+
+def test_a_recipe_in_quotes_is_read(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "2024.yaml").write_text('# @package _global_\nrun: "1.10"\nmodel: {options: {a: 1}}\n')
+    config = composed("train", text_fields("train")[0], "--config-dir", str(tmp_path), "experiment=2024")
+    assert (config.run, config.model.options["a"]) == ("1.10", 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "error"),
+    [
+        (None, int, "must be an integer"),
+        (None, int | None, ""),
+        ([1], float, "must be a number"),
+        ({}, bool, "must be true or false"),
+        (3, list[int], r"must be a list: a=[3]"),
+        (None, list[int], "must be a list"),
+        ([[1]], list[int], "without lists"),
+        ([1], list[float] | None, ""),
+        (3, dict[str, Any], "+a.NAME=VALUE"),
+        ({}, dict[str, Any], ""),
+        (3, Any, ""),
+    ],
+)
+def test_a_value_of_another_form_is_refused(value: Any, kind: Any, error: str) -> None:
+    sentence = type_error("a", value, kind)
+    assert error in sentence
+    assert bool(error) == bool(sentence)
