@@ -185,8 +185,8 @@ def type_error(name: str, value: Any, kind: Any, text: str = "") -> str:
     """
     kinds = _members(kind)
     shown = f"{name}={text or value}"
-    one = kinds[0]
-    if kind is Any or (value is None and type(None) in kinds) or isinstance(value, one if is_dataclass(one) else ()):
+    one: Any = kinds[0]
+    if kind is Any or (value is None and type(None) in kinds):
         return ""
     if is_dataclass(one):
         example = f"{name}.{fields(one)[0].name}=VALUE"

@@ -33,7 +33,7 @@ HARD = (
 TEXT = st.one_of(st.sampled_from(HARD), st.text(st.sampled_from("aé1_0.+-~ '\"\\,=:[]{}()$?#@!\n"), max_size=8))
 
 
-def text_fields(name: str) -> tuple[type, list[str]]:
+def text_fields(name: str) -> tuple[type[Any], list[str]]:
     """The schema of a command and its text fields, without those that name a file of configs/."""
     title = "".join(part.title() for part in name.split("_"))
     schema = getattr(importlib.import_module(f"moco.config.{name}"), f"{title}Config")
@@ -42,7 +42,7 @@ def text_fields(name: str) -> tuple[type, list[str]]:
     return schema, names
 
 
-def composed(name: str, schema: type, *arguments: str) -> Any:
+def composed(name: str, schema: type[Any], *arguments: str) -> Any:
     with patch.object(sys, "argv", [name, *arguments]):
         (config,) = cli._compose(name, schema)
     return config
