@@ -86,8 +86,8 @@ class SubjectDataConfig(SourceConfig):
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
-    """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. It is also
-    refused if the encoder was trained with the labels of these images."""
+    """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. Images with
+    the same content stay on one side. It is also refused if the encoder was trained with the labels of these images."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""

@@ -72,6 +72,13 @@ class Source(Protocol):
             ImageError: if they cannot be read.
         """
 
+    def content_keys(self) -> NDArray[np.int64]:
+        """Return a number per image, (N,): images with the same content have equal ones, others usually do not.
+
+        It must not need the content of each file. An image without a content has a number of its own, -1 - i.
+        """
+        return -1 - np.arange(len(self))
+
     def left_out(self) -> Mapping[str, int]:
         """Return the number of files that were found and are no images by their names, by kind."""
         return {}

@@ -6,6 +6,7 @@ from version 4 on.
 Legend: N images.
 """
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.labels import labels_of_split, read_labels, refuse_several
+from moco.data.walk import size_of
 
 HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the first found is used
 
@@ -56,6 +58,18 @@ class HubSource(Source):
 
     def subset(self, rows: NDArray[np.int64]) -> "HubSource":
         return replace(self, rows=self.rows[rows], labels=None if self.labels is None else self.labels[rows])
+
+    def content_keys(self) -> NDArray[np.int64]:
+        """Return the sizes of the images; from Arrow's offsets, so that no image is read."""
+        pc = importlib.import_module("pyarrow.compute")
+        sizes: list[int] = []
+        for part in self.table.with_format("arrow").iter(batch_size=1000):
+            stored = part[self.column].combine_chunks()
+            within = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
+            paths = pc.struct_field(stored, "path").to_pylist()
+            sizes += [size or (size_of(path, 0) if path else 0) for size, path in zip(within, paths, strict=True)]
+        every = (sizes[row] or -1 - i for i, row in enumerate(self.rows.tolist()))
+        return np.fromiter(every, np.int64, len(self))
 
     def encoded_names(self) -> Iterable[bytes]:
         return (os.fsencode(self.name(i)) for i in range(len(self)))

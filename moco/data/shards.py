@@ -60,6 +60,10 @@ class ShardSource(Source):
             raise self._error(i, name, "damaged", "its checksum does not match the packed image")
         return data
 
+    def content_keys(self) -> NDArray[np.int64]:
+        crc: NDArray[np.int64] = self.rows["crc"].astype(np.int64)
+        return crc << 31 | (self.rows["size"] & 0x7FFFFFFF)
+
     def subset(self, rows: NDArray[np.int64]) -> "ShardSource":
         """Return some of the images; their rows of the index are copied into memory."""
         return replace(self, rows=self.rows[rows], labels=None if self.labels is None else self.labels[rows])

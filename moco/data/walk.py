@@ -84,6 +84,14 @@ def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> 
         tree.ignored[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
 
 
+def size_of(path: str, otherwise: int) -> int:
+    """Return the size of a file in bytes, or a given number if it cannot be found."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return otherwise
+
+
 def is_system_name(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or belongs to a system; see `SYSTEM_NAMES`."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES

@@ -88,7 +88,7 @@ def _set_up(task: Task[FinetuneConfig]) -> Finetuning:
     if config.validation:
         labels = labels_of(task.train)
         with subsets.naming_field("validation", config.validation):
-            rest, held = subsets.split_each_class(labels, config.validation, 0, VALIDATION, task.train.classes)
+            rest, held = subsets.split_each_class(labels, config.validation, 0, VALIDATION, task.groups)
         task = replace(task, train=task.train.subset(rest), held_out=task.train.subset(held))
     return Finetuning(task, file, view)
 

@@ -82,7 +82,7 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
     """Train many heads on fixed features, choose on a part of the training split, open the held-out split last."""
     config, labels = task.config, labels_of(task.train)
     try:  # before features are computed: `choose` makes the same split
-        split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.train.classes)
+        split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.groups)
     except SubsetError as error:
         raise ConfigError(f"{error}, or set protocol=moco_v2, which makes no choice") from error
     if encoder is None:
@@ -91,7 +91,7 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
         network = _layers(task, encoder.get_submodule("backbone"))
         columns = network.columns
     train = _features(task, network, task.train, f"{name}: features of the training images")
-    data = LabeledFeatures(train, columns, labels, len(task.train.classes), task.device)
+    data = LabeledFeatures(train, columns, labels, len(task.train.classes), task.device, task.groups)
     description = f"{name}: features of the held-out images"
     held_out = HeldOut(lambda: _features(task, network, task.held_out, description), labels_of(task.held_out))
     seeds = range(config.seed, config.seed + config.seeds)

@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.subject import SubjectConfig
+from moco.data.contents import classes_without_images
+from moco.data.duplicates import content_groups
 from moco.data.keyed import HOLD_OUT
+from moco.data.labels import first_names
 from moco.data.opening import open_sources
 from moco.data.sources import Source, Sources
 from moco.digest import digest
@@ -23,6 +26,7 @@ from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.models.encoder import Encoder
 from moco.runs import checkpoint
+from moco.runtime.console import log, progress_bar
 
 IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -98,8 +102,12 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         require(held_out is None, f"{problem}: remove data.hold_out")
         _check_seen_images(config, subject)
         with naming_field("data.hold_out", part):
-            rest, held = split_each_class(bank.labels, part, 0, HOLD_OUT, bank.classes)
+            rest, held = split_each_class(bank.labels, part, 0, HOLD_OUT, groups_of(bank))
         bank, held_out = bank.subset(rest), bank.subset(held)
+        if lacking := classes_without_images(held_out):
+            log(
+                f"data.hold_out={part}: no held-out image of {first_names(lacking)}, whose images are all copies or one"
+            )
     if held_out is None or held_out.labels is None:
         raise ConfigError(
             f"data.name={name} has no held-out split: set data.eval_root=DIR to other images of the same classes, or "
@@ -110,6 +118,12 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     lacking = [bank.classes[label] for label in np.unique(held_out.labels) if label not in present]
     require(not lacking, f"the held-out split has images of {', '.join(lacking[:5])}, the training split has none")
     return bank, held_out
+
+
+def groups_of(source: Source) -> NDArray[np.int64]:
+    """Return `content_groups` of a source, with a progress bar. Collective."""
+    with progress_bar("comparing images", quiet=not is_rank_zero()) as progress:
+        return content_groups(source, progress)
 
 
 def labels_of(source: Source) -> NDArray[np.int64]:
@@ -165,17 +179,24 @@ def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[st
 
 
 def describe(
-    subject: Subject, config: SubjectConfig, train: Source, held_out: Source, features: str = "backbone"
+    subject: Subject,
+    config: SubjectConfig,
+    train: Source,
+    held_out: Source,
+    features: str = "backbone",
+    copies: int | None = None,
 ) -> dict[str, Any]:
     """Return the part of a results.json entry that states the encoder, the data and the preparation of images.
 
-    "sha256" covers the weights that compute the features, "backbone" or "projection".
+    "sha256" covers the weights that compute the features, "backbone" or "projection". `copies` is the number of
+    held-out images that are training images too; None if it is unknown.
     """
     file = subject.file
     splits = {"training": len(train), "held_out": len(held_out), "classes": list(train.classes)}
     part = config.data.hold_out
     seen = part > 0 and _trained_on_it(config, subject)  # the encoder saw these images, without their labels
     data = data_with_absolute_paths(config, subject) | splits | {"hold_out": part, "held_out_seen": seen}
+    data["held_out_in_training"] = copies
     return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {
         "source": str(Path(file.source).expanduser().absolute()),
         "weights": config.weights,

@@ -3,6 +3,7 @@
 Legend: N labeled images, L classes.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,30 +54,67 @@ def draw_labels(labels: Rows, count: int, draw: int, seed: int = 0) -> Rows:
 
 
 def split_each_class(
-    labels: Rows, part: float, seed: int, stream: int, classes: Sequence[str] = ()
+    labels: Rows, part: float, seed: int, stream: int, groups: Rows | None = None
 ) -> tuple[Rows, Rows]:
-    """Split rows into the rest and a part of each class: at least one image per class on both sides.
+    """Split rows into the rest and a part of each class. Every class keeps at least one image in the rest.
+
+    The part has at least one image of each class, except of a class whose images are all in one group: with a single
+    image, for example. Of groups of several images, the part may have fewer or more images than its fraction.
 
     Args:
         labels: (N,).
         part: a fraction.
         seed, stream: key of the random order, see `moco.data.keyed`.
-        classes: names for the error message.
+        groups: (N,); rows with the same number stay on one side, whatever their class. None: each row is a group.
 
     Returns:
         The rest and the part, each in ascending order.
 
     Raises:
-        SubsetError: if a class has only one image.
+        SubsetError: if no class can be split.
     """
-    held = []
-    for rows in _by_class(labels, seed, stream):
-        if len(rows) < 2:
-            name = classes[labels[rows[0]]] if classes else labels[rows[0]]
-            raise SubsetError(f"class {name} has only one image, and both sides of the split need one: add images")
-        held.append(rows[: min(len(rows) - 1, max(1, round(part * len(rows))))])
-    second = np.sort(np.concatenate(held))
+    every = _by_class(labels, seed, stream)
+    wanted = [min(len(rows) - 1, max(1, round(part * len(rows)))) for rows in every]
+    if groups is None or len(np.unique(groups)) == len(groups):
+        second = np.sort(np.concatenate([rows[:count] for rows, count in zip(every, wanted, strict=True)]))
+    else:
+        second = _whole_groups(labels, groups, every, wanted)
+    if not len(second):
+        raise SubsetError("every class has only one image, or copies of one image, so none can be split: add images")
     return np.setdiff1d(np.arange(len(labels)), second), second
+
+
+def _whole_groups(labels: Rows, groups: Rows, every: Sequence[Rows], wanted: Sequence[int]) -> Rows:
+    """Return the rows of the part in ascending order: about `wanted` rows of each class, in groups.
+
+    Args:
+        labels, groups: (N,).
+        every: the rows of each class that occurs, in their random order.
+        wanted: the number of rows of each of these classes.
+    """
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=groups[order[0]] - 1))
+    members = {int(groups[rows[0]]): rows for rows in np.split(order, starts[1:])}
+    left = Counter(labels.tolist())  # rows of each class in the rest
+    held: dict[int, int] = {}  # groups of the part, in their order
+    taken = Counter[int]()
+
+    def take(group: int, most: float, label: int) -> None:
+        counts = Counter(labels[members[group]].tolist())
+        if group not in held and taken[label] + counts[label] <= most and all(left[c] > counts[c] for c in counts):
+            held[group] = label
+            taken.update(counts)
+            left.subtract(counts)
+
+    for rows, count in zip(every, wanted, strict=True):
+        label = int(labels[rows[0]])
+        found = list(dict.fromkeys(groups[rows].tolist()))  # in their random order
+        for group in found:
+            take(group, count, label)
+        for group in sorted(found, key=lambda group: len(members[group])):  # all are larger than `count`
+            if taken[label] == 0 and count:
+                take(group, math.inf, label)
+    return np.sort(np.concatenate([members[group] for group in held])) if held else np.zeros(0, np.int64)
 
 
 def listed(names: Sequence[str], wanted: Sequence[str]) -> Rows:

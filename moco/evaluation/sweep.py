@@ -36,6 +36,7 @@ class LabeledFeatures:
     labels: NDArray[np.int64]  # (M,)
     classes: int  # L
     device: torch.device  # of the computation
+    groups: NDArray[np.int64] | None = None  # (M,); samples of one group are on one side of a split
 
     def rows(self, layer: str, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Return features (B, D) and labels (B,) of some rows on the device; only these rows are read from a file."""
@@ -177,9 +178,9 @@ def choose(
         progress: counts the epochs of all layers.
 
     Raises:
-        SubsetError: if a class has only one sample.
+        SubsetError: if every class has only one sample.
     """
-    train, held = split_each_class(data.labels, part, recipe.seed, VALIDATION)
+    train, held = split_each_class(data.labels, part, recipe.seed, VALIDATION, data.groups)
     grid = sorted(set(product(lrs, weight_decays)), key=lambda pair: (pair[0], -pair[1]))
     mine = range(rank(), len(grid), world_size())
     tried: list[tuple[Setting, float]] = []

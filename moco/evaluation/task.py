@@ -1,6 +1,7 @@
 """The common parts of the evaluation commands: the opened task, an encoder's result, results.json and the table."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,16 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import ConfigError, DataConfig
+from moco.config import ConfigError, DataConfig, RunWarning
 from moco.config.subject import SubjectConfig
+from moco.data.duplicates import copies_message, count_copies
 from moco.data.sources import Source
 from moco.distributed import is_rank_zero, on_rank_zero, world_size
 from moco.evaluation.features import Network, extract, pixels
 from moco.evaluation.metrics import Metrics, mean_interval, mean_known
-from moco.evaluation.subject import Subject, data_config, describe, open_labeled, open_subject
+from moco.evaluation.subject import Subject, data_config, describe, groups_of, open_labeled, open_subject
 from moco.runs import results
 from moco.runtime.console import duration, log, percent, progress_bar, table
 from moco.runtime.device import compute_context
@@ -39,6 +43,16 @@ class Task(Generic[Config]):
     def data(self) -> DataConfig:
         return data_config(self.config, self.subject)
 
+    @cached_property
+    def groups(self) -> NDArray[np.int64]:
+        """The first image with the same content for each training image, (M,). Collective."""
+        return groups_of(self.train)
+
+    @cached_property
+    def copies(self) -> int:
+        """The number of held-out images that are training images too. Collective."""
+        return count_copies(self.train, self.held_out)
+
     def features(self, network: Network, source: Source, description: str = "") -> Tensor:
         """Compute the features (M, D) of a source, in its order, on every rank; `pixels` are not normalized.
 
@@ -59,7 +73,10 @@ def open_task(config: Config) -> Iterator[Task[Config]]:
     """
     with compute_context(config) as device:
         subject = open_subject(config)
-        yield Task(config, subject, *open_labeled(config, subject), device)
+        task = Task(config, subject, *open_labeled(config, subject), device)
+        if task.copies and is_rank_zero():
+            warnings.warn(copies_message(task.copies, len(task.held_out)), RunWarning, stacklevel=2)
+        yield task
 
 
 @contextmanager
@@ -144,7 +161,7 @@ def record_results(
 ) -> Path:
     """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call it."""
     shared = {"command": command, "protocol": protocol}
-    shared |= describe(task.subject, task.config, task.train, task.held_out, features)
+    shared |= describe(task.subject, task.config, task.train, task.held_out, features, task.copies)
     entries = [shared | {"encoder": each.encoder} | each.details for each in found]
     return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.file.step))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moco.builder import Method
 from moco.config import EvaluateConfig, TrainConfig
 from moco.data.base import Sources
+from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import without_unreadable_evaluation_images
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
@@ -57,6 +58,14 @@ class LiveEvaluation:
         self._on_unreadable = on_unreadable
         self._sources, lines = without_unreadable_evaluation_images(self._sources, self._config.data, self._heartbeat)
         return lines
+
+    def count_copies(self) -> list[str]:
+        """Return a line about held-out images that are reference images too, if there are any. Collective."""
+        bank, held_out = self._sources.bank, self._sources.held_out
+        if bank is None or held_out is None:
+            return []
+        count = count_copies(bank, held_out, self._heartbeat)
+        return [copies_message(count, len(held_out))] if count else []
 
     def is_due(self, done: int) -> bool:
         """Return whether to evaluate after `done` steps. An evaluation in the history is not repeated."""

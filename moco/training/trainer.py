@@ -138,6 +138,8 @@ class Trainer:
         self.live = LiveEvaluation(*parts, history, watchdog.heartbeat)
         if self.unreadable and config.evaluate.every_epochs and unfinished:
             self.notes += self.live.exclude_unreadable(self.unreadable.note)
+        if config.evaluate.every_epochs and self.start == 0:
+            self.notes += self.live.count_copies()
         self.delayed_max = DelayedMaxOverRanks(device)  # of the reasons to stop
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 

@@ -324,7 +324,10 @@ def test_validation_leaves_each_class_a_labeled_image(encoder: str, tmp_path: Pa
     (outcome,) = attempt(two)
     assert outcome.metrics[0].count == 2  # 0.9 of two would be both
     (two / "b" / "b_1.png").unlink()
-    with pytest.raises(ConfigError, match=r"validation=0.9: class b has only one image"):
+    (outcome,) = attempt(two)
+    assert outcome.metrics[0].count == 1  # the only image of b stays in training
+    (two / "a" / "a_1.png").unlink()
+    with pytest.raises(ConfigError, match=r"validation=0.9: every class has only one image"):
         attempt(two)
 
 

@@ -1,14 +1,16 @@
 """The kNN evaluation from a configuration to results.json: metrics, choice of k and temperature, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from moco.config import ConfigError
+from moco.config import ConfigError, RunWarning
 from moco.config.knn import KnnConfig
 from moco.data.decode import ImageError
 from moco.data.keyed import VALIDATION, permutation
@@ -171,6 +173,30 @@ def test_a_folder_without_a_held_out_tree_holds_out_a_part(run: Path, tree: Path
     assert total_confusion(result.metrics).sum(axis=1).tolist() == [2, 2]  # of six and of five
     (entry,) = entries(tmp_path)
     assert (entry["data"]["training"], entry["data"]["hold_out"]) == (7, 0.3)
+
+
+def test_copies_of_an_image_are_on_one_side_of_hold_out(run: Path, tmp_path: Path) -> None:
+    """Noise in two classes, each image under two names: only the copies could be recognized."""
+    write_images(tmp_path / "train", {"cat": 20, "dog": 20})
+    for path in list((tmp_path / "train").rglob("*.png")):
+        shutil.copy(path, path.with_name(f"copy_of_{path.name}"))
+    config = on_folders(run, tmp_path / "train", None, k=[1], compare=["pixels"], output=str(tmp_path))
+    config.data.hold_out = 0.3
+    results = evaluate_knn(config)
+    assert [total_confusion(each.metrics).sum(axis=1).tolist() for each in results] == [[12, 12]] * 2
+    assert all(each.top1 < 90 for each in results)  # 100 % if copies are on both sides
+    assert [entry["data"]["held_out_in_training"] for entry in entries(tmp_path)] == [0, 0]
+
+
+def test_held_out_images_that_are_training_images_are_reported(run: Path, tree: Path, tmp_path: Path) -> None:
+    for name in ("cat/0.png", "cat/1.png", "dog/3.png"):
+        (tmp_path / "test" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "test" / name).symlink_to(tree / "train" / name)
+    Image.new("RGB", (16, 16)).save(tmp_path / "test" / "dog" / "other.png")
+    config = on_folders(run, tree / "train", tmp_path / "test", k=[1], compare=[], output=str(tmp_path))
+    with pytest.warns(RunWarning, match="3 of the 4 held-out images are byte-identical to training images"):
+        evaluate_knn(config)
+    assert entries(tmp_path)[-1]["data"]["held_out_in_training"] == 3
 
 
 def test_chunks_change_no_result_and_half_precision_little(run: Path, tmp_path: Path) -> None:

@@ -269,12 +269,12 @@ def test_a_single_class_and_a_missing_class(tmp_path: Path) -> None:
     assert "one class folder only (a)" in sentence(configured(run=str(run)))
     single = configured(run=str(trained(tmp_path / "run1", "folder", root=str(held), labels="folder")))
     single.data.root, single.data.labels, single.data.hold_out = (
-        str(write_images(tmp_path / "few", {"a": 2, "b": 1})),
+        str(write_images(tmp_path / "few", {"a": 1, "b": 1})),
         "folder",
         0.2,
     )
     single.data.name = "folder"
-    assert "data.hold_out=0.2: class b has only one image" in sentence(single)
+    assert "data.hold_out=0.2: every class has only one image" in sentence(single)
     two = write_images(tmp_path / "two", {"a": 2, "c": 2})
     run = trained(tmp_path / "run2", "folder", root=str(two), labels="folder", eval_root=str(held))
     assert f"data.eval_root={held} has images of b" in sentence(configured(run=str(run)))

@@ -1,8 +1,12 @@
 """Selections of labeled images: balanced, nested, a function of the seed; and lists of names."""
 
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moco.config import ConfigError
 from moco.data.keyed import VALIDATION
@@ -97,10 +101,49 @@ def test_a_split_holds_the_same_part_of_each_class_and_depends_on_the_seed() -> 
     assert np.bincount(labels[split_each_class(labels, 0.99, 5, VALIDATION)[0]]).tolist() == [1, 1, 1, 1]  # never none
 
 
-def test_a_class_with_one_image_cannot_be_split() -> None:
-    for classes, name in {(): "1", ("cat", "dog"): "dog"}.items():
-        with pytest.raises(SubsetError, match=f"class {name} has only one image"):
-            split_each_class(np.array([0, 0, 1], np.int64), 0.5, 0, VALIDATION, classes)
+def test_a_class_with_one_image_stays_in_the_rest() -> None:
+    rest, held = split_each_class(np.array([0, 0, 1], np.int64), 0.5, 0, VALIDATION)
+    assert (len(held), 2 in rest) == (1, True)
+    for labels, groups in (([0, 1], None), ([0, 0, 1, 1], [0, 0, 2, 2])):
+        with pytest.raises(SubsetError, match="so none can be split"):
+            split_each_class(np.array(labels), 0.5, 0, VALIDATION, None if groups is None else np.array(groups))
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=30), st.floats(0.01, 0.99))
+@settings(max_examples=100, deadline=None)
+def test_copies_stay_on_one_side_of_a_split(rows: list[tuple[int, int]], part: float) -> None:
+    labels, contents = (np.array(column) for column in zip(*rows, strict=True))
+    _, first, inverse = np.unique(contents, return_index=True, return_inverse=True)
+    groups = first[inverse]
+    # Contents that only one class has: with them, a class can always be split.
+    own = [{c for label, c in rows if label == k} - {c for label, c in rows if label != k} for k in range(4)]
+    splittable = [k for k in range(4) if len(own[k]) >= 2]
+    try:
+        rest, held = split_each_class(labels, part, 0, VALIDATION, groups)
+    except SubsetError:
+        assert not splittable
+        return
+    assert np.array_equal(np.sort(np.concatenate([rest, held])), np.arange(len(rows)))
+    assert not set(contents[rest]) & set(contents[held])
+    assert set(labels[rest]) == set(labels)
+    assert set(splittable) <= set(labels[held])
+    alone = np.arange(len(rows))
+    if len(set(contents)) == len(rows):  # without copies the split is that of earlier versions
+        assert np.array_equal(split_each_class(labels, part, 0, VALIDATION)[1], held)
+    with suppress(SubsetError):
+        assert np.array_equal(
+            split_each_class(labels, part, 0, VALIDATION)[1], split_each_class(labels, part, 0, VALIDATION, alone)[1]
+        )
+
+
+def test_the_size_of_a_split_with_copies_is_near_its_fraction() -> None:
+    labels = np.repeat([0, 1], 40)
+    groups = np.arange(80) // 2 * 2  # each image twice
+    held = split_each_class(labels, 0.3, 0, VALIDATION, groups)[1]
+    assert np.bincount(labels[held]).tolist() == [12, 12]
+    groups[:30] = 0  # 30 copies of one image
+    held = split_each_class(labels, 0.3, 0, VALIDATION, groups)[1]
+    assert np.bincount(labels[held]).tolist() == [10, 12]  # the five other pairs: the copies stay in the rest
 
 
 # ---- lists of names ----

@@ -23,6 +23,7 @@ from moco.analysis.studies import open_study
 from moco.analysis.studies.outputs import VOTE_TEMPERATURE, Outputs, augmented_views, encode, plain_features
 from moco.config import DataConfig, require
 from moco.config.choose import ChooseConfig
+from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import open_sources
 from moco.data.sources import Sources, limited
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy
@@ -117,6 +118,9 @@ def choose(config: ChooseConfig) -> list[Point]:
     sources = open_sources(_same_data(files), bank_size=0)
     images = limited(sources.train, config.images)
     require(len(images) >= 2, f"the data set has {len(images)} training image to measure: at least 2 are needed")
+    bank, held_out = sources.bank, sources.held_out
+    if config.labels and bank is not None and held_out is not None and (copies := count_copies(bank, held_out)):
+        log(copies_message(copies, len(held_out)))
     points, total = [], sum(map(len, files.values()))
     with progress_bar("measuring checkpoints", quiet=False) as progress:
         for run, paths in files.items():

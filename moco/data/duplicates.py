@@ -1,0 +1,99 @@
+"""Images with the same content under several names, so that a split can keep copies on one side.
+
+Content means the bytes of a file, or the pixels of an image in memory. A cheap key of each image comes first (the size
+of a file, the checksum in a shard): only images with equal keys are read.
+
+Legend: N images.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moco.data.base import Progress, Source
+from moco.data.decode import ImageError
+from moco.distributed import all_gather_object, is_rank_zero, rank, world_size
+from moco.runtime.console import progress_bar
+
+Rows = NDArray[np.int64]
+
+
+def content_groups(source: Source, progress: Progress | None = None) -> Rows:
+    """Return for each image the first image with the same content: (N,); an image without a copy has itself.
+
+    Collective: each rank reads a part. `progress` is called with (done, total). An unreadable image has no copy.
+    """
+    return _groups([source], source.content_keys(), progress)
+
+
+def copies_in(train: Source, held_out: Source, progress: Progress | None = None) -> Rows:
+    """Return the held-out images whose content is that of a training image. Collective, as `content_groups`."""
+    first, second = train.content_keys(), held_out.content_keys()
+    shared = np.intersect1d(first, second)  # copies within one side are not searched
+    keys = np.concatenate([first, second])
+    alone = ~np.isin(keys, shared)
+    keys[alone] = -1 - np.flatnonzero(alone)
+    groups = _groups([train, held_out], keys, progress)
+    return np.flatnonzero(groups[len(train) :] < len(train))
+
+
+def count_copies(train: Source, held_out: Source, heartbeat: Callable[[], None] = lambda: None) -> int:
+    """Return the length of `copies_in`, with a progress bar; `heartbeat` is called regularly. Collective."""
+    with progress_bar("comparing images", quiet=not is_rank_zero()) as bar:
+
+        def progress(done: int, total: int) -> None:
+            heartbeat()
+            bar(done, total)
+
+        return len(copies_in(train, held_out, progress))
+
+
+def copies_message(count: int, held_out: int) -> str:
+    """Return the sentence about held-out images that are training images too."""
+    return (
+        f"{count:,} of the {held_out:,} held-out images are byte-identical to training images: the accuracy on them "
+        "does not show how well new images are classified; remove them from one side"
+    )
+
+
+def _groups(sources: Sequence[Source], keys: Rows, progress: Progress | None) -> Rows:
+    """Return the first row with the same content for all rows of the sources, in their order."""
+    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(counts[inverse] > 1)[rank() :: world_size()]
+    starts = np.cumsum([0, *map(len, sources)])
+
+    def digests(part: Rows) -> dict[int, bytes]:
+        found = {}
+        for row in part.tolist():
+            number = int(np.searchsorted(starts, row, side="right")) - 1
+            digest = content_digest(sources[number], row - int(starts[number]))
+            if digest is not None:
+                found[row] = digest
+        return found
+
+    parts = np.array_split(rows, max(1, len(rows) // 64))
+    own: dict[int, bytes] = {}
+    with ThreadPoolExecutor() as pool:
+        for done, found in zip(accumulate(map(len, parts)), pool.map(digests, parts), strict=True):
+            own |= found
+            if progress is not None:
+                progress(done, len(rows))
+    every = {row: digest for part in all_gather_object(lambda: own) for row, digest in part.items()}
+    groups, first = np.arange(len(keys)), dict[bytes, int]()
+    for row in sorted(every):
+        groups[row] = first.setdefault(every[row], row)
+    return groups
+
+
+def content_digest(source: Source, i: int) -> bytes | None:
+    """Return 16 bytes of BLAKE2b of the content of image i; None if it cannot be read."""
+    try:
+        content = source.content(i)
+        data = source.image(i).contiguous().numpy().tobytes() if content is None else content
+    except ImageError:
+        return None
+    return hashlib.blake2b(data, digest_size=16).digest()
