@@ -141,5 +141,5 @@ def test_refusals_name_the_field(tmp_path: Path) -> None:
 
 def test_two_checkpoints_of_one_run_are_no_choice(tmp_path: Path) -> None:
     made = run(tmp_path / "a", (1, 2))
-    with pytest.raises(ConfigError, match=r"a has 2 checkpoints.*checkpoint\.keep_epochs=5"):
+    with pytest.raises(ConfigError, match=r"a has only 2 checkpoints.*checkpoint\.keep_epochs=5"):
         choose(config(tmp_path / "out", made))
