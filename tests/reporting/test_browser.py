@@ -1,6 +1,6 @@
 """A report in a real browser: no console messages, no requests; the map works by mouse, touch and keyboard.
 
-Skipped without playwright (pip install 'momentum-contrast[browser]') or without a chromium on the system.
+Skipped without playwright (pip install playwright) or without a chromium on the system.
 """
 
 import base64
@@ -21,7 +21,7 @@ from tests.reporting.runs import images, run
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
 )
-sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs playwright: momentum-contrast[browser]")
+sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="needs a chromium on the system: apt-get install chromium")
 
 DESKTOP = {"width": 1280, "height": 900}
