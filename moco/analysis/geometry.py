@@ -8,6 +8,8 @@ The functions normalize their features. A zero vector stays zero.
 Legend: N pairs, M samples, C dimension, L classes.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,8 @@ def alignment(query: Tensor, key: Tensor, alpha: float = 2.0) -> Tensor:
     """
     if query.shape != key.shape or query.ndim != 2 or len(query) == 0:
         raise ValueError(f"query {tuple(query.shape)} and key {tuple(key.shape)} must both be (N, C) with N at least 1")
-    if alpha <= 0:
-        raise ValueError(f"alpha={alpha} must be above 0")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha} must be above 0 and finite")
     distance: Tensor = torch.linalg.vector_norm(unit_length(query) - unit_length(key), dim=1)  # (N,)
     return distance.pow(alpha).mean()
 
@@ -70,6 +72,8 @@ def tolerance(features: Tensor, labels: Tensor) -> Tensor:
     """
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} must be (M, C) and (M,)")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels are {str(labels.dtype).removeprefix('torch.')}; they must be integers")
     x = unit_length(features)
     classes, inverse, counts = labels.unique(return_inverse=True, return_counts=True)
     pairs = int((counts * (counts - 1)).sum())

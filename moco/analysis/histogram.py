@@ -20,7 +20,7 @@ def similarity_histogram(similarity: Tensor, bins: int = 100, weights: Tensor | 
         push = similarity_histogram(similarity, weights=relative_penalty(similarity, temperature))
 
     Args:
-        similarity: any shape. Values outside -1 ... 1, from rounding, count in the outer bins; -inf does not count.
+        similarity: any shape. Values outside -1 ... 1, from rounding, count in the outer bins; -inf and nan do not.
         bins: B, at least 1.
         weights: of each entry, in the shape of the similarity; None: 1. The weight of -inf is ignored.
 

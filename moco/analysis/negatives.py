@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moco.losses.similarity import check_temperature
+
 ENTRIES_AT_ONCE = 2**21  # logits at once: 8 MiB of float32, which fits into the processor's cache
 
 
@@ -36,6 +38,7 @@ def relative_penalty(similarity: Tensor, temperature: float | Tensor) -> Tensor:
     Returns:
         Shape (..., K), 0 ... 1, summing to 1; nan in a row without a negative.
     """
+    check_temperature(temperature)
     return (similarity / temperature).softmax(dim=-1)
 
 
@@ -110,8 +113,10 @@ def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -
     """
     if similarity.ndim != 1 or not 0 <= answer < len(similarity):
         raise ValueError(f"answer={answer} must be one of the candidates 0 ... {similarity.numel() - 1}")
-    if not bool((temperatures > 0).all()):
-        raise ValueError(f"temperatures must be above 0; the lowest is {temperatures.min().item():g}")
+    if not bool(similarity.isfinite().all()):
+        raise ValueError(f"similarities {similarity.tolist()} must be finite")
+    if not bool(((temperatures > 0) & temperatures.isfinite()).all()):
+        raise ValueError(f"temperatures {temperatures.tolist()} must be above 0 and finite")
     t = temperatures.double()[:, None]  # (B, 1)
     log_p = (similarity.double() / t).log_softmax(dim=1)  # (B, 1+K)
     softmax = log_p.exp()

@@ -5,7 +5,7 @@
     Exploring Simple Siamese Representation Learning (Chen & He, CVPR 2021)
 
 Spectra are computed from the smaller Gram matrix in float64. This is cheap for any number of samples and accurate to
-about 1e-8 of the largest singular value, below RankMe's own epsilon.
+about 1e-8 of the largest singular value, below RankMe's own epsilon. Features that are not finite have nan measures.
 
 Legend: M samples, C dimension, R = min(M, C).
 """
@@ -33,8 +33,8 @@ def rank_me(features: Tensor, epsilon: float = EPSILON) -> Tensor:
     """
     if features.ndim != 2 or 0 in features.shape:
         raise ValueError(f"features {tuple(features.shape)} must be (M, C) with M at least 1")
-    if epsilon <= 0:
-        raise ValueError(f"epsilon={epsilon} must be above 0, since an empty direction has log(epsilon)")
+    if not 0 < epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon} must be above 0 and finite, since an empty direction has log(epsilon)")
     sigma = _gram_spectrum(features.double()).sqrt()  # (R,)
     p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + epsilon
     entropy: Tensor = torch.special.entr(p).sum()
@@ -75,6 +75,8 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
     """
     if not 1 <= first < last:
         raise ValueError(f"first={first} and last={last} must be ranks of at least 1 in ascending order")
+    if bool(spectrum.isnan().any()):
+        return spectrum.new_tensor(math.nan, dtype=torch.float32)
     usable = int((spectrum > spectrum[:1] * NOISE).sum())
     last = min(last, usable)
     if last <= first:
@@ -111,7 +113,9 @@ def _require_two(features: Tensor) -> None:
 
 
 def _gram_spectrum(x: Tensor) -> Tensor:
-    """Compute the squared singular values of x (M, C), descending, shape (R,)."""
+    """Compute the squared singular values of x (M, C), descending, shape (R,); all nan if one is not finite."""
     gram = x.T @ x if x.shape[0] >= x.shape[1] else x @ x.T  # (R, R)
+    if not bool(gram.isfinite().all()):  # `eigvalsh` would raise
+        return torch.full_like(gram[0], math.nan)
     eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
     return eigenvalues.flip(0).clamp(min=0)

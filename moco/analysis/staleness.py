@@ -73,6 +73,7 @@ def own_key_share(queue_index: Tensor, index: Tensor) -> Tensor:
     its last key is M keys old, plus or minus the difference of its positions in the two orders. `queue_index` (K,)
     holds the sample of each key, -1 for none; `index` (N,) those of the queries. The result is (N,), 0 ... 1.
     """
+    _require_keys("queue_index", queue_index)
     ordered = queue_index.sort().values
     first = torch.searchsorted(ordered, index)
     return (torch.searchsorted(ordered, index, right=True) - first) / len(queue_index)
@@ -92,6 +93,7 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
     Returns:
         Per query, shape (N,), 0 ... 1; 0 without negatives.
     """
+    _require_keys("queue", queue)
     rows = max(1, ENTRIES_AT_ONCE // len(queue))
     shares = []
     for start in range(0, len(key), rows):
@@ -118,7 +120,13 @@ def same_label_share(labels: Tensor, queue_labels: Tensor, negatives: Tensor | N
     About 1 / classes if the classes are balanced. `labels` (N,) are those of the queries, `queue_labels` (K,) those of
     the keys, with a value that is no label where it is unknown. For `negatives` see `similar_share`.
     """
+    _require_keys("queue_labels", queue_labels)
     same = labels[:, None] == queue_labels  # (N, K)
     if negatives is None:
         return same.sum(dim=1) / len(queue_labels)
     return (same & negatives).sum(dim=1) / negatives.sum(dim=1).clamp(min=1)
+
+
+def _require_keys(name: str, queue: Tensor) -> None:
+    if queue.ndim == 0 or len(queue) == 0:
+        raise ValueError(f"{name} {tuple(queue.shape)} must hold at least one key")

@@ -44,10 +44,10 @@ class TemperatureConfig(ComputeConfig):
     bins: int = bounded(100, ge=1)
     """Number of bins of the histograms of similarities, over -1 ... 1."""
     similarities: list[float] = bounded(
-        [0.8, 0.5, 0.1], ge=-1, le=1, min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
+        [0.8, 0.5, 0.1], min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
     )
-    """For mode=explain: cosine similarities of the candidates. In the first table the first candidate is the correct
-    one, in the second table the second."""
+    """For mode=explain: cosine similarities of the candidates, or any logits, such as [1,2,3]. In the first table the
+    first candidate is the correct one, in the second table the second."""
 
 
 def check_temperature(config: TemperatureConfig) -> None:

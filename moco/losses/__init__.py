@@ -1,16 +1,18 @@
 """Contrastive losses: pure functions of tensors. The caller gathers tensors across processes.
 
-With a queue: `info_nce` (MoCo), `multi_positive_info_nce` (SupMoCo), and `contrast`, which adds the switches; each
-switch has its own file. Within a batch: `in_batch_info_nce` (MoCo v3), `nt_xent` (SimCLR) and `sup_con` (SupCon).
+With a queue: `info_nce` (MoCo), `multi_positive_info_nce` (SupMoCo), `decoupled_info_nce` (DCL), and `contrast`, which
+adds the switches; each switch has its own file. Within a batch: `in_batch_info_nce` (MoCo v3), `nt_xent` (SimCLR),
+`sup_con` (SupCon) and `multi_positive_nt_xent`. `cross_entropy_over_positives` has the forms for several positives.
 """
 
-from moco.losses.batch import in_batch_info_nce, nt_xent, sup_con
+from moco.losses.batch import in_batch_info_nce, multi_positive_nt_xent, nt_xent, sup_con
 from moco.losses.contrast import Switches, contrast
 from moco.losses.debias import debiased_cross_entropy
 from moco.losses.false_negatives import find_false_negatives
 from moco.losses.margin import Margin, add_margin
 from moco.losses.mixing import mix_hard_negatives
-from moco.losses.queue import info_nce, info_nce_logits, multi_positive_info_nce
+from moco.losses.positives import PositivesMean, cross_entropy_over_positives
+from moco.losses.queue import decoupled_info_nce, info_nce, info_nce_logits, multi_positive_info_nce
 from moco.losses.similarity import Temperature
 from moco.losses.streamed import Streamed, info_nce_streamed, logit_measures
 from moco.losses.temperature import LearnedTemperature, split_temperature, temperature_at
@@ -18,12 +20,15 @@ from moco.losses.temperature import LearnedTemperature, split_temperature, tempe
 __all__ = [
     "LearnedTemperature",
     "Margin",
+    "PositivesMean",
     "Streamed",
     "Switches",
     "Temperature",
     "add_margin",
     "contrast",
+    "cross_entropy_over_positives",
     "debiased_cross_entropy",
+    "decoupled_info_nce",
     "find_false_negatives",
     "in_batch_info_nce",
     "info_nce",
@@ -32,6 +37,7 @@ __all__ = [
     "logit_measures",
     "mix_hard_negatives",
     "multi_positive_info_nce",
+    "multi_positive_nt_xent",
     "nt_xent",
     "split_temperature",
     "sup_con",

@@ -6,6 +6,7 @@ of the processes combine.
 Legend: N local samples, M samples of the global batch (M = N in one process), V views, C dimension.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -13,7 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.losses.margin import Margin, add_margin
-from moco.losses.similarity import ABSENT, Temperature, check_temperature, mean_over_positives, similarity
+from moco.losses.positives import PositivesMean, cross_entropy_over_positives
+from moco.losses.similarity import (
+    ABSENT,
+    Temperature,
+    check_floating,
+    check_temperature,
+    mean_over_positives,
+    similarity,
+)
+
+_NO_INDEX = torch.iinfo(torch.int64).min  # the default, -100, would drop a positive of this number silently
 
 
 def in_batch_info_nce(
@@ -24,6 +35,7 @@ def in_batch_info_nce(
     *,
     margin: float = 0.0,
     margin_kind: Margin = "arc",
+    decoupled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute InfoNCE with the keys of the other samples as negatives: `ctr` of MoCo v3's Algorithm 1.
 
@@ -36,23 +48,22 @@ def in_batch_info_nce(
         positives: the column of each query's key, integers of shape (N,): rank * N + 0 ... N - 1.
         temperature: T > 0.
         margin, margin_kind: of the positives, see `add_margin`.
+        decoupled: leave the positive out of the denominator, see `cross_entropy_over_positives`.
 
     Returns:
         The mean loss over the queries, shape (), and the detached logits without margin, shape (N, M).
     """
     check_temperature(temperature)
-    if query.ndim != 2 or keys.shape[1:] != query.shape[1:] or positives.shape != query.shape[:1]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and positives {tuple(positives.shape)} "
-            "must have shapes (N, C), (M, C) and (N,)"
-        )
+    _check_pairs(query, keys, positives)
     cosine = similarity(query, keys)  # (N, M)
     logits = cosine / temperature
-    if margin == 0:
-        return F.cross_entropy(logits, positives), logits.detach()
+    if margin == 0 and not decoupled:
+        return F.cross_entropy(logits, positives, ignore_index=_NO_INDEX), logits.detach()
     positive = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, positives[:, None], True)  # (N, M)
     lowered = torch.where(positive, add_margin(cosine, margin, margin_kind), cosine) / temperature
-    return F.cross_entropy(lowered, positives), logits.detach()
+    if decoupled:
+        return cross_entropy_over_positives(lowered, positive, decoupled=True), logits.detach()
+    return F.cross_entropy(lowered, positives, ignore_index=_NO_INDEX), logits.detach()
 
 
 def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
@@ -83,8 +94,8 @@ def sup_con(
 
     Without labels and mask each sample is its own class, and the loss is `nt_xent`.
 
-    Deviations: an anchor without any positive (one view, no other sample of its class) is excluded from the mean; the
-    official code divides by zero. The official factor T / base_temperature is off by default.
+    Deviations: an anchor without any positive (one view, no other sample of its class) is excluded from the mean; in
+    the official code it counts with loss 0. The official factor T / base_temperature is off by default.
 
     The mean of the losses of all processes is the loss of the global batch if all processes have the same number of
     anchors with a positive: always with two views or more, unless a `mask` separates the views of a sample.
@@ -104,12 +115,51 @@ def sup_con(
         The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1 views of
         anchors; -inf for an anchor with itself. Rows and columns are ordered by view, then by sample.
     """
-    check_temperature(temperature)
     same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)
+    if base_temperature is not None and not 0 < base_temperature < math.inf:
+        raise ValueError(f"base_temperature={base_temperature} must be above 0 and finite, or None for no factor")
+    logits, positive, nonfinite = _candidates(embeddings, others, offset, temperature, same, contrast_mode)
+    loss = mean_over_positives(logits, positive) + nonfinite
+    if base_temperature is not None:
+        loss = loss * (temperature / base_temperature)
+    return loss, logits.detach()
+
+
+def multi_positive_nt_xent(
+    embeddings: Tensor,
+    others: Tensor,
+    offset: int,
+    temperature: Temperature,
+    mask: Tensor | None = None,
+    contrast_mode: Literal["all", "one"] = "all",
+    positives_mean: PositivesMean = "inside",
+    decoupled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Compute NT-Xent of V views in another form: one softmax over all positives, or decoupled.
+
+    For uniform logits the loss is log(V M - 1); decoupled, log(V M - V). With positives_mean="outside" and without
+    `decoupled` it is `sup_con`.
+
+    Args:
+        positives_mean, decoupled: see `cross_entropy_over_positives`.
+
+    Other arguments, results and errors are those of `sup_con`.
+    """
+    same = _same_class(embeddings, others, offset, None, mask)  # (N, M)
+    logits, positive, nonfinite = _candidates(embeddings, others, offset, temperature, same, contrast_mode)
+    return cross_entropy_over_positives(logits, positive, positives_mean, decoupled) + nonfinite, logits.detach()
+
+
+def _candidates(
+    embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature, same: Tensor, contrast_mode: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the logits (A N, V M), their positives, and 0, or nan if an embedding is not finite.
+
+    The last is added to the loss: without it, embeddings whose anchors have no positive could hide.
+    """
+    check_temperature(temperature)
     if contrast_mode not in ("all", "one"):
         raise ValueError(f"contrast_mode={contrast_mode!r} must be 'all' or 'one'")
-    if base_temperature is not None and base_temperature <= 0:
-        raise ValueError(f"base_temperature={base_temperature} must be above 0, or None for no factor")
     views, samples, total = len(embeddings), embeddings.shape[1], others.shape[1]
     anchors = embeddings if contrast_mode == "all" else embeddings[:1]  # (A, N, C)
     logits = similarity(anchors.flatten(0, 1), others.flatten(0, 1)) / temperature  # (A N, V M)
@@ -117,10 +167,8 @@ def sup_con(
     column = (view * total + offset + torch.arange(samples, device=same.device)).flatten()  # (A N,)
     itself = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, column[:, None], True)
     logits = logits.masked_fill(itself, ABSENT)
-    loss = mean_over_positives(logits, same.repeat(len(anchors), views) & ~itself)
-    if base_temperature is not None:
-        loss = loss * (temperature / base_temperature)
-    return loss, logits.detach()
+    finite = embeddings.isfinite().all() & others.isfinite().all()
+    return logits, same.repeat(len(anchors), views) & ~itself, torch.where(finite, 0.0, torch.nan)
 
 
 def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -128,6 +176,9 @@ def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor 
     shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"
     if embeddings.ndim != 3 or others.ndim != 3 or embeddings.shape[::2] != others.shape[::2]:
         raise ValueError(f"{shapes} must have shapes (V, N, C) and (V, M, C)")
+    if 0 in embeddings.shape:
+        raise ValueError(f"{shapes} must have shapes (V, N, C) and (V, M, C), each at least 1")
+    check_floating(embeddings=embeddings, others=others)
     samples, total = embeddings.shape[1], others.shape[1]
     if not 0 <= offset <= total - samples:
         raise ValueError(f"offset={offset} must be 0 ... {total - samples}: {shapes} must hold the same samples there")
@@ -143,4 +194,22 @@ def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor 
         labels = torch.arange(total, device=others.device)
     if labels.shape != (total,):
         raise ValueError(f"labels {tuple(labels.shape)} must have shape {(total,)}: those of the global batch")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels are {str(labels.dtype).removeprefix('torch.')}; they must be integers")
     return labels[offset : offset + samples, None] == labels  # (N, M)
+
+
+def _check_pairs(query: Tensor, keys: Tensor, positives: Tensor) -> None:
+    """Check the arguments of `in_batch_info_nce`. On a GPU the device checks the range of the positives."""
+    fits = query.ndim == 2 and keys.ndim == 2 and keys.shape[1] == query.shape[1] and positives.shape == query.shape[:1]
+    if not fits or 0 in query.shape or len(keys) == 0:
+        raise ValueError(
+            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and positives {tuple(positives.shape)} "
+            "must have shapes (N, C), (M, C) and (N,), each at least 1"
+        )
+    check_floating(query=query, keys=keys)
+    if positives.dtype != torch.int64:
+        raise ValueError(f"positives are {str(positives.dtype).removeprefix('torch.')}; they must be int64")
+    if positives.device.type == "cpu" and not 0 <= int(positives.min()) <= int(positives.max()) < len(keys):
+        wrong = int(positives.min() if positives.min() < 0 else positives.max())
+        raise ValueError(f"positives hold {wrong}; they must be columns of the keys, 0 ... {len(keys) - 1}")

@@ -14,8 +14,23 @@ from moco.losses.debias import debiased_cross_entropy
 from moco.losses.false_negatives import find_false_negatives
 from moco.losses.margin import Margin, add_margin
 from moco.losses.mixing import mix_hard_negatives
-from moco.losses.queue import first_cross_entropy, info_nce_logits, mean_over_key_and_positives, positive_columns
-from moco.losses.similarity import ABSENT, Temperature, check_mask, full_precision, paired_similarity, similarity
+from moco.losses.positives import PositivesMean, check_positives_mean, cross_entropy_over_positives
+from moco.losses.queue import (
+    check_shapes,
+    first_cross_entropy,
+    info_nce_logits,
+    mean_over_key_and_positives,
+    positive_columns,
+)
+from moco.losses.similarity import (
+    ABSENT,
+    Temperature,
+    check_mask,
+    check_temperature,
+    full_precision,
+    paired_similarity,
+    similarity,
+)
 from moco.losses.streamed import logit_measures
 
 
@@ -32,6 +47,8 @@ class Switches:
     mix_hardest: int = 0  # see `mix_hard_negatives`
     mix_pairs: int = 0  # s
     mix_query: int = 0  # s'
+    decoupled: bool = False  # see `cross_entropy_over_positives`
+    positives_mean: PositivesMean = "outside"  # see `cross_entropy_over_positives`
 
     @property
     def mixed(self) -> int:
@@ -71,9 +88,9 @@ def contrast(
         compared.
 
     Raises:
-        ValueError: for invalid values and shapes, and for debiasing with margin, mixed negatives or more positives.
+        ValueError: for invalid values and shapes, and for debiasing with any other switch or positives.
     """
-    check_mask("positives", positives, (len(query), len(queue)))
+    _check(query, key, queue, temperature, switches, positives)
     measures = {}
     if switches.false_negatives != "keep":
         threshold, top = switches.false_threshold, switches.false_top
@@ -84,15 +101,14 @@ def contrast(
         else:
             measures["attracted"] = _mean_count(found)
             positives = found if positives is None else positives | found
-    candidates = torch.ones(1, len(queue), dtype=torch.bool, device=queue.device) if negatives is None else negatives
-    only_negatives = candidates  # (N, K) or (1, K)
+    every = torch.ones(1, len(queue), dtype=torch.bool, device=queue.device)
+    only_negatives = candidates = every if negatives is None else negatives  # (N, K) or (1, K)
     if positives is not None:
         positives = positives & candidates
         measures["positives"] = _mean_count(positives)
         only_negatives = candidates & ~positives
     measures["negatives"] = _mean_count(only_negatives)
-    # A mean of logarithms, not the logarithm of a mean: the same for any division of the batch.
-    measures["chance"] = torch.log1p(candidates.sum(dim=1).float() + switches.mixed).mean()
+    measures["chance"] = _chance(candidates, only_negatives, switches)
     mixed = None
     if switches.mixed:
         mixed = _mix(query, queue, switches, uniforms, only_negatives)  # (N, E, C)
@@ -118,13 +134,6 @@ def _loss(
 ) -> Tensor:
     """Return the cross entropy of `info_nce_logits` with margin, positives and mixed negatives; or debiased."""
     if switches.debias:
-        others = {"margin": switches.margin, "mixed negatives": mixed is not None, "positives": positives is not None}
-        on = [name for name, is_on in others.items() if is_on]
-        if on:
-            raise ValueError(
-                f"debias={switches.debias} excludes {', '.join(on)}: its estimate holds only if all keys of the queue "
-                "are unchanged negatives; use one or the other"
-            )
         return debiased_cross_entropy(logits, temperature, switches.debias)
     positive = None if positives is None else positive_columns(positives, logits)  # (N, 1+K)
     if switches.margin:
@@ -140,9 +149,40 @@ def _loss(
         extra = (similarity(query, mixed) / temperature).masked_fill(absent, ABSENT)
         logits = torch.cat([logits, extra], dim=1)  # (N, 1+K+E)
     if positive is None:
-        return first_cross_entropy(logits)
+        if not switches.decoupled:
+            return first_cross_entropy(logits)
+        positive = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
     positive = F.pad(positive, (0, logits.shape[1] - positive.shape[1]))  # mixed ones are no positives
+    if switches.decoupled or switches.positives_mean != "outside":
+        return cross_entropy_over_positives(logits, positive, switches.positives_mean, switches.decoupled)
     return mean_over_key_and_positives(logits, positive)
+
+
+def _check(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, switches: Switches, positives: Tensor | None
+) -> None:
+    """Raise ValueError for invalid values and shapes, and for switches that exclude each other."""
+    check_temperature(temperature)
+    check_shapes(query, key, queue)
+    check_mask("positives", positives, (len(query), len(queue)))
+    check_positives_mean(switches.positives_mean)
+    if switches.false_negatives not in ("keep", "eliminate", "attract"):
+        raise ValueError(f"false_negatives={switches.false_negatives!r} must be 'keep', 'eliminate' or 'attract'")
+    if min(switches.mix_hardest, switches.mix_pairs, switches.mix_query) < 0:
+        raise ValueError(f"{switches} must not have negative numbers")
+    others = {
+        "margin": switches.margin != 0,
+        "mixed negatives": switches.mixed > 0,
+        "false_negatives": switches.false_negatives != "keep",
+        "decoupled": switches.decoupled,
+        "positives": positives is not None,
+    }
+    on = [name for name, is_on in others.items() if is_on]
+    if switches.debias and on:
+        raise ValueError(
+            f"debias={switches.debias} excludes {', '.join(on)}: its estimate holds only if all keys of the queue "
+            "are unchanged negatives; use one or the other"
+        )
 
 
 def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | None, negatives: Tensor) -> Tensor:
@@ -153,6 +193,13 @@ def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | No
     pairs = pairs.unflatten(1, (switches.mix_pairs, 3))
     with_query = with_query.unflatten(1, (switches.mix_query, 2))
     return mix_hard_negatives(query, queue, switches.mix_hardest, pairs, with_query, negatives)
+
+
+def _chance(candidates: Tensor, negatives: Tensor, switches: Switches) -> Tensor:
+    """Return a mean of logarithms, not the logarithm of a mean: the same for any division of the batch."""
+    if switches.decoupled:
+        return (negatives.sum(dim=1).float() + switches.mixed).clamp(min=1).log().mean()
+    return torch.log1p(candidates.sum(dim=1).float() + switches.mixed).mean()
 
 
 def _mean_count(mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moco.losses.similarity import ABSENT, check_mask, similarity
+from moco.losses.similarity import ABSENT, check_floating, check_mask, similarity
 
 
 @torch.no_grad()
@@ -40,6 +40,7 @@ def find_false_negatives(
     if top is not None and not 1 <= top <= len(queue):
         raise ValueError(f"top={top} must be 1 ... {len(queue)}, the length of the queue")
     check_mask("candidates", candidates, (len(support), len(queue)))
+    check_floating(support=support, queue=queue)
     cosine = similarity(support, queue)  # (N, K)
     if candidates is not None:
         cosine = cosine.masked_fill(~candidates, ABSENT)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.losses.similarity import ABSENT, check_mask, similarity
+from moco.losses.similarity import ABSENT, check_floating, check_mask, similarity
 
 
 @torch.no_grad()
@@ -46,6 +46,7 @@ def mix_hard_negatives(
         if uniforms.ndim != 3 or len(uniforms) != len(query) or uniforms.shape[2] != numbers:
             raise ValueError(f"{name} {tuple(uniforms.shape)} must have shape ({len(query)}, any number, {numbers})")
     check_mask("negatives", negatives, (len(query), len(queue)))
+    check_floating(query=query, queue=queue)
     cosine = similarity(query, queue)  # (N, K)
     query, queue = query.to(cosine.dtype), queue.to(cosine.dtype)
     if negatives is not None:

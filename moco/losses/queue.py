@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moco.losses.positives import PositivesMean, cross_entropy_over_positives
 from moco.losses.similarity import (
     ABSENT,
     Temperature,
+    check_floating,
     check_mask,
     check_temperature,
     full_precision,
@@ -19,12 +21,14 @@ from moco.losses.similarity import (
 
 
 def check_shapes(query: Tensor, key: Tensor, queue: Tensor) -> None:
-    """Raise ValueError unless the shapes are (N, C), (N, C) and (K, C)."""
-    if query.shape != key.shape or queue.shape[1:] != query.shape[1:]:
+    """Raise ValueError unless the shapes are (N, C), (N, C) and (K, C), none empty, and the numbers floating-point."""
+    fits = query.ndim == 2 and query.shape == key.shape and queue.ndim == 2 and queue.shape[1] == query.shape[1]
+    if not fits or 0 in query.shape or len(queue) == 0:
         raise ValueError(
             f"query {tuple(query.shape)}, key {tuple(key.shape)} and queue {tuple(queue.shape)} "
-            "must have shapes (N, C), (N, C) and (K, C)"
+            "must have shapes (N, C), (N, C) and (K, C), each at least 1"
         )
+    check_floating(query=query, key=key, queue=queue)
 
 
 def info_nce_logits(
@@ -77,6 +81,20 @@ def info_nce(
     return first_cross_entropy(logits), logits.detach()
 
 
+def decoupled_info_nce(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, negatives: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the decoupled contrast with a queue: InfoNCE without the positive in the denominator.
+
+    Yeh et al. (2022), "Decoupled contrastive learning", Eq. 6. For uniform logits the loss is log(K). Arguments,
+    results and errors are those of `info_nce`. A query without a negative has loss 0.
+    """
+    logits = info_nce_logits(query, key, queue, temperature, negatives)
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own[:, 0] = True
+    return cross_entropy_over_positives(logits, own, decoupled=True), logits.detach()
+
+
 def multi_positive_info_nce(
     query: Tensor,
     key: Tensor,
@@ -84,13 +102,15 @@ def multi_positive_info_nce(
     temperature: Temperature,
     positives: Tensor,
     negatives: Tensor | None = None,
+    mean: PositivesMean = "outside",
 ) -> tuple[Tensor, Tensor]:
     """Compute InfoNCE with positives in the queue: the mean over a query's key and its positives in the queue.
 
     Each positive has one softmax term over the key and all of the queue. If the positives are the keys of the query's
-    class, this is SupMoCo (Majumder et al., 2021) in the form of SupCon's L_out (Khosla et al., 2020, Eq. 2); SupMoCo's
-    own equation was not available for comparison. If they are false negatives, it is the attraction loss of Huynh et
-    al. (2022). UniMoCo (Dai et al., 2021) differs: log(1 + sum exp(negatives) * sum exp(-positives)).
+    class, this is SupMoCo (Majumder et al., 2021) in the form of SupCon's L_out (Khosla et al., 2020, Eq. 2) on a
+    queue. SupMoCo's own equation was not available for comparison, and a public implementation has a different
+    denominator. If they are false negatives, it is the attraction loss of Huynh et al. (2022). UniMoCo (Dai et al.,
+    2021) differs: log(1 + sum exp(negatives) * sum exp(-positives)).
 
     Without any positive in the queue it is `info_nce`, bit for bit.
 
@@ -98,6 +118,7 @@ def multi_positive_info_nce(
         query, key, queue, temperature: as in `info_nce`; the key is always a positive of its query.
         positives: boolean (N, K) or (1, K), the queue entries that are positives too.
         negatives: as in `info_nce`; excluded entries are no candidates, even those in `positives`.
+        mean: "outside" the logarithm, or "inside", see `cross_entropy_over_positives`.
 
     Returns:
         As `info_nce`.
@@ -106,6 +127,9 @@ def multi_positive_info_nce(
     logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
     if negatives is not None:
         positives = positives & negatives
+    if mean != "outside":
+        columns = positive_columns(positives, logits)
+        return cross_entropy_over_positives(logits, columns, mean), logits.detach()
     return mean_over_key_and_positives(logits, positive_columns(positives, logits)), logits.detach()
 
 

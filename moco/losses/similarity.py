@@ -3,6 +3,8 @@
 Legend: N anchors (queries), M candidates, C dimension, E candidates of one anchor.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,9 +56,16 @@ def mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def check_temperature(temperature: Temperature) -> None:
-    """Raise ValueError unless the temperature is above 0; a tensor, for which the host would wait, is not checked."""
-    if not isinstance(temperature, Tensor) and temperature <= 0:
-        raise ValueError(f"temperature={temperature} must be above 0")
+    """Raise ValueError unless T is above 0 and finite; a tensor, for which the host would wait, is not checked."""
+    if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature} must be above 0 and finite")
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors hold real floating-point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}; it must be floating-point")
 
 
 def check_mask(name: str, mask: Tensor | None, shape: tuple[int, int]) -> None:

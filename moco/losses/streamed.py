@@ -124,6 +124,7 @@ def info_nce_streamed(
         positive = paired_similarity(scaled, key)[:, 0]  # (N,)
         mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, each with its share
     losses: Tensor = _Loss.apply(query, temperature, mean_key - key, mean_logit - positive, log_sum - positive)
+    losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
     return Streamed(losses.mean(), positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
 
 

@@ -15,10 +15,10 @@ def temperature_at(step: float, period: float, low: float, high: float) -> float
     Raises:
         ValueError: unless 0 < low <= high and period > 0.
     """
-    if period <= 0:
-        raise ValueError(f"period={period} must be above 0")
-    if not 0 < low <= high:
-        raise ValueError(f"low={low} and high={high} must be above 0 and in this order")
+    if not 0 < period < math.inf or not math.isfinite(step):
+        raise ValueError(f"step={step} must be finite, and period={period} above 0 and finite")
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"low={low} and high={high} must be above 0, finite and in this order")
     return low + (high - low) * (1 + math.cos(2 * math.pi * step / period)) / 2
 
 
@@ -34,8 +34,8 @@ class LearnedTemperature(nn.Module):
 
     def __init__(self, initial: float = 0.07, low: float = 0.01, high: float = 1.0) -> None:
         super().__init__()
-        if not 0 < low <= initial <= high:
-            raise ValueError(f"low={low}, initial={initial} and high={high} must be above 0 and in this order")
+        if not 0 < low <= initial <= high < math.inf:
+            raise ValueError(f"low={low}, initial={initial} and high={high} must be above 0, finite and in this order")
         self.low, self.high = low, high
         self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)))
 

@@ -9,6 +9,7 @@ from moco.config.method import MethodConfig, refuse_together
 from moco.config.train import TrainConfig
 
 _DEBIAS = "the estimate of debias holds only if all keys of the queue are unchanged negatives"
+_NOT_WITH_DEBIAS = ("labels", "margin", "false_negatives", "mix_hardest", "decoupled")
 
 
 @dataclass
@@ -55,6 +56,11 @@ class MoCoConfig(MethodConfig):
     """Negatives mixed from two hard negatives: s of MoCHi."""
     mix_query: int = bounded(0, ge=0)
     """Negatives mixed from a hard negative and the query: s' of MoCHi."""
+    decoupled: bool = False
+    """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
+    positives_mean: str = bounded("outside", choices=("outside", "inside"))
+    """With several positives per query (labels, attract): take their mean outside the logarithm (L_out of Khosla et
+    al., 2020, Eq. 2) or inside (L_in, Eq. 3: one softmax over all positives)."""
 
     has_momentum_encoder = True
 
@@ -64,12 +70,17 @@ class MoCoConfig(MethodConfig):
         require(config.augment.views == 2, f"augment.views={config.augment.views} must be 2 for {self.name}")
         refuse_together(
             self,
-            *[("debias", other, _DEBIAS) for other in ("labels", "margin", "false_negatives", "mix_hardest")],
+            *[("debias", other, _DEBIAS) for other in _NOT_WITH_DEBIAS],
             ("labels", "false_negatives", "the labels already define the false negatives"),
         )
         require(
             self.margin_kind == "cosine" or self.margin < math.pi,
             f"method.margin={self.margin} must be below pi, in radians; or set method.margin_kind=cosine",
+        )
+        require(
+            self.positives_mean == "outside" or self.labels or self.false_negatives == "attract",
+            f"method.positives_mean={self.positives_mean} has no effect with one positive per query: set "
+            "method.labels=true or method.false_negatives=attract",
         )
         size, threshold, top = self.queue_size, self.false_threshold, self.false_top
         require(

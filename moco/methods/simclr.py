@@ -18,6 +18,7 @@ Legend: N local batch, W processes, M = W N global batch, V views, C embedding.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +28,26 @@ from torch import Tensor, nn
 
 from moco.builder import Output, separate_unknown, unit_length
 from moco.distributed import gather, gather_with_gradient, rank
-from moco.losses import LearnedTemperature, Margin, Temperature, in_batch_info_nce, split_temperature, sup_con
+from moco.losses import (
+    LearnedTemperature,
+    Margin,
+    PositivesMean,
+    Temperature,
+    in_batch_info_nce,
+    multi_positive_nt_xent,
+    split_temperature,
+    sup_con,
+)
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """Changes to the loss; the defaults change nothing."""
+
+    margin: float = 0.0  # with `candidates="other_view"`, see `moco.losses.add_margin`
+    margin_kind: Margin = "arc"
+    decoupled: bool = False  # see `moco.losses.cross_entropy_over_positives`
+    positives_mean: PositivesMean = "outside"  # with `candidates="all"`, see the same
 
 
 class SimCLR(nn.Module):
@@ -45,7 +65,7 @@ class SimCLR(nn.Module):
             compare it with all embeddings of one other view, and average the loss over the pairs of views.
         contrast_mode: "all": each view is the anchor. "one": only the first view.
         base_temperature: see `moco.losses.sup_con`; with `candidates="all"`.
-        margin, margin_kind: see `moco.losses.add_margin`; with `candidates="other_view"`.
+        form: changes to the loss.
     """
 
     queue: None = None
@@ -63,20 +83,20 @@ class SimCLR(nn.Module):
         candidates: Literal["all", "other_view"] = "all",
         contrast_mode: Literal["all", "one"] = "all",
         base_temperature: float | None = None,
-        margin: float = 0.0,
-        margin_kind: Margin = "arc",
+        form: LossForm | None = None,
     ) -> None:
         super().__init__()
         if candidates not in ("all", "other_view"):
             raise ValueError(f"method.candidates={candidates!r} must be 'all' or 'other_view'")
-        if candidates == "all" and margin != 0:
-            raise ValueError(f"method.margin={margin} needs method.candidates='other_view'")
+        form = form or LossForm()
+        if candidates == "all" and form.margin != 0:
+            raise ValueError(f"method.margin={form.margin} needs method.candidates='other_view'")
         if candidates == "other_view" and (labels is not None or base_temperature is not None):
             raise ValueError("method.candidates='other_view' takes neither labels nor method.base_temperature")
         self.encoder = encoder
         self.temperature, self.learned_temperature = split_temperature(temperature)
         self.candidates, self.contrast_mode, self.base_temperature = candidates, contrast_mode, base_temperature
-        self.margin, self.margin_kind = margin, margin_kind
+        self.form = form
         self.register_buffer("labels", None if labels is None else separate_unknown(labels), persistent=False)
 
     def encode_keys(
@@ -98,19 +118,31 @@ class SimCLR(nn.Module):
         same = classes[first : first + len(index), None] == classes  # (N, M)
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
         if self.candidates == "all":
-            base, mode = self.base_temperature, self.contrast_mode
-            loss, logits = sup_con(z, all_z, first, temperature, mask=same, base_temperature=base, contrast_mode=mode)
+            loss, logits = self._all_views(z, all_z, first, temperature, same)
         else:
             loss, logits = self._between_views(z, all_z, first, temperature)
         return Output(loss, self._measures(logits, same, temperature), z[0].detach(), z[-1].detach())
+
+    def _all_views(
+        self, z: Tensor, all_z: Tensor, first: int, temperature: Temperature, same: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss with all other embeddings as candidates, and the logits."""
+        base, mode, form = self.base_temperature, self.contrast_mode, self.form
+        if not form.decoupled and form.positives_mean == "outside":
+            return sup_con(z, all_z, first, temperature, mask=same, base_temperature=base, contrast_mode=mode)
+        loss, logits = multi_positive_nt_xent(
+            z, all_z, first, temperature, same, mode, form.positives_mean, form.decoupled
+        )
+        return loss if base is None else loss * (temperature / base), logits
 
     def _between_views(self, z: Tensor, all_z: Tensor, first: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
         """Return the mean InfoNCE over the pairs (anchor's view, other view), and the logits (pairs N, M)."""
         anchors = range(len(z) if self.contrast_mode == "all" else 1)
         positives = first + torch.arange(z.shape[1], device=z.device)  # (N,), the column of each anchor's positive
-        margin: dict[str, Any] = {"margin": self.margin, "margin_kind": self.margin_kind}
+        form = self.form
+        how: Any = {"margin": form.margin, "margin_kind": form.margin_kind, "decoupled": form.decoupled}
         pairs = [(z[a], all_z[b]) for a in anchors for b in range(len(z)) if a != b]
-        found = [in_batch_info_nce(a, b, positives, temperature, **margin) for a, b in pairs]
+        found = [in_batch_info_nce(a, b, positives, temperature, **how) for a, b in pairs]
         losses, logits = zip(*found, strict=True)
         return torch.stack(losses).mean(), torch.cat(logits)
 
@@ -124,11 +156,12 @@ class SimCLR(nn.Module):
         similarity = logits.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1) * temperature
         nearest, hardest = (logits.masked_fill(~each, -math.inf).amax(dim=1) for each in (positive, negative))
         factor = 1.0 if self.base_temperature is None else temperature / self.base_temperature
+        in_denominator = negative if self.form.decoupled else candidate
         measures = {
             "contrast_accuracy": (nearest > hardest).float().mean(),
             "positive_similarity": similarity.mean(),
             "negatives": negative.sum(dim=1).float().mean(),
-            "chance": factor * candidate.sum(dim=1).float().log().mean(),
+            "chance": factor * in_denominator.sum(dim=1).float().clamp(min=1).log().mean(),
         }
         if self.labels is not None:
             measures["positives"] = count.float().mean()

@@ -1,7 +1,7 @@
 """SimCLR, with labels SupCon: fields, checks and construction. The algorithm is in moco/methods/simclr.py."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from moco.config.base import bounded, require
@@ -33,6 +33,11 @@ class SimCLRConfig(MethodConfig):
     margin_kind: str = bounded("arc", choices=("arc", "cosine"))
     """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
     cosine, cos(theta) - m (Wang et al., 2018)."""
+    decoupled: bool = False
+    """Leave the positives out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
+    positives_mean: str = bounded("outside", choices=("outside", "inside"))
+    """With several positives per anchor (labels, or three and more views): take their mean outside the logarithm (L_out
+    of Khosla et al., 2020, Eq. 2) or inside (L_in, Eq. 3: one softmax over all positives)."""
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
@@ -46,7 +51,13 @@ class SimCLRConfig(MethodConfig):
             "accumulate=1 and use more processes, or use method=moco_v2, whose negatives do not depend on the batch",
         )
         refuse_together(
-            self, ("candidates", "labels", _ONE_POSITIVE), ("candidates", "base_temperature", _ONE_POSITIVE)
+            self,
+            *[("candidates", each, _ONE_POSITIVE) for each in ("labels", "base_temperature", "positives_mean")],
+        )
+        require(
+            self.positives_mean == "outside" or self.labels or views > 2,
+            f"method.positives_mean={self.positives_mean} has no effect with one positive per anchor: set "
+            "method.labels=true or augment.views=3",
         )
         require(
             base is None or self.temperature_schedule != "learned",
@@ -65,7 +76,7 @@ class SimCLRConfig(MethodConfig):
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""
         from moco.methods.build import build_temperature
-        from moco.methods.simclr import SimCLR
+        from moco.methods.simclr import LossForm, SimCLR
 
         return SimCLR(
             encoder,
@@ -74,6 +85,5 @@ class SimCLRConfig(MethodConfig):
             self.candidates,  # type: ignore[arg-type]
             self.contrast_mode,  # type: ignore[arg-type]
             self.base_temperature,
-            self.margin,
-            self.margin_kind,  # type: ignore[arg-type]
+            LossForm(**{each.name: getattr(self, each.name) for each in fields(LossForm)}),
         )

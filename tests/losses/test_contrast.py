@@ -133,6 +133,11 @@ def test_autocast_changes_nothing() -> None:
         (Switches(), POSITIVES[1:], None, r"positives is bool of shape \(4, 9\)"),
         (Switches(margin=-1.0), None, None, "margin=-1.0"),
         (Switches(debias=1.0), None, None, "prior=1.0"),
+        (Switches(debias=0.1, false_negatives="eliminate", false_top=2), None, None, "debias=0.1 .*false_negatives"),
+        (Switches(debias=0.1, decoupled=True), None, None, "debias=0.1 excludes decoupled"),
+        (Switches(false_negatives="drop", false_top=2), None, None, "false_negatives='drop'"),  # type: ignore[arg-type]
+        (Switches(positives_mean="middle"), None, None, "positives_mean='middle'"),  # type: ignore[arg-type]
+        (Switches(mix_hardest=4, mix_pairs=-1, mix_query=2), None, UNIFORMS, "mix_pairs=-1"),
     ],
 )
 def test_invalid_switches_are_refused(

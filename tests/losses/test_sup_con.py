@@ -145,7 +145,7 @@ def test_renaming_the_classes_changes_nothing() -> None:
 
 @pytest.mark.parametrize("samples", [2, 8])
 def test_one_class_at_one_point_gives_log_of_all_others(samples: int) -> None:
-    same, labels = torch.eye(C)[:1].expand(2, samples, C), torch.zeros(samples)
+    same, labels = torch.eye(C)[:1].expand(2, samples, C), torch.zeros(samples, dtype=torch.long)
     assert sup_con(same, same, 0, T, labels)[0].item() == pytest.approx(math.log(2 * samples - 1), abs=1e-5)
 
 

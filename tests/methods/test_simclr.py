@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moco.builder import Output
 from moco.losses import LearnedTemperature
-from moco.methods.simclr import SimCLR
+from moco.methods.simclr import LossForm, SimCLR
 
 Array = NDArray[np.float64]
 N, C, P, T = 4, 3, 12, 0.4
@@ -37,19 +37,22 @@ def reference(weight: Array, x: list[Array], classes: list[int], options: dict[s
     z = [[each / math.sqrt(float(each @ each)) for each in view] for view in z]
     views, samples = len(x), len(classes)
     anchors = [(v, n) for v in (range(views) if options.get("contrast_mode") != "one" else [0]) for n in range(samples)]
-    margin: float = options.get("margin", 0.0)
+    form: LossForm = options.get("form", LossForm())
     terms: list[float] = []
     for v, n in anchors:
         if options.get("candidates") == "other_view":
             for w in range(views):
                 if w != v:
-                    row = [float(z[v][n] @ z[w][m]) - margin * (m == n) for m in range(samples)]
-                    terms.append(math.log(sum(math.exp(each / T) for each in row)) - row[n] / T)
+                    row = [float(z[v][n] @ z[w][m]) - form.margin * (m == n) for m in range(samples)]
+                    below = [each for m, each in enumerate(row) if m != n or not form.decoupled]
+                    terms.append(math.log(sum(math.exp(each / T) for each in below)) - row[n] / T)
             continue
         others = [(w, m) for w in range(views) for m in range(samples) if (w, m) != (v, n)]
-        total = math.log(sum(math.exp(float(z[v][n] @ z[w][m]) / T) for w, m in others))
-        own = [total - float(z[v][n] @ z[w][m]) / T for w, m in others if classes[m] == classes[n]]
-        terms.append(sum(own) / len(own))
+        own = [float(z[v][n] @ z[w][m]) / T for w, m in others if classes[m] == classes[n]]
+        rest = [float(z[v][n] @ z[w][m]) / T for w, m in others if classes[m] != classes[n]]
+        total = math.log(sum(math.exp(each) for each in (rest if form.decoupled else own + rest)))
+        inside = math.log(sum(math.exp(each) for each in own) / len(own))
+        terms.append(total - (inside if form.positives_mean == "inside" else sum(own) / len(own)))
     loss = sum(terms) / len(terms)
     base: float = options.get("base_temperature", T)  # the factor is 1 without one
     return loss * T / base
@@ -74,7 +77,12 @@ CASES: list[tuple[int, bool, dict[str, Any]]] = [
     (2, False, {"candidates": "other_view", "contrast_mode": "one"}),  # one direction
     (2, False, {"candidates": "other_view"}),  # both
     (3, False, {"candidates": "other_view"}),
-    (2, False, {"candidates": "other_view", "margin": 0.2, "margin_kind": "cosine"}),
+    (2, False, {"candidates": "other_view", "form": LossForm(margin=0.2, margin_kind="cosine")}),
+    (2, False, {"form": LossForm(decoupled=True)}),
+    (2, True, {"form": LossForm(decoupled=True), "base_temperature": 0.07}),
+    (3, False, {"form": LossForm(positives_mean="inside")}),
+    (2, True, {"form": LossForm(decoupled=True, positives_mean="inside"), "contrast_mode": "one"}),
+    (3, False, {"form": LossForm(decoupled=True), "candidates": "other_view"}),
 ]
 
 
@@ -175,7 +183,7 @@ def test_micro_batches_are_refused() -> None:
     ("options", "words"),
     [
         ({"candidates": "both"}, "candidates='both'"),
-        ({"margin": 0.1}, "margin=0.1"),
+        ({"form": LossForm(margin=0.1)}, "margin=0.1"),
         ({"candidates": "other_view", "labels": LABELS}, "neither labels"),
     ],
 )

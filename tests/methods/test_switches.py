@@ -28,7 +28,7 @@ from moco.losses import LearnedTemperature, Switches
 from moco.methods import METHODS
 from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
-from moco.methods.simclr import SimCLR
+from moco.methods.simclr import LossForm, SimCLR
 from moco.optim.optimizers import parameter_groups
 from moco.training.checks import check_against_data
 from moco.training.step import StepSettings, train_step
@@ -46,6 +46,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "debias": {"switches": Switches(debias=0.2)},
     "elimination": {"switches": Switches(false_negatives="eliminate", false_top=2)},
     "attraction": {"switches": Switches(false_negatives="attract", false_threshold=0.3)},
+    "decoupled": {"switches": Switches(decoupled=True)},
+    "mean inside": {"switches": Switches(false_negatives="attract", false_top=2, positives_mean="inside")},
     "labels": {"labels": torch.arange(SAMPLES) % 2},
     "several": {
         "switches": Switches(0.1, "arc", 0.0, "attract", 0.3, 3, mix_hardest=4, mix_pairs=2, mix_query=1),
@@ -433,7 +435,8 @@ def test_each_field_reaches_the_method() -> None:
     assert debiased.switches == replace(Switches(), debias=0.1)
     other = build_method(config(setting(**SIMCLR, candidates="other_view", contrast_mode="one", margin=0.2)))
     assert isinstance(other, SimCLR)
-    assert (other.candidates, other.contrast_mode, other.margin, other.margin_kind) == ("other_view", "one", 0.2, "arc")
+    assert (other.candidates, other.contrast_mode) == ("other_view", "one")
+    assert other.form == LossForm(margin=0.2, margin_kind="arc")
 
 
 def test_missing_labels_are_refused() -> None:

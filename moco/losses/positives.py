@@ -1,0 +1,62 @@
+"""Cross entropies with several positives: where their mean stands, and whether they are in the denominator.
+
+Legend: N anchors, M candidates.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moco.losses.similarity import ABSENT, mean_over_positives
+
+PositivesMean = Literal["outside", "inside"]
+
+
+def cross_entropy_over_positives(
+    logits: Tensor, positive: Tensor, mean: PositivesMean = "outside", decoupled: bool = False
+) -> Tensor:
+    """Compute the cross entropy of anchors with any number of positives.
+
+    With the logits s, the positives p of an anchor, and D = sum over its candidates of exp(s):
+
+        outside:  mean over p of -log(exp(s_p) / D)       L_out of Khosla et al. (2020), Eq. 2
+        inside:   -log(mean over p of exp(s_p) / D)       L_in, Eq. 3: one softmax over all positives, at most L_out
+
+    With one positive they are equal. "decoupled" removes the positives from D (Yeh et al., 2022, "Decoupled contrastive
+    learning", Eq. 6, which has one positive). The gradient of a positive that is already close then does not vanish;
+    the loss can be below 0.
+
+    For uniform logits the loss is the log of the number of candidates; decoupled, of the negatives.
+
+    Args:
+        logits: shape (N, M); -inf for an excluded candidate. Each row has a candidate.
+        positive: boolean, shape (N, M), False where the logit is -inf.
+
+    Returns:
+        The mean over the anchors that have a positive, shape (); 0 without any. A decoupled anchor without a negative
+        has loss 0.
+    """
+    check_positives_mean(mean)
+    if mean == "outside" and not decoupled:
+        return mean_over_positives(logits, positive)
+    count = positive.sum(dim=1)  # (N,)
+    has_positive = count > 0
+    if mean == "outside":
+        pull = logits.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1)  # (N,)
+    else:  # an anchor without a positive is left out below; all its candidates keep its gradient finite
+        chosen = logits.masked_fill(~positive & has_positive[:, None], ABSENT)
+        pull = chosen.logsumexp(dim=1) - count.clamp(min=1).to(logits.dtype).log()
+    has_others = torch.ones_like(has_positive)
+    if decoupled:
+        logits = logits.masked_fill(positive, ABSENT)
+        has_others = ~(logits == ABSENT).all(dim=1)
+        logits = torch.where(has_others[:, None], logits, 0.0)
+    losses = torch.where(has_positive & has_others, logits.logsumexp(dim=1) - pull, 0.0)
+    return losses.sum() / has_positive.sum().clamp(min=1)
+
+
+def check_positives_mean(mean: str) -> None:
+    """Raise ValueError for an unknown place of the mean."""
+    if mean not in ("outside", "inside"):
+        raise ValueError(f"positives_mean={mean!r} must be 'outside' or 'inside' (the logarithm)")
