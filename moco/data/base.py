@@ -5,6 +5,7 @@ Legend: N images.
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,11 @@ Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 class Source(Protocol):
-    """A list of images in a fixed order, with or without labels. The defaults are those of encoded images in files."""
+    """A list of images in a fixed order, with or without labels. The defaults are those of encoded images in files.
+
+    A source is a class that derives from this one. It has the defaults, and Python refuses to create it while it lacks
+    an abstract member.
+    """
 
     @property
     def images(self) -> Tensor | None:
@@ -27,10 +32,12 @@ class Source(Protocol):
         return None
 
     @property
+    @abstractmethod
     def labels(self) -> NDArray[np.int64] | None:
         """Indices into `classes`, shape (N,); None if unlabeled."""
 
     @property
+    @abstractmethod
     def classes(self) -> tuple[str, ...]:
         """The class names; empty if unlabeled."""
 
@@ -49,8 +56,10 @@ class Source(Protocol):
         """Make a loader for a source that can only be read from start to end (see `moco.data.remote`); else None."""
         return None
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def image(self, i: int) -> Tensor:
         """Return image i, uint8 (3, H, W).
 
@@ -58,6 +67,7 @@ class Source(Protocol):
             ImageError: if it cannot be read.
         """
 
+    @abstractmethod
     def name(self, i: int) -> str:
         """Return the name of image i in reports: its path below the root, or for example "digits/17"."""
 
@@ -71,6 +81,7 @@ class Source(Protocol):
         Raises:
             ImageError: if they cannot be read.
         """
+        return None
 
     def content_keys(self) -> NDArray[np.int64]:
         """Return a number per image, (N,): images with the same content have equal ones, others usually do not.
@@ -83,12 +94,15 @@ class Source(Protocol):
         """Return the number of files that were found and are no images by their names, by kind."""
         return {}
 
+    @abstractmethod
     def subset(self, rows: NDArray[np.int64]) -> "Source":
         """Return the given images as a source, in the order of `rows`."""
 
+    @abstractmethod
     def encoded_names(self) -> Iterable[bytes]:
         """Return the names in order, in the file system's encoding; for a stream the names of its shards."""
 
+    @abstractmethod
     def content_digest(self) -> str:
         """Return the SHA-256 over the names and the content, in order, wherever the data set lies.
 

@@ -78,6 +78,8 @@ def load_source(
     if kind.root and not config.root:
         raise FileNotFoundError(f"data.root is empty: set it to {kind.root}")
     found = kind.open(config, keep_unlistable=True) if keep_unlistable else kind.open(config)
+    for split in (found.train, found.bank, found.held_out):
+        _require_members(split, config)
     found = with_bits(found, config)
     if not config.resident:
         return found
@@ -88,6 +90,17 @@ def load_source(
             decoded[id(source)] = _decode_all(source, config, progress, keep_unreadable) if on_request else source
     bank, held_out = (None if each is None else decoded[id(each)] for each in (found.bank, found.held_out))
     return Sources(decoded[id(found.train)], bank, held_out)
+
+
+def _require_members(source: Source | None, config: DataConfig) -> None:
+    """Raise TypeError for a source that lacks members of the interface."""
+    members = [*(name for name in vars(Source) if not name.startswith("_")), "__len__"]
+    missing = [name for name in members if source is not None and not hasattr(source, name)]
+    if missing:
+        raise TypeError(
+            f"data.name={config.name}: {type(source).__name__} lacks {', '.join(missing)}; derive it from "
+            "moco.data.base.Source (docs/howto/extend.md)"
+        )
 
 
 def limited(source: Source, size: int) -> Source:

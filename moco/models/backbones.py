@@ -8,6 +8,7 @@ from typing import Any
 import torchvision.models
 from torch import Tensor, nn
 
+from moco.files import cause
 from moco.models.vit import vit, vit_base, vit_conv_base, vit_conv_small, vit_small
 
 
@@ -65,6 +66,24 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def _timm_model(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Create a model of timm; say so if its published weights cannot be loaded."""
+    import timm
+
+    try:
+        network: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=0, **options)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:  # timm and the libraries below it raise many types
+        if not options.get("pretrained"):
+            raise
+        raise ValueError(
+            f"model.options={dict(options)}: the published weights of model.backbone={name!r} cannot be loaded "
+            f"({cause(error).splitlines()[0]}); check the network, or set pretrained=false and init_from=FILE"
+        ) from error
+    return network
+
+
 def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
     """Return a backbone without its classifier; its attribute `num_features` is D.
 
@@ -82,7 +101,7 @@ def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
             if not timm.is_model(name.removeprefix("timm/")):
                 close = ", ".join(difflib.get_close_matches(name.removeprefix("timm/"), timm.list_models(), n=5))
                 raise ValueError(f"model.backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
-            network: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=0, **options)
+            network = _timm_model(name, options)
             # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
             network.num_features = network.head_hidden_size
             return network
