@@ -27,7 +27,7 @@ from moco.methods import METHODS
 from moco.overrides import checked_files, keep_text, type_error
 from moco.runtime.next_command import quoted
 from moco.runtime.preemption import Preempted, prevent_restart
-from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_streams
+from moco.runtime.stdio import exit_on_broken_pipe, print_error, printable, protected_streams
 
 Schema = TypeVar("Schema")
 
@@ -91,7 +91,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (
-        f"moco: warning: {message}\n" if issubclass(category, RunWarning) else plain(message, category, *rest)
+        f"moco: warning: {printable(str(message))}\n"
+        if issubclass(category, RunWarning)
+        else "\n".join(map(printable, plain(message, category, *rest).split("\n")))
     )
     try:
         for config in _compose(name, schema):

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from moco.runs.sweep import is_finished, run_to_end
+from moco.runtime.stdio import protected_streams
 
 
 def values_of(text: str) -> list[str]:
@@ -79,6 +80,7 @@ def train(run: Path, overrides: list[str]) -> int:
     return ended.status
 
 
+@protected_streams()
 def main(arguments: list[str]) -> int:
     """Train all unfinished trials and return the exit status."""
     if "--" not in arguments or arguments.index("--") < 2:

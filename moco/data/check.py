@@ -13,9 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
 from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
@@ -26,7 +23,7 @@ from moco.data.image_facts import ODDITIES, ImageFacts, image_facts
 from moco.data.sources import load_source
 from moco.data.workers import TASK, LoaderError, in_order
 from moco.files import write_errors, write_json
-from moco.runtime.console import Terminal, log, progress_bar
+from moco.runtime.console import log, progress_bar, table
 from moco.runtime.provenance import provenance
 
 _FOLDER = "unreadable folder"
@@ -190,32 +187,24 @@ def size_distribution(sizes: NDArray[np.int32]) -> dict[str, Any]:
 
 def show(report: dict[str, Any], output: Path) -> None:
     """Print the report as a table, with one example per kind."""
-    table = Table(box=box.SIMPLE_HEAD, title=f"{report['pictures']:,} images, {report['bytes'] / 1e9:,.3f} GB")
-    for name in ("", "files", "first", "meaning"):
-        table.add_column(name, justify="right" if name == "files" else "left", overflow="fold")
-    for style, part in (("bold red", "unreadable"), ("", "odd")):
+    rows = []
+    for part in ("unreadable", "odd"):
         for kind, entry in report[part].items():
             first = entry["files"][0]
-            example, meaning = Path(first["path"]).name, first.get("reason", entry["meaning"])
-            table.add_row(kind, f"{entry['count']:,}", _printable(example), _printable(meaning), style=style)
+            rows.append([kind, f"{entry['count']:,}", Path(first["path"]).name, first.get("reason", entry["meaning"])])
+    alarming = set(range(len(report["unreadable"])))
     copies = report["duplicates"]
     if copies["count"]:
-        first = _printable(" = ".join(Path(path).name for path in copies["groups"][0][:2]))
-        table.add_row("duplicates", f"{copies['count']:,}", first, "the same bytes as an earlier file")
+        names = " = ".join(Path(path).name for path in copies["groups"][0][:2])
+        rows.append(["duplicates", f"{copies['count']:,}", names, "the same bytes as an earlier file"])
     if leaked := copies["held_out_in_training"]:
-        table.add_row("leaked", f"{leaked:,}", "", "held-out images that are training images too", style="bold red")
-    for kind, count in report["ignored"].items():
-        table.add_row(f"ignored: {_printable(kind)}", f"{count:,}", "", "not an image")
-    for form, count in report["formats"].items():
-        table.add_row(form, f"{count:,}", "", "readable")
+        alarming.add(len(rows))
+        rows.append(["leaked", f"{leaked:,}", "", "held-out images that are training images too"])
+    rows += [[f"ignored: {kind}", f"{count:,}", "", "not an image"] for kind, count in report["ignored"].items()]
+    rows += [[form, f"{count:,}", "", "readable"] for form, count in report["formats"].items()]
     for side in ("width", "height") if report["sizes"] else ():
         marks = " / ".join(f"{each:,}" for each in report["sizes"][side])
-        table.add_row(side, "", marks, "smallest / 5 % / median / 95 % / largest")
-    console = Terminal(highlight=False)
-    console.print(table)
-    console.print(f"the files of each kind: {output}", markup=False, soft_wrap=True)
-
-
-def _printable(name: str) -> str:
-    """Return a name as valid text for a terminal, without rich's markup."""
-    return escape(name.encode("utf-8", "backslashreplace").decode())
+        rows.append([side, "", marks, "smallest / 5 % / median / 95 % / largest"])
+    title = f"{report['pictures']:,} images, {report['bytes'] / 1e9:,.3f} GB"
+    table(title, ["", "files", "first", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
+    log(f"the files of each kind: {output}")

@@ -64,10 +64,8 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
         write = write_html if config.gallery == "html" else write_png
         write(written[1], result.title, " · ".join(about), result.sections)
     note = [("note", result.note)] if result.note else []
-    files = "\n".join(map(str, written))
-    summary_panel(
-        result.title, [("images", f"{count:,} of {index.origin}"), *result.summary, *note, ("written", files)]
-    )
+    files = [("" if i else "written", str(path)) for i, path in enumerate(written)]
+    summary_panel(result.title, [("images", f"{count:,} of {index.origin}"), *result.summary, *note, *files])
 
 
 def _write_json(path: Path, head: dict[str, Any], result: Result) -> None:

@@ -1,7 +1,10 @@
-"""Terminal output: a live progress display on a terminal, plain lines elsewhere. Only rank 0 prints."""
+"""Terminal output: a live progress display on a terminal, plain lines elsewhere. Only rank 0 prints.
+
+All text passes through `printable` here, because names of files, classes and runs are part of it.
+"""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -15,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moco.distributed import is_rank_zero
-from moco.runtime.stdio import discard_output
+from moco.runtime.stdio import discard_output, printable
 
 
 class Terminal(Console):
@@ -49,7 +52,7 @@ class Display:
 
     def log(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        self.console.print(printable(line), markup=False, soft_wrap=True)
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Advance the bar to `step` finished steps; show the metrics of that step if they were read."""
@@ -97,15 +100,16 @@ def status_line(values: Mapping[str, float]) -> str:
 def progress_bar(description: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar, which disappears at the end. Yields a function to call with (done, total)."""
     console = Terminal()
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    name = TextColumn(printable(description), markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(description, total=None, visible=False)
+        task = bar.add_task("", total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 
 def log(line: str) -> None:
     """Print a line, on rank 0."""
-    Terminal(highlight=False, quiet=not is_rank_zero()).print(line, markup=False, soft_wrap=True)
+    Terminal(highlight=False, quiet=not is_rank_zero()).print(printable(line), markup=False, soft_wrap=True)
 
 
 def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -114,21 +118,39 @@ def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in rows:
-        grid.add_row(name, Text(text))
+        grid.add_row(name, _text(text))
     Terminal(highlight=False, quiet=not is_rank_zero()).print(
-        Panel(grid, title=title, title_align="left", expand=False)
+        Panel(grid, title=_text(title), title_align="left", expand=False)
     )
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> None:
-    """Print a table, on rank 0. Brackets in the text are not markup."""
-    out = Table(title=Text(title, style="table.title"), title_justify="left", caption_justify="left", box=box.ROUNDED)
-    out.caption = Text(caption, style="table.caption") if caption else None
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    caption: str = "",
+    left: Sequence[int] = (0,),
+    alarming: Container[int] = (),
+) -> None:
+    """Print a table, on rank 0. Brackets in the text are not markup.
+
+    Args:
+        title, columns, rows: the texts.
+        caption: text below the table, which may have several lines.
+        left: the numbers of the columns that are aligned to the left, not to the right.
+        alarming: the numbers of the rows to print in bold red.
+    """
+    out = Table(title=_text(title, "table.title"), title_justify="left", caption_justify="left", box=box.ROUNDED)
+    out.caption = Text("\n".join(map(printable, caption.split("\n"))), style="table.caption") if caption else None
     for i, column in enumerate(columns):
-        out.add_column(Text(column), justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        out.add_row(*map(Text, row))
+        out.add_column(_text(column), justify="left" if i in left else "right", overflow="fold")
+    for i, row in enumerate(rows):
+        out.add_row(*map(_text, row), style="bold red" if i in alarming else "")
     Terminal(highlight=False, quiet=not is_rank_zero()).print(out)
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 def duration(seconds: float) -> str:

@@ -1,16 +1,39 @@
-"""Standard streams that are closed, or whose reader has gone (`| head`, a closed terminal).
+"""Standard streams: text that is safe to print, and streams that are closed or whose reader has gone (`| head`).
 
 Imports neither torch nor rich, so that `--help` is fast.
 """
 
+import io
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
 
 BROKEN_PIPE = 128 + signal.SIGPIPE  # 141, the exit status that shells report for a closed pipe
+
+
+# Control characters, invisible and bidirectional marks, lone surrogates (bytes of a name that are not UTF-8) and the
+# separators of lines and paragraphs.
+_UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"  # invisible, but part of words in some scripts, and of emoji
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that neither controls a terminal nor hides characters; escapes replace the others.
+
+    Names of files, classes and runs can hold escape sequences, line ends and marks that reorder the text.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+
+    def shown(letter: str) -> str:
+        hidden = unicodedata.category(letter) in _UNPRINTABLE and letter not in _JOINERS
+        return letter.encode("unicode_escape").decode() if hidden else letter
+
+    return "".join(map(shown, text))
 
 
 def discard_output(stream: IO[str] | None) -> None:
@@ -23,21 +46,27 @@ def discard_output(stream: IO[str] | None) -> None:
 
 
 def print_error(line: str) -> None:
-    """Print a line on stderr. Ignore errors: they must not change the exit status."""
+    """Print a line on stderr, see `printable`. Ignore errors: they must not change the exit status."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
     except OSError:
         discard_output(sys.stderr)
 
 
 @contextmanager
 def protected_streams() -> Iterator[None]:
-    """Reserve descriptors 0-2, and ignore errors when stdout and stderr are flushed at the end."""
+    """Reserve descriptors 0-2, and ignore errors when stdout and stderr are flushed at the end.
+
+    A character that the encoding of the terminal lacks is printed as an escape.
+    """
     # The system assigns the lowest free descriptor. If a stream is closed, a checkpoint could get its number, and a
     # library that writes to stderr would write into the checkpoint.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:

@@ -1,15 +1,21 @@
-"""A closed stream, a broken pipe or a full disk under the output neither stops the work nor changes the status."""
+"""Output: names are escaped; a closed stream, a broken pipe or a full disk does not stop the work."""
 
 import os
+import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from moco.config import config_dir
+from moco.runtime import console
 from moco.runtime.console import Display, Terminal, progress_bar, status_line, summary_panel
+from moco.runtime.stdio import print_error, printable
 
 REPOSITORY = Path(config_dir()).parent
 
@@ -74,3 +80,79 @@ def test_the_status_line_omits_measures_that_a_method_does_not_return() -> None:
     values = {"train/loss": 1.5, "train/lr": 0.1, "speed/images_per_second": 100.0, "speed/data_wait": 0.0}
     assert status_line(values) == "loss 1.500 · lr 0.1 · 100 img/s · data wait 0 %"
     assert "contrast acc 25 %" in status_line(values | {"train/contrast_accuracy": 0.25})
+
+
+@given(st.text())
+def test_printable_text_is_one_line_that_cannot_control_a_terminal(text: str) -> None:
+    shown = printable(text)
+    assert len(shown.splitlines()) <= 1
+    assert not any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in shown)
+    assert not any(unicodedata.bidirectional(letter) in BIDI_CONTROLS for letter in shown)
+    assert printable(shown) == shown
+    shown.encode()
+
+
+BIDI_CONTROLS = {"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, Bücher, 日本, 👩‍🔬, ملف", "plain, Bücher, 日本, 👩‍🔬, ملف"),
+        ("a\x1b[31mred", r"a\x1b[31mred"),
+        ("a\nmoco: forged", r"a\nmoco: forged"),
+        ("\x9b2J\x07\r\x7f", r"\x9b2J\x07\r\x7f"),
+        ("gpj.\u202eexe", r"gpj.\u202eexe"),
+        ("\ufeffcat", r"\ufeffcat"),
+        (os.fsdecode(b"\xff"), r"\udcff"),
+        ("\u2028", r"\u2028"),
+    ],
+)
+def test_what_is_escaped(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+HOSTILE = "[b]\x1b[2J\n\u202e" + os.fsdecode(b"\xff")
+ESCAPED = r"[b]\x1b[2J\n\u202e\udcff"
+
+
+def test_every_way_to_print_escapes_names(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    console.log(HOSTILE)
+    console.summary_panel(HOSTILE, [("name", HOSTILE)])
+    console.table(HOSTILE, [HOSTILE], [[HOSTILE]], f"{HOSTILE[:8]}\nsecond line")
+    Display(10, 10, 0, quiet=False).log(HOSTILE)
+    print_error(HOSTILE)
+    printed, errors = capsys.readouterr()
+    assert printed.count(ESCAPED) == 1 + 2 + 3 + 1
+    assert errors == f"{ESCAPED}\n"
+    assert "\x1b" not in printed
+    assert "\u202e" not in printed
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8:strict"])
+def test_characters_that_the_terminal_lacks_do_not_end_the_work(encoding: str, tmp_path: Path) -> None:
+    code = (
+        "from moco.runtime.stdio import print_error, protected_streams\n"
+        "from moco.runtime import console\n"
+        "with protected_streams():\n"
+        '    console.log("a · 日本 \\udcff")\n'
+        '    console.table("·", ["日本"], [["👩"]])\n'
+        '    print_error("日本 \\udcff")\n'
+        '    print("日本 \\udcff")\n'
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert rb"\udcff" in done.stdout
+    assert rb"\udcff" in done.stderr
+    if encoding != "utf-8:strict":
+        assert rb"\u65e5\u672c" in done.stdout
+
+
+def test_only_the_console_and_stdio_print() -> None:
+    package = Path(console.__file__).parents[1]
+    allowed = {package / "runtime" / "console.py", package / "runtime" / "stdio.py"}
+    sources = {path: path.read_text() for path in package.rglob("*.py") if path.name != "__main__.py"}  # no names
+    uses = re.compile(r"^\s*print\(|sys\.std(out|err)\.write|^(from|import) rich\b", re.MULTILINE)
+    assert {path for path, source in sources.items() if uses.search(source)} == allowed
