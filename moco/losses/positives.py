@@ -47,6 +47,8 @@ def cross_entropy_over_positives(
     else:  # an anchor without a positive is left out below; all its candidates keep its gradient finite
         chosen = logits.masked_fill(~positive & has_positive[:, None], ABSENT)
         pull = chosen.logsumexp(dim=1) - count.clamp(min=1).to(logits.dtype).log()
+        own = logits.detach().masked_fill(~positive, 0.0).sum(dim=1)
+        pull = pull + (own - own)  # 0; nan for a positive at -inf, which logsumexp would hide
     has_others = torch.ones_like(has_positive)
     if decoupled:
         logits = logits.masked_fill(positive, ABSENT)

@@ -60,6 +60,30 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path, backbone: str) -
     assert digest(one["method"]) != digest(earlier["method"])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a run keeps its lock open
+def test_a_run_of_an_earlier_version_resumes_with_timms_lars(tmp_path: Path) -> None:
+    """Its optim.name is lars, which was timm's, and its configuration lacks newer fields."""
+    full, cut = config(str(tmp_path / "full")), config(str(tmp_path / "cut"))
+    full.optim.name, full.optim.weight_decay = "lars_timm", 0.01
+    cut.optim.weight_decay = 0.01
+    pretrain(full)
+    state = checkpoint.load(tmp_path / "full" / "checkpoints" / "step_00000002.pt")
+    state["config"]["optim"]["name"] = "lars"
+    del state["config"]["optim"]["warmup_from_zero"]
+    (tmp_path / "cut" / "checkpoints").mkdir(parents=True)
+    checkpoint.save(tmp_path / "cut" / "checkpoints", 2, state, keep_last=9)
+    pretrain(cut)
+    one, other = (
+        checkpoint.load(checkpoint.list_checkpoints(tmp_path / run / "checkpoints")[0]) for run in ("full", "cut")
+    )
+    assert digest(one["method"]) == digest(other["method"])
+    fresh = config(str(tmp_path / "fresh"))  # MoCo v3's LARS, in a new run
+    fresh.optim.weight_decay = 0.01
+    pretrain(fresh)
+    new = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "fresh" / "checkpoints")[0])
+    assert digest(new["method"]) != digest(one["method"])
+
+
 def test_the_method_is_built_with_its_heads() -> None:
     made = config()
     made.model.predictor_last_norm = False
