@@ -12,12 +12,14 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -33,6 +35,12 @@ Schema = TypeVar("Schema")
 
 # A group with several schemas: the option of the group, configs/GROUP/OPTION.yaml, chooses one in its defaults list.
 SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
+
+# What to do about an unreadable image, by command; other commands need every image.
+_IMAGE_ADVICE = {
+    "train": "to train on other images instead, set data.on_bad_image=replace",
+    **dict.fromkeys(("embed", "search"), "to leave out such images, set on_bad_image=skip"),
+}
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,16 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     quiet = {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}}
     quiet |= {"sweep": {"dir": scratch, "subdir": "."}, "hydra_help": {"template": "${hydra.help.template}"}}
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
+    OmegaConf.register_new_resolver("groups", _groups, replace=True)
+
+
+def _groups(name: str) -> str:
+    """Return the groups of `configs/NAME.yaml` and their options, a line each, for its --help."""
+    folder = Path(config_dir())
+    defaults = OmegaConf.load(folder / f"{name}.yaml")["defaults"]
+    groups = [key for each in defaults if isinstance(each, DictConfig) for key in each if (folder / str(key)).is_dir()]
+    options = {group: sorted(file.stem for file in (folder / str(group)).glob("*.yaml")) for group in groups}
+    return "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
 
 
 @protected_streams()
@@ -103,7 +121,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     except ConfigError as error:
         _exit(2, str(error), error)
     except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
-        _exit(1, f"{error} (MOCO_TRACEBACK=1 shows where)", error)
+        _exit(1, f"{error}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)
     except Preempted as stopped:  # not an error: never a traceback
         if os.environ.get("RANK", "0") == "0":
             print_error(f"moco: {stopped}")
@@ -120,11 +138,35 @@ def _compose(name: str, schema: type[Schema]) -> list[Schema]:
     types = field_types(schema)
     with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
         register(name, schema, scratch)
+        _refuse_options(sys.argv[1:], types)
         sys.argv = [sys.argv[0], *keep_text(sys.argv[1:], types)]
         # The command runs outside Hydra, which would print a traceback of its own for every error.
-        hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)(composed.append)()
+        compose = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
+        compose(lambda config: composed.append(_with_recipe(config)))()
     _refuse_shared_output(composed, schema)
     return [to_dataclass(each, schema) for each in composed]
+
+
+def _with_recipe(config: DictConfig) -> DictConfig:
+    """Record the name of the chosen recipe, for moco.train; called while Hydra runs."""
+    recipe = HydraConfig.get().runtime.choices.get("experiment")
+    if recipe:
+        config.recipe = str(recipe)
+    return config
+
+
+def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
+    """Raise ConfigError for a field that is written as an option, --field, which argparse would refuse in 8 lines."""
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+        known = [each for each in types if name in (each, each.rpartition(".")[2])]
+        if argument.startswith("--") and known and name not in ("run", "config_name", "config_dir"):
+            raise ConfigError(f"{argument}: write a field without dashes, {_any_of(f'{each}=VALUE' for each in known)}")
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """Join at most three names by "or"."""
+    return " or ".join(list(names)[:3])
 
 
 def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
@@ -186,17 +228,25 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
     if os.environ.get("MOCO_TRACEBACK") == "1":
         raise error
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
-    decode = sys.modules.get("moco.data.decode")  # not imported here: that needs torch; None: no image was read
-    invalid_data = isinstance(error, FloatingPointError) or (
-        decode is not None and isinstance(error, decode.ImageError)
-    )
-    if status == 2 or invalid_data:
+    if status == 2 or isinstance(error, FloatingPointError) or _is_image_error(error):
         prevent_restart()  # each of torchrun's --max-restarts would fail in the same way
     if local_rank == "0" or status == 1:  # an invalid configuration is the same on all ranks of a machine
         print_error(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
     else:
         time.sleep(3)  # torchrun kills the other ranks when one exits: local rank 0 must print its error first
     sys.exit(status)
+
+
+def _is_image_error(error: BaseException) -> bool:
+    decode = sys.modules.get("moco.data.decode")  # not imported here: that needs torch; None: no image was read
+    return decode is not None and isinstance(error, decode.ImageError)
+
+
+def _image_advice(name: str, error: BaseException) -> str:
+    """Return what to do about an image file that a command cannot read; "" for any other error."""
+    if not (_is_image_error(error) and getattr(error, "kind", "")):
+        return ""
+    return "; " + _IMAGE_ADVICE.get(name, "python -m moco.check_data finds all such images: repair or remove them")
 
 
 def _composition_error(error: Exception, schema: type) -> str:
@@ -261,7 +311,8 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
         return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"
     if field == "experiment" and "recipe" in known:
         return "there is no field 'experiment'; did you mean 'recipe'?"
-    return f"there is no field {field!r}{_did_you_mean(field, known)}"
+    same = [repr(each) for each in known if each.endswith(f".{field}")]  # lr of optim.lr
+    return f"there is no field {field!r}" + (f"; did you mean {_any_of(same)}?" if same else _did_you_mean(field, known))
 
 
 def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:

@@ -34,21 +34,22 @@ def test_the_batch_must_divide_over_processes_and_micro_batches() -> None:
         config.batch_size, config.accumulate = 250, 2
 
     sentence = refusal(change, processes=4)
-    assert "batch_size=250 must be a multiple of 8 (4 processes x accumulate=2): take 248" in sentence
+    assert "batch_size=250 must be a multiple of 8 (4 processes x accumulate=2): set batch_size=248" in sentence
 
 
-@pytest.mark.parametrize(("group", "fix"), [(32, 24), (7, 6), (100, 48)])
-def test_bn_groups_must_divide_a_forward_pass_and_the_fix_does(group: int, fix: int) -> None:
+@pytest.mark.parametrize(("group", "fix"), [(32, (128, 24)), (7, (98, 6)), (100, (200, 48))])
+def test_bn_groups_must_divide_a_forward_pass_and_the_fixes_do(group: int, fix: tuple[int, int]) -> None:
     def change(config: TrainConfig) -> None:
         config.batch_size, config.model.bn_group_size = 96, group
 
     sentence = refusal(change, processes=2)
     assert f"model.bn_group_size={group} must divide the 48 images" in sentence
-    assert f"take {fix}, or model.bn=sync" in sentence
+    assert f"set batch_size={fix[0]}, model.bn_group_size={fix[1]}, or model.bn=sync" in sentence
 
-    config = TrainConfig(method=MoCoConfig(), batch_size=96)
-    config.model.bn_group_size = fix
-    check(config, processes=2)
+    for batch_size, size in ((fix[0], group), (96, fix[1])):
+        config = TrainConfig(method=MoCoConfig(), batch_size=batch_size)
+        config.model.bn_group_size = size
+        check(config, processes=2)
 
 
 @pytest.mark.parametrize(

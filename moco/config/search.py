@@ -23,7 +23,7 @@ class SearchConfig(EmbedConfig):
     """For mode=nearest: search for N random images of the data set; 0: for 8 if `query` is empty, else for none."""
     k: int = bounded(12, ge=1)
     """Number of nearest neighbors. For mode=outliers, an image's score is its mean similarity to them."""
-    threshold: float = bounded(0.95, gt=-1, le=1, example="threshold=0.95")
+    threshold: float = bounded(0.97, gt=-1, le=1, example="threshold=0.97")
     """For mode=duplicates: the lowest cosine similarity of two images of the same group."""
     show: int = bounded(60, ge=1)
     """Largest number of groups or outliers in the gallery. The JSON file holds all of them."""

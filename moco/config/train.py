@@ -175,6 +175,8 @@ class TrainConfig(ComputeConfig):
     """File with the weights from which the encoder starts: one of our checkpoints, encoder.safetensors, or a file of
     another project, such as official MoCo. The head, predictor and queue are loaded too if they fit. It is not read
     again when the run resumes."""
+    recipe: str = ""
+    """Name of the recipe, set by experiment=NAME. It is recorded so that a resumed run can name it."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of the initial weights, the order of the samples and all augmentations."""
     epochs: int = bounded(200, ge=1)
@@ -256,10 +258,12 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
         return
     micro_batch, group = config.batch_size // parts, model.bn_group_size
     require(group > 1, f"model.bn_group_size={group}: BN over one image has no variance; set at least 2")
+    nearest = max(1, round(config.batch_size / (parts * group))) * parts * group
+    divisors = [each for each in range(2, group) if micro_batch % each == 0]
+    smaller = f"model.bn_group_size={max(divisors)}, " if divisors else ""
     require(
         micro_batch % group == 0,
         f"model.bn_group_size={group} must divide the {micro_batch} images of a process's forward pass "
         f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
-        f"take {max(each for each in range(1, min(micro_batch, group) + 1) if micro_batch % each == 0)}, "
-        "or model.bn=sync",
+        f"set batch_size={nearest}, {smaller}or model.bn=sync",
     )

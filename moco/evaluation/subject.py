@@ -26,6 +26,7 @@ from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.models.encoder import Encoder
 from moco.runs import checkpoint
+from moco.runs.directory import untrained
 from moco.runtime.console import log, progress_bar
 
 IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -51,7 +52,8 @@ def open_subject(config: SubjectConfig) -> Subject:
         run = Path(config.run)
         require(run.is_dir(), f"run={config.run} does not exist: set run to the directory of a run, e.g. runs/digits")
         found = checkpoint.list_checkpoints(run / "checkpoints")
-        require(bool(found), f"run={config.run} has no checkpoint: train it first, python -m moco.train run={run}")
+        if not found:
+            raise ConfigError(untrained(run))
         try:
             file = read_encoder(found[0], config.weights)
         except ValueError as error:  # an older one is never used silently: a result must state its checkpoint

@@ -72,9 +72,16 @@ def convert_encoder(config: ConvertConfig) -> None:
             ("checked", f"read again: features of {len(rows)} images ({data}) differ by {difference:.2g} at most,"),
             ("", f"the largest feature is {largest:.3g}"),
             ("images", f"{transform.size} px{resized}; minus mean {mean}, divided by std {std}"),
+            *([("size", _only_this_size(transform.size))] * chosen.fixed_size),
             ("load", chosen.loading(file).replace("FILE", str(output))),
         ],
     )
+
+
+def _only_this_size(size: int) -> str:
+    """Describe which sizes a graph accepts, and how to get another one."""
+    other = f"images.size={2 * size} images.resize={2 * size}"
+    return f"any number of images at once, but only of {size} x {size} px; for another size convert again, e.g. {other}"
 
 
 def write_and_compare(

@@ -46,6 +46,7 @@ class Format:
     write: Callable[[Path, EncoderFile, nn.Module], None]
     read: Callable[[Path, EncoderFile], Read]  # as its own project does; uses only names of the source, not weights
     load: str  # how to load FILE, whose network is NETWORK
+    fixed_size: bool = False  # whether the file computes features of images of one size only
     tolerance: float = 1e-5  # largest difference between features, as a fraction of the largest feature
 
     def fits(self, file: EncoderFile) -> bool:
@@ -237,6 +238,7 @@ FORMATS: dict[str, Format] = {
         lambda path, file, backbone: save_onnx(path, backbone, file.images),
         lambda path, file: Read(load_onnx(path), {}),
         "onnxruntime.InferenceSession('FILE').run(None, {'images': array})",
+        fixed_size=True,
         tolerance=1e-4,
     ),
     "torch_export": Format(
@@ -245,5 +247,6 @@ FORMATS: dict[str, Format] = {
         lambda path, file, backbone: save_exported(path, backbone, file.images),
         lambda path, file: Read(*load_exported(path)),
         "torch.export.load('FILE').module()(images)",
+        fixed_size=True,
     ),
 }

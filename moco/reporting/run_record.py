@@ -14,6 +14,7 @@ from moco.analysis.doctor import Alarm, diagnose, facts_of
 from moco.config import ConfigError, MethodConfig, RunWarning, TrainConfig, require
 from moco.methods import read_method
 from moco.runs import checkpoint
+from moco.runs.directory import untrained
 from moco.runs.metrics import Metrics, read_metrics
 
 
@@ -73,6 +74,8 @@ def open_run(path: Path) -> Run:
     """Read a run; raise ConfigError if the directory is not a run, or a file of it is damaged."""
     require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path)
+    if file is None and not (path / "config.yaml").is_file() and any(path.glob("*/checkpoints/")):
+        raise ConfigError(untrained(path))
     config = state.get("config") or _configuration(path)
     values = read_metrics(path / "metrics.jsonl")
     require(

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import yaml
 
-from moco.config import require
+from moco.config import ConfigError, require
 from moco.files import atomic_write, write_errors
 from moco.methods import read_method
 from moco.runs.metrics import METRICS
@@ -19,10 +19,11 @@ from moco.runtime.output_directory import LOCK, lock_directory
 # Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
 # data.on_bad_image and data.max_bad decide whether a run continues after an unreadable image, not what replaces it.
 FREE_FIELDS = (
-    *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
+    *("run", "recipe", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
     *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
     *(f"data.{name}" for name in ("root", "eval_root", "download", "allow_pipe", "workers", "on_bad_image", "max_bad")),
 )
+_MOST_NAMED = 3  # fields in a message
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -37,7 +38,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def refuse_difference(
     path: Path, there: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise ConfigError if the run in `path` was configured to compute something else; the message names each field.
+    """Raise ConfigError if the run in `path` was configured to compute something else; the message names the fields.
 
     Args:
         path: the run's directory.
@@ -55,10 +56,15 @@ def refuse_difference(
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not any(name == each or name.startswith(f"{each}.") for each in free)
     ]
-    require(
-        not differing,
-        f"run={path} holds a run with another configuration: {'; '.join(differing)}. Choose another directory "
-        "(run=...) or restore those values",
+    if not differing:
+        return
+    recipe, more = there.get("recipe"), len(differing) - _MOST_NAMED
+    which = f"was made with experiment={recipe}" if recipe != config.get("recipe") and recipe else ""
+    fix = f"add experiment={recipe}" if which else "restore those values"
+    named = "; ".join(differing[:_MOST_NAMED]) + (f"; and {more} more fields" if more > 0 else "")
+    raise ConfigError(
+        f"run={path} {which or 'holds a run with another configuration'}: {named}. To resume it, {fix}; to start "
+        "another run, set run=DIR"
     )
 
 
@@ -85,6 +91,21 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     with atomic_write(file) as temporary:
         temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     return lock
+
+
+def untrained(path: Path, field: str = "run") -> str:
+    """Return the sentence for a directory without a checkpoint: it names the runs in it, or the command to train one.
+
+    Args:
+        path: the directory.
+        field: the field that names it.
+    """
+    inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
+    if inside:
+        more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
+        found = ", ".join(f"{field}={each}" for each in inside[:5])
+        return f"{field}={path} is a folder of runs: choose one of them, {found}{more}"
+    return f"{field}={path} has no checkpoint: train it first, python -m moco.train run={path}"
 
 
 def _is_remnant(file: Path) -> bool:

@@ -1,8 +1,13 @@
 """Use of the device while training: images per second, data wait, MFU, peak memory; and a torch profile on request."""
 
 import copy
+import os
+import re
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -135,6 +140,28 @@ class Throughput:
         return ", ".join(parts)
 
 
+_NOISE = re.compile(rb"USDT:|ERROR:.*gpuGetDeviceCount failed")
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Drop the lines that torch's profiler writes to stderr on a machine without a GPU; other lines are kept."""
+    if sys.stderr is not None:
+        sys.stderr.flush()
+    before = os.dup(2)  # the profiler is C++, which writes to the descriptor
+    with tempfile.TemporaryFile() as caught:
+        os.dup2(caught.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            caught.seek(0)
+            for line in caught:
+                if not _NOISE.match(line):
+                    os.write(2, line)
+
+
 class Profile:
     """Profiles a few steps: `trace.json.gz` is for a browser, `table.txt` lists the most expensive operations."""
 
@@ -146,13 +173,16 @@ class Profile:
             activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True
         )
         self._left = 2 * PROFILED
-        self._profile.start()
+        self._quiet: Callable[[], AbstractContextManager[None]] = nullcontext if self._gpu else _without_noise
+        with self._quiet():
+            self._profile.start()
 
     def step(self) -> None:
         """Call after every step of training; does nothing once the profile is written."""
         if self._profile is not None:
             self._left -= 1
-            self._profile.step()
+            with self._quiet():
+                self._profile.step()
             if not self._left:
                 self.close()
 
@@ -160,7 +190,8 @@ class Profile:
         """End the profile; with too few steps nothing is written."""
         running, self._profile = self._profile, None
         if running is not None:
-            running.stop()
+            with self._quiet():
+                running.stop()
             if self._left:
                 done = 2 * PROFILED - self._left
                 self._log(f"profile=true needs {2 * PROFILED} steps, and there were {done}: no profile is written")

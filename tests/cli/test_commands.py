@@ -1,6 +1,7 @@
 """The commands: their functions, their refusals and what --multirun, --cfg and Ctrl-C do. Processes are not needed."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from moco.__main__ import main as list_commands
 from moco.cli import Command, run_command
 from moco.config import TrainConfig, config_dir
 from moco.config.knn import KnnConfig
+from moco.data.decode import ImageError
 from tests.cli.conftest import Run
 
 COMMANDS = sorted({path.stem for path in Path(config_dir()).glob("*.yaml")} - {"train"})
@@ -62,7 +64,7 @@ def test_the_commands_do_not_import_torch() -> None:
         ("finetune", ["run=x", "+view.flip_p=2", "lr=0"], "lr=0.0 must be above 0"),
         ("finetune", ["run=x", "data=cifar"], "there is no 'data/cifar'; did you mean 'cifar10'?"),
         ("linear", ["run=x", "protocol=moco_v4"], "there is no 'protocol/moco_v4'; did you mean 'moco_v2'?; "),
-        ("search", ["index=out", "threshold=1.5"], "threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.95"),
+        ("search", ["index=out", "threshold=1.5"], "threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.97"),
         ("embed", ["data=folder"], "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE"),
         ("report", ["run=nowhere", "perplexity=0.5"], "perplexity=0.5 must be at least 1"),
         ("report", ["run=nowhere"], "run=nowhere does not exist: name the directory of a run"),
@@ -108,6 +110,39 @@ def test_help_shows_the_fields_and_the_groups(run: Run) -> None:
     assert status == 0
     assert "on_bad_image: stop" in printed
     assert "data: cifar10, cifar100, digits, folder" in printed
+    assert "docs/config/embed.md" in printed
+    assert not re.search(r"^(protocol|preset|experiment|optim): ", printed, flags=re.MULTILINE)  # of other commands
+    assert "protocol: moco_v1" in run("linear", "--help")[1]
+    assert "experiment: cifar10_cpu" in run("train", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("train", "set data.on_bad_image=replace"),
+        ("embed", "set on_bad_image=skip"),
+        ("search", "set on_bad_image=skip"),
+        ("knn", "python -m moco.check_data finds all"),
+    ],
+)
+def test_an_unreadable_image_is_reported_with_what_works_in_this_command(name: str, fix: str, run: Run) -> None:
+    def fails(config: object) -> None:
+        raise ImageError("cannot read image a.jpg: the JPEG is truncated", "truncated", "the JPEG is truncated")
+
+    schema = TrainConfig if name == "train" else KnnConfig
+    status, _, errors = run(name, main=lambda: run_command(name, schema, fails))
+    assert status == 1
+    assert errors.startswith("moco: cannot read image a.jpg: the JPEG is truncated; ")
+    assert fix in errors
+
+
+def test_a_folder_of_runs_is_reported_with_the_runs_in_it(run: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    for command in ("linear", "embed", "report"):
+        status, _, errors = run(command, "run=runs")
+        assert (status, "choose one of them, run=runs/a, run=runs/b" in errors) == (2, True), errors
+    assert "'runs=[runs/*]'" in run("choose", "runs=[runs]")[2]
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -164,6 +164,9 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_batch(run: Run, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["lr=1"], "moco: there is no field 'lr'; did you mean 'optim.lr'?"),
+        (["temperature=1"], "did you mean 'method.temperature' or 'evaluate.temperature'?"),
+        (["--lr", "1"], "moco: --lr: write a field without dashes, optim.lr=VALUE"),
         (["optm.lr=1"], "moco: there is no field 'optm'; did you mean 'optim'?"),
         (["+optim.learning_rate=1"], "moco: there is no field 'optim.learning_rate'"),
         (["epochs=many"], "moco: epochs=many must be of type integer"),
@@ -206,6 +209,7 @@ def test_an_invalid_configuration_is_refused_in_one_sentence(
         ),
         # Without config.yaml, the configuration in the checkpoint counts.
         ("checkpoints", ["method.symmetric=true"], ["method.symmetric (there False, now True)"]),
+        ("*", ["experiment=supmoco_digits"], ["run=other was made with experiment=digits: ", "add experiment=digits"]),
     ],
 )
 def test_a_run_of_another_configuration_is_refused(

@@ -265,7 +265,7 @@ def test_an_invalid_configuration_is_refused(changed: dict[str, Any], sentence: 
 
 def test_the_batch_must_be_shared_evenly() -> None:
     config = configured("x.pt", Path("out"), batch_size=128)
-    with pytest.raises(ConfigError, match="batch_size=128 must be a multiple of the 3 processes: take 129"):
+    with pytest.raises(ConfigError, match="batch_size=128 must be a multiple of the 3 processes: set batch_size=129"):
         check_finetune(config, processes=3)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from moco.analysis import alignment, alpha_req, rank_me, uniformity
 from moco.analysis.studies import open_study
 from moco.analysis.studies.outputs import VOTE_TEMPERATURE, Outputs, augmented_views, encode, plain_features
-from moco.config import DataConfig, require
+from moco.config import ConfigError, DataConfig, require
 from moco.config.choose import ChooseConfig
 from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import open_sources
@@ -161,7 +161,11 @@ def _runs(patterns: Sequence[str]) -> list[str]:
 def _checkpoints(run: str) -> list[Path]:
     """Return a run's checkpoints, the oldest first."""
     found = checkpoint.list_checkpoints(Path(run) / "checkpoints")
-    require(bool(found), f"runs: {run} has no checkpoint: remove it, or train it with python -m moco.train run={run}")
+    if not found:
+        several = f"runs=[{run}/*]"
+        inside = any(Path(run).glob("*/checkpoints/"))
+        fix = f"name the runs in it, '{several}'" if inside else f"remove it, or train it, python -m moco.train run={run}"
+        raise ConfigError(f"runs: {run} has no checkpoint: {fix}")
     return found[::-1]
 
 
