@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
@@ -93,9 +94,9 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
 def _groups(name: str) -> str:
     """Return the groups of `configs/NAME.yaml` and their options, a line each, for its --help."""
     folder = Path(config_dir())
-    defaults = OmegaConf.load(folder / f"{name}.yaml")["defaults"]
-    groups = [key for each in defaults if isinstance(each, DictConfig) for key in each if (folder / str(key)).is_dir()]
-    options = {group: sorted(file.stem for file in (folder / str(group)).glob("*.yaml")) for group in groups}
+    defaults = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    groups = [str(key) for each in defaults if isinstance(each, dict) for key in each if (folder / key).is_dir()]
+    options = {group: sorted(file.stem for file in (folder / group).glob("*.yaml")) for group in groups}
     return "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
 
 
@@ -244,7 +245,8 @@ def _is_image_error(error: BaseException) -> bool:
 
 def _image_advice(name: str, error: BaseException) -> str:
     """Return what to do about an image file that a command cannot read; "" for any other error."""
-    if not (_is_image_error(error) and getattr(error, "kind", "")):
+    kind: str = getattr(error, "kind", "")
+    if not (_is_image_error(error) and kind):
         return ""
     return "; " + _IMAGE_ADVICE.get(name, "python -m moco.check_data finds all such images: repair or remove them")
 
@@ -312,7 +314,8 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
     if field == "experiment" and "recipe" in known:
         return "there is no field 'experiment'; did you mean 'recipe'?"
     same = [repr(each) for each in known if each.endswith(f".{field}")]  # lr of optim.lr
-    return f"there is no field {field!r}" + (f"; did you mean {_any_of(same)}?" if same else _did_you_mean(field, known))
+    hint = f"; did you mean {_any_of(same)}?" if same else _did_you_mean(field, known)
+    return f"there is no field {field!r}{hint}"
 
 
 def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:

@@ -180,8 +180,8 @@ class ComputeConfig:
 
 def require_divisible(batch_size: int, parts: int, divisor: str) -> None:
     """Raise ConfigError, which suggests the nearest multiple, unless the batch divides into equal parts."""
-    nearest = max(1, round(batch_size / parts)) * parts
-    require(batch_size % parts == 0, f"batch_size={batch_size} must be a multiple of {divisor}: set batch_size={nearest}")
+    fix = f"set batch_size={max(1, round(batch_size / parts)) * parts}"
+    require(batch_size % parts == 0, f"batch_size={batch_size} must be a multiple of {divisor}: {fix}")
 
 
 def _floats(name: str, value: Any) -> Iterator[tuple[str, float]]:

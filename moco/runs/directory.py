@@ -19,7 +19,8 @@ from moco.runtime.output_directory import LOCK, lock_directory
 # Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
 # data.on_bad_image and data.max_bad decide whether a run continues after an unreadable image, not what replaces it.
 FREE_FIELDS = (
-    *("run", "recipe", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
+    "recipe",
+    *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
     *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
     *(f"data.{name}" for name in ("root", "eval_root", "download", "allow_pipe", "workers", "on_bad_image", "max_bad")),
 )

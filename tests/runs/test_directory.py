@@ -58,11 +58,11 @@ def test_a_run_without_checkpoint_does_not_block_the_directory(tmp_path: Path) -
 
 
 def test_a_run_of_another_recipe_is_refused_with_its_name_and_three_fields(tmp_path: Path) -> None:
-    made = {"recipe": "moco_v2_folder"} | {name: 0 for name in "abcde"}
+    made = {"recipe": "moco_v2_folder"} | dict.fromkeys("abcde", 0)
     open_run(tmp_path / "run", made).close()
     pretend_checkpoint(tmp_path / "run")
     with pytest.raises(ConfigError) as error:
-        open_run(tmp_path / "run", {"recipe": "digits"} | {name: 1 for name in "abcde"})
+        open_run(tmp_path / "run", {"recipe": "digits"} | dict.fromkeys("abcde", 1))
     sentence = str(error.value)
     assert sentence.startswith(f"run={tmp_path}/run was made with experiment=moco_v2_folder: a (there 0, now 1); b (")
     assert "c (there 0, now 1); and 2 more fields. To resume it, add experiment=moco_v2_folder;" in sentence

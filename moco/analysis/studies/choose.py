@@ -162,9 +162,9 @@ def _checkpoints(run: str) -> list[Path]:
     """Return a run's checkpoints, the oldest first."""
     found = checkpoint.list_checkpoints(Path(run) / "checkpoints")
     if not found:
-        several = f"runs=[{run}/*]"
         inside = any(Path(run).glob("*/checkpoints/"))
-        fix = f"name the runs in it, '{several}'" if inside else f"remove it, or train it, python -m moco.train run={run}"
+        train = f"remove it, or train it, python -m moco.train run={run}"
+        fix = f"name the runs in it, 'runs=[{run}/*]'" if inside else train
         raise ConfigError(f"runs: {run} has no checkpoint: {fix}")
     return found[::-1]
 
