@@ -75,6 +75,21 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _check_launch() -> None:
+    """Raise ConfigError for variables of a launcher that are not whole numbers in their range."""
+    ranges = {"WORLD_SIZE": (1, 2**31), "RANK": (0, 2**31), "LOCAL_RANK": (0, 2**31), "MASTER_PORT": (0, 2**16 - 1)}
+    for name, (low, high) in ranges.items():
+        text = os.environ.get(name, str(low))
+        if not (re.fullmatch(r"[0-9]{1,10}", text) and low <= int(text) <= high):
+            raise ConfigError(
+                f"the environment variable {name}={text!r} must be a whole number from {low} to {high}: unset it, or "
+                "start the command with torchrun, which sets it"
+            )
+    rank, processes = os.environ.get("RANK", "0"), launched_processes()
+    if int(rank) >= processes:
+        raise ConfigError(f"the environment variable RANK={rank} must be below WORLD_SIZE={processes}: unset both")
+
+
 def register(name: str, schema: type, scratch: str = ".") -> None:
     """Register the entries of the defaults lists in configs/: NAME_schema, quiet, and the schemas of groups.
 
@@ -115,6 +130,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         else "\n".join(map(printable, plain(message, category, *rest).split("\n")))
     )
     try:
+        _check_launch()
         for config in _compose(name, schema):
             command(config)
     except (HydraException, OmegaConfBaseException) as error:
@@ -231,7 +247,9 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if status == 2 or isinstance(error, FloatingPointError) or _is_image_error(error):
         prevent_restart()  # each of torchrun's --max-restarts would fail in the same way
-    if local_rank == "0" or status == 1:  # an invalid configuration is the same on all ranks of a machine
+    if (
+        local_rank == "0" or not local_rank.isdigit() or status == 1
+    ):  # an invalid configuration is the same on all ranks of a machine
         print_error(f"moco{'' if rank == '0' else f' (rank {rank})'}: {sentence}")
     else:
         time.sleep(3)  # torchrun kills the other ranks when one exits: local rank 0 must print its error first

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from moco.cli import field_types
-from moco.config import ConfigError, TrainConfig, bounded, check, check_bounds, config_dir
+from moco.config import AugmentConfig, ConfigError, TrainConfig, bounded, check, check_bounds, config_dir
 from moco.config.base import EXTRAS
+from moco.config.subject import ImagesConfig
+from moco.data.opening import build_views
 from moco.methods.moco_config import MoCoConfig
 from moco.runs.directory import FREE_FIELDS, flatten
 
@@ -78,6 +80,39 @@ def test_an_invalid_value_is_refused_with_its_field_and_what_is_accepted(name: s
         setattr(getattr(config, groups[0]) if groups else config, field, value)
 
     assert refusal(change).startswith(error)
+
+
+@pytest.mark.parametrize("bn", ["batch", "sync"])
+def test_bn_over_one_image_is_refused(bn: str) -> None:
+    def change(config: TrainConfig) -> None:
+        config.batch_size, config.model.bn = 1, bn
+
+    assert f"batch_size=1 with model.bn={bn}" in refusal(change)
+
+
+def test_bn_over_one_image_of_a_process_is_refused() -> None:
+    def change(config: TrainConfig) -> None:
+        config.batch_size, config.model.bn = 2, "batch"
+
+    assert "batch_size=2 with model.bn=batch, 2 processes" in refusal(change, processes=2)
+
+
+def test_an_evaluation_size_below_the_crop_is_refused() -> None:
+    def change(config: TrainConfig) -> None:
+        config.augment.size, config.augment.eval_resize = 24, 12
+
+    assert "augment.eval_resize=12 is below augment.size=24" in refusal(change)
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_the_normalization_of_values_for_0_to_255_is_refused(name: str) -> None:
+    of_bytes = [123.675, 116.28, 103.53]
+    with pytest.raises(ConfigError, match=rf"images\.{name}=.*123\.675 must be"):
+        check_bounds(ImagesConfig(**{name: of_bytes}), "images.")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"{name}=\(123\.675.*divide"):
+        build_views(AugmentConfig(**{name: of_bytes}))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"noise=\(0\.0, 25\.0\)"):
+        build_views(AugmentConfig(noise=[0.0, 25.0]))
 
 
 def test_bounds_of_elements_lengths_and_repeated_values() -> None:

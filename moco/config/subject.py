@@ -15,9 +15,9 @@ class ImagesConfig:
     """Side of the input images in pixels."""
     resize: int | None = bounded(None, ge=0)
     """Shorter side in pixels to which an image is resized before the central crop; 0: no resizing."""
-    mean: list[float] | None = bounded(None, min_length=3, max_length=3)
+    mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
     """Mean of each channel, subtracted from the pixels, which are in 0 ... 1."""
-    std: list[float] | None = bounded(None, gt=0, min_length=3, max_length=3)
+    std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
     """Standard deviation of each channel, by which pixels are divided after the mean is subtracted."""
 
 

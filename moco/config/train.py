@@ -243,6 +243,9 @@ def check(config: TrainConfig, processes: int = 1) -> None:
         f"optim.weight_decay={optim.weight_decay} with optim.name=lars_timm would give no layer its own rate: set "
         "optim.weight_decay above 0, or optim.name=lars",
     )
+    size, resize = config.augment.size, config.augment.eval_resize
+    fits = resize == 0 or resize >= size
+    require(fits, f"augment.eval_resize={resize} is below augment.size={size}: raise it, or set it to 0 (no resizing)")
     _check_batch(config, processes)
 
 
@@ -254,9 +257,13 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
     require(model.bn != "sync" or config.accumulate == 1, error)
     divisor = f"{parts} ({processes} processes x accumulate={config.accumulate})"
     require_divisible(config.batch_size, parts, divisor)
-    if model.bn != "grouped":
-        return
     micro_batch, group = config.batch_size // parts, model.bn_group_size
+    if model.bn != "grouped":
+        images = config.batch_size if model.bn == "sync" else micro_batch
+        given = f"batch_size={config.batch_size} with model.bn={model.bn}, {processes} processes and accumulate"
+        error = f"{given}={config.accumulate}: BN over one image has no variance; raise batch_size"
+        require(images > 1, error)
+        return
     require(group > 1, f"model.bn_group_size={group}: BN over one image has no variance; set at least 2")
     nearest = max(1, round(config.batch_size / (parts * group))) * parts * group
     divisors = [each for each in range(2, group) if micro_batch % each == 0]

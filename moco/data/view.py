@@ -25,7 +25,7 @@ _PIXELS = 64  # from here on, the pixel noise
 # Bounds of the fields of a view. A probability (NAME_p) is at most 1.
 _HIGHEST = {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf, "hue": 0.5}
 _HIGHEST |= {"solarize_threshold": 1, "degrees": 180, "translate": 1, "shear": 89}
-_RANGES = {"crop_scale": (1e-6, 1), "noise": (0, math.inf)}
+_RANGES: dict[str, tuple[float, float]] = {"crop_scale": (1e-6, 1), "noise": (0.0, 1.0)}
 _RANGES |= dict.fromkeys(("crop_ratio", "blur_sigma", "zoom"), (1e-6, math.inf))
 
 
@@ -98,10 +98,11 @@ class View:
             values = getattr(self, name)
             if len(values) != 2 or not (low <= values[0] <= values[1] <= high and math.isfinite(values[1])):
                 raise ValueError(f"{name}={values} must be (lowest, highest) within {low} ... {high}")
-        for name, low in (("mean", -math.inf), ("std", 1e-6)):
+        for name, low in (("mean", 0), ("std", 1e-6)):
             values = getattr(self, name)
-            if len(values) != 3 or not all(low <= value < math.inf for value in values):
-                raise ValueError(f"{name}={values} must be three finite numbers{' above 0' * (name == 'std')}")
+            if len(values) != 3 or not all(low <= value <= 1 for value in values):
+                scale = "; divide values for 0 ... 255 by 255" if any(value > 1 for value in values) else ""
+                raise ValueError(f"{name}={values} must be three numbers within {low} ... 1, as pixels are{scale}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,7 @@ def pick(config: FinetuneConfig, labeled: Source, seed: int) -> NDArray[np.int64
     if not file.is_file():
         raise FileNotFoundError(f"subset_list={file} does not exist")
     try:
-        wanted = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+        wanted = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"subset_list={file} is not a text file") from error
     with subsets.naming_field("subset_list", file):

@@ -28,6 +28,12 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
             f"optim.warmup_epochs={config.optim.warmup_epochs} is not below epochs={config.epochs}: the learning rate "
             "never reaches its peak; set optim.warmup_epochs=0"
         )
+    late = [each for each in config.optim.milestones if each >= config.epochs]
+    if late and config.optim.schedule == "step":
+        _warn(
+            f"optim.milestones={config.optim.milestones} has values that are not below epochs={config.epochs}, so the "
+            "learning rate is not lowered there: change them too"
+        )
     _check_queue(config, plan)
     _check_batch_norm(config)
 

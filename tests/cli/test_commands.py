@@ -81,6 +81,26 @@ def test_a_refusal_is_one_line_with_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *[("WORLD_SIZE", each) for each in ("0", "-1", "", "two", "1.5")],
+        *[("RANK", each) for each in ("-1", "one", "3")],
+        *[("LOCAL_RANK", each) for each in ("-1", "one", "")],
+        *[("MASTER_PORT", each) for each in ("-1", "port", "70000")],
+    ],
+)
+def test_an_invalid_variable_of_a_launcher_is_refused(
+    variable: str, value: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("moco.cli.time.sleep", lambda seconds: None)
+    status, _, errors = run("train", main=lambda: run_command("train", TrainConfig, print))
+    assert status == 2
+    assert f"the environment variable {variable}={value}" in errors.replace("'", "")
+
+
 @pytest.mark.parametrize(("name", "schema", "resumes"), [("knn", KnnConfig, False), ("train", TrainConfig, True)])
 def test_ctrl_c_mentions_a_checkpoint_only_for_training(name: str, schema: type, resumes: bool, run: Run) -> None:
     def interrupted(config: object) -> None:

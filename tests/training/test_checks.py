@@ -37,6 +37,13 @@ def test_a_shorter_queue_does_not_warn() -> None:
         check_against_data(config(queue_size=1999, symmetric=True), plan(1000))  # two keys per image
 
 
+def test_milestones_after_the_last_epoch_warn() -> None:
+    late = config()
+    late.epochs, late.optim.schedule, late.optim.milestones = 4, "step", [2.0, 120.0]
+    with pytest.warns(RunWarning, match=r"optim\.milestones=\[2\.0, 120\.0\] .* epochs=4"):
+        check_against_data(late, plan(1000))
+
+
 def test_shuffling_with_a_single_bn_group_warns() -> None:
     made = config()
     made.model.bn = "batch"
