@@ -136,6 +136,7 @@ def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
         "std": float(np.std([each.top1 for each in metrics])),
         "draws": len(metrics),
         "top5": mean_known([each.top5 for each in metrics]),
+        "balanced": mean_known([each.balanced for each in metrics]),
         "per_class": [mean_known(each) for each in zip(*(each.per_class for each in metrics), strict=True)],
         "confusion": None if values["confusion"] is None else total_confusion(metrics).tolist(),
     }
@@ -169,7 +170,7 @@ def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid |
         f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
         ["encoder", "k", "T", "top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"],
         [_row(result, settings) for result, settings, _ in found],
-        f"on {len(task.held_out):,} held-out images; chance is {100 / len(train.classes):.1f} %",
+        f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines()}",
     )
     if pairs := most_confused(total_pairs(pretrained.metrics), train.classes):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")

@@ -33,6 +33,26 @@ class Metrics:
         """Build the confusion matrix (L, L): rows are true classes, columns predictions. Memory is quadratic in L."""
         return confusion_of(self.pairs, len(self.per_class))
 
+    @property
+    def balanced(self) -> float | None:
+        """Compute the balanced accuracy: the mean of the accuracies of the classes that have images."""
+        return mean_known(self.per_class)
+
+    @property
+    def majority(self) -> float:
+        """Compute the accuracy in percent of always answering the most frequent class of these images."""
+        return 100 * float(np.bincount(self.pairs[:, 0], weights=self.pairs[:, 2]).max()) / self.count
+
+    def baselines(self) -> str:
+        """Describe the accuracy of a guess and, if classes differ in size, majority and balanced accuracy."""
+        classes = len(self.per_class)
+        chance = f"chance is {100 / classes:.1f} %"
+        if self.majority < 110 / classes:
+            return chance
+        return (
+            f"{chance}, always the most frequent class {self.majority:.1f} %; balanced accuracy {self.balanced:.1f} %"
+        )
+
     def interval(self) -> tuple[float, float]:
         """Return Wilson's 95 % interval of top1 in percent: the uncertainty due to the finite number of test images.
 
@@ -46,7 +66,7 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         """Return plain values for results.json."""
         confusion = self.confusion.tolist() if len(self.per_class) <= LARGEST_CONFUSION else None
-        plain = {name: getattr(self, name) for name in ("top1", "top5", "per_class")}
+        plain = {name: getattr(self, name) for name in ("top1", "top5", "balanced", "majority", "per_class")}
         return plain | {"confusion": confusion, "count": self.count, "interval95": list(self.interval())}
 
 

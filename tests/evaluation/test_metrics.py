@@ -65,6 +65,17 @@ def test_interval_over_seeds_is_students() -> None:
     assert mean_interval([3.0]) == (3.0, None)
 
 
+def test_unequal_classes_have_a_majority_and_a_balanced_accuracy() -> None:
+    labels = np.array([0] * 60 + [1] * 4)
+    scores = torch.zeros(64, 2)
+    scores[:, 0] = 1  # always the most frequent class
+    found = compute_metrics(scores, labels)
+    assert (found.top1, found.majority, found.balanced) == (93.75, 93.75, 50.0)
+    assert found.baselines() == ("chance is 50.0 %, always the most frequent class 93.8 %; balanced accuracy 50.0 %")
+    assert found.to_json()["balanced"] == 50.0
+    assert compute_metrics(scores[:4], labels[58:62]).baselines() == "chance is 50.0 %"
+
+
 def test_metrics_are_plain_json() -> None:
     plain = compute_metrics(SCORES, LABELS).to_json()
     assert plain["count"] == 83
