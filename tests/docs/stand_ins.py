@@ -20,7 +20,7 @@ CLASSES = ("cat", "dog")
 # Names on the pages, and the names of their substitutes.
 RENAMED = {"/data/imagenet": "imagenet", "moco.NAME": "moco.train", "=NAME": "=digits"}
 
-DIGITS = ["epochs=1", "batch_size=256", "model.options.width=4", "evaluate.draws=2"]
+DIGITS = ["epochs=3", "batch_size=256", "model.options.width=4", "evaluate.draws=2"]
 DIGITS += ["checkpoint.keep_epochs=1", "checkpoint.every_steps=1", "checkpoint.keep_last=3"]
 SMALL = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
 SMALL += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
