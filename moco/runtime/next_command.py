@@ -22,7 +22,9 @@ def command(module: str, config: SubjectConfig, **changes: Any) -> str:
     """
     defaults = asdict(SubjectConfig())
     values = {each.name: asdict(config)[each.name] for each in fields(SubjectConfig)} | changes
-    return shlex.join(["python", "-m", module, *(f"{name}={_text(each)}" for name, each in _changed(values, defaults))])
+    return shlex.join(
+        ["python", "-m", module, *(f"{name}={value_text(each)}" for name, each in _changed(values, defaults))]
+    )
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,10 +37,15 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str
             yield f"{plus}{prefix}{name}", value
 
 
-def _text(value: Any) -> str:
+def override(name: str, value: Any) -> str:
+    """Return `name=value` in the grammar of Hydra's overrides, quoted for a shell."""
+    return shlex.quote(f"{name}={value_text(value)}")
+
+
+def value_text(value: Any) -> str:
     """Return a value in the grammar of Hydra's overrides."""
     if isinstance(value, list | tuple):
-        return f"[{','.join(map(_text, value))}]"
+        return f"[{','.join(map(value_text, value))}]"
     if isinstance(value, str):
         return value if _UNQUOTED.fullmatch(value) and value.lower() not in _KEYWORDS else quoted(value)
     return json.dumps(value)

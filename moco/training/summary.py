@@ -21,6 +21,7 @@ from moco.evaluation.knn_classifier import Accuracy
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import duration, summary_panel
+from moco.runtime.next_command import override
 from moco.training.live_evaluation import BASELINES, baselines
 
 if TYPE_CHECKING:
@@ -105,11 +106,11 @@ def summarize(trainer: "Trainer") -> None:
     rows += _accuracy_rows(trainer)
     if trainer.doctor is not None:
         rows += [("doctor", str(each)) for each in trainer.doctor.found]
-    files = Path(config.run)
+    files, own = Path(config.run), override("run", str(Path(config.run)))
     next_command = (
-        f"moco.linear run={files}"
+        f"moco.linear {own}"
         if trainer.live.measure == "knn"
-        else f"moco.embed run={files} output={files}/features"
+        else f"moco.embed {own} {override('output', f'{files}/features')}"
     )
     rows += [
         (
@@ -118,7 +119,7 @@ def summarize(trainer: "Trainer") -> None:
         ),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
         ("next", f"python -m {next_command}"),
-        ("", f"python -m moco.report run={files}"),
+        ("", f"python -m moco.report {own}"),
     ]
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
         rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_IMAGES run=runs/mine"))

@@ -169,6 +169,7 @@ def test_the_command_of_a_run() -> None:
         "seed=3",
         "run=o/t0.07/seed3",
     ]
+    assert command_of(made, Planned(0.07, 3, Path("a,b/seed3")))[-1] == 'run="a,b/seed3"'
 
 
 @pytest.mark.parametrize("with_queue", [True, False])

@@ -307,6 +307,8 @@ def test_invalid_lists(encoder: str, tmp_path: Path) -> None:
         (tmp_path / "few.txt").write_text(text)
         with pytest.raises(ValueError, match=sentence):
             pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)
+    (tmp_path / "few.txt").write_text("a_0.png\nb_0.png\nc_0.png\n", encoding="utf-8-sig")  # as Windows editors do
+    assert len(pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)) == 3
     (tmp_path / "few.txt").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ConfigError, match=r"subset_list=.*text"):
         pick(configured(encoder, tmp_path, subset_list=str(tmp_path / "few.txt")), train, seed=0)

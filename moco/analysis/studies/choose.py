@@ -34,6 +34,7 @@ from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.runs import checkpoint
 from moco.runtime.console import log, progress_bar, table
+from moco.runtime.next_command import override
 from moco.runtime.provenance import provenance
 
 RESULTS = "choose.json"  # not results.json: the output may be a run, whose evaluations that file holds
@@ -144,7 +145,7 @@ def choose(config: ChooseConfig) -> list[Point]:
     write_json(output / RESULTS, results)
     _report(points, agreement, len(images))
     log(f"results: {output / RESULTS}")
-    log(f"next: python -m moco.knn checkpoint={chosen(points, 'rank_me').file}")
+    log(f"next: python -m moco.knn {override('checkpoint', chosen(points, 'rank_me').file)}")
     return points
 
 

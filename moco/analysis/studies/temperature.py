@@ -27,6 +27,7 @@ from moco.data.opening import open_sources
 from moco.files import write_json
 from moco.runs.sweep import is_finished, run_to_end
 from moco.runtime.console import duration, log, percent, progress_bar, table
+from moco.runtime.next_command import override, value_text
 from moco.runtime.preemption import PREEMPTED
 from moco.runtime.provenance import provenance
 
@@ -117,7 +118,13 @@ def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
         command.append(f"epochs={config.epochs}")
     if config.keep_epochs:
         command.append(f"checkpoint.keep_epochs={config.keep_epochs}")
-    return [*command, f"method.temperature={run.temperature!r}", f"seed={run.seed}", f"run={run.folder}"]
+    folder = value_text(str(run.folder))
+    return [
+        *command,
+        f"method.temperature={run.temperature!r}",
+        f"seed={run.seed}",
+        f"run={folder}",
+    ]
 
 
 def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
@@ -261,4 +268,4 @@ def _report(output: Path, runs: Sequence[Run]) -> None:
     with_labels = [(run.knn.mean, run) for run in runs if run.knn is not None]
     if with_labels:
         _, best = max(with_labels, key=lambda pair: pair[0])
-        log(f"next: python -m moco.knn run={best.path}  (the highest kNN, at T {best.temperature:g})")
+        log(f"next: python -m moco.knn {override('run', str(best.path))}  (the highest kNN, at T {best.temperature:g})")
