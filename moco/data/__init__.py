@@ -1,1 +1,1 @@
-"""Images in, views out: sources, keyed randomness, crops, device augmentation, loaders."""
+"""Images in, views out: sources, random numbers without state, crops, device augmentation, loaders."""

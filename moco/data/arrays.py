@@ -56,13 +56,13 @@ class ArraySource:
     def content(self, i: int) -> None:
         return None
 
-    def content_keys(self) -> NDArray[np.int64]:
-        def key(i: int) -> int:
+    def content_fingerprints(self) -> NDArray[np.int64]:
+        def fingerprint(i: int) -> int:
             pixels = self.images[i].contiguous().numpy()
             return int.from_bytes(hashlib.blake2b(pixels.data, digest_size=8).digest()) >> 1
 
-        every = (-1 - i if i in self.unreadable else key(i) for i in range(len(self)))
-        return np.fromiter(every, np.int64, len(self))
+        fingerprints = (-1 - i if i in self.unreadable else fingerprint(i) for i in range(len(self)))
+        return np.fromiter(fingerprints, np.int64, len(self))
 
     def left_out(self) -> Mapping[str, int]:
         return self.ignored

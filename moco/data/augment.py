@@ -54,8 +54,8 @@ def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]
     """Return the largest factor by which an image may shrink in decoding without any crop being enlarged because of it.
 
     It is 1 if a view is resized without antialiasing: decoding averages pixels, as antialiasing does, while such a view
-    needs single pixels of the full image. An image is decoded once for all of its views; `uniforms` holds its row of
-    `draw_crop` for each.
+    needs single pixels of the full image. An image is decoded once for all of its views. For each view, `uniforms`
+    holds the image's row of `draw_crop`.
 
     Returns:
         1, 2, 4 or 8. Above 1, each crop has at least S pixels per side in the smaller image.
@@ -138,10 +138,10 @@ def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> 
         block = block.index_select(0, plan[f"take{turn}"])  # (J, 3, S, S)
         factor = plan[f"factor{turn}"]  # (J,)
         start = 0
-        for which, count in enumerate(np.bincount(order[:, turn], minlength=4).tolist()):
+        for operation, count in enumerate(np.bincount(order[:, turn], minlength=4).tolist()):
             stop = start + count
-            if count and strengths[which] > 0:
-                _COLOR_OPS[which](block[start:stop], factor[start:stop])
+            if count and strengths[operation] > 0:
+                _COLOR_OPS[operation](block[start:stop], factor[start:stop])
             start = stop
     x.index_copy_(0, plan["jitter"], block)
 

@@ -83,10 +83,10 @@ class Source(Protocol):
         """
         return None
 
-    def content_keys(self) -> NDArray[np.int64]:
-        """Return a number per image, (N,): images with the same content have equal ones, others usually do not.
+    def content_fingerprints(self) -> NDArray[np.int64]:
+        """Return a number per image, (N,): equal for images with the same content, usually different for others.
 
-        It must not need the content of each file. An image without a content has a number of its own, -1 - i.
+        A source of files must not read them for this. An image without content has a number of its own, -1 - i.
         """
         return -1 - np.arange(len(self))
 

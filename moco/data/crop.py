@@ -2,13 +2,14 @@
 
 Two routes return the same bits. A streamed image is cropped and resized by ATen (`resized_crop`); a resident set is
 cropped as a batch on its device by two matrix products per sample (`resized_crops`), with the integer weights that
-ATen uses for uint8. So a key determines a view on either route (law 2).
+ATen uses for uint8. So (seed, epoch, sample index, stream) determines a view on either route (law 2).
 
 Both routes reduce a crop in one of two ways. With antialiasing a pixel is the weighted mean of all pixels that it
 covers; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both ways
 agree. Pixels outside the box have no influence.
 
-Legend: N samples, H x W the image, S the crop's output size, K weights (taps) per output pixel, L a length in pixels.
+Legend: N samples, H x W the image, S the crop's output size, K weights (taps) per output pixel, L a length in pixels,
+T = TRIES, D = CROP_DRAWS.
 """
 
 import functools
@@ -21,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
-CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: areas, log ratios, top, left
+CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: T for the area, T for the log ratio, 1 for top, 1 for left
 
 # Limits of the working memory of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
 _PART_CPU, _PART_ELSEWHERE = 2**21, 2**26
@@ -38,11 +39,11 @@ def crop_boxes(
 ) -> NDArray[np.int64]:
     """Draw the boxes of random resized crops: torchvision's `RandomResizedCrop.make_params`, for a batch.
 
-    Area and log aspect ratio are tried ten times; the first box that fits is placed uniformly. If none fits, the box is
-    the largest central one within the ratio.
+    T pairs of area and log aspect ratio are drawn. The first box that fits into the image is placed uniformly. If none
+    fits, the box is the largest central one within the limits of the ratio.
 
     Args:
-        uniforms: numbers in [0, 1), shape (N, 22): ten for the area, ten for the log ratio, one for top, one for left.
+        uniforms: numbers in [0, 1), shape (N, D), in the order that `CROP_DRAWS` describes.
         heights, widths: of the images in pixels, shape (N,) or a scalar.
         scale: lowest and highest area, as a fraction of the image's.
         ratio: lowest and highest width / height.
@@ -51,7 +52,7 @@ def crop_boxes(
         Top, left, height, width in pixels, shape (N, 4).
 
     Raises:
-        ValueError: if `uniforms` is not (N, 22).
+        ValueError: if `uniforms` is not (N, D).
     """
     if uniforms.ndim != 2 or uniforms.shape[1] != CROP_DRAWS:
         raise ValueError(f"uniforms has shape {uniforms.shape}; pass (N, {CROP_DRAWS}), as draw_crop returns")
@@ -60,12 +61,12 @@ def crop_boxes(
     height = np.broadcast_to(np.asarray(heights, dtype=np.int64), count)  # (N,)
     width = np.broadcast_to(np.asarray(widths, dtype=np.int64), count)  # (N,)
 
-    area = (height * width)[:, None] * (scale[0] + draws[:, :TRIES] * (scale[1] - scale[0]))  # (N, 10)
+    area = (height * width)[:, None] * (scale[0] + draws[:, :TRIES] * (scale[1] - scale[0]))  # (N, T)
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = np.exp(low + draws[:, TRIES : 2 * TRIES] * (high - low))  # (N, 10)
-    tried_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # (N, 10); rint rounds half to even, as Python does
-    tried_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)  # (N, 10)
-    fits = (tried_w > 0) & (tried_w <= width[:, None]) & (tried_h > 0) & (tried_h <= height[:, None])  # (N, 10)
+    aspect = np.exp(low + draws[:, TRIES : 2 * TRIES] * (high - low))  # (N, T)
+    tried_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # (N, T); rint rounds half to even, as Python does
+    tried_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)  # (N, T)
+    fits = (tried_w > 0) & (tried_w <= width[:, None]) & (tried_h > 0) & (tried_h <= height[:, None])  # (N, T)
     first = (np.arange(count), fits.argmax(axis=1))
 
     # The fallback: the full image, narrowed along the side that breaks the ratio.
@@ -97,7 +98,8 @@ def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
     """Convert a box of the full image to the image that was decoded at 1 / factor of its size.
 
     Both boxes are (top, left, height, width) in pixels of their image; height and width must be at least `factor`.
-    Edges move to the nearest pixel: by at most half a pixel of the view, if the crop has at least as many pixels.
+    Edges are rounded to the nearest pixel of the smaller image. If the box has at least S pixels per side there, this
+    moves an edge by at most half a pixel of the view.
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])

@@ -1,7 +1,7 @@
 """Images with the same content under several names, so that a split can keep copies on one side.
 
-Content means the bytes of a file, or the pixels of an image in memory. A cheap key of each image comes first (the size
-of a file, the checksum in a shard): only images with equal keys are read.
+Content means the bytes of a file, or the pixels of an image in memory. Cheap fingerprints are compared first (the size
+of a file, the checksum in a shard): only images with equal fingerprints are read.
 
 Legend: N images.
 """
@@ -27,17 +27,17 @@ def content_groups(source: Source, progress: Progress | None = None) -> Rows:
 
     Collective: each rank reads a part. `progress` is called with (done, total). An unreadable image has no copy.
     """
-    return _groups([source], source.content_keys(), progress)
+    return _groups([source], source.content_fingerprints(), progress)
 
 
 def copies_in(train: Source, held_out: Source, progress: Progress | None = None) -> Rows:
     """Return the held-out images whose content is that of a training image. Collective, as `content_groups`."""
-    first, second = train.content_keys(), held_out.content_keys()
+    first, second = train.content_fingerprints(), held_out.content_fingerprints()
     shared = np.intersect1d(first, second)  # copies within one side are not searched
-    keys = np.concatenate([first, second])
-    alone = ~np.isin(keys, shared)
-    keys[alone] = -1 - np.flatnonzero(alone)
-    groups = _groups([train, held_out], keys, progress)
+    fingerprints = np.concatenate([first, second])
+    alone = ~np.isin(fingerprints, shared)
+    fingerprints[alone] = -1 - np.flatnonzero(alone)
+    groups = _groups([train, held_out], fingerprints, progress)
     return np.flatnonzero(groups[len(train) :] < len(train))
 
 
@@ -60,9 +60,9 @@ def copies_message(count: int, held_out: int) -> str:
     )
 
 
-def _groups(sources: Sequence[Source], keys: Rows, progress: Progress | None) -> Rows:
+def _groups(sources: Sequence[Source], fingerprints: Rows, progress: Progress | None) -> Rows:
     """Return the first row with the same content for all rows of the sources, in their order."""
-    _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
     rows = np.flatnonzero(counts[inverse] > 1)[rank() :: world_size()]
     starts = np.cumsum([0, *map(len, sources)])
 
@@ -83,7 +83,7 @@ def _groups(sources: Sequence[Source], keys: Rows, progress: Progress | None) ->
             if progress is not None:
                 progress(done, len(rows))
     every = {row: digest for part in all_gather_object(lambda: own) for row, digest in part.items()}
-    groups, first = np.arange(len(keys)), dict[bytes, int]()
+    groups, first = np.arange(len(fingerprints)), dict[bytes, int]()
     for row in sorted(every):
         groups[row] = first.setdefault(every[row], row)
     return groups

@@ -53,7 +53,7 @@ class FolderSource(Source):
     def content(self, i: int) -> bytes:
         return read_bytes(self.path(i))
 
-    def content_keys(self) -> NDArray[np.int64]:
+    def content_fingerprints(self) -> NDArray[np.int64]:
         return np.fromiter((size_of(self.path(i), -1 - i) for i in range(len(self))), np.int64, len(self))
 
     def left_out(self) -> Mapping[str, int]:

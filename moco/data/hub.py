@@ -59,7 +59,7 @@ class HubSource(Source):
     def subset(self, rows: NDArray[np.int64]) -> "HubSource":
         return replace(self, rows=self.rows[rows], labels=None if self.labels is None else self.labels[rows])
 
-    def content_keys(self) -> NDArray[np.int64]:
+    def content_fingerprints(self) -> NDArray[np.int64]:
         """Return the sizes of the images; from Arrow's offsets, so that no image is read."""
         pc = importlib.import_module("pyarrow.compute")
         sizes: list[int] = []

@@ -1,12 +1,12 @@
-"""Keyed randomness: every random number is a function of its key, without any state (law 2).
+"""Random numbers without state: each is a function of the five integers that identify it (law 2).
 
 The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), a bijection on
-128-bit counters: it needs no state, vectorizes over a batch, and returns the same bits on every machine. The key of a
-number is
+128-bit counters: it needs no state, vectorizes over a batch, and returns the same bits on every machine. A number is
+identified by
 
     (seed, epoch, sample index, stream, draw)
 
-where `stream` distinguishes the views of one sample, and different uses such as sample order and key shuffle.
+where `stream` is the number of a view, or stands for another use of random numbers, such as the order of the samples.
 
 Legend: N samples, D draws per sample.
 """
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 # Streams 0, 1, 2, ... are the views of a sample; all others are listed here, so that no two uses share numbers.
 ORDER = 1_000  # the order of the samples in an epoch
-SHUFFLE = 1_001  # the shuffle of the key batch; one stream per view: SHUFFLE + view
+SHUFFLE = 1_001  # the shuffle of the batch for MoCo's key encoder; one stream per view: SHUFFLE + view
 MIX = 2_000  # mixed negatives, by step and position in the batch; one stream per view of the query: MIX + view
 SPLIT = 3_000  # the held-out digits
 BANK = 3_001  # the images that a limited kNN reference set keeps
@@ -40,7 +40,7 @@ def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike,
     """Compute Philox-4x32-10: four 32-bit words for each counter, shape (..., 4).
 
     Args:
-        key: two 32-bit words.
+        key: the generator's key, two 32-bit words.
         counter: four arrays of 32-bit words; they broadcast against each other.
     """
     c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(word, dtype=np.uint64) for word in counter))
@@ -52,8 +52,8 @@ def philox(key: tuple[int, int], counter: tuple[ArrayLike, ArrayLike, ArrayLike,
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
-def _key(seed: int) -> tuple[int, int]:
-    """Return the generator's key: two 32-bit words."""
+def _philox_key(seed: int) -> tuple[int, int]:
+    """Split the seed into the generator's key: two 32-bit words."""
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed={seed} must lie in 0 ... 2**64 - 1")
     return seed & 0xFFFFFFFF, seed >> 32
@@ -77,18 +77,18 @@ def keyed_uniform(seed: int, epoch: int, index: ArrayLike, stream: int, draws: i
     """
     rows = np.asarray(index, dtype=np.uint64).reshape(-1, 1)  # (N, 1)
     blocks = np.arange(-(-draws // 4), dtype=np.uint64)  # (ceil(D / 4),)
-    words = philox(_key(seed), (blocks, stream, rows, epoch))  # (N, ceil(D / 4), 4)
+    words = philox(_philox_key(seed), (blocks, stream, rows, epoch))  # (N, ceil(D / 4), 4)
     words = words.reshape(len(rows), 4 * len(blocks))[:, :draws]  # (N, D)
     return (words >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def permutation(seed: int, epoch: int, length: int, stream: int) -> NDArray[np.int64]:
-    """Return a random order of `length` items, a function of the arguments only.
+    """Return a random order of `length` items, shape (length,); it depends on the arguments only.
 
-    Each item gets a 64-bit key and the keys are sorted; ties (probability below length^2 / 2^65) keep the order of the
-    items. The result contains each of 0 ... length - 1 once, shape (length,). Raises as `keyed_uniform`.
+    The items are sorted by random 64-bit numbers. Items with equal numbers (probability below length^2 / 2^65) keep
+    their order. Raises a ValueError if the seed is negative or does not fit in 64 bits.
     """
-    words = philox(_key(seed), (0, stream, np.arange(length, dtype=np.uint64), epoch))
+    words = philox(_philox_key(seed), (0, stream, np.arange(length, dtype=np.uint64), epoch))
     return np.argsort(words[:, 0] << _32 | words[:, 1], kind="stable")
 
 

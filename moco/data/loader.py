@@ -1,6 +1,6 @@
 """Batches of views: crops of a resident or streamed source, augmented on the device.
 
-Legend: B global batch, n = B / W samples per rank, V views, S size.
+Legend: B global batch, n = B / W samples per rank, V views, S size, D = CROP_DRAWS.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -56,15 +56,15 @@ def batches(
         ImageError: for an unreadable image that is not replaced.
         LoaderError: if a loader process dies, or has no shared memory.
     """
-    cut_views = crops(source, plan, views, device, workers, start, on_unreadable)
-    made: Iterable[Batch] = (_augmented(plan, views, device, each) for each in cut_views)
+    cropped = crops(source, plan, views, device, workers, start, on_unreadable)
+    made: Iterable[Batch] = (_augmented(plan, views, device, each) for each in cropped)
     if device.type == "cuda":
         made = prefetched(made, device, lambda batch: (batch.index, *batch.views))
     yield from made
 
 
 # epoch, original samples (n,), samples with substitutes (n,), V of (n, 3, S, S) uint8 on the device
-Crop = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor]]
+CroppedBatch = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor]]
 
 
 def crops(
@@ -75,40 +75,40 @@ def crops(
     workers: int,
     start: int = 0,
     on_unreadable: OnUnreadable | None = None,
-) -> Iterator[Crop]:
+) -> Iterator[CroppedBatch]:
     """Yield the crops of each batch on the device: the first stage of `batches`, with the same arguments."""
     if source.images is not None:
         yield from _resident(source, source.images.to(device), plan, views, start, on_unreadable)
         return
     # One loader for all epochs: its workers never restart, and the sampler provides the epoch.
-    cutter = Cutter(source, views, plan.seed, replace=on_unreadable is not None)
+    dataset = CropDataset(source, views, plan.seed, replace=on_unreadable is not None)
     options: dict[str, Any] = {"batch_size": None, "collate_fn": identity_collate, "worker_init_fn": ignore_signals}
     options["pin_memory"] = device.type == "cuda"
     if source.stream is not None:
-        loader = source.stream(cutter.cut, plan, start, workers, cutter.replace, options)
+        loader = source.stream(dataset.crop_views, plan, start, workers, dataset.replace, options)
     else:
-        loader = DataLoader(cutter, sampler=plan.samples(start), num_workers=workers, **options)  # type: ignore[arg-type]
-    for epoch, index, used, cut, unreadable in loaded(loader, "data.workers"):
+        loader = DataLoader(dataset, sampler=plan.samples(start), num_workers=workers, **options)  # type: ignore[arg-type]
+    for epoch, index, used, crops_of_views, unreadable in loaded(loader, "data.workers"):
         if on_unreadable is not None and unreadable:
             on_unreadable(unreadable)
-        yield epoch, index, used, [each.to(device, non_blocking=True) for each in cut]
+        yield epoch, index, used, [each.to(device, non_blocking=True) for each in crops_of_views]
 
 
-def _augmented(plan: Plan, views: Sequence[View], device: torch.device, crop: Crop) -> Batch:
+def _augmented(plan: Plan, views: Sequence[View], device: torch.device, batch: CroppedBatch) -> Batch:
     """Augment a batch of crops on the device: the second stage."""
-    epoch, index, used, cut = crop
+    epoch, index, used, crops_of_views = batch
     out = [
         augment(each, draw(view, plan.seed, epoch, index, stream), view)
-        for stream, (view, each) in enumerate(zip(views, cut, strict=True))
+        for stream, (view, each) in enumerate(zip(views, crops_of_views, strict=True))
     ]
     return Batch(queue_copy(torch.from_numpy(used), device), out)
 
 
 def _resident(
     source: Source, images: Tensor, plan: Plan, views: Sequence[View], start: int, on_unreadable: OnUnreadable | None
-) -> Iterator[Crop]:
+) -> Iterator[CroppedBatch]:
     """Crop images that are in memory, on their device."""
-    substitute = np.arange(len(source))  # of each image; of a readable one itself
+    substitute = np.arange(len(source))  # the image to use for each image: a readable one stands for itself
     if source.unreadable:
         if on_unreadable is None:
             raise source.unreadable[min(source.unreadable)]
@@ -119,15 +119,15 @@ def _resident(
         used = substitute[index]
         picked = images[queue_copy(torch.from_numpy(used), images.device)]  # (n, 3, H, W)
         drawn = (draw_crop(plan.seed, epoch, index, stream) for stream in range(len(views)))
-        cut = [crop_batch(picked, uniforms, view) for uniforms, view in zip(drawn, views, strict=True)]
-        yield epoch, index, used, cut
+        crops_of_views = [crop_batch(picked, uniforms, view) for uniforms, view in zip(drawn, views, strict=True)]
+        yield epoch, index, used, crops_of_views
 
 
-# A worker's result: epoch, original samples, samples with substitutes, the views, and the unreadable images.
+# A worker's result: epoch, original samples, samples with substitutes, the crops, and the unreadable images.
 Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
 
 
-class Cutter:
+class CropDataset:
     """The data set of a loader process, which decodes each image once and crops all views from it."""
 
     def __init__(self, source: Source, views: Sequence[View], seed: int, replace: bool) -> None:
@@ -138,25 +138,25 @@ class Cutter:
         used, unreadable = index.copy(), dict[int, str]()
         drawn = self._draw(epoch, index)
         try:
-            cut = to_shared_memory(self._cut(drawn, self._images(used, drawn, unreadable)))
-            return epoch, index, used, cut, unreadable
+            crops_of_views = to_shared_memory(self._crop(drawn, self._images(used, drawn, unreadable)))
+            return epoch, index, used, crops_of_views, unreadable
         except (ImageError, LoaderError) as error:
             return error  # raised here, it would reach the user as the worker's traceback
 
-    def cut(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
-        """Cut all views of the images: V of (n, 3, S, S), by the keys of the samples `index` (n,)."""
-        return to_shared_memory(self._cut(self._draw(epoch, index), (Decoded.full(image) for image in images)))
+    def crop_views(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
+        """Crop all views of the images: V of (n, 3, S, S). `index` (n,) identifies the random numbers of the boxes."""
+        return to_shared_memory(self._crop(self._draw(epoch, index), (Decoded.full(image) for image in images)))
 
     def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
-        """Draw the uniform numbers of the crops, V of (n, 22)."""
+        """Draw the uniform numbers of the crops, V of (n, D)."""
         return [draw_crop(self.seed, epoch, index, stream) for stream in range(len(self.views))]
 
-    def _cut(self, drawn: Sequence[NDArray[np.float32]], images: Iterable[Decoded]) -> list[Tensor]:
-        cut: list[list[Tensor]] = [[] for _ in self.views]
+    def _crop(self, drawn: Sequence[NDArray[np.float32]], images: Iterable[Decoded]) -> list[Tensor]:
+        crops_of_views: list[list[Tensor]] = [[] for _ in self.views]
         for row, image in enumerate(images):
-            for view, uniforms, out in zip(self.views, drawn, cut, strict=True):
+            for view, uniforms, out in zip(self.views, drawn, crops_of_views, strict=True):
                 out.append(crop_one(image.pixels, uniforms[row], view, image.size, image.factor))
-        return [torch.stack(each) for each in cut]
+        return [torch.stack(each) for each in crops_of_views]
 
     def _images(
         self, used: NDArray[np.int64], drawn: Sequence[NDArray[np.float32]], unreadable: dict[int, str]

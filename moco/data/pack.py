@@ -25,7 +25,7 @@ from moco.data.base import Source
 from moco.data.opening import open_sources
 from moco.data.pack_output import Part, part_path, read_part
 from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_digest
-from moco.data.shard_writer import Encoded, ShardWriter, encoded
+from moco.data.shard_writer import PackedImage, ShardWriter, encode_in_workers
 from moco.data.unreadable import refuse_many
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, progress_bar, summary_panel
@@ -49,29 +49,29 @@ def pack(config: PackConfig) -> None:
     data = replace(config.data, resident=False)  # a few images at a time are enough
     sources = open_sources(data, bank_size=0, keep_unreadable=True)
     bank = None if sources.bank is sources.train else sources.bank
-    every = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
-    splits = {name: source for name, source in every if source is not None}
-    wanted = pack_output.settings(config, splits)
+    named = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
+    splits = {name: source for name, source in named if source is not None}
+    settings = pack_output.settings(config, splits)
     lock = lock_directory(output, "output")
     try:
         index, title = None, "packed"
         if (output / INDEX).is_file():
-            index, title = _finished(output, wanted)
+            index, title = _finished(output, settings)
         if index is None:
-            pack_output.begin(output, wanted)
+            pack_output.begin(output, settings)
             with write_errors(output):
                 parts = {name: pack_split(config, name, source) for name, source in splits.items()}
-                index = finish(output, splits, parts, wanted)
+                index = finish(output, splits, parts, settings)
         shutil.rmtree(output / PARTS, ignore_errors=True)
     finally:
         lock.close()
     summarize(config, index, title, time.monotonic() - started)
 
 
-def _finished(output: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Check a finished folder: return its index, or None if a file is damaged, and the title of the summary."""
+def _finished(output: Path, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """Check a finished folder. Return its index (None if a file is damaged) and the title of the summary."""
     index = shard_index.read_index(output, f"output={output}")
-    pack_output.refuse_other(output, index["settings"], wanted)
+    pack_output.refuse_other_settings(output, index["settings"], settings)
     if pack_output.verify(output, index):
         return index, "already packed, and every file is intact"
     return None, "repaired: the damaged part was packed again"
@@ -87,7 +87,7 @@ class Packer:
         self.start = 0  # the first image that is in none of them
         self._shards = self._packed = self._skipped = 0  # totals over the finished parts
         self._shard: ShardWriter | None = None
-        self._bytes_before, self._unreadable = 0, list[list[str]]()  # of the part that is being written
+        self._source_bytes, self._unreadable = 0, list[list[str]]()  # of the part that is being written
         self._resume()
 
     def _resume(self) -> None:
@@ -115,12 +115,12 @@ class Packer:
 
     def _count(self, file: Path, part: Part) -> None:
         self.parts.append(file)
-        self.start = part.end
+        self.start = part.next_image
         self._shards += bool(part.shard)
         self._packed += len(part.rows)
         self._skipped += len(part.skipped)
 
-    def add(self, i: int, image: Encoded) -> None:
+    def add(self, i: int, image: PackedImage) -> None:
         """Write image i to the shard, or add it to the unreadable images; raise an ImageError if there are too many."""
         name = self.source.name(i)
         if image.fault:
@@ -135,22 +135,22 @@ class Packer:
             self._shard = ShardWriter(path, self._shards, self._packed)
         label = -1 if self.source.labels is None else int(self.source.labels[i])
         self._shard.add(image, label, os.fsencode(name))
-        self._bytes_before += image.before
+        self._source_bytes += image.source_bytes
 
     def end(self) -> None:
         """Finish the last part."""
         if self._shard is not None or self._unreadable:
             self._end_part(len(self.source))
 
-    def _end_part(self, end: int) -> None:
-        """Close the shard and write the file of its part; the part then counts as finished."""
+    def _end_part(self, next_image: int) -> None:
+        """Close the shard and write the file of its part, which ends before image `next_image`."""
         rows, shard = (np.empty(0, shard_index.row_type(1)), {}) if self._shard is None else self._shard.close()
         self._shard = None
-        part = Part(rows, shard, end, self._bytes_before, self._unreadable)
+        part = Part(rows, shard, next_image, self._source_bytes, self._unreadable)
         file = part_path(self.output, self.split, len(self.parts))
         pack_output.write_part(file, part)
         self._count(file, part)
-        self._bytes_before, self._unreadable = 0, []
+        self._source_bytes, self._unreadable = 0, []
 
     def discard(self) -> None:
         """Remove the unfinished shard, if there is one."""
@@ -159,10 +159,10 @@ class Packer:
 
 
 def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
-    """Write what is missing of one split; return the files of its parts in order."""
+    """Write the images of one split that no finished part contains. Return the files of all its parts, in order."""
     packer = Packer(config, split, source)
     workers = config.data.workers if config.workers is None else config.workers
-    images = encoded(source, packer.start, workers, config.short_side, config.quality)
+    images = encode_in_workers(source, packer.start, workers, config.short_side, config.quality)
     try:
         with closing(images), progress_bar(f"packing {split}", quiet=False) as progress:
             for i, image in enumerate(images, packer.start):
@@ -175,26 +175,27 @@ def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
 
 
 def finish(
-    output: Path, splits: dict[str, Source], parts: dict[str, list[Path]], wanted: dict[str, Any]
+    output: Path, splits: dict[str, Source], parts: dict[str, list[Path]], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Join the parts, write skipped.csv and finally the index, and return the index."""
     entries: dict[str, Any] = {}
     for name, source in splits.items():
-        shards, ended = list[dict[str, Any]](), list[dict[str, Any]]()
+        shards, part_entries = list[dict[str, Any]](), list[dict[str, Any]]()
         for part in map(read_part, parts[name]):
             shards += [part.shard] if part.shard else []
-            # With the rows and the shard, this is the complete part, from which `verify` restores it.
-            ended.append({"rows": len(part.rows), "end": part.end, "before": part.before, "skipped": part.skipped})
+            # Together with `rows` and `shards`, this is all of the part: `verify` can restore its file.
+            entry = {"rows": len(part.rows), "end": part.next_image, "before": part.source_bytes}
+            part_entries.append(entry | {"skipped": part.skipped})
         if not shards:
             raise ValueError(f"none of the {len(source):,} {name} images can be read: check data.root")
         rows = output / f"{name}.npy"
         count = pack_output.join_rows(rows, parts[name])
         entries[name] = {"rows": rows.name, "sha256": file_digest(rows), "pictures": count}
-        entries[name] |= {"labelled": source.labels is not None, "shards": shards, "parts": ended}
+        entries[name] |= {"labelled": source.labels is not None, "shards": shards, "parts": part_entries}
     skipped = ((split, *line) for split, files in parts.items() for part in files for line in read_part(part).skipped)
     write_csv(output / SKIPPED, ("split", "path", "kind", "reason"), skipped)
     classes = next((list(source.classes) for source in splits.values() if source.labels is not None), [])
-    index = {"version": VERSION, "classes": classes, "splits": entries, "settings": wanted}
+    index = {"version": VERSION, "classes": classes, "splits": entries, "settings": settings}
     index["skipped"] = file_digest(output / SKIPPED)
     write_json(output / INDEX, shard_index.sealed(index))
     return index

@@ -26,34 +26,35 @@ from moco.files import atomic_write, write_errors, write_json
 from moco.runtime.console import progress_bar
 
 SETTINGS = "settings.json"
-# Not compared, because the digests in `pictures` decide: the column of the same labels may be named or found.
+# Not compared as fields: the digests in `pictures` include the labels. The same labels may come from a column that the
+# user named and from one that was found without a name.
 _NOT_COMPARED = ("pictures", "data.label_column")
 
 
 class Part(NamedTuple):
-    """A finished shard's part of the index, from which an interrupted command resumes."""
+    """The entries of the index about one finished shard. An interrupted command resumes after the last part."""
 
-    rows: NDArray[np.void]  # (n,); empty if all images up to `end` were skipped
-    shard: dict[str, Any]  # file, bytes, sha256; {} if there is none
-    end: int  # the first image of the source that follows
-    before: int  # bytes of its images before packing
+    rows: NDArray[np.void]  # (n,); empty if all images of the part were skipped
+    shard: dict[str, Any]  # file, bytes, sha256; {} if all images were skipped
+    next_image: int  # the source's first image after this part
+    source_bytes: int  # size of the part's images before packing
     skipped: list[list[str]]  # name, kind and reason of each unreadable image
 
 
 def part_path(output: Path, split: str, number: int) -> Path:
-    """Return the file of a split's part in an unfinished folder."""
+    """Return the path of part `number` of a split, in an unfinished folder."""
     return output / PARTS / f"{split}-{number:06}.npz"
 
 
 def write_part(path: Path, part: Part) -> None:
     """Write a part to a file, atomically."""
-    about = json.dumps([part.shard, part.end, part.before, part.skipped])
+    about = json.dumps([part.shard, part.next_image, part.source_bytes, part.skipped])
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, rows=part.rows, about=np.array(about))
 
 
 def read_part(path: Path) -> Part:
-    """Read a file of `write_part`."""
+    """Read a part from the file that `write_part` wrote."""
     with np.load(path, allow_pickle=False) as file:
         return Part(file["rows"], *json.loads(str(file["about"])))
 
@@ -78,8 +79,9 @@ def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
         images = {}
         for number, (name, source) in enumerate(splits.items()):
             labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64))
-            names = digest({"classes": list(source.classes), "labels": labels})[:24]
-            images[name] = {"count": len(source), "sha256": source.content_digest(), "labels": names}
+            # 24 of the 64 hexadecimal digits are enough to notice other labels.
+            labels_digest = digest({"classes": list(source.classes), "labels": labels})[:24]
+            images[name] = {"count": len(source), "sha256": source.content_digest(), "labels": labels_digest}
             progress(number + 1, len(splits))
     quality = config.quality if config.short_side else None
     shards = {"short_side": config.short_side, "quality": quality, "shard_mb": config.shard_mb}
@@ -87,53 +89,55 @@ def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
     return shards | labels_of | {"pictures": images}
 
 
-def refuse_other(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise a ConfigError that names each difference, if the folder has other images, labels or settings."""
+def refuse_other_settings(output: Path, found: dict[str, Any], requested: dict[str, Any]) -> None:
+    """Raise a ConfigError that names each difference, if the folder was packed from other images or settings."""
     differing = [
         f"{name}={found.get(name)} (now {value})"
-        for name, value in wanted.items()
+        for name, value in requested.items()
         if name not in _NOT_COMPARED and found.get(name) != value
     ]
-    if not differing and found["pictures"] != wanted["pictures"]:
-        differing.append(_image_difference(found, wanted))
+    if not differing and found["pictures"] != requested["pictures"]:
+        differing.append(_image_difference(found, requested))
     require(
         not differing,
-        f"output={output} contains shards with {' and '.join(differing)}: choose another output, or remove that folder",
+        f"output={output} contains shards with {'; '.join(differing)}: choose another output, or remove that folder",
     )
 
 
-def _image_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    both = found["pictures"], wanted["pictures"]
+def _image_difference(found: dict[str, Any], requested: dict[str, Any]) -> str:
+    both = found["pictures"], requested["pictures"]
     content = [{name: (split["count"], split["sha256"]) for name, split in each.items()} for each in both]
     if content[0] == content[1]:
-        old, new = found["data.label_column"], wanted["data.label_column"]
+        old, new = found["data.label_column"], requested["data.label_column"]
         return f"other labels or classes of the same images (data.label_column={old!r}; now {new!r})"
     counts = [", ".join(f"{split['count']:,} {name}" for name, split in each.items()) for each in both]
     return f"other images, or the same images before a change ({counts[0]}; now {counts[1]})"
 
 
-def begin(output: Path, wanted: dict[str, Any]) -> None:
-    """Create the folder of parts, or check that the one that is there has the same settings."""
+def begin(output: Path, requested: dict[str, Any]) -> None:
+    """Create the folder of parts. If it exists, refuse to continue with other settings than those in it."""
     file = output / PARTS / SETTINGS
     if file.is_file():
-        refuse_other(output, read_sealed(file, f"remove {output} and start again", VERSION)["settings"], wanted)
+        found = read_sealed(file, f"remove {output} and start again", VERSION)["settings"]
+        refuse_other_settings(output, found, requested)
         return
     others = sorted(each.name for each in output.iterdir() if each.name not in (".lock", PARTS))
-    require(not others, f"output={output} is not empty and contains no shards ({others[:1]}): choose another folder")
+    example = ", ".join(others[:1])
+    require(not others, f"output={output} contains other files ({example}) and no shards: choose another folder")
     with write_errors(output):
-        _write_settings(output, wanted)
+        _write_settings(output, requested)
 
 
-def _write_settings(output: Path, wanted: dict[str, Any]) -> None:
+def _write_settings(output: Path, requested: dict[str, Any]) -> None:
     (output / PARTS).mkdir(exist_ok=True)
-    write_json(output / PARTS / SETTINGS, sealed({"version": VERSION, "settings": wanted}))
+    write_json(output / PARTS / SETTINGS, sealed({"version": VERSION, "settings": requested}))
 
 
 def verify(output: Path, index: dict[str, Any]) -> bool:
-    """Read every file of a finished folder; reopen it from its first damaged shard on, and return whether it is intact.
+    """Return whether every file of a finished folder is intact; if not, reopen the folder, so that `pack` repairs it.
 
     Warns:
-        RunWarning: naming what is damaged.
+        RunWarning: naming a damaged file.
     """
     with progress_bar("checking shards", quiet=False) as progress:
         damaged = damaged_files(output, index, progress)
@@ -160,9 +164,9 @@ def _reopen(output: Path, index: dict[str, Any], damaged: list[str]) -> None:
         rows = np.load(output / split["rows"], mmap_mode="r", allow_pickle=False)
         first, shards = 0, iter(split["shards"])
         for number, part in enumerate(split["parts"]):
-            end = first + part["rows"]
+            stop = first + part["rows"]
             shard = next(shards) if part["rows"] else {}
-            restored = Part(rows[first:end], shard, part["end"], part["before"], part["skipped"])
+            restored = Part(rows[first:stop], shard, part["end"], part["before"], part["skipped"])
             write_part(part_path(output, name, number), restored)
-            first = end
+            first = stop
     (output / INDEX).unlink()

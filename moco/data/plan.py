@@ -52,5 +52,5 @@ class Plan:
             yield epoch, order[first : first + self.share]
 
     def shuffles(self, step: int, views: int) -> list[NDArray[np.int64]]:
-        """Return, for each view, the permutation of the global batch before its keys are encoded."""
+        """Return, for each view, the permutation in which the key encoder sees the global batch (shuffling BN)."""
         return [permutation(self.seed, step, self.batch_size, SHUFFLE + view) for view in range(views)]

@@ -46,7 +46,7 @@ _DRAWS = 1024  # random numbers drawn together
 
 # A rank's batch: epoch, position in the epoch (n,), identity (n,), views, and unreadable images by identity.
 Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
-Cut = Callable[[int, NDArray[np.int64], Iterable[Tensor]], list[Tensor]]  # epoch, positions, images -> views
+CropFunction = Callable[[int, NDArray[np.int64], Iterable[Tensor]], list[Tensor]]  # epoch, positions, images -> crops
 
 
 class StreamError(ValueError):
@@ -86,12 +86,12 @@ class RemoteSource(Source):
         return entries_digest([self.name(i)] for i in range(len(self)))
 
     def stream(
-        self, cut: Cut, plan: Plan, start: int, workers: int, replace: bool, options: Mapping[str, Any]
+        self, crop: CropFunction, plan: Plan, start: int, workers: int, replace: bool, options: Mapping[str, Any]
     ) -> DataLoader[Any]:
         """Return a loader of this rank's batches, as `Item`s, from step `start` to the end of training.
 
         Args:
-            cut: makes a batch's views from its images, in the worker.
+            crop: makes the crops of all views from a batch's images, in the worker.
             workers: loader processes; at most one per shard of this rank is used.
             replace: skip unreadable images and report them; False: they end the stream.
             options: further arguments of PyTorch's loader.
@@ -112,7 +112,7 @@ class RemoteSource(Source):
                 RunWarning,
                 stacklevel=2,
             )
-        stream = _Stream(self, cut, plan, range(start, plan.total_steps), replace)
+        stream = _Stream(self, crop, plan, range(start, plan.total_steps), replace)
         return DataLoader(stream, num_workers=min(workers, count // plan.processes), **options)
 
 
@@ -159,7 +159,7 @@ def _check_address(address: str, allow_pipe: bool) -> None:
 class Sample(NamedTuple):
     """One image of the stream."""
 
-    identity: int  # a hash of its name and shard, by which the queue identifies the image of a key
+    identity: int  # a hash of its name and shard: the queue stores it instead of an image index
     name: str
     content: bytes
 
@@ -167,8 +167,8 @@ class Sample(NamedTuple):
 class _Stream(IterableDataset[Any]):
     """One rank's batches. Worker w of V makes those of every V-th step; V = 1 without worker processes."""
 
-    def __init__(self, source: RemoteSource, cut: Cut, plan: Plan, steps: range, replace: bool) -> None:
-        self.source, self.cut, self.plan, self.steps, self.replace = source, cut, plan, steps, replace
+    def __init__(self, source: RemoteSource, crop: CropFunction, plan: Plan, steps: range, replace: bool) -> None:
+        self.source, self.crop, self.plan, self.steps, self.replace = source, crop, plan, steps, replace
 
     def __iter__(self) -> Iterator[Item | ValueError]:
         plan, info = self.plan, get_worker_info()
@@ -184,7 +184,7 @@ class _Stream(IterableDataset[Any]):
             index, used = np.arange(first, first + plan.share), np.empty(plan.share, np.int64)
             unreadable: dict[int, str] = {}
             try:
-                yield epoch, index, used, self.cut(epoch, index, self._images(samples, used, unreadable)), unreadable
+                yield epoch, index, used, self.crop(epoch, index, self._images(samples, used, unreadable)), unreadable
             except (ImageError, StreamError, LoaderError) as error:
                 yield error  # raised here, it would reach the user as the worker's traceback
                 return
@@ -272,7 +272,7 @@ def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sa
 
 
 def shuffled(samples: Iterable[Sample], size: int, seed: int, start: int, slot: int) -> Iterator[Sample]:
-    """Yield the samples out of order: each from a keyed random position of a buffer, which the next sample fills."""
+    """Yield the samples in random order: take one from a random position of a buffer, and put the next one there."""
     samples = iter(samples)
     buffer = list(itertools.islice(samples, size))
     parts = (np.arange(first, first + _DRAWS) for first in itertools.count(0, _DRAWS))

@@ -23,7 +23,7 @@ SPLITS = ("train", "bank", "held_out")
 
 
 def row_type(name_bytes: int) -> np.dtype[np.void]:
-    """Return the type of one image's row: 28 bytes and the longest name.
+    """Return the type of one image's row: 28 bytes of numbers, and `name_bytes` for the name.
 
     `offset` and `size` locate the image's file inside the shard; `crc` is its CRC-32; `label` is -1 without a label;
     `name` is the source's name, in the file system's encoding.
@@ -33,7 +33,7 @@ def row_type(name_bytes: int) -> np.dtype[np.void]:
 
 
 def read_index(folder: Path, where: str) -> dict[str, Any]:
-    """Read the index of a packed folder, which errors call `where`.
+    """Read the index of a packed folder; the error about a missing index begins with `where`.
 
     Raises:
         FileNotFoundError: if it is not there.

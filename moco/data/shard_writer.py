@@ -31,40 +31,40 @@ _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # other endings equal t
 _LONGEST_JPEG = 65_500  # pixels, PIL's limit
 
 
-class Encoded(NamedTuple):
-    """An image as it is written to a shard; of an unreadable image only its fault."""
+class PackedImage(NamedTuple):
+    """An image as it is written to a shard; an unreadable image has only `fault` and `reason`."""
 
     content: bytes = b""
     ending: str = ""  # by the content, because WebDataset readers rely on it
-    before: int = 0  # its size before, in bytes
+    source_bytes: int = 0  # its size in the source
     fault: str = ""  # a key of `moco.data.decode.FAULTS`
     reason: str = ""
 
 
-def encode(source: Source, i: int, short_side: int, quality: int) -> Encoded:
-    """Return image i as it is written to a shard; it is decoded once to verify that it can be.
+def encode_image(source: Source, i: int, short_side: int, quality: int) -> PackedImage:
+    """Return image i as it is written to a shard. It is decoded in any case, to find unreadable images.
 
-    The file's bytes are kept, unless its shorter side exceeds `short_side`: then the image is scaled down to that,
-    upright, bicubic and antialiased, and encoded as JPEG with 4:2:0 color, or as PNG if it is too long for a JPEG. An
-    image without a file (CIFAR, digits) becomes a lossless PNG.
+    The bytes of its file are kept if its shorter side is at most `short_side`, or if this is 0. A larger image is
+    turned upright, scaled down to `short_side` (bicubic, antialiased), and encoded as JPEG with 4:2:0 color, or as PNG
+    if it is too long for a JPEG. An image without a file (CIFAR, digits) becomes a lossless PNG.
     """
     try:
         content = source.content(i)
         if content is None:
             pixels = source.image(i)  # (3, H, W)
-            content, before = _encode_pixels(pixels, "PNG"), pixels.numel()
+            content, source_bytes = _encode_pixels(pixels, "PNG"), pixels.numel()
         else:
-            pixels, before = decode_bytes(source.name(i), content, bits=source.bits), len(content)
+            pixels, source_bytes = decode_bytes(source.name(i), content, bits=source.bits), len(content)
     except ImageError as error:
-        return Encoded(fault=error.kind, reason=error.reason)
+        return PackedImage(fault=error.kind, reason=error.reason)
     if 0 < short_side < min(pixels.shape[1:]):
         small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (3, h, w)
         if max(small.shape) > _LONGEST_JPEG:
-            return Encoded(_encode_pixels(small, "PNG"), "png", before)
-        return Encoded(_encode_pixels(small, "JPEG", quality=quality), "jpg", before)
+            return PackedImage(_encode_pixels(small, "PNG"), "png", source_bytes)
+        return PackedImage(_encode_pixels(small, "JPEG", quality=quality), "jpg", source_bytes)
     with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
         kind = image.format or "bin"
-    return Encoded(content, _ENDINGS.get(kind, kind.lower()), before)
+    return PackedImage(content, _ENDINGS.get(kind, kind.lower()), source_bytes)
 
 
 def _encode_pixels(pixels: Tensor, kind: str, **options: int) -> bytes:
@@ -73,16 +73,19 @@ def _encode_pixels(pixels: Tensor, kind: str, **options: int) -> bytes:
     return buffer.getvalue()
 
 
-def encoded(source: Source, start: int, workers: int, short_side: int, quality: int) -> Generator[Encoded, None, None]:
-    """Yield the images from `start` on in order, encoded by worker processes; see `moco.data.workers.in_order`."""
-    return in_order(lambda i: encode(source, i, short_side, quality), range(start, len(source)), workers, "workers")
+def encode_in_workers(
+    source: Source, start: int, workers: int, short_side: int, quality: int
+) -> Generator[PackedImage, None, None]:
+    """Encode the images from `start` on in worker processes and yield them in order; see `moco.data.workers`."""
+    images = range(start, len(source))
+    return in_order(lambda i: encode_image(source, i, short_side, quality), images, workers, "workers")
 
 
 class ShardWriter:
     """Writes one shard and collects its rows of the index.
 
-    `key` is the number of images in the previous shards, because WebDataset needs unique keys in a split. The file has
-    a temporary name until `close`.
+    The file names in a shard are WebDataset keys and must differ within a split, so they continue from `key`, the
+    number of images in the previous shards. The shard has a temporary name until `close`.
     """
 
     def __init__(self, path: Path, number: int, key: int) -> None:
@@ -96,8 +99,8 @@ class ShardWriter:
         """Return the shard's size in bytes with one more image, without the zeros at its end."""
         return self._file.tell() + 3 * tarfile.BLOCKSIZE + len(content)
 
-    def add(self, image: Encoded, label: int, name: bytes) -> None:
-        """Append an image; label -1: none."""
+    def add(self, image: PackedImage, label: int, name: bytes) -> None:
+        """Append an image; label -1 means that it has none."""
         key, content = f"{self.key + len(self.rows):09}", image.content
         offset = self._member(f"{key}.{image.ending}", content)
         if label >= 0:

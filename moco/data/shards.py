@@ -60,7 +60,7 @@ class ShardSource(Source):
             raise self._error(i, name, "damaged", "its checksum does not match the packed image")
         return data
 
-    def content_keys(self) -> NDArray[np.int64]:
+    def content_fingerprints(self) -> NDArray[np.int64]:
         crc: NDArray[np.int64] = self.rows["crc"].astype(np.int64)
         return crc << 31 | (self.rows["size"] & 0x7FFFFFFF)
 

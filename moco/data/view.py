@@ -2,7 +2,7 @@
 
 All parameters are a function of (seed, epoch, sample index, stream), each from its own numbered draw (law 2).
 
-Legend: N samples, S x S pixels of a view.
+Legend: N samples, S x S pixels of a view, D = CROP_DRAWS.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from moco.data.crop import CROP_DRAWS
 from moco.data.keyed import keyed_uniform
 
 # Draw numbers. They are part of the format: a new operation uses free numbers, so that existing views do not change.
-# 0 ... 21 are the crop's.
+# The first CROP_DRAWS numbers are the crop's.
 _JITTER, _FACTORS, _ORDER = 24, slice(25, 29), slice(29, 33)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP = 33, 34, 35, 36, 37
 _AFFINE, _ANGLE, _SHIFT, _ZOOM, _SHEAR, _NOISE = 38, 39, slice(40, 42), 42, 43, 44
@@ -107,9 +107,9 @@ class View:
 
 @dataclasses.dataclass(frozen=True)
 class Params:
-    """The random parameters of a batch, on the host. A sample's row is a function of its key and the view."""
+    """The random parameters of a batch, on the host. A row depends on its sample and the view, not on the batch."""
 
-    crop: NDArray[np.float32]  # (N, 22), the uniforms for crop_boxes
+    crop: NDArray[np.float32]  # (N, D), the uniforms for crop_boxes
     jitter: NDArray[np.bool_]  # (N,)
     factors: NDArray[np.float32]  # (N, 4): brightness, contrast, saturation, hue
     order: NDArray[np.int64]  # (N, 4): the order of the four operations
@@ -131,7 +131,7 @@ class Params:
 
 
 def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float32]:
-    """Return only the uniform numbers of the crop, shape (N, 22), for a loader process. Equal to `draw(...).crop`."""
+    """Return only the uniform numbers of the crop, shape (N, D), for a loader process. Equal to `draw(...).crop`."""
     return keyed_uniform(seed, epoch, index, stream, CROP_DRAWS)
 
 

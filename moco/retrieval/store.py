@@ -124,7 +124,7 @@ def _refuse_other(folder: Path, there: About, now: About) -> None:
     ]
     require(
         not differing,
-        f"{folder} contains features of {' and '.join(differing)}: choose another output, or remove that folder",
+        f"{folder} contains features of {'; '.join(differing)}: choose another output, or remove that folder",
     )
 
 

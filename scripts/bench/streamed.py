@@ -18,7 +18,7 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.augment import augment
 from moco.data.folder import FolderSource
-from moco.data.loader import Cutter, Item, batches, crops
+from moco.data.loader import CropDataset, Item, batches, crops
 from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.data.view import View, draw
@@ -61,11 +61,11 @@ def run(options: Namespace) -> Iterator[Table]:
 
 def _threads(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[Item]:
     """Do the workers' part in threads of this process, with as many batches prefetched as in a DataLoader."""
-    cutter = Cutter(source, recipe, plan.seed, replace=False)
+    dataset = CropDataset(source, recipe, plan.seed, replace=False)
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[Future[Item | ValueError]] = deque()
         for step in plan.samples(0):
-            waiting.append(pool.submit(cutter.__getitem__, step))
+            waiting.append(pool.submit(dataset.__getitem__, step))
             if len(waiting) == 2 * workers:
                 yield _item(waiting.popleft())
         while waiting:

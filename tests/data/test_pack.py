@@ -87,7 +87,7 @@ def test_the_next_command_fits_the_images(name: str, count: int, words: str) -> 
 def _pack_slowly(output: Path, root: Path) -> None:
     add = stage.Packer.add
 
-    def slow(self: Any, i: int, image: shard_writer.Encoded) -> None:
+    def slow(self: Any, i: int, image: shard_writer.PackedImage) -> None:
         time.sleep(0.02)
         add(self, i, image)
 
@@ -115,7 +115,7 @@ def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path: Path, monk
     # A finished shard that is damaged is written again, and all shards after it; the previous one is kept.
     kept = (output / "train-000000.tar").stat().st_mtime_ns
     os.truncate(output / "train-000001.tar", 100)
-    monkeypatch.setattr(stage, "encoded", calls := Noting(shard_writer.encoded))
+    monkeypatch.setattr(stage, "encode_in_workers", calls := Noting(shard_writer.encode_in_workers))
     with pytest.raises(ConfigError, match=r"contains shards with shard_mb=0\.012 \(now 0\.02\): choose another output"):
         packed(output, root, shard_mb=0.02, data_max_bad=0.1)
     packed(output, root, data_max_bad=0.1)
@@ -184,7 +184,7 @@ def test_an_image_too_long_for_a_jpeg_becomes_a_png(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (140_000, 10), "red").save(tmp_path / "images/long.png")
     source = load_source(DataConfig("folder", str(tmp_path / "images"))).train
-    image = shard_writer.encode(source, 0, short_side=5, quality=90)
+    image = shard_writer.encode_image(source, 0, short_side=5, quality=90)
     assert (image.ending, image.fault) == ("png", "")
     assert decode_bytes("long.png", image.content).shape == (3, 5, 70_000)
 
@@ -211,7 +211,7 @@ def test_other_folders_and_changed_images_are_refused(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"is not empty and contains no shards \(\['thesis\.txt'\]\)"):
+    with pytest.raises(ConfigError, match=r"contains other files \(thesis\.txt\) and no shards"):
         packed(other, root)
     packed(tmp_path / "out", root)
     (root / "cat" / "00.jpg").write_bytes(encoded(noise(77), "JPEG"))

@@ -37,7 +37,7 @@ def test_a_damaged_folder_is_repaired(
             (output / name).unlink()
         else:
             (output / name).write_bytes(before[name][:-1] + b"x")
-    monkeypatch.setattr(stage, "encoded", calls := Noting(shard_writer.encoded))
+    monkeypatch.setattr(stage, "encode_in_workers", calls := Noting(shard_writer.encode_in_workers))
     with pytest.warns(RunWarning, match=r"damaged \(SHA-256\): .*train|damaged \(SHA-256\): .*skipped"):
         packed(output, root, data_labels="folder", data_max_bad=0.1, short_side=16, shard_mb=0.008)
     assert "repaired" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from moco.config import DataConfig, config_dir
 from moco.data.loader import batches
 from moco.data.plan import Plan
-from moco.data.shard_writer import encoded
+from moco.data.shard_writer import encode_in_workers
 from moco.data.sources import Source, load_source
 from moco.data.view import View
 from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded
@@ -73,9 +73,9 @@ def test_a_death_is_reported_in_an_evaluation(source: Source) -> None:
 
 
 def test_a_death_is_reported_in_packing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moco.data.shard_writer.encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr("moco.data.shard_writer.encode_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(LoaderError, match=DIED.format("workers")):  # while the parent waits
-        list(encoded(source, 0, 1, 0, 90))
+        list(encode_in_workers(source, 0, 1, 0, 90))
     assert multiprocessing.active_children() == []
 
 
