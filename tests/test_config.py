@@ -11,6 +11,7 @@ import pytest
 from moco.cli import field_types
 from moco.config import AugmentConfig, ConfigError, TrainConfig, bounded, check, check_bounds, config_dir
 from moco.config.base import EXTRAS
+from moco.config.recommended import momentum_for, recipe_for
 from moco.config.subject import ImagesConfig
 from moco.data.opening import build_views
 from moco.methods.moco_config import MoCoConfig
@@ -151,3 +152,22 @@ def test_the_packages_of_extras_are_those_of_pyproject() -> None:
     declared = project["optional-dependencies"]
     for extra, packages in EXTRAS.items():
         assert [re.split(r"[><=]", each)[0] for each in declared[extra]] == packages.split()
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (31, {}),
+        (40, {"experiment": "moco_v2_small", "epochs": 1500, "method.queue_size": 32, "method.momentum": 0.995}),
+        (250, {"experiment": "moco_v2_small", "epochs": 240, "method.queue_size": 64, "method.momentum": 0.996}),
+        (19_999, {"experiment": "moco_v2_small", "epochs": 10, "method.queue_size": 4992, "method.momentum": 0.999}),
+        (20_000, {"experiment": "moco_v2_folder", "method.queue_size": 4096}),
+    ],
+)
+def test_a_recipe_fits_the_number_of_images(images: int, expected: dict[str, float]) -> None:
+    assert recipe_for(images) == expected
+
+
+def test_the_recommended_momentum_stays_in_the_published_range() -> None:
+    found = [momentum_for(steps) for steps in (0, 150, 700, 1680, 7000, 10**6)]
+    assert found == [0.99, 0.99, 0.99, 0.996, 0.999, 0.999]

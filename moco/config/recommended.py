@@ -1,19 +1,44 @@
 """Values that follow from the number of images and steps, for warnings, the doctor's remedies and suggestions."""
 
+from typing import Any
+
 LARGEST_QUEUE = 65_536  # of MoCo v1 and v2 on ImageNet (He et al., 2020)
 LEFT = 1e-3  # of the initial weights of the momentum encoder, at the end of the run
+FEW_IMAGES = 200  # below: train from published weights only, see docs/howto/own_images.md
+SMALL = 20_000  # images; below: a small network on a laptop
+SMALL_BATCH, FEWEST_EPOCHS = 32, 10
+BUDGET = 60_000  # epochs times images: about ten minutes on two CPU cores
 
 
 def momentum_for(steps: int) -> float:
     """Return a momentum with which the momentum encoder leaves its initial weights behind within a run.
 
     After N steps at momentum m, the share m**N of the initial weights is left. With this value it is `LEFT`, unless the
-    value would lie outside the published range, 0.9 to 0.999. It is 0.95 for 150 steps and 0.99 for 700.
+    value would lie outside 0.99 ... 0.999, the best values in the ablation of He et al. (2020), Sec. 4.1. It is 0.99 up
+    to 700 steps, and 0.999 from 7,000 steps.
     """
     momentum: float = LEFT ** (1 / max(1, steps))
-    return min(0.999, max(0.9, round(momentum, 2 if momentum < 0.99 else 3)))
+    return min(0.999, max(0.99, round(momentum, 3)))
 
 
 def queue_for(images: int, keys_per_step: int) -> int:
     """Return a queue size of about a quarter of the images: a multiple of the keys per step, and not zero."""
-    return max(1, min(images // 4, LARGEST_QUEUE) // keys_per_step) * keys_per_step
+    return max(1, round(min(images / 4, LARGEST_QUEUE) / keys_per_step)) * keys_per_step
+
+
+def recipe_for(images: int, budget: int = BUDGET) -> dict[str, Any]:
+    """Return the overrides of a run on a data set of some size; {} if it has fewer than `SMALL_BATCH` images.
+
+    Args:
+        images: number of training images.
+        budget: epochs times images, for a small data set.
+    """
+    steps_per_epoch = images // SMALL_BATCH
+    if steps_per_epoch == 0:
+        return {}
+    if images >= SMALL:
+        return {"experiment": "moco_v2_folder", "method.queue_size": min(4096, queue_for(images, 256))}
+    epochs = max(FEWEST_EPOCHS, round(budget / images))
+    momentum, queue = momentum_for(epochs * steps_per_epoch), queue_for(images, SMALL_BATCH)
+    fitting = {"epochs": epochs, "method.queue_size": queue, "method.momentum": momentum}
+    return {"experiment": "moco_v2_small", **fitting}

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
+from moco.config.recommended import BUDGET, FEW_IMAGES, recipe_for
+from moco.config.subject import SubjectConfig
 from moco.data.contents import class_counts, opening_lines
 from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
@@ -24,6 +26,7 @@ from moco.data.sources import load_source
 from moco.data.workers import TASK, LoaderError, in_order
 from moco.files import write_errors, write_json
 from moco.runtime.console import log, progress_bar, table
+from moco.runtime.next_command import command
 from moco.runtime.provenance import provenance
 
 _FOLDER = "unreadable folder"
@@ -93,6 +96,26 @@ def check_data(config: CheckDataConfig) -> None:
     show(report, output)
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would end: {'; '.join(obstacles)}; {output} lists the files")
+    if data.name == "folder":
+        for line in suggest(data, len(folders[0]), config.budget):
+            log(line)
+
+
+def suggest(data: DataConfig, images: int, budget: int) -> list[str]:
+    """Return the command that trains on a folder, and for few images a line that advises against it."""
+    recipe = recipe_for(images, budget)
+    few = f"{images} images are too few to train from random weights: start from published ones, see "
+    few += "docs/howto/own_images.md"
+    if not recipe:
+        return [few]
+    unchanged = asdict(DataConfig()) | {"name": data.name}
+    given = {name: value for name, value in asdict(data).items() if value != unchanged[name]}
+    training = command("moco.train", SubjectConfig(), **recipe, data=given, run="runs/mine")
+    if recipe["experiment"] == "moco_v2_folder":
+        return [f"next, on a GPU: {training}"]
+    minutes = recipe["epochs"] * images / BUDGET * 10
+    time = f"this takes about {minutes:.0f} minutes on two CPU cores"
+    return [few] * (images < FEW_IMAGES) + [f"next: {training}", time]
 
 
 def _facts(folder: FolderSource, i: int) -> ImageFacts:

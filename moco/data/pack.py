@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moco.config.pack import PackConfig
+from moco.config.recommended import recipe_for
 from moco.config.subject import SubjectConfig
 from moco.data import pack_output, shard_index
 from moco.data.base import Source
@@ -40,7 +41,6 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "stl10": {"experiment": "moco_v2_stl10", "data.resident": True},
     "imagenet": {"experiment": "moco_v2_imagenet"},
 }
-_QUEUE = 4096  # method.queue_size of moco_v2_folder
 
 
 def pack(config: PackConfig) -> None:
@@ -227,12 +227,8 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
 
 def _next(name: str, output: Path, count: int) -> str:
     """Return the command that trains on the shards, with a recipe for images of this kind and number."""
-    recipe = _RECIPES.get(name, {"experiment": "moco_v2_folder"})
-    if name not in _RECIPES and count < 2 * _QUEUE:  # its queue would contain most images several times
-        batch = 256 if count >= 512 else 64
-        queue = count // 2 // batch * batch
-        if queue == 0:
-            return f"too few images for a recipe; moco.train reads them with data=shards data.root={output}"
-        recipe |= {"method.queue_size": queue} | ({"batch_size": batch} if batch < 256 else {})
+    recipe = _RECIPES.get(name) or recipe_for(count)
+    if not recipe:
+        return f"too few images for a recipe; moco.train reads them with data=shards data.root={output}"
     on_shards = recipe | {"data": "shards", "data.root": str(output), "run": "runs/packed"}
     return command("moco.train", SubjectConfig(), **on_shards)

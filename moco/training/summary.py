@@ -122,7 +122,7 @@ def summarize(trainer: "Trainer") -> None:
         ("", f"python -m moco.report {own}"),
     ]
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
-        rows.append(("", "python -m moco.train experiment=moco_v2_folder data.root=YOUR_IMAGES run=runs/mine"))
+        rows.append(("", "python -m moco.check_data data.root=YOUR_IMAGES"))
     summary_panel("already finished" if trainer.start == plan.total_steps else "done", rows)
 
 

@@ -14,8 +14,10 @@ from moco.check_data import check_data
 from moco.cli import run_command
 from moco.config import ConfigError, DataConfig
 from moco.config.check_data import CheckDataConfig
+from moco.config.recommended import BUDGET
 from moco.data import check as module
 from moco.data import image_facts as image_facts_module
+from moco.data.check import suggest
 from moco.data.decode import FAULTS, ImageError
 from moco.data.image_facts import ODDITIES, image_facts
 from tests.data.unreadable_files import encoded, folder, forbid, noise, odd_files, tiff, unreadable_files
@@ -213,3 +215,15 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert printed.err.count("\n") == 1
     assert "bomb.png" in printed.out
     assert (tmp_path / "check_data.json").is_file()
+
+
+def test_a_folder_without_faults_gets_a_training_command_that_fits_it() -> None:
+    data = DataConfig(name="folder", root="my images", labels="folder")
+    command, time = suggest(data, 250, BUDGET)
+    assert "experiment=moco_v2_small epochs=240 method.queue_size=64" in command
+    assert "'data.root=\"my images\"'" in command
+    assert "data.labels=folder" in command
+    assert "10 minutes" in time
+    assert len(suggest(data, 60, BUDGET)) == 3  # with a line about published weights
+    assert ["published" in line for line in suggest(data, 20, BUDGET)] == [True]
+    assert "moco_v2_folder" in suggest(data, 10**6, BUDGET)[0]

@@ -72,9 +72,14 @@ def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
     [
         ("digits", 1297, "data.resident=true data=shards"),
         ("cifar10", 50_000, "experiment=moco_v2plus_cifar10 data.resident=true data=shards"),
-        ("folder", 1_000_000, "experiment=moco_v2_folder data=shards data.root=out run=runs/packed"),
-        ("folder", 3000, "experiment=moco_v2_folder method.queue_size=1280 data=shards"),
-        ("huggingface", 200, "experiment=moco_v2_folder method.queue_size=64 batch_size=64"),
+        (
+            "folder",
+            1_000_000,
+            "experiment=moco_v2_folder method.queue_size=4096 data.root=out run=runs/packed",
+        ),
+        ("folder", 30_000, "experiment=moco_v2_folder method.queue_size=4096 data=shards"),
+        ("folder", 3000, "experiment=moco_v2_small epochs=20 method.queue_size=736 method.momentum=0.996"),
+        ("huggingface", 250, "experiment=moco_v2_small epochs=240 method.queue_size=64 method.momentum=0.996"),
         ("folder", 20, "too few images for a recipe; data=shards data.root=out"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 import yaml
 
 from moco.models.backbones import build_backbone
@@ -69,6 +70,11 @@ def small_training(arguments: tuple[str, ...]) -> list[str]:
     recipe = next((each.partition("=")[2] for each in arguments if each.startswith("experiment=")), "digits")
     if "digits" in recipe or recipe == "mine":
         return DIGITS
+    if "init_from=FILE" in arguments:  # a ResNet-18
+        return [
+            "method.queue_size=32",
+            *(each for each in SMALL if not each.startswith(("model=", "model.backbone", "model.opt"))),
+        ]
     if "v3" in recipe:
         return [*SMALL, *NO_QUEUE, *TWO_HEADS, *without_options(recipe)]
     return [*SMALL, *(NO_QUEUE if recipe.startswith(("simclr", "supcon")) else ["method.queue_size=32"])]
@@ -126,6 +132,7 @@ def make(root: Path) -> None:
     for number, name in enumerate(["a", "b", *(f"{i:02}" for i in range(34))]):
         gradient(number).save(root / "IMAGES" / f"{name}.jpg")
     official_file(root / "moco_v2_800ep_pretrain.pth.tar")
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), root / "FILE")
     (root / "DIR" / "experiment").mkdir(parents=True)
     (recipe,) = [text for _, text in blocks(REPOSITORY / "docs/howto/use.md", "yaml")]
     (root / "DIR" / "experiment" / "mine.yaml").write_text(recipe)

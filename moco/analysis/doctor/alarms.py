@@ -22,7 +22,7 @@ from moco.analysis.doctor.series import (
     present_temperature,
     running_means,
 )
-from moco.config.recommended import momentum_for, queue_for
+from moco.config.recommended import FEW_IMAGES, momentum_for, queue_for
 
 LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: 0.9 costs 3.8 points of 59.0, and 0 does not train
 
@@ -68,9 +68,6 @@ def learning_rate_zero(series: Series, facts: Facts) -> Alarm | None:
     if facts.lr != 0:
         return None
     return Alarm("learning rate of 0", "optim.lr=0, so no weight changes", "optim.lr=0.03 for sgd, 1e-4 for adamw")
-
-
-FEW_IMAGES = 200  # see docs/howto/own_images.md for what was measured
 
 
 def few_images(series: Series, facts: Facts) -> Alarm | None:
