@@ -255,7 +255,7 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
     both = f"accumulate={config.accumulate} with model.bn=sync"
     error = f"{both} would normalize over one micro-batch, not the batch: set accumulate=1 or model.bn=grouped"
     require(model.bn != "sync" or config.accumulate == 1, error)
-    divisor = f"{parts} ({processes} processes x accumulate={config.accumulate})"
+    divisor = f"{parts} ({processes} process{'es' * (processes > 1)} x accumulate={config.accumulate})"
     require_divisible(config.batch_size, parts, divisor)
     micro_batch, group = config.batch_size // parts, model.bn_group_size
     if model.bn != "grouped":
@@ -265,12 +265,13 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
         require(images > 1, error)
         return
     require(group > 1, f"model.bn_group_size={group}: BN over one image has no variance; set at least 2")
+    of = f"process{'es' * (processes > 1)}"
     nearest = max(1, round(config.batch_size / (parts * group))) * parts * group
     divisors = [each for each in range(2, group) if micro_batch % each == 0]
     smaller = f"model.bn_group_size={max(divisors)}, " if divisors else ""
     require(
         micro_batch % group == 0,
         f"model.bn_group_size={group} must divide the {micro_batch} images of a process's forward pass "
-        f"(batch_size={config.batch_size} / {processes} processes / accumulate={config.accumulate}): "
+        f"(batch_size={config.batch_size} / {processes} {of} / accumulate={config.accumulate}): "
         f"set batch_size={nearest}, {smaller}or model.bn=sync",
     )

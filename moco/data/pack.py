@@ -29,7 +29,7 @@ from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_d
 from moco.data.shard_writer import PackedImage, ShardWriter, encode_in_workers
 from moco.data.unreadable import refuse_many
 from moco.files import write_csv, write_errors, write_json
-from moco.runtime.console import duration, progress_bar, summary_panel
+from moco.runtime.console import duration, log_next, progress_bar, summary_panel
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
 
@@ -220,9 +220,12 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
         ("skipped", f"{sum(skipped.values()):,} ({kinds}), see {output / SKIPPED}" if skipped else "none"),
         ("time", duration(seconds)),
         ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in every)}, the shards, {SKIPPED}"),
-        ("next", _next(config.data.name, output, splits["train"]["pictures"])),
     ]
-    summary_panel(title, rows)
+    following = _next(config.data.name, output, splits["train"]["pictures"])
+    is_command = following.startswith("python ")
+    summary_panel(title, rows if is_command else [*rows, ("note", following)])
+    if is_command:
+        log_next(following)
 
 
 def _next(name: str, output: Path, count: int) -> str:

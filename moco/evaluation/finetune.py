@@ -33,7 +33,7 @@ from moco.evaluation.task import Result, Task
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
 from moco.interop.weights import save_weights
 from moco.runs.results import prepare
-from moco.runtime.console import log, percent
+from moco.runtime.console import log, log_next, percent
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
@@ -268,4 +268,4 @@ def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: P
     # The saved file contains what these fields describe.
     reset: Any = {"run": "", "output": "", "weights": "encoder", "backbone": None, "options": {}, "images": {}}
     data, encoder = {"hold_out": config.data.hold_out}, f"{_folder(task, found[0].encoder)}/encoder.safetensors"
-    evaluation.log_next(command("moco.knn", config, **reset, data=data, checkpoint=encoder))
+    log_next(command("moco.knn", config, **reset, data=data, checkpoint=encoder))

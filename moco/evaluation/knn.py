@@ -25,9 +25,9 @@ from moco.evaluation.metrics import HeldOut, Metrics, confusion_of, mean_known, 
 from moco.evaluation.ranking import rank_classes
 from moco.evaluation.subject import encoders, labels_of
 from moco.evaluation.subsets import draw_labels, naming_field
-from moco.evaluation.task import Result, Task, log_next, open_task, record_results
+from moco.evaluation.task import Result, Task, open_task, record_results
 from moco.runs.results import prepare
-from moco.runtime.console import log, percent, progress_bar, table
+from moco.runtime.console import log, log_next, percent, progress_bar, table
 from moco.runtime.next_command import command
 
 Grid = NDArray[np.float64]  # leave-one-out accuracy (k, temperature)

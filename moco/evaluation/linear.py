@@ -37,7 +37,7 @@ from moco.evaluation.task import Result, Task
 from moco.models.encoder import Encoder
 from moco.optim.schedules import scaled_lr
 from moco.runs.results import prepare
-from moco.runtime.console import log, percent, progress_bar
+from moco.runtime.console import log, log_next, percent, progress_bar
 from moco.runtime.next_command import command
 
 _CHUNK = 4096  # rows at once through a head
@@ -282,4 +282,4 @@ def _log_next(task: Task[LinearConfig]) -> None:
         reason = "the published protocol, with augmented images"
     else:
         reason = "chooses learning rate, weight decay and layer on a validation part, in seconds"
-    evaluation.log_next(command("moco.linear", config, **fields), reason)
+    log_next(command("moco.linear", config, **fields), reason)

@@ -172,8 +172,3 @@ def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequen
     rows = [[each.encoder, each.accuracy(), percent(each.top5), *more] for each, more in zip(found, added, strict=True)]
     baselines = f"{found[0].encoder}: {found[0].metrics[0].baselines()}"
     table(title, ["encoder", "top-1 %", "top-5 %", *extra], rows, f"{caption}\n{baselines}")
-
-
-def log_next(command: str, reason: str = "") -> None:
-    """Print a command that continues from here."""
-    log(f"next: {command}" + (f"  ({reason})" if reason else ""))

@@ -73,9 +73,9 @@ def convert_encoder(config: ConvertConfig) -> None:
             ("", f"the largest feature is {largest:.3g}"),
             ("images", f"{transform.size} px{resized}; minus mean {mean}, divided by std {std}"),
             *([("size", _only_this_size(transform.size))] * chosen.fixed_size),
-            ("load", chosen.loading(file).replace("FILE", str(output))),
         ],
     )
+    log(f"to load it: {chosen.loading(file).replace('FILE', str(output))}")
 
 
 def _only_this_size(size: int) -> str:

@@ -1,5 +1,6 @@
 """Write a page about one run, or about several side by side."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ import torch
 from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
 from moco.config.report import ReportConfig
-from moco.config.subject import SubjectConfig
 from moco.distributed import is_rank_zero
 from moco.files import WriteError, cause
 from moco.reporting import page, sections
@@ -20,9 +20,8 @@ from moco.reporting.page import Figures, Section, paragraph
 from moco.reporting.plotly_figures import plotly
 from moco.reporting.projector import write_projector
 from moco.reporting.run_record import Run, findings, names, open_run
-from moco.runtime.console import summary_panel
+from moco.runtime.console import log_next, summary_panel
 from moco.runtime.device import compute_context
-from moco.runtime.next_command import command
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,11 +127,11 @@ def _summarize(computed: Sequence[_Computed], out: Path, projectors: Sequence[Pa
         alarms = "; ".join(f"{alarm.name}: {alarm.evidence} (remedy: {alarm.remedy})" for alarm in each.alarms)
         rows.append((f"doctor, {name}" if len(runs) > 1 else "doctor", alarms or "no findings"))
     rows.append(("page", f"{out} ({out.stat().st_size / 1e6:.1f} MB; opens in any browser, without a network)"))
-    if projectors:
-        rows.append(("projector", f"tensorboard --logdir {projectors[0]}  (tab Projector: the same images in 3-D)"))
-    not_evaluated = [run for run in runs if not run.results and run.finished]
-    if not_evaluated:
-        rows.append(("next", command("moco.linear", SubjectConfig(), run=str(not_evaluated[0].path))))
-    elif not runs[0].finished:
-        rows.append(("next", "run the same command again after more training"))
+    if not runs[0].finished:
+        rows.append(("later", "run the same command again after more training"))
     summary_panel("report", rows)
+    if projectors:
+        log_next(shlex.join(["tensorboard", "--logdir", str(projectors[0])]), "tab Projector: the same images in 3-D")
+    for run in [run for run in runs if not run.results and run.finished][:1]:
+        for line in run.next_commands():
+            log_next(line)

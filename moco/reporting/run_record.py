@@ -16,6 +16,7 @@ from moco.methods import read_method
 from moco.runs import checkpoint
 from moco.runs.directory import untrained
 from moco.runs.metrics import Metrics, read_metrics
+from moco.runtime.next_command import next_commands
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,18 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.step >= self.total_steps - 0.5  # false for nan
+
+    @property
+    def labeled(self) -> bool:
+        """Whether its data set is known to have labels and held-out images."""
+        return self.get("data.name") in _LABELED or "accuracy/knn" in self.values
+
+    def next_commands(self) -> list[str]:
+        """Return the commands that evaluate or use its encoder."""
+        return next_commands(str(self.path), self.get("data.name", ""), self.labeled)
+
+
+_LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets with labels and held-out images
 
 
 def open_run(path: Path) -> Run:

@@ -39,7 +39,7 @@ def progress(run: Run) -> str:
         return f"not finished: step {run.step:,}"
     total = round(run.total_steps)
     if run.finished:
-        return f"finished: {run.get('epochs')} epochs, {total:,} steps"
+        return f"finished: {run.get('epochs')} epoch{'s' * (run.get('epochs') != 1)}, {total:,} steps"
     epoch = run.step / run.steps_per_epoch
     return f"not finished: step {run.step:,} of {total:,} (epoch {epoch:.1f} of {run.get('epochs')})"
 
@@ -142,7 +142,9 @@ def evaluations(run: Run) -> Markup:
         newest.pop(key, None)
         newest[key] = entry
     if not newest:
-        return paragraph(f"None yet. To evaluate: python -m moco.linear run={run.path} 'compare=[untrained,pixels]'")
+        if not run.labeled:
+            return paragraph(f"None: the images have no labels. To look at the encoder: {run.next_commands()[0]}")
+        return paragraph(f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
     rows = [_evaluation(each) for each in newest.values()]
     return part("table", "Accuracy on held-out images", list(rows[0]), [list(row.values()) for row in rows])
 

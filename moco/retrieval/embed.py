@@ -32,7 +32,7 @@ from moco.evaluation.features import stream
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
-from moco.runtime.console import progress_bar, summary_panel
+from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
@@ -59,9 +59,10 @@ def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
             ("computed", "now" if embedding.computed else "nothing: already complete"),
             ("rows", str(folder / f"index.{config.table}")),
             ("unreadable", f"{skipped:,} skipped, see {folder / 'unreadable.csv'}" if skipped else "none"),
-            ("next", command("moco.search", SubjectConfig(), index=str(folder), mode="duplicates")),
         ],
     )
+    log_next(command("moco.search", SubjectConfig(), index=str(folder), sample=8))
+    log_next(command("moco.search", SubjectConfig(), index=str(folder), mode="duplicates"))
 
 
 def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device: torch.device) -> Embedding:

@@ -3,6 +3,7 @@
 All text passes through `printable` here, because names of files, classes and runs are part of it.
 """
 
+import textwrap
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
@@ -52,7 +54,7 @@ class Display:
 
     def log(self, line: str) -> None:
         """Print a line above the progress bar."""
-        self.console.print(printable(line), markup=False, soft_wrap=True)
+        _print_line(self.console, line)
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Advance the bar to `step` finished steps; show the metrics of that step if they were read."""
@@ -108,12 +110,25 @@ def progress_bar(description: str, quiet: bool) -> Iterator[Callable[[int, int],
 
 
 def log(line: str) -> None:
-    """Print a line, on rank 0."""
-    Terminal(highlight=False, quiet=not is_rank_zero()).print(printable(line), markup=False, soft_wrap=True)
+    """Print a line, on rank 0; a terminal breaks it between words."""
+    _print_line(Terminal(highlight=False, quiet=not is_rank_zero()), line)
+
+
+def _print_line(console: Terminal, line: str) -> None:
+    line = printable(line)
+    if console.is_terminal:
+        line = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+    console.print(line, markup=False, soft_wrap=True)
+
+
+def log_next(command: str, reason: str = "") -> None:
+    """Print a command that continues from here, on rank 0. It is one line, however long, so that it can be copied."""
+    line = printable(f"next: {command}" + (f"  ({reason})" if reason else ""))
+    Terminal(highlight=False, quiet=not is_rank_zero()).print(line, markup=False, soft_wrap=True)
 
 
 def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print the closing panel of a command: rows of a name and a text. On rank 0."""
+    """Print the closing panel of a command: rows of a name and a text. On rank 0. Commands go below it: `log_next`."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -142,11 +157,47 @@ def table(
     """
     out = Table(title=_text(title, "table.title"), title_justify="left", caption_justify="left", box=box.ROUNDED)
     out.caption = Text("\n".join(map(printable, caption.split("\n"))), style="table.caption") if caption else None
-    for i, column in enumerate(columns):
-        out.add_column(_text(column), justify="left" if i in left else "right", overflow="fold")
-    for i, row in enumerate(rows):
-        out.add_row(*map(_text, row), style="bold red" if i in alarming else "")
-    Terminal(highlight=False, quiet=not is_rank_zero()).print(out)
+    console = Terminal(highlight=False, quiet=not is_rank_zero())
+    cells = [[printable(cell).strip() for cell in row] for row in (columns, *rows)]
+    room = console.width - 3 * len(columns) - 1  # without borders
+    widths = _column_widths(cells, room)
+    if sum(widths) > room:
+        _print_blocks(console, title, cells, caption)
+        return
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        out.add_column(_text(column), justify="left" if i in left else "right", width=width)
+    for i, row in enumerate(cells[1:]):
+        out.add_row(*map(Text, row), style="bold red" if i in alarming else "")
+    console.print(out)
+
+
+def _column_widths(cells: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Return the widths of the columns of a table, `cells` in rows, so that no word is broken.
+
+    The widest column that can shrink shrinks first, to a sum of `room`. If the longest words are wider, the sum is too.
+    """
+    columns = list(zip(*cells, strict=True))
+    widths = [max(map(cell_len, column)) for column in columns]
+    lowest = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    while sum(widths) > room and widths != lowest:
+        widths[max((i for i, low in enumerate(lowest) if widths[i] > low), key=widths.__getitem__)] -= 1
+    return widths
+
+
+def _print_blocks(console: Terminal, title: str, cells: Sequence[Sequence[str]], caption: str) -> None:
+    """Print a table that is wider than the terminal: a block per row, with a line per column."""
+    _print_line(console, title)
+    width = max(map(cell_len, cells[0]))
+    for row in cells[1:]:
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=width, justify="right")
+        grid.add_column(overflow="fold")
+        for name, value in zip(cells[0], row, strict=True):
+            grid.add_row(Text(name, style="bold"), Text(value))
+        console.print(grid)
+        console.print()
+    for line in caption.split("\n") if caption else ():
+        _print_line(console, line)
 
 
 def _text(text: str, style: str = "") -> Text:

@@ -27,6 +27,23 @@ def command(module: str, config: SubjectConfig, **changes: Any) -> str:
     )
 
 
+def next_commands(run: str, data: str, labeled: bool) -> list[str]:
+    """Return the commands that evaluate or use the encoder of a finished run.
+
+    Args:
+        run: its directory.
+        data: its data.name.
+        labeled: whether its data set has labels and held-out images.
+    """
+    if labeled:
+        return [command("moco.linear", SubjectConfig(), run=run)]
+    features = f"{run}/features"
+    # A stream cannot be read image by image.
+    images: dict[str, Any] = {"data": "folder", "data.root": "YOUR_IMAGES"} if data == "webdataset" else {}
+    embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
+    return [embed, command("moco.search", SubjectConfig(), index=features, sample=8)]
+
+
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted names and values that differ from the defaults; Hydra needs a plus before nested new names."""
     for name, value in values.items():

@@ -48,6 +48,7 @@ class LiveEvaluation:
         labeled = sources.bank is not None and sources.held_out is not None
         self.measure = "knn" if labeled else "retrieval"
         self.title = knn_title(config.evaluate) if labeled else retrieval_title(plan)
+        self._short_title = ""  # once the full one was printed
         self._on_unreadable: OnUnreadable | None = None
 
     def exclude_unreadable(self, on_unreadable: OnUnreadable) -> list[str]:
@@ -90,7 +91,9 @@ class LiveEvaluation:
         curves = baselines(self.history, self._config.starts_trained) | {self.measure: scores[self.measure]}
         names = BASELINES | {self.measure: self._first_name() if start else f"epoch {epoch:g}"}
         results = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
-        return {f"{group}/{name}": score.mean for name, score in curves.items()}, f"{self.title}: {results}"
+        line = f"{self._short_title or self.title}: {results}"
+        self._short_title = {"knn": "held-out kNN", "retrieval": "two crops find each other"}[self.measure]
+        return {f"{group}/{name}": score.mean for name, score in curves.items()}, line
 
     def _first_name(self) -> str:
         return "initialized" if self._config.starts_trained else "untrained"

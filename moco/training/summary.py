@@ -10,6 +10,7 @@ from torchvision.utils import make_grid, save_image
 
 import moco
 from moco.config import RunWarning
+from moco.config.subject import SubjectConfig
 from moco.data.base import Source
 from moco.data.contents import opening_lines
 from moco.data.loader import batches
@@ -20,8 +21,8 @@ from moco.distributed import is_rank_zero
 from moco.evaluation.knn_classifier import Accuracy
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
-from moco.runtime.console import duration, summary_panel
-from moco.runtime.next_command import override
+from moco.runtime.console import duration, log_next, summary_panel
+from moco.runtime.next_command import command, next_commands
 from moco.training.live_evaluation import BASELINES, baselines
 
 if TYPE_CHECKING:
@@ -106,24 +107,17 @@ def summarize(trainer: "Trainer") -> None:
     rows += _accuracy_rows(trainer)
     if trainer.doctor is not None:
         rows += [("doctor", str(each)) for each in trainer.doctor.found]
-    files, own = Path(config.run), override("run", str(Path(config.run)))
-    next_command = (
-        f"moco.linear {own}"
-        if trainer.live.measure == "knn"
-        else f"moco.embed {own} {override('output', f'{files}/features')}"
-    )
+    files = Path(config.run)
     rows += [
-        (
-            "encoder",
-            f"{files / 'encoder.safetensors'} (backbone weights; to load them: docs/howto/use.md)",
-        ),
+        ("encoder", f"{files / 'encoder.safetensors'} (backbone weights; to load them: docs/howto/use.md)"),
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
-        ("next", f"python -m {next_command}"),
-        ("", f"python -m moco.report {own}"),
     ]
-    if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
-        rows.append(("", "python -m moco.check_data data.root=YOUR_IMAGES"))
     summary_panel("already finished" if trainer.start == plan.total_steps else "done", rows)
+    for each in next_commands(config.run, config.data.name, labeled=trainer.live.measure == "knn"):
+        log_next(each)
+    log_next(command("moco.report", SubjectConfig(), run=config.run))
+    if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
+        log_next("python -m moco.check_data data.root=YOUR_IMAGES")
 
 
 def _accuracy_rows(trainer: "Trainer") -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """Output: names are escaped; a closed stream, a broken pipe or a full disk does not stop the work."""
 
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -49,6 +51,36 @@ def broken(name: str) -> int:
     other, end = os.pipe() if name == "pipe" else os.openpty()
     os.close(other)
     return end
+
+
+COLUMNS = ["encoder", "validation %", "top-1 %", "top-5 %", "a setting", "g"]
+WORDS = st.text(alphabet="abcdefgh%±ü ", min_size=1, max_size=30)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@given(st.lists(st.lists(WORDS, min_size=6, max_size=6), min_size=1, max_size=3))
+def test_no_word_of_a_table_is_broken(width: int, rows: list[list[str]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(width))
+        with io.StringIO() as file, contextlib.redirect_stdout(file):
+            console.table("a title", COLUMNS, rows, "a note")
+            printed = file.getvalue()
+    assert max(map(len, printed.splitlines())) <= width
+    words = printed.split()
+    for word in {word for row in rows for cell in row for word in cell.split()}:
+        assert word in words
+
+
+def test_a_terminal_breaks_lines_between_words_and_never_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(Terminal, "is_terminal", True)
+    line = "a long line of words with runs/a_path/that_is_longer/than_the_width/of_this/encoder.safetensors in it"
+    with io.StringIO() as file, contextlib.redirect_stdout(file):
+        console.log(line)
+        console.log_next(f"python -m moco.embed {line}", "a reason")
+        printed = file.getvalue().splitlines()
+    assert " ".join(printed[:-1]) == line
+    assert printed[-1] == f"next: python -m moco.embed {line}  (a reason)"
 
 
 @pytest.mark.parametrize("name", ["pipe", "terminal"])

@@ -23,6 +23,7 @@ from moco.analysis.studies import open_study
 from moco.analysis.studies.outputs import VOTE_TEMPERATURE, Outputs, augmented_views, encode, plain_features
 from moco.config import ConfigError, DataConfig, require
 from moco.config.choose import ChooseConfig
+from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import open_sources
 from moco.data.sources import Sources, limited
@@ -33,8 +34,8 @@ from moco.evaluation.sweep import LabeledFeatures, Recipe, Setting, retrain
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.runs import checkpoint
-from moco.runtime.console import log, progress_bar, table
-from moco.runtime.next_command import override
+from moco.runtime.console import log, log_next, progress_bar, table
+from moco.runtime.next_command import command
 from moco.runtime.provenance import provenance
 
 RESULTS = "choose.json"  # not results.json: the output may be a run, whose evaluations that file holds
@@ -145,7 +146,11 @@ def choose(config: ChooseConfig) -> list[Point]:
     write_json(output / RESULTS, results)
     _report(points, agreement, len(images))
     log(f"results: {output / RESULTS}")
-    log(f"next: python -m moco.knn {override('checkpoint', chosen(points, 'rank_me').file)}")
+    best = {"checkpoint": chosen(points, "rank_me").file}
+    if points[0].accuracies:
+        log_next(command("moco.knn", SubjectConfig(), **best))
+    else:
+        log_next(command("moco.embed", SubjectConfig(), **best, output=str(output / "features")))
     return points
 
 

@@ -22,12 +22,13 @@ from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation, matplotlib
 from moco.analysis.studies.measures import Run, measure
 from moco.config import ConfigError, DataConfig
+from moco.config.subject import SubjectConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources
 from moco.files import write_json
 from moco.runs.sweep import is_finished, run_to_end
-from moco.runtime.console import duration, log, percent, progress_bar, table
-from moco.runtime.next_command import override, value_text
+from moco.runtime.console import duration, log, log_next, percent, progress_bar, table
+from moco.runtime.next_command import command, value_text
 from moco.runtime.preemption import PREEMPTED
 from moco.runtime.provenance import provenance
 
@@ -74,7 +75,7 @@ def explain(config: TemperatureConfig) -> None:
     figure = output / "explain.svg"
     draw_explanation(figure, similarities, min(0.02, *temperatures), max(2.0, *temperatures))
     log(f"figure: {figure}")
-    log("next: python -m moco.temperature  (its effect in real runs; see docs/temperature.md)")
+    log_next("python -m moco.temperature", "its effect in real runs; see docs/temperature.md")
 
 
 def sweep(config: TemperatureConfig) -> list[Run]:
@@ -268,4 +269,5 @@ def _report(output: Path, runs: Sequence[Run]) -> None:
     with_labels = [(run.knn.mean, run) for run in runs if run.knn is not None]
     if with_labels:
         _, best = max(with_labels, key=lambda pair: pair[0])
-        log(f"next: python -m moco.knn {override('run', str(best.path))}  (the highest kNN, at T {best.temperature:g})")
+        knn = command("moco.knn", SubjectConfig(), run=str(best.path))
+        log_next(knn, f"the highest kNN, at T {best.temperature:g}")
