@@ -30,7 +30,7 @@ class ConvertConfig(SubjectConfig):
     """Replace an existing file."""
     pictures: int = bounded(16, ge=1)
     """Number of images for the check that encoder and file compute the same features. They come from `data` or the run;
-    if neither is available, from the embedded digits."""
+    if neither is available, they are digits from scikit-learn."""
 
 
 def check_convert(config: ConvertConfig) -> None:

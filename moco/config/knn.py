@@ -12,7 +12,7 @@ class KnnConfig(SubjectConfig):
 
     k: list[int] = bounded([200], ge=1, min_length=1, example="k=[20]")
     """Number of neighbors that vote. Of several values, the one with the best leave-one-out accuracy is used."""
-    # Similarities are divided by the temperature in float32.
+    # The lower bound exists because similarities are divided by the temperature in float32.
     temperature: list[float] = bounded([0.1], ge=1e-6, min_length=1, example="temperature=[0.1]")
     """Temperature of the votes: a neighbor's vote has the weight exp(cosine / temperature). Of several values, the best
     one is chosen together with k."""
@@ -29,7 +29,7 @@ class KnnConfig(SubjectConfig):
     """Baselines to evaluate in the same way: untrained (the same network with initial weights), pixels (raw pixels)."""
     half: bool = False
     """Store the training features in half precision: half the memory, and slightly different results."""
-    # With fewer, BLAS rounds the elements of a product differently for parts of different size.
+    # With smaller blocks, BLAS rounds differently, so the block size would affect results.
     queries_at_once: int = bounded(1024, ge=64)
     """Held-out images per block of the search. It affects memory, not results."""
     references_at_once: int = bounded(65536, ge=64)

@@ -16,12 +16,12 @@ class SweepConfig:
     weight_decays: list[float] = bounded([], ge=0)
     """Weight decays to try, in every combination with `lrs`."""
     layers: list[str] = bounded(["output"], min_length=1, unique=True)
-    """Layers to try, of which the best is used: output, or submodules of the backbone such as layer3 or blocks.10."""
+    """Layers to try: output, or submodules of the backbone such as layer3 or blocks.10. The best one is used."""
     normalize: str = bounded("standard", choices=("standard", "l2", "none"))
     """Normalization of the features: standard (subtract the training split's mean and divide by its deviation, per
     dimension), l2 (unit length), or none."""
     validation: float = bounded(0.2, gt=0, lt=1)
-    """Fraction of each class of the training split on which layer, lr and weight decay are chosen."""
+    """Fraction of the training split, taken from each class, that is set aside to choose layer, lr and weight decay."""
     cache: str = bounded("memory", choices=("memory", "disk"))
     """Where features are stored: memory, or disk (output/features/, which later commands with the same data reuse)."""
 

@@ -23,7 +23,7 @@ class ReportConfig(ComputeConfig):
     map: str = bounded("tsne", choices=("tsne", "umap", "none"))
     """Method of the map: tsne, umap (needs umap-learn), or none (no map)."""
     perplexity: float = bounded(30.0, ge=1)
-    """Perplexity of t-SNE or number of neighbors of UMAP: how many neighbors of an image the map preserves, roughly."""
+    """Perplexity of t-SNE or number of neighbors of UMAP: about how many neighbors of each image the map preserves."""
     clusters: int = bounded(0, ge=0)
     """Number of k-means clusters of the features; 0: the number of classes (at most 20), or 10 without labels."""
     queries: int = bounded(8, ge=0)
@@ -39,7 +39,7 @@ class ReportConfig(ComputeConfig):
     images_at_once: int = bounded(512, ge=1)
     """Images per forward pass of the encoder. It affects memory, not results."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
-    """The present location of the images, for all runs, if they were moved after the runs."""
+    """The current location of the images, if they were moved after the runs. It applies to all runs."""
 
 
 def check_report(config: ReportConfig) -> None:

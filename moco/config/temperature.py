@@ -12,13 +12,13 @@ SET_BY_SWEEP = ("run", "seed", "epochs", "experiment", "method.temperature", "ch
 
 @dataclass
 class TemperatureConfig(ComputeConfig):
-    """Study the effect of the temperature: train at several temperatures, or explain it on three logits.
+    """Study the effect of the temperature: train at several temperatures, or explain it with a few logits.
 
     `device` and `threads` apply to the measurements. For the runs, set them in overrides.
     """
 
     mode: str = bounded("sweep", choices=("sweep", "explain"))
-    """sweep: train at each temperature, measure and draw; explain: print loss and gradient of three logits."""
+    """sweep: train at each temperature, measure, and draw figures; explain: print loss and gradient of a few logits."""
     temperatures: list[float] = bounded([], gt=0, min_length=1, example="temperatures=[0.05,0.1,0.2,0.5]")
     """Temperatures to compare. Each has its own runs. More can be added later; finished runs are not repeated."""
     seeds: int = bounded(1, ge=1)
@@ -32,13 +32,13 @@ class TemperatureConfig(ComputeConfig):
     keep_epochs: int = bounded(0, ge=0)
     """Keep a checkpoint of each run every N epochs, for moco.choose; 0: keep only the newest ones."""
     output: str = bounded("runs/temperature", min_length=1, path=True, example="output=runs/temperature")
-    """Directory for runs (tT/seedS/), results (temperature.json) and figures. The same output resumes a study."""
+    """Directory for runs (such as t0.1/seed0/), results (temperature.json) and figures. Repeat it to resume a study."""
     images: int = bounded(2000, ge=2)
     """Number of images to measure, drawn from the held-out images or, without these, from the training images."""
     labels_per_class: int = bounded(1, ge=1)
-    """Labeled images per class of the kNN accuracy."""
+    """Labeled images per class for the kNN accuracy."""
     k: int = bounded(1, ge=1)
-    """Number of nearest neighbors of the kNN accuracy."""
+    """Number of nearest neighbors for the kNN accuracy."""
     draws: int = bounded(100, ge=1)
     """Number of random draws of the labeled images, over which the kNN accuracy is averaged."""
     bins: int = bounded(100, ge=1)

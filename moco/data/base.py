@@ -48,7 +48,7 @@ class Source(Protocol):
 
     @property
     def unreadable(self) -> Mapping[int, ImageError]:
-        """The images in memory that could not be decoded (black in `images`); empty for every other source."""
+        """The errors of images in memory that could not be decoded and are black in `images`; otherwise empty."""
         return {}
 
     @property
@@ -91,7 +91,7 @@ class Source(Protocol):
         return -1 - np.arange(len(self))
 
     def left_out(self) -> Mapping[str, int]:
-        """Return the number of files that were found and are no images by their names, by kind."""
+        """Return the number of files that were left out, because their names are not those of images, by kind."""
         return {}
 
     @abstractmethod
@@ -131,7 +131,7 @@ def names_digest(source: Source, with_size: bool = False) -> str:
     """
     sha = hashlib.sha256()
     for name in source.encoded_names():
-        sha.update(name + b"\0")  # which no name contains, so different lists never join to the same bytes
+        sha.update(name + b"\0")  # no name contains a zero byte, so different lists give different bytes
     if with_size and source.images is not None:
         sha.update(str(tuple(source.images.shape[1:])).encode())
     return sha.hexdigest()

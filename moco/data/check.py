@@ -75,8 +75,8 @@ def check_data(config: CheckDataConfig) -> None:
         for folder in folders:
             start = row
             try:
-                every = in_order(partial(_facts, folder), range(len(folder)), data.workers, "data.workers")
-                for i, facts in enumerate(every):
+                checked = in_order(partial(_facts, folder), range(len(folder)), data.workers, "data.workers")
+                for i, facts in enumerate(checked):
                     findings.add(row, folder.path(i), facts)
                     row += 1
                     progress(row, total)

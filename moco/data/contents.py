@@ -9,7 +9,7 @@ from moco.config import RunWarning
 from moco.data.base import Source, Sources
 from moco.data.labels import first_names
 
-MOST_CLASSES = 10  # with their counts in a line
+MOST_CLASSES = 10  # how many classes a line lists with their counts
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
 
 

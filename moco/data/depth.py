@@ -1,12 +1,12 @@
 """The significant bits of images that store 16 bits per channel: cameras and scanners fill 10, 12 or 14 of them.
 
-One depth for all images of a data set, because a depth for each image would remove differences in brightness between
-them: a dark image would be stretched, a bright one not. It is found in a sample that depends on the images only. An
-image that exceeds it is an error, never saturated.
+All images of a data set have one depth. A depth for each image would remove differences in brightness: a dark image
+would be stretched, a bright one not. The depth follows from the highest value in a fixed sample of the images. An image
+with a higher value raises an error; it is never saturated.
 
-The files' own statements are not used. By PNG's standard the values are stretched to 16 bits whatever its chunk sBIT
-says, and TIFF's MaxSampleValue is the highest value of the one image; neither gives one scale. Only a TIFF with fewer
-than 16 BitsPerSample has its own scale.
+Metadata in the files is not used, because it gives no common scale: PNG's values are stretched to 16 bits whatever its
+chunk sBIT says, and TIFF's MaxSampleValue is the highest value of that image only. A TIFF with fewer than 16
+BitsPerSample is the exception: it has its own scale.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from moco.data.decode import ImageError, highest_value
 from moco.distributed import is_rank_zero
 
 DEPTHS = (8, 10, 12, 14, 16)
-SAMPLE = 32  # images in which the depth is looked for, at equal distances
+SAMPLE = 32  # number of images, evenly spaced, whose highest value gives the depth
 
 
 def with_bits(sources: Sources, config: DataConfig) -> Sources:
@@ -32,8 +32,8 @@ def with_bits(sources: Sources, config: DataConfig) -> Sources:
         bits = next((depth for depth in DEPTHS if highest < 2**depth), 16) if highest else 16
         if bits < 16 and is_rank_zero():
             warnings.warn(
-                f"data.root={config.root}: the images of 16 bits have values up to {highest:,}, so 0 ... "
-                f"{2**bits - 1:,} becomes black ... white (data.bits={bits}); for another scale set data.bits",
+                f"data.root={config.root}: the 16-bit images have values up to {highest:,}, so 0 is shown as "
+                f"black and {2**bits - 1:,} as white (data.bits={bits}); for another scale set data.bits",
                 RunWarning,
                 stacklevel=2,
             )
@@ -50,7 +50,7 @@ def with_bits(sources: Sources, config: DataConfig) -> Sources:
 
 
 def _highest_value(source: Source) -> int:
-    """Return the highest value of the images of 16 bits in a sample; 0 if there are none."""
+    """Return the highest value of the 16-bit images in a sample; 0 if there are none."""
     if source.images is not None or source.stream is not None:
         return 0
     highest = 0

@@ -82,16 +82,16 @@ class HubSource(Source):
 def open_hub(config: DataConfig) -> Sources:
     """Open the training split of a data set, and a labeled held-out split if there is one."""
     split, eval_split = config.split, config.eval_split
-    every = _load(config.root, config.subset)
-    train = _open_split(every, config, "split", split)
+    splits = _load(config.root, config.subset)
+    train = _open_split(splits, config, "split", split)
     if eval_split == split:
         raise ValueError(
             f"data.eval_split={eval_split} equals data.split, so accuracy would be measured on training images: set "
-            f"another of {', '.join(every)}"
+            f"another of {', '.join(splits)}"
         )
-    usual = [each for each in HELD_OUT if each != split and each in every] if train.labels is not None else []
+    usual = [each for each in HELD_OUT if each != split and each in splits] if train.labels is not None else []
     for name in [eval_split] if eval_split else usual:
-        held_out = _open_split(every, config, "eval_split", name)
+        held_out = _open_split(splits, config, "eval_split", name)
         if held_out.labels is None and not eval_split:
             continue
         if held_out.labels is None or train.labels is None:
@@ -123,12 +123,12 @@ def _load(root: str, subset: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {"train": found}
 
 
-def _open_split(every: Mapping[str, Any], config: DataConfig, field: str, split: str) -> HubSource:
+def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split: str) -> HubSource:
     import datasets
 
-    if split not in every:
-        raise ValueError(f"data.{field}={split}: {config.root} has the splits {', '.join(every)}")
-    table, where = every[split], f"{config.root} ({split})"
+    if split not in splits:
+        raise ValueError(f"data.{field}={split}: {config.root} has the splits {', '.join(splits)}")
+    table, where = splits[split], f"{config.root} ({split})"
     images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
     column = _column("image_column", config.image_column, images, table.column_names, where, "images")
     if column not in images:

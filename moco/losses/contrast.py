@@ -1,4 +1,4 @@
-"""InfoNCE with a queue and its switches: margin, debiasing, false negatives, mixed hard negatives, further positives.
+"""InfoNCE with a queue and optional changes: margin, debiasing, false negatives, mixed hard negatives, more positives.
 
 Legend: N queries, C dimension, K queue length, s negatives mixed from pairs, s' mixed with the query, E = s + s'.
 """
@@ -81,11 +81,10 @@ def contrast(
         uniforms: random numbers for mixing, shape (N, switches.draws).
 
     Returns:
-        The mean loss over the queries, shape (), and detached measures of shape (), means over the queries:
-        "negatives" and "positives", their numbers in the queue; "chance", the loss if all candidates are equally
-        similar; "eliminated" or "attracted", the number of false negatives found; "mixed_similarity", the cosine of a
-        query and its mixed negatives; and `logit_measures`, without margin and mixed negatives, so that runs can be
-        compared.
+        The loss and a dict of detached measures, all of shape () and means over the queries. "negatives" and
+        "positives": their numbers in the queue; "chance": the loss if all candidates are equally similar; "eliminated"
+        or "attracted": the number of false negatives found; "mixed_similarity": the cosine of a query and its mixed
+        negatives. Those of `logit_measures` exclude margin and mixed negatives, so that runs can be compared.
 
     Raises:
         ValueError: for invalid values and shapes, and for debiasing with any other switch or positives.
@@ -101,8 +100,8 @@ def contrast(
         else:
             measures["attracted"] = _mean_count(found)
             positives = found if positives is None else positives | found
-    every = torch.ones(1, len(queue), dtype=torch.bool, device=queue.device)
-    only_negatives = candidates = every if negatives is None else negatives  # (N, K) or (1, K)
+    whole_queue = torch.ones(1, len(queue), dtype=torch.bool, device=queue.device)
+    only_negatives = candidates = whole_queue if negatives is None else negatives  # (N, K) or (1, K)
     if positives is not None:
         positives = positives & candidates
         measures["positives"] = _mean_count(positives)
@@ -132,7 +131,7 @@ def _loss(
     positives: Tensor | None,
     mixed: Tensor | None,
 ) -> Tensor:
-    """Return the cross entropy of `info_nce_logits` with margin, positives and mixed negatives; or debiased."""
+    """Return the cross entropy of the logits: debiased, or with margin, positives and mixed negatives."""
     if switches.debias:
         return debiased_cross_entropy(logits, temperature, switches.debias)
     positive = None if positives is None else positive_columns(positives, logits)  # (N, 1+K)
@@ -145,14 +144,14 @@ def _loss(
             rest = torch.where(positive[:, 1:], lowered, rest)
         logits = torch.cat([own, rest], dim=1)
     if mixed is not None:
-        absent = (mixed == 0).all(dim=2)  # (N, E), of a query without any negative
+        absent = (mixed == 0).all(dim=2)  # (N, E), True for a query without any negative to mix
         extra = (similarity(query, mixed) / temperature).masked_fill(absent, ABSENT)
         logits = torch.cat([logits, extra], dim=1)  # (N, 1+K+E)
     if positive is None:
         if not switches.decoupled:
             return first_cross_entropy(logits)
         positive = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
-    positive = F.pad(positive, (0, logits.shape[1] - positive.shape[1]))  # mixed ones are no positives
+    positive = F.pad(positive, (0, logits.shape[1] - positive.shape[1]))  # mixed negatives are not positives
     if switches.decoupled or switches.positives_mean != "outside":
         return cross_entropy_over_positives(logits, positive, switches.positives_mean, switches.decoupled)
     return mean_over_key_and_positives(logits, positive)
@@ -196,7 +195,7 @@ def _mix(query: Tensor, queue: Tensor, switches: Switches, uniforms: Tensor | No
 
 
 def _chance(candidates: Tensor, negatives: Tensor, switches: Switches) -> Tensor:
-    """Return a mean of logarithms, not the logarithm of a mean: the same for any division of the batch."""
+    """Return the loss of equal logits, as a mean of logarithms: it does not depend on how the batch is divided."""
     if switches.decoupled:
         return (negatives.sum(dim=1).float() + switches.mixed).clamp(min=1).log().mean()
     return torch.log1p(candidates.sum(dim=1).float() + switches.mixed).mean()

@@ -1,4 +1,4 @@
-"""Cross entropies with several positives: where their mean stands, and whether they are in the denominator.
+"""Cross entropies with several positives. Options: the mean inside the logarithm; no positives in the denominator.
 
 Legend: N anchors, M candidates.
 """
@@ -23,11 +23,10 @@ def cross_entropy_over_positives(
         outside:  mean over p of -log(exp(s_p) / D)       L_out of Khosla et al. (2020), Eq. 2
         inside:   -log(mean over p of exp(s_p) / D)       L_in, Eq. 3: one softmax over all positives, at most L_out
 
-    With one positive they are equal. "decoupled" removes the positives from D (Yeh et al., 2022, "Decoupled contrastive
-    learning", Eq. 6, which has one positive). The gradient of a positive that is already close then does not vanish;
-    the loss can be below 0.
-
-    For uniform logits the loss is the log of the number of candidates; decoupled, of the negatives.
+    With one positive, both are equal. `decoupled` removes the positives from D (Yeh et al., 2022, "Decoupled
+    contrastive learning", Eq. 6, which has one positive). Then the gradient does not vanish for a positive that is
+    already close, and the loss can be below 0. For equal logits the loss is the log of the number of candidates, or
+    with `decoupled` the log of the number of negatives.
 
     Args:
         logits: shape (N, M); -inf for an excluded candidate. Each row has a candidate.
@@ -44,17 +43,17 @@ def cross_entropy_over_positives(
     has_positive = count > 0
     if mean == "outside":
         pull = logits.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1)  # (N,)
-    else:  # an anchor without a positive is left out below; all its candidates keep its gradient finite
+    else:  # an anchor without a positive is excluded below; until then all its candidates count: a finite gradient
         chosen = logits.masked_fill(~positive & has_positive[:, None], ABSENT)
         pull = chosen.logsumexp(dim=1) - count.clamp(min=1).to(logits.dtype).log()
         own = logits.detach().masked_fill(~positive, 0.0).sum(dim=1)
         pull = pull + (own - own)  # 0; nan for a positive at -inf, which logsumexp would hide
-    has_others = torch.ones_like(has_positive)
+    has_negative = torch.ones_like(has_positive)
     if decoupled:
         logits = logits.masked_fill(positive, ABSENT)
-        has_others = ~(logits == ABSENT).all(dim=1)
-        logits = torch.where(has_others[:, None], logits, 0.0)
-    losses = torch.where(has_positive & has_others, logits.logsumexp(dim=1) - pull, 0.0)
+        has_negative = ~(logits == ABSENT).all(dim=1)
+        logits = torch.where(has_negative[:, None], logits, 0.0)
+    losses = torch.where(has_positive & has_negative, logits.logsumexp(dim=1) - pull, 0.0)
     return losses.sum() / has_positive.sum().clamp(min=1)
 
 

@@ -56,7 +56,7 @@ def mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
 
 
 def check_temperature(temperature: Temperature) -> None:
-    """Raise ValueError unless T is above 0 and finite; a tensor, for which the host would wait, is not checked."""
+    """Raise ValueError unless T is above 0 and finite. A tensor is not checked: the host would wait for its value."""
     if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be above 0 and finite")
 

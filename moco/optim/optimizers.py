@@ -33,12 +33,12 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[s
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict; the optimizer state then uses the memory format of its parameter.
 
-    Fused kernels iterate over both in memory order: state from a run with another `channels_last` would be mixed up.
+    Fused kernels read both in memory order. State from a run with another `channels_last` would reach other weights.
     """
     built = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, built, strict=True):
-        group.update({name: value for name, value in settings.items() if name not in group})  # unknown when saved
+        group.update({name: value for name, value in settings.items() if name not in group})  # new since then
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
@@ -51,10 +51,11 @@ def build_optimizer(
     """Build SGD, AdamW, MoCo v3's LARS (`lars`) or timm's (`lars_timm`).
 
     Args:
-        optim: of which this uses `name`, `momentum` (SGD, LARS), `betas` (AdamW), `weight_decay`, `exclude`, `trust`
-            and `trust_clip`. In LARS a layer's rate is lr x trust x |w| / |update|; with `trust_clip` it is the
-            smaller of lr and trust x |w| / |update|, as in solo-learn (LARC).
-        saved: the state dict that will be loaded. In earlier versions `lars` was timm's; a run of theirs keeps it.
+        optim: uses its `name`, `momentum` (SGD, LARS), `betas` (AdamW), `weight_decay`, `exclude`, `trust` and
+            `trust_clip`. In LARS a layer's rate is lr x trust x |w| / |update|; with `trust_clip` it is the smaller of
+            lr and trust x |w| / |update|, as in solo-learn (LARC).
+        saved: the state dict that will be loaded. If it is from an earlier version, where `lars` was timm's, so is the
+            optimizer.
 
     Raises:
         ValueError: for an unknown name.

@@ -50,7 +50,7 @@ class Display:
         self._task = self._progress.add_task("epoch 1", total=total_steps, completed=start)
         self._status = Text("")
         self._live: Live | None = None
-        self._wanted = self.console.is_terminal and not quiet
+        self._show_live = self.console.is_terminal and not quiet
 
     def log(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -58,7 +58,7 @@ class Display:
 
     def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Advance the bar to `step` finished steps; show the metrics of that step if they were read."""
-        if self._wanted and self._live is None:  # started at the first step, so that opening lines stay above the bar
+        if self._show_live and self._live is None:  # not before the first step, so that opening lines are above it
             self._live = Live(Group(self._progress, self._status), console=self.console, refresh_per_second=8)
             self._live.start()
         epochs = self._total // self._steps_per_epoch
@@ -79,7 +79,7 @@ class Display:
         """Remove the bar."""
         if self._live is not None:
             self._live.stop()
-            self._live, self._wanted = None, False
+            self._live, self._show_live = None, False
 
 
 def status_line(values: Mapping[str, float]) -> str:

@@ -216,7 +216,7 @@ def test_a_different_embedding_is_refused(
         embed(config((encoder(tmp_path / "second.safetensors", seed=1), made[1]), output))
     with pytest.raises(ConfigError, match=r"other images .11 of .*images, split=train"):
         embed(config((made[0], folder(tmp_path / "fewer", 9)), output))
-    with pytest.raises(ConfigError, match=r"images=.* and normalize=False \(now True\) and dtype=float32"):
+    with pytest.raises(ConfigError, match=r"images=.*; normalize=False \(now True\); dtype=float32"):
         embed(config(made, output, normalize=True, dtype="float16", images=ImagesConfig(size=8)))
     assert contents(output) == before
     with pytest.raises(ConfigError, match=r"output=.*00.png, 01.png, 02.png"):
