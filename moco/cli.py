@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -129,6 +129,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         if issubclass(category, RunWarning)
         else "\n".join(map(printable, plain(message, category, *rest).split("\n")))
     )
+    config: Schema | None = None
     try:
         _check_launch()
         for config in _compose(name, schema):
@@ -136,9 +137,10 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     except (HydraException, OmegaConfBaseException) as error:
         _exit(2, _composition_error(error, schema), error)
     except ConfigError as error:
-        _exit(2, str(error), error)
-    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
-        _exit(1, f"{error}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)
+        _exit(2, _naming_field(str(error), config), error)
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        sentence = _naming_field(_sentence(error), config)
+        _exit(1, f"{sentence}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)
     except Preempted as stopped:  # not an error: never a traceback
         if os.environ.get("RANK", "0") == "0":
             print_error(f"moco: {stopped}")
@@ -238,6 +240,35 @@ def _refuse_shared_output(composed: list[DictConfig], schema: type) -> None:
             f"--multirun has {written.count(shared)} jobs with {shared or 'the same directory'}: give each job its own "
             f"{place}, named by the fields that differ, such as '{example}'"
         )
+
+
+def _sentence(error: BaseException) -> str:
+    """Return the reason of an error in words, without its number in Python's form "[Errno 2] ..."."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or ("memory ran out" if isinstance(error, MemoryError) else type(error).__name__)
+
+
+def _naming_field(sentence: str, config: Any) -> str:
+    """Return a sentence about a path or a name with the field that holds it, which the code that failed cannot know."""
+    for name, value in _texts(config) if is_dataclass(config) else ():
+        at = sentence.find(value)
+        is_path = len(value) > 1 and ("/" in value or value.startswith("~"))  # another text may occur by chance
+        if is_path and at >= 0 and name not in sentence and not sentence[:at].endswith(("=", "='")):
+            return f"{sentence[:at]}{name}={sentence[at:]}"
+    return sentence
+
+
+def _texts(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts in a configuration, also in lists, with their dotted fields."""
+    for each in fields(config):
+        name, value = prefix + each.name, getattr(config, each.name)
+        if is_dataclass(value):
+            yield from _texts(value, f"{name}.")
+        else:
+            yield from (
+                (name, text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
+            )
 
 
 def _exit(status: int, sentence: str, error: BaseException) -> None:

@@ -93,6 +93,7 @@ def test_all_text_fields_of_a_command_keep_their_characters(name: str) -> None:
     schema, fields = text_fields(name)
     kept = [each for each in HARD if not any(part in each for part in ("${", "~", "???"))]
     first = COMMANDS.index(name) * 5  # each command begins with other texts
+    fields = [field for field in fields if field != "recipe"]  # set by experiment=NAME
     texts = {field: kept[(first + i) % len(kept)] for i, field in enumerate(fields)}
     arguments = []
     for field, text in texts.items():

@@ -43,7 +43,7 @@ def report(config: ReportConfig) -> None:
 
 
 def _report(config: ReportConfig, device: torch.device) -> None:
-    runs = [open_run(Path(each)) for each in [config.run, *config.compare]]
+    runs = [open_run(Path(config.run)), *(open_run(Path(each), "compare") for each in config.compare)]
     out = Path(config.output) if config.output else runs[0].path / "report.html"
     require(not out.is_dir(), f"output={out} is a folder: name a file, e.g. output={out / 'report.html'}")
     computed = [_compute(config, run, device) for run in runs]

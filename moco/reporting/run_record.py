@@ -83,9 +83,9 @@ class Run:
 _LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets with labels and held-out images
 
 
-def open_run(path: Path) -> Run:
-    """Read a run; raise ConfigError if the directory is not a run, or a file of it is damaged."""
-    require(path.is_dir(), f"run={path} does not exist: name the directory of a run, e.g. run=runs/digits")
+def open_run(path: Path, field: str = "run") -> Run:
+    """Read a run; raise ConfigError, which names `field`, if it is not a run's directory, or a file is damaged."""
+    require(path.is_dir(), f"{field}={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path)
     if file is None and not (path / "config.yaml").is_file() and any(path.glob("*/checkpoints/")):
         raise ConfigError(untrained(path))
