@@ -25,7 +25,7 @@ class FileLocked(Exception):
 def write_errors(path: Path) -> Iterator[None]:
     """Convert the system's errors while writing `path` into a `WriteError`.
 
-    An error of a library counts if it was raised while handling one of the system's, as torch does.
+    An error of a library, such as torch, is converted too if an error of the system caused it.
     """
     try:
         yield

@@ -93,8 +93,8 @@ class OptimConfig:
     weight_decay: float = bounded(1e-4, ge=0)
     """Weight decay of all weights except those in `exclude`."""
     exclude: list[str] = bounded([], choices=("bias", "norm"))
-    """Weights without weight decay: bias (all biases), norm (normalization). lars_timm gives them no rate of their own;
-    lars gives neither weight decay nor a rate of its own to any one-dimensional weight."""
+    """Weights without weight decay: bias (all biases), norm (normalization). With lars_timm they also have no rate of
+    their own. With lars, no one-dimensional weight has weight decay or a rate of its own."""
     trust: float = bounded(0.001, gt=0)
     """Trust coefficient of lars and lars_timm: a layer's rate is lr x trust x |w| / |gradient with weight decay|."""
     trust_clip: bool = False
@@ -108,8 +108,8 @@ class OptimConfig:
     warmup_epochs: float = bounded(0.0, ge=0)
     """Epochs at the start in which the lr rises linearly to its peak."""
     warmup_from_zero: bool = False
-    """Start the warm-up at lr 0, as in MoCo v3's code: step s = 0, 1, ... of W has s / W of the peak; false: it has
-    (s + 1) / W."""
+    """Start the warm-up at lr 0, as in MoCo v3's code. Step s = 0, 1, ... of a warm-up of n steps then has the lr
+    peak x s / n; false: peak x (s + 1) / n."""
     lr_end: float = bounded(0.0, ge=0, le=1)
     """Final lr of schedule=cosine, as a fraction of the peak."""
     per_epoch: bool = False
@@ -124,7 +124,8 @@ class OptimConfig:
 class EvaluateConfig:
     """The evaluation while training: the accuracy of a k-nearest-neighbor (kNN) classifier on labeled held-out images.
 
-    Without labels: the share of random crops that find the other crop of their image, among one crop of every image.
+    Without labels it takes two random crops of each image, and reports how often the crop most similar to the first one
+    is the second one, among the second crops of all images.
     """
 
     every_epochs: int = bounded(1, ge=0)

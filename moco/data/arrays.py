@@ -34,7 +34,7 @@ class ArraySource:
     names: Sequence[str]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # rows without an image, black here
+    unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # by row; the image is black
     ignored: Mapping[str, int] = field(default_factory=dict)  # files that are not images, see `Source.left_out`
     stream: ClassVar[None] = None
     bits: ClassVar[int] = 16
@@ -93,9 +93,9 @@ def open_digits(config: DataConfig) -> Sources:
     images = (scans * 255 / 16).round().to(torch.uint8).repeat(1, 3, 1, 1)  # (N, 3, 16, 16)
     order = permutation(SPLIT_SEED, 0, len(targets), SPLIT)
     held_out = np.sort(np.concatenate([order[targets[order] == digit][:50] for digit in range(10)]))
-    every = ArraySource(images, [f"digits/{i}" for i in range(len(targets))], targets, tuple("0123456789"))
-    train = every.subset(np.setdiff1d(order, held_out))  # sorted
-    return Sources(train, train, every.subset(held_out))
+    digits = ArraySource(images, [f"digits/{i}" for i in range(len(targets))], targets, tuple("0123456789"))
+    train = digits.subset(np.setdiff1d(order, held_out))  # sorted
+    return Sources(train, train, digits.subset(held_out))
 
 
 def open_cifar(name: str, config: DataConfig) -> Sources:

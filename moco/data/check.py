@@ -95,7 +95,7 @@ def check_data(config: CheckDataConfig) -> None:
     write_json(output, report)
     show(report, output)
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
-        raise ValueError(f"a run with these images would end: {'; '.join(obstacles)}; {output} lists the files")
+        raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
     if data.name == "folder":
         for line in suggest(data, len(folders[0]), config.budget):
             log(line)
@@ -123,7 +123,7 @@ def _facts(folder: FolderSource, i: int) -> ImageFacts:
 
 
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
-    """Return the reasons why a run with these data fields would end."""
+    """Return the reasons why a run with these data fields would fail."""
     obstacles = []
     if count := findings.counts[_FOLDER]:
         many = f"{count:,} folder{'s' * (count > 1)}"

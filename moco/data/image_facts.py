@@ -12,7 +12,7 @@ from PIL import Image
 from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.walk import IMAGE_FORMATS
 
-TINY, LONG, HUGE = 8, 10, 50_000_000
+TINY, LONG, HUGE = 8, 10, 50_000_000  # pixels of a side, ratio of the sides, pixels of an image
 
 # Unusual properties that do not end a run, and how such an image is handled.
 ODDITIES = {
@@ -35,7 +35,7 @@ _SAME_FORMAT = {"MPO": "JPEG"}  # a JPEG that contains a second image, as phones
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """The properties of one file; of an unreadable file only its fault."""
+    """The properties of one file; an unreadable file has only `fault` and `reason`."""
 
     length: int = 0  # bytes
     digest: bytes = b""  # 16 bytes of BLAKE2b of the content
@@ -51,7 +51,7 @@ def image_facts(path: str, bits: int = 16) -> ImageFacts:
     try:
         data = read_bytes(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's: the relevant ones are among the facts
+            warnings.simplefilter("ignore")  # PIL's warnings: the relevant ones are among the facts
             pixels = decode_bytes(path, data, bits=bits)
             form, odd = _header(data)
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""From a configuration to a run's data set and its views."""
+"""Open a run's data set and build its views from the configuration."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ def open_sources(
             return load_source(replace(config, download=download), progress, keep_unreadable)
 
     if config.download:
-        on_rank_zero(lambda: len(load(True).train))  # one rank downloads, then all of them read
+        on_rank_zero(lambda: len(load(True).train))  # one rank downloads, then all read; the result must be small
     sources = load(False)
     if announce and is_rank_zero():
         for line in opening_lines(sources):
@@ -85,7 +85,7 @@ def without_unreadable_evaluation_images(
 
 
 def build_views(config: AugmentConfig) -> list[View]:
-    """Return one recipe per view, in turn: the group's fields, and the same with the fields of `second`.
+    """Return one recipe per view. Two recipes alternate: the fields of the group, and these changed by `second`.
 
     Raises:
         ConfigError: for an unknown field of `second`, or an invalid value.

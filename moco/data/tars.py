@@ -20,8 +20,8 @@ from moco.data.walk import IMAGE_ENDINGS, is_system_name
 # Reasons to skip files. Hidden files (.NAME), those of systems (see `moco.data.walk.SYSTEM_NAMES`) and WebDataset's own
 # (__NAME__) belong to no sample and are not counted.
 WITHOUT, FURTHER = "samples without an image", "further images of samples that have one"
-MAX_BYTES = 2**28  # of an image in a shard: 256 MiB; a few kB of a compressed archive can hold any size
-_MAX_HEADER = 2**20  # of an extended header, such as a long name
+MAX_BYTES = 2**28  # the largest image in a shard: without a limit, a few compressed kB could fill the memory
+_MAX_HEADER = 2**20  # bytes of the largest extended header, such as a long name
 _EXTENDED = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -29,7 +29,7 @@ _EXTENDED = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-_PART = 64  # images of one sample in memory: names with dots can make a complete shard seem one sample
+_PART = 64  # images of one sample in memory at once: if names contain dots, a complete shard can look like one sample
 _OWN = re.compile(r"__[^/]*__(/|$)")
 _PACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
@@ -81,7 +81,7 @@ def images_of(stream: Any, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]
 
 
 def _used(files: list[File]) -> list[File]:
-    """Return the plain image of a sample whose ending comes first in `IMAGE_ENDINGS`; without one, all its images."""
+    """Return a sample's plain image (of several, the first by `IMAGE_ENDINGS`), or all images if none is plain."""
     if len({file.name.lower() for file in files}) < len(files):
         raise ValueError(f"it contains {files[0].name} more than once, so its samples are ambiguous")
     plain = ([file] for end in IMAGE_ENDINGS for file in files if file.plain and file.name.lower().endswith(end))

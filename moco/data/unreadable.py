@@ -19,8 +19,8 @@ from moco.data.keyed import SUBSTITUTE, philox
 from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
 from moco.files import write_csv, write_errors
 
-# Substitutes to try; they may be unreadable too. If 1 % of the images are, three in a row are one in a million: all of
-# these fail only if the disk is gone, or nearly everything is damaged.
+# The largest number of substitutes to try. If 1 % of the images are unreadable, the first three fail in one case of a
+# million. So all of them fail only if the disk is gone, or nearly everything is damaged.
 TRIES = 64
 
 OnUnreadable = Callable[[Mapping[int, str]], None]  # gets the indices of unreadable images and the reasons
@@ -38,7 +38,7 @@ def substitutes(i: int, length: int) -> list[int]:
 
 
 def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> tuple[int, Tensor]:
-    """Return image i, or its first readable substitute: its index and its pixels (3, H, W).
+    """Return index and pixels (3, H, W) of image i or, if it is unreadable, of its first readable substitute.
 
     Every unreadable image that was tried is added to `unreadable`, with the reason.
 
@@ -59,7 +59,7 @@ def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> t
 
 
 def find_unreadable(source: Source, rows: Sequence[int], progress: Progress | None = None) -> dict[int, ImageError]:
-    """Decode the given images and return the errors by row; `progress` is called with (done, total)."""
+    """Decode the given images and return the errors by image index; `progress` is called with (done, total)."""
     found: dict[int, ImageError] = {}
 
     def check(part: Sequence[int]) -> int:
@@ -81,10 +81,10 @@ def find_unreadable(source: Source, rows: Sequence[int], progress: Progress | No
 def without_unreadable(
     source: Source, name: str, max_fraction: float, progress: Progress | None = None
 ) -> tuple[Source, dict[int, str]]:
-    """Return the source without its unreadable images, and these with the reasons. Each rank decodes a part.
+    """Return the source without its unreadable images, and the reasons by image index. Each rank decodes a part.
 
-    For measuring accuracy, where a substitute would be counted twice. Raises an ImageError if more than `max_fraction`
-    of the images are unreadable.
+    This is for measuring accuracy, where a substitute would be counted twice. Raises an ImageError if more than
+    `max_fraction` of the images are unreadable.
     """
     found = _of_all_ranks(lambda: _reasons(find_unreadable(source, range(rank(), len(source), world_size()), progress)))
     if not found:

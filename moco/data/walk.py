@@ -14,7 +14,7 @@ IMAGE_ENDINGS = (
 # program. A JPEG that contains a second image (MPO) opens as JPEG.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 # Files and folders of operating systems, storage devices and editors, in lower case. They may hold images: thumbnails,
-# deleted files. As hidden ones (.NAME), they are left out wherever they lie.
+# deleted files. Like hidden files (.NAME), they are left out in every folder.
 SYSTEM_NAMES = {
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),  # Synology and QNAP
     *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "desktop.ini"),  # Windows
@@ -37,9 +37,9 @@ def walk(folder: str) -> Tree:
     """Find all images below a folder, and what else is there.
 
     Links are followed, and each real folder counts once, so a link to a parent folder is harmless. Links are followed
-    last, in order: so a folder keeps its own name, in whatever order the file system lists its entries. A link with an
-    image's name that cannot be followed (no target, a cycle, no permission) counts as an image: it keeps its position
-    and is unreadable.
+    after all folders, in the order of their names: a folder to which a link points keeps its own name, in whatever
+    order the file system lists both. A link with an image's name that cannot be followed (no target, a cycle, no
+    permission) counts as an image: it keeps its position and is unreadable.
     """
     tree = Tree()
     seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""InfoNCE with a queue of keys: MoCo's loss, and the same with positives in the queue.
+"""InfoNCE with a queue of keys: MoCo's loss, and its variants, decoupled or with positives in the queue.
 
 Legend: N queries, C dimension, K queue length.
 """
@@ -136,8 +136,8 @@ def multi_positive_info_nce(
 def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
     """Compute `mean_over_positives` where column 0, the key's, is always a positive.
 
-    A row's mean of -log softmax over its positives is that of column 0, plus logits_0, minus the positives' mean logit.
-    The last two are one product, with weights that are exactly 0 if there are no other positives.
+    For one row, the mean of -log softmax over the positives is that of column 0, plus a change: logits_0 minus the mean
+    logit of the positives. The change is one product; its weights are exactly 0 if there are no other positives.
     """
     weights = -positive.to(logits.dtype) / positive.sum(dim=1, keepdim=True)  # (N, M)
     weights[:, 0] += 1

@@ -120,7 +120,7 @@ class Watchdog:
         self._interval = min(5.0, self._limit / _CHECKS)
         self._done, self._parts, self._paused, self._idle = 0, 0, False, 0.0
         self._progress_elsewhere = 0  # how often another rank was seen to make progress while this one was idle
-        self._progress: list[tuple[int, int]] = []  # of each rank when last read; []: not read
+        self._progress: list[tuple[int, int]] = []  # (steps, parts) of each rank, as last read; []: not read
         self._over = threading.Event()
         self._thread = 0
         # per rank: its state, the number of its last heartbeat, and when that was read (0: never)
@@ -205,8 +205,8 @@ class Watchdog:
         states = []
         for state, _, at in self._states:
             silent = now - at if at else self._limit
-            silent *= silent > _MISSED * self._interval
-            states.append(RankState(state.done, state.location, state.waiting, silent))
+            silent_for = silent if silent > _MISSED * self._interval else 0.0
+            states.append(RankState(state.done, state.location, state.waiting, silent_for))
         states[self._rank] = RankState(self._done, *code_location(self._thread))
         if any(not state.silent_for for state in states[: self._rank]):
             # torchrun ends all ranks once one has left: let the lower rank print its message first.
