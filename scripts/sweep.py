@@ -14,12 +14,15 @@ the current trial has saved.
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+from moco.runs.metrics import read_metrics
 from moco.runs.sweep import is_finished, run_to_end
+from moco.runtime.next_command import override
 from moco.runtime.stdio import protected_streams
 
 
@@ -80,6 +83,22 @@ def train(run: Path, overrides: list[str]) -> int:
     return ended.status
 
 
+def show(runs: list[Path]) -> None:
+    """Print the last accuracy or retrieval of each finished trial, the best first, and a command that compares them."""
+    found = []
+    for run in filter(is_finished, runs):
+        values = read_metrics(run / "metrics.jsonl")
+        name = next((each for each in ("accuracy/knn", "retrieval/retrieval") if each in values), "")
+        found.append((values[name][1][-1] if name else float("-inf"), name.partition("/")[0], run))
+    found.sort(key=lambda each: -each[0])
+    for value, name, run in found:
+        print(f"sweep: {f'{name} {value:5.1f} %' if name else 'not evaluated'}  {run}")
+    if found:
+        best, *others = [str(run) for _, _, run in found]
+        compare = [override("compare", others)] if others else []
+        print(f"next: {shlex.join(['python', '-m', 'moco.report', override('run', best), *compare])}")
+
+
 @protected_streams()
 def main(arguments: list[str]) -> int:
     """Train all unfinished trials and return the exit status."""
@@ -99,6 +118,7 @@ def main(arguments: list[str]) -> int:
         if not finished and train(run, [*arguments[at + 1 :], *overrides]):
             failed.append(run)
     print(f"sweep: {len(planned) - len(failed)} of {len(planned)} trials are finished in {arguments[0]}")
+    show(list(planned))
     for run in failed:
         print(f"sweep: {run} failed: run the same command again to retry", file=sys.stderr)
     return int(bool(failed))

@@ -27,7 +27,10 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
     font = 8 if count <= _MOST_NUMBERS else 6
     figure = figures.Figure(figsize=(side + 1, side + 1), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root makes a confusion of 1 % visible
+    drawn = axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root makes a confusion of 1 % visible
+    scale = figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the true class")
+    percents = np.array([0, 1, 5, 25, 50, 100])
+    scale.set_ticks(np.sqrt(percents / 100).tolist(), labels=[f"{each} %" for each in percents])
     axes.set(title=title, xlabel="prediction", ylabel="true class")
     axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
     axes.set_yticks(range(count), classes, fontsize=font)

@@ -1,7 +1,7 @@
 """`python -m moco.linear`: the linear probe of an encoder and of its baselines, all by one protocol."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Probe:
     heads: list[LinearHead]  # one per seed
     chosen: list[dict[str, Any]]  # per seed: layer, lr, weight_decay; for a sweep also the validation accuracy
     settings: dict[str, Any]  # values that the data or the batch size changed
+    problem: str = ""  # why the result says little about the encoder
 
 
 def evaluate_linear(config: LinearConfig) -> None:
@@ -72,6 +73,9 @@ def evaluate_linear(config: LinearConfig) -> None:
             probes["pixels"] = _sweep(task, "pixels", None)
         found = [Result(name, each.metrics, _details(config, each)) for name, each in probes.items()]
         _show(config, found)  # before writing: the results stay visible if writing fails
+        for each in probes.values():
+            if each.problem:
+                log(each.problem)
         path = evaluation.record_results(task, "linear", config.protocol, found)
         files = on_rank_zero(lambda: [path, *_save_files(task, probes["pretrained"])])
         log(f"written to {task.subject.output}: {', '.join(each.name for each in files)}")
@@ -147,18 +151,44 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
     held_out = HeldOut(lambda: _features(task, network, task.held_out, description), labels_of(task.held_out))
     labels = torch.from_numpy(labels_of(task.train)).to(task.device)
     heads: list[LinearHead] = []
+    losses: list[float] = []  # of the epochs of one seed
     for seed in range(config.seed, config.seed + config.seeds):
         plan = Plan(len(task.train), batch_size, config.epochs, seed, rank(), world_size())
         head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(task.device)
         views = batches(task.train, plan, [view], task.device, task.data.workers)
+        losses.clear()
         with evaluation.progress_log(f"{name}: epoch", config.epochs) as log_epoch:
-            train_head(backbone, head, views, labels, plan, optim, lambda _, *each: log_epoch(_EPOCH.format(*each)))
+            train_head(backbone, head, views, labels, plan, optim, _recorded(losses, log_epoch))
         heads.append(LinearHead(head.weight.detach(), head.bias.detach(), _about_head(task, OUTPUT, unit=False)))
     test, truth = held_out.open()
     classes = len(task.train.classes)
     metrics = [ranking_metrics(_ranked(head, test, slice(None), task.device), truth, classes) for head in heads]
     chosen = {"layer": OUTPUT, "lr": optim.lr, "weight_decay": official.weight_decay}
-    return Probe(metrics, heads, [chosen] * len(heads), {"batch_size": batch_size, "peak_lr": optim.lr})
+    settings = {"batch_size": batch_size, "peak_lr": optim.lr}
+    return Probe(metrics, heads, [chosen] * len(heads), settings, _problem(name, official.lr, losses, metrics[-1]))
+
+
+def _recorded(losses: list[float], log_epoch: Callable[[str], None]) -> Callable[[int, float, float], None]:
+    """Return the function to call after each epoch: it appends the loss and logs the epoch."""
+
+    def on_epoch(_: int, loss: float, accuracy: float) -> None:
+        losses.append(loss)
+        log_epoch(_EPOCH.format(loss, accuracy))
+
+    return on_epoch
+
+
+def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics) -> str:
+    """Return a sentence if a head was not trained: its loss rose, or its accuracy is that of a guess; "" otherwise."""
+    chance = 100 / len(metrics.per_class)
+    if losses[-1] > losses[0]:
+        found = f"the training loss rose from {losses[0]:.3g} to {losses[-1]:.3g}"
+    elif metrics.interval()[0] <= chance:
+        found = f"top-1 is {metrics.top1:.1f} %, and a guess has {chance:.1f} %"
+    else:
+        return ""
+    fix = "set protocol=sweep, which chooses the learning rate, or a lower official.lr"
+    return f"{encoder}: {found}, so official.lr={lr:g} does not suit it and the result says little about it; {fix}"
 
 
 def _log_lowered(config: LinearConfig, batch_size: int, reason: str) -> None:
@@ -229,18 +259,21 @@ def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
         "settings": {name: asdict(config)[name] for name in names} | probe.settings,
         "chosen": probe.chosen,
         "figures": evaluation.summarize_seeds(probe.metrics) | count if several else probe.metrics[0].to_json(),
+        **({"problem": probe.problem} if probe.problem else {}),
         "each_seed": [each.to_json() for each in probe.metrics] if several else None,
     }
 
 
 def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
     """Write the first seed's head and confusion matrix; on rank 0."""
-    files = [task.subject.output / "linear.safetensors"]
+    protocol = task.config.protocol
+    of_protocol = "" if protocol == "sweep" else f"_{protocol}"
+    files = [task.subject.output / f"linear{of_protocol}.safetensors"]
     save_head(files[0], probe.heads[0])
     classes, metrics = task.train.classes, probe.metrics[0]
     if len(classes) <= _MOST_CLASSES:
-        path = task.subject.output / "confusion_linear.png"
-        title = f"linear, {task.config.protocol}: top-1 {metrics.top1:.1f} %"
+        path = task.subject.output / f"confusion_linear{of_protocol}.png"
+        title = f"linear, {protocol}: top-1 {metrics.top1:.1f} %"
         if draw_confusion(metrics.confusion, classes, title, path):
             files.append(path)
         else:

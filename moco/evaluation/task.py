@@ -153,7 +153,9 @@ def summarize_seeds(metrics: Sequence[Metrics]) -> dict[str, Any]:
 
 def interval_note(seeds: int) -> str:
     """Return the meaning of the interval that `Result.accuracy` shows."""
-    return f"mean of {seeds} seeds ± half of Student's 95 % interval" if seeds > 1 else "with Wilson's 95 % interval"
+    few = "; of fewer than 3 seeds it means little: set seeds=3 or more" * (seeds < 3)
+    student = f"mean of {seeds} seeds ± half of Student's 95 % interval{few}"
+    return student if seeds > 1 else "with Wilson's 95 % interval"
 
 
 def record_results(

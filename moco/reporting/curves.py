@@ -66,23 +66,25 @@ _KNOWN = {
     "speed/data_wait": _Known("Time spent waiting for data", "%", 100.0),
     "speed/mfu": _Known("FLOP utilization (MFU)", "%", 100.0),
     "speed/peak_memory_gib": _Known("Peak memory", "GiB"),
-    "train/effective_negatives": _Known("Effective number of negatives"),
-    "train/push": _Known("Softmax probability of all negatives", "%", 100.0),
+    "train/effective_negatives": _Known("Negatives that matter (effective number)"),
+    "train/push": _Known("Probability that the loss gives to the negatives", "%", 100.0),
     "analysis/alignment": _Known("Alignment (lower: views closer)"),
     "analysis/uniformity": _Known("Uniformity (lower: more uniform)"),
-    "analysis/tolerance": _Known("Tolerance: mean cosine similarity within a class"),
-    "analysis/effective_rank": _Known("Effective rank (RankMe)"),
-    "analysis/alpha_req": _Known("Decay of the spectrum (α-ReQ)"),
+    "analysis/tolerance": _Known("Mean cosine similarity within a class (tolerance)"),
+    "analysis/effective_rank": _Known("Effective rank of the features (higher: more directions in use)"),
+    "analysis/alpha_req": _Known("Decay of the features' spectrum (α-ReQ; 1 is good)"),
     "analysis/spread": _Known("Spread (1 uniform, 0 one point)"),
-    "analysis/std_lowest": _Known("Lowest standard deviation over dimensions"),
-    "analysis/loss_unshuffled": _Known("Loss without shuffling", "nats", references=("analysis/loss_shuffled",)),
+    "analysis/std_lowest": _Known("Lowest standard deviation over dimensions (0: collapsed)"),
+    "analysis/loss_unshuffled": _Known(
+        "Loss without shuffled BN (much lower: BN leaks)", "nats", references=("analysis/loss_shuffled",)
+    ),
     "analysis/top_share": _Known("Gradient share of the 10 hardest negatives", "%", 100.0),
     "analysis/same_label_share": _Known("Negatives of the query's class", "%", 100.0),
     "analysis/likely_false_share": _Known("Negatives that are likely false (cosine above 0.9)", "%", 100.0),
     "analysis/own_key_share": _Known("Queue keys of the query's own image", "%", 100.0),
     "analysis/duplicate_share": _Known("Queries whose positive key is also a negative", "%", 100.0),
     "analysis/key_age": _Known("Mean age of queue keys", "steps"),
-    "analysis/key_drift": _Known("Drift of old keys (1 - cosine)"),
+    "analysis/key_drift": _Known("Change of queue keys since they were computed (0: none)"),
 }
 _HIDDEN = {"train/epoch"}  # the x axis
 
@@ -101,7 +103,7 @@ def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], list[str]]:
         known = _KNOWN.get(name, _Known(name.rpartition("/")[2].replace("_", " ").capitalize()))
         if len(values) == 1 and not known.references:
             value = values.pop()
-            shown_value = "never finite" if math.isnan(value) else f"{number(value * known.scale)} {known.unit}".strip()
+            shown_value = "not measured" if math.isnan(value) else f"{number(value * known.scale)} {known.unit}".strip()
             constant.append(f"{known.title}: {shown_value}")
         else:
             drawn.append(_chart(name, known, runs))

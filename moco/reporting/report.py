@@ -52,10 +52,13 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     body = [Section("Overview", sections.headline(runs, training, [each.alarms for each in computed]))]
     if len(runs) > 1:
         body.append(Section("Settings that differ", sections.differences(runs)))
-    body.append(sections.curves(runs, figures))
+        body.append(sections.curves(runs, figures))
     for name, state, each in zip(names(runs), states, computed, strict=True):
         parts = _run_sections(config, each, figures, device)
-        body += [Section(f"Run {name}", paragraph(state), parts)] if len(runs) > 1 else parts
+        if len(runs) > 1:
+            body.append(Section(f"Run {name}", paragraph(state), parts))
+        else:  # what tells most comes first: 20 charts fill many screens of a phone
+            body += [*parts[:-1], sections.curves(runs, figures), parts[-1]]
     title = " and ".join(names(runs)) if len(runs) < 3 else f"{len(runs)} runs"
     about = " · ".join(f"{name}: {state}" for name, state in zip(names(runs), states, strict=True))
     try:
@@ -79,16 +82,15 @@ def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
 
 def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
     run, views = computed.run, computed.run.path / "views.png"
-    parts = [Section("Evaluations", sections.evaluations(run))]
+    parts = [
+        Section("Training doctor", part("findings", computed.alarms)),
+        Section("Evaluations", sections.evaluations(run)),
+        *_image_sections(config, computed, figures, device),
+    ]
     if views.is_file():
         caption = "Augmented views from the start of training: one column per image, one row per view."
         parts.append(Section("Views", part("views", views.read_bytes(), caption)))
-    return [
-        *parts,
-        *_image_sections(config, computed, figures, device),
-        Section("Training doctor", part("findings", computed.alarms)),
-        Section("Environment", sections.environment(run)),
-    ]
+    return [*parts, Section("Environment", sections.environment(run))]
 
 
 def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:

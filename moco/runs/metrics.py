@@ -41,6 +41,15 @@ class MetricsLogger:
             self._hook = threading.excepthook
             threading.excepthook = self._on_thread_error
             self._events = SummaryWriter(str(path), purge_step=step + 1 if step else 0)
+            self._describe(path / "config.yaml")
+
+    def _describe(self, config: Path) -> None:
+        """Add the configuration to TensorBoard as text, and one chart for the accuracies of encoder and baselines."""
+        if config.is_file():
+            lines = config.read_text(encoding="utf-8").splitlines()
+            self._events.add_text("configuration", "\n".join(f"    {line}" for line in lines))
+        charts = {name: {f"{name} and baselines": ["Multiline", [f"{name}/.*"]]} for name in ("accuracy", "retrieval")}
+        self._events.add_custom_scalars(charts)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, and one point per curve; names are "train/loss", "accuracy/knn", ..."""

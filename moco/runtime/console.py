@@ -116,7 +116,7 @@ def log(line: str) -> None:
 
 def _print_line(console: Terminal, line: str) -> None:
     line = printable(line)
-    if console.is_terminal:
+    if console.is_terminal and not line.startswith("next"):  # a command stays on one line, to be copied
         line = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
     console.print(line, markup=False, soft_wrap=True)
 

@@ -21,7 +21,7 @@ from moco.data.sources import load_source
 from moco.distributed import on_rank_zero
 from moco.evaluation.features import EvalTransform, extract
 from moco.evaluation.linear_probe import load_head
-from moco.evaluation.metrics import HeldOut, TestSplitReadTwice
+from moco.evaluation.metrics import HeldOut, TestSplitReadTwice, compute_metrics
 from moco.evaluation.subject import open_labeled
 from moco.evaluation.sweep import Choice, choose
 from moco.interop.encoder_file import build, read_encoder, save_encoder
@@ -126,7 +126,7 @@ def test_the_saved_head_reproduces_the_accuracy(make: Any, normalize: str, tmp_p
     if config.kind == "sweep":
         config.sweep.normalize = normalize
     figures = run(config)[0]["figures"]
-    head, sources = load_head(tmp_path / "linear.safetensors"), load_source(DataConfig("digits"))
+    head, sources = load_head(next(tmp_path.glob("linear*.safetensors"))), load_source(DataConfig("digits"))
     assert sources.held_out is not None
     backbone = build(read_encoder(tmp_path / "encoder.safetensors")).get_submodule("backbone")
     features = extract(backbone, sources.held_out, EvalTransform(**head.about["look"]), CPU)
@@ -308,3 +308,22 @@ def test_an_unreadable_image_is_named(make: Any, tmp_path: Path) -> None:
     config.batch_size = 4
     with pytest.raises(ValueError, match=r"light/3\.png"):
         linear_module.evaluate_linear(config)
+
+
+def test_a_head_that_was_not_trained_is_reported() -> None:
+    good = compute_metrics(torch.eye(4).repeat(50, 1), np.tile(np.arange(4), 50))
+    guess = compute_metrics(torch.eye(4)[:1].repeat(200, 1), np.tile(np.arange(4), 50))
+    assert linear_module._problem("pretrained", 30.0, [2.0, 1.0], good) == ""
+    rose = linear_module._problem("pretrained", 30.0, [16.6, 57.6], good)
+    assert "rose from 16.6 to 57.6, so official.lr=30 " in rose
+    chance = linear_module._problem("pretrained", 30.0, [2.0, 1.0], guess)
+    assert "top-1 is 25.0 %, and a guess has 25.0 %" in chance
+    assert "protocol=sweep" in rose
+    assert "lower official.lr" in chance
+
+
+def test_each_protocol_has_files_of_its_own(tmp_path: Path) -> None:
+    config = official(tmp_path)
+    run(config)
+    names = {each.name for each in tmp_path.iterdir()}
+    assert {f"linear_{config.protocol}.safetensors", f"confusion_linear_{config.protocol}.png"} <= names

@@ -131,11 +131,14 @@ def ends(folder: Path) -> None:
         with swept(folder) as process:
             out, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-    assert out.splitlines() == [
+    lines = out.splitlines()
+    assert lines[:3] == [
         "sweep: 1 of 2: sweep/seed-0 is finished",
         "sweep: 2 of 2: sweep/seed-1 is finished",
         "sweep: 2 of 2 trials are finished in sweep",
     ]
+    assert {line.split()[-1] for line in lines[3:5]} == {"sweep/seed-0", "sweep/seed-1"}
+    assert lines[5].startswith("next: python -m moco.report run=sweep/seed-")
     found = [checkpoint.load(folder / f"sweep/seed-{seed}/checkpoints/step_00000040.pt") for seed in (0, 1)]
     assert [each["config"]["seed"] for each in found] == [0, 1]
     assert digest(found[0]["method"]) != digest(found[1]["method"])

@@ -28,7 +28,7 @@ def test_every_metric_is_drawn_or_listed_as_constant() -> None:
         ("Held-out kNN accuracy", "accuracy"),
         ("Loss", "train"),
         ("Contrast accuracy", "train"),
-        ("Effective rank (RankMe)", "analysis"),
+        ("Effective rank of the features (higher", "analysis"),
         ("New measure", "mine"),
     ]
     assert constant == ["Momentum of the key encoder: 0.99"]

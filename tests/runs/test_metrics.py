@@ -109,3 +109,13 @@ def test_a_histogram_in_tensorboard_has_its_counts_and_moments(tmp_path: Path) -
     assert value.sum == pytest.approx(3 * -0.75 + 5 * 0.75)
     assert value.sum_squares == pytest.approx(8 * 0.75**2)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_tensorboard_shows_the_configuration_and_one_chart_per_kind_of_accuracy(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("epochs: 3\n")
+    MetricsLogger(tmp_path, 0).close()
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    content = file.read_bytes()
+    assert b"    epochs: 3" in content
+    assert b"accuracy/.*" in content
+    assert b"retrieval/.*" in content

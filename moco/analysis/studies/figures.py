@@ -47,6 +47,9 @@ def drawing(path: Path, rows: int, columns: int, size: tuple[float, float]) -> I
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
+_MARKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)  # ticks of the temperature
+
+
 def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, highest: float) -> None:
     """Draw softmax, loss and gradient of one query against the temperature, for a right and a wrong answer.
 
@@ -63,11 +66,15 @@ def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, h
                 role, line = ("the answer", "-") if candidate == answer else ("a negative", "--")
                 style = {"color": colors[candidate], "linestyle": line}
                 softmax.plot(grid, explained.softmax[:, candidate], label=f"s = {similarity:g}, {role}", **style)
-                slope.plot(grid, explained.gradient[:, candidate].abs(), **style)
+                slope.plot(grid, explained.gradient[:, candidate].abs(), label=f"s = {similarity:g}", **style)
             loss.plot(grid, explained.loss, color="#333333")
             softmax.legend(fontsize=7)
+            slope.legend(fontsize=7)
             for axis, name in zip(axes[row], ("softmax", "loss", "pull and push"), strict=True):
                 axis.set(xscale="log", title=f"{name}, the answer is {kind}")
+                marks = [each for each in _MARKS if lowest <= each <= highest]
+                axis.set_xticks(marks, [f"{each:g}" for each in marks])
+                axis.set_xticks([], minor=True)
         for axis in axes[1]:
             axis.set_xlabel("temperature T")
         axes[1][1].set_yscale("log")  # a wrong answer's values span orders of magnitude
