@@ -1,4 +1,4 @@
-"""The digest of a nested value, for whatever is compared across runs."""
+"""The digest of a nested value, to compare such values across runs."""
 
 import hashlib
 from typing import Any

@@ -165,7 +165,7 @@ class DelayedMaxOverRanks:
 
     With several ranks the result is one call late: each call starts a reduction and returns the result of the previous
     call, which has had a step's time to arrive. The result is the same on all ranks. One process gets its own number
-    immediately. The number is not part of the averaged measures, so that the training step has only what the paper has.
+    immediately. The reduction is separate from that of the measures: the training step has only what the paper has.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -260,7 +260,7 @@ def on_all_ranks(function: Callable[[], T]) -> T:
 
 
 def in_lockstep(items: Iterable[T]) -> Iterator[T]:
-    """Iterate over items, equally many on every rank; if getting an item raises on one rank, it raises on all."""
+    """Iterate over items, the same number on every rank. If getting an item raises on one rank, it raises on all."""
     remaining = iter(items)
     while item := on_all_ranks(lambda: list(islice(remaining, 1))):
         yield item[0]
@@ -274,6 +274,6 @@ def wrap_ddp(method: nn.Module, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return method
     known = inspect.signature(DistributedDataParallel.__init__).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # 2.15 and later; earlier
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.15: new name
     options: dict[str, Any] = {name: False}
     return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None, **options)

@@ -27,10 +27,10 @@ class SourceConfig:
     """For `folder` with labels: a separate folder of held-out images. Its class folders have the names of
     those in root; some may be missing."""
     resident: bool = False
-    """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images, of one size, decoded in memory."""
+    """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images decoded in memory. They must have one size."""
     bits: int | None = bounded(None, ge=8, le=16)
     """For images with 16 bits per channel: how many of them are used (12: 0 ... 4095 becomes black ... white). Null:
-    the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 images at equal distances; for `webdataset` 16."""
+    the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 evenly spaced images; for `webdataset` 16."""
     workers: int = bounded(2, ge=0, le=256)
     """Loader processes per training process, for images that are not in memory; 0: load in the main process."""
     subset: str = ""
@@ -42,9 +42,9 @@ class SourceConfig:
     image_column: str = ""
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
-    """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one. It has
-    one text, whole number, or true or false per image. Missing, empty, NaN and -1 mean unlabeled; a split whose images
-    are partly unlabeled is refused."""
+    """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one. A
+    column of labels has one text, whole number, or true or false per image. Missing, empty, NaN and -1 mean unlabeled;
+    a split whose images are partly unlabeled is refused."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class SubjectDataConfig(SourceConfig):
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
     """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. Images with
-    the same content stay on one side. It is also refused if the encoder was trained with the labels of these images."""
+    the same content stay on one side. Data whose labels the encoder was trained with cannot be split in this way."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""

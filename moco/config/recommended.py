@@ -3,9 +3,9 @@
 from typing import Any
 
 LARGEST_QUEUE = 65_536  # of MoCo v1 and v2 on ImageNet (He et al., 2020)
-LEFT = 1e-3  # of the initial weights of the momentum encoder, at the end of the run
-FEW_IMAGES = 200  # below: train from published weights only, see docs/howto/own_images.md
-SMALL = 20_000  # images; below: a small network on a laptop
+INITIAL_SHARE = 1e-3  # the share of its initial weights that the momentum encoder keeps until the end of a run
+FEW_IMAGES = 200  # with fewer images, train only from published weights, see docs/howto/own_images.md
+SMALL_SET = 20_000  # with fewer images, train a small network, as on a laptop
 SMALL_BATCH, FEWEST_EPOCHS = 32, 10
 BUDGET = 60_000  # epochs times images: about ten minutes on two CPU cores
 
@@ -13,11 +13,11 @@ BUDGET = 60_000  # epochs times images: about ten minutes on two CPU cores
 def momentum_for(steps: int) -> float:
     """Return a momentum with which the momentum encoder leaves its initial weights behind within a run.
 
-    After N steps at momentum m, the share m**N of the initial weights is left. With this value it is `LEFT`, unless the
-    value would lie outside 0.99 ... 0.999, the best values in the ablation of He et al. (2020), Sec. 4.1. It is 0.99 up
-    to 700 steps, and 0.999 from 7,000 steps.
+    After N steps at momentum m, the share m**N of the initial weights is left. The returned m makes it `INITIAL_SHARE`,
+    but stays in 0.99 ... 0.999, the best values in the ablation of He et al. (2020), Sec. 4.1. So m is 0.99 up to 700
+    steps, and 0.999 from 7,000 steps.
     """
-    momentum: float = LEFT ** (1 / max(1, steps))
+    momentum: float = INITIAL_SHARE ** (1 / max(1, steps))
     return min(0.999, max(0.99, round(momentum, 3)))
 
 
@@ -36,7 +36,7 @@ def recipe_for(images: int, budget: int = BUDGET) -> dict[str, Any]:
     steps_per_epoch = images // SMALL_BATCH
     if steps_per_epoch == 0:
         return {}
-    if images >= SMALL:
+    if images >= SMALL_SET:
         return {"experiment": "moco_v2_folder", "method.queue_size": min(4096, queue_for(images, 256))}
     epochs = max(FEWEST_EPOCHS, round(budget / images))
     momentum, queue = momentum_for(epochs * steps_per_epoch), queue_for(images, SMALL_BATCH)

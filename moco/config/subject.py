@@ -1,4 +1,4 @@
-"""The fields that all commands share that evaluate or use an encoder: which encoder, which data."""
+"""The fields shared by all commands that evaluate or use an encoder: which encoder, and which data."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,7 @@ class SubjectConfig(ComputeConfig):
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
-    """The network of a checkpoint that does not name it; values as for model.backbone. Null: the one that it names."""
+    """The network, if the checkpoint does not name it; values as for model.backbone. Null: the one that it names."""
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the backbone's constructor, as model.options. Write each as +options.NAME=VALUE. Empty: those that
     the checkpoint holds, if any."""

@@ -145,7 +145,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         across = _weights(left, box_w, width, size, antialias, dtype).transpose(1, 2)  # (n, W, S)
         down = _weights(top, box_h, height, size, antialias, dtype)  # (n, S, H)
         n = len(top)
-        # Rows before channels, so that both products are plain batched ones and only the uint8 ends are permuted.
+        # Rows come before channels: so both products are plain batched ones, and only uint8 tensors are permuted.
         pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, 3, W)
         with torch.autocast(device.type, enabled=False):  # it would reduce the products to bfloat16
             pixels = pixels.reshape(n, height * channels, width).bmm(across)  # (n, H*3, S)
@@ -250,7 +250,7 @@ def _tap_table(
 
 
 def _quantized(taps: NDArray[np.float64], largest: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round weights (..., S, K) to multiples of 2**-precision, as ATen; `largest` (...) is that of the axis."""
+    """Round weights (..., S, K) as ATen does; `largest` (...) is the axis's largest. ATen's highest precision is 22."""
     too_large = np.trunc(0.5 + largest[..., None] * 2.0 ** np.arange(1, 23)) >= 2**15  # (..., 22)
     precision = np.where(too_large.any(axis=-1), too_large.argmax(axis=-1), 22)  # (...)
     step = 2.0 ** -precision.astype(np.float64)[..., None, None]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SHOWN = 5  # names in a message
+SHOWN = 5  # how many names a message lists
 
 
 def read_labels(
@@ -27,7 +27,7 @@ def read_labels(
         where: the values' origin, for errors.
         fix: what a user can set instead, for errors.
         classes: the names, if the values are indices into them. Empty: the classes are the values that occur, numbers
-            in ascending order and texts in alphabetical order; of true and false both, even if only one occurs.
+            in ascending order and texts in alphabetical order. True and false are two classes even if one is missing.
         least: the smallest number of classes.
 
     Raises:
@@ -103,7 +103,7 @@ def labels_of_split(
 ) -> NDArray[np.int64]:
     """Return the labels (N,) of a held-out split as indices into the classes of training.
 
-    The held-out split may lack classes. A class name counts if an image has it.
+    The held-out split may lack classes. Names of classes without a held-out image are ignored.
 
     Args:
         labels, classes: of the held-out split.

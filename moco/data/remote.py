@@ -2,7 +2,7 @@
 
 It differs from every other source:
 
-- An epoch is `length` images; which images are in it follows from the order of the shards and the speed of the workers.
+- An epoch is `length` images. Which ones are in it depends on the order of the shards and the number of workers.
 - In each pass the shards are distributed anew over the workers of all ranks, and each worker shuffles its images in a
   buffer. With the same number of ranks and workers the stream is reproducible; with other numbers it is different.
 - A resumed run starts a new pass over the shards, in an order of its own. Some images of the interrupted epoch repeat,
@@ -41,7 +41,7 @@ from moco.data.walk import IMAGE_ENDINGS
 from moco.data.workers import LoaderError
 from moco.distributed import is_rank_zero
 
-SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # webdataset downloads these by a program
+SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # each needs a download program
 _DRAWS = 1024  # random numbers drawn together
 
 # A rank's batch: epoch, position in the epoch (n,), identity (n,), views, and unreadable images by identity.
@@ -123,8 +123,8 @@ _NO_ACCESS = ValueError(
 
 
 def open_remote(config: DataConfig) -> Sources:
-    """Open the shards that data.root names; in it {000000..000099} expands, and :: separates several addresses."""
-    local = "; local shards of moco.pack do not, data=shards"
+    """Open the shards of data.root: {000000..000099} expands to all numbers, and :: separates several addresses."""
+    local = "; shards of moco.pack on a local disk do not need it: set data=shards"
     expand_urls = optional_module("webdataset.shardlists", "data.name=webdataset", "webdataset", local).expand_urls
     if config.length < 1:
         raise ValueError(f"data.length={config.length}: set it to the number of images per epoch")

@@ -118,17 +118,17 @@ def open_shards(config: DataConfig) -> Sources:
 
 def _open_split(folder: Path, split: dict[str, Any], classes: list[str]) -> ShardSource:
     file = folder / split["rows"]
-    again = "copy the complete output of moco.pack, or pack again"
+    fix = "copy the complete output of moco.pack, or pack again"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is missing: {again}")
+        raise FileNotFoundError(f"{file} is missing: {fix}")
     if file_digest(file) != split["sha256"]:
-        raise ValueError(f"{file} is damaged (SHA-256): {again}")
+        raise ValueError(f"{file} is damaged (SHA-256): {fix}")
     for shard in split["shards"]:
         path = folder / shard["file"]
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: {again}")
+            raise FileNotFoundError(f"{path} is missing: {fix}")
         if path.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {shard['bytes']:,}: {again}")
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {shard['bytes']:,}: {fix}")
     rows: NDArray[np.void] = np.load(file, mmap_mode="r", allow_pickle=False)
     shards = tuple((shard["file"], shard["sha256"]) for shard in split["shards"])
     labels = rows["label"].astype(np.int64) if classes and split["labelled"] else None

@@ -136,7 +136,7 @@ def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[n
 
 
 def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Params:
-    """Draw all random parameters of one view, number `stream` of each sample of `index`, shape (N,).
+    """Draw all random parameters of view number `stream` for the samples with the indices `index`, shape (N,).
 
     In distribution the N rows of parameters equal those of torchvision's transforms.
     """

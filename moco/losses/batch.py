@@ -24,7 +24,7 @@ from moco.losses.similarity import (
     similarity,
 )
 
-_NO_INDEX = torch.iinfo(torch.int64).min  # the default, -100, would drop a positive of this number silently
+_NO_INDEX = torch.iinfo(torch.int64).min  # the default, -100, would silently ignore a positive with this index
 
 
 def in_batch_info_nce(
@@ -98,7 +98,7 @@ def sup_con(
     the official code it counts with loss 0. The official factor T / base_temperature is off by default.
 
     The mean of the losses of all processes is the loss of the global batch if all processes have the same number of
-    anchors with a positive: always with two views or more, unless a `mask` separates the views of a sample.
+    anchors with a positive. This holds with two views or more, unless a `mask` separates the views of a sample.
 
     Args:
         embeddings: L2-normalized, this process's samples, shape (V, N, C).
@@ -153,9 +153,9 @@ def multi_positive_nt_xent(
 def _candidates(
     embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature, same: Tensor, contrast_mode: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits (A N, V M), their positives, and 0, or nan if an embedding is not finite.
+    """Return the logits (A N, V M), their positives, and a number to add to the loss.
 
-    The last is added to the loss: without it, embeddings whose anchors have no positive could hide.
+    It is 0, or nan if an embedding is not finite: an anchor without a positive would not make the loss nan.
     """
     check_temperature(temperature)
     if contrast_mode not in ("all", "one"):

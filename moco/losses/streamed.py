@@ -67,7 +67,7 @@ def logit_measures(logits: Tensor, temperature: Temperature) -> dict[str, Tensor
 def _means(
     positive: Tensor, hardest: Tensor, log_sum: Tensor, effective_negatives: Tensor, temperature: Temperature
 ) -> dict[str, Tensor]:
-    """See `logit_measures`; all (N,)."""
+    """Return the measures that `logit_measures` describes, from each query's statistics, all (N,)."""
     return {
         "contrast_accuracy": (positive > hardest).to(positive.dtype).mean(),
         "positive_similarity": positive.mean() * torch.as_tensor(temperature).detach(),

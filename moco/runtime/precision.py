@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_SPEEDUP = 1.2  # of bfloat16 over float32: a gain within the noise of the measurement does not justify more rounding
-ROUNDS = 3
-PIXELS = 4 * 224**2  # per pass
+ROUNDS = 3  # measured rounds, after one to warm up
+PIXELS = 4 * 224**2  # pixels of the images in one measured pass
 
 
 def pick_precision(wanted: str, encoder: nn.Module, size: int, device: torch.device) -> tuple[str, str]:
