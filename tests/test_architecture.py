@@ -41,7 +41,7 @@ ORDER = [
     {"builder"},
     {"losses", "models", "data"},
     {"runtime"},
-    {"distributed", "config", "files", "digest"},
+    {"distributed", "config", "files", "digest", "untrusted"},
 ]
 HYDRA_USERS = {"cli", "overrides"}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines

@@ -7,8 +7,7 @@ torchvision's and timm's.
 """
 
 import json
-import pickle
-import warnings
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +17,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from moco.config.saved import invalid_field
 from moco.files import cause
 from moco.interop.foreign import NOTEBOOK, OFFICIAL, PLAIN, Layout, layout_of, torchvision_named
 from moco.interop.weights import save_weights
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
 from moco.runs import checkpoint
+from moco.runs.weights_file import CodeRefused, read_weights
+from moco.untrusted import mistyped, parse_json, refuse_special_file
 
 State = Mapping[str, Tensor]
 
@@ -31,6 +33,12 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
 _CLASSIFIERS = ("fc.", "head.", "classifier.")  # of supervised networks: not part of the backbone
 # timm options that would load other weights
 _LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+# JSON texts in the metadata of encoder.safetensors
+_METADATA: dict[str, Any] = {
+    "options": Mapping,
+    "images": {"size": int, "resize": int, "mean": list, "std": list},
+    "config": Mapping,
+}
 _NO_NETWORK = "does not name its network: set backbone=NAME, e.g. backbone=resnet50"
 _NO_MOMENTUM_ENCODER = "holds no momentum encoder: set weights=encoder"
 
@@ -71,7 +79,7 @@ def read_encoder(
         FileNotFoundError: if the file does not exist.
         ForeignFileError, CheckpointError: if it cannot be read, has an unknown layout, or does not name its network.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"checkpoint={path} does not exist")
     if path.suffix == ".safetensors":
         if weights != "encoder":
@@ -193,18 +201,12 @@ def _unwrapped(name: str) -> str:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        checkpoint.refuse_zip_bomb(path)
-        with warnings.catch_warnings(action="ignore"):  # about pickle's protocol; such files are refused below
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except checkpoint.CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
+        state = read_weights(path)
+    except CodeRefused as error:
         raise ForeignFileError(
             f"{path} is refused: it is not a file of weights, or it also holds code (none was run); save only its "
             "state dict, or use safetensors"
         ) from error
-    except Exception as error:  # torch raises many types of error for a damaged file
-        raise ForeignFileError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict):
         raise ForeignFileError(f"{path} holds a {type(state).__name__}, not a dict of weights")
     return state
@@ -212,18 +214,38 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     try:
-        config, method, model = state["config"], state["method"], state["config"]["model"]
+        config, method, model = _checked_config(state["config"]), state["method"], state["config"]["model"]
         backbone, head = (_under(prefix, method) for prefix in (f"{weights}.backbone.", f"{weights}.head."))
-        name, options, step, images = str(model["backbone"]), dict(model["options"]), state["step"], images_of(config)
+        name, options, step = str(model["backbone"]), dict(model["options"]), state["step"]
+        images = _checked_images(images_of(config))
         keys, count = method.get("queue.keys"), _integer(method.get("queue.count")) or 0
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ForeignFileError(f"{path} is not a complete checkpoint of moco.train ({error!r})") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ForeignFileError(f"{path} is not a complete checkpoint of moco.train ({cause(error)})") from error
     if not backbone:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
     file = EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
     if keys is not None and 0 < len(keys) <= count:
         file = replace(file, queue=keys, oldest=count % len(keys))
     return replace(file, predictor=_under("predictor.", method))
+
+
+def _checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a run's configuration from a file; raise ValueError if a value has another type than its field."""
+    if wrong := invalid_field(config):
+        raise ValueError(f"its configuration has {wrong}, which is not valid")
+    return dict(config)
+
+
+def _checked_images(images: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a file says that images are prepared; raise ValueError if a value is out of range."""
+    channels = [images.get(name, [1, 1, 1]) for name in ("mean", "std")]
+    numbers = all(
+        len(each) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in each) for each in channels
+    )
+    sizes = images.get("size", 1) >= 1 and (images.get("resize") or 0) >= 0
+    if not (numbers and sizes and min(channels[1]) > 0):
+        raise ValueError(f"its size, resize, mean or std of images is out of range ({dict(images)})")
+    return dict(images)
 
 
 def _foreign(
@@ -297,17 +319,21 @@ def images_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | None) -> EncoderFile:
     try:
+        refuse_special_file(path)
         with safe_open(path, "pt") as file:
             about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        metadata = {name: dict(json.loads(about[name])) for name in ("options", "images", "config") if name in about}
+        metadata = {name: parse_json(about[name]) for name in _METADATA if name in about}
+        if wrong := mistyped(metadata, _METADATA):
+            raise ValueError(f"its metadata {wrong} has another type")
+        config, images = _checked_config(metadata.get("config", {})), _checked_images(metadata.get("images", {}))
         step = int(about.get("step", 0))
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
-        raise ForeignFileError(f"{path} cannot be read as safetensors ({error})") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ForeignFileError(f"{path} cannot be read as safetensors ({cause(error)})") from error
     if "backbone" not in about:
         if backbone is None:
             raise ForeignFileError(f"{path} {_NO_NETWORK}")
         _refuse_unknown_heads(path, backbone)
     chosen = options if options is not None else metadata.get("options", {})
     body = {key: value for key, value in weights.items() if "backbone" in about or not _is_head(key)}
-    images, config = metadata.get("images", {}), metadata.get("config", {})
-    return EncoderFile(str(path), "safetensors", backbone or about["backbone"], chosen, body, {}, step, images, config)
+    name = backbone or about["backbone"]
+    return EncoderFile(str(path), "safetensors", name, chosen, body, {}, step, images, config)

@@ -7,13 +7,13 @@ of these files.
 """
 
 import copy
+import math
 import re
 import shlex
 import shutil
 import threading
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ from torch import Tensor
 from moco.config import RunWarning
 from moco.digest import digest
 from moco.files import atomic_write, cause, flush, temporary_name
+from moco.runs.weights_file import CheckpointError as CheckpointError  # exported
+from moco.runs.weights_file import read_weights
+from moco.runtime.precision import PRECISIONS
+from moco.untrusted import mistyped
 
 Checkpoint = dict[str, Any]
 
@@ -31,8 +35,21 @@ BEST = "best.pt"  # not listed by `list_checkpoints`: a run resumes from its new
 _NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 
 
-class CheckpointError(ValueError):
-    """A checkpoint cannot be used or written; the message is one sentence."""
+# Types of a checkpoint's values; `_refuse_malformed` checks them and their ranges. Earlier versions lack some of them.
+_SCHEMA: dict[str, Any] = {
+    "config": Mapping,
+    "step": int,
+    "method": Mapping,
+    "optimizer": {"state": Mapping, "param_groups": list},
+    "scaler": Mapping,
+    "history": list,
+    "seconds": (int, float),
+    "versions": Mapping,
+    "world_size": int,
+    "skipped": int,
+    "precision": str,
+    "data": {"length": int, "sha256": str},
+}
 
 
 def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool = False, best: bool = False) -> Path:
@@ -156,48 +173,50 @@ def load(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: if it is missing, truncated, altered, or holds anything but plain types.
     """
-    try:
-        refuse_zip_bomb(path)
-        state: Checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # torch raises many types of error for a damaged file
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
-    return verify(path, state)
-
-
-def refuse_zip_bomb(path: Path) -> None:
-    """Raise CheckpointError if a file of weights would unpack to more than its size: torch does not compress."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as parts:
-            unpacked = sum(each.file_size for each in parts.infolist())
-        if unpacked > path.stat().st_size:
-            larger = f"{unpacked:,} bytes, more than its size"
-            raise CheckpointError(f"{path} would unpack to {larger}: it was not written by torch")
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    if isinstance(state, Tensor):
-        yield state
-    for each in state.values() if isinstance(state, dict) else state if isinstance(state, list | tuple) else ():
-        yield from _tensors(each)
+    return verify(path, read_weights(path))
 
 
 def verify(path: Path, state: Any) -> Checkpoint:
     """Check the digest of a loaded checkpoint and return the content without it.
 
     Raises:
-        CheckpointError: if there is no digest, it does not match, or a tensor is larger than its bytes.
+        CheckpointError: if there is no digest, it does not match, or a value has another type or range than in a
+            checkpoint of moco.train.
     """
     if not isinstance(state, dict) or "sha256" not in state:
         raise CheckpointError(f"{path} cannot be read as a checkpoint (it has no SHA-256)")
-    # With stride 0 a tensor can have any shape over few bytes; computing its digest would take memory for the shape.
-    if any(each.numel() * each.element_size() > each.untyped_storage().nbytes() for each in _tensors(state)):
-        raise CheckpointError(f"{path} cannot be read as a checkpoint (a tensor is larger than its bytes in the file)")
     content = {name: value for name, value in state.items() if name != "sha256"}
     if state["sha256"] != digest(content):
         raise CheckpointError(f"{path} was altered after it was written: its SHA-256 does not match")
+    _refuse_malformed(path, content)
     return content
+
+
+def _refuse_malformed(path: Path, state: Mapping[str, Any]) -> None:
+    """Refuse values that training would not have saved; a correct digest shows only that a file is not damaged."""
+    wrong = mistyped(state, _SCHEMA)
+    if not wrong:
+        numbers = {name: state.get(name, 0) for name in ("step", "seconds", "skipped")}
+        numbers |= {"data.length": state.get("data", {}).get("length", 0)}
+        checks = {name: math.isfinite(number) and 0 <= number < 2**53 for name, number in numbers.items()}
+        checks["precision"] = state.get("precision", "fp32") in PRECISIONS
+        checks["history"] = all(map(_is_evaluation, state.get("history", [])))
+        checks["method"] = all(isinstance(each, Tensor) for each in state.get("method", {}).values())
+        wrong = next((name for name, valid in checks.items() if not valid), "")
+    if wrong:
+        raise CheckpointError(f"{path} is not a checkpoint of moco.train: its value {wrong!r} is invalid")
+
+
+def _is_evaluation(entry: Any) -> bool:
+    """Return whether an entry of the history has numbers only: step, epoch, and lists of results by name."""
+    if mistyped(entry, {"step": int, "epoch": (int, float)}) or "step" not in entry:
+        return False
+    results = (each for name, value in entry.items() if name != "step" for each in _as_list(value))
+    return all(each is None or isinstance(each, int | float) for each in results)
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) and value else [value]
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

@@ -281,7 +281,7 @@ def test_a_zip_bomb_is_refused(tmp_path: Path, read: Callable[[Path], Any]) -> N
 def test_a_tensor_larger_than_its_file_is_refused(tmp_path: Path) -> None:
     """Reading all elements of this tensor would take a terabyte."""
     torch.save({"weight": torch.zeros(1).expand(2**38), "sha256": "0"}, tmp_path / "step_00000001.pt")
-    with pytest.raises(CheckpointError, match="a tensor is larger than its bytes"):
+    with pytest.raises(CheckpointError, match=r"shape \(274877906944,\) is larger than its bytes"):
         checkpoint.load(tmp_path / "step_00000001.pt")
 
 

@@ -251,7 +251,7 @@ def test_invalid_names_and_foreign_checkpoints_are_refused(tmp_path: Path) -> No
     states: list[dict[str, Any]] = [{"config": 3, "method": 5}, {"config": {"model": {}}, "method": {}}]
     for step, state in enumerate(states):
         path = checkpoint.save(tmp_path, step, state, keep_last=9)
-        with pytest.raises(ForeignFileError, match=r"is not a complete checkpoint of moco\.train|no momentum encoder"):
+        with pytest.raises(ValueError, match=r"is not a (complete )?checkpoint of moco\.train"):
             read_encoder(path)
 
 
@@ -282,7 +282,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(("content", "words"), [(b"", "cannot be read"), (b"no weights at all", "is refused")])
 def test_invalid_files_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(ForeignFileError, match=words):
+    with pytest.raises((ForeignFileError, CheckpointError), match=words):
         read_encoder(tmp_path / "x.pth")
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ForeignFileError, match="cannot be read as safetensors"):
@@ -292,7 +292,7 @@ def test_invalid_files_are_refused(tmp_path: Path, content: bytes, words: str) -
 def test_truncated_and_empty_files_are_refused(tmp_path: Path) -> None:
     path, _ = ours(tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ForeignFileError, match="cannot be read as a checkpoint"):
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
         read_encoder(path)
     torch.save({"epoch": 3}, tmp_path / "y.pth")
     with pytest.raises(ForeignFileError, match="holds no weights: its keys are epoch"):

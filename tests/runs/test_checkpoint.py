@@ -200,7 +200,7 @@ def test_a_flipped_byte_of_a_tensor_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
-    small = {"step": 3, "method": {"weight": torch.arange(12.0)}, "history": ["abc", 0.5]}
+    small = {"step": 3, "method": {"weight": torch.arange(12.0)}, "names": ["abc", 0.5]}
     path = save(tmp_path, 1, small, keep_last=1)
     complete, refused, harmless = path.read_bytes(), 0, 0
     for at in range(0, len(complete), 5):

@@ -1,0 +1,77 @@
+"""Read a file of torch.save: tensors and plain values only, no code, in memory that the file's size bounds."""
+
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco.untrusted import refuse_special_file, values_of
+
+_ZIP = b"PK\x03\x04"
+_REPEATED = 4  # all tensors together may have this many times the file's size: several may share their bytes
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used or written; the message is one sentence."""
+
+
+class CodeRefused(CheckpointError):
+    """A file is not one of torch.save, or holds objects whose construction would run code."""
+
+
+def read_weights(path: Path) -> Any:
+    """Return the content of a file of torch.save, on the CPU.
+
+    Raises:
+        CodeRefused: for a file of another kind, and for one with code, which is not run.
+        CheckpointError: for a file that is missing, damaged or no regular file; and for content that is larger than the
+            file, or nested too deeply.
+    """
+    try:
+        size = refuse_special_file(path)
+        _refuse_zip_bomb(path, size)
+        with warnings.catch_warnings(action="ignore"):  # about pickle's protocol; such files are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_large_tensors(content, size)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CodeRefused(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    except Exception as error:  # torch raises many types of error for a damaged file
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from error
+    return content
+
+
+def _refuse_zip_bomb(path: Path, size: int) -> None:
+    """Refuse an archive that would unpack to more than its size: torch does not compress."""
+    with path.open("rb") as file:
+        begins_as_zip = file.read(len(_ZIP)) == _ZIP
+    if not zipfile.is_zipfile(path):
+        if begins_as_zip:
+            raise ValueError("its list of contents is missing")  # torch might find one where Python finds none
+        return
+    with zipfile.ZipFile(path) as parts:
+        unpacked = sum(each.file_size for each in parts.infolist())
+    if unpacked > size:
+        raise ValueError(f"it would unpack to {unpacked:,} bytes, more than its size; it was not written by torch")
+
+
+def _refuse_large_tensors(content: Any, size: int) -> None:
+    """Refuse tensors with more elements than the file holds: with stride 0, few bytes can have any shape.
+
+    Whatever is computed from such a tensor, such as its digest, would take memory for the whole shape.
+    """
+    total = 0
+    for each in values_of(content):
+        if not isinstance(each, Tensor) or each.layout != torch.strided:  # others hold indices: refused when loaded
+            continue
+        bytes_ = each.numel() * each.element_size()
+        if each.is_meta or bytes_ > each.untyped_storage().nbytes():
+            raise ValueError(f"a tensor of shape {tuple(each.shape)} is larger than its bytes in the file")
+        total += bytes_
+    if total > _REPEATED * size:
+        raise ValueError(f"its tensors have {total:,} bytes, {_REPEATED} times more than the file")

@@ -1,0 +1,103 @@
+"""Limits for files that others may have written: weights, metadata, configurations, indexes, results.
+
+Every function raises ValueError with the reason, for a sentence that begins with the file's name.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEPTH = 50  # levels of nested dicts and lists
+_VALUES = 1_000_000  # in one file; a checkpoint of a ResNet-50 has about 2,000
+_YAML_BYTES = 1_000_000  # a config.yaml has about 4,000
+
+
+def refuse_special_file(path: Path) -> int:
+    """Return the size of a regular file in bytes; refuse pipes, devices, and what cannot fit into memory."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        kind = "a directory" if stat.S_ISDIR(about.st_mode) else "a pipe, socket or device"
+        raise ValueError(f"it is {kind}, not a file")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if about.st_size > memory:
+        raise ValueError(f"its {about.st_size:,} bytes are more than this machine's memory")
+    return about.st_size
+
+
+def values_of(value: Any) -> Iterator[Any]:
+    """Yield all values of nested dicts, lists and tuples, except these containers.
+
+    A file can let a container hold itself, or hold another one many times in each of many levels. Therefore the depth
+    and the number of values are limited.
+    """
+    left, count = [(value, 0)], 0
+    while left:
+        each, depth = left.pop()
+        count += 1
+        if depth > DEPTH:
+            raise ValueError(f"its values are nested deeper than {DEPTH} levels")
+        if count > _VALUES:
+            raise ValueError(f"it holds more than {_VALUES:,} values")
+        if isinstance(each, Mapping):
+            left += [(inner, depth + 1) for inner in each.values()]
+        elif isinstance(each, list | tuple):
+            left += [(inner, depth + 1) for inner in each]
+        else:
+            yield each
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of limited depth."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its values are nested too deeply") from error
+    for _ in values_of(value):
+        pass
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of limited depth."""
+    refuse_special_file(path)
+    return parse_json(path.read_bytes())
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file of limited size and depth, without constructing objects."""
+    size = refuse_special_file(path)
+    if size > _YAML_BYTES:
+        raise ValueError(f"its {size:,} bytes are too many for a configuration")
+    try:
+        value = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError("it is not valid YAML, or nested too deeply") from error
+    for _ in values_of(value):
+        pass
+    return value
+
+
+def mistyped(value: Any, schema: Mapping[str, Any], name: str = "") -> str:
+    """Return the dotted name of the first value whose type differs from the schema's; "" if there is none.
+
+    The schema's values are types, tuples of types and nested schemas. A missing value is accepted; True is no number.
+    """
+    if not isinstance(value, Mapping):
+        return name or "it"
+    for key in value.keys() & schema.keys():
+        kind, dotted = schema[key], f"{name}.{key}".lstrip(".")
+        if isinstance(kind, Mapping):
+            if wrong := mistyped(value[key], kind, dotted):
+                return wrong
+        elif not isinstance(value[key], kind) or (isinstance(value[key], bool) and not _allows_bool(kind)):
+            return dotted
+    return ""
+
+
+def _allows_bool(kind: Any) -> bool:
+    return bool in (kind if isinstance(kind, tuple) else (kind,)) or kind is object
