@@ -24,6 +24,7 @@ from moco.distributed import is_rank_zero
 from moco.evaluation.features import EvalTransform
 from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
+from moco.interop.image_size import fit_to_size
 from moco.models.encoder import Encoder
 from moco.runs import checkpoint
 from moco.runs.directory import untrained
@@ -68,7 +69,8 @@ def open_subject(config: SubjectConfig) -> Subject:
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))
     fits = transform.resize == 0 or transform.resize >= transform.size
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: set both")
-    build(file)  # refuses weights that do not fit before any image is searched for
+    # Before any image is searched for, refuse weights that do not fit.
+    file = fit_to_size(file, transform.size, "images.size")
     beside = Path(config.checkpoint).parent  # each encoder.safetensors of this project has a directory of its own
     by_name = Path("runs") / Path(config.checkpoint).name.split(".")[0]
     default = beside if config.checkpoint and file.config and file.layout == "safetensors" else by_name

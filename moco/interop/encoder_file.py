@@ -6,6 +6,7 @@ v2 (`module.encoder_q.*`) and its CIFAR-10 notebook (`encoder_q.net.N.*`); faceb
 torchvision's and timm's.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -100,26 +101,42 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
         ForeignFileError: if a weight is missing, unknown or of another shape.
         ValueError: for an unknown backbone or option.
     """
-    if seed is not None:
+    complaints = (
+        f"{file.source} ({file.layout}) does not fit backbone={file.backbone}",
+        f"the projection head in {file.source} is unknown",
+    )
+    if seed is None:  # compare the shapes before memory is allocated for them
+        with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+            _refuse_misfit(_backbone(file), file.weights, complaints[0])
+        with torch.device("meta"):
+            _refuse_misfit(_head(file), file.head_weights, complaints[1])
+    else:
         torch.manual_seed(seed)
+    backbone, head = _backbone(file), _head(file)
+    if seed is None:
+        load_all(backbone, file.weights, complaints[0])
+        load_all(head, file.head_weights, complaints[1])
+    return Encoder(backbone, head).eval().requires_grad_(False)
+
+
+def _backbone(file: EncoderFile) -> nn.Module:
     options = {name: value for name, value in file.options.items() if name not in _LOADING_OPTIONS}
     try:
-        backbone = build_backbone(file.backbone, options)
+        return build_backbone(file.backbone, options)
     except (RuntimeError, MemoryError) as error:
         network = f"backbone={file.backbone} with {options}"
         raise ForeignFileError(f"{file.source}: {network} cannot be built ({cause(error)})") from error
-    head: nn.Module = nn.Identity()
-    if file.head_weights:
-        shapes = [tuple(value.shape) for value in file.head_weights.values() if value.dim() == 2]
-        if not shapes:
-            raise ForeignFileError(f"the projection head in {file.source} is unknown: {_some(file.head_weights)}")
-        hidden = shapes[0][0] if len(shapes) > 1 else 0
-        norm = any(key.endswith("running_mean") for key in file.head_weights)  # of v3
-        head = projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), norm)
-    if seed is None:
-        load_all(backbone, file.weights, f"{file.source} ({file.layout}) does not fit backbone={file.backbone}")
-        load_all(head, file.head_weights, f"the projection head in {file.source} is unknown")
-    return Encoder(backbone, head).eval().requires_grad_(False)
+
+
+def _head(file: EncoderFile) -> nn.Module:
+    if not file.head_weights:
+        return nn.Identity()
+    shapes = [tuple(value.shape) for value in file.head_weights.values() if value.dim() == 2]
+    if not shapes:
+        raise ForeignFileError(f"the projection head in {file.source} is unknown: {_some(file.head_weights)}")
+    hidden = shapes[0][0] if len(shapes) > 1 else 0
+    norm = any(key.endswith("running_mean") for key in file.head_weights)  # of v3
+    return projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), norm)
 
 
 def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], step: int) -> None:
@@ -140,6 +157,12 @@ def load_all(module: nn.Module, weights: State, complaint: str) -> None:
         ForeignFileError: if a weight is missing, unknown, of another shape or not finite; nothing is loaded then. The
             message begins with `complaint`.
     """
+    _refuse_misfit(module, weights, complaint)
+    module.load_state_dict(dict(weights), strict=False)
+
+
+def _refuse_misfit(module: nn.Module, weights: State, complaint: str) -> None:
+    """Raise the errors of `load_all`; the module may be on the meta device."""
     wanted, found = _shapes(module.state_dict()), _shapes(weights)
     common = sorted(wanted.keys() & found.keys())
     if invalid := [name for name in common if not is_valid(weights[name])]:
@@ -157,7 +180,6 @@ def load_all(module: nn.Module, weights: State, complaint: str) -> None:
     if any(problems):
         none = "no weight matches: " if wanted and len(missing) + len(reshaped) == len(wanted) else ""
         raise ForeignFileError(f"{complaint}: {none}{'; '.join(filter(None, problems))}")
-    module.load_state_dict(dict(weights), strict=False)
 
 
 def _under(prefix: str, state: State) -> dict[str, Tensor]:

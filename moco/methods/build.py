@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moco.config import MethodConfig, ModelConfig, TrainConfig, require
+from moco.config import ConfigError, MethodConfig, ModelConfig, TrainConfig, require
 from moco.losses import LearnedTemperature
 from moco.models.encoder import Encoder, build_encoder
+from moco.models.probe import output_error
 
 
 def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -> Any:
@@ -19,7 +20,8 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -
         labels: the class of each training image, (samples,), or None; used only if `method.labels`.
 
     Raises:
-        ConfigError: if `method.labels` is set and there are no labels.
+        ConfigError: if `method.labels` is set and there are no labels; or if the backbone does not take images of
+            `augment.size`, or does not return features (N, D).
     """
     method = config.method
     require(
@@ -27,9 +29,13 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -
         f"method.labels=true, but the training images of data.name={config.data.name} have no labels: set "
         "data.labels=folder for a folder with one subfolder per class, or method.labels=false",
     )
-    return method.build(
-        config, encoder_of(config.model), torch.from_numpy(labels) if method.labels and labels is not None else None
-    )
+    encoder, model, size = encoder_of(config.model), config.model, config.augment.size
+    if error := output_error(encoder.backbone, size):
+        raise ConfigError(
+            f"model.backbone={model.backbone} with model.options={model.options} does not fit augment.size={size}: "
+            f"{error}{_fix(encoder.backbone, size)}"
+        )
+    return method.build(config, encoder, torch.from_numpy(labels) if method.labels and labels is not None else None)
 
 
 def encoder_of(model: ModelConfig) -> Encoder:
@@ -37,6 +43,14 @@ def encoder_of(model: ModelConfig) -> Encoder:
     head = model.head_layers, model.head_hidden, model.dim
     bn: Any = model.bn
     return build_encoder(model.backbone, model.options, *head, bn, model.bn_group_size, model.head_norm)
+
+
+def _fix(backbone: Any, size: int) -> str:
+    """Name the size that a ViT is built for, if it is another one than that of the images."""
+    built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    if not isinstance(built_for, tuple) or built_for == (size, size):
+        return ""
+    return f"; set +model.options.img_size={size}, or augment.size={built_for[0]}"
 
 
 def build_temperature(method: MethodConfig) -> float | LearnedTemperature:

@@ -108,8 +108,9 @@ def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
         if name not in BACKBONES:
             raise ValueError(f"model.backbone={name!r} must be one of {', '.join(BACKBONES)}, or timm/NAME")
         return BACKBONES[name](**options)
-    except TypeError as error:
-        reason = str(error).splitlines()[0].removesuffix(" but expected one of:")  # torch lists all alternatives
+    except (TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first.removesuffix(" but expected one of:")  # torch lists all alternatives
         raise ValueError(
             f"model.options={dict(options)} is invalid for model.backbone={name!r}: {reason}; "
             "set both, or choose another group, model=..."

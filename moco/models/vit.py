@@ -78,7 +78,7 @@ def _check(dim: int, heads: int, img_size: int, patch_size: int, stem: str, free
     if dim < 4 or dim % 4 or heads < 1 or dim % heads:
         raise ValueError(f"model.options: dim={dim} must be a multiple of 4 and of heads={heads}")
     if patch_size < 1 or img_size < 1 or img_size % patch_size:
-        raise ValueError(f"model.options.patch_size={patch_size} must divide img_size={img_size} (augment.size)")
+        raise ValueError(f"model.options.patch_size={patch_size} must divide img_size={img_size}")
     if stem not in ("patch", "conv"):
         raise ValueError(f"model.options.stem={stem!r} must be 'patch' or 'conv'")
     if stem == "conv" and (patch_size != 16 or dim % 8 or freeze_patches):
@@ -115,8 +115,8 @@ def _check_size(img_size: int, network: nn.Module, inputs: tuple[Tensor, ...]) -
     height, width = inputs[0].shape[-2:]
     if (height, width) != (img_size, img_size):
         raise ValueError(
-            f"images of {height}x{width} px are invalid for a ViT with positions for {img_size}x{img_size}: "
-            f"set augment.size={img_size}, or model.options.img_size for a new one"
+            f"images of {height}x{width} pixels are invalid for a ViT with img_size={img_size}: its positions are for "
+            f"{img_size}x{img_size}"
         )
 
 

@@ -16,6 +16,7 @@ from moco.data.sources import FolderSource
 from moco.evaluation.features import EvalTransform, stream
 from moco.evaluation.subject import open_subject, weights_digest
 from moco.interop.encoder_file import EncoderFile, read_encoder
+from moco.interop.image_size import fit_to_size
 from moco.reporting.gallery import ImageSet
 from moco.retrieval.embed import build_network
 from moco.retrieval.store import Embedding, open_embedding, read_about
@@ -91,6 +92,7 @@ def _encoder(config: SearchConfig, index: Embedding) -> EncoderFile:
         path = Path(about["source"])
         require(path.is_file(), f"index={config.index}: its encoder {path} does not exist; set checkpoint=FILE")
         file = read_encoder(path, about["weights"], about["backbone"], about["options"])
+        file = fit_to_size(file, index.about["look"]["size"], "the size of its images")
     require(
         weights_digest(file, index.about["features"]) == about["sha256"],
         f"index={index.folder} was made with another encoder ({about['source']}, step {about['step']}) than "

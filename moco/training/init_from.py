@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moco.builder import KeyQueue
 from moco.config import ConfigError, TrainConfig, require
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, State, build, is_valid, load_all, read_encoder
+from moco.interop.image_size import fit_to_size, with_positions_of
 
 
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
@@ -40,7 +41,8 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     complaint = f"init_from={path} ({file.layout}: {file.backbone}) does not fit model.backbone={model.backbone}"
     with_head = all(_fits(network.get_submodule("head"), each.head_weights) for network, each in networks)
     for network, each in networks:
-        load_all(network.get_submodule("backbone"), each.weights, complaint)
+        backbone = network.get_submodule("backbone")
+        load_all(backbone, with_positions_of(backbone, model.backbone, each.weights), complaint)
         if with_head:
             load_all(network.get_submodule("head"), each.head_weights, complaint)
     if (file.backbone, file.options) != (model.backbone, model.options):
@@ -109,7 +111,7 @@ def _refuse_other_features(config: TrainConfig, file: EncoderFile, backbone: nn.
     images = torch.arange(2 * 3 * size**2, dtype=torch.float32, device=device).sin().view(2, 3, size, size)
     training = backbone.training
     try:
-        theirs: Tensor = build(file).get_submodule("backbone").to(device)(images)
+        theirs: Tensor = build(fit_to_size(file, size, "augment.size")).get_submodule("backbone").to(device)(images)
         ours: Tensor = backbone.eval()(images)
     finally:
         backbone.train(training)

@@ -1,0 +1,55 @@
+"""Check before training that a network takes the images of a run and returns one feature vector per image."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def output_error(network: nn.Module, size: int) -> str:
+    """Return why a backbone does not compute features (2, num_features) from images (2, 3, S, S); "" if it does.
+
+    The images pass on the meta device, which computes shapes only, in less than 0.2 s. If that fails, they pass on the
+    device of the weights, because a network may hold tensors that are no parameters or buffers.
+
+    Args:
+        network: a backbone with the attribute `num_features`, on any device; it is not changed.
+        size: S.
+    """
+    wanted = (2, network.num_features)
+    with _evaluating(network), torch.no_grad():
+        try:
+            found = _shape(_on_meta(network, size))
+        except Exception:
+            try:
+                found = _shape(network(torch.zeros(2, 3, size, size, device=next(network.parameters()).device)))
+            except Exception as error:  # whatever the network raises
+                text = " ".join(str(error).split())
+                return f"it fails for images of {size}x{size} pixels ({text[:300] or type(error).__name__})"
+    if found == wanted:
+        return ""
+    return f"for 2 images of {size}x{size} pixels it returns {found}, not features of shape {wanted}"
+
+
+def _on_meta(network: nn.Module, size: int) -> Any:
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    images = torch.zeros(2, 3, size, size, device="meta", dtype=next(network.parameters()).dtype)
+    return torch.func.functional_call(network, on_meta, (images,))
+
+
+def _shape(output: Any) -> Any:
+    return tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
