@@ -39,6 +39,8 @@ def write_projector(run: Run, images: ImageFeatures, each: Map | None) -> Path:
         shutil.rmtree(folder, ignore_errors=True)  # add_embedding would append to an earlier embedding
         with SummaryWriter(str(folder)) as writer:
             writer.add_embedding(features, metadata, small.float() / 255, run.step, "backbone", header)
+        for events in folder.glob("events.out.tfevents.*"):  # empty; TensorBoard would list the folder as another run
+            events.unlink()
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written ({error.strerror}): set projector=false") from error
     return folder
