@@ -22,7 +22,7 @@ from moco.evaluation.features import EvalTransform, extract
 from moco.evaluation.finetune import evaluate_finetune, pick, view_of
 from moco.evaluation.metrics import compute_metrics, mean_interval
 from moco.evaluation.subject import open_subject
-from moco.evaluation.task import Result
+from moco.evaluation.task import Result, interval_note
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
 from moco.runtime.errors import NonFiniteLoss
@@ -343,3 +343,7 @@ def test_a_damaged_results_file_is_refused_before_training(encoder: str, tmp_pat
 def test_frozen_bn_without_pretraining_warns(encoder: str, tmp_path: Path) -> None:
     with pytest.warns(RunWarning, match=r"bn=frozen .*untrained"):
         evaluate_finetune(configured(encoder, tmp_path, encoders=["untrained"], bn="frozen", min_steps=1))
+
+
+def test_the_interval_of_fewer_than_three_seeds_is_called_uncertain() -> None:
+    assert ["means little" in interval_note(seeds) for seeds in (1, 2, 3, 5)] == [False, True, False, False]

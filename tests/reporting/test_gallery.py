@@ -100,3 +100,11 @@ def test_the_contact_sheet_contains_its_tiles(tmp_path: Path, height: int, width
     area = 168 * 168 * min(height, width) / max(height, width)
     assert shown == pytest.approx(3 * area, rel=0.15, abs=400)
     assert sheet.shape[1] == 12 + 2 * (168 + 12)
+
+
+def test_a_page_without_images_says_so_and_a_query_has_a_row_of_its_own(tmp_path: Path) -> None:
+    write_html(tmp_path / "none.html", "t", "a", [])
+    assert "No images to show." in (tmp_path / "none.html").read_text()
+    tiles = [Tile(None, "query", "q", marked=True), Tile(None, "0.9", "n")]
+    write_html(tmp_path / "some.html", "t", "a", [Section("q", tiles), Section("group", tiles[1:])])
+    assert (tmp_path / "some.html").read_text().count('<section class="of-query">') == 1
