@@ -67,8 +67,8 @@ class FinetuneConfig(SubjectConfig):
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
     """Precision of the computation."""
     validation: float = bounded(0.0, ge=0, lt=1)
-    """Fraction of each class of the training split to evaluate on instead of the held-out split, to choose settings.
-    The other images are trained on. 0: evaluate on the held-out split."""
+    """For choosing settings: fraction of the training split, taken from each class, to evaluate on; training uses the
+    other images. 0: evaluate on the held-out split."""
     view: dict[str, Any] = field(default_factory=dict)
     """Fields of the training augmentation to change, each as +view.NAME=VALUE; docs/config/augment.md lists them. The
     others are those of the run's first view; without a run, crops of 8 to 100 % of the area and a horizontal flip."""

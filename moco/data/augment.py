@@ -5,7 +5,7 @@ draw (law 2). So the host knows the samples of each operation and never waits fo
 are sent in two queued copies.
 
     params = draw(view, seed, epoch, index, stream)
-    crops = crop_batch(images, params.crop, view)        # resident; a loader's worker calls crop_one
+    crops = crop_batch(images, params.crop, view)        # of a resident set; loader processes call crop_one
     query = augment(crops, params, view)
 
 The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flip,

@@ -98,8 +98,7 @@ def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
     """Convert a box of the full image to the image that was decoded at 1 / factor of its size.
 
     Both boxes are (top, left, height, width) in pixels of their image; height and width must be at least `factor`.
-    Edges are rounded to the nearest pixel of the smaller image. If the box has at least S pixels per side there, this
-    moves an edge by at most half a pixel of the view.
+    Edges are rounded to pixels there: by at most half a pixel of the view if the box has at least S pixels per side.
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])

@@ -250,7 +250,7 @@ def _decode_deep_png(data: bytes) -> NDArray[np.int32]:
 
 
 def _deep_color(image: Image.Image, data: bytes, bits: int) -> Image.Image:
-    """Return an image with 16 bits per channel, of which the lower `bits` are used, with 8; raise a ValueError."""
+    """Convert an image of 16 bits per channel, of which the lower `bits` are used, to 8 bits; only PNGs can be."""
     if image.format != "PNG":
         raise ValueError(
             f"a {image.format} with 16 bits per color, of which only the upper 8 are read, but data.bits={bits}: "

@@ -23,7 +23,7 @@ Rows = NDArray[np.int64]
 
 
 def content_groups(source: Source, progress: Progress | None = None) -> Rows:
-    """Return for each image the first image with the same content: (N,); an image without a copy has itself.
+    """Return for each image the first image with the same content, (N,): itself for an image without an earlier copy.
 
     Collective: each rank reads a part. `progress` is called with (done, total). An unreadable image has no copy.
     """

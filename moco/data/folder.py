@@ -166,12 +166,11 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, leas
     if tree.broken and not keep_unlistable and is_rank_zero():
         named = [f"{path} -> {target}" for path, target in sorted(tree.broken.items())]
         warnings.warn(f"{where}: {len(named)} broken links are ignored: {first_names(named, 3)}", RunWarning, 2)
-    packed = np.array([os.fsencode(path) for path in paths])
+    encoded_paths = np.array([os.fsencode(path) for path in paths])
     left_out: dict[str, Any] = {"ignored": tree.ignored, "unlistable": tree.unlistable, "broken": tree.broken}
     if labels == "none":
-        return FolderSource(folder, packed, **left_out)
-    outside = [path for path in paths if "/" not in path]
-    if outside:
+        return FolderSource(folder, encoded_paths, **left_out)
+    if outside := [path for path in paths if "/" not in path]:
         raise ValueError(
             f"{where} has {len(outside)} images outside class folders ({first_names(outside, 3)}): "
             "move each into the folder of its class, or set data.labels=none"
@@ -179,4 +178,4 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, leas
     if len(classes) < least:
         raise ValueError(f"{where} has one class folder only ({classes[0]}): at least two are needed")
     indices, classes = read_labels(owners, where, "set data.labels=none", least=least)
-    return FolderSource(folder, packed, indices, classes, **left_out)
+    return FolderSource(folder, encoded_paths, indices, classes, **left_out)

@@ -128,8 +128,7 @@ def _similar(extra: Sequence[str], training: Sequence[str]) -> str:
     """Return a hint if a class differs from one of training in its Unicode form or its case only."""
     for name in extra:
         for other in training:
-            form = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other)
-            if form:
+            if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other):
                 return f" ({name!a} and {other!a} look equal but differ in their Unicode form: rename one)"
             if unify(name) == unify(other):
                 return f" ({name} and {other} differ in upper and lower case: rename one)"

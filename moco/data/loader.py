@@ -29,7 +29,7 @@ from moco.data.workers import LoaderError, identity_collate, ignore_signals, loa
 class Batch:
     """This rank's share of one global batch."""
 
-    index: Tensor  # (n,), of the images that are used: for a substitute its own index, which queue and labels need
+    index: Tensor  # (n,), the images that are used; a substitute has its own index, for the queue and the labels
     views: list[Tensor]  # V of (n, 3, S, S), float32, normalized
 
 
@@ -49,8 +49,8 @@ def batches(
         device: computes the augmentation and holds the batches.
         workers: number of loader processes; 0 decodes in this process.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
-            random numbers of the views stay those of the original sample, so a substitute that is in the batch itself
-            gets other views. None: an unreadable image ends the run.
+            random numbers of the views stay those of the original sample, so the views of a substitute differ from its
+            own. None: an unreadable image ends the run.
 
     Raises:
         ImageError: for an unreadable image that is not replaced.

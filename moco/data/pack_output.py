@@ -79,8 +79,7 @@ def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
         images = {}
         for number, (name, source) in enumerate(splits.items()):
             labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64))
-            # 24 of the 64 hexadecimal digits are enough to notice other labels.
-            labels_digest = digest({"classes": list(source.classes), "labels": labels})[:24]
+            labels_digest = digest({"classes": list(source.classes), "labels": labels})[:24]  # of 64 digits: enough
             images[name] = {"count": len(source), "sha256": source.content_digest(), "labels": labels_digest}
             progress(number + 1, len(splits))
     quality = config.quality if config.short_side else None
@@ -122,8 +121,7 @@ def begin(output: Path, requested: dict[str, Any]) -> None:
         refuse_other_settings(output, found, requested)
         return
     others = sorted(each.name for each in output.iterdir() if each.name not in (".lock", PARTS))
-    example = ", ".join(others[:1])
-    require(not others, f"output={output} contains other files ({example}) and no shards: choose another folder")
+    require(not others, f"output={output} contains no shards, but {', '.join(others[:1])}: choose another folder")
     with write_errors(output):
         _write_settings(output, requested)
 

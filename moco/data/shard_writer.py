@@ -27,7 +27,6 @@ from moco.data.walk import IMAGE_FORMATS
 from moco.data.workers import in_order
 
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # other endings equal the format's name
-
 _LONGEST_JPEG = 65_500  # pixels, PIL's limit
 
 

@@ -174,9 +174,8 @@ def _candidates(
 def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor | None, mask: Tensor | None) -> Tensor:
     """Check the shapes and return the samples of each anchor's class in the global batch, boolean (N, M)."""
     shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"
-    if embeddings.ndim != 3 or others.ndim != 3 or embeddings.shape[::2] != others.shape[::2]:
-        raise ValueError(f"{shapes} must have shapes (V, N, C) and (V, M, C)")
-    if 0 in embeddings.shape:
+    fits = embeddings.ndim == others.ndim == 3 and embeddings.shape[::2] == others.shape[::2]
+    if not fits or 0 in embeddings.shape:
         raise ValueError(f"{shapes} must have shapes (V, N, C) and (V, M, C), each at least 1")
     check_floating(embeddings=embeddings, others=others)
     samples, total = embeddings.shape[1], others.shape[1]

@@ -16,7 +16,7 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
     Args:
         step: 0-based optimizer step.
         steps_per_epoch, epochs: the length of training.
-        optim: of which this uses `schedule` ("cosine" from 1 to `lr_end`; "step", multiplied by `gamma` at each of
+        optim: uses its `schedule` ("cosine" from 1 to `lr_end`; "step", multiplied by `gamma` at each of
             the epochs `milestones`; or "constant"), `warmup_epochs` (linear; the cosine covers the rest),
             `warmup_from_zero`, and `per_epoch` (hold the value of the epoch's first step, as in facebookresearch/moco).
 
@@ -25,9 +25,9 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
     """
     epoch = step // steps_per_epoch if optim.per_epoch else step / steps_per_epoch
     if epoch < optim.warmup_epochs:
-        ahead = 0 if optim.warmup_from_zero else 1  # 1: no step has learning rate 0
-        done = epoch + ahead if optim.per_epoch else (step + ahead) / steps_per_epoch
-        return min(1.0, done / optim.warmup_epochs)  # warm-up may end within a step, or within an epoch that is held
+        offset = 0 if optim.warmup_from_zero else 1  # 1: no step has learning rate 0
+        done = epoch + offset if optim.per_epoch else (step + offset) / steps_per_epoch
+        return min(1.0, done / optim.warmup_epochs)  # the warm-up may end between two steps, or two held epochs
     if optim.schedule == "constant":
         return 1.0
     if optim.schedule == "step":

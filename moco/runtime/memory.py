@@ -63,7 +63,7 @@ def explain_out_of_memory(device: torch.device, fix: str) -> Iterator[None]:
 
 
 def training_fix(batch_size: int, processes: int, accumulate: int, on_gpu: bool, precision: str) -> str:
-    """Return the end of the sentence for a training step; on a GPU, half precision halves the memory."""
+    """Return the settings to change if a training step does not fit, as `fix` of `explain_out_of_memory`."""
     lower = ", precision=bf16" if on_gpu and precision == "fp32" else ""
     return (
         f"a micro-batch has {batch_size // processes // accumulate} images ({batch_size=} / {processes} processes / "

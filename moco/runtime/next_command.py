@@ -9,7 +9,7 @@ from typing import Any
 
 from moco.config.subject import SubjectConfig
 
-# Text that Hydra reads unchanged without quotes, which are always correct but hard to read.
+# Text that needs no quotes for Hydra to read it unchanged. (Quotes would always be correct, but they are hard to read.)
 _UNQUOTED = re.compile(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*")
 _KEYWORDS = {"true", "false", "null", "nan", "inf"}  # Hydra reads these as values
 

@@ -1,6 +1,6 @@
 """Stop a run before its end without losing a step: signals, the time limit, and the exit status.
 
-Does not import torch: commands know `Preempted` before there is work to do.
+Does not import torch, which is slow: every command imports `Preempted` at its start.
 """
 
 import os
@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 PREEMPTED = os.EX_TEMPFAIL  # 75, "try again later": running the same command again resumes
-INTERRUPTED = 130  # the exit status that shells report after Ctrl-C; a loop in a shell script ends too
+INTERRUPTED = 130  # the exit status that shells report after Ctrl-C, and at which a loop in a shell script ends
 
 
 class Reason(IntEnum):

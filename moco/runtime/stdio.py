@@ -14,7 +14,6 @@ from typing import IO
 
 BROKEN_PIPE = 128 + signal.SIGPIPE  # 141, the exit status that shells report for a closed pipe
 
-
 # Control characters, invisible and bidirectional marks, lone surrogates (bytes of a name that are not UTF-8) and the
 # separators of lines and paragraphs.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
