@@ -27,6 +27,7 @@ from moco.data.opening import open_sources
 from moco.data.pack_output import Part, part_path, read_part
 from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_digest
 from moco.data.shard_writer import PackedImage, ShardWriter, encode_in_workers
+from moco.data.sources import refuse_output_inside
 from moco.data.unreadable import refuse_many
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, log_next, progress_bar, summary_panel
@@ -47,6 +48,7 @@ def pack(config: PackConfig) -> None:
     """Do the work of `moco.pack`."""
     started, output = time.monotonic(), Path(config.output)
     data = replace(config.data, resident=False)  # a few images at a time are enough
+    refuse_output_inside(data, "output", output)
     sources = open_sources(data, bank_size=0, keep_unreadable=True)
     bank = None if sources.bank is sources.train else sources.bank
     named = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)

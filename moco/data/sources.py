@@ -6,9 +6,11 @@ To add a kind: write a module with a source (`moco.data.base.Source`) and a func
 Legend: N images.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moco.config import DataConfig
-from moco.config.base import check_bounds
+from moco.config.base import check_bounds, require
 from moco.config.data import check_data_fields
 from moco.data.arrays import SPLIT_SEED, ArraySource, open_cifar, open_digits, open_stl10
 from moco.data.base import Progress, Source, Sources
@@ -36,6 +38,7 @@ class Kind(NamedTuple):
 
     open: Callable[..., Sources]  # called with the DataConfig
     root: str = "the folder that contains the data set"  # what data.root must be set to; "" if it is not used
+    searched: tuple[str, ...] = ()  # folders below data.root in which every image is part of the data set
 
 
 _DOWNLOADED = "the folder that contains the data set, or into which data.download=true downloads it"
@@ -45,11 +48,11 @@ SOURCES: dict[str, Kind] = {
     "cifar10": Kind(partial(open_cifar, "CIFAR10"), root=_DOWNLOADED),
     "cifar100": Kind(partial(open_cifar, "CIFAR100"), root=_DOWNLOADED),
     "stl10": Kind(open_stl10, root=_DOWNLOADED),
-    "imagenet": Kind(open_imagenet),
-    "folder": Kind(open_folder),
+    "imagenet": Kind(open_imagenet, searched=("train", "val")),
+    "folder": Kind(open_folder, searched=("",)),
     "shards": Kind(open_shards, root="the output of moco.pack"),
     "webdataset": Kind(open_remote, root="addresses of tar files, such as 'https://HOST/train-{000000..000099}.tar'"),
-    "huggingface": Kind(open_hub, root="a name on the hub, or the folder of a data set"),
+    "huggingface": Kind(open_hub, root="a name on the hub, or the folder of a data set", searched=("",)),
 }
 
 
@@ -100,6 +103,30 @@ def _require_members(source: Source | None, config: DataConfig) -> None:
         raise TypeError(
             f"data.name={config.name}: {type(source).__name__} lacks {', '.join(missing)}; derive it from "
             "moco.data.base.Source (docs/howto/extend.md)"
+        )
+
+
+def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> None:
+    """Refuse an output directory in a folder that is searched for images: its images would become part of the data.
+
+    Args:
+        config: the data set.
+        field: the field that names the directory, for the error.
+        output: the directory, which need not exist.
+
+    Raises:
+        ConfigError: if the directory lies there.
+    """
+    searched = SOURCES[config.name].searched if config.name in SOURCES else ()
+    folders = [("data.root", config.root, part) for part in searched] if config.root else []
+    folders += [("data.eval_root", config.eval_root, "")] if config.eval_root else []
+    place = Path(os.path.realpath(output))
+    for name, root, part in folders:
+        folder = Path(os.path.realpath(os.path.join(os.path.expanduser(root), part)))
+        require(
+            not (folder.is_dir() and place.is_relative_to(folder)),
+            f"{field}={output} lies in {name}={root} ({folder}), so its images would become part of the data: "
+            f"set {field} to a directory outside, such as {folder.parent / ('output' if place == folder else place.name)}",
         )
 
 

@@ -18,7 +18,7 @@ from moco.data.duplicates import content_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
 from moco.data.opening import open_sources
-from moco.data.sources import Source, Sources
+from moco.data.sources import Source, Sources, refuse_output_inside
 from moco.digest import digest
 from moco.distributed import is_rank_zero
 from moco.evaluation.features import EvalTransform
@@ -147,6 +147,8 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
     fix = "set data.name=folder data.root=IMAGES, or another data set whose images can be read one by one"
     require(data.name != "webdataset", f"data.name=webdataset can be read from start to end only: {fix}")
     try:
+        if config.output:
+            refuse_output_inside(data, "output", config.output)
         return open_sources(data, bank_size=0)
     except FileNotFoundError as error:
         of_run = {name: path for name, path in _paths(data).items() if getattr(config.data, name) is None}

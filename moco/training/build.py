@@ -13,6 +13,7 @@ from torch import nn
 from moco.config import TrainConfig
 from moco.data.base import Sources
 from moco.data.opening import open_sources
+from moco.data.sources import refuse_output_inside
 from moco.distributed import on_rank_zero, world_size, wrap_ddp
 from moco.methods.build import build_method
 from moco.models.norm import set_calls_per_step
@@ -30,6 +31,7 @@ Labels = NDArray[np.int64]  # (samples,)
 def open_data(config: TrainConfig, watchdog: Watchdog) -> tuple[Sources, Identity]:
     """Open the data set and check that all ranks have the same images."""
     data, bank_size = config.data, config.evaluate.bank_size
+    refuse_output_inside(data, "run", config.run)
     keep_unreadable = data.on_bad_image == "replace"
     # Downloads run in other libraries, which report no progress.
     downloads = data.download or data.name == "huggingface"

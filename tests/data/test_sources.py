@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from moco.config import DataConfig, RunWarning, config_dir
+from moco.config import ConfigError, DataConfig, RunWarning, config_dir
 from moco.data.base import names_digest
 from moco.data.decode import ImageError
-from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source
+from moco.data.sources import SOURCES, ArraySource, FolderSource, Source, load_source, refuse_output_inside
 from moco.data.unreadable import find_unreadable
 from tests.data.unreadable_files import forbid
 
@@ -580,3 +580,21 @@ def test_real_cifar_jpegs(tmp_path: Path) -> None:
     assert train.images.shape == (600, 3, 32, 32)
     with Image.open(tmp_path / train.name(599)) as opened:
         assert (train.images[599].permute(1, 2, 0).numpy() == np.asarray(opened.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("output", ["photos", "photos/runs/a", "photos/../photos/x", "link/a", "held/out"])
+def test_an_output_among_the_images_is_refused(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise its images join the data: the run cannot resume, and its folder becomes a class."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/cat", "held", "beside"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to("photos/cat")
+    data = DataConfig(name="folder", root="photos", eval_root="held")
+    with pytest.raises(ConfigError, match=rf"run={output} lies in data\.(eval_)?root="):
+        refuse_output_inside(data, "run", output)
+    for other in ("beside", "photos2", "runs/a"):
+        refuse_output_inside(data, "run", other)
+    refuse_output_inside(DataConfig(name="digits"), "run", output)
+    with pytest.raises(ConfigError, match=r"data\.root=\."):
+        refuse_output_inside(DataConfig(name="folder", root="."), "run", "runs/a")
+    refuse_output_inside(DataConfig(name="imagenet", root="."), "run", "runs/a")  # only train/ and val/ are searched

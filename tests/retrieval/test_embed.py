@@ -220,7 +220,7 @@ def test_a_different_embedding_is_refused(
         embed(config(made, output, normalize=True, dtype="float16", images=ImagesConfig(size=8)))
     assert contents(output) == before
     with pytest.raises(ConfigError, match=r"output=.*00.png, 01.png, 02.png"):
-        embed(config(made, made[1]))
+        embed(config(made, tmp_path / "fewer"))
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         with pytest.raises(Killed):
