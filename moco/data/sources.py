@@ -123,10 +123,11 @@ def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> 
     place = Path(os.path.realpath(output))
     for name, root, part in folders:
         folder = Path(os.path.realpath(os.path.join(os.path.expanduser(root), part)))
+        outside = folder.parent / ("output" if place == folder else place.name)
         require(
             not (folder.is_dir() and place.is_relative_to(folder)),
             f"{field}={output} lies in {name}={root} ({folder}), so its images would become part of the data: "
-            f"set {field} to a directory outside, such as {folder.parent / ('output' if place == folder else place.name)}",
+            f"set {field} to a directory outside, such as {outside}",
         )
 
 
