@@ -48,6 +48,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_name(path)
     with write_errors(path):
+        if path.exists() and not (path.is_file() or path.is_dir()):  # renaming would replace /dev/null by a file
+            raise OSError(errno.EEXIST, "a device or pipe, not a file")
         try:
             yield temporary
             flush(temporary)  # some file systems report a full disk only now

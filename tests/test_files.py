@@ -131,3 +131,14 @@ def test_a_lock_holds_against_other_processes_until_it_is_closed(tmp_path: Path)
     with lock(tmp_path / "a.lock"):
         assert not locked_by_child(wait=False)
     assert locked_by_child(wait=True)
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(WriteError, match=rf"{path.name} cannot be written"), atomic_write(path) as temporary:
+            temporary.write_text("x")
+    assert pipe.is_fifo()
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 
 from moco.runtime.stdio import printable
+from moco.runtime.watchdog import Watchdog
 from tests.fuzz.cases import Case, cases
 from tests.fuzz.world import baseline, call
 
@@ -57,7 +58,9 @@ def run_one(command: str, case: Case, world: Path, scratch: Path) -> tuple[str, 
     out, err = io.StringIO(), io.StringIO()
     status: object = 0
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with _restored(scratch), mock.patch.dict(os.environ, case.environment), _limits(), streams[0], streams[1]:
+    # A tiny hang_after ends the process: that of the tests.
+    environment, no_exit = mock.patch.dict(os.environ, case.environment), mock.patch.object(Watchdog, "_exit")
+    with _restored(scratch), environment, no_exit, _limits(), streams[0], streams[1]:
         try:
             call(command, *baseline(command, world), *case.overrides)
         except SystemExit as error:
