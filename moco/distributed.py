@@ -130,9 +130,9 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
     ranks, me, n = world_size(), rank(), len(x)
     if ranks == 1:
         return x[torch.from_numpy(order).to(x.device)]
-    wanted = order.reshape(ranks, n)  # row r: the global positions that rank r receives
-    owner = wanted // n
-    outgoing = [wanted[r][owner[r] == me] - me * n for r in range(ranks)]  # in the order in which r holds them
+    positions = order.reshape(ranks, n)  # row r: the global positions that rank r receives
+    owner = positions // n
+    outgoing = [positions[r][owner[r] == me] - me * n for r in range(ranks)]  # in the order that rank r needs
     received = x.new_empty(x.shape)
     dist.all_to_all_single(
         received,

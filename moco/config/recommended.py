@@ -6,7 +6,7 @@ LARGEST_QUEUE = 65_536  # of MoCo v1 and v2 on ImageNet (He et al., 2020)
 INITIAL_SHARE = 1e-3  # the share of its initial weights that the momentum encoder keeps until the end of a run
 FEW_IMAGES = 200  # with fewer images, train only from published weights, see docs/howto/own_images.md
 SMALL_SET = 20_000  # with fewer images, train a small network, as on a laptop
-SMALL_BATCH, FEWEST_EPOCHS = 32, 10
+SMALL_BATCH, FEWEST_EPOCHS = 32, 10  # of the recipe for a small set
 BUDGET = 60_000  # epochs times images: about ten minutes on two CPU cores
 
 

@@ -104,7 +104,7 @@ class Source(Protocol):
 
     @abstractmethod
     def content_digest(self) -> str:
-        """Return the SHA-256 over the names and the content, in order, wherever the data set lies.
+        """Return the SHA-256 over the names and the content, in order; it does not depend on the data set's folder.
 
         Content means the pixels of images in memory, size and modification time of files, and checksums of shards.
         """

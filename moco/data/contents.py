@@ -47,7 +47,7 @@ def class_counts(source: Source) -> dict[str, int]:
 
 
 def classes_without_images(source: Source) -> list[str]:
-    """Return the classes of which a labeled source has no image."""
+    """Return the classes that have no image in a labeled source."""
     return [printable(name) for name, count in class_counts(source).items() if not count]
 
 

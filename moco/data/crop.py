@@ -8,8 +8,7 @@ Both routes reduce a crop in one of two ways. With antialiasing a pixel is the w
 covers; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both ways
 agree. Pixels outside the box have no influence.
 
-Legend: N samples, H x W the image, S the crop's output size, K weights (taps) per output pixel, L a length in pixels,
-T = TRIES, D = CROP_DRAWS.
+Legend: N samples, H x W image, S output size, K weights (taps) per output pixel, L a length, T = TRIES, D = CROP_DRAWS.
 """
 
 import functools

@@ -232,7 +232,7 @@ def highest_value(data: bytes) -> int:
 
 
 def _is_deep_color(image: Image.Image) -> bool:
-    """Return whether an image that is not loaded has 16 bits per channel, of which PIL reads the upper 8 only."""
+    """Return whether an image that is not loaded has color of 16 bits per channel: PIL reads only the upper 8."""
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
     return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)
 
@@ -250,11 +250,11 @@ def _decode_deep_png(data: bytes) -> NDArray[np.int32]:
 
 
 def _deep_color(image: Image.Image, data: bytes, bits: int) -> Image.Image:
-    """Convert an image of 16 bits per channel, of which the lower `bits` are used, to 8 bits; only PNGs can be."""
+    """Convert a PNG that uses the lower `bits` of 16 bits per channel to 8 bits; raise ValueError for a TIFF."""
     if image.format != "PNG":
         raise ValueError(
-            f"a {image.format} with 16 bits per color, of which only the upper 8 are read, but data.bits={bits}: "
-            "convert it to 8 bits, or to PNG"
+            f"a {image.format} with 16 bits per color: only the upper 8 bits can be read, and data.bits={bits} needs "
+            "the lower ones; convert it to 8 bits, or to PNG"
         )
     values = _decode_deep_png(data)  # (C, H, W)
     colors = len(values) - (len(values) in (2, 4))

@@ -82,10 +82,10 @@ def _groups(sources: Sequence[Source], fingerprints: Rows, progress: Progress | 
             own |= found
             if progress is not None:
                 progress(done, len(rows))
-    every = {row: digest for part in all_gather_object(lambda: own) for row, digest in part.items()}
+    gathered = {row: digest for part in all_gather_object(lambda: own) for row, digest in part.items()}
     groups, first = np.arange(len(fingerprints)), dict[bytes, int]()
-    for row in sorted(every):
-        groups[row] = first.setdefault(every[row], row)
+    for row in sorted(gathered):
+        groups[row] = first.setdefault(gathered[row], row)
     return groups
 
 

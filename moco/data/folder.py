@@ -96,7 +96,7 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
             "training images: set two separate folders"
         )
     train = scan("data.root", root, labels, keep_unlistable)
-    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, least=1)
+    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1)
     return _with_classes_of(train, held_out, "data.eval_root", eval_root)
 
 
@@ -113,7 +113,7 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
         )
     parts = [os.path.join(config.root, part) for part in ("train", "val")]
     train = scan("data.root", parts[0], "folder", keep_unlistable)
-    val = scan("data.root", parts[1], "folder", keep_unlistable, least=1)
+    val = scan("data.root", parts[1], "folder", keep_unlistable, min_classes=1)
     return _with_classes_of(train, val, "data.root", parts[1])
 
 
@@ -124,7 +124,7 @@ def _with_classes_of(train: FolderSource, held_out: FolderSource, field: str, ro
     return labeled(train, replace(held_out, labels=labels, classes=train.classes))
 
 
-def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, least: int = 2) -> FolderSource:
+def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, min_classes: int = 2) -> FolderSource:
     """Find all images below a root, ordered by path.
 
     Args:
@@ -132,7 +132,7 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, leas
         root: the folder.
         labels: "none" or "folder".
         keep_unlistable: record the folders that cannot be listed in the source; False: raise an error.
-        least: the smallest number of classes, with labels.
+        min_classes: the smallest number of classes, with labels.
 
     Warns:
         RunWarning: about broken links without an image's name.
@@ -175,7 +175,7 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, leas
             f"{where} has {len(outside)} images outside class folders ({first_names(outside, 3)}): "
             "move each into the folder of its class, or set data.labels=none"
         )
-    if len(classes) < least:
+    if len(classes) < min_classes:
         raise ValueError(f"{where} has one class folder only ({classes[0]}): at least two are needed")
-    indices, classes = read_labels(owners, where, "set data.labels=none", least=least)
+    indices, classes = read_labels(owners, where, "set data.labels=none", min_classes=min_classes)
     return FolderSource(folder, encoded_paths, indices, classes, **left_out)

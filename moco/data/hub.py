@@ -68,8 +68,8 @@ class HubSource(Source):
             within = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
             paths = pc.struct_field(stored, "path").to_pylist()
             sizes += [size or (size_of(path, 0) if path else 0) for size, path in zip(within, paths, strict=True)]
-        every = (sizes[row] or -1 - i for i, row in enumerate(self.rows.tolist()))
-        return np.fromiter(every, np.int64, len(self))
+        fingerprints = (sizes[row] or -1 - i for i, row in enumerate(self.rows.tolist()))
+        return np.fromiter(fingerprints, np.int64, len(self))
 
     def encoded_names(self) -> Iterable[bytes]:
         return (os.fsencode(self.name(i)) for i in range(len(self)))
@@ -134,19 +134,19 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
     if column not in images:
         fix = f"; set data.image_column to one of {', '.join(images)}" if images else ""
         raise ValueError(f"data.image_column={column}: this column of {config.root} contains no images{fix}")
-    least = 2 if field == "split" else 1  # the held-out split may lack classes
-    labels, classes = _labels(table, config.label_column, where, least)
+    # The held-out split may lack classes.
+    labels, classes = _labels(table, config.label_column, where, min_classes=2 if field == "split" else 1)
     # Encoded, so that the same decoder as for files returns the same pixels and the same errors.
     encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     return HubSource(encoded, column, split, np.arange(len(table)), labels, classes)
 
 
-def _column(field: str, wanted: str, fitting: Sequence[str], present: Sequence[str], where: str, what: str) -> str:
+def _column(field: str, requested: str, fitting: Sequence[str], present: Sequence[str], where: str, what: str) -> str:
     """Return the column that a field names, or the only one that fits."""
-    if wanted:
-        if wanted not in present:
-            raise ValueError(f"data.{field}={wanted}: {where} has the columns {', '.join(present)}")
-        return wanted
+    if requested:
+        if requested not in present:
+            raise ValueError(f"data.{field}={requested}: {where} has the columns {', '.join(present)}")
+        return requested
     if len(fitting) > 1:
         raise ValueError(
             f"{where} has {len(fitting)} columns with {what} ({', '.join(fitting)}): set data.{field} to one of them"
@@ -156,14 +156,16 @@ def _column(field: str, wanted: str, fitting: Sequence[str], present: Sequence[s
     return fitting[0]
 
 
-def _labels(table: Any, wanted: str, where: str, least: int = 2) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
+def _labels(
+    table: Any, given: str, where: str, min_classes: int = 2
+) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """Return labels (N,) and class names; (None, ()) without a label column, or if every image is unlabeled."""
     import datasets
 
     fitting = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
-    if wanted == "none" or (not wanted and not fitting):
+    if given == "none" or (not given and not fitting):
         return None, ()
-    column = _column("label_column", wanted, fitting, table.column_names, where, "class labels")
+    column = _column("label_column", given, fitting, table.column_names, where, "class labels")
     field, fix = f"data.label_column={column} of {where}", "set data.label_column to another column or to none"
     kind = table.features[column]
     if not isinstance(kind, datasets.ClassLabel | datasets.Value):  # the values are not read: they may be images
@@ -171,4 +173,4 @@ def _labels(table: Any, wanted: str, where: str, least: int = 2) -> tuple[NDArra
             raise refuse_several(field, fix)
         raise ValueError(f"{field}: this column contains no classes; {fix}")
     values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    return read_labels(values, field, fix, kind.names if isinstance(kind, datasets.ClassLabel) else (), least)
+    return read_labels(values, field, fix, kind.names if isinstance(kind, datasets.ClassLabel) else (), min_classes)

@@ -18,7 +18,7 @@ SHOWN = 5  # how many names a message lists
 
 
 def read_labels(
-    values: Sequence[Any], where: str, fix: str, classes: Sequence[str] = (), least: int = 2
+    values: Sequence[Any], where: str, fix: str, classes: Sequence[str] = (), min_classes: int = 2
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
     """Return labels (N,) as indices into the class names, and these; (None, ()) if every image is unlabeled.
 
@@ -28,7 +28,7 @@ def read_labels(
         fix: what a user can set instead, for errors.
         classes: the names, if the values are indices into them. Empty: the classes are the values that occur, numbers
             in ascending order and texts in alphabetical order. True and false are two classes even if one is missing.
-        least: the smallest number of classes.
+        min_classes: the smallest number of classes.
 
     Raises:
         ValueError: if the values are not one class per image, or some images are unlabeled.
@@ -53,8 +53,8 @@ def read_labels(
         found = list(range(len(classes))) if classes else sorted(set(known))
         if outside := sorted(set(known) - set(found)):
             raise ValueError(f"{where}: label {outside[0]} is not an index of its {len(classes)} class names; {fix}")
-    if len(found) < least and not classes:
-        raise ValueError(f"{where}: all images have the label {found[0]!r}, and at least {least} are needed; {fix}")
+    if len(found) < min_classes and not classes:
+        raise ValueError(f"{where}: the only label is {found[0]!r}, and at least {min_classes} are needed; {fix}")
     index = {value: i for i, value in enumerate(found)}
     labels = np.fromiter((index[value] for value in known), np.int64, len(known))
     return labels, tuple(classes) if classes else tuple(map(str, found))

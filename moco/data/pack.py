@@ -206,9 +206,9 @@ def finish(
 def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: float) -> None:
     """Print the summary: the result, its files and the next command."""
     splits, output = index["splits"], Path(config.output)
-    every = list(splits.values())
-    shards = [shard for split in every for shard in split["shards"]]
-    parts = [part for split in every for part in split["parts"]]
+    entries = list(splits.values())
+    shards = [shard for split in entries for shard in split["shards"]]
+    parts = [part for split in entries for part in split["parts"]]
     before, after = sum(part["before"] for part in parts), sum(shard["bytes"] for shard in shards)
     skipped = Counter(kind for part in parts for _, kind, _ in part["skipped"])
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
@@ -221,7 +221,7 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
         ("size", f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now"),
         ("skipped", f"{sum(skipped.values()):,} ({kinds}), see {output / SKIPPED}" if skipped else "none"),
         ("time", duration(seconds)),
-        ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in every)}, the shards, {SKIPPED}"),
+        ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in entries)}, the shards, {SKIPPED}"),
     ]
     following = _next(config.data.name, output, splits["train"]["pictures"])
     is_command = following.startswith("python ")

@@ -95,12 +95,12 @@ def _files(stream: Any) -> Iterator[File]:
             parts = (part for part in info.name.split("/") if part not in (".", ".."))
             hidden = _OWN.match(info.name) or any(map(is_system_name, parts))
             if not info.isdir() and not hidden:
-                wanted = info.isreg() and info.name.lower().endswith(IMAGE_ENDINGS)
+                is_image = info.isreg() and info.name.lower().endswith(IMAGE_ENDINGS)
                 if info.issparse():
                     raise _SPARSE
-                if wanted and not 0 <= info.size <= MAX_BYTES:
+                if is_image and not 0 <= info.size <= MAX_BYTES:
                     raise tarfile.ReadError(f"{info.name} has {info.size:,} bytes, an image at most {MAX_BYTES:,}")
-                content = tar.extractfile(info) if wanted else None
+                content = tar.extractfile(info) if is_image else None
                 yield File(info.name, None if content is None else content.read())
             tar.members.clear()  # type: ignore[attr-defined] # tarfile would keep all headers in memory
         rest: Any = tar.fileobj

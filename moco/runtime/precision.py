@@ -14,14 +14,14 @@ ROUNDS = 3  # measured rounds, after one to warm up
 PIXELS = 4 * 224**2  # pixels of the images in one measured pass
 
 
-def pick_precision(wanted: str, encoder: nn.Module, size: int, device: torch.device) -> tuple[str, str]:
+def pick_precision(configured: str, encoder: nn.Module, size: int, device: torch.device) -> tuple[str, str]:
     """Return the precision to train in on images of `size` x `size`, and the reason in a few words.
 
     For "auto", a GPU uses bfloat16 if it has units for it. A CPU uses it if it has instructions for it (AMX, or AVX-512
     with BF16; others emulate it several times more slowly) and a copy of the encoder runs faster.
     """
-    if wanted != "auto":
-        return wanted, "as configured"
+    if configured != "auto":
+        return configured, "as configured"
     if device.type == "cuda":
         able = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bf16", "the GPU has units for it") if able else ("fp32", "the GPU has no bfloat16 units")

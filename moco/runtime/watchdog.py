@@ -81,9 +81,8 @@ def _describe(states: Sequence[RankState], ranks: Sequence[int]) -> str:
     groups: dict[str, list[int]] = {}
     for each in ranks:
         state = states[each]
-        text = f"at {state.location or 'an unknown line'}"
-        if state.silent_for:
-            text = f"no heartbeat for {state.silent_for:.0f} s"
+        place = f"at {state.location or 'an unknown line'}"
+        text = f"no heartbeat for {state.silent_for:.0f} s" if state.silent_for else place
         groups.setdefault(f"after step {state.done}, {text}" if state.done >= 0 else text, []).append(each)
     return "; ".join(f"{_list(each)} {text}" for text, each in groups.items())
 

@@ -56,7 +56,7 @@ def test_columns_of_classes(values: list[Any], labels: list[int] | None, classes
         ([[0, 1], [1]], "multi-label"),
         ([["a"], None], "multi-label"),
         ([np.array([0, 1]), np.array([1, 1])], "multi-label"),
-        ([3, 3], "all images have the label 3"),
+        ([3, 3], "the only label is 3"),
     ],
 )
 def test_refusals_name_the_column_the_cause_and_the_fix(values: list[Any], words: str) -> None:
