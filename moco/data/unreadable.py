@@ -33,8 +33,7 @@ def substitutes(i: int, length: int) -> list[int]:
     interrupted copy), and the image after the row would replace all of them.
     """
     words = philox((0, 0), (np.arange(TRIES), SUBSTITUTE, i, 0))  # (TRIES, 4)
-    drawn = (words[:, 0] << np.uint64(32) | words[:, 1]) % np.uint64(length)
-    return [int(each) for each in drawn]
+    return [int(each) for each in (words[:, 0] << np.uint64(32) | words[:, 1]) % np.uint64(length)]
 
 
 def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> tuple[int, Tensor]:
