@@ -244,6 +244,8 @@ def _refuse_shared_output(composed: list[DictConfig], schema: type) -> None:
 
 def _sentence(error: BaseException) -> str:
     """Return the reason of an error in words, without its number in Python's form "[Errno 2] ..."."""
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object} contains bytes that are not UTF-8: use another name"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or ("memory ran out" if isinstance(error, MemoryError) else type(error).__name__)
@@ -253,7 +255,8 @@ def _naming_field(sentence: str, config: Any) -> str:
     """Return a sentence about a path or a name with the field that holds it, which the code that failed cannot know."""
     for name, value in _texts(config) if is_dataclass(config) else ():
         at = sentence.find(value)
-        is_path = len(value) > 1 and ("/" in value or value.startswith("~"))  # another text may occur by chance
+        # A short text without a slash may occur by chance.
+        is_path = len(value) > 1 and ("/" in value or value.startswith("~") or len(value) > 40)
         if is_path and at >= 0 and name not in sentence and not sentence[:at].endswith(("=", "='")):
             return f"{sentence[:at]}{name}={sentence[at:]}"
     return sentence
@@ -362,6 +365,9 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
         return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"
     if field == "experiment" and "recipe" in known:
         return "there is no field 'experiment'; did you mean 'recipe'?"
+    recipe = next((each for each in sys.argv[1:] if each.lstrip("+").startswith("experiment=")), "")
+    if recipe and not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
+        return f"{recipe}: only moco.train has recipes; remove it"
     same = [repr(each) for each in known if each.endswith(f".{field}")]  # lr of optim.lr
     hint = f"; did you mean {_any_of(same)}?" if same else _did_you_mean(field, known)
     return f"there is no field {field!r}{hint}"

@@ -11,9 +11,9 @@ from moco.config.data import SubjectDataConfig
 class ImagesConfig:
     """The preparation of images for the encoder. A null field has the run's or the file's value, else ImageNet's."""
 
-    size: int | None = bounded(None, ge=1)
+    size: int | None = bounded(None, ge=1, le=65_536)
     """Side of the input images in pixels."""
-    resize: int | None = bounded(None, ge=0)
+    resize: int | None = bounded(None, ge=0, le=65_536)
     """Shorter side in pixels to which an image is resized before the central crop; 0: no resizing."""
     mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
     """Mean of each channel, subtracted from the pixels, which are in 0 ... 1."""

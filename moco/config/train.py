@@ -14,7 +14,7 @@ class AugmentConfig:
 
     views: int = bounded(2, ge=1)
     """Views per image. With more than two, the recipes of the first and the second view alternate."""
-    size: int = 224
+    size: int = bounded(224, ge=1, le=65_536)
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
     antialias: bool = True
@@ -39,7 +39,7 @@ class AugmentConfig:
     noise: list[float] = field(default_factory=lambda: [0.0, 0.0])
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
-    eval_resize: int = 0
+    eval_resize: int = bounded(0, ge=0, le=65_536)
     """Shorter side in pixels to which evaluation resizes an image before the central crop; 0: no resizing."""
     second: dict[str, Any] = field(default_factory=dict)
     """Fields that differ for the second view, e.g. {blur_p: 0.1, solarize_p: 0.2}."""

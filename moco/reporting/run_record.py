@@ -1,14 +1,11 @@
 """Read a run directory: configuration, metrics, evaluations and newest checkpoint."""
 
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from moco.analysis.doctor import Alarm, diagnose, facts_of
 from moco.config import ConfigError, MethodConfig, RunWarning, TrainConfig, require
@@ -17,6 +14,7 @@ from moco.runs import checkpoint
 from moco.runs.directory import untrained
 from moco.runs.metrics import Metrics, read_metrics
 from moco.runtime.next_command import next_commands
+from moco.untrusted import read_json, read_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +122,8 @@ def _configuration(path: Path) -> dict[str, Any]:
         f"run={path} contains no config.yaml, so it is not a run of moco.train: name the directory of a run",
     )
     try:
-        config = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        config = read_yaml(file)
+    except ValueError:
         config = None
     require(isinstance(config, dict), f"{file} is damaged, and there is no checkpoint: name another run")
     return dict(config)
@@ -133,7 +131,7 @@ def _configuration(path: Path) -> dict[str, Any]:
 
 def _results(file: Path) -> list[dict[str, Any]]:
     try:
-        known = json.loads(file.read_text()) if file.is_file() else []
+        known = read_json(file) if file.exists() else []
     except ValueError as error:
         raise ConfigError(f"{file} is damaged ({error}): move it away") from error
     require(isinstance(known, list), f"{file} is damaged (not a list): move it away")

@@ -7,7 +7,6 @@ images were skipped.
 Legend: D dimension.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from moco.config.base import ConfigError, optional_module, require
 from moco.data.sources import Source
 from moco.files import atomic_write, reserve, write_csv, write_json
 from moco.reporting.gallery import ImageSet
+from moco.untrusted import read_json
 
 FEATURES, PARTIAL, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
 _SELECTED = "features.tmp.npy"  # the readable rows of PARTIAL
@@ -173,7 +173,7 @@ def _selected(folder: Path, ids: Sequence[int]) -> Path:
 
 def _read(path: Path) -> About:
     try:
-        about = json.loads(path.read_text())
+        about = read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: remove {path.parent} and start again") from error
     if not isinstance(about, dict) or not {"encoder", "pictures", "unreadable"} <= about.keys():

@@ -15,6 +15,7 @@ from moco.files import atomic_write, write_errors
 from moco.methods import read_method
 from moco.runs.metrics import METRICS
 from moco.runtime.output_directory import LOCK, lock_directory
+from moco.untrusted import read_yaml
 
 # Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
 # data.on_bad_image and data.max_bad decide whether a run continues after an unreadable image, not what replaces it.
@@ -116,8 +117,8 @@ def _is_remnant(file: Path) -> bool:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        there = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
+        there = read_yaml(file)
+    except ValueError:
         there = None
     advice = "remove it, the checkpoints in the same directory hold the configuration"
     require(isinstance(there, dict), f"{file} is damaged: {advice}")

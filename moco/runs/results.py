@@ -1,6 +1,5 @@
 """results.json and the TensorBoard points of evaluations."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from moco.config import ConfigError
 from moco.distributed import on_rank_zero
 from moco.files import WriteError, lock, write_json
 from moco.runtime.provenance import provenance
+from moco.untrusted import read_json
 
 
 def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
@@ -57,7 +57,7 @@ def _open(folder: Path) -> Iterator[list[Any]]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder / ".results.lock", wait=True):
-            known = json.loads(file.read_text()) if file.exists() else []
+            known = read_json(file) if file.exists() else []
             if not isinstance(known, list):
                 raise ValueError("not a list")
             yield known

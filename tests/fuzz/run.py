@@ -80,7 +80,7 @@ def judge(status: object, err: str, case: Case) -> tuple[str, str]:
     lines = [line for line in err.splitlines() if line.strip() and not line.startswith("moco: warning: ")]
     if status == 0:
         return ("FAILED", f"traceback with status 0: {err[-200:]!r}") if "Traceback" in err else ("ok", "")
-    said = [line for line in lines if line.startswith("moco: ")]
+    said = [line for line in lines if line.startswith(("moco: ", "moco (rank "))]
     if status == 2 and lines and "error: " in lines[-1]:  # argparse, for an unknown flag
         return "refused", ""
     if status not in (1, 2, 75) or len(said) != 1 or len(lines) != 1:

@@ -4,7 +4,6 @@ Hydra's multirun is not used: it runs all jobs in one process, once per rank und
 Here each run is a process with its own directory, so the same command resumes the study.
 """
 
-import json
 import shlex
 import signal
 import sys
@@ -15,13 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
 from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation, matplotlib
 from moco.analysis.studies.measures import Run, measure
-from moco.config import ConfigError, DataConfig
+from moco.config import ConfigError, DataConfig, require
 from moco.config.subject import SubjectConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources
@@ -31,6 +29,7 @@ from moco.runtime.console import duration, log, log_next, percent, progress_bar,
 from moco.runtime.next_command import command, value_text
 from moco.runtime.preemption import PREEMPTED
 from moco.runtime.provenance import provenance
+from moco.untrusted import read_json, read_yaml
 
 RESULTS = "temperature.json"  # not results.json: the output may be a run, whose evaluations that file holds
 
@@ -132,7 +131,11 @@ def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
     """Refuse other settings of the runs; temperatures and seeds can be added to a study."""
     common = {name: getattr(config, name) for name in ("recipe", "overrides", "epochs")}
     file = output / "study.json"
-    before = json.loads(file.read_text()) if file.is_file() else common
+    try:
+        before = read_json(file) if file.exists() else common
+        require(isinstance(before, dict), "it is no study")
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}): remove it") from error
     different = [f"{name}={before.get(name)} (now {now})" for name, now in common.items() if before.get(name) != now]
     if different:
         raise ConfigError(
@@ -185,7 +188,7 @@ def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: 
     finished = sorted(run for run in planned if is_finished(run.folder))
     if not finished:
         return []
-    trained = yaml.safe_load((finished[0].folder / "config.yaml").read_text())
+    trained = read_yaml(finished[0].folder / "config.yaml")
     sources = open_sources(DataConfig(**trained["data"]), bank_size=trained["evaluate"]["bank_size"])
     runs = []
     with progress_bar("measuring", quiet=False) as progress:
