@@ -161,7 +161,11 @@ def _compose(name: str, schema: type[Schema]) -> list[Schema]:
         sys.argv = [sys.argv[0], *keep_text(sys.argv[1:], types)]
         # The command runs outside Hydra, which would print a traceback of its own for every error.
         compose = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
-        compose(lambda config: composed.append(_with_recipe(config)))()
+        try:
+            compose(lambda config: composed.append(_with_recipe(config)))()
+        except TypeError as error:  # Hydra's, for a list of options that are no names; it names nothing
+            lists = [each for each in sys.argv[1:] if re.match(r"[\w/+@]+=\[", each)]
+            raise ConfigError(f"{' '.join(lists or sys.argv[1:])}: a group takes one name, group=NAME") from error
     _refuse_shared_output(composed, schema)
     return [to_dataclass(each, schema) for each in composed]
 

@@ -135,7 +135,12 @@ def listed(names: Sequence[str], wanted: Sequence[str]) -> Rows:
             if ending in found:
                 found[ending].append(row)
     missing = [name for name, rows in found.items() if not rows]
-    _refuse(missing, "are not in the training split", "use the list of this data set")
+    fix = "use the list of this data set"
+    if any("\\" in name for name in missing):
+        fix = "write / between folders"
+    elif any(line.rpartition(" ")[0].endswith(tuple(names)) for line in missing):
+        fix = "write only the path on each line, without a label"
+    _refuse(missing, "are not in the training split", fix)
     ambiguous = [name for name, rows in found.items() if len(rows) > 1]
     _refuse(ambiguous, "match several images", "write their folders too, such as CLASS/NAME")
     rows = Counter(row for each in found.values() for row in each)

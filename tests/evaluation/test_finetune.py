@@ -303,6 +303,8 @@ def test_invalid_lists(encoder: str, tmp_path: Path) -> None:
         "": "is empty",
         "a_0.png\nz.png\n": r"few.txt: 1 .* not in the training split \(z.png\)",
         "a_0.png\nc_1.png\n": "lists no image of b",
+        "a\\a_0.png\n": "write / between folders",
+        "a/a_0.png 0\n": "only the path on each line",
     }.items():
         (tmp_path / "few.txt").write_text(text)
         with pytest.raises(ValueError, match=sentence):
