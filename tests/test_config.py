@@ -171,3 +171,10 @@ def test_a_recipe_fits_the_number_of_images(images: int, expected: dict[str, flo
 def test_the_recommended_momentum_stays_in_the_published_range() -> None:
     found = [momentum_for(steps) for steps in (0, 150, 700, 1680, 7000, 10**6)]
     assert found == [0.99, 0.99, 0.99, 0.996, 0.999, 0.999]
+
+
+def test_an_integer_that_libraries_cannot_hold_is_refused() -> None:
+    assert "epochs=99999999999999999999 must be at most 2147483647" in refusal(
+        lambda config: setattr(config, "epochs", 99_999_999_999_999_999_999)
+    )
+    check(TrainConfig(method=MoCoConfig(), seed=2**64 - 1))

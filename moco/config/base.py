@@ -32,6 +32,8 @@ def require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
+LARGEST = 2**31 - 1  # of an integer without a bound of its own: libraries take no more
+
 # The extras of pyproject.toml that a command may need, and their packages as pip names them.
 EXTRAS = {
     "figures": "matplotlib",
@@ -129,7 +131,7 @@ def bounded(default: Any, **bounds: Any) -> Any:
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Check all fields of a configuration and its groups against their bounds, and that all numbers are finite.
+    """Check all fields of a configuration and its groups against their bounds; all numbers must be finite, not huge.
 
     Raises:
         ConfigError: for the first invalid value, with its dotted field (after `prefix`) and what is accepted.
@@ -144,6 +146,8 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         bounds = each.metadata.get("bounds")
         error = bounds.error(name, value) if bounds and value is not None else ""
         require(not error, error)
+        if isinstance(value, int) and (bounds is None or bounds.lt is None):  # a seed has 64 bits
+            require(abs(value) <= LARGEST, f"{name}={value} must be at most {LARGEST}")
 
 
 def expand_paths(config: Any, prefix: str = "") -> None:

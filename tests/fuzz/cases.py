@@ -57,7 +57,8 @@ def _path(rng: random.Random, name: str, root: Path) -> Case:
     quoted = "'" + path.replace("'", "\\'") + "'"
     short = name.rpartition(".")[2]
     value = f"[{quoted}]" if short in ("runs", "query", "compare") else quoted
-    return Case((f"{name}={value}",), {}, (name, short) if path else (name, short, "no encoder"))
+    group = [f"{name.partition('.')[0]}."] if "." in name else []  # data.labels, for a folder of images
+    return Case((f"{name}={value}",), {}, (name, short, *group, *([] if path else ["no encoder"])))
 
 
 def _other(rng: random.Random, fields: list[str], root: Path) -> Case:
