@@ -18,6 +18,7 @@ from moco.data.duplicates import content_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
 from moco.data.opening import open_sources
+from moco.data.recorded import in_run_directory, recorded_data
 from moco.data.sources import Source, Sources, refuse_output_inside
 from moco.digest import digest
 from moco.distributed import is_rank_zero
@@ -92,7 +93,7 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
 
     Raises:
         ConfigError: if the data set is unknown, has no labels, a single class or no held-out split, or if the training
-            split lacks a class of the held-out split.
+            split lacks a class of the held-out split; see also `moco.data.recorded`.
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
     """
     sources = open_data(config, subject)
@@ -163,10 +164,11 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
 
 def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     """Return the run's data configuration, or for another data set the defaults, with the overrides of `config`."""
-    overrides = config.data.overrides()
-    of_run = subject.file.config.get("data", {})
+    overrides, source = config.data.overrides(), subject.file.source
+    trusted = bool(config.run) or in_run_directory(Path(source))
+    of_run = recorded_data(subject.file.config.get("data", {}), overrides, source, trusted)
     named = "name" in overrides or bool(of_run)
-    require(named, f"{subject.file.source} does not name its data: set data=cifar10, data=folder data.root=DIR, ...")
+    require(named, f"{source} does not name its data: set data=cifar10, data=folder data.root=DIR, ...")
     # For another data set, or another folder, no other field of the run's data applies.
     same = all(overrides.get(field, of_run.get(field)) == of_run.get(field) for field in ("name", "root"))
     known = {each.name for each in fields(DataConfig)}

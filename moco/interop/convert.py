@@ -127,7 +127,7 @@ def write_and_compare(
 
 def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
     """Return images for the comparison, and their name: the configured ones, the run's, or the built-in digits."""
-    if config.data.name is not None or subject.file.config.get("data"):
+    if config.data.name is not None or config.data.root is not None or subject.file.config.get("data"):
         lazily = replace(config, data=replace(config.data, resident=False))  # only a few are read
         try:
             return open_data(lazily, subject).train, data_config(lazily, subject).name

@@ -12,6 +12,7 @@ from moco.config.search import SearchConfig
 from moco.data.base import names_digest
 from moco.data.decode import ImageError
 from moco.data.opening import open_sources
+from moco.data.recorded import recorded_data
 from moco.data.sources import FolderSource
 from moco.evaluation.features import EvalTransform, stream
 from moco.evaluation.subject import open_subject, weights_digest
@@ -25,7 +26,9 @@ from moco.retrieval.store import Embedding, open_embedding, read_about
 def open_index(config: SearchConfig) -> Embedding:
     """Open the output of moco.embed in `config.index`. Its images may have moved to another data.root."""
     about = read_about(Path(config.index))
-    sources = open_sources(DataConfig(**(about["data"] | config.data.overrides())), bank_size=0)
+    given = config.data.overrides()
+    data = recorded_data(about["data"], given, f"index={config.index}", trusted=True) | given
+    sources = open_sources(DataConfig(**data), bank_size=0)
     source = getattr(sources, about["pictures"]["split"])
     require(
         source is not None and names_digest(source) == about["pictures"]["sha256"],

@@ -26,6 +26,7 @@ from moco.config.choose import ChooseConfig
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import open_sources
+from moco.data.recorded import recorded_data
 from moco.data.sources import Sources, limited
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy
 from moco.evaluation.metrics import compute_metrics
@@ -193,7 +194,7 @@ def _same_data(files: Mapping[str, Sequence[Path]]) -> DataConfig:
         for name in ("name", "root", "eval_root", "labels"):
             difference = f"{run} has data.{name}={own[name]}, but {first} has {expected[name]}"
             require(own[name] == expected[name], f"runs: {difference}: choose runs on the same images")
-    return DataConfig(**expected)
+    return DataConfig(**recorded_data(expected, {}, f"runs: {first}", trusted=True))
 
 
 def _value(measure: Measure, outputs: Outputs) -> float:
