@@ -324,6 +324,8 @@ def _composition_error(error: Exception, schema: type) -> str:
         return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}"
     lines = [str(each).splitlines()[0].strip() for each in (error, error.__cause__) if str(each or "")]
     field = getattr(error, "full_key", None)
+    if missing := re.search(r"Interpolation key '([^']+)'", text):  # in a list, OmegaConf names no field
+        field = field or next((each for each in sys.argv[1:] if f"${{{missing[1]}" in each), None)
     return ": ".join([field, *lines] if field and field not in lines[0] else lines)
 
 

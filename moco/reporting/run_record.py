@@ -84,20 +84,20 @@ _LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets w
 def open_run(path: Path, field: str = "run") -> Run:
     """Read a run; raise ConfigError, which names `field`, if it is not a run's directory, or a file is damaged."""
     require(path.is_dir(), f"{field}={path} does not exist: name the directory of a run, e.g. run=runs/digits")
-    file, state = _newest(path)
+    file, state = _newest(path, field)
     if file is None and not (path / "config.yaml").is_file() and any(path.glob("*/checkpoints/")):
         raise ConfigError(untrained(path))
-    config = state.get("config") or _configuration(path)
+    config = state.get("config") or _configuration(path, field)
     values = read_metrics(path / "metrics.jsonl")
     require(
         bool(values) or file is not None,
-        f"run={path} has no metrics and no checkpoint yet: train it first with python -m moco.train run={path}",
+        f"{field}={path} has no metrics and no checkpoint yet: train it first with python -m moco.train run={path}",
     )
     slim = {name: value for name, value in state.items() if name not in ("method", "optimizer", "scaler")}
     return Run(path, config, values, _results(path / "results.json"), file, slim)
 
 
-def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
+def _newest(path: Path, field: str) -> tuple[Path | None, dict[str, Any]]:
     """Return the newest readable checkpoint and its state."""
     found = checkpoint.list_checkpoints(path / "checkpoints")
     for file in found:
@@ -110,16 +110,17 @@ def _newest(path: Path) -> tuple[Path | None, dict[str, Any]]:
         if isinstance(state.get("config"), dict) and isinstance(state.get("method"), dict):
             return file, state
     require(
-        not found, f"run={path}: none of its {len(found)} checkpoints can be read: move them away, or name another run"
+        not found,
+        f"{field}={path}: none of its {len(found)} checkpoints can be read: move them away, or name another run",
     )
     return None, {}
 
 
-def _configuration(path: Path) -> dict[str, Any]:
+def _configuration(path: Path, field: str) -> dict[str, Any]:
     file = path / "config.yaml"
     require(
         file.is_file(),
-        f"run={path} contains no config.yaml, so it is not a run of moco.train: name the directory of a run",
+        f"{field}={path} contains no config.yaml, so it is not a run of moco.train: name the directory of a run",
     )
     try:
         config = read_yaml(file)

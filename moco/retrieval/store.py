@@ -55,7 +55,7 @@ def open_embedding(folder: Path, source: Source) -> Embedding:
 
 def read_about(folder: Path) -> About:
     """Read features.json; raise ConfigError if the folder is not a complete output of moco.embed."""
-    require(folder.is_dir(), f"{folder} does not exist: create it with python -m moco.embed output={folder} ...")
+    require(folder.is_dir(), f"index={folder} does not exist: create it with python -m moco.embed output={folder} ...")
     if (folder / PROGRESS).exists() and not (folder / FEATURES).exists():
         raise ConfigError(f"{folder} is not complete: run the same moco.embed command again to resume")
     require(
