@@ -46,7 +46,7 @@ def test_bn_groups_must_divide_a_forward_pass_and_the_fixes_do(group: int, fix: 
         config.batch_size, config.model.bn_group_size = 96, group
 
     sentence = refusal(change, processes=2)
-    assert f"model.bn_group_size={group} must divide the 48 images" in sentence
+    assert f"model.bn_group_size={group} must divide the number of images, 48," in sentence
     assert f"set batch_size={fix[0]}, model.bn_group_size={fix[1]}, or model.bn=sync" in sentence
 
     for batch_size, size in ((fix[0], group), (96, fix[1])):

@@ -270,9 +270,10 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
     nearest = max(1, round(config.batch_size / (parts * group))) * parts * group
     divisors = [each for each in range(2, group) if micro_batch % each == 0]
     smaller = f"model.bn_group_size={max(divisors)}, " if divisors else ""
+    other = "model.bn=sync" if config.accumulate == 1 else "a lower accumulate"  # bn=sync needs the complete batch
     require(
         micro_batch % group == 0,
-        f"model.bn_group_size={group} must divide the {micro_batch} images of a process's forward pass "
+        f"model.bn_group_size={group} must divide the number of images, {micro_batch}, of a process's forward pass "
         f"(batch_size={config.batch_size} / {processes} {of} / accumulate={config.accumulate}): "
-        f"set batch_size={nearest}, {smaller}or model.bn=sync",
+        f"set batch_size={nearest}, {smaller}or {other}",
     )

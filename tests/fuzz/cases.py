@@ -46,7 +46,7 @@ def _value(rng: random.Random, name: str, root: Path) -> Case:
     if short in PATHS and rng.random() < 0.7:
         return _path(rng, name, root)
     value = rng.choice(rng.choices((NUMBERS, WORDS, NESTED, BROKEN), (5, 3, 3, 1))[0])
-    if short in SLOW and value in ("1e30", "2147483648", "100000", "99999999999999999999"):
+    if short in SLOW and value in ("1e30", "2147483648", "100000", "99999999999999999999", "1_000"):
         value = "-5"
     override = f"{rng.choice(('', '', '', '', '+', '++', '~'))}{name}={value}"
     return Case((override,), names=(name, short, f"{name.partition('.')[0]}.*"))  # or its whole group
