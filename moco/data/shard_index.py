@@ -11,12 +11,14 @@ A packed folder contains:
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moco.data.base import Progress
+from moco.untrusted import mistyped, read_json
 
 INDEX, PARTS, SKIPPED, VERSION = "index.json", "parts", "skipped.csv", 2
 SPLITS = ("train", "bank", "held_out")
@@ -42,7 +44,47 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
     file = folder / INDEX
     if not file.is_file():
         raise FileNotFoundError(f"{where} {_without_index(folder)}")
-    return read_sealed(file, f"restore it from a copy, or remove {folder} and pack the images again", VERSION)
+    fix = f"restore it from a copy, or remove {folder} and pack the images again"
+    index = read_sealed(file, fix, VERSION)
+    if flaw := _flaw(index):
+        raise ValueError(f"{file} is damaged ({flaw} has an invalid value): {fix}")
+    return index
+
+
+_INDEX: dict[str, Any] = {"classes": list, "splits": Mapping, "settings": Mapping, "skipped": str}
+_SPLIT: dict[str, Any] = {"rows": str, "sha256": str, "pictures": int, "labelled": bool, "shards": list, "parts": list}
+_SHARD: dict[str, Any] = {"file": str, "bytes": int, "sha256": str}
+_PART: dict[str, Any] = {"rows": int, "end": int, "before": int, "skipped": list}
+
+
+def _flaw(index: Mapping[str, Any]) -> str:
+    """Return the name of the first entry that is missing or has another form than `moco.pack` writes; "" if none."""
+    if found := _differs(index, _INDEX, "the index"):
+        return found
+    if not all(isinstance(name, str) for name in index["classes"]):
+        return "classes"
+    if not {"train"} <= set(index["splits"]) <= set(SPLITS):
+        return "splits"
+    for name, split in index["splits"].items():
+        if found := _differs(split, _SPLIT, name):
+            return found
+        for kind, schema in (("shards", _SHARD), ("parts", _PART)):
+            for each in split[kind]:
+                if found := _differs(each, schema, f"{name}.{kind}"):
+                    return found
+        files = [split["rows"], *(shard["file"] for shard in split["shards"])]
+        if any(name in ("", ".", "..") or Path(name).name != name for name in files):
+            return f"{name}.rows or {name}.shards.file"  # a file outside of the folder
+    return ""
+
+
+def _differs(value: Any, schema: dict[str, Any], name: str) -> str:
+    """Return the name of an entry that is missing, has another type or is negative; "" if there is none."""
+    if wrong := mistyped(value, schema):
+        return name if wrong == "it" else f"{name}.{wrong}"
+    lacking = [key for key in schema if key not in value]
+    negative = [key for key in schema if isinstance(value.get(key), int) and value[key] < 0]
+    return f"{name}.{(lacking + negative)[0]}" if lacking or negative else ""
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
@@ -57,8 +99,8 @@ def read_sealed(file: Path, fix: str, version: int) -> dict[str, Any]:
         ValueError: with `fix` if it is damaged; or if it has another version.
     """
     try:
-        value = json.loads(file.read_text())
-    except (ValueError, RecursionError):
+        value = read_json(file)
+    except ValueError:
         value = None
     found = value.get("version") if isinstance(value, dict) else None
     if isinstance(found, int) and found != version:

@@ -20,7 +20,7 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes
-from moco.data.shard_index import file_digest, read_index
+from moco.data.shard_index import file_digest, read_index, row_type
 
 OPEN_FILES = 64  # per process, whatever the number of shards
 
@@ -130,6 +130,25 @@ def _open_split(folder: Path, split: dict[str, Any], classes: list[str]) -> Shar
         if path.stat().st_size != shard["bytes"]:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {shard['bytes']:,}: {fix}")
     rows: NDArray[np.void] = np.load(file, mmap_mode="r", allow_pickle=False)
+    if not _are_valid(rows, split, len(classes)):
+        raise ValueError(f"{file} is damaged (it has rows of another form, or outside of the shards): {fix}")
     shards = tuple((shard["file"], shard["sha256"]) for shard in split["shards"])
     labels = rows["label"].astype(np.int64) if classes and split["labelled"] else None
     return ShardSource(str(folder), shards, rows, labels, tuple(classes) if labels is not None else ())
+
+
+_RANGES, _ROWS_AT_ONCE = ("shard", "offset", "size", "label"), 65_536
+
+
+def _are_valid(rows: NDArray[Any], split: dict[str, Any], classes: int) -> bool:
+    """Return whether the rows are of `row_type`, as many as the index says, and lie within their shards."""
+    width = rows.dtype["name"].itemsize if rows.dtype.names and "name" in rows.dtype.names else 0
+    if rows.ndim != 1 or len(rows) != split["pictures"] or rows.dtype != row_type(width):
+        return False
+    ends = np.array([each["bytes"] for each in split["shards"]], np.int64)
+    for start in range(0, len(rows), _ROWS_AT_ONCE):  # they may be many
+        shard, offset, size, label = (rows[start : start + _ROWS_AT_ONCE][name] for name in _RANGES)
+        known = (shard >= 0) & (shard < len(ends)) & (label >= -1) & (label < max(classes, 1))
+        if not known.all() or not ((offset >= 0) & (size >= 0) & (offset <= ends[shard] - size)).all():
+            return False
+    return True

@@ -257,10 +257,13 @@ def synthetic(root: Path, count: int) -> Path:
     split = {
         "rows": "train.npy",
         "sha256": shard_index.file_digest(root / "train.npy"),
+        "pictures": count,
         "labelled": True,
         "shards": [shard],
+        "parts": [],
     }
     index = {"version": shard_index.VERSION, "classes": ["a", "b"], "splits": {"train": split}}
+    index |= {"settings": {}, "skipped": ""}
     (root / "index.json").write_text(json.dumps(shard_index.sealed(index)))
     return root
 
