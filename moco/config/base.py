@@ -178,7 +178,7 @@ class ComputeConfig:
 
     device: str = bounded("auto", choices=("auto", "cpu", "cuda"))
     """Device for the computation. auto: a GPU if there is one, else the CPU."""
-    threads: int = bounded(0, ge=0)
+    threads: int = bounded(0, ge=0, le=512)
     """CPU threads per process; 0: the default of torch."""
 
 
