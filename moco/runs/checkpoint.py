@@ -13,14 +13,15 @@ import shlex
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moco.config import RunWarning
+from moco.config import ConfigError, RunWarning
 from moco.digest import digest
 from moco.files import atomic_write, cause, flush, temporary_name
 from moco.runs.weights_file import CheckpointError as CheckpointError  # exported
@@ -217,6 +218,22 @@ def _is_evaluation(entry: Any) -> bool:
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) and value else [value]
+
+
+@contextmanager
+def refuse_misfit(folder: Path) -> Iterator[None]:
+    """Convert the errors of restoring a checkpoint of `folder` that does not fit the run into a CheckpointError."""
+    try:
+        yield
+    except (ConfigError, CheckpointError):
+        raise
+    except (LookupError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = f"{lines[0]} {lines[1].strip()}" if lines[0].startswith("Error(s)") and len(lines) > 1 else lines[0]
+        raise CheckpointError(
+            f"the newest checkpoint in {folder} does not fit this run ({reason[:200]}): move it away, and the run "
+            "resumes from an earlier one"
+        ) from error
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

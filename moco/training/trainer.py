@@ -105,12 +105,13 @@ class Trainer:
         self.method = build.make_method(config, self.sources.train.labels, device)
         self.lock = build.open_directory(config)
         state = on_rank_zero(lambda: checkpoint.load_newest(self.path / "checkpoints")) or {}
-        # Each step sets its learning rate.
-        self.optimizer = build_optimizer(self.method, config.optim, saved=state.get("optimizer"))
+        with checkpoint.refuse_misfit(self.path / "checkpoints"):
+            # Each step sets its learning rate.
+            self.optimizer = build_optimizer(self.method, config.optim, saved=state.get("optimizer"))
         self.precision, self.precision_reason = build.choose_precision(config, state, self.method.encoder, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
-        self.start: int = state.get("step", 0)
+        self.start = 0
         self.notes = self._restore(state)
         broadcast_module(self.method)
 
@@ -146,11 +147,15 @@ class Trainer:
     def _restore(self, state: checkpoint.Checkpoint) -> list[str]:
         """Restore a checkpoint; without one, load the weights of `init_from`, if any. Return lines to print."""
         if state:
-            refuse_difference(self.path, state["config"], asdict(self.config), asdict(TrainConfig()))
-            refuse_other_data(self.path, state, self.data_identity, self.config.data)
-            self.method.load_state_dict(state["method"])
-            load_optimizer(self.optimizer, state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            with checkpoint.refuse_misfit(self.path / "checkpoints"):
+                refuse_difference(self.path, state["config"], asdict(self.config), asdict(TrainConfig()))
+                refuse_other_data(self.path, state, self.data_identity, self.config.data)
+                self.method.load_state_dict(state["method"])
+                load_optimizer(self.optimizer, state["optimizer"])
+                self.scaler.load_state_dict(state["scaler"])
+                self.start = state["step"]
+                if self.start > self.plan.total_steps:
+                    raise ValueError(f"step {self.start} is beyond the {self.plan.total_steps} steps of the run")
             self.watchdog.finished(self.start)
         elif self.config.init_from:
             return [load_initial_weights(self.config, self.method)]
