@@ -98,7 +98,7 @@ class OptimConfig:
     trust: float = bounded(0.001, gt=0)
     """Trust coefficient of lars and lars_timm: a layer's rate is lr x trust x |w| / |gradient with weight decay|."""
     trust_clip: bool = False
-    """For lars and lars_timm: a layer's rate is instead the smaller of lr and trust x |w| / |gradient|."""
+    """For lars and lars_timm: a layer's rate is instead min(lr, trust x |w| / |gradient with weight decay|)."""
     schedule: str = bounded("cosine", choices=("cosine", "step", "constant"))
     """Decrease of the lr after the warm-up: cosine (to lr_end), step (at the milestones), or constant (none)."""
     milestones: list[float] = field(default_factory=list)
@@ -221,7 +221,7 @@ class TrainConfig(ComputeConfig):
 
 
 def check(config: TrainConfig, processes: int = 1) -> None:
-    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
+    """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_bounds(config)
     check_data_fields(config.data)
     config.method.check(config)
@@ -256,17 +256,17 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
     both = f"accumulate={config.accumulate} with model.bn=sync"
     error = f"{both} would normalize over one micro-batch, not the batch: set accumulate=1 or model.bn=grouped"
     require(model.bn != "sync" or config.accumulate == 1, error)
-    divisor = f"{parts} ({processes} process{'es' * (processes > 1)} x accumulate={config.accumulate})"
+    counted = f"{processes} process{'es' * (processes > 1)}"
+    divisor = f"{parts} ({counted} x accumulate={config.accumulate})"
     require_divisible(config.batch_size, parts, divisor)
     micro_batch, group = config.batch_size // parts, model.bn_group_size
     if model.bn != "grouped":
         images = config.batch_size if model.bn == "sync" else micro_batch
-        given = f"batch_size={config.batch_size} with model.bn={model.bn}, {processes} processes and accumulate"
+        given = f"batch_size={config.batch_size} with model.bn={model.bn}, {counted} and accumulate"
         error = f"{given}={config.accumulate}: BN over one image has no variance; raise batch_size"
         require(images > 1, error)
         return
     require(group > 1, f"model.bn_group_size={group}: BN over one image has no variance; set at least 2")
-    of = f"process{'es' * (processes > 1)}"
     nearest = max(1, round(config.batch_size / (parts * group))) * parts * group
     divisors = [each for each in range(2, group) if micro_batch % each == 0]
     smaller = f"model.bn_group_size={max(divisors)}, " if divisors else ""
@@ -274,6 +274,6 @@ def _check_batch(config: TrainConfig, processes: int) -> None:
     require(
         micro_batch % group == 0,
         f"model.bn_group_size={group} must divide the number of images, {micro_batch}, of a process's forward pass "
-        f"(batch_size={config.batch_size} / {processes} {of} / accumulate={config.accumulate}): "
+        f"(batch_size={config.batch_size} / {counted} / accumulate={config.accumulate}): "
         f"set batch_size={nearest}, {smaller}or {other}",
     )

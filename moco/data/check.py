@@ -35,7 +35,7 @@ _FOLDER_FAULTS = FAULTS | {_FOLDER: "the folder cannot be listed: its images are
 
 @dataclass
 class Findings:
-    """The properties of N images: some bytes for each, and the names of at most `listed` files per kind."""
+    """The properties of N images, in a few bytes each, and the names of at most `listed` files per kind."""
 
     listed: int
     sizes: NDArray[np.int32]  # (N, 2), width and height; zeros if unreadable

@@ -63,12 +63,12 @@ def class_line(source: Source) -> str:
 
 
 def left_out_line(counts: Mapping[str, int]) -> str:
-    """Return the numbers of files that are no images by their names, as one line."""
+    """Return, as one line, how many files are left out because their names are not those of images."""
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
     named = [f"{count:,} {printable(kind)}" for kind, count in ordered]
     return f"left out, because their names are not those of images: {first_names(named, MOST_CLASSES)}"
 
 
 def printable(name: str) -> str:
-    """Return a name of any bytes as text for one line of a terminal."""
+    """Return a name with its unprintable characters escaped, so that a terminal shows it in one line."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)

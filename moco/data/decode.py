@@ -114,7 +114,7 @@ def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS, bi
 def decode_scaled(
     path: str | Path, data: bytes, shrink: Shrink, max_pixels: int = MAX_PIXELS, bits: int = 16
 ) -> Decoded:
-    """Decode as `decode_bytes`, but possibly a large JPEG at a fraction of its size (libjpeg's scaled decoding).
+    """Decode like `decode_bytes`, but a large JPEG may come at a fraction of its size (libjpeg's scaled decoding).
 
     A pixel is then about the mean of factor x factor pixels of the full image.
 
@@ -250,7 +250,7 @@ def _decode_deep_png(data: bytes) -> NDArray[np.int32]:
 
 
 def _deep_color(image: Image.Image, data: bytes, bits: int) -> Image.Image:
-    """Convert a PNG that uses the lower `bits` of 16 bits per channel to 8 bits; raise ValueError for a TIFF."""
+    """Convert a 16-bit PNG with colors below 2**bits to 8 bits; raise ValueError for a TIFF, or for larger values."""
     if image.format != "PNG":
         raise ValueError(
             f"a {image.format} with 16 bits per color: only the upper 8 bits can be read, and data.bits={bits} needs "

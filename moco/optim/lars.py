@@ -20,8 +20,8 @@ class Lars(torch.optim.Optimizer):
         v = momentum v + d
         w = w - lr v
 
-    Weights of one dimension (biases, and the scales of normalization) have d = g. A gradient of 0, as of the first
-    steps of zero-initialized residual branches, is no special case: d is then parallel to w.
+    Weights of one dimension (biases, and the scales of normalization) have d = g. A gradient of 0, as in the
+    first steps of zero-initialized residual branches, is no special case: d is then parallel to w.
 
     timm's LARS divides by |g| + weight_decay |w| instead of |d|, and skips groups without weight decay.
 

@@ -163,7 +163,7 @@ def _by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
 
 
 def _colors(count: int) -> list[Any]:
-    """Return colors of viridis from dark to light, without its palest, yellow; brightness alone shows their order."""
+    """Return colors of viridis from dark to light, without the pale yellow; brightness alone shows the order."""
     return list(matplotlib().colormaps["viridis"](np.linspace(0, 0.85, max(2, count))))[:count]
 
 

@@ -131,8 +131,8 @@ def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: f
 
 def _space(plain: Tensor, views: tuple[Tensor, Tensor], images: Source) -> Space:
     labels = None if images.labels is None else torch.from_numpy(images.labels).to(plain.device)
-    similarity = None if labels is None else tolerance(plain, labels).item()
-    return Space(uniformity(plain).item(), similarity, alignment(*views).item())
+    within_class = None if labels is None else tolerance(plain, labels).item()
+    return Space(uniformity(plain).item(), within_class, alignment(*views).item())
 
 
 def _momentum_encoder(path: Path, device: torch.device) -> Encoder | None:
