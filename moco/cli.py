@@ -138,6 +138,8 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         _exit(2, _composition_error(error, schema), error)
     except ConfigError as error:
         _exit(2, _naming_field(str(error), config), error)
+    except BrokenPipeError:  # for `exit_on_broken_pipe`
+        raise
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         sentence = _naming_field(_sentence(error), config)
         _exit(1, f"{sentence}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)

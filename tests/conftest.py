@@ -33,5 +33,6 @@ def fixed_temporary_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def interruptible() -> None:
-    """Restore SIGINT, which a shell script ignores in background jobs and their child processes."""
+    """Restore SIGINT, which a shell script ignores in background jobs, and SIGHUP, which nohup ignores."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

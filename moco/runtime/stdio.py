@@ -3,6 +3,7 @@
 Imports neither torch nor rich, so that `--help` is fast.
 """
 
+import contextlib
 import io
 import os
 import signal
@@ -65,7 +66,8 @@ def protected_streams() -> Iterator[None]:
     os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # its descriptor was replaced by a pipe
+                stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
