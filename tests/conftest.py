@@ -31,8 +31,9 @@ def fixed_temporary_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moco.files.temporary_name", lambda path: Path(f"{path}.tmp"))
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True)
 def interruptible() -> None:
-    """Restore SIGINT, which a shell script ignores in background jobs, and SIGHUP, which nohup ignores."""
+    """Restore the signals that stop a run: a shell, nohup or an earlier test may ignore them, and so would the run."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for each in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU):
+        signal.signal(each, signal.SIG_DFL)
