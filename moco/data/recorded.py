@@ -11,13 +11,16 @@ from moco.config import require
 from moco.data.sources import SOURCES
 
 
-def recorded_data(recorded: Mapping[str, Any], given: Mapping[str, Any], source: str, trusted: bool) -> dict[str, Any]:
+def recorded_data(
+    recorded: Mapping[str, Any], given: Mapping[str, Any], source: str, trusted: bool, fix: str = ""
+) -> dict[str, Any]:
     """Return the fields of `DataConfig` in a file that apply without the person's repeating them.
 
     Args:
         recorded: the fields in the file.
         given: the fields that the person has set.
         source: the file or directory, for the error.
+        fix: what to do instead, for the error; empty: to give data.root.
         trusted: whether local folders that the file names are read: those of a run directory are.
 
     Raises:
@@ -33,7 +36,7 @@ def recorded_data(recorded: Mapping[str, Any], given: Mapping[str, Any], source:
     require(
         trusted and not remote,
         f"{source} names the images of data.name={name} data.root={root}, and {why}: "
-        f"to use them, add data.root={root}; for others, set data=folder data.root=IMAGES",
+        f"{fix or f'to use them, add data.root={root}; for others, set data=folder data.root=IMAGES'}",
     )
     return kept
 

@@ -147,7 +147,7 @@ def test_any_hugging_face_column_is_read_or_refused(values: list[Any]) -> None:
 @settings(max_examples=50, deadline=None)
 def test_any_csv_column_is_read_or_refused(values: list[Any]) -> None:
     datasets = pytest.importorskip("datasets", reason="data=huggingface needs the extra `huggingface`")
-    pandas = pytest.importorskip("pandas")
+    pandas = pytest.importorskip("pandas", reason="installed with the extra `huggingface`")
     from moco.data.hub import _labels
 
     text = io.StringIO()

@@ -194,7 +194,8 @@ def _same_data(files: Mapping[str, Sequence[Path]]) -> DataConfig:
         for name in ("name", "root", "eval_root", "labels"):
             difference = f"{run} has data.{name}={own[name]}, but {first} has {expected[name]}"
             require(own[name] == expected[name], f"runs: {difference}: choose runs on the same images")
-    return DataConfig(**recorded_data(expected, {}, f"runs: {first}", trusted=True))
+    fix = "name runs on images of this machine, or evaluate each with moco.knn run=DIR data.root=..."
+    return DataConfig(**recorded_data(expected, {}, f"runs: {first}", trusted=True, fix=fix))
 
 
 def _value(measure: Measure, outputs: Outputs) -> float:
