@@ -1,4 +1,4 @@
-"""A packed folder whose index or rows were changed and sealed again ends in one sentence (R14)."""
+"""A packed folder whose index or rows were changed and sealed again: one sentence, or the same images (R14)."""
 
 import json
 import random
@@ -8,8 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from moco.config import DataConfig
+from moco.data.decode import decode
 from moco.data.shard_index import INDEX, file_digest, sealed
 from moco.data.sources import load_source
 from tests.data.packed import class_folders, packed
@@ -32,18 +35,28 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(inner, (*path, key))
 
 
-def read_all(folder: Path) -> str:
-    """Read all images of a packed folder; return the error, "" without one. Anything but a ValueError is raised."""
+@pytest.fixture(scope="module")
+def images(folder: Path) -> list[Tensor]:
+    """The packed images, read from their own files."""
+    return [decode(path) for path in sorted((folder.parent / "train").rglob("*.*"))]
+
+
+def read_all(folder: Path, images: list[Tensor]) -> str:
+    """Read all images of a packed folder; return the error, "" without one. Anything but a ValueError is raised.
+
+    What can be read must equal `images`, up to the first error.
+    """
     try:
         source = load_source(DataConfig(name="shards", root=str(folder))).train
         for i in range(len(source)):
-            source.image(i)
+            assert torch.equal(source.image(i), images[i])
     except (ValueError, FileNotFoundError) as error:
         return str(error)
+    assert len(source) == len(images)
     return ""
 
 
-def test_every_entry_of_the_index(folder: Path) -> None:
+def test_every_entry_of_the_index(folder: Path, images: list[Tensor]) -> None:
     index = folder / INDEX
     before = index.read_bytes()
     content = {name: value for name, value in json.loads(before).items() if name != "sha256"}
@@ -57,7 +70,7 @@ def test_every_entry_of_the_index(folder: Path) -> None:
                     at = at[key]
                 at[path[-1]] = value
                 index.write_text(json.dumps(sealed(changed)))
-                error = read_all(folder)
+                error = read_all(folder, images)
                 assert "\n" not in error
                 refused, cases = refused + bool(error), cases + 1
     finally:
@@ -66,23 +79,30 @@ def test_every_entry_of_the_index(folder: Path) -> None:
     assert refused > cases / 2  # the settings, among others, do not matter for reading
 
 
-def test_rows_outside_of_the_shards(folder: Path) -> None:
+def test_rows_that_differ(folder: Path, images: list[Tensor]) -> None:
     index, file = folder / INDEX, folder / "train.npy"
     before, rows = (index.read_bytes(), file.read_bytes()), np.load(file)
     content = {name: value for name, value in json.loads(before[0]).items() if name != "sha256"}
     lies: list[Any] = [rows[:-1], rows[None], rows["offset"], np.zeros(len(rows))]
-    for name, values in {"shard": (-1, 99), "offset": (-1, 2**40), "size": (-1, 2**40), "label": (-2, 99)}.items():
-        for value in values:
-            lie = rows.copy()
-            lie[name][0] = value
-            lies.append(lie)
+    outside = {"shard": (-1, 99), "offset": (-1, 2**40), "size": (-1, 2**40), "label": (-2, 99)}
+    lies += [_with_first(rows, name, value) for name, values in outside.items() for value in values]
+    elsewhere = {"shard": 1, "offset": 0, "size": int(rows["size"][0]) - 1, "crc": 0}
+    within = [_with_first(rows, name, value) for name, value in elsewhere.items()]
     try:
-        for lie in lies:
+        for lie in [*lies, *within]:
             np.save(file, lie)
             content["splits"]["train"]["sha256"] = file_digest(file)
             index.write_text(json.dumps(sealed(content)))
-            assert "train.npy is damaged" in read_all(folder)
+            flaw = "its checksum does not match" if any(lie is each for each in within) else "train.npy is damaged"
+            assert flaw in read_all(folder, images)
     finally:
         index.write_bytes(before[0])
         file.write_bytes(before[1])
-    assert read_all(folder) == ""
+    assert read_all(folder, images) == ""
+
+
+def _with_first(rows: Any, name: str, value: int) -> Any:
+    """Return the rows with another value of the first image."""
+    changed = rows.copy()
+    changed[name][0] = value
+    return changed
