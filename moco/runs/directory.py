@@ -112,7 +112,8 @@ def untrained(path: Path, field: str = "run") -> str:
 
 def _is_remnant(file: Path) -> bool:
     """Return whether this is a temporary file that a killed run left; those of evaluations have other names."""
-    return any(file.match(f"{name}*.tmp") for name in ("config.yaml", METRICS, "encoder.safetensors", "views.png"))
+    names = ("config.yaml", METRICS, "encoder.safetensors", "views.png", "image_names.gz")
+    return any(file.match(f"{name}*.tmp") for name in names)
 
 
 def _read(file: Path) -> dict[str, Any]:

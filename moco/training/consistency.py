@@ -4,18 +4,27 @@ The order of the samples, the queue and the labels identify an image by its numb
 numbers, training would continue without an error.
 """
 
+import gzip
+import os
+import zlib
 from collections.abc import Callable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from moco.config import ConfigError, DataConfig, require
 from moco.data.base import Source, Sources, names_digest
+from moco.data.labels import first_names
 from moco.distributed import all_gather_object
+from moco.files import atomic_write
 from moco.runs import checkpoint
 from moco.runs.directory import flatten
 
 # Fields that may differ between ranks: the location of the data on a machine, and how it is processed there.
 PER_MACHINE = ("data.root", "data.eval_root", "data.workers", "device", "threads")
+
+NAMES = "image_names.gz"  # in the run directory, separated by zero bytes; only for naming images that have changed
+MOST_NAMES = 100_000
 
 Identity = dict[str, Any]
 
@@ -25,7 +34,32 @@ def identity(source: Source) -> Identity:
     return {"length": len(source), "sha256": names_digest(source, with_size=True)}
 
 
-def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: DataConfig) -> None:
+def record_names(run: Path, source: Source, resumed: bool) -> None:
+    """Write the names of at most `MOST_NAMES` images to `NAMES` in the run directory, if they are not there yet."""
+    file = run / NAMES
+    names = list(islice(source.encoded_names(), MOST_NAMES + 1))
+    if len(names) <= MOST_NAMES and not (resumed and file.exists()):
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(gzip.compress(b"\0".join(names), mtime=0))
+
+
+def _changed_names(run: Path, source: Source) -> str:
+    """Name the images that are new or gone since `record_names`; "" if this is not known."""
+    try:
+        with gzip.open(run / NAMES) as file:
+            before = file.read(MOST_NAMES * 4096).split(b"\0", MOST_NAMES)
+    except (OSError, EOFError, zlib.error):  # none was written, or it is damaged
+        return ""
+    now = list(source.encoded_names())
+    parts = []
+    for names, others, what in ((now, before, "new"), (before, now, "gone")):
+        known = set(others)
+        if changed := [os.fsdecode(name) for name in names if name not in known]:
+            parts.append(f"{len(changed):,} {'is' if len(changed) == 1 else 'are'} {what}: {first_names(changed, 3)}")
+    return f" ({'; '.join(parts)})" if parts else ""
+
+
+def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: DataConfig, source: Source) -> None:
     """Raise ConfigError if a checkpoint belongs to other images; checkpoints of early versions are not checked."""
     before = state.get("data", now)
     if before == now:
@@ -35,13 +69,14 @@ def refuse_other_data(run: Path, state: Mapping[str, Any], now: Identity, data: 
         if before["length"] != now["length"]
         else f"{now['length']:,} images, and now they have other names or another order"
     )
+    which = _changed_names(run, source)
     files = checkpoint.list_checkpoints(run / "checkpoints")
     file = next((each for each in files if checkpoint.step_of(each) == state["step"]), "CHECKPOINT")
     replaced = "; data.on_bad_image=replace replaces unreadable images, not missing ones"
     raise ConfigError(
-        f"run={run} was trained on {change} (data.root={data.root}). Its queue and sample order identify images by "
-        f"their number{replaced if data.on_bad_image == 'replace' else ''}: restore the images, or start another run "
-        f"from these weights, run=DIRECTORY init_from={file}"
+        f"run={run} was trained on {change} (data.root={data.root}){which}. Its queue and sample order identify "
+        f"images by their number{replaced if data.on_bad_image == 'replace' else ''}: restore the images, or start "
+        f"another run from these weights, run=DIRECTORY init_from={file}"
     )
 
 

@@ -53,7 +53,7 @@ from moco.runtime.watchdog import Watchdog, rendezvous_store
 from moco.training import build
 from moco.training.checkpoint_schedule import CheckpointSchedule
 from moco.training.checks import check_against_data
-from moco.training.consistency import refuse_other_data, refuse_other_settings
+from moco.training.consistency import record_names, refuse_other_data, refuse_other_settings
 from moco.training.init_from import load_initial_weights
 from moco.training.live_evaluation import History, LiveEvaluation
 from moco.training.nonfinite import NonFiniteGuard
@@ -113,6 +113,7 @@ class Trainer:
         self.peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
         self.start = 0
         self.notes = self._restore(state)
+        on_rank_zero(lambda: record_names(self.path, self.sources.train, resumed=bool(state)))
         broadcast_module(self.method)
 
         # Output: terminal, metrics, checkpoints.
@@ -149,7 +150,7 @@ class Trainer:
         if state:
             with checkpoint.refuse_misfit(self.path / "checkpoints"):
                 refuse_difference(self.path, state["config"], asdict(self.config), asdict(TrainConfig()))
-                refuse_other_data(self.path, state, self.data_identity, self.config.data)
+                refuse_other_data(self.path, state, self.data_identity, self.config.data, self.sources.train)
                 self.method.load_state_dict(state["method"])
                 load_optimizer(self.optimizer, state["optimizer"])
                 self.scaler.load_state_dict(state["scaler"])

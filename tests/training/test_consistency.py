@@ -1,7 +1,9 @@
 """A run resumes only with the images that it was started with; all ranks have the same images and settings."""
 
+import gzip
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from moco.data.sources import Source, Sources, load_source
 from moco.distributed import rank
 from moco.runs import checkpoint
 from moco.runtime.preemption import Preempted
+from moco.training import consistency
 from moco.training.consistency import identity, open_consistently, refuse_other_settings
 from moco.training.trainer import pretrain
 from tests.data.unreadable_files import folder, noise
@@ -91,7 +94,8 @@ def test_a_missing_image_is_refused_and_the_run_resumes_once_it_is_restored(tmp_
     with pytest.raises(ConfigError) as refused:
         pretrain(made)
     message = str(refused.value)
-    assert f"run={tmp_path}/run was trained on 20 images, and now there are 19 (data.root={tmp_path}/images)" in message
+    beginning = f"run={tmp_path}/run was trained on 20 images, and now there are 19 (data.root={tmp_path}/images)"
+    assert message.startswith(f"{beginning} (1 is gone: 07.png). Its queue")
     assert Path(message.rpartition("init_from=")[2]).is_file()
     assert "replace" not in message
     assert {each: each.read_bytes() for each in (tmp_path / "run" / "checkpoints").iterdir()} == before
@@ -106,8 +110,44 @@ def test_a_missing_image_is_refused_and_the_run_resumes_once_it_is_restored(tmp_
 def test_the_same_number_of_images_with_another_name_is_refused(tmp_path: Path) -> None:
     made = started(tmp_path)
     (tmp_path / "images" / "07.png").rename(tmp_path / "images" / "zz.png")
-    with pytest.raises(ConfigError, match=r"20 images, and now they have other names"):
+    with pytest.raises(ConfigError, match=r"20 images, and now they have other names.*1 is new: zz.png; 1 is gone: 07"):
         pretrain(made)
+
+
+def test_at_most_three_of_the_changed_images_are_named(tmp_path: Path) -> None:
+    made = started(tmp_path)
+    for number in range(4):
+        (tmp_path / "images" / f"0{number}.png").rename(tmp_path / "images" / f"new{number}.png")
+    (tmp_path / "images" / "09.png").unlink()
+    with pytest.raises(ConfigError) as refused:
+        pretrain(made)
+    new, gone = "4 are new: new0.png, new1.png, new2.png and 1 more", "5 are gone: 00.png, 01.png, 02.png and 2 more"
+    assert f" ({new}; {gone}). " in str(refused.value)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-9])])
+def test_a_run_without_a_list_of_its_images_resumes_and_records_it(
+    damage: Callable[[Path], object], tmp_path: Path
+) -> None:
+    made = started(tmp_path)
+    names = tmp_path / "run" / "image_names.gz"
+    damage(names)
+    (tmp_path / "images" / "07.png").rename(tmp_path / "07.png")
+    with pytest.raises(ConfigError, match=r"now there are 19 \(data.root=[^)]*\)\. Its queue"):
+        pretrain(made)
+    names.unlink(missing_ok=True)
+    (tmp_path / "07.png").rename(tmp_path / "images" / "07.png")
+    pretrain(made)
+    assert gzip.decompress(names.read_bytes()).split(b"\0") == [b"%02d.png" % number for number in range(20)]
+
+
+def test_the_names_of_very_many_images_are_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consistency, "MOST_NAMES", 2)
+    consistency.record_names(tmp_path, files("a", "b", "c"), resumed=False)
+    assert not list(tmp_path.iterdir())
+    consistency.record_names(tmp_path, files("a", "b"), resumed=False)
+    assert consistency._changed_names(tmp_path, files("b", "a")) == ""
+    assert consistency._changed_names(tmp_path, files("b", "c", "d")) == " (2 are new: c, d; 1 is gone: a)"
 
 
 def test_images_may_be_moved_to_another_directory(tmp_path: Path) -> None:
@@ -118,6 +158,17 @@ def test_images_may_be_moved_to_another_directory(tmp_path: Path) -> None:
     state = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
     assert state is not None
     assert state["step"] == 6
+
+
+def test_a_run_among_its_images_is_refused_at_its_start_and_when_it_resumes(tmp_path: Path) -> None:
+    made = started(tmp_path)
+    made.data.root = str(tmp_path)  # the run lies in it, with its views.png
+    with pytest.raises(ConfigError, match=rf"run={tmp_path}/run lies in data\.root={tmp_path} "):
+        pretrain(made)
+    made.run = f"{tmp_path}/images/run"
+    with pytest.raises(ConfigError, match=rf"run={tmp_path}/images/run lies in data\.root={tmp_path} "):
+        pretrain(made)
+    assert not Path(made.run).exists()
 
 
 def test_replacing_unreadable_images_does_not_allow_missing_ones(tmp_path: Path) -> None:
