@@ -25,9 +25,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moco.config import ConfigError, MethodConfig, RunWarning, config_dir, expand_paths
+from moco.config import ConfigError, MethodConfig, RunWarning, config_dir, expand_paths, require
+from moco.config.types import type_error
 from moco.methods import METHODS
-from moco.overrides import checked_files, keep_text, type_error
+from moco.overrides import checked_files, keep_text
 from moco.runtime.next_command import quoted
 from moco.runtime.preemption import Preempted, prevent_restart
 from moco.runtime.stdio import exit_on_broken_pipe, print_error, printable, protected_streams
@@ -216,19 +217,10 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
         typed[each.name] = chosen
     config = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(composed)))
     assert isinstance(config, schema)
-    _check_types(config)
+    error = type_error("", config, schema, exact=True)  # OmegaConf accepts a list inside a list
+    require(not error, error)
     expand_paths(config)
     return config
-
-
-def _check_types(config: Any, prefix: str = "") -> None:
-    """Raise ConfigError for a list inside a list of numbers or text, which OmegaConf accepts."""
-    for each in fields(config):
-        name, value = prefix + each.name, getattr(config, each.name)
-        if is_dataclass(value):
-            _check_types(value, f"{name}.")
-        elif error := type_error(name, value, each.type):
-            raise ConfigError(error)
 
 
 def _refuse_shared_output(composed: list[DictConfig], schema: type) -> None:

@@ -9,9 +9,9 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -24,14 +24,14 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moco.config import ConfigError, config_dir
+from moco.config import ConfigError, config_dir, require
+from moco.config.types import members, type_error
 from moco.runtime.next_command import quoted
 
 # Hydra's functions, of which `extend_list` gives a list and the others a sweep, or a value of another type.
 _FUNCTION = re.compile(
     r"\s*(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\s*\(.*\)\s*", re.DOTALL
 )
-_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 class _Unreadable:
@@ -74,14 +74,15 @@ def _override(override: str, types: Mapping[str, Any], sweep: bool) -> str:
 
 def _value(name: str, value: str, kind: Any, group: bool, sweep: bool) -> str:
     """Return one value of an override, quoted if needed."""
-    kinds = _members(kind)
+    kinds = members(kind)
     if list[str] in kinds and _is_list(value):
         return f"[{','.join(_text(name, each, optional=False, sweep=False) for each in split(value.strip()[1:-1]))}]"
     if str in kinds:
         return value if group and _is_list(value) else _text(name, value, type(None) in kinds, sweep)
     parsed = _parse(value)
     if not isinstance(parsed, _Unreadable | Sweep) and not (isinstance(parsed, str) and "${" in parsed):
-        _refuse(type_error(name, parsed, kind, value))
+        error = type_error(name, parsed, kind, value)
+        require(not error, error)
     return value
 
 
@@ -161,49 +162,6 @@ def _is_list(value: str) -> bool:
     return value.strip().startswith("[") and value.strip().endswith("]")
 
 
-def _refuse(sentence: str) -> None:
-    if sentence:
-        raise ConfigError(sentence)
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    """Return the types of a union; a type itself for any other type."""
-    return (kind,) if get_origin(kind) in (list, dict) else get_args(kind) or (kind,)
-
-
-def type_error(name: str, value: Any, kind: Any, text: str = "") -> str:
-    """Return the sentence that refuses a value which is null, a list or a group where the field's type is not.
-
-    Args:
-        name: the dotted name of the field.
-        value: its value, of plain types.
-        kind: its type.
-        text: the value as the person wrote it; empty: as Python shows it.
-
-    Returns:
-        The sentence; "" for a value that fits. Conversions between text and numbers are left to OmegaConf.
-    """
-    kinds = _members(kind)
-    shown = f"{name}={text or value}"
-    one: Any = kinds[0]
-    if kind is Any or (value is None and type(None) in kinds):
-        return ""
-    if is_dataclass(one):
-        example = f"{name}.{fields(one)[0].name}=VALUE"
-        return "" if isinstance(value, Mapping) else f"{shown} is a group of fields: set one of them, e.g. {example}"
-    if get_origin(one) is dict or one is dict:
-        return "" if isinstance(value, Mapping) else f"{shown} must hold named values: write +{name}.NAME=VALUE"
-    if get_origin(one) is list:
-        if isinstance(value, list):
-            return "" if all(_scalar(each) for each in value) else f"{shown} must be a list without lists in it"
-        return f"{shown} must be a list: {name}=[{text or value}]" if _scalar(value) else f"{shown} must be a list"
-    return "" if _scalar(value) else f"{shown} must be {_KINDS.get(one, one.__name__)}"
-
-
-def _scalar(value: Any) -> bool:
-    return value is not None and not isinstance(value, list | Mapping)
-
-
 @contextmanager
 def checked_files(types: Mapping[str, Any]) -> Iterator[None]:
     """Let Hydra check each YAML file that it reads: raise ConfigError for a value that does not fit its field's type.
@@ -238,7 +196,7 @@ def _check_file(path: Path, values: Any, types: Mapping[str, Any], prefix: str, 
         raise ConfigError(f"{path} must hold lines of the form field: value")
     for key, value in values.items():
         name, here = f"{prefix}{key}", [*keys, key]
-        kinds = _members(types.get(name, Any))
+        kinds = members(types.get(name, Any))
         if list[str] in kinds and isinstance(value, list):
             for i, each in enumerate(value):
                 _check_text(path, each, [*here, i])
@@ -246,7 +204,7 @@ def _check_file(path: Path, values: Any, types: Mapping[str, Any], prefix: str, 
             _check_text(path, value, here)
         elif name in types and not (isinstance(value, str) and "${" in value):
             error = type_error(name, value, types[name])
-            _refuse(error and f"{path}: {error}")
+            require(not error, f"{path}: {error}")
         if isinstance(value, Mapping) and not (name in types and not is_dataclass(kinds[0])):
             _check_file(path, value, types, f"{name}.", here)
 
@@ -259,6 +217,6 @@ def _check_text(path: Path, value: Any, keys: Sequence[Any]) -> None:
     for key in keys:
         node = node.value[key] if isinstance(key, int) else [one for name, one in node.value if name.value == key][-1]
     where = f"{path}, line {node.start_mark.line + 1}: {next(key for key in reversed(keys) if isinstance(key, str))}"
-    if _scalar(value) or value is None:
+    if not isinstance(value, list | Mapping):
         raise ConfigError(f'{where}: {node.value} is not read as text: put it in quotes, "{node.value}"')
     raise ConfigError(f"{where} must be text, not a list or a group")

@@ -80,24 +80,3 @@ def read_yaml(path: Path) -> Any:
     for _ in values_of(value):
         pass
     return value
-
-
-def mistyped(value: Any, schema: Mapping[str, Any], name: str = "") -> str:
-    """Return the dotted name of the first value whose type differs from the schema's; "" if there is none.
-
-    The schema's values are types, tuples of types and nested schemas. A missing value is accepted; True is no number.
-    """
-    if not isinstance(value, Mapping):
-        return name or "it"
-    for key in value.keys() & schema.keys():
-        kind, dotted = schema[key], f"{name}.{key}".lstrip(".")
-        if isinstance(kind, Mapping):
-            if wrong := mistyped(value[key], kind, dotted):
-                return wrong
-        elif not isinstance(value[key], kind) or (isinstance(value[key], bool) and not _allows_bool(kind)):
-            return dotted
-    return ""
-
-
-def _allows_bool(kind: Any) -> bool:
-    return bool in (kind if isinstance(kind, tuple) else (kind,)) or kind is object

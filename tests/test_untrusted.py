@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moco.untrusted import DEPTH, mistyped, parse_json, read_json, read_yaml, refuse_special_file, values_of
+from moco.untrusted import DEPTH, parse_json, read_json, read_yaml, refuse_special_file, values_of
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -70,18 +70,3 @@ def test_invalid_yaml_is_refused_without_running_anything(text: str, tmp_path: P
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match="not valid YAML"):
         read_yaml(tmp_path / "a.yaml")
-
-
-@pytest.mark.parametrize(
-    ("value", "wrong"),
-    [
-        ({"a": 1, "b": {"c": "x"}}, ""),
-        ({"a": True, "b": {"c": "x"}}, "a"),
-        ({"a": 1, "b": {"c": 2}}, "b.c"),
-        ({"a": 1, "b": []}, "b"),
-        ([], "it"),
-        ({"other": object()}, ""),
-    ],
-)
-def test_the_first_value_of_another_type_is_named(value: Any, wrong: str) -> None:
-    assert mistyped(value, {"a": int, "b": {"c": str}}) == wrong

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from moco.config.types import type_error
 from moco.data.base import Progress
-from moco.untrusted import mistyped, read_json
+from moco.untrusted import read_json
 
 INDEX, PARTS, SKIPPED, VERSION = "index.json", "parts", "skipped.csv", 2
 SPLITS = ("train", "bank", "held_out")
@@ -47,24 +48,22 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
     fix = f"restore it from a copy, or remove {folder} and pack the images again"
     index = read_sealed(file, fix, VERSION)
     if flaw := _flaw(index):
-        raise ValueError(f"{file} is damaged ({flaw} has an invalid value): {fix}")
+        raise ValueError(f"{file} is damaged ({flaw}): {fix}")
     return index
 
 
-_INDEX: dict[str, Any] = {"classes": list, "splits": Mapping, "settings": Mapping, "skipped": str}
+_INDEX: dict[str, Any] = {"classes": list[str], "splits": Mapping, "settings": Mapping, "skipped": str}
 _SPLIT: dict[str, Any] = {"rows": str, "sha256": str, "pictures": int, "labelled": bool, "shards": list, "parts": list}
 _SHARD: dict[str, Any] = {"file": str, "bytes": int, "sha256": str}
 _PART: dict[str, Any] = {"rows": int, "end": int, "before": int, "skipped": list}
 
 
 def _flaw(index: Mapping[str, Any]) -> str:
-    """Return the name of the first entry that is missing or has another form than `moco.pack` writes; "" if none."""
+    """Return what differs in the first entry that is not as `moco.pack` writes it; "" if none does."""
     if found := _differs(index, _INDEX, "the index"):
         return found
-    if not all(isinstance(name, str) for name in index["classes"]):
-        return "classes"
     if not {"train"} <= set(index["splits"]) <= set(SPLITS):
-        return "splits"
+        return f"splits has the names {', '.join(index['splits'])}"
     for name, split in index["splits"].items():
         if found := _differs(split, _SPLIT, name):
             return found
@@ -72,19 +71,18 @@ def _flaw(index: Mapping[str, Any]) -> str:
             for each in split[kind]:
                 if found := _differs(each, schema, f"{name}.{kind}"):
                     return found
-        files = [split["rows"], *(shard["file"] for shard in split["shards"])]
-        if any(name in ("", ".", "..") or Path(name).name != name for name in files):
-            return f"{name}.rows or {name}.shards.file"  # a file outside of the folder
+        for file in (split["rows"], *(shard["file"] for shard in split["shards"])):
+            if file in ("", ".", "..") or Path(file).name != file:
+                return f"{name} names {file!r}, which is not in the folder"
     return ""
 
 
 def _differs(value: Any, schema: dict[str, Any], name: str) -> str:
-    """Return the name of an entry that is missing, has another type or is negative; "" if there is none."""
-    if wrong := mistyped(value, schema):
-        return name if wrong == "it" else f"{name}.{wrong}"
-    lacking = [key for key in schema if key not in value]
-    negative = [key for key in schema if isinstance(value.get(key), int) and value[key] < 0]
-    return f"{name}.{(lacking + negative)[0]}" if lacking or negative else ""
+    """Return the sentence about an entry that has another type, is missing or is negative; "" if there is none."""
+    if error := type_error(name, value, schema, exact=True):
+        return error
+    invalid = [key for key in schema if key not in value or (isinstance(value[key], int) and value[key] < 0)]
+    return f"{name}.{invalid[0]} is missing or negative" if invalid else ""
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:

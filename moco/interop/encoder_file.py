@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from moco.config.saved import invalid_field
+from moco.config.types import check_saved, type_error
 from moco.files import cause
 from moco.interop.foreign import NOTEBOOK, OFFICIAL, PLAIN, Layout, layout_of, torchvision_named
 from moco.interop.weights import save_weights
@@ -26,7 +26,7 @@ from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
 from moco.runs import checkpoint
 from moco.runs.weights_file import CodeRefused, read_weights
-from moco.untrusted import mistyped, parse_json, refuse_special_file
+from moco.untrusted import parse_json, refuse_special_file
 
 State = Mapping[str, Tensor]
 
@@ -253,8 +253,7 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
 
 def _checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's configuration from a file; raise ValueError if a value has another type than its field."""
-    if wrong := invalid_field(config):
-        raise ValueError(f"its configuration has {wrong}, which is not valid")
+    check_saved(config)
     return dict(config)
 
 
@@ -345,8 +344,8 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
         with safe_open(path, "pt") as file:
             about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         metadata = {name: parse_json(about[name]) for name in _METADATA if name in about}
-        if wrong := mistyped(metadata, _METADATA):
-            raise ValueError(f"its metadata {wrong} has another type")
+        if error := type_error("", metadata, _METADATA, exact=True):
+            raise ValueError(f"in its metadata, {error}")
         config, images = _checked_config(metadata.get("config", {})), _checked_images(metadata.get("images", {}))
         step = int(about.get("step", 0))
     except (SafetensorError, OSError, ValueError) as error:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from moco.config import ConfigError, RunWarning
+from moco.config.types import type_error
 from moco.digest import digest
 from moco.files import atomic_write, cause, flush, temporary_name
 from moco.runs.weights_file import CheckpointError as CheckpointError  # exported
 from moco.runs.weights_file import read_weights
 from moco.runtime.precision import PRECISIONS
-from moco.untrusted import mistyped
 
 Checkpoint = dict[str, Any]
 
@@ -44,7 +44,7 @@ _SCHEMA: dict[str, Any] = {
     "optimizer": {"state": Mapping, "param_groups": list},
     "scaler": Mapping,
     "history": list,
-    "seconds": (int, float),
+    "seconds": float,
     "versions": Mapping,
     "world_size": int,
     "skipped": int,
@@ -195,22 +195,22 @@ def verify(path: Path, state: Any) -> Checkpoint:
 
 def _refuse_malformed(path: Path, state: Mapping[str, Any]) -> None:
     """Refuse values that training would not have saved; a correct digest shows only that a file is not damaged."""
-    wrong = mistyped(state, _SCHEMA)
-    if not wrong:
+    error = type_error("", state, _SCHEMA, exact=True)
+    if not error:
         numbers = {name: state.get(name, 0) for name in ("step", "seconds", "skipped")}
         numbers |= {"data.length": state.get("data", {}).get("length", 0)}
         checks = {name: math.isfinite(number) and 0 <= number < 2**53 for name, number in numbers.items()}
         checks["precision"] = state.get("precision", "fp32") in PRECISIONS
         checks["history"] = all(map(_is_evaluation, state.get("history", [])))
         checks["method"] = all(isinstance(each, Tensor) for each in state.get("method", {}).values())
-        wrong = next((name for name, valid in checks.items() if not valid), "")
-    if wrong:
-        raise CheckpointError(f"{path} is not a checkpoint of moco.train: its value {wrong!r} is invalid")
+        error = next((f"its value {name!r} is invalid" for name, valid in checks.items() if not valid), "")
+    if error:
+        raise CheckpointError(f"{path} is not a checkpoint of moco.train: {error}")
 
 
 def _is_evaluation(entry: Any) -> bool:
     """Return whether an entry of the history has numbers only: step, epoch, and lists of results by name."""
-    if mistyped(entry, {"step": int, "epoch": (int, float)}) or "step" not in entry:
+    if type_error("", entry, {"step": int, "epoch": float}, exact=True) or "step" not in entry:
         return False
     results = (each for name, value in entry.items() if name != "step" for each in _as_list(value))
     return all(each is None or isinstance(each, int | float) for each in results)
