@@ -82,7 +82,8 @@ def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
 class SubjectDataConfig(SourceConfig):
     """The labeled data of an evaluation. A field that is null has the run's value.
 
-    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead.
+    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead. A
+    file outside of a run directory provides neither root nor eval_root: set both.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)

@@ -1,6 +1,6 @@
 """The data set that a file names: an encoder's file, a run or an index, which may come from someone else.
 
-Nothing is downloaded, no folder is created and no hub is contacted because a file says so.
+Nothing is downloaded, no folder is created, no command is run and no hub is contacted because a file says so.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from moco.data.sources import SOURCES
 def recorded_data(
     recorded: Mapping[str, Any], given: Mapping[str, Any], source: str, trusted: bool, fix: str = ""
 ) -> dict[str, Any]:
-    """Return the fields of `DataConfig` in a file that apply without the person's repeating them.
+    """Return the fields of `DataConfig` in a file that are the defaults of the fields that the person has not set.
 
     Args:
         recorded: the fields in the file.
@@ -26,21 +26,18 @@ def recorded_data(
     Raises:
         ConfigError: if the images would have to be fetched, or lie in a folder that only the file names.
     """
-    name, root = str(recorded.get("name", "")), str(recorded.get("root") or "")
-    kept = {field: value for field, value in recorded.items() if field != "download"}
+    name, root, eval_root = (str(recorded.get(field) or "") for field in ("name", "root", "eval_root"))
+    never = {"download", "allow_pipe"} if trusted else {"download", "allow_pipe", "eval_root"}
+    kept = {field: value for field, value in recorded.items() if field not in never}
     unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
     if not root or unused or "root" in given or given.get("name", name) != name:
         return kept
     remote = name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())
     why = "they would be fetched from there" if remote else "a file alone does not decide which folder is read"
+    same = f"data.root={root}{f' data.eval_root={eval_root}' if eval_root else ''}"
     require(
         trusted and not remote,
         f"{source} names the images of data.name={name} data.root={root}, and {why}: "
-        f"{fix or f'to use them, add data.root={root}; for others, set data=folder data.root=IMAGES'}",
+        f"{fix or f'to use them, add {same}; for others, set data=folder data.root=IMAGES'}",
     )
     return kept
-
-
-def in_run_directory(file: Path) -> bool:
-    """Return whether a file lies in the directory of a run, which holds a config.yaml."""
-    return any((folder / "config.yaml").is_file() for folder in list(file.absolute().parents)[:4])

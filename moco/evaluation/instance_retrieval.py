@@ -1,8 +1,9 @@
 """Instance retrieval, a measure of features that needs no labels.
 
 Each image is cropped twice at random. Each crop of the first set is compared with all crops of the second, and vice
-versa. The retrieval at 1 is the share of crops whose most similar crop shows their own image; chance is 1 / M. The two
-crops differ in position, size and mirroring, not in color, so that raw pixels are a fair baseline.
+versa. The retrieval at 1 is the share of crops whose most similar crop shows their own image, or a byte-identical copy
+of it; chance is 1 / M without copies. The two crops differ in position, size and mirroring, not in color, so that raw
+pixels are a fair baseline.
 
 Legend: M images, D feature dimension, S image size.
 """
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.data.base import Source
-from moco.data.loader import batches
+from moco.data.duplicates import content_groups
+from moco.data.loader import Batch, batches
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
@@ -28,16 +30,16 @@ SEED = 0  # of the choice of the images and of their crops
 CROP_SCALE = (0.2, 1.0)  # area of a crop, as a fraction of the image's, as in MoCo
 
 
-def retrieval_at_1(first: Tensor, second: Tensor) -> float:
+def retrieval_at_1(first: Tensor, second: Tensor, groups: Tensor) -> float:
     """Return the share of crops that find the other crop of their image, in percent, over both directions.
 
     Args:
         first, second: features (M, D) of two crops of the same M images. Their similarity is the cosine. Of equal
             similarities the first one counts, so constant features have a retrieval of 1 / M.
+        groups: numbers of the images (M,). Those with the same number are copies: the crop of any of them is right.
     """
     similarity = F.normalize(first.double(), dim=1) @ F.normalize(second.double(), dim=1).T  # (M, M)
-    own = torch.arange(len(similarity), device=similarity.device)
-    found = [(each.argmax(dim=1) == own).double().mean() for each in (similarity, similarity.T)]
+    found = [(groups[each.argmax(dim=1)] == groups).double().mean() for each in (similarity, similarity.T)]
     return 100 * float(sum(found)) / 2
 
 
@@ -63,25 +65,40 @@ def instance_retrieval(
         heartbeat: called before each batch.
     """
     features: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in networks}
+    rows: list[Tensor] = []
     modules = [network for network in networks.values() if isinstance(network, nn.Module)]
     modes = [module.training for module in modules]
     mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (transform.mean, transform.std))
     try:
         for module in modules:
             module.eval()
-        for crops in _crop_pairs(source, transform.size, device, batch_size, workers, on_unreadable):
+        for batch in _crop_pairs(source, transform.size, device, batch_size, workers, on_unreadable):
             heartbeat()
+            rows.append(batch.index)
             for name, network in networks.items():
-                for images, out in zip(crops, features[name], strict=True):
+                for images, out in zip(batch.views, features[name], strict=True):
                     with torch.no_grad():
                         out.append(network(images if network is pixels else (images - mean) / std).float())
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-    return {
-        name: retrieval_at_1(*(gather(torch.cat(parts)) for parts in both))  # rows of all ranks, in the same order
-        for name, both in features.items()
-    }
+    images_shown = gather(torch.cat(rows))  # (M,), of all ranks, in the order of the features
+    groups = _content_groups(source, images_shown, heartbeat)
+    groups = _content_groups(source, gather(torch.cat(rows)), heartbeat)
+    found = {}
+    for name, crops in features.items():
+        first, second = (gather(torch.cat(parts)) for parts in crops)  # rows of all ranks, in the same order
+        found[name] = retrieval_at_1(first, second, groups)
+    return found
+
+
+def _content_groups(source: Source, rows: Tensor, heartbeat: Callable[[], None]) -> Tensor:
+    """Return a number per image of `rows`, (M,): equal for the same image and for copies of it. Collective."""
+    if source.stream is not None:  # its images cannot be read again
+        return rows
+    different, places = rows.unique(return_inverse=True)
+    subset = source.subset(different.cpu().numpy())
+    return torch.from_numpy(content_groups(subset, lambda *_: heartbeat())).to(rows.device)[places]
 
 
 def images_used(length: int, batch_size: int) -> int:
@@ -91,10 +108,10 @@ def images_used(length: int, batch_size: int) -> int:
 
 def _crop_pairs(
     source: Source, size: int, device: torch.device, batch_size: int, workers: int, on_unreadable: OnUnreadable | None
-) -> Iterator[list[Tensor]]:
-    """Yield this rank's two crops of each batch, 2 of (n, 3, S, S), in 0 ... 1."""
+) -> Iterator[Batch]:
+    """Yield this rank's batches: two crops of each image, 2 of (n, 3, S, S), in 0 ... 1."""
     plan = Plan(len(source), batch_size, 1, SEED, rank(), world_size())
     view = View(size, crop_scale=CROP_SCALE, flip_p=0.5)
     count = images_used(len(source), batch_size) // batch_size
     with closing(batches(source, plan, (view, view), device, workers, on_unreadable=on_unreadable)) as stream:
-        yield from (batch.views for batch in islice(stream, count))
+        yield from islice(stream, count)

@@ -93,7 +93,7 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> tuple[Resul
     details = {"settings": used | {"draws": len(metrics)}, "figures": summarize_draws(metrics)}
     if grid is not None:
         details["choice"] = {"k": config.k, "temperature": config.temperature, "leave_one_out": grid.tolist()}
-        details["choice"]["images"] = min(config.choose_on, len(task.train))
+        details["choice"] |= {"images": min(config.choose_on, len(task.train)), "copies": task.copied}
     return Result(name, metrics, details), settings, grid
 
 
@@ -108,9 +108,10 @@ def _choose(task: Task[KnnConfig], name: str, bank: Tensor) -> tuple[KnnSettings
     if len(config.k) * len(config.temperature) == 1:
         return settings, None
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
-    labels, rows = (torch.from_numpy(each).to(task.device) for each in (labels_of(task.train), drawn))
+    arrays = labels_of(task.train), drawn, task.groups
+    labels, rows, groups = (torch.from_numpy(each).to(task.device) for each in arrays)
     with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
-        grid = leave_one_out(bank, labels, rows, config.k, config.temperature, settings, progress)
+        grid = leave_one_out(bank, labels, rows, config.k, config.temperature, groups, settings, progress)
     i, j = np.unravel_index(grid.argmax(), grid.shape)
     return replace(settings, k=config.k[i], temperature=config.temperature[j]), grid
 
@@ -165,7 +166,7 @@ def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid |
     few = config.labels_per_class
     protocol = f"{few} label{'s' * (few > 1)} a class" if few else "all labels"  # in results.json of earlier versions
     if grid is not None:
-        _show_choice(config, settings, grid, len(train))
+        _show_choice(task, settings, grid)
     table(
         f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
         ["encoder", "k", "T", "top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"],
@@ -185,7 +186,11 @@ def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid |
     log_next(shlex.join(["tensorboard", "--logdir", str(task.subject.output)]))
 
 
-def _show_choice(config: KnnConfig, chosen: KnnSettings, grid: Grid, count: int) -> None:
+def _show_choice(task: Task[KnnConfig], chosen: KnnSettings, grid: Grid) -> None:
+    config, count = task.config, len(task.train)
+    left_out = "itself as a neighbor"
+    if task.copied:
+        left_out = f"itself and its copies as neighbors ({task.copied:,} images have byte-identical copies)"
     best = (config.k.index(chosen.k), config.temperature.index(chosen.temperature))
     table(
         "choice: leave-one-out accuracy of the pretrained encoder on training images",
@@ -194,7 +199,7 @@ def _show_choice(config: KnnConfig, chosen: KnnSettings, grid: Grid, count: int)
             [str(k), *(percent(value) + (" <" if (i, j) == best else "") for j, value in enumerate(line))]
             for i, (k, line) in enumerate(zip(config.k, grid, strict=True))
         ],
-        f"on {min(config.choose_on, count):,} of {count:,} images, each without itself as a neighbor; < is chosen",
+        f"on {min(config.choose_on, count):,} of {count:,} images, each without {left_out}; < is chosen",
     )
 
 

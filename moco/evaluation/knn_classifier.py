@@ -61,7 +61,11 @@ class Accuracy(NamedTuple):
 
 
 def nearest(
-    bank: Tensor, queries: Tensor, k: int, exclude: Tensor | None = None, bank_chunk: int = KnnSettings.bank_chunk
+    bank: Tensor,
+    queries: Tensor,
+    k: int,
+    groups: tuple[Tensor, Tensor] | None = None,
+    bank_chunk: int = KnnSettings.bank_chunk,
 ) -> tuple[Tensor, Tensor]:
     """Find each query's k nearest references by cosine, nearest first; of equally near ones, the lower row first.
 
@@ -71,21 +75,22 @@ def nearest(
     Args:
         bank, queries: features (M, D) and (Q, D) of any length and precision; they are normalized here.
         k: neighbors; more than M means all.
-        exclude: (Q,), a row per query that is not a neighbor, such as its own.
+        groups: numbers of the references (M,) and of the queries (Q,), for queries that are references themselves: a
+            reference with the number of a query is not its neighbor.
         bank_chunk: references at once; memory is Q x (k + bank_chunk).
 
     Returns:
-        Similarity and row in the bank, each (Q, min(k, M)), or one neighbor fewer with `exclude` if k reaches M.
+        Similarity and row in the bank, each (Q, min(k, M)), or one neighbor fewer with `groups` if k reaches M. A query
+        with fewer neighbors has the similarity -inf in their places.
     """
-    k = min(k, len(bank) - (exclude is not None))
+    k = min(k, len(bank) - (groups is not None))
     queries = F.normalize(queries.float(), dim=1)
     best = queries.new_empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for part in _chunks(len(bank), bank_chunk):
         similarity = queries @ F.normalize(bank[part].float(), dim=1).T  # (Q, chunk)
-        if exclude is not None:
-            inside = ((exclude >= part.start) & (exclude < part.stop)).nonzero().squeeze(1)
-            similarity[inside, exclude[inside] - part.start] = -torch.inf
+        if groups is not None:
+            similarity.masked_fill_(groups[1][:, None] == groups[0][part], -torch.inf)
         values, found = largest(similarity, k)
         # Earlier chunks come first in the concatenation, so the lower row of equal ones stays first.
         best, at = largest(torch.cat([best, values], dim=1), k)
@@ -95,8 +100,9 @@ def nearest(
 
 def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
     """Sum the votes (Q, L) of neighbors with this similarity and these labels, both (Q, k), nearest first."""
-    # Subtracting the largest changes no ranking and avoids overflow: exp(1 / 0.01) exceeds float32.
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()
+    # Subtracting the largest changes no ranking and avoids overflow: exp(1 / 0.01) exceeds float32. It is -inf, and all
+    # votes are 0, if a query has no neighbor.
+    weights = ((similarity - similarity[:, :1].clamp(min=-1)) / temperature).exp()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
 
 
@@ -177,10 +183,11 @@ def leave_one_out(
     rows: Tensor,
     ks: Sequence[int],
     temperatures: Sequence[float],
+    groups: Tensor,
     settings: KnnSettings = KnnSettings(),  # frozen
     progress: Progress = ignore,
 ) -> NDArray[np.float64]:
-    """Compute the accuracy on the references, each without itself as a neighbor: to choose k and temperature.
+    """Compute the accuracy on the references, each without its group as neighbors: to choose k and temperature.
 
     The neighbors are searched once, for the largest k.
 
@@ -188,6 +195,7 @@ def leave_one_out(
         bank, bank_labels: see `knn_votes`.
         rows: references that are the queries, (Q,).
         ks, temperatures: the grid.
+        groups: a number per reference, (M,); an image and its copies have the same one.
         settings: only the chunk sizes apply.
 
     Returns:
@@ -197,7 +205,7 @@ def leave_one_out(
     correct = torch.zeros(len(ks), len(temperatures), dtype=torch.int64, device=bank.device)
     for chunk in _own_chunks(len(rows), settings.query_chunk, progress):
         own = rows[chunk]
-        similarity, found = nearest(bank, bank[own], max(ks), own, settings.bank_chunk)
+        similarity, found = nearest(bank, bank[own], max(ks), (groups, groups[own]), settings.bank_chunk)
         truth, labels = bank_labels[own], bank_labels[found]
         for i, k in enumerate(ks):
             for j, temperature in enumerate(temperatures):

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from moco.data.duplicates import content_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
 from moco.data.opening import open_sources
-from moco.data.recorded import in_run_directory, recorded_data
+from moco.data.recorded import recorded_data
 from moco.data.sources import Source, Sources, refuse_output_inside
 from moco.digest import digest
 from moco.distributed import is_rank_zero
@@ -28,7 +28,7 @@ from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.interop.image_size import fit_to_size
 from moco.models.encoder import Encoder
 from moco.runs import checkpoint
-from moco.runs.directory import untrained
+from moco.runs.directory import in_run_directory, untrained
 from moco.runtime.console import log, progress_bar
 
 IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -163,17 +163,22 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
 
 
 def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
-    """Return the run's data configuration, or for another data set the defaults, with the overrides of `config`."""
-    overrides, source = config.data.overrides(), subject.file.source
+    """Return the fields that the person has set; for the others, those of the run or file, or else the defaults."""
+    given, source = config.data.overrides(), subject.file.source
     trusted = bool(config.run) or in_run_directory(Path(source))
-    of_run = recorded_data(subject.file.config.get("data", {}), overrides, source, trusted)
-    named = "name" in overrides or bool(of_run)
+    recorded = recorded_data(subject.file.config.get("data", {}), given, source, trusted)
+    named = "name" in given or bool(recorded)
     require(named, f"{source} does not name its data: set data=cifar10, data=folder data.root=DIR, ...")
-    # For another data set, or another folder, no other field of the run's data applies.
-    same = all(overrides.get(field, of_run.get(field)) == of_run.get(field) for field in ("name", "root"))
+    # For another data set, or another folder, no other field of the recorded data applies.
+    same = _is_same_data(recorded | given, recorded)
     known = {each.name for each in fields(DataConfig)}
-    kept = {name: value for name, value in of_run.items() if name in known and (same or name == "name")}
-    return DataConfig(**(kept | overrides))
+    kept = {name: value for name, value in recorded.items() if name in known and (same or name == "name")}
+    return DataConfig(**(kept | given))
+
+
+def _is_same_data(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
+    roots = [Path(str(each.get("root") or "")).expanduser().resolve() for each in (data, recorded)]
+    return bool(data.get("name") == recorded.get("name") and roots[0] == roots[1])
 
 
 def _paths(data: DataConfig) -> dict[str, str]:
@@ -224,9 +229,7 @@ def weights_digest(file: EncoderFile, features: str) -> str:
 
 def _trained_on_it(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the encoder was trained on this data set: data.hold_out then holds out images that it saw."""
-    of_run, data = subject.file.config.get("data", {}), data_config(config, subject)
-    same_root = Path(of_run.get("root", "")).expanduser().resolve() == Path(data.root).expanduser().resolve()
-    return bool(of_run.get("name") == data.name and same_root)
+    return _is_same_data(asdict(data_config(config, subject)), subject.file.config.get("data", {}))
 
 
 def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:

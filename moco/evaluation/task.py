@@ -48,6 +48,11 @@ class Task(Generic[Config]):
         """The first image with the same content for each training image, (M,). Collective."""
         return groups_of(self.train)
 
+    @property
+    def copied(self) -> int:
+        """The number of training images that have the same content as another one. Collective."""
+        return int((np.bincount(self.groups)[self.groups] > 1).sum())
+
     @cached_property
     def copies(self) -> int:
         """The number of held-out images that are training images too. Collective."""

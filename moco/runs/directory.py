@@ -95,6 +95,11 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     return lock
 
 
+def in_run_directory(file: Path) -> bool:
+    """Return whether a file lies in the directory of a run, at most three folders below it."""
+    return any(all((run / name).is_file() for name in ("config.yaml", METRICS)) for run in file.absolute().parents[:4])
+
+
 def untrained(path: Path, field: str = "run") -> str:
     """Return the sentence for a directory without a checkpoint: it names the runs in it, or the command to train one.
 

@@ -1,19 +1,28 @@
 """A file's word neither downloads, creates nor fetches anything, and a bare file does not choose a folder (S1)."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moco.config import ConfigError, DataConfig
-from moco.data.recorded import in_run_directory, recorded_data
+from moco.data.recorded import recorded_data
 
 
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("name", ["digits", "cifar10", "folder"])
-def test_a_download_is_never_taken_from_a_file(name: str, trusted: bool) -> None:
-    kept = recorded_data({"name": name, "root": "", "download": True}, {}, "x.pt", trusted)
+def test_a_download_or_a_command_is_never_taken_from_a_file(name: str, trusted: bool) -> None:
+    kept = recorded_data({"name": name, "root": "", "download": True, "allow_pipe": True}, {}, "x.pt", trusted)
     assert not DataConfig(**kept).download
+    assert not DataConfig(**kept).allow_pipe
+
+
+@pytest.mark.parametrize(("trusted", "eval_root"), [(True, "/test"), (False, "")])
+def test_held_out_images_of_a_bare_file_are_used_only_if_named(trusted: bool, eval_root: str) -> None:
+    recorded = {"name": "folder", "root": "/train", "eval_root": "/test", "labels": "folder"}
+    kept = DataConfig(**recorded_data(recorded, {"root": "/train"}, "x.pt", trusted))
+    assert (kept.root, kept.eval_root, kept.labels) == ("/train", eval_root, "folder")
+    with pytest.raises(ConfigError, match=r"to use them, add data\.root=/train data\.eval_root=/test; for"):
+        recorded_data(recorded, {}, "x.pt", trusted=False)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +48,3 @@ def test_which_images_are_used_without_being_named(
         return
     with pytest.raises(ConfigError, match=rf"x.pt names .*data\.root={recorded['root']}.*add data\.root="):
         recorded_data(recorded, given, "x.pt", trusted)
-
-
-def test_a_file_of_a_run_directory_is_known_by_the_configuration_above(tmp_path: Path) -> None:
-    file = tmp_path / "run" / "finetune" / "all" / "encoder.safetensors"
-    assert not in_run_directory(file)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
-    assert in_run_directory(file)
-    assert in_run_directory(tmp_path / "run" / "checkpoints" / "step_1.pt")

@@ -4,22 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from moco.config import DataConfig
+from moco.data.duplicates import content_groups
 from moco.data.sources import load_source
 from moco.evaluation.features import EvalTransform, pixels
 from moco.evaluation.instance_retrieval import images_used, instance_retrieval, retrieval_at_1
 from tests.data import images as example_images
 
 
-def reference(first: Tensor, second: Tensor) -> float:
+def reference(first: Tensor, second: Tensor, groups: list[int]) -> float:
     """Compare each crop with all crops of the other kind, in loops."""
     found = 0
     for queries, keys in ((first, second), (second, first)):
         for i, query in enumerate(queries):
             similarities = [float(torch.cosine_similarity(query.double(), key.double(), dim=0)) for key in keys]
-            found += similarities.index(max(similarities)) == i
+            found += groups[similarities.index(max(similarities))] == groups[i]
     return 100 * found / (2 * len(first))
 
 
@@ -34,13 +36,15 @@ def test_the_value_is_that_of_a_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(40, 8, generator=generator)
     second = first + torch.randn(40, 8, generator=generator)
-    assert retrieval_at_1(first, second) == pytest.approx(reference(first, second), abs=1e-9)
-    assert 0 < retrieval_at_1(first, second) < 100
+    alone, pairs = torch.arange(40), torch.arange(40) // 2
+    found = [retrieval_at_1(first, second, groups) for groups in (alone, pairs)]
+    assert found == pytest.approx([reference(first, second, groups.tolist()) for groups in (alone, pairs)], abs=1e-9)
+    assert 0 < found[0] < found[1] < 100
 
 
 def test_perfect_features_find_every_crop_and_constant_features_one() -> None:
-    assert retrieval_at_1(torch.eye(9), 3 * torch.eye(9)) == 100
-    assert retrieval_at_1(torch.ones(8, 3), torch.ones(8, 3)) == pytest.approx(100 / 8)
+    assert retrieval_at_1(torch.eye(9), 3 * torch.eye(9), torch.arange(9)) == 100
+    assert retrieval_at_1(torch.ones(8, 3), torch.ones(8, 3), torch.arange(8)) == pytest.approx(100 / 8)
 
 
 def test_complete_batches_of_at_most_1024_images_are_used() -> None:
@@ -50,6 +54,15 @@ def test_complete_batches_of_at_most_1024_images_are_used() -> None:
         4096,
         32,
     ]
+
+
+def test_a_copy_of_the_image_is_an_equally_right_answer(tmp_path: Path) -> None:
+    """Four images, each under two names: their color finds one of the two crops, whichever comes first."""
+    for i, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 200, 0)] * 2):
+        Image.new("RGB", (20, 20), color).save(tmp_path / f"{i}.png")
+    assert measure(tmp_path) == {"raw_pixels": 100, "color": 100}
+    source = load_source(DataConfig(name="folder", root=str(tmp_path))).train
+    assert content_groups(source).tolist() == [0, 1, 2, 3] * 2
 
 
 def test_a_folder_is_measured_the_same_twice_and_leaves_modules_in_their_mode(tmp_path: Path) -> None:

@@ -139,18 +139,44 @@ def test_k_and_temperature_are_chosen_on_the_training_split_only(
     rows = torch.from_numpy(np.sort(permutation(4, 0, 1297, VALIDATION)[:150]))
     networks: list[Any] = [next(iter(encoders(task.subject, [], CPU)))[1].backbone, pixels]
     for network, entry in zip(networks, entries(tmp_path), strict=True):
-        grid = leave_one_out(task.features(network, task.train), labels, rows, ks, temperatures)
+        grid = leave_one_out(task.features(network, task.train), labels, rows, ks, temperatures, torch.arange(1297))
         assert entry["choice"] == {
             "k": ks,
             "temperature": temperatures,
             "leave_one_out": grid.tolist(),
             "images": 150,
+            "copies": 0,
         }
         chosen = ks.index(entry["settings"]["k"]), temperatures.index(entry["settings"]["temperature"])
         assert grid[chosen] == grid.max() > grid.min()
-    output = capsys.readouterr().out
-    assert "on 150 of 1,297" in output
+    output = " ".join(capsys.readouterr().out.split())
+    assert "on 150 of 1,297 images, each without itself as a neighbor" in output
     assert output.count(" <") >= 1
+
+
+def test_copies_are_no_neighbors_in_the_choice(
+    run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images of one color, a direction in the plane of red and green: the angle between two is that of their features.
+
+    Both images of 0, 10 and 40 degrees have their nearest other image in the other class. Those of 50 degrees and that
+    of 56 are each other's nearest. With three neighbors, two at 40 degrees outvote one at 56 for those of 50.
+    """
+    colors = {"cat": (0, 0, 40, 40), "dog": (10, 10, 50, 50, 56)}  # degrees
+    for name, degrees in colors.items():
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i, angle in enumerate(np.deg2rad(degrees)):
+            color = (round(255 * np.cos(angle)), round(255 * np.sin(angle)), 0)
+            Image.new("RGB", (16, 16), color).save(tmp_path / "train" / name / f"{i}.png")
+    config = on_folders(run, tmp_path / "train", tree / "test", k=[1, 3], temperature=[1.0], output=str(tmp_path))
+    config.compare = ["pixels"]
+    config.images.mean, config.images.std = [0.0] * 3, [1.0] * 3
+    evaluate_knn(config)
+    choice = entries(tmp_path)[-1]["choice"]
+    np.testing.assert_allclose(choice["leave_one_out"], [[100 * 3 / 9], [100 * 1 / 9]])  # 100 % with copies at k=1
+    assert choice["copies"] == 8
+    output = " ".join(capsys.readouterr().out.split())
+    assert "each without itself and its copies as neighbors (8 images have byte-identical copies)" in output
 
 
 def test_more_neighbors_than_references_logs_that_all_vote(

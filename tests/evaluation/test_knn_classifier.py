@@ -120,19 +120,35 @@ def test_votes_equal_scikit_learn_for_every_k_and_temperature(chunk: int, bank_c
 
 
 @pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9), (1, 1)])
-def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(chunk: int, bank_chunk: int) -> None:
+@pytest.mark.parametrize("copies", [0, 3])
+def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(
+    chunk: int, bank_chunk: int, copies: int
+) -> None:
     bank, labels, rows = features(BANK, 0), classes(BANK, 2), [0, 3, 4, 17, 30, BANK - 1]
+    groups = np.arange(BANK)
+    for row in rows[:copies]:
+        bank[[row + 20, row + 25]] = bank[row].clone()
+        groups[[row + 20, row + 25]] = row
     ks = (1, 3, 10, BANK - 1, 999)
     settings = KnnSettings(query_chunk=chunk, bank_chunk=bank_chunk)
-    got = leave_one_out(bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, settings)
+    got = leave_one_out(
+        bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, torch.from_numpy(groups), settings
+    )
     for i, k in enumerate(ks):
         for j, temperature in enumerate(TEMPERATURES):
             right = 0
             for row in rows:
-                others = np.delete(np.arange(BANK), row)
-                fitted = reference(min(k, BANK - 1), temperature).fit(bank[others].double().numpy(), labels[others])
+                others = np.flatnonzero(groups != groups[row])
+                fitted = reference(min(k, len(others)), temperature).fit(bank[others].double().numpy(), labels[others])
                 right += int(fitted.predict(bank[row : row + 1].double().numpy())[0] == labels[row])
             assert got[i, j] == pytest.approx(100 * right / len(rows))
+
+
+def test_a_query_without_neighbors_is_no_neighbor_of_itself() -> None:
+    same, ones = torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
+    assert torch.isneginf(nearest(same, same, 5, (ones, ones))[0]).all()
+    grid = leave_one_out(same, torch.tensor([1, 1, 2]), torch.arange(3), [1, 5], [0.1], ones)
+    assert grid.tolist() == [[0.0], [0.0]]  # no votes: class 0, which none of them has
 
 
 def signs(rows: int, seed: int) -> Tensor:
@@ -152,7 +168,7 @@ def test_among_equally_near_references_the_lower_row_comes_first_for_any_chunks(
     values, order = similarity.sort(dim=1, descending=True, stable=True)
     wanted = min(k, BANK - with_own)
     for bank_chunk in (1, 7, 16, 59, 60, 1000):
-        got, rows = nearest(bank, queries, k, own, bank_chunk)
+        got, rows = nearest(bank, queries, k, None if own is None else (torch.arange(BANK), own), bank_chunk)
         assert torch.equal(rows, order[:, :wanted])
         assert torch.equal(got, values[:, :wanted])
 

@@ -24,13 +24,13 @@ from tests.evaluation import (
 def knn() -> list[tuple[Any, ...]]:
     bank, queries = test_knn_classifier.features(131, 0), test_knn_classifier.features(173, 1)
     labels, truth = test_knn_classifier.classes(131, 2), test_knn_classifier.classes(173, 3)
-    all_labels, rows = torch.from_numpy(labels), torch.arange(0, 131, 2)
+    all_labels, rows, groups = torch.from_numpy(labels), torch.arange(0, 131, 2), torch.arange(131) // 2
     few = knn_accuracy(bank, labels, queries, truth, KnnSettings(3, 0.1, 2, 4))
     found = []
     for chunk in (20, 1024):  # 173 queries: nine parts, or a single one, so that the second rank has none
         settings = KnnSettings(20, query_chunk=chunk, bank_chunk=50)
         votes = knn_votes(bank, all_labels, queries, test_knn_classifier.CLASSES, settings)
-        found.append((votes, leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], settings), few))
+        found.append((votes, leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], groups, settings), few))
     return found
 
 

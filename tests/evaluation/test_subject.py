@@ -106,10 +106,28 @@ def test_for_another_data_set_no_field_of_the_run_applies(tmp_path: Path) -> Non
     assert data_config(config, subject).eval_root == "held"
     config.data.workers = 5
     assert (data_config(config, subject).eval_root, data_config(config, subject).workers) == ("held", 5)
+    config.data.root = "./theirs"  # the same folder
+    assert (data_config(config, subject).eval_root, data_config(config, subject).labels) == ("held", "folder")
     config.data.root = "mine"
     assert (data_config(config, subject).name, data_config(config, subject).eval_root) == ("folder", "")
     config.data.name = "digits"
     assert data_config(config, subject).labels == "none"
+
+
+def test_a_file_outside_of_a_run_directory_names_no_folder(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "folder", root="theirs", eval_root="held", labels="folder")
+    config = configured(checkpoint=str(checkpoint.list_checkpoints(run / "checkpoints")[0]))
+    subject = open_subject(config)
+    for name in ("config.yaml", "metrics.jsonl"):
+        with pytest.raises(ConfigError, match=r"add data\.root=theirs data\.eval_root=held"):
+            data_config(config, subject)
+        (run / name).touch()
+    assert data_config(config, subject).root == "theirs"
+    (run / "metrics.jsonl").unlink()
+    config.data.root = "theirs"
+    assert (data_config(config, subject).eval_root, data_config(config, subject).labels) == ("", "folder")
+    config.data.eval_root = "mine"
+    assert data_config(config, subject).eval_root == "mine"
 
 
 def test_hold_out_splits_off_a_part_of_each_class(tmp_path: Path) -> None:

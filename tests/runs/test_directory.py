@@ -12,7 +12,8 @@ import pytest
 from moco.config import ConfigError, TrainConfig
 from moco.files import WriteError
 from moco.methods.moco_config import MoCoConfig
-from moco.runs.directory import open_run
+from moco.runs.directory import in_run_directory, open_run
+from moco.runs.metrics import MetricsLogger
 
 
 def values(**changes: object) -> dict[str, object]:
@@ -146,3 +147,16 @@ def test_the_rest_of_a_killed_start_does_not_block_the_directory(tmp_path: Path,
     (tmp_path / name).write_text("half")
     open_run(tmp_path, values()).close()
     assert sorted(each.name for each in tmp_path.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_a_file_lies_in_a_run_directory_if_a_folder_above_is_one(tmp_path: Path) -> None:
+    """A config.yaml alone, such as that of another program in the folder of downloads, makes no run directory."""
+    run = tmp_path / "runs" / "digits"
+    files = [run / "encoder.safetensors", run / "checkpoints" / "step_1.pt", run / "finetune" / "all" / "encoder.pt"]
+    assert not any(map(in_run_directory, files))
+    with open_run(run, values()):
+        (tmp_path / "config.yaml").write_text("theme: dark\n")
+        assert not any(map(in_run_directory, files))
+        MetricsLogger(run, 0).close()
+        assert all(map(in_run_directory, files))
+        assert not in_run_directory(tmp_path / "runs" / "encoder.safetensors")
