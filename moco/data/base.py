@@ -6,16 +6,19 @@ Legend: N images.
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.data.decode import ImageError
+from moco.data.labels import labels_of_split
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]  # called with (done, total)
 
 
@@ -118,10 +121,38 @@ class Sources:
     bank: Source | None = None  # labeled references, for kNN and linear probes
     held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
 
+    def changed(self, change: Callable[[Source], Source]) -> "Sources":
+        """Return the result of `change` for each split; it is called once if the training images are the bank."""
+        splits = {id(split): split for split in (self.train, self.bank, self.held_out) if split is not None}
+        new = {key: change(split) for key, split in splits.items()}
+        return Sources(new[id(self.train)], new.get(id(self.bank)), new.get(id(self.held_out)))
 
-def labeled(train: Source, held_out: Source | None) -> Sources:
-    """Return a data set in which the training images, if labeled, are the bank as well."""
+
+def labeled(train: Source, held_out: Source | None = None, where: str = "") -> Sources:
+    """Return a data set in which the training images, if labeled, are the bank as well.
+
+    The labels of the held-out images become indices into the classes of training; `where` names that split in errors.
+    """
+    if held_out is not None and held_out.labels is not None and where:
+        labels = labels_of_split(held_out.labels, held_out.classes, train.classes, where)
+        split: Any = held_out  # a dataclass
+        held_out = replace(split, labels=labels, classes=train.classes)
     return Sources(train, train if train.labels is not None else None, held_out)
+
+
+def in_threads(read: Callable[[int], T], rows: Sequence[int], progress: Progress | None = None) -> list[T]:
+    """Call `read` for every row, in threads, because decoders release the interpreter lock; return the results.
+
+    `progress` is called with (done, total). The first error cancels the rest.
+    """
+    results: list[T] = []
+    parts = (rows[start : start + 64] for start in range(0, len(rows), 64))
+    with ThreadPoolExecutor() as pool:
+        for part in pool.map(lambda part: [read(row) for row in part], parts):
+            results += part
+            if progress is not None:
+                progress(len(results), len(rows))
+    return results
 
 
 def names_digest(source: Source, with_size: bool = False) -> str:

@@ -30,7 +30,7 @@ def opening_lines(sources: Sources) -> list[str]:
     splits = [name for name in labeled.classes if name.casefold() in SPLIT_NAMES]
     if len(splits) > 1:
         warnings.warn(
-            f"the classes {first_names(list(map(printable, splits)))} have the names of splits: if they are splits, "
+            f"the classes {first_names(splits)} have the names of splits: if they are splits, "
             "open one of them as the training images and the other as the held-out images",
             RunWarning,
             stacklevel=2,
@@ -48,13 +48,13 @@ def class_counts(source: Source) -> dict[str, int]:
 
 def classes_without_images(source: Source) -> list[str]:
     """Return the classes that have no image in a labeled source."""
-    return [printable(name) for name, count in class_counts(source).items() if not count]
+    return [name for name, count in class_counts(source).items() if not count]
 
 
 def class_line(source: Source) -> str:
     """Return the classes of a labeled source with their numbers of images, as one line."""
     counts = class_counts(source)
-    shown = ", ".join(f"{printable(name)} ({count:,})" for name, count in list(counts.items())[:MOST_CLASSES])
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:MOST_CLASSES])
     more = ""
     if len(counts) > MOST_CLASSES:
         smallest, largest = min(counts.values()), max(counts.values())
@@ -65,10 +65,5 @@ def class_line(source: Source) -> str:
 def left_out_line(counts: Mapping[str, int]) -> str:
     """Return, as one line, how many files are left out because their names are not those of images."""
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
-    named = [f"{count:,} {printable(kind)}" for kind, count in ordered]
+    named = [f"{count:,} {kind}" for kind, count in ordered]
     return f"left out, because their names are not those of images: {first_names(named, MOST_CLASSES)}"
-
-
-def printable(name: str) -> str:
-    """Return a name with its unprintable characters escaped, so that a terminal shows it in one line."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in name)

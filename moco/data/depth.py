@@ -39,14 +39,13 @@ def with_bits(sources: Sources, config: DataConfig) -> Sources:
             )
     if bits == 16:
         return sources
-    changed: dict[int, Any] = {}  # by identity, because train may be the bank as well
-    for name in ("train", "bank", "held_out"):
-        source: Any = getattr(sources, name)
+
+    def with_depth(source: Any) -> Any:
         # A source of images in memory has no bits, nor has one that always decodes 8 bits.
-        if source is not None and source.images is None and "bits" in getattr(source, "__dataclass_fields__", {}):
-            changed.setdefault(id(source), replace(source, bits=bits))
-            sources = replace(sources, **{name: changed[id(source)]})
-    return sources
+        has_bits = source.images is None and "bits" in getattr(source, "__dataclass_fields__", {})
+        return replace(source, bits=bits) if has_bits else source
+
+    return sources.changed(with_depth)
 
 
 def _highest_value(source: Source) -> int:

@@ -8,13 +8,11 @@ Legend: N images.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moco.data.base import Progress, Source
+from moco.data.base import Progress, Source, in_threads
 from moco.data.decode import ImageError
 from moco.distributed import all_gather_object, is_rank_zero, rank, world_size
 from moco.runtime.console import progress_bar
@@ -43,12 +41,7 @@ def copies_in(train: Source, held_out: Source, progress: Progress | None = None)
 
 def count_copies(train: Source, held_out: Source, heartbeat: Callable[[], None] = lambda: None) -> int:
     """Return the length of `copies_in`, with a progress bar; `heartbeat` is called regularly. Collective."""
-    with progress_bar("comparing images", quiet=not is_rank_zero()) as bar:
-
-        def progress(done: int, total: int) -> None:
-            heartbeat()
-            bar(done, total)
-
+    with progress_bar("comparing images", not is_rank_zero(), heartbeat) as progress:
         return len(copies_in(train, held_out, progress))
 
 
@@ -63,26 +56,17 @@ def copies_message(count: int, held_out: int) -> str:
 def _groups(sources: Sequence[Source], fingerprints: Rows, progress: Progress | None) -> Rows:
     """Return the first row with the same content for all rows of the sources, in their order."""
     _, inverse, counts = np.unique(fingerprints, return_inverse=True, return_counts=True)
-    rows = np.flatnonzero(counts[inverse] > 1)[rank() :: world_size()]
+    rows: list[int] = np.flatnonzero(counts[inverse] > 1)[rank() :: world_size()].tolist()
     starts = np.cumsum([0, *map(len, sources)])
 
-    def digests(part: Rows) -> dict[int, bytes]:
-        found = {}
-        for row in part.tolist():
-            number = int(np.searchsorted(starts, row, side="right")) - 1
-            digest = content_digest(sources[number], row - int(starts[number]))
-            if digest is not None:
-                found[row] = digest
-        return found
+    def row_digest(row: int) -> bytes | None:
+        number = int(np.searchsorted(starts, row, side="right")) - 1
+        return content_digest(sources[number], row - int(starts[number]))
 
-    parts = np.array_split(rows, max(1, len(rows) // 64))
-    own: dict[int, bytes] = {}
-    with ThreadPoolExecutor() as pool:
-        for done, found in zip(accumulate(map(len, parts)), pool.map(digests, parts), strict=True):
-            own |= found
-            if progress is not None:
-                progress(done, len(rows))
-    gathered = {row: digest for part in all_gather_object(lambda: own) for row, digest in part.items()}
+    def own_digests() -> dict[int, bytes | None]:
+        return dict(zip(rows, in_threads(row_digest, rows, progress), strict=True))
+
+    gathered = {row: digest for part in all_gather_object(own_digests) for row, digest in part.items() if digest}
     groups, first = np.arange(len(fingerprints)), dict[bytes, int]()
     for row in sorted(gathered):
         groups[row] = first.setdefault(gathered[row], row)

@@ -18,7 +18,7 @@ from torch import Tensor
 from moco.config import DataConfig, RunWarning
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import decode, read_bytes
-from moco.data.labels import first_names, labels_of_split, read_labels
+from moco.data.labels import first_names, read_labels
 from moco.data.walk import IMAGE_ENDINGS, size_of, walk
 from moco.distributed import is_rank_zero
 
@@ -83,7 +83,7 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open any folder of images, with or without class folders; see `scan` for `keep_unlistable`."""
     root, labels, eval_root = config.root, config.labels, config.eval_root
     if not eval_root:
-        return labeled(scan("data.root", root, labels, keep_unlistable), None)
+        return labeled(scan("data.root", root, labels, keep_unlistable))
     if labels == "none":
         raise ValueError(
             f"data.eval_root={eval_root!r} needs labels to measure accuracy with, but data.labels=none: "
@@ -97,7 +97,7 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
         )
     train = scan("data.root", root, labels, keep_unlistable)
     held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1)
-    return _with_classes_of(train, held_out, "data.eval_root", eval_root)
+    return labeled(train, held_out, f"data.eval_root={eval_root}")
 
 
 def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
@@ -114,14 +114,7 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     parts = [os.path.join(config.root, part) for part in ("train", "val")]
     train = scan("data.root", parts[0], "folder", keep_unlistable)
     val = scan("data.root", parts[1], "folder", keep_unlistable, min_classes=1)
-    return _with_classes_of(train, val, "data.root", parts[1])
-
-
-def _with_classes_of(train: FolderSource, held_out: FolderSource, field: str, root: str) -> Sources:
-    """Return both splits, with the classes of training; `field` and `root` name the held-out split in errors."""
-    assert held_out.labels is not None
-    labels = labels_of_split(held_out.labels, held_out.classes, train.classes, f"{field}={root}")
-    return labeled(train, replace(held_out, labels=labels, classes=train.classes))
+    return labeled(train, val, f"data.root={parts[1]}")
 
 
 def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, min_classes: int = 2) -> FolderSource:

@@ -21,7 +21,7 @@ from moco.config import DataConfig
 from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
-from moco.data.labels import labels_of_split, read_labels, refuse_several
+from moco.data.labels import read_labels, refuse_several
 from moco.data.walk import size_of
 
 HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the first found is used
@@ -96,24 +96,22 @@ def open_hub(config: DataConfig) -> Sources:
             continue
         if held_out.labels is None or train.labels is None:
             raise ValueError(f"data.eval_split={name}: {name if held_out.labels is None else split} has no labels")
-        labels = labels_of_split(held_out.labels, held_out.classes, train.classes, f"data.eval_split={name}")
-        return labeled(train, replace(held_out, labels=labels, classes=train.classes))
-    return labeled(train, None)
+        return labeled(train, held_out, f"data.eval_split={name}")
+    return labeled(train)
 
 
 def _load(root: str, subset: str) -> Mapping[str, Any]:
     """Return all splits by name."""
     datasets = optional_module("datasets", "data.name=huggingface", "huggingface")  # takes a second
     folder = Path(root).expanduser()
+    is_path = folder.exists() or os.path.isabs(root) or root.startswith(".")
     try:
+        if is_path and not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = datasets.load_from_disk(str(folder))
-        elif folder.exists() or os.path.isabs(root) or root.startswith("."):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"{folder} is not a folder")
-            found = datasets.load_dataset(str(folder), name=subset or None)
         else:
-            found = datasets.load_dataset(root, name=subset or None)
+            found = datasets.load_dataset(str(folder) if is_path else root, name=subset or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileNotFoundError(

@@ -1,12 +1,11 @@
 """Open a run's data set and build its views from the configuration."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 from moco.config import AugmentConfig, ConfigError, DataConfig, require
-from moco.data.base import Progress, Sources
+from moco.data.base import Sources
 from moco.data.contents import opening_lines
 from moco.data.sources import limited, load_source
 from moco.data.unreadable import without_unreadable
@@ -33,7 +32,7 @@ def open_sources(
     """
 
     def load(download: bool) -> Sources:
-        with _progress("decoding images", heartbeat) as progress:
+        with progress_bar("decoding images", not is_rank_zero(), heartbeat) as progress:
             return load_source(replace(config, download=download), progress, keep_unreadable)
 
     if config.download:
@@ -43,18 +42,6 @@ def open_sources(
         for line in opening_lines(sources):
             log(line)
     return sources if sources.bank is None else replace(sources, bank=limited(sources.bank, bank_size))
-
-
-@contextmanager
-def _progress(title: str, heartbeat: Callable[[], None]) -> Iterator[Progress]:
-    """Show a progress bar on rank 0, and call `heartbeat` on every rank."""
-
-    def progress(done: int, total: int) -> None:
-        heartbeat()
-        bar(done, total)
-
-    with progress_bar(title, quiet=not is_rank_zero()) as bar:
-        yield progress
 
 
 def without_unreadable_evaluation_images(
@@ -72,7 +59,7 @@ def without_unreadable_evaluation_images(
         return sources, []
     messages, kept = [], []
     for name, source in (("reference", sources.bank), ("held-out", sources.held_out)):
-        with _progress(f"reading the {name} images", heartbeat) as progress:
+        with progress_bar(f"reading the {name} images", not is_rank_zero(), heartbeat) as progress:
             readable, unreadable = without_unreadable(source, f"{name} images", config.max_bad, progress)
         kept.append(readable)
         if unreadable:

@@ -8,7 +8,6 @@ Legend: N images.
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from moco.config import DataConfig
 from moco.config.base import check_bounds, require
 from moco.config.data import check_data_fields
 from moco.data.arrays import SPLIT_SEED, ArraySource, open_cifar, open_digits, open_stl10
-from moco.data.base import Progress, Source, Sources
+from moco.data.base import Progress, Source, Sources, in_threads
 from moco.data.decode import ImageError
 from moco.data.depth import with_bits
 from moco.data.folder import FolderSource, open_folder, open_imagenet
@@ -81,29 +80,22 @@ def load_source(
     if kind.root and not config.root:
         raise FileNotFoundError(f"data.root is empty: set it to {kind.root}")
     found = kind.open(config, keep_unlistable=True) if keep_unlistable else kind.open(config)
-    for split in (found.train, found.bank, found.held_out):
-        _require_members(split, config)
-    found = with_bits(found, config)
+    found = with_bits(found.changed(partial(_complete, config)), config)
     if not config.resident:
         return found
-    decoded: dict[int, Source] = {}  # by identity, because train may be the bank as well
-    for source in (found.train, found.bank, found.held_out):
-        if source is not None and id(source) not in decoded:
-            on_request = source.images is None and source.stream is None
-            decoded[id(source)] = _decode_all(source, config, progress, keep_unreadable) if on_request else source
-    bank, held_out = (None if each is None else decoded[id(each)] for each in (found.bank, found.held_out))
-    return Sources(decoded[id(found.train)], bank, held_out)
+    return found.changed(lambda source: _decode_all(source, config, progress, keep_unreadable))
 
 
-def _require_members(source: Source | None, config: DataConfig) -> None:
-    """Raise TypeError for a source that lacks members of the interface."""
+def _complete(config: DataConfig, source: Source) -> Source:
+    """Return the source; raise TypeError if it lacks members of the interface."""
     members = [*(name for name in vars(Source) if not name.startswith("_")), "__len__"]
-    missing = [name for name in members if source is not None and not hasattr(source, name)]
+    missing = [name for name in members if not hasattr(source, name)]
     if missing:
         raise TypeError(
             f"data.name={config.name}: {type(source).__name__} lacks {', '.join(missing)}; derive it from "
             "moco.data.base.Source (docs/howto/extend.md)"
         )
+    return source
 
 
 def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> None:
@@ -138,8 +130,10 @@ def limited(source: Source, size: int) -> Source:
     return source.subset(np.sort(permutation(SPLIT_SEED, 0, len(source), BANK)[:size]))
 
 
-def _decode_all(source: Source, config: DataConfig, progress: Progress | None, keep_unreadable: bool) -> ArraySource:
-    """Decode a source into memory with threads, because the decoders release the interpreter lock."""
+def _decode_all(source: Source, config: DataConfig, progress: Progress | None, keep_unreadable: bool) -> Source:
+    """Decode a source into memory, unless it is there, or is a stream."""
+    if source.images is not None or source.stream is not None:
+        return source
     unreadable: dict[int, ImageError] = {}
 
     def decoded(i: int) -> Tensor | None:
@@ -155,24 +149,18 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
     size = sample.shape  # (3, H, W)
     images = torch.zeros((len(source), *size), dtype=torch.uint8)  # (N, 3, H, W)
 
-    def fill(part: range) -> int:
-        for i in part:
-            image = decoded(i) if i >= first else None
-            if image is None:
-                continue
-            if image.shape != size:
-                raise ValueError(
-                    f"data.resident=true needs images of one size, but in {config.root} {source.name(first)} is "
-                    f"{size[2]} x {size[1]} and {source.name(i)} is {image.shape[2]} x {image.shape[1]}: "
-                    "set data.resident=false, or resize the images"
-                )
-            images[i] = image
-        return part.stop
+    def fill(i: int) -> None:
+        image = decoded(i) if i >= first else None
+        if image is None:
+            return
+        if image.shape != size:
+            raise ValueError(
+                f"data.resident=true needs images of one size, but in {config.root} {source.name(first)} is "
+                f"{size[2]} x {size[1]} and {source.name(i)} is {image.shape[2]} x {image.shape[1]}: "
+                "set data.resident=false, or resize the images"
+            )
+        images[i] = image
 
-    parts = (range(start, min(start + 64, len(source))) for start in range(0, len(source), 64))
-    with ThreadPoolExecutor() as pool:
-        for done in pool.map(fill, parts):  # in order; the first error cancels the rest
-            if progress is not None:
-                progress(done, len(source))
+    in_threads(fill, range(len(source)), progress)
     names = [source.name(i) for i in range(len(source))]
     return ArraySource(images, names, source.labels, source.classes, unreadable, source.left_out())

@@ -5,15 +5,13 @@ Legend: N images, W processes.
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from moco.config import ConfigError
-from moco.data.base import Progress, Source
+from moco.data.base import Progress, Source, in_threads
 from moco.data.decode import ImageError
 from moco.data.keyed import SUBSTITUTE, philox
 from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
@@ -59,22 +57,16 @@ def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> t
 
 def find_unreadable(source: Source, rows: Sequence[int], progress: Progress | None = None) -> dict[int, ImageError]:
     """Decode the given images and return the errors by image index; `progress` is called with (done, total)."""
-    found: dict[int, ImageError] = {}
 
-    def check(part: Sequence[int]) -> int:
-        for i in part:
-            try:
-                source.image(i)
-            except ImageError as error:
-                found[i] = error
-        return len(part)
+    def error_of(i: int) -> ImageError | None:
+        try:
+            source.image(i)
+        except ImageError as error:
+            return error
+        return None
 
-    parts = [rows[start : start + 64] for start in range(0, len(rows), 64)]
-    with ThreadPoolExecutor() as pool:  # the decoders release the interpreter lock
-        for done in accumulate(pool.map(check, parts)):
-            if progress is not None:
-                progress(done, len(rows))
-    return dict(sorted(found.items()))
+    errors = dict(zip(rows, in_threads(error_of, rows, progress), strict=True))
+    return {i: error for i, error in sorted(errors.items()) if error is not None}
 
 
 def without_unreadable(

@@ -99,14 +99,24 @@ def status_line(values: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def progress_bar(description: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar, which disappears at the end. Yields a function to call with (done, total)."""
+def progress_bar(
+    description: str, quiet: bool, heartbeat: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar, which disappears at the end. Yields a function to call with (done, total).
+
+    That function calls `heartbeat` too, also where no bar is shown.
+    """
+
+    def progress(done: int, total: int) -> None:
+        heartbeat()
+        bar.update(task, completed=done, total=total, visible=True)
+
     console = Terminal()
     name = TextColumn(printable(description), markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+        yield progress
 
 
 def log(line: str) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moco.config import DataConfig, RunWarning
-from moco.data.contents import MOST_CLASSES, class_line, opening_lines, printable
+from moco.data.contents import MOST_CLASSES, class_line, opening_lines
 from moco.data.folder import FolderSource
 from moco.data.sources import load_source
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
@@ -116,8 +116,3 @@ def test_held_out_classes_that_training_lacks_are_refused(tmp_path: Path) -> Non
     config = DataConfig("folder", str(train), labels="folder", eval_root=str(held_out))
     with pytest.raises(ValueError, match=r"data\.eval_root=\S+test has .*Unicode form: rename one"):
         load_source(config)
-
-
-def test_names_of_any_bytes_fit_on_one_line() -> None:
-    assert printable("caf\u00e9 [x]") == "caf\u00e9 [x]"
-    assert printable("a\nb\udcff\x1b[1m") == "a\\nb\\udcff\\x1b[1m"
