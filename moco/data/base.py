@@ -5,6 +5,7 @@ Legend: N images.
 
 import hashlib
 import json
+import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,9 +102,9 @@ class Source(Protocol):
     def subset(self, rows: NDArray[np.int64]) -> "Source":
         """Return the given images as a source, in the order of `rows`."""
 
-    @abstractmethod
     def encoded_names(self) -> Iterable[bytes]:
         """Return the names in order, in the file system's encoding; for a stream the names of its shards."""
+        return (os.fsencode(self.name(i)) for i in range(len(self)))
 
     @abstractmethod
     def content_digest(self) -> str:

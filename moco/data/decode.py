@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
@@ -31,14 +31,14 @@ FAULTS = {
     "truncated": "the end is missing",
     "damaged": "the decoder failed, or the values have an unknown scale",
 }
-MAX_PIXELS = 178_956_970  # PIL's own limit
+# PIL's own limit. It is checked before decoding, because a header of a few bytes can declare an image of several GB.
+MAX_PIXELS = 178_956_970
 
 # PIL's notes on damaged files and odd headers would go to stderr; each fault that matters is an ImageError.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_ORIENTATION = 0x0112  # EXIF's tag
 # A JPEG of at least this many pixels may be decoded at a fraction of its size. For smaller ones this saves nothing:
 # PIL, which can do it, is slower than torchvision, which cannot (measured in docs/benchmarks.md).
 SCALED_FROM = 1_500_000
@@ -69,7 +69,7 @@ class ImageError(ValueError):
         self.kind, self.reason = kind, reason or sentence
 
 
-def decode(path: str | Path, max_pixels: int = MAX_PIXELS, bits: int = 16) -> Tensor:
+def decode(path: str | Path, bits: int = 16) -> Tensor:
     """Read an image file in any of `IMAGE_FORMATS`, upright (EXIF orientation applied), first frame only.
 
     JPEGs are decoded by torchvision: it takes a quarter less time than PIL and returns the same pixels, also for gray,
@@ -78,8 +78,6 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS, bits: int = 16) -> Te
 
     Args:
         path: the file.
-        max_pixels: the largest width x height. The header is checked before decoding, because a file of a few hundred
-            kB can declare an image of several GB.
         bits: significant bits of images with 16 bits per channel, see `moco.data.depth`: 2**bits - 1 becomes 255.
 
     Returns:
@@ -89,7 +87,7 @@ def decode(path: str | Path, max_pixels: int = MAX_PIXELS, bits: int = 16) -> Te
     Raises:
         ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, or not an image.
     """
-    return decode_bytes(path, read_bytes(path), max_pixels, bits)
+    return decode_bytes(path, read_bytes(path), bits)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -106,14 +104,12 @@ def read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def decode_bytes(path: str | Path, data: bytes, max_pixels: int = MAX_PIXELS, bits: int = 16) -> Tensor:
+def decode_bytes(path: str | Path, data: bytes, bits: int = 16) -> Tensor:
     """Decode the content of a file as `decode` does; `path` names it in errors."""
-    return decode_scaled(path, data, lambda height, width: 1, max_pixels, bits).pixels
+    return decode_scaled(path, data, lambda height, width: 1, bits).pixels
 
 
-def decode_scaled(
-    path: str | Path, data: bytes, shrink: Shrink, max_pixels: int = MAX_PIXELS, bits: int = 16
-) -> Decoded:
+def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, bits: int = 16) -> Decoded:
     """Decode like `decode_bytes`, but a large JPEG may come at a fraction of its size (libjpeg's scaled decoding).
 
     A pixel is then about the mean of factor x factor pixels of the full image.
@@ -122,21 +118,21 @@ def decode_scaled(
         path: names the file in errors.
         data: its content.
         shrink: called for JPEGs of at least `SCALED_FROM` pixels.
-        max_pixels, bits: as for `decode`.
+        bits: as for `decode`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
             width, height = image.size
-            if width * height > max_pixels:
+            if width * height > MAX_PIXELS:
                 declared = f"its header declares {width} x {height} = {width * height:,} pixels"
-                fix = f"more than max_pixels={max_pixels:,}; shrink or remove the file"
+                fix = f"and at most {MAX_PIXELS:,} are read: shrink or remove the file"
                 raise _refusal(path, "too large", f"{declared}, {fix}")
             scaled = _decode_scaled(image, data, shrink)
             if scaled is not None:
                 return scaled
             pixels = _decode_jpeg(path, data) if data.startswith(_JPEG) else None
             if pixels is None:
-                deep = bits < 16 and _is_deep_color(image)
+                deep = bits < 16 and has_deep_color(image)
                 image.load()
                 pixels = _pil_to_tensor(_deep_color(image, data, bits) if deep else image, bits)
             return Decoded.full(pixels)
@@ -179,7 +175,7 @@ def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded |
         return None
     image.info.pop("xmp", None)  # PIL would use an orientation in it, torchvision does not
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF data, which the two decoders read differently
         return None
     if orientation in (5, 6, 7, 8):  # rotated by 90 degrees
@@ -222,7 +218,7 @@ def highest_value(data: bytes) -> int:
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS or _stated_bits(image) < 16:
             return 0
-        if _is_deep_color(image):
+        if has_deep_color(image):
             if image.format == "PNG":
                 return int(_decode_deep_png(data)[: 1 if image.mode == "LA" else 3].max())
             return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
@@ -231,7 +227,7 @@ def highest_value(data: bytes) -> int:
     return 0
 
 
-def _is_deep_color(image: Image.Image) -> bool:
+def has_deep_color(image: Image.Image) -> bool:
     """Return whether an image that is not loaded has color of 16 bits per channel: PIL reads only the upper 8."""
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
     return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)

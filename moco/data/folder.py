@@ -19,7 +19,7 @@ from moco.config import DataConfig, RunWarning
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import decode, read_bytes
 from moco.data.labels import first_names, read_labels
-from moco.data.walk import IMAGE_ENDINGS, size_of, walk
+from moco.data.walk import IMAGE_ENDINGS, size_and_time, walk
 from moco.distributed import is_rank_zero
 
 
@@ -54,7 +54,8 @@ class FolderSource(Source):
         return read_bytes(self.path(i))
 
     def content_fingerprints(self) -> NDArray[np.int64]:
-        return np.fromiter((size_of(self.path(i), -1 - i) for i in range(len(self))), np.int64, len(self))
+        sizes = np.array([size_and_time(self.path(i))[0] for i in range(len(self))], np.int64)
+        return np.where(sizes < 0, super().content_fingerprints(), sizes)
 
     def left_out(self) -> Mapping[str, int]:
         return self.ignored
@@ -66,17 +67,8 @@ class FolderSource(Source):
         return list(self.paths.tolist())
 
     def content_digest(self) -> str:
-        entries = ([self.name(i), *_size_and_time(self.path(i))] for i in range(len(self)))
+        entries = ([self.name(i), *size_and_time(self.path(i))] for i in range(len(self)))
         return entries_digest(entries, bits=self.bits)
-
-
-def _size_and_time(path: str) -> tuple[int, int]:
-    """Return size and modification time of a file; (-1, -1) if it cannot be found, such as a broken link."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return -1, -1
-    return stat.st_size, stat.st_mtime_ns
 
 
 def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:

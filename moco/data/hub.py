@@ -8,7 +8,7 @@ Legend: N images.
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.labels import read_labels, refuse_several
-from moco.data.walk import size_of
+from moco.data.walk import size_and_time
 
 HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the first found is used
 
@@ -67,12 +67,9 @@ class HubSource(Source):
             stored = part[self.column].combine_chunks()
             within = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
             paths = pc.struct_field(stored, "path").to_pylist()
-            sizes += [size or (size_of(path, 0) if path else 0) for size, path in zip(within, paths, strict=True)]
-        fingerprints = (sizes[row] or -1 - i for i, row in enumerate(self.rows.tolist()))
-        return np.fromiter(fingerprints, np.int64, len(self))
-
-    def encoded_names(self) -> Iterable[bytes]:
-        return (os.fsencode(self.name(i)) for i in range(len(self)))
+            sizes += [size or size_and_time(path or "")[0] for size, path in zip(within, paths, strict=True)]
+        own = np.array(sizes, np.int64)[self.rows]
+        return np.where(own > 0, own, super().content_fingerprints())
 
     def content_digest(self) -> str:
         # datasets' own hash of the table and of all operations on it

@@ -7,9 +7,9 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
-from moco.data.decode import ImageError, decode_bytes, read_bytes
+from moco.data.decode import ImageError, decode_bytes, has_deep_color, read_bytes
 from moco.data.walk import IMAGE_FORMATS
 
 TINY, LONG, HUGE = 8, 10, 50_000_000  # pixels of a side, ratio of the sides, pixels of an image
@@ -29,7 +29,6 @@ ODDITIES = {
     "misnamed": "the content has another format than its name; the content counts",
     "name": "not ASCII: other tools may not support it",
 }
-_BANDS = 277  # TIFF's tag SamplesPerPixel
 _SAME_FORMAT = {"MPO": "JPEG"}  # a JPEG that contains a second image, as phones write it
 
 
@@ -74,18 +73,17 @@ def image_facts(path: str, bits: int = 16) -> ImageFacts:
 def _header(data: bytes) -> tuple[str, dict[str, bool]]:
     """Return format and mode of a readable image, and the `ODDITIES` that its header shows."""
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        # PIL opens PNGs and TIFFs with 16 bits per color as RGB; only its raw mode ("RGB;16B") shows the 16 bits.
-        raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
+        deep = image.mode[0] in "IF" or has_deep_color(image)
         orientation, frames, transparent = 1, 2, False
         with contextlib.suppress(Exception):  # broken EXIF data
-            orientation = image.getexif().get(0x0112, 1)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         with contextlib.suppress(Exception):  # there is more after the first frame, but it is damaged
             frames = getattr(image, "n_frames", 1)
         with contextlib.suppress(Exception):
             transparent = image.has_transparency_data
-        bands = getattr(image, "tag_v2", {}).get(_BANDS, 0)
+        bands = getattr(image, "tag_v2", {}).get(TiffImagePlugin.SAMPLESPERPIXEL, 0)
         return f"{image.format} {image.mode}", {
-            "16 bits": image.mode[0] in "IF" or any(";16" in each for each in raw_modes),
+            "16 bits": deep,
             "CMYK": image.mode == "CMYK",
             "palette": image.mode in ("P", "PA") and image.format != "GIF",  # every GIF has a palette
             "transparent": transparent,

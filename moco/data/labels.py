@@ -6,6 +6,7 @@ split in which every image is unlabeled has no labels; a split with labels for s
 Legend: N images.
 """
 
+import itertools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -126,18 +127,13 @@ def labels_of_split(
 
 def _similar(extra: Sequence[str], training: Sequence[str]) -> str:
     """Return a hint if a class differs from one of training in its Unicode form or its case only."""
-    for name in extra:
-        for other in training:
-            if unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", other):
-                return f" ({name!a} and {other!a} look equal but differ in their Unicode form: rename one)"
-            if unify(name) == unify(other):
-                return f" ({name} and {other} differ in upper and lower case: rename one)"
+    for name, other in itertools.product(extra, training):
+        first, second = (unicodedata.normalize("NFC", each) for each in (name, other))
+        if first == second:
+            return f" ({name!a} and {other!a} look equal but differ in their Unicode form: rename one)"
+        if first.casefold() == second.casefold():
+            return f" ({name} and {other} differ in upper and lower case: rename one)"
     return ""
-
-
-def unify(name: str) -> str:
-    """Return a name without its differences in Unicode form and in case."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def first_names(names: Sequence[str], limit: int = SHOWN) -> str:

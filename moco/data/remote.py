@@ -73,9 +73,6 @@ class RemoteSource(Source):
     def name(self, i: int) -> str:
         return f"webdataset/{i}"
 
-    def content(self, i: int) -> bytes:
-        raise _NO_ACCESS
-
     def subset(self, rows: NDArray[np.int64]) -> "RemoteSource":
         raise _NO_ACCESS
 

@@ -66,7 +66,12 @@ def walk(folder: str) -> Tree:
 def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> None:
     """Add one entry of a folder to the tree, or to the `folders` that remain to be listed."""
     is_image = entry.name.lower().endswith(IMAGE_ENDINGS)
-    link_error = _link_error(entry)
+    link_error: OSError | None = None
+    if entry.is_symlink():
+        try:
+            os.stat(entry.path)
+        except OSError as error:
+            link_error = error
     if is_system_name(entry.name):
         tree.ignored["hidden" if entry.name.startswith(".") else entry.name] += 1
     elif link_error is not None and not is_image:
@@ -84,24 +89,15 @@ def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> 
         tree.ignored[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1
 
 
-def size_of(path: str, otherwise: int) -> int:
-    """Return the size of a file in bytes, or a given number if it cannot be found."""
+def size_and_time(path: str) -> tuple[int, int]:
+    """Return size and modification time of a file; (-1, -1) if it cannot be found, such as a broken link."""
     try:
-        return os.stat(path).st_size
+        stat = os.stat(path)
     except OSError:
-        return otherwise
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
 
 
 def is_system_name(name: str) -> bool:
     """Return whether a file or folder of this name is hidden, or belongs to a system; see `SYSTEM_NAMES`."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
-
-
-def _link_error(entry: os.DirEntry[str]) -> OSError | None:
-    """Return why a link cannot be followed; None if it can, or if the entry is not a link."""
-    if entry.is_symlink():
-        try:
-            os.stat(entry.path)
-        except OSError as error:
-            return error
-    return None
