@@ -32,7 +32,7 @@ def recorded_data(
     unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
     if not root or unused or "root" in given or given.get("name", name) != name:
         return kept
-    remote = name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())
+    remote = is_remote(name, root)
     why = "they would be fetched from there" if remote else "a file alone does not decide which folder is read"
     same = f"data.root={root}{f' data.eval_root={eval_root}' if eval_root else ''}"
     require(
@@ -41,3 +41,8 @@ def recorded_data(
         f"{fix or f'to use them, add {same}; for others, set data=folder data.root=IMAGES'}",
     )
     return kept
+
+
+def is_remote(name: str, root: str) -> bool:
+    """Return whether data.root is a name on a hub or an address of a stream, not a folder of this machine."""
+    return name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())

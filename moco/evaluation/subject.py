@@ -18,7 +18,7 @@ from moco.data.duplicates import content_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
 from moco.data.opening import open_sources
-from moco.data.recorded import recorded_data
+from moco.data.recorded import is_remote, recorded_data
 from moco.data.sources import Source, Sources, refuse_output_inside
 from moco.digest import digest
 from moco.distributed import is_rank_zero
@@ -186,9 +186,13 @@ def _paths(data: DataConfig) -> dict[str, str]:
 
 
 def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[str, Any]:
-    """Return `data_config` as a dictionary with absolute paths, valid in every working directory."""
+    """Return `data_config` as a dictionary with absolute paths, valid in every working directory.
+
+    A name on a hub stays as it is.
+    """
     data = data_config(config, subject)
-    return asdict(data) | {name: str(Path(path).expanduser().absolute()) for name, path in _paths(data).items()}
+    paths = {} if is_remote(data.name, data.root) else _paths(data)
+    return asdict(data) | {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
 
 
 def describe(

@@ -153,7 +153,7 @@ class _Work:
 def _about(work: _Work) -> About:
     """Return everything that determines the features, and their origin."""
     config, subject, source = work.config, work.subject, work.source
-    file, data, size = subject.file, subjects.data_config(config, subject), subject.transform.size
+    file, data, size = subject.file, subjects.data_with_absolute_paths(config, subject), subject.transform.size
     return {
         "encoder": {
             "source": str(Path(file.source).absolute()),
@@ -164,14 +164,14 @@ def _about(work: _Work) -> About:
             "sha256": subjects.weights_digest(file, config.features),
         },
         "pictures": {
-            "name": data.name,
-            "root": str(Path(data.root).absolute()) if data.name != "digits" else "",
+            "name": data["name"],
+            "root": data["root"] if data["name"] != "digits" else "",
             "split": config.split,
             "count": len(source),
             "sha256": names_digest(source),
             "content": on_rank_zero(lambda: source.content_digest()),
         },
-        "data": subjects.data_with_absolute_paths(config, subject),
+        "data": data,
         "look": json.loads(json.dumps(asdict(subject.transform))),
         "features": config.features,
         "normalize": config.normalize,

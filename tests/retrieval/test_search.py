@@ -115,6 +115,24 @@ def test_queries_inside_and_outside_the_index(made: tuple[Path, Path], tmp_path:
     assert page.count("data:image/jpeg;base64,") == 8
 
 
+def test_an_index_of_images_from_a_hub_keeps_their_name(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets: Any = pytest.importorskip("datasets", reason="data=huggingface needs the extra `huggingface`")
+    paths = [str(path) for path in sorted(made[1].iterdir())]
+    table = datasets.Dataset.from_dict({"image": paths}, features=datasets.Features({"image": datasets.Image()}))
+    hub = {"user/images": {"train": table}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda root, **_: hub[root])
+    data = SubjectDataConfig("huggingface", "user/images", workers=0)
+    embed_module.embed(config(made, tmp_path / "out", data=data))
+    with pytest.raises(ConfigError, match=r"data\.root=user/images, and they would be fetched.*add data\.root=user/"):
+        search(config(made, tmp_path, index=str(tmp_path / "out"), data=SubjectDataConfig()))
+    given = SubjectDataConfig(root="user/images")
+    search(config(made, tmp_path, index=str(tmp_path / "out"), data=given, sample=1))
+    (query,) = results(tmp_path / "out", "nearest")["queries"]
+    assert {each["path"].split("/")[0] for each in query["neighbours"]} == {"train"}
+
+
 def test_an_index_requires_its_encoder_and_images(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
