@@ -15,16 +15,7 @@ from torch import Tensor
 
 from moco.losses.margin import Margin, add_margin
 from moco.losses.positives import PositivesMean, cross_entropy_over_positives
-from moco.losses.similarity import (
-    ABSENT,
-    Temperature,
-    check_floating,
-    check_temperature,
-    mean_over_positives,
-    similarity,
-)
-
-_NO_INDEX = torch.iinfo(torch.int64).min  # the default, -100, would silently ignore a positive with this index
+from moco.losses.similarity import ABSENT, Temperature, check_floating, check_shapes, check_temperature, similarity
 
 
 def in_batch_info_nce(
@@ -56,14 +47,13 @@ def in_batch_info_nce(
     check_temperature(temperature)
     _check_pairs(query, keys, positives)
     cosine = similarity(query, keys)  # (N, M)
-    logits = cosine / temperature
-    if margin == 0 and not decoupled:
-        return F.cross_entropy(logits, positives, ignore_index=_NO_INDEX), logits.detach()
     positive = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, positives[:, None], True)  # (N, M)
-    lowered = torch.where(positive, add_margin(cosine, margin, margin_kind), cosine) / temperature
+    logits = torch.where(positive, add_margin(cosine, margin, margin_kind), cosine) / temperature
     if decoupled:
-        return cross_entropy_over_positives(lowered, positive, decoupled=True), logits.detach()
-    return F.cross_entropy(lowered, positives, ignore_index=_NO_INDEX), logits.detach()
+        loss = cross_entropy_over_positives(logits, positive, decoupled=True)
+    else:
+        loss = F.cross_entropy(logits, positives)
+    return loss, (cosine / temperature).detach()
 
 
 def nt_xent(embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature) -> tuple[Tensor, Tensor]:
@@ -115,11 +105,10 @@ def sup_con(
         The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1 views of
         anchors; -inf for an anchor with itself. Rows and columns are ordered by view, then by sample.
     """
-    same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)
     if base_temperature is not None and not 0 < base_temperature < math.inf:
         raise ValueError(f"base_temperature={base_temperature} must be above 0 and finite, or None for no factor")
-    logits, positive, nonfinite = _candidates(embeddings, others, offset, temperature, same, contrast_mode)
-    loss = mean_over_positives(logits, positive) + nonfinite
+    logits, positive, nonfinite = _candidates(embeddings, others, offset, temperature, contrast_mode, labels, mask)
+    loss = cross_entropy_over_positives(logits, positive) + nonfinite
     if base_temperature is not None:
         loss = loss * (temperature / base_temperature)
     return loss, logits.detach()
@@ -145,19 +134,25 @@ def multi_positive_nt_xent(
 
     Other arguments, results and errors are those of `sup_con`.
     """
-    same = _same_class(embeddings, others, offset, None, mask)  # (N, M)
-    logits, positive, nonfinite = _candidates(embeddings, others, offset, temperature, same, contrast_mode)
+    logits, positive, nonfinite = _candidates(embeddings, others, offset, temperature, contrast_mode, None, mask)
     return cross_entropy_over_positives(logits, positive, positives_mean, decoupled) + nonfinite, logits.detach()
 
 
 def _candidates(
-    embeddings: Tensor, others: Tensor, offset: int, temperature: Temperature, same: Tensor, contrast_mode: str
+    embeddings: Tensor,
+    others: Tensor,
+    offset: int,
+    temperature: Temperature,
+    contrast_mode: str,
+    labels: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits (A N, V M), their positives, and a number to add to the loss.
 
     It is 0, or nan if an embedding is not finite: an anchor without a positive would not make the loss nan.
     """
     check_temperature(temperature)
+    same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)
     if contrast_mode not in ("all", "one"):
         raise ValueError(f"contrast_mode={contrast_mode!r} must be 'all' or 'one'")
     views, samples, total = len(embeddings), embeddings.shape[1], others.shape[1]
@@ -173,11 +168,9 @@ def _candidates(
 
 def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor | None, mask: Tensor | None) -> Tensor:
     """Check the shapes and return the samples of each anchor's class in the global batch, boolean (N, M)."""
-    shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"
-    fits = embeddings.ndim == others.ndim == 3 and embeddings.shape[::2] == others.shape[::2]
-    if not fits or 0 in embeddings.shape:
-        raise ValueError(f"{shapes} must have shapes (V, N, C) and (V, M, C), each at least 1")
+    check_shapes(embeddings=(embeddings, "VNC"), others=(others, "VMC"))
     check_floating(embeddings=embeddings, others=others)
+    shapes = f"embeddings {tuple(embeddings.shape)} and others {tuple(others.shape)}"
     samples, total = embeddings.shape[1], others.shape[1]
     if not 0 <= offset <= total - samples:
         raise ValueError(f"offset={offset} must be 0 ... {total - samples}: {shapes} must hold the same samples there")
@@ -200,12 +193,7 @@ def _same_class(embeddings: Tensor, others: Tensor, offset: int, labels: Tensor 
 
 def _check_pairs(query: Tensor, keys: Tensor, positives: Tensor) -> None:
     """Check the arguments of `in_batch_info_nce`. On a GPU the device checks the range of the positives."""
-    fits = query.ndim == 2 and keys.ndim == 2 and keys.shape[1] == query.shape[1] and positives.shape == query.shape[:1]
-    if not fits or 0 in query.shape or len(keys) == 0:
-        raise ValueError(
-            f"query {tuple(query.shape)}, keys {tuple(keys.shape)} and positives {tuple(positives.shape)} "
-            "must have shapes (N, C), (M, C) and (N,), each at least 1"
-        )
+    check_shapes(query=(query, "NC"), keys=(keys, "MC"), positives=(positives, "N"))
     check_floating(query=query, keys=keys)
     if positives.dtype != torch.int64:
         raise ValueError(f"positives are {str(positives.dtype).removeprefix('torch.')}; they must be int64")

@@ -7,30 +7,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moco.losses.debias import debiased_cross_entropy
 from moco.losses.false_negatives import find_false_negatives
 from moco.losses.margin import Margin, add_margin
 from moco.losses.mixing import mix_hard_negatives
-from moco.losses.positives import PositivesMean, check_positives_mean, cross_entropy_over_positives
-from moco.losses.queue import (
-    check_shapes,
-    first_cross_entropy,
-    info_nce_logits,
-    mean_over_key_and_positives,
-    positive_columns,
-)
-from moco.losses.similarity import (
-    ABSENT,
-    Temperature,
-    check_mask,
-    check_temperature,
-    full_precision,
-    paired_similarity,
-    similarity,
-)
+from moco.losses.positives import PositivesMean
+from moco.losses.queue import check_inputs, cross_entropy_of_key, info_nce_logits
+from moco.losses.similarity import ABSENT, Temperature, check_mask, full_precision, paired_similarity, similarity
 from moco.losses.streamed import logit_measures
 
 
@@ -134,37 +119,27 @@ def _loss(
     """Return the cross entropy of the logits: debiased, or with margin, positives and mixed negatives."""
     if switches.debias:
         return debiased_cross_entropy(logits, temperature, switches.debias)
-    positive = None if positives is None else positive_columns(positives, logits)  # (N, 1+K)
     if switches.margin:
         margin, kind = switches.margin, switches.margin_kind
         own = add_margin(paired_similarity(query, key), margin, kind) / temperature  # (N, 1)
         rest = logits[:, 1:]  # (N, K)
-        if positive is not None:
+        if positives is not None:
             lowered = add_margin(similarity(query, queue), margin, kind) / temperature
-            rest = torch.where(positive[:, 1:], lowered, rest)
+            rest = torch.where(positives, lowered, rest)
         logits = torch.cat([own, rest], dim=1)
     if mixed is not None:
         absent = (mixed == 0).all(dim=2)  # (N, E), True for a query without any negative to mix
         extra = (similarity(query, mixed) / temperature).masked_fill(absent, ABSENT)
         logits = torch.cat([logits, extra], dim=1)  # (N, 1+K+E)
-    if positive is None:
-        if not switches.decoupled:
-            return first_cross_entropy(logits)
-        positive = torch.ones(len(logits), 1, dtype=torch.bool, device=logits.device)
-    positive = F.pad(positive, (0, logits.shape[1] - positive.shape[1]))  # mixed negatives are not positives
-    if switches.decoupled or switches.positives_mean != "outside":
-        return cross_entropy_over_positives(logits, positive, switches.positives_mean, switches.decoupled)
-    return mean_over_key_and_positives(logits, positive)
+    return cross_entropy_of_key(logits, positives, switches.positives_mean, switches.decoupled)
 
 
 def _check(
     query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature, switches: Switches, positives: Tensor | None
 ) -> None:
     """Raise ValueError for invalid values and shapes, and for switches that exclude each other."""
-    check_temperature(temperature)
-    check_shapes(query, key, queue)
+    check_inputs(query, key, queue, temperature)
     check_mask("positives", positives, (len(query), len(queue)))
-    check_positives_mean(switches.positives_mean)
     if switches.false_negatives not in ("keep", "eliminate", "attract"):
         raise ValueError(f"false_negatives={switches.false_negatives!r} must be 'keep', 'eliminate' or 'attract'")
     if min(switches.mix_hardest, switches.mix_pairs, switches.mix_query) < 0:

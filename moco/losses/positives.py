@@ -6,9 +6,10 @@ Legend: N anchors, M candidates.
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from moco.losses.similarity import ABSENT, mean_over_positives
+from moco.losses.similarity import ABSENT
 
 PositivesMean = Literal["outside", "inside"]
 
@@ -37,10 +38,12 @@ def cross_entropy_over_positives(
         has loss 0.
     """
     check_positives_mean(mean)
-    if mean == "outside" and not decoupled:
-        return mean_over_positives(logits, positive)
     count = positive.sum(dim=1)  # (N,)
     has_positive = count > 0
+    if mean == "outside" and not decoupled:
+        log_p = F.log_softmax(logits, dim=1).masked_fill(~positive, 0.0)  # a product would make 0 * -inf = nan
+        losses = -log_p.sum(dim=1) / count.clamp(min=1)  # (N,), 0 without a positive
+        return losses.sum() / has_positive.sum().clamp(min=1)
     if mean == "outside":
         pull = logits.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1)  # (N,)
     else:  # an anchor without a positive is excluded below; until then all its candidates count: a finite gradient

@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.losses.positives import PositivesMean, cross_entropy_over_positives
+from moco.losses.positives import PositivesMean, check_positives_mean, cross_entropy_over_positives
 from moco.losses.similarity import (
     ABSENT,
     Temperature,
     check_floating,
     check_mask,
+    check_shapes,
     check_temperature,
     full_precision,
     paired_similarity,
@@ -20,14 +21,10 @@ from moco.losses.similarity import (
 )
 
 
-def check_shapes(query: Tensor, key: Tensor, queue: Tensor) -> None:
-    """Raise ValueError unless the shapes are (N, C), (N, C) and (K, C), none empty, and the numbers floating-point."""
-    fits = query.ndim == 2 and query.shape == key.shape and queue.ndim == 2 and queue.shape[1] == query.shape[1]
-    if not fits or 0 in query.shape or len(queue) == 0:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and queue {tuple(queue.shape)} "
-            "must have shapes (N, C), (N, C) and (K, C), each at least 1"
-        )
+def check_inputs(query: Tensor, key: Tensor, queue: Tensor, temperature: Temperature) -> None:
+    """Raise ValueError unless T is valid and the others are floating-point of shapes (N, C), (N, C) and (K, C)."""
+    check_temperature(temperature)
+    check_shapes(query=(query, "NC"), key=(key, "NC"), queue=(queue, "KC"))
     check_floating(query=query, key=key, queue=queue)
 
 
@@ -52,19 +49,13 @@ def info_nce_logits(
     Raises:
         ValueError: for an invalid temperature or shape.
     """
-    check_temperature(temperature)
-    check_shapes(query, key, queue)
+    check_inputs(query, key, queue, temperature)
     query = full_precision(query)
     positive = paired_similarity(query, key) / temperature  # (N, 1)
     negative = similarity(query, queue) / temperature  # (N, K)
     if negatives is not None:  # after the division: the gradient of -inf / T is nan for a learned T
         negative = negative.masked_fill(~negatives, ABSENT)
     return torch.cat([positive, negative], dim=1)  # (N, 1+K)
-
-
-def first_cross_entropy(logits: Tensor) -> Tensor:
-    """Return the mean cross entropy of (N, M) with class 0."""
-    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
 
 
 def info_nce(
@@ -78,7 +69,7 @@ def info_nce(
         The mean loss over the queries, shape (), and the detached logits, shape (N, 1 + K).
     """
     logits = info_nce_logits(query, key, queue, temperature, negatives)
-    return first_cross_entropy(logits), logits.detach()
+    return cross_entropy_of_key(logits), logits.detach()
 
 
 def decoupled_info_nce(
@@ -90,9 +81,7 @@ def decoupled_info_nce(
     results and errors are those of `info_nce`. A query without a negative has loss 0.
     """
     logits = info_nce_logits(query, key, queue, temperature, negatives)
-    own = torch.zeros_like(logits, dtype=torch.bool)
-    own[:, 0] = True
-    return cross_entropy_over_positives(logits, own, decoupled=True), logits.detach()
+    return cross_entropy_of_key(logits, decoupled=True), logits.detach()
 
 
 def multi_positive_info_nce(
@@ -127,24 +116,32 @@ def multi_positive_info_nce(
     logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
     if negatives is not None:
         positives = positives & negatives
-    if mean != "outside":
-        columns = positive_columns(positives, logits)
-        return cross_entropy_over_positives(logits, columns, mean), logits.detach()
-    return mean_over_key_and_positives(logits, positive_columns(positives, logits)), logits.detach()
+    return cross_entropy_of_key(logits, positives, mean), logits.detach()
 
 
-def mean_over_key_and_positives(logits: Tensor, positive: Tensor) -> Tensor:
-    """Compute `mean_over_positives` where column 0, the key's, is always a positive.
+def cross_entropy_of_key(
+    logits: Tensor, positives: Tensor | None = None, mean: PositivesMean = "outside", decoupled: bool = False
+) -> Tensor:
+    """Compute `cross_entropy_over_positives` of `info_nce_logits`, in which column 0, the key's, is always a positive.
 
-    For one row, the mean of -log softmax over the positives is that of column 0, plus a change: logits_0 minus the mean
-    logit of the positives. The change is one product; its weights are exactly 0 if there are no other positives.
+    `positives`, (N, K) or (1, K), are those in the queue. More columns of negatives may follow the queue's.
     """
+    check_positives_mean(mean)
+    if positives is None and not decoupled:
+        return _cross_entropy_of_column_0(logits)
+    positive = torch.zeros_like(logits, dtype=torch.bool)
+    positive[:, 0] = True
+    if positives is not None:
+        positive[:, 1 : 1 + positives.shape[1]] = positives
+    if decoupled or mean == "inside":
+        return cross_entropy_over_positives(logits, positive, mean, decoupled)
+    # The mean of -log softmax over a row's positives is that of column 0, plus a change: logits_0 minus the mean logit
+    # of the positives. The change is one product; its weights are exactly 0 if there are no other positives.
     weights = -positive.to(logits.dtype) / positive.sum(dim=1, keepdim=True)  # (N, M)
     weights[:, 0] += 1
     change = (logits.masked_fill(~positive, 0.0) * weights).sum(dim=1)  # (N,)
-    return first_cross_entropy(logits) + change.mean()
+    return _cross_entropy_of_column_0(logits) + change.mean()
 
 
-def positive_columns(positives: Tensor, logits: Tensor) -> Tensor:
-    """Return the columns of `info_nce_logits` that are positives: the key's and those in the queue, (N, 1 + K)."""
-    return F.pad(positives.expand(len(logits), -1), (1, 0), value=True)
+def _cross_entropy_of_column_0(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))

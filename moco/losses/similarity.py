@@ -1,4 +1,4 @@
-"""Parts of the losses: similarities in full precision, a cross entropy over positives, and checks of arguments.
+"""Parts of the losses: similarities in full precision, and checks of arguments.
 
 Legend: N anchors (queries), M candidates, C dimension, E candidates of one anchor.
 """
@@ -6,7 +6,6 @@ Legend: N anchors (queries), M candidates, C dimension, E candidates of one anch
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Temperature = float | Tensor  # a tensor of shape () if it is learned, see `LearnedTemperature`
@@ -39,26 +38,21 @@ def paired_similarity(anchors: Tensor, partners: Tensor) -> Tensor:
         return (anchors * partners.to(anchors.dtype)).sum(dim=1, keepdim=True)
 
 
-def mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
-    """Compute the cross entropy with any number of positives: L_out of SupCon (Khosla et al., 2020), Eq. 2.
-
-    The loss of an anchor is the mean over its positives p of -log(exp(logits_p) / sum over candidates of exp(logits)).
-    The result is the mean over the anchors that have a positive, shape (); 0 without any.
-
-    Args:
-        logits: shape (N, M); -inf for an excluded candidate. Each row has a candidate.
-        positive: boolean, shape (N, M), False where the logit is -inf.
-    """
-    log_p = F.log_softmax(logits, dim=1).masked_fill(~positive, 0.0)  # a product would make 0 * -inf = nan
-    count = positive.sum(dim=1)  # (N,)
-    loss = -log_p.sum(dim=1) / count.clamp(min=1)  # (N,), 0 without a positive
-    return loss.sum() / (count > 0).sum().clamp(min=1)
-
-
 def check_temperature(temperature: Temperature) -> None:
     """Raise ValueError unless T is above 0 and finite. A tensor is not checked: the host would wait for its value."""
     if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature} must be above 0 and finite")
+
+
+def check_shapes(**tensors: tuple[Tensor, str]) -> None:
+    """Raise ValueError unless each tensor has its shape, such as "NC": each letter is one size, at least 1."""
+    sizes: dict[str, int] = {}
+    for tensor, shape in tensors.values():
+        lengths = zip(shape, tensor.shape, strict=False)
+        if tensor.ndim != len(shape) or any(not 0 < n == sizes.setdefault(letter, n) for letter, n in lengths):
+            found = ", ".join(f"{name} {tuple(each.shape)}" for name, (each, _) in tensors.items())
+            expected = ", ".join(f"({', '.join(each)})" for _, each in tensors.values())
+            raise ValueError(f"{found} must have the shapes {expected}, each size at least 1")
 
 
 def check_floating(**tensors: Tensor) -> None:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moco.losses.queue import check_shapes
-from moco.losses.similarity import ABSENT, Temperature, check_mask, check_temperature, full_precision, paired_similarity
+from moco.losses.queue import check_inputs
+from moco.losses.similarity import ABSENT, Temperature, check_mask, check_shapes, full_precision, paired_similarity
 
 # R and B by device. The logits of a block are 1 MiB of float32 on a CPU, which fits in the cache (256 <= B <= 1,024
 # changes the time by less than 10 %), and 128 MiB on a GPU, which needs few and large operations.
@@ -102,8 +102,7 @@ def info_nce_streamed(
         ValueError: for an invalid temperature, shape or chunk, or if only one of the indices is given.
         RuntimeError: in a backward with create_graph=True: there is no second derivative.
     """
-    check_temperature(temperature)
-    check_shapes(query, key, queue)
+    check_inputs(query, key, queue, temperature)
     device = "cpu" if query.device.type == "cpu" else "cuda"
     size = CHUNK[device] if chunk is None else chunk
     if size < 1:
@@ -164,11 +163,7 @@ class _OwnKeys(NamedTuple):
         if index is None or queue_index is None:
             missing = "index" if index is None else "queue_index"
             raise ValueError(f"{missing}=None; pass both index and queue_index, or neither")
-        if index.shape != query.shape[:1] or queue_index.shape != queue.shape[:1]:
-            raise ValueError(
-                f"index {tuple(index.shape)} and queue_index {tuple(queue_index.shape)} "
-                f"must have shapes {tuple(query.shape[:1])} and {tuple(queue.shape[:1])}"
-            )
+        check_shapes(query=(query, "NC"), queue=(queue, "KC"), index=(index, "N"), queue_index=(queue_index, "K"))
         if query.device.type != "cpu":  # `nonzero` would make the host wait for the device
             return cls(index, queue_index, None)
         found = torch.isin(queue_index, index).nonzero()[:, 0]

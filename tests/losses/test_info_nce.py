@@ -192,5 +192,5 @@ def test_temperature_must_be_positive(temperature: float) -> None:
 
 @pytest.mark.parametrize(("key", "queue"), [((N + 1, C), (K, C)), ((N, C + 1), (K, C)), ((N, C), (K, C + 1))])
 def test_invalid_shapes_are_refused(key: tuple[int, int], queue: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"key \({key[0]}, {key[1]}\) and queue \({queue[0]}, {queue[1]}\)"):
+    with pytest.raises(ValueError, match=rf"key \({key[0]}, {key[1]}\), queue \({queue[0]}, {queue[1]}\)"):
         info_nce(unit(N, 0), torch.zeros(key), torch.zeros(queue), T)

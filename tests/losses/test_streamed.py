@@ -337,7 +337,7 @@ def test_temperature_must_be_positive(temperature: float) -> None:
 
 @pytest.mark.parametrize(("key", "queue"), [((N + 1, C), (K, C)), ((N, C + 1), (K, C)), ((N, C), (K, C + 1))])
 def test_invalid_shapes_are_refused(key: tuple[int, int], queue: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"key \({key[0]}, {key[1]}\) and queue \({queue[0]}, {queue[1]}\)"):
+    with pytest.raises(ValueError, match=rf"key \({key[0]}, {key[1]}\), queue \({queue[0]}, {queue[1]}\)"):
         info_nce_streamed(unit(N, 0), torch.zeros(key), torch.zeros(queue), T)
 
 
@@ -349,8 +349,11 @@ def test_invalid_shapes_are_refused(key: tuple[int, int], queue: tuple[int, int]
         ({"negatives": torch.ones(N, K + 1, dtype=torch.bool)}, r"negatives is bool of shape \(5, 24\)"),
         ({"index": INDEX}, "queue_index=None"),
         ({"queue_index": QUEUE_INDEX}, "index=None"),
-        ({"index": INDEX[:2], "queue_index": QUEUE_INDEX}, r"index \(2,\) and queue_index \(23,\)"),
-        ({"index": INDEX, "queue_index": QUEUE_INDEX[:2]}, r"index \(5,\) and queue_index \(2,\)"),
+        (
+            {"index": INDEX[:2], "queue_index": QUEUE_INDEX},
+            r"index \(2,\), queue_index \(23,\) must have the shapes \(N, C\), \(K, C\), \(N\), \(K\)",
+        ),
+        ({"index": INDEX, "queue_index": QUEUE_INDEX[:2]}, r"index \(5,\), queue_index \(2,\)"),
     ],
 )
 def test_invalid_arguments_are_refused(given: dict[str, Any], message: str) -> None:
