@@ -5,7 +5,7 @@ draw (law 2). So the host knows the samples of each operation and never waits fo
 are sent in two queued copies.
 
     params = draw(view, seed, epoch, index, stream)
-    crops = crop_batch(images, params.crop, view)        # of a resident set; loader processes call crop_one
+    crops = crop_batch(images, draw_crop(seed, epoch, index, stream), view)    # loader processes call crop_one
     query = augment(crops, params, view)
 
 The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flip,
@@ -14,7 +14,7 @@ noise, normalize. Deviation: the official pipelines round to 8 bits after each o
 Legend: N samples, S x S pixels of a view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,16 +24,14 @@ from torch import Tensor
 
 from moco.data import ops
 from moco.data.crop import crop_boxes, queue_copy, resized_crop, resized_crops, shrunk_box
-from moco.data.view import Params, View, draw, draw_crop
-
-__all__ = ["Params", "View", "augment", "crop_batch", "crop_one", "draw", "draw_crop", "largest_shrink"]
+from moco.data.view import Params, View
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
 _CPU_PART = 2**21  # numbers per part on a CPU, so that they stay in its cache between operations
 
 
 def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
-    """Apply stage 1 to a batch of a resident set: uint8 (N, 3, H, W) and `Params.crop` -> uint8 (N, 3, S, S)."""
+    """Apply stage 1 to a batch of a resident set: uint8 (N, 3, H, W) and `draw_crop` -> uint8 (N, 3, S, S)."""
     boxes = crop_boxes(uniforms, images.shape[2], images.shape[3], view.crop_scale, view.crop_ratio)
     return resized_crops(images, boxes, view.size, view.antialias)
 
@@ -99,30 +97,27 @@ def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> Non
     """Augment one part of the batch; an operation without samples costs nothing."""
     plan = _send(_plan(params, view), crops.device)
     x = crops.to(torch.float32).div_(255)  # (n, 3, S, S)
-    if "affine" in plan:
-        x.index_copy_(0, plan["affine"], ops.affine(x.index_select(0, plan["affine"]), plan["theta"]))
+
+    def change(name: str, operation: Callable[[Tensor], Tensor]) -> None:
+        if name in plan:
+            x.index_copy_(0, plan[name], operation(x.index_select(0, plan[name])))
+
+    def gray() -> None:
+        change("gray", lambda chosen: ops.grayscale(chosen).expand(-1, 3, -1, -1))
+
+    change("affine", lambda chosen: ops.affine(chosen, plan["theta"]))
     if view.gray_first:
-        _gray_(x, plan)
+        gray()
     if "jitter" in plan:
         _jitter_(x, params, plan, view)
     if not view.gray_first:
-        _gray_(x, plan)
-    if "blur" in plan:
-        x.index_copy_(0, plan["blur"], ops.blur(x.index_select(0, plan["blur"]), plan["kernel"]))
-    if "solarize" in plan:
-        chosen = x.index_select(0, plan["solarize"])
-        x.index_copy_(0, plan["solarize"], ops.solarize(chosen, view.solarize_threshold))
-    if "flip" in plan:
-        x.index_copy_(0, plan["flip"], x.index_select(0, plan["flip"]).flip(3))
+        gray()
+    change("blur", lambda chosen: ops.blur(chosen, plan["kernel"]))
+    change("solarize", lambda chosen: ops.solarize(chosen, view.solarize_threshold))
+    change("flip", lambda chosen: chosen.flip(3))
     if "noise" in plan:
         x.add_(plan["noise"]).clamp_(0, 1)
     torch.sub(x, plan["mean"], out=out).div_(plan["std"])
-
-
-def _gray_(x: Tensor, plan: dict[str, Tensor]) -> None:
-    if "gray" in plan:
-        gray = ops.grayscale(x.index_select(0, plan["gray"]))  # (g, 1, S, S)
-        x.index_copy_(0, plan["gray"], gray.expand(-1, 3, -1, -1))
 
 
 def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:

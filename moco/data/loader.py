@@ -4,15 +4,14 @@ Legend: B global batch, n = B / W samples per rank, V views, S size, D = CROP_DR
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from moco.data.augment import augment, crop_batch, crop_one, largest_shrink
 from moco.data.base import Source
@@ -20,9 +19,10 @@ from moco.data.crop import queue_copy
 from moco.data.decode import Decoded, ImageError, decode_scaled
 from moco.data.plan import Plan
 from moco.data.prefetch import prefetched
+from moco.data.remote import Item
 from moco.data.unreadable import OnUnreadable, image_or_substitute
 from moco.data.view import View, draw, draw_crop
-from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded, to_shared_memory
+from moco.data.workers import LoaderError, loaded, make_loader, to_shared_memory
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,11 @@ def crops(
         return
     # One loader for all epochs: its workers never restart, and the sampler provides the epoch.
     dataset = CropDataset(source, views, plan.seed, replace=on_unreadable is not None)
-    options: dict[str, Any] = {"batch_size": None, "collate_fn": identity_collate, "worker_init_fn": ignore_signals}
-    options["pin_memory"] = device.type == "cuda"
+    pin_memory = device.type == "cuda"
     if source.stream is not None:
-        loader = source.stream(dataset.crop_views, plan, start, workers, dataset.replace, options)
+        loader = source.stream(dataset.crop_views, plan, start, workers, dataset.replace, pin_memory)
     else:
-        loader = DataLoader(dataset, sampler=plan.samples(start), num_workers=workers, **options)  # type: ignore[arg-type]
+        loader = make_loader(dataset, workers, plan.samples(start), pin_memory=pin_memory)
     for epoch, index, used, crops_of_views, unreadable in loaded(loader, "data.workers"):
         if on_unreadable is not None and unreadable:
             on_unreadable(unreadable)
@@ -121,10 +120,6 @@ def _resident(
         drawn = (draw_crop(plan.seed, epoch, index, stream) for stream in range(len(views)))
         crops_of_views = [crop_batch(picked, uniforms, view) for uniforms, view in zip(drawn, views, strict=True)]
         yield epoch, index, used, crops_of_views
-
-
-# A worker's result: epoch, original samples, samples with substitutes, the crops, and the unreadable images.
-Item = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], dict[int, str]]
 
 
 class CropDataset:
@@ -161,21 +156,16 @@ class CropDataset:
     def _images(
         self, used: NDArray[np.int64], drawn: Sequence[NDArray[np.float32]], unreadable: dict[int, str]
     ) -> Iterator[Decoded]:
-        """Yield the images of `used`, (n,); write the indices of substitutes into it."""
+        """Yield the images of `used`, (n,), as large as their crops need; write the indices of substitutes into it."""
+        source = self.source
         for row, i in enumerate(used.tolist()):
-            image = self._decoded(i, [uniforms[row] for uniforms in drawn])
-            if image is None and self.replace:
-                used[row], pixels = image_or_substitute(self.source, i, unreadable)
-                image = Decoded.full(pixels)
-            yield image or Decoded.full(self.source.image(i))
-
-    def _decoded(self, i: int, uniforms: Sequence[NDArray[np.float32]]) -> Decoded | None:
-        """Decode image i, no larger than its crops need; None without encoded bytes, or if unreadable."""
-        try:
-            content = self.source.content(i)
-            if content is None:
-                return None
-            shrink = partial(largest_shrink, self.views, uniforms)
-            return decode_scaled(self.source.name(i), content, shrink, bits=self.source.bits)
-        except ImageError:  # source.image raises it again
-            return None
+            with suppress(ImageError):  # raised again below
+                if (content := source.content(i)) is not None:
+                    shrink = partial(largest_shrink, self.views, [uniforms[row] for uniforms in drawn])
+                    yield decode_scaled(source.name(i), content, shrink, bits=source.bits)
+                    continue
+            if self.replace:
+                used[row], pixels = image_or_substitute(source, i, unreadable)
+            else:
+                pixels = source.image(i)
+            yield Decoded.full(pixels)

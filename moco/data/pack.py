@@ -26,9 +26,10 @@ from moco.data.base import Source
 from moco.data.opening import open_sources
 from moco.data.pack_output import Part, part_path, read_part
 from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_digest
-from moco.data.shard_writer import PackedImage, ShardWriter, encode_in_workers
+from moco.data.shard_writer import PackedImage, ShardWriter, encode_image
 from moco.data.sources import refuse_output_inside
 from moco.data.unreadable import refuse_many
+from moco.data.workers import in_order
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, log_next, progress_bar, summary_panel
 from moco.runtime.next_command import command
@@ -164,10 +165,11 @@ def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
     """Write the images of one split that no finished part contains. Return the files of all its parts, in order."""
     packer = Packer(config, split, source)
     workers = config.data.workers if config.workers is None else config.workers
-    images = encode_in_workers(source, packer.start, workers, config.short_side, config.quality)
+    rows = range(packer.start, len(source))
+    images = in_order(lambda i: encode_image(source, i, config.short_side, config.quality), rows, workers, "workers")
     try:
         with closing(images), progress_bar(f"packing {split}", quiet=False) as progress:
-            for i, image in enumerate(images, packer.start):
+            for i, image in zip(rows, images, strict=True):
                 packer.add(i, image)
                 progress(i + 1, len(source))
         packer.end()

@@ -117,7 +117,7 @@ def begin(output: Path, requested: dict[str, Any]) -> None:
     """Create the folder of parts. If it exists, refuse to continue with other settings than those in it."""
     file = output / PARTS / SETTINGS
     if file.is_file():
-        found = read_sealed(file, f"remove {output} and start again", VERSION)["settings"]
+        found = read_sealed(file, f"remove {output} and start again")["settings"]
         refuse_other_settings(output, found, requested)
         return
     others = sorted(each.name for each in output.iterdir() if each.name not in (".lock", PARTS))

@@ -18,7 +18,7 @@ import itertools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
 from moco.data.plan import Plan
 from moco.data.tars import images_of
 from moco.data.walk import IMAGE_ENDINGS
-from moco.data.workers import LoaderError
+from moco.data.workers import LoaderError, make_loader
 from moco.distributed import is_rank_zero
 
 SCHEMES = ("http", "https", "hf", "gs", "s3", "ais", "ftps", "sftp", "scp")  # each needs a download program
@@ -83,7 +83,7 @@ class RemoteSource(Source):
         return entries_digest([self.name(i)] for i in range(len(self)))
 
     def stream(
-        self, crop: CropFunction, plan: Plan, start: int, workers: int, replace: bool, options: Mapping[str, Any]
+        self, crop: CropFunction, plan: Plan, start: int, workers: int, replace: bool, pin_memory: bool
     ) -> DataLoader[Any]:
         """Return a loader of this rank's batches, as `Item`s, from step `start` to the end of training.
 
@@ -91,7 +91,6 @@ class RemoteSource(Source):
             crop: makes the crops of all views from a batch's images, in the worker.
             workers: loader processes; at most one per shard of this rank is used.
             replace: skip unreadable images and report them; False: they end the stream.
-            options: further arguments of PyTorch's loader.
 
         Raises:
             ValueError: if there are fewer shards than ranks.
@@ -110,7 +109,7 @@ class RemoteSource(Source):
                 stacklevel=2,
             )
         stream = _Stream(self, crop, plan, range(start, plan.total_steps), replace)
-        return DataLoader(stream, num_workers=min(workers, count // plan.processes), **options)
+        return make_loader(stream, min(workers, count // plan.processes), pin_memory=pin_memory)
 
 
 _NO_ACCESS = ValueError(

@@ -46,7 +46,7 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"{where} {_without_index(folder)}")
     fix = f"restore it from a copy, or remove {folder} and pack the images again"
-    index = read_sealed(file, fix, VERSION)
+    index = read_sealed(file, fix)
     if flaw := _flaw(index):
         raise ValueError(f"{file} is damaged ({flaw}): {fix}")
     return index
@@ -87,10 +87,10 @@ def _differs(value: Any, schema: dict[str, Any], name: str) -> str:
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
     """Return the values with their SHA-256, for a JSON file: most files with a flipped bit are still valid JSON."""
-    return value | {"sha256": _seal(value)}
+    return value | {"sha256": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()}
 
 
-def read_sealed(file: Path, fix: str, version: int) -> dict[str, Any]:
+def read_sealed(file: Path, fix: str) -> dict[str, Any]:
     """Read a JSON file of `sealed` values; return them without the SHA-256.
 
     Raises:
@@ -101,16 +101,13 @@ def read_sealed(file: Path, fix: str, version: int) -> dict[str, Any]:
     except ValueError:
         value = None
     found = value.get("version") if isinstance(value, dict) else None
-    if isinstance(found, int) and found != version:
-        newer = "install a newer moco" if found > version else "pack the images again, into another folder"
-        raise ValueError(f"{file} has version {found}, and this moco reads version {version}: {newer}")
-    if not isinstance(value, dict) or value.pop("sha256", None) != _seal(value):
+    if isinstance(found, int) and found != VERSION:
+        newer = "install a newer moco" if found > VERSION else "pack the images again, into another folder"
+        raise ValueError(f"{file} has version {found}, and this moco reads version {VERSION}: {newer}")
+    content = {name: each for name, each in value.items() if name != "sha256"} if isinstance(value, dict) else {}
+    if value != sealed(content):
         raise ValueError(f"{file} is damaged: {fix}")
-    return value
-
-
-def _seal(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return content
 
 
 def _without_index(folder: Path) -> str:

@@ -9,7 +9,6 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from moco.data.base import Source
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.shard_index import row_type
 from moco.data.walk import IMAGE_FORMATS
-from moco.data.workers import in_order
 
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # other endings equal the format's name
 _LONGEST_JPEG = 65_500  # pixels, PIL's limit
@@ -70,14 +68,6 @@ def _encode_pixels(pixels: Tensor, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-def encode_in_workers(
-    source: Source, start: int, workers: int, short_side: int, quality: int
-) -> Generator[PackedImage, None, None]:
-    """Encode the images from `start` on in worker processes and yield them in order; see `moco.data.workers`."""
-    images = range(start, len(source))
-    return in_order(lambda i: encode_image(source, i, short_side, quality), images, workers, "workers")
 
 
 class ShardWriter:

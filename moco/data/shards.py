@@ -51,7 +51,8 @@ class ShardSource(Source):
         size = int(row["size"])
         try:
             # pread has no file position that processes or threads would share, so a forked process may use the file.
-            data = os.pread(_open(os.path.join(self.root, name), digest).descriptor, size, int(row["offset"]))
+            file = _open(os.path.join(self.root, name), digest)
+            data = os.pread(file.descriptor, size, int(row["offset"]))
         except OSError as error:
             raise self._error(i, name, "unreadable", error.strerror or str(error)) from error
         if len(data) < size:
@@ -85,9 +86,10 @@ class ShardSource(Source):
 class _File:
     """A file that is open while something refers to it, so a thread can read it after the cache drops it."""
 
+    descriptor = -1
+
     def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

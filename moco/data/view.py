@@ -109,7 +109,6 @@ class View:
 class Params:
     """The random parameters of a batch, on the host. A row depends on its sample and the view, not on the batch."""
 
-    crop: NDArray[np.float32]  # (N, D), the uniforms for crop_boxes
     jitter: NDArray[np.bool_]  # (N,)
     factors: NDArray[np.float32]  # (N, 4): brightness, contrast, saturation, hue
     order: NDArray[np.int64]  # (N, 4): the order of the four operations
@@ -123,7 +122,7 @@ class Params:
     noise: NDArray[np.float32]  # (N, S, S); (N, 0, 0) if the view has none
 
     def __len__(self) -> int:
-        return len(self.crop)
+        return len(self.jitter)
 
     def rows(self, rows: slice | NDArray[np.int64]) -> "Params":
         """Return the parameters of some of the samples."""
@@ -131,12 +130,12 @@ class Params:
 
 
 def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float32]:
-    """Return only the uniform numbers of the crop, shape (N, D), for a loader process. Equal to `draw(...).crop`."""
+    """Return the uniform numbers of the crop, shape (N, D), for `crop_boxes`."""
     return keyed_uniform(seed, epoch, index, stream, CROP_DRAWS)
 
 
 def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Params:
-    """Draw all random parameters of view number `stream` for the samples with the indices `index`, shape (N,).
+    """Draw the random parameters of view number `stream`, except the crop's, for the samples `index`, shape (N,).
 
     In distribution the N rows of parameters equal those of torchvision's transforms.
     """
@@ -145,9 +144,7 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
     strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     center = np.array([1.0, 1.0, 1.0, 0.0])
     low = np.where(center > 0, np.maximum(center - strengths, 0), -strengths)  # a factor is never negative
-    count = len(u)
     return Params(
-        crop=u[:, :CROP_DRAWS].astype(np.float32),
         jitter=u[:, _JITTER] < (view.jitter_p if strengths.any() else 0),
         factors=_between(u[:, _FACTORS], low, center + strengths).astype(np.float32),
         order=np.argsort(u[:, _ORDER], axis=1, kind="stable"),
@@ -158,7 +155,7 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
         flip=u[:, _FLIP] < view.flip_p,
         affine=u[:, _AFFINE] < view.affine_p,
         theta=_affine_theta(u, view),
-        noise=_pixel_noise(u, view) if noisy else np.zeros((count, 0, 0), dtype=np.float32),
+        noise=_pixel_noise(u, view) if noisy else np.zeros((len(u), 0, 0), dtype=np.float32),
     )
 
 

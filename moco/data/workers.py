@@ -6,7 +6,7 @@ import re
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -28,11 +28,6 @@ def ignore_signals(worker: int) -> None:
     """Ignore the signals of terminals and Slurm, which reach every process: the parent ends its loaders."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def identity_collate(item: T) -> T:
-    """Return the item: the default collate function would convert NumPy arrays to tensors."""
-    return item
 
 
 def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
@@ -70,12 +65,23 @@ def in_order(function: Callable[[int], T], rows: range, workers: int, field: str
 
     At most `2 * workers` tasks of `TASK` rows are in progress. For the arguments and errors see `loaded`.
     """
-    # PyTorch's loader keeps the order, limits the tasks in progress, and its workers end if their parent is killed.
-    options: dict[str, Any] = {"batch_size": None, "collate_fn": identity_collate, "worker_init_fn": ignore_signals}
     tasks = (rows[at : at + TASK] for at in range(0, len(rows), TASK))
-    loader: DataLoader[Any] = DataLoader(_Tasks(function), sampler=tasks, num_workers=workers, **options)  # type: ignore[arg-type]
-    for results in loaded(loader, field):
+    for results in loaded(make_loader(_Tasks(function), workers, tasks), field):
         yield from results
+
+
+def make_loader(dataset: Any, workers: int, sampler: Iterable[Any] | None = None, **options: Any) -> DataLoader[Any]:
+    """Return PyTorch's loader of the data set's items, one per entry of `sampler`, unchanged and in order.
+
+    It limits the items in progress, and its workers end if their parent is killed.
+    """
+    options = {"worker_init_fn": ignore_signals} | options
+    return DataLoader(dataset, None, sampler=sampler, num_workers=workers, collate_fn=_identity, **options)
+
+
+def _identity(item: T) -> T:
+    """Return the item: the default collate function would convert NumPy arrays to tensors."""
+    return item
 
 
 def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
@@ -85,7 +91,7 @@ def loaded(loader: DataLoader[T], field: str) -> Iterator[T]:
     handler of SIGCHLD does so, and this module replaces its message.
 
     Args:
-        loader: with `ignore_signals` and `identity_collate`, if it has processes.
+        loader: from `make_loader`.
         field: the field that sets the number of processes, for errors.
 
     Raises:

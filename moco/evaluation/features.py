@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded, to_shared_memory
+from moco.data.workers import LoaderError, loaded, make_loader, to_shared_memory
 from moco.distributed import gather, on_all_ranks, rank, world_size
 
 Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> features (N, D)
@@ -63,14 +62,7 @@ def _crops(
     if source.images is not None and source.images.shape[-2:] == (size, size) and transform.resize in (0, size):
         yield from (source.images[torch.tensor(part)] for part in parts)
         return
-    loader: DataLoader[Tensor] = DataLoader(
-        _CroppedBatches(source, transform),  # type: ignore[arg-type]
-        sampler=parts,
-        batch_size=None,
-        num_workers=min(workers, len(parts)),
-        collate_fn=identity_collate,
-        worker_init_fn=ignore_signals,
-    )
+    loader = make_loader(_CroppedBatches(source, transform), min(workers, len(parts)), parts)
     yield from loaded(loader, "data.workers")
 
 

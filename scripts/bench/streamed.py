@@ -18,8 +18,9 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.augment import augment
 from moco.data.folder import FolderSource
-from moco.data.loader import CropDataset, Item, batches, crops
+from moco.data.loader import CropDataset, batches, crops
 from moco.data.plan import Plan
+from moco.data.remote import Item
 from moco.data.sources import load_source
 from moco.data.view import View, draw
 from scripts.bench import official

@@ -14,9 +14,10 @@ from torch import Tensor
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix
 
 from moco.data import ops
-from moco.data.augment import Params, View, _plan, _send, augment, crop_batch, crop_one, draw, draw_crop, largest_shrink
+from moco.data.augment import _plan, _send, augment, crop_batch, crop_one, largest_shrink
 from moco.data.crop import crop_boxes
 from moco.data.keyed import keyed_uniform
+from moco.data.view import Params, View, draw, draw_crop
 
 JITTER: dict[str, Any] = dict(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
 EVERYTHING: dict[str, Any] = dict(
@@ -231,18 +232,16 @@ def test_results_do_not_depend_on_threads_or_parts(monkeypatch: pytest.MonkeyPat
 def test_adding_an_operation_changes_no_other_draw() -> None:
     bare, full = View(size=8, **JITTER), View(size=8, noise=(0, 0.1), **EVERYTHING)
     a, b = draw(bare, 0, 0, np.arange(50), 0), draw(full, 0, 0, np.arange(50), 0)
-    for name in ("crop", "jitter", "factors", "order"):
+    for name in ("jitter", "factors", "order"):
         assert np.array_equal(getattr(a, name), getattr(b, name))
-    assert np.array_equal(draw_crop(0, 0, np.arange(50), 0), a.crop)
 
 
 @pytest.mark.parametrize("antialias", [True, False])
 def test_streamed_and_resident_views_are_equal(antialias: bool) -> None:
     view = View(size=24, crop_scale=(0.2, 1), antialias=antialias, **EVERYTHING)
     images = torch.randint(0, 256, (16, 3, 40, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    params = draw(view, 0, 0, np.arange(16), 0)
     streamed = [crop_one(images[i], draw_crop(0, 0, [i], 0)[0], view) for i in range(16)]
-    assert torch.equal(torch.stack(streamed), crop_batch(images, params.crop, view))
+    assert torch.equal(torch.stack(streamed), crop_batch(images, draw_crop(0, 0, np.arange(16), 0), view))
 
 
 def test_a_view_without_antialiasing_equals_torchvision_and_needs_the_full_image() -> None:
@@ -262,9 +261,9 @@ def test_a_view_without_antialiasing_equals_torchvision_and_needs_the_full_image
 
 def test_defaults_change_nothing() -> None:
     view = View(size=20)
-    images = random_crops(8, 20)
-    params = draw(view, 0, 0, np.arange(8), 0)
-    assert torch.equal(augment(crop_batch(images, params.crop, view), params, view), images / 255)
+    images, index = random_crops(8, 20), np.arange(8)
+    crops = crop_batch(images, draw_crop(0, 0, index, 0), view)
+    assert torch.equal(augment(crops, draw(view, 0, 0, index, 0), view), images / 255)
 
 
 def test_the_complete_plan_is_sent_to_a_device() -> None:

@@ -15,7 +15,8 @@ from scipy import stats
 from torch import Tensor
 from torchvision.transforms.v2.functional._geometry import _get_inverse_affine_matrix
 
-from moco.data.augment import Params, View, augment, draw
+from moco.data.augment import augment
+from moco.data.view import Params, View, draw
 
 DRAWS = 2_000
 LEVEL = 1e-3  # probability of a false alarm per check; the seeds are fixed, so results are reproducible

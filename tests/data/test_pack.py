@@ -21,6 +21,7 @@ from moco.data import shard_writer
 from moco.data.decode import ImageError, decode, decode_bytes
 from moco.data.shards import ShardSource
 from moco.data.sources import load_source
+from moco.data.workers import in_order
 from moco.methods.moco_config import MoCoConfig
 from moco.training.trainer import pretrain
 from tests.data.packed import class_folders, packed
@@ -120,7 +121,7 @@ def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path: Path, monk
     # A finished shard that is damaged is written again, and all shards after it; the previous one is kept.
     kept = (output / "train-000000.tar").stat().st_mtime_ns
     os.truncate(output / "train-000001.tar", 100)
-    monkeypatch.setattr(stage, "encode_in_workers", calls := Noting(shard_writer.encode_in_workers))
+    monkeypatch.setattr(stage, "in_order", calls := Noting(in_order))
     with pytest.raises(ConfigError, match=r"contains shards with shard_mb=0\.012 \(now 0\.02\): choose another output"):
         packed(output, root, shard_mb=0.02, data_max_bad=0.1)
     packed(output, root, data_max_bad=0.1)
@@ -131,14 +132,14 @@ def test_a_killed_command_resumes_and_writes_the_same_bytes(tmp_path: Path, monk
 
 
 class Noting:
-    """Call a function and record the start of each call."""
+    """Call `in_order` and record the first row of each call."""
 
     def __init__(self, function: Any) -> None:
         self.function, self.starts = function, list[int]()
 
-    def __call__(self, source: Any, start: int, *rest: Any) -> Any:
-        self.starts.append(start)
-        return self.function(source, start, *rest)
+    def __call__(self, function: Any, rows: range, *rest: Any) -> Any:
+        self.starts.append(rows.start)
+        return self.function(function, rows, *rest)
 
 
 def test_unreadable_images_are_skipped_and_listed(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import pytest
 from moco.config import ConfigError, DataConfig, RunWarning
 from moco.config.pack import PackConfig
 from moco.data import pack as stage
-from moco.data import pack_output, shard_writer
+from moco.data import pack_output
 from moco.data.sources import load_source
+from moco.data.workers import in_order
 from tests.data.packed import class_folders, packed
 from tests.data.test_pack import Noting, everything
 from tests.data.unreadable_files import encoded, noise
@@ -37,7 +38,7 @@ def test_a_damaged_folder_is_repaired(
             (output / name).unlink()
         else:
             (output / name).write_bytes(before[name][:-1] + b"x")
-    monkeypatch.setattr(stage, "encode_in_workers", calls := Noting(shard_writer.encode_in_workers))
+    monkeypatch.setattr(stage, "in_order", calls := Noting(in_order))
     with pytest.warns(RunWarning, match=r"damaged \(SHA-256\): .*train|damaged \(SHA-256\): .*skipped"):
         packed(output, root, data_labels="folder", data_max_bad=0.1, short_side=16, shard_mb=0.008)
     assert "repaired" in capsys.readouterr().out

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from moco.config import DataConfig, RunWarning
-from moco.data.augment import augment, crop_one, draw
+from moco.data.augment import augment, crop_one
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.loader import Batch, batches
 from moco.data.plan import Plan
 from moco.data.remote import RemoteSource, StreamError, endless, open_remote, samples_of
 from moco.data.sources import load_source
-from moco.data.view import View
+from moco.data.view import View, draw, draw_crop
 from tests.data.unreadable_files import encoded, noise
 
 pytest.importorskip("webdataset", reason="data=webdataset needs the extra `webdataset`")
@@ -89,9 +89,9 @@ def test_the_stream_is_reproducible_and_views_depend_on_the_position(shards: Pat
     known = {s.identity: s for a in source(shards).addresses for s in samples_of(a)}
     batch, numbers = one[4], np.arange(4, 8)  # step 4 is the second of epoch 1
     for stream, view in enumerate(VIEWS):
-        params = draw(view, 5, 1, numbers, stream)
+        params, uniforms = draw(view, 5, 1, numbers, stream), draw_crop(5, 1, numbers, stream)
         images = [decode_bytes(known[int(i)].name, known[int(i)].content) for i in batch.index]
-        crops = torch.stack([crop_one(image, params.crop[row], view) for row, image in enumerate(images)])
+        crops = torch.stack([crop_one(image, uniforms[row], view) for row, image in enumerate(images)])
         assert torch.equal(batch.views[stream], augment(crops, params, view))
 
 

@@ -8,20 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from moco.config import DataConfig, config_dir
 from moco.data.loader import batches
 from moco.data.plan import Plan
-from moco.data.shard_writer import encode_in_workers
 from moco.data.sources import Source, load_source
 from moco.data.view import View
-from moco.data.workers import LoaderError, identity_collate, ignore_signals, loaded
+from moco.data.workers import LoaderError, ignore_signals, in_order, loaded, make_loader
 from moco.evaluation.features import EvalTransform, extract, stream
 from moco.runtime.preemption import STOP_SIGNALS
 from tests.data.unreadable_files import folder
@@ -72,10 +69,9 @@ def test_a_death_is_reported_in_an_evaluation(source: Source) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_death_is_reported_in_packing(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moco.data.shard_writer.encode_image", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_death_is_reported_in_packing() -> None:
     with pytest.raises(LoaderError, match=DIED.format("workers")):  # while the parent waits
-        list(encode_in_workers(source, 0, 1, 0, 90))
+        list(in_order(lambda _: os.kill(os.getpid(), signal.SIGKILL), range(40), 1, "workers"))
     assert multiprocessing.active_children() == []
 
 
@@ -118,13 +114,7 @@ def _stopped_at_its_start(worker: int) -> None:
 
 def test_a_stop_that_reaches_all_processes_ends_no_loader() -> None:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    loader: Any = DataLoader(
-        range(4),  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=1,
-        collate_fn=identity_collate,
-        worker_init_fn=_stopped_at_its_start,
-    )
+    loader = make_loader(range(4), 1, worker_init_fn=_stopped_at_its_start)
     assert list(loaded(loader, "data.workers")) == [0, 1, 2, 3]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from moco.builder import KeyQueue, MoCo
-from moco.data.augment import View
 from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import ArraySource
+from moco.data.view import View
 from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size, wrap_ddp
 from moco.models.encoder import build_encoder
 from moco.training.build import set_batch_norm_calls
