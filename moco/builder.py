@@ -141,14 +141,6 @@ def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, mom
     torch._foreach_lerp_(list(momentum_encoder.parameters()), list(encoder.parameters()), weight=1 - momentum)
 
 
-@torch.no_grad()
-def enqueue(queue: KeyQueue, keys: Tensor, index: Tensor) -> None:
-    """Enqueue the keys of all ranks, (n, E, C) each: all keys of the first view, then those of the second."""
-    index = gather(index)  # (W n,)
-    for k in gather(keys.flatten(1)).split(keys.shape[2], dim=1):  # (W n, E C) -> E times (W n, C)
-        queue.enqueue(k, index)
-
-
 def queue_info_nce(
     q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -282,8 +274,13 @@ class MoCo(nn.Module):
         update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the new keys of all ranks: `Output.new_keys` of the local batch, (n, E, C), and its indices, (n,)."""
-        enqueue(self.queue, keys, index)
+        """Enqueue the new keys of all ranks: all keys of the first view, then those of the second.
+
+        `keys` are the `Output.new_keys` of the local batch, (n, E, C), and `index` its sample indices, (n,).
+        """
+        index = gather(index)  # (W n,)
+        for k in gather(keys.flatten(1)).split(keys.shape[2], dim=1):  # (W n, E C) -> E times (W n, C)
+            self.queue.enqueue(k, index)
 
     def _contrast(
         self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None

@@ -85,21 +85,6 @@ def gather(x: Tensor) -> Tensor:
     return out
 
 
-class _GatherRows(torch.autograd.Function):
-    """Rows of all ranks; the gradient of a rank's rows is summed over the losses of all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = len(x)
-        return gather(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)  # gloo has no reduce-scatter; the gradient of embeddings is small
-        return grad[rank() * ctx.rows : (rank() + 1) * ctx.rows]
-
-
 def gather_with_gradient(x: Tensor) -> Tensor:
     """Return the rows of all ranks, in the order of the ranks, differentiable: (n, ...) -> (W n, ...).
 
@@ -110,7 +95,10 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
     Backward is a collective: every rank must run it, in the same order.
     """
-    return x if world_size() == 1 else cast(Tensor, _GatherRows.apply(x))
+    if world_size() == 1:
+        return x
+    # With zeros for the rows of other ranks. The differentiable `all_gather` of torch 2.15 needs contiguous gradients.
+    return sum_over_ranks(torch.cat([x if each == rank() else torch.zeros_like(x) for each in range(world_size())]))
 
 
 @torch.no_grad()

@@ -75,12 +75,14 @@ def stream(
     device: torch.device,
     batch_size: int = 512,
     workers: int = 0,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Yield the features of the given rows on this process, in their order: batches (<= batch_size, D), float32.
 
     Args:
         network: on the device; a module is put into eval mode, and into its previous mode at the end.
         workers: loader processes for images that are not in memory.
+        heartbeat: called before each batch.
 
     Raises:
         ImageError: if an image cannot be decoded.
@@ -93,6 +95,7 @@ def stream(
         network.eval()
     try:
         for images in _crops(source, rows, transform, batch_size, workers):
+            heartbeat()
             yield network((images.to(device).float() / 255 - mean) / std).float()
     finally:
         if isinstance(network, nn.Module):
@@ -106,6 +109,7 @@ def extract(
     device: torch.device,
     batch_size: int = 512,
     workers: int = 0,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Return the features (M, D) of all images of a source, in its order, on every rank.
 
@@ -115,7 +119,7 @@ def extract(
     share = -(-len(source) // world_size())  # rows per rank, rounded up
     rows = [min(row, len(source) - 1) for row in range(rank() * share, (rank() + 1) * share)]
     features = on_all_ranks(
-        lambda: torch.cat(list(stream(network, source, rows, transform, device, batch_size, workers)))
+        lambda: torch.cat(list(stream(network, source, rows, transform, device, batch_size, workers, heartbeat)))
     )
     return gather(features)[: len(source)]
 

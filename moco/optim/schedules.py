@@ -1,8 +1,10 @@
-"""Learning rate and momentum as pure functions of the step: resume needs no saved state."""
+"""Learning rate, momentum and temperature as pure functions of the step: resume needs no saved state."""
 
 import math
 
-from moco.config import OptimConfig
+from moco.config import OptimConfig, TrainConfig
+from moco.data.plan import Plan
+from moco.losses import temperature_at
 
 
 def scaled_lr(lr: float, batch_size: int, base_batch: int | None) -> float:
@@ -43,3 +45,18 @@ def momentum_at(step: int, total_steps: int, start: float, end: float | None) ->
     if end is None:
         return start
     return end - (end - start) * 0.5 * (1 + math.cos(math.pi * step / total_steps))
+
+
+def schedule_values(config: TrainConfig, plan: Plan, peak_lr: float, step: int) -> dict[str, float]:
+    """Return lr, momentum and, if it has a schedule, temperature of a step, counted from 0."""
+    optim, method = config.optim, config.method
+    factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
+    # The papers update the momentum encoder at the start of step s + 1. Here it is the end of step s, with the same m.
+    momentum = momentum_at(step + 1, plan.total_steps, method.momentum, method.momentum_end)
+    values = {"lr": peak_lr * factor, "momentum": momentum}
+    if method.temperature_schedule == "cosine":
+        epoch = step / plan.steps_per_epoch
+        values["temperature"] = temperature_at(
+            epoch, method.temperature_period, method.temperature_low, method.temperature_high
+        )
+    return values

@@ -1,16 +1,14 @@
 """Train runs one after the other, each in its own process; without importing torch, so scripts/sweep.py starts fast."""
 
-import contextlib
 import signal
 import subprocess
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from moco.runtime.preemption import STOP_SIGNALS
+from moco.runtime.preemption import handle_stop_signals
 
 
 class Ended(NamedTuple):
@@ -43,23 +41,9 @@ def run_to_end(command: Sequence[str], log: Path | None = None) -> Ended:
         if process is not None and len(received) == 1:
             process.send_signal(signal.SIGTERM)
 
-    with _handling(stop), contextlib.ExitStack() as files:
-        output = None if log is None else files.enter_context(log.open("w"))
+    with handle_stop_signals(stop), nullcontext() if log is None else log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=None if output is None else subprocess.STDOUT)
         if received:
             process.send_signal(signal.SIGTERM)
         status = process.wait()
     return Ended(status, received[0] if received else 0)
-
-
-@contextmanager
-def _handling(handler: "signal._HANDLER") -> Iterator[None]:
-    """Install a signal handler; Python allows that in the main thread only."""
-    main = threading.current_thread() is threading.main_thread()
-    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup: ignored
-    previous = {number: signal.signal(number, handler) for number in caught if main}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)

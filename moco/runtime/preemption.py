@@ -7,12 +7,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 PREEMPTED = os.EX_TEMPFAIL  # 75, "try again later": running the same command again resumes
 INTERRUPTED = 130  # the exit status that shells report after Ctrl-C, and at which a loop in a shell script ends
@@ -36,6 +35,23 @@ STOP_SIGNALS = tuple(signal.Signals[each.name] for each in Reason if each.name i
 """The signals after which a run saves and ends. Loader processes ignore them: the parent ends those after the step."""
 
 
+@contextmanager
+def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Call `handler` for each of `STOP_SIGNALS`, except those that this process ignores (nohup).
+
+    Outside the main thread, where Python allows no handlers, this does nothing.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    caught = [number for number in STOP_SIGNALS if main and signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, handler) for number in caught}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            if signal.getsignal(number) is not signal.SIG_IGN:  # see `prevent_restart`
+                signal.signal(number, before)
+
+
 class Preempted(Exception):
     """The run was stopped before its end, and everything is saved; the message is one sentence.
 
@@ -56,8 +72,7 @@ class PreemptionHandler:
 
     Use it as a context manager around as much as possible: a signal that arrives during imports or while data is opened
     is remembered until all ranks can act on it together. Within `stepping` the first SIGINT is remembered too;
-    otherwise, and at the second one, it raises KeyboardInterrupt. Signals that the process was started to ignore
-    (nohup) stay ignored. Outside the main thread, where Python allows no handlers, only the time limit counts.
+    otherwise, and at the second one, it raises KeyboardInterrupt. Outside the main thread only the time limit counts.
 
     Args:
         minutes: the time limit, from now; 0: none.
@@ -66,7 +81,7 @@ class PreemptionHandler:
     def __init__(self, minutes: float) -> None:
         self._deadline = time.monotonic() + 60 * minutes if minutes else float("inf")
         self._received, self._stepping = Reason.NONE, False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handling = handle_stop_signals(self._receive)
 
     def signal_received(self) -> Reason:
         """Return the signal received so far, regardless of the time limit."""
@@ -87,18 +102,13 @@ class PreemptionHandler:
             self._stepping = False
 
     def __enter__(self) -> "PreemptionHandler":
-        if threading.current_thread() is threading.main_thread():
-            for number in STOP_SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._receive)
+        self._handling.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is Preempted:
             prevent_restart()
-        for number, handler in self._previous.items():
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, handler)
+        self._handling.__exit__(None, None, None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and (self._received is Reason.SIGINT or not self._stepping):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moco.builder import Method
 from moco.config import EvaluateConfig, TrainConfig
@@ -17,6 +17,7 @@ from moco.data.unreadable import OnUnreadable
 from moco.evaluation.features import EvalTransform, Network, extract, pixels
 from moco.evaluation.instance_retrieval import images_used, instance_retrieval
 from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy, knn_title
+from moco.evaluation.subject import labels_of
 from moco.evaluation.subsets import naming_field
 from moco.methods.build import encoder_of
 
@@ -47,7 +48,9 @@ class LiveEvaluation:
         self._plan, self.history, self._heartbeat = plan, history, heartbeat
         labeled = sources.bank is not None and sources.held_out is not None
         self.measure = "knn" if labeled else "retrieval"
-        self.title = knn_title(config.evaluate) if labeled else retrieval_title(plan)
+        used = images_used(plan.length, plan.batch_size)
+        retrieval = f"two crops of an image find each other among {used:,} images"
+        self.title = knn_title(config.evaluate) if labeled else retrieval
         self._short_title = ""  # once the full one was printed
         self._on_unreadable: OnUnreadable | None = None
 
@@ -84,19 +87,17 @@ class LiveEvaluation:
             The results, by their names in metrics.jsonl, and a line that reports them.
         """
         start, epoch = done == 0, done / self._plan.steps_per_epoch
-        scores = self._live_knn(start) if self.measure == "knn" else self._retrieval(start)
+        knn = self._config, self._method, self._sources, self._device, start, self._heartbeat
+        scores = live_knn(*knn) if self.measure == "knn" else self._retrieval(start)
         self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
         # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
         group = {"knn": "accuracy", "retrieval": "retrieval"}[self.measure]
         curves = baselines(self.history, self._config.starts_trained) | {self.measure: scores[self.measure]}
-        names = BASELINES | {self.measure: self._first_name() if start else f"epoch {epoch:g}"}
+        names = BASELINES | {self.measure: _first_name(self._config.starts_trained) if start else f"epoch {epoch:g}"}
         results = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
         line = f"{self._short_title or self.title}: {results}"
         self._short_title = {"knn": "held-out kNN", "retrieval": "two crops find each other"}[self.measure]
         return {f"{group}/{name}": score.mean for name, score in curves.items()}, line
-
-    def _first_name(self) -> str:
-        return "initialized" if self._config.starts_trained else "untrained"
 
     def _untrained_encoder(self) -> nn.Module:
         """Return the encoder with random weights, for a run that starts from others."""
@@ -104,9 +105,6 @@ class LiveEvaluation:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.seed)
             return encoder_of(replace(self._config.model, options=options)).to(self._device)
-
-    def _live_knn(self, start: bool) -> dict[str, Accuracy]:
-        return live_knn(self._config, self._method, self._sources, self._device, start, self._heartbeat)
 
     def _retrieval(self, start: bool) -> dict[str, Accuracy]:
         """Return the retrieval at 1 of the encoder, and at the start also of the baselines."""
@@ -130,10 +128,15 @@ class LiveEvaluation:
         return {name: Accuracy(value, 0.0, 1) for name, value in found.items()}
 
 
+def _first_name(starts_trained: bool) -> str:
+    """Return the name of the encoder before the first step."""
+    return "initialized" if starts_trained else "untrained"
+
+
 def baselines(history: History, starts_trained: bool) -> dict[str, Accuracy]:
     """Return the results before the first step, by name; empty if the run was not evaluated then."""
     first = history[0] if history and history[0]["step"] == 0 else {}
-    encoder = "initialized" if starts_trained else "untrained"
+    encoder = _first_name(starts_trained)
     names = {"raw_pixels": "raw_pixels", "untrained": "untrained", "knn": encoder, "retrieval": encoder}
     return {name: Accuracy(*first[key]) for key, name in names.items() if key in first}
 
@@ -141,25 +144,6 @@ def baselines(history: History, starts_trained: bool) -> dict[str, Accuracy]:
 def evaluated_network(encoder: nn.Module, evaluate: EvaluateConfig) -> nn.Module:
     """Return the part of an encoder that computes the features of `evaluate.features`."""
     return encoder if evaluate.features == "projection" else encoder.get_submodule("backbone")
-
-
-def retrieval_title(plan: Plan) -> str:
-    """Return the name of the retrieval measure, with its number of images."""
-    return f"two crops of an image find each other among {images_used(plan.length, plan.batch_size):,} images"
-
-
-class _WithHeartbeat(nn.Module):
-    """Reports progress before each batch. Wraps the network: a forward hook would trigger recompilation."""
-
-    def __init__(self, network: Network, heartbeat: Callable[[], None]) -> None:
-        super().__init__()
-        self.network, self.heartbeat = network, heartbeat
-        self.training = isinstance(network, nn.Module) and network.training  # `extract` restores this mode at its end
-
-    def forward(self, images: Tensor) -> Tensor:
-        self.heartbeat()
-        features: Tensor = self.network(images)
-        return features
 
 
 def live_knn(
@@ -174,8 +158,6 @@ def live_knn(
     evaluate, augment, bank, held_out = config.evaluate, config.augment, sources.bank, sources.held_out
     assert bank is not None
     assert held_out is not None
-    assert bank.labels is not None
-    assert held_out.labels is not None
     transform = EvalTransform(augment.size, augment.eval_resize, augment.mean, augment.std)
     settings = KnnSettings(evaluate.k, evaluate.temperature, evaluate.labels_per_class, evaluate.draws)
     networks: dict[str, Network] = {"knn": evaluated_network(method.encoder, evaluate)}
@@ -183,13 +165,12 @@ def live_knn(
         networks = {"raw_pixels": pixels} | networks
     scores = {}
     for name, network in networks.items():
-        wrapped = _WithHeartbeat(network, heartbeat)
         inputs = transform.unnormalized() if network is pixels else transform
         references, queries = (
-            extract(wrapped, source, inputs, device, evaluate.batch_size, config.data.workers)
+            extract(network, source, inputs, device, evaluate.batch_size, config.data.workers, heartbeat)
             for source in (bank, held_out)
         )
         with naming_field("evaluate.labels_per_class", evaluate.labels_per_class):
-            given = references, bank.labels, queries, held_out.labels
+            given = references, labels_of(bank), queries, labels_of(held_out)
             scores[name] = knn_accuracy(*given, settings, lambda *_: heartbeat())
     return scores

@@ -38,7 +38,7 @@ from moco.distributed import (
 )
 from moco.interop.encoder_file import save_encoder
 from moco.optim.optimizers import build_optimizer, load_optimizer
-from moco.optim.schedules import scaled_lr
+from moco.optim.schedules import scaled_lr, schedule_values
 from moco.runs import checkpoint
 from moco.runs.directory import refuse_difference
 from moco.runs.metrics import MetricsLogger
@@ -57,7 +57,6 @@ from moco.training.consistency import record_names, refuse_other_data, refuse_ot
 from moco.training.init_from import load_initial_weights
 from moco.training.live_evaluation import History, LiveEvaluation
 from moco.training.nonfinite import NonFiniteGuard
-from moco.training.schedules import schedule_values
 from moco.training.step import Measures, StepSettings, train_step
 from moco.training.summary import announce, show_views, summarize
 from moco.training.throughput import Profile, Throughput
