@@ -26,6 +26,9 @@ from moco.runtime.stdio import discard_output, printable
 class Terminal(Console):
     """A console that drops its output after a broken pipe (`| head`, a closed terminal); rich would end the process."""
 
+    def __init__(self, quiet: bool | None = None) -> None:
+        super().__init__(highlight=False, quiet=not is_rank_zero() if quiet is None else quiet)
+
     def on_broken_pipe(self) -> None:
         self.quiet = True
         discard_output(self.file)
@@ -41,7 +44,7 @@ class Display:
     """The live display of a training run that resumes from step `start`. If quiet, it prints nothing."""
 
     def __init__(self, total_steps: int, steps_per_epoch: int, start: int, quiet: bool) -> None:
-        self.console = Terminal(quiet=quiet, highlight=False)
+        self.console = Terminal(quiet)
         self._total, self._steps_per_epoch, self._start = total_steps, steps_per_epoch, start
         self._began = self._last_line = time.monotonic()
         name, share, left = map(TextColumn, ("[bold]{task.description}", "{task.percentage:3.0f} %", "left"))
@@ -121,7 +124,7 @@ def progress_bar(
 
 def log(line: str) -> None:
     """Print a line, on rank 0; a terminal breaks it between words."""
-    _print_line(Terminal(highlight=False, quiet=not is_rank_zero()), line)
+    _print_line(Terminal(), line)
 
 
 def _print_line(console: Terminal, line: str) -> None:
@@ -133,8 +136,7 @@ def _print_line(console: Terminal, line: str) -> None:
 
 def log_next(command: str, reason: str = "") -> None:
     """Print a command that continues from here, on rank 0. It is one line, however long, so that it can be copied."""
-    line = printable(f"next: {command}" + (f"  ({reason})" if reason else ""))
-    Terminal(highlight=False, quiet=not is_rank_zero()).print(line, markup=False, soft_wrap=True)
+    log(f"next: {command}" + (f"  ({reason})" if reason else ""))
 
 
 def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -144,9 +146,7 @@ def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
     grid.add_column(overflow="fold")
     for name, text in rows:
         grid.add_row(name, _text(text))
-    Terminal(highlight=False, quiet=not is_rank_zero()).print(
-        Panel(grid, title=_text(title), title_align="left", expand=False)
-    )
+    Terminal().print(Panel(grid, title=_text(title), title_align="left", expand=False))
 
 
 def table(
@@ -167,7 +167,7 @@ def table(
     """
     out = Table(title=_text(title, "table.title"), title_justify="left", caption_justify="left", box=box.ROUNDED)
     out.caption = Text("\n".join(map(printable, caption.split("\n"))), style="table.caption") if caption else None
-    console = Terminal(highlight=False, quiet=not is_rank_zero())
+    console = Terminal()
     cells = [[printable(cell).strip() for cell in row] for row in (columns, *rows)]
     room = console.width - 3 * len(columns) - 1  # without borders
     widths = _column_widths(cells, room)

@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from itertools import starmap
 from typing import Any
 
 from moco.config.subject import SubjectConfig
@@ -22,9 +23,7 @@ def command(module: str, config: SubjectConfig, **changes: Any) -> str:
     """
     defaults = asdict(SubjectConfig())
     values = {each.name: asdict(config)[each.name] for each in fields(SubjectConfig)} | changes
-    return shlex.join(
-        ["python", "-m", module, *(f"{name}={value_text(each)}" for name, each in _changed(values, defaults))]
-    )
+    return " ".join(["python", "-m", module, *starmap(override, _changed(values, defaults))])
 
 
 def next_commands(run: str, data: str, labeled: bool) -> list[str]:

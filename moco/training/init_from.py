@@ -75,7 +75,6 @@ def _load_queue(method: nn.Module, file: EncoderFile, with_head: bool) -> str:
     keys = file.queue
     if keys is None:
         return ""
-    problem = ""
     if queue is None:
         problem = "the method has none"
     elif keys.shape != queue.keys.shape:
@@ -84,10 +83,10 @@ def _load_queue(method: nn.Module, file: EncoderFile, with_head: bool) -> str:
         problem = "the head does not fit"
     elif not is_valid(keys):
         problem = "its keys are not finite numbers"
-    if problem or queue is None:
-        return f"; the queue in the file is not used ({problem})"
-    queue.load(keys.roll(-file.oldest, 0))
-    return "; queue from the file"
+    else:
+        queue.load(keys.roll(-file.oldest, 0))
+        return "; queue from the file"
+    return f"; the queue in the file is not used ({problem})"
 
 
 def _read(path: Path, config: TrainConfig, weights: str) -> EncoderFile:
@@ -98,10 +97,11 @@ def _read(path: Path, config: TrainConfig, weights: str) -> EncoderFile:
 
 
 def _fits(module: nn.Module, weights: State) -> bool:
-    def shapes(state: State) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(value.shape) for key, value in state.items() if not key.endswith("num_batches_tracked")}
-
-    return shapes(module.state_dict()) == shapes(weights)
+    ours, theirs = (
+        {key: value.shape for key, value in state.items() if not key.endswith("num_batches_tracked")}
+        for state in (module.state_dict(), weights)
+    )
+    return ours == theirs
 
 
 @torch.no_grad()

@@ -2,12 +2,8 @@
 
 import copy
 import os
-import re
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -38,14 +34,11 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
         size: S.
     """
     shadow = copy.deepcopy(encoder).to("meta").train()
-    counts = []
-    for backward in (False, True):
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-            out = shadow(torch.empty(images, 3, size, size, device="meta"))
-            if backward:
-                out.sum().backward()
-        counts.append(counter.get_total_flops() // images)
-    return counts[0], counts[1]
+    with FlopCounterMode(display=False) as counter:
+        out = shadow(torch.empty(images, 3, size, size, device="meta"))
+        forward = counter.get_total_flops()
+        out.sum().backward()
+    return forward // images, counter.get_total_flops() // images
 
 
 def step_flops(method: Any, images: int, size: int, views: int) -> int:
@@ -95,7 +88,7 @@ class Throughput:
     ) -> None:
         self._device, self._batch_size = device, config.batch_size
         self._steps, self._busy, self._waited = 0, 0.0, 0.0
-        self._rates, self._waits, self._mfus = list[float](), list[float](), list[float]()
+        self._records: list[dict[str, float]] = []
         self._flops, self._peak = 0, 1.0
         if not is_rank_zero() or not unfinished:
             return
@@ -120,46 +113,23 @@ class Throughput:
         """Return the means over the steps since the last record."""
         rate, wait = self._steps * self._batch_size / self._busy, self._waited / self._busy
         self._steps, self._busy, self._waited = 0, 0.0, 0.0
-        values = {"speed/images_per_second": rate, "speed/data_wait": wait}
-        self._rates.append(rate)
-        self._waits.append(wait)
+        values = {"images_per_second": rate, "data_wait": wait, "peak_memory_gib": peak_memory(self._device) / 2**30}
         if self._flops:
-            values["speed/mfu"] = self._flops * rate / self._peak
-            self._mfus.append(values["speed/mfu"])
-        return values | {"speed/peak_memory_gib": peak_memory(self._device) / 2**30}
+            values["mfu"] = self._flops * rate / self._peak
+        self._records.append(values)
+        return {f"speed/{name}": value for name, value in values.items()}
 
     def summary(self) -> str:
         """Describe the medians over the records of this attempt; "" without records."""
-        if not self._rates:
+        if not self._records:
             return ""
-        parts = [f"{median(self._rates):,.0f} images/s", f"data wait {100 * median(self._waits):.0f} %"]
-        if self._mfus:
-            parts.append(f"MFU {100 * median(self._mfus):.0f} % of {self._peak / 1e9:,.0f} GFLOP/s measured")
+        middle = {name: median(each[name] for each in self._records) for name in self._records[0]}
+        mfu = f", MFU {100 * middle['mfu']:.0f} % of {self._peak / 1e9:,.0f} GFLOP/s measured" if self._flops else ""
         kind = "GPU" if self._device.type == "cuda" else "process"
-        parts.append(f"peak memory {peak_memory(self._device) / 2**30:.1f} GiB ({kind})")
-        return ", ".join(parts)
-
-
-_NOISE = re.compile(rb"USDT:|ERROR:.*gpuGetDeviceCount failed")
-
-
-@contextmanager
-def _without_noise() -> Iterator[None]:
-    """Drop the lines that torch's profiler writes to stderr on a machine without a GPU; other lines are kept."""
-    if sys.stderr is not None:
-        sys.stderr.flush()
-    before = os.dup(2)  # the profiler is C++, which writes to the descriptor
-    with tempfile.TemporaryFile() as caught:
-        os.dup2(caught.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
-            caught.seek(0)
-            for line in caught:
-                if not _NOISE.match(line):
-                    os.write(2, line)
+        return (
+            f"{middle['images_per_second']:,.0f} images/s, data wait {100 * middle['data_wait']:.0f} %{mfu}, "
+            f"peak memory {peak_memory(self._device) / 2**30:.1f} GiB ({kind})"
+        )
 
 
 class Profile:
@@ -173,16 +143,15 @@ class Profile:
             activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True
         )
         self._left = 2 * PROFILED
-        self._quiet: Callable[[], AbstractContextManager[None]] = nullcontext if self._gpu else _without_noise
-        with self._quiet():
-            self._profile.start()
+        if not self._gpu:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it reports the missing GPU as an error
+        self._profile.start()
 
     def step(self) -> None:
         """Call after every step of training; does nothing once the profile is written."""
         if self._profile is not None:
             self._left -= 1
-            with self._quiet():
-                self._profile.step()
+            self._profile.step()
             if not self._left:
                 self.close()
 
@@ -190,8 +159,7 @@ class Profile:
         """End the profile; with too few steps nothing is written."""
         running, self._profile = self._profile, None
         if running is not None:
-            with self._quiet():
-                running.stop()
+            running.stop()
             if self._left:
                 done = 2 * PROFILED - self._left
                 self._log(f"profile=true needs {2 * PROFILED} steps, and there were {done}: no profile is written")

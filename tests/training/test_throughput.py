@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from moco.models.encoder import build_encoder
-from moco.training.throughput import PROFILED, Profile, _without_noise, encoder_flops, matrix_rate, step_flops
+from moco.training.throughput import PROFILED, Profile, encoder_flops, matrix_rate, step_flops
 
 CPU = torch.device("cpu")
 
@@ -64,7 +63,7 @@ def test_the_rate_of_matrix_products_agrees_with_the_clock(monkeypatch: pytest.M
     assert matrix_rate(CPU, torch.float32) == 2 * 8**3  # one tick each
 
 
-def test_a_profile_writes_a_trace_and_a_table(tmp_path: Path) -> None:
+def test_a_profile_writes_a_trace_and_a_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lines: list[str] = []
     profile = Profile(tmp_path / "profile", CPU, lines.append)
     for _ in range(2 * PROFILED + 3):
@@ -76,14 +75,7 @@ def test_a_profile_writes_a_trace_and_a_table(tmp_path: Path) -> None:
     assert sum(event.get("name") == "aten::mm" for event in trace["traceEvents"]) == PROFILED
     assert len(lines) == 1
     assert "trace.json.gz" in lines[0]
-
-
-def test_only_the_lines_of_the_profiler_are_dropped_from_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    with _without_noise():
-        for line in ("USDT:x profiler_start", "ERROR:2026 x] gpuGetDeviceCount failed with code 35", "ERROR: other"):
-            os.write(2, f"{line}\n".encode())
-    os.write(2, b"USDT:after\n")
-    assert capfd.readouterr().err == "ERROR: other\nUSDT:after\n"
+    assert capfd.readouterr().err == ""  # torch's profiler would report that there is no GPU
 
 
 def test_a_profile_with_too_few_steps_is_not_written(tmp_path: Path) -> None:
