@@ -37,11 +37,7 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
 
 
 def prepare(folder: Path) -> None:
-    """Create the folder and check, before the work, that `record` can write there. Every rank must call it.
-
-    Raises:
-        ConfigError: as `record` does.
-    """
+    """Create the folder and check, before the work, that `record` can write there. Collective. Errors: see `record`."""
 
     def attempt() -> None:
         with _open(folder):

@@ -19,6 +19,7 @@ from moco.distributed import all_gather_object
 from moco.files import atomic_write
 from moco.runs import checkpoint
 from moco.runs.directory import flatten
+from moco.untrusted import refuse_special_file
 
 # Fields that may differ between ranks: the location of the data on a machine, and how it is processed there.
 PER_MACHINE = ("data.root", "data.eval_root", "data.workers", "device", "threads")
@@ -35,7 +36,7 @@ def identity(source: Source) -> Identity:
 
 
 def record_names(run: Path, source: Source, resumed: bool) -> None:
-    """Write the names of at most `MOST_NAMES` images to `NAMES` in the run directory, if they are not there yet."""
+    """Write the names of at most `MOST_NAMES` images to `NAMES` in the run directory; a resumed run keeps its file."""
     file = run / NAMES
     names = list(islice(source.encoded_names(), MOST_NAMES + 1))
     if len(names) <= MOST_NAMES and not (resumed and file.exists()):
@@ -46,9 +47,10 @@ def record_names(run: Path, source: Source, resumed: bool) -> None:
 def _changed_names(run: Path, source: Source) -> str:
     """Name the images that are new or gone since `record_names`; "" if this is not known."""
     try:
+        refuse_special_file(run / NAMES)
         with gzip.open(run / NAMES) as file:
             before = file.read(MOST_NAMES * 4096).split(b"\0", MOST_NAMES)
-    except (OSError, EOFError, zlib.error):  # none was written, or it is damaged
+    except (OSError, ValueError, EOFError, zlib.error):  # none was written, or it is damaged
         return ""
     now = list(source.encoded_names())
     parts = []

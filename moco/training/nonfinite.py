@@ -70,8 +70,7 @@ class NonFiniteGuard:
     def check(self, step: int, index: Tensor, measures: Measures) -> None:
         """Check the previous step, and start to copy the loss of this one to the host. Does nothing if `in_step`.
 
-        Raises:
-            NonFiniteLoss: as `skip`, about the previous step.
+        Errors: see `skip`; they are about the previous step.
         """
         if self.in_step:
             return
@@ -84,11 +83,7 @@ class NonFiniteGuard:
         self._pending = step, index, values, ready
 
     def check_pending(self) -> None:
-        """Check the newest step, before its weights are saved or evaluated.
-
-        Raises:
-            NonFiniteLoss: as `skip`.
-        """
+        """Check the newest step, before its weights are saved or evaluated. Errors: see `skip`."""
         pending, self._pending = self._pending, None
         if pending is None:
             return

@@ -22,22 +22,15 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Settings of one step.
-
-    Attributes:
-        momentum: m of the momentum encoder.
-        accumulate: number of micro-batches.
-        precision: data type of autocast; no autocast with float32.
-        clip_grad: largest norm of the gradient; 0: no clipping.
-        check_finite: check the loss and the gradient before the step changes anything, for which the host waits for the
-            device. If False, the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
-    """
+    """Settings of one step."""
 
     lr: float
-    momentum: float
-    accumulate: int = 1
-    precision: torch.dtype = torch.float32
-    clip_grad: float = 0.0
+    momentum: float  # m of the momentum encoder
+    accumulate: int = 1  # number of micro-batches
+    precision: torch.dtype = torch.float32  # data type of autocast; no autocast with float32
+    clip_grad: float = 0.0  # largest norm of the gradient; 0: no clipping
+    # Check the loss and the gradient before the step changes anything, for which the host waits for the device. If
+    # False, the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
     check_finite: bool = True
 
 
