@@ -1,8 +1,9 @@
 """The configuration of `python -m moco.choose`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from moco.config.base import ComputeConfig, bounded
+from moco.config.base import ComputeConfig, bounded, check_bounds
+from moco.config.data import SubjectDataConfig, refuse_hold_out
 
 
 @dataclass
@@ -24,3 +25,10 @@ class ChooseConfig(ComputeConfig):
     """Number of random draws of the kNN classifier's labeled images. Its accuracy is the mean over the draws."""
     probe_labels_per_class: int = bounded(10, ge=1)
     """Labeled images per class of the linear probe whose accuracy is also compared with the measures."""
+    data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
+
+
+def check_choose(config: ChooseConfig) -> None:
+    """Raise ConfigError for an invalid configuration."""
+    check_bounds(config)
+    refuse_hold_out(config.data)

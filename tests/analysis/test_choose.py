@@ -14,7 +14,8 @@ from moco.analysis.studies.choose import EVALUATIONS, MEASURES, Point, agreement
 from moco.choose import choose as command
 from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moco.config.choose import ChooseConfig
-from moco.data.sources import limited, load_source
+from moco.config.data import SubjectDataConfig
+from moco.data.sources import Sources, limited, load_source
 from moco.evaluation.features import EvalTransform, extract
 from moco.interop.encoder_file import build, read_encoder
 from moco.methods.build import build_method
@@ -137,6 +138,41 @@ def test_refusals_name_the_field(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             command(invalid)
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataConfig]:
+    """Record which data is opened, and open the digits instead."""
+    configs: list[DataConfig] = []
+
+    def open_digits(data: DataConfig, bank_size: int) -> Sources:
+        configs.append(data)
+        return load_source(DataConfig("digits"))
+
+    monkeypatch.setattr("moco.evaluation.subject.open_sources", open_digits)
+    return configs
+
+
+HUB: dict[str, Any] = {"name": "huggingface", "root": "user/images", "image_column": "photo", "download": True}
+
+
+def test_images_of_a_hub_are_fetched_only_if_the_person_names_them(tmp_path: Path, opened: list[DataConfig]) -> None:
+    runs = [run(tmp_path / name, (1,), **HUB) for name in "ab"]
+    with pytest.raises(ConfigError, match=r"user/images.*to use them, add data\.root=user/images"):
+        choose(config(tmp_path / "out", *runs))
+    assert opened == []
+    choose(config(tmp_path / "out", *runs, labels=False, data=SubjectDataConfig(root="user/images")))
+    assert opened == [DataConfig(**HUB | {"download": False})]
+
+
+def test_given_data_replaces_that_of_the_runs(tmp_path: Path, opened: list[DataConfig]) -> None:
+    runs = run(tmp_path / "a", (1,), name="folder", root="one"), run(tmp_path / "b", (1,), name="folder", root="two")
+    with pytest.raises(ConfigError, match=r"b has data\.root=two, but .*a has one"):
+        choose(config(tmp_path / "out", *runs))
+    choose(config(tmp_path / "out", *runs, labels=False, data=SubjectDataConfig(root="moved")))
+    assert [(data.name, data.root) for data in opened] == [("folder", "moved")]
+    with pytest.raises(ConfigError, match=r"data\.hold_out=0\.1"):
+        command(config(tmp_path / "out", *runs, data=SubjectDataConfig(hold_out=0.1)))
 
 
 def test_two_checkpoints_of_one_run_are_no_choice(tmp_path: Path) -> None:

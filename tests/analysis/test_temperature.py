@@ -22,12 +22,13 @@ from moco.analysis.studies.measures import Contrast, Run, Space, contrast_of, me
 from moco.analysis.studies.temperature import Planned, command_of, explain, summary, sweep
 from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, TrainConfig
 from moco.config.temperature import TemperatureConfig, check_temperature
-from moco.data.sources import load_source
+from moco.data.sources import Sources, load_source
 from moco.evaluation.knn_classifier import Accuracy
 from moco.methods.build import build_method
 from moco.methods.simclr_config import SimCLRConfig
 from moco.runs import checkpoint
 from moco.temperature import temperature
+from moco.untrusted import read_yaml
 from tests.losses.loops import dot, unit
 
 SMALL = ["batch_size=64", "method.queue_size=64", "model.options.width=4", "threads=1", "device=cpu"]
@@ -155,6 +156,26 @@ def test_another_study_is_refused_and_more_temperatures_are_not(copy: Path) -> N
     with pytest.raises(ConfigError, match=r"epochs=1 \(now 2\)"):
         sweep(config(copy, epochs=2))
     assert len(sweep(config(copy, temperatures=[0.1]))) == 1
+
+
+def test_images_of_a_hub_are_fetched_only_if_the_person_names_them(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[DataConfig] = []
+
+    def open_digits(data: DataConfig, bank_size: int) -> Sources:
+        opened.append(data)
+        return load_source(DataConfig("digits"))
+
+    monkeypatch.setattr(study_module, "open_sources", open_digits)
+    for folder in copy.glob("t*/seed0"):
+        trained = read_yaml(folder / "config.yaml")
+        trained["data"] |= {"name": "huggingface", "root": "user/images", "download": True}
+        (folder / "config.yaml").write_text(json.dumps(trained))
+    with pytest.raises(ConfigError, match=r"t0\.1/seed0 names .*data\.root=user/images.*: set another output"):
+        sweep(config(copy))
+    assert opened == []
+    (copy / "study.json").unlink()
+    sweep(config(copy, overrides=[*SMALL, "data=huggingface", "data.root='user/images'"]))
+    assert [(data.name, data.root, data.download) for data in opened] == [("huggingface", "user/images", False)]
 
 
 def test_the_command_of_a_run() -> None:

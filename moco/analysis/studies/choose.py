@@ -21,15 +21,14 @@ from torch import Tensor
 from moco.analysis import alignment, alpha_req, rank_me, uniformity
 from moco.analysis.studies import open_study
 from moco.analysis.studies.outputs import VOTE_TEMPERATURE, Outputs, augmented_views, encode, plain_features
-from moco.config import ConfigError, DataConfig, require
+from moco.config import ConfigError, require
 from moco.config.choose import ChooseConfig
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
-from moco.data.opening import open_sources
-from moco.data.recorded import recorded_data
 from moco.data.sources import Sources, limited
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy
 from moco.evaluation.metrics import compute_metrics
+from moco.evaluation.subject import open_data, open_subject
 from moco.evaluation.subsets import naming_field, per_class
 from moco.evaluation.sweep import LabeledFeatures, Recipe, Setting, retrain
 from moco.files import write_json
@@ -114,11 +113,13 @@ def choose(config: ChooseConfig) -> list[Point]:
 
     Raises:
         ConfigError: if a pattern matches no run, a run has no checkpoint, or the runs have different data.
+        FileNotFoundError, ValueError: see `moco.evaluation.subject.open_data`.
     """
     files = {run: _checkpoints(run) for run in _runs(config.runs)}
     _refuse_no_choice(files)
     output, device = open_study(config.output, config.device, config.threads)
-    sources = open_sources(_same_data(files), bank_size=0)
+    subject = SubjectConfig(run=_refuse_different_data(files, config), data=config.data)
+    sources = open_data(subject, open_subject(subject))
     images = limited(sources.train, config.images)
     require(len(images) >= 2, f"the data set has {len(images)} training image to measure: at least 2 are needed")
     bank, held_out = sources.bank, sources.held_out
@@ -186,16 +187,16 @@ def _refuse_no_choice(files: Mapping[str, Sequence[Path]]) -> None:
     )
 
 
-def _same_data(files: Mapping[str, Sequence[Path]]) -> DataConfig:
-    """Return the data configuration of the runs; refuse different ones, whose measures cannot be compared."""
-    data = {run: dict(read_encoder(paths[-1]).config["data"]) for run, paths in files.items()}
-    first, expected = next(iter(data.items()))
-    for run, own in data.items():
-        for name in ("name", "root", "eval_root", "labels"):
-            difference = f"{run} has data.{name}={own[name]}, but {first} has {expected[name]}"
-            require(own[name] == expected[name], f"runs: {difference}: choose runs on the same images")
-    fix = "name runs on images of this machine, or evaluate each with moco.knn run=DIR data.root=..."
-    return DataConfig(**recorded_data(expected, {}, f"runs: {first}", trusted=True, fix=fix))
+def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseConfig) -> str:
+    """Return the first run; refuse runs on different data, whose measures cannot be compared."""
+    first, *others = files
+    of_first = read_encoder(files[first][-1]).config["data"]
+    for run in others:
+        own = read_encoder(files[run][-1]).config["data"]
+        for name in sorted({"name", "root", "eval_root", "labels"} - config.data.overrides().keys()):
+            difference = f"{run} has data.{name}={own[name]}, but {first} has {of_first[name]}"
+            require(own[name] == of_first[name], f"runs: {difference}: choose runs on the same images")
+    return first
 
 
 def _value(measure: Measure, outputs: Outputs) -> float:

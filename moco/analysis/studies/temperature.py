@@ -19,10 +19,11 @@ from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation, matplotlib
 from moco.analysis.studies.measures import Run, measure
-from moco.config import ConfigError, DataConfig, require
+from moco.config import ConfigError, DataConfig, config_dir, require
 from moco.config.subject import SubjectConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources
+from moco.data.recorded import recorded_data
 from moco.files import write_json
 from moco.runs.sweep import is_finished, run_to_end
 from moco.runtime.console import duration, log, log_next, percent, progress_bar, table
@@ -189,13 +190,23 @@ def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: 
     if not finished:
         return []
     trained = read_yaml(finished[0].folder / "config.yaml")
-    sources = open_sources(DataConfig(**trained["data"]), bank_size=trained["evaluate"]["bank_size"])
+    source, fix = str(finished[0].folder), "set another output, to train the runs again"
+    given = {"root": root} if (root := trained["data"]["root"]) in _given_roots(config) else {}
+    data = recorded_data(trained["data"], given, source, trusted=True, fix=fix)
+    sources = open_sources(DataConfig(**data), bank_size=trained["evaluate"]["bank_size"])
     runs = []
     with progress_bar("measuring", quiet=False) as progress:
         for number, (temperature, seed, folder) in enumerate(finished, 1):
             runs.append(measure(folder, temperature, seed, sources, config, device))
             progress(number, len(finished))
     return runs
+
+
+def _given_roots(config: TemperatureConfig) -> list[str]:
+    """Return the values of data.root in the recipe and in the overrides."""
+    recipe = read_yaml(Path(config_dir(), "experiment", f"{config.recipe}.yaml"))
+    pairs = [override.lstrip("+").partition("=")[::2] for override in config.overrides]
+    return [recipe.get("data", {}).get("root"), *(value.strip("'\"") for name, value in pairs if name == "data.root")]
 
 
 class Column(NamedTuple):
