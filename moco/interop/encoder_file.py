@@ -1,15 +1,13 @@
 """Read an encoder from a file: its network, its weights, and how images are preprocessed for it.
 
-Layouts are recognized by their keys: checkpoints and encoder.safetensors of this project; facebookresearch/moco v1 and
-v2 (`module.encoder_q.*`) and its CIFAR-10 notebook (`encoder_q.net.N.*`); facebookresearch/moco-v3
-(`module.base_encoder.*`); modules of lightly and solo-learn (`backbone.*`); plain state dicts of a backbone, such as
-torchvision's and timm's.
+Checkpoints and encoder.safetensors of this project describe themselves. Files of other projects are recognized by the
+names of their weights, see `moco.interop.foreign`.
 """
 
 import contextlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from moco.config.types import check_saved, type_error
 from moco.files import cause
-from moco.interop.foreign import NOTEBOOK, OFFICIAL, PLAIN, Layout, layout_of, torchvision_named
+from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, flat, has_small_stem, parts, under
 from moco.interop.weights import save_weights
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
@@ -28,10 +26,6 @@ from moco.runs import checkpoint
 from moco.runs.weights_file import CodeRefused, read_weights
 from moco.untrusted import parse_json, refuse_special_file
 
-State = Mapping[str, Tensor]
-
-_WRAPPERS = ("module.", "_orig_mod.")  # of DDP and torch.compile
-_CLASSIFIERS = ("fc.", "head.", "classifier.")  # of supervised networks: not part of the backbone
 # timm options that would load other weights
 _LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 # JSON texts in the metadata of encoder.safetensors
@@ -182,11 +176,6 @@ def _refuse_misfit(module: nn.Module, weights: State, complaint: str) -> None:
         raise ForeignFileError(f"{complaint}: {none}{'; '.join(filter(None, problems))}")
 
 
-def _under(prefix: str, state: State) -> dict[str, Tensor]:
-    """Return the weights whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
 def _shapes(state: State) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
@@ -202,10 +191,6 @@ def _some(names: Any, limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _is_head(name: str) -> bool:
-    return name.startswith(_CLASSIFIERS) and not name.startswith("head.norm.")  # ConvNeXt's, not of the classifier
-
-
 def _refuse_unknown_heads(path: Path, backbone: str) -> None:
     """Refuse a plain file of a ViT-S: it does not state the number of heads, and any number fits its weights."""
     if backbone == "vit_small":
@@ -213,12 +198,6 @@ def _refuse_unknown_heads(path: Path, backbone: str) -> None:
             f"{path} does not state how many heads its ViT has: set backbone=timm/vit_small_patch16_224 for a ViT-S of "
             "timm or DeiT, which has 6 heads; for one of MoCo v3, which has 12, also set +options.num_heads=12"
         )
-
-
-def _unwrapped(name: str) -> str:
-    while name.startswith(_WRAPPERS):
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-    return name.replace("._orig_mod.", ".")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -237,7 +216,7 @@ def _load(path: Path) -> dict[str, Any]:
 def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     try:
         config, method, model = _checked_config(state["config"]), state["method"], state["config"]["model"]
-        backbone, head = (_under(prefix, method) for prefix in (f"{weights}.backbone.", f"{weights}.head."))
+        backbone, head = (under(prefix, method) for prefix in (f"{weights}.backbone.", f"{weights}.head."))
         name, options, step = str(model["backbone"]), dict(model["options"]), state["step"]
         images = _checked_images(images_of(config))
         keys, count = method.get("queue.keys"), _integer(method.get("queue.count")) or 0
@@ -248,7 +227,7 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     file = EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
     if keys is not None and 0 < len(keys) <= count:
         file = replace(file, queue=keys, oldest=count % len(keys))
-    return replace(file, predictor=_under("predictor.", method))
+    return replace(file, predictor=under("predictor.", method))
 
 
 def _checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,59 +249,61 @@ def _checked_images(images: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _foreign(
-    path: Path, state: dict[str, Any], weights: str, backbone: str | None, options: dict[str, Any]
+    path: Path, state: Mapping[str, Any], weights: str, backbone: str | None, options: dict[str, Any]
 ) -> EncoderFile:
-    arch = state.get("arch")
-    tensors = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
-    named = ((name, value) for name, value in tensors.items() if isinstance(name, str) and isinstance(value, Tensor))
-    tensors = {_unwrapped(name): value for name, value in named}
+    tensors = flat(state)
     if not tensors:
         raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
-    layout = layout_of(tensors)
-    prefix = layout.encoder if weights == "encoder" else layout.momentum_encoder
-    if weights != "encoder" and not (prefix and any(key.startswith(prefix) for key in tensors)):
+    found = list(parts(tensors, weights != "encoder"))
+    if not found:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
-    if backbone is None:
-        if not isinstance(arch, str):
-            raise ForeignFileError(f"{path} {_NO_NETWORK}")
-        backbone = arch  # official files use the same names as this project
-    elif layout == PLAIN:
-        _refuse_unknown_heads(path, backbone)
-    inside = torchvision_named(_under(prefix, tensors))
-    head = {key: value for key, value in inside.items() if _is_head(key)}
-    body = torchvision_named({key: value for key, value in inside.items() if key not in head})
+    name = backbone or state.get("arch")  # official files use the same names as this project
+    if not isinstance(name, str):
+        raise ForeignFileError(f"{path} {_NO_NETWORK}")
+    layout, body, head, others, known = _most_complete(found, EncoderFile(str(path), "", name, options, {}), tensors)
     official = layout in OFFICIAL
-    if layout == NOTEBOOK:
-        options = {"stem": "cifar"} | options
-    small_stem = "conv1.weight" in body and body["conv1.weight"].shape[-1] == 3
-    if small_stem and not official and layout != PLAIN:
+    if backbone and not official:
+        _refuse_unknown_heads(path, backbone)
+    if has_small_stem(body) and not (official or known or layout == PLAIN):
         raise ForeignFileError(
             f"{path} ({layout.name}) has a 3x3 first convolution of unknown padding (solo-learn pads by 2, which no "
             "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
         )
-    plain_head = {key.split(".", 1)[1]: value for key, value in head.items()} if official else {}
-    if set(plain_head) == {"weight", "bias"}:  # v1 has one linear layer, without a number
-        plain_head = {f"0.{key}": value for key, value in plain_head.items()}
-    file = EncoderFile(str(path), layout.name, backbone, options, body, plain_head)
-    return _with_other_parts(file, layout, tensors, () if official else head)
+    file = EncoderFile(str(path), layout.name, name, known | options, body)
+    if not official:
+        return replace(file, unused=_parts_of([*others, *head], layout))
+    head = {key.split(".", 1)[1]: value for key, value in head.items()}
+    if set(head) == {"weight", "bias"}:  # v1 has one linear layer, without a number
+        head = {f"0.{key}": value for key, value in head.items()}
+    keys, pointer = others.pop("queue", None), _integer(others.pop("queue_ptr", None))
+    if keys is not None and keys.dim() == 2 and pointer is not None:
+        file = replace(file, queue=keys.T, oldest=pointer)  # official files store (C, K)
+    predictor = under("predictor.", others)
+    unused = _parts_of(others.keys() - {f"predictor.{name}" for name in predictor}, layout)
+    return replace(file, head_weights=head, predictor=predictor, unused=unused)
 
 
-def _with_other_parts(file: EncoderFile, layout: Layout, tensors: State, unread: Collection[str]) -> EncoderFile:
-    """Return the file with what it holds besides encoders: an official predictor and queue, and names of the rest.
+def _parts_of(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
+    """Return the parts to which weights belong: `student`, but `teacher.head`, if `teacher` also holds the encoder."""
+    split = (name.replace(".module.", ".").split(".") for name in names)
+    shared = layout.encoder.split(".")[0]
+    return tuple(sorted({".".join(each[: 1 + (each[0] == shared)]) for each in split}))
 
-    `unread` are the weights of the encoder that `file` lacks.
-    """
-    encoders = (layout.encoder, layout.momentum_encoder) if layout != PLAIN else ()
-    others = {name: value for name, value in tensors.items() if layout != PLAIN and not name.startswith(encoders)}
-    predictor, queue, oldest = dict[str, Tensor](), None, 0
-    if layout in OFFICIAL:
-        keys, pointer = others.pop("queue", None), _integer(others.pop("queue_ptr", None))
-        if keys is not None and keys.dim() == 2 and pointer is not None:
-            queue, oldest = keys.T, pointer  # official files store (C, K)
-        predictor = _under("predictor.", others)
-        others = {name: value for name, value in others.items() if not name.startswith("predictor.")}
-    unused = tuple(sorted({name.split(".")[0] for name in [*others, *unread]}))
-    return replace(file, predictor=predictor, queue=queue, oldest=oldest, unused=unused)
+
+def _most_complete(found: list[Part], file: EncoderFile, tensors: State) -> Part:
+    """Return the part whose names fit the file's network best, the first of several."""
+    try:
+        with torch.device("meta"):
+            wanted = _shapes(_backbone(file).state_dict()).keys()
+    except ForeignFileError:  # it cannot be built on the meta device
+        return found[0]
+    if wanted and all(wanted.isdisjoint(each.backbone) for each in found):
+        known = ", ".join(each.name for each in (*LAYOUTS, PLAIN))
+        raise ForeignFileError(
+            f"{file.source} has no weight of backbone={file.backbone} in any known layout ({known}): its names are "
+            f"{_some(tensors)}"
+        )
+    return min(found, key=lambda each: len(wanted ^ _shapes(each.backbone).keys()))
 
 
 def _integer(tensor: Tensor | None) -> int | None:
@@ -351,10 +332,8 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
     except (SafetensorError, OSError, ValueError) as error:
         raise ForeignFileError(f"{path} cannot be read as safetensors ({cause(error)})") from error
     if "backbone" not in about:
-        if backbone is None:
-            raise ForeignFileError(f"{path} {_NO_NETWORK}")
-        _refuse_unknown_heads(path, backbone)
+        return _foreign(path, weights, "encoder", backbone, options or {})
     chosen = options if options is not None else metadata.get("options", {})
-    body = {key: value for key, value in weights.items() if "backbone" in about or not _is_head(key)}
-    name = backbone or about["backbone"]
-    return EncoderFile(str(path), "safetensors", name, chosen, body, {}, step, images, config)
+    return EncoderFile(
+        str(path), "safetensors", backbone or about["backbone"], chosen, weights, {}, step, images, config
+    )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco.interop.encoder_file import EncoderFile, ForeignFileError, State, build
+from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
+from moco.interop.foreign import State
 from moco.models.backbones import BACKBONES
 from moco.models.probe import output_error
 

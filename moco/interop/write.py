@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moco.interop.detectron2 import load_detectron2, save_detectron2
-from moco.interop.encoder_file import EncoderFile, State, build, load_all, read_encoder, save_encoder
+from moco.interop.encoder_file import EncoderFile, build, load_all, read_encoder, save_encoder
 from moco.interop.exported import Features, load_exported, load_onnx, save_exported, save_onnx
+from moco.interop.foreign import State
 from moco.interop.weights import save_weights
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")

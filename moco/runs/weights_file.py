@@ -23,6 +23,13 @@ class CodeRefused(CheckpointError):
     """A file is not one of torch.save, or holds objects whose construction would run code."""
 
 
+class _Settings:
+    """Takes the place of argparse's settings, which DINO and SupContrast save beside their weights; holds none."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_weights(path: Path) -> Any:
     """Return the content of a file of torch.save, on the CPU.
 
@@ -34,7 +41,10 @@ def read_weights(path: Path) -> Any:
     try:
         size = refuse_special_file(path)
         _refuse_zip_bomb(path, size)
-        with warnings.catch_warnings(action="ignore"):  # about pickle's protocol; such files are refused below
+        with (
+            warnings.catch_warnings(action="ignore"),  # about pickle's protocol; such files are refused below
+            torch.serialization.safe_globals([(_Settings, "argparse.Namespace")]),
+        ):
             content = torch.load(path, map_location="cpu", weights_only=True)
         _refuse_large_tensors(content, size)
     except ValueError as error:

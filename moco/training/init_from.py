@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from moco.builder import KeyQueue
 from moco.config import ConfigError, TrainConfig, require
-from moco.interop.encoder_file import EncoderFile, ForeignFileError, State, build, is_valid, load_all, read_encoder
+from moco.interop.encoder_file import EncoderFile, ForeignFileError, build, is_valid, load_all, read_encoder
+from moco.interop.foreign import State
 from moco.interop.image_size import fit_to_size, with_positions_of
 
 
