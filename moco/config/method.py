@@ -1,5 +1,6 @@
 """The fields of the group `method` that all methods share. A method adds its own in moco/methods/NAME_config.py."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,12 @@ class MethodConfig:
             self.has_predictor or layers == 0,
             f"model.predictor_layers={layers}: {self.name} has no predictor; set model.predictor_layers=0",
         )
+
+
+def check_margin(margin: float, kind: str) -> None:
+    """Raise ConfigError for an angle that no two vectors have."""
+    fix = "must be below pi, in radians; or set method.margin_kind=cosine"
+    require(kind == "cosine" or margin < math.pi, f"method.margin={margin} {fix}")
 
 
 def refuse_together(method: MethodConfig, *pairs: tuple[str, str, str]) -> None:

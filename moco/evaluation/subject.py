@@ -65,6 +65,8 @@ def open_subject(config: SubjectConfig) -> Subject:
         folder = Path(config.checkpoint).is_dir()
         require(not folder, f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file")
         file = read_encoder(Path(config.checkpoint), config.weights, config.backbone, config.options or None)
+        if file.unused:
+            log(f"{file.source} ({file.layout}: {file.backbone}); not used: {', '.join(file.unused)}")
     overrides = {name: value for name, value in asdict(config.images).items() if value is not None}
     images = IMAGENET | file.images | overrides
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))

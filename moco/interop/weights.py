@@ -1,12 +1,9 @@
-"""Write safetensors files atomically, with the usual permissions."""
+"""Write safetensors files atomically."""
 
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from moco.files import atomic_write
@@ -20,12 +17,5 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, dict(metadata or {}))
-        except SafetensorError as error:
-            if number := re.search(r"os error (\d+)", str(error)):  # safetensors gives the number only in its text
-                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-            raise
-        mask = os.umask(0)  # safetensors makes the file readable only for its owner
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        # Not with its save_file, which hides the system's errors and makes the file readable only for its owner.
+        temporary.write_bytes(save(tensors, dict(metadata or {})))

@@ -1,11 +1,10 @@
 """MoCo v1, v2 and v2+, with labels SupMoCo: fields, checks and construction. The algorithm is in moco/builder.py."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from moco.config.base import bounded, require
-from moco.config.method import MethodConfig, refuse_together
+from moco.config.method import MethodConfig, check_margin, refuse_together
 from moco.config.train import TrainConfig
 
 _DEBIAS = "the estimate of debias holds only if all keys of the queue are unchanged negatives"
@@ -73,10 +72,7 @@ class MoCoConfig(MethodConfig):
             *[("debias", other, _DEBIAS) for other in _NOT_WITH_DEBIAS],
             ("labels", "false_negatives", "the labels already define the false negatives"),
         )
-        require(
-            self.margin_kind == "cosine" or self.margin < math.pi,
-            f"method.margin={self.margin} must be below pi, in radians; or set method.margin_kind=cosine",
-        )
+        check_margin(self.margin, self.margin_kind)
         require(
             self.positives_mean == "outside" or self.labels or self.false_negatives == "attract",
             f"method.positives_mean={self.positives_mean} has no effect with one positive per query: set "

@@ -1,11 +1,10 @@
 """SimCLR, with labels SupCon: fields, checks and construction. The algorithm is in moco/methods/simclr.py."""
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 from moco.config.base import bounded, require
-from moco.config.method import MethodConfig, refuse_together
+from moco.config.method import MethodConfig, check_margin, refuse_together
 from moco.config.train import TrainConfig
 
 _ONE_POSITIVE = "with other_view the only positive is another view of the same image"
@@ -68,10 +67,7 @@ class SimCLRConfig(MethodConfig):
             self.margin == 0 or self.candidates == "other_view",
             f"method.margin={self.margin} needs the one positive of method.candidates=other_view: set it, or margin=0",
         )
-        require(
-            self.margin_kind == "cosine" or self.margin < math.pi,
-            f"method.margin={self.margin} must be below pi, in radians; or set method.margin_kind=cosine",
-        )
+        check_margin(self.margin, self.margin_kind)
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""

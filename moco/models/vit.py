@@ -42,7 +42,8 @@ def vit(
         options: further arguments of timm's VisionTransformer, e.g. drop_path_rate.
 
     Raises:
-        ValueError: for invalid values; from forward, for images of another size.
+        ValueError: for invalid values.
+        AssertionError: from forward, for images of another size.
     """
     from timm.models.vision_transformer import VisionTransformer  # costs a second at start-up
 
@@ -69,7 +70,6 @@ def vit(
         nn.init.uniform_(patches.proj.weight, -bound, bound)
         nn.init.zeros_(patches.proj.bias)
         patches.requires_grad_(freeze_patches is False)
-    network.register_forward_pre_hook(partial(_check_size, img_size))
     return network  # type: ignore[no-any-return]
 
 
@@ -94,12 +94,10 @@ def sin_cos_positions(side: int, dim: int) -> Tensor:
     A quarter of the dimensions each: sine and cosine of the row, sine and cosine of the column, at frequencies
     10000 ** -(0 ... 1).
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4) / (dim // 4))  # (D/4,)
-    angles = torch.arange(side)[:, None] * frequencies  # (side, D/4)
-    wave = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
-    row = wave.repeat_interleave(side, dim=0)  # (P, D/2)
-    column = wave.repeat(side, 1)  # (P, D/2)
-    return torch.cat([torch.zeros(1, dim), torch.cat([row, column], dim=1)])
+    from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
+
+    positions = build_sincos2d_pos_embed([side, side], dim, interleave_sin_cos=True)  # (P, D)
+    return torch.cat([torch.zeros(1, dim), positions])
 
 
 def conv_stem(dim: int) -> nn.Sequential:
@@ -109,15 +107,6 @@ def conv_stem(dim: int) -> nn.Sequential:
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
-
-
-def _check_size(img_size: int, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    height, width = inputs[0].shape[-2:]
-    if (height, width) != (img_size, img_size):
-        raise ValueError(
-            f"images of {height}x{width} pixels are invalid for a ViT with img_size={img_size}: its positions are for "
-            f"{img_size}x{img_size}"
-        )
 
 
 vit_small = partial(vit, 384, 12, 12)  # 12 heads; the usual ViT-S has 6

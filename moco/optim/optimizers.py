@@ -66,7 +66,8 @@ def build_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
     if optim.name in ("lars", "lars_timm"):
         kind: Any = Lars
-        if optim.name == "lars_timm" or _is_timms(saved):
+        of_timm = saved is not None and any("always_adapt" in group for group in saved["param_groups"])
+        if optim.name == "lars_timm" or of_timm:
             from timm.optim import lars as timms  # timm costs a second at start-up, so only where it is used
 
             kind = timms.Lars
@@ -75,8 +76,3 @@ def build_optimizer(
         )
         return optimizer
     raise ValueError(f"optim.name={optim.name!r} must be sgd, lars, lars_timm or adamw")
-
-
-def _is_timms(saved: Mapping[str, Any] | None) -> bool:
-    """Return whether a state dict is that of timm's LARS."""
-    return saved is not None and any("always_adapt" in group for group in saved["param_groups"])

@@ -15,7 +15,7 @@ from moco.interop.weights import save_weights
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_the_previous_file(tmp_path: Path) -> None:
-    """Use a real limit on the file size, so that the error comes from safetensors."""
+    """Use a real limit on the file size."""
     file = tmp_path / "encoder.safetensors"
     save_weights(file, {"w": torch.zeros(3)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -35,7 +35,7 @@ def test_other_errors_of_safetensors_are_not_converted(tmp_path: Path, monkeypat
     def refuse(*_: object) -> None:
         raise SafetensorError("invalid header")
 
-    monkeypatch.setattr(weights, "save_file", refuse)
+    monkeypatch.setattr(weights, "save", refuse)
     with pytest.raises(SafetensorError, match="invalid header"):
         save_weights(tmp_path / "a.safetensors", {})
     assert os.listdir(tmp_path) == []

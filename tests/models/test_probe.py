@@ -38,7 +38,7 @@ def test_a_network_that_fits_is_not_changed(name: str, options: dict[str, Any]) 
 @pytest.mark.parametrize(
     ("name", "options", "size", "words"),
     [
-        ("vit", VIT, 48, "48x48 pixels .*positions are for 32x32"),
+        ("vit", VIT, 48, "48x48 pixels .*doesn't match model \\(32\\)"),
         ("timm/vit_tiny_patch16_224", TIMM_VIT, 48, "48x48 pixels .*Input height"),
         ("timm/vit_tiny_patch16_224", TIMM_VIT | {"global_pool": ""}, 32, r"\(2, 5, 12\), not .* \(2, 12\)"),
         ("timm/resnet10t", {"global_pool": ""}, 32, r"\(2, 512, 1, 1\), not .* \(2, 512\)"),
