@@ -67,11 +67,15 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 
 
 def _timm_model(name: str, options: Mapping[str, Any]) -> nn.Module:
-    """Create a model of timm; say so if its published weights cannot be loaded."""
-    import timm
+    """Return `timm/NAME` without its classifier; name the fix if its published weights cannot be loaded."""
+    import timm  # takes a second
 
+    known = name.removeprefix("timm/")
+    if not timm.is_model(known):
+        close = ", ".join(difflib.get_close_matches(known, timm.list_models(), n=5))
+        raise ValueError(f"model.backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
     try:
-        network: nn.Module = timm.create_model(name.removeprefix("timm/"), num_classes=0, **options)
+        network: nn.Module = timm.create_model(known, num_classes=0, **options)
     except (TypeError, ValueError):
         raise
     except Exception as error:  # timm and the libraries below it raise many types
@@ -81,6 +85,8 @@ def _timm_model(name: str, options: Mapping[str, Any]) -> nn.Module:
             f"model.options={dict(options)}: the published weights of model.backbone={name!r} cannot be loaded "
             f"({cause(error).splitlines()[0]}); check the network, or set pretrained=false and init_from=FILE"
         ) from error
+    # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
+    network.num_features = network.head_hidden_size
     return network
 
 
@@ -96,15 +102,7 @@ def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
     """
     try:
         if name.startswith("timm/"):
-            import timm  # takes a second
-
-            if not timm.is_model(name.removeprefix("timm/")):
-                close = ", ".join(difflib.get_close_matches(name.removeprefix("timm/"), timm.list_models(), n=5))
-                raise ValueError(f"model.backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
-            network = _timm_model(name, options)
-            # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
-            network.num_features = network.head_hidden_size
-            return network
+            return _timm_model(name, options)
         if name not in BACKBONES:
             raise ValueError(f"model.backbone={name!r} must be one of {', '.join(BACKBONES)}, or timm/NAME")
         return BACKBONES[name](**options)

@@ -55,17 +55,6 @@ def configured(**fields: str) -> SubjectConfig:
     return SubjectConfig(**fields)  # type: ignore[arg-type]
 
 
-def test_the_layout_and_the_unused_parts_of_a_foreign_file_are_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    backbone = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 0).get_submodule("backbone").state_dict()
-    content = {name: {f"backbone.{key}": value for key, value in backbone.items()} for name in ("student", "teacher")}
-    torch.save(content, tmp_path / "dino.pth")
-    config = SubjectConfig(checkpoint=str(tmp_path / "dino.pth"), backbone="convnet", options={"width": 2})
-    open_subject(config)
-    assert capsys.readouterr().out.endswith("dino.pth (DINO (teacher): convnet); not used: student\n")
-
-
 def test_a_run_provides_encoder_data_and_image_size(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run")))
     subject = open_subject(config)
@@ -79,6 +68,17 @@ def test_a_run_provides_encoder_data_and_image_size(tmp_path: Path) -> None:
     features = {name: task.features(each.backbone, held_out) for name, each in found.items()}
     assert features["pretrained"].shape == (500, 16)
     assert not torch.equal(features["pretrained"], features["untrained"])
+
+
+def test_the_layout_and_the_unused_parts_of_a_foreign_file_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = build_encoder("convnet", {"width": 2}, 1, 0, 8, "batch", 0).get_submodule("backbone").state_dict()
+    content = {name: {f"backbone.{key}": value for key, value in backbone.items()} for name in ("student", "teacher")}
+    torch.save(content, tmp_path / "dino.pth")
+    config = SubjectConfig(checkpoint=str(tmp_path / "dino.pth"), backbone="convnet", options={"width": 2})
+    open_subject(config)
+    assert capsys.readouterr().out.endswith("dino.pth (DINO (teacher): convnet); not used: student\n")
 
 
 def test_untrained_is_the_encoder_before_the_first_step(tmp_path: Path) -> None:
