@@ -1,4 +1,4 @@
-"""Imports run downward only, Hydra stays in cli.py, and functions stay small (the limits are in pyproject.toml)."""
+"""Imports run downward only, Hydra stays in two modules, functions stay small (the limits are in pyproject.toml)."""
 
 import ast
 from pathlib import Path
@@ -26,6 +26,7 @@ ORDER = [
         "__main__",
     },  # the commands
     {"cli"},
+    {"composition"},
     {"overrides"},
     {"training"},
     {"retrieval"},
@@ -43,7 +44,7 @@ ORDER = [
     {"runtime"},
     {"distributed", "config", "files", "digest", "untrusted"},
 ]
-HYDRA_USERS = {"cli", "overrides"}
+HYDRA_USERS = {"composition", "overrides"}
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60  # lines
 
 MODULES = sorted((ROOT / "moco").rglob("*.py"))
@@ -119,7 +120,7 @@ def test_imports_run_downward() -> None:
         ("moco.data.pack", "from moco.data.sources import Source", True),
         ("moco.data.sources", "from moco.interop.foreign import read", False),
         ("moco.config", "from omegaconf import OmegaConf", False),
-        ("moco.cli", "from omegaconf import OmegaConf", True),
+        ("moco.composition", "from omegaconf import OmegaConf", True),
         ("moco.cli", "import moco.train", False),
         ("moco.train", "import torch", True),
         ("moco.report", "from moco.cli import run_command", True),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moco.cli import field_types
+from moco.composition import field_types
 from moco.config import AugmentConfig, ConfigError, TrainConfig, bounded, check, check_bounds, config_dir
 from moco.config.base import EXTRAS
 from moco.config.recommended import momentum_for, recipe_for

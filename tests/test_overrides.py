@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError
 
-from moco import cli
+from moco import composition
 from moco.config import ConfigError, config_dir
 from moco.overrides import keep_text, split
 from moco.runtime.next_command import quoted
@@ -37,14 +37,14 @@ def text_fields(name: str) -> tuple[type[Any], list[str]]:
     """The schema of a command and its text fields, without those that name a file of configs/."""
     title = "".join(part.title() for part in name.split("_"))
     schema = getattr(importlib.import_module(f"moco.config.{name}"), f"{title}Config")
-    names = [field for field, kind in cli.field_types(schema).items() if kind in (str, str | None)]
+    names = [field for field, kind in composition.field_types(schema).items() if kind in (str, str | None)]
     names = [field for field in names if not field.startswith("method.") and field != "protocol"]
     return schema, names
 
 
 def composed(name: str, schema: type[Any], *arguments: str) -> Any:
     with patch.object(sys, "argv", [name, *arguments]):
-        (config,) = cli._compose(name, schema)
+        (config,) = composition.compose(name, schema)
     return config
 
 
@@ -67,14 +67,14 @@ def test_hydra_reads_the_characters_that_were_typed_or_they_are_refused(text: st
         (kept,) = keep_text([argument], {"field": str})
         (parsed,) = OverridesParser.create().parse_overrides([kept])
         if parsed.is_sweep_override():
-            raise ConfigError(cli._invalid_value(f"Ambiguous value for argument '{kept}'"))
+            raise ConfigError(composition._invalid_value(f"Ambiguous value for argument '{kept}'"))
         return OmegaConf.create({"field": parsed.value()}).field
 
     try:
         value = read(f"field={text}")
     except OverrideParseException as error:
         assert "," in text
-        sentence = cli._unreadable_override(error.override)
+        sentence = composition._unreadable_override(error.override)
     except ConfigError as error:
         sentence = str(error)
     except InterpolationKeyError:
@@ -154,12 +154,12 @@ def test_only_text_that_hydra_would_change_is_quoted(argument: str, kept: str | 
 def test_a_sweep_keeps_the_characters_of_each_value() -> None:
     schema, _ = text_fields("train")
     with patch.object(sys, "argv", ["train", "-m", "run=1.10, 2024_01,ü"]):
-        assert [each.run for each in cli._compose("train", schema)] == ["1.10", "2024_01", "ü"]
+        assert [each.run for each in composition.compose("train", schema)] == ["1.10", "2024_01", "ü"]
     with (
         patch.object(sys, "argv", ["train", "-m", "run=choice(1.10,2)"]),
         pytest.raises(ConfigError, match=r"run=choice\(1.10,2\) has the form of a function of Hydra"),
     ):
-        cli._compose("train", schema)
+        composition.compose("train", schema)
 
 
 def test_the_home_directory_is_expanded_in_every_path_field() -> None:

@@ -7,7 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moco.cli import register
+from moco.composition import register
 from moco.config import TrainConfig, config_dir
 from moco.runs.directory import flatten
 

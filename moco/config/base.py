@@ -172,6 +172,16 @@ def expand_paths(config: Any, prefix: str = "") -> None:
             setattr(config, each.name, [expanded(name, one) for one in value] if several else expanded(name, value))
 
 
+def paths_of(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted name and the value of each path in a configuration and its groups."""
+    for each in fields(config):
+        name, value = prefix + each.name, getattr(config, each.name)
+        if is_dataclass(value):
+            yield from paths_of(value, f"{name}.")
+        elif value and (bounds := each.metadata.get("bounds")) and bounds.path:
+            yield from ((name, path) for path in (value if isinstance(value, list) else [value]))
+
+
 @dataclass
 class ComputeConfig:
     """The device and the threads of a command that computes."""

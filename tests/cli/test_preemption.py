@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 
 import moco
 from moco import cli
-from moco.cli import register, to_dataclass
+from moco.composition import register, to_dataclass
 from moco.config import ConfigError, TrainConfig, check, config_dir
 from moco.data.decode import ImageError
 from moco.digest import digest

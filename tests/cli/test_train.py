@@ -16,7 +16,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
-from moco.cli import register, to_dataclass
+from moco.composition import register, to_dataclass
 from moco.config import RunWarning, TrainConfig, check, config_dir
 from moco.data.opening import build_views
 from moco.digest import digest

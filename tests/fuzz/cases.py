@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from moco.cli import field_types
+from moco.composition import field_types
 
 _VALUES = json.loads(Path(__file__).with_name("values.json").read_text())
 NUMBERS, WORDS, NESTED, BROKEN = (_VALUES[name] for name in ("numbers", "words", "nested", "broken"))

@@ -10,7 +10,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moco.cli import register
+from moco.composition import register
 from moco.config import TrainConfig, check, config_dir
 from moco.config.knn import KnnConfig
 from moco.digest import digest

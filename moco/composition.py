@@ -1,0 +1,236 @@
+"""The configuration of a command line: composed by Hydra, checked by the schema, returned as a dataclass.
+
+Hydra composes; the schema (the dataclasses of `moco.config`) checks names and types. Every error is a ConfigError.
+"""
+
+import difflib
+import os
+import re
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moco.config import ConfigError, MethodConfig, config_dir, expand_paths, require
+from moco.config.types import type_error
+from moco.methods import METHODS
+from moco.overrides import checked_files, keep_text
+from moco.runtime.next_command import quoted
+from moco.runtime.stdio import exit_on_broken_pipe
+
+Schema = TypeVar("Schema")
+
+# A group with several schemas: the option of the group, configs/GROUP/OPTION.yaml, chooses one in its defaults list.
+SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
+
+
+def compose(name: str, schema: type[Schema]) -> list[Schema]:
+    """Return the configuration of the command line; with --multirun, one per job; after --help or --cfg, none.
+
+    Raises:
+        ConfigError: for arguments that Hydra cannot read, an unknown field, or a value that does not fit its type.
+    """
+    composed: list[DictConfig] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, instead of printing several lines and exiting
+    types = field_types(schema)
+    try:
+        with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
+            register(name, schema, scratch)
+            _refuse_options(sys.argv[1:], types)
+            sys.argv = [sys.argv[0], *keep_text(sys.argv[1:], types)]
+            # The command runs outside Hydra, which would print a traceback of its own for every error.
+            run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
+            try:
+                run(lambda config: composed.append(_with_recipe(config)))()
+            except TypeError as error:  # Hydra's, for a list of options that are no names; it names nothing
+                lists = [each for each in sys.argv[1:] if re.match(r"[\w/+@]+=\[", each)]
+                raise ConfigError(f"{' '.join(lists or sys.argv[1:])}: a group takes one name, group=NAME") from error
+        if len(composed) > 1:
+            _refuse_shared_output(composed, types)
+        return [to_dataclass(each, schema) for each in composed]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(error, schema)) from error
+
+
+def _with_recipe(config: DictConfig) -> DictConfig:
+    """Record the name of the chosen recipe, for moco.train; called while Hydra runs."""
+    recipe = HydraConfig.get().runtime.choices.get("experiment")
+    if recipe:
+        config.recipe = str(recipe)
+    return config
+
+
+def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
+    """Raise ConfigError for a field that is written as an option, --field, which argparse would refuse in 8 lines."""
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0].replace("-", "_")
+        known = [each for each in types if name in (each, each.rpartition(".")[2])]
+        if argument.startswith("--") and known and name not in ("run", "config_name", "config_dir"):
+            fields_ = " or ".join(f"{each}=VALUE" for each in known[:3])
+            raise ConfigError(f"{argument}: write a field without dashes, {fields_}")
+
+
+def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
+    """Return a composed configuration, to which `+field=value` may have added fields, as an object of its schema.
+
+    Raises:
+        ConfigError: if a group's name is not that of its schema.
+        OmegaConfBaseException: for an unknown field or a value of another type.
+    """
+    typed = OmegaConf.structured(schema)
+    for each in fields(schema):  # type: ignore[arg-type]
+        schemas = SCHEMAS.get(each.type)
+        if schemas is None:
+            continue
+        chosen, name = OmegaConf.get_type(composed, each.name), composed[each.name].name
+        require(
+            schemas.get(name) is chosen,
+            f"{each.name}.name={name!r} does not choose a {each.name}: set {each.name}=OPTION, a file of "
+            f"configs/{each.name}/ that opens with the defaults '/NAME_schema@_here_' (NAME is one of "
+            f"{', '.join(schemas)})",
+        )
+        typed[each.name] = chosen
+    config = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.to_container(composed)))
+    assert isinstance(config, schema)
+    error = type_error("", config, schema, exact=True)  # OmegaConf accepts a list inside a list
+    require(not error, error)
+    expand_paths(config)
+    return config
+
+
+def _refuse_shared_output(composed: list[DictConfig], names: Iterable[str]) -> None:
+    """Refuse --multirun with jobs that would overwrite each other's files; `names` are the command's fields."""
+    place = "output" if "output" in names else "run"  # commands that read a run write to `output`
+    sources = (place, "run", "checkpoint")
+    written = [next((f"{name}={each[name]}" for name in sources if each.get(name)), "") for each in composed]
+    if len(set(written)) < len(written):
+        example = "output=runs/seed_${seed}" if place == "output" else "run=runs/lr_${optim.lr}"
+        shared = max(written, key=written.count)
+        raise ConfigError(
+            f"--multirun has {written.count(shared)} jobs with {shared or 'the same directory'}: give each job its own "
+            f"{place}, named by the fields that differ, such as '{example}'"
+        )
+
+
+def register(name: str, schema: type, scratch: str = ".") -> None:
+    """Register the entries of the defaults lists in configs/: NAME_schema, quiet, and the schemas of groups.
+
+    With --multirun, Hydra writes multirun.yaml to the directory `scratch`. It writes no other file.
+    """
+    store = ConfigStore.instance()
+    store.store(name=f"{name}_schema", node=schema)
+    for each in fields(schema):
+        for option, node in SCHEMAS.get(each.type, {}).items():
+            store.store(name=f"{option}_schema", node=node)
+    quiet = {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}}
+    quiet |= {"sweep": {"dir": scratch, "subdir": "."}, "hydra_help": {"template": "${hydra.help.template}"}}
+    store.store(name="quiet", node={"hydra": quiet}, package="_global_")
+    OmegaConf.register_new_resolver("groups", _groups, replace=True)
+
+
+def _groups(name: str) -> str:
+    """Return the groups of `configs/NAME.yaml` and their options, a line each, for its --help."""
+    folder = Path(config_dir())
+    defaults = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    groups = [str(key) for each in defaults if isinstance(each, dict) for key in each if (folder / key).is_dir()]
+    options = {group: sorted(file.stem for file in (folder / group).glob("*.yaml")) for group in groups}
+    return "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
+
+
+def _sentence(error: Exception, schema: type) -> str:
+    """Return one sentence for an error of Hydra or OmegaConf, with the most similar name for a misspelled one."""
+    if isinstance(error, OverrideParseException):
+        return _unreadable_override(error.override)
+    text = "\n".join(str(part) for part in (error, error.__cause__) if part is not None)
+    not_a_field = r"[Kk]ey '([^']+)' (?:is not in struct|not in '\w+')|Could not override '([^']+)'"
+    if unknown := re.search(not_a_field, text):
+        full, owner = re.search(r"full_key: (\S+)", text), re.search(r"not in '(\w+)'", text)
+        return _unknown_field(full[1] if full else unknown[1] or unknown[2], owner[1] if owner else "", schema)
+    if sentence := _invalid_value(text):
+        return sentence
+    if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        options = re.findall(r"^\t(\S+)$", text, flags=re.M)
+        available = f"; available: {', '.join(options)}" if options else ""
+        return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}"
+    lines = [str(each).splitlines()[0].strip() for each in (error, error.__cause__) if str(each or "")]
+    field = getattr(error, "full_key", None)
+    if missing := re.search(r"Interpolation key '([^']+)'", text):  # in a list, OmegaConf names no field
+        field = field or next((each for each in sys.argv[1:] if f"${{{missing[1]}" in each), None)
+    return ": ".join([field, *lines] if field and field not in lines[0] else lines)
+
+
+def _invalid_value(text: str) -> str:
+    """Return one sentence for a message of Hydra or OmegaConf about a value; "" for another message."""
+    if found := re.search(r"Value '([^']*)' of type '\w+' could not be converted to (\w+)[\s\S]*full_key: (\S+)", text):
+        return f"{found[3]}={found[1]} must be of type {found[2].lower()}"
+    if found := re.search(r"Value '([^']*)' is not a valid bool[\s\S]*full_key: (\S+)", text):
+        return f"{found[2]}={found[1]} must be true or false"
+    if found := re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text):
+        return f"{found[1]}={found[2]} must be a list: {found[1]}=[{found[2]}]"
+    if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        field, value = found.groups()
+        as_text = shlex.quote(f"{field}={quoted(value)}")
+        return f"{field}={value} is ambiguous: write a list as '{field}=[{value}]', or text with a comma as {as_text}"
+    return ""
+
+
+def _unreadable_override(override: str) -> str:
+    field, _, value = override.partition("=")
+    if not value:
+        return f"{override} cannot be read: write field=value"
+    is_list = re.fullmatch(r"\[.*\]", value)
+    fixed = f"[{','.join(map(quoted, value[1:-1].split(',')))}]" if is_list else quoted(value)
+    return f"{override} cannot be read: quote its value, {shlex.quote(f'{field}={fixed}')}"
+
+
+def _unknown_field(field: str, owner: str, schema: type) -> str:
+    """Return the sentence for an unknown dotted field; `owner` is the name of the schema that does not have it."""
+    for group in fields(schema):
+        for option, chosen in SCHEMAS.get(group.type, {}).items():
+            if owner == chosen.__name__ and field.startswith(f"{group.name}."):
+                own = [f"{group.name}.{each.name}" for each in fields(chosen)]
+                hint = _did_you_mean(field, own) or f"; its fields are {', '.join(own)}"
+                if not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
+                    hint = f"; the recipe sets it: choose a recipe for {option}, experiment=NAME"
+                return f"{field} is not a field of {option}{hint}"
+    known = field_types(schema)
+    if field == "experiment" and "method.name" in known:  # only moco.train takes recipes
+        return "a recipe must open with the line '# @package _global_': see docs/howto/use.md"
+    name = next((each for each in known if field.startswith(f"{each}.") and not is_dataclass(known[each])), "")
+    if name:
+        return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"
+    if field == "experiment" and "recipe" in known:
+        return "there is no field 'experiment'; did you mean 'recipe'?"
+    recipe = next((each for each in sys.argv[1:] if each.lstrip("+").startswith("experiment=")), "")
+    if recipe and not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
+        return f"{recipe}: only moco.train has recipes; remove it"
+    same = [repr(each) for each in known if each.endswith(f".{field}")]  # lr of optim.lr
+    hint = f"; did you mean {' or '.join(same[:3])}?" if same else _did_you_mean(field, known)
+    return f"there is no field {field!r}{hint}"
+
+
+def _did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.7) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def field_types(schema: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the types of all fields of a nested dataclass by their dotted names; of a group, those of all schemas."""
+    types = {}
+    for each in fields(schema):
+        types[prefix + each.name] = each.type
+        if is_dataclass(each.type):
+            for chosen in (*SCHEMAS.get(each.type, {}).values(), each.type):
+                types |= field_types(chosen, f"{prefix}{each.name}.")
+    return types
