@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from moco.composition import SCHEMAS
 from moco.config import (
     AugmentConfig,
     CheckpointConfig,
@@ -32,7 +33,6 @@ from moco.config import (
 )
 from moco.config.subject import SubjectConfig
 from moco.data.view import View
-from moco.methods import METHODS
 
 CONFIGS = Path(config_dir())
 PAGES = Path(__file__).resolve().parents[1] / "docs" / "config"
@@ -48,7 +48,6 @@ GROUPS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "checkpoint": CheckpointConfig,
 }
-SCHEMAS: dict[type, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}  # schemas that add fields to a group's
 OPTIONS = {"knn": "preset", "linear": "protocol"}  # commands with a group of their own
 DOCUMENTED_BY: dict[type, type] = {AugmentConfig: View}  # the class that documents the fields of a schema
 

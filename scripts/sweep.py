@@ -20,22 +20,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moco.overrides import split
 from moco.runs.metrics import read_metrics
 from moco.runs.sweep import is_finished, run_to_end
 from moco.runtime.next_command import override
 from moco.runtime.stdio import protected_streams
-
-
-def values_of(text: str) -> list[str]:
-    """Split at the commas outside brackets and braces."""
-    values, depth = [""], 0
-    for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
-            values.append("")
-        else:
-            values[-1] += letter
-    return values
 
 
 def trials(folder: Path, varied: list[str]) -> dict[Path, list[str]]:
@@ -47,9 +36,10 @@ def trials(folder: Path, varied: list[str]) -> dict[Path, list[str]]:
     grid = []
     for each in varied:
         field, equals, text = each.partition("=")
-        if not equals or not all(values_of(text)):
+        values = split(text)
+        if not equals or not all(values):
             raise ValueError(f"{each} has no values, or an empty one: write field=value,value")
-        grid.append([f"{field}={value}" for value in values_of(text)])
+        grid.append([f"{field}={value}" for value in values])
     found: dict[Path, list[str]] = {}
     for point in itertools.product(*grid):
         # Letters, digits, dot, plus and minus only: a value cannot leave the folder, and has no meaning to Hydra.

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from moco.losses import info_nce
 from moco.losses.streamed import CHUNK, info_nce_streamed
-from scripts.bench.timing import Table, alternate, compared, per_second
+from scripts.bench.machine import status_field
+from scripts.bench.timing import Table, alternate, compared, seconds
 
 K, C, T = 65536, 128, 0.07
 IMAGES = 50_000  # images in the data set: for most queries, the queue holds an older key of the same image
@@ -53,7 +54,7 @@ def run(options: Namespace) -> Iterator[Table]:
 
 
 def _milliseconds(work: Pass, clock: str) -> float:
-    return 1e3 / per_second(1, work, clock)
+    return 1e3 * seconds(work, clock)
 
 
 def both_variants(n: int, task: str, chunk: int) -> dict[str, Pass]:
@@ -86,15 +87,9 @@ def peak(n: int, task: str, chunk: int, variant: str) -> float:
     both_variants(2, task, chunk)[variant]()  # one-time allocations of the libraries
     work = both_variants(n, task, chunk)[variant]
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
-    before = _resident("VmRSS")
+    before = status_field("VmRSS")
     work()
-    return (_resident("VmHWM") - before) / 1024
-
-
-def _resident(field: str) -> int:
-    """Read a field of this process's status, in KiB; `resource` has only the peak, which a new process inherits."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return (status_field("VmHWM") - before) / 1024  # `resource` has only the peak, which a new process inherits
 
 
 def peak_in_fresh_process(n: int, task: str, chunk: int, variant: str) -> float:

@@ -20,6 +20,12 @@ def machine() -> list[str]:
     ]
 
 
+def status_field(name: str, process: int | str = "self") -> int:
+    """Read a field of a process's status, in KiB (Linux)."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
 def _processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):

@@ -26,7 +26,7 @@ from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.training.monitor import Monitor
 from moco.training.step import StepSettings, train_step
 from scripts.bench.step import C, encoder
-from scripts.bench.timing import Table, alternate, per_second
+from scripts.bench.timing import Table, alternate, seconds
 
 BATCH, GROUP, CLASSES, IMAGES = 128, 32, 10, 50_000
 
@@ -59,7 +59,7 @@ def run(options: Namespace) -> Iterator[Table]:
     for recipe in recipes:
         step, measurement = prepared(recipe, device)
         variants = {"step": step, "measurement": measurement}
-        clocks = {name: partial(_seconds, work, options.clock) for name, work in variants.items()}
+        clocks = {name: partial(seconds, work, options.clock) for name, work in variants.items()}
         found = alternate(clocks, options.rounds)
         shares = [b / (recipe.steps * a) for a, b in zip(found["step"], found["measurement"], strict=True)]
         middle = [f"{1000 * median(found[name]):,.1f}" for name in variants]
@@ -109,7 +109,3 @@ def prepared(recipe: Recipe, device: torch.device) -> tuple[Callable[[], object]
 
 def _digits() -> Encoder:
     return build_encoder("convnet", {"width": 16, "pool": 4}, 2, 128, 64, "grouped", GROUP)
-
-
-def _seconds(work: Callable[[], object], clock: str) -> float:
-    return 1 / per_second(1, work, clock)

@@ -13,7 +13,7 @@ import torch
 from moco.runtime.memory import keep_freed_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from scripts.bench.step import SIZE, encoder, inputs, ours
-from scripts.bench.timing import Table, alternate, compared, per_second
+from scripts.bench.timing import Table, alternate, compared, seconds
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -44,14 +44,7 @@ def run(options: Namespace) -> Iterator[Table]:
     for queue in options.queue:
         chosen = Namespace(**vars(options) | {"queue": queue})
         step = ours(chosen, views, index, precision, compiled=False)
-        variants = {
-            name: partial(_seconds, work, options.clock)
-            for name, work in {"encoders only": encoders_only, "step": step}.items()
-        }
+        works = {"encoders only": encoders_only, "step": step}
+        variants = {name: partial(seconds, work, options.clock) for name, work in works.items()}
         title = f"A step of {options.backbone}, batch {options.batch}, K {queue}, {precision}, s, {options.clock} time"
         yield compared(title, alternate(variants, options.rounds), "s", less_is_faster=True)
-
-
-def _seconds(work: object, clock: str) -> float:
-    assert callable(work)
-    return 1 / per_second(1, work, clock)

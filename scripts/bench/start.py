@@ -8,8 +8,8 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
+from scripts.bench.machine import status_field
 from scripts.bench.timing import Table, alternate, compared
 
 COMMANDS = {
@@ -45,11 +45,8 @@ def _peak(words: list[str]) -> float:
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     highest = 0
     while process.poll() is None:
-        with contextlib.suppress(OSError):  # the process may end in between
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            highest = max(
-                [highest, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))]
-            )
+        with contextlib.suppress(OSError, StopIteration):  # the process may end in between
+            highest = max(highest, status_field("VmHWM", process.pid))
         time.sleep(0.01)
     if process.returncode:
         raise RuntimeError(f"{' '.join(words)} ended with {process.returncode}")

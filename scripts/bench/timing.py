@@ -35,6 +35,11 @@ def per_second(count: int, work: Callable[[], object], clock: str) -> float:
     return count / (read() - start)
 
 
+def seconds(work: Callable[[], object], clock: str) -> float:
+    """Call `work` and return the seconds that it takes."""
+    return 1 / per_second(1, work, clock)
+
+
 def alternate(variants: Mapping[str, Variant], rounds: int) -> dict[str, list[float]]:
     """Measure each variant once per round, after one warm-up round.
 
