@@ -24,8 +24,7 @@ class SourceConfig:
     labels: str = bounded("none", choices=("none", "folder"))
     """For `folder`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = bounded("", path=True)
-    """For `folder` with labels: a separate folder of held-out images. Its class folders have the names of
-    those in root; some may be missing."""
+    """For `folder` with labels: a folder of held-out images, with class folders as in root; some may be missing."""
     resident: bool = False
     """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images decoded in memory. They must have one size."""
     bits: int | None = bounded(None, ge=8, le=16)
@@ -58,9 +57,8 @@ class DataConfig(SourceConfig):
     allow_pipe: bool = False
     """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))
-    """Treatment of unreadable training images: raise (the run ends and names the image), or replace (a fixed other
-    image is used, and bad_images.csv lists the unreadable one). Replace also excludes them from the kNN accuracy in
-    training."""
+    """Unreadable training images: raise (the run ends and names the image), or replace (a fixed other image is used,
+    and bad_images.csv lists the unreadable one, which the kNN accuracy in training leaves out too)."""
     max_bad: float = bounded(0.01, ge=0, lt=1, example="data.max_bad=0.01")
     """For on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
 

@@ -22,8 +22,7 @@ class FinetuneConfig(SubjectConfig):
     labels_per_class: int = bounded(0, ge=0)
     """Labeled training images per class; 0: use fraction or subset_list."""
     subset_list: str = bounded("", path=True)
-    """Text file with the names of the labeled training images, one per line, such as SimCLR's 1percent.txt; empty: use
-    fraction or labels_per_class."""
+    """List of the labeled training images, one name per line, such as SimCLR's 1percent.txt; empty: no list."""
     seeds: int = bounded(1, ge=1)
     """Repetitions, with seeds `seed`, `seed` + 1, ... Labeled images, initial weights, order and views differ."""
     epochs: int = bounded(100, ge=1)

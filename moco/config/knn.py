@@ -14,8 +14,7 @@ class KnnConfig(SubjectConfig):
     """Number of neighbors that vote. Of several values, the one with the best leave-one-out accuracy is used."""
     # The lower bound exists because similarities are divided by the temperature in float32.
     temperature: list[float] = bounded([0.1], ge=1e-6, min_length=1, example="temperature=[0.1]")
-    """Temperature of the votes: a neighbor's vote has the weight exp(cosine / temperature). Of several values, the best
-    one is chosen together with k."""
+    """Temperature of the votes, exp(cosine / temperature). Of several values, the best is chosen together with k."""
     features: str = bounded("backbone", choices=("backbone", "projection"))
     """Features to compare: backbone (the backbone's output), or projection (the embedding that the loss compares; the
     checkpoint must hold the projection head)."""

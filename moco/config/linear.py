@@ -18,8 +18,7 @@ class SweepConfig:
     layers: list[str] = bounded(["output"], min_length=1, unique=True)
     """Layers to try: output, or submodules of the backbone such as layer3 or blocks.10. The best one is used."""
     normalize: str = bounded("standard", choices=("standard", "l2", "none"))
-    """Normalization of the features: standard (subtract the training split's mean and divide by its deviation, per
-    dimension), l2 (unit length), or none."""
+    """Normalization of features: standard (mean 0, deviation 1 per dimension in training), l2 (length 1), or none."""
     validation: float = bounded(0.2, gt=0, lt=1)
     """Fraction of the training split, taken from each class, that is set aside to choose layer, lr and weight decay."""
     cache: str = bounded("memory", choices=("memory", "disk"))

@@ -28,15 +28,13 @@ class SubjectConfig(ComputeConfig):
     run: str = bounded("", path=True)
     """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
     checkpoint: str = bounded("", path=True)
-    """A file instead of a run: one of our checkpoints, encoder.safetensors, or a file of another project, such as
-    official MoCo v1, v2 or v3."""
+    """A file instead of a run: our checkpoint, encoder.safetensors, or a file of another project: official MoCo, ..."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
     """The network, if the checkpoint does not name it; values as for model.backbone. Null: the one that it names."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the backbone's constructor, as model.options. Write each as +options.NAME=VALUE. Empty: those that
-    the checkpoint holds, if any."""
+    """Arguments of the backbone's constructor, each as +options.NAME=VALUE. Empty: those in the checkpoint, if any."""
     output: str = bounded("", path=True)
     """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of ours, the
     directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""

@@ -173,9 +173,8 @@ class TrainConfig(ComputeConfig):
     run: str = bounded("runs/digits", min_length=1, path=True, example="run=runs/first")
     """Directory of the run. If it holds an unfinished run, that run resumes."""
     init_from: str = bounded("", path=True)
-    """File with the weights from which the encoder starts: one of our checkpoints, encoder.safetensors, or a file of
-    another project, such as official MoCo. The head, predictor and queue are loaded too if they fit. It is not read
-    again when the run resumes."""
+    """File with the encoder's initial weights: our checkpoint, encoder.safetensors, or a file of another project, such
+    as official MoCo. Head, predictor and queue are loaded too if they fit. A resumed run does not read it again."""
     recipe: str = ""
     """Name of the recipe, set by experiment=NAME. It is recorded so that a resumed run can name it."""
     seed: int = bounded(0, ge=0, lt=2**64)
