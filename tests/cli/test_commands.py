@@ -14,6 +14,7 @@ from moco.__main__ import main as list_commands
 from moco.cli import Command, run_command
 from moco.config import TrainConfig, config_dir
 from moco.config.knn import KnnConfig
+from moco.config.search import SearchConfig
 from moco.data.decode import ImageError
 from tests.cli.conftest import Run
 
@@ -110,6 +111,28 @@ def test_ctrl_c_mentions_a_checkpoint_only_for_training(name: str, schema: type,
     assert status == 130
     assert errors.startswith("moco: interrupted")
     assert ("last checkpoint" in errors) == resumes
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError(13, "Permission denied", "out/results.json"), "output=out/results.json: Permission denied"),
+        (IsADirectoryError(21, "Is a directory", "out"), "output=out: Is a directory"),
+        (ValueError("a/b.png cannot be read"), "query=a/b.png cannot be read"),
+        (ValueError("images/train has no images"), "data.root=images/train has no images"),
+        (ValueError("output=out is full"), "output=out is full"),
+        (ValueError("outer: not a path of a field"), "outer: not a path of a field"),
+        (ValueError("the network out of a/b.png"), "the network out of a/b.png"),
+    ],
+)
+def test_an_error_that_begins_with_a_path_names_its_field(error: Exception, sentence: str, run: Run) -> None:
+    def fails(config: object) -> None:
+        raise error
+
+    fields = ["output=out/", "query=[a/a.png,a/b.png]", "data.root=./images", "split=the"]
+    status, _, errors = run("search", *fields, main=lambda: run_command("search", SearchConfig, fails))
+    assert status == 1
+    assert errors.startswith(f"moco: {sentence} (")
 
 
 def test_a_preset_and_another_data_set_compose(run: Run) -> None:
