@@ -130,27 +130,32 @@ def bounded(default: Any, **bounds: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[Any, str, str, Any, Bounds]]:
+    """Yield each field of a configuration and its groups: its dataclass, name, dotted name, value and bounds."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if is_dataclass(value):
+            yield from _leaves(value, f"{prefix}{each.name}.")
+        else:
+            yield config, each.name, prefix + each.name, value, each.metadata.get("bounds", Bounds())
+
+
 def check_bounds(config: Any, prefix: str = "") -> None:
     """Check all fields of a configuration and its groups against their bounds; all numbers must be finite, not huge.
 
     Raises:
         ConfigError: for the first invalid value, with its dotted field (after `prefix`) and what is accepted.
     """
-    for each in fields(config):
-        name, value = prefix + each.name, getattr(config, each.name)
-        if is_dataclass(value):
-            check_bounds(value, f"{name}.")
-            continue
+    for _, _, name, value, bounds in _leaves(config, prefix):
         for dotted, number in _floats(name, value):
             require(math.isfinite(number), f"{dotted}={number} must be a finite number")
-        bounds = each.metadata.get("bounds")
-        error = bounds.error(name, value) if bounds and value is not None else ""
+        error = "" if value is None else bounds.error(name, value)
         require(not error, error)
-        if isinstance(value, int) and (bounds is None or bounds.lt is None):  # a seed has 64 bits
+        if isinstance(value, int) and bounds.lt is None:  # a seed has 64 bits
             require(abs(value) <= LARGEST, f"{name}={value} must be at most {LARGEST}")
 
 
-def expand_paths(config: Any, prefix: str = "") -> None:
+def expand_paths(config: Any) -> None:
     """Replace `~` and `~user` at the start of all path fields of a configuration and its groups, in place.
 
     Raises:
@@ -163,22 +168,16 @@ def expand_paths(config: Any, prefix: str = "") -> None:
         require(not full.startswith("~"), f"{name}={path}: there is no user {user[1:]!r}; write ./{path} for that name")
         return full
 
-    for each in fields(config):
-        name, value = prefix + each.name, getattr(config, each.name)
-        if is_dataclass(value):
-            expand_paths(value, f"{name}.")
-        elif value and (bounds := each.metadata.get("bounds")) and bounds.path:
+    for group, field_name, name, value, bounds in _leaves(config):
+        if bounds.path and value:
             several = isinstance(value, list)
-            setattr(config, each.name, [expanded(name, one) for one in value] if several else expanded(name, value))
+            setattr(group, field_name, [expanded(name, one) for one in value] if several else expanded(name, value))
 
 
-def paths_of(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def paths_of(config: Any) -> Iterator[tuple[str, str]]:
     """Yield the dotted name and the value of each path in a configuration and its groups."""
-    for each in fields(config):
-        name, value = prefix + each.name, getattr(config, each.name)
-        if is_dataclass(value):
-            yield from paths_of(value, f"{name}.")
-        elif value and (bounds := each.metadata.get("bounds")) and bounds.path:
+    for _, _, name, value, bounds in _leaves(config):
+        if bounds.path and value:
             yield from ((name, path) for path in (value if isinstance(value, list) else [value]))
 
 
