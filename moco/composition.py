@@ -77,8 +77,8 @@ def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
         name = argument.lstrip("-").partition("=")[0].replace("-", "_")
         known = [each for each in types if name in (each, each.rpartition(".")[2])]
         if argument.startswith("--") and known and name not in ("run", "config_name", "config_dir"):
-            fields_ = " or ".join(f"{each}=VALUE" for each in known[:3])
-            raise ConfigError(f"{argument}: write a field without dashes, {fields_}")
+            choices = " or ".join(f"{each}=VALUE" for each in known[:3])
+            raise ConfigError(f"{argument}: write a field without dashes, {choices}")
 
 
 def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
