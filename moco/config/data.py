@@ -1,6 +1,7 @@
 """The schema of a data set: where its images are, how they are read, and how unreadable images are handled."""
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from moco.config.base import bounded, require
@@ -92,6 +93,11 @@ class SubjectDataConfig(SourceConfig):
         """Return the fields of `DataConfig` that are not null."""
         values = {each.name: getattr(self, each.name) for each in fields(SourceConfig)}
         return {name: value for name, value in values.items() if value is not None}
+
+
+def is_remote(name: str, root: str) -> bool:
+    """Return whether data.root is a name on a hub or an address of a stream, not a folder of this machine."""
+    return name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())
 
 
 def refuse_hold_out(data: SubjectDataConfig) -> None:

@@ -4,10 +4,10 @@ Nothing is downloaded, no folder is created, no command is run and no hub is con
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from moco.config import require
+from moco.config.data import is_remote
 from moco.data.sources import SOURCES
 
 
@@ -41,8 +41,3 @@ def recorded_data(
         f"{fix or f'to use them, add {same}; for others, set data=folder data.root=IMAGES'}",
     )
     return kept
-
-
-def is_remote(name: str, root: str) -> bool:
-    """Return whether data.root is a name on a hub or an address of a stream, not a folder of this machine."""
-    return name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())

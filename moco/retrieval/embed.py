@@ -34,7 +34,7 @@ from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
 from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
-from moco.runtime.next_command import command
+from moco.runtime.next_command import command, named_images
 from moco.runtime.output_directory import lock_directory
 
 
@@ -61,8 +61,9 @@ def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
             ("unreadable", f"{skipped:,} skipped, see {folder / 'unreadable.csv'}" if skipped else "none"),
         ],
     )
-    log_next(command("moco.search", SubjectConfig(), index=str(folder), sample=8))
-    log_next(command("moco.search", SubjectConfig(), index=str(folder), mode="duplicates"))
+    images = named_images(*(embedding.about["data"][name] for name in ("name", "root")))
+    for search in ({"sample": 8}, {"mode": "duplicates"}):
+        log_next(command("moco.search", SubjectConfig(), index=str(folder), **images, **search))
 
 
 def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device: torch.device) -> Embedding:

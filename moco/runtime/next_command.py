@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from itertools import starmap
 from typing import Any
 
+from moco.config.data import is_remote
 from moco.config.subject import SubjectConfig
 
 # Text that needs no quotes for Hydra to read it unchanged. (Quotes would always be correct, but they are hard to read.)
@@ -26,21 +27,31 @@ def command(module: str, config: SubjectConfig, **changes: Any) -> str:
     return " ".join(["python", "-m", module, *starmap(override, _changed(values, defaults))])
 
 
-def next_commands(run: str, data: str, labeled: bool) -> list[str]:
+def next_commands(run: str, name: str, root: str, labeled: bool) -> list[str]:
     """Return the commands that evaluate or use the encoder of a finished run.
 
     Args:
         run: its directory.
-        data: its data.name.
+        name, root: its data.name and data.root.
         labeled: whether its data set has labels and held-out images.
     """
+    images = named_images(name, root)
     if labeled:
-        return [command("moco.linear", SubjectConfig(), run=run)]
+        return [command("moco.linear", SubjectConfig(), run=run, **images)]
     features = f"{run}/features"
-    # A stream cannot be read image by image.
-    images: dict[str, Any] = {"data": "folder", "data.root": "YOUR_IMAGES"} if data == "webdataset" else {}
     embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
-    return [embed, command("moco.search", SubjectConfig(), index=features, sample=8)]
+    of_index = {} if "data.name" in images else images
+    return [embed, command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)]
+
+
+def named_images(name: str, root: str) -> dict[str, Any]:
+    """Return the fields that a command on a run or an index needs, because it fetches no images on a file's word.
+
+    For a stream, which cannot be read image by image, they name other images.
+    """
+    if name == "webdataset":
+        return {"data.name": "folder", "data.root": "YOUR_IMAGES"}
+    return {"data.root": root} if is_remote(name, root) else {}
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,7 +22,7 @@ from moco.evaluation.knn_classifier import Accuracy
 from moco.files import WriteError, atomic_write, cause
 from moco.runs.metrics import MetricsLogger
 from moco.runtime.console import duration, log_next, summary_panel
-from moco.runtime.next_command import command, next_commands
+from moco.runtime.next_command import command, named_images, next_commands
 from moco.training.live_evaluation import BASELINES, baselines
 
 if TYPE_CHECKING:
@@ -113,9 +113,10 @@ def summarize(trainer: "Trainer") -> None:
         ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
     ]
     summary_panel("already finished" if trainer.start == plan.total_steps else "done", rows)
-    for each in next_commands(config.run, config.data.name, labeled=trainer.live.measure == "knn"):
+    data = (config.data.name, config.data.root)
+    for each in next_commands(config.run, *data, labeled=trainer.live.measure == "knn"):
         log_next(each)
-    log_next(command("moco.report", SubjectConfig(), run=config.run))
+    log_next(command("moco.report", SubjectConfig(), run=config.run, **named_images(*data)))
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
         log_next("python -m moco.check_data data.root=YOUR_IMAGES")
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,9 +38,26 @@ SITUATIONS = {
         "train experiment=moco_v2_folder data=shards data.root=PACKED run=runs/shards",
         ["embed", "search", "report"],
     ),
+    "hub": (
+        "train experiment=moco_v2_folder data=huggingface data.root=user/images run=runs/hub",
+        ["embed", "search", "report"],
+    ),
+    "hub, embed": ("embed run=runs/hub data.root=user/images output=features_hub", ["search", "search"]),
+    "stream": (
+        "train experiment=moco_v2_folder data=webdataset data.root=PACKED/train-000000.tar data.length=99 run=runs/tar",
+        ["embed", "search", "report"],
+    ),
     "convert": ("convert run=runs/labeled to=safetensors output=a.safetensors", []),
     "check_data": ("check_data data.root=MANY", ["train"]),
 }
+
+
+def hub_table(folder: Path, root: str) -> Any:
+    """Return the images of a folder as the data set user/images of a hub."""
+    assert root == "user/images"
+    datasets = pytest.importorskip("datasets", reason="data=huggingface needs the extra `huggingface`")
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": sorted(map(str, folder.iterdir()))}, features=features)
 
 
 class Workplace:
@@ -72,6 +90,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "60")  # narrow: a command must stay on its line
         patch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        patch.setattr("moco.data.hub._load", lambda root, _: {"train": hub_table(folder / "MANY", root)})
         patch.setattr(throughput, "step_flops", lambda *_: 1)
         patch.setattr(throughput, "matrix_rate", lambda *_: 1.0)
         made = Workplace(folder, patch)
