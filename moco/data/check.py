@@ -18,10 +18,10 @@ from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
 from moco.config.recommended import BUDGET, FEW_IMAGES, recipe_for
 from moco.config.subject import SubjectConfig
-from moco.data.contents import class_counts, opening_lines
 from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
 from moco.data.image_facts import ODDITIES, ImageFacts, image_facts
+from moco.data.opening import class_counts, opening_lines
 from moco.data.sources import load_source
 from moco.data.workers import TASK, LoaderError, in_order
 from moco.files import write_errors, write_json

@@ -9,6 +9,7 @@ chunk sBIT says, and TIFF's MaxSampleValue is the highest value of that image on
 BitsPerSample is the exception: it has its own scale.
 """
 
+import contextlib
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -54,9 +55,6 @@ def _highest_value(source: Source) -> int:
         return 0
     highest = 0
     for i in np.unique(np.linspace(0, len(source) - 1, SAMPLE).round().astype(np.int64)).tolist():
-        try:
-            content = source.content(i)
-        except ImageError:
-            continue
-        highest = max(highest, highest_value(content) if content else 0)
+        with contextlib.suppress(ImageError):
+            highest = max(highest, highest_value(source.content(i) or b""))
     return highest

@@ -14,11 +14,10 @@ from numpy.typing import NDArray
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.data import is_remote
 from moco.config.subject import SubjectConfig
-from moco.data.contents import classes_without_images
 from moco.data.duplicates import content_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
-from moco.data.opening import open_sources
+from moco.data.opening import classes_without_images, open_sources
 from moco.data.recorded import recorded_data
 from moco.data.sources import Source, Sources, refuse_output_inside
 from moco.digest import digest

@@ -12,8 +12,8 @@ import moco
 from moco.config import RunWarning
 from moco.config.subject import SubjectConfig
 from moco.data.base import Source
-from moco.data.contents import opening_lines
 from moco.data.loader import batches
+from moco.data.opening import opening_lines
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moco.config import DataConfig, RunWarning
-from moco.data.contents import MOST_CLASSES, class_line, opening_lines
 from moco.data.folder import FolderSource
+from moco.data.opening import MOST_CLASSES, class_line, opening_lines
 from moco.data.sources import load_source
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
 from tests.data.images import gradient
