@@ -64,10 +64,9 @@ def hue_(x: Tensor, shift: Tensor) -> Tensor:
     ramp = torch.empty_like(hue)
     torch.sub(hue, 3, out=ramp).abs_().sub_(1).clamp_(0, 1).mul_(chroma)
     torch.add(ramp, low, out=red)
-    torch.sub(hue, 2, out=ramp).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma)
-    torch.add(ramp, low, out=green)
-    torch.sub(hue, 4, out=ramp).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma)
-    torch.add(ramp, low, out=blue)
+    for center, channel in ((2, green), (4, blue)):
+        torch.sub(hue, center, out=ramp).abs_().neg_().add_(2).clamp_(0, 1).mul_(chroma)
+        torch.add(ramp, low, out=channel)
     return x
 
 

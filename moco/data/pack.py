@@ -55,29 +55,21 @@ def pack(config: PackConfig) -> None:
     named = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
     splits = {name: source for name, source in named if source is not None}
     settings = pack_output.settings(config, splits)
-    lock = lock_directory(output, "output")
-    try:
+    with lock_directory(output, "output"):
         index, title = None, "packed"
         if (output / INDEX).is_file():
-            index, title = _finished(output, settings)
+            index = shard_index.read_index(output, f"output={output}")
+            pack_output.refuse_other_settings(output, index["settings"], settings)
+            title = "already packed, and every file is intact"
+            if not pack_output.verify(output, index):
+                index, title = None, "repaired: the damaged part was packed again"
         if index is None:
             pack_output.begin(output, settings)
             with write_errors(output):
                 parts = {name: pack_split(config, name, source) for name, source in splits.items()}
                 index = finish(output, splits, parts, settings)
         shutil.rmtree(output / PARTS, ignore_errors=True)
-    finally:
-        lock.close()
     summarize(config, index, title, time.monotonic() - started)
-
-
-def _finished(output: Path, settings: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Check a finished folder. Return its index (None if a file is damaged) and the title of the summary."""
-    index = shard_index.read_index(output, f"output={output}")
-    pack_output.refuse_other_settings(output, index["settings"], settings)
-    if pack_output.verify(output, index):
-        return index, "already packed, and every file is intact"
-    return None, "repaired: the damaged part was packed again"
 
 
 class Packer:

@@ -11,7 +11,7 @@ A packed folder contains:
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{where} {_without_index(folder)}")
     fix = f"restore it from a copy, or remove {folder} and pack the images again"
     index = read_sealed(file, fix)
-    if flaw := _flaw(index):
+    if flaw := next(_flaws(index), ""):
         raise ValueError(f"{file} is damaged ({flaw}): {fix}")
     return index
 
@@ -58,31 +58,27 @@ _SHARD: dict[str, Any] = {"file": str, "bytes": int, "sha256": str}
 _PART: dict[str, Any] = {"rows": int, "end": int, "before": int, "skipped": list}
 
 
-def _flaw(index: Mapping[str, Any]) -> str:
-    """Return what differs in the first entry that is not as `moco.pack` writes it; "" if none does."""
-    if found := _differs(index, _INDEX, "the index"):
-        return found
+def _flaws(index: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what `moco.pack` would write differently. Use only the first: each check relies on those before it."""
+    yield from _differences(index, _INDEX, "the index")
     if not {"train"} <= set(index["splits"]) <= set(SPLITS):
-        return f"splits has the names {', '.join(index['splits'])}"
+        yield f"splits has the names {', '.join(index['splits'])}"
     for name, split in index["splits"].items():
-        if found := _differs(split, _SPLIT, name):
-            return found
+        yield from _differences(split, _SPLIT, name)
         for kind, schema in (("shards", _SHARD), ("parts", _PART)):
             for each in split[kind]:
-                if found := _differs(each, schema, f"{name}.{kind}"):
-                    return found
+                yield from _differences(each, schema, f"{name}.{kind}")
         for file in (split["rows"], *(shard["file"] for shard in split["shards"])):
             if file in ("", ".", "..") or Path(file).name != file:
-                return f"{name} names {file!r}, which is not in the folder"
-    return ""
+                yield f"{name} names {file!r}, which is not in the folder"
 
 
-def _differs(value: Any, schema: dict[str, Any], name: str) -> str:
-    """Return the sentence about an entry that has another type, is missing or is negative; "" if there is none."""
+def _differences(value: Any, schema: dict[str, Any], name: str) -> Iterator[str]:
+    """Yield a sentence about each entry that has another type, is missing or is negative."""
     if error := type_error(name, value, schema, exact=True):
-        return error
-    invalid = [key for key in schema if key not in value or (isinstance(value[key], int) and value[key] < 0)]
-    return f"{name}.{invalid[0]} is missing or negative" if invalid else ""
+        yield error
+    invalid = (key for key in schema if key not in value or (isinstance(value[key], int) and value[key] < 0))
+    yield from (f"{name}.{key} is missing or negative" for key in invalid)
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:

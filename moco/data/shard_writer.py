@@ -4,9 +4,7 @@ Legend: N images, n images of one shard.
 """
 
 import contextlib
-import hashlib
 import io
-import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -21,8 +19,9 @@ from torchvision.transforms.v2.functional import resize
 
 from moco.data.base import Source
 from moco.data.decode import ImageError, decode_bytes
-from moco.data.shard_index import row_type
+from moco.data.shard_index import file_digest, row_type
 from moco.data.walk import IMAGE_FORMATS
+from moco.files import flush
 
 _ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif"}  # other endings equal the format's name
 _LONGEST_JPEG = 65_500  # pixels, PIL's limit
@@ -81,7 +80,7 @@ class ShardWriter:
         self.path, self.number, self.key = path, number, key
         self.rows: list[tuple[int, int, int, int, int, bytes]] = []
         self._temporary = path.with_name(f"{path.name}.tmp")
-        self._file = self._temporary.open("wb+")
+        self._file = self._temporary.open("wb")
         self._tar = tarfile.TarFile(mode="w", fileobj=self._file, format=tarfile.USTAR_FORMAT)
 
     def size_with(self, content: bytes) -> int:
@@ -107,12 +106,11 @@ class ShardWriter:
     def close(self) -> tuple[NDArray[np.void], dict[str, Any]]:
         """Complete the file on disk, and return its rows (n,) and its entry of the index."""
         self._tar.close()
-        entry = {"file": self.path.name, "bytes": self._file.tell()}
-        self._file.seek(0)  # also flushes it
-        with self._file as file:
-            os.fsync(file.fileno())
-            entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        self._file.close()
+        flush(self._temporary)
+        size, digest = self._temporary.stat().st_size, file_digest(self._temporary)
         self._temporary.replace(self.path)
+        entry = {"file": self.path.name, "bytes": size, "sha256": digest}
         return np.array(self.rows, row_type(max(len(row[-1]) for row in self.rows))), entry
 
     def discard(self) -> None:

@@ -14,14 +14,13 @@ from moco.losses.mixing import mix_hard_negatives
 from moco.losses.positives import PositivesMean, cross_entropy_over_positives
 from moco.losses.queue import decoupled_info_nce, info_nce, info_nce_logits, multi_positive_info_nce
 from moco.losses.similarity import Temperature
-from moco.losses.streamed import Streamed, info_nce_streamed, logit_measures
+from moco.losses.streamed import info_nce_streamed, logit_measures
 from moco.losses.temperature import LearnedTemperature, split_temperature, temperature_at
 
 __all__ = [
     "LearnedTemperature",
     "Margin",
     "PositivesMean",
-    "Streamed",
     "Switches",
     "Temperature",
     "add_margin",
