@@ -96,10 +96,8 @@ def crops(
 def _augmented(plan: Plan, views: Sequence[View], device: torch.device, batch: CroppedBatch) -> Batch:
     """Augment a batch of crops on the device: the second stage."""
     epoch, index, used, crops_of_views = batch
-    out = [
-        augment(each, draw(view, plan.seed, epoch, index, stream), view)
-        for stream, (view, each) in enumerate(zip(views, crops_of_views, strict=True))
-    ]
+    params = (draw(view, plan.seed, epoch, index, stream) for stream, view in enumerate(views))
+    out = [augment(*each) for each in zip(crops_of_views, params, views, strict=True)]
     return Batch(queue_copy(torch.from_numpy(used), device), out)
 
 
@@ -117,9 +115,10 @@ def _resident(
     for epoch, index in plan.samples(start):
         used = substitute[index]
         picked = images[queue_copy(torch.from_numpy(used), images.device)]  # (n, 3, H, W)
-        drawn = (draw_crop(plan.seed, epoch, index, stream) for stream in range(len(views)))
-        crops_of_views = [crop_batch(picked, uniforms, view) for uniforms, view in zip(drawn, views, strict=True)]
-        yield epoch, index, used, crops_of_views
+        cut = [
+            crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
+        ]
+        yield epoch, index, used, cut
 
 
 class CropDataset:
@@ -133,14 +132,13 @@ class CropDataset:
         used, unreadable = index.copy(), dict[int, str]()
         drawn = self._draw(epoch, index)
         try:
-            crops_of_views = to_shared_memory(self._crop(drawn, self._images(used, drawn, unreadable)))
-            return epoch, index, used, crops_of_views, unreadable
+            return epoch, index, used, self._crop(drawn, self._images(used, drawn, unreadable)), unreadable
         except (ImageError, LoaderError) as error:
             return error  # raised here, it would reach the user as the worker's traceback
 
     def crop_views(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
         """Crop all views of the images: V of (n, 3, S, S). `index` (n,) identifies the random numbers of the boxes."""
-        return to_shared_memory(self._crop(self._draw(epoch, index), (Decoded.full(image) for image in images)))
+        return self._crop(self._draw(epoch, index), (Decoded.full(image) for image in images))
 
     def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
         """Draw the uniform numbers of the crops, V of (n, D)."""
@@ -151,7 +149,7 @@ class CropDataset:
         for row, image in enumerate(images):
             for view, uniforms, out in zip(self.views, drawn, crops_of_views, strict=True):
                 out.append(crop_one(image.pixels, uniforms[row], view, image.size, image.factor))
-        return [torch.stack(each) for each in crops_of_views]
+        return to_shared_memory([torch.stack(each) for each in crops_of_views])
 
     def _images(
         self, used: NDArray[np.int64], drawn: Sequence[NDArray[np.float32]], unreadable: dict[int, str]

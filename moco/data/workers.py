@@ -76,7 +76,7 @@ def make_loader(dataset: Any, workers: int, sampler: Iterable[Any] | None = None
     It limits the items in progress, and its workers end if their parent is killed.
     """
     options = {"worker_init_fn": ignore_signals} | options
-    return DataLoader(dataset, None, sampler=sampler, num_workers=workers, collate_fn=_identity, **options)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_identity, **options)
 
 
 def _identity(item: T) -> T:
