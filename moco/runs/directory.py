@@ -100,19 +100,14 @@ def in_run_directory(file: Path) -> bool:
     return any(all((run / name).is_file() for name in ("config.yaml", METRICS)) for run in file.absolute().parents[:4])
 
 
-def untrained(path: Path, field: str = "run") -> str:
-    """Return the sentence for a directory without a checkpoint: it names the runs in it, or the command to train one.
-
-    Args:
-        path: the directory.
-        field: the field that names it.
-    """
+def untrained(path: Path) -> str:
+    """Return the sentence for a `run` without a checkpoint: it names the runs in it, or the command to train one."""
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
     if inside:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
-        found = ", ".join(f"{field}={each}" for each in inside[:5])
-        return f"{field}={path} is a folder of runs: choose one of them, {found}{more}"
-    return f"{field}={path} has no checkpoint: train it first, python -m moco.train run={path}"
+        found = ", ".join(f"run={each}" for each in inside[:5])
+        return f"run={path} is a folder of runs: choose one of them, {found}{more}"
+    return f"run={path} has no checkpoint: train it first, python -m moco.train run={path}"
 
 
 def _is_remnant(file: Path) -> bool:

@@ -86,10 +86,10 @@ class MetricsLogger:
         with write_errors(self._path):
             self._events.add_histogram_raw(name, -1.0, 1.0, *sums, edges[1:].tolist(), counts.tolist(), step)
 
-    def log_image(self, name: str, image: Any, step: int = 0) -> None:
-        """Add an image (3, H, W), float in 0 ... 1 or uint8, to TensorBoard."""
+    def log_image(self, name: str, image: Any) -> None:
+        """Add an image (3, H, W), float in 0 ... 1 or uint8, to TensorBoard, at step 0."""
         with write_errors(self._path):
-            self._events.add_image(name, image, step)
+            self._events.add_image(name, image, 0)
 
     def close(self) -> None:
         """Flush and close both files."""

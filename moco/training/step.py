@@ -59,7 +59,7 @@ def train_step(
     """
     accumulate, micro_batch = settings.accumulate, len(batch.index) // settings.accumulate
     autocast = torch.autocast(batch.index.device.type, settings.precision, settings.precision != torch.float32)
-    statistics = _BatchNormStatistics(forward) if settings.check_finite or scaler.is_enabled() else None
+    statistics = _copy_statistics(forward) if settings.check_finite or scaler.is_enabled() else None
     outputs: list[Output] = []
     for group in optimizer.param_groups:
         group["lr"] = settings.lr
@@ -95,16 +95,9 @@ def train_step(
     return measures
 
 
-class _BatchNormStatistics:
-    """A copy of BN's running statistics, taken before a step."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._buffers = [buffer for name, buffer in module.named_buffers() if name.endswith(_STATISTICS)]
-        self._copies = [buffer.clone() for buffer in self._buffers]
-
-    def restore(self) -> None:
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._copies)
+def _copy_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return BN's running statistics, each with a copy of its present values."""
+    return [(buffer, buffer.clone()) for name, buffer in module.named_buffers() if name.endswith(_STATISTICS)]
 
 
 def _mean_measures(outputs: Sequence[Output], monitored: Measures) -> Measures:
@@ -118,8 +111,12 @@ def _mean_measures(outputs: Sequence[Output], monitored: Measures) -> Measures:
     return dict(zip(measures, averages, strict=True))
 
 
-def _check_finite(loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler, statistics: _BatchNormStatistics) -> bool:
-    """Return whether to apply the step. Loss and norm are averages over the ranks, so all ranks decide the same.
+def _check_finite(
+    loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler, statistics: list[tuple[Tensor, Tensor]]
+) -> bool:
+    """Return whether to apply the step; if not, restore `statistics`, see `_copy_statistics`.
+
+    Loss and norm are averages over the ranks, so all ranks decide the same.
 
     Raises:
         NonFiniteLoss: if either is not finite, except for an overflow of fp16. Its scaler expects some: it skips the
@@ -128,7 +125,8 @@ def _check_finite(loss: Tensor, norm: Tensor, scaler: torch.amp.GradScaler, stat
     finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm])).tolist()
     if finite_loss and finite_norm:
         return True
-    statistics.restore()
+    for buffer, before in statistics:
+        buffer.copy_(before)
     if finite_loss and scaler.is_enabled() and scaler.get_scale() >= 1:
         return False
     scaler.update(scaler.get_scale())  # allows the next step to call `unscale_` again
