@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,12 +166,15 @@ def test_images_of_a_hub_are_fetched_only_if_the_person_names_them(tmp_path: Pat
     assert opened == [DataConfig(**HUB | {"download": False})]
 
 
-def test_given_data_replaces_that_of_the_runs(tmp_path: Path, opened: list[DataConfig]) -> None:
+def test_given_data_replaces_that_of_the_runs(
+    tmp_path: Path, opened: list[DataConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = run(tmp_path / "a", (1,), name="folder", root="one"), run(tmp_path / "b", (1,), name="folder", root="two")
     with pytest.raises(ConfigError, match=r"b has data\.root=two, but .*a has one"):
         choose(config(tmp_path / "out", *runs))
     choose(config(tmp_path / "out", *runs, labels=False, data=SubjectDataConfig(root="moved")))
     assert [(data.name, data.root) for data in opened] == [("folder", "moved")]
+    assert re.search(r"next: python -m moco\.embed .*data\.root=moved", capsys.readouterr().out)
     with pytest.raises(ConfigError, match=r"data\.hold_out=0\.1"):
         command(config(tmp_path / "out", *runs, data=SubjectDataConfig(hold_out=0.1)))
 

@@ -148,11 +148,11 @@ def choose(config: ChooseConfig) -> list[Point]:
     write_json(output / RESULTS, results)
     _report(points, agreement, len(images))
     log(f"results: {output / RESULTS}")
-    best = {"checkpoint": chosen(points, "rank_me").file}
+    best = SubjectConfig(checkpoint=chosen(points, "rank_me").file, data=config.data)
     if points[0].accuracies:
-        log_next(command("moco.knn", SubjectConfig(), **best))
+        log_next(command("moco.knn", best))
     else:
-        log_next(command("moco.embed", SubjectConfig(), **best, output=str(output / "features")))
+        log_next(command("moco.embed", best, output=str(output / "features")))
     return points
 
 
