@@ -5,7 +5,6 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from moco.config.finetune import FinetuneConfig, fraction_of
 from moco.config.subject import SubjectConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
-from moco.data.opening import with_tuples
 from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.data.view import View
@@ -27,9 +25,9 @@ from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
 from moco.evaluation import task as evaluation
 from moco.evaluation.finetuning import TrainSettings, build_finetune_optimizer, classifier, mixing, plan_of, train
-from moco.evaluation.metrics import HeldOut, compute_metrics, mean_interval
+from moco.evaluation.metrics import compute_metrics, mean_interval, rank_classes
 from moco.evaluation.subject import Subject, data_with_absolute_paths, labels_of
-from moco.evaluation.task import Result, Task
+from moco.evaluation.task import Result, Task, training_view
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
 from moco.interop.weights import save_weights
 from moco.runs.results import prepare
@@ -101,16 +99,7 @@ def view_of(config: FinetuneConfig, subject: Subject) -> View:
     """
     known = {each.name for each in fields(View)}
     of_run = {name: value for name, value in subject.file.config.get("augment", {}).items() if name in known}
-    transform = subject.transform
-    fixed = {"size": transform.size, "mean": transform.mean, "std": transform.std}
-    for name in config.view:
-        require(name not in fixed, f"view.{name} must equal that of the evaluation: set images.{name} instead")
-        free = ", ".join(sorted(known - set(fixed)))
-        require(name in known, f"view.{name} is not a field of a view: use one of {free}")
-    try:
-        return View(**with_tuples((of_run or DEFAULT_VIEW) | config.view | fixed))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"view.{error}") from error
+    return training_view(subject.transform, "view", config.view, of_run or DEFAULT_VIEW)
 
 
 def pick(config: FinetuneConfig, labeled: Source, seed: int) -> NDArray[np.int64]:
@@ -162,8 +151,8 @@ def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Cal
     task, metrics = run.task, []
     for seed in range(task.config.seed, task.config.seed + task.config.seeds):
         network, plan = _train(run, name, seed, on_step)
-        held_out = HeldOut(partial(task.features, network, task.held_out), labels_of(task.held_out))
-        metrics.append(compute_metrics(*held_out.open()))
+        scores = task.features(network, task.held_out)  # (M, L)
+        metrics.append(compute_metrics(rank_classes(scores), labels_of(task.held_out), len(task.train.classes)))
         log(f"{name}, seed {seed}: {percent(metrics[-1].top1)} %")
     folder = _folder(task, name)
     steps = plan.total_steps + (task.subject.file.step if name == "pretrained" else 0)

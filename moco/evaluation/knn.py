@@ -5,7 +5,6 @@ Legend: M training images, L classes.
 
 import shlex
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,14 @@ from moco.data.keyed import VALIDATION, permutation
 from moco.data.sources import Source
 from moco.distributed import is_rank_zero
 from moco.evaluation.features import Network, pixels
-from moco.evaluation.knn_classifier import KnnSettings, leave_one_out, votes_of_draws
-from moco.evaluation.metrics import HeldOut, Metrics, confusion_of, mean_known, ranking_metrics
-from moco.evaluation.ranking import rank_classes
+from moco.evaluation.knn_classifier import KnnSettings, classes_of_draws, leave_one_out
+from moco.evaluation.metrics import Metrics, compute_metrics, confusion_of, mean_known
 from moco.evaluation.subject import encoders, labels_of
 from moco.evaluation.subsets import draw_labels, naming_field
 from moco.evaluation.task import Result, Task, open_task, record_results
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar, table
 from moco.runtime.next_command import command
-
-Grid = NDArray[np.float64]  # leave-one-out accuracy (k, temperature)
 
 
 def evaluate_knn(config: KnnConfig) -> list[Result]:
@@ -58,7 +54,7 @@ def evaluate_knn(config: KnnConfig) -> list[Result]:
         if "pixels" in config.compare:
             found.append(_evaluate(task, "pixels", pixels))
         _report(task, found)
-        return [result for result, _, _ in found]
+    return found
 
 
 def _count_references(train: Source, config: KnnConfig) -> int:
@@ -69,61 +65,54 @@ def _count_references(train: Source, config: KnnConfig) -> int:
         return len(draw_labels(labels_of(train), config.labels_per_class, 0))
 
 
-def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> tuple[Result, KnnSettings, Grid | None]:
-    """Choose k and temperature on the training split, then open the held-out split once."""
+def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> Result:
+    """Choose k and temperature on the training split, then compute the features of the held-out split."""
     config, labels = task.config, labels_of(task.train)
 
     def features(source: Source) -> Tensor:
         return task.features(network, source, f"{name}: features of {len(source):,} images")
 
-    held_out = HeldOut(lambda: features(task.held_out), labels_of(task.held_out))
     bank = features(task.train)  # (M, D)
     if config.half:
         bank = F.normalize(bank, dim=1).half()  # unit length, so that any range of features fits
-    settings, grid = _choose(task, name, bank)
-    queries, truth = held_out.open()
-    with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
-        classes, reduce = len(task.train.classes), partial(rank_classes, votes=True)
-        ranked = votes_of_draws(bank, labels, queries, classes, settings, progress, reduce)
-        metrics = [ranking_metrics(each.cpu().numpy(), truth, classes) for each in ranked]
-    if settings.k < 5:  # fewer than five classes can have votes
-        metrics = [replace(each, top5=None) for each in metrics]
-    used = {"features": config.features, "half": config.half}
-    used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
-    details = {"settings": used | {"draws": len(metrics)}, "figures": summarize_draws(metrics)}
-    if grid is not None:
-        details["choice"] = {"k": config.k, "temperature": config.temperature, "leave_one_out": grid.tolist()}
-        details["choice"] |= {"images": min(config.choose_on, len(task.train)), "copies": task.copied}
-    return Result(name, metrics, details), settings, grid
-
-
-def _choose(task: Task[KnnConfig], name: str, bank: Tensor) -> tuple[KnnSettings, Grid | None]:
-    """Choose k and temperature by leave-one-out on the training split; the first of equally good pairs.
-
-    The grid is None if there is nothing to choose.
-    """
-    config = task.config
     settings = KnnSettings(config.k[0], config.temperature[0], config.labels_per_class, config.draws, config.seed)
     settings = replace(settings, query_chunk=config.queries_at_once, bank_chunk=config.references_at_once)
-    if len(config.k) * len(config.temperature) == 1:
-        return settings, None
+    choice: dict[str, Any] = {}
+    if len(config.k) * len(config.temperature) > 1:
+        settings, choice = _choose(task, name, bank, settings)
+    queries, classes = features(task.held_out), len(task.train.classes)
+    with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
+        ranked = classes_of_draws(bank, labels, queries, classes, settings, progress)
+        metrics = [compute_metrics(each, labels_of(task.held_out), classes) for each in ranked]
+    if settings.k < 5:  # fewer than five classes can have votes
+        metrics = [replace(each, top5=None) for each in metrics]
+    used = {"features": config.features, "half": config.half, "draws": len(metrics)}
+    used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
+    return Result(name, metrics, {"settings": used, "figures": summarize_draws(metrics)} | choice)
+
+
+def _choose(
+    task: Task[KnnConfig], name: str, bank: Tensor, settings: KnnSettings
+) -> tuple[KnnSettings, dict[str, Any]]:
+    """Choose k and temperature by leave-one-out on the training split; the first of equally good pairs.
+
+    Returns the settings with the choice, and "choice" for results.json.
+    """
+    config = task.config
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
     arrays = labels_of(task.train), drawn, task.groups
     labels, rows, groups = (torch.from_numpy(each).to(task.device) for each in arrays)
     with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
         grid = leave_one_out(bank, labels, rows, config.k, config.temperature, groups, settings, progress)
     i, j = np.unravel_index(grid.argmax(), grid.shape)
-    return replace(settings, k=config.k[i], temperature=config.temperature[j]), grid
+    choice = {"k": config.k, "temperature": config.temperature, "leave_one_out": grid.tolist()}
+    choice |= {"images": len(rows), "copies": int((np.bincount(task.groups)[task.groups] > 1).sum())}
+    return replace(settings, k=config.k[i], temperature=config.temperature[j]), {"choice": choice}
 
 
 def total_pairs(metrics: list[Metrics]) -> NDArray[np.int64]:
     """Join the pairs (P, 3) of all draws."""
     return np.concatenate([each.pairs for each in metrics])
-
-
-def total_confusion(metrics: list[Metrics]) -> NDArray[np.int64]:
-    """Sum the confusion matrices (L, L) over the draws."""
-    return confusion_of(total_pairs(metrics), len(metrics[0].per_class))
 
 
 def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
@@ -139,7 +128,7 @@ def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
         "top5": mean_known([each.top5 for each in metrics]),
         "balanced": mean_known([each.balanced for each in metrics]),
         "per_class": [mean_known(each) for each in zip(*(each.per_class for each in metrics), strict=True)],
-        "confusion": None if values["confusion"] is None else total_confusion(metrics).tolist(),
+        "confusion": values["confusion"] and confusion_of(total_pairs(metrics), len(metrics[0].per_class)).tolist(),
     }
 
 
@@ -158,24 +147,23 @@ def most_confused(pairs: NDArray[np.int64], classes: tuple[str, ...], most: int 
     return [f"{classes[truth[i]]} as {classes[predicted[i]]} {share[i]:.1f} %" for i in order if share[i]]
 
 
-def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid | None]]) -> None:
+def _report(task: Task[KnnConfig], found: list[Result]) -> None:
     """Print the tables, write results.json, print the next commands."""
     config, train = task.config, task.train
-    pretrained, settings, grid = found[0]
-    draws = len(pretrained.metrics)
+    pretrained, draws = found[0], len(found[0].metrics)
     few = config.labels_per_class
     protocol = f"{few} label{'s' * (few > 1)} a class" if few else "all labels"  # in results.json of earlier versions
-    if grid is not None:
-        _show_choice(task, settings, grid)
+    if "choice" in pretrained.details:
+        _show_choice(pretrained, len(train))
     table(
         f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
         ["encoder", "k", "T", "top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"],
-        [_row(result, settings) for result, settings, _ in found],
+        [_row(each) for each in found],
         f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines()}",
     )
     if pairs := most_confused(total_pairs(pretrained.metrics), train.classes):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")
-    log(f"written: {record_results(task, 'knn', protocol, [each[0] for each in found], config.features)}")
+    log(f"written: {record_results(task, 'knn', protocol, found, config.features)}")
     live = task.subject.file.config.get("evaluate", {})
     if live.get("labels_per_class") and not config.labels_per_class:
         fields = {name: live[name] for name in ("features", "labels_per_class", "draws")}
@@ -186,25 +174,26 @@ def _report(task: Task[KnnConfig], found: list[tuple[Result, KnnSettings, Grid |
     log_next(shlex.join(["tensorboard", "--logdir", str(task.subject.output)]))
 
 
-def _show_choice(task: Task[KnnConfig], chosen: KnnSettings, grid: Grid) -> None:
-    config, count = task.config, len(task.train)
+def _show_choice(pretrained: Result, training: int) -> None:
+    choice, chosen = pretrained.details["choice"], pretrained.details["settings"]
     left_out = "itself as a neighbor"
-    if task.copied:
-        left_out = f"itself and its copies as neighbors ({task.copied:,} images have byte-identical copies)"
-    best = (config.k.index(chosen.k), config.temperature.index(chosen.temperature))
+    if choice["copies"]:
+        left_out = f"itself and its copies as neighbors ({choice['copies']:,} images have byte-identical copies)"
+    rows = []
+    for k, line in zip(choice["k"], choice["leave_one_out"], strict=True):
+        marks = [" <" * ((k, each) == (chosen["k"], chosen["temperature"])) for each in choice["temperature"]]
+        rows.append([str(k), *(percent(value) + mark for value, mark in zip(line, marks, strict=True))])
     table(
         "choice: leave-one-out accuracy of the pretrained encoder on training images",
-        ["k", *(f"T {temperature:g}" for temperature in config.temperature)],
-        [
-            [str(k), *(percent(value) + (" <" if (i, j) == best else "") for j, value in enumerate(line))]
-            for i, (k, line) in enumerate(zip(config.k, grid, strict=True))
-        ],
-        f"on {min(config.choose_on, count):,} of {count:,} images, each without {left_out}; < is chosen",
+        ["k", *(f"T {temperature:g}" for temperature in choice["temperature"])],
+        rows,
+        f"on {choice['images']:,} of {training:,} images, each without {left_out}; < is chosen",
     )
 
 
-def _row(result: Result, settings: KnnSettings) -> list[str]:
-    values = result.details["figures"]
+def _row(result: Result) -> list[str]:
+    values, settings = result.details["figures"], result.details["settings"]
     spread = percent(values["std"]) if "std" in values else " – ".join(map(percent, values["interval95"]))
     name = "raw pixels" if result.encoder == "pixels" else result.encoder
-    return [name, str(settings.k), f"{settings.temperature:g}", percent(result.top1), spread, percent(result.top5)]
+    k, temperature = str(settings["k"]), f"{settings['temperature']:g}"
+    return [name, k, temperature, percent(result.top1), spread, percent(result.top5)]

@@ -6,7 +6,7 @@ processes some chunks of the queries: every rank must call these functions, and 
 Legend: M reference ("bank") features, Q queries, D dimension, L classes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import EvaluateConfig
+from moco.data.base import Progress
 from moco.distributed import rank, sum_over_ranks, world_size
-from moco.evaluation.ranking import largest
+from moco.evaluation.metrics import BEST, largest, rank_classes
 from moco.evaluation.subsets import draw_labels
 
-Progress = Callable[[int, int], None]  # called with (chunks done, chunks of this rank)
 Labels = NDArray[np.int64]
-Reduce = Callable[[Tensor], Tensor]  # votes (chunk, L) -> what is kept of them, (chunk, columns)
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,6 @@ class KnnSettings:
     seed: int = 0  # of the draws
     query_chunk: int = 1024  # queries at once; this and the next bound memory and change no result
     bank_chunk: int = 65536  # references at once
-
-
-def ignore(*_: int) -> None:
-    """Show no progress."""
-
-
-def keep_all(votes: Tensor) -> Tensor:
-    """Keep the votes for every class."""
-    return votes
 
 
 class Accuracy(NamedTuple):
@@ -117,64 +107,61 @@ def _chunks(length: int, most: int) -> list[slice]:
 
 
 def _own_chunks(length: int, most: int, progress: Progress) -> Iterator[slice]:
-    """Yield this rank's chunks of the queries. The chunks, and so the results, do not depend on the number of ranks."""
+    """Yield this rank's chunks of the queries, and report them. They do not depend on the number of ranks."""
     chunks = _chunks(length, most)[rank() :: world_size()]
     for done, chunk in enumerate(chunks):
         progress(done, len(chunks))
         yield chunk
 
 
-def knn_votes(
+def knn_classes(
     bank: Tensor,
     bank_labels: Tensor,
     queries: Tensor,
     classes: int,
     settings: KnnSettings,
-    progress: Progress = ignore,
-    reduce: Reduce = keep_all,
+    progress: Progress = lambda *_: None,
 ) -> Tensor:
-    """Sum the votes of each query's k nearest references per class, weighted by exp(similarity / temperature).
+    """Return each query's best classes by the votes of its k nearest references, exp(similarity / temperature) each.
 
     Args:
         bank, queries: features (M, D) and (Q, D), of any length.
         bank_labels: (M,), classes from 0.
         classes: L.
         settings: all references vote; `labels_per_class` and `draws` have no effect here.
-        reduce: applied to the votes of each chunk of queries, so that (Q, L) votes need not fit into memory.
 
     Returns:
-        Shape (Q, L), in units of the nearest neighbor's vote; with `reduce`, its results for all queries.
+        The classes (Q, min(5, L)), the best first; `NO_VOTE` in place of a class that nobody votes for.
     """
-    example = reduce(torch.zeros(1, classes, device=queries.device))
-    found = example.new_zeros(len(queries), example.shape[1])
+    found = torch.zeros(len(queries), min(BEST, classes), dtype=torch.int64, device=queries.device)
     for chunk in _own_chunks(len(queries), settings.query_chunk, progress):
         similarity, rows = nearest(bank, queries[chunk], settings.k, bank_chunk=settings.bank_chunk)
-        found[chunk] = reduce(_votes(similarity, bank_labels[rows], settings.temperature, classes))
-    return sum_over_ranks(found)  # exact: other ranks hold zeros here
+        votes = _votes(similarity, bank_labels[rows], settings.temperature, classes)
+        found[chunk] = rank_classes(votes, votes=True)
+    return sum_over_ranks(found)  # other ranks hold zeros here
 
 
-def votes_of_draws(
+def classes_of_draws(
     bank: Tensor,
     bank_labels: Labels,
     queries: Tensor,
     classes: int,
     settings: KnnSettings,
-    progress: Progress = ignore,
-    reduce: Reduce = keep_all,
+    progress: Progress = lambda *_: None,
 ) -> Iterator[Tensor]:
-    """Yield `knn_votes` once with all labels, or once per draw of `labels_per_class`. Arguments: see `knn_votes`.
+    """Yield `knn_classes` once with all labels, or once per draw of `labels_per_class`. Arguments: see `knn_classes`.
 
     Raises:
         SubsetError: if a class has fewer than `labels_per_class` references.
     """
     labels = torch.from_numpy(bank_labels).to(bank.device)
     if not settings.labels_per_class:
-        yield knn_votes(bank, labels, queries, classes, settings, progress, reduce)
+        yield knn_classes(bank, labels, queries, classes, settings, progress)
         return
     for draw in range(settings.draws):
         drawn = draw_labels(bank_labels, settings.labels_per_class, draw, settings.seed)
         rows = torch.from_numpy(drawn).to(bank.device)
-        yield knn_votes(bank[rows], labels[rows], queries, classes, settings, progress, reduce)
+        yield knn_classes(bank[rows], labels[rows], queries, classes, settings, progress)
 
 
 def leave_one_out(
@@ -185,14 +172,14 @@ def leave_one_out(
     temperatures: Sequence[float],
     groups: Tensor,
     settings: KnnSettings = KnnSettings(),  # frozen
-    progress: Progress = ignore,
+    progress: Progress = lambda *_: None,
 ) -> NDArray[np.float64]:
     """Compute the accuracy on the references, each without its group as neighbors: to choose k and temperature.
 
     The neighbors are searched once, for the largest k.
 
     Args:
-        bank, bank_labels: see `knn_votes`.
+        bank, bank_labels: see `knn_classes`.
         rows: references that are the queries, (Q,).
         ks, temperatures: the grid.
         groups: a number per reference, (M,); an image and its copies have the same one.
@@ -221,7 +208,7 @@ def knn_accuracy(
     queries: Tensor,
     labels: Labels,
     settings: KnnSettings = KnnSettings(),  # frozen
-    progress: Progress = ignore,
+    progress: Progress = lambda *_: None,
 ) -> Accuracy:
     """Compute the kNN accuracy with all labels, or averaged over draws of few labels per class.
 
@@ -238,10 +225,8 @@ def knn_accuracy(
     """
     truth = torch.from_numpy(labels).to(bank.device)
     classes = int(bank_labels.max()) + 1
-    predictions = votes_of_draws(
-        bank, bank_labels, queries, classes, settings, progress, lambda votes: votes.argmax(dim=1, keepdim=True)
-    )
-    scores = [100 * (each.squeeze(1) == truth).double().mean().item() for each in predictions]
+    predictions = classes_of_draws(bank, bank_labels, queries, classes, settings, progress)
+    scores = [100 * (each[:, 0] == truth).double().mean().item() for each in predictions]
     return Accuracy(float(np.mean(scores)), float(np.std(scores)), len(scores))
 
 

@@ -1,7 +1,8 @@
 """`python -m moco.linear`: the linear probe of an encoder and of its baselines, all by one protocol."""
 
+import importlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,21 @@ from moco.config.base import install
 from moco.config.linear import LinearConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
-from moco.data.opening import with_tuples
 from moco.data.plan import Plan
 from moco.data.sources import Source
-from moco.data.view import View
 from moco.digest import digest
 from moco.distributed import is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation import task as evaluation
 from moco.evaluation.cache import cached
-from moco.evaluation.confusion import draw_confusion
 from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import OUTPUT, LayerFeatures
 from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, save_head, train_head
-from moco.evaluation.metrics import HeldOut, Metrics, ranking_metrics
-from moco.evaluation.ranking import rank_classes
+from moco.evaluation.metrics import Metrics, compute_metrics, rank_classes
 from moco.evaluation.subject import encoders, labels_of
 from moco.evaluation.subsets import SubsetError, split_each_class
 from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
-from moco.evaluation.task import Result, Task
+from moco.evaluation.task import Result, Task, training_view
+from moco.files import atomic_write
 from moco.models.encoder import Encoder
 from moco.optim.schedules import scaled_lr
 from moco.runs.results import prepare
@@ -41,8 +39,8 @@ from moco.runtime.console import log, log_next, percent, progress_bar
 from moco.runtime.next_command import command
 
 _CHUNK = 4096  # rows at once through a head
-_EPOCH = "loss {:.3f} · training accuracy {:.1f} %"
 _MOST_CLASSES = 100  # in the image of the confusion matrix
+_MOST_NUMBERS = 30  # classes; more numbers would not fit into the cells of that image
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,16 +94,14 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
         columns = network.columns
     train = _features(task, network, task.train, f"{name}: features of the training images")
     data = LabeledFeatures(train, columns, labels, len(task.train.classes), task.device, task.groups)
-    description = f"{name}: features of the held-out images"
-    held_out = HeldOut(lambda: _features(task, network, task.held_out, description), labels_of(task.held_out))
     seeds = range(config.seed, config.seed + config.seeds)
     choices, heads = zip(*(_choose_and_retrain(task, name, data, seed) for seed in seeds), strict=True)
-    test, truth = held_out.open()
+    test = _features(task, network, task.held_out, f"{name}: features of the held-out images")
     batch_size = min(config.batch_size, len(labels) - choices[0].count)
     if name == "pretrained":
         _log_lowered(config, batch_size, f"{len(labels) - choices[0].count} images remain for training")
     metrics = [
-        ranking_metrics(_ranked(head, test, columns[choice.setting.layer], task.device), truth, data.classes)
+        _evaluated(task, head, test[:, columns[choice.setting.layer]])
         for head, choice in zip(heads, choices, strict=True)
     ]
     chosen = [asdict(one.setting) | {"validation_top1": one.accuracy, "validation_count": one.count} for one in choices]
@@ -130,7 +126,7 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
     """Follow main_lincls.py: one learning rate, augmented images, no choice."""
     config, official = task.config, task.config.official
     backbone = encoder.get_submodule("backbone")
-    network, view = _layers(task, backbone), _training_view(task)
+    network, view = _layers(task, backbone), training_view(task.subject.transform, "augment", config.augment)
     batch_size = fitting_batch(config.batch_size, len(task.train))
     require(
         batch_size % world_size() == 0,
@@ -147,35 +143,21 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
         warnings.warn(
             f"{problem}, so the learning rate is not lowered there: change them too", RunWarning, stacklevel=2
         )
-    description = f"{name}: features of the held-out images"
-    held_out = HeldOut(lambda: _features(task, network, task.held_out, description), labels_of(task.held_out))
     labels = torch.from_numpy(labels_of(task.train)).to(task.device)
     heads: list[LinearHead] = []
-    losses: list[float] = []  # of the epochs of one seed
     for seed in range(config.seed, config.seed + config.seeds):
         plan = Plan(len(task.train), batch_size, config.epochs, seed, rank(), world_size())
         head = new_head(network.width, len(task.train.classes), official.head_std, seed).to(task.device)
         views = batches(task.train, plan, [view], task.device, task.data.workers)
-        losses.clear()
         with evaluation.progress_log(f"{name}: epoch", config.epochs) as log_epoch:
-            train_head(backbone, head, views, labels, plan, optim, _recorded(losses, log_epoch))
+            epochs = train_head(backbone, head, views, labels, plan, optim, log_epoch)
         heads.append(LinearHead(head.weight.detach(), head.bias.detach(), _about_head(task, OUTPUT, unit=False)))
-    test, truth = held_out.open()
-    classes = len(task.train.classes)
-    metrics = [ranking_metrics(_ranked(head, test, slice(None), task.device), truth, classes) for head in heads]
+    test = _features(task, network, task.held_out, f"{name}: features of the held-out images")
+    metrics = [_evaluated(task, head, test) for head in heads]
     chosen = {"layer": OUTPUT, "lr": optim.lr, "weight_decay": official.weight_decay}
     settings = {"batch_size": batch_size, "peak_lr": optim.lr}
-    return Probe(metrics, heads, [chosen] * len(heads), settings, _problem(name, official.lr, losses, metrics[-1]))
-
-
-def _recorded(losses: list[float], log_epoch: Callable[[str], None]) -> Callable[[int, float, float], None]:
-    """Return the function to call after each epoch: it appends the loss and logs the epoch."""
-
-    def on_epoch(_: int, loss: float, accuracy: float) -> None:
-        losses.append(loss)
-        log_epoch(_EPOCH.format(loss, accuracy))
-
-    return on_epoch
+    problem = _problem(name, official.lr, [loss for loss, _ in epochs], metrics[-1])
+    return Probe(metrics, heads, [chosen] * len(heads), settings, problem)
 
 
 def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics) -> str:
@@ -197,9 +179,8 @@ def _log_lowered(config: LinearConfig, batch_size: int, reason: str) -> None:
 
 
 def _layers(task: Task[LinearConfig], backbone: nn.Module) -> LayerFeatures:
-    layers = task.config.sweep.layers if task.config.kind == "sweep" else [OUTPUT]
     try:
-        return LayerFeatures(backbone, layers, task.subject.transform.size)
+        return LayerFeatures(backbone, task.config.sweep.layers, task.subject.transform.size)
     except ValueError as error:
         raise ConfigError(f"sweep.layers: {error}") from error
 
@@ -227,19 +208,10 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
             raise ConfigError(f"output: {folder} cannot be written to ({error.strerror}): set output=DIR") from error
 
 
-def _ranked(head: LinearHead, features: Tensor, columns: slice, device: torch.device) -> NDArray[np.int64]:
-    """Return the best classes of each image, (M, min(5, L)); the scores (M, L) need not fit into memory."""
-    parts = (rank_classes(head(part[:, columns].to(device))) for part in features.split(_CHUNK))
-    return np.concatenate([part.cpu().numpy() for part in parts])
-
-
-def _training_view(task: Task[LinearConfig]) -> View:
-    transform = task.subject.transform
-    fixed = {"size": transform.size, "mean": transform.mean, "std": transform.std}
-    try:
-        return View(**(with_tuples(task.config.augment) | fixed))
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"augment: {str(error).removeprefix('View.__init__() ')}") from error
+def _evaluated(task: Task[LinearConfig], head: LinearHead, features: Tensor) -> Metrics:
+    """Return the metrics on the held-out images; their features (M, D) and scores (M, L) need not fit into memory."""
+    ranked = torch.cat([rank_classes(head(part.to(task.device))) for part in features.split(_CHUNK)])
+    return compute_metrics(ranked, labels_of(task.held_out), len(task.train.classes))
 
 
 def _about_head(task: Task[LinearConfig], layer: str, unit: bool) -> dict[str, Any]:
@@ -253,12 +225,12 @@ def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
     """Return the command's own keys of a results.json entry."""
     names = ["epochs", "batch_size", "momentum", "seed", "seeds", config.kind]
     names += ["augment"] if config.kind == "official" else []
-    several = len(probe.metrics) > 1
-    count = {"count": probe.metrics[0].count}
+    first, several = probe.metrics[0], len(probe.metrics) > 1
+    mean = evaluation.summarize_seeds(probe.metrics) | {"count": first.count}
     return {
         "settings": {name: asdict(config)[name] for name in names} | probe.settings,
         "chosen": probe.chosen,
-        "figures": evaluation.summarize_seeds(probe.metrics) | count if several else probe.metrics[0].to_json(),
+        "figures": mean if several else first.to_json(),
         **({"problem": probe.problem} if probe.problem else {}),
         "each_seed": [each.to_json() for each in probe.metrics] if several else None,
     }
@@ -279,6 +251,38 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
         else:
             log(f"{path.name} needs {install('figures')}; results.json has its counts")
     return files
+
+
+def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> bool:
+    """Write counts (L, L) as a PNG: rows are true classes, columns predictions, dark cells large shares of their row.
+
+    Returns False, without a file, if matplotlib is not installed.
+    """
+    try:
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        return False
+    count = len(classes)
+    share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))  # (L, L)
+    side = max(5.0, 0.45 * count if count <= _MOST_NUMBERS else 0.16 * count)  # inches
+    font = 8 if count <= _MOST_NUMBERS else 6
+    figure = figures.Figure(figsize=(side + 1, side + 1), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root makes a confusion of 1 % visible
+    scale = figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the true class")
+    percents = np.array([0, 1, 5, 25, 50, 100])
+    scale.set_ticks(np.sqrt(percents / 100).tolist(), labels=[f"{each} %" for each in percents])
+    axes.set(title=title, xlabel="prediction", ylabel="true class")
+    axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
+    axes.set_yticks(range(count), classes, fontsize=font)
+    if count <= _MOST_NUMBERS:
+        for row, column in zip(*confusion.nonzero(), strict=True):
+            color = "white" if share[row, column] > 0.4 else "black"
+            number = str(confusion[row, column])
+            axes.text(column, row, number, ha="center", va="center", fontsize=font - 1, color=color)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return True
 
 
 def _show(config: LinearConfig, found: list[Result]) -> None:

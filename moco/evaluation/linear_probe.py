@@ -75,8 +75,8 @@ def train_head(
     labels: Tensor,
     plan: Plan,
     optim: OptimConfig,
-    on_epoch: Callable[[int, float, float], None] = lambda *_: None,
-) -> None:
+    on_epoch: Callable[[str], None] = lambda _: None,
+) -> list[tuple[float, float]]:
     """Train the head in place, on all ranks together.
 
     Args:
@@ -84,7 +84,10 @@ def train_head(
         batches: the plan's batches, one view each.
         labels: of all images of the plan, on the device of the networks.
         optim: peak learning rate and schedule, momentum, weight decay; the optimizer is SGD.
-        on_epoch: receives the number of finished epochs, mean loss and top-1 accuracy (percent) on augmented images.
+        on_epoch: receives a line about each epoch.
+
+    Returns:
+        Mean loss and top-1 accuracy (percent) of each epoch, on augmented images.
 
     Raises:
         BackboneChanged: if a weight or buffer of the backbone changed by a single bit.
@@ -94,6 +97,7 @@ def train_head(
     loaded = _digests(backbone)
     backbone.eval()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    epochs: list[tuple[float, float]] = []
     sums = torch.zeros(2, dtype=torch.float64, device=labels.device)  # loss and accuracy of the epoch
     for step, batch in enumerate(in_lockstep(batches)):
         with torch.no_grad():
@@ -114,12 +118,14 @@ def train_head(
             mean_loss, accuracy = (mean_over_ranks(sums) / plan.steps_per_epoch).tolist()
             if not np.isfinite(mean_loss):
                 raise FloatingPointError(f"the probe's loss is {mean_loss} at step {step}: lower official.lr")
-            on_epoch((step + 1) // plan.steps_per_epoch, mean_loss, 100 * accuracy)
+            epochs.append((mean_loss, 100 * accuracy))
+            on_epoch(f"loss {mean_loss:.3f} · training accuracy {100 * accuracy:.1f} %")
             sums.zero_()
     now = _digests(backbone)
     changed = sorted(name for name in now.keys() | loaded.keys() if now.get(name) != loaded.get(name))
     if changed:  # the sanity check of main_lincls.py, here for buffers too
         raise BackboneChanged(f"the frozen backbone changed while its head was trained: {', '.join(changed[:5])}")
+    return epochs
 
 
 def _digests(module: nn.Module) -> dict[str, str]:

@@ -4,18 +4,20 @@ Legend: M images, L classes.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.evaluation.ranking import rank_classes
-
 _Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 LARGEST_CONFUSION = 200  # classes; a larger matrix is not written to results.json
+BEST = 5  # classes per image
+NO_VOTE = -1
+_AT_ONCE = 2**24  # scores in memory: 64 MiB of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,34 +72,53 @@ class Metrics:
         return plain | {"confusion": confusion, "count": self.count, "interval95": list(self.interval())}
 
 
-def compute_metrics(scores: Tensor, labels: NDArray[np.int64], votes: bool = False) -> Metrics:
-    """Compare class scores with the true classes.
-
-    Not scikit-learn's top_k_accuracy_score: it prefers the last of equal scores, and has no option for votes.
+def rank_classes(scores: Tensor, votes: bool = False) -> Tensor:
+    """Return the five best classes of each image, or all if there are fewer: (M, min(5, L)), the best first.
 
     Args:
         scores: (M, L); the first of equal scores counts.
-        labels: (M,).
-        votes: the scores are votes of neighbors, and a class without a vote is not among the top five, even if
-            fewer than five classes have votes.
+        votes: the scores are votes of neighbors; `NO_VOTE` replaces each class without a vote except the best class.
     """
-    return ranking_metrics(rank_classes(scores, votes).cpu().numpy(), labels, scores.shape[1])
+    classes = scores.shape[1]
+    parts = []
+    for part in scores.split(max(1, _AT_ONCE // max(1, classes))):
+        values, ranked = largest(part.float(), min(BEST, classes))
+        if votes:
+            ranked[:, 1:] = ranked[:, 1:].where(values[:, 1:] > 0, NO_VOTE)
+        parts.append(ranked)
+    return torch.cat(parts)
 
 
-def ranking_metrics(ranked: NDArray[np.int64], labels: NDArray[np.int64], classes: int) -> Metrics:
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k largest of each row and their columns, descending; of equal ones the first (`topk` takes any)."""
+    k = min(k, values.shape[1])
+    top, at = values.topk(min(k + 1, values.shape[1]), dim=1)
+    edge, at = top[:, k - 1 : k], at[:, :k]
+    tied = (top[:, k:] == edge).any(dim=1)  # more equal values than places
+    if tied.any():
+        some, edge = values[tied], edge[tied]
+        above, equal = some > edge, some == edge
+        kept = above | (equal & (equal.cumsum(dim=1) <= k - above.sum(dim=1, keepdim=True)))
+        at[tied] = kept.nonzero()[:, 1].view(-1, k)
+    at = at.sort(dim=1).values
+    top, order = values.gather(1, at).sort(dim=1, descending=True, stable=True)
+    return top, at.gather(1, order)
+
+
+def compute_metrics(ranked: Tensor, labels: NDArray[np.int64], classes: int) -> Metrics:
     """Compare the best classes of each image, (M, min(5, L)) of `rank_classes`, with the true classes (M,).
 
-    Time and memory are linear in the number of classes L.
+    Time and memory are linear in the number of classes L. Not scikit-learn's top_k_accuracy_score, which prefers the
+    last of equal scores and has no option for votes.
     """
-    truth = np.asarray(labels)
-    predicted = ranked[:, 0]
-    in_top5 = (ranked == truth[:, None]).any(axis=1)
-    top1, top5 = 100 * float(np.mean(predicted == truth)), 100 * float(np.mean(in_top5)) if classes > 5 else None
-    correct, total = (np.bincount(each, minlength=classes) for each in (truth[predicted == truth], truth))
+    predicted = ranked[:, 0].cpu().numpy()
+    in_top5 = (ranked.cpu().numpy() == labels[:, None]).any(axis=1)
+    top1, top5 = 100 * float(np.mean(predicted == labels)), 100 * float(np.mean(in_top5)) if classes > 5 else None
+    correct, total = (np.bincount(each, minlength=classes) for each in (labels[predicted == labels], labels))
     per_class = [100 * float(c) / int(t) if t else None for c, t in zip(correct, total, strict=True)]
-    codes, counts = np.unique(truth * classes + predicted, return_counts=True)
+    codes, counts = np.unique(labels * classes + predicted, return_counts=True)
     pairs = np.stack([codes // classes, codes % classes, counts], axis=1)
-    return Metrics(top1, top5, per_class, pairs, len(truth))
+    return Metrics(top1, top5, per_class, pairs, len(labels))
 
 
 def confusion_of(pairs: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
@@ -120,30 +141,3 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
     spread = float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return float(np.mean(values)), float(t.ppf(0.975, len(values) - 1)) * spread
-
-
-class TestSplitReadTwice(RuntimeError):
-    """The held-out split was opened twice, so a choice could depend on it."""
-
-    __test__ = False  # pytest would collect it because of its name
-
-
-class HeldOut:
-    """A held-out split that opens once, after every choice (learning rate, layer, k) is made.
-
-    Its features (M, D) are computed when it is opened, not before.
-    """
-
-    def __init__(self, features: Callable[[], Tensor], labels: NDArray[np.int64]) -> None:
-        self._features, self._labels, self._opened = features, labels, False
-
-    def open(self) -> tuple[Tensor, NDArray[np.int64]]:
-        """Return features and labels for the final metrics.
-
-        Raises:
-            TestSplitReadTwice: on a second call.
-        """
-        if self._opened:
-            raise TestSplitReadTwice("the held-out split was already read: choose on a part of the training split")
-        self._opened = True
-        return self._features(), self._labels

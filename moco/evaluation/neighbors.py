@@ -7,7 +7,6 @@ classifier has a faster search in float32, see `moco.evaluation.knn_classifier.n
 Legend: M images, Q queries, D feature dimension, B rows per block, k neighbors.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-Progress = Callable[[int, int], None]  # called with (done, total)
+from moco.data.base import Progress
+
 Features = NDArray[Any]  # (M, D) of any float type, in memory or a memmap: read B rows at a time
 
 BLOCK = 4096  # B: a product has B x B numbers, 130 MB in double precision

@@ -197,34 +197,6 @@ def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[st
     return asdict(data) | {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
 
 
-def describe(
-    subject: Subject,
-    config: SubjectConfig,
-    train: Source,
-    held_out: Source,
-    features: str = "backbone",
-    copies: int | None = None,
-) -> dict[str, Any]:
-    """Return the part of a results.json entry that states the encoder, the data and the preparation of images.
-
-    "sha256" covers the weights that compute the features, "backbone" or "projection". `copies` is the number of
-    held-out images that are training images too; None if it is unknown.
-    """
-    file = subject.file
-    splits = {"training": len(train), "held_out": len(held_out), "classes": list(train.classes)}
-    part = config.data.hold_out
-    seen = part > 0 and _trained_on_it(config, subject)  # the encoder saw these images, without their labels
-    data = data_with_absolute_paths(config, subject) | splits | {"hold_out": part, "held_out_seen": seen}
-    data["held_out_in_training"] = copies
-    return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {
-        "source": str(Path(file.source).expanduser().absolute()),
-        "weights": config.weights,
-        "sha256": weights_digest(file, features),
-        "data": data,
-        "look": asdict(subject.transform),
-    }
-
-
 def weights_digest(file: EncoderFile, features: str) -> str:
     """Return the SHA-256 of the weights that compute the features; independent of the file format and order."""
     head = file.head_weights if features == "projection" else {}
@@ -233,14 +205,14 @@ def weights_digest(file: EncoderFile, features: str) -> str:
     return digest(kept | {"backbone": file.backbone, "options": dict(file.options)})
 
 
-def _trained_on_it(config: SubjectConfig, subject: Subject) -> bool:
+def trained_on_its_data(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the encoder was trained on this data set: data.hold_out then holds out images that it saw."""
     return _is_same_data(asdict(data_config(config, subject)), subject.file.config.get("data", {}))
 
 
 def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:
     """Refuse a held-out part whose labels trained the encoder; warn if only its images did."""
-    if not _trained_on_it(config, subject):
+    if not trained_on_its_data(config, subject):
         return
     problem = f"data.hold_out={config.data.hold_out} holds out images that the encoder was trained on"
     if subject.file.config.get("method", {}).get("labels", False):

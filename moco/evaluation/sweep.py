@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import OptimConfig
+from moco.data.base import Progress
 from moco.data.keyed import VALIDATION
 from moco.data.plan import Plan
 from moco.distributed import rank, sum_over_ranks, world_size
 from moco.evaluation.subsets import split_each_class
 from moco.optim.schedules import lr_factor
-
-Progress = Callable[[int, int], None]  # called with (epochs done, epochs)
 
 _CHUNK = 4096  # rows at once when all rows are processed; bounds memory, changes no result
 

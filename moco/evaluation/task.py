@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -14,14 +14,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import ConfigError, DataConfig, RunWarning
+from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
+from moco.data.opening import with_tuples
 from moco.data.sources import Source
+from moco.data.view import View
 from moco.distributed import is_rank_zero, on_rank_zero, world_size
-from moco.evaluation.features import Network, extract, pixels
+from moco.evaluation.features import EvalTransform, Network, extract, pixels
 from moco.evaluation.metrics import Metrics, mean_interval, mean_known
-from moco.evaluation.subject import Subject, data_config, describe, groups_of, open_labeled, open_subject
+from moco.evaluation.subject import (
+    Subject,
+    data_config,
+    data_with_absolute_paths,
+    groups_of,
+    open_labeled,
+    open_subject,
+    trained_on_its_data,
+    weights_digest,
+)
 from moco.runs import results
 from moco.runtime.console import duration, log, percent, progress_bar, table
 from moco.runtime.device import compute_context
@@ -47,11 +58,6 @@ class Task(Generic[Config]):
     def groups(self) -> NDArray[np.int64]:
         """The first image with the same content for each training image, (M,). Collective."""
         return groups_of(self.train)
-
-    @property
-    def copied(self) -> int:
-        """The number of training images that have the same content as another one. Collective."""
-        return int((np.bincount(self.groups)[self.groups] > 1).sum())
 
     @cached_property
     def copies(self) -> int:
@@ -82,6 +88,27 @@ def open_task(config: Config) -> Iterator[Task[Config]]:
         if task.copies and is_rank_zero():
             warnings.warn(copies_message(task.copies, len(task.held_out)), RunWarning, stacklevel=2)
         yield task
+
+
+def training_view(
+    transform: EvalTransform, field: str, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> View:
+    """Return the view of labeled training images that a configuration's field gives, `view` or `augment`.
+
+    Size, mean and std are those of the evaluation.
+
+    Raises:
+        ConfigError: for an unknown field of the view, or an invalid value.
+    """
+    fixed = {name: getattr(transform, name) for name in ("size", "mean", "std")}
+    free = sorted({each.name for each in fields(View)} - fixed.keys())
+    for name in given:
+        require(name not in fixed, f"{field}.{name} must equal that of the evaluation: set images.{name} instead")
+        require(name in free, f"{field}.{name} is not a field of a view: use one of {', '.join(free)}")
+    try:
+        return View(**with_tuples({**(defaults or {}), **given, **fixed}))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{field}.{error}") from error
 
 
 @contextmanager
@@ -167,10 +194,32 @@ def record_results(
     task: Task[Any], command: str, protocol: str, found: Sequence[Result], features: str = "backbone"
 ) -> Path:
     """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call it."""
-    shared = {"command": command, "protocol": protocol}
-    shared |= describe(task.subject, task.config, task.train, task.held_out, features, task.copies)
+    shared = {"command": command, "protocol": protocol} | describe(task, features)
     entries = [shared | {"encoder": each.encoder} | each.details for each in found]
     return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.file.step))
+
+
+def describe(task: Task[Any], features: str) -> dict[str, Any]:
+    """Return the part of a results.json entry that states the encoder, the data and the preparation of images.
+
+    "sha256" covers the weights that compute the features, "backbone" or "projection". Collective.
+    """
+    subject, config, file, hold_out = task.subject, task.config, task.subject.file, task.config.data.hold_out
+    data = data_with_absolute_paths(config, subject) | {
+        "training": len(task.train),
+        "held_out": len(task.held_out),
+        "classes": list(task.train.classes),
+        "hold_out": hold_out,
+        "held_out_seen": hold_out > 0 and trained_on_its_data(config, subject),  # without their labels
+        "held_out_in_training": task.copies,
+    }
+    return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {
+        "source": str(Path(file.source).expanduser().absolute()),
+        "weights": config.weights,
+        "sha256": weights_digest(file, features),
+        "data": data,
+        "look": asdict(subject.transform),
+    }
 
 
 def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:

@@ -1,26 +1,51 @@
-"""Search among features, and write the results as JSON and as a gallery."""
+"""Search among features: nearest neighbors, near-duplicates, outliers; results as JSON and as a gallery."""
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from moco.config import ConfigError, require
 from moco.config.search import SearchConfig
+from moco.data.base import Source
+from moco.data.decode import ImageError
+from moco.data.keyed import SEARCH, permutation
+from moco.data.walk import IMAGE_FORMATS
 from moco.distributed import is_rank_zero
+from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
 from moco.evaluation.subject import open_subject
 from moco.files import atomic_write
 from moco.reporting.contact_sheet import write_png
-from moco.reporting.gallery import write_html
+from moco.reporting.gallery import ImageSet, Section, Tile, write_html
 from moco.retrieval.embed import compute
-from moco.retrieval.modes import Result, find_duplicates, find_nearest, find_outliers
-from moco.retrieval.queries import open_index
+from moco.retrieval.queries import image_files, open_index, query_features
 from moco.retrieval.store import Embedding
-from moco.runtime.console import summary_panel
+from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import compute_context
 
-_MODES = {"nearest": find_nearest, "duplicates": find_duplicates, "outliers": find_outliers}
+_GROUP_TILES = 24  # maximum number of tiles per group in the gallery
+_SAMPLE = 8  # number of queries if neither query nor sample is set
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of a mode. Entries and sections are computed while they are written."""
+
+    title: str
+    kind: str  # key of the entries in the JSON file: queries, groups, outliers
+    entries: Iterable[Entry]
+    sections: Iterable[Section]
+    summary: Sequence[tuple[str, str]]
+    note: str = ""
 
 
 def search(config: SearchConfig) -> None:
@@ -42,7 +67,8 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
         count > 1 or config.mode == "nearest",
         f"mode={config.mode} compares images, but {index.origin} contains only one: add more images",
     )
-    result = _MODES[config.mode](config, index, device)
+    modes = {"nearest": find_nearest, "duplicates": find_duplicates, "outliers": find_outliers}
+    result = modes[config.mode](config, index, device)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,3 +101,134 @@ def _write_json(path: Path, head: dict[str, Any], result: Result) -> None:
         for i, entry in enumerate(result.entries):
             file.write(("," if i else "") + "\n" + json.dumps(entry))
         file.write("\n]}\n")
+
+
+def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -> Result:
+    """Find the images that are most similar to the query files, or to a sample of the index."""
+    images = index.images
+    if config.query:
+        rows, features = query_features(config, index, device)
+        names = list(config.query)
+    else:
+        rows = permutation(config.seed, 0, len(images), SEARCH)[: config.sample or _SAMPLE]
+        names = [images.name(int(row)) for row in rows]
+        features = images.features[rows]
+    scores, found = nearest(images.features, features, config.k, rows, device=device)
+
+    def entries() -> Iterator[Entry]:
+        for name, near, similarities in zip(names, found.tolist(), scores.tolist(), strict=True):
+            entries = [_entry(images, row, similarity=each) for row, each in zip(near, similarities, strict=True)]
+            yield {"query": name, "neighbours": entries}
+
+    def sections() -> Iterator[Section]:
+        for name, row, near, similarities in zip(names, rows.tolist(), found.tolist(), scores.tolist(), strict=True):
+            if row >= 0:
+                query = _tile(images, row, "query", marked=True)
+            else:
+                query = Tile(_image_or_none(image_files([name], images.source.bits), 0), "query", name, marked=True)
+            tiles = [_tile(images, each, f"{score:.3f}") for each, score in zip(near, similarities, strict=True)]
+            yield Section(name, [query, *tiles])
+
+    summary = [("queries", str(len(names))), ("neighbors", f"{found.shape[1]} per query")]
+    return Result("Nearest neighbors", "queries", entries(), sections(), summary)
+
+
+def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device) -> Result:
+    """Find groups of images that are linked by similarities of at least `threshold`."""
+    images = index.images
+    with progress_bar("comparing images", quiet=False) as progress:
+        found = duplicate_groups(images.features, config.threshold, device=device, progress=progress)
+    groups = [_best_first(images, rows) for rows in found]
+
+    def entries() -> Iterator[Entry]:
+        for group in groups:
+            members = [_entry(images, row, similarity=score, **image_size(images, row)) for row, score in group]
+            yield {"keep": members[0]["path"], "pictures": members}
+
+    def sections() -> Iterator[Section]:
+        for group in groups[: config.show]:
+            tiles = []
+            for i, (row, score) in enumerate(group[:_GROUP_TILES]):
+                size = image_size(images, row)
+                detail = f"{size['width']} × {size['height']} · {size['bytes'] / 1000:,.0f} kB"
+                tiles.append(_tile(images, row, f"{score:.3f}" if i else "keep", detail, marked=not i))
+            more = f", {len(tiles)} of them shown" if len(group) > len(tiles) else ""
+            yield Section(f"{len(group)} images{more}", tiles)
+
+    extra = sum(len(group) - 1 for group in groups)
+    summary = [("groups", f"{len(groups):,}"), ("redundant", f"{extra:,} images, if the best of each group is kept")]
+    title = f"Near-duplicates (cosine similarity at least {config.threshold:g})"
+    return Result(title, "groups", entries(), sections(), summary, _duplicates_note(config, found, len(images)))
+
+
+def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) -> Result:
+    """Sort the images by their mean similarity to their k nearest neighbors, the lowest first."""
+    images, k = index.images, min(config.k, len(index.images) - 1)
+    with progress_bar("comparing images", quiet=False) as progress:
+        scores = outlier_scores(images.features, k, device=device, progress=progress)
+    order = np.argsort(scores, kind="stable").tolist()
+    shown, first, median = order[: config.show], order[0], float(np.median(scores))
+    entries = (_entry(images, row, similarity=float(scores[row])) for row in order)
+
+    def sections() -> Iterator[Section]:
+        heading = f"{len(shown)} of {len(order):,} images, the most dissimilar first"
+        yield Section(heading, [_tile(images, row, f"{scores[row]:.3f}") for row in shown])
+
+    summary = [("most dissimilar", f"{images.name(first)}: {scores[first]:.3f}"), ("median", f"{median:.3f}")]
+    title = f"Outliers (mean cosine similarity to the {k} nearest neighbors)"
+    return Result(title, "outliers", entries, sections(), summary, f"Median similarity {median:.3f}.")
+
+
+def _duplicates_note(config: SearchConfig, groups: Sequence[NDArray[np.int64]], count: int) -> str:
+    none = f"None found at threshold={config.threshold:g}: a lower threshold finds pairs that are less similar."
+    notes = ["Each number is the similarity to the image to keep." if groups else none]
+    if groups and len(groups[0]) > max(2, count // 4):
+        notes.append(
+            f"One group contains {len(groups[0]):,} of {count:,} images: threshold={config.threshold:g} is too low for "
+            "this encoder."
+        )
+    if len(groups) > config.show:
+        notes.append(f"The gallery shows {config.show} of {len(groups):,} groups.")
+    return " ".join(notes)
+
+
+def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> list[tuple[int, float]]:
+    """Return the rows of a group, the image to keep first, then by similarity to it; and these similarities.
+
+    The image to keep has the most pixels; of several such images it is the largest file, and of equal files the first.
+    """
+    sizes = [image_size(images, int(row)) for row in rows]
+    best = max(range(len(rows)), key=lambda i: (sizes[i]["width"] * sizes[i]["height"], sizes[i]["bytes"], -i))
+    others = np.delete(rows, best)
+    scores, at = nearest(images.features[others], images.features[rows[best : best + 1]], len(others))
+    return [(int(rows[best]), 1.0), *zip(others[at[0]].tolist(), scores[0].tolist(), strict=True)]
+
+
+def _entry(images: ImageSet, row: int, **values: Any) -> Entry:
+    label = images.label(row)
+    return {"row": row, "path": images.name(row)} | ({} if label is None else {"class": label}) | values
+
+
+def _tile(images: ImageSet, row: int, headline: str, detail: str = "", marked: bool = False) -> Tile:
+    return Tile(_image_or_none(images.source, int(images.rows[row])), headline, images.caption(row), detail, marked)
+
+
+def _image_or_none(source: Source, i: int) -> Tensor | None:
+    """Load an image; None if it has been removed or damaged since its features were computed."""
+    try:
+        return source.image(i)
+    except ImageError:
+        return None
+
+
+def image_size(images: ImageSet, row: int) -> dict[str, int]:
+    """Return width, height and bytes of an image: from the header of its file, or from the image in memory."""
+    path = images.source.path(int(images.rows[row]))
+    if path is None:
+        height, width = images.image(row).shape[-2:]
+        return {"width": width, "height": height, "bytes": 3 * width * height}
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return {"width": image.width, "height": image.height, "bytes": Path(path).stat().st_size}
+    except Exception:  # removed or damaged since; PIL raises many kinds of errors
+        return {"width": 0, "height": 0, "bytes": 0}

@@ -20,7 +20,7 @@ from moco.data.sources import Source, load_source
 from moco.evaluation import task as task_module
 from moco.evaluation.features import EvalTransform, extract
 from moco.evaluation.finetune import evaluate_finetune, pick, view_of
-from moco.evaluation.metrics import compute_metrics, mean_interval
+from moco.evaluation.metrics import mean_interval
 from moco.evaluation.subject import open_subject
 from moco.evaluation.task import Result, interval_note
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
@@ -123,7 +123,7 @@ def test_it_writes_results_and_a_network_that_the_other_commands_read(
     with safe_open(folder / "head.safetensors", "pt") as head:
         assert json.loads(head.metadata()["classes"]) == list("0123456789")
         scores = features @ head.get_tensor("weight").T + head.get_tensor("bias")
-    assert compute_metrics(scores, held_out.labels).top1 == each[-1]
+    assert 100 * float((scores.argmax(dim=1).numpy() == held_out.labels).mean()) == each[-1]
     before = build(read_encoder(Path(encoder))).get_submodule("backbone").state_dict()
     assert any(not torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 

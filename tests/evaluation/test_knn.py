@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from moco.config import ConfigError, RunWarning
@@ -17,8 +18,9 @@ from moco.data.keyed import VALIDATION, permutation
 from moco.evaluation import knn as knn_module
 from moco.evaluation import task as task_module
 from moco.evaluation.features import extract, pixels
-from moco.evaluation.knn import evaluate_knn, most_confused, total_confusion
+from moco.evaluation.knn import evaluate_knn, most_confused, total_pairs
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy, leave_one_out
+from moco.evaluation.metrics import Metrics, confusion_of
 from moco.evaluation.subject import encoders, labels_of, open_labeled, open_subject
 from moco.evaluation.task import Task
 from moco.interop.encoder_file import save_encoder
@@ -62,6 +64,11 @@ def on_folders(run: Path, root: Path, eval_root: Path | None, **values: Any) -> 
 def opened(config: KnnConfig) -> Task[KnnConfig]:
     subject = open_subject(config)
     return Task(config, subject, *open_labeled(config, subject), CPU)
+
+
+def total_confusion(metrics: list[Metrics]) -> NDArray[np.int64]:
+    """Sum the confusion matrices (L, L) over the draws."""
+    return confusion_of(total_pairs(metrics), len(metrics[0].per_class))
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """The kNN classifier, compared with scikit-learn."""
 
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,20 +12,21 @@ from torch import Tensor
 from moco.evaluation.knn_classifier import (
     Accuracy,
     KnnSettings,
+    _votes,
+    classes_of_draws,
     knn_accuracy,
-    knn_votes,
+    knn_classes,
     leave_one_out,
     nearest,
-    votes_of_draws,
 )
-from moco.evaluation.ranking import NO_VOTE, rank_classes
+from moco.evaluation.metrics import NO_VOTE, rank_classes
 from moco.evaluation.subsets import draw_labels
 
 BANK, QUERIES, DIM, CLASSES = 60, 41, 7, 5
 
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, settings: KnnSettings) -> Tensor:
-    return knn_votes(bank, labels, queries, int(labels.max()) + 1, settings).argmax(dim=1)
+    return knn_classes(bank, labels, queries, int(labels.max()) + 1, settings)[:, 0]
 
 
 def features(rows: int, seed: int, dim: int = DIM) -> Tensor:
@@ -113,10 +113,14 @@ def test_votes_equal_scikit_learn_for_every_k_and_temperature(chunk: int, bank_c
             expected = (
                 reference(k, temperature).fit(bank.double().numpy(), labels).predict_proba(queries.double().numpy())
             )
-            settings = KnnSettings(k, temperature, query_chunk=chunk, bank_chunk=bank_chunk)
-            votes = knn_votes(bank, torch.from_numpy(labels), queries, CLASSES, settings).double()
+            similarity, rows = nearest(bank, queries, k, bank_chunk=bank_chunk)
+            votes = _votes(similarity, torch.from_numpy(labels)[rows], temperature, CLASSES).double()
             np.testing.assert_allclose(votes / votes.sum(dim=1, keepdim=True), expected, atol=2e-5)
-            assert votes.argmax(dim=1).tolist() == expected.argmax(axis=1).tolist()
+            settings = KnnSettings(k, temperature, query_chunk=chunk, bank_chunk=bank_chunk)
+            ranked = knn_classes(bank, torch.from_numpy(labels), queries, CLASSES, settings)
+            assert torch.equal(ranked, rank_classes(votes, votes=True))
+            assert ranked[:, 0].tolist() == expected.argmax(axis=1).tolist()
+            assert ((ranked == NO_VOTE).sum(dim=1) == (votes == 0).sum(dim=1)).all()
 
 
 @pytest.mark.parametrize(("chunk", "bank_chunk"), [(1024, 65536), (7, 9), (1, 1)])
@@ -184,38 +188,28 @@ def test_copies_of_an_image_are_tied_for_any_features() -> None:
 
 def test_half_precision_references_give_nearly_the_same_votes() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    exact = knn_votes(bank, labels, queries, CLASSES, KnnSettings(20))
-    torch.testing.assert_close(
-        knn_votes(bank.half(), labels, queries, CLASSES, KnnSettings(20)), exact, rtol=0.02, atol=0.02
+    exact, half = (
+        _votes(similarity, labels[rows], 0.1, CLASSES)
+        for similarity, rows in (nearest(each, queries, 20) for each in (bank, bank.half()))
     )
+    torch.testing.assert_close(half, exact, rtol=0.02, atol=0.02)
 
 
 def test_draws_vote_with_their_few_labels_only() -> None:
     bank, queries, labels = features(BANK, 0), features(QUERIES, 1), classes(BANK, 2)
-    each = list(votes_of_draws(bank, labels, queries, CLASSES, KnnSettings(3, 0.1, 2, draws=3)))
+    each = list(classes_of_draws(bank, labels, queries, CLASSES, KnnSettings(3, 0.1, 2, draws=3)))
     assert len(each) == 3
-    for draw, votes in enumerate(each):
+    for draw, ranked in enumerate(each):
         rows = draw_labels(labels, 2, draw)
         few = torch.from_numpy(labels[rows])
-        assert torch.equal(votes, knn_votes(bank[torch.from_numpy(rows)], few, queries, CLASSES, KnnSettings(3)))
-
-
-@pytest.mark.parametrize("chunk", [1024, 7])
-def test_votes_that_are_reduced_in_parts_rank_as_all_votes(chunk: int) -> None:
-    bank, queries, labels = features(BANK, 0), features(QUERIES, 1), torch.from_numpy(classes(BANK, 2))
-    reduce = partial(rank_classes, votes=True)
-    settings = KnnSettings(3, query_chunk=chunk)
-    ranked = knn_votes(bank, labels, queries, CLASSES, settings, reduce=reduce)
-    votes = knn_votes(bank, labels, queries, CLASSES, settings)
-    assert torch.equal(ranked, rank_classes(votes, votes=True))
-    assert ((ranked == NO_VOTE).sum(dim=1) == (5 - (votes > 0).sum(dim=1)).clamp(min=0)).all()
+        assert torch.equal(ranked, knn_classes(bank[torch.from_numpy(rows)], few, queries, CLASSES, KnnSettings(3)))
 
 
 def test_progress_counts_the_parts() -> None:
     seen: list[tuple[int, int]] = []
     bank, labels = features(BANK, 0), torch.from_numpy(classes(BANK, 2))
     settings = KnnSettings(1, query_chunk=10)
-    knn_votes(bank, labels, features(QUERIES, 1), CLASSES, settings, lambda *done: seen.append(done))
+    knn_classes(bank, labels, features(QUERIES, 1), CLASSES, settings, lambda *done: seen.append(done))
     assert seen == [(done, 5) for done in range(5)]
 
 

@@ -7,17 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy.stats import binomtest, ttest_1samp
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from moco.evaluation.metrics import HeldOut, TestSplitReadTwice, compute_metrics, mean_interval
+from moco.evaluation.metrics import Metrics, compute_metrics, mean_interval, rank_classes
 
 SCORES = torch.randn(83, 7, generator=torch.Generator().manual_seed(0))
 LABELS = np.random.default_rng(0).integers(0, 6, 83)  # class 6 has no image
 
 
+def metrics_of(scores: torch.Tensor, labels: NDArray[np.int64], votes: bool = False) -> Metrics:
+    return compute_metrics(rank_classes(scores, votes), labels, scores.shape[1])
+
+
 def test_accuracies_and_confusion_equal_scikit_learn() -> None:
-    got = compute_metrics(SCORES, LABELS)
+    got = metrics_of(SCORES, LABELS)
     for k, value in ((1, got.top1), (5, got.top5)):
         expected = 100 * top_k_accuracy_score(LABELS, SCORES.numpy(), k=k, labels=range(7))
         assert value == pytest.approx(expected)
@@ -30,28 +35,28 @@ def test_accuracies_and_confusion_equal_scikit_learn() -> None:
 
 
 def test_top5_is_none_for_five_classes() -> None:
-    assert compute_metrics(SCORES[:, :5], LABELS % 5).top5 is None
+    assert metrics_of(SCORES[:, :5], LABELS % 5).top5 is None
 
 
 def test_top5_of_votes_does_not_depend_on_the_classes_numbers() -> None:
     votes = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 1.0]]).expand(3, 7)
     labels = np.array([0, 5, 6])  # the first has no vote: only its number would put it among the five
-    assert compute_metrics(votes, labels, votes=True).top5 == pytest.approx(200 / 3)
-    assert compute_metrics(votes.flip(1), 6 - labels, votes=True).top5 == pytest.approx(200 / 3)
+    assert metrics_of(votes, labels, votes=True).top5 == pytest.approx(200 / 3)
+    assert metrics_of(votes.flip(1), 6 - labels, votes=True).top5 == pytest.approx(200 / 3)
     assert (
-        compute_metrics(-SCORES.abs(), LABELS).top5 == compute_metrics(-SCORES.abs() + 10, LABELS).top5
+        metrics_of(-SCORES.abs(), LABELS).top5 == metrics_of(-SCORES.abs() + 10, LABELS).top5
     )  # other scores have no zero
 
 
 def test_of_equal_scores_the_first_class_counts() -> None:
-    assert compute_metrics(torch.zeros(4, 3), np.array([0, 0, 1, 2])).top1 == 50.0
+    assert metrics_of(torch.zeros(4, 3), np.array([0, 0, 1, 2])).top1 == 50.0
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (3, 10), (10, 10), (377, 500), (9876, 10000)])
 def test_interval_is_wilsons(right: int, count: int) -> None:
     scores = torch.eye(2)[torch.tensor([0] * right + [1] * (count - right))]
     expected = binomtest(right, count).proportion_ci(method="wilson")
-    assert compute_metrics(scores, np.zeros(count, np.int64)).interval() == pytest.approx(
+    assert metrics_of(scores, np.zeros(count, np.int64)).interval() == pytest.approx(
         (100 * expected.low, 100 * expected.high), abs=1e-6
     )
 
@@ -69,15 +74,15 @@ def test_unequal_classes_have_a_majority_and_a_balanced_accuracy() -> None:
     labels = np.array([0] * 60 + [1] * 4)
     scores = torch.zeros(64, 2)
     scores[:, 0] = 1  # always the most frequent class
-    found = compute_metrics(scores, labels)
+    found = metrics_of(scores, labels)
     assert (found.top1, found.majority, found.balanced) == (93.75, 93.75, 50.0)
     assert found.baselines() == ("chance is 50.0 %, always the most frequent class 93.8 %; balanced accuracy 50.0 %")
     assert found.to_json()["balanced"] == 50.0
-    assert compute_metrics(scores[:4], labels[58:62]).baselines() == "chance is 50.0 %"
+    assert metrics_of(scores[:4], labels[58:62]).baselines() == "chance is 50.0 %"
 
 
 def test_metrics_are_plain_json() -> None:
-    plain = compute_metrics(SCORES, LABELS).to_json()
+    plain = metrics_of(SCORES, LABELS).to_json()
     assert plain["count"] == 83
     assert math.isclose(sum(sum(row) for row in plain["confusion"]), 83)
     assert len(plain["interval95"]) == 2
@@ -90,7 +95,7 @@ def test_metrics_equal_plain_counting(data: st.DataObject) -> None:
     values = st.lists(st.integers(0, 3), min_size=classes, max_size=classes).filter(any)  # many ties
     scores = [data.draw(values) for _ in range(count)]
     labels = [data.draw(st.integers(0, classes - 1)) for _ in range(count)]
-    got = compute_metrics(torch.tensor(scores, dtype=torch.float32), np.array(labels), votes)
+    got = metrics_of(torch.tensor(scores, dtype=torch.float32), np.array(labels), votes)
     ranked = [sorted(range(classes), key=lambda c, row=row: (-row[c], c))[:5] for row in scores]  # type: ignore[misc]
     hits = [label in r and (not votes or row[label] > 0) for r, row, label in zip(ranked, scores, labels, strict=True)]
     assert got.top1 == pytest.approx(100 * np.mean([r[0] == label for r, label in zip(ranked, labels, strict=True)]))
@@ -109,22 +114,7 @@ def test_many_classes_need_no_quadratic_memory() -> None:
     scores = torch.zeros(images, classes)
     scores[torch.arange(images), torch.from_numpy(labels)] = 1
     scores[0, 3] = 2
-    got = compute_metrics(scores, labels)
+    got = metrics_of(scores, labels)
     assert (got.top1, got.top5, got.per_class[:8]) == (95.0, 100.0, [0.0, *[None] * 6, 100.0])
     assert got.pairs[:2].tolist() == [[0, 3, 1], [7, 7, 1]]
     assert got.to_json()["confusion"] is None
-
-
-def test_the_test_split_opens_once() -> None:
-    computed = []
-
-    def features() -> torch.Tensor:
-        computed.append(1)
-        return torch.ones(3, 2)
-
-    held_out = HeldOut(features, np.zeros(3, np.int64))
-    assert computed == []  # not before it is opened
-    assert held_out.open()[0].shape == (3, 2)
-    with pytest.raises(TestSplitReadTwice, match="choose on a part of the training split"):
-        held_out.open()
-    assert computed == [1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy, knn_votes, leave_one_out
+from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy, knn_classes, leave_one_out
 from tests.data import images as example_images
 from tests.distributed.launch import run_ranks
 from tests.evaluation import (
@@ -29,8 +29,8 @@ def knn() -> list[tuple[Any, ...]]:
     found = []
     for chunk in (20, 1024):  # 173 queries: nine parts, or a single one, so that the second rank has none
         settings = KnnSettings(20, query_chunk=chunk, bank_chunk=50)
-        votes = knn_votes(bank, all_labels, queries, test_knn_classifier.CLASSES, settings)
-        found.append((votes, leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], groups, settings), few))
+        ranked = knn_classes(bank, all_labels, queries, test_knn_classifier.CLASSES, settings)
+        found.append((ranked, leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], groups, settings), few))
     return found
 
 

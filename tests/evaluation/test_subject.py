@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from PIL import Image
 from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.subject import SubjectConfig, check_subject
-from moco.evaluation.subject import data_config, describe, encoders, open_labeled, open_subject
-from moco.evaluation.task import Task
+from moco.data.sources import Source
+from moco.evaluation.subject import data_config, encoders, open_labeled, open_subject
+from moco.evaluation.task import Task, describe
 from moco.interop.encoder_file import build, save_encoder
 from moco.methods.moco_config import MoCoConfig
 from moco.models.encoder import build_encoder
@@ -53,6 +55,10 @@ def write_images(folder: Path, counts: dict[str, int]) -> Path:
 
 def configured(**fields: str) -> SubjectConfig:
     return SubjectConfig(**fields)  # type: ignore[arg-type]
+
+
+def described(config: SubjectConfig, bank: Source, held_out: Source) -> dict[str, Any]:
+    return describe(Task(config, open_subject(config), bank, held_out, CPU), "backbone")
 
 
 def test_a_run_provides_encoder_data_and_image_size(tmp_path: Path) -> None:
@@ -156,12 +162,12 @@ def test_hold_out_splits_off_a_part_of_each_class(tmp_path: Path) -> None:
     with pytest.warns(RunWarning):
         again = open_labeled(config, open_subject(config))[1]
     assert [again.name(i) for i in range(7)] == [held_out.name(i) for i in range(7)]
-    assert describe(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is True
+    assert described(config, bank, held_out)["data"]["held_out_seen"] is True
     copy = write_images(tmp_path / "copy", {"a": 10, "b": 2, "c": 5})
     config.data.name, config.data.root, config.data.labels = "folder", str(copy), "folder"
     with warnings.catch_warnings(action="error"):  # these it has not seen
         bank, held_out = open_labeled(config, open_subject(config))
-    assert describe(open_subject(config), config, bank, held_out)["data"]["held_out_seen"] is False
+    assert described(config, bank, held_out)["data"]["held_out_seen"] is False
 
 
 def test_the_description_reproduces_a_result_in_any_working_directory(
@@ -173,7 +179,7 @@ def test_the_description_reproduces_a_result_in_any_working_directory(
     trained(Path("run"), "folder", root="train", eval_root="test", labels="folder")
     config = configured(run="run")
     subject = open_subject(config)
-    found = json.loads(json.dumps(describe(subject, config, *open_labeled(config, subject))))
+    found = json.loads(json.dumps(described(config, *open_labeled(config, subject))))
     assert found["source"] == str(tmp_path / "run" / "checkpoints" / "step_00000007.pt")
     assert (found["backbone"], found["options"]) == ("convnet", {"width": 2})
     assert (found["weights"], found["step"]) == ("encoder", 7)
@@ -187,9 +193,8 @@ def test_the_description_reproduces_a_result_in_any_working_directory(
         "held_out": 2,
     }
     assert found["look"] == {"size": 16, "resize": 0, "mean": [0.5] * 3, "std": [0.5] * 3}
-    other = describe(
-        open_subject(configured(run=str(trained(Path("other"), step=0)))), config, *open_labeled(config, subject)
-    )
+    config.run = str(trained(Path("other"), "folder", 0, root="train", eval_root="test", labels="folder"))
+    other = described(config, *open_labeled(config, subject))
     assert other["sha256"] != found["sha256"]
 
 

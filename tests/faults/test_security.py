@@ -32,8 +32,8 @@ from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
 from moco.evaluation.features import EvalTransform, pixels, stream
 from moco.interop.encoder_file import build, read_encoder
 from moco.reporting.gallery import ImageSet
-from moco.retrieval.modes import image_size
 from moco.retrieval.queries import image_files
+from moco.retrieval.search import image_size
 from moco.runs import checkpoint
 from moco.runs.checkpoint import CheckpointError
 from tests.data.unreadable_files import encoded, folder, noise, odd_files
