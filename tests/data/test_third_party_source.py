@@ -1,7 +1,6 @@
 """A source written as docs/howto/extend.md says: it trains, is limited by evaluate.bank_size, and is fine-tuned."""
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,6 @@ class Scans(Source):
 
     def subset(self, rows: NDArray[np.int64]) -> "Scans":
         return Scans(self._pixels[torch.from_numpy(rows)], self._labels[rows])
-
-    def encoded_names(self) -> Iterable[bytes]:
-        return (self.name(i).encode() for i in range(len(self)))
 
     def content_digest(self) -> str:
         return hashlib.sha256(self._pixels.numpy().tobytes()).hexdigest()
