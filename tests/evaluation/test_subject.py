@@ -240,7 +240,7 @@ def test_weights_that_do_not_fit_are_refused_before_the_data_is_opened(tmp_path:
     torch.save(network.state_dict(), tmp_path / "plain.pth")
     config = configured(checkpoint=str(tmp_path / "plain.pth"), backbone="resnet18")
     config.data.name, config.data.root = "folder", str(tmp_path / "missing")
-    assert "does not fit backbone=resnet18" in sentence(config)
+    assert "has no weight of backbone=resnet18" in sentence(config)
 
 
 def test_a_relative_data_path_of_a_run_in_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
