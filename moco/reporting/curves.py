@@ -35,7 +35,7 @@ class Chart:
     title: str
     unit: str
     curves: Sequence[Curve]
-    group: str = ""  # first part of the metric's name, such as "train"
+    metric: str = ""  # such as "train/loss"
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _chart(name: str, known: _Known, runs: Mapping[str, Series]) -> Chart:
             metric = each.rpartition("/")[2].replace("_", " ")
             label = run if several and each == name else f"{run}, {metric}" if several else metric
             curves.append(Curve(label, x, [value * known.scale for value in y], i, each != name))
-    return Chart(known.title, known.unit, curves, name.partition("/")[0])
+    return Chart(known.title, known.unit, curves, name)
 
 
 def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[Sequence[float], Sequence[float]]:

@@ -55,16 +55,21 @@ class Section:
     parts: Sequence["Section"] = ()
 
 
-def write(path: Path, title: str, about: str, sections: Sequence[Section], figures: Figures) -> None:
+def write(path: Path, title: str, sections: Sequence[Section], figures: Figures) -> None:
     """Write the page as one file that works without a network."""
     style = resource("gallery.css") + resource("report.css")
     scripts = plotly_script(), resource("report.js")
-    write_page(path, "report.html", style, scripts, title=title, about=about, sections=sections, figures=figures.data())
+    write_page(path, "report.html", style, scripts, title=title, sections=sections, figures=figures.data())
 
 
 def paragraph(text: str, kind: str = "") -> Markup:
     """Return a paragraph of plain text; `kind` is a class of the style sheet."""
     return part("paragraph", text, kind)
+
+
+def folded(summary: str, body: Markup) -> Markup:
+    """Return an element that shows the body only when it is opened."""
+    return part("folded", summary, body)
 
 
 def facts(caption: str, rows: Sequence[tuple[str, Sequence[str]]], runs: Sequence[str]) -> Markup:

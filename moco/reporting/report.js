@@ -6,7 +6,10 @@
   const settings = { displayModeBar: false, responsive: true, scrollZoom: false, doubleClick: "reset" };
 
   for (const [name, figure] of Object.entries(page.charts)) {
-    Plotly.newPlot(name, figure.data, figure.layout, settings);
+    const folded = document.getElementById(name).closest("details");
+    const draw = () => Plotly.newPlot(name, figure.data, figure.layout, settings);
+    if (folded) folded.addEventListener("toggle", draw, { once: true }); // a folded chart has no width
+    else draw();
   }
   for (const [name, map] of Object.entries(page.maps)) open(document.getElementById(name), map);
 

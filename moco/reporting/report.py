@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
@@ -16,12 +17,14 @@ from moco.reporting import page, sections
 from moco.reporting.image_map import Map
 from moco.reporting.images import ImageFeatures, attention, compute_features, compute_map, neighbors
 from moco.reporting.markup import part
-from moco.reporting.page import Figures, Section, paragraph
+from moco.reporting.page import Figures, Section, folded, paragraph
 from moco.reporting.plotly_figures import plotly
 from moco.reporting.projector import write_projector
 from moco.reporting.run_record import Run, findings, names, open_run
 from moco.runtime.console import log_next, summary_panel
 from moco.runtime.device import compute_context
+
+_OPEN_QUERIES = 2  # queries with their neighbors that are not folded
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,23 +50,22 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     out = Path(config.output) if config.output else runs[0].path / "report.html"
     require(not out.is_dir(), f"output={out} is a folder: name a file, e.g. output={out / 'report.html'}")
     computed = [_compute(config, run, device) for run in runs]
-    figures, states = Figures(), [sections.progress(run) for run in runs]
+    figures = Figures()
     training = [each.images.training if each.images else None for each in computed]
     body = [Section("Overview", sections.headline(runs, training, [each.alarms for each in computed]))]
     if len(runs) > 1:
         body.append(Section("Settings that differ", sections.differences(runs)))
         body.append(sections.curves(runs, figures))
-    for name, state, each in zip(names(runs), states, computed, strict=True):
+    for name, each in zip(names(runs), computed, strict=True):
         parts = _run_sections(config, each, figures, device)
         if len(runs) > 1:
-            body.append(Section(f"Run {name}", paragraph(state), parts))
+            body.append(Section(f"Run {name}", Markup(), parts))
         else:  # what tells most comes first: 20 charts fill many screens of a phone
             body += [*parts[:-1], sections.curves(runs, figures), parts[-1]]
     title = " and ".join(names(runs)) if len(runs) < 3 else f"{len(runs)} runs"
-    about = " · ".join(f"{name}: {state}" for name, state in zip(names(runs), states, strict=True))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        page.write(out, f"Report of {title}", about, body, figures)
+        page.write(out, f"Report of {title}", body, figures)
     except (OSError, WriteError) as error:
         raise ConfigError(f"output={out} cannot be written ({cause(error)}): set output=FILE") from error
     projectors = [
@@ -82,11 +84,9 @@ def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
 
 def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
     run, views = computed.run, computed.run.path / "views.png"
-    parts = [
-        Section("Training doctor", part("findings", computed.alarms)),
-        Section("Evaluations", sections.evaluations(run)),
-        *_image_sections(config, computed, figures, device),
-    ]
+    parts = [Section("Evaluations", sections.evaluations(run)), *_image_sections(config, computed, figures, device)]
+    if computed.alarms:
+        parts.insert(0, Section("Training doctor", part("findings", computed.alarms)))
     if views.is_file():
         caption = "Augmented views from the start of training: one column per image, one row per view."
         parts.append(Section("Views", part("views", views.read_bytes(), caption)))
@@ -105,8 +105,12 @@ def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures,
     parts = []
     if config.queries:
         queries, caption = neighbors(config, images)
-        level = 4 if config.compare else 3
-        parts.append(Section("Nearest neighbors", paragraph(caption) + part("neighbors", queries, level)))
+        level, more = 4 if config.compare else 3, len(queries) - _OPEN_QUERIES
+        body = paragraph(caption) + part("neighbors", queries[:_OPEN_QUERIES], level)
+        if more > 0:
+            title = f"{more} more {'queries' if more > 1 else 'query'}"
+            body += folded(title, part("neighbors", queries[_OPEN_QUERIES:], level))
+        parts.append(Section("Nearest neighbors", body))
     if computed.map is not None:
         numbers = [figures.add_image(images.shown.image(i)) for i in range(len(images.shown))]
         caption = (

@@ -13,14 +13,15 @@ from moco.config import EvaluateConfig, TrainConfig
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.reporting.curves import charts
 from moco.reporting.markup import part
-from moco.reporting.page import Figures, Section, facts, paragraph
+from moco.reporting.page import Figures, Section, facts, folded, paragraph
 from moco.reporting.run_record import Run, by_epoch, names
 from moco.runs.directory import flatten
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
 _IGNORED = {"run", "device", "threads"}  # settings without effect on the results
-_GROUPS = {"accuracy": "Accuracy and training", "retrieval": "Accuracy and training", "train": "Accuracy and training"}
+_OPEN = ("accuracy/", "retrieval/", "train/loss", "train/contrast_accuracy")  # metrics whose charts are not folded
+_FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
 _KINDS = ("raw pixels", "untrained", "initialized", "best", "last")  # of accuracies
 
@@ -118,19 +119,22 @@ def differences(runs: Sequence[Run]) -> Markup:
 
 
 def curves(runs: Sequence[Run], figures: Figures) -> Section:
-    """Return all recorded metrics as charts, by kind."""
+    """Return all recorded metrics as charts; those that are rarely read are folded, by kind."""
     series, x_title = by_epoch(runs)
     if not any(series.values()):
         return Section("Curves", paragraph("No metrics are recorded yet."))
     drawn, constant = charts(series)
-    by_title: dict[str, Markup] = {}
+    by_group: dict[str, list[Markup]] = {"": []}  # "": those that are not folded
     for chart in drawn:
-        title = _GROUPS.get(chart.group, chart.group.capitalize())
-        by_title[title] = by_title.get(title, Markup()) + figures.add_chart(chart, x_title)
-    parts = [Section(title, part("charts", body)) for title, body in by_title.items()]
+        group = "" if chart.metric.startswith(_OPEN) else chart.metric.partition("/")[0]
+        by_group.setdefault(group, []).append(figures.add_chart(chart, x_title))
+    body = part("charts", Markup().join(by_group.pop("")))
+    for group, made in by_group.items():
+        title = f"{_FOLDED.get(group, group.capitalize())}: {len(made)} chart{'s' * (len(made) != 1)}"
+        body += folded(title, part("charts", Markup().join(made)))
     dashed = any(curve.reference for chart in drawn for curve in chart.curves)
     note = "Dashed lines are reference values. " * dashed + f"Constant: {'; '.join(constant)}." * bool(constant)
-    return Section("Curves", paragraph(note, "soft") if note else Markup(), parts)
+    return Section("Curves", (paragraph(note, "soft") if note else Markup()) + body)
 
 
 def evaluations(run: Run) -> Markup:
@@ -145,25 +149,25 @@ def evaluations(run: Run) -> Markup:
         if not run.labeled:
             return paragraph(f"None: the images have no labels. To look at the encoder: {run.next_commands()[0]}")
         return paragraph(f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
-    rows = [_evaluation(each) for each in newest.values()]
-    return part("table", "Accuracy on held-out images", list(rows[0]), [list(row.values()) for row in rows])
+    rows, more = [], []
+    for entry in newest.values():
+        results, name = entry["figures"], f"{entry.get('command', '?')}, {entry.get('protocol', '?')}"
+        top1 = f"{percent(results.get('top1'))} {_spread(results)}".strip()
+        rows.append([name, str(entry.get("encoder", "?")), top1, percent(results.get("top5"))])
+        more.append([f"{name}, {entry.get('encoder', '?')}", _details(entry)])
+    shown = part("table", "Accuracy on held-out images", ["evaluation", "encoder", "top-1 %", "top-5 %"], rows)
+    return shown + folded("Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more))
 
 
-def _evaluation(entry: Mapping[str, Any]) -> dict[str, str]:
+def _details(entry: Mapping[str, Any]) -> str:
+    """Describe an evaluation: what it used, when it was made, and its metrics that the table of accuracies lacks."""
     results = entry["figures"]
+    images = results.get("count") or entry.get("data", {}).get("held_out", "?")
+    made = str(entry.get("time", "?"))[:16].replace("T", " ")
     shown = {"top1", "top5", "count", "std", "draws", "top1_half_width95"}
     others = [(name, value) for name, value in results.items() if name not in shown and isinstance(value, int | float)]
-    return {
-        "evaluation": f"{entry.get('command', '?')}, {entry.get('protocol', '?')}",
-        "encoder": str(entry.get("encoder", "?")),
-        "top-1 %": percent(results.get("top1")),
-        "spread": _spread(results),
-        "top-5 %": percent(results.get("top5")),
-        "images": str(results.get("count") or entry.get("data", {}).get("held_out", "–")),
-        "step": str(entry.get("step", "–")),
-        "other metrics": ", ".join(f"{name} {value:.4g}" for name, value in others) or "–",
-        "made": str(entry.get("time", "–"))[:16].replace("T", " "),
-    }
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in others)
+    return f"{images} images, step {entry.get('step', '?')}, {made}" + (f"; {metrics}" if metrics else "")
 
 
 def _spread(results: Mapping[str, Any]) -> str:
@@ -173,7 +177,7 @@ def _spread(results: Mapping[str, Any]) -> str:
     if results.get("std") is not None:
         return f"± {results['std']:.1f} over {results.get('draws', '?')} draws"
     interval = results.get("interval95")
-    return f"{interval[0]:.1f} – {interval[1]:.1f} (95 %)" if interval else "–"
+    return f"({interval[0]:.1f} – {interval[1]:.1f}, 95 %)" if interval else ""
 
 
 def environment(run: Run) -> Markup:
@@ -192,7 +196,8 @@ def environment(run: Run) -> Markup:
         ("this page made on", f"{now['machine']}, {now['time'][:16].replace('T', ' ')} UTC"),
     ]
     settings = yaml.safe_dump(run.config, sort_keys=False).splitlines()
-    return facts("Environment", [(name, [value]) for name, value in rows], [run.name]) + part("settings", settings)
+    table = facts("Environment", [(name, [value]) for name, value in rows], [run.name])
+    return folded("Versions, hardware and all settings", table + part("settings", settings))
 
 
 def _software(versions: Mapping[str, Any]) -> str:

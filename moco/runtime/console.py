@@ -130,8 +130,13 @@ def log(line: str) -> None:
 def _print_line(console: Terminal, line: str) -> None:
     line = printable(line)
     if console.is_terminal and not line.startswith("next"):  # a command stays on one line, to be copied
-        line = textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+        line = _wrapped(line, console.width)
     console.print(line, markup=False, soft_wrap=True)
+
+
+def _wrapped(text: str, width: int, **indents: str) -> str:
+    """Break lines between words; a word that is wider than the line, such as a path, stays whole."""
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False, **indents)
 
 
 def log_next(command: str, reason: str = "") -> None:
@@ -140,13 +145,27 @@ def log_next(command: str, reason: str = "") -> None:
 
 
 def summary_panel(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print the closing panel of a command: rows of a name and a text. On rank 0. Commands go below it: `log_next`."""
+    """Print the closing panel of a command: rows of a name and a text. On rank 0. Commands go below it: `log_next`.
+
+    A text with a word that is wider than the panel, such as a path, stands below it, where the word is not broken.
+    """
+    console = Terminal()
+    shown = [(name, printable(text)) for name, text in rows]
+    room = console.width - max((cell_len(name) for name, _ in shown), default=0) - 6  # of the borders and spaces
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, text in rows:
-        grid.add_row(name, _text(text))
-    Terminal().print(Panel(grid, title=_text(title), title_align="left", expand=False))
+    for name, text in shown:
+        if _longest_word(text) <= room:
+            grid.add_row(name, Text(text))
+    console.print(Panel(grid, title=_text(title), title_align="left", expand=False))
+    for name, text in shown:
+        if _longest_word(text) > room:
+            _print_line(console, f"{name}: {text}")
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
 
 
 def table(
@@ -188,7 +207,7 @@ def _column_widths(cells: Sequence[Sequence[str]], room: int) -> list[int]:
     """
     columns = list(zip(*cells, strict=True))
     widths = [max(map(cell_len, column)) for column in columns]
-    lowest = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    lowest = [max(map(_longest_word, column)) for column in columns]
     while sum(widths) > room and widths != lowest:
         widths[max((i for i, low in enumerate(lowest) if widths[i] > low), key=widths.__getitem__)] -= 1
     return widths
@@ -199,12 +218,10 @@ def _print_blocks(console: Terminal, title: str, cells: Sequence[Sequence[str]],
     _print_line(console, title)
     width = max(map(cell_len, cells[0]))
     for row in cells[1:]:
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(width=width, justify="right")
-        grid.add_column(overflow="fold")
         for name, value in zip(cells[0], row, strict=True):
-            grid.add_row(Text(name, style="bold"), Text(value))
-        console.print(grid)
+            start = f"{name:>{width}}  "
+            line = _wrapped(value, console.width, initial_indent=start, subsequent_indent=" " * len(start)) or start
+            console.print(line, markup=False, soft_wrap=True)
         console.print()
     for line in caption.split("\n") if caption else ():
         _print_line(console, line)

@@ -144,6 +144,23 @@ def test_what_is_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_path_is_never_broken(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(Terminal, "is_terminal", terminal)
+    path = f"/a_home/{'a_long_folder/' * 9}report.html"
+    with io.StringIO() as file, contextlib.redirect_stdout(file):
+        console.summary_panel("report", [("state", "finished: 2 epochs"), ("page", f"{path} (5.5 MB)")])
+        panel = file.getvalue()
+        console.table("a title", ["file", "accuracy"], [[path, "98.7"], ["", "1.0"]])
+        printed = file.getvalue()
+    assert printed.count(path) == 2
+    assert panel.index("finished: 2 epochs") < panel.index("page:")  # below the panel
+    assert [line.split() for line in printed.splitlines() if "accuracy" in line] == [
+        ["accuracy", each] for each in ("98.7", "1.0")
+    ]
+
+
 HOSTILE = "[b]\x1b[2J\n\u202e" + os.fsdecode(b"\xff")
 ESCAPED = r"[b]\x1b[2J\n\u202e\udcff"
 
