@@ -14,8 +14,18 @@ import numpy as np
 
 from moco.config import RunWarning
 from moco.files import atomic_write, write_errors
+from moco.untrusted import read_yaml
 
 METRICS = "metrics.jsonl"
+
+_HYPERPARAMETERS = {  # of TensorBoard's tab HParams, by the group of the configuration; "": of no group
+    "": ("recipe", "seed", "epochs", "batch_size"),
+    "data": ("name",),
+    "model": ("backbone",),
+    "method": ("name", "temperature", "momentum", "queue_size"),
+    "optim": ("name", "lr", "weight_decay"),
+}
+_RESULTS = ("accuracy/knn", "retrieval/retrieval", "train/loss")  # metrics of that tab
 
 Metrics = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
 
@@ -44,12 +54,29 @@ class MetricsLogger:
             self._describe(path / "config.yaml")
 
     def _describe(self, config: Path) -> None:
-        """Add the configuration to TensorBoard as text, and one chart for the accuracies of encoder and baselines."""
+        """Add to TensorBoard: the configuration, its hyperparameters, and a chart of the accuracies with baselines."""
         if config.is_file():
             lines = config.read_text(encoding="utf-8").splitlines()
             self._events.add_text("configuration", "\n".join(f"    {line}" for line in lines))
+            self._add_hyperparameters(read_yaml(config))
         charts = {name: {f"{name} and baselines": ["Multiline", [f"{name}/.*"]]} for name in ("accuracy", "retrieval")}
         self._events.add_custom_scalars(charts)
+
+    def _add_hyperparameters(self, config: Mapping[str, Any]) -> None:
+        """Add a row to the tab HParams. `SummaryWriter.add_hparams` would write it to a directory of its own."""
+        from torch.utils.tensorboard.summary import hparams
+
+        groups = {group: config if group == "" else config.get(group) or {} for group in _HYPERPARAMETERS}
+        values = {
+            f"{group}.{name}".lstrip("."): value
+            for group, names in _HYPERPARAMETERS.items()
+            for name in names
+            if isinstance(value := groups[group].get(name), int | float | str)
+        }
+        experiment, start, _ = hparams(values, dict.fromkeys(_RESULTS, 0))
+        writer: Any = self._events.file_writer
+        writer.add_summary(experiment)
+        writer.add_summary(start)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line, and one point per curve; names are "train/loss", "accuracy/knn", ..."""
@@ -59,7 +86,8 @@ class MetricsLogger:
             self._restore()
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
             for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+                if not (math.isnan(value) and name.startswith("analysis/")):  # nan: there was nothing to measure
+                    self._events.add_scalar(name, value, step)
 
     def _open(self) -> TextIO:
         return self._path.open("a+", buffering=1)

@@ -134,9 +134,11 @@ def _print_line(console: Terminal, line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
-def _wrapped(text: str, width: int, **indents: str) -> str:
-    """Break lines between words; a word that is wider than the line, such as a path, stays whole."""
-    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False, **indents)
+def _wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
+    """Break lines between words, after the given indents; a word that is wider than a line stays whole."""
+    return textwrap.fill(
+        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def log_next(command: str, reason: str = "") -> None:
@@ -220,7 +222,7 @@ def _print_blocks(console: Terminal, title: str, cells: Sequence[Sequence[str]],
     for row in cells[1:]:
         for name, value in zip(cells[0], row, strict=True):
             start = f"{name:>{width}}  "
-            line = _wrapped(value, console.width, initial_indent=start, subsequent_indent=" " * len(start)) or start
+            line = _wrapped(value, console.width, start, " " * len(start)) or start
             console.print(line, markup=False, soft_wrap=True)
         console.print()
     for line in caption.split("\n") if caption else ():

@@ -5,6 +5,7 @@ Skipped without playwright (pip install playwright) or without a chromium on the
 
 import base64
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a report with fifteen held-out images in three classes, each in its own color."""
     root = tmp_path_factory.mktemp("browser")
     one = run(root / "run", images(root / "train", 6), images(root / "test", 5))
-    report(ReportConfig(run=str(one), device="cpu", queries=2, neighbours=3, projector=False))
+    figures = {"top1": 98.7, "top5": 100.0, "interval95": [97.1, 99.3], "balanced": 98.6, "majority": 10.0, "mAP": 12.3}
+    entry = {
+        "protocol": "all labels",
+        "encoder": "pretrained",
+        "step": 300,
+        "time": "2026-11-29T10:23:00",
+        "figures": figures,
+    }
+    (one / "results.json").write_text(json.dumps([entry | {"command": each} for each in ("knn", "linear", "finetune")]))
+    report(ReportConfig(run=str(one), device="cpu", queries=4, neighbours=3, projector=False))
     return one / "report.html"
 
 
@@ -135,6 +145,16 @@ def test_the_keyboard_reaches_all_images(opened: Any, made: Path) -> None:
     assert opened.evaluate("document.activeElement.dataset.do") == "previous"
 
 
+def test_a_folded_chart_is_drawn_when_it_is_opened(opened: Any) -> None:
+    folded = opened.locator("details.folded").filter(has_text="Training: ")
+    assert folded.locator(".chart").count() > 0
+    assert folded.locator(".main-svg").count() == 0
+    folded.locator("summary").first.click()
+    opened.wait_for_selector("details.folded .chart .main-svg")
+    assert all(each.bounding_box()["width"] > 300 for each in folded.locator(".chart .plot").all())
+    assert opened.locator("details.folded").filter(has_text="2 more queries").locator(".query").count() == 2
+
+
 def test_the_skip_link_comes_first_and_focus_shows(opened: Any) -> None:
     opened.keyboard.press("Tab")
     link = opened.locator("a.skip")
@@ -151,6 +171,11 @@ def test_a_phone_shows_the_full_page(browser: Any, made: Path, scheme: str) -> N
     page.goto(made.as_uri())
     page.wait_for_selector(".map .scatterlayer .point")
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
+    assert page.evaluate("document.documentElement.scrollHeight") < 6500  # pixels
+    for each in page.locator("details.folded > summary").all():
+        each.click()
+    scrolled = "[...document.querySelectorAll('.wide')].filter(each => each.scrollWidth > each.clientWidth).length"
+    assert page.evaluate(scrolled) == 0
     page.locator(".map .plane").scroll_into_view_if_needed()
     box = page.query_selector_all(".map .scatterlayer .point")[3].bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

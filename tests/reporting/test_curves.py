@@ -24,12 +24,12 @@ RUN: Series = {
 
 def test_every_metric_is_drawn_or_listed_as_constant() -> None:
     drawn, constant = charts({"run": RUN})
-    assert [(each.title.partition(":")[0], each.group) for each in drawn] == [
-        ("Held-out kNN accuracy", "accuracy"),
-        ("Loss", "train"),
-        ("Contrast accuracy", "train"),
-        ("Effective rank of the features (higher", "analysis"),
-        ("New measure", "mine"),
+    assert [(each.title.partition(":")[0], each.metric) for each in drawn] == [
+        ("Held-out kNN accuracy", "accuracy/knn"),
+        ("Loss", "train/loss"),
+        ("Contrast accuracy", "train/contrast_accuracy"),
+        ("Effective rank of the features (higher", "analysis/effective_rank"),
+        ("New measure", "mine/new_measure"),
     ]
     assert constant == ["Momentum of the key encoder: 0.99"]
     assert [(curve.name, curve.reference) for curve in drawn[0].curves] == [

@@ -25,12 +25,12 @@ def test_text_is_escaped_and_control_characters_are_visible() -> None:
 
 def test_data_cannot_end_its_element_and_is_read_back_unchanged(tmp_path: Path) -> None:
     figures = Figures(charts={"name": EVIL, "x": [1.5, None]})
-    write_report(tmp_path / "page.html", "t", "a", [], figures)
+    write_report(tmp_path / "page.html", "t", [], figures)
     element = (tmp_path / "page.html").read_text().split('<script type="application/json" id="figures">')[1]
     assert json.loads(element.split("</script>")[0]) == figures.data()
     figures.charts["x"] = float("nan")  # JSON.parse would reject the page
     with pytest.raises(ValueError, match="Out of range float"):
-        write_report(tmp_path / "page.html", "t", "a", [], figures)
+        write_report(tmp_path / "page.html", "t", [], figures)
 
 
 def test_tables_have_headings_and_a_caption() -> None:

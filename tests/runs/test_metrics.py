@@ -111,6 +111,25 @@ def test_a_histogram_in_tensorboard_has_its_counts_and_moments(tmp_path: Path) -
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+def test_tensorboard_gets_hyperparameters_and_no_measure_without_a_value(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    (tmp_path / "config.yaml").write_text(
+        "epochs: 3\nrun: here\noptim: {lr: 0.06, clip_grad: null}\nmethod: {name: moco}\n"
+    )
+    logger = MetricsLogger(tmp_path, 0)
+    logger.log(1, {"train/loss": math.nan, "analysis/key_drift": math.nan, "analysis/spread": 0.5})
+    logger.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {"train/loss", "analysis/spread"}
+    shown = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    start = metadata.parse_session_start_info_plugin_data(shown)
+    found = {name: value.number_value or value.string_value for name, value in start.hparams.items()}
+    assert found == {"epochs": 3, "optim.lr": 0.06, "method.name": "moco"}
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
 def test_tensorboard_shows_the_configuration_and_one_chart_per_kind_of_accuracy(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("epochs: 3\n")
     MetricsLogger(tmp_path, 0).close()
