@@ -1,8 +1,39 @@
-"""moco: Momentum Contrast, from pretraining to evaluation."""
+"""moco: Momentum Contrast, from pretraining to evaluation.
 
+`import moco` is fast: torch is imported with the first use of a name below.
+"""
+
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 if sys.platform == "win32":
     raise SystemExit("moco runs on Linux and macOS: on Windows, use the Windows Subsystem for Linux (WSL)")
 
+if TYPE_CHECKING:
+    from moco import losses
+    from moco.api import LoadedEncoder, load_encoder
+    from moco.builder import KeyQueue, MoCo
+
 __version__ = "0.1.0"
+__all__ = ["KeyQueue", "LoadedEncoder", "MoCo", "load_encoder", "losses"]
+
+_MODULES = {
+    "KeyQueue": "moco.builder",
+    "LoadedEncoder": "moco.api",
+    "MoCo": "moco.builder",
+    "load_encoder": "moco.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name == "losses":
+        return importlib.import_module("moco.losses")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'moco' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

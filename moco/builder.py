@@ -120,7 +120,9 @@ def unit_length(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_keys(encoder: nn.Module, images: Tensor, shuffle: NDArray[np.int64] | None, micro_batch: int) -> Tensor:
+def encode_keys(
+    encoder: nn.Module, images: Tensor, shuffle: NDArray[np.int64] | None, micro_batch: int | None = None
+) -> Tensor:
     """Return the keys of one view of the local batch, (n, C), without gradient.
 
     Args:
@@ -128,10 +130,10 @@ def encode_keys(encoder: nn.Module, images: Tensor, shuffle: NDArray[np.int64] |
         images: (n, 3, S, S).
         shuffle: a permutation of the global batch (0 ... W n - 1). With it, BN normalizes a key in another group than
             its query, so that BN's statistics do not reveal the positive (paper, section 3.3). None: no shuffling.
-        micro_batch: number of images per forward pass.
+        micro_batch: number of images per forward pass; None: all.
     """
     x = images if shuffle is None else permute(images, shuffle)
-    k = torch.cat([unit_length(encoder(part)) for part in x.split(micro_batch)])
+    k = torch.cat([unit_length(encoder(part)) for part in x.split(micro_batch or len(x))])
     return k if shuffle is None else permute(k, np.argsort(shuffle))
 
 
@@ -182,7 +184,10 @@ class Method(Protocol):
     def directions(self) -> Sequence[tuple[int, int]]: ...  # pairs (query's view, key's view)
 
     def encode_keys(
-        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+        self,
+        views: Sequence[Tensor],
+        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        micro_batch: int | None = None,
     ) -> dict[int, Tensor]: ...
 
     def update_momentum_encoder(self, momentum: float) -> None: ...
@@ -232,7 +237,10 @@ class MoCo(nn.Module):
         self.register_buffer("labels", None if labels is None else separate_unknown(labels), persistent=False)
 
     def encode_keys(
-        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+        self,
+        views: Sequence[Tensor],
+        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return the keys of the local batch, {view: (n, C)}, of each view that serves as a key.
 

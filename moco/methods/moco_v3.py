@@ -60,7 +60,10 @@ class MoCoV3(nn.Module):
         self.temperature = temperature
 
     def encode_keys(
-        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+        self,
+        views: Sequence[Tensor],
+        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return the keys of the global batch, {view: (M, C)}: each micro-batch is compared with all of them.
 

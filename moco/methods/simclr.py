@@ -100,7 +100,10 @@ class SimCLR(nn.Module):
         self.register_buffer("labels", None if labels is None else separate_unknown(labels), persistent=False)
 
     def encode_keys(
-        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+        self,
+        views: Sequence[Tensor],
+        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return {}: the forward computes all embeddings. Raise ValueError for micro-batches: they lack negatives."""
         if micro_batch != len(views[0]):

@@ -1,0 +1,94 @@
+"""The Python interface: `import moco`, then `moco.load_encoder("runs/digits")`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
+from moco.evaluation.features import EvalTransform
+from moco.evaluation.subject import open_subject
+from moco.interop.encoder_file import EncoderFile, build
+
+
+class LoadedEncoder(nn.Module):
+    """A backbone with the preparation of its images: `encoder(encoder.transform(image)[None])` is (1, D).
+
+    Attributes:
+        backbone: the network, in eval mode, without gradients: images (N, 3, S, S) to features (N, D).
+        transform: a transform of torchvision (v2) for one image: a PIL image, an RGB array (H, W, 3), or a uint8 tensor
+            (3, H, W), to a float tensor (3, S, S).
+        num_features: D.
+        info: the file, its layout, the name and options of the backbone, the steps of its training, and for an encoder
+            of moco the configuration of its run.
+    """
+
+    def __init__(self, file: EncoderFile, transform: EvalTransform) -> None:
+        super().__init__()
+        self.backbone = build(file).backbone
+        self.transform = torchvision_transform(transform)
+        self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
+        names = ("source", "layout", "backbone", "options", "step", "config")
+        self.eval()
+        self.info: dict[str, Any] = {name: getattr(file, name) for name in names} | {"images": asdict(transform)}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features (N, D) of prepared images (N, 3, S, S)."""
+        features: Tensor = self.backbone(images)
+        return features
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    weights: str = "encoder",
+    backbone: str | None = None,
+    options: dict[str, Any] | None = None,
+    size: int | None = None,
+    resize: int | None = None,
+) -> LoadedEncoder:
+    """Load a trained encoder for inference, or as a start of training (`encoder.requires_grad_()`).
+
+    The features are those of `python -m moco.embed`.
+
+    Args:
+        source: the directory of a run, whose newest checkpoint is loaded; or a file: encoder.safetensors, a checkpoint,
+            or a file of another project in a layout that `moco.interop.encoder_file` reads.
+        weights: "encoder", or "momentum_encoder" if the checkpoint holds one.
+        backbone, options: the network, if the file does not name it, such as "resnet50".
+        size, resize: side of the input images, and their shorter side before the central crop, in pixels. None: those
+            of the run or the file, else 224 and 256.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no encoder that can be read; the message says why.
+    """
+    path = Path(source).expanduser()
+    place = "run" if path.is_dir() else "checkpoint"
+    images = ImagesConfig(size=size, resize=resize)
+    config = SubjectConfig(weights=weights, backbone=backbone, options=options or {}, images=images)
+    setattr(config, place, str(path))
+    check_subject(config)
+    subject = open_subject(config)
+    return LoadedEncoder(subject.file, subject.transform)
+
+
+def torchvision_transform(transform: EvalTransform) -> v2.Compose:
+    """Return torchvision's equivalent of an evaluation's preparation of images.
+
+    Resizing works on uint8 tensors, as in all commands of moco: on PIL images it would give slightly different values.
+    """
+    resize = transform.resize or transform.size
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RGB(),
+            v2.Resize(resize, antialias=True),
+            v2.CenterCrop(transform.size),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(transform.mean), list(transform.std)),
+        ]
+    )

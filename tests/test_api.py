@@ -1,0 +1,81 @@
+"""The Python interface: what `load_encoder` returns, and that `import moco` imports little."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import moco
+from moco.config.embed import EmbedConfig
+from moco.interop.encoder_file import build, read_encoder, save_encoder
+from moco.models.backbones import build_backbone
+from moco.retrieval.embed import embed
+from tests.evaluation.test_subject import trained, write_images
+
+
+def embedded(images: Path, output: Path, **source: str) -> np.ndarray:
+    config = EmbedConfig(output=str(output), normalize=False, **source)  # type: ignore[arg-type]
+    config.data.name, config.data.root, config.data.labels, config.data.workers = "folder", str(images), "none", 0
+    config.dtype, config.threads = "float32", 1
+    embed(config)
+    return np.load(output / "features.npy")
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "encoder.safetensors"])
+def test_features_are_those_of_moco_embed(tmp_path: Path, kind: str) -> None:
+    images = write_images(tmp_path / "images", {"a": 2, "b": 1})
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 23, 3), np.uint8)).save(images / "a" / "tall.png")
+    Image.fromarray(np.random.default_rng(2).integers(0, 255, (9, 30), np.uint8)).save(images / "b" / "gray.png")
+    run = trained(tmp_path / "run")
+    source = run if kind == "run" else next((run / "checkpoints").glob("*.pt"))
+    if kind == "encoder.safetensors":
+        source = tmp_path / kind
+        file = read_encoder(next((run / "checkpoints").glob("*.pt")))
+        save_encoder(source, build(file).backbone, file.config, file.step)
+    expected = embedded(images, tmp_path / "features", **{"run" if kind == "run" else "checkpoint": str(source)})
+
+    encoder = moco.load_encoder(source)
+
+    files = sorted(images.rglob("*.png"))
+    prepared = torch.stack([encoder.transform(Image.open(file)) for file in files])
+    features = encoder(prepared).numpy()
+    assert features.shape == (5, encoder.num_features)
+    np.testing.assert_allclose(features, expected, rtol=1e-6, atol=1e-6)
+    assert encoder.info["backbone"] == "convnet"
+    assert encoder.info["images"]["size"] == 16
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_a_file_of_another_project_takes_the_named_network_and_size(tmp_path: Path) -> None:
+    network = build_backbone("resnet18", {})
+    torch.save(network.state_dict(), tmp_path / "resnet18.pt")
+    encoder = moco.load_encoder(tmp_path / "resnet18.pt", backbone="resnet18", size=64, resize=72)
+    image = torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8)
+    prepared = encoder.transform(image)[None]
+    assert prepared.shape == (1, 3, 64, 64)
+    torch.testing.assert_close(encoder(prepared), network.eval()(prepared), rtol=0, atol=0)
+
+
+def test_errors_name_the_argument(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        moco.load_encoder(tmp_path / "nowhere")
+    run = trained(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"backbone=resnet18.*run"):
+        moco.load_encoder(run, backbone="resnet18")
+    with pytest.raises(AttributeError, match="load_encoder"):
+        moco.load_model  # noqa: B018  # the access is the test
+
+
+def test_importing_moco_does_not_import_torch() -> None:
+    code = "import sys, moco; dir(moco); assert 'torch' not in sys.modules; moco.losses; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_exists() -> None:
+    assert all(getattr(moco, name) is not None for name in moco.__all__)
+    assert moco.losses.info_nce is moco.losses.queue.info_nce
