@@ -10,5 +10,9 @@ setup(
     packages=[*find_packages(include=["moco", "moco.*"]), "moco.configs"],
     package_dir={"moco.configs": "configs"},
     include_package_data=False,  # only what the next line names
-    package_data={"moco.configs": ["**/*.yaml"], "moco.reporting": ["*.css", "*.js", "templates/*.html"]},
+    package_data={
+        "moco": ["py.typed"],
+        "moco.configs": ["**/*.yaml"],
+        "moco.reporting": ["*.css", "*.js", "templates/*.html"],
+    },
 )

@@ -22,7 +22,8 @@ def embedded(images: Path, output: Path, **source: str) -> np.ndarray:
     config.data.name, config.data.root, config.data.labels, config.data.workers = "folder", str(images), "none", 0
     config.dtype, config.threads = "float32", 1
     embed(config)
-    return np.load(output / "features.npy")
+    features: np.ndarray = np.load(output / "features.npy")
+    return features
 
 
 @pytest.mark.parametrize("kind", ["run", "checkpoint", "encoder.safetensors"])

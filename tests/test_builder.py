@@ -469,7 +469,10 @@ class EnqueueBeforeLogits(MoCo):
     """(b) lightly #1007: the keys of the batch replace the oldest before the logits."""
 
     def encode_keys(
-        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+        self,
+        views: Sequence[Tensor],
+        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         keys = super().encode_keys(views, shuffles, micro_batch)
         super().enqueue(torch.stack(list(keys.values()), dim=1), torch.full((len(views[0]),), UNKNOWN))
@@ -518,11 +521,14 @@ class GradientIntoKeys(MoCo):
     """(e) Keys are encoded with gradient."""
 
     def encode_keys(
-        self, views: Sequence[Tensor], shuffles: Sequence[NDArray[np.int64]] | None, micro_batch: int
+        self,
+        views: Sequence[Tensor],
+        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         self.momentum_encoder.requires_grad_(True)
         with_gradient = inspect.unwrap(encode_keys)
-        return {key: with_gradient(self.momentum_encoder, views[key], None, micro_batch) for _, key in self.directions}
+        return {key: with_gradient(self.momentum_encoder, views[key], None) for _, key in self.directions}
 
 
 class GradientIntoQueue(MoCo):

@@ -106,7 +106,7 @@ class SimCLR(nn.Module):
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return {}: the forward computes all embeddings. Raise ValueError for micro-batches: they lack negatives."""
-        if micro_batch != len(views[0]):
+        if micro_batch is not None and micro_batch != len(views[0]):
             raise ValueError(f"accumulate={len(views[0]) // micro_batch} must be 1: the batch provides the negatives")
         return {}
 

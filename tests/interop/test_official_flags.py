@@ -1,0 +1,113 @@
+"""The official flags: the configuration that they stand for, how processes start, and refusals."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from moco.composition import field_types
+from moco.config import TrainConfig
+from moco.config.linear import LinearConfig
+from moco.interop.official_flags import main
+
+V2 = "-a resnet18 --lr 0.015 --batch-size 128 --mlp --moco-t 0.2 --aug-plus --cos --moco-k 4096 --epochs 100 -j 16"
+NODE = "--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://localhost:10001"
+
+
+def printed(capsys: pytest.CaptureFixture[str], script: str, line: str) -> list[str]:
+    assert main(script, [*shlex.split(line), "--print-command"]) == 0
+    return shlex.split(capsys.readouterr().out)
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+
+
+@pytest.mark.usefixtures("gpus")
+def test_the_flags_of_moco_v2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    words = printed(capsys, "main_moco", f"{V2} {NODE} {tmp_path}")
+    assert words[:6] == ["torchrun", "--standalone", "--nproc-per-node", "4", "-m", "moco.train"]
+    expected = "data=imagenet augment=moco_v2 optim=sgd_cosine model.backbone=resnet18 model.head_layers=2 epochs=100 "
+    expected += "model.bn_group_size=32 method.queue_size=4096 method.temperature=0.2 optim.lr=0.015 batch_size=128"
+    assert set(expected.split()) | {"data.workers=4", "precision=fp32"} <= set(words)
+
+
+def test_without_flags_it_is_moco_v1_and_pretraining_needs_no_validation_images(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "train").mkdir()
+    words = printed(capsys, "main_moco", f"{tmp_path} run=runs/mine")
+    assert words[0] == "python"
+    expected = {
+        "augment=moco_v1",
+        "optim=sgd_step",
+        "optim.milestones=[120,160]",
+        "model.head_layers=1",
+        "method.temperature=0.07",
+    }
+    assert expected | {"data=folder", f"data.root={tmp_path}/train", "batch_size=256", "model.bn_group_size=32"} <= set(
+        words
+    )
+    assert words[-1] == "run=runs/mine"
+
+
+@pytest.mark.usefixtures("gpus")
+def test_the_official_batch_is_that_of_a_node(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "--multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://10.0.0.1:23456 /data"
+    words = printed(capsys, "main_moco", line)
+    assert " ".join(words).startswith("torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 23456 ")
+    assert {"batch_size=512", "model.bn_group_size=64"} <= set(words)
+
+
+def test_the_flags_of_main_lincls(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = printed(capsys, "main_lincls", f"-a resnet50 --pretrained a.pth.tar --gpu 2 {tmp_path}")
+    assert words[:4] == ["CUDA_VISIBLE_DEVICES=2", "python", "-m", "moco.linear"]
+    expected = {"checkpoint=a.pth.tar", "backbone=resnet50", "protocol=moco_v2", "official.lr=30.0", "epochs=100"}
+    assert expected | {"official.milestones=[60,80]", "official.weight_decay=0.0"} <= set(words)
+    assert f"run={tmp_path}" in printed(capsys, "main_lincls", f"--pretrained {tmp_path} /data")
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "named"),
+    [
+        ("main_moco", "--resume a.pth /data", "--resume a.pth"),
+        ("main_moco", "--start-epoch 3 /data", "--start-epoch 3"),
+        ("main_moco", "--world-size 2 --rank 0 /data", "--dist-url"),
+        ("main_moco", "--world-size 2 --rank 2 --dist-url tcp://a:1 /data", "--rank 2"),
+        ("main_moco", "-b 130 --multiprocessing-distributed /data", "--batch-size 130"),
+        ("main_lincls", "/data", "--pretrained"),
+        ("main_lincls", "-e --pretrained a.pth /data", "--evaluate"),
+    ],
+)
+@pytest.mark.usefixtures("gpus")
+def test_refusals_name_the_flag(script: str, line: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(script, line.split())
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def test_the_command_runs_and_its_status_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def run(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(words)
+        return subprocess.CompletedProcess(words, 7)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main("main_moco", ["/data", "--gpu", "0"]) == 7
+    assert started[0][1:4] == ["-m", "moco.train", "experiment=moco_v1_imagenet"]
+
+
+def test_the_overrides_are_fields_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    for script, line, schema in (
+        ("main_moco", "/data", TrainConfig),
+        ("main_lincls", "--pretrained a /data", LinearConfig),
+    ):
+        groups = {"experiment", "data", "augment", "optim", "protocol"}
+        fields = {word.partition("=")[0] for word in printed(capsys, script, line) if "=" in word}
+        assert fields - groups <= set(field_types(schema))
