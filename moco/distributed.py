@@ -75,6 +75,13 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
         dist.destroy_process_group()
 
 
+def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to the device. The copy from pinned memory is queued: the host does not wait for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 @torch.no_grad()
 def gather(x: Tensor) -> Tensor:
     """Return the rows of all ranks, in the order of the ranks, without gradient: (n, ...) -> (W n, ...)."""
@@ -117,20 +124,20 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
     """
     ranks, me, n = world_size(), rank(), len(x)
     if ranks == 1:
-        return x[torch.from_numpy(order).to(x.device)]
+        return x[queue_copy(torch.from_numpy(order), x.device)]
     positions = order.reshape(ranks, n)  # row r: the global positions that rank r receives
     owner = positions // n
     outgoing = [positions[r][owner[r] == me] - me * n for r in range(ranks)]  # in the order that rank r needs
     received = x.new_empty(x.shape)
     dist.all_to_all_single(
         received,
-        x[torch.from_numpy(np.concatenate(outgoing)).to(x.device)].contiguous(),
+        x[queue_copy(torch.from_numpy(np.concatenate(outgoing)), x.device)].contiguous(),
         output_split_sizes=[int((owner[me] == r).sum()) for r in range(ranks)],
         input_split_sizes=[len(rows) for rows in outgoing],
     )
     # Rows arrive sorted by the rank that sent them: put each at its position.
-    arrival = torch.from_numpy(np.argsort(np.argsort(owner[me], kind="stable"))).to(x.device)
-    return received[arrival]
+    arrival = torch.from_numpy(np.argsort(np.argsort(owner[me], kind="stable")))
+    return received[queue_copy(arrival, x.device)]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
@@ -257,11 +264,12 @@ def in_lockstep(items: Iterable[T]) -> Iterator[T]:
 def wrap_ddp(method: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a method in DDP; with one process return the method itself.
 
-    DDP does not handle the buffers: it would send the queue (33 MB) from rank 0 before every forward.
+    DDP does not handle the buffers: it would send the queue (33 MB) from rank 0 before every forward. Gradients are
+    views of its buckets, which saves a copy of each.
     """
     if world_size() == 1:
         return method
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch 2.15: new name
-    options: dict[str, Any] = {name: False}
+    options: dict[str, Any] = {name: False, "gradient_as_bucket_view": True}
     return DistributedDataParallel(method, device_ids=[device] if device.type == "cuda" else None, **options)

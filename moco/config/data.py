@@ -31,8 +31,9 @@ class SourceConfig:
     bits: int | None = bounded(None, ge=8, le=16)
     """For images with 16 bits per channel: how many of them are used (12: 0 ... 4095 becomes black ... white). Null:
     the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 evenly spaced images; for `webdataset` 16."""
-    workers: int = bounded(2, ge=0, le=256)
-    """Loader processes per training process, for images that are not in memory; 0: load in the main process."""
+    workers: int | None = bounded(None, ge=0, le=256)
+    """Loader processes per training process, for images that are not in memory; 0: load in the main process; null: as
+    many as the CPU cores per training process of this machine, 1 to 16."""
     subset: str = ""
     """For `huggingface`: the name of the subset (the hub's "configuration") of a data set that has several."""
     split: str = "train"

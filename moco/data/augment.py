@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.data import ops
-from moco.data.crop import crop_boxes, queue_copy, resized_crop, resized_crops, shrunk_box
+from moco.data.crop import crop_boxes, resized_crop, resized_crops, shrunk_box
 from moco.data.view import Params, View
+from moco.distributed import queue_copy
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
 _CPU_PART = 2**21  # numbers per part on a CPU, so that they stay in its cache between operations

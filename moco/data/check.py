@@ -23,7 +23,7 @@ from moco.data.folder import FolderSource
 from moco.data.image_facts import ODDITIES, ImageFacts, image_facts
 from moco.data.opening import class_counts, opening_lines
 from moco.data.sources import load_source
-from moco.data.workers import TASK, LoaderError, in_order
+from moco.data.workers import TASK, LoaderError, count_processes, in_order
 from moco.files import write_errors, write_json
 from moco.runtime.console import log, progress_bar, table
 from moco.runtime.next_command import command
@@ -81,7 +81,8 @@ def check_data(config: CheckDataConfig) -> None:
                     row += 1
                     progress(row, total)
             except LoaderError as error:
-                first, last = row - start, min(row - start + (2 * data.workers + 1) * TASK, len(folder)) - 1
+                in_progress = (2 * count_processes(data.workers) + 1) * TASK
+                first, last = row - start, min(row - start + in_progress, len(folder)) - 1
                 names = f"{folder.name(first)} ... {folder.name(last)}"
                 raise LoaderError(f"{error}; the image is one of {names}") from error
             for path, reason in folder.unlistable.items():

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from moco.distributed import queue_copy
+
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
 CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: T for the area, T for the log ratio, 1 for top, 1 for left
 
@@ -101,13 +103,6 @@ def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])
-
-
-def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a host tensor to the device. The copy from pinned memory is queued: the host does not wait for it."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias: bool = True) -> Tensor:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from moco.data.augment import augment, crop_batch, crop_one, largest_shrink
 from moco.data.base import Source
-from moco.data.crop import queue_copy
 from moco.data.decode import Decoded, ImageError, decode_scaled
 from moco.data.plan import Plan
 from moco.data.prefetch import prefetched
 from moco.data.remote import Item
 from moco.data.unreadable import OnUnreadable, image_or_substitute
 from moco.data.view import View, draw, draw_crop
-from moco.data.workers import LoaderError, loaded, make_loader, to_shared_memory
+from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
+from moco.distributed import queue_copy
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def batches(
     plan: Plan,
     views: Sequence[View],
     device: torch.device,
-    workers: int,
+    workers: int | None,
     start: int = 0,
     on_unreadable: OnUnreadable | None = None,
 ) -> Generator[Batch, None, None]:
@@ -47,7 +47,7 @@ def batches(
     Args:
         source: the images; if `source.images` is None, loader processes decode them.
         device: computes the augmentation and holds the batches.
-        workers: number of loader processes; 0 decodes in this process.
+        workers: number of loader processes; 0 decodes in this process; None: see `count_processes`.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
             random numbers of the views stay those of the original sample, so the views of a substitute differ from its
             own. None: an unreadable image ends the run.
@@ -72,7 +72,7 @@ def crops(
     plan: Plan,
     views: Sequence[View],
     device: torch.device,
-    workers: int,
+    workers: int | None,
     start: int = 0,
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[CroppedBatch]:
@@ -81,6 +81,7 @@ def crops(
         yield from _resident(source, source.images.to(device), plan, views, start, on_unreadable)
         return
     # One loader for all epochs: its workers never restart, and the sampler provides the epoch.
+    workers = count_processes(workers)
     dataset = CropDataset(source, views, plan.seed, replace=on_unreadable is not None)
     pin_memory = device.type == "cuda"
     if source.stream is not None:

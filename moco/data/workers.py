@@ -2,6 +2,7 @@
 
 import atexit
 import multiprocessing
+import os
 import re
 import signal
 import warnings
@@ -18,6 +19,7 @@ from moco.runtime.preemption import STOP_SIGNALS
 
 T = TypeVar("T")
 TASK = 16  # rows per task of `in_order`
+MOST_PROCESSES = 16  # by default; each holds batches in memory
 
 
 class LoaderError(ValueError):
@@ -48,6 +50,15 @@ def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
         raise LoaderError(_no_room(f"has no shared memory for a batch of {size:,.1f} MB ({reason})")) from error
 
 
+def count_processes(workers: int | None) -> int:
+    """Return the number of loader processes: as configured, or for None one per CPU core of this process, 1 to 16."""
+    if workers is not None:
+        return workers
+    known = hasattr(os, "sched_getaffinity")  # on Linux: a container or a job may use a part of the cores
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return min(MOST_PROCESSES, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 class _Tasks:
     """The data set of `in_order`: each item is the results of a range of rows."""
 
@@ -60,7 +71,7 @@ class _Tasks:
             return [self.function(i) for i in rows]
 
 
-def in_order(function: Callable[[int], T], rows: range, workers: int, field: str) -> Generator[T, None, None]:
+def in_order(function: Callable[[int], T], rows: range, workers: int | None, field: str) -> Generator[T, None, None]:
     """Yield function(row) for each row in order, computed by worker processes; `close` ends the processes.
 
     At most `2 * workers` tasks of `TASK` rows are in progress. For the arguments and errors see `loaded`.
@@ -70,13 +81,16 @@ def in_order(function: Callable[[int], T], rows: range, workers: int, field: str
         yield from results
 
 
-def make_loader(dataset: Any, workers: int, sampler: Iterable[Any] | None = None, **options: Any) -> DataLoader[Any]:
+def make_loader(
+    dataset: Any, workers: int | None, sampler: Iterable[Any] | None = None, **options: Any
+) -> DataLoader[Any]:
     """Return PyTorch's loader of the data set's items, one per entry of `sampler`, unchanged and in order.
 
     It limits the items in progress, and its workers end if their parent is killed.
     """
     options = {"worker_init_fn": ignore_signals} | options
-    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_identity, **options)
+    processes = count_processes(workers)
+    return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=processes, collate_fn=_identity, **options)
 
 
 def _identity(item: T) -> T:

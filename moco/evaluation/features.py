@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
 from moco.data.sources import Source
-from moco.data.workers import LoaderError, loaded, make_loader, to_shared_memory
-from moco.distributed import gather, on_all_ranks, rank, world_size
+from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
+from moco.distributed import gather, on_all_ranks, queue_copy, rank, world_size
 
 Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> features (N, D)
 
@@ -54,7 +54,7 @@ def evaluation_view(image: Tensor, resize: int, size: int) -> Tensor:
 
 
 def _crops(
-    source: Source, rows: Sequence[int], transform: EvalTransform, batch_size: int, workers: int
+    source: Source, rows: Sequence[int], transform: EvalTransform, batch_size: int, workers: int | None
 ) -> Iterator[Tensor]:
     """Yield uint8 batches (<= batch_size, 3, S, S) of the given rows."""
     size = transform.size
@@ -62,7 +62,7 @@ def _crops(
     if source.images is not None and source.images.shape[-2:] == (size, size) and transform.resize in (0, size):
         yield from (source.images[torch.tensor(part)] for part in parts)
         return
-    loader = make_loader(_CroppedBatches(source, transform), min(workers, len(parts)), parts)
+    loader = make_loader(_CroppedBatches(source, transform), min(count_processes(workers), len(parts)), parts)
     yield from loaded(loader, "data.workers")
 
 
@@ -74,14 +74,14 @@ def stream(
     transform: EvalTransform,
     device: torch.device,
     batch_size: int = 512,
-    workers: int = 0,
+    workers: int | None = 0,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Yield the features of the given rows on this process, in their order: batches (<= batch_size, D), float32.
 
     Args:
         network: on the device; a module is put into eval mode, and into its previous mode at the end.
-        workers: loader processes for images that are not in memory.
+        workers: loader processes for images that are not in memory; None: see `count_processes`.
         heartbeat: called before each batch.
 
     Raises:
@@ -96,7 +96,7 @@ def stream(
     try:
         for images in _crops(source, rows, transform, batch_size, workers):
             heartbeat()
-            yield network((images.to(device).float() / 255 - mean) / std).float()
+            yield network((queue_copy(images, device).float() / 255 - mean) / std).float()
     finally:
         if isinstance(network, nn.Module):
             network.train(training)
@@ -108,7 +108,7 @@ def extract(
     transform: EvalTransform,
     device: torch.device,
     batch_size: int = 512,
-    workers: int = 0,
+    workers: int | None = 0,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Return the features (M, D) of all images of a source, in its order, on every rank.

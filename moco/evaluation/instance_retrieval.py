@@ -49,7 +49,7 @@ def instance_retrieval(
     transform: EvalTransform,
     device: torch.device,
     batch_size: int,
-    workers: int = 0,
+    workers: int | None = 0,
     on_unreadable: OnUnreadable | None = None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -107,7 +107,12 @@ def images_used(length: int, batch_size: int) -> int:
 
 
 def _crop_pairs(
-    source: Source, size: int, device: torch.device, batch_size: int, workers: int, on_unreadable: OnUnreadable | None
+    source: Source,
+    size: int,
+    device: torch.device,
+    batch_size: int,
+    workers: int | None,
+    on_unreadable: OnUnreadable | None,
 ) -> Iterator[Batch]:
     """Yield this rank's batches: two crops of each image, 2 of (n, 3, S, S), in 0 ... 1."""
     plan = Plan(len(source), batch_size, 1, SEED, rank(), world_size())

@@ -23,10 +23,10 @@ from torch import Tensor
 from moco.losses.queue import check_inputs
 from moco.losses.similarity import ABSENT, Temperature, check_mask, check_shapes, full_precision, paired_similarity
 
-# R and B by device. The logits of a block are 1 MiB of float32 on a CPU, which fits in the cache (256 <= B <= 1,024
-# changes the time by less than 10 %), and 128 MiB on a GPU, which needs few and large operations.
+# R and the logits of a block, R x B, by device. A block is 1 MiB of float32 on a CPU, which fits in the cache (256 <= B
+# <= 1,024 changes the time by less than 10 %), and 128 MiB on a GPU, which needs few and large operations.
 ROWS = {"cpu": 512, "cuda": 4096}
-CHUNK = {"cpu": 512, "cuda": 8192}
+BLOCK = {"cpu": 2**18, "cuda": 2**25}
 
 
 class Streamed(NamedTuple):
@@ -104,7 +104,7 @@ def info_nce_streamed(
     """
     check_inputs(query, key, queue, temperature)
     device = "cpu" if query.device.type == "cpu" else "cuda"
-    size = CHUNK[device] if chunk is None else chunk
+    size = _chunk(len(query), device) if chunk is None else chunk
     if size < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     check_mask("negatives", negatives, (len(query), len(queue)))
@@ -125,6 +125,12 @@ def info_nce_streamed(
     losses: Tensor = _Loss.apply(query, temperature, mean_key - key, mean_logit - positive, log_sum - positive)
     losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
     return Streamed(losses.mean(), positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
+
+
+def _chunk(queries: int, device: str) -> int:
+    """Return B. On a GPU few queries take longer chunks: with 512 queries or fewer, 65,536 keys are one chunk."""
+    rows = ROWS[device] if device == "cpu" else min(queries, ROWS[device])
+    return BLOCK[device] // rows
 
 
 class _Loss(torch.autograd.Function):
@@ -194,9 +200,12 @@ def _pass(
             weights.add_(torch.where(part, 0.0, ABSENT))  # several times faster than masked_fill
             count += part.sum(dim=1)
         if own is not None and (own.places is None or len(own.places[number])):
-            at = torch.arange(len(keys), device=keys.device) if own.places is None else own.places[number]  # (B',)
-            same = own.sample[:, None] == own.queue_sample[start + at]  # (R, B')
-            weights[:, at] = weights[:, at].masked_fill(same, ABSENT)
+            at = slice(None) if own.places is None else own.places[number]  # (B',)
+            same = own.sample[:, None] == own.queue_sample[columns][at]  # (R, B')
+            if own.places is None:
+                weights.masked_fill_(same, ABSENT)
+            else:
+                weights[:, at] = weights[:, at].masked_fill(same, ABSENT)
             count -= (same if allowed is None else same & part[:, at]).sum(dim=1)
         higher = torch.maximum(top, weights.amax(dim=1, keepdim=True))
         shrink = (top - higher).exp_()  # (R, 1)

@@ -90,7 +90,7 @@ class MoCoV3(nn.Module):
             positive = logits.gather(1, labels[:, None])  # (N, 1)
             positives.append(positive.mean() * self.temperature)
             correct.append(((logits >= positive).sum(dim=1) == 1).float().mean())  # a tie is a failure
-        total = torch.tensor(float(len(keys[0])), device=index.device)
+        total = torch.full((), float(len(keys[0])), device=index.device)
         measures = {
             "contrast_accuracy": torch.stack(correct).mean(),
             "positive_similarity": torch.stack(positives).mean(),

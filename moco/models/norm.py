@@ -19,6 +19,10 @@ from moco.distributed import sum_over_ranks, world_size
 
 BatchNormKind = Literal["grouped", "sync", "batch"]
 
+# Where running statistics move with few kernels: each kernel costs the host as much as a small layer costs a GPU. The
+# order of the operations differs, and so does the rounding.
+FEW_KERNELS = ("cuda",)
+
 
 class GroupedBatchNorm(nn.Module):
     """BN over consecutive groups of `group_size` images; group_size 0 means the global batch ("sync").
@@ -73,6 +77,10 @@ class GroupedBatchNorm(nn.Module):
         if self.group_size == 0 and world_size() > 1:
             return self._normalize_sync(x)
         groups = x.split(self.group_size or len(x))
+        if len(groups) == 1 and self._few_kernels(x):
+            self._count_call()
+            running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+            return F.batch_norm(x, *running, *affine, training=True, momentum=self.momentum, eps=self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         statistics = x.new_zeros(2, len(groups), x.shape[1], dtype=dtype)  # (2, G, C), means and variances
         # momentum=1 makes batch_norm write each group's own statistics into its row.
@@ -105,6 +113,10 @@ class GroupedBatchNorm(nn.Module):
         With V views of m micro-batches, the first call multiplies the running statistics by (1 - momentum)^V. A call
         for view v adds momentum (1 - momentum)^(V - 1 - v) / m of its statistics.
         """
+        if self._few_kernels(mean):
+            self._count_call()
+            torch._foreach_lerp_([self.running_mean, self.running_var], [mean, var], weight=self.momentum)
+            return
         calls, kept = self.views * self.micro_batches, 1 - self.momentum
         if torch.compiler.is_compiling():
             at = self.compiled_call
@@ -116,13 +128,21 @@ class GroupedBatchNorm(nn.Module):
             at.add_(1).remainder_(calls)
             return
         if self.call == 0:
-            self.num_batches_tracked.add_(self.views)
             self.running_mean.mul_(kept**self.views)
             self.running_var.mul_(kept**self.views)
         share = self.momentum * kept ** (self.views - 1 - self._view(self.call)) / self.micro_batches
         self.running_mean.add_(mean, alpha=share)
         self.running_var.add_(var, alpha=share)
-        self.call = (self.call + 1) % calls
+        self._count_call()
+
+    def _few_kernels(self, x: Tensor) -> bool:
+        """Return whether each call is one view, and moves the statistics as `nn.BatchNorm2d` does, in few kernels."""
+        return x.device.type in FEW_KERNELS and self.micro_batches == 1 and not torch.compiler.is_compiling()
+
+    def _count_call(self) -> None:
+        if self.call == 0:
+            self.num_batches_tracked.add_(self.views)
+        self.call = (self.call + 1) % (self.views * self.micro_batches)
 
     def _view(self, call: Any) -> Any:
         """Return the view to which call number `call` of the step belongs."""

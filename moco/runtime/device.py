@@ -10,8 +10,10 @@ from moco.config import ComputeConfig, require
 from moco.distributed import process_group
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, tf32: bool = False) -> torch.device:
     """Return the device of this process; for "auto" a GPU if there is one.
+
+    On a GPU, float32 is IEEE single precision from here on, unless `tf32`.
 
     Raises:
         ConfigError: if name is "cuda" and there is no GPU.
@@ -21,7 +23,19 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True  # the images of a command have few shapes
+    set_float32_precision(tf32)
     return device
+
+
+def set_float32_precision(tf32: bool) -> None:
+    """Let GPUs compute convolutions and matrix products of float32 numbers in TF32, or in IEEE single precision.
+
+    By default torch computes convolutions in TF32.
+    """
+    # These two also set the newer fields `fp32_precision`. torch.compile fails if only the newer ones are set to TF32.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def describe_device(device: torch.device) -> str:
@@ -37,7 +51,7 @@ def compute_context(config: ComputeConfig, timeout_minutes: float = 10.0) -> Ite
         ConfigError: if device=cuda and there is no GPU.
         PeerLost: if another process exits within the block, or does not respond for `timeout_minutes`.
     """
-    device = pick_device(config.device)
+    device = pick_device(config.device, config.tf32)
     if config.threads:
         torch.set_num_threads(config.threads)
     with process_group(device, timeout_minutes):

@@ -61,13 +61,16 @@ from moco.training.step import Measures, StepSettings, train_step
 from moco.training.summary import announce, show_views, summarize
 from moco.training.throughput import Profile, Throughput
 
+LONGEST_WAIT = 60.0 * 24 * 365  # minutes that a process group waits with hang_after=0
+
 
 def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -> None:
     """Train as `moco.train.train` does; without a handler, signals are caught from here on."""
     if preemption is None:
         with PreemptionHandler(config.stop_after) as preemption:
             return pretrain(config, preemption)
-    timeout = max(10.0, config.hang_after + 5)  # minutes: the watchdog should report before the process group does
+    # Minutes: the watchdog should report before the process group does, which cannot wait forever.
+    timeout = max(10.0, config.hang_after + 5) if config.hang_after else LONGEST_WAIT
     with (
         compute_context(config, timeout) as device,
         Watchdog(config.hang_after, rendezvous_store(), rank(), world_size()) as watchdog,
@@ -352,7 +355,8 @@ class Trainer:
 
     def _log(self, done: int, measures: Measures) -> None:
         """Write the measures of a step to metrics.jsonl, TensorBoard and the terminal."""
-        values = {name if "/" in name else f"train/{name}": value.item() for name, value in measures.items()}
+        numbers = torch.stack(list(measures.values())).tolist()  # one copy to the host
+        values = {name if "/" in name else f"train/{name}": x for name, x in zip(measures, numbers, strict=True)}
         schedules = schedule_values(self.config, self.plan, self.peak_lr, done - 1)
         values |= {f"train/{name}": value for name, value in schedules.items()}
         values["train/epoch"] = done / self.plan.steps_per_epoch

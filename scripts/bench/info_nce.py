@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moco.losses import info_nce
-from moco.losses.streamed import CHUNK, info_nce_streamed
+from moco.losses.streamed import BLOCK, ROWS, info_nce_streamed
 from scripts.bench.machine import status_field
 from scripts.bench.timing import Table, alternate, compared, seconds
 
@@ -33,7 +33,7 @@ def arguments(parser: ArgumentParser) -> None:
     """Add the arguments of this comparison."""
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024, 4096], help="N, the number of queries")
     parser.add_argument("--task", nargs="+", default=["loss", "step"], choices=["loss", "step"])
-    parser.add_argument("--chunk", type=int, default=CHUNK["cpu"])
+    parser.add_argument("--chunk", type=int, default=BLOCK["cpu"] // ROWS["cpu"])
 
 
 def run(options: Namespace) -> Iterator[Table]:

@@ -18,7 +18,7 @@ from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import Source, load_source
 from moco.data.view import View
-from moco.data.workers import LoaderError, ignore_signals, in_order, loaded, make_loader
+from moco.data.workers import LoaderError, count_processes, ignore_signals, in_order, loaded, make_loader
 from moco.evaluation.features import EvalTransform, extract, stream
 from moco.runtime.preemption import STOP_SIGNALS
 from tests.data.unreadable_files import folder
@@ -167,3 +167,19 @@ def test_a_small_dev_shm_in_a_separate_process(source: Source, tmp_path: Path) -
     )
     assert done.returncode == 1, done.stderr
     assert "LoaderError: a loader process has no shared memory for a batch of 1.1 MB" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "expected"),
+    [(1, None, 1), (16, None, 16), (16, "8", 2), (112, "8", 14), (4, "8", 1), (256, "1", 16)],
+)
+def test_the_default_number_of_processes_divides_the_cores_among_the_ranks(
+    cores: int, ranks: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert count_processes(None) == expected
+    assert count_processes(0) == 0
+    assert count_processes(40) == 40

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -306,10 +307,28 @@ def test_no_tensor_has_the_size_of_the_logits() -> None:
     streamed, materialized = Largest(), Largest()
     with streamed:
         info_nce_streamed(query, key, queue, T, mask, index=index, queue_index=queue_index).loss.backward()
-    assert streamed.elements <= module.ROWS["cpu"] * module.CHUNK["cpu"]
+    assert streamed.elements <= module.BLOCK["cpu"]
     with materialized:
         info_nce(query, key, queue, T, mask & (index[:, None] != queue_index))[0].backward()
     assert materialized.elements >= n * k  # the measure sees what it is for
+
+
+@pytest.mark.parametrize("mask", [name for name in MASKS if "own" in name])
+def test_masks_of_a_gpu_equal_the_places_of_a_cpu(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU no search for places, which the host would wait for: the same numbers, bit for bit."""
+    given: dict[str, Any] = MASKS[mask][0]
+    call = partial(info_nce_streamed, unit(N, 0), unit(N, 1), unit(K, 2), T, chunk=7)
+    expected = call(**given)
+    find = module._OwnKeys.find
+    monkeypatch.setattr(module._OwnKeys, "find", lambda *given: find(*given)._replace(places=None))
+    for a, b in zip(call(**given), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("queries", "chunk"), [(32, 2**20), (256, 2**17), (512, 2**16), (4096, 8192), (10_000, 8192)])
+def test_a_block_of_a_gpu_has_128_mib(queries: int, chunk: int) -> None:
+    assert module._chunk(queries, "cuda") == chunk
+    assert module._chunk(queries, "cpu") == 512
 
 
 def test_forward_saves_only_tensors_of_the_size_of_the_queries() -> None:

@@ -14,6 +14,12 @@ from moco.models.norm import BatchNormKind, GroupedBatchNorm, convert_batch_norm
 N, C, GROUP = 12, 5, 4
 
 
+@pytest.fixture(autouse=True, params=[(), ("cpu",)], ids=["plain", "few_kernels"])
+def few_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test holds for the operations of the CPU, and for those that a GPU uses to save kernels."""
+    monkeypatch.setattr("moco.models.norm.FEW_KERNELS", request.param)
+
+
 def images(seed: int, n: int = N) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(n, C, 3, 2, generator=generator) + torch.arange(n).view(n, 1, 1, 1)

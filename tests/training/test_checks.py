@@ -11,7 +11,7 @@ from moco.data.opening import build_views, open_sources
 from moco.data.plan import Plan
 from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
-from moco.runtime.device import pick_device
+from moco.runtime.device import pick_device, set_float32_precision
 from moco.training.checks import check_against_data
 
 
@@ -101,6 +101,15 @@ def test_a_limited_bank_is_reproducible() -> None:
     where = {one.train.name(i): i for i in range(1297)}
     assert one.train.labels is not None
     assert all(one.train.labels[where[name]] == label for name, label in zip(names, labels, strict=True))
+
+
+def test_float32_is_ieee_on_a_gpu_unless_tf32_is_chosen() -> None:
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    for tf32 in (True, False):
+        set_float32_precision(tf32)
+        assert [each.fp32_precision == "tf32" for each in backends] == [tf32, tf32]
+        # torch.compile reads the earlier fields, which raise an error if they contradict the new ones
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (tf32, tf32)
 
 
 def test_the_device() -> None:

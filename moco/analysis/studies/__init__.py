@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
-from moco.config import ConfigError
+from moco.config import ComputeConfig, ConfigError
 from moco.runtime.device import pick_device
 
 
-def open_study(output: str, device: str, threads: int) -> tuple[Path, torch.device]:
+def open_study(output: str, compute: ComputeConfig) -> tuple[Path, torch.device]:
     """Create the output directory of a study, set the number of CPU threads, and return directory and device."""
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output={folder} cannot be created: {error.strerror}") from error
-    if threads:
-        torch.set_num_threads(threads)
-    return folder, pick_device(device)
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    return folder, pick_device(compute.device, compute.tf32)

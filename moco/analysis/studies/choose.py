@@ -116,7 +116,7 @@ def choose(config: ChooseConfig) -> list[Point]:
     """
     files = {run: _checkpoints(run) for run in _runs(config.runs)}
     _refuse_no_choice(files)
-    output, device = open_study(config.output, config.device, config.threads)
+    output, device = open_study(config.output, config)
     subject = SubjectConfig(run=_refuse_different_data(files, config), data=config.data)
     sources = open_data(subject, open_subject(subject))
     images = limited(sources.train, config.images)

@@ -19,7 +19,7 @@ from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation, matplotlib
 from moco.analysis.studies.measures import Run, measure
-from moco.config import ConfigError, DataConfig, config_dir, require
+from moco.config import ComputeConfig, ConfigError, DataConfig, config_dir, require
 from moco.config.subject import SubjectConfig
 from moco.config.temperature import TemperatureConfig
 from moco.data.opening import open_sources
@@ -54,7 +54,7 @@ def study(config: TemperatureConfig) -> None:
 def explain(config: TemperatureConfig) -> None:
     """Draw softmax, loss and gradient of a few logits against the temperature, and print them as a table."""
     matplotlib()
-    output, _ = open_study(config.output, "cpu", 0)
+    output, _ = open_study(config.output, ComputeConfig("cpu"))
     similarities, temperatures = config.similarities, sorted(config.temperatures)
     grid = torch.tensor(temperatures, dtype=torch.float64)
     explained = {answer: explain_temperature(torch.tensor(similarities), answer, grid) for answer in (RIGHT, WRONG)}
@@ -86,7 +86,7 @@ def sweep(config: TemperatureConfig) -> list[Run]:
         ValueError: if runs failed, after the results of the others are written.
     """
     matplotlib()  # fail before training, not after it
-    output, device = open_study(config.output, config.device, config.threads)
+    output, device = open_study(config.output, config)
     _refuse_other_study(output, config)
     planned = plan(config, output)
     failed = _train_all(config, planned)
