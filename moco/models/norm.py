@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.distributed import sum_over_ranks, world_size
+from moco.models.sync_norm import sync_batch_norm
 
 BatchNormKind = Literal["grouped", "sync", "batch"]
 
 # Where running statistics move with few kernels: each kernel costs the host as much as a small layer costs a GPU. The
 # order of the operations differs, and so does the rounding.
-FEW_KERNELS = ("cuda",)
+FEW_KERNELS: tuple[str, ...] = ("cuda",)
 
 
 class GroupedBatchNorm(nn.Module):
@@ -76,6 +77,8 @@ class GroupedBatchNorm(nn.Module):
             raise ValueError(f"model.bn_group_size={self.group_size} does not divide a batch of {len(x)} images")
         if self.group_size == 0 and world_size() > 1:
             return self._normalize_sync(x)
+        if torch.compiler.is_compiling():
+            return self._normalize_at_once(x)
         groups = x.split(self.group_size or len(x))
         if len(groups) == 1 and self._few_kernels(x):
             self._count_call()
@@ -91,8 +94,24 @@ class GroupedBatchNorm(nn.Module):
         self._track(*statistics.mean(dim=1))
         return out[0] if len(out) == 1 else torch.cat(out)
 
+    def _normalize_at_once(self, x: Tensor) -> Tensor:
+        """BN over all groups without a loop, of which compiled code would have the kernels of every group."""
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        values = values.unflatten(0, (-1, self.group_size or len(x)))  # (G, g, C, ...)
+        dims = [1, *range(3, values.dim())]
+        var, mean = torch.var_mean(values, dims, correction=0, keepdim=True)  # (G, 1, C, 1, ...)
+        count = values[0].numel() // values.shape[2]
+        with torch.no_grad():
+            self._track(mean.mean(dim=0).flatten(), var.mean(dim=0).flatten() * count / (count - 1))
+        out = ((values - mean) * (var + self.eps).rsqrt()).flatten(0, 1)
+        return self._scale_and_shift(out).to(x.dtype)
+
     def _normalize_sync(self, x: Tensor) -> Tensor:
         """BN over all ranks; two passes, because E[x^2] - E[x]^2 cancels in float32."""
+        if self._few_kernels(x):
+            self._count_call()
+            affine, running = (self.weight, self.bias), (self.running_mean, self.running_var)
+            return sync_batch_norm(x, *affine, *running, self.momentum, self.eps)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
@@ -101,10 +120,13 @@ class GroupedBatchNorm(nn.Module):
         centered = values - mean.view(shape)
         var = sum_over_ranks(centered.square().sum(dims)) / count  # (C,)
         self._track(mean.detach(), var.detach() * count / (count - 1))
-        out = centered * (var + self.eps).rsqrt().view(shape)
-        if self.weight is not None and self.bias is not None:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(x.dtype)
+        return self._scale_and_shift(centered * (var + self.eps).rsqrt().view(shape)).to(x.dtype)
+
+    def _scale_and_shift(self, out: Tensor) -> Tensor:
+        if self.weight is None or self.bias is None:
+            return out
+        shape = [1, -1] + [1] * (out.dim() - 2)
+        return out * self.weight.view(shape) + self.bias.view(shape)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:

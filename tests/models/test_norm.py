@@ -177,14 +177,39 @@ def test_statistics_have_the_wider_of_float32_and_the_type_of_the_input(
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_synchronized_statistics_keep_float64() -> None:
-    """The code for several processes, in one."""
+def test_synchronized_statistics_keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for several processes, in one; for a GPU's see test_sync_norm.py."""
+    monkeypatch.setattr("moco.models.norm.FEW_KERNELS", ())
     ours, exact = grouped(official(), 0).double(), official().double()
     torch.testing.assert_close(
         ours._normalize_sync(images(0).double()), exact(images(0).double()), rtol=1e-12, atol=1e-12
     )
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(of(ours, name), of(exact, name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)]
+)
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_compiled_code_has_no_loop_over_groups(group_size: int, dtype: torch.dtype, tolerance: float) -> None:
+    """Values, gradients and statistics are those of the loop; relative to the largest number of each."""
+    wide = torch.promote_types(dtype, torch.float32)
+    results = []
+    for compiled in (True, False):
+        layer = grouped(official(), group_size).to(wide)
+        call = torch.compile(layer, backend="eager", fullgraph=True) if compiled else layer
+        x = images(0).to(dtype).requires_grad_()
+        out = call(x)
+        (out.to(wide).square() * torch.linspace(0.5, 1, N, dtype=wide).view(-1, 1, 1, 1)).sum().backward()
+        gradients = [x.grad, *(parameter.grad for parameter in layer.parameters())]
+        results.append([of(layer, "running_mean"), of(layer, "running_var"), out, *gradients])
+    torch.compiler.reset()
+    for number, (found, expected) in enumerate(zip(*results, strict=True)):
+        assert found is not None
+        assert expected is not None
+        error = max(tolerance, 1e-7) if number < 2 else tolerance  # compiled factors of the statistics are float32
+        torch.testing.assert_close(found, expected, rtol=0, atol=error * expected.abs().max().item())
 
 
 # ---- several calls a step ----

@@ -1,0 +1,71 @@
+"""BN over the global batch on GPUs, with torch's kernels for it: the statistics of all ranks in one collective.
+
+`nn.SyncBatchNorm` calls the same kernels, but makes the host wait in every layer, to find ranks without images. Here
+every rank has the same number of images.
+
+Legend: N local batch, C channels, W processes.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from moco.distributed import gather, sum_over_ranks, world_size
+
+
+def sync_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Normalize (N, C, ...) on a GPU over all ranks, and move the running statistics as `F.batch_norm` does.
+
+    Backward keeps the input in its own number type and two vectors (C,). It is a collective, as the forward is.
+    """
+    return cast(Tensor, _SyncBatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps))
+
+
+class _SyncBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        x = x.contiguous(memory_format=_memory_format(x))
+        local = torch.stack(torch.batch_norm_stats(x, eps))  # (2, C), means and 1 / standard deviations
+        means, inverses = gather(local[None]).unbind(1)  # (W, C) each
+        counts = local.new_full((world_size(),), x.numel() // x.shape[1])
+        statistics = means, inverses, running_mean, running_var, momentum, eps, counts
+        mean, inverse = torch.batch_norm_gather_stats_with_counts(x, *statistics)  # (C,), of the global batch
+        ctx.save_for_backward(x, weight, mean, inverse, counts)
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse, counts = ctx.saved_tensors
+        grad, needed = grads[0].contiguous(memory_format=_memory_format(x)), ctx.needs_input_grad[:3]
+        # (C,): sums of the gradient, and of the gradient times (x - mean); the gradients by weight and bias
+        *sums, by_weight, by_bias = torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, *needed)
+        by_x = None
+        if needed[0]:
+            total, by_centered = sum_over_ranks(torch.stack(sums))  # (C,) each, of the global batch
+            counts = counts.to(torch.int32)
+            by_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, total, by_centered, counts)
+        return by_x, by_weight if needed[1] else None, by_bias if needed[2] else None, None, None, None, None
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """Return channels-last only for an input that is so, and not contiguous too."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
