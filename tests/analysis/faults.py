@@ -87,7 +87,7 @@ CASES = {
         "jump",
     ),
     "fast": Case("collapse", "learning rate 10 times as high", (*SHORT, "epochs=8", *OFTEN, "optim.lr=0.6")),
-    "wild": Case("collapse", "learning rate 160 times as high", (*SHORT, "optim.lr=10")),
+    "wild": Case("collapse", "learning rate 170 times as high", (*SHORT, "optim.lr=10")),
     "unrelated": Case("loss at chance", "the two views show two images", (*SHORT, "epochs=6", *OFTEN), "unrelated"),
     "slow": Case("data starvation", "a batch takes as long to arrive as a step", SHORT, "slow"),
 }
