@@ -46,8 +46,8 @@ class TemperatureConfig(ComputeConfig):
     similarities: list[float] = bounded(
         [0.8, 0.5, 0.1], min_length=2, max_length=6, example="similarities=[0.8,0.5,0.1]"
     )
-    """For mode=explain: cosine similarities of the candidates, or any logits, such as [1,2,3]. In the first table the
-    first candidate is the correct one, in the second table the second."""
+    """For mode=explain: cosine similarities of the candidates, or any logits, such as [1,2,3]. In the columns "right"
+    the first candidate is the correct one, in the columns "wrong" the second."""
 
 
 def check_temperature(config: TemperatureConfig) -> None:

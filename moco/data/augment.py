@@ -1,4 +1,4 @@
-"""Stage 2 of a view: batched augmentation with separate parameters, and order of color operations, for each sample.
+"""Stage 2 of a view: batched augmentation. Each sample has its own parameters and its own order of color operations.
 
 All parameters are drawn on the host as a function of (seed, epoch, sample index, stream), each from its own numbered
 draw (law 2). So the host knows the samples of each operation and never waits for the device: index lists and parameters
@@ -172,7 +172,7 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
 def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]:
     """Return Gaussian weights at distances 0 ... r, normalized over -r ... r, shape (b, r + 1).
 
-    r is 3 times the view's highest sigma, rounded up (0.3 % of the weight is beyond), and less than the image side,
+    r is 3 times the view's highest sigma, rounded up (0.3 % of the weight is beyond), but at most the image side - 1,
     because the border is reflected.
     """
     radius = min(int(np.ceil(3 * view.blur_sigma[1])), view.size - 1)

@@ -99,7 +99,7 @@ def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
     """Convert a box of the full image to the image that was decoded at 1 / factor of its size.
 
     Both boxes are (top, left, height, width) in pixels of their image; height and width must be at least `factor`.
-    Edges are rounded to pixels there: by at most half a pixel of the view if the box has at least S pixels per side.
+    Edges are rounded to whole pixels: an error of at most half a pixel of the view if the result has S pixels per side.
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])
@@ -138,7 +138,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         across = _weights(left, box_w, width, size, antialias, dtype).transpose(1, 2)  # (n, W, S)
         down = _weights(top, box_h, height, size, antialias, dtype)  # (n, S, H)
         n = len(top)
-        # Rows come before channels: so both products are plain batched ones, and only uint8 tensors are permuted.
+        # Rows come before channels, so that both products are plain batched ones.
         pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, 3, W)
         with torch.autocast(device.type, enabled=False):  # it would reduce the products to bfloat16
             pixels = pixels.reshape(n, height * channels, width).bmm(across)  # (n, H*3, S)
@@ -185,13 +185,13 @@ def _enlarged_center(image: Tensor, shape: tuple[int, int], size: int) -> Tensor
 
 
 def _center_weights(length: int, resized: int, size: int) -> tuple[slice, Tensor]:
-    """Return the n pixels of an axis that its central S pixels depend on when enlarged, and their weights (S, n)."""
+    """Return the n pixels of an axis on which the center of the enlarged axis depends, and their weights (S, n)."""
     outputs = _center(resized, size) + np.arange(size)
     first, taps = (each[0] for each in antialiased_taps(np.array([[float(length)]]), resized, outputs))  # (S,), (S, K)
     start, stop = int(first[0]), min(int(first[-1]) + taps.shape[1], length)
     weights = np.zeros((size, stop - start + taps.shape[1]))  # the last K columns hold unused taps
     columns = (first - start).astype(np.int64)[:, None] + np.arange(taps.shape[1])
-    np.put_along_axis(weights, columns, _quantized(taps, np.ones(())), axis=1)  # the first output's only weight is 1
+    np.put_along_axis(weights, columns, _quantized(taps, np.ones(())), axis=1)  # 1: the largest weight of the axis
     return slice(start, stop), torch.from_numpy(weights[:, : stop - start])
 
 

@@ -20,9 +20,9 @@ from moco.models.sync_norm import sync_batch_norm
 
 BatchNormKind = Literal["grouped", "sync", "batch"]
 
-# Where running statistics move with few kernels: each kernel costs the host as much as a small layer costs a GPU. The
-# order of the operations differs, and so does the rounding.
-FEW_KERNELS: tuple[str, ...] = ("cuda",)
+# Device types on which one fused operation moves the running statistics: to launch one kernel takes the host as long as
+# a small layer takes the GPU. The fused operation rounds differently.
+FUSED_DEVICES: tuple[str, ...] = ("cuda",)
 
 
 class GroupedBatchNorm(nn.Module):
@@ -80,7 +80,7 @@ class GroupedBatchNorm(nn.Module):
         if torch.compiler.is_compiling():
             return self._normalize_at_once(x)
         groups = x.split(self.group_size or len(x))
-        if len(groups) == 1 and self._few_kernels(x):
+        if len(groups) == 1 and self._is_fused(x):
             self._count_call()
             running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
             return F.batch_norm(x, *running, *affine, training=True, momentum=self.momentum, eps=self.eps)
@@ -95,7 +95,7 @@ class GroupedBatchNorm(nn.Module):
         return out[0] if len(out) == 1 else torch.cat(out)
 
     def _normalize_at_once(self, x: Tensor) -> Tensor:
-        """BN over all groups without a loop, of which compiled code would have the kernels of every group."""
+        """BN over all groups at once, for compiled code, where a loop would become separate kernels for each group."""
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         values = values.unflatten(0, (-1, self.group_size or len(x)))  # (G, g, C, ...)
         dims = [1, *range(3, values.dim())]
@@ -108,7 +108,7 @@ class GroupedBatchNorm(nn.Module):
 
     def _normalize_sync(self, x: Tensor) -> Tensor:
         """BN over all ranks; two passes, because E[x^2] - E[x]^2 cancels in float32."""
-        if self._few_kernels(x):
+        if self._is_fused(x):
             self._count_call()
             affine, running = (self.weight, self.bias), (self.running_mean, self.running_var)
             return sync_batch_norm(x, *affine, *running, self.momentum, self.eps)
@@ -135,7 +135,7 @@ class GroupedBatchNorm(nn.Module):
         With V views of m micro-batches, the first call multiplies the running statistics by (1 - momentum)^V. A call
         for view v adds momentum (1 - momentum)^(V - 1 - v) / m of its statistics.
         """
-        if self._few_kernels(mean):
+        if self._is_fused(mean):
             self._count_call()
             torch._foreach_lerp_([self.running_mean, self.running_var], [mean, var], weight=self.momentum)
             return
@@ -157,9 +157,9 @@ class GroupedBatchNorm(nn.Module):
         self.running_var.add_(var, alpha=share)
         self._count_call()
 
-    def _few_kernels(self, x: Tensor) -> bool:
-        """Return whether each call is one view, and moves the statistics as `nn.BatchNorm2d` does, in few kernels."""
-        return x.device.type in FEW_KERNELS and self.micro_batches == 1 and not torch.compiler.is_compiling()
+    def _is_fused(self, x: Tensor) -> bool:
+        """Return whether one fused operation can move the running statistics: each call must be a whole view."""
+        return x.device.type in FUSED_DEVICES and self.micro_batches == 1 and not torch.compiler.is_compiling()
 
     def _count_call(self) -> None:
         if self.call == 0:

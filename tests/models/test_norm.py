@@ -14,10 +14,10 @@ from moco.models.norm import BatchNormKind, GroupedBatchNorm, convert_batch_norm
 N, C, GROUP = 12, 5, 4
 
 
-@pytest.fixture(autouse=True, params=[(), ("cpu",)], ids=["plain", "few_kernels"])
-def few_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test holds for the operations of the CPU, and for those that a GPU uses to save kernels."""
-    monkeypatch.setattr("moco.models.norm.FEW_KERNELS", request.param)
+@pytest.fixture(autouse=True, params=[(), ("cpu",)], ids=["plain", "fused"])
+def fused_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test holds for the operations of the CPU, and for the fused ones of a GPU."""
+    monkeypatch.setattr("moco.models.norm.FUSED_DEVICES", request.param)
 
 
 def images(seed: int, n: int = N) -> Tensor:
@@ -179,7 +179,7 @@ def test_statistics_have_the_wider_of_float32_and_the_type_of_the_input(
 
 def test_synchronized_statistics_keep_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """The code for several processes, in one; for a GPU's see test_sync_norm.py."""
-    monkeypatch.setattr("moco.models.norm.FEW_KERNELS", ())
+    monkeypatch.setattr("moco.models.norm.FUSED_DEVICES", ())
     ours, exact = grouped(official(), 0).double(), official().double()
     torch.testing.assert_close(
         ours._normalize_sync(images(0).double()), exact(images(0).double()), rtol=1e-12, atol=1e-12

@@ -86,9 +86,9 @@ def layers_of_a_rank() -> dict[str, Any]:
 
     share = N // world_size()
     results = {}
-    few: tuple[str, ...]
-    for few in ((), ("cpu",)):
-        norm.FEW_KERNELS = few
+    devices: tuple[str, ...]
+    for devices in ((), ("cpu",)):
+        norm.FUSED_DEVICES = devices
         layer = GroupedBatchNorm(C, 0).double()
         found: dict[str, Any] = {}
         for step in range(2):
@@ -98,7 +98,7 @@ def layers_of_a_rank() -> dict[str, Any]:
             (out.square() * (1 + rank())).sum().backward()
             found |= {f"out {step}": out.detach(), f"gradient {step}": x.grad}
         gradients = {f"{name} gradient": p.grad for name, p in layer.named_parameters()}
-        results["fused" if few else "plain"] = found | gradients | layer.state_dict()
+        results["fused" if devices else "plain"] = found | gradients | layer.state_dict()
     return results
 
 

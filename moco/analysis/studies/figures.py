@@ -16,7 +16,7 @@ from moco.analysis.studies.measures import Run
 from moco.config.base import optional_module
 from moco.files import atomic_write
 
-RIGHT, WRONG = 0, 1  # the number of the candidate that is the correct answer, in the two cases of `mode=explain`
+RIGHT, WRONG = 0, 1  # the correct candidate in the two cases of `mode=explain`; by default 0 has the highest similarity
 _STYLE = {
     "figure.facecolor": "#ffffff",
     "axes.grid": True,

@@ -1,8 +1,8 @@
 """Measures of a finished run of the temperature study: geometry, few-label kNN, similarities and pushes.
 
 All networks are in eval mode. The images are held-out ones if the data set has them, else training images. Uniformity
-and tolerance are those of plain evaluation views. Alignment, similarities and pushes are those of two augmented views,
-as in the loss: the encoder makes the query, the momentum encoder its positive, and the queue's keys are the negatives.
+and tolerance are those of plain evaluation views. Alignment compares the encoder's outputs for two augmented views.
+Similarities and pushes are as in the loss: the momentum encoder makes the positive, the queue's keys are the negatives.
 
 Legend: N images, D feature dimension, C projection dimension, K negatives, B bins.
 """
@@ -103,7 +103,7 @@ def measure(
 
 @torch.no_grad()
 def contrast_of(query: Tensor, key: Tensor, queue: Tensor | None, temperature: float, bins: int) -> Contrast:
-    """Measure similarities and pushes of queries (N, C) against their positives, the rows of key (N, C), and negatives.
+    """Measure the similarities and pushes of queries (N, C); `key` (N, C) holds their positives, in the same order.
 
     The negatives are the queue (K, C); without a queue, the keys of all other images. All have unit length.
     """
