@@ -61,7 +61,7 @@ def commands() -> dict[str, type]:
     return found
 
 
-def own_pages() -> dict[type, str]:
+def page_names() -> dict[type, str]:
     """Return the name of the page of each schema that has a page."""
     return {SubjectConfig: "subject"} | {schema: name for name, schema in (GROUPS | commands()).items()}
 
@@ -128,10 +128,10 @@ def row(*cells: str) -> str:
 
 def table(schema: type, given: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield tables of a schema's fields and of its groups; parents and groups with their own page are left out."""
-    pages = own_pages()
+    page_of = page_names()
     meanings: dict[str, tuple[str, str]] = {}
     for base in reversed(schema.__mro__):
-        if base is schema or (is_dataclass(base) and base not in pages):
+        if base is schema or (is_dataclass(base) and base not in page_of):
             meanings |= declared_fields(base)
     elsewhere = declared_fields(DOCUMENTED_BY[schema]) if schema in DOCUMENTED_BY else {}
     yield row("field", "type", "default", "meaning") + row("---", "---", "---", "---")
@@ -145,7 +145,7 @@ def table(schema: type, given: Mapping[str, Any], prefix: str = "") -> Iterator[
         default = given.get(each.name, default)
         if is_dataclass(each.type):
             assert isinstance(each.type, type)
-            page = pages.get(each.type)
+            page = page_of.get(each.type)
             kind, default = (f"[{page}]({page}.md)" if page else "the fields below"), ""
             nested += [] if page else [each]
         else:
@@ -206,8 +206,8 @@ def command_page(name: str, schema: type) -> Iterator[str]:
     """Yield the page of a command."""
     path = CONFIGS / f"{name}.yaml"
     yield f"# moco.{name}\n\n{docstring(schema)} Schema: `{source(schema)}`; values: `configs/{name}.yaml`.\n\n"
-    pages = own_pages()
-    shared = [f"[{pages[base]}]({pages[base]}.md)" for base in schema.__mro__[1:] if base in pages]
+    page_of = page_names()
+    shared = [f"[{page_of[base]}]({page_of[base]}.md)" for base in schema.__mro__[1:] if base in page_of]
     if shared:
         yield f"The fields of {' and '.join(shared)} are available too.\n\n"
     defaults = [each for each in yaml.safe_load(path.read_text(encoding="utf-8"))["defaults"] if isinstance(each, dict)]
