@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Evaluate a run of moco.train with every protocol, next to its untrained network and to a supervised network:
 #   bash scripts/evaluate.sh RUN [PROTOCOL] [field=value ...]
-# PROTOCOL is a name in configs/protocol/, moco_v2 by default. The fields go to every command (threads=1, ...). The
-# environment variables SEEDS, LINEAR, FINETUNE and SUPERVISED hold fields of single commands, see docs/results.md.
+# PROTOCOL is a name in configs/protocol/, moco_v2 by default. The fields go to every command (threads=1, ...). Environment
+# variables: SEEDS (fine-tuning, default 5); fields for linear with PROTOCOL (LINEAR), for fine-tuning on 1 and 10 % of
+# the labels (FINETUNE) and for the supervised network (SUPERVISED).
 # Results: RUN/results.json, and RUN/supervised/results.json for the supervised network. scripts/results_table.py
 # prints them as one table.
 set -euo pipefail

@@ -26,7 +26,7 @@ from moco.data.walk import IMAGE_FORMATS
 from scripts.bench.recipes import views
 from scripts.bench.timing import Table, alternate, compared, per_second
 
-Shrink = Callable[[list[NDArray[np.float32]]], decode.Shrink]  # takes the random numbers of an image's crops
+ShrinkOfCrops = Callable[[list[NDArray[np.float32]]], decode.Shrink]  # takes the random numbers of an image's crops
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(options: Namespace) -> Iterator[Table]:
     assert isinstance(source, FolderSource)
     recipe, errors = views("moco_v2"), []
     decode.SCALED_FROM = 0  # smaller images too: this benchmark shows from which size on scaled decoding is faster
-    ways: dict[str, Shrink] = {
+    ways: dict[str, ShrinkOfCrops] = {
         "full size": lambda uniforms: lambda height, width: 1,
         "as small as the crops allow": lambda uniforms: partial(largest_shrink, recipe, uniforms),
     }
@@ -72,7 +72,7 @@ def _enlarged(path: str, side: int, quality: int) -> bytes:
     return file.getvalue()
 
 
-def _crop_all(files: list[bytes], recipe: list[View], way: Shrink) -> list[Tensor]:
+def _crop_all(files: list[bytes], recipe: list[View], way: ShrinkOfCrops) -> list[Tensor]:
     """Crop each image twice."""
     cropped = []
     for i, data in enumerate(files):
