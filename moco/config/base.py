@@ -32,7 +32,7 @@ def require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
-LARGEST = 2**31 - 1  # of an integer without a bound of its own: libraries take no more
+LARGEST = 2**31 - 1  # the largest value of an integer field except a seed: libraries take no more
 
 # The extras of pyproject.toml that a command may need, and their packages as pip names them.
 EXTRAS = {
@@ -46,7 +46,7 @@ EXTRAS = {
 
 
 def optional_module(name: str, purpose: str, extra: str, instead: str = "") -> Any:
-    """Import a module of an extra, or raise ConfigError with the pip command for it; `purpose` needs the module."""
+    """Import a module, or raise ConfigError: what needs it, how to install its extra, and what else would help."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

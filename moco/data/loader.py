@@ -49,8 +49,8 @@ def batches(
         device: computes the augmentation and holds the batches.
         workers: number of loader processes; 0 decodes in this process; None: see `count_processes`.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
-            random numbers of the views stay those of the original sample, so the views of a substitute differ from its
-            own. None: an unreadable image ends the run.
+            views of a substitute use the random numbers of the original sample, so they differ from the views that the
+            same image has as a sample. None: an unreadable image ends the run.
 
     Raises:
         ImageError: for an unreadable image that is not replaced.
@@ -155,7 +155,7 @@ class CropDataset:
     def _images(
         self, used: NDArray[np.int64], drawn: Sequence[NDArray[np.float32]], unreadable: dict[int, str]
     ) -> Iterator[Decoded]:
-        """Yield the images of `used`, (n,), as large as their crops need; write the indices of substitutes into it."""
+        """Yield the images of `used`, (n,), as large as the crops need; write the substitutes' indices to `used`."""
         source = self.source
         for row, i in enumerate(used.tolist()):
             with suppress(ImageError):  # raised again below

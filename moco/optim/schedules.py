@@ -29,7 +29,7 @@ def lr_factor(step: int, steps_per_epoch: int, epochs: int, optim: OptimConfig) 
     if epoch < optim.warmup_epochs:
         offset = 0 if optim.warmup_from_zero else 1  # 1: no step has learning rate 0
         done = epoch + offset if optim.per_epoch else (step + offset) / steps_per_epoch
-        return min(1.0, done / optim.warmup_epochs)  # the warm-up may end between two steps, or two held epochs
+        return min(1.0, done / optim.warmup_epochs)  # above 1 if the warm-up ends within this step or held epoch
     if optim.schedule == "constant":
         return 1.0
     if optim.schedule == "step":

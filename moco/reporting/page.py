@@ -12,7 +12,7 @@ from moco.reporting import curves, image_map
 from moco.reporting.markup import jpeg_url, part, resource, write_page
 from moco.reporting.plotly_figures import plotly_script
 
-_MAP_IMAGE = 96  # most pixels of the longer side of an image in a map
+_MAP_IMAGE = 96  # the longer side of an image in a map has at most so many pixels
 
 
 @dataclass
