@@ -28,7 +28,7 @@ from moco.config import ConfigError, config_dir, require
 from moco.config.types import members, type_error
 from moco.runtime.next_command import quoted
 
-# Hydra's functions, of which `extend_list` gives a list and the others a sweep, or a value of another type.
+# Hydra's functions: `extend_list` returns a list, the others return a sweep or convert a value to another type.
 _FUNCTION = re.compile(
     r"\s*(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\s*\(.*\)\s*", re.DOTALL
 )
@@ -210,7 +210,7 @@ def _check_file(path: Path, values: Any, types: Mapping[str, Any], prefix: str, 
 
 
 def _check_text(path: Path, value: Any, keys: Sequence[Any]) -> None:
-    """Refuse a value of a text field that is not text, with the characters that the file holds."""
+    """Refuse a value of a text field that is not text; the error quotes the characters in the file."""
     if isinstance(value, str):
         return
     node: Any = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)

@@ -124,8 +124,8 @@ class OptimConfig:
 class EvaluateConfig:
     """The evaluation while training: the accuracy of a k-nearest-neighbor (kNN) classifier on labeled held-out images.
 
-    Without labels it takes two random crops of each image, and reports how often the crop most similar to the first one
-    is the second one, among the second crops of all images.
+    Without labels it takes two random crops of each image, finds the crop most similar to the first one among the
+    second crops of all images, and reports how often it is of the same image.
     """
 
     every_epochs: int = bounded(1, ge=0)

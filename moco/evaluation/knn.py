@@ -152,7 +152,7 @@ def _report(task: Task[KnnConfig], found: list[Result]) -> None:
     config, train = task.config, task.train
     pretrained, draws = found[0], len(found[0].metrics)
     few = config.labels_per_class
-    protocol = f"{few} label{'s' * (few > 1)} a class" if few else "all labels"  # in results.json of earlier versions
+    protocol = f"{few} label{'s' * (few > 1)} a class" if few else "all labels"  # as in earlier results.json files
     if "choice" in pretrained.details:
         _show_choice(pretrained, len(train))
     table(

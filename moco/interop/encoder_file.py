@@ -282,7 +282,7 @@ def _foreign(
 
 
 def _parts_of(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
-    """Return the parts to which weights belong: `student`, but `teacher.head`, if `teacher` also holds the encoder."""
+    """Return the parts to which weights belong, e.g. `student`. The part of the encoder is split: `teacher.head`."""
     split = (name.replace(".module.", ".").split(".") for name in names)
     shared = layout.encoder.split(".")[0]
     return tuple(sorted({".".join(each[: 1 + (each[0] == shared)]) for each in split}))

@@ -46,7 +46,7 @@ def cross_entropy_over_positives(
         return losses.sum() / has_positive.sum().clamp(min=1)
     if mean == "outside":
         pull = logits.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1)  # (N,)
-    else:  # an anchor without a positive is excluded below; until then all its candidates count: a finite gradient
+    else:  # for an anchor without a positive, excluded below, all candidates count: this keeps the gradient finite
         chosen = logits.masked_fill(~positive & has_positive[:, None], ABSENT)
         pull = chosen.logsumexp(dim=1) - count.clamp(min=1).to(logits.dtype).log()
         own = logits.detach().masked_fill(~positive, 0.0).sum(dim=1)
