@@ -95,7 +95,7 @@ class Source(Protocol):
         return -1 - np.arange(len(self))
 
     def left_out(self) -> Mapping[str, int]:
-        """Return the number of files that were left out, because their names are not those of images, by kind."""
+        """Return how many files of each kind were left out because their names are not those of images."""
         return {}
 
     @abstractmethod

@@ -26,8 +26,8 @@ from moco.files import atomic_write, write_errors, write_json
 from moco.runtime.console import progress_bar
 
 SETTINGS = "settings.json"
-# Not compared as fields: the digests in `pictures` include the labels. The same labels may come from a column that the
-# user named and from one that was found without a name.
+# `pictures` is compared after the other fields. Its digests include the labels, so the name of their column, which the
+# user may give or leave out, is not compared.
 _NOT_COMPARED = ("pictures", "data.label_column")
 
 
@@ -79,7 +79,7 @@ def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
         images = {}
         for number, (name, source) in enumerate(splits.items()):
             labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64))
-            labels_digest = digest({"classes": list(source.classes), "labels": labels})[:24]  # of 64 digits: enough
+            labels_digest = digest({"classes": list(source.classes), "labels": labels})[:24]  # 24 of 64 digits suffice
             images[name] = {"count": len(source), "sha256": source.content_digest(), "labels": labels_digest}
             progress(number + 1, len(splits))
     quality = config.quality if config.short_side else None

@@ -1,8 +1,8 @@
 """The official linear probe: one linear layer on a frozen backbone, trained on augmented images.
 
 facebookresearch/moco and facebookresearch/moco-v3, main_lincls.py. Deviations: the accuracy is that of the last epoch
-(theirs is the best of all epochs on the held-out images), and an epoch consists of full batches: the remaining images
-of its order wait for another epoch.
+(theirs is the best of all epochs on the held-out images), and an epoch consists of full batches: the last images of its
+order are left out if they do not fill one.
 
 Legend: n images of this rank's batch, S image size, D feature dimension, L classes.
 """
@@ -133,5 +133,5 @@ def _digests(module: nn.Module) -> dict[str, str]:
 
 
 def fitting_batch(batch_size: int, count: int) -> int:
-    """Return the batch size; for fewer images, the largest power of two, as usual numbers of ranks divide it."""
+    """Return the batch size; for fewer images, the largest power of two up to their number, which 2, 4, ... ranks divide."""
     return batch_size if batch_size <= count else 2 ** (count.bit_length() - 1)

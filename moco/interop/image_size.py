@@ -36,7 +36,7 @@ def fit_to_size(file: EncoderFile, size: int, field: str) -> EncoderFile:
             backbone = build(larger, seed=0).get_submodule("backbone")
             larger = replace(larger, weights=with_positions_of(backbone, file.backbone, file.weights))
             error = output_error(build(larger).get_submodule("backbone"), size)
-        except (ValueError, RuntimeError) as problem:  # timm cannot interpolate to nothing
+        except (ValueError, RuntimeError) as problem:  # e.g. an image smaller than a patch
             error = str(problem)
         if not error:
             return larger
@@ -44,7 +44,7 @@ def fit_to_size(file: EncoderFile, size: int, field: str) -> EncoderFile:
 
 
 def with_positions_of(backbone: nn.Module, name: str, weights: State) -> dict[str, Tensor]:
-    """Return weights in which the positions of a ViT have the number that a backbone needs.
+    """Return the weights of a ViT with as many positions as a backbone needs.
 
     MoCo v3's ViTs have fixed positions: the backbone's own are taken. Learned positions are interpolated by timm.
 

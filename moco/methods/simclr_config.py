@@ -1,4 +1,4 @@
-"""SimCLR, with labels SupCon: fields, checks and construction. The algorithm is in moco/methods/simclr.py."""
+"""SimCLR, or SupCon if labels are used: fields, checks and construction. The algorithm is in moco/methods/simclr.py."""
 
 from dataclasses import dataclass, fields
 from typing import Any

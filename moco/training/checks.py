@@ -32,7 +32,7 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     if late and config.optim.schedule == "step":
         _warn(
             f"optim.milestones={config.optim.milestones} has values that are not below epochs={config.epochs}, so the "
-            "learning rate is not lowered there: change them too"
+            "learning rate is not lowered there: reduce or remove them"
         )
     _check_queue(config, plan)
     _check_batch_norm(config)
