@@ -56,7 +56,7 @@ class LinearConfig(SubjectConfig):
     epochs: int = bounded(100, ge=1)
     """Passes over the training features or images."""
     batch_size: int = bounded(512, ge=1)
-    """Images per step, over all processes. If the data set is smaller, its size is used."""
+    """Images per step, over all processes; fewer if there are fewer training images (kind=official: a power of two)."""
     momentum: float = bounded(0.9, ge=0, lt=1)
     """Momentum of SGD."""
     seeds: int = bounded(1, ge=1)
@@ -71,7 +71,7 @@ class LinearConfig(SubjectConfig):
 
 
 def check_linear(config: LinearConfig, processes: int) -> None:
-    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
+    """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
     if config.kind == "sweep":
         error = f"official.* and augment.* have no effect with protocol={config.protocol}: set protocol=moco_v2"

@@ -21,7 +21,7 @@ from moco.config import DataConfig
 from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
-from moco.data.labels import read_labels, refuse_several
+from moco.data.labels import read_labels, several_labels_error
 from moco.data.walk import size_and_time
 
 HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the first found is used
@@ -165,7 +165,7 @@ def _labels(
     kind = table.features[column]
     if not isinstance(kind, datasets.ClassLabel | datasets.Value):  # the values are not read: they may be images
         if isinstance(kind, datasets.List | datasets.LargeList | list):
-            raise refuse_several(field, fix)
+            raise several_labels_error(field, fix)
         raise ValueError(f"{field}: this column contains no classes; {fix}")
     values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     return read_labels(values, field, fix, kind.names if isinstance(kind, datasets.ClassLabel) else (), min_classes)

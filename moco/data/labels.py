@@ -70,7 +70,7 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, int | np.integer) and not isinstance(value, bool) and value == -1)
 
 
-def refuse_several(where: str, fix: str) -> ValueError:
+def several_labels_error(where: str, fix: str) -> ValueError:
     """Return the error for images with several labels each."""
     return ValueError(
         f"{where}: each image has a list of labels (multi-label), but one class per image is needed; {fix}"
@@ -81,7 +81,7 @@ def _refuse_kind(values: Sequence[Any], where: str, fix: str) -> None:
     """Raise ValueError unless all values are texts, all true or false, or all whole numbers."""
     kinds = {_kind(value) for value in values}
     if "list" in kinds:
-        raise refuse_several(where, fix)
+        raise several_labels_error(where, fix)
     if len(kinds) > 1 or not kinds <= {"text", "true or false", "whole number"}:
         found = ", ".join(sorted(kinds))
         raise ValueError(f"{where}: the values are no classes ({found}): use texts or whole numbers, or {fix}")

@@ -133,5 +133,5 @@ def _digests(module: nn.Module) -> dict[str, str]:
 
 
 def fitting_batch(batch_size: int, count: int) -> int:
-    """Return the batch size; for fewer images, the largest power of two up to their number, which 2, 4, ... ranks divide."""
+    """Return the batch size; for fewer images, the largest power of two up to `count`, which 2, 4, ... ranks divide."""
     return batch_size if batch_size <= count else 2 ** (count.bit_length() - 1)

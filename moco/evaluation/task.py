@@ -93,7 +93,7 @@ def open_task(config: Config) -> Iterator[Task[Config]]:
 def training_view(
     transform: EvalTransform, field: str, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> View:
-    """Return the view of labeled training images that a configuration's field gives, `view` or `augment`.
+    """Return the view of labeled training images that the configuration's `field`, `view` or `augment`, defines.
 
     Size, mean and std are those of the evaluation.
 
@@ -210,7 +210,7 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "held_out": len(task.held_out),
         "classes": list(task.train.classes),
         "hold_out": hold_out,
-        "held_out_seen": hold_out > 0 and trained_on_its_data(config, subject),  # without their labels
+        "held_out_seen": hold_out > 0 and trained_on_its_data(config, subject),  # seen without labels
         "held_out_in_training": task.copies,
     }
     return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {
