@@ -1,4 +1,4 @@
-"""Contrast within the batch: SimCLR, with labels SupCon, and plain InfoNCE between two views. One network, no queue.
+"""Contrast within the batch: SimCLR, SupCon (with labels), and plain InfoNCE between two views. One network, no queue.
 
     A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., ICML 2020)
     Supervised Contrastive Learning (Khosla et al., NeurIPS 2020)
@@ -47,7 +47,7 @@ class LossForm:
     margin: float = 0.0  # with `candidates="other_view"`, see `moco.losses.add_margin`
     margin_kind: Margin = "arc"
     decoupled: bool = False  # see `moco.losses.cross_entropy_over_positives`
-    positives_mean: PositivesMean = "outside"  # with `candidates="all"`, see the same
+    positives_mean: PositivesMean = "outside"  # with `candidates="all"`, see `cross_entropy_over_positives`
 
 
 class SimCLR(nn.Module):

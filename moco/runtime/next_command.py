@@ -45,9 +45,9 @@ def next_commands(run: str, name: str, root: str, labeled: bool) -> list[str]:
 
 
 def named_images(name: str, root: str) -> dict[str, Any]:
-    """Return the fields that a command on a run or an index needs, because it fetches no images on a file's word.
+    """Return the fields that name remote images again: a command downloads only what its own command line names.
 
-    For a stream, which cannot be read image by image, they name other images.
+    A stream cannot be read image by image, so for a stream the fields name a folder instead.
     """
     if name == "webdataset":
         return {"data.name": "folder", "data.root": "YOUR_IMAGES"}
