@@ -74,7 +74,7 @@ def _set_up(task: Task[FinetuneConfig]) -> Finetuning:
     config, file = task.config, task.subject.file
     options = {name: getattr(config, name) for name in ("layer_decay", "drop_path")}
     options = {name: value for name, value in options.items() if value is not None}
-    if options and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # of timm networks
+    if options and not hasattr(build(file).get_submodule("backbone"), "group_matcher"):  # timm's networks have it
         each = " ".join(f"{name}={value}" for name, value in options.items())
         raise ConfigError(f"{each} needs a vision transformer or a timm network; {file.backbone} is neither: remove it")
     if config.drop_path is not None:

@@ -121,7 +121,7 @@ def info_nce_streamed(
             parts.append(_pass(scaled[rows], queue, allowed, own_rows, size))
         hardest, log_sum, mean_key, count = (torch.cat(part) for part in zip(*parts, strict=True))
         positive = paired_similarity(scaled, key)[:, 0]  # (N,)
-        mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, each with its share
+        mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, by their shares
     losses: Tensor = _Loss.apply(query, temperature, mean_key - key, mean_logit - positive, log_sum - positive)
     losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
     return Streamed(losses.mean(), positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
@@ -140,8 +140,8 @@ class _Loss(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, temperature: Temperature, apart: Tensor, gap: Tensor, excess: Tensor
     ) -> Tensor:
-        """Take apart = mean key - k, (N, C), gap = u apart, (N,), and excess = L - u k, (N,)."""
-        by_query = excess.sigmoid() / temperature  # (N,), times apart
+        """Args: apart = mean key - k, (N, C); gap, (N,), the product of u and apart; excess = L - u k, (N,)."""
+        by_query = excess.sigmoid() / temperature  # (N,); the gradient by the query is this times apart
         ctx.save_for_backward(apart, by_query, -by_query * gap)
         return torch.logaddexp(excess, torch.zeros_like(excess))
 

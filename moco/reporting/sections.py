@@ -70,7 +70,7 @@ def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[s
 
 
 def _accuracy(run: Run) -> dict[str, str]:
-    """Return the results of the evaluations while training as text, by kind; or from metrics.jsonl."""
+    """Return the accuracies during training as text, by kind: from the checkpoint, or else from metrics.jsonl."""
     first = "initialized" if run.starts_trained else "untrained"
     history: list[dict[str, Any]] = run.state.get("history") or []
     measure = "retrieval" if _retrieval(run) else "knn"

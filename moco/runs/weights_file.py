@@ -77,11 +77,11 @@ def _refuse_large_tensors(content: Any, size: int) -> None:
     """
     total = 0
     for each in values_of(content):
-        if not isinstance(each, Tensor) or each.layout != torch.strided:  # others hold indices: refused when loaded
+        if not isinstance(each, Tensor) or each.layout != torch.strided:  # torch.load checks sparse ones
             continue
         bytes_ = each.numel() * each.element_size()
         if each.is_meta or bytes_ > each.untyped_storage().nbytes():
             raise ValueError(f"a tensor of shape {tuple(each.shape)} is larger than its bytes in the file")
         total += bytes_
     if total > _REPEATED * size:
-        raise ValueError(f"its tensors have {total:,} bytes, {_REPEATED} times more than the file")
+        raise ValueError(f"its tensors have {total:,} bytes, more than {_REPEATED} times the file's size")
