@@ -53,7 +53,7 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
             run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
             try:
                 run(lambda config: composed.append(_with_recipe(config)))()
-            except TypeError as error:  # Hydra's, for a list of options that are no names; it names nothing
+            except TypeError as error:  # Hydra's, for a group with a list like [1,2]; it names no group
                 lists = [each for each in sys.argv[1:] if re.match(r"[\w/+@]+=\[", each)]
                 raise ConfigError(f"{' '.join(lists or sys.argv[1:])}: a group takes one name, group=NAME") from error
         if len(composed) > 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moco.files import atomic_write
 
-THUMBNAIL = 320  # most pixels of the longer side: twice the displayed size, for high-density displays
+THUMBNAIL = 320  # maximum of the longer side in pixels: twice the displayed size, for high-density displays
 
 
 def plain(text: str) -> str:
