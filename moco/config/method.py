@@ -82,15 +82,15 @@ class MethodConfig:
 
 
 def check_margin(margin: float, kind: str) -> None:
-    """Raise ConfigError for an angle that no two vectors have."""
+    """Raise ConfigError for a margin of kind "arc" that is not below pi, the largest angle between two vectors."""
     fix = "must be below pi, in radians; or set method.margin_kind=cosine"
     require(kind == "cosine" or margin < math.pi, f"method.margin={margin} {fix}")
 
 
-def refuse_together(method: MethodConfig, *pairs: tuple[str, str, str]) -> None:
+def refuse_together(method: MethodConfig, *triples: tuple[str, str, str]) -> None:
     """Raise ConfigError if both fields of a triple (field, field, reason) differ from their defaults."""
     default = type(method)()
-    for one, other, reason in pairs:
+    for one, other, reason in triples:
         value, second = getattr(method, one), getattr(method, other)
         require(
             value == getattr(default, one) or second == getattr(default, other),

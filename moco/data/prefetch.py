@@ -46,7 +46,7 @@ def prefetched(
     def queued() -> Iterator[tuple[T, torch.cuda.Event]]:
         source = iter(made)
         while True:
-            with torch.cuda.stream(side):  # left before the item is yielded: the step has its own stream
+            with torch.cuda.stream(side):  # ends before the yield: the step has its own stream
                 try:
                     item = next(source)
                 except StopIteration:

@@ -149,7 +149,7 @@ def _candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits (A N, V M), their positives, and a number to add to the loss.
 
-    It is 0, or nan if an embedding is not finite: an anchor without a positive would not make the loss nan.
+    The number is nan if an embedding is not finite, else 0. The loss alone would ignore an anchor without a positive.
     """
     check_temperature(temperature)
     same = _same_class(embeddings, others, offset, labels, mask)  # (N, M)
