@@ -107,8 +107,8 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
 def duplicate_share(key: Tensor, queue: Tensor, negatives: Tensor | None = None) -> Tensor:
     """Compute the share of queries with their own key among the negatives, shape (), 0 ... 1.
 
-    Above 0, keys are enqueued before the loss: the positive's softmax is then at most 1/2, and the loss at least log 2.
-    A collapsed encoder has 1 too. For the arguments see `similar_share`.
+    A value above 0 shows that keys are enqueued before the loss: the positive's softmax is then at most 1/2, and the
+    loss at least log 2. It is also 1 for a collapsed encoder. For the arguments see `similar_share`.
     """
     return (similar_share(key, queue, 1 - SAME, negatives) > 0).float().mean()
 
@@ -118,7 +118,7 @@ def same_label_share(labels: Tensor, queue_labels: Tensor, negatives: Tensor | N
     """Compute the share of a query's negatives that have its label, shape (N,), 0 ... 1; 0 without negatives.
 
     About 1 / classes if the classes are balanced. `labels` (N,) are those of the queries, `queue_labels` (K,) those of
-    the keys, with a value that is no label where it is unknown. For `negatives` see `similar_share`.
+    the keys; for an unknown label, a value that no query has. For `negatives` see `similar_share`.
     """
     _require_keys("queue_labels", queue_labels)
     same = labels[:, None] == queue_labels  # (N, K)

@@ -146,7 +146,7 @@ def _across_groups(samples: int, group: int) -> NDArray[np.int64] | None:
 
 
 def _newest(queue: KeyQueue) -> Tensor:
-    """Return at most `KEYS` of the newest keys, (M, C), without the random keys of the first queue."""
+    """Return at most `KEYS` of the newest keys, (M, C), without the random keys of a new queue."""
     slots = (queue.count - 1 - torch.arange(min(KEYS, queue.size), device=queue.count.device)) % queue.size
     return queue.keys[slots[queue.index[slots] != UNKNOWN]]
 
