@@ -82,7 +82,7 @@ def power_law_exponent(spectrum: Tensor, first: int = FIRST_RANK, last: int = LA
     if last <= first:
         raise ValueError(
             f"the spectrum has {usable} eigenvalues above rounding errors, but first={first} needs {first + 1}: the "
-            "features have collapsed, or use more samples or first=1"
+            "features may have collapsed; if not, use more samples or first=1"
         )
     rank = torch.arange(first, last + 1, dtype=torch.float64, device=spectrum.device)
     x, y, weight = rank.log(), spectrum[first - 1 : last].double().log(), 1 / rank

@@ -21,7 +21,7 @@ def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_dec
     description = f"Takes the flags of the official {script}, prints the equivalent command of moco, and runs it."
     flags = argparse.ArgumentParser(script, None, description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("data", metavar="DIR", help="the data set: DIR/train and DIR/val, one folder per class")
-    flags.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="further fields of moco, which win")
+    flags.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="fields of moco; they override the flags")
     flags.add_argument("-a", "--arch", default="resnet50", help="the backbone")
     flags.add_argument("-j", "--workers", type=int, default=32, help="loader processes of a node")
     flags.add_argument("--epochs", type=int, default=epochs)
@@ -83,9 +83,9 @@ def _data(flags: argparse.Namespace) -> list[str]:
     """Return the overrides of the data set and its loaders."""
     root = Path(flags.data)
     labeled = (root / "val").is_dir() or not (root / "train").is_dir()
-    name = ["data=imagenet", override("data.root", str(root))]
-    alone = ["data=folder", override("data.root", str(root / "train"))]  # pretraining needs no validation images
-    return name if labeled else alone
+    with_validation = ["data=imagenet", override("data.root", str(root))]
+    only_training = ["data=folder", override("data.root", str(root / "train"))]  # enough for pretraining
+    return with_validation if labeled else only_training
 
 
 def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Namespace) -> int:
@@ -121,9 +121,8 @@ def main_moco_overrides(flags: argparse.Namespace, launched: Launch) -> list[str
     per_gpu, rest = divmod(flags.batch_size, launched.per_node)
     if rest:
         raise ValueError(f"--batch-size {flags.batch_size} must be a multiple of the node's GPUs, {launched.per_node}")
-    alone = (
-        launched.per_node * launched.nodes == 1
-    )  # the official code needs several GPUs: it normalizes 32 images on each
+    # With one process, BN groups have the 32 images of a GPU in the official recipe, which needs several GPUs.
+    alone = launched.per_node * launched.nodes == 1
     schedule = (
         ["optim=sgd_cosine"] if flags.cos else ["optim=sgd_step", f"optim.milestones={flags.schedule}".replace(" ", "")]
     )
