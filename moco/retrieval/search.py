@@ -117,8 +117,8 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
 
     def entries() -> Iterator[Entry]:
         for name, near, similarities in zip(names, found.tolist(), scores.tolist(), strict=True):
-            entries = [_entry(images, row, similarity=each) for row, each in zip(near, similarities, strict=True)]
-            yield {"query": name, "neighbours": entries}
+            neighbors = [_entry(images, row, similarity=each) for row, each in zip(near, similarities, strict=True)]
+            yield {"query": name, "neighbours": neighbors}
 
     def sections() -> Iterator[Section]:
         for name, row, near, similarities in zip(names, rows.tolist(), found.tolist(), scores.tolist(), strict=True):
