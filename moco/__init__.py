@@ -12,18 +12,14 @@ if sys.platform == "win32":
 
 if TYPE_CHECKING:
     from moco import losses
-    from moco.api import LoadedEncoder, load_encoder
+    from moco.api import LoadedEncoder, load_encoder, pretrain, train_config
     from moco.builder import KeyQueue, MoCo
 
 __version__ = "0.1.0"
-__all__ = ["KeyQueue", "LoadedEncoder", "MoCo", "load_encoder", "losses"]
+__all__ = ["KeyQueue", "LoadedEncoder", "MoCo", "load_encoder", "losses", "pretrain", "train_config"]
 
-_MODULES = {
-    "KeyQueue": "moco.builder",
-    "LoadedEncoder": "moco.api",
-    "MoCo": "moco.builder",
-    "load_encoder": "moco.api",
-}
+_MODULES = dict.fromkeys(("KeyQueue", "MoCo"), "moco.builder")
+_MODULES |= dict.fromkeys(("LoadedEncoder", "load_encoder", "pretrain", "train_config"), "moco.api")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,7 @@
 """The Python interface: `import moco`, then `moco.load_encoder("runs/digits")`."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from moco.composition import compose
+from moco.config import TrainConfig, require
 from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
 from moco.evaluation.features import EvalTransform
 from moco.evaluation.subject import open_subject
 from moco.interop.encoder_file import EncoderFile, build
+from moco.train import train
 
 
 class LoadedEncoder(nn.Module):
@@ -39,6 +44,41 @@ class LoadedEncoder(nn.Module):
         """Return the features (N, D) of prepared images (N, 3, S, S)."""
         features: Tensor = self.backbone(images)
         return features
+
+
+def train_config(overrides: Sequence[str] = ()) -> TrainConfig:
+    """Return the configuration of `python -m moco.train` with these overrides, such as `["experiment=digits"]`.
+
+    Raises:
+        ConfigError: for an unknown field, or a value that does not fit its type.
+    """
+    require(not isinstance(overrides, str), f"overrides={overrides!r} must be a list, such as [{overrides!r}]")
+    arguments, sys.argv = sys.argv, ["moco.train", *overrides]  # where Hydra reads them
+    try:
+        configs = compose("train", TrainConfig)
+    finally:
+        sys.argv = arguments
+    require(len(configs) == 1, f"overrides={list(overrides)} must describe one run: remove --multirun, --cfg or --help")
+    return configs[0]
+
+
+def pretrain(config: TrainConfig | Sequence[str] = ()) -> Path:
+    """Pretrain an encoder, or resume the run in its directory, as `python -m moco.train` does.
+
+    Args:
+        config: a configuration, or the overrides of the command.
+
+    Returns:
+        The directory of the run, which `load_encoder` takes.
+
+    Raises:
+        ConfigError: for an invalid configuration.
+        FileNotFoundError: if the data set does not exist.
+        Preempted: if a signal or `stop_after` stopped the run before its end. Its state is saved.
+    """
+    config = config if isinstance(config, TrainConfig) else train_config(config)
+    train(config)
+    return Path(config.run)
 
 
 def load_encoder(

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import moco
+from moco.config import ConfigError
 from moco.config.embed import EmbedConfig
 from moco.interop.encoder_file import build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
@@ -80,3 +81,28 @@ def test_importing_moco_does_not_import_torch() -> None:
 def test_every_public_name_exists() -> None:
     assert all(getattr(moco, name) is not None for name in moco.__all__)
     assert moco.losses.info_nce is moco.losses.queue.info_nce
+
+
+def test_pretrain_does_what_the_command_does(tmp_path: Path) -> None:
+    overrides = [
+        "epochs=1",
+        "optim.warmup_epochs=0",
+        "batch_size=256",
+        "model.options.width=4",
+        "evaluate.every_epochs=0",
+        "threads=1",
+    ]
+    arguments = list(sys.argv)
+    run = moco.pretrain([*overrides, f"run={tmp_path / 'run'}"])
+    assert sys.argv == arguments
+    assert moco.load_encoder(run).info["step"] == 1437 // 256
+    config = moco.train_config([*overrides, f"run={tmp_path / 'twin'}"])
+    config.seed = 1
+    twin = moco.load_encoder(moco.pretrain(config))
+    assert twin.info["config"]["seed"] == 1
+
+
+def test_pretrain_refuses_what_is_not_one_run(tmp_path: Path) -> None:
+    for overrides, named in [(["epoch=1"], "epoch"), ("epochs=1", r"\['epochs=1'\]"), (["--cfg", "job"], "--cfg")]:
+        with pytest.raises(ConfigError, match=named):
+            moco.pretrain(overrides)

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the top down. A package may import from packages further down and from itself, not from its neighbors. A module
 # that does a command's work may stand higher than its package: it is listed with its full name below `moco`.
 ORDER = [
+    {"api"},  # the Python interface
     {
         "train",
         "linear",
@@ -24,7 +25,6 @@ ORDER = [
         "choose",
         "report",
         "__main__",
-        "api",
     },  # the commands
     {"cli"},
     {"composition"},

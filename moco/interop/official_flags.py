@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from moco.runtime.console import log_next
 from moco.runtime.next_command import override
 
 
@@ -92,7 +93,7 @@ def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Na
     """Print the equivalent command, run it, and return its exit status."""
     words = [*launched.words, "-m", module, *overrides, *flags.overrides]
     gpu = {} if flags.gpu is None else {"CUDA_VISIBLE_DEVICES": str(flags.gpu)}
-    print(" ".join([*(f"{name}={value}" for name, value in gpu.items()), shlex.join(words)]), flush=True)
+    log_next(" ".join([*(f"{name}={value}" for name, value in gpu.items()), shlex.join(words)]))
     if flags.print_command:
         return 0
     start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]

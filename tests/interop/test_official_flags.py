@@ -18,7 +18,7 @@ NODE = "--multiprocessing-distributed --world-size 1 --rank 0 --dist-url tcp://l
 
 def printed(capsys: pytest.CaptureFixture[str], script: str, line: str) -> list[str]:
     assert main(script, [*shlex.split(line), "--print-command"]) == 0
-    return shlex.split(capsys.readouterr().out)
+    return shlex.split(capsys.readouterr().out.removeprefix("next: "))
 
 
 @pytest.fixture
