@@ -188,7 +188,8 @@ def _invalid_value(text: str) -> str:
 def _unreadable_override(override: str) -> str:
     field, _, value = override.partition("=")
     if not value:
-        return f"{override} cannot be read: write field=value"
+        path = " A path needs its field too, such as run=DIR or data.root=DIR" * Path(override).exists()
+        return f"{override} cannot be read: write field=value, without spaces around the ={path and f'.{path}'}"
     is_list = re.fullmatch(r"\[.*\]", value)
     fixed = f"[{','.join(map(quoted, value[1:-1].split(',')))}]" if is_list else quoted(value)
     return f"{override} cannot be read: quote its value, {shlex.quote(f'{field}={fixed}')}"

@@ -7,6 +7,7 @@ such a value is refused, because the file can be corrected.
 
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -33,6 +34,16 @@ _FUNCTION = re.compile(
     r"\s*(choice|range|interval|glob|shuffle|sort|tag|extend_list|int|float|str|bool|json_str)\s*\(.*\)\s*", re.DOTALL
 )
 
+# What copying a command from a document brings in: quotes, dashes, and invisible characters.
+_QUOTES, _DASHES = (
+    "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u2032\u2033",
+    "\u2010-\u2015\u2212",
+)
+_INVISIBLE = "\u00a0\u00ad\u2000-\u200f\u2028-\u202f\u205f-\u2064\u3000\ufeff"
+_COPIED = re.compile(
+    rf"(?:^|(?<=[=\[,]))[{_QUOTES}{_INVISIBLE}]|^[{_DASHES}]|[{_QUOTES}{_INVISIBLE}](?=[=\],]|$)", re.MULTILINE
+)
+
 
 class _Unreadable:
     """Stands for a value that Hydra cannot read."""
@@ -50,6 +61,8 @@ def keep_text(arguments: Sequence[str], types: Mapping[str, Any]) -> list[str]:
             message names the field, the value and the quotes that make it text.
     """
     sweep = "--multirun" in arguments or "-m" in arguments
+    for each in arguments:
+        _refuse_copied(each)
     return [each if each.startswith("-") else _override(each, types, sweep) for each in arguments]
 
 
@@ -60,16 +73,40 @@ def _override(override: str, types: Mapping[str, Any], sweep: bool) -> str:
     is_group = bool(re.fullmatch(r"\w+", name)) and Path(config_dir(), name).is_dir()
     group = is_group and (kind is str or is_dataclass(kind))
     if equals and not name:
-        raise ConfigError(f"{override} cannot be read: write field=value")
+        raise ConfigError(f"{override} cannot be read: write field=value, without spaces around the =")
     if not equals or key.startswith("~") or not (group or name in types):
         return override
     kind = str if group else kind
     values = split(value)
     if len(values) > 1 and not sweep:
+        _refuse_several(name, value, kind)
         return override  # Hydra refuses it as ambiguous
     if len(values) == 1 and not _is_list(value):
         values = [value]  # with its spaces
     return f"{key}={','.join(_value(name, each, kind, group, sweep) for each in values)}"
+
+
+def _refuse_copied(argument: str) -> None:
+    """Refuse a typographic quote, a dash or an invisible character where it stands for one of the command line's."""
+    key, equals, value = argument.partition("=")
+    found = _COPIED.search(key + equals if value[:1] in {"'", '"'} else argument)
+    if found is None:
+        return
+    name = unicodedata.name(found[0], "").lower()
+    text = "" if found.start() <= len(key) else f", or write {shlex.quote(f'{key}={quoted(value)}')} for this text"
+    raise ConfigError(
+        f"{argument} contains the character U+{ord(found[0]):04X} ({name}), which copying from a document brings in: "
+        f"type the quotes, dashes and spaces of the command yourself{text}"
+    )
+
+
+def _refuse_several(name: str, value: str, kind: Any) -> None:
+    """Refuse values with commas for a field of one number or of true or false: without --multirun it takes one."""
+    if not {int, float, bool} & {*members(kind)}:
+        return
+    number = float in members(kind) and re.fullmatch(r"([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)", value.strip())
+    fix = f"write a decimal point, {name}={number[1]}.{number[2]}" if number else "write one value"
+    raise ConfigError(f"{name}={value} has a comma: {fix}; with --multirun, commas separate the values of several jobs")
 
 
 def _value(name: str, value: str, kind: Any, group: bool, sweep: bool) -> str:
@@ -80,10 +117,19 @@ def _value(name: str, value: str, kind: Any, group: bool, sweep: bool) -> str:
     if str in kinds:
         return value if group and _is_list(value) else _text(name, value, type(None) in kinds, sweep)
     parsed = _parse(value)
-    if not isinstance(parsed, _Unreadable | Sweep) and not (isinstance(parsed, str) and "${" in parsed):
+    if isinstance(parsed, _Unreadable):
+        error = type_error(name, _parts(value) if _is_list(value) else value, kind, value, exact=True)
+        require(not error, error)
+    elif not isinstance(parsed, Sweep) and not (isinstance(parsed, str) and "${" in parsed):
         error = type_error(name, parsed, kind, value)
         require(not error, error)
     return value
+
+
+def _parts(value: str) -> list[Any]:
+    """Return the values in a list, each as Hydra reads it, or as text if Hydra cannot."""
+    texts = split(value.strip()[1:-1])
+    return [text if isinstance(parsed := _parse(text), _Unreadable) else parsed for text in texts]
 
 
 def _text(name: str, value: str, optional: bool, sweep: bool) -> str:

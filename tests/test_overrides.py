@@ -218,3 +218,30 @@ def test_a_recipe_in_quotes_is_read(tmp_path: Path) -> None:
     (tmp_path / "experiment" / "2024.yaml").write_text('# @package _global_\nrun: "1.10"\nmodel: {options: {a: 1}}\n')
     config = composed("train", text_fields("train")[0], "--config-dir", str(tmp_path), "experiment=2024")
     assert (config.run, config.model.options["a"]) == ("1.10", 1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "error"),
+    [
+        ("“run=r”", "“run=r” contains the character U+201C (left double quotation mark)"),
+        ("run=“r”", "run=“r” contains the character U+201C (left double quotation mark)"),
+        ("runs=[a,‘b’]", "runs=[a,‘b’] contains the character U+2018"),
+        ("–help", "–help contains the character U+2013 (en dash)"),
+        ("epochs=1\u00a0", "epochs=1\u00a0 contains the character U+00A0 (no-break space)"),
+        ("data.root=\u202aC:/x", "data.root=\u202aC:/x contains the character U+202A"),
+        ("epochs=1;", "epochs=1; must be an integer"),
+        ("epochs=1,000", "epochs=1,000 has a comma: write one value"),
+        ("optim.lr=0,03", "optim.lr=0,03 has a comma: write a decimal point, optim.lr=0.03"),
+    ],
+)
+def test_a_copied_or_misspelled_value_is_refused_with_advice_that_works(argument: str, error: str) -> None:
+    types = {"run": str, "data.root": str, "runs": list[str], "epochs": int, "optim.lr": float}
+    with pytest.raises(ConfigError) as caught:
+        keep_text([argument], types)
+    assert str(caught.value).startswith(error)
+    for fixed in re.findall(r"write '([^']*)' for this text", str(caught.value)):
+        assert keep_text([fixed], types) == [fixed]
+
+
+def test_typographic_characters_inside_of_a_name_are_kept() -> None:
+    assert keep_text(["run=Anna’s dogs"], {"run": str}) == ['run="Anna’s dogs"']

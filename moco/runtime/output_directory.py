@@ -21,5 +21,8 @@ def lock_directory(path: Path, field: str) -> IO[str]:
     except FileLocked as error:
         fix = "wait for it, stop it, or choose another directory"
         raise ConfigError(f"{field}={path} is in use by {error}: {fix}") from error
+    except FileExistsError as error:
+        what = "a link whose target does not exist" if path.is_symlink() else "a file, not a directory"
+        raise ConfigError(f"{field}={path} is {what}: choose another directory") from error
     except OSError as error:
         raise ConfigError(f"{field}={path} cannot be created or written to: {cause(error)}") from error

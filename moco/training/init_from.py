@@ -29,7 +29,9 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
         ForeignFileError, CheckpointError: see `read_encoder` and `load_all`.
     """
     path, model = Path(config.init_from), config.model
-    require(path.is_file(), f"init_from={path} does not exist")
+    inside = f": name a file, such as init_from={path / 'encoder.safetensors'}"
+    state = f"is a folder{inside}" if path.is_dir() else "does not exist"
+    require(path.is_file(), f"init_from={path} {state}")
     file = _read(path, config, "encoder")
     try:
         momentum_file = _read(path, config, "momentum_encoder")
