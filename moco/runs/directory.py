@@ -102,7 +102,9 @@ def in_run_directory(file: Path) -> bool:
 
 def untrained(path: Path) -> str:
     """Return the sentence for a `run` without a checkpoint: it names the runs in it, or the command to train one."""
-    if (run := next((each for each in path.absolute().parents if (each / "checkpoints").is_dir()), None)) is not None:
+    if (
+        run := next((each for each in path.absolute().parents[:2] if (each / "checkpoints").is_dir()), None)
+    ) is not None:
         return f"run={path} is a folder in the directory of a run: set run={run}"
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
     if inside:

@@ -12,7 +12,7 @@ import pytest
 from moco.config import ConfigError, TrainConfig
 from moco.files import WriteError
 from moco.methods.moco_config import MoCoConfig
-from moco.runs.directory import in_run_directory, open_run
+from moco.runs.directory import in_run_directory, open_run, untrained
 from moco.runs.metrics import MetricsLogger
 
 
@@ -48,6 +48,21 @@ def test_two_processes_cannot_train_in_one_directory(tmp_path: Path) -> None:
         holder.kill()  # SIGKILL: the kernel releases the lock
         holder.communicate()
     open_run(tmp_path / "run", {"seed": 0}).close()
+
+
+@pytest.mark.parametrize(("kind", "named"), [("file", "is a file"), ("link", "is a link whose target does not exist")])
+def test_a_run_needs_a_directory(kind: str, named: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.touch() if kind == "file" else run.symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=rf"run=.*{named}"):
+        open_run(run, {"seed": 0})
+
+
+def test_a_folder_of_a_run_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    assert untrained(tmp_path / "run" / "checkpoints").endswith(f"set run={tmp_path / 'run'}")
+    assert str(tmp_path / "run") not in untrained(tmp_path / "other")
 
 
 def test_a_run_without_checkpoint_does_not_block_the_directory(tmp_path: Path) -> None:

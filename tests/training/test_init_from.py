@@ -205,6 +205,9 @@ def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
     config = configured(tmp_path / "gone.pth")
     with pytest.raises(ConfigError, match=r"init_from=.*gone\.pth does not exist"):
         load_initial_weights(config, method(config))
+    config.init_from = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"is a folder: name a file, such as init_from=.*/encoder\.safetensors"):
+        load_initial_weights(config, method(config))
 
 
 def test_another_number_of_attention_heads_is_refused(tmp_path: Path) -> None:
