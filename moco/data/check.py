@@ -103,12 +103,14 @@ def check_data(config: CheckDataConfig) -> None:
 
 
 def suggest(data: DataConfig, images: int, budget: int) -> list[str]:
-    """Return the command that trains on a folder, and for few images a line that advises against it."""
-    recipe = recipe_for(images, budget)
+    """Return the command that trains on a folder; for few images, one that uses published weights instead."""
     few = f"{images} images are too few to train from random weights: start from published ones, see "
     few += "docs/howto/own_images.md"
-    if not recipe:
-        return [few]
+    if images < FEW_IMAGES:
+        images_of = {"data": "folder", "data.root": data.root}
+        published = {"checkpoint": "FILE", "backbone": "resnet18", **images_of, "output": "runs/published"}
+        return [few, f"next: {command('moco.embed', SubjectConfig(), **published)}"]
+    recipe = recipe_for(images, budget)
     unchanged = asdict(DataConfig()) | {"name": data.name}
     given = {name: value for name, value in asdict(data).items() if value != unchanged[name]}
     training = command("moco.train", SubjectConfig(), **recipe, data=given, run="runs/mine")
@@ -116,7 +118,7 @@ def suggest(data: DataConfig, images: int, budget: int) -> list[str]:
         return [f"next, on a GPU: {training}"]
     minutes = recipe["epochs"] * images / BUDGET * 10
     time = f"this takes about {minutes:.0f} minutes on two CPU cores"
-    return [few] * (images < FEW_IMAGES) + [f"next: {training}", time]
+    return [f"next: {training}", time]
 
 
 def _facts(folder: FolderSource, i: int) -> ImageFacts:
@@ -230,5 +232,5 @@ def show(report: dict[str, Any], output: Path) -> None:
         marks = " / ".join(f"{each:,}" for each in report["sizes"][side])
         rows.append([side, "", marks, "smallest / 5 % / median / 95 % / largest"])
     title = f"{report['pictures']:,} images, {report['bytes'] / 1e9:,.3f} GB"
-    table(title, ["", "files", "first", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
+    table(title, ["", "files", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     log(f"the files of each kind: {output}")

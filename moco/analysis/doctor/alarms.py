@@ -53,8 +53,8 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
         return None
     return Alarm(
         "momentum too high",
-        f"at momentum {facts.momentum:g}, {left:.0%} of the momentum encoder's initial weights are left after all "
-        f"{facts.total_steps:.0f} steps",
+        f"at momentum {facts.momentum:g}, {100 * left:.0f} % of the momentum encoder's initial weights are left "
+        f"after all {facts.total_steps:.0f} steps",
         f"method.momentum={better:g}, or more epochs",
     )
 
