@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from moco.models.backbones import build_backbone
 from moco.training import throughput
 from tests.data.images import gradient
 from tests.docs.stand_ins import small, tree
@@ -48,7 +50,8 @@ SITUATIONS = {
         ["embed", "search", "report"],
     ),
     "convert": ("convert run=runs/labeled to=safetensors output=a.safetensors", []),
-    "check_data": ("check_data data.root=MANY", ["train"]),
+    "check_data": ("check_data data.root=CROWD", ["train"]),
+    "check_data, few images": ("check_data data.root=FEW", ["embed"]),
 }
 
 
@@ -81,11 +84,12 @@ class Workplace:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     folder = tmp_path_factory.mktemp("next")
-    for name, count in (("MANY", 140), ("FEW", 20)):
+    for name, count in (("MANY", 140), ("FEW", 20), ("CROWD", 200)):
         (folder / name).mkdir()
         for i in range(count):
             gradient(i).save(folder / name / f"{i:03}.jpg")
     tree(folder / "YOUR_IMAGES", each=20, first=0)
+    torch.save(build_backbone("resnet18", {}).state_dict(), folder / "FILE")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("COLUMNS", "60")  # narrow: a command must stay on its line
