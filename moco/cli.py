@@ -61,8 +61,8 @@ def _check_launch() -> None:
     """Raise ConfigError for a removed current directory, or invalid variables of a launcher."""
     try:
         Path.cwd()
-    except FileNotFoundError as error:
-        raise ConfigError("the current directory was removed: change to another one (cd DIR)") from error
+    except FileNotFoundError as removed:
+        raise ConfigError("the current directory was removed: change to another one (cd DIR)") from removed
     ranges = {"WORLD_SIZE": (1, 2**31), "RANK": (0, 2**31), "LOCAL_RANK": (0, 2**31), "MASTER_PORT": (0, 2**16 - 1)}
     for name, (low, high) in ranges.items():
         text = os.environ.get(name, str(low))
