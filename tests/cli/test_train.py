@@ -15,6 +15,8 @@ import pytest
 import torch
 import yaml
 from hydra import compose, initialize_config_dir
+from PIL import Image
+from safetensors.torch import load_file
 
 from moco.composition import register, to_dataclass
 from moco.config import RunWarning, TrainConfig, check, config_dir
@@ -119,11 +121,16 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
 
 def test_the_saved_encoder_loads_with_the_code_of_the_documentation(uninterrupted: tuple[Path, str]) -> None:
     code = (REPOSITORY / "docs/howto/use.md").read_text().split("```python\n")[1].split("```")[0]
-    scope: dict[str, Any] = {}
-    exec(code.replace("runs/digits/encoder.safetensors", str(uninterrupted[0] / "encoder.safetensors")), scope)
-    trained = finished(uninterrupted[0])["method"]
-    for name, value in scope["encoder"].state_dict().items():
+    folder, trained = uninterrupted[0], finished(uninterrupted[0])["method"]
+    scope: dict[str, Any] = {"picture": Image.new("RGB", (20, 30))}
+    exec(code.replace("runs/digits", str(folder)), scope)
+    assert scope["image"].shape[0] == 3
+    saved = load_file(folder / "encoder.safetensors")
+    loaded = scope["encoder"].backbone.state_dict()
+    assert set(saved) == set(loaded)
+    for name, value in loaded.items():
         assert torch.equal(value, trained[f"encoder.backbone.{name}"]), name
+        assert torch.equal(value, saved[name]), name
 
 
 def test_a_finished_run_is_not_trained_again(uninterrupted: tuple[Path, str], run: Run) -> None:
