@@ -159,13 +159,15 @@ def expand_paths(config: Any) -> None:
     """Replace `~` and `~user` at the start of all path fields of a configuration and its groups, in place.
 
     Raises:
-        ConfigError: if there is no such user.
+        ConfigError: if there is no such user, or for an address in the place of a path.
     """
 
     def expanded(name: str, path: str) -> str:
         full = os.path.expanduser(path)  # noqa: PTH111 # Path would also remove ./, // and a final slash
         user = path.partition("/")[0]
         require(not full.startswith("~"), f"{name}={path}: there is no user {user[1:]!r}; write ./{path} for that name")
+        address = "://" in path and not name.startswith("data.")  # sources can read addresses
+        require(not address, f"{name}={path} is an address: download the file, and name it here")
         return full
 
     for group, field_name, name, value, bounds in _leaves(config):

@@ -49,6 +49,8 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     runs = [open_run(Path(config.run)), *(open_run(Path(each), "compare") for each in config.compare)]
     out = Path(config.output) if config.output else runs[0].path / "report.html"
     require(not out.is_dir(), f"output={out} is a folder: name a file, e.g. output={out / 'report.html'}")
+    is_page = out.suffix.lower() in (".html", ".htm")
+    require(is_page, f"output={out} does not end in .html: the report is an HTML page")
     computed = [_compute(config, run, device) for run in runs]
     figures = Figures()
     training = [each.images.training if each.images else None for each in computed]

@@ -102,10 +102,12 @@ def in_run_directory(file: Path) -> bool:
 
 def untrained(path: Path) -> str:
     """Return the sentence for a `run` without a checkpoint: it names the runs in it, or the command to train one."""
-    if (
-        run := next((each for each in path.absolute().parents[:2] if (each / "checkpoints").is_dir()), None)
-    ) is not None:
-        return f"run={path} is a folder in the directory of a run: set run={run}"
+    for run in path.absolute().parents[:2]:
+        if (run / "checkpoints").is_dir():
+            return f"run={path} is a folder in the directory of a run: set run={run}"
+    if renamed := sorted((path / "checkpoints").glob("*.pt")):
+        fix = "name it step_NUMBER.pt, as moco does, or set checkpoint=FILE"
+        return f"run={path} has no checkpoint, but {renamed[0]}: {fix}"
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
     if inside:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""

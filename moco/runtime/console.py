@@ -28,6 +28,8 @@ class Terminal(Console):
 
     def __init__(self, quiet: bool | None = None) -> None:
         super().__init__(highlight=False, quiet=not is_rank_zero() if quiet is None else quiet)
+        if self.width < 1:  # COLUMNS=0
+            self.width = 80
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

@@ -64,6 +64,7 @@ def test_the_commands_do_not_import_torch() -> None:
         ("knn", ["run=x", "images=3"], "images=3 must hold named values: write images.size=VALUE"),
         ("knn", ["run=x", "data=null"], "data=null must be text"),
         ("knn", ["run=${nope}"], "run: Interpolation key 'nope' not found"),
+        ("knn", ["checkpoint=https://host/a.pth"], "checkpoint=https://host/a.pth is an address: download the file"),
         ("knn", ["run=~nobody_has_this_name/x"], "run=~nobody_has_this_name/x: there is no user"),
         ("linear", ["run=x", "augment=3"], "augment=3 must hold named values: write +augment.NAME=VALUE"),
         ("knn", ["--multirun", "run=nowhere", "seed=1,2"], "--multirun has 2 jobs with run=nowhere: give"),

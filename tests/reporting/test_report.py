@@ -286,6 +286,8 @@ def test_invalid_data_and_outputs_are_refused(tmp_path: Path) -> None:
         report(config(made, output=str(tmp_path / "file" / "page.html"), pictures=0))
     with pytest.raises(ConfigError, match=r"output=.* is a folder"):
         report(config(made, output=str(tmp_path)))
+    with pytest.raises(ConfigError, match=r"output=.*\.pdf does not end in \.html"):
+        report(config(made, output=str(tmp_path / "report.pdf")))
 
 
 def test_a_map_is_deterministic(labeled: Path) -> None:

@@ -65,6 +65,12 @@ def test_a_folder_of_a_run_is_no_run(tmp_path: Path) -> None:
     assert str(tmp_path / "run") not in untrained(tmp_path / "other")
 
 
+def test_a_renamed_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_1 (1).pt").touch()
+    assert "step_1 (1).pt: name it step_NUMBER.pt" in untrained(tmp_path / "run")
+
+
 def test_a_run_without_checkpoint_does_not_block_the_directory(tmp_path: Path) -> None:
     open_run(tmp_path / "run", values(seed=0)).close()
     open_run(tmp_path / "run", values(seed=1)).close()

@@ -205,3 +205,8 @@ def test_only_the_console_and_stdio_print() -> None:
     sources = {path: path.read_text() for path in package.rglob("*.py") if path.name != "__main__.py"}  # no names
     uses = re.compile(r"^\s*print\(|sys\.std(out|err)\.write|^(from|import) rich\b", re.MULTILINE)
     assert {path for path, source in sources.items() if uses.search(source)} == allowed
+
+
+def test_a_terminal_without_width_has_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    assert console.Terminal().width == 80
