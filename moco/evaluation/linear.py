@@ -293,8 +293,8 @@ def _show(config: LinearConfig, found: list[Result]) -> None:
     if config.kind == "sweep":
         extra["validation %"] = [percent(each["validation_top1"]) for each in first]
         note += (
-            f".\nThe setting was chosen on {config.sweep.validation:.0%} of each training class; a head with it was "
-            "then trained on the full training split. The held-out split was opened once, at the end."
+            f".\nThe setting was chosen on {100 * config.sweep.validation:.0f} % of each training class; a head with "
+            "it was then trained on the full training split. The held-out split was opened once, at the end."
         )
     else:
         note += ".\nThe last epoch counts. The frozen weights and buffers are bit for bit the loaded ones."

@@ -43,7 +43,7 @@ def test_each_finding_is_logged_once_even_if_it_disappears_and_returns(tmp_path:
     for _ in range(7):  # the first two are the start of the loader
         doctor.record(waiting(0.9, 2.0))
     doctor.check()
-    assert lines[1].startswith("doctor, epoch 2: data starvation: 90%")
+    assert lines[1].startswith("doctor, epoch 2: data starvation: 90 %")
     for share in (0.0, 0.9):
         for _ in range(5):
             doctor.record(waiting(share))
@@ -61,7 +61,7 @@ def test_a_resumed_run_is_diagnosed_by_all_its_records(tmp_path: Path) -> None:
     doctor = Doctor(FACTS, file, lines.append)
     doctor.record(waiting(0.0, 3.0))
     doctor.check()
-    assert [line.split("%")[0] for line in lines] == ["doctor, epoch 3: data starvation: 30"]
+    assert [line.split(" %")[0] for line in lines] == ["doctor, epoch 3: data starvation: 30"]
     alone = Doctor(FACTS, tmp_path / "other.jsonl", lines.append)
     alone.record(waiting(0.0))
     alone.check()

@@ -110,8 +110,10 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
         return None
     evidence = f"the temperature is {temperature:g}"
     if equal:
-        evidence += f", {effective:.0f} of {negatives:.0f} negatives count equally, and only {accuracy:.0%} of the "
-        evidence += "queries find their key"
+        evidence += (
+            f", {effective:.0f} of {negatives:.0f} negatives count equally, and only {100 * accuracy:.0f} % of the "
+            "queries find their key"
+        )
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
 
 
@@ -130,7 +132,7 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     else:
         # The order of each epoch is independent: an image's last key is M - a + b keys old, a and b uniform in 0 ... M.
         meets_itself = share**2 / 2 if share <= 1 else 1 - max(0.0, 2 - share) ** 2 / 2
-        evidence += f"about {meets_itself:.0%} of the queries meet a key of their own image as a negative"
+        evidence += f"about {100 * meets_itself:.0f} % of the queries meet a key of their own image as a negative"
         remedy = f"method.mask_own_keys=true, {remedy}"
     return Alarm("queue too long for the data set", evidence, remedy)
 
@@ -150,7 +152,7 @@ def stale_queue(series: Series, facts: Facts) -> Alarm | None:
     return Alarm(
         "stale queue",
         f"the oldest of {facts.queue_size} keys is {steps:.0f} steps old, and at momentum {facts.momentum:g} only "
-        f"{facts.momentum**steps:.1%} of the encoder that made it is left",
+        f"{100 * facts.momentum**steps:.1f} % of the encoder that made it is left",
         f"method.momentum={1 - 1 / steps:.4g} or higher, or a shorter method.queue_size",
     )
 
@@ -167,7 +169,7 @@ def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
     similarity, accuracy = latest(series, "train/positive_similarity"), latest(series, "train/contrast_accuracy")
     found = []
     if share > MOST_DUPLICATES and not _has_collapsed(series):
-        found.append(f"{share:.1%} of the queries have their own key among the negatives")
+        found.append(f"{100 * share:.1f} % of the queries have their own key among the negatives")
     at_floor = len(losses) == 2 * LATEST and all(-0.01 < loss - math.log(2) < LOG_2_MARGIN for loss in losses)
     if at_floor and similarity > 0.9 and accuracy < SOLVED:
         found.append(f"the loss stays at {losses[-1]:.3f} (log 2), but positives have a similarity of {similarity:.2f}")
@@ -188,7 +190,7 @@ def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
     return Alarm(
         "augmentation too weak",
         f"positives had a similarity of {series['train/positive_similarity'][0]:.3f} in the first step, and after "
-        f"{EARLY_EPOCHS:g} epochs {early[-1]:.1%} of the queries find their key",
+        f"{EARLY_EPOCHS:g} epochs {100 * early[-1]:.1f} % of the queries find their key",
         "smaller crops (augment.crop_scale=[0.2,1.0]), stronger color jitter, grayscale and blur",
     )
 
@@ -213,7 +215,9 @@ def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
     accuracy, knn = fmean(accuracies[-LATEST:]), knns[-1]
     if accuracy < SOLVED or not knn <= untrained + NO_GAIN or _views_similar(series) or at_chance(series, facts):
         return None
-    evidence = f"{accuracy:.1%} of the queries find their key, but kNN is {knn:.1f} % (untrained: {untrained:.1f} %)"
+    evidence = (
+        f"{100 * accuracy:.1f} % of the queries find their key, but kNN is {knn:.1f} % (untrained: {untrained:.1f} %)"
+    )
     return Alarm("BN leak", evidence, f"{remedy}; otherwise check what the two views share besides the image")
 
 
@@ -305,7 +309,7 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
     gains = [_gain(series, name, facts) for name in ("retrieval/retrieval", "accuracy/knn")]
     if any(gain > 0 for gain, _ in gains):  # nan: not evaluated
         return None
-    evidence = f"only {latest(series, 'train/contrast_accuracy'):.0%} of the queries find their key"
+    evidence = f"only {100 * latest(series, 'train/contrast_accuracy'):.0f} % of the queries find their key"
     evidence += "".join(f", and {text}" for gain, text in gains if not math.isnan(gain))
     momentum = f", method.momentum={_better_momentum(facts):g}" if facts.momentum is not None else ""
     return Alarm("nothing learned", evidence, f"more epochs, twice the optim.lr{momentum}, or more images")
@@ -336,7 +340,7 @@ def data_starvation(series: Series, facts: Facts) -> Alarm | None:
     remedy = "more data.workers (at most one per processor core)"
     if facts.source in ("folder", "imagenet"):
         remedy += ", or smaller images: python -m moco.pack writes them with a chosen short_side"
-    return Alarm("data starvation", f"{waiting:.0%} of the time is spent waiting for batches", remedy)
+    return Alarm("data starvation", f"{100 * waiting:.0f} % of the time is spent waiting for batches", remedy)
 
 
 # Without `nothing_learned` and `data_starvation`, which `diagnose` adds.
