@@ -1,7 +1,7 @@
 """Process group and collectives. All functions also work in a single process.
 
 The global batch is the local batches of all ranks, in the order of the ranks. Everything that affects the results is
-defined on it (law 3).
+defined on it (law 3 of CONTRIBUTING.md).
 
 Legend: W processes, n samples per process.
 """

@@ -1,7 +1,7 @@
 """Stage 2 of a view: batched augmentation. Each sample has its own parameters and its own order of color operations.
 
 All parameters are drawn on the host as a function of (seed, epoch, sample index, stream), each from its own numbered
-draw (law 2). So the host knows the samples of each operation and never waits for the device: index lists and parameters
+draw. So the host knows the samples of each operation and never waits for the device: index lists and parameters
 are sent in two queued copies.
 
     params = draw(view, seed, epoch, index, stream)

@@ -2,7 +2,7 @@
 
 Two routes return the same bits. A streamed image is cropped and resized by ATen (`resized_crop`); a resident set is
 cropped as a batch on its device by two matrix products per sample (`resized_crops`), with the integer weights that
-ATen uses for uint8. So (seed, epoch, sample index, stream) determines a view on either route (law 2).
+ATen uses for uint8. So (seed, epoch, sample index, stream) determines a view on either route.
 
 Both routes reduce a crop in one of two ways. With antialiasing a pixel is the weighted mean of all pixels that it
 covers; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both ways

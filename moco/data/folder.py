@@ -36,7 +36,7 @@ class FolderSource(Source):
     bits: int = 16
     ignored: Mapping[str, int] = field(default_factory=dict)  # number of files that are not images, by kind
     unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
-    broken: Mapping[str, str] = field(default_factory=dict)  # broken links without an image's name -> target
+    broken: Mapping[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -116,11 +116,12 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, min_
         field: the field that names the root, for errors.
         root: the folder.
         labels: "none" or "folder".
-        keep_unlistable: record the folders that cannot be listed in the source; False: raise an error.
+        keep_unlistable: return the source, which names the folders that cannot be listed, if an image (with labels: two
+            classes) remains; False: raise an error.
         min_classes: the smallest number of classes, with labels.
 
     Warns:
-        RunWarning: about broken links without an image's name.
+        RunWarning: about broken links whose names have no image ending.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image in it.

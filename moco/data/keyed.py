@@ -1,4 +1,4 @@
-"""Random numbers without state: each is a function of the five integers that identify it (law 2).
+"""Random numbers without state: each is a function of the five integers that identify it (law 2 of CONTRIBUTING.md).
 
 The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), a bijection on
 128-bit counters: it needs no state, vectorizes over a batch, and returns the same bits on every machine. A number is

@@ -6,7 +6,7 @@ most one level. For contrast and saturation this holds for factors up to 2, beca
 too.
 
 All operations round once per number (multiply, add, minimum, floor, ...) or are exact sums, so a sample's result has
-the same bits in any batch, with any number of threads, however the work is divided among them (law 2). This excludes
+the same bits in any batch, with any number of threads, however the work is divided among them. This excludes
 `lerp`, `addcmul` and `add(alpha=)`, which are fused in the vector loop but not in its tail; plain float `mean`, whose
 order depends on the threads; and matrix products, whose order depends on the batch.
 

@@ -1,8 +1,8 @@
 """The order of the samples, and the samples of each step of training.
 
-The order is a function of (seed, epoch) on the global batch (laws 2 and 3): step s of an epoch uses the samples
-s * B ... (s + 1) * B - 1 of that epoch's permutation, and rank r the r-th part of them. So a run can resume at any
-step, on any number of processes.
+The order is a function of (seed, epoch) on the global batch (laws 2 and 3 of CONTRIBUTING.md): step s of an epoch uses
+the samples s * B ... (s + 1) * B - 1 of that epoch's permutation, and rank r the r-th part of them. So a run can resume
+at any step, on any number of processes.
 
 Legend: B global batch, n = B / W samples per rank, W processes.
 """

@@ -1,6 +1,6 @@
 """The recipe of a view, and its random parameters: on the host, NumPy only.
 
-All parameters are a function of (seed, epoch, sample index, stream), each from its own numbered draw (law 2).
+All parameters are a function of (seed, epoch, sample index, stream), each from its own numbered draw.
 
 Legend: N samples, S x S pixels of a view, D = CROP_DRAWS.
 """

@@ -30,7 +30,7 @@ class Tree:
     images: list[str] = field(default_factory=list)  # sorted
     ignored: Counter[str] = field(default_factory=Counter)  # other files, counted by kind
     unlistable: dict[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason; "": the root
-    broken: dict[str, str] = field(default_factory=dict)  # broken links without an image's name -> target
+    broken: dict[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
 
 
 def walk(folder: str) -> Tree:

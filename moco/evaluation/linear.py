@@ -1,4 +1,7 @@
-"""`python -m moco.linear`: the linear probe of an encoder and of its baselines, all by one protocol."""
+"""`python -m moco.linear`: the linear probe of an encoder and of its baselines, all by one protocol.
+
+Legend: M images, D feature dimension, L classes.
+"""
 
 import importlib
 import warnings
@@ -86,7 +89,7 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
     try:  # before features are computed: `choose` makes the same split
         split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.groups)
     except SubsetError as error:
-        raise ConfigError(f"{error}, or set protocol=moco_v2, which makes no choice") from error
+        raise ConfigError(f"{error}, or set protocol=moco_v2, which needs no validation images") from error
     if encoder is None:
         network, columns = None, {"pixels": slice(0, 3 * task.subject.transform.size**2)}
     else:

@@ -9,7 +9,7 @@ from moco.losses.similarity import ABSENT, Temperature, check_temperature
 def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: float) -> Tensor:
     """Compute the debiased contrastive loss (Chuang et al., 2020), Eq. 7 and 8, from `info_nce_logits`.
 
-    tau+ is the probability that a negative has the query's class. N g replaces the sum over N negatives:
+    tau+ is the probability that a negative has the query's class. K g replaces the sum over K negatives:
 
         g = max((mean of exp(negative) - tau+ exp(positive)) / (1 - tau+), exp(-1 / T))
 
@@ -23,6 +23,9 @@ def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: floa
 
     Returns:
         The mean loss over the queries, shape ().
+
+    Raises:
+        ValueError: for an invalid temperature or prior.
     """
     check_temperature(temperature)
     if not 0 <= prior < 1:
@@ -31,6 +34,6 @@ def debiased_cross_entropy(logits: Tensor, temperature: Temperature, prior: floa
     top = logits.detach().amax(dim=1)  # (N,), subtracted so that no exponential overflows
     positive = logits[:, 0] - top
     negatives = (logits[:, 1:] - top[:, None]).exp().sum(dim=1)
-    estimate = (negatives - prior * count * positive.exp()) / (1 - prior)  # (N,), N g
+    estimate = (negatives - prior * count * positive.exp()) / (1 - prior)  # (N,), K g
     bound = count * torch.exp(-1 / temperature - top)
     return ((positive.exp() + torch.maximum(estimate, bound)).log() - positive).mean()

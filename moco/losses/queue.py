@@ -1,6 +1,6 @@
 """InfoNCE with a queue of keys: MoCo's loss, and its variants, decoupled or with positives in the queue.
 
-Legend: N queries, C dimension, K queue length.
+Legend: N queries, C dimension, K queue length, M candidates.
 """
 
 import torch
@@ -97,9 +97,9 @@ def multi_positive_info_nce(
 
     Each positive has one softmax term over the key and all of the queue. If the positives are the keys of the query's
     class, this is SupMoCo (Majumder et al., 2021) in the form of SupCon's L_out (Khosla et al., 2020, Eq. 2) on a
-    queue. SupMoCo's own equation was not available for comparison, and a public implementation has a different
-    denominator. If they are false negatives, it is the attraction loss of Huynh et al. (2022). UniMoCo (Dai et al.,
-    2021) differs: log(1 + sum exp(negatives) * sum exp(-positives)).
+    queue. SupMoCo's own equation was not available for comparison; a public implementation differs in the denominator.
+    If the positives are false negatives, it is the attraction loss of Huynh et al. (2022). UniMoCo (Dai et al., 2021)
+    differs: log(1 + sum exp(negatives) * sum exp(-positives)).
 
     Without any positive in the queue it is `info_nce`, bit for bit.
 
@@ -109,8 +109,7 @@ def multi_positive_info_nce(
         negatives: as in `info_nce`; excluded entries are no candidates, even those in `positives`.
         mean: "outside" the logarithm, or "inside", see `cross_entropy_over_positives`.
 
-    Returns:
-        As `info_nce`.
+    Results and errors are those of `info_nce`; a ValueError is also raised for another shape or type of `positives`.
     """
     check_mask("positives", positives, (len(query), len(queue)))
     logits = info_nce_logits(query, key, queue, temperature, negatives)  # (N, 1+K)
@@ -122,9 +121,9 @@ def multi_positive_info_nce(
 def cross_entropy_of_key(
     logits: Tensor, positives: Tensor | None = None, mean: PositivesMean = "outside", decoupled: bool = False
 ) -> Tensor:
-    """Compute `cross_entropy_over_positives` of `info_nce_logits`, in which column 0, the key's, is always a positive.
+    """Compute `cross_entropy_over_positives` of logits (N, M), in which column 0, the key's, is always a positive.
 
-    `positives`, (N, K) or (1, K), are those in the queue. More columns of negatives may follow the queue's.
+    The queue's columns follow; `positives`, (N, K) or (1, K), marks those of positives. More negatives may follow.
     """
     check_positives_mean(mean)
     if positives is None and not decoupled:

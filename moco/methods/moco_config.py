@@ -40,8 +40,8 @@ class MoCoConfig(MethodConfig):
     """How margin m changes a positive's cosine: arc, cos(theta + m) with m in radians (Deng et al., 2019, Eq. 3);
     cosine, cos(theta) - m (Wang et al., 2018)."""
     debias: float = bounded(0.0, ge=0, lt=1)
-    """tau+, the share of the queue that has the query's own class (1 / classes if balanced): its expected part is
-    removed from the negatives (Chuang et al., 2020, Eq. 7 and 8); 0: off."""
+    """tau+, the share of the queue that has the query's own class (1 / classes if balanced). The loss subtracts the
+    contribution to expect from these keys (Chuang et al., 2020, Eq. 7 and 8); 0: off."""
     false_negatives: str = bounded("keep", choices=("keep", "eliminate", "attract"))
     """Treatment of keys in the queue that resemble the query's own key: keep (as negatives), eliminate, or attract (as
     positives); false negative cancellation (Huynh et al., 2022)."""

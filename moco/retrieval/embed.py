@@ -92,7 +92,10 @@ def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device
 
 
 def build_network(file: EncoderFile, features: str, normalize: bool, device: torch.device) -> nn.Module:
-    """Return the backbone, or for "projection" backbone and head; with `normalize`, its outputs have length 1."""
+    """Return the backbone, or for "projection" backbone and head; with `normalize`, its outputs have length 1.
+
+    Raises ForeignFileError for "projection" if the file contains no head.
+    """
     if features == "projection" and not file.head_weights:
         raise ForeignFileError(
             f"features=projection: {file.source} contains no head; set features=backbone, or name a checkpoint"
