@@ -24,7 +24,7 @@ from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.labels import read_labels, several_labels_error
 from moco.data.walk import size_and_time
 
-HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split, the first found is used
+HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split; the first with labels is used
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,11 @@ class HubSource(Source):
 
 
 def open_hub(config: DataConfig) -> Sources:
-    """Open the training split of a data set, and a labeled held-out split if there is one."""
+    """Open the training split of a data set, and a labeled held-out split if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: if the data set cannot be opened, or a configured split or column does not fit.
+    """
     split, eval_split = config.split, config.eval_split
     splits = _load(config.root, config.subset)
     train = _open_split(splits, config, "split", split)

@@ -47,13 +47,11 @@ class Metrics:
 
     def baselines(self) -> str:
         """Describe the accuracy of a guess and, if classes differ in size, majority and balanced accuracy."""
-        classes = len(self.per_class)
-        chance = f"chance is {100 / classes:.1f} %"
-        if self.majority < 110 / classes:
-            return chance
-        return (
-            f"{chance}, always the most frequent class {self.majority:.1f} %; balanced accuracy {self.balanced:.1f} %"
-        )
+        chance = 100 / len(self.per_class)
+        text = f"chance is {chance:.1f} %"
+        if self.majority < 1.1 * chance:
+            return text
+        return f"{text}, always the most frequent class {self.majority:.1f} %; balanced accuracy {self.balanced:.1f} %"
 
     def interval(self) -> tuple[float, float]:
         """Return Wilson's 95 % interval of top1 in percent: the uncertainty due to the finite number of test images.
@@ -90,7 +88,10 @@ def rank_classes(scores: Tensor, votes: bool = False) -> Tensor:
 
 
 def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k largest of each row and their columns, descending; of equal ones the first (`topk` takes any)."""
+    """Return the k largest of each row, descending, and their columns: (M, L) -> (M, min(k, L)) each.
+
+    Of equal values the first is taken, while `topk` takes any.
+    """
     k = min(k, values.shape[1])
     top, at = values.topk(min(k + 1, values.shape[1]), dim=1)
     edge, at = top[:, k - 1 : k], at[:, :k]

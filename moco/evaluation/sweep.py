@@ -43,7 +43,7 @@ class LabeledFeatures:
         return picked[:, self.columns[layer]].to(self.device), torch.from_numpy(self.labels[rows]).to(self.device)
 
     def chunks(self, layer: str, rows: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield `rows` of all given rows in chunks."""
+        """Yield features and labels as `rows` does, at most `_CHUNK` rows at a time."""
         for start in range(0, len(rows), _CHUNK):
             yield self.rows(layer, rows[start : start + _CHUNK])
 

@@ -17,5 +17,5 @@ def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[st
     """
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in weights.items()}
     with atomic_write(path) as temporary:
-        # Not with its save_file, which hides the system's errors and makes the file readable only for its owner.
+        # Not with safetensors' save_file: it hides system errors and makes the file readable only for its owner.
         temporary.write_bytes(save(tensors, dict(metadata or {})))

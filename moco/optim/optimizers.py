@@ -33,7 +33,8 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[s
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a state dict; the optimizer state then uses the memory format of its parameter.
 
-    Fused kernels read both in memory order. State from a run with another `channels_last` would reach other weights.
+    Fused kernels read both in memory order: moments from a run with another `channels_last` would update the wrong
+    weights.
     """
     built = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -68,9 +69,9 @@ def build_optimizer(
         kind: Any = Lars
         of_timm = saved is not None and any("always_adapt" in group for group in saved["param_groups"])
         if optim.name == "lars_timm" or of_timm:
-            from timm.optim import lars as timms  # timm costs a second at start-up, so only where it is used
+            from timm.optim.lars import Lars as TimmLars  # takes a second to import
 
-            kind = timms.Lars
+            kind = TimmLars
         optimizer: torch.optim.Optimizer = kind(
             groups, lr=lr, momentum=optim.momentum, trust_coeff=optim.trust, trust_clip=optim.trust_clip
         )

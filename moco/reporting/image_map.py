@@ -37,7 +37,7 @@ def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: in
 
     Args:
         features: (M, D), M at least `FEWEST`.
-        method: "tsne", or "umap", which needs umap-learn.
+        method: "tsne", or "umap" (ConfigError if umap-learn is not installed).
         perplexity: approximate number of neighbors to preserve; at most (M - 1) / 3 are used.
         seed: seed of the optimization.
     """
@@ -78,7 +78,7 @@ class Map:
 
 
 def figure(each: Map, images: Sequence[int]) -> dict[str, Any]:
-    """Return the points and traces of a map for the page's script; `images` has the image number of each point."""
+    """Return a map's points and traces for the page's script; `images` has the page's number of each point's image."""
     x, y = each.places.round(3).T.tolist()
     colorings = {}
     for kind, groups in each.groups.items():
