@@ -31,6 +31,8 @@ class AugmentConfig:
     solarize_p: float = 0.0
     solarize_threshold: float = 0.5
     flip_p: float = 0.0
+    vertical_flip_p: float = 0.0
+    quarter_turn_p: float = 0.0
     affine_p: float = 0.0
     degrees: float = 0.0
     translate: float = 0.0

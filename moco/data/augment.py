@@ -8,13 +8,15 @@ are sent in two queued copies.
     crops = crop_batch(images, draw_crop(seed, epoch, index, stream), view)    # loader processes call crop_one
     query = augment(crops, params, view)
 
-The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flip,
-noise, normalize. Deviation: the official pipelines round to 8 bits after each operation, this one stays in float32.
+The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flips,
+quarter turn, noise, normalize. Deviation: the official pipelines round to 8 bits after each operation, this one stays
+in float32.
 
 Legend: N samples, S x S pixels of a view.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +72,7 @@ def largest_shrink(views: Sequence[View], uniforms: Sequence[NDArray[np.float32]
 
 
 def augment(crops: Tensor, params: Params, view: View) -> Tensor:
-    """Apply stage 2: color, blur, flip and normalize a batch of crops.
+    """Apply stage 2: change color, blur, flip, turn and normalize a batch of crops.
 
     Args:
         crops: uint8, shape (N, 3, S, S), on any device.
@@ -116,6 +118,9 @@ def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> Non
     change("blur", lambda chosen: ops.blur(chosen, plan["kernel"]))
     change("solarize", lambda chosen: ops.solarize(chosen, view.solarize_threshold))
     change("flip", lambda chosen: chosen.flip(3))
+    change("vertical_flip", lambda chosen: chosen.flip(2))
+    for turns in (1, 2, 3):
+        change(f"turn{turns}", partial(torch.rot90, k=turns, dims=(2, 3)))
     if "noise" in plan:
         x.add_(plan["noise"]).clamp_(0, 1)
     torch.sub(x, plan["mean"], out=out).div_(plan["std"])
@@ -145,8 +150,11 @@ def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> 
 def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
     """Return rows and parameters of each operation, int64 and float32; an operation without samples has no entry."""
     plan: dict[str, NDArray[Any]] = {}
-    for name in ("affine", "gray", "blur", "solarize", "flip", "jitter"):
-        rows = np.flatnonzero(getattr(params, name))
+    names = ("affine", "gray", "blur", "solarize", "flip", "vertical_flip", "jitter")
+    chosen = {name: getattr(params, name) for name in names}  # each (n,)
+    chosen |= {f"turn{turns}": params.turns == turns for turns in (1, 2, 3)}
+    for name, mask in chosen.items():
+        rows = np.flatnonzero(mask)
         if len(rows):
             plan[name] = rows
     if "affine" in plan:

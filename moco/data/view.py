@@ -19,7 +19,8 @@ from moco.data.keyed import keyed_uniform
 _JITTER, _FACTORS, _ORDER = 24, slice(25, 29), slice(29, 33)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP = 33, 34, 35, 36, 37
 _AFFINE, _ANGLE, _SHIFT, _ZOOM, _SHEAR, _NOISE = 38, 39, slice(40, 42), 42, 43, 44
-_DRAWS = 45
+_VERTICAL_FLIP, _QUARTER_TURN, _TURNS = 45, 46, 47
+_DRAWS = 48
 _PIXELS = 64  # from here on, the pixel noise
 
 # Bounds of the fields of a view. A probability (NAME_p) is at most 1.
@@ -66,6 +67,10 @@ class View:
     """The threshold of solarization, for images in 0 ... 1."""
     flip_p: float = 0.0
     """Probability of the horizontal flip."""
+    vertical_flip_p: float = 0.0
+    """Probability of the vertical flip."""
+    quarter_turn_p: float = 0.0
+    """Probability of a rotation by 90, 180 or 270 degrees, each equally likely. At 0.75 all four orientations are."""
     affine_p: float = 0.0
     """Probability of the affine map: rotation, shift, zoom and shear, together."""
     degrees: float = 0.0
@@ -117,6 +122,8 @@ class Params:
     sigma: NDArray[np.float32]  # (N,), pixels
     solarize: NDArray[np.bool_]  # (N,)
     flip: NDArray[np.bool_]  # (N,)
+    vertical_flip: NDArray[np.bool_]  # (N,)
+    turns: NDArray[np.int64]  # (N,), quarter turns counterclockwise, 0 ... 3
     affine: NDArray[np.bool_]  # (N,)
     theta: NDArray[np.float32]  # (N, 6), see ops.affine
     noise: NDArray[np.float32]  # (N, S, S); (N, 0, 0) if the view has none
@@ -153,6 +160,8 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
         sigma=_between(u[:, _SIGMA], *view.blur_sigma).astype(np.float32),
         solarize=u[:, _SOLARIZE] < view.solarize_p,
         flip=u[:, _FLIP] < view.flip_p,
+        vertical_flip=u[:, _VERTICAL_FLIP] < view.vertical_flip_p,
+        turns=np.where(u[:, _QUARTER_TURN] < view.quarter_turn_p, 1 + (3 * u[:, _TURNS]).astype(np.int64), 0),
         affine=u[:, _AFFINE] < view.affine_p,
         theta=_affine_theta(u, view),
         noise=_pixel_noise(u, view) if noisy else np.zeros((len(u), 0, 0), dtype=np.float32),

@@ -26,6 +26,8 @@ EVERYTHING: dict[str, Any] = dict(
     blur_p=0.5,
     solarize_p=0.2,
     flip_p=0.5,
+    vertical_flip_p=0.5,
+    quarter_turn_p=0.75,
     affine_p=0.5,
     degrees=20,
     translate=0.1,
@@ -74,6 +76,10 @@ def by_torchvision(x: Tensor, params: Params, row: int, view: View) -> Tensor:
         x = TF.solarize(x, view.solarize_threshold * (1 if x.is_floating_point() else 255))
     if params.flip[row]:
         x = TF.horizontal_flip(x)
+    if params.vertical_flip[row]:
+        x = TF.vertical_flip(x)
+    if params.turns[row]:
+        x = TF.rotate(x, 90.0 * params.turns[row])  # of a square, by quarters: exact
     return x
 
 
@@ -108,6 +114,8 @@ def levels(x: Tensor) -> Tensor:
         dict(solarize_p=0.5),
         dict(solarize_p=1, solarize_threshold=0.25),
         dict(flip_p=0.5),
+        dict(vertical_flip_p=0.5),
+        dict(quarter_turn_p=0.75),
         dict(**JITTER, gray_p=0.5, gray_first=True),
     ],
     ids=str,
@@ -131,6 +139,8 @@ def test_each_operation_equals_torchvision(fields: dict[str, Any]) -> None:
         dict(blur_p=1, blur_sigma=(2, 5)),
         dict(solarize_p=1),
         dict(flip_p=1),
+        dict(vertical_flip_p=1),
+        dict(quarter_turn_p=1),
     ],
     ids=str,
 )
@@ -290,6 +300,8 @@ def test_the_complete_plan_is_sent_to_a_device() -> None:
         dict(crop_ratio=(0.0, 1.0)),
         dict(blur_sigma=(2.0, 0.1)),
         dict(solarize_threshold=2),
+        dict(vertical_flip_p=2),
+        dict(quarter_turn_p=-0.5),
         dict(degrees=200),
         dict(shear=90),
         dict(zoom=(0.0, 1.0)),

@@ -40,7 +40,7 @@ def same_distribution(ours: ArrayLike, theirs: ArrayLike) -> bool:
     return bool(stats.ks_2samp(np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)).pvalue > LEVEL)
 
 
-@pytest.mark.parametrize("name", ["jitter", "gray", "blur", "solarize", "flip", "affine"])
+@pytest.mark.parametrize("name", ["jitter", "gray", "blur", "solarize", "flip", "vertical_flip", "affine"])
 def test_probabilities(name: str) -> None:
     for p in (0.2, 0.5, 0.8):
         chosen = getattr(drawn(brightness=0.4, **{f"{name}_p": p}), name)
@@ -50,9 +50,23 @@ def test_probabilities(name: str) -> None:
     assert getattr(drawn(brightness=0.4, **{f"{name}_p": 1.0}), name).all()
 
 
+def test_quarter_turns_are_equally_likely() -> None:
+    for p in (0.3, 0.75, 1.0):
+        counts = np.bincount(drawn(quarter_turn_p=p).turns, minlength=4)
+        assert len(counts) == 4
+        expected = DRAWS * np.array([1 - p, p / 3, p / 3, p / 3])
+        assert stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue > LEVEL
+        shifted = DRAWS * np.array([1 - p, p / 2, p / 4, p / 4])
+        assert stats.chisquare(counts[expected > 0], shifted[expected > 0]).pvalue < LEVEL
+    assert not drawn(quarter_turn_p=0.0).turns.any()
+
+
 def test_decisions_are_independent() -> None:
-    params = drawn(brightness=0.4, jitter_p=0.5, gray_p=0.5, blur_p=0.5, solarize_p=0.5, flip_p=0.5, affine_p=0.5)
-    table = np.stack([getattr(params, n) for n in ("jitter", "gray", "blur", "solarize", "flip", "affine")])
+    names = ("jitter", "gray", "blur", "solarize", "flip", "vertical_flip", "affine")
+    params = drawn(brightness=0.4, quarter_turn_p=0.5, **{f"{name}_p": 0.5 for name in names})
+    table = np.stack([*(getattr(params, name) for name in names), params.turns > 0, params.turns == 1])
+    table = table.astype(float)
+    table[-1] = np.where(table[-2] > 0, table[-1] - 1 / 3, 0)  # the number of turns, given that there is a turn
     correlation = np.corrcoef(table) - np.eye(len(table))
     assert np.abs(correlation).max() * np.sqrt(DRAWS) < 3.5
 
