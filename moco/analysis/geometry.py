@@ -3,7 +3,7 @@
     Understanding Contrastive Representation Learning through Alignment and Uniformity (Wang & Isola, ICML 2020)
     Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021)
 
-The functions normalize their features. A zero vector stays zero.
+The functions normalize their features; a zero vector stays zero. They raise ValueError for an invalid argument.
 
 Legend: N pairs, M samples, C dimension, L classes.
 """
@@ -68,7 +68,7 @@ def tolerance(features: Tensor, labels: Tensor) -> Tensor:
     has shape () and is -1 ... 1; it is 1 if each class is one point.
 
     Raises:
-        ValueError: if no class has two samples, or for an invalid shape.
+        ValueError: if no class has two samples, or for an invalid argument.
     """
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(f"features {tuple(features.shape)} and labels {tuple(labels.shape)} must be (M, C) and (M,)")

@@ -8,6 +8,7 @@ P_ij is the softmax of query i over its positive and its negatives. The gradient
 
 The push on all negatives together equals the pull on the positive. r_ij, the share of one negative in that push, is the
 softmax over the negatives only. Keys have unit length, so the lengths of the keys' gradients have the same shares.
+All functions raise ValueError for an invalid argument.
 
 Legend: N queries, K negatives, B temperatures.
 """
@@ -109,7 +110,7 @@ def explain_temperature(similarity: Tensor, answer: int, temperatures: Tensor) -
 
     If the answer is the most similar candidate (right), loss and gradient vanish at a low T. Otherwise (wrong) both are
     large at a low T, and the hardest candidate gets all of the push. `similarity` (1 + K,) is that of the candidates,
-    `answer` the number of the positive. The `temperatures` (B,) are above 0.
+    `answer` the index of the positive among them. The `temperatures` (B,) are above 0.
     """
     if similarity.ndim != 1 or not 0 <= answer < len(similarity):
         raise ValueError(f"answer={answer} must be one of the candidates 0 ... {similarity.numel() - 1}")

@@ -14,17 +14,17 @@ from moco.data.sources import SOURCES
 def recorded_data(
     recorded: Mapping[str, Any], given: Mapping[str, Any], source: str, trusted: bool, fix: str = ""
 ) -> dict[str, Any]:
-    """Return the fields of `DataConfig` in a file that are the defaults of the fields that the person has not set.
+    """Return the recorded fields of `DataConfig` that may be the defaults of those that the person has not set.
 
     Args:
         recorded: the fields in the file.
         given: the fields that the person has set.
         source: the file or directory, for the error.
+        trusted: whether to read a local folder that only the file names, as for a file in a run directory.
         fix: what to do instead, for the error; empty: to give data.root.
-        trusted: whether local folders that the file names are read: those of a run directory are.
 
     Raises:
-        ConfigError: if the images would have to be fetched, or lie in a folder that only the file names.
+        ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names.
     """
     name, root, eval_root = (str(recorded.get(field) or "") for field in ("name", "root", "eval_root"))
     never = {"download", "allow_pipe"} if trusted else {"download", "allow_pipe", "eval_root"}

@@ -31,14 +31,14 @@ _EXTENDED = (
 )
 _PART = 64  # images of one sample in memory at once: if names contain dots, a complete shard can look like one sample
 _OWN = re.compile(r"__[^/]*__(/|$)")
-_PACKERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+_OPENERS: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
 
 class File(NamedTuple):
     """One file of the archive."""
 
     name: str
-    content: bytes | None  # None if it is not an image, or a link to one
+    content: bytes | None  # None for a link, or a file that is not an image
 
     @property
     def sample(self) -> str:
@@ -124,7 +124,7 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"an extended header has {header.size:,} bytes, more than {_MAX_HEADER:,}")
         return header
 
-    def _proc_gnusparse_10(self, *_: Any) -> None:  # tarfile's name: it would read a map of any length
+    def _proc_gnusparse_10(self, *_: Any) -> None:  # overrides tarfile's, which would read a map of any length
         raise _SPARSE
 
     @classmethod
@@ -144,12 +144,12 @@ class _Stream:
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._first = stream, b""
-        while len(self._first) < max(map(len, _PACKERS)) and (data := stream.read(1)):
+        while len(self._first) < max(map(len, _OPENERS)) and (data := stream.read(1)):
             self._first += data
 
     def unpacked(self) -> Any:
         """Return the uncompressed archive."""
-        return next((unpack(self) for magic, unpack in _PACKERS.items() if self._first.startswith(magic)), self)
+        return next((open_(self) for magic, open_ in _OPENERS.items() if self._first.startswith(magic)), self)
 
     def read(self, size: int) -> bytes:
         ready, self._first = self._first[:size], self._first[size:]

@@ -2,4 +2,4 @@
 
 
 class NonFiniteLoss(FloatingPointError):
-    """The loss or its gradient is not finite. Weights, statistics and queue have not been changed."""
+    """The loss or its gradient is not finite."""

@@ -43,12 +43,12 @@ _MESSAGES = ("not enough memory", "can't allocate memory", "CUDA error: out of m
 
 
 class OutOfMemory(ValueError):
-    """A step does not fit into memory; the message is one sentence that names the settings to change."""
+    """The memory of a device ran out; the message is one sentence that names the settings to change."""
 
 
 @contextmanager
 def explain_out_of_memory(device: torch.device, fix: str) -> Iterator[None]:
-    """Convert an out-of-memory error into a one-sentence `OutOfMemory` that ends with what to change, `fix`."""
+    """Convert an out-of-memory error into `OutOfMemory`; `fix` ends its message and says what to change."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -55,7 +55,8 @@ def train_step(
             weights and the queue change.
 
     Raises:
-        NonFiniteLoss: with `settings.check_finite`, on all ranks, if loss or gradient is not finite on any of them.
+        NonFiniteLoss: with `settings.check_finite`, on all ranks, if loss or gradient is not finite on any of them;
+            weights, statistics and queue are unchanged.
     """
     accumulate, micro_batch = settings.accumulate, len(batch.index) // settings.accumulate
     autocast = torch.autocast(batch.index.device.type, settings.precision, settings.precision != torch.float32)

@@ -9,7 +9,10 @@ from moco.runtime.device import pick_device
 
 
 def open_study(output: str, compute: ComputeConfig) -> tuple[Path, torch.device]:
-    """Create the output directory of a study, set the number of CPU threads, and return directory and device."""
+    """Create the output directory of a study, set the number of CPU threads, and return directory and device.
+
+    Raises ConfigError if the directory cannot be created, or for device=cuda without a GPU.
+    """
     folder = Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
