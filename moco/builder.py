@@ -144,13 +144,12 @@ def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, mom
 
 
 def queue_info_nce(
-    q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor
+    q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor, decoupled: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return InfoNCE(q, k, queue), shape (), and measures of its logits, without storing the logits (N, 1 + K)."""
-    samples, key_samples = (index, queue.index) if queue.mask_own_keys else (None, None)
-    filled = queue.filled_mask()
-    streamed = info_nce_streamed(q, k, queue.keys, temperature, filled, index=samples, queue_index=key_samples)
-    return streamed.loss, streamed.measures(temperature)
+    filled, samples = queue.filled_mask(), (index, queue.index) if queue.mask_own_keys else None
+    streamed = info_nce_streamed(q, k, queue.keys, temperature, filled, samples=samples, decoupled=decoupled)
+    return streamed.loss, streamed.measures(temperature, decoupled)
 
 
 class Output(NamedTuple):
@@ -295,8 +294,10 @@ class MoCo(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return InfoNCE(q, k, queue), shape (), and measures of its logits; from `STREAM_FROM` logits on, streamed."""
         queue = self.queue
-        if self.switches == Switches() and self.labels is None and len(q) * queue.size >= STREAM_FROM:
-            return queue_info_nce(q, k, queue, temperature, index)
+        decoupled = self.switches.decoupled
+        plain = self.switches == Switches(decoupled=decoupled) and self.labels is None
+        if plain and len(q) * queue.size >= STREAM_FROM:
+            return queue_info_nce(q, k, queue, temperature, index, decoupled)
         negatives, positives = queue.negatives(index), self._same_class(index)  # (N, K)
         return contrast(q, k, queue.keys, temperature, self.switches, negatives, positives, uniforms)
 

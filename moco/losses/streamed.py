@@ -6,6 +6,8 @@ softmax over them and the key k:
 
     loss = log(1 + exp(L - u k))        d loss / du = P (sum over j of p_j Q_j - k)
 
+The decoupled contrast, L - u k, has the same gradient without the factor P.
+
 This is attention with keys = values = queue. As in FlashAttention (Dao et al., 2022) the sums run over parts of the
 queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). Forward saves the
 gradient (N, C) and backward scales it. By the chain rule the derivative by a learned T is -u / T times that by u.
@@ -39,12 +41,12 @@ class Streamed(NamedTuple):
     negatives: Tensor  # (N,), their number
     effective_negatives: Tensor  # (N,), exp of the entropy of the negatives' shares, 1 ... K; 0 without any
 
-    def measures(self, temperature: Temperature) -> dict[str, Tensor]:
+    def measures(self, temperature: Temperature, decoupled: bool = False) -> dict[str, Tensor]:
         """Return means over the queries, of shape (): "negatives", "chance" (see `contrast`) and `logit_measures`."""
         count = self.negatives.to(self.positive.dtype)
         return {
             "negatives": count.mean(),
-            "chance": count.log1p().mean(),
+            "chance": (count.clamp(min=1).log() if decoupled else count.log1p()).mean(),
             **_means(self.positive, self.hardest, self.log_sum, self.effective_negatives, temperature),
         }
 
@@ -83,8 +85,8 @@ def info_nce_streamed(
     temperature: Temperature,
     negatives: Tensor | None = None,
     *,
-    index: Tensor | None = None,
-    queue_index: Tensor | None = None,
+    samples: tuple[Tensor, Tensor] | None = None,
+    decoupled: bool = False,
     chunk: int | None = None,
 ) -> Streamed:
     """Compute `info_nce`, with the same loss and gradient up to rounding, in memory of order N C instead of N K.
@@ -93,13 +95,13 @@ def info_nce_streamed(
 
     Args:
         query, key, queue, temperature, negatives: as in `info_nce`.
-        index: the sample of each query, integers of shape (N,). Excludes the entries of the queue with the same sample,
-            as `KeyQueue.negatives` does, but without a mask of size N x K.
-        queue_index: the sample of each entry of the queue, integers of shape (K,); required with `index`.
+        samples: of each query and of each entry of the queue, integers of shapes (N,) and (K,). Excludes the entries of
+            a query's own sample, as `KeyQueue.negatives` does, but without a mask of size N x K.
+        decoupled: compute `decoupled_info_nce` instead.
         chunk: B; affects only speed and rounding. None: a default for the device.
 
     Raises:
-        ValueError: for an invalid temperature, shape or chunk, or if only one of the indices is given.
+        ValueError: for an invalid temperature, shape or chunk.
         RuntimeError: in a backward with create_graph=True: there is no second derivative.
     """
     check_inputs(query, key, queue, temperature)
@@ -108,7 +110,7 @@ def info_nce_streamed(
     if size < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     check_mask("negatives", negatives, (len(query), len(queue)))
-    own = None if index is None and queue_index is None else _OwnKeys.find(index, queue_index, query, queue, size)
+    own = None if samples is None else _OwnKeys.find(*samples, query, queue, size)
     query = full_precision(query)
     with torch.autocast(query.device.type, enabled=False), torch.no_grad():
         scaled = query / temperature  # (N, C), u
@@ -122,7 +124,8 @@ def info_nce_streamed(
         hardest, log_sum, mean_key, count = (torch.cat(part) for part in zip(*parts, strict=True))
         positive = paired_similarity(scaled, key)[:, 0]  # (N,)
         mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, by their shares
-    losses: Tensor = _Loss.apply(query, temperature, mean_key - key, mean_logit - positive, log_sum - positive)
+    apart, gap, excess = mean_key - key, mean_logit - positive, log_sum - positive
+    losses: Tensor = _Loss.apply(query, temperature, apart, gap, excess, decoupled)
     losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
     return Streamed(losses.mean(), positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
 
@@ -138,20 +141,25 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, temperature: Temperature, apart: Tensor, gap: Tensor, excess: Tensor
+        ctx: Any, query: Tensor, temperature: Temperature, apart: Tensor, gap: Tensor, excess: Tensor, decoupled: bool
     ) -> Tensor:
         """Args: apart = mean key - k, (N, C); gap, (N,), the product of u and apart; excess = L - u k, (N,)."""
-        by_query = excess.sigmoid() / temperature  # (N,); the gradient by the query is this times apart
+        if decoupled:
+            has_negative = excess != ABSENT
+            losses, factor = torch.where(has_negative, excess, 0.0), has_negative.to(excess.dtype)
+        else:
+            losses, factor = torch.logaddexp(excess, torch.zeros_like(excess)), excess.sigmoid()
+        by_query = factor / temperature  # (N,); the gradient by the query is this times apart
         ctx.save_for_backward(apart, by_query, -by_query * gap)
-        return torch.logaddexp(excess, torch.zeros_like(excess))
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         if torch.is_grad_enabled():  # the graph would miss the dependence on u and return 0
             raise RuntimeError("create_graph=True: info_nce_streamed can be differentiated once; use info_nce instead")
         apart, by_query, by_temperature = ctx.saved_tensors
         learned = (grads[0] * by_temperature).sum() if ctx.needs_input_grad[1] else None  # T may be a float
-        return (grads[0] * by_query)[:, None] * apart, learned, None, None, None
+        return (grads[0] * by_query)[:, None] * apart, learned, None, None, None, None
 
 
 class _OwnKeys(NamedTuple):
@@ -162,19 +170,15 @@ class _OwnKeys(NamedTuple):
     places: tuple[Tensor, ...] | None  # per chunk, positions of any query's own keys; mostly empty
 
     @classmethod
-    def find(
-        cls, index: Tensor | None, queue_index: Tensor | None, query: Tensor, queue: Tensor, chunk: int
-    ) -> "_OwnKeys":
-        """Find these entries; raise ValueError for invalid indices."""
-        if index is None or queue_index is None:
-            missing = "index" if index is None else "queue_index"
-            raise ValueError(f"{missing}=None; pass both index and queue_index, or neither")
-        check_shapes(query=(query, "NC"), queue=(queue, "KC"), index=(index, "N"), queue_index=(queue_index, "K"))
+    def find(cls, own: Tensor, others: Tensor, query: Tensor, queue: Tensor, chunk: int) -> "_OwnKeys":
+        """Find these entries from the samples of the queries and of the queue; raise ValueError for invalid shapes."""
+        shapes = {"the samples' first": (own, "N"), "second": (others, "K")}
+        check_shapes(query=(query, "NC"), queue=(queue, "KC"), **shapes)
         if query.device.type != "cpu":  # `nonzero` would make the host wait for the device
-            return cls(index, queue_index, None)
-        found = torch.isin(queue_index, index).nonzero()[:, 0]
+            return cls(own, others, None)
+        found = torch.isin(others, own).nonzero()[:, 0]
         each = torch.bincount(found // chunk, minlength=-(-len(queue) // chunk))
-        return cls(index, queue_index, (found % chunk).split(each.tolist()))
+        return cls(own, others, (found % chunk).split(each.tolist()))
 
 
 def _pass(

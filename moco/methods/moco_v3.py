@@ -44,6 +44,7 @@ class MoCoV3(nn.Module):
         encoder: backbone and projector, images (N, 3, S, S) to (N, C). f_k starts as its copy.
         predictor: (N, C) to (N, C), for queries only; `nn.Identity` for none.
         temperature: T.
+        decoupled: leave the positive out of the denominator, see `moco.losses.in_batch_info_nce`.
     """
 
     queue: None = None
@@ -51,13 +52,15 @@ class MoCoV3(nn.Module):
     passes = 2
     step = 0
 
-    def __init__(self, encoder: nn.Module, predictor: nn.Module, temperature: float = 1.0) -> None:
+    def __init__(
+        self, encoder: nn.Module, predictor: nn.Module, temperature: float = 1.0, decoupled: bool = False
+    ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"method.temperature={temperature} must be above 0")
         self.encoder, self.predictor = encoder, predictor
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
-        self.temperature = temperature
+        self.temperature, self.decoupled = temperature, decoupled
 
     def encode_keys(
         self,
@@ -84,7 +87,7 @@ class MoCoV3(nn.Module):
         for query_view, key_view in self.directions:
             q = unit_length(self.predictor(self.encoder(views[query_view])))  # (N, C)
             k = keys[key_view]  # (M, C)
-            loss, logits = in_batch_info_nce(q, k, labels, self.temperature)  # (), (N, M)
+            loss, logits = in_batch_info_nce(q, k, labels, self.temperature, decoupled=self.decoupled)  # (), (N, M)
             losses.append(2 * self.temperature * loss)  # ctr of Algorithm 1
             pairs.append((q.detach(), k[labels]))
             positive = logits.gather(1, labels[:, None])  # (N, 1)
@@ -95,7 +98,7 @@ class MoCoV3(nn.Module):
             "contrast_accuracy": torch.stack(correct).mean(),
             "positive_similarity": torch.stack(positives).mean(),
             "negatives": total - 1,
-            "chance": 2 * (2 * self.temperature) * total.log(),  # all keys equally similar
+            "chance": 2 * (2 * self.temperature) * (total - int(self.decoupled)).log(),  # all keys equally similar
         }
         return Output(torch.stack(losses).sum(), measures, *pairs[0])
 

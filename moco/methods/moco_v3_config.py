@@ -18,6 +18,8 @@ class MoCoV3Config(MethodConfig):
     """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
     momentum_end: float | None = bounded(None, ge=0, le=1)
     """Final value of m, to which it increases along half a cosine; null: m is constant."""
+    decoupled: bool = False
+    """Leave the positive out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
 
     has_momentum_encoder = True
     has_predictor = True
@@ -38,4 +40,4 @@ class MoCoV3Config(MethodConfig):
         model = config.model
         layers = model.predictor_hidden, model.predictor_layers, model.predictor_last_norm
         predictor = build_predictor(model.dim, *layers, model.bn, model.bn_group_size)  # type: ignore[arg-type]
-        return MoCoV3(encoder, predictor, self.temperature)
+        return MoCoV3(encoder, predictor, self.temperature, self.decoupled)

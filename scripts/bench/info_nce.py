@@ -74,8 +74,8 @@ def both_variants(n: int, task: str, chunk: int) -> dict[str, Pass]:
 
     def streamed() -> Tensor:
         q = query.clone().requires_grad_()
-        own = {"index": index, "queue_index": queue_index} if task == "step" else {}
-        found = info_nce_streamed(q, key, queue, T, chunk=chunk, **own)
+        own = (index, queue_index) if task == "step" else None
+        found = info_nce_streamed(q, key, queue, T, chunk=chunk, samples=own)
         found.measures(T)
         return torch.autograd.grad(found.loss, q)[0]
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.analysis import hardness
 from moco.builder import KeyQueue
-from moco.losses import LearnedTemperature, Switches, contrast, info_nce
+from moco.losses import LearnedTemperature, Switches, contrast, decoupled_info_nce, info_nce
 from moco.losses import streamed as module
 from moco.losses.streamed import Streamed, info_nce_streamed, logit_measures
 from tests.losses import loops
@@ -31,31 +31,38 @@ QUEUE_INDEX = torch.cat([torch.tensor([-1, 8, 3, 0, 8]), torch.arange(K - 5)])  
 UNFILLED = torch.arange(K)[None] < 11
 NO_MASK, OWN = torch.ones(1, K, dtype=torch.bool), INDEX[:, None] != QUEUE_INDEX
 # Arguments of the streamed form, and the equivalent mask.
-MASKS: dict[str, tuple[dict[str, Tensor], Tensor]] = {
+MASKS: dict[str, tuple[dict[str, Any], Tensor]] = {
     "none": ({}, NO_MASK),
     "unfilled": ({"negatives": UNFILLED}, UNFILLED),
     "each": ({"negatives": coins(N, K, seed=3)}, coins(N, K, seed=3)),
-    "own": ({"index": INDEX, "queue_index": QUEUE_INDEX}, OWN),
-    "own and unfilled": ({"negatives": UNFILLED, "index": INDEX, "queue_index": QUEUE_INDEX}, OWN & UNFILLED),
+    "own": ({"samples": (INDEX, QUEUE_INDEX)}, OWN),
+    "own and unfilled": ({"negatives": UNFILLED, "samples": (INDEX, QUEUE_INDEX)}, OWN & UNFILLED),
     "own and each": (
-        {"negatives": coins(N, K, seed=4), "index": INDEX, "queue_index": QUEUE_INDEX},
+        {"negatives": coins(N, K, seed=4), "samples": (INDEX, QUEUE_INDEX)},
         OWN & coins(N, K, seed=4),
     ),
 }
 
 
 def both(
-    given: dict[str, Tensor], mask: Tensor, chunk: int, dtype: torch.dtype = torch.float64, temperature: float = T
+    given: dict[str, Any],
+    mask: Tensor,
+    chunk: int,
+    dtype: torch.dtype = torch.float64,
+    temperature: float = T,
+    decoupled: bool = False,
 ) -> tuple[Streamed, Tensor, list[Tensor], list[Tensor]]:
     """Streamed, the materialized logits, and the gradients by query and temperature of either."""
     gradients = []
     for streamed in (True, False):
         query, learned = unit(N, 0, dtype).requires_grad_(), torch.tensor(temperature, dtype=dtype, requires_grad=True)
         if streamed:
-            found = info_nce_streamed(query, unit(N, 1, dtype), unit(K, 2, dtype), learned, chunk=chunk, **given)
+            how: dict[str, Any] = {"decoupled": decoupled, "chunk": chunk, **given}
+            found = info_nce_streamed(query, unit(N, 1, dtype), unit(K, 2, dtype), learned, **how)
             loss = found.loss
         else:
-            loss, logits = info_nce(query, unit(N, 1, dtype), unit(K, 2, dtype), learned, mask)
+            materialized = decoupled_info_nce if decoupled else info_nce
+            loss, logits = materialized(query, unit(N, 1, dtype), unit(K, 2, dtype), learned, mask)
             torch.testing.assert_close(found.loss, loss, rtol=1e-6 if dtype == torch.float32 else 1e-13, atol=0)
         (loss * 3).backward()  # backward scales
         assert query.grad is not None
@@ -67,10 +74,11 @@ def both(
 # ---- the materialized form ----
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("mask", MASKS)
-def test_loss_and_gradients_equal_the_materialized_form(mask: str, chunk: int) -> None:
-    _, _, streamed, expected = both(*MASKS[mask], chunk)
+def test_loss_and_gradients_equal_the_materialized_form(mask: str, chunk: int, decoupled: bool) -> None:
+    _, _, streamed, expected = both(*MASKS[mask], chunk, decoupled=decoupled)
     for a, b in zip(streamed, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
         assert b.abs().max() > 1e-3
@@ -91,9 +99,10 @@ def test_statistics_equal_those_of_the_logits(mask: str, chunk: int) -> None:
     torch.testing.assert_close(measures["effective_negatives"], expected.effective_negatives)
     torch.testing.assert_close(measures["push"], expected.push)
     assert measures["contrast_accuracy"] == (logits[:, :1] > logits[:, 1:]).all(dim=1).double().mean()
-    _, counted = contrast(unit(N, 0), unit(N, 1), unit(K, 2), T, Switches(), allowed)
-    for name in ("negatives", "chance"):
-        torch.testing.assert_close(measures[name].float(), counted[name])
+    for decoupled in (False, True):
+        _, counted = contrast(unit(N, 0), unit(N, 1), unit(K, 2), T, Switches(decoupled=decoupled), allowed)
+        for name in ("negatives", "chance"):
+            torch.testing.assert_close(found.measures(T, decoupled)[name].float(), counted[name])
     assert not any(value.requires_grad for value in (*found[1:], *measures.values()))
 
 
@@ -105,9 +114,7 @@ def test_indices_equal_the_mask_of_the_queue() -> None:
     assert mask is not None
     assert set(mask.sum(dim=1).tolist()) == {10, 11, 12}  # 12 filled, less the own ones
     loss, _ = info_nce(unit(N, 7), unit(N, 8), queue.keys, T, mask)
-    found = info_nce_streamed(
-        unit(N, 7), unit(N, 8), queue.keys, T, queue.filled_mask(), index=INDEX, queue_index=queue.index
-    )
+    found = info_nce_streamed(unit(N, 7), unit(N, 8), queue.keys, T, queue.filled_mask(), samples=(INDEX, queue.index))
     torch.testing.assert_close(found.loss, loss)
     assert found.negatives.tolist() == mask.sum(dim=1).tolist()
 
@@ -137,12 +144,14 @@ def test_a_learned_temperature_trains_as_with_info_nce() -> None:
 # ---- finite differences ----
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_gradients_pass_gradcheck_in_float64(mask: str) -> None:
+def test_gradients_pass_gradcheck_in_float64(mask: str, decoupled: bool) -> None:
     key, queue = unit(N, 1, torch.float64), unit(K, 2, torch.float64)
 
     def loss(query: Tensor, temperature: Tensor) -> Tensor:
-        return info_nce_streamed(query, key, queue, temperature, chunk=7, **MASKS[mask][0]).loss
+        how: dict[str, Any] = {"decoupled": decoupled, "chunk": 7, **MASKS[mask][0]}
+        return info_nce_streamed(query, key, queue, temperature, **how).loss
 
     inputs = (unit(N, 0, torch.float64).requires_grad_(), torch.tensor(T, dtype=torch.float64, requires_grad=True))
     assert torch.autograd.gradcheck(loss, inputs)
@@ -244,12 +253,23 @@ def test_uniform_logits_give_log_1_plus_k_and_k_effective_negatives(k: int) -> N
     assert measures["contrast_accuracy"] == 0.0  # a tie is no success
 
 
+@pytest.mark.parametrize("k", [1, 2, 512])
+def test_the_decoupled_loss_of_uniform_logits_is_log_k_and_opposite_negatives_lower_it_by_2_over_t(k: int) -> None:
+    one = torch.eye(C)[:1]
+    keys = one.expand(3, -1), one.expand(3, -1)
+    assert info_nce_streamed(*keys, one.expand(k, -1), T, decoupled=True).loss.item() == pytest.approx(math.log(k))
+    opposite = info_nce_streamed(*keys, -one.expand(k, -1), T, decoupled=True).loss
+    assert opposite.item() == pytest.approx(math.log(k) - 2 / T, rel=1e-6)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("chunk", CHUNKS)
-def test_without_any_negative_loss_and_gradient_are_zero(chunk: int) -> None:
+def test_without_any_negative_loss_and_gradient_are_zero(chunk: int, decoupled: bool) -> None:
     nothing = torch.zeros(1, K, dtype=torch.bool)
     query = unit(N, 0).requires_grad_()
     temperature = torch.tensor(T, requires_grad=True)
-    found = info_nce_streamed(query, unit(N, 1), unit(K, 2), temperature, nothing, chunk=chunk)
+    how: dict[str, Any] = {"decoupled": decoupled, "chunk": chunk}
+    found = info_nce_streamed(query, unit(N, 1), unit(K, 2), temperature, nothing, **how)
     slopes = torch.autograd.grad(found.loss, (query, temperature))
     assert found.loss.item() == 0.0
     assert [slope.abs().max().item() for slope in slopes] == [0.0, 0.0]
@@ -274,10 +294,11 @@ def test_a_query_without_negatives_does_not_change_the_others() -> None:
     assert found.hardest.isinf().tolist() == [False, False, True, False, False]
 
 
-def test_nan_propagates() -> None:
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_nan_propagates(decoupled: bool) -> None:
     query = unit(N, 0)
     query[1, 0] = math.nan
-    found = info_nce_streamed(query, unit(N, 1), unit(K, 2), T)
+    found = info_nce_streamed(query, unit(N, 1), unit(K, 2), T, decoupled=decoupled)
     assert found.loss.isnan()
     assert found.hardest.isnan().tolist() == [False, True, False, False, False]
 
@@ -306,7 +327,7 @@ def test_no_tensor_has_the_size_of_the_logits() -> None:
     mask, index, queue_index = torch.arange(k)[None] < 3000, torch.arange(n), torch.arange(k) % 1500
     streamed, materialized = Largest(), Largest()
     with streamed:
-        info_nce_streamed(query, key, queue, T, mask, index=index, queue_index=queue_index).loss.backward()
+        info_nce_streamed(query, key, queue, T, mask, samples=(index, queue_index)).loss.backward()
     assert streamed.elements <= module.BLOCK["cpu"]
     with materialized:
         info_nce(query, key, queue, T, mask & (index[:, None] != queue_index))[0].backward()
@@ -366,13 +387,11 @@ def test_invalid_shapes_are_refused(key: tuple[int, int], queue: tuple[int, int]
         ({"chunk": 0}, "chunk=0 must be at least 1"),
         ({"negatives": torch.ones(N, K)}, "negatives is float32"),
         ({"negatives": torch.ones(N, K + 1, dtype=torch.bool)}, r"negatives is bool of shape \(5, 24\)"),
-        ({"index": INDEX}, "queue_index=None"),
-        ({"queue_index": QUEUE_INDEX}, "index=None"),
         (
-            {"index": INDEX[:2], "queue_index": QUEUE_INDEX},
-            r"index \(2,\), queue_index \(23,\) must have the shapes \(N, C\), \(K, C\), \(N\), \(K\)",
+            {"samples": (INDEX[:2], QUEUE_INDEX)},
+            r"the samples' first \(2,\), second \(23,\) must have the shapes \(N, C\), \(K, C\), \(N\), \(K\)",
         ),
-        ({"index": INDEX, "queue_index": QUEUE_INDEX[:2]}, r"index \(5,\), queue_index \(2,\)"),
+        ({"samples": (INDEX, QUEUE_INDEX[:2])}, r"first \(5,\), second \(2,\)"),
     ],
 )
 def test_invalid_arguments_are_refused(given: dict[str, Any], message: str) -> None:

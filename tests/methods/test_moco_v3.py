@@ -34,9 +34,9 @@ def linear(fan_in: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(fan_in, C, bias=False))
 
 
-def method(temperature: float = T, predictor: nn.Module | None = None) -> MoCoV3:
+def method(temperature: float = T, predictor: nn.Module | None = None, decoupled: bool = False) -> MoCoV3:
     torch.manual_seed(0)
-    return MoCoV3(linear(P), linear(C) if predictor is None else predictor, temperature)
+    return MoCoV3(linear(P), linear(C) if predictor is None else predictor, temperature, decoupled)
 
 
 def weight(module: nn.Module) -> Tensor:
@@ -234,24 +234,30 @@ def test_the_order_of_the_batch_does_not_matter() -> None:
     torch.testing.assert_close(one.loss, loss_of(ours, [images(0)[order], images(1)[order]]).loss)
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("temperature", [0.2, 1.0])
 @pytest.mark.parametrize("n", [2, 5, 16])
-def test_chance_is_the_loss_of_equal_keys(n: int, temperature: float) -> None:
+def test_chance_is_the_loss_of_equal_keys(n: int, temperature: float, decoupled: bool) -> None:
     equal = images(0, 1).expand(n, -1, -1, -1)
-    output = loss_of(method(temperature), [equal, equal])
-    assert output.loss.item() == pytest.approx(2 * 2 * temperature * math.log(n), rel=1e-5)
-    assert output.measures["chance"].item() == pytest.approx(output.loss.item(), rel=1e-5)
+    output = loss_of(method(temperature, decoupled=decoupled), [equal, equal])
+    assert output.loss.item() == pytest.approx(2 * 2 * temperature * math.log(n - decoupled), rel=1e-5, abs=1e-5)
+    assert output.measures["chance"].item() == pytest.approx(output.loss.item(), rel=1e-5, abs=1e-5)
     assert output.measures["negatives"].item() == n - 1
     assert output.measures["contrast_accuracy"].item() == 0  # a tie is no success
 
 
-def test_loss_of_orthogonal_keys_in_closed_form() -> None:
-    """Each query equal to its key and orthogonal to the others: log(1 + (N - 1) e^(-1/T)) per query."""
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_loss_of_orthogonal_keys_in_closed_form(decoupled: bool) -> None:
+    """Each query equal to its key and orthogonal to the others: log(1 + (N - 1) e^(-1/T)) per query.
+
+    Decoupled, log(N - 1) - 1/T.
+    """
     identity = nn.Sequential(nn.Flatten())
-    ours = MoCoV3(identity, nn.Identity(), T)
+    ours = MoCoV3(identity, nn.Identity(), T, decoupled)
     basis = 7 * torch.eye(P)[:4].view(4, 3, 2, 2)
     output = loss_of(ours, [basis, 3 * basis])
-    assert output.loss.item() == pytest.approx(4 * T * math.log(1 + 3 * math.exp(-1 / T)), rel=1e-5)
+    each = math.log(3) - 1 / T if decoupled else math.log(1 + 3 * math.exp(-1 / T))
+    assert output.loss.item() == pytest.approx(4 * T * each, rel=1e-5)
     assert output.measures["contrast_accuracy"].item() == 1
     assert output.measures["positive_similarity"].item() == pytest.approx(1)
 

@@ -110,6 +110,20 @@ def test_no_switch_is_moco_to_the_bit() -> None:
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_the_decoupled_loss_with_a_long_queue_is_streamed_and_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for _ in range(2):
+        method = made(switches=Switches(decoupled=True))
+        optimizer = sgd(method)
+        results.append([step(method, optimizer, number) for number in range(4)])
+        monkeypatch.setattr("moco.builder.STREAM_FROM", 1)
+        monkeypatch.delattr("moco.builder.contrast", raising=False)  # the materialized form
+    for materialized, streamed in zip(*results, strict=True):
+        assert materialized.keys() == streamed.keys()
+        for name, value in materialized.items():
+            torch.testing.assert_close(streamed[name], value, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SWITCHES)
 def test_training_resumes_from_the_state_dict_bit_for_bit(name: str) -> None:
     """Random numbers depend on the step; everything else is in the state."""
