@@ -84,7 +84,7 @@ class ShardWriter:
         self._tar = tarfile.TarFile(mode="w", fileobj=self._file, format=tarfile.USTAR_FORMAT)
 
     def size_with(self, content: bytes) -> int:
-        """Return the shard's size in bytes with one more image, without the zeros at its end."""
+        """Return the approximate size in bytes of the shard with one more image."""
         return self._file.tell() + 3 * tarfile.BLOCKSIZE + len(content)
 
     def add(self, image: PackedImage, label: int, name: bytes) -> None:

@@ -162,8 +162,9 @@ def figure(chart: Chart, x_title: str) -> dict[str, Any]:
     traces = []
     for curve in chart.curves:
         color = PALETTE[curve.run % len(PALETTE)] if several or not curve.reference else REFERENCE_COLOR
-        at = references.index(curve) if curve.reference and not several else curve.run * curve.reference
-        dash = _DASHES[at % len(_DASHES)] if curve.reference else "solid"
+        dash = "solid"
+        if curve.reference:
+            dash = _DASHES[(curve.run if several else references.index(curve)) % len(_DASHES)]
         lines_only = len(curve.x) > _MARKERS or (curve.reference and len(curve.x) > 1)
         trace = {
             "type": "scatter",

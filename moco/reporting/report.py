@@ -38,8 +38,8 @@ class _Computed:
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page about the configured runs, on rank 0."""
-    plotly()  # fail now, not after minutes
+    """Write the page about the configured runs, on rank 0; raise ConfigError if a run or the output cannot be used."""
+    plotly()  # without plotly, fail now, not after minutes
     with compute_context(config) as device:
         if is_rank_zero():
             _report(config, device)
@@ -62,7 +62,7 @@ def _report(config: ReportConfig, device: torch.device) -> None:
         parts = _run_sections(config, each, figures, device)
         if len(runs) > 1:
             body.append(Section(f"Run {name}", Markup(), parts))
-        else:  # what tells most comes first: 20 charts fill many screens of a phone
+        else:  # the curves come late, because 20 charts fill many screens of a phone
             body += [*parts[:-1], sections.curves(runs, figures), parts[-1]]
     title = " and ".join(names(runs)) if len(runs) < 3 else f"{len(runs)} runs"
     try:
@@ -80,8 +80,8 @@ def _report(config: ReportConfig, device: torch.device) -> None:
 
 def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
     images = compute_features(config, run, device) if config.pictures and run.checkpoint else None
-    each = compute_map(config, images) if images else None
-    return _Computed(run, images, each, findings(run, images.training if images else None))
+    alarms = findings(run, images.training if images else None)
+    return _Computed(run, images, compute_map(config, images) if images else None, alarms)
 
 
 def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:

@@ -24,7 +24,11 @@ from moco.retrieval.store import Embedding, open_embedding, read_about
 
 
 def open_index(config: SearchConfig) -> Embedding:
-    """Open the output of moco.embed in `config.index`. Its images may have moved to another data.root."""
+    """Open the output of moco.embed in `config.index`; its images may have moved to another data.root.
+
+    Raises:
+        ConfigError: if the data set now contains other images.
+    """
     about = read_about(Path(config.index))
     given = config.data.overrides()
     data = recorded_data(about["data"], given, f"index={config.index}", trusted=True) | given
@@ -70,12 +74,8 @@ def _rows_of_files(images: ImageSet, files: list[str]) -> NDArray[np.int64]:
     names = {Path(file).name for file in files}
     found = np.full(len(files), -1)
     for row, i in enumerate(images.rows):
-        path = images.source.path(int(i))
-        if (
-            path is not None
-            and Path(path).name in names
-            and (at := positions.get(str(Path(path).resolve()))) is not None
-        ):
+        file = Path(images.source.path(int(i)) or "")
+        if file.name in names and (at := positions.get(str(file.resolve()))) is not None:
             found[at] = row
     return found
 

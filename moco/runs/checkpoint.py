@@ -1,9 +1,7 @@
 """Checkpoints of plain types, written atomically and read with `weights_only=True`.
 
-A checkpoint is a file `step_00001234.pt` that holds a dict with the keys "config" (plain dict), "step", "epoch",
-"method", "optimizer", "scaler" (state dicts), "history" (evaluations so far), "data" (a description of the images),
-"versions" and "world_size" (of the run that wrote it) and "sha256" of all the others. `best.pt` is a second name of one
-of these files.
+A checkpoint is a file `step_00001234.pt` that holds a dict: the values of `_SCHEMA`, "computed_on" (the
+devices), and "sha256" of all of these. `best.pt` is a second name of one of the files.
 """
 
 import copy
@@ -36,18 +34,18 @@ BEST = "best.pt"  # not listed by `list_checkpoints`: a run resumes from its new
 _NAME = re.compile(r"step_(\d+)(\.keep)?\.pt")
 
 
-# Types of a checkpoint's values; `_refuse_malformed` checks them and their ranges. Earlier versions lack some of them.
+# Types of a checkpoint's values, which `_refuse_malformed` checks; checkpoints of earlier versions lack some of them.
 _SCHEMA: dict[str, Any] = {
     "config": Mapping,
     "step": int,
-    "method": Mapping,
+    "method": Mapping,  # its state dict; "optimizer" and "scaler" too
     "optimizer": {"state": Mapping, "param_groups": list},
     "scaler": Mapping,
-    "history": list,
-    "seconds": float,
+    "history": list,  # evaluations so far
+    "seconds": float,  # of training
     "versions": Mapping,
     "world_size": int,
-    "skipped": int,
+    "skipped": int,  # steps with a non-finite loss or gradient
     "precision": str,
     "data": {"length": int, "sha256": str},
 }
@@ -60,6 +58,9 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
         keep_last: number of newest checkpoints to keep; older ones are deleted, except those kept permanently.
         keep: keep this one permanently (its name ends in `.keep.pt`).
         best: also name it `best.pt`, until there is a better one.
+
+    Raises:
+        WriteError: if it cannot be written; the earlier checkpoints are unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}{'.keep' if keep else ''}.pt"
@@ -86,7 +87,7 @@ def _link_best(path: Path) -> None:
 
 
 def is_best(history: list[dict[str, Any]], step: int) -> bool:
-    """Return whether the evaluation after `step` steps is better than all earlier ones, step 0 excepted."""
+    """Return whether the kNN accuracy after `step` steps is higher than all earlier ones, except that of step 0."""
     scores = {each["step"]: each["knn"][0] for each in history if each["step"] > 0}
     return step in scores and all(scores[step] > score for at, score in scores.items() if at < step)
 

@@ -51,13 +51,13 @@ class LiveEvaluation:
         used = images_used(plan.length, plan.batch_size)
         retrieval = f"two crops of an image find each other among {used:,} images"
         self.title = knn_title(config.evaluate) if labeled else retrieval
-        self._short_title = ""  # once the full one was printed
+        self._short_title = ""  # set once the full title was printed
         self._on_unreadable: OnUnreadable | None = None
 
     def exclude_unreadable(self, on_unreadable: OnUnreadable) -> list[str]:
-        """Remove unreadable images from the reference and held-out images; return a line about each split with some.
+        """Remove unreadable images from the reference and held-out images; return a line for each split that had any.
 
-        Without such splits, unreadable images are replaced and reported to `on_unreadable`, as in `batches`.
+        Retrieval uses the training images: it replaces unreadable ones and reports them to `on_unreadable`.
         """
         self._on_unreadable = on_unreadable
         self._sources, lines = without_unreadable_evaluation_images(self._sources, self._config.data, self._heartbeat)
@@ -81,19 +81,21 @@ class LiveEvaluation:
         return wanted and all(each["step"] != done for each in self.history)
 
     def evaluate(self, done: int) -> tuple[dict[str, float], str]:
-        """Evaluate after `done` steps, with BN's running statistics averaged over the ranks. Collective.
+        """Evaluate after `done` steps; BN's running statistics must be equal on all ranks. Collective.
 
         Returns:
             The results, by their names in metrics.jsonl, and a line that reports them.
         """
         start, epoch = done == 0, done / self._plan.steps_per_epoch
-        knn = self._config, self._method, self._sources, self._device, start, self._heartbeat
-        scores = live_knn(*knn) if self.measure == "knn" else self._retrieval(start)
+        if self.measure == "knn":
+            scores = live_knn(self._config, self._method, self._sources, self._device, start, self._heartbeat)
+        else:
+            scores = self._retrieval(start)
         self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
         # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
         group = {"knn": "accuracy", "retrieval": "retrieval"}[self.measure]
         curves = baselines(self.history, self._config.starts_trained) | {self.measure: scores[self.measure]}
-        names = BASELINES | {self.measure: _first_name(self._config.starts_trained) if start else f"epoch {epoch:g}"}
+        names = BASELINES | {self.measure: _initial_name(self._config.starts_trained) if start else f"epoch {epoch:g}"}
         results = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
         line = f"{self._short_title or self.title}: {results}"
         self._short_title = {"knn": "held-out kNN", "retrieval": "two crops find each other"}[self.measure]
@@ -128,7 +130,7 @@ class LiveEvaluation:
         return {name: Accuracy(value, 0.0, 1) for name, value in found.items()}
 
 
-def _first_name(starts_trained: bool) -> str:
+def _initial_name(starts_trained: bool) -> str:
     """Return the name of the encoder before the first step."""
     return "initialized" if starts_trained else "untrained"
 
@@ -136,7 +138,7 @@ def _first_name(starts_trained: bool) -> str:
 def baselines(history: History, starts_trained: bool) -> dict[str, Accuracy]:
     """Return the results before the first step, by name; empty if the run was not evaluated then."""
     first = history[0] if history and history[0]["step"] == 0 else {}
-    encoder = _first_name(starts_trained)
+    encoder = _initial_name(starts_trained)
     names = {"raw_pixels": "raw_pixels", "untrained": "untrained", "knn": encoder, "retrieval": encoder}
     return {name: Accuracy(*first[key]) for key, name in names.items() if key in first}
 
@@ -154,7 +156,7 @@ def live_knn(
     with_pixels: bool,
     heartbeat: Callable[[], None],
 ) -> dict[str, Accuracy]:
-    """Return the kNN accuracy of the current encoder, "knn"; with `evaluate.raw_pixels` also that of "raw_pixels"."""
+    """Return the accuracy of "knn", the current encoder, and, by `with_pixels` and the configuration, "raw_pixels"."""
     evaluate, augment, bank, held_out = config.evaluate, config.augment, sources.bank, sources.held_out
     assert bank is not None
     assert held_out is not None
