@@ -177,20 +177,21 @@ class _Stream(IterableDataset[Any]):
         for step in self.steps[worker::workers]:
             epoch, position = divmod(step, plan.steps_per_epoch)
             first = position * plan.batch_size + plan.rank * plan.share
-            index, used = np.arange(first, first + plan.share), np.empty(plan.share, np.int64)
+            index, identities = np.arange(first, first + plan.share), np.empty(plan.share, np.int64)
             unreadable: dict[int, str] = {}
             try:
-                yield epoch, index, used, self.crop(epoch, index, self._images(samples, used, unreadable)), unreadable
+                views = self.crop(epoch, index, self._images(samples, identities, unreadable))
+                yield epoch, index, identities, views, unreadable
             except (ImageError, StreamError, LoaderError) as error:
                 yield error  # raised here, it would reach the user as the worker's traceback
                 return
 
     def _images(
-        self, samples: Iterator[Sample], used: NDArray[np.int64], unreadable: dict[int, str]
+        self, samples: Iterator[Sample], identities: NDArray[np.int64], unreadable: dict[int, str]
     ) -> Iterator[Tensor]:
-        """Yield the next readable images, with their identities in `used`, (n,); add the others to `unreadable`."""
+        """Yield the next n readable images and write their `identities`, (n,); add the others to `unreadable`."""
         row = 0
-        while row < len(used):
+        while row < len(identities):
             sample = next(samples)
             try:
                 image = decode_bytes(sample.name, sample.content, bits=self.source.bits)
@@ -199,13 +200,13 @@ class _Stream(IterableDataset[Any]):
                     raise
                 unreadable[sample.identity] = f"{sample.name}: {error.reason}"
                 continue
-            used[row] = sample.identity
+            identities[row] = sample.identity
             row += 1
             yield image
 
 
 def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots: int) -> Iterator[Sample]:
-    """Yield the images of one of `slots` workers, pass after pass; in a pass every shard belongs to one worker.
+    """Yield the images of worker `slot` of `slots` over all ranks, pass after pass; in each, a shard has one worker.
 
     A worker whose shards of a pass contain no image reads the next shard that contains one. A RunWarning reports the
     first shard with files that are skipped.

@@ -80,13 +80,13 @@ def load_source(
     if kind.root and not config.root:
         raise FileNotFoundError(f"data.root is empty: set it to {kind.root}")
     found = kind.open(config, keep_unlistable=True) if keep_unlistable else kind.open(config)
-    found = with_bits(found.changed(partial(_complete, config)), config)
+    found = with_bits(found.changed(partial(_checked, config)), config)
     if not config.resident:
         return found
     return found.changed(lambda source: _decode_all(source, config, progress, keep_unreadable))
 
 
-def _complete(config: DataConfig, source: Source) -> Source:
+def _checked(config: DataConfig, source: Source) -> Source:
     """Return the source; raise TypeError if it lacks members of the interface."""
     members = [*(name for name in vars(Source) if not name.startswith("_")), "__len__"]
     missing = [name for name in members if not hasattr(source, name)]
@@ -131,7 +131,7 @@ def limited(source: Source, size: int) -> Source:
 
 
 def _decode_all(source: Source, config: DataConfig, progress: Progress | None, keep_unreadable: bool) -> Source:
-    """Decode a source into memory, unless it is there, or is a stream."""
+    """Decode a source into memory, unless it is there already, or is a stream."""
     if source.images is not None or source.stream is not None:
         return source
     unreadable: dict[int, ImageError] = {}

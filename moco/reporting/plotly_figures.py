@@ -19,11 +19,6 @@ _LAYOUT: dict[str, Any] = {  # the page's style sheet sets the colors of backgro
 }
 
 
-def plotly() -> Any:
-    """Return the module `plotly.graph_objects`, which takes half a second to import."""
-    return importlib.import_module("plotly.graph_objects")
-
-
 def plotly_script() -> str:
     """Return plotly's script (4.8 MB); the package contains no smaller one."""
     script: str = importlib.import_module("plotly.offline").get_plotlyjs()
@@ -31,12 +26,8 @@ def plotly_script() -> str:
 
 
 def plain_figure(traces: Sequence[dict[str, Any]], **layout: Any) -> dict[str, Any]:
-    """Validate a figure with plotly and return it as JSON values.
-
-    Raises:
-        ConfigError: if plotly is not installed.
-    """
-    graph = plotly()
+    """Validate a figure with plotly and return it as JSON values."""
+    graph = importlib.import_module("plotly.graph_objects")  # takes half a second
     plain: dict[str, Any] = json.loads(graph.Figure(traces, _LAYOUT | layout).to_json())
     plain["layout"].pop("template", None)
     return plain

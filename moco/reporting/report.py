@@ -18,7 +18,6 @@ from moco.reporting.image_map import Map
 from moco.reporting.images import ImageFeatures, attention, compute_features, compute_map, neighbors
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, folded, paragraph
-from moco.reporting.plotly_figures import plotly
 from moco.reporting.projector import write_projector
 from moco.reporting.run_record import Run, findings, names, open_run
 from moco.runtime.console import log_next, summary_panel
@@ -39,7 +38,6 @@ class _Computed:
 
 def report(config: ReportConfig) -> None:
     """Write the page about the configured runs, on rank 0; raise ConfigError if a run or the output cannot be used."""
-    plotly()  # without plotly, fail now, not after minutes
     with compute_context(config) as device:
         if is_rank_zero():
             _report(config, device)

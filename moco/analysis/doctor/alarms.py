@@ -77,7 +77,7 @@ def few_images(series: Series, facts: Facts) -> Alarm | None:
     return Alarm(
         "few images",
         f"{facts.dataset_size} images are too few to train an encoder from random weights",
-        "published weights: init_from=FILE, or without any training moco.embed checkpoint=FILE",
+        "published weights: init_from=FILE, or, without training, moco.embed checkpoint=FILE",
     )
 
 
@@ -130,15 +130,15 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     if facts.mask_own_keys:
         evidence += "it holds several keys per image: old keys instead of more images"
     else:
-        # The order of each epoch is independent: an image's last key is M - a + b keys old, a and b uniform in 0 ... M.
+        # Each epoch of M images has its own order: an image's last key is M - a + b keys old, a, b uniform in 0 ... M.
         meets_itself = share**2 / 2 if share <= 1 else 1 - max(0.0, 2 - share) ** 2 / 2
         evidence += f"about {100 * meets_itself:.0f} % of the queries meet a key of their own image as a negative"
         remedy = f"method.mask_own_keys=true, {remedy}"
     return Alarm("queue too long for the data set", evidence, remedy)
 
 
-# The oldest key is K / B steps old. At 3 lifetimes, exp(-3) = 5 % of the encoder that made it is left in the present
-# one. Published recipes reach 2.6 (K 65536, B 256, m 0.99 in MoCo's ablation); m 0.9 has 26.
+# The oldest key is K / B steps old, that is (1 - m) K / B lifetimes of the momentum encoder. After 3 lifetimes, 5 % of
+# the encoder that made it is left, exp(-3). Published recipes reach 2.6 (K 65536, B 256, m 0.99); m 0.9 has 26.
 MOST_LIFETIMES = 3.0
 
 
