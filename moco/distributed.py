@@ -75,7 +75,7 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
         dist.destroy_process_group()
 
 
-def queue_copy(tensor: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to the device. The copy from pinned memory is queued: the host does not wait for it."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -120,24 +120,24 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
         order: a permutation of 0 ... W n - 1, the same on every rank.
 
     Returns:
-        Rows rank n ... (rank + 1) n - 1 of global[order], shape (n, ...).
+        Rows rank * n ... (rank + 1) * n - 1 of global[order], shape (n, ...).
     """
     ranks, me, n = world_size(), rank(), len(x)
     if ranks == 1:
-        return x[queue_copy(torch.from_numpy(order), x.device)]
+        return x[copy_to_device(torch.from_numpy(order), x.device)]
     positions = order.reshape(ranks, n)  # row r: the global positions that rank r receives
     owner = positions // n
     outgoing = [positions[r][owner[r] == me] - me * n for r in range(ranks)]  # in the order that rank r needs
     received = x.new_empty(x.shape)
     dist.all_to_all_single(
         received,
-        x[queue_copy(torch.from_numpy(np.concatenate(outgoing)), x.device)].contiguous(),
+        x[copy_to_device(torch.from_numpy(np.concatenate(outgoing)), x.device)].contiguous(),
         output_split_sizes=[int((owner[me] == r).sum()) for r in range(ranks)],
         input_split_sizes=[len(rows) for rows in outgoing],
     )
     # Rows arrive sorted by the rank that sent them: put each at its position.
     arrival = torch.from_numpy(np.argsort(np.argsort(owner[me], kind="stable")))
-    return received[queue_copy(arrival, x.device)]
+    return received[copy_to_device(arrival, x.device)]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

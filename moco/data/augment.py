@@ -27,7 +27,7 @@ from torch import Tensor
 from moco.data import ops
 from moco.data.crop import crop_boxes, resized_crop, resized_crops, shrunk_box
 from moco.data.view import Params, View
-from moco.distributed import queue_copy
+from moco.distributed import copy_to_device
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
 _CPU_PART = 2**21  # numbers per part on a CPU, so that they stay in its cache between operations
@@ -197,6 +197,6 @@ def _send(plan: dict[str, NDArray[Any]], device: torch.device) -> dict[str, Tens
     for dtype in (np.int64, np.float32):
         arrays = {name: array for name, array in plan.items() if array.dtype == dtype}
         packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays.values()] or [np.empty(0, dtype)]))
-        parts = torch.split(queue_copy(packed, device), [array.size for array in arrays.values()])
+        parts = torch.split(copy_to_device(packed, device), [array.size for array in arrays.values()])
         sent |= {name: part.view(array.shape) for (name, array), part in zip(arrays.items(), parts, strict=True)}
     return sent

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from moco.distributed import queue_copy
+from moco.distributed import copy_to_device
 
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
 CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: T for the area, T for the log ratio, 1 for top, 1 for left
@@ -128,7 +128,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         crops = (resized_crop(image.cpu(), box, size, antialias) for image, box in zip(images, boxes, strict=True))
         return torch.stack(list(crops)).to(device)
     dtype = _exact_dtype(device, max(height, width), size, antialias)
-    where = queue_copy(torch.from_numpy(boxes), device)  # (N, 4)
+    where = copy_to_device(torch.from_numpy(boxes), device)  # (N, 4)
     out = torch.empty(count, channels, size, size, dtype=torch.uint8, device=device)
     largest = max(height, size) * max(width, size) * channels
     part = max(1, (_PART_CPU if device.type == "cpu" else _PART_ELSEWHERE) // largest)

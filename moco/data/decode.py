@@ -134,7 +134,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, bits: int = 16)
             if pixels is None:
                 deep = bits < 16 and has_deep_color(image)
                 image.load()
-                pixels = _pil_to_tensor(_deep_color(image, data, bits) if deep else image, bits)
+                pixels = _pil_to_tensor(_deep_to_eight_bits(image, data, bits) if deep else image, bits)
             return Decoded.full(pixels)
     except ImageError:
         raise
@@ -245,7 +245,7 @@ def _decode_deep_png(data: bytes) -> NDArray[np.int32]:
     return values
 
 
-def _deep_color(image: Image.Image, data: bytes, bits: int) -> Image.Image:
+def _deep_to_eight_bits(image: Image.Image, data: bytes, bits: int) -> Image.Image:
     """Convert a 16-bit PNG with colors below 2**bits to 8 bits; raise ValueError for a TIFF, or for larger values."""
     if image.format != "PNG":
         raise ValueError(

@@ -22,7 +22,7 @@ from moco.data.remote import Item
 from moco.data.unreadable import OnUnreadable, image_or_substitute
 from moco.data.view import View, draw, draw_crop
 from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
-from moco.distributed import queue_copy
+from moco.distributed import copy_to_device
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _augmented(plan: Plan, views: Sequence[View], device: torch.device, batch: C
     epoch, index, used, crops_of_views = batch
     params = (draw(view, plan.seed, epoch, index, stream) for stream, view in enumerate(views))
     out = [augment(*each) for each in zip(crops_of_views, params, views, strict=True)]
-    return Batch(queue_copy(torch.from_numpy(used), device), out)
+    return Batch(copy_to_device(torch.from_numpy(used), device), out)
 
 
 def _resident(
@@ -115,7 +115,7 @@ def _resident(
             substitute[i], _ = image_or_substitute(source, i, {})
     for epoch, index in plan.samples(start):
         used = substitute[index]
-        picked = images[queue_copy(torch.from_numpy(used), images.device)]  # (n, 3, H, W)
+        picked = images[copy_to_device(torch.from_numpy(used), images.device)]  # (n, 3, H, W)
         cut = [
             crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
         ]

@@ -20,11 +20,10 @@ Compute = Callable[[Sequence[int]], Iterator[Tensor]]  # yields the features of 
 def cached(folder: Path, key: str, count: int, width: int, compute: Compute) -> Tensor:
     """Return the float32 features (M, D) of `folder/KEY.npy`; compute and write them first if the file is missing.
 
-    The key is a digest of everything that determines the features.
-    The tensor is a view of the file, so no process has to hold all of it. Each rank computes and writes M / W rows; all
-    processes must see the folder. The file gets its name when it is complete (not by `moco.files.atomic_write`, which
-    knows one process), so an interrupted run leaves no incomplete features. Two commands may compute the same key at
-    once: each writes its own file.
+    The key is a digest of everything that determines the features. The tensor is a view of the file, so no process has
+    to hold all of it. Each rank computes and writes M / W rows; all processes must see the folder. The file gets its
+    name when it is complete (without `moco.files.atomic_write`, which serves one process), so an interrupted run leaves
+    no incomplete features. Two commands may compute the same key at once: each writes its own file.
 
     Raises:
         WriteError: if the disk is full; the space for all features is reserved first.
@@ -54,7 +53,7 @@ def _is_complete(path: Path, count: int, width: int) -> bool:
 
 
 def _create(path: Path, count: int, width: int, cleanup: ExitStack) -> Path:
-    """Create a file of zeros with a unique name; `cleanup` removes it. Its lock shows that it is in use."""
+    """Remove abandoned files; create a file of zeros that `cleanup` removes. A lock shows that a file is in use."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in path.parent.glob(f"{path.name}.*.tmp"):
         try:

@@ -13,7 +13,7 @@ from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
 from moco.data.sources import Source
 from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
-from moco.distributed import gather, on_all_ranks, queue_copy, rank, world_size
+from moco.distributed import copy_to_device, gather, on_all_ranks, rank, world_size
 
 Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> features (N, D)
 
@@ -96,7 +96,7 @@ def stream(
     try:
         for images in _crops(source, rows, transform, batch_size, workers):
             heartbeat()
-            yield network((queue_copy(images, device).float() / 255 - mean) / std).float()
+            yield network((copy_to_device(images, device).float() / 255 - mean) / std).float()
     finally:
         if isinstance(network, nn.Module):
             network.train(training)

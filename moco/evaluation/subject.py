@@ -94,8 +94,8 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     """Open the labeled training split and the held-out split.
 
     Raises:
-        ConfigError: if the data set is unknown, has no labels, a single class or no held-out split, or if the training
-            split lacks a class of the held-out split; see also `moco.data.recorded`.
+        ConfigError: if the file names no data set, if the data set has no labels, a single class or no held-out split,
+            or if the training split lacks a class of the held-out split; see also `moco.data.recorded`.
         FileNotFoundError, ValueError: see `moco.data.sources.load_source`.
     """
     sources = open_data(config, subject)
@@ -112,9 +112,7 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
             rest, held = split_each_class(bank.labels, part, 0, HOLD_OUT, groups_of(bank))
         bank, held_out = bank.subset(rest), bank.subset(held)
         if lacking := classes_without_images(held_out):
-            log(
-                f"data.hold_out={part}: no held-out image of {first_names(lacking)}, whose images are all copies or one"
-            )
+            log(f"data.hold_out={part}: no held-out image of {first_names(lacking)}: each has one image or its copies")
     if held_out is None or held_out.labels is None:
         raise ConfigError(
             f"data.name={name} has no held-out split: set data.eval_root=DIR to other images of the same classes, or "
@@ -205,14 +203,14 @@ def weights_digest(file: EncoderFile, features: str) -> str:
     return digest(kept | {"backbone": file.backbone, "options": dict(file.options)})
 
 
-def trained_on_its_data(config: SubjectConfig, subject: Subject) -> bool:
+def trained_on_this_data(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the encoder was trained on this data set: data.hold_out then holds out images that it saw."""
     return _is_same_data(asdict(data_config(config, subject)), subject.file.config.get("data", {}))
 
 
 def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:
     """Refuse a held-out part whose labels trained the encoder; warn if only its images did."""
-    if not trained_on_its_data(config, subject):
+    if not trained_on_this_data(config, subject):
         return
     problem = f"data.hold_out={config.data.hold_out} holds out images that the encoder was trained on"
     if subject.file.config.get("method", {}).get("labels", False):

@@ -95,7 +95,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
 
 
 def compute_map(config: ReportConfig, images: ImageFeatures) -> Map | None:
-    """Compute the map; None if it is disabled, or if there are too few images or features that are not finite."""
+    """Compute the map; None if it is disabled, if there are too few images, or if a feature is not finite."""
     shown, method = images.shown, {"tsne": "t-SNE", "umap": "UMAP"}.get(config.map)
     if method is None or len(shown) < FEWEST or not shown.finite:
         return None

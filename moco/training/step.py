@@ -29,8 +29,8 @@ class StepSettings:
     accumulate: int = 1  # number of micro-batches
     precision: torch.dtype = torch.float32  # data type of autocast; no autocast with float32
     clip_grad: float = 0.0  # largest norm of the gradient; 0: no clipping
-    # Check the loss and the gradient before the step changes anything, for which the host waits for the device. If
-    # False, the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
+    # Check the loss and the gradient before the step changes anything: the host then waits for the device. If False,
+    # the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
     check_finite: bool = True
 
 
