@@ -146,7 +146,10 @@ def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, mom
 def queue_info_nce(
     q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor, decoupled: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return InfoNCE(q, k, queue), shape (), and measures of its logits, without storing the logits (N, 1 + K)."""
+    """Return InfoNCE(q, k, queue), shape (), and measures of its logits, without storing the logits (N, 1 + K).
+
+    `q` and `k` have shape (N, C); `index`, (N,), holds the sample indices.
+    """
     filled, samples = queue.filled_mask(), (index, queue.index) if queue.mask_own_keys else None
     streamed = info_nce_streamed(q, k, queue.keys, temperature, filled, samples=samples, decoupled=decoupled)
     return streamed.loss, streamed.measures(temperature, decoupled)

@@ -67,11 +67,11 @@ def _short(value: Any) -> str:
 
 
 def check_saved(config: Mapping[str, Any]) -> None:
-    """Check the configuration of a run in a file of it. Other versions have other fields, and may have other bounds.
+    """Check a run's configuration, read from one of its files. Other versions have other fields and other bounds.
 
     Raises:
-        ConfigError: for a value of another type than in the schema, or a field that other commands than moco.train use
-            too and whose value is out of its bounds.
+        ConfigError: for a value of another type than in the schema, or a value out of bounds in a field that other
+            commands than moco.train also use.
     """
     error = type_error("", config, TrainConfig, exact=True)
     require(not error, error)

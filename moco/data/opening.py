@@ -134,7 +134,7 @@ def without_unreadable_evaluation_images(
 
 
 def build_views(config: AugmentConfig) -> list[View]:
-    """Return one recipe per view. Two recipes alternate: the fields of the group, and these changed by `second`.
+    """Return one recipe per view. Two recipes alternate: the fields of `config`, and these as `second` changes them.
 
     Raises:
         ConfigError: for an unknown field of `second`, or an invalid value.

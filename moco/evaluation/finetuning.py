@@ -1,7 +1,7 @@
 """End-to-end fine-tuning: a linear classifier on a backbone, both trained on labeled images.
 
-Results do not depend on the topology: W processes compute the steps of one (law 3), and every random number is a
-function of (seed, step) or of an image's own key (law 2).
+W processes compute the same steps as one: every random number is a function of (seed, step) or of an image's own key
+(laws 2 and 3 of CONTRIBUTING.md). Only the masks of dropout and drop-path depend on the number of processes.
 
 Legend: N labeled images, B global batch, n = B / W images of this rank, D features, L classes, S image size.
 """
@@ -199,8 +199,7 @@ def train(
         if settings.mix is not None:
             torch.manual_seed(step_seed(plan.seed, step << 16))  # the same on all ranks
             images, target = mixed(settings.mix, images, target)
-        # Masks of dropout and drop-path differ between ranks.
-        torch.manual_seed(step_seed(plan.seed, (step << 16) + 1 + rank()))
+        torch.manual_seed(step_seed(plan.seed, (step << 16) + 1 + rank()))  # for dropout and drop-path
         lr = settings.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
         try:
             loss = train_step(forward, optimizer, images, target, lr, settings)

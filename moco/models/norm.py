@@ -172,7 +172,7 @@ class GroupedBatchNorm(nn.Module):
 
 
 def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) -> nn.Module:
-    """Replace every BatchNorm layer by `GroupedBatchNorm`, with its parameters and buffers.
+    """Replace every BatchNorm1d and BatchNorm2d by `GroupedBatchNorm`, with its parameters and buffers.
 
     Args:
         module: any network, e.g. torchvision's or timm's.

@@ -69,7 +69,7 @@ def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -
     if preemption is None:
         with PreemptionHandler(config.stop_after) as preemption:
             return pretrain(config, preemption)
-    # Minutes: the watchdog should report before the process group does, which cannot wait forever.
+    # In minutes. The watchdog should report before the process group, which needs a finite timeout.
     timeout = max(10.0, config.hang_after + 5) if config.hang_after else LONGEST_WAIT
     with (
         compute_context(config, timeout) as device,
