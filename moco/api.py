@@ -107,10 +107,10 @@ def load_encoder(
         ValueError: if it holds no encoder that can be read; the message says why.
     """
     path = Path(source).expanduser()
-    place = "run" if path.is_dir() else "checkpoint"
+    field = "run" if path.is_dir() else "checkpoint"
     images = ImagesConfig(size=size, resize=resize)
     config = SubjectConfig(weights=weights, backbone=backbone, options=options or {}, images=images)
-    setattr(config, place, str(path))
+    setattr(config, field, str(path))
     check_subject(config)
     subject = open_subject(config)
     return LoadedEncoder(subject.file, subject.transform)

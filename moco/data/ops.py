@@ -1,6 +1,6 @@
 """Image operations on a batch, each with one parameter per sample.
 
-Each equals the function of the same name in torchvision.transforms.v2.functional on float images to 1e-5. On uint8
+Each equals its counterpart in torchvision.transforms.v2.functional on float images to 1e-5. On uint8
 images torchvision truncates the result of each operation to integers; if ours is truncated as well, they differ by at
 most one level. For contrast and saturation this holds for factors up to 2, because torchvision truncates the gray image
 too.

@@ -39,6 +39,9 @@ def mix_hard_negatives(
     Returns:
         Unit vectors without gradient, shape (N, s + s', C), the s pairs first. Zero for a query without any negative,
         which `contrast` treats as absent.
+
+    Raises:
+        ValueError: for arguments of another shape, or `hardest` outside 1 ... K.
     """
     if not 1 <= hardest <= len(queue):
         raise ValueError(f"hardest={hardest} must be 1 ... {len(queue)}, the length of the queue")

@@ -13,13 +13,13 @@ from moco.models.norm import BatchNormKind, convert_batch_norm
 def projection_head(
     fan_in: int, hidden: int, dim: int, layers: int, norm: bool = False, last_norm: bool = True
 ) -> nn.Module:
-    """Return a head: one linear layer in MoCo v1, an MLP with ReLU in v2, and with BN in v3.
+    """Return a head, (N, D) -> (N, C): one linear layer in MoCo v1, an MLP with ReLU in v2, and with BN in v3.
 
     Args:
         fan_in: D, the features of the backbone.
         hidden: width of the hidden layers; 0: D, as in MoCo v2.
         dim: C, the embedding.
-        layers: number of linear layers, at least 1.
+        layers: number of linear layers, at least 1, else ValueError.
         norm: add BN after each linear layer, which then has no bias (v3's projector and predictor).
         last_norm: with `norm`, also add BN, without weight and bias, after the last layer (not in the predictor of v3's
             ResNet).

@@ -20,7 +20,7 @@ class Lars(torch.optim.Optimizer):
         v = momentum v + d
         w = w - lr v
 
-    Weights of one dimension (biases, and the scales of normalization) have d = g. A gradient of 0, as in the
+    Other weights (biases, and the scales of normalization) have d = g. A gradient of 0, as in the
     first steps of zero-initialized residual branches, is no special case: d is then parallel to w.
 
     timm's LARS divides by |g| + weight_decay |w| instead of |d|, and skips groups without weight decay.
@@ -69,17 +69,17 @@ class Lars(torch.optim.Optimizer):
 def _updates(weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
     """Return d of each weight; gradients are not changed."""
     updates: list[Any] = [w.grad for w in weights]
-    adapted = [place for place, w in enumerate(weights) if w.ndim > 1]
-    if not adapted:
+    indices = [i for i, w in enumerate(weights) if w.ndim > 1]
+    if not indices:
         return updates
-    deep = [weights[place] for place in adapted]
-    changed = torch._foreach_add([updates[place] for place in adapted], deep, alpha=group["weight_decay"])
-    of_weights, of_updates = (torch.stack(torch._foreach_norm(each)) for each in (deep, changed))
-    ratios = group["trust_coeff"] * of_weights / of_updates
-    ratios = torch.where((of_weights > 0) & (of_updates > 0), ratios, 1.0)
+    adapted = [weights[i] for i in indices]
+    changed = torch._foreach_add([updates[i] for i in indices], adapted, alpha=group["weight_decay"])
+    weight_norms, update_norms = (torch.stack(torch._foreach_norm(each)) for each in (adapted, changed))
+    ratios = group["trust_coeff"] * weight_norms / update_norms
+    ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
     if group["trust_clip"]:
         ratios = (ratios / group["lr"]).clamp(max=1.0)
     torch._foreach_mul_(changed, list(ratios.unbind()))
-    for place, update in zip(adapted, changed, strict=True):
-        updates[place] = update
+    for i, update in zip(indices, changed, strict=True):
+        updates[i] = update
     return updates

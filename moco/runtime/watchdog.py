@@ -177,7 +177,8 @@ class Watchdog:
             idle = self._idle > self._limit / 2
             try:
                 location, waiting = code_location(self._thread) if idle else ("", False)
-                state = [beat, self._done, self._parts + self._paused * beat, location, waiting]
+                parts = self._parts + self._paused * beat  # while paused, each heartbeat counts as progress
+                state = [beat, self._done, parts, location, waiting]
                 self._store.set(str(self._rank), json.dumps(state))
                 self._progress = self._read() if idle else []
             except Exception:  # the store does not respond: the other ranks then count as silent
