@@ -8,7 +8,7 @@ P_ij is the softmax of query i over its positive and its negatives. The gradient
 
 The push on all negatives together equals the pull on the positive. r_ij, the share of one negative in that push, is the
 softmax over the negatives only. Keys have unit length, so the lengths of the keys' gradients have the same shares.
-All functions raise ValueError for an invalid argument.
+A function that refuses an argument raises ValueError.
 
 Legend: N queries, K negatives, B temperatures.
 """
