@@ -52,11 +52,27 @@ V3 = COMMON | {
     "model.predictor_hidden": 4096,
     "model.bn": "sync",
 }
+NNCLR = (
+    V3
+    | CIFAR10
+    | {
+        "method.temperature": 0.2,
+        "method.queue_size": 65536,
+        "optim.lr": 0.4,
+        "optim.weight_decay": 1e-5,
+        "model.head_layers": 3,
+        "model.head_hidden": 2048,
+    }
+)
+for absent in ("method.momentum", "method.momentum_end"):
+    del NNCLR[absent]
 OFFICIAL_V3 = {"optim.name": "lars", "optim.trust": 0.001, "optim.trust_clip": False, "optim.warmup_from_zero": True}
 RECIPES: dict[str, dict[str, Any]] = {
     "moco_v2plus_cifar10": V2PLUS | CIFAR10,
     "moco_v2plus_cifar100": V2PLUS | CIFAR100,
     "moco_v3_cifar10": V3 | CIFAR10,
+    "nnclr_cifar10": NNCLR,
+    "ressl_imagenet": {"optim.lr": 0.05, "optim.warmup_epochs": 5, "model.head_hidden": 4096, "model.dim": 512},
     "moco_v3_resnet50_imagenet_100": OFFICIAL_V3 | {"optim.lr": 0.6},
     "moco_v3_resnet50_imagenet_1000": OFFICIAL_V3 | {"optim.lr": 0.3, "optim.weight_decay": 1.5e-6},
     "moco_v3_vit_small_imagenet": {"optim.name": "adamw", "optim.warmup_from_zero": True, "optim.warmup_epochs": 40},

@@ -36,6 +36,7 @@ class MethodConfig:
     queue_size = 0  # K
     mask_own_keys = True  # exclude stale keys of a query's own image from its negatives
     labels = False  # train on the labels of the images
+    compares_views = True  # the positive is another view of the image, encoded in the same step
     symmetric = False  # use each view as the query and as the key
 
     @property

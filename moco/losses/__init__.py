@@ -1,8 +1,9 @@
 """Contrastive losses: pure functions of tensors. The caller gathers tensors across processes.
 
-With a queue: `info_nce` (MoCo), `multi_positive_info_nce` (SupMoCo), `decoupled_info_nce` (DCL), and `contrast`, which
-adds the switches; each switch has its own file. Within a batch: `in_batch_info_nce` (MoCo v3), `nt_xent` (SimCLR),
-`sup_con` (SupCon) and `multi_positive_nt_xent`. `cross_entropy_over_positives` has the forms for several positives.
+With a queue: `info_nce` (MoCo), `multi_positive_info_nce` (SupMoCo), `decoupled_info_nce` (DCL),
+`relational_cross_entropy` (ReSSL), and `contrast`, which adds the switches; each switch has its own file. Within a
+batch: `in_batch_info_nce` (MoCo v3), `nt_xent` (SimCLR), `sup_con` (SupCon) and `multi_positive_nt_xent`.
+`cross_entropy_over_positives` has the forms for several positives.
 """
 
 from moco.losses.batch import in_batch_info_nce, multi_positive_nt_xent, nt_xent, sup_con
@@ -13,6 +14,7 @@ from moco.losses.margin import Margin, add_margin
 from moco.losses.mixing import mix_hard_negatives
 from moco.losses.positives import PositivesMean, cross_entropy_over_positives
 from moco.losses.queue import decoupled_info_nce, info_nce, info_nce_logits, multi_positive_info_nce
+from moco.losses.relation import relational_cross_entropy
 from moco.losses.similarity import Temperature
 from moco.losses.streamed import info_nce_streamed, logit_measures
 from moco.losses.temperature import LearnedTemperature, split_temperature, temperature_at
@@ -38,6 +40,7 @@ __all__ = [
     "multi_positive_info_nce",
     "multi_positive_nt_xent",
     "nt_xent",
+    "relational_cross_entropy",
     "split_temperature",
     "sup_con",
     "temperature_at",

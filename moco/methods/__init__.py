@@ -10,9 +10,17 @@ from typing import Any
 from moco.config import ConfigError, MethodConfig
 from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3_config import MoCoV3Config
+from moco.methods.nnclr_config import NNCLRConfig
+from moco.methods.ressl_config import ReSSLConfig
 from moco.methods.simclr_config import SimCLRConfig
 
-METHODS: dict[str, type[MethodConfig]] = {"moco": MoCoConfig, "moco_v3": MoCoV3Config, "simclr": SimCLRConfig}
+METHODS: dict[str, type[MethodConfig]] = {
+    "moco": MoCoConfig,
+    "moco_v3": MoCoV3Config,
+    "nnclr": NNCLRConfig,
+    "ressl": ReSSLConfig,
+    "simclr": SimCLRConfig,
+}
 
 
 def read_method(values: Mapping[str, Any]) -> MethodConfig:

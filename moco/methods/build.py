@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from moco.config import ConfigError, MethodConfig, ModelConfig, TrainConfig, require
 from moco.losses import LearnedTemperature
-from moco.models.encoder import Encoder, build_encoder
+from moco.models.encoder import Encoder, build_encoder, build_predictor
 from moco.models.probe import output_error
 
 
@@ -43,6 +44,13 @@ def encoder_of(model: ModelConfig) -> Encoder:
     head = model.head_layers, model.head_hidden, model.dim
     bn: Any = model.bn
     return build_encoder(model.backbone, model.options, *head, bn, model.bn_group_size, model.head_norm)
+
+
+def predictor_of(model: ModelConfig) -> nn.Module:
+    """Return a new predictor; the identity for `predictor_layers=0`."""
+    bn: Any = model.bn
+    layers = model.predictor_hidden, model.predictor_layers, model.predictor_last_norm
+    return build_predictor(model.dim, *layers, bn, model.bn_group_size)
 
 
 def _fix(backbone: Any, size: int) -> str:

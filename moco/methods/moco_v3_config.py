@@ -34,10 +34,7 @@ class MoCoV3Config(MethodConfig):
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""
+        from moco.methods.build import predictor_of
         from moco.methods.moco_v3 import MoCoV3
-        from moco.models.encoder import build_predictor
 
-        model = config.model
-        layers = model.predictor_hidden, model.predictor_layers, model.predictor_last_norm
-        predictor = build_predictor(model.dim, *layers, model.bn, model.bn_group_size)  # type: ignore[arg-type]
-        return MoCoV3(encoder, predictor, self.temperature, self.decoupled)
+        return MoCoV3(encoder, predictor_of(config.model), self.temperature, self.decoupled)

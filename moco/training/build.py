@@ -91,7 +91,7 @@ def make_monitor(
     return Monitor(
         method,
         None if labels is None else torch.from_numpy(labels).to(device),
-        keys_per_step=config.batch_size * method.passes,
+        keys_per_step=config.batch_size * config.method.keys_per_image,
         shuffled=config.model.shuffle_keys and config.model.bn == "grouped",
         precision=PRECISIONS[precision],
         every=config.log_every * config.analyse_every if micro_batch > 1 else 0,  # one sample has no spread

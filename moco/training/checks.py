@@ -1,6 +1,7 @@
 """Checks of the configuration that need the size and the splits of the data set."""
 
 import warnings
+from dataclasses import fields
 
 from moco.config import RunWarning, TrainConfig, require
 from moco.data.base import Sources
@@ -43,15 +44,19 @@ def _check_queue(config: TrainConfig, plan: Plan) -> None:
     if method.queue_size >= plan.length * method.keys_per_image:
         per_step = config.batch_size * method.keys_per_image
         lower = max(per_step, plan.length // 2 // per_step * per_step)
+        has_mask = any(each.name == "mask_own_keys" for each in fields(method))
+        masked = f" (masked: {method.mask_own_keys})" if has_mask else ""
         _warn(
             f"method.queue_size={method.queue_size} holds each of the {plan.length} images at least once: the queue "
-            f"contains very old keys and each query's own image (masked: {method.mask_own_keys}); "
+            f"contains very old keys and each query's own image{masked}; "
             f"set method.queue_size={lower} or less"
         )
 
 
 def _check_batch_norm(config: TrainConfig) -> None:
     model = config.model
+    if not config.method.compares_views:  # BN cannot reveal the positive
+        return
     if not config.method.has_momentum_encoder:
         if model.bn == "grouped":
             _warn(

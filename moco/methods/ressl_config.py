@@ -1,0 +1,40 @@
+"""ReSSL: fields, checks and construction. The algorithm is in moco/methods/ressl.py."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moco.config.base import bounded, require
+from moco.config.method import MethodConfig
+from moco.config.train import TrainConfig
+
+
+@dataclass
+class ReSSLConfig(MethodConfig):
+    """ReSSL: a queue and a momentum encoder, as in MoCo. `temperature` is that of the student, the strong view."""
+
+    name: str = "ressl"
+    """The method; set by method=OPTION."""
+    queue_size: int = bounded(131072, ge=1)
+    """Number of keys in the queue (K)."""
+    momentum: float = bounded(0.999, ge=0, le=1)
+    """Momentum m of the momentum encoder. Each step keeps the fraction m of its weights."""
+    momentum_end: float | None = bounded(None, ge=0, le=1)
+    """Final value of m, to which it increases along half a cosine; null: m is constant."""
+    teacher_temperature: float = bounded(0.04, gt=0)
+    """Temperature of the teacher, the weak view. Below `temperature`, its relations are the sharper ones."""
+
+    has_momentum_encoder = True
+    can_learn_temperature = False
+
+    def check(self, config: TrainConfig) -> None:
+        """See `MethodConfig.check`."""
+        super().check(config)
+        require(config.augment.views == 2, f"augment.views={config.augment.views} must be 2 for {self.name}")
+
+    def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
+        """See `MethodConfig.build`."""
+        from moco.builder import KeyQueue
+        from moco.methods.ressl import ReSSL
+
+        queue = KeyQueue(self.queue_size, config.model.dim, mask_own_keys=False)
+        return ReSSL(encoder, queue, self.temperature, self.teacher_temperature)
