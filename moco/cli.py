@@ -99,7 +99,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         _exit(2, _naming_field(str(error), config), error)
     except BrokenPipeError:  # for `exit_on_broken_pipe`
         raise
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError, Warning) as error:  # Warning: of python -W error
         sentence = _naming_field(_sentence(error), config)
         _exit(1, f"{sentence}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)
     except Preempted as stopped:  # not an error: never a traceback

@@ -13,6 +13,7 @@ import yaml
 from moco.config import ConfigError, require
 from moco.files import atomic_write, write_errors
 from moco.methods import read_method
+from moco.runs.checkpoint import list_checkpoints
 from moco.runs.metrics import METRICS
 from moco.runtime.output_directory import LOCK, lock_directory
 from moco.untrusted import read_yaml
@@ -76,8 +77,8 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     Returns the lock, which holds until the file is closed or the process ends.
 
     Raises:
-        ConfigError: if another process trains in the directory, if it holds other files, or if it holds a
-            checkpoint of a run with another configuration.
+        ConfigError: if another process trains in the directory, if it holds other files, if its checkpoints were
+            renamed, or if they belong to a run with another configuration.
     """
     file, checkpoints = path / "config.yaml", path / "checkpoints"
     holds_run = file.exists() or checkpoints.is_dir()
@@ -88,7 +89,9 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
         for half_written in [*checkpoints.glob("*.tmp"), *filter(_is_remnant, path.glob("*.tmp"))]:
             half_written.unlink()
     # Without a checkpoint there is nothing to resume: a failed start does not block the directory.
-    if file.is_file() and any(checkpoints.glob("step_*.pt")):
+    renamed = _renamed(path)
+    require(not renamed, f"{renamed} to resume from it; to start another run, set run=DIR")
+    if file.is_file() and list_checkpoints(checkpoints):
         refuse_difference(path, _read(file), config, defaults)
     with atomic_write(file) as temporary:
         temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
@@ -105,15 +108,22 @@ def untrained(path: Path) -> str:
     for run in path.absolute().parents[:2]:
         if (run / "checkpoints").is_dir():
             return f"run={path} is a folder in the directory of a run: set run={run}"
-    if renamed := sorted((path / "checkpoints").glob("*.pt")):
-        fix = "name it step_NUMBER.pt, as moco does, or set checkpoint=FILE"
-        return f"run={path} has no checkpoint, but {renamed[0]}: {fix}"
+    if renamed := _renamed(path):
+        return f"{renamed}, or set checkpoint=FILE"
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
     if inside:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
         found = ", ".join(f"run={each}" for each in inside[:5])
         return f"run={path} is a folder of runs: choose one of them, {found}{more}"
     return f"run={path} has no checkpoint: train it first, python -m moco.train run={path}"
+
+
+def _renamed(path: Path) -> str:
+    """Return the sentence for a run whose checkpoints all have names that moco does not give; "" for another run."""
+    files = sorted((path / "checkpoints").glob("*.pt"))
+    if not files or list_checkpoints(path / "checkpoints"):
+        return ""
+    return f"run={path} has no checkpoint, but {files[0]}: name it step_NUMBER.pt, as moco does"
 
 
 def _is_remnant(file: Path) -> bool:

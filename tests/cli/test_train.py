@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_batch(run: Run, tmp_path: 
     newest = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "lost" / "checkpoints")[0])
     assert f"moco: step {newest['step'] + 1} (" in line
     assert all(torch.isfinite(value).all() for value in newest["method"].values())
+
+
+def test_a_warning_turned_into_an_error_is_one_sentence(run: Run) -> None:
+    """As `python -W error` does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RunWarning)
+        status, _, errors = run("train", "experiment=digits", "epochs=1")
+    assert status == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("moco: optim.warmup_epochs=2.0 is not below epochs=1")
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,8 @@ def test_a_renamed_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step_1 (1).pt").touch()
     assert "step_1 (1).pt: name it step_NUMBER.pt" in untrained(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"step_1 \(1\)\.pt: name it step_NUMBER\.pt.* to resume .* run=DIR"):
+        open_run(tmp_path / "run", values(seed=0))
 
 
 def test_a_run_without_checkpoint_does_not_block_the_directory(tmp_path: Path) -> None:
