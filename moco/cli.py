@@ -93,7 +93,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     config: Schema | None = None
     try:
         _check_launch()
-        for config in compose(name, schema):
+        for config in compose(name, schema):  # none for --help, several for --multirun
             command(config)
     except ConfigError as error:
         _exit(2, _naming_field(str(error), config), error)
@@ -112,7 +112,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
 
 
 def _sentence(error: BaseException) -> str:
-    """Return the reason of an error in words, without its number in Python's form "[Errno 2] ..."."""
+    """Return the reason of an error in words, without Python's "[Errno 2]"."""
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object} contains bytes that are not UTF-8: use another name"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
@@ -121,7 +121,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _naming_field(sentence: str, config: Any) -> str:
-    """Put the field before a sentence that begins with the path in it: what reads or writes a file knows no fields."""
+    """Put the name of a field before a sentence that begins with its path: code that opens files knows no fields."""
     for name, value in paths_of(config) if config else ():
         path = str(Path(value))
         if sentence.startswith((f"{path}/", f"{path}:", f"{path} ")):
