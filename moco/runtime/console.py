@@ -72,7 +72,7 @@ class Display:
         if values is None:
             return
         line = status_line(values)
-        self._status.plain = line
+        self._status.plain = _wrapped(line, self.console.width)
         # Without a terminal, print a line at most every ten seconds.
         if self._live is None and (time.monotonic() - self._last_line > 10 or step == self._total):
             self._last_line = time.monotonic()
@@ -137,10 +137,17 @@ def _print_line(console: Terminal, line: str) -> None:
 
 
 def _wrapped(text: str, width: int, first: str = "", others: str = "") -> str:
-    """Break lines between words, after the given indents; a word that is wider than a line stays whole."""
-    return textwrap.fill(
+    """Break lines between words, after the given indents; a word that is wider than a line stays whole.
+
+    A list, such as "loss 1.5 · lr 0.1", is broken between its entries: textwrap does not break at a no-break space.
+    """
+    entries = text.split(" · ")
+    if len(entries) > 1 and max(map(cell_len, entries)) < width - 2:
+        text = "\N{NO-BREAK SPACE}· ".join(entry.replace(" ", "\N{NO-BREAK SPACE}") for entry in entries)
+    filled = textwrap.fill(
         text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
     )
+    return filled.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def log_next(command: str, reason: str = "") -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moco.config import config_dir
 from moco.runtime import console
-from moco.runtime.console import Display, Terminal, progress_bar, status_line, summary_panel
+from moco.runtime.console import Display, Terminal, log, progress_bar, status_line, summary_panel
 from moco.runtime.stdio import print_error, printable
 
 REPOSITORY = Path(config_dir()).parent
@@ -112,6 +112,20 @@ def test_the_status_line_omits_measures_that_a_method_does_not_return() -> None:
     values = {"train/loss": 1.5, "train/lr": 0.1, "speed/images_per_second": 100.0, "speed/data_wait": 0.0}
     assert status_line(values) == "loss 1.500 · lr 0.1 · 100 img/s · data wait 0 %"
     assert "contrast acc 25 %" in status_line(values | {"train/contrast_accuracy": 0.25})
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_terminal_breaks_lines_between_entries(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    entries = ["loss 1.500 (chance 6.240)", "contrast acc 25 %", "lr 0.1", "100 img/s", "data wait 0 %", "MFU 40 %"]
+    log(" · ".join(entries))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == {40: 3, 60: 2, 80: 2, 120: 1}[width]
+    assert max(map(len, lines)) <= width
+    assert [each for line in lines for each in line.removesuffix(" ·").split(" · ")] == entries
 
 
 @given(st.text())
