@@ -20,7 +20,7 @@ WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY moco/__init__.py moco/
 COPY configs/__init__.py configs/
-RUN pip install --no-cache-dir '.[figures,onnx,parquet]'
+RUN pip install --no-cache-dir '.[onnx,parquet]'
 COPY moco moco
 COPY configs configs
 RUN rm -rf build && pip install --no-cache-dir --no-deps --force-reinstall .

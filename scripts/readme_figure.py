@@ -7,11 +7,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from torch import Tensor
 
-from moco.analysis.studies.figures import matplotlib
 from moco.config import DataConfig
 from moco.data.sources import Source, load_source
 from moco.evaluation.features import EvalTransform, extract, pixels
@@ -28,11 +30,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory of `python -m moco.train`")
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
-    plot = matplotlib()
-    with plot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = plot.figure.Figure(figsize=(10, 3), layout="constrained")
-        views, curve, neighbors = figure.subfigures(1, 3, width_ratios=[1.05, 1.0, 1.25])
-        draw_views(views, plot.image.imread(options.run / "views.png"))
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 3), layout="constrained")
+        parts: Any = figure.subfigures(1, 3, width_ratios=[1.05, 1.0, 1.25])
+        views, curve, neighbors = parts
+        draw_views(views, imread(options.run / "views.png"))
         draw_curve(curve, options.run)
         draw_neighbors(neighbors, options.run)
         figure.savefig(options.output, dpi=150)

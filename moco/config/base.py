@@ -36,7 +36,6 @@ LARGEST = 2**31 - 1  # the largest value of an integer field except a seed: libr
 
 # The extras of pyproject.toml that a command may need, and their packages as pip names them.
 EXTRAS = {
-    "figures": "matplotlib",
     "huggingface": "datasets",
     "onnx": "onnx onnxruntime onnxscript",
     "parquet": "pyarrow",

@@ -3,7 +3,6 @@
 Legend: M images, D feature dimension, L classes.
 """
 
-import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.config import ConfigError, OptimConfig, RunWarning, require
-from moco.config.base import install
 from moco.config.linear import LinearConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
@@ -249,27 +247,20 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
     if len(classes) <= _MOST_CLASSES:
         path = task.subject.output / f"confusion_linear{of_protocol}.png"
         title = f"linear, {protocol}: top-1 {metrics.top1:.1f} %"
-        if draw_confusion(metrics.confusion, classes, title, path):
-            files.append(path)
-        else:
-            log(f"{path.name} needs {install('figures')}; results.json has its counts")
+        draw_confusion(metrics.confusion, classes, title, path)
+        files.append(path)
     return files
 
 
-def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> bool:
-    """Write counts (L, L) as a PNG: rows are true classes, columns predictions, dark cells large shares of their row.
+def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> None:
+    """Write counts (L, L) as a PNG: rows are true classes, columns predictions; darker cells have more of their row."""
+    from matplotlib.figure import Figure  # here, because its import takes half a second
 
-    Returns False, without a file, if matplotlib is not installed.
-    """
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError:
-        return False
     count = len(classes)
     share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))  # (L, L)
     side = max(5.0, 0.45 * count if count <= _MOST_NUMBERS else 0.16 * count)  # inches
     font = 8 if count <= _MOST_NUMBERS else 6
-    figure = figures.Figure(figsize=(side + 1, side + 1), layout="constrained")
+    figure = Figure(figsize=(side + 1, side + 1), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root makes a confusion of 1 % visible
     scale = figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the true class")
@@ -285,7 +276,6 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
             axes.text(column, row, number, ha="center", va="center", fontsize=font - 1, color=color)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    return True
 
 
 def _show(config: LinearConfig, found: list[Result]) -> None:

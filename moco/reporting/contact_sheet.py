@@ -1,6 +1,6 @@
 """Galleries of images as one PNG file, for slides or a terminal without a browser.
 
-PIL draws the file: matplotlib is an optional dependency, and it would resample the images.
+PIL draws the file, because matplotlib would resample the images.
 """
 
 from collections.abc import Iterable

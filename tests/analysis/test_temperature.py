@@ -51,7 +51,6 @@ def config(output: Path, **changes: Any) -> TemperatureConfig:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
     """Two real runs of one epoch, by the study's own command lines but in this process."""
-    pytest.importorskip("matplotlib", reason="the figures need matplotlib")
     output = tmp_path_factory.mktemp("study") / "out"
 
     def train_here(command: Sequence[str], folder: Path) -> str:
@@ -240,14 +239,12 @@ def test_penalty_curves_are_shares_and_multiples_of_the_mean() -> None:
 
 
 def test_without_labels_the_curves_show_a_note(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     contrast = Contrast(0.9, 4, 2.0, 0.1, [4], [16], [1.0])
     draw_curves(tmp_path / "curves.svg", [made(0.1, 0, None, contrast), made(0.5, 0, None, contrast)])
     assert "needs labels" in (tmp_path / "curves.svg").read_text()
 
 
 def test_three_logits_are_explained_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     explain(config(tmp_path / "out", mode="explain", temperatures=[0.1]))
     out = capsys.readouterr().out
     z = [math.exp(each / 0.1) for each in (0.8, 0.5, 0.1)]
@@ -258,13 +255,6 @@ def test_three_logits_are_explained_without_training(tmp_path: Path, capsys: pyt
     assert b"<svg" in first
     explain(config(tmp_path / "out", mode="explain", temperatures=[0.1]))
     assert (tmp_path / "out" / "explain.svg").read_bytes() == first  # a figure is a function of its numbers
-
-
-def test_without_matplotlib_nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ConfigError, match=r"pip install matplotlib"):
-        sweep(config(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies.measures import Run
-from moco.config.base import optional_module
 from moco.files import atomic_write
 
 RIGHT, WRONG = 0, 1  # the correct candidate in the two cases of `mode=explain`; by default 0 has the highest similarity
-_STYLE = {
+_STYLE: Any = {
     "figure.facecolor": "#ffffff",
     "axes.grid": True,
     "grid.color": "#d8d8d8",
@@ -30,18 +31,11 @@ _STYLE = {
 }
 
 
-def matplotlib() -> Any:
-    """Import and return matplotlib with `matplotlib.figure`; raise ConfigError if it is not installed."""
-    optional_module("matplotlib.figure", "a figure", "figures")
-    return optional_module("matplotlib", "a figure", "figures")
-
-
 @contextmanager
 def drawing(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
     """Yield a figure of `size` inches and its axes (rows, columns), in one style; save it as SVG at the end."""
-    library = matplotlib()
-    with library.rc_context(_STYLE):
-        figure = library.figure.Figure(figsize=size, layout="constrained")
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
@@ -164,7 +158,7 @@ def _by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
 
 def _colors(count: int) -> list[Any]:
     """Return colors of viridis from dark to light, without the pale yellow; brightness alone shows the order."""
-    return list(matplotlib().colormaps["viridis"](np.linspace(0, 0.85, max(2, count))))[:count]
+    return list(matplotlib.colormaps["viridis"](np.linspace(0, 0.85, max(2, count))))[:count]
 
 
 FIGURES = {"curves.svg": draw_curves, "similarities.svg": draw_similarities, "penalties.svg": draw_penalties}

@@ -17,7 +17,7 @@ import torch
 
 from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
-from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation, matplotlib
+from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation
 from moco.analysis.studies.measures import Run, measure
 from moco.config import ComputeConfig, ConfigError, DataConfig, config_dir, require
 from moco.config.subject import SubjectConfig
@@ -53,7 +53,6 @@ def study(config: TemperatureConfig) -> None:
 
 def explain(config: TemperatureConfig) -> None:
     """Draw softmax, loss and gradient of a few logits against the temperature, and print them as a table."""
-    matplotlib()
     output, _ = open_study(config.output, ComputeConfig("cpu"))
     similarities, temperatures = config.similarities, sorted(config.temperatures)
     grid = torch.tensor(temperatures, dtype=torch.float64)
@@ -82,10 +81,9 @@ def sweep(config: TemperatureConfig) -> list[Run]:
     """Train the unfinished runs, measure all finished ones, write results and figures, and return the finished runs.
 
     Raises:
-        ConfigError: if the output holds another study, or matplotlib is missing.
+        ConfigError: if the output holds another study.
         ValueError: if runs failed, after the results of the others are written.
     """
-    matplotlib()  # fail before training, not after it
     output, device = open_study(config.output, config)
     _refuse_other_study(output, config)
     planned = plan(config, output)
