@@ -145,6 +145,7 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
         images = round(run.steps_per_epoch * run.get("batch_size", 1))  # at most one batch too low
     batch_size, epochs = run.get("batch_size", TrainConfig.batch_size), run.get("epochs", math.inf)
     more = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
+    more["shuffled_keys"] = run.get("model.shuffle_keys", False) and run.get("model.bn") == "grouped"
     facts = facts_of(run.method, images or 2**62, batch_size, epochs, **more)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 

@@ -124,6 +124,7 @@ class Trainer:
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
         self.metrics_log = MetricsLogger(self.path, self.start) if is_rank_zero() and unfinished else None
         settings = dict(lr=config.optim.lr, starts_trained=config.starts_trained, source=config.data.name)
+        settings["shuffled_keys"] = config.model.shuffle_keys and config.model.bn == "grouped"
         facts = facts_of(config.method, self.plan.length, config.batch_size, config.epochs, **settings)
         self.doctor = Doctor(facts, self.path / "metrics.jsonl", self.display.log) if self.metrics_log else None
         self.saver = checkpoint.Saver(self.path / "checkpoints", config.checkpoint.keep_last)

@@ -219,9 +219,13 @@ def test_a_high_temperature_by_value_and_by_effective_negatives() -> None:
 def test_a_collapse_by_spread_rank_or_gradient() -> None:
     assert_found(collapse(healthy(**{"analysis/spread": [0.5, 0.3] + [0.02] * 5}), FACTS), "0.02")
     late = [60.0] * 40 + [60 * 0.8**i for i in range(20)]  # MoCo v3's late collapse
-    assert_found(collapse(healthy(**{"analysis/effective_rank": late}), FACTS), "60.0")
+    falling = {"analysis/effective_rank": late, "accuracy/knn": [20.0, 40.0, 30.0]}
+    assert_found(collapse(healthy(**falling), FACTS), "60.0")
+    assert_found(collapse(healthy(**falling | {"accuracy/knn": []}), FACTS), "60.0")
+    for knn in ([20.0], [20.0, 30.0, 40.0]):  # not evaluated yet, or better than ever: fewer dimensions do no harm
+        assert collapse(healthy(**falling | {"accuracy/knn": knn}), FACTS) is None
     labeled = FACTS._replace(supervised=True)  # a class becomes a point
-    assert collapse(healthy(**{"analysis/effective_rank": late}), labeled) is None
+    assert collapse(healthy(**falling), labeled) is None
     untrained = healthy(**{"analysis/spread": [0.03, 0.04]})  # a deep network starts with similar embeddings
     assert collapse(untrained, FACTS) is None
     assert_found(collapse(healthy(**{"analysis/spread": [0.3, 0.04, 0.03]}), FACTS), "0.03")
@@ -242,7 +246,9 @@ def test_a_leak_by_accuracy_without_knn_gain_and_by_the_two_losses() -> None:
         statistics_leak(healthy(**solved, **{"accuracy/knn": [20.0, 15.0]}), FACTS), "99.9%", "15.0 %", "20.0 %"
     )
     assert statistics_leak(healthy(**solved), FACTS) is None  # kNN 40: the task is easy, but the features improve
-    assert_found(statistics_leak(healthy(**{"analysis/loss_unshuffled": [5.0] * 9}), FACTS), "5.00", "7.50")
+    lower = healthy(**{"analysis/loss_unshuffled": [5.0] * 9})
+    assert_found(statistics_leak(lower, FACTS), "5.00", "7.50")
+    assert statistics_leak(lower, FACTS._replace(shuffled_keys=True)) is None  # training cannot use it
 
 
 def test_a_weak_augmentation_needs_records_of_the_start() -> None:

@@ -30,6 +30,7 @@ class Facts(NamedTuple):
     total_steps: float = math.inf  # of the complete run; inf if unknown
     lr: float = math.nan  # the configured peak; nan if unknown
     starts_trained: bool = False  # from published weights, or those of another run
+    shuffled_keys: bool = False  # no key is normalized in the BN group of its query
     source: str = ""  # data.name
 
 
