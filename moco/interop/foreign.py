@@ -25,6 +25,11 @@ LAYOUTS = (
     *OFFICIAL,
     Layout("DINO (teacher)", "teacher.backbone.", "teacher.backbone."),  # DINO evaluates the teacher
     Layout("DINO (student)", "student.backbone."),
+    Layout("lightly's DINO (teacher)", "teacher_backbone.", "teacher_backbone."),
+    Layout("lightly's DINO (student)", "student_backbone."),
+    # timm and torchvision publish the average of the weights, not the weights of the last step.
+    Layout("timm (average of the weights)", "state_dict_ema."),
+    Layout("torchvision's references (average of the weights)", "model_ema.module."),
     Layout("VISSL", "trunk."),
     Layout("solo-learn or lightly", "backbone.", "(momentum_backbone|backbone_momentum)."),  # and other projects
     Layout("SupContrast or solo-learn before 2022", "encoder.", "momentum_encoder."),

@@ -154,6 +154,11 @@ def nested(path: str, state: dict[str, Tensor]) -> dict[str, Any]:
         ("teacher", "backbone.", "DINO (teacher)"),
         ("teacher", "module.backbone.", "DINO (teacher)"),
         ("student", "module.backbone.", "DINO (student)"),
+        ("state_dict", "teacher_backbone.", "lightly's DINO (teacher)"),
+        ("state_dict", "student_backbone.", "lightly's DINO (student)"),
+        ("state_dict_ema", "", "timm (average of the weights)"),
+        ("state_dict_ema", "module.", "timm (average of the weights)"),
+        ("model_ema", "module.", "torchvision's references (average of the weights)"),
         ("classy_state_dict.base_model.model.trunk", "_feature_blocks.", "VISSL"),
         ("model_state_dict", "_feature_blocks.", "plain state dict"),  # VISSL's converted files
     ],
@@ -179,6 +184,16 @@ def test_dino_uses_the_teacher(tmp_path: Path) -> None:
         assert torch.equal(build(file).get_submodule("backbone")(IMAGES), trained(TINY, VIT, 1)(IMAGES))
     with pytest.raises(ForeignFileError, match="how many heads its ViT has"):
         read_encoder(path, "encoder", "vit_small")
+
+
+def test_an_average_of_the_weights_is_preferred(tmp_path: Path) -> None:
+    """timm's train.py saves both, torchvision's train.py adds a counter to the average."""
+    last, average = trained(seed=1).state_dict(), trained().state_dict()
+    for name, content in {
+        "timm": {"state_dict": last, "state_dict_ema": average, "arch": "resnet18", "epoch": 3},
+        "torchvision": {"model": last, "model_ema": {"n_averaged": torch.tensor(7)} | prefixed("module.", average)},
+    }.items():
+        assert torch.equal(features(saved(tmp_path / f"{name}.pth", content)), trained()(IMAGES))
 
 
 def test_the_layout_with_the_complete_backbone_is_taken(tmp_path: Path) -> None:
