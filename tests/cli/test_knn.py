@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from moco.config import config_dir
 from tests.evaluation.test_subject import trained, write_images
 
@@ -20,6 +22,7 @@ def knn(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subpr
     )
 
 
+@pytest.mark.slow
 def test_two_processes_return_the_results_of_one(tmp_path: Path) -> None:
     """The held-out images form three blocks, and no count is divisible by two."""
     trained(tmp_path / "run")

@@ -129,7 +129,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return newest(run)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+OTHERS_SLOW = [pytest.param(each, marks=[pytest.mark.slow] * (each != signal.SIGTERM)) for each in SIGNALS]
+
+
+@pytest.mark.parametrize("number", OTHERS_SLOW)
 def test_after_a_signal_the_step_is_saved_and_the_run_resumes_bit_for_bit(
     number: signal.Signals, uninterrupted: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +171,7 @@ def test_a_signal_in_the_last_step_does_not_stop_the_run(
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", OTHERS_SLOW)
 def test_the_step_ends_even_if_loader_processes_get_the_signal_too(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,7 +69,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return made
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=name_of)
+FIRST_PAGES = ("README.md", "docs/howto/own_images.md")  # the others are slow tests
+PAGES = [pytest.param(each, marks=[pytest.mark.slow] * (name_of(each) not in FIRST_PAGES)) for each in WITH_COMMANDS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=map(name_of, WITH_COMMANDS))
 def test_commands_of_a_page_run(
     page: Path,
     workplace: Workplace,
