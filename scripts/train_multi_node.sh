@@ -19,7 +19,11 @@ set -euo pipefail
 
 node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:?NODE_RANK is not set: the number of this machine, from 0}}}
 master=${MASTER_ADDR:-${MASTER:?MASTER_ADDR is not set: the name or address of machine 0}}
-gpus=${GPUS:-$(nvidia-smi -L | wc -l)}
+gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
+if ((gpus == 0)); then
+    echo "no NVIDIA GPU was found (nvidia-smi): set GPUS to the number of processes; without a GPU they use the CPU" >&2
+    exit 2
+fi
 # Without this, restarted processes would connect to the addresses that their predecessors left in the store.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # is_host states which machine opens the port; torchrun's own guess compares host names and can be wrong.

@@ -90,6 +90,19 @@ def test_the_multi_node_script_reads_number_and_address(variables: dict[str, str
     assert words[-3:] == ["-m", "moco.train", "epochs=3"]
 
 
+@pytest.mark.parametrize("name", ["train_single_node.sh", "train_multi_node.sh"])
+def test_without_a_gpu_the_scripts_name_the_variable_to_set(name: str, tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/usr/bin/env bash\nexit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    variables = {"NODES": "1", "NODE_RANK": "0", "MASTER_ADDR": "here", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environment = {name: value for name, value in os.environ.items() if name != "GPUS"} | variables
+    script = str(REPOSITORY / "scripts" / name)
+    ended = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert "set GPUS to the number of processes" in line
+
+
 def test_every_script_has_valid_shell_syntax() -> None:
     scripts = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "scripts").glob("*.sbatch")]
     assert len(scripts) >= 4
