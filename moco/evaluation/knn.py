@@ -159,7 +159,7 @@ def _report(task: Task[KnnConfig], found: list[Result]) -> None:
         f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
         ["encoder", "k", "T", "top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"],
         [_row(each) for each in found],
-        f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines()}",
+        f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines(pretrained.encoder)}",
     )
     if pairs := most_confused(total_pairs(pretrained.metrics), train.classes):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")

@@ -45,13 +45,14 @@ class Metrics:
         """Compute the accuracy in percent of always answering the most frequent class of these images."""
         return 100 * float(np.bincount(self.pairs[:, 0], weights=self.pairs[:, 2]).max()) / self.count
 
-    def baselines(self) -> str:
-        """Describe the accuracy of a guess and, if classes differ in size, majority and balanced accuracy."""
+    def baselines(self, encoder: str) -> str:
+        """Describe the accuracy of a guess; if classes differ in size, also majority and balanced accuracy."""
         chance = 100 / len(self.per_class)
         text = f"chance is {chance:.1f} %"
         if self.majority < 1.1 * chance:
             return text
-        return f"{text}, always the most frequent class {self.majority:.1f} %; balanced accuracy {self.balanced:.1f} %"
+        text += f", always the most frequent class {self.majority:.1f} %"
+        return f"{text}; {encoder}: balanced accuracy {self.balanced:.1f} %"
 
     def interval(self) -> tuple[float, float]:
         """Return Wilson's 95 % interval of top1 in percent: the uncertainty due to the finite number of test images.

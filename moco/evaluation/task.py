@@ -226,5 +226,5 @@ def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequen
     """Print the closing table: encoder, top-1, top-5, and a column for each item of `extra`."""
     added = zip(*extra.values(), strict=True)
     rows = [[each.encoder, each.accuracy(), percent(each.top5), *more] for each, more in zip(found, added, strict=True)]
-    baselines = f"{found[0].encoder}: {found[0].metrics[0].baselines()}"
+    baselines = found[0].metrics[0].baselines(found[0].encoder)
     table(title, ["encoder", "top-1 %", "top-5 %", *extra], rows, f"{caption}\n{baselines}")

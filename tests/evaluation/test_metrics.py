@@ -76,9 +76,10 @@ def test_unequal_classes_have_a_majority_and_a_balanced_accuracy() -> None:
     scores[:, 0] = 1  # always the most frequent class
     found = metrics_of(scores, labels)
     assert (found.top1, found.majority, found.balanced) == (93.75, 93.75, 50.0)
-    assert found.baselines() == ("chance is 50.0 %, always the most frequent class 93.8 %; balanced accuracy 50.0 %")
+    sentence = "chance is 50.0 %, always the most frequent class 93.8 %; pixels: balanced accuracy 50.0 %"
+    assert found.baselines("pixels") == sentence
     assert found.to_json()["balanced"] == 50.0
-    assert metrics_of(scores[:4], labels[58:62]).baselines() == "chance is 50.0 %"
+    assert metrics_of(scores[:4], labels[58:62]).baselines("pixels") == "chance is 50.0 %"
 
 
 def test_metrics_are_plain_json() -> None:
