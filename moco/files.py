@@ -101,13 +101,13 @@ def _allocate(file: IO[bytes], size: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file; errors: see `atomic_write`."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
-    """Write a table atomically. File names that are not valid UTF-8 keep their bytes."""
+    """Write a table; errors: see `atomic_write`. File names that are not valid UTF-8 keep their bytes."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,

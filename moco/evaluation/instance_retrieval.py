@@ -82,12 +82,11 @@ def instance_retrieval(
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-    images_shown = gather(torch.cat(rows))  # (M,), of all ranks, in the order of the features
-    groups = _content_groups(source, images_shown, heartbeat)
+    # `gather` returns rows and features of all ranks in the same order.
     groups = _content_groups(source, gather(torch.cat(rows)), heartbeat)
     found = {}
     for name, crops in features.items():
-        first, second = (gather(torch.cat(parts)) for parts in crops)  # rows of all ranks, in the same order
+        first, second = (gather(torch.cat(parts)) for parts in crops)
         found[name] = retrieval_at_1(first, second, groups)
     return found
 

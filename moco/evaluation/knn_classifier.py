@@ -90,8 +90,8 @@ def nearest(
 
 def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
     """Sum the votes (Q, L) of neighbors with this similarity and these labels, both (Q, k), nearest first."""
-    # Subtracting the largest changes no ranking and avoids overflow: exp(1 / 0.01) exceeds float32. It is -inf, and all
-    # votes are 0, if a query has no neighbor.
+    # Subtracting the largest changes no ranking and avoids overflow: exp(1 / 0.01) exceeds float32. If a query has no
+    # neighbor, the largest is -inf and all votes are 0.
     weights = ((similarity - similarity[:, :1].clamp(min=-1)) / temperature).exp()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
 
@@ -107,7 +107,7 @@ def _chunks(length: int, most: int) -> list[slice]:
 
 
 def _own_chunks(length: int, most: int, progress: Progress) -> Iterator[slice]:
-    """Yield this rank's chunks of the queries, and report them. They do not depend on the number of ranks."""
+    """Yield this rank's chunks of the queries, and report them. The number of ranks does not change the chunk sizes."""
     chunks = _chunks(length, most)[rank() :: world_size()]
     for done, chunk in enumerate(chunks):
         progress(done, len(chunks))

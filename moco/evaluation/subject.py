@@ -28,7 +28,7 @@ from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.interop.image_size import fit_to_size
 from moco.models.encoder import Encoder
 from moco.runs import checkpoint
-from moco.runs.directory import in_run_directory, untrained
+from moco.runs.directory import in_run_directory, no_checkpoint_message
 from moco.runtime.console import log, progress_bar
 
 IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -55,7 +55,7 @@ def open_subject(config: SubjectConfig) -> Subject:
         require(run.is_dir(), f"run={config.run} does not exist: set run to the directory of a run, e.g. runs/digits")
         found = checkpoint.list_checkpoints(run / "checkpoints")
         if not found:
-            raise ConfigError(untrained(run))
+            raise ConfigError(no_checkpoint_message(run))
         try:
             file = read_encoder(found[0], config.weights)
         except ValueError as error:  # an older one is never used silently: a result must state its checkpoint

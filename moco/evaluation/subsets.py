@@ -35,8 +35,8 @@ def part_of_each_class(labels: Rows, fraction: float, seed: int) -> Rows:
 
     With the same seed, a smaller part is a subset of a larger one.
     """
-    groups = _by_class(labels, seed, FEW_LABELS)
-    return np.sort(np.concatenate([rows[: max(1, round(fraction * len(rows)))] for rows in groups]))
+    by_class = _by_class(labels, seed, FEW_LABELS)
+    return np.sort(np.concatenate([rows[: max(1, round(fraction * len(rows)))] for rows in by_class]))
 
 
 def per_class(labels: Rows, count: int, seed: int) -> Rows:
@@ -59,7 +59,7 @@ def split_each_class(
     """Split rows into the rest and a part of each class. Every class keeps at least one image in the rest.
 
     The part has at least one image of each class, except of a class whose images are all in one group: with a single
-    image, for example. Of groups of several images, the part may have fewer or more images than its fraction.
+    image, for example. With groups of several images, the part may be smaller or larger than its fraction.
 
     Args:
         labels: (N,).
@@ -73,45 +73,45 @@ def split_each_class(
     Raises:
         SubsetError: if no class can be split.
     """
-    every = _by_class(labels, seed, stream)
-    wanted = [min(len(rows) - 1, max(1, round(part * len(rows)))) for rows in every]
+    by_class = _by_class(labels, seed, stream)
+    wanted = [min(len(rows) - 1, max(1, round(part * len(rows)))) for rows in by_class]
     if groups is None or len(np.unique(groups)) == len(groups):
-        second = np.sort(np.concatenate([rows[:count] for rows, count in zip(every, wanted, strict=True)]))
+        held = np.sort(np.concatenate([rows[:count] for rows, count in zip(by_class, wanted, strict=True)]))
     else:
-        second = _whole_groups(labels, groups, every, wanted)
-    if not len(second):
+        held = _whole_groups(labels, groups, by_class, wanted)
+    if not len(held):
         raise SubsetError("every class has only one image, or copies of one image, so none can be split: add images")
-    return np.setdiff1d(np.arange(len(labels)), second), second
+    return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def _whole_groups(labels: Rows, groups: Rows, every: Sequence[Rows], wanted: Sequence[int]) -> Rows:
+def _whole_groups(labels: Rows, groups: Rows, by_class: Sequence[Rows], wanted: Sequence[int]) -> Rows:
     """Return the rows of the part in ascending order: about `wanted` rows of each class, in groups.
 
     Args:
         labels, groups: (N,).
-        every: the rows of each class that occurs, in their random order.
+        by_class: the rows of each class that occurs, in their random order.
         wanted: the number of rows of each of these classes.
     """
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=groups[order[0]] - 1))
     members = {int(groups[rows[0]]): rows for rows in np.split(order, starts[1:])}
     left = Counter(labels.tolist())  # rows of each class in the rest
-    held: dict[int, int] = {}  # groups of the part, in their order
-    taken = Counter[int]()
+    held = set[int]()  # groups of the part
+    taken = Counter[int]()  # rows of each class in the part
 
     def take(group: int, most: float, label: int) -> None:
         counts = Counter(labels[members[group]].tolist())
         if group not in held and taken[label] + counts[label] <= most and all(left[c] > counts[c] for c in counts):
-            held[group] = label
+            held.add(group)
             taken.update(counts)
             left.subtract(counts)
 
-    for rows, count in zip(every, wanted, strict=True):
+    for rows, count in zip(by_class, wanted, strict=True):
         label = int(labels[rows[0]])
         found = list(dict.fromkeys(groups[rows].tolist()))  # in their random order
         for group in found:
             take(group, count, label)
-        for group in sorted(found, key=lambda group: len(members[group])):  # all are larger than `count`
+        for group in sorted(found, key=lambda group: len(members[group])):  # if none was taken, a small one
             if taken[label] == 0 and count:
                 take(group, math.inf, label)
     return np.sort(np.concatenate([members[group] for group in held])) if held else np.zeros(0, np.int64)
@@ -158,11 +158,11 @@ def _by_class(labels: Rows, seed: int, stream: int) -> list[Rows]:
 
 def _first_of_each(labels: Rows, count: int, seed: int, stream: int) -> Rows:
     """Return the first `count` rows of each class, class by class."""
-    groups = _by_class(labels, seed, stream)
-    smallest = min(map(len, groups))
+    by_class = _by_class(labels, seed, stream)
+    smallest = min(map(len, by_class))
     if count > smallest:
         raise SubsetError(f"the smallest class has {smallest} images, fewer than {count}: use at most {smallest}")
-    return np.concatenate([rows[:count] for rows in groups])
+    return np.concatenate([rows[:count] for rows in by_class])
 
 
 def _refuse(names: Sequence[str], problem: str, fix: str) -> None:

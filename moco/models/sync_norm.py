@@ -25,7 +25,7 @@ def sync_batch_norm(
 ) -> Tensor:
     """Normalize (N, C, ...) on a GPU over all ranks, and move the running statistics as `F.batch_norm` does.
 
-    Backward keeps the input in its own number type and two vectors (C,). It is a collective, as the forward is.
+    Both passes are collectives. For the backward pass, the input is kept in its own number type.
     """
     return cast(Tensor, _SyncBatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps))
 
@@ -59,13 +59,13 @@ class _SyncBatchNorm(torch.autograd.Function):
         *sums, by_weight, by_bias = torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, *needed)
         by_x = None
         if needed[0]:
-            total, by_centered = sum_over_ranks(torch.stack(sums))  # (C,) each, of the global batch
+            grad_sum, centered_sum = sum_over_ranks(torch.stack(sums))  # (C,) each, of the global batch
             counts = counts.to(torch.int32)
-            by_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, total, by_centered, counts)
+            by_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, grad_sum, centered_sum, counts)
         return by_x, by_weight if needed[1] else None, by_bias if needed[2] else None, None, None, None, None
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """Return channels-last only for an input that is so, and not contiguous too."""
+    """Return channels-last if the input has that format and is not contiguous in the default format as well."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

@@ -11,7 +11,7 @@ from moco.analysis.doctor import Alarm, diagnose, facts_of
 from moco.config import ConfigError, MethodConfig, RunWarning, TrainConfig, require
 from moco.methods import read_method
 from moco.runs import checkpoint
-from moco.runs.directory import untrained
+from moco.runs.directory import no_checkpoint_message
 from moco.runs.metrics import Metrics, read_metrics
 from moco.runtime.next_command import next_commands
 from moco.untrusted import read_json, read_yaml
@@ -86,7 +86,7 @@ def open_run(path: Path, field: str = "run") -> Run:
     require(path.is_dir(), f"{field}={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path, field)
     if file is None and not (path / "config.yaml").is_file() and any(path.glob("*/checkpoints/")):
-        raise ConfigError(untrained(path))
+        raise ConfigError(no_checkpoint_message(path))
     config = state.get("config") or _configuration(path, field)
     values = read_metrics(path / "metrics.jsonl")
     require(

@@ -77,8 +77,8 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     Returns the lock, which holds until the file is closed or the process ends.
 
     Raises:
-        ConfigError: if another process trains in the directory, if it holds other files, if its checkpoints were
-            renamed, or if they belong to a run with another configuration.
+        ConfigError: if another process trains in the directory, or if it holds other files, a damaged config.yaml,
+            renamed checkpoints, or a checkpoint of a run with another configuration.
     """
     file, checkpoints = path / "config.yaml", path / "checkpoints"
     holds_run = file.exists() or checkpoints.is_dir()
@@ -103,7 +103,7 @@ def in_run_directory(file: Path) -> bool:
     return any(all((run / name).is_file() for name in ("config.yaml", METRICS)) for run in file.absolute().parents[:4])
 
 
-def untrained(path: Path) -> str:
+def no_checkpoint_message(path: Path) -> str:
     """Return the sentence for a `run` without a checkpoint: it names the runs in it, or the command to train one."""
     for run in path.absolute().parents[:2]:
         if (run / "checkpoints").is_dir():

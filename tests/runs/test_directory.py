@@ -12,7 +12,7 @@ import pytest
 from moco.config import ConfigError, TrainConfig
 from moco.files import WriteError
 from moco.methods.moco_config import MoCoConfig
-from moco.runs.directory import in_run_directory, open_run, untrained
+from moco.runs.directory import in_run_directory, no_checkpoint_message, open_run
 from moco.runs.metrics import MetricsLogger
 
 
@@ -61,14 +61,14 @@ def test_a_run_needs_a_directory(kind: str, named: str, tmp_path: Path) -> None:
 def test_a_folder_of_a_run_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "other").mkdir()
-    assert untrained(tmp_path / "run" / "checkpoints").endswith(f"set run={tmp_path / 'run'}")
-    assert str(tmp_path / "run") not in untrained(tmp_path / "other")
+    assert no_checkpoint_message(tmp_path / "run" / "checkpoints").endswith(f"set run={tmp_path / 'run'}")
+    assert str(tmp_path / "run") not in no_checkpoint_message(tmp_path / "other")
 
 
 def test_a_renamed_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step_1 (1).pt").touch()
-    assert "step_1 (1).pt: name it step_NUMBER.pt" in untrained(tmp_path / "run")
+    assert "step_1 (1).pt: name it step_NUMBER.pt" in no_checkpoint_message(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"step_1 \(1\)\.pt: name it step_NUMBER\.pt.* to resume .* run=DIR"):
         open_run(tmp_path / "run", values(seed=0))
 
