@@ -60,10 +60,10 @@ def save_detectron2(path: Path, state: Mapping[str, Tensor]) -> None:
         for name, value in state.items()
         if not name.endswith("num_batches_tracked")
     }
-    # Protocol 3 names the function once, as text before all arrays: write the name that every NumPy version has.
+    # Protocol 3 names `_reconstruct` once, as text before all arrays: write the name that every NumPy version has.
     data = pickle.dumps({"model": model, "__author__": "moco", "matching_heuristics": True}, protocol=3)
-    old, new = (f"c{module}\n_reconstruct\n".encode() for module in (_RECONSTRUCT, _OLD_RECONSTRUCT))
-    path.write_bytes(data.replace(old, new, 1))
+    written, portable = (f"c{module}\n_reconstruct\n".encode() for module in (_RECONSTRUCT, _OLD_RECONSTRUCT))
+    path.write_bytes(data.replace(written, portable, 1))
 
 
 def load_detectron2(path: Path) -> dict[str, Tensor]:

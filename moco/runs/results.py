@@ -20,6 +20,7 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
 
     Raises:
         ConfigError: if the folder cannot be written to or its results.json is damaged.
+        WriteError: if the disk is full.
     """
     from torch.utils.tensorboard import SummaryWriter  # costs seconds at start-up
 

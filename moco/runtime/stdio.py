@@ -3,7 +3,6 @@
 Imports neither torch nor rich, so that `--help` is fast.
 """
 
-import contextlib
 import io
 import os
 import signal
@@ -66,7 +65,7 @@ def protected_streams() -> Iterator[None]:
     os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):  # its descriptor was replaced by a pipe
+            with suppress(OSError):  # its descriptor was replaced by a pipe
                 stream.reconfigure(errors="backslashreplace")
     try:
         yield

@@ -86,7 +86,7 @@ def at_chance(series: Series, facts: Facts) -> int:
 
 
 def once_full(series: Series, name: str) -> Sequence[float]:
-    """Return the records made with a full queue: its random initial keys make the loss low and rising at first."""
+    """Return the records made with a full queue: before that, its random initial keys make the loss low and rising."""
     values, fill = series.get(name, ()), series.get("train/queue_fill", ())
-    start = next((i for i, share in enumerate(fill) if share >= 1), len(fill))
-    return values[max(0, start - len(fill) + len(values)) :] if fill else values
+    full = next((len(fill) - i for i, share in enumerate(fill) if share >= 1), 0)  # both series end at the same step
+    return values[max(0, len(values) - full) :] if fill else values

@@ -68,8 +68,8 @@ def explain(config: TemperatureConfig) -> None:
         f"one query, candidates with similarities {', '.join(f'{each:g}' for each in similarities)}",
         ["T", "right: P %", "loss", "pull", "wrong: P %", "loss", "pull"],
         rows,
-        f"right: the answer is the {similarities[RIGHT]:g}; wrong: it is the {similarities[WRONG]:g}. P is "
-        "the softmax of the answer; pull is the loss's gradient by its similarity, equal to the push on all others",
+        f"right: the answer is the {similarities[RIGHT]:g}; wrong: it is the {similarities[WRONG]:g}. P is the "
+        "softmax of the answer; pull is minus the loss's gradient by its similarity, equal to the push on all others",
     )
     figure = output / "explain.svg"
     draw_explanation(figure, similarities, min(0.02, *temperatures), max(2.0, *temperatures))
@@ -112,18 +112,13 @@ def plan(config: TemperatureConfig, output: Path) -> list[Planned]:
 
 def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
     """Return the command that trains a run."""
-    command = [sys.executable, "-m", "moco.train", f"experiment={config.recipe}", *config.overrides]
+    words = [sys.executable, "-m", "moco.train", f"experiment={config.recipe}", *config.overrides]
     if config.epochs is not None:
-        command.append(f"epochs={config.epochs}")
+        words.append(f"epochs={config.epochs}")
     if config.keep_epochs:
-        command.append(f"checkpoint.keep_epochs={config.keep_epochs}")
+        words.append(f"checkpoint.keep_epochs={config.keep_epochs}")
     folder = value_text(str(run.folder))
-    return [
-        *command,
-        f"method.temperature={run.temperature!r}",
-        f"seed={run.seed}",
-        f"run={folder}",
-    ]
+    return [*words, f"method.temperature={run.temperature!r}", f"seed={run.seed}", f"run={folder}"]
 
 
 def _refuse_other_study(output: Path, config: TemperatureConfig) -> None:
