@@ -189,10 +189,11 @@ def test_dino_uses_the_teacher(tmp_path: Path) -> None:
 def test_an_average_of_the_weights_is_preferred(tmp_path: Path) -> None:
     """timm's train.py saves both, torchvision's train.py adds a counter to the average."""
     last, average = trained(seed=1).state_dict(), trained().state_dict()
-    for name, content in {
+    contents: dict[str, dict[str, Any]] = {
         "timm": {"state_dict": last, "state_dict_ema": average, "arch": "resnet18", "epoch": 3},
         "torchvision": {"model": last, "model_ema": {"n_averaged": torch.tensor(7)} | prefixed("module.", average)},
-    }.items():
+    }
+    for name, content in contents.items():
         assert torch.equal(features(saved(tmp_path / f"{name}.pth", content)), trained()(IMAGES))
 
 
