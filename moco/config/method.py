@@ -35,6 +35,7 @@ class MethodConfig:
     momentum = 0.0  # m of the momentum encoder
     queue_size = 0  # K
     mask_own_keys = True  # exclude stale keys of a query's own image from its negatives
+    teacher = ""  # a trained network that `build` gets as a further argument: a file, or timm/NAME
     labels = False  # train on the labels of the images
     compares_views = True  # the positive is another view of the image, encoded in the same step
     symmetric = False  # use each view as the query and as the key

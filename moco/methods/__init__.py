@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from moco.config import ConfigError, MethodConfig
+from moco.methods.distill_config import DistillConfig
 from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3_config import MoCoV3Config
 from moco.methods.nnclr_config import NNCLRConfig
@@ -15,6 +16,7 @@ from moco.methods.ressl_config import ReSSLConfig
 from moco.methods.simclr_config import SimCLRConfig
 
 METHODS: dict[str, type[MethodConfig]] = {
+    "distill": DistillConfig,
     "moco": MoCoConfig,
     "moco_v3": MoCoV3Config,
     "nnclr": NNCLRConfig,

@@ -13,12 +13,13 @@ from moco.models.encoder import Encoder, build_encoder, build_predictor
 from moco.models.probe import output_error
 
 
-def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -> Any:
+def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, teacher: nn.Module | None = None) -> Any:
     """Return the method of `config.method`, a `moco.builder.Method`, with a new encoder.
 
     Args:
         config: the configuration of the run.
         labels: the class of each training image, (samples,), or None; used only if `method.labels`.
+        teacher: the frozen network of `method.teacher`; None unless it is set.
 
     Raises:
         ConfigError: if `method.labels` is set and there are no labels; or if the backbone does not take images of
@@ -36,7 +37,9 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None) -
             f"model.backbone={model.backbone} with model.options={model.options} does not fit augment.size={size}: "
             f"{error}{_fix(encoder.backbone, size)}"
         )
-    return method.build(config, encoder, torch.from_numpy(labels) if method.labels and labels is not None else None)
+    classes = torch.from_numpy(labels) if method.labels and labels is not None else None
+    more = {} if teacher is None else {"teacher": teacher}
+    return method.build(config, encoder, classes, **more)
 
 
 def encoder_of(model: ModelConfig) -> Encoder:

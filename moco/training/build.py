@@ -24,6 +24,7 @@ from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.runtime.watchdog import Watchdog
 from moco.training.consistency import Identity, open_consistently
 from moco.training.monitor import Monitor
+from moco.training.teacher import load_teacher
 
 Labels = NDArray[np.int64]  # (samples,)
 
@@ -43,10 +44,11 @@ def open_data(config: TrainConfig, watchdog: Watchdog) -> tuple[Sources, Identit
 
 def make_method(config: TrainConfig, labels: Labels | None, device: torch.device) -> Any:
     """Build the method with its initial weights."""
-    torch.manual_seed(config.seed)  # for the initial weights and the random queue
     fix = f"set a smaller model than {config.model.backbone} or method.queue_size={config.method.queue_size}"
     with explain_out_of_memory(device, fix):
-        method = build_method(config, labels).to(device)
+        teacher = load_teacher(config) if config.method.teacher else None
+        torch.manual_seed(config.seed)  # for the initial weights and the random queue
+        method = build_method(config, labels, teacher).to(device)
         if config.channels_last:
             method.to(memory_format=torch.channels_last)
     return method

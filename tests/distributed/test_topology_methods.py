@@ -1,7 +1,7 @@
 """Law 3 for methods without a file of their own: two processes, or micro-batches, compute the steps of one process."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ from torch import nn
 from moco.builder import KeyQueue
 from moco.data.loader import Batch
 from moco.distributed import average_running_statistics, broadcast_module, rank, world_size, wrap_ddp
+from moco.methods.distill import Distill
 from moco.methods.nnclr import NNCLR
 from moco.methods.ressl import ReSSL
 from moco.models.encoder import build_encoder, build_predictor
@@ -35,7 +36,18 @@ def ressl(bn: BatchNormKind) -> nn.Module:
     return ReSSL(encoder(bn), KeyQueue(80, C))
 
 
-METHODS: dict[str, Callable[[BatchNormKind], nn.Module]] = {"nnclr": nnclr, "ressl": ressl}
+def distill(bn: BatchNormKind, queue: bool = False) -> nn.Module:
+    student = encoder(bn)
+    torch.manual_seed(5)  # every rank has the same teacher
+    return Distill(student, encoder("batch"), KeyQueue(80, C) if queue else None, teacher_temperature=0.1, views=2)
+
+
+METHODS: dict[str, Callable[[BatchNormKind], nn.Module]] = {
+    "distill": distill,
+    "distill with a queue": partial(distill, queue=True),
+    "nnclr": nnclr,
+    "ressl": ressl,
+}
 SCENARIOS: dict[str, tuple[BatchNormKind, int]] = {  # bn, accumulate
     "grouped": ("grouped", 1),
     "2 micro-batches": ("grouped", 2),

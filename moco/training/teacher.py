@@ -1,0 +1,100 @@
+"""Load the frozen teacher of a distillation: `method.teacher`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moco.config import TrainConfig, require
+from moco.digest import digest
+from moco.distributed import all_gather_object
+from moco.interop.encoder_file import ForeignFileError, build, read_encoder
+from moco.interop.image_size import fit_to_size
+from moco.models.backbones import build_backbone
+from moco.models.probe import output_error
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # for files that do not record their own
+
+
+Normalization = tuple[list[float], list[float]]  # mean and standard deviation of each channel
+
+
+class Renormalize(nn.Module):
+    """Change the normalization of images (N, 3, S, S) from the run's to the teacher's."""
+
+    scale: Tensor  # (3, 1, 1)
+    shift: Tensor  # (3, 1, 1)
+
+    def __init__(self, run: Normalization, teacher: Normalization) -> None:
+        super().__init__()
+        mean, std, of_mean, of_std = (torch.tensor(each).view(3, 1, 1) for each in (*run, *teacher))
+        self.register_buffer("scale", std / of_std)
+        self.register_buffer("shift", (mean - of_mean) / of_std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale + self.shift
+
+
+def load_teacher(config: TrainConfig) -> nn.Module:
+    """Return the teacher in evaluation mode, images (N, 3, S, S) as the run prepares them to embeddings (N, model.dim).
+
+    Collective: all ranks must have the same weights.
+
+    Raises:
+        ConfigError: if the file does not exist, if the teacher's dimension is not `model.dim`, or if ranks differ.
+        ForeignFileError, CheckpointError, ValueError: see `moco.interop.encoder_file.read_encoder`, `fit_to_size` and
+            `moco.models.backbones.build_backbone`.
+    """
+    method: Any = config.method
+    network, images = _published(config) if method.teacher.startswith("timm/") else _from_file(config)
+    size, normalization = config.augment.size, (config.augment.mean, config.augment.std)
+    if normalization != images:
+        network = nn.Sequential(Renormalize(normalization, images), network)
+    network.eval().requires_grad_(False)
+    with torch.no_grad():
+        dim = network(torch.zeros(2, 3, size, size)).shape[1]
+    require(
+        dim == config.model.dim,
+        f"model.dim={config.model.dim} is not the dimension of method.teacher={method.teacher}: set model.dim={dim}",
+    )
+    first, *others = all_gather_object(lambda: digest(network.state_dict()))
+    require(
+        all(other == first for other in others),
+        f"method.teacher={method.teacher} has other weights on another rank: give every machine the same file",
+    )
+    if config.compile:
+        network.compile()
+    return network
+
+
+def _published(config: TrainConfig) -> tuple[nn.Module, Normalization]:
+    """Return a model of timm with its published weights, and the mean and standard deviation of its images."""
+    method: Any = config.method
+    network: Any = build_backbone(method.teacher, {"pretrained": True} | method.teacher_options)
+    if error := output_error(network, config.augment.size):
+        raise ForeignFileError(
+            f"method.teacher={method.teacher} does not fit augment.size={config.augment.size}: {error}; set "
+            f"+method.teacher_options.img_size={config.augment.size} for a ViT, or another augment.size"
+        )
+    images = network.pretrained_cfg
+    return network, (list(images["mean"]), list(images["std"]))
+
+
+def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
+    """Return the encoder of a file, or its backbone, and the mean and standard deviation of its images."""
+    method: Any = config.method
+    path = Path(method.teacher)
+    inside = f": name a file, such as method.teacher={path / 'encoder.safetensors'}"
+    state = f"is a folder{inside}" if path.is_dir() else "does not exist"
+    require(path.is_file(), f"method.teacher={path} {state}")
+    named = method.teacher_backbone or None, method.teacher_options or None
+    file = read_encoder(path, method.teacher_weights, *named)
+    projection = method.teacher_features == "projection"
+    require(
+        not projection or bool(file.head_weights),
+        f"method.teacher_features=projection, but {path} holds no projection head: set it to backbone",
+    )
+    encoder = build(fit_to_size(file, config.augment.size, "augment.size"))
+    images = IMAGENET | file.images
+    return encoder if projection else encoder.get_submodule("backbone"), (images["mean"], images["std"])
