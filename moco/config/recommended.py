@@ -7,7 +7,7 @@ INITIAL_SHARE = 1e-3  # the share of its initial weights that the momentum encod
 FEW_IMAGES = 200  # with fewer images, train only from published weights, see docs/howto/own_images.md
 SMALL_SET = 20_000  # with fewer images, train a small network, as on a laptop
 SMALL_BATCH, FEWEST_EPOCHS = 32, 10  # of the recipe for a small set
-BUDGET = 60_000  # epochs times images: about ten minutes on two CPU cores
+BUDGET = 40_000  # epochs times images: about ten minutes on a laptop
 
 
 def momentum_for(steps: int) -> float:

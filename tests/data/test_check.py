@@ -220,7 +220,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
 def test_a_folder_without_faults_gets_a_training_command_that_fits_it() -> None:
     data = DataConfig(name="folder", root="my images", labels="folder")
     command, time = suggest(data, 250, BUDGET)
-    assert "experiment=moco_v2_small epochs=240 method.queue_size=64" in command
+    assert "experiment=moco_v2_small epochs=160 method.queue_size=64" in command
     assert "'data.root=\"my images\"'" in command
     assert "data.labels=folder" in command
     assert "10 minutes" in time

@@ -79,8 +79,8 @@ def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
             "experiment=moco_v2_folder method.queue_size=4096 data.root=out run=runs/packed",
         ),
         ("folder", 30_000, "experiment=moco_v2_folder method.queue_size=4096 data=shards"),
-        ("folder", 3000, "experiment=moco_v2_small epochs=20 method.queue_size=736 method.momentum=0.996"),
-        ("huggingface", 250, "experiment=moco_v2_small epochs=240 method.queue_size=64 method.momentum=0.996"),
+        ("folder", 3000, "experiment=moco_v2_small epochs=13 method.queue_size=736 method.momentum=0.994"),
+        ("huggingface", 250, "experiment=moco_v2_small epochs=160 method.queue_size=64 method.momentum=0.994"),
         ("folder", 20, "too few images for a recipe; data=shards data.root=out"),
     ],
 )
