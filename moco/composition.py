@@ -10,18 +10,22 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 import yaml
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from moco import plugins
 from moco.config import ConfigError, MethodConfig, config_dir, expand_paths, require
 from moco.config.types import type_error
 from moco.methods import METHODS
@@ -43,8 +47,9 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
     """
     composed: list[DictConfig] = []
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors, instead of printing several lines and exiting
-    types = field_types(schema)
     try:
+        plugins.load(_plugins_named(sys.argv[1:]))
+        types = field_types(schema)
         with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
             register(name, schema, scratch)
             _refuse_options(sys.argv[1:], types)
@@ -58,9 +63,42 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
                 raise ConfigError(f"{' '.join(lists or sys.argv[1:])}: a group takes one name, group=NAME") from error
         if len(composed) > 1:
             _refuse_shared_output(composed, types)
-        return [to_dataclass(each, schema) for each in composed]
+        configs = [to_dataclass(each, schema) for each in composed]
+        for config in configs:
+            _refuse_unloaded_plugins(config)
+        return configs
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_sentence(error, schema)) from error
+
+
+def _plugins_named(arguments: Sequence[str]) -> list[str]:
+    """Return the plug-ins of a command line, or else of its recipe, before Hydra reads either.
+
+    A value of another form than a list of names is left to Hydra and the schema, which refuse it.
+    """
+    values = {key.lstrip("+"): value for key, _, value in (each.partition("=") for each in arguments)}
+    if "plugins" in values:
+        with suppress(HydraException):
+            return _names(OverridesParser.create().parse_override(f"plugins={values['plugins']}").value())
+    folders = [get_args_parser().parse_known_args(list(arguments))[0].config_dir, config_dir()]
+    for folder in filter(None, folders):
+        file = Path(folder, "experiment", f"{values.get('experiment')}.yaml")
+        if file.is_file():
+            with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
+                return _names(yaml.safe_load(file.read_text(encoding="utf-8")).get("plugins"))
+            return []
+    return []
+
+
+def _names(value: Any) -> list[str]:
+    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else []
+
+
+def _refuse_unloaded_plugins(config: Any) -> None:
+    """Refuse plug-ins that another file than the recipe names, such as one among the recipe's defaults."""
+    unloaded = [each for each in config.plugins if each not in plugins.versions()]
+    named = f"plugins=[{','.join(config.plugins)}]"
+    require(not unloaded, f"{named} stands neither on the command line nor in the recipe's own file: add {named}")
 
 
 def _with_recipe(config: DictConfig) -> DictConfig:
@@ -133,10 +171,19 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     for each in fields(schema):
         for option, node in SCHEMAS.get(each.type, {}).items():
             store.store(name=f"{option}_schema", node=node)
+    for group, names in _options_of_plugins().items():
+        for option in names:
+            store.store(group=group, name=option, node=METHODS[option] if group == "method" else {"name": option})
     quiet = {"output_subdir": None, "run": {"dir": "."}, "job": {"chdir": False}}
     quiet |= {"sweep": {"dir": scratch, "subdir": "."}, "hydra_help": {"template": "${hydra.help.template}"}}
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
     OmegaConf.register_new_resolver("groups", _groups, replace=True)
+
+
+def _options_of_plugins() -> dict[str, list[str]]:
+    """Return the names that plug-ins add to groups: method=NAME with the defaults of its schema, and data=NAME."""
+    sources = sys.modules.get("moco.data.sources")  # not imported here: that needs torch
+    return {"method": METHODS.added, "data": sources.SOURCES.added if sources else []}
 
 
 def _groups(name: str) -> str:
@@ -145,7 +192,8 @@ def _groups(name: str) -> str:
     defaults = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
     groups = [str(key) for each in defaults if isinstance(each, dict) for key in each if (folder / key).is_dir()]
     options = {group: sorted(file.stem for file in (folder / group).glob("*.yaml")) for group in groups}
-    return "\n".join(f"{group}: {', '.join(names)}" for group, names in options.items())
+    added = _options_of_plugins()
+    return "\n".join(f"{group}: {', '.join([*names, *added.get(group, [])])}" for group, names in options.items())
 
 
 def _sentence(error: Exception, schema: type) -> str:
@@ -162,7 +210,8 @@ def _sentence(error: Exception, schema: type) -> str:
     if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)
         available = f"; available: {', '.join(options)}" if options else ""
-        return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}"
+        own = "; for one of a plug-in, add its module, plugins=[MODULE]" * missing[1].startswith(("method/", "data/"))
+        return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}{own}"
     lines = [str(each).splitlines()[0].strip() for each in (error, error.__cause__) if str(each or "")]
     field = getattr(error, "full_key", None)
     if missing := re.search(r"Interpolation key '([^']+)'", text):  # in a list, OmegaConf names no field

@@ -43,6 +43,7 @@ ORDER = [
     {"builder"},
     {"losses", "models", "data"},
     {"runtime"},
+    {"plugins"},
     {"distributed", "config", "files", "digest", "untrusted"},
 ]
 HYDRA_USERS = {"composition", "overrides"}

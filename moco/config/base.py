@@ -182,8 +182,17 @@ def paths_of(config: Any) -> Iterator[tuple[str, str]]:
             yield from ((name, path) for path in (value if isinstance(value, list) else [value]))
 
 
+@dataclass(kw_only=True)
+class CommandConfig:
+    """The field that every command has."""
+
+    plugins: list[str] = bounded([], unique=True, example="plugins=[my_package.my_module]")
+    """Modules to import first, which add methods, data sets, ... of their own; see docs/howto/extend.md. Only a command
+    line and a recipe import modules: name them again for each command that reads the run."""
+
+
 @dataclass
-class ComputeConfig:
+class ComputeConfig(CommandConfig):
     """The device of a command that computes, and how it computes there."""
 
     device: str = bounded("auto", choices=("auto", "cpu", "cuda"))

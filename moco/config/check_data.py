@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import bounded, check_bounds, require
+from moco.config.base import CommandConfig, bounded, check_bounds, require
 from moco.config.data import DataConfig, check_data_fields
 from moco.config.recommended import BUDGET
 
 
 @dataclass
-class CheckDataConfig:
+class CheckDataConfig(CommandConfig):
     """Check a folder of images for anything that would stop a run."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import bounded, check_bounds, require
+from moco.config.base import CommandConfig, bounded, check_bounds, require
 from moco.config.data import DataConfig, check_data_fields
 
 
 @dataclass
-class PackConfig:
+class PackConfig(CommandConfig):
     """Pack a folder of images into tar files (shards), optionally at a smaller size."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))

@@ -39,6 +39,7 @@ class AugmentConfig:
     zoom: list[float] = field(default_factory=lambda: [1.0, 1.0])
     shear: float = 0.0
     noise: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    steps: dict[str, Any] = field(default_factory=dict)
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     eval_resize: int = bounded(0, ge=0, le=65_536)
@@ -197,7 +198,9 @@ class TrainConfig(ComputeConfig):
     profile: bool = False
     """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
     log_every: int = bounded(10, ge=1)
-    """Write a record to metrics.jsonl and TensorBoard every N steps."""
+    """Write a record to metrics.jsonl and the loggers every N steps."""
+    logger: list[str] = bounded(["tensorboard"], unique=True)
+    """Where metrics are written in addition to metrics.jsonl: tensorboard, and the loggers of plug-ins."""
     analyse_every: int = bounded(5, ge=0)
     """Add alignment, uniformity, effective rank and other measures to every N-th record; 0: never."""
     stop_after: float = bounded(0.0, ge=0)

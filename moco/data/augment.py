@@ -9,8 +9,8 @@ are sent in two queued copies.
     query = augment(crops, params, view)
 
 The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flips,
-quarter turn, noise, normalize. Deviation: the official pipelines round to 8 bits after each operation, this one stays
-in float32.
+quarter turn, noise, steps of plug-ins, normalize. Deviation: the official pipelines round to 8 bits after each
+operation, this one stays in float32.
 
 Legend: N samples, S x S pixels of a view.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from moco.data import ops
 from moco.data.crop import crop_boxes, resized_crop, resized_crops, shrunk_box
-from moco.data.view import Params, View
+from moco.data.view import STEPS, Params, View
 from moco.distributed import copy_to_device
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
@@ -123,6 +123,11 @@ def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> Non
         change(f"turn{turns}", partial(torch.rot90, k=turns, dims=(2, 3)))
     if "noise" in plan:
         x.add_(plan["noise"]).clamp_(0, 1)
+    start = 0
+    for name, options in view.steps.items():
+        step = STEPS[name]
+        x = step.function(x, plan["steps"][:, start : start + step.draws], **options)
+        start += step.draws
     torch.sub(x, plan["mean"], out=out).div_(plan["std"])
 
 
@@ -172,6 +177,8 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
         plan["jitter"] = rows
     if params.noise.size:
         plan["noise"] = params.noise[:, None]  # (n, 1, S, S)
+    if view.steps:
+        plan["steps"] = params.steps  # (n, D)
     for name in ("mean", "std"):
         plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, 3, 1, 1)
     return plan

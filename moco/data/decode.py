@@ -134,7 +134,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, bits: int = 16)
             if pixels is None:
                 deep = bits < 16 and has_deep_color(image)
                 image.load()
-                pixels = _pil_to_tensor(_deep_to_eight_bits(image, data, bits) if deep else image, bits)
+                pixels = pil_to_tensor(_deep_to_eight_bits(image, data, bits) if deep else image, bits)
             return Decoded.full(pixels)
     except ImageError:
         raise
@@ -187,7 +187,7 @@ def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded |
         return None
     image.draft("RGB", (image.size[0] // factor, image.size[1] // factor))
     image.load()
-    pixels = _pil_to_tensor(image)
+    pixels = pil_to_tensor(image)
     assert pixels.shape[1:] == (-(-height // factor), -(-width // factor)), (pixels.shape, height, width, factor)
     return Decoded(pixels, (height, width), factor)
 
@@ -262,7 +262,7 @@ def _deep_to_eight_bits(image: Image.Image, data: bytes, bits: int) -> Image.Ima
     return small
 
 
-def _pil_to_tensor(image: Image.Image, bits: int = 16) -> Tensor:
+def pil_to_tensor(image: Image.Image, bits: int = 16) -> Tensor:
     """Convert a loaded image of any mode to uint8 RGB (3, H, W)."""
     stated = _stated_bits(image)
     with contextlib.suppress(Exception):  # broken EXIF data does not affect the pixels

@@ -27,6 +27,7 @@ SEARCH = 3_010  # the query images of a search
 REPORT = 3_011  # the images in a report
 SUBSTITUTE = 3_020  # the substitutes of an unreadable image
 SHARDS = 3_030  # the order in which a pass over a stream reads its shards
+STEPS = 4_000  # augmentation steps of plug-ins; one stream per view: STEPS + view
 MIXING = 5_000  # the shuffling of a streamed data set in a worker's buffer; one stream per worker: MIXING + worker
 DRAW_LABELS = 10_000  # the labeled samples of a few-label evaluation; one stream per draw
 

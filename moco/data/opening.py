@@ -147,6 +147,8 @@ def build_views(config: AugmentConfig) -> list[View]:
     for values in (first, first | config.second):
         try:
             recipes.append(View(**with_tuples(values)))
+        except ConfigError:  # about steps of plug-ins
+            raise
         except (ValueError, TypeError) as error:
             raise ConfigError(f"augment.{error}") from error
     return [recipes[view % 2] for view in range(config.views)]

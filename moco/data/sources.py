@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from moco.data.depth import with_bits
 from moco.data.folder import FolderSource, open_folder, open_imagenet
 from moco.data.hub import open_hub
 from moco.data.keyed import BANK, permutation
+from moco.data.map_dataset import open_datasets
 from moco.data.remote import open_remote
 from moco.data.shards import open_shards
+from moco.plugins import Registry
 
-__all__ = ["SOURCES", "ArraySource", "FolderSource", "Source", "Sources", "limited", "load_source"]
+__all__ = ["SOURCES", "ArraySource", "FolderSource", "Source", "Sources", "from_dataset", "limited", "load_source"]
 
 
 class Kind(NamedTuple):
@@ -42,17 +44,34 @@ class Kind(NamedTuple):
 
 _DOWNLOADED = "the folder that contains the data set, or into which data.download=true downloads it"
 
-SOURCES: dict[str, Kind] = {
-    "digits": Kind(open_digits, root=""),
-    "cifar10": Kind(partial(open_cifar, "CIFAR10"), root=_DOWNLOADED),
-    "cifar100": Kind(partial(open_cifar, "CIFAR100"), root=_DOWNLOADED),
-    "stl10": Kind(open_stl10, root=_DOWNLOADED),
-    "imagenet": Kind(open_imagenet, searched=("train", "val")),
-    "folder": Kind(open_folder, searched=("",)),
-    "shards": Kind(open_shards, root="the output of moco.pack"),
-    "webdataset": Kind(open_remote, root="addresses of tar files, such as 'https://HOST/train-{000000..000099}.tar'"),
-    "huggingface": Kind(open_hub, root="a name on the hub, or the folder of a data set", searched=("",)),
-}
+SOURCES: Registry[Kind] = Registry(
+    "data.name",
+    {
+        "digits": Kind(open_digits, root=""),
+        "cifar10": Kind(partial(open_cifar, "CIFAR10"), root=_DOWNLOADED),
+        "cifar100": Kind(partial(open_cifar, "CIFAR100"), root=_DOWNLOADED),
+        "stl10": Kind(open_stl10, root=_DOWNLOADED),
+        "imagenet": Kind(open_imagenet, searched=("train", "val")),
+        "folder": Kind(open_folder, searched=("",)),
+        "shards": Kind(open_shards, root="the output of moco.pack"),
+        "webdataset": Kind(
+            open_remote, root="addresses of tar files, such as 'https://HOST/train-{000000..000099}.tar'"
+        ),
+        "huggingface": Kind(open_hub, root="a name on the hub, or the folder of a data set", searched=("",)),
+    },
+)
+
+
+def from_dataset(open_dataset: Callable[[DataConfig], Any]) -> Kind:
+    """Return the kind of a data set of torch.
+
+        SOURCES["mine"] = from_dataset(lambda config: MyDataset(config.root))
+
+    Args:
+        open_dataset: returns a map-style `torch.utils.data.Dataset` without transforms, or a pair of them (training,
+            held-out). For the items see `moco.data.map_dataset`.
+    """
+    return Kind(partial(open_datasets, open_dataset))
 
 
 def load_source(
@@ -72,11 +91,9 @@ def load_source(
         ValueError: if a field does not fit the data set.
         ImageError: if an image cannot be decoded into memory.
     """
-    if config.name not in SOURCES:
-        raise ValueError(f"data.name={config.name!r} is unknown: set one of {', '.join(SOURCES)}")
+    kind = SOURCES.find(config.name)
     check_bounds(config, "data.")
     check_data_fields(config)
-    kind = SOURCES[config.name]
     if kind.root and not config.root:
         raise FileNotFoundError(f"data.root is empty: set it to {kind.root}")
     found = kind.open(config, keep_unlistable=True) if keep_unlistable else kind.open(config)

@@ -7,12 +7,16 @@ Legend: N samples, S x S pixels of a view, D = CROP_DRAWS.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from moco.data import keyed
 from moco.data.crop import CROP_DRAWS
 from moco.data.keyed import keyed_uniform
+from moco.plugins import Registry, check_options
 
 # Draw numbers. They are part of the format: a new operation uses free numbers, so that existing views do not change.
 # The first CROP_DRAWS numbers are the crop's.
@@ -28,6 +32,20 @@ _HIGHEST = {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf
 _HIGHEST |= {"solarize_threshold": 1, "degrees": 180, "translate": 1, "shear": 89}
 _RANGES: dict[str, tuple[float, float]] = {"crop_scale": (1e-6, 1), "noise": (0.0, 1.0)}
 _RANGES |= dict.fromkeys(("crop_ratio", "blur_sigma", "zoom"), (1e-6, math.inf))
+
+
+class Step(NamedTuple):
+    """An augmentation step of a plug-in: a function of a batch, and how many random numbers it needs per sample.
+
+    The function takes images (N, 3, S, S), float in 0 ... 1, uniform numbers in [0, 1), (N, draws), both on the device,
+    and its options by name. It returns the changed images, of the same shape. It draws no random numbers of its own.
+    """
+
+    function: Callable[..., Any]
+    draws: int = 0
+
+
+STEPS: Registry[Step] = Registry("augment.steps", {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +101,9 @@ class View:
     """The horizontal shear is uniform in -shear ... shear degrees."""
     noise: tuple[float, float] = (0.0, 0.0)
     """Lowest and highest standard deviation of Gaussian noise (images are 0 ... 1), the same on all three channels."""
+    steps: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Steps of plug-ins with their options, in this order, after all others: +augment.steps.NAME.OPTION=VALUE, or
+    +augment.steps.NAME={} for the defaults."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """The mean per channel, subtracted at the end (images are 0 ... 1)."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -99,6 +120,8 @@ class View:
             value, high = getattr(self, name), _HIGHEST.get(name, 1)
             if not (0 <= value <= high and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must lie in 0 ... {high}")
+        for name, options in self.steps.items():
+            check_options(f"augment.steps.{name}", STEPS.find(name).function, options, arguments=2)
         for name, (low, high) in _RANGES.items():
             values = getattr(self, name)
             if len(values) != 2 or not (low <= values[0] <= values[1] <= high and math.isfinite(values[1])):
@@ -127,6 +150,7 @@ class Params:
     affine: NDArray[np.bool_]  # (N,)
     theta: NDArray[np.float32]  # (N, 6), see ops.affine
     noise: NDArray[np.float32]  # (N, S, S); (N, 0, 0) if the view has none
+    steps: NDArray[np.float32]  # (N, D), uniform numbers of all steps of plug-ins
 
     def __len__(self) -> int:
         return len(self.jitter)
@@ -148,6 +172,7 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
     """
     noisy = view.noise[1] > 0
     u = keyed_uniform(seed, epoch, index, stream, _PIXELS + view.size**2 + 1 if noisy else _DRAWS).astype(np.float64)
+    own = sum(STEPS[name].draws for name in view.steps)
     strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     center = np.array([1.0, 1.0, 1.0, 0.0])
     low = np.where(center > 0, np.maximum(center - strengths, 0), -strengths)  # a factor is never negative
@@ -165,6 +190,7 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
         affine=u[:, _AFFINE] < view.affine_p,
         theta=_affine_theta(u, view),
         noise=_pixel_noise(u, view) if noisy else np.zeros((len(u), 0, 0), dtype=np.float32),
+        steps=keyed_uniform(seed, epoch, index, keyed.STEPS + stream, own) if own else u[:, :0].astype(np.float32),
     )
 
 

@@ -30,6 +30,7 @@ from moco.evaluation.subject import Subject, data_with_absolute_paths, labels_of
 from moco.evaluation.task import Result, Task, training_view
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
 from moco.interop.weights import save_weights
+from moco.plugins import naming_plugins
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent
 from moco.runtime.next_command import command
@@ -99,7 +100,8 @@ def view_of(config: FinetuneConfig, subject: Subject) -> View:
     """
     known = {each.name for each in fields(View)}
     of_run = {name: value for name, value in subject.file.config.get("augment", {}).items() if name in known}
-    return training_view(subject.transform, "view", config.view, of_run or DEFAULT_VIEW)
+    with naming_plugins(subject.file.source, subject.file.config):
+        return training_view(subject.transform, "view", config.view, of_run or DEFAULT_VIEW)
 
 
 def pick(config: FinetuneConfig, labeled: Source, seed: int) -> NDArray[np.int64]:

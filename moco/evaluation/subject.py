@@ -27,6 +27,7 @@ from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.interop.image_size import fit_to_size
 from moco.models.encoder import Encoder
+from moco.plugins import naming_plugins
 from moco.runs import checkpoint
 from moco.runs.directory import in_run_directory, no_checkpoint_message
 from moco.runtime.console import log, progress_bar
@@ -150,7 +151,8 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
     try:
         if config.output:
             refuse_output_inside(data, "output", config.output)
-        return open_sources(data, bank_size=0)
+        with naming_plugins(subject.file.source, subject.file.config):
+            return open_sources(data, bank_size=0)
     except FileNotFoundError as error:
         of_run = {name: path for name, path in _paths(data).items() if getattr(config.data, name) is None}
         if not of_run:

@@ -107,6 +107,8 @@ def training_view(
         require(name in free, f"{field}.{name} is not a field of a view: use one of {', '.join(free)}")
     try:
         return View(**with_tuples({**(defaults or {}), **given, **fixed}))
+    except ConfigError:  # about steps of plug-ins
+        raise
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{field}.{error}") from error
 

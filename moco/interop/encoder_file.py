@@ -21,6 +21,7 @@ from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, 
 from moco.interop.weights import save_weights
 from moco.models.backbones import build_backbone
 from moco.models.encoder import Encoder, projection_head
+from moco.plugins import naming_plugins
 from moco.runs import checkpoint
 from moco.runs.weights_file import CodeRefused, read_weights
 from moco.untrusted import parse_json, refuse_special_file
@@ -114,7 +115,8 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
 def _backbone(file: EncoderFile) -> nn.Module:
     options = {name: value for name, value in file.options.items() if name not in _LOADING_OPTIONS}
     try:
-        return build_backbone(file.backbone, options)
+        with naming_plugins(file.source, file.config):
+            return build_backbone(file.backbone, options)
     except (RuntimeError, MemoryError) as error:
         network = f"backbone={file.backbone} with {options}"
         raise ForeignFileError(f"{file.source}: {network} cannot be built ({cause(error)})") from error

@@ -3,8 +3,9 @@
 Legend: N queries, C dimension, K queue length, s negatives mixed from pairs, s' mixed with the query, E = s + s'.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from moco.losses.positives import PositivesMean
 from moco.losses.queue import check_inputs, cross_entropy_of_key, info_nce_logits
 from moco.losses.similarity import ABSENT, Temperature, check_mask, full_precision, paired_similarity, similarity
 from moco.losses.streamed import logit_measures
+from moco.plugins import Registry, check_options
+
+# Switches of plug-ins: functions of the logits (N, 1 + K + E), the positive first, and of their options by name, which
+# return the logits of the cross entropy.
+SWITCHES: Registry[Callable[..., Tensor]] = Registry("method.switches", {})
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class Switches:
     mix_query: int = 0  # s'
     decoupled: bool = False  # see `cross_entropy_over_positives`
     positives_mean: PositivesMean = "outside"  # see `cross_entropy_over_positives`
+    switches: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of plug-ins, by name, with their options
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for an unknown switch of a plug-in, or an unknown option."""
+        for name, options in self.switches.items():
+            check_options(f"method.switches.{name}", SWITCHES.find(name), options, arguments=1)
 
     @property
     def mixed(self) -> int:
@@ -131,6 +143,8 @@ def _loss(
         absent = (mixed == 0).all(dim=2)  # (N, E), True for a query without any negative to mix
         extra = (similarity(query, mixed) / temperature).masked_fill(absent, ABSENT)
         logits = torch.cat([logits, extra], dim=1)  # (N, 1+K+E)
+    for name, options in switches.switches.items():
+        logits = SWITCHES[name](logits, **options)
     return cross_entropy_of_key(logits, positives, switches.positives_mean, switches.decoupled)
 
 
@@ -150,6 +164,7 @@ def _check(
         "false_negatives": switches.false_negatives != "keep",
         "decoupled": switches.decoupled,
         "positives": positives is not None,
+        **dict.fromkeys(switches.switches, True),
     }
     on = [name for name, is_on in others.items() if is_on]
     if switches.debias and on:

@@ -7,22 +7,26 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from moco.config import ConfigError, MethodConfig
+from moco.config import MethodConfig
 from moco.methods.distill_config import DistillConfig
 from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3_config import MoCoV3Config
 from moco.methods.nnclr_config import NNCLRConfig
 from moco.methods.ressl_config import ReSSLConfig
 from moco.methods.simclr_config import SimCLRConfig
+from moco.plugins import Registry
 
-METHODS: dict[str, type[MethodConfig]] = {
-    "distill": DistillConfig,
-    "moco": MoCoConfig,
-    "moco_v3": MoCoV3Config,
-    "nnclr": NNCLRConfig,
-    "ressl": ReSSLConfig,
-    "simclr": SimCLRConfig,
-}
+METHODS: Registry[type[MethodConfig]] = Registry(
+    "method.name",
+    {
+        "distill": DistillConfig,
+        "moco": MoCoConfig,
+        "moco_v3": MoCoV3Config,
+        "nnclr": NNCLRConfig,
+        "ressl": ReSSLConfig,
+        "simclr": SimCLRConfig,
+    },
+)
 
 
 def read_method(values: Mapping[str, Any]) -> MethodConfig:
@@ -34,8 +38,6 @@ def read_method(values: Mapping[str, Any]) -> MethodConfig:
     Raises:
         ConfigError: for an unknown method.
     """
-    name = values.get("name", "moco")
-    if name not in METHODS:
-        raise ConfigError(f"method.name={name!r} must be one of {', '.join(METHODS)}")
-    known = {each.name for each in fields(METHODS[name])}
-    return METHODS[name](**{field: value for field, value in values.items() if field in known})
+    schema = METHODS.find(values.get("name", "moco"))
+    known = {each.name for each in fields(schema)}
+    return schema(**{field: value for field, value in values.items() if field in known})

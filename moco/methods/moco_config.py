@@ -1,6 +1,6 @@
 """MoCo v1, v2 and v2+, with labels SupMoCo: fields, checks and construction. The algorithm is in moco/builder.py."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moco.config.base import bounded, require
@@ -8,7 +8,7 @@ from moco.config.method import MethodConfig, check_margin, refuse_together
 from moco.config.train import TrainConfig
 
 _DEBIAS = "the estimate of debias holds only if all keys of the queue are unchanged negatives"
-_NOT_WITH_DEBIAS = ("labels", "margin", "false_negatives", "mix_hardest", "decoupled")
+_NOT_WITH_DEBIAS = ("labels", "margin", "false_negatives", "mix_hardest", "decoupled", "switches")
 
 
 @dataclass
@@ -60,6 +60,9 @@ class MoCoConfig(MethodConfig):
     positives_mean: str = bounded("outside", choices=("outside", "inside"))
     """With several positives per query (labels, attract): take their mean outside the logarithm (L_out of Khosla et
     al., 2020, Eq. 2) or inside (L_in, Eq. 3: one softmax over all positives)."""
+    switches: dict[str, Any] = field(default_factory=dict)
+    """Changes of the logits by plug-ins, with their options, in this order: +method.switches.NAME.OPTION=VALUE, or
+    +method.switches.NAME={} for the defaults."""
 
     has_momentum_encoder = True
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moco.files import cause
 from moco.models.vit import vit, vit_base, vit_conv_base, vit_conv_small, vit_small
+from moco.plugins import Registry
 
 
 class ConvNet(nn.Module):
@@ -55,15 +56,18 @@ def _resnet(name: str, /, stem: str = "imagenet", **options: Any) -> nn.Module:
     return network  # type: ignore[no-any-return]
 
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {
-    "convnet": ConvNet,
-    **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
-    "vit": vit,
-    "vit_small": vit_small,
-    "vit_base": vit_base,
-    "vit_conv_small": vit_conv_small,
-    "vit_conv_base": vit_conv_base,
-}
+BACKBONES: Registry[Callable[..., nn.Module]] = Registry(
+    "model.backbone",
+    {
+        "convnet": ConvNet,
+        **{name: partial(_resnet, name) for name in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")},
+        "vit": vit,
+        "vit_small": vit_small,
+        "vit_base": vit_base,
+        "vit_conv_small": vit_conv_small,
+        "vit_conv_base": vit_conv_base,
+    },
+)
 
 
 def _timm_model(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -103,9 +107,7 @@ def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
     try:
         if name.startswith("timm/"):
             return _timm_model(name, options)
-        if name not in BACKBONES:
-            raise ValueError(f"model.backbone={name!r} must be one of {', '.join(BACKBONES)}, or timm/NAME")
-        return BACKBONES[name](**options)
+        return BACKBONES.find(name, also="timm/NAME")(**options)
     except (TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         reason = first.removesuffix(" but expected one of:")  # torch lists all alternatives

@@ -10,6 +10,7 @@ from typing import Any
 from moco.analysis.doctor import Alarm, diagnose, facts_of
 from moco.config import ConfigError, MethodConfig, RunWarning, TrainConfig, require
 from moco.methods import read_method
+from moco.plugins import naming_plugins
 from moco.runs import checkpoint
 from moco.runs.directory import no_checkpoint_message
 from moco.runs.metrics import Metrics, read_metrics
@@ -42,7 +43,8 @@ class Run:
     @property
     def method(self) -> MethodConfig:
         """The configuration of its method; fields that are newer than the run have their defaults."""
-        return read_method(self.config.get("method", {}))
+        with naming_plugins(self.path, self.config):
+            return read_method(self.config.get("method", {}))
 
     @property
     def starts_trained(self) -> bool:

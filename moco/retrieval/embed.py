@@ -31,6 +31,7 @@ from moco.evaluation import subject as subjects
 from moco.evaluation.features import stream
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
+from moco.plugins import recorded
 from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
 from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
@@ -176,6 +177,7 @@ def _about(work: _Work) -> About:
             "content": on_rank_zero(lambda: source.content_digest()),
         },
         "data": data,
+        **recorded(),
         "look": json.loads(json.dumps(asdict(subject.transform))),
         "features": config.features,
         "normalize": config.normalize,

@@ -18,6 +18,7 @@ from moco.evaluation.features import EvalTransform, stream
 from moco.evaluation.subject import open_subject, weights_digest
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.interop.image_size import fit_to_size
+from moco.plugins import naming_plugins
 from moco.reporting.gallery import ImageSet
 from moco.retrieval.embed import build_network
 from moco.retrieval.store import Embedding, open_embedding, read_about
@@ -32,7 +33,8 @@ def open_index(config: SearchConfig) -> Embedding:
     about = read_about(Path(config.index))
     given = config.data.overrides()
     data = recorded_data(about["data"], given, f"index={config.index}", trusted=True) | given
-    sources = open_sources(DataConfig(**data), bank_size=0)
+    with naming_plugins(f"index={config.index}", about):
+        sources = open_sources(DataConfig(**data), bank_size=0)
     source = getattr(sources, about["pictures"]["split"])
     require(
         source is not None and names_digest(source) == about["pictures"]["sha256"],

@@ -13,6 +13,7 @@ import yaml
 from moco.config import ConfigError, require
 from moco.files import atomic_write, write_errors
 from moco.methods import read_method
+from moco.plugins import missing_plugins, naming_plugins
 from moco.runs.checkpoint import list_checkpoints
 from moco.runs.metrics import METRICS
 from moco.runtime.output_directory import LOCK, lock_directory
@@ -22,7 +23,9 @@ from moco.untrusted import read_yaml
 # data.on_bad_image and data.max_bad decide whether a run continues after an unreadable image, not what replaces it.
 FREE_FIELDS = (
     "recipe",
+    "plugins",  # a missing one is refused by `refuse_missing_plugins`, and another version is reported
     *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
+    "logger",
     *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
     *(f"data.{name}" for name in ("root", "eval_root", "download", "allow_pipe", "workers", "on_bad_image", "max_bad")),
 )
@@ -49,7 +52,8 @@ def refuse_difference(
         defaults: the values of fields that did not exist yet when the earlier run was configured.
     """
     if there.get("method"):
-        there = {**there, "method": asdict(read_method(there["method"]))}
+        with naming_plugins(f"run={path}", there):
+            there = {**there, "method": asdict(read_method(there["method"]))}
     before, now, default = flatten(there), flatten(config), flatten(defaults or {})
     before |= {name: default[name] for name in now.keys() & default.keys() - before.keys()}
     # With grouped BN, micro-batches do not change the results; otherwise they do.
@@ -96,6 +100,14 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     with atomic_write(file) as temporary:
         temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     return lock
+
+
+def refuse_missing_plugins(path: Path) -> None:
+    """Raise ConfigError if the run that would resume in `path` used plug-ins that are not loaded."""
+    file = path / "config.yaml"
+    resumes = file.is_file() and any((path / "checkpoints").glob("step_*.pt"))
+    missing = missing_plugins(_read(file)) if resumes else ""
+    require(not missing, f"run={path} was started with plug-ins, without which it cannot resume: add {missing}")
 
 
 def in_run_directory(file: Path) -> bool:

@@ -1,46 +1,64 @@
-"""Write and read the metrics of a run: metrics.jsonl and TensorBoard's event files."""
+"""Write and read the metrics of a run: metrics.jsonl, and the loggers that the field `logger` names.
+
+To add a logger: a class derived from `Logger`, and a line in `LOGGERS`.
+"""
 
 import json
 import math
 import os
 import shutil
-import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
-
-import numpy as np
+from typing import Any, Protocol, TextIO
 
 from moco.config import RunWarning
-from moco.files import atomic_write, write_errors
+from moco.files import WriteError, atomic_write, cause, write_errors
+from moco.plugins import Registry
+from moco.runs.tensorboard import TensorBoard
 from moco.untrusted import read_yaml
 
 METRICS = "metrics.jsonl"
 
-_HYPERPARAMETERS = {  # of TensorBoard's tab HParams, by the group of the configuration; "": of no group
-    "": ("recipe", "seed", "epochs", "batch_size"),
-    "data": ("name",),
-    "model": ("backbone",),
-    "method": ("name", "temperature", "momentum", "queue_size"),
-    "optim": ("name", "lr", "weight_decay"),
-}
-_RESULTS = ("accuracy/knn", "retrieval/retrieval", "train/loss")  # metrics of that tab
-
 Metrics = dict[str, tuple[list[float], list[float]]]  # by name: steps and values
 
 
+class Logger(Protocol):
+    """Receives the metrics of a run on rank zero. A class that derives from it has the defaults, which do nothing.
+
+    An error that a method raises does not end the run: it is reported once, and the logger gets nothing more. Only a
+    `moco.files.WriteError` ends the run, as one of metrics.jsonl does.
+    """
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers, some of which may be nan or infinite; names are "train/loss", "accuracy/knn", ..."""
+
+    def log_histogram(self, name: str, counts: Any, step: int) -> None:
+        """Record counts in equal bins over -1 ... 1, shape (B,)."""
+
+    def log_image(self, name: str, image: Any) -> None:
+        """Record an image (3, H, W), float in 0 ... 1 or uint8."""
+
+    def close(self) -> None:
+        """Write what is left; called at the end of the run, also if an error ends it."""
+
+
+# Constructors by name, called with the run's directory, its configuration as nested dicts, and the step from which it
+# resumes, 0 for a new run.
+LOGGERS: Registry[Callable[[Path, Mapping[str, Any], int], Logger]] = Registry("logger", {"tensorboard": TensorBoard})
+
+
 class MetricsLogger:
-    """Writes metrics.jsonl and TensorBoard's events. Every method raises `WriteError` if the disk is full.
+    """Writes metrics.jsonl and passes all metrics to the loggers. Raises `WriteError` if the disk is full.
 
     Args:
         path: the run's directory.
         step: the step from which training resumes. Later records of an earlier attempt are dropped.
+        loggers: names in `LOGGERS`.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # costs seconds at start-up
-
+    def __init__(self, path: Path, step: int, loggers: Sequence[str] = ("tensorboard",)) -> None:
         self._path = file = path / METRICS
         with write_errors(file):
             if file.is_file():
@@ -48,46 +66,39 @@ class MetricsLogger:
                 with atomic_write(file) as temporary:
                     temporary.write_text("".join(f"{line}\n" for line in kept))
             self._file = self._open()
-            self._hook = threading.excepthook
-            threading.excepthook = self._on_thread_error
-            self._events = SummaryWriter(str(path), purge_step=step + 1 if step else 0)
-            self._describe(path / "config.yaml")
+        config = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else {}
+        self._loggers: dict[str, Logger] = {}
+        for name in loggers:
+            construct = LOGGERS.find(name)
+            with self._without_failing(name):
+                self._loggers[name] = construct(path, config, step)
 
-    def _describe(self, config: Path) -> None:
-        """Add to TensorBoard: the configuration, its hyperparameters, and a chart of the accuracies with baselines."""
-        if config.is_file():
-            lines = config.read_text(encoding="utf-8").splitlines()
-            self._events.add_text("configuration", "\n".join(f"    {line}" for line in lines))
-            self._add_hyperparameters(read_yaml(config))
-        charts = {name: {f"{name} and baselines": ["Multiline", [f"{name}/.*"]]} for name in ("accuracy", "retrieval")}
-        self._events.add_custom_scalars(charts)
+    @contextmanager
+    def _without_failing(self, name: str) -> Iterator[None]:
+        """Let a logger fail: warn, and do without it from now on."""
+        try:
+            yield
+        except WriteError:
+            raise
+        except Exception as error:  # a logger of a plug-in raises whatever its library does
+            self._loggers.pop(name, None)
+            message = f"logger={name} failed ({type(error).__name__}: {cause(error)}): the run continues without it"
+            warnings.warn(message, RunWarning, stacklevel=5)
 
-    def _add_hyperparameters(self, config: Mapping[str, Any]) -> None:
-        """Add a row to the tab HParams. `SummaryWriter.add_hparams` would write it to a directory of its own."""
-        from torch.utils.tensorboard.summary import hparams
-
-        groups = {group: config if group == "" else config.get(group) or {} for group in _HYPERPARAMETERS}
-        values = {
-            f"{group}.{name}".lstrip("."): value
-            for group, names in _HYPERPARAMETERS.items()
-            for name in names
-            if isinstance(value := groups[group].get(name), int | float | str)
-        }
-        experiment, start, _ = hparams(values, dict.fromkeys(_RESULTS, 0))
-        writer: Any = self._events.file_writer
-        writer.add_summary(experiment)
-        writer.add_summary(start)
+    def _each(self, call: Callable[[Logger], object]) -> None:
+        for name, logger in list(self._loggers.items()):
+            with self._without_failing(name):
+                call(logger)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line, and one point per curve; names are "train/loss", "accuracy/knn", ..."""
+        """Append one line, and pass the values on; names are "train/loss", "accuracy/knn", ..."""
+        numbers = {name: float(value) for name, value in values.items()}
         # JSON has neither NaN nor infinity (such as the gradient norm after an overflow of fp16): write null.
         plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with write_errors(self._path):
             self._restore()
             self._file.write(json.dumps({"step": step, **plain}) + "\n")
-            for name, value in values.items():
-                if not (math.isnan(value) and name.startswith("analysis/")):  # nan: there was nothing to measure
-                    self._events.add_scalar(name, value, step)
+        self._each(lambda logger: logger.log(step, numbers))
 
     def _open(self) -> TextIO:
         return self._path.open("a+", buffering=1)
@@ -107,31 +118,20 @@ class MetricsLogger:
         warnings.warn(f"{self._path} was {what}", RunWarning, stacklevel=2)
 
     def log_histogram(self, name: str, counts: Any, step: int) -> None:
-        """Add counts in equal bins over -1 ... 1, shape (B,), to TensorBoard."""
-        counts, edges = np.asarray(counts, np.float64), np.linspace(-1, 1, len(counts) + 1)
-        middles = (edges[1:] + edges[:-1]) / 2
-        sums = counts.sum(), counts @ middles, counts @ middles**2  # of the values and of their squares
-        with write_errors(self._path):
-            self._events.add_histogram_raw(name, -1.0, 1.0, *sums, edges[1:].tolist(), counts.tolist(), step)
+        """Pass on counts in equal bins over -1 ... 1, shape (B,)."""
+        self._each(lambda logger: logger.log_histogram(name, counts, step))
 
     def log_image(self, name: str, image: Any) -> None:
-        """Add an image (3, H, W), float in 0 ... 1 or uint8, to TensorBoard, at step 0."""
-        with write_errors(self._path):
-            self._events.add_image(name, image, 0)
+        """Pass on an image (3, H, W), float in 0 ... 1 or uint8."""
+        self._each(lambda logger: logger.log_image(name, image))
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Flush and close the file and all loggers."""
         try:
             with write_errors(self._path):
                 self._file.close()
-                self._events.close()
         finally:
-            threading.excepthook = self._hook
-
-    def _on_thread_error(self, error: threading.ExceptHookArgs) -> None:
-        """Suppress the traceback of TensorBoard's writer thread: the next record raises its OSError again."""
-        if not isinstance(error.exc_value, OSError):
-            self._hook(error)
+            self._each(lambda logger: logger.close())
 
 
 def read_metrics(file: Path) -> Metrics:

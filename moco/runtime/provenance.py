@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import moco
+from moco import plugins
 from moco.distributed import world_size
 
 
@@ -21,6 +22,7 @@ def provenance() -> dict[str, Any]:
         "moco": moco.__version__,
         "commit": commit(),
         "torch": torch.__version__,
+        **plugins.recorded(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores" + (f", {gpu}" if gpu else ""),
         "processes": world_size(),
     }

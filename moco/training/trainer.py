@@ -19,6 +19,7 @@ from time import perf_counter
 import torch
 
 import moco
+from moco import plugins
 from moco.analysis.doctor import Doctor, facts_of
 from moco.config import TrainConfig
 from moco.data.keyed import step_seed
@@ -40,8 +41,8 @@ from moco.interop.encoder_file import save_encoder
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr, schedule_values
 from moco.runs import checkpoint
-from moco.runs.directory import refuse_difference
-from moco.runs.metrics import MetricsLogger
+from moco.runs.directory import refuse_difference, refuse_missing_plugins
+from moco.runs.metrics import LOGGERS, MetricsLogger
 from moco.runtime.console import Display
 from moco.runtime.device import compute_context, describe_device
 from moco.runtime.errors import NonFiniteLoss
@@ -93,8 +94,7 @@ class Trainer:
         self.config, self.preemption, self.watchdog, self.device = config, preemption, watchdog, device
         self.computed_on = f"{world_size()} x {describe_device(device)}"
         self.path = Path(config.run)
-        refuse_other_settings(asdict(config))
-        self._stop_if_signaled()
+        self._check_settings()
 
         # The images, their views, and the samples of each step.
         self.views = build_views(config.augment)
@@ -122,7 +122,8 @@ class Trainer:
         unfinished = self.start < self.plan.total_steps
         self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start, quiet=not is_rank_zero())
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
-        self.metrics_log = MetricsLogger(self.path, self.start) if is_rank_zero() and unfinished else None
+        on = is_rank_zero() and unfinished
+        self.metrics_log = MetricsLogger(self.path, self.start, config.logger) if on else None
         settings = dict(lr=config.optim.lr, starts_trained=config.starts_trained, source=config.data.name)
         settings["shuffled_keys"] = config.model.shuffle_keys and config.model.bn == "grouped"
         facts = facts_of(config.method, self.plan.length, config.batch_size, config.epochs, **settings)
@@ -148,9 +149,19 @@ class Trainer:
         self.delayed_max = DelayedMaxOverRanks(device)  # of the reasons to stop
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 
+    def _check_settings(self) -> None:
+        """Refuse what differs between ranks, missing plug-ins and unknown loggers; stop after a signal."""
+        refuse_other_settings(asdict(self.config) | {"plugins": plugins.versions()})
+        on_rank_zero(lambda: refuse_missing_plugins(self.path))
+        for name in self.config.logger:
+            LOGGERS.find(name)
+        self._stop_if_signaled()
+
     def _restore(self, state: checkpoint.Checkpoint) -> list[str]:
         """Restore a checkpoint; without one, load the weights of `init_from`, if any. Return lines to print."""
         if state:
+            if is_rank_zero():
+                plugins.warn_of_other_versions(state.get("versions", {}).get("plugins"))
             with checkpoint.refuse_misfit(self.path / "checkpoints"):
                 refuse_difference(self.path, state["config"], asdict(self.config), asdict(TrainConfig()))
                 refuse_other_data(self.path, state, self.data_identity, self.config.data, self.sources.train)
@@ -291,12 +302,13 @@ class Trainer:
 
     def _state(self, done: int) -> checkpoint.Checkpoint:
         """Return all that a resumed run needs."""
+        versions = {"moco": moco.__version__, "torch": str(torch.__version__), "commit": self.commit}
         return self._training_state() | {
             "step": done,
             "history": self.live.history,
             "seconds": self.schedule.seconds(),
             "scaler": self.scaler.state_dict(),
-            "versions": {"moco": moco.__version__, "torch": str(torch.__version__), "commit": self.commit},
+            "versions": versions | plugins.recorded(),
             "world_size": world_size(),
             "skipped": self.guard.skipped,
             "precision": self.precision,

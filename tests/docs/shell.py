@@ -31,6 +31,7 @@ from moco.runs import sweep as runner
 from scripts import sweep
 from tests.docs.pages import REPOSITORY, Command, commands_in
 from tests.docs.stand_ins import RENAMED, small
+from tests.plugins import temporary_plugins
 
 # Programs that append their command line to the file $CALLS. srun starts the command after its options.
 RECORDED = '#!/bin/bash\nprintf "%q " "${0##*/}" "$@" >> "$CALLS"; echo >> "$CALLS"\n'
@@ -203,7 +204,7 @@ class Shell:
         if self.cache.restore(invocation, self.folder):
             return
         recorded = self.cache.record(invocation, self.folder)
-        with recorded, self.monkeypatch.context() as patch, warnings.catch_warnings():
+        with recorded, self.monkeypatch.context() as patch, warnings.catch_warnings(), temporary_plugins(self.folder):
             warnings.simplefilter("ignore")  # small queues and short schedules cause correct warnings
             patch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restores what a command changes
             patch.setenv("HYDRA_FULL_ERROR", "1")  # likewise

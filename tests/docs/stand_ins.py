@@ -16,6 +16,7 @@ import yaml
 from moco.models.backbones import build_backbone
 from tests.data.images import gradient
 from tests.docs.pages import REPOSITORY, blocks
+from tests.plugins import write_examples
 
 CLASSES = ("cat", "dog")
 # Names on the pages, and the names of their substitutes.
@@ -115,8 +116,9 @@ def official_file(path: Path) -> None:
 
 
 def make(root: Path) -> None:
-    """Write all data that pages name, except runs."""
+    """Write all data and plug-ins that pages name, except runs."""
     tree(root / "TRAIN", each=20, first=0)
+    write_examples(root)
     tree(root / "TEST", each=8, first=100)
     for place, target in {
         "CIFAR/train": "../TRAIN",

@@ -113,6 +113,8 @@ def plan(config: TemperatureConfig, output: Path) -> list[Planned]:
 def command_of(config: TemperatureConfig, run: Planned) -> list[str]:
     """Return the command that trains a run."""
     words = [sys.executable, "-m", "moco.train", f"experiment={config.recipe}", *config.overrides]
+    if config.plugins:
+        words.append(f"plugins={value_text(config.plugins)}")
     if config.epochs is not None:
         words.append(f"epochs={config.epochs}")
     if config.keep_epochs:

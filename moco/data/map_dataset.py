@@ -1,0 +1,126 @@
+"""A `torch.utils.data.Dataset` as a source: each item is an image, or a tuple that begins with the image and its label.
+
+Legend: N images.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from moco.config import ConfigError, DataConfig, require
+from moco.data.base import Source, Sources, entries_digest, labeled
+from moco.data.decode import ImageError, pil_to_tensor
+
+_SAMPLED = 64  # images whose pixels enter the digest of the content: nothing tells whether a data set has changed
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSource(Source):
+    """The images of a map-style data set, each read on request."""
+
+    dataset: Any  # len(dataset) and dataset[i]
+    split: str
+    rows: NDArray[np.int64]  # (N,), items of the data set
+    labels: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, i: int) -> Tensor:
+        try:
+            return to_pixels(_parts(self.dataset[int(self.rows[i])])[0])
+        except Exception as error:  # of code that moco does not know
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ImageError(f"cannot read image {self.name(i)}: {reason}", "damaged", reason) from error
+
+    def name(self, i: int) -> str:
+        return f"{self.split}/{self.rows[i]}"
+
+    def subset(self, rows: NDArray[np.int64]) -> "DatasetSource":
+        return replace(self, rows=self.rows[rows], labels=None if self.labels is None else self.labels[rows])
+
+    def content_digest(self) -> str:
+        """Return the SHA-256 over all names, and the pixels of at most `_SAMPLED` evenly spaced images."""
+        sha = hashlib.sha256()
+        for i in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).astype(np.int64)).tolist():
+            try:
+                sha.update(self.image(i).contiguous().numpy().tobytes())
+            except ImageError as error:
+                sha.update(error.reason.encode())
+        return entries_digest(([self.name(i)] for i in range(len(self))), sha.hexdigest())
+
+
+def to_pixels(image: Any) -> Tensor:
+    """Return an image as uint8 (3, H, W).
+
+    Args:
+        image: a PIL image; an array of uint8, (H, W) or (H, W, C); or a tensor of uint8, (H, W) or (C, H, W). C is 1
+            or 3.
+
+    Raises:
+        ValueError: for any other image.
+    """
+    if isinstance(image, Image.Image):
+        return pil_to_tensor(image)
+    if not isinstance(image, Tensor | np.ndarray):
+        raise ValueError(f"an item must begin with a PIL image, an array or a tensor, not {type(image).__name__}")
+    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    if pixels.ndim == 3 and not isinstance(image, Tensor):
+        pixels = pixels.permute(2, 0, 1)  # (C, H, W)
+    pixels = pixels[None] if pixels.ndim == 2 else pixels
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) not in (1, 3) or 0 in pixels.shape:
+        kind = f"{type(image).__name__} of {image.dtype}, {tuple(image.shape)}"
+        raise ValueError(
+            f"an image must be uint8 with 1 or 3 channels, not a {kind}: remove transforms such as ToTensor"
+        )
+    return pixels.expand(3, -1, -1)
+
+
+def open_datasets(open_dataset: Callable[[DataConfig], Any], config: DataConfig) -> Sources:
+    """Open the data set that the function returns, or its pair (training, held-out)."""
+    found = open_dataset(config)
+    splits = found if isinstance(found, tuple) else (found,)
+    require(len(splits) in (1, 2), f"data.name={config.name}: {len(splits)} data sets instead of (training, held-out)")
+    train, *rest = (
+        _source(config.name, part, split) for part, split in zip(("train", "held_out"), splits, strict=False)
+    )
+    return labeled(train, rest[0] if rest else None, f"data.name={config.name}")
+
+
+def _source(name: str, part: str, dataset: Any) -> DatasetSource:
+    """Return a source; raise ConfigError for a data set of another kind, without images, or with other labels."""
+    if not all(hasattr(dataset, each) for each in ("__len__", "__getitem__")):
+        members = "__len__ and __getitem__, as a map-style torch.utils.data.Dataset has"
+        raise ConfigError(f"data.name={name}: {type(dataset).__name__} must have {members}")
+    require(len(dataset) > 0, f"data.name={name}: {type(dataset).__name__} ({part}) has no images")
+    labels = _labels(name, dataset)
+    source = DatasetSource(dataset, f"{name}/{part}", np.arange(len(dataset)), labels)
+    if labels is None:
+        return source
+    known = [str(each) for each in getattr(dataset, "classes", ())]
+    return replace(source, classes=tuple(known if len(known) > labels.max() else map(str, range(labels.max() + 1))))
+
+
+def _labels(name: str, dataset: Any) -> NDArray[np.int64] | None:
+    """Return the attribute `targets` or `labels`, as torchvision's have, or else the labels of all items, if any."""
+    stored = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    if stored is None or len(stored) != len(dataset):
+        if len(_parts(dataset[0])) < 2:
+            return None
+        stored = [_parts(dataset[i])[1] for i in range(len(dataset))]  # this reads each image once
+    values = np.asarray(stored)
+    integers = values.ndim == 1 and values.dtype.kind in "iu" and values.min() >= 0
+    require(integers, f"data.name={name}: a label must be a whole number from 0, not {stored[0]!r}")
+    return values.astype(np.int64)
+
+
+def _parts(item: Any) -> Sequence[Any]:
+    return item if isinstance(item, tuple | list) else (item,)
