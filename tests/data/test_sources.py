@@ -552,7 +552,7 @@ def test_an_incomplete_imagenet_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.name='cifar' is unknown: set one of digits, cifar10, cifar100, stl10"):
+    with pytest.raises(ValueError, match=r"data\.name='cifar' must be one of digits, cifar10, cifar100, stl10"):
         load_source(DataConfig("cifar"))
 
 
