@@ -87,7 +87,7 @@ def _override(override: str, types: Mapping[str, Any], sweep: bool) -> str:
 
 
 def _refuse_copied(argument: str) -> None:
-    """Refuse a typographic quote, a dash or an invisible character where it stands for one of the command line's."""
+    """Refuse a typographic quote, a dash or an invisible character where the command line needs a plain one."""
     key, equals, value = argument.partition("=")
     found = _COPIED.search(key + equals if value[:1] in {"'", '"'} else argument)
     if found is None:

@@ -4,11 +4,11 @@
 
 P_ij is the softmax of query i over its positive and its negatives. The gradient of the loss by the similarities s is
 
-    dL/ds_ii = -(1 / T) sum over j of P_ij  (the positive)        dL/ds_ij = P_ij / T  (a negative)
+    dL/ds_ii = -(1 / T) sum over negatives j of P_ij  (the positive)        dL/ds_ij = P_ij / T  (a negative)
 
 The push on all negatives together equals the pull on the positive. r_ij, the share of one negative in that push, is the
-softmax over the negatives only. Keys have unit length, so the lengths of the keys' gradients have the same shares.
-A function that refuses an argument raises ValueError.
+softmax over the negatives only. The gradient by the query is the sum of dL/ds times the key. Keys have unit length, so
+the lengths of its terms have the same shares. A function that refuses an argument raises ValueError.
 
 Legend: N queries, K negatives, B temperatures.
 """

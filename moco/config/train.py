@@ -127,8 +127,8 @@ class OptimConfig:
 class EvaluateConfig:
     """The evaluation while training: the accuracy of a k-nearest-neighbor (kNN) classifier on labeled held-out images.
 
-    Without labels it takes two random crops of each image, finds the crop most similar to the first one among the
-    second crops of all images, and reports how often it is of the same image.
+    Without labels it takes two random crops of each image, compares the first with the second crops of all images,
+    and reports how often the most similar one is of the same image.
     """
 
     every_epochs: int = bounded(1, ge=0)

@@ -82,8 +82,9 @@ def images_of(stream: Any, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]
 
 def _used(files: list[File]) -> list[File]:
     """Return a sample's plain image (of several, the first by `IMAGE_ENDINGS`), or all images if none is plain."""
-    if len({file.name.lower() for file in files}) < len(files):
-        raise ValueError(f"it contains {files[0].name} more than once, so its samples are ambiguous")
+    count = Counter(file.name.lower() for file in files)
+    if repeated := [file.name for file in files if count[file.name.lower()] > 1]:
+        raise ValueError(f"it contains {repeated[0]} more than once, so its samples are ambiguous")
     plain = ([file] for end in IMAGE_ENDINGS for file in files if file.plain and file.name.lower().endswith(end))
     return next(plain, files)
 

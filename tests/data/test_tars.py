@@ -117,6 +117,9 @@ def test_a_repeated_name_is_refused() -> None:
     second = info.tobuf() + twice[3 * BLOCK :]
     with pytest.raises(ValueError, match=r"it contains a\.jpg more than once"):
         read(twice[: 2 * BLOCK] + second)
+    both = archive({"a.jpg": b"1", "a.b.jpg": b"2"})[: 4 * BLOCK]
+    with pytest.raises(ValueError, match=r"it contains a\.b\.jpg more than once"):
+        read(both + archive({"a.b.jpg": b"3"}))
 
 
 def member(name: str, size: int, kind: bytes = tarfile.REGTYPE, **pax: str) -> bytes:

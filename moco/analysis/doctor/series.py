@@ -12,8 +12,8 @@ Series = Mapping[str, Sequence[float]]  # by the names in metrics.jsonl, in the 
 
 LATEST = 5  # records whose mean is the present value: single batches are noisy
 LATEST_MEASURES = 2  # as LATEST, for measures of thousands of keys, which are recorded rarely and have little noise
-AT_CHANCE_COSINE = 0.05  # at chance: positives are closer than negatives by at most this (divided by T: nats) ...
-AT_CHANCE_SHARE = 0.02  # ... or by at most this share of the chance level, which is the tighter bound at a low T
+AT_CHANCE_COSINE = 0.05  # at chance: the loss is below the chance level by at most this divided by T (nats) ...
+AT_CHANCE_SHARE = 0.02  # ... and by at most this share of the chance level, which is the tighter bound at a low T
 
 
 class Facts(NamedTuple):
