@@ -145,6 +145,9 @@ class EvaluateConfig:
     """Number of draws with labels_per_class. Mean and standard deviation over the draws are reported."""
     bank_size: int = bounded(0, ge=0)
     """Use at most N reference images, drawn once; 0: use all of them."""
+    online_probe: bool = False
+    """Also train a linear classifier on the backbone's features and the labels of the training images, and report its
+    accuracy on the held-out images. No gradient reaches the encoder, and no further forward pass is needed."""
     raw_pixels: bool = False
     """Also report the kNN accuracy on raw pixels. Without labels, the retrieval of raw pixels is always reported."""
     batch_size: int = bounded(512, ge=1)

@@ -50,11 +50,16 @@ _BASELINES = ("accuracy/untrained", "accuracy/initialized", "accuracy/raw_pixels
 _RETRIEVAL_BASELINES = ("retrieval/raw_pixels", "retrieval/untrained", "retrieval/initialized")
 _KNOWN = {
     "accuracy/knn": _Known("Held-out kNN accuracy", "%", references=_BASELINES),
+    "accuracy/probe": _Known("Held-out accuracy of the online linear probe", "%"),
     "retrieval/retrieval": _Known(
         "Crops that find the other crop of their image", "%", references=_RETRIEVAL_BASELINES
     ),
     "train/loss": _Known("Loss", "nats", references=("train/chance",)),
     "train/contrast_accuracy": _Known("Contrast accuracy: the positive has the highest similarity", "%", 100.0),
+    "train/probe_accuracy": _Known("Training accuracy of the online linear probe", "%", 100.0),
+    "train/probe_loss": _Known("Loss of the online linear probe", "nats"),
+    "train/neighbor_similarity": _Known("Cosine similarity of an image and its nearest neighbor in the queue"),
+    "train/teacher_entropy": _Known("Entropy of the teacher's similarities (the lowest possible loss)", "nats"),
     "train/positive_similarity": _Known("Cosine similarity of query and positive key"),
     "train/lr": _Known("Learning rate"),
     "train/momentum": _Known("Momentum of the key encoder"),

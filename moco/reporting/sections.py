@@ -23,7 +23,7 @@ _IGNORED = {"run", "device", "threads"}  # settings without effect on the result
 _OPEN = ("accuracy/", "retrieval/", "train/loss", "train/contrast_accuracy")  # metrics whose charts are not folded
 _FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
-_KINDS = ("raw pixels", "untrained", "initialized", "best", "last")  # of accuracies
+_KINDS = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # of accuracies
 
 
 def headline(runs: Sequence[Run], images: Sequence[int | None], alarms: Sequence[Sequence[Alarm]]) -> Markup:
@@ -83,9 +83,10 @@ def _accuracy(run: Run) -> dict[str, str]:
             best = max(trained, key=lambda entry: entry[measure][0])
             shown["best"] = f"{Accuracy(*best[measure])} (epoch {best['epoch']:g})"
             shown["last"] = f"{Accuracy(*last[measure])} ({last[measure][0] - start[measure][0]:+.1f} over {first})"
+            shown |= {"online probe": str(Accuracy(*last["probe"]))} if "probe" in last else {}
         return shown
     group = "accuracy" if measure == "knn" else "retrieval"
-    series = {**_BASELINES, first: first, "last": measure}
+    series = {**_BASELINES, first: first, "last": measure, "online probe": "probe"}
     metrics = {kind: f"{group}/{name}" for kind, name in series.items()}
     return {kind: f"{run.values[name][1][-1]:.1f} %" for kind, name in metrics.items() if name in run.values}
 

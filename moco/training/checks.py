@@ -24,6 +24,13 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
         f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labeled "
         "held-out images: set checkpoint.keep_best=false",
     )
+    if sources is not None and config.evaluate.online_probe:
+        labels = sources.train.labels
+        require(
+            labels is not None and bool((labels >= 0).any()),
+            f"evaluate.online_probe=true, but the training images of data.name={config.data.name} have no labels: set "
+            "data.labels=folder for a folder with one subfolder per class, or evaluate.online_probe=false",
+        )
     if config.optim.warmup_epochs >= config.epochs:
         _warn(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is not below epochs={config.epochs}: the learning rate "

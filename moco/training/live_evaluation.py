@@ -20,9 +20,10 @@ from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy, 
 from moco.evaluation.subject import labels_of
 from moco.evaluation.subsets import naming_field
 from moco.methods.build import encoder_of
+from moco.training.online_probe import OnlineProbe
 
-# One entry per evaluation: "step", "epoch" and the result of the encoder, "knn" or "retrieval". The entry of step 0 may
-# also have the baselines "raw_pixels" and, if the encoder starts from a file, "untrained".
+# One entry per evaluation: "step", "epoch" and the result of the encoder, "knn" (and "probe") or "retrieval". The entry
+# of step 0 may also have the baselines "raw_pixels" and, if the encoder starts from a file, "untrained".
 History = list[dict[str, Any]]
 BASELINES = {"raw_pixels": "raw pixels", "untrained": "untrained", "initialized": "initialized"}
 
@@ -53,6 +54,21 @@ class LiveEvaluation:
         self.title = knn_title(config.evaluate) if labeled else retrieval
         self._short_title = ""  # set once the full title was printed
         self._on_unreadable: OnUnreadable | None = None
+        self.probe: OnlineProbe | None = None
+        if config.evaluate.online_probe:
+            known = [labels_of(each) for each in (sources.train, sources.held_out) if each and each.labels is not None]
+            classes = 1 + max(int(labels.max()) for labels in known)
+            backbone = method.encoder.get_submodule("backbone")
+            self.probe = OnlineProbe(backbone, labels_of(sources.train), classes, device)
+
+    def probe_state(self) -> dict[str, Any]:
+        """Return the online probe's entry of a checkpoint, {"probe": ...}; {} without a probe."""
+        return {} if self.probe is None else {"probe": self.probe.state_dict()}
+
+    def restore_probe(self, state: dict[str, Any] | None) -> None:
+        """Restore the online probe from a checkpoint's entry "probe"."""
+        if self.probe is not None and state:
+            self.probe.load_state_dict(state)
 
     def exclude_unreadable(self, on_unreadable: OnUnreadable) -> list[str]:
         """Remove unreadable images from the reference and held-out images; return a line for each split that had any.
@@ -88,14 +104,17 @@ class LiveEvaluation:
         """
         start, epoch = done == 0, done / self._plan.steps_per_epoch
         if self.measure == "knn":
-            scores = live_knn(self._config, self._method, self._sources, self._device, start, self._heartbeat)
+            given = self._config, self._method, self._sources, self._device, start, self._heartbeat
+            scores = live_knn(*given, None if start else self.probe)
         else:
             scores = self._retrieval(start)
         self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
         # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
         group = {"knn": "accuracy", "retrieval": "retrieval"}[self.measure]
-        curves = baselines(self.history, self._config.starts_trained) | {self.measure: scores[self.measure]}
-        names = BASELINES | {self.measure: _initial_name(self._config.starts_trained) if start else f"epoch {epoch:g}"}
+        found = {name: score for name, score in scores.items() if name in (self.measure, "probe")}
+        curves = baselines(self.history, self._config.starts_trained) | found
+        names = BASELINES | {"probe": "online linear probe"}
+        names[self.measure] = _initial_name(self._config.starts_trained) if start else f"epoch {epoch:g}"
         results = ", ".join(f"{names[name]} {score}" for name, score in scores.items())
         line = f"{self._short_title or self.title}: {results}"
         self._short_title = {"knn": "held-out kNN", "retrieval": "two crops find each other"}[self.measure]
@@ -155,8 +174,12 @@ def live_knn(
     device: torch.device,
     with_pixels: bool,
     heartbeat: Callable[[], None],
+    probe: OnlineProbe | None = None,
 ) -> dict[str, Accuracy]:
-    """Return the accuracy of "knn", the current encoder, and, by `with_pixels` and the configuration, "raw_pixels"."""
+    """Return the accuracy of "knn", the current encoder, and, by `with_pixels` and the configuration, "raw_pixels".
+
+    With an online probe also return its accuracy, "probe".
+    """
     evaluate, augment, bank, held_out = config.evaluate, config.augment, sources.bank, sources.held_out
     assert bank is not None
     assert held_out is not None
@@ -175,4 +198,10 @@ def live_knn(
         with naming_field("evaluate.labels_per_class", evaluate.labels_per_class):
             given = references, labels_of(bank), queries, labels_of(held_out)
             scores[name] = knn_accuracy(*given, settings, lambda *_: heartbeat())
+    if probe is not None:
+        if evaluate.features != "backbone":
+            backbone = method.encoder.get_submodule("backbone")
+            more = device, evaluate.batch_size, config.data.workers, heartbeat
+            queries = extract(backbone, held_out, transform, *more)
+        scores["probe"] = Accuracy(probe.accuracy(queries, labels_of(held_out)), 0.0, 1)
     return scores

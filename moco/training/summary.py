@@ -130,4 +130,7 @@ def _accuracy_rows(trainer: "Trainer") -> list[tuple[str, str]]:
     rows += [(f"  {BASELINES[name]}", str(result)) for name, result in before.items()]
     last = Accuracy(*history[-1][measure])
     gain = f"  ({last.mean - list(before.values())[-1].mean:+.1f})" if before else ""
-    return [*rows, ("  pretrained", f"{last}{gain}")]
+    rows.append(("  pretrained", f"{last}{gain}"))
+    if "probe" in history[-1]:
+        rows.append(("  linear probe", f"{Accuracy(*history[-1]['probe'])}, trained online"))
+    return rows

@@ -56,7 +56,7 @@ from moco.training.checkpoint_schedule import CheckpointSchedule
 from moco.training.checks import check_against_data
 from moco.training.consistency import record_names, refuse_other_data, refuse_other_settings
 from moco.training.init_from import load_initial_weights
-from moco.training.live_evaluation import History, LiveEvaluation
+from moco.training.live_evaluation import LiveEvaluation
 from moco.training.nonfinite import NonFiniteGuard
 from moco.training.step import Measures, StepSettings, train_step
 from moco.training.summary import announce, show_views, summarize
@@ -139,9 +139,9 @@ class Trainer:
         self.unreadable: UnreadableImages | None = None
         if config.data.on_bad_image == "replace":
             self.unreadable = UnreadableImages(self.sources.train, self.path / "bad_images.csv", config.data.max_bad)
-        history: History = state.get("history", [])
         parts = config, self.method, self.sources, device, self.plan
-        self.live = LiveEvaluation(*parts, history, watchdog.heartbeat)
+        self.live = LiveEvaluation(*parts, state.get("history", []), watchdog.heartbeat)
+        self.live.restore_probe(state.get("probe"))
         if self.unreadable and config.evaluate.every_epochs and unfinished:
             self.notes += self.live.exclude_unreadable(self.unreadable.note)
         if config.evaluate.every_epochs and self.start == 0:
@@ -253,9 +253,11 @@ class Trainer:
             measures = train_step(method, self.forward, self.optimizer, self.scaler, batch, shuffles, settings, monitor)
         except NonFiniteLoss as error:
             self.guard.skip(step, batch.index, error)
+            if self.live.probe:
+                self.live.probe.discard()
             return None
         self.guard.check(step, batch.index, measures)
-        return measures
+        return measures | (self.live.probe.step(batch.index, config.accumulate) if self.live.probe else {})
 
     def _finish_step(self, done: int) -> None:
         """Evaluate, save and stop if it is time, after `done` steps."""
@@ -318,7 +320,8 @@ class Trainer:
 
     def _training_state(self) -> checkpoint.Checkpoint:
         method, optimizer = self.method.state_dict(), self.optimizer.state_dict()
-        return {"config": asdict(self.config), "method": method, "optimizer": optimizer}
+        state = {"config": asdict(self.config), "method": method, "optimizer": optimizer}
+        return state | self.live.probe_state()
 
     # ---- stopping before the end
 
