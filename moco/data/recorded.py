@@ -14,7 +14,7 @@ from moco.data.sources import SOURCES
 def recorded_data(
     recorded: Mapping[str, Any], given: Mapping[str, Any], source: str, trusted: bool, fix: str = ""
 ) -> dict[str, Any]:
-    """Return the recorded fields of `DataConfig` that may be the defaults of those that the person has not set.
+    """Return the recorded fields of `DataConfig` that may replace fields that the person has not set.
 
     Args:
         recorded: the fields in the file.

@@ -31,15 +31,15 @@ def fit_to_size(file: EncoderFile, size: int, field: str) -> EncoderFile:
         return file
     network = f"backbone={file.backbone} with options={file.options}"
     if POSITIONS in file.weights:
-        larger = replace(file, options=file.options | {"img_size": size})
+        resized = replace(file, options=file.options | {"img_size": size})
         try:
-            backbone = build(larger, seed=0).get_submodule("backbone")
-            larger = replace(larger, weights=with_positions_of(backbone, file.backbone, file.weights))
-            error = output_error(build(larger).get_submodule("backbone"), size)
+            backbone = build(resized, seed=0).get_submodule("backbone")
+            resized = replace(resized, weights=with_positions_of(backbone, file.backbone, file.weights))
+            error = output_error(build(resized).get_submodule("backbone"), size)
         except (ValueError, RuntimeError) as problem:  # e.g. an image smaller than a patch
             error = str(problem)
         if not error:
-            return larger
+            return resized
     raise ForeignFileError(f"{field}={size} does not fit the encoder {file.source}, {network}: {error}")
 
 
