@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from moco.composition import field_types
-from moco.config import AugmentConfig, ConfigError, TrainConfig, bounded, check, check_bounds, config_dir
+from moco.config import AugmentConfig, ConfigError, TrainConfig, bounded, check, check_bounds, config_dir, flatten
 from moco.config.base import EXTRAS
 from moco.config.recommended import momentum_for, recipe_for
 from moco.config.subject import ImagesConfig
 from moco.data.opening import build_views
 from moco.methods.moco_config import MoCoConfig
-from moco.runs.directory import FREE_FIELDS, flatten
+from moco.runs.directory import FREE_FIELDS
 
 
 def refusal(change: Callable[[TrainConfig], None], processes: int = 1) -> str:

@@ -8,8 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from moco.composition import register
-from moco.config import TrainConfig, config_dir
-from moco.runs.directory import flatten
+from moco.config import TrainConfig, config_dir, flatten
 
 # solo-learn, scripts/pretrain/cifar: mocov2plus.yaml with symmetric_weak.yaml, mocov3.yaml with asymmetric.yaml; means
 # and standard deviations of its pretrain_dataloader.py.

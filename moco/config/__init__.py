@@ -7,6 +7,7 @@ from moco.config.base import bounded as bounded
 from moco.config.base import check_bounds as check_bounds
 from moco.config.base import config_dir as config_dir
 from moco.config.base import expand_paths as expand_paths
+from moco.config.base import flatten as flatten
 from moco.config.base import require as require
 from moco.config.data import DataConfig as DataConfig
 from moco.config.method import MethodConfig as MethodConfig

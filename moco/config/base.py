@@ -32,14 +32,25 @@ def require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested mapping: the names become dotted."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        nested = isinstance(value, Mapping) and value
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return flat
+
+
 LARGEST = 2**31 - 1  # the largest value of an integer field except a seed: libraries take no more
 
 # The extras of pyproject.toml that a command may need, and their packages as pip names them.
 EXTRAS = {
     "huggingface": "datasets",
+    "mlflow": "mlflow-skinny sqlalchemy alembic sqlparse",
     "onnx": "onnx onnxruntime onnxscript",
     "parquet": "pyarrow",
     "umap": "umap-learn",
+    "wandb": "wandb",
     "webdataset": "webdataset",
 }
 

@@ -203,7 +203,8 @@ class TrainConfig(ComputeConfig):
     log_every: int = bounded(10, ge=1)
     """Write a record to metrics.jsonl and the loggers every N steps."""
     logger: list[str] = bounded(["tensorboard"], unique=True)
-    """Where metrics are written in addition to metrics.jsonl: tensorboard, and the loggers of plug-ins."""
+    """Where metrics are written in addition to metrics.jsonl: tensorboard, wandb (extra wandb), mlflow (extra mlflow),
+    and the loggers of plug-ins."""
     analyse_every: int = bounded(5, ge=0)
     """Add alignment, uniformity, effective rank and other measures to every N-th record; 0: never."""
     stop_after: float = bounded(0.0, ge=0)

@@ -9,13 +9,12 @@ import yaml
 from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
-from moco.config import EvaluateConfig, TrainConfig
+from moco.config import EvaluateConfig, TrainConfig, flatten
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.reporting.curves import charts
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, facts, folded, paragraph
 from moco.reporting.run_record import Run, by_epoch, names
-from moco.runs.directory import flatten
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 

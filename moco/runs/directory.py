@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import yaml
 
-from moco.config import ConfigError, require
+from moco.config import ConfigError, flatten, require
 from moco.files import atomic_write, write_errors
 from moco.methods import read_method
 from moco.plugins import missing_plugins, naming_plugins
@@ -30,15 +30,6 @@ FREE_FIELDS = (
     *(f"data.{name}" for name in ("root", "eval_root", "download", "allow_pipe", "workers", "on_bad_image", "max_bad")),
 )
 _MOST_NAMED = 3  # fields in a message
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested mapping: the names become dotted."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        nested = isinstance(value, Mapping) and value
-        flat.update(flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
-    return flat
 
 
 def refuse_difference(

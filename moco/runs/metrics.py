@@ -9,14 +9,16 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from moco.config import RunWarning
+from moco.distributed import on_rank_zero
 from moco.files import WriteError, atomic_write, cause, write_errors
 from moco.plugins import Registry
 from moco.runs.tensorboard import TensorBoard
+from moco.runs.trackers import MLflow, Wandb
 from moco.untrusted import read_yaml
 
 METRICS = "metrics.jsonl"
@@ -43,10 +45,52 @@ class Logger(Protocol):
     def close(self) -> None:
         """Write what is left; called at the end of the run, also if an error ends it."""
 
+    @staticmethod
+    def check() -> None:
+        """Raise ConfigError if the logger cannot work here; called on rank zero before anything is computed."""
+
+    @staticmethod
+    def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
+        """Record the results of an evaluation, after the end of the run in `path`; `step` is the encoder's."""
+
 
 # Constructors by name, called with the run's directory, its configuration as nested dicts, and the step from which it
 # resumes, 0 for a new run.
-LOGGERS: Registry[Callable[[Path, Mapping[str, Any], int], Logger]] = Registry("logger", {"tensorboard": TensorBoard})
+LOGGERS: Registry[Callable[[Path, Mapping[str, Any], int], Logger]] = Registry(
+    "logger", {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
+)
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise ConfigError if a logger is unknown or cannot work here, such as without its package. Collective."""
+    for construct in [LOGGERS.find(name) for name in names]:
+        on_rank_zero(getattr(construct, "check", lambda: None))
+
+
+def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
+    """Pass the results of an evaluation to all loggers that know the run in `path`. Raises `WriteError`.
+
+    Args:
+        path: the run's directory.
+        values: the results by name, "evaluation/knn_all labels/pretrained_top1", ...
+        step: the encoder's training step.
+    """
+    for name, construct in LOGGERS.items():
+        with _without_failing(name, "the results lack there"):
+            getattr(construct, "add_results", Logger.add_results)(path, values, step)
+
+
+@contextmanager
+def _without_failing(name: str, instead: str, on_failure: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Let a logger fail with a warning, which says what happens instead."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:  # a logger raises whatever its library does
+        on_failure()
+        message = f"logger={name} failed ({type(error).__name__}: {cause(error)}): {instead}"
+        warnings.warn(message, RunWarning, stacklevel=5)
 
 
 class MetricsLogger:
@@ -70,24 +114,15 @@ class MetricsLogger:
         self._loggers: dict[str, Logger] = {}
         for name in loggers:
             construct = LOGGERS.find(name)
-            with self._without_failing(name):
+            with self._left_out_if_failing(name):
                 self._loggers[name] = construct(path, config, step)
 
-    @contextmanager
-    def _without_failing(self, name: str) -> Iterator[None]:
-        """Let a logger fail: warn, and do without it from now on."""
-        try:
-            yield
-        except WriteError:
-            raise
-        except Exception as error:  # a logger of a plug-in raises whatever its library does
-            self._loggers.pop(name, None)
-            message = f"logger={name} failed ({type(error).__name__}: {cause(error)}): the run continues without it"
-            warnings.warn(message, RunWarning, stacklevel=5)
+    def _left_out_if_failing(self, name: str) -> AbstractContextManager[None]:
+        return _without_failing(name, "the run continues without it", lambda: self._loggers.pop(name, None))
 
     def _each(self, call: Callable[[Logger], object]) -> None:
         for name, logger in list(self._loggers.items()):
-            with self._without_failing(name):
+            with self._left_out_if_failing(name):
                 call(logger)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

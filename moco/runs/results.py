@@ -1,4 +1,4 @@
-"""results.json and the TensorBoard points of evaluations."""
+"""results.json, and the results of evaluations in TensorBoard and the other loggers of a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,32 +8,32 @@ from typing import Any
 from moco.config import ConfigError
 from moco.distributed import on_rank_zero
 from moco.files import WriteError, lock, write_json
+from moco.runs.metrics import add_results
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json
 
 
 def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
-    """Append entries to `folder/results.json`, and their metrics to the folder's TensorBoard; return the file's path.
+    """Append entries to `folder/results.json`, pass their metrics to the loggers of the run; return the file's path.
 
     For rank 0 only. An entry describes one encoder: "command", "encoder", "protocol", "figures" (metrics by name) and
-    whatever the command adds. `provenance` is added here. `step` is the encoder's training step, for TensorBoard.
+    whatever the command adds. `provenance` is added here. `step` is the encoder's training step, for the loggers.
 
     Raises:
         ConfigError: if the folder cannot be written to or its results.json is damaged.
         WriteError: if the disk is full.
     """
-    from torch.utils.tensorboard import SummaryWriter  # costs seconds at start-up
-
     file = folder / "results.json"
     about = provenance()
     with _open(folder) as known:
         write_json(file, known + [dict(entry) | about for entry in entries])
-    with SummaryWriter(str(folder)) as events:
-        for entry in entries:
-            for name, value in entry["figures"].items():
-                if isinstance(value, int | float):
-                    tag = f"evaluation/{entry['command']}_{entry['protocol']}/{entry['encoder']}_{name}"
-                    events.add_scalar(tag, value, step)
+    values = {
+        f"evaluation/{entry['command']}_{entry['protocol']}/{entry['encoder']}_{name}": value
+        for entry in entries
+        for name, value in entry["figures"].items()
+        if isinstance(value, int | float)
+    }
+    add_results(folder, values, step)
     return file
 
 

@@ -68,6 +68,19 @@ class TensorBoard:
                 if not (math.isnan(value) and name.startswith("analysis/")):  # nan: there was nothing to measure
                     self._events.add_scalar(name, value, step)
 
+    @staticmethod
+    def check() -> None:
+        """Do nothing: TensorBoard is always installed."""
+
+    @staticmethod
+    def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
+        """Add one point per result, in an event file of its own."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(str(path)) as events:
+            for name, value in values.items():
+                events.add_scalar(name, value, step)
+
     def log_histogram(self, name: str, counts: Any, step: int) -> None:
         """Add counts in equal bins over -1 ... 1, shape (B,), to TensorBoard."""
         counts, edges = np.asarray(counts, np.float64), np.linspace(-1, 1, len(counts) + 1)

@@ -12,13 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from moco.config import ConfigError, DataConfig, require
+from moco.config import ConfigError, DataConfig, flatten, require
 from moco.data.base import Source, Sources, names_digest
 from moco.data.labels import first_names
 from moco.distributed import all_gather_object
 from moco.files import atomic_write
 from moco.runs import checkpoint
-from moco.runs.directory import flatten
 from moco.untrusted import refuse_special_file
 
 # Fields that may differ between ranks: the location of the data on a machine, and how it is processed there.

@@ -42,7 +42,7 @@ from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr, schedule_values
 from moco.runs import checkpoint
 from moco.runs.directory import refuse_difference, refuse_missing_plugins
-from moco.runs.metrics import LOGGERS, MetricsLogger
+from moco.runs.metrics import MetricsLogger, check_loggers
 from moco.runtime.console import Display
 from moco.runtime.device import compute_context, describe_device
 from moco.runtime.errors import NonFiniteLoss
@@ -153,8 +153,7 @@ class Trainer:
         """Refuse what differs between ranks, missing plug-ins and unknown loggers; stop after a signal."""
         refuse_other_settings(asdict(self.config) | {"plugins": plugins.versions()})
         on_rank_zero(lambda: refuse_missing_plugins(self.path))
-        for name in self.config.logger:
-            LOGGERS.find(name)
+        check_loggers(self.config.logger)
         self._stop_if_signaled()
 
     def _restore(self, state: checkpoint.Checkpoint) -> list[str]:

@@ -194,7 +194,7 @@ def test_a_switch_changes_the_logits_of_the_loss() -> None:
         (["data=grays"], "plugins=[MODULE]"),
         (["data.name=grays"], "plugins=[MODULE]"),
         (["model.backbone=my_net"], "plugins=[MODULE]"),
-        (["logger=[csv]"], "logger='csv' must be one of tensorboard"),
+        (["logger=[csv]"], "logger='csv' must be one of tensorboard, wandb, mlflow"),
         (["+augment.steps.posterize.p=1"], "augment.steps='posterize' must be one of"),
         (["plugins=[my_step]", "+augment.steps.posterize.q=1"], "unexpected keyword argument 'q'"),
         (["plugins=[my_step]", "+augment.steps.posterize=1"], "augment.steps.posterize={}"),
