@@ -12,10 +12,12 @@ from torchvision.transforms import v2
 
 from moco.composition import compose
 from moco.config import TrainConfig, require
+from moco.config.base import HUB
 from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
 from moco.evaluation.features import EvalTransform
 from moco.evaluation.subject import open_subject
 from moco.interop.encoder_file import EncoderFile, build
+from moco.interop.hub import is_hub_folder
 from moco.train import train
 
 
@@ -96,7 +98,8 @@ def load_encoder(
 
     Args:
         source: the directory of a run, whose newest checkpoint is loaded; or a file: encoder.safetensors, a checkpoint,
-            or a file of another project in a layout that `moco.interop.encoder_file` reads.
+            or a file of another project in a layout that `moco.interop.encoder_file` reads; or a folder of
+            `moco.convert to=hub`; or `hf://USER/REPOSITORY` on the Hugging Face Hub.
         weights: "encoder", or "momentum_encoder" if the checkpoint holds one.
         backbone, options: the network, if the file does not name it, such as "resnet50".
         size, resize: side of the input images, and their shorter side before the central crop, in pixels. None: those
@@ -106,11 +109,11 @@ def load_encoder(
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no encoder that can be read; the message says why.
     """
-    path = Path(source).expanduser()
-    field = "run" if path.is_dir() else "checkpoint"
+    path = str(source) if str(source).startswith(HUB) else str(Path(source).expanduser())
+    field = "run" if Path(path).is_dir() and not is_hub_folder(Path(path)) else "checkpoint"
     images = ImagesConfig(size=size, resize=resize)
     config = SubjectConfig(weights=weights, backbone=backbone, options=options or {}, images=images)
-    setattr(config, field, str(path))
+    setattr(config, field, path)
     check_subject(config)
     subject = open_subject(config)
     return LoadedEncoder(subject.file, subject.transform)

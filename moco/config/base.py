@@ -43,8 +43,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 LARGEST = 2**31 - 1  # the largest value of an integer field except a seed: libraries take no more
 
+HUB = "hf://"  # begins a name on the Hugging Face Hub, see moco/interop/hub.py
+REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"  # USER/NAME on it
+
 # The extras of pyproject.toml that a command may need, and their packages as pip names them.
 EXTRAS = {
+    "hub": "huggingface-hub",
     "huggingface": "datasets",
     "mlflow": "mlflow-skinny sqlalchemy alembic sqlparse",
     "onnx": "onnx onnxruntime onnxscript",
@@ -165,6 +169,9 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             require(abs(value) <= LARGEST, f"{name}={value} must be at most {LARGEST}")
 
 
+_FROM_HUB = ("checkpoint", "init_from")  # fields that accept a name on the Hub
+
+
 def expand_paths(config: Any) -> None:
     """Replace `~` and `~user` at the start of all path fields of a configuration and its groups, in place.
 
@@ -176,8 +183,10 @@ def expand_paths(config: Any) -> None:
         full = os.path.expanduser(path)  # noqa: PTH111 # Path would also remove ./, // and a final slash
         user = path.partition("/")[0]
         require(not full.startswith("~"), f"{name}={path}: there is no user {user[1:]!r}; write ./{path} for that name")
-        address = "://" in path and not name.startswith("data.")  # sources can read addresses
-        require(not address, f"{name}={path} is an address: download the file, and name it here")
+        readable = name.startswith("data.") or (
+            name in _FROM_HUB and path.startswith(HUB)
+        )  # by sources, by the encoder
+        require(readable or "://" not in path, f"{name}={path} is an address: download the file, and name it here")
         return full
 
     for group, field_name, name, value, bounds in _leaves(config):

@@ -1,8 +1,9 @@
 """The configuration of `python -m moco.convert`."""
 
+import re
 from dataclasses import dataclass
 
-from moco.config.base import bounded, require
+from moco.config.base import REPOSITORY, bounded, require
 from moco.config.subject import SubjectConfig, check_subject
 
 ENDINGS: dict[str, tuple[str, ...]] = {
@@ -15,6 +16,7 @@ ENDINGS: dict[str, tuple[str, ...]] = {
     "safetensors": (".safetensors",),
     "onnx": (".onnx",),
     "torch_export": (".pt2",),
+    "hub": ("",),  # a folder
 }
 
 
@@ -25,9 +27,14 @@ class ConvertConfig(SubjectConfig):
     to: str = bounded("", choices=tuple(ENDINGS))
     """Format of the file. `python -m moco.convert --help` lists the networks that each format supports."""
     output: str = bounded("", path=True)
-    """File to write, with an ending of the format, e.g. encoder.onnx."""
+    """File to write, with an ending of the format, e.g. encoder.onnx. For to=hub a folder."""
     overwrite: bool = False
-    """Replace an existing file."""
+    """Replace an existing file. In a folder of to=hub, other files stay."""
+    upload: str = bounded("", example="upload=me/my-encoder")
+    """For to=hub: the repository USER/NAME on the Hugging Face Hub to which the folder is uploaded. It is created as a
+    private one if it does not exist. Empty: nothing is uploaded."""
+    public: bool = False
+    """Let the repository of `upload` be public. One that exists keeps its visibility, but a public one needs this."""
     pictures: int = bounded(16, ge=1)
     """Number of images for the check that encoder and file compute the same features. They come from `data` or the run;
     if neither is available, they are digits from scikit-learn."""
@@ -36,7 +43,12 @@ class ConvertConfig(SubjectConfig):
 def check_convert(config: ConvertConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_subject(config)
-    endings = ENDINGS[config.to]
+    endings, hub = ENDINGS[config.to], config.to == "hub"
+    require(not hub or bool(config.output), "output='' must name a folder for to=hub, e.g. output=my_encoder")
     required = f"must be a file that ends in {' or '.join(endings)} for to={config.to}, e.g. output=encoder{endings[0]}"
     require(config.output.endswith(endings), f"output={config.output!r} {required}")
+    require(hub or not config.upload, f"upload={config.upload} needs to=hub, not to={config.to}")
+    require(bool(config.upload) or not config.public, "public=true needs upload=USER/NAME")
+    named = not config.upload or re.fullmatch(REPOSITORY, config.upload)
+    require(bool(named), f"upload={config.upload!r} must be USER/NAME, e.g. upload=me/my-encoder")
     require(config.device != "cuda", "device=cuda: a conversion runs on the CPU, set device=cpu")

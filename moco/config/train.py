@@ -180,7 +180,8 @@ class TrainConfig(ComputeConfig):
     """Directory of the run. If it holds an unfinished run, that run resumes."""
     init_from: str = bounded("", path=True)
     """File with the encoder's initial weights: our checkpoint, encoder.safetensors, or a file of another project, such
-    as official MoCo. Head, predictor and queue are loaded too if they fit. A resumed run does not read it again."""
+    as official MoCo; hf://USER/REPOSITORY is one on the Hugging Face Hub. Head, predictor and queue are loaded too if
+    they fit. A resumed run does not read it again."""
     recipe: str = ""
     """Name of the recipe, set by experiment=NAME. It is recorded so that a resumed run can name it."""
     seed: int = bounded(0, ge=0, lt=2**64)

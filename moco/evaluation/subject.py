@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moco.config import ConfigError, DataConfig, RunWarning, require
+from moco.config.base import HUB
 from moco.config.data import is_remote
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import content_groups
@@ -25,6 +26,7 @@ from moco.distributed import is_rank_zero
 from moco.evaluation.features import EvalTransform
 from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
+from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size
 from moco.models.encoder import Encoder
 from moco.plugins import naming_plugins
@@ -63,9 +65,12 @@ def open_subject(config: SubjectConfig) -> Subject:
             rest = f": use an older one, checkpoint={found[1]}" if len(found) > 1 else ""
             raise ConfigError(f"{error}{rest}") from error
     else:
-        folder = Path(config.checkpoint).is_dir()
-        require(not folder, f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file")
-        file = read_encoder(Path(config.checkpoint), config.weights, config.backbone, config.options or None)
+        path = local_file(config.checkpoint, "checkpoint")
+        require(
+            not path.is_dir(),
+            f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file",
+        )
+        file = read_encoder(path, config.weights, config.backbone, config.options or None)
         if file.unused:
             log(f"{file.source} ({file.layout}: {file.backbone}); not used: {', '.join(file.unused)}")
     overrides = {name: value for name, value in asdict(config.images).items() if value is not None}
@@ -75,9 +80,10 @@ def open_subject(config: SubjectConfig) -> Subject:
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: set both")
     # Before any image is searched for, refuse weights that do not fit.
     file = fit_to_size(file, transform.size, "images.size")
-    beside = Path(config.checkpoint).parent  # each encoder.safetensors of this project has a directory of its own
+    beside = Path(file.source).parent  # each encoder.safetensors of this project has a directory of its own
     by_name = Path("runs") / Path(config.checkpoint).name.split(".")[0]
-    default = beside if config.checkpoint and file.config and file.layout == "safetensors" else by_name
+    own = file.config and file.layout == "safetensors" and not config.checkpoint.startswith(HUB)
+    default = beside if own else by_name
     return Subject(file, Path(config.output or config.run or default), transform)
 
 

@@ -12,10 +12,13 @@ from moco.config import ConfigError, DataConfig, require
 from moco.config.convert import ConvertConfig
 from moco.data.sources import Source, load_source
 from moco.evaluation.features import Network, stream
-from moco.evaluation.subject import Subject, data_config, open_data, open_subject
+from moco.evaluation.subject import Subject, data_config, open_data, open_subject, weights_digest
 from moco.files import WriteError, cause, flush, write_errors
 from moco.interop.encoder_file import EncoderFile, build
-from moco.interop.write import FORMATS
+from moco.interop.hub import CARD, WEIGHTS, upload
+from moco.interop.model_card import model_card, shareable
+from moco.interop.write import FORMATS, timm_name
+from moco.runs.results import recorded
 from moco.runtime.console import log, summary_panel
 
 _BATCH_SIZE = 16
@@ -30,11 +33,11 @@ def convert_encoder(config: ConvertConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     output = Path(config.output)
-    require(not output.is_dir(), f"output={output} is a directory: name a file in it")
-    require(config.overwrite or not output.exists(), f"output={output} exists: choose another, or set overwrite=true")
+    _refuse_existing(config, output)
     subject = open_subject(config)
     file, transform = replace(subject.file, images=asdict(subject.transform)), subject.transform
-    same = output.exists() and output.samefile(file.source)
+    written = output / WEIGHTS if FORMATS[config.to].folder else output
+    same = written.exists() and written.samefile(file.source)
     require(not same, f"output={output} is the source file: choose another")
     chosen, fitting = FORMATS[config.to], [name for name, each in FORMATS.items() if each.fits(file)]
     require(
@@ -59,16 +62,18 @@ def convert_encoder(config: ConvertConfig) -> None:
         temporary = Path(folder.name) / output.name
         try:
             difference, largest = write_and_compare(config.to, temporary, file, backbone, features)
+            if chosen.folder:
+                (temporary / CARD).write_text(_card(config, file, backbone))
         except WriteError as error:
             raise WriteError(f"output={output} cannot be written ({cause(error)}): free some space") from error
-        temporary.replace(output)
+        _move(temporary, output)
     mean, std = list(transform.mean), list(transform.std)
     resized = f", the shorter side to {transform.resize} first" if transform.resize else ""
     summary_panel(
         "converted",
         [
             ("encoder", f"{file.source} ({file.backbone}, {config.weights}, step {file.step})"),
-            ("file", f"{output} ({output.stat().st_size / 1e6:.1f} MB)"),
+            ("file", f"{output} ({written.stat().st_size / 1e6:.1f} MB)"),
             ("checked", f"read again: features of {len(rows)} images ({data}) differ by {difference:.2g} at most,"),
             ("", f"the largest feature is {largest:.3g}"),
             ("images", f"{transform.size} px{resized}; minus mean {mean}, divided by std {std}"),
@@ -76,6 +81,39 @@ def convert_encoder(config: ConvertConfig) -> None:
         ],
     )
     log(f"to load it: {chosen.loading(file).replace('FILE', str(output))}")
+    if config.upload:
+        log(f"uploaded to {upload(output, config.upload, config.public)}")
+
+
+def _refuse_existing(config: ConvertConfig, output: Path) -> None:
+    """Refuse an output that exists, unless it is to be overwritten or is an empty folder for a folder."""
+    folder = FORMATS[config.to].folder
+    require(folder or not output.is_dir(), f"output={output} is a directory: name a file in it")
+    require(not folder or output.is_dir() or not output.exists(), f"output={output} is a file: name a folder")
+    taken = any(output.iterdir()) if output.is_dir() else output.exists()
+    require(config.overwrite or not taken, f"output={output} exists: choose another, or set overwrite=true")
+
+
+def _move(temporary: Path, output: Path) -> None:
+    """Move a file to its place, or the files of a folder, beside those that are there."""
+    if temporary.is_dir():
+        output.mkdir(exist_ok=True)
+        for each in sorted(temporary.iterdir()):
+            each.replace(output / each.name)
+    else:
+        temporary.replace(output)
+
+
+def _card(config: ConvertConfig, file: EncoderFile, backbone: nn.Module) -> str:
+    """Return the model card, with the results of exactly these weights."""
+    title = config.upload.rpartition("/")[2] or Path(config.output).resolve().name
+    shared = replace(file, config=shareable(file.config))
+    parameters = sum(each.numel() for each in backbone.parameters())
+    digests = [weights_digest(file, features) for features in ("backbone", "projection")]
+    source = Path(file.source)
+    places = [Path(config.run)] if config.run else [source.parent, source.parent.parent, Path("runs") / source.stem]
+    entries = [each for place in places for each in recorded(place) if each.get("sha256") in digests]
+    return model_card(shared, title, timm_name(file) is not None, parameters, entries, config.upload)
 
 
 def _only_this_size(size: int) -> str:

@@ -27,7 +27,7 @@ from moco.runs.weights_file import CodeRefused, read_weights
 from moco.untrusted import parse_json, refuse_special_file
 
 # timm options that would load other weights
-_LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 # JSON texts in the metadata of encoder.safetensors
 _METADATA: dict[str, Any] = {
     "options": Mapping,
@@ -113,7 +113,7 @@ def build(file: EncoderFile, seed: int | None = None) -> Encoder:
 
 
 def _backbone(file: EncoderFile) -> nn.Module:
-    options = {name: value for name, value in file.options.items() if name not in _LOADING_OPTIONS}
+    options = {name: value for name, value in file.options.items() if name not in LOADING_OPTIONS}
     try:
         with naming_plugins(file.source, file.config):
             return build_backbone(file.backbone, options)

@@ -4,9 +4,10 @@ Each format has a function that writes it and one that reads it as its own proje
 a conversion is checked before its file is kept.
 """
 
+import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +16,20 @@ import torchvision.models
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import moco
+from moco.files import write_json
 from moco.interop.detectron2 import load_detectron2, save_detectron2
-from moco.interop.encoder_file import EncoderFile, build, load_all, read_encoder, save_encoder
+from moco.interop.encoder_file import LOADING_OPTIONS, EncoderFile, build, load_all, read_encoder, save_encoder
 from moco.interop.exported import Features, load_exported, load_onnx, save_exported, save_onnx
 from moco.interop.foreign import State
+from moco.interop.hub import SETTINGS, WEIGHTS
+from moco.interop.model_card import shareable
 from moco.interop.weights import save_weights
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _OFFICIAL_VITS = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
-_ONLY_IN_TRAINING = ("freeze_patches", "drop_path_rate", "zero_init_residual")  # options that do not change features
+# options that do not change the network of trained weights
+_UNUSED = ("freeze_patches", "drop_path_rate", "zero_init_residual", *LOADING_OPTIONS)
 _DEIT_NAMES = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))"
     r"\.(weight|bias)"
@@ -48,6 +54,7 @@ class Format:
     read: Callable[[Path, EncoderFile], Read]  # as its own project does; uses only names of the source, not weights
     load: str  # how to load FILE, whose network is NETWORK
     fixed_size: bool = False  # whether the file computes features of images of one size only
+    folder: bool = False  # whether it is a folder
     tolerance: float = 1e-5  # largest difference between features, as a fraction of the largest feature
 
     def fits(self, file: EncoderFile) -> bool:
@@ -100,7 +107,7 @@ def _deit_call(file: EncoderFile) -> str | None:
 
 
 def _options(file: EncoderFile) -> dict[str, Any]:
-    return {name: value for name, value in file.options.items() if name not in _ONLY_IN_TRAINING}
+    return {name: value for name, value in file.options.items() if name not in _UNUSED}
 
 
 def _state(backbone: nn.Module) -> dict[str, Tensor]:
@@ -155,6 +162,51 @@ def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> No
         "augment": file.config.get("augment", {}) | images,
     }
     save_encoder(path, backbone, config, file.step)
+
+
+def _write_hub(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
+    path.mkdir()
+    shared = replace(file, config=shareable(file.config))
+    _write_safetensors(path / WEIGHTS, shared, backbone)
+    about = {name: getattr(file, name) for name in ("backbone", "options", "step", "images")}
+    write_json(path / SETTINGS, timm_settings(file) | {"moco": about | {"version": moco.__version__}})
+
+
+def timm_settings(file: EncoderFile) -> dict[str, Any]:
+    """Return what timm's `create_model` reads from config.json of a repository; empty if timm has no such model."""
+    import timm  # costs a second at start-up
+
+    name, options = timm_name(file) or (None, {})
+    if name is None:
+        return {}
+    with torch.device("meta"):
+        network: Any = timm.create_model(name, num_classes=0, **options)
+    published, size, resize = network.pretrained_cfg, file.images["size"], file.images["resize"]
+    kept = ("first_conv", "classifier", "fixed_input_size")
+    images = {"input_size": [3, size, size], "mean": list(file.images["mean"]), "std": list(file.images["std"])}
+    crop = {"crop_pct": _crop_pct(size, resize or size), "crop_mode": "center", "interpolation": "bilinear"}
+    return {
+        "architecture": published["architecture"],
+        "num_classes": 0,
+        "num_features": network.num_features,
+        "model_args": options,
+        "pretrained_cfg": {key: published[key] for key in kept if key in published} | images | crop,
+    }
+
+
+def _crop_pct(size: int, resize: int) -> float:
+    """Return the part that timm crops: it resizes the shorter side to floor(size / part)."""
+    part = size / resize
+    return part if math.floor(size / part) == resize else math.nextafter(part, 0)
+
+
+def _read_hub(path: Path, file: EncoderFile) -> Read:
+    if timm_name(file) is None:
+        return _read_ours(path / WEIGHTS, file)
+    import timm  # costs a second at start-up
+
+    network = timm.create_model(f"local-dir:{path}", pretrained=True)
+    return Read(network.eval().requires_grad_(False), network.state_dict())
 
 
 def _torchvision(file: EncoderFile, state: State, path: Path) -> Read:
@@ -249,5 +301,13 @@ FORMATS: dict[str, Format] = {
         lambda path, file: Read(*load_exported(path)),
         "torch.export.load('FILE').module()(images)",
         fixed_size=True,
+    ),
+    "hub": Format(
+        "every network",
+        lambda file: file.backbone,
+        _write_hub,
+        _read_hub,
+        "moco.load_encoder('FILE'); its README.md shows more",
+        folder=True,
     ),
 }

@@ -37,6 +37,28 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
     return file
 
 
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of `folder/results.json`; none if there is no such file.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    file = folder / "results.json"
+    if not file.is_file():
+        return []
+    try:
+        entries = read_json(file)
+    except (OSError, ValueError) as error:
+        raise _damaged(file, error) from error
+    if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        raise _damaged(file, "not a list of entries")
+    return entries
+
+
+def _damaged(file: Path, reason: object) -> ConfigError:
+    return ConfigError(f"{file} is damaged ({reason}): move it to another place")
+
+
 def prepare(folder: Path) -> None:
     """Create the folder and check, before the work, that `record` can write there. Collective. Errors: see `record`."""
 
@@ -63,4 +85,4 @@ def _open(folder: Path) -> Iterator[list[Any]]:
     except WriteError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): move it to another place") from error
+        raise _damaged(file, error) from error

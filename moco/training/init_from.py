@@ -9,6 +9,7 @@ from moco.builder import KeyQueue
 from moco.config import ConfigError, TrainConfig, require
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build, is_valid, load_all, read_encoder
 from moco.interop.foreign import State
+from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size, with_positions_of
 
 
@@ -28,7 +29,7 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
         ConfigError: if the file does not exist or holds another network.
         ForeignFileError, CheckpointError: see `read_encoder` and `load_all`.
     """
-    path, model = Path(config.init_from), config.model
+    path, model = local_file(config.init_from, "init_from"), config.model
     inside = f": name a file, such as init_from={path / 'encoder.safetensors'}"
     state = f"is a folder{inside}" if path.is_dir() else "does not exist"
     require(path.is_file(), f"init_from={path} {state}")

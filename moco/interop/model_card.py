@@ -1,0 +1,163 @@
+"""The model card of an encoder: README.md of a repository on the Hugging Face Hub.
+
+It states what the encoder's file and results.json of its run hold, and nothing else.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+import moco
+from moco.interop.encoder_file import EncoderFile
+
+_MARKUP = re.compile(r"([\\`*_\[\]|~$]|:(?=//))")
+_ABSENT = "USER/NAME"  # of a repository that is not uploaded yet
+
+
+def model_card(
+    file: EncoderFile, title: str, timm: bool, parameters: int, results: Sequence[Mapping[str, Any]], repo: str
+) -> str:
+    """Return the card in Markdown. All text from the file and the results is escaped.
+
+    Args:
+        file: the encoder, with `images`; its `config` without paths, see `shareable`.
+        timm: whether timm builds the network from the folder.
+        parameters: their number.
+        results: entries of results.json, see `moco.runs.results.record`.
+        repo: the repository on the Hub; "" if unknown.
+    """
+    parts = [
+        _front_matter(timm),
+        f"# {plain(title)}",
+        _summary(file, parameters),
+        "## Load",
+        _loading(file, timm, repo or _ABSENT),
+        "## Results",
+        _results(results),
+        "## Recipe",
+        _recipe(file),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def plain(text: Any) -> str:
+    """Return text that Markdown and HTML show literally, in one line."""
+    line = " ".join("".join(each if each.isprintable() else " " for each in str(text)).split())
+    escaped = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKUP.sub(r"\\\1", escaped)
+
+
+def _front_matter(timm: bool) -> str:
+    about: dict[str, Any] = {
+        "library_name": "timm" if timm else "moco",
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["moco", "self-supervised-learning", *(["timm"] if timm else [])],
+    }
+    return f"---\n{yaml.safe_dump(about, sort_keys=False)}---"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *([plain(each) for each in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _summary(file: EncoderFile, parameters: int) -> str:
+    config, images = file.config, file.images
+    data, method = config.get("data") or {}, config.get("method") or {}
+    facts = {
+        "network": " ".join([file.backbone, *(f"{name}={value}" for name, value in file.options.items())]),
+        "parameters": f"{parameters:,}",
+        "method": method.get("name"),
+        "data": _data(data),
+        "optimizer steps": f"{file.step:,}" if file.step else None,
+        "epochs": config.get("epochs"),
+        "batch size": config.get("batch_size"),
+        "seed": config.get("seed"),
+        "images": f"RGB, {images['size']} x {images['size']} px, "
+        + (f"the shorter side resized to {images['resize']} px first, " if images["resize"] else "")
+        + f"in 0 ... 1, minus {list(images['mean'])}, divided by {list(images['std'])}",
+        "converted from": None if config else file.layout,
+    }
+    rows = [(name, value) for name, value in facts.items() if value not in (None, "")]
+    about = f"An image encoder: images to features. Written by moco.convert (moco {moco.__version__})."
+    return f"{plain(about)}\n\n{_table(['', ''], rows)}"
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    """Name a data set; the root of most is only where it was downloaded to."""
+    names = ("name", "root", "subset") if data.get("name") in ("folder", "huggingface") else ("name",)
+    return " ".join(str(data[name]) for name in names if data.get(name))
+
+
+def _loading(file: EncoderFile, timm: bool, repo: str) -> str:
+    ours = f"""With moco (the package momentum-contrast); instead of the name, the path of this folder works too:
+
+```python
+import moco
+
+encoder = moco.load_encoder("hf://{repo}")
+features = encoder(encoder.transform(image)[None])
+```"""
+    theirs = f"""With timm:
+
+```python
+import timm
+
+network = timm.create_model("hf_hub:{repo}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+features = network(transform(image)[None])
+```
+
+timm resizes PIL images and moco resizes tensors; therefore features may differ slightly."""
+    note = f"`{_ABSENT}` stands for the repository." if repo == _ABSENT else ""
+    return "\n\n".join(filter(None, [ours, theirs if timm else "", note]))
+
+
+def _results(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return "None were recorded for these weights."
+    rows = [
+        (
+            f"{each.get('command', '')} {each.get('protocol', '')}",
+            each.get("encoder", ""),
+            _evaluated_on(each.get("data") or {}),
+            _figures(each.get("figures") or {}),
+        )
+        for each in results
+    ]
+    table = _table(["evaluation", "encoder", "data", "figures"], rows)
+    return f"From results.json, for exactly these weights and their comparisons.\n\n{table}"
+
+
+def _evaluated_on(data: Mapping[str, Any]) -> str:
+    seen = data.get("held_out_seen") or data.get("held_out_in_training")
+    return f"{data.get('name', '')}{' (held-out images were in the training set, without labels)' if seen else ''}"
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    numbers = {name: value for name, value in figures.items() if type(value) in (int, float)}
+    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+
+
+def _recipe(file: EncoderFile) -> str:
+    if not file.config:
+        return "The file does not state how the encoder was trained."
+    text = yaml.safe_dump(file.config, sort_keys=False, allow_unicode=False)
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)  # the text cannot end the block
+    return f"The configuration of `moco.train`, without the paths of its machine:\n\n{fence}yaml\n{text}{fence}"
+
+
+def shareable(value: Any) -> Any:
+    """Return a configuration without what tells about a machine: of an absolute path only the last part, no address."""
+    if isinstance(value, Mapping):
+        return {name: shareable(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [shareable(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("pipe:") or ("://" in value and not value.startswith("hf://")):
+        return ""  # it may hold a password
+    return value.rstrip("/").rpartition("/")[2] if value.startswith(("/", "~")) else value
