@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 from itertools import starmap
 from typing import Any
 
+from moco import plugins
 from moco.config.data import is_remote
 from moco.config.subject import SubjectConfig
 
@@ -17,13 +18,14 @@ _KEYWORDS = {"true", "false", "null", "nan", "inf"}  # Hydra reads these as valu
 
 
 def command(module: str, config: SubjectConfig, **changes: Any) -> str:
-    """Return `python -m MODULE` with each field of `SubjectConfig` that differs from its default.
+    """Return `python -m MODULE` with the plug-ins, and each field of `SubjectConfig` that differs from its default.
 
     `changes` replace or extend the fields of `config`. A field of `SubjectConfig` that is changed to its default is
     left out.
     """
     defaults = asdict(SubjectConfig())
     values = {each.name: asdict(config)[each.name] for each in fields(SubjectConfig)} | changes
+    values["plugins"] = values["plugins"] or list(plugins.versions())
     return " ".join(["python", "-m", module, *starmap(override, _changed(values, defaults))])
 
 

@@ -107,10 +107,10 @@ def summarize(trainer: "Trainer") -> None:
     rows += _accuracy_rows(trainer)
     if trainer.doctor is not None:
         rows += [("doctor", str(each)) for each in trainer.doctor.found]
-    files = Path(config.run)
+    files, events = Path(config.run), ", TensorBoard events" * ("tensorboard" in config.logger)
     rows += [
         ("encoder", f"{files / 'encoder.safetensors'} (backbone weights; to load them: docs/howto/use.md)"),
-        ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png, TensorBoard events"),
+        ("files", f"{files}/: config.yaml, metrics.jsonl, checkpoints/, views.png{events}"),
     ]
     summary_panel("already finished" if trainer.start == plan.total_steps else "done", rows)
     data = (config.data.name, config.data.root)

@@ -135,6 +135,34 @@ def test_the_commands_read_a_run_with_its_plugins(trained: Path, run: Run) -> No
     assert json.loads(Path("features/features.json").read_text())["plugins"].keys() == plugins.versions().keys()
 
 
+@pytest.mark.filterwarnings("ignore:data.hold_out=0.2 holds out images")
+def test_evaluations_and_studies_use_the_plugins(trained: Path, run: Run) -> None:
+    few = ["threads=1", "device=cpu", "data.workers=0"]
+    held_out = [*few, "data.hold_out=0.2"]
+    shutil.copy(trained / "checkpoints" / "step_00000006.pt", trained / "checkpoints" / "step_00000009.pt")
+    shutil.copy(trained / "checkpoints" / "step_00000006.pt", trained / "checkpoints" / "step_00000012.pt")
+    for name, *arguments in (
+        ("linear", "run=mine", "epochs=1", *held_out),
+        ("finetune", "run=mine", "fraction=1.0", "epochs=1", "encoders=[pretrained]", *held_out),
+        ("choose", "runs=[mine]", "images=100", *few),
+    ):
+        status, out, error = run(name, ALL, *arguments)
+        assert status == 0, f"{name}: {error}"
+        commands = [line for line in out.splitlines() if line.startswith("next: python -m moco")]
+        assert commands
+        assert all(ALL in line or "check_data" in line for line in commands), commands
+
+
+@pytest.mark.slow
+def test_the_runs_of_a_temperature_study_use_the_plugins(run: Run) -> None:
+    settings = ["data=grays", "method=scaled", "method.factor=0.5", "batch_size=64", "method.queue_size=64"]
+    settings += ["threads=1", "data.workers=0", "evaluate.every_epochs=0"]
+    arguments = [f"overrides={json.dumps(settings)}", "epochs=1", "images=50", "threads=1", "output=study"]
+    status, _, error = run("temperature", ALL, "temperatures=[0.2]", *arguments)
+    assert status == 0, error
+    assert "scaled" in Path("study/t0.2/seed0/config.yaml").read_text()
+
+
 @pytest.mark.slow
 def test_two_processes_under_torchrun_compute_what_one_computes(trained: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moco.train"]
