@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from moco.config import RunWarning
-from moco.distributed import on_rank_zero
 from moco.files import WriteError, atomic_write, cause, write_errors
 from moco.plugins import Registry
 from moco.runs.tensorboard import TensorBoard
@@ -63,6 +62,8 @@ LOGGERS: Registry[Callable[[Path, Mapping[str, Any], int], Logger]] = Registry(
 
 def check_loggers(names: Sequence[str]) -> None:
     """Raise ConfigError if a logger is unknown or cannot work here, such as without its package. Collective."""
+    from moco.distributed import on_rank_zero  # imports torch, which scripts/sweep.py does not need
+
     for construct in [LOGGERS.find(name) for name in names]:
         on_rank_zero(getattr(construct, "check", lambda: None))
 

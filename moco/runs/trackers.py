@@ -19,7 +19,6 @@ import numpy as np
 from moco.config import flatten, require
 from moco.config.base import install, optional_module
 from moco.files import atomic_write
-from moco.runtime.provenance import commit
 
 _PROJECT = "moco"  # unless an environment variable of the tracker names another
 _WAIT = 60.0  # seconds that the end of a run waits for a server
@@ -36,7 +35,7 @@ class Wandb:
         known = _read_id(path, "wandb") if step else None
         name = known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(8)
         self._wandb = _import("wandb")
-        self._run = _wandb_run(path, name, {**config, "commit": commit()})
+        self._run = _wandb_run(path, name, {**config, "commit": _commit()})
         _write_id(path, "wandb", name)
 
     @staticmethod
@@ -150,7 +149,7 @@ class MLflow:
         from mlflow.entities import Param
 
         experiment = _import("mlflow").set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
-        tags = {"mlflow.source.git.commit": commit() or "unknown"}
+        tags = {"mlflow.source.git.commit": _commit() or "unknown"}
         run = self._client.create_run(experiment.experiment_id, run_name=str(path), tags=tags)
         values = [Param(name, str(value)[:_LONGEST_VALUE]) for name, value in flatten(config).items()]
         self._client.log_batch(run.info.run_id, params=values)
@@ -210,6 +209,12 @@ def _import(name: str) -> Any:
 def _failing() -> bool:
     """Return whether an error or a signal ends the run; to call while the error passes a `finally`."""
     return sys.exc_info()[0] is not None
+
+
+def _commit() -> str | None:
+    from moco.runtime.provenance import commit  # imports torch, which scripts/sweep.py does not need
+
+    return commit()
 
 
 def _read_id(path: Path, tracker: str) -> str | None:

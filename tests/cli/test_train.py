@@ -252,7 +252,8 @@ def test_every_recipe_composes_and_opens_with_its_command() -> None:
             head = recipe.read_text().split("defaults:")[0]
             for word in ("moco.train", "Hardware", "Expected"):
                 assert word in head, recipe.name
-            composed = compose("train", overrides=[f"experiment={recipe.stem}"])
+            teacher = ["method.teacher=FILE"] * ("method.teacher=" in head)
+            composed = compose("train", overrides=[f"experiment={recipe.stem}", *teacher])
             config = to_dataclass(composed, TrainConfig)
             check(config, processes=8 if "imagenet" in recipe.stem else 1)
             build_views(config.augment)

@@ -63,6 +63,7 @@ def test_a_resnet_loads_with_its_projector(tmp_path: Path, weights: str) -> None
 def test_a_vit_loads_with_its_projector(tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the published architecture names, but replace the networks by a small ViT."""
     options = {"img_size": 32, "dim": 32, "depth": 2, "heads": 4, "stem": "conv" if "conv" in arch else "patch"}
+    monkeypatch.delitem(BACKBONES, arch)  # a Registry refuses to replace an entry
     monkeypatch.setitem(BACKBONES, arch, lambda: build_backbone("vit", options))
     both = [network("vit", options, [16, 16, 8], seed) for seed in (0, 1)]
     file = read_encoder(saved(tmp_path / "v.pth.tar", arch, both[0], both[1], "head"))

@@ -210,4 +210,4 @@ def test_safetensors_metadata_has_network_and_image_settings(tmp_path: Path, con
     again = read_encoder(written(tmp_path, "safetensors", file, network))
     assert (again.backbone, again.options, again.images, again.step) == ("convnet", options, LOOK, 7)
     assert again.config.get("seed") == config.get("seed")
-    assert [name for name, each in FORMATS.items() if each.fits(file)] == ["safetensors", "onnx", "torch_export"]
+    assert [name for name, each in FORMATS.items() if each.fits(file)] == ["safetensors", "onnx", "torch_export", "hub"]
