@@ -27,7 +27,7 @@ def finetune(folder: Path, *arguments: str, processes: int = 1) -> "subprocess.C
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "labeled",
     [

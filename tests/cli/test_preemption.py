@@ -129,10 +129,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return newest(run)
 
 
-OTHERS_SLOW = [pytest.param(each, marks=[pytest.mark.slow] * (each != signal.SIGTERM)) for each in SIGNALS]
+OTHERS_LONG = [pytest.param(each, marks=[pytest.mark.long] * (each != signal.SIGTERM)) for each in SIGNALS]
 
 
-@pytest.mark.parametrize("number", OTHERS_SLOW)
+@pytest.mark.parametrize("number", OTHERS_LONG)
 def test_after_a_signal_the_step_is_saved_and_the_run_resumes_bit_for_bit(
     number: signal.Signals, uninterrupted: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +171,7 @@ def test_a_signal_in_the_last_step_does_not_stop_the_run(
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize("number", OTHERS_SLOW)
+@pytest.mark.parametrize("number", OTHERS_LONG)
 def test_the_step_ends_even_if_loader_processes_get_the_signal_too(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,7 +344,7 @@ def test_the_exit_status_and_message_of_the_command(signals: str, status: int, s
     assert saved == ([] if signals.count("SIGINT") == 2 else ["step_00000003.pt"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_to_one_of_two_processes_stops_both_together(tmp_path: Path) -> None:
     """Rank 1 gets it. Both exit with the status, although torchrun sends SIGTERM to the last one to exit."""
     keep_status = 'trap : TERM; "$@"; status=$?; echo $status > status_$RANK; exit $status'

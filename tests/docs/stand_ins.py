@@ -70,7 +70,8 @@ def small_training(arguments: tuple[str, ...]) -> list[str]:
     """Return the overrides for a training command, by its recipe."""
     recipe = next((each.partition("=")[2] for each in arguments if each.startswith("experiment=")), "digits")
     if "digits" in recipe or recipe == "mine":
-        return DIGITS
+        # The small teacher has 512 features, not 2048.
+        return [*DIGITS, *["model.dim=512"] * ("experiment=distill_digits" in arguments)]
     if "init_from=FILE" in arguments:  # a ResNet-18
         return [
             "method.queue_size=32",

@@ -69,8 +69,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return made
 
 
-FIRST_PAGES = ("README.md", "docs/howto/own_images.md")  # the others are slow tests
-PAGES = [pytest.param(each, marks=[pytest.mark.slow] * (name_of(each) not in FIRST_PAGES)) for each in WITH_COMMANDS]
+FIRST_PAGES = ("README.md", "docs/howto/own_images.md")  # the others are long tests
+PAGES = [pytest.param(each, marks=[pytest.mark.long] * (name_of(each) not in FIRST_PAGES)) for each in WITH_COMMANDS]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=map(name_of, WITH_COMMANDS))

@@ -107,7 +107,7 @@ runpy.run_module("moco.train", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_stopped_during_imports_is_not_restarted(launch: Launch, tmp_path: Path) -> None:
     run, log, driver = tmp_path / "run", tmp_path / "log", tmp_path / "driver.py"
     driver.write_text(SIGNAL_AT_IMPORT)

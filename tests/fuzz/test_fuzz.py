@@ -18,7 +18,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("count", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [3, pytest.param(30, marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("default:::moco")  # a warning is no error for a person
 def test_every_command(count: int, command: str, world: Path, tmp_path: Path) -> None:
     outcome = run(command, fields_of(command), world, tmp_path / "case", count, seed=0)
