@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -14,6 +15,7 @@ from moco.composition import compose
 from moco.config import TrainConfig, require
 from moco.config.base import HUB
 from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
+from moco.data.decode import pil_to_tensor
 from moco.evaluation.features import EvalTransform
 from moco.evaluation.subject import open_subject
 from moco.interop.encoder_file import EncoderFile, build
@@ -119,6 +121,23 @@ def load_encoder(
     return LoadedEncoder(subject.file, subject.transform)
 
 
+def rgb_tensor(image: Any) -> Tensor:
+    """Return an image as a uint8 tensor (3, H, W).
+
+    Args:
+        image: a PIL image of any mode, converted as in all commands of moco (transparency over white); an array
+            (H, W, 3) or (H, W); or a tensor (3, H, W) or (1, H, W).
+
+    Raises:
+        ValueError: for another number of channels.
+    """
+    tensor = pil_to_tensor(image) if isinstance(image, Image.Image) else v2.functional.to_image(image)
+    if tensor.shape[-3] not in (1, 3):
+        raise ValueError(f"an image has {tensor.shape[-3]} channels: pass a PIL image, or 3 channels (or 1, for gray)")
+    color: Tensor = v2.functional.grayscale_to_rgb(tensor)
+    return color
+
+
 def torchvision_transform(transform: EvalTransform) -> v2.Compose:
     """Return torchvision's equivalent of an evaluation's preparation of images.
 
@@ -127,8 +146,7 @@ def torchvision_transform(transform: EvalTransform) -> v2.Compose:
     resize = transform.resize or transform.size
     return v2.Compose(
         [
-            v2.ToImage(),
-            v2.RGB(),
+            v2.Lambda(rgb_tensor),
             v2.Resize(resize, antialias=True),
             v2.CenterCrop(transform.size),
             v2.ToDtype(torch.float32, scale=True),

@@ -31,6 +31,9 @@ def embedded(images: Path, output: Path, **source: str) -> np.ndarray:
 def test_features_are_those_of_moco_embed(tmp_path: Path, kind: str) -> None:
     images = write_images(tmp_path / "images", {"a": 2, "b": 1})
     Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 23, 3), np.uint8)).save(images / "a" / "tall.png")
+    color = Image.fromarray(np.random.default_rng(3).integers(0, 255, (20, 20, 4), np.uint8), "RGBA")
+    for mode in ("RGBA", "LA", "P"):
+        color.convert("RGB" if mode == "P" else mode).convert(mode).save(images / "a" / f"{mode}.png")
     Image.fromarray(np.random.default_rng(2).integers(0, 255, (9, 30), np.uint8)).save(images / "b" / "gray.png")
     run = trained(tmp_path / "run")
     source = run if kind == "run" else next((run / "checkpoints").glob("*.pt"))
@@ -45,7 +48,7 @@ def test_features_are_those_of_moco_embed(tmp_path: Path, kind: str) -> None:
     files = sorted(images.rglob("*.png"))
     prepared = torch.stack([encoder.transform(Image.open(file)) for file in files])
     features = encoder(prepared).numpy()
-    assert features.shape == (5, encoder.num_features)
+    assert features.shape == (8, encoder.num_features)
     np.testing.assert_allclose(features, expected, rtol=1e-6, atol=1e-6)
     assert encoder.info["backbone"] == "convnet"
     assert encoder.info["images"]["size"] == 16
@@ -61,6 +64,10 @@ def test_a_file_of_another_project_takes_the_named_network_and_size(tmp_path: Pa
     prepared = encoder.transform(image)[None]
     assert prepared.shape == (1, 3, 64, 64)
     torch.testing.assert_close(encoder(prepared), network.eval()(prepared), rtol=0, atol=0)
+    assert torch.equal(encoder.transform(image.permute(1, 2, 0).numpy()), prepared[0])
+    assert encoder.transform(Image.new("CMYK", (90, 90))).shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="4 channels"):
+        encoder.transform(torch.zeros(4, 80, 100, dtype=torch.uint8))
 
 
 def test_errors_name_the_argument(tmp_path: Path) -> None:

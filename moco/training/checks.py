@@ -68,7 +68,7 @@ def _check_batch_norm(config: TrainConfig) -> None:
         if model.bn == "grouped":
             _warn(
                 "model.bn=grouped normalizes the views of an image in groups of the same images, which reveals the "
-                f"positive, and {config.method.name} has no keys to shuffle: set model.bn=sync"
+                "positive, and a method without a momentum encoder has no keys to shuffle: set model.bn=sync"
             )
         return
     micro_batch = config.batch_size // world_size() // config.accumulate

@@ -141,6 +141,9 @@ def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
     assert_found(momentum_too_high({}, short), "0.999", "86%", "150")
     assert "method.momentum=0.99" in str(momentum_too_high({}, short))
     assert momentum_too_high({}, short._replace(momentum=0.99)) is None
+    few_steps = momentum_too_high({}, short._replace(total_steps=10))  # no recommended momentum ends the alarm
+    assert few_steps is not None
+    assert few_steps.remedy == "more epochs"
     assert momentum_too_high({}, short._replace(total_steps=7000)) is None
     assert momentum_too_high({}, short._replace(momentum=None)) is None
     assert names({}, short) == ["momentum too high"]

@@ -55,7 +55,7 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
         "momentum too high",
         f"at momentum {facts.momentum:g}, {100 * left:.0f} % of the momentum encoder's initial weights are left "
         f"after all {facts.total_steps:.0f} steps",
-        f"method.momentum={better:g}, or more epochs",
+        "more epochs" if better**facts.total_steps > MOST_LEFT else f"method.momentum={better:g}, or more epochs",
     )
 
 
