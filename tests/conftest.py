@@ -1,7 +1,10 @@
 """Fixtures for all tests."""
 
+import os
 import signal
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of this process and of the commands that it starts, see `one_thread`
 
 import hypothesis
 import pytest

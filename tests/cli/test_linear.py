@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from moco.config import config_dir
@@ -21,6 +22,7 @@ def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_digits_protocol_on_an_encoder_file_without_a_run(tmp_path: Path) -> None:
     """The protocol is an option of its group, the data is data=digits, and the table is printed."""
     torch.manual_seed(0)

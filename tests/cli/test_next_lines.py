@@ -18,6 +18,10 @@ from tests.data.images import gradient
 from tests.docs.stand_ins import small, tree
 
 # By situation: the command, and the modules of the next commands that it prints.
+RARE = (
+    *("choose", "choose, unlabeled", "hub", "hub, embed", "stream", "shards", "pack", "finetune"),
+    *("linear, compared", "linear, published", "knn, few labels", "report, unlabeled", "report, not finished"),
+)
 SITUATIONS = {
     "labeled": ("train run=runs/labeled", ["linear", "report", "check_data"]),
     "unlabeled": ("train experiment=moco_v2_folder data.root=MANY run=runs/unlabeled", ["embed", "search", "report"]),
@@ -112,7 +116,9 @@ def next_commands(printed: str) -> list[list[str]]:
     return [shlex.split(re.sub(r"  \(.*\)$", "", line)) for line in re.findall(r"^next: (.*)$", printed, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(
+    "situation", [pytest.param(each, marks=[pytest.mark.slow] if each in RARE else []) for each in SITUATIONS]
+)
 def test_the_next_commands_run(situation: str, workplace: Workplace, capfd: pytest.CaptureFixture[str]) -> None:
     (module, *arguments), expected = SITUATIONS[situation][0].split(), SITUATIONS[situation][1]
     assert workplace.call(module, arguments) == 0, capfd.readouterr().err

@@ -74,7 +74,7 @@ def test_every_format_and_mode(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pytest replaces the filter of moco.data.decode
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_damage_is_an_error_or_an_image(tmp_path_factory: pytest.TempPathFactory, given_data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.bin"
