@@ -60,10 +60,16 @@ class Registry(dict[str, T]):
         require(name not in self, f"{self.field}={name!r} exists already: a plug-in must choose another name")
         super().__setitem__(name, value)
 
-    def find(self, name: str, also: str = "") -> T:
-        """Return the entry of a name; raise UnknownName if there is none. `also` are further names, for the error."""
+    def find(self, name: str, also: str = "", field: str = "") -> T:
+        """Return the entry of a name; raise UnknownName if there is none.
+
+        Args:
+            name: the name.
+            also: further valid names, for the error.
+            field: the field that holds the name, for the error, if it is not the registry's.
+        """
         if name not in self:
-            raise UnknownName(self.field, name, ", ".join([*self, also] if also else self))
+            raise UnknownName(field or self.field, name, ", ".join([*self, also] if also else self))
         return self[name]
 
 

@@ -50,6 +50,12 @@ class MethodConfig:
         """Return the number of views of an image that serve as keys in one step."""
         return 2 if self.symmetric else 1
 
+    def advice(self, config: "TrainConfig") -> list[str]:
+        """Return a sentence for each setting that can run, but departs from the published method."""
+        if self.has_predictor and config.model.predictor_layers == 0:
+            return [f"model.predictor_layers=0: {self.name} has a predictor; set model.predictor_layers=2"]
+        return []
+
     def build(self, config: "TrainConfig", encoder: Any, labels: Any) -> Any:
         """Return the method, a `moco.builder.Method`, with a new encoder, an `nn.Module`.
 

@@ -71,8 +71,6 @@ def open_subject(config: SubjectConfig) -> Subject:
             f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file",
         )
         file = read_encoder(path, config.weights, config.backbone, config.options or None)
-        if file.unused:
-            log(f"{file.source} ({file.layout}: {file.backbone}); not used: {', '.join(file.unused)}")
     overrides = {name: value for name, value in asdict(config.images).items() if value is not None}
     images = IMAGENET | file.images | overrides
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))
@@ -80,11 +78,21 @@ def open_subject(config: SubjectConfig) -> Subject:
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: set both")
     # Before any image is searched for, refuse weights that do not fit.
     file = fit_to_size(file, transform.size, "images.size")
+    if not file.config:  # of another project
+        unused = f"; not used: {', '.join(file.unused)}" if file.unused else ""
+        whose = "of timm for this network" if file.images else "of ImageNet"
+        values = " ".join(f"images.{name}={_plain(value)}" for name, value in images.items())
+        log(f"{file.source} ({file.layout}: {file.backbone}){unused}; prepared as {values} ({whose})")
     beside = Path(file.source).parent  # each encoder.safetensors of this project has a directory of its own
     by_name = Path("runs") / Path(config.checkpoint).name.split(".")[0]
     own = file.config and file.layout == "safetensors" and not config.checkpoint.startswith(HUB)
     default = beside if own else by_name
     return Subject(file, Path(config.output or config.run or default), transform)
+
+
+def _plain(value: Any) -> str:
+    """Return a value as an override has it, without spaces."""
+    return str(value).replace(" ", "")
 
 
 def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:

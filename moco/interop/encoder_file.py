@@ -19,7 +19,7 @@ from moco.config.types import check_saved, type_error
 from moco.files import cause
 from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, flat, has_small_stem, parts, under
 from moco.interop.weights import save_weights
-from moco.models.backbones import build_backbone
+from moco.models.backbones import build_backbone, published_images
 from moco.models.encoder import Encoder, projection_head
 from moco.plugins import naming_plugins
 from moco.runs import checkpoint
@@ -116,7 +116,7 @@ def _backbone(file: EncoderFile) -> nn.Module:
     options = {name: value for name, value in file.options.items() if name not in LOADING_OPTIONS}
     try:
         with naming_plugins(file.source, file.config):
-            return build_backbone(file.backbone, options)
+            return build_backbone(file.backbone, options, group="")
     except (RuntimeError, MemoryError) as error:
         network = f"backbone={file.backbone} with {options}"
         raise ForeignFileError(f"{file.source}: {network} cannot be built ({cause(error)})") from error
@@ -271,7 +271,8 @@ def _foreign(
         )
     file = EncoderFile(str(path), layout.name, name, known | options, body)
     if not official:
-        return replace(file, unused=_parts_of([*others, *head], layout))
+        images = published_images(name) if layout.of_timm else {}
+        return replace(file, unused=_parts_of([*others, *head], layout), images=images)
     head = {key.split(".", 1)[1]: value for key, value in head.items()}
     if set(head) == {"weight", "bias"}:  # v1 has one linear layer, without a number
         head = {f"0.{key}": value for key, value in head.items()}

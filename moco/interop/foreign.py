@@ -15,6 +15,7 @@ class Layout(NamedTuple):
     name: str
     encoder: str
     momentum_encoder: str = ""  # none
+    of_timm: bool = False  # timm publishes its weights in this layout
 
 
 NOTEBOOK = Layout("official MoCo CIFAR-10 notebook", "encoder_q.net.", "encoder_k.net.")
@@ -28,13 +29,13 @@ LAYOUTS = (
     Layout("lightly's DINO (teacher)", "teacher_backbone.", "teacher_backbone."),
     Layout("lightly's DINO (student)", "student_backbone."),
     # timm and torchvision publish the average of the weights, not the weights of the last step.
-    Layout("timm (average of the weights)", "state_dict_ema."),
+    Layout("timm (average of the weights)", "state_dict_ema.", of_timm=True),
     Layout("torchvision's references (average of the weights)", "model_ema.module."),
     Layout("VISSL", "trunk."),
     Layout("solo-learn or lightly", "backbone.", "(momentum_backbone|backbone_momentum)."),  # and other projects
     Layout("SupContrast or solo-learn before 2022", "encoder.", "momentum_encoder."),
 )
-PLAIN = Layout("plain state dict", "")
+PLAIN = Layout("plain state dict", "", of_timm=True)
 
 # Entries of a file, or attributes of a Lightning module, in which a layout may lie; also one within another.
 _CONTAINERS = ("state_dict.", "model.", "model_state_dict.", "net.", "network.", "classy_state_dict.base_model.")

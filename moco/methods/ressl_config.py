@@ -31,6 +31,12 @@ class ReSSLConfig(MethodConfig):
         super().check(config)
         require(config.augment.views == 2, f"augment.views={config.augment.views} must be 2 for {self.name}")
 
+    def advice(self, config: TrainConfig) -> list[str]:
+        """See `MethodConfig.advice`."""
+        fix = "set augment=ressl, or augment.second"
+        strong = "the teacher's view is as strongly augmented as the student's, not weakly"
+        return super().advice(config) + ([f"augment.second={{}}: {strong}; {fix}"] if not config.augment.second else [])
+
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:
         """See `MethodConfig.build`."""
         from moco.builder import KeyQueue

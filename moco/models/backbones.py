@@ -8,6 +8,7 @@ from typing import Any
 import torchvision.models
 from torch import Tensor, nn
 
+from moco.config import require
 from moco.files import cause
 from moco.models.vit import vit, vit_base, vit_conv_base, vit_conv_small, vit_small
 from moco.plugins import Registry
@@ -70,14 +71,27 @@ BACKBONES: Registry[Callable[..., nn.Module]] = Registry(
 )
 
 
-def _timm_model(name: str, options: Mapping[str, Any]) -> nn.Module:
+def published_images(name: str) -> dict[str, Any]:
+    """Return the size, resize, mean and std of the images on which timm trained `timm/NAME`; {} for other networks."""
+    if not name.startswith("timm/"):
+        return {}
+    import timm
+
+    known = timm.models.get_pretrained_cfg(name.removeprefix("timm/"))
+    if known is None:  # a model without published weights
+        return {}
+    size = known.input_size[-1]
+    return {"size": size, "resize": int(size / known.crop_pct), "mean": list(known.mean), "std": list(known.std)}
+
+
+def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
     """Return `timm/NAME` without its classifier; name the fix if its published weights cannot be loaded."""
     import timm  # takes a second
 
     known = name.removeprefix("timm/")
     if not timm.is_model(known):
         close = ", ".join(difflib.get_close_matches(known, timm.list_models(), n=5))
-        raise ValueError(f"model.backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
+        raise ValueError(f"{group}backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
     try:
         network: nn.Module = timm.create_model(known, num_classes=0, **options)
     except (TypeError, ValueError):
@@ -86,7 +100,7 @@ def _timm_model(name: str, options: Mapping[str, Any]) -> nn.Module:
         if not options.get("pretrained"):
             raise
         raise ValueError(
-            f"model.options={dict(options)}: the published weights of model.backbone={name!r} cannot be loaded "
+            f"{group}options={dict(options)}: the published weights of {group}backbone={name!r} cannot be loaded "
             f"({cause(error).splitlines()[0]}); check the network, or set pretrained=false and init_from=FILE"
         ) from error
     # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
@@ -94,24 +108,30 @@ def _timm_model(name: str, options: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def build_backbone(name: str, options: Mapping[str, Any]) -> nn.Module:
+def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.") -> nn.Module:
     """Return a backbone without its classifier; its attribute `num_features` is D.
 
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
         options: keyword arguments of the constructor, e.g. {"stem": "cifar"}.
+        group: the group of the configuration that names both, for errors; "" if the fields have none.
 
     Raises:
         ValueError: for an unknown name or option.
     """
     try:
         if name.startswith("timm/"):
-            return _timm_model(name, options)
-        return BACKBONES.find(name, also="timm/NAME")(**options)
+            return _timm_model(name, options, group)
+        if name not in BACKBONES:
+            import timm
+
+            fix = f"set {group}backbone=timm/{name}"
+            require(not timm.is_model(name), f"{group}backbone={name!r} is a model of timm: {fix}")
+        return BACKBONES.find(name, also="timm/NAME", field=f"{group}backbone")(**options)
     except (TypeError, AttributeError, AssertionError, LookupError, ArithmeticError) as error:
         first = (str(error) or type(error).__name__).splitlines()[0]
         reason = first.removesuffix(" but expected one of:")  # torch lists all alternatives
         raise ValueError(
-            f"model.options={dict(options)} is invalid for model.backbone={name!r}: {reason}; "
+            f"{group}options={dict(options)} is invalid for {group}backbone={name!r}: {reason}; "
             "set both, or choose another group, model=..."
         ) from error

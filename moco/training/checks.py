@@ -1,12 +1,16 @@
 """Checks of the configuration that need the size and the splits of the data set."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 from moco.config import RunWarning, TrainConfig, require
+from moco.config.recommended import queue_for
 from moco.data.base import Sources
 from moco.data.plan import Plan
 from moco.distributed import world_size
+from moco.models.backbones import published_images
 
 
 def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None = None) -> None:
@@ -42,21 +46,41 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
             f"optim.milestones={config.optim.milestones} has values that are not below epochs={config.epochs}, so the "
             "learning rate is not lowered there: reduce or remove them"
         )
+    for sentence in config.method.advice(config):
+        _warn(sentence)
+    if config.model.options.get("pretrained"):
+        check_normalization(config, "model.options.pretrained=true", published_images(config.model.backbone))
     _check_queue(config, plan)
     _check_batch_norm(config)
+
+
+def check_normalization(config: TrainConfig, trained: str, images: Mapping[str, Any]) -> None:
+    """Warn if the start weights were trained on images with another mean or standard deviation.
+
+    Args:
+        config: the run's.
+        trained: the field that names the weights, with its value.
+        images: their "mean" and "std", if known.
+    """
+    named = ((name, list(images[name])) for name in ("mean", "std") if name in images)
+    other = [f"augment.{name}={value}" for name, value in named if value != list(getattr(config.augment, name))]
+    if other:
+        fixes = " ".join(other).replace(", ", ",")
+        _warn(f"{trained} was trained on images with another mean or standard deviation: set {fixes}")
 
 
 def _check_queue(config: TrainConfig, plan: Plan) -> None:
     method = config.method
     if method.queue_size >= plan.length * method.keys_per_image:
         per_step = config.batch_size * method.keys_per_image
-        lower = max(per_step, plan.length // 2 // per_step * per_step)
+        smaller = queue_for(plan.length, per_step)
+        fix = f"method.queue_size={smaller}" if smaller < method.queue_size else "a smaller batch_size and queue"
         has_mask = any(each.name == "mask_own_keys" for each in fields(method))
         masked = f" (masked: {method.mask_own_keys})" if has_mask else ""
         _warn(
             f"method.queue_size={method.queue_size} holds each of the {plan.length} images at least once: the queue "
             f"contains very old keys and each query's own image{masked}; "
-            f"set method.queue_size={lower} or less"
+            f"set {fix}"
         )
 
 

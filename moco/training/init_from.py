@@ -11,6 +11,7 @@ from moco.interop.encoder_file import EncoderFile, ForeignFileError, build, is_v
 from moco.interop.foreign import State
 from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size, with_positions_of
+from moco.training.checks import check_normalization
 
 
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
@@ -42,13 +43,15 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     networks = [(encoder, file)]
     if (momentum_encoder := getattr(method, "momentum_encoder", None)) is not None:
         networks.append((momentum_encoder, momentum_file))
-    complaint = f"init_from={path} ({file.layout}: {file.backbone}) does not fit model.backbone={model.backbone}"
+    its_name = f": {file.backbone}" if file.backbone != model.backbone else ""
+    complaint = f"init_from={path} ({file.layout}{its_name}) does not fit model.backbone={model.backbone}"
     with_head = all(_fits(network.get_submodule("head"), each.head_weights) for network, each in networks)
     for network, each in networks:
         backbone = network.get_submodule("backbone")
         load_all(backbone, with_positions_of(backbone, model.backbone, each.weights), complaint)
         if with_head:
             load_all(network.get_submodule("head"), each.head_weights, complaint)
+    check_normalization(config, f"init_from={path}", file.images)
     if (file.backbone, file.options) != (model.backbone, model.options):
         _refuse_other_features(config, file, encoder.get_submodule("backbone"))
     reason = "does not fit" if file.head_weights else "is not in the file"

@@ -204,6 +204,14 @@ def test_the_queue_against_the_data_set(size: int, masked: bool, found: bool) ->
         assert "queue_size=384" in alarm.remedy  # a quarter, in steps of 128 keys
 
 
+def test_the_advice_on_a_queue_is_never_the_queue_in_use() -> None:
+    alarm = queue_against_dataset({}, Facts(0.2, 0.99, 32, 40, 32))
+    assert alarm is None  # masked, and shorter than the data set
+    alarm = queue_against_dataset({}, Facts(0.2, 0.99, 32, 40, 32, mask_own_keys=False))
+    assert alarm is not None
+    assert alarm.remedy == "method.mask_own_keys=true, a smaller batch_size and queue"
+
+
 def test_a_low_temperature_by_value_and_by_effective_negatives() -> None:
     assert_found(temperature_too_low({}, FACTS._replace(temperature=0.01)), "0.01")
     assert_found(temperature_too_low(healthy(**{"train/effective_negatives": [1.4] * 9}), FACTS), "0.2", " 1.4 ")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -84,7 +85,34 @@ def test_the_layout_and_the_unused_parts_of_a_foreign_file_are_printed(
     torch.save(content, tmp_path / "dino.pth")
     config = SubjectConfig(checkpoint=str(tmp_path / "dino.pth"), backbone="convnet", options={"width": 2})
     open_subject(config)
-    assert capsys.readouterr().out.endswith("dino.pth (DINO (teacher): convnet); not used: student\n")
+    assert capsys.readouterr().out.endswith(
+        "dino.pth (DINO (teacher): convnet); not used: student; prepared as images.size=224 images.resize=256 "
+        "images.mean=[0.485,0.456,0.406] images.std=[0.229,0.224,0.225] (of ImageNet)\n"
+    )
+
+
+@pytest.mark.parametrize("container", ["", "state_dict_ema"])
+def test_images_for_a_file_of_timm_are_prepared_as_in_its_training(
+    container: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state: dict[str, Any] = timm.create_model("test_vit").state_dict()
+    torch.save({container: state} if container else state, tmp_path / "vit.pth")
+    config = SubjectConfig(checkpoint=str(tmp_path / "vit.pth"), backbone="timm/test_vit")
+    transform = open_subject(config).transform
+    assert (transform.size, transform.resize) == (160, 168)  # 160 / 0.95
+    assert transform.mean == transform.std == (0.5, 0.5, 0.5)
+    assert capsys.readouterr().out.endswith("images.std=[0.5,0.5,0.5] (of timm for this network)\n")
+    config.images.mean = [0.1, 0.2, 0.3]
+    assert open_subject(config).transform.mean == (0.1, 0.2, 0.3)
+
+
+def test_only_a_layout_in_which_timm_publishes_gets_timms_preparation(tmp_path: Path) -> None:
+    """DeiT's and MoCo v3's ViT-S have the network of timm's, but ImageNet's mean, for example."""
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in state.items()}}, tmp_path / "dino.pth")
+    config = SubjectConfig(checkpoint=str(tmp_path / "dino.pth"), backbone="timm/test_vit")
+    config.images.size = 160
+    assert open_subject(config).transform.mean == (0.485, 0.456, 0.406)
 
 
 def test_untrained_is_the_encoder_before_the_first_step(tmp_path: Path) -> None:

@@ -91,6 +91,13 @@ def test_refusals_name_the_flag(script: str, line: str, named: str, capsys: pyte
     assert named in capsys.readouterr().err.rpartition("error: ")[2]
 
 
+def test_without_a_gpu_one_process_starts_and_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("main_moco", [*NODE.split(), "/data", "--print-command"]) == 0
+    note, command = capsys.readouterr().out.splitlines()
+    assert "no GPU: one process" in note
+    assert command.startswith("next: python -m moco.train ")
+
+
 def test_the_command_runs_and_its_status_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[list[str]] = []
 

@@ -154,6 +154,7 @@ def test_the_encoder_has_the_configured_norm(kind: BatchNormKind, groups: set[in
         ("resnet19", {}, "model.backbone='resnet19' must be one of convnet, resnet18"),
         ("timm/resnet19", {}, "model.backbone='timm/resnet19': timm has no such model; similar names: "),
         ("timm/zzzzzz", {}, "similar names: none"),
+        ("resnet10t", {}, "model.backbone='resnet10t' is a model of timm: set model.backbone=timm/resnet10t"),
         ("resnet18", {"stem": "small"}, "model.options.stem='small' must be 'imagenet' or 'cifar'"),
         ("resnet18", {"wide": 3}, "model.options={'wide': 3} is invalid for model.backbone='resnet18': "),
         ("convnet", {"depth": 3}, "model.options={'depth': 3} is invalid for model.backbone='convnet': "),

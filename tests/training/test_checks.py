@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from moco.builder import MoCo
-from moco.config import AugmentConfig, ConfigError, RunWarning, TrainConfig
+from moco.config import AugmentConfig, ConfigError, MethodConfig, RunWarning, TrainConfig
 from moco.data.opening import build_views, open_sources
 from moco.data.plan import Plan
 from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
+from moco.methods.moco_v3_config import MoCoV3Config
+from moco.methods.nnclr_config import NNCLRConfig
+from moco.methods.ressl_config import ReSSLConfig
 from moco.runtime.device import pick_device, set_float32_precision
 from moco.training.checks import check_against_data
 
@@ -26,7 +29,7 @@ def plan(length: int) -> Plan:
 
 
 def test_a_queue_as_long_as_the_data_set_warns() -> None:
-    with pytest.warns(RunWarning, match=r"queue_size=1000 .* 1000 images .* set method\.queue_size=448 or less"):
+    with pytest.warns(RunWarning, match=r"queue_size=1000 .* 1000 images .* set method\.queue_size=256"):
         check_against_data(config(queue_size=1000), plan(1000))
 
 
@@ -35,6 +38,38 @@ def test_a_shorter_queue_does_not_warn() -> None:
         warnings.simplefilter("error")
         check_against_data(config(queue_size=999), plan(1000))
         check_against_data(config(queue_size=1999, symmetric=True), plan(1000))  # two keys per image
+
+
+def test_a_batch_that_leaves_no_shorter_queue_is_named() -> None:
+    with pytest.warns(RunWarning, match="set a smaller batch_size and queue"):
+        check_against_data(config(queue_size=64), plan(64))
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (MoCoV3Config(), r"predictor_layers=0: moco_v3 has a predictor; set model\.predictor_layers=2"),
+        (NNCLRConfig(queue_size=128), r"predictor_layers=0: nnclr has a predictor; set model\.predictor_layers=2"),
+        (ReSSLConfig(queue_size=128), r"augment\.second=\{\}: .* set augment=ressl, or augment\.second"),
+    ],
+)
+def test_a_method_without_what_it_is_published_with_warns(method: MethodConfig, sentence: str) -> None:
+    made = config()
+    made.method = method
+    with pytest.warns(RunWarning, match=sentence):
+        check_against_data(made, plan(1000))
+
+
+def test_weights_that_are_published_for_another_normalization_warn() -> None:
+    made = config()
+    made.model.backbone, made.model.options = "timm/test_vit", {"pretrained": True}
+    fixes = r"set augment\.mean=\[0\.5,0\.5,0\.5\] augment\.std=\[0\.5,0\.5,0\.5\]"
+    with pytest.warns(RunWarning, match=rf"model\.options\.pretrained=true .* {fixes}"):
+        check_against_data(made, plan(1000))
+    made.augment.mean, made.augment.std = [0.5] * 3, [0.5] * 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_against_data(made, plan(1000))
 
 
 def test_milestones_after_the_last_epoch_warn() -> None:

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.builder import UNKNOWN, KeyQueue, MoCo
-from moco.config import ConfigError, TrainConfig
+from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.interop.encoder_file import ForeignFileError, read_encoder, save_encoder
 from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3 import MoCoV3
+from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder, build_predictor, projection_head
 from moco.runs import checkpoint
 from moco.training.init_from import load_initial_weights
@@ -162,6 +163,14 @@ def test_the_checkpoint_of_the_official_notebook(tmp_path: Path) -> None:
     assert file.options == {"stem": "cifar"}
     with pytest.raises(ForeignFileError, match="does not name its network"):
         read_encoder(path)
+
+
+def test_weights_of_timm_warn_if_the_run_normalizes_images_in_another_way(tmp_path: Path) -> None:
+    network = build_backbone("timm/test_vit", {"img_size": 32})
+    config = configured(saved(tmp_path / "vit.pth", network.state_dict()), options={"img_size": 32})
+    config.model.backbone, config.augment.size = "timm/test_vit", 32
+    with pytest.warns(RunWarning, match=r"vit\.pth was trained .* set augment\.mean=\[0\.5,0\.5,0\.5\]"):
+        load_initial_weights(config, method(config))
 
 
 def test_parts_that_are_not_read_are_named(tmp_path: Path) -> None:

@@ -126,7 +126,8 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     if share <= (1.0 if facts.mask_own_keys else MOST_OF_DATASET):
         return None
     evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
-    remedy = f"method.queue_size={queue_for(facts.dataset_size, facts.keys_per_step)}"
+    smaller = queue_for(facts.dataset_size, facts.keys_per_step)
+    remedy = f"method.queue_size={smaller}" if smaller < facts.queue_size else "a smaller batch_size and queue"
     if facts.mask_own_keys:
         evidence += "it holds several keys per image: old keys instead of more images"
     else:
