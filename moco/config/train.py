@@ -209,8 +209,8 @@ class TrainConfig(ComputeConfig):
     analyse_every: int = bounded(5, ge=0)
     """Add alignment, uniformity, effective rank and other measures to every N-th record; 0: never."""
     stop_after: float = bounded(0.0, ge=0)
-    """Minutes after which the run saves and exits with status 75, so that the same command can resume it; 0: never. Set
-    it below a job's time limit by the time of one step, one evaluation and one checkpoint."""
+    """Minutes from the start of the command after which the run saves and exits with status 75; run the same command to
+    resume it. 0: never. Set it below a job's time limit by the time of one step, evaluation and checkpoint."""
     hang_after: float = bounded(15.0, ge=0)
     """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
     wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set it above

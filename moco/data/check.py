@@ -23,6 +23,7 @@ from moco.data.folder import FolderSource
 from moco.data.image_facts import ODDITIES, ImageFacts, image_facts
 from moco.data.opening import class_counts, opening_lines
 from moco.data.sources import load_source
+from moco.data.walk import OTHER_IMAGE_ENDINGS
 from moco.data.workers import TASK, LoaderError, count_processes, in_order
 from moco.files import write_errors, write_json
 from moco.runtime.console import log, progress_bar, table
@@ -226,7 +227,9 @@ def show(report: dict[str, Any], output: Path) -> None:
     if leaked := copies["held_out_in_training"]:
         alarming.add(len(rows))
         rows.append(["leaked", f"{leaked:,}", "", "held-out images that are training images too"])
-    rows += [[f"ignored: {kind}", f"{count:,}", "", "not an image"] for kind, count in report["ignored"].items()]
+    for kind, count in report["ignored"].items():
+        meaning = "to use them, convert them to JPEG or PNG" if kind in OTHER_IMAGE_ENDINGS else "not an image"
+        rows.append([f"ignored: {kind}", f"{count:,}", "", meaning])
     rows += [[form, f"{count:,}", "", "readable"] for form, count in report["formats"].items()]
     for side in ("width", "height") if report["sizes"] else ():
         marks = " / ".join(f"{each:,}" for each in report["sizes"][side])

@@ -10,6 +10,10 @@ IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     *(".jpe", ".jfif", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
+# Formats of images that are not read: of phones, raw files of cameras, and others. They must be converted first.
+OTHER_IMAGE_ENDINGS = frozenset(
+    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
+)
 # PIL's names of the formats of these endings. Only they may be opened: PIL's EPS reader, for example, runs another
 # program. A JPEG that contains a second image (MPO) opens as JPEG.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from moco.runtime.console import log_next
+from moco.runtime.console import log, log_next
 from moco.runtime.next_command import override
 
 
@@ -67,6 +67,8 @@ def _launch(flags: argparse.Namespace) -> Launch:
         )
     distributed = flags.multiprocessing_distributed and flags.gpu is None
     per_node = max(1, torch.cuda.device_count()) if distributed else 1
+    if distributed and not torch.cuda.device_count():
+        log("this machine has no GPU: one process on the CPU. On one with GPUs, torchrun starts a process for each")
     nodes = max(1, flags.world_size)
     if nodes == 1:
         words = ["torchrun", "--standalone", "--nproc-per-node", str(per_node)] if per_node > 1 else ["python"]

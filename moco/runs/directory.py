@@ -60,9 +60,11 @@ def refuse_difference(
     which = f"was made with experiment={recipe}" if recipe != config.get("recipe") and recipe else ""
     fix = f"add experiment={recipe}" if which else "restore those values"
     named = "; ".join(differing[:_MOST_NAMED]) + (f"; and {more} more fields" if more > 0 else "")
+    encoder = path / "encoder.safetensors"  # of a finished run
+    from_encoder = f" (to train longer, add init_from={encoder})" if encoder.exists() else ""
     raise ConfigError(
         f"run={path} {which or 'holds a run with another configuration'}: {named}. To resume it, {fix}; to start "
-        "another run, set run=DIR"
+        f"another run, set run=DIR{from_encoder}"
     )
 
 

@@ -94,7 +94,7 @@ def summarize(trainer: "Trainer") -> None:
     trained = f"{config.model.backbone} with {method} on {config.data.name} ({plan.length:,} images)"
     rows = [
         ("trained", f"{trained}, {plan.epochs} epoch{'s' * (plan.epochs > 1)}, {plan.total_steps:,} steps"),
-        ("time", duration(trainer.schedule.seconds())),
+        ("time", f"{duration(trainer.schedule.seconds())}, without the start-up"),
         ("computed", f"in {trainer.precision} on {trainer.computed_on}"),
     ]
     if speed := trainer.throughput.summary():

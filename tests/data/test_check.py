@@ -43,7 +43,7 @@ def names(entry: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = folder(tmp_path / "images", odd=True)
-    for name in ("notes.txt", "Makefile", ".hidden.png"):
+    for name in ("notes.txt", "Makefile", ".hidden.png", "phone.HEIC"):
         (root / name).write_text("x")
     (root / "bands.tif").write_bytes(tiff(8, 8, bands=13))
     (root / "circle").symlink_to(root / "circle")
@@ -66,12 +66,13 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
         {"path": str(root / "nowhere.png"), "reason": f"a link to {root}/gone.png: No such file or directory"},
         {"path": str(root / "circle"), "reason": f"a link to {root}/circle, ignored"},
     ]
-    assert report["ignored"] == {".txt": 1, "without ending": 1, "hidden": 1}
+    assert report["ignored"] == {".txt": 1, "without ending": 1, "hidden": 1, ".heic": 1}
     assert report["formats"]["JPEG CMYK"] == 1
     assert sum(report["formats"].values()) == 18
     printed = capsys.readouterr().out
     assert all(kind in printed for kind in wanted)
     assert "ignored: .txt" in printed
+    assert "to use .heic, convert to JPEG or PNG" in " ".join(printed.split())
 
 
 def test_a_folder_without_faults_passes(tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ def test_files_that_are_left_out_are_mentioned(tmp_path: Path) -> None:
         sources = load_source(DataConfig("folder", str(tmp_path), resident=resident))
         assert len(sources.train) == 4
         (line,) = opening_lines(sources)
-        assert line.endswith(": 2 .avif, 1 .heic, 1 @eaDir, 1 hidden, 1 without ending")
+        assert line.endswith(
+            ": 2 .avif, 1 .heic, 1 @eaDir, 1 hidden, 1 without ending; to use .avif, .heic, convert to JPEG or PNG"
+        )
 
 
 def test_the_classes_are_shown_with_their_counts(tmp_path: Path) -> None:

@@ -93,6 +93,18 @@ def test_a_run_of_another_recipe_is_refused_with_its_name_and_three_fields(tmp_p
     open_run(tmp_path / "run", made | {"recipe": "copy_of_it"}).close()  # the name alone makes no difference
 
 
+def test_a_finished_run_with_more_epochs_names_how_to_train_longer(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", values(epochs=2)).close()
+    pretend_checkpoint(tmp_path / "run")
+    with pytest.raises(ConfigError) as unfinished:
+        open_run(tmp_path / "run", values(epochs=4))
+    (tmp_path / "run" / "encoder.safetensors").touch()
+    with pytest.raises(ConfigError) as finished:
+        open_run(tmp_path / "run", values(epochs=4))
+    longer = f" (to train longer, add init_from={tmp_path}/run/encoder.safetensors)"
+    assert str(finished.value) == f"{unfinished.value}{longer}"
+
+
 def test_a_field_newer_than_the_run_has_its_default_value(tmp_path: Path) -> None:
     older = values()
     del older["seed"]
