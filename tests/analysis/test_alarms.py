@@ -16,21 +16,23 @@ from moco.analysis.doctor.alarms import (
     augmentation_too_weak,
     collapse,
     data_starvation,
-    few_images,
     learning_rate_too_high,
-    learning_rate_zero,
     loss_at_chance,
-    momentum_too_high,
-    momentum_too_low,
     nothing_learned,
     positive_among_negatives,
-    queue_against_dataset,
-    stale_queue,
     statistics_leak,
     temperature_too_high,
     temperature_too_low,
 )
 from moco.analysis.doctor.series import Series
+from moco.analysis.doctor.settings import (
+    few_images,
+    learning_rate_zero,
+    momentum_too_high,
+    momentum_too_low,
+    queue_against_dataset,
+    stale_queue,
+)
 from moco.losses import info_nce
 from tests.losses.loops import unit
 
@@ -146,6 +148,7 @@ def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
     assert few_steps.remedy == "more epochs"
     assert momentum_too_high({}, short._replace(total_steps=7000)) is None
     assert momentum_too_high({}, short._replace(momentum=None)) is None
+    assert momentum_too_high({}, short._replace(starts_trained=True)) is None  # its initial weights are good ones
     assert names({}, short) == ["momentum too high"]
 
 
@@ -183,6 +186,10 @@ def test_a_short_run_that_learns_nothing(changed: dict[str, list[float]], found:
     series = SHORT_RUN | changed
     assert names(series, facts) == ["nothing learned"] * found
     assert (nothing_learned(series, facts) is not None) == found
+    if found:
+        trained = nothing_learned(series, facts._replace(starts_trained=True))
+        assert trained is not None
+        assert "lower optim.lr" in trained.remedy
     # With a cause, only the cause is reported.
     assert names(series, facts._replace(momentum=0.999)) == ["momentum too high"]
 

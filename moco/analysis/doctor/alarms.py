@@ -22,64 +22,15 @@ from moco.analysis.doctor.series import (
     present_temperature,
     running_means,
 )
-from moco.config.recommended import FEW_IMAGES, momentum_for, queue_for
-
-LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: 0.9 costs 3.8 points of 59.0, and 0 does not train
-
-
-def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
-    """Find keys that change faster than the queue is renewed."""
-    if not facts.queue_size or facts.momentum is None or facts.momentum >= LOWEST_MOMENTUM:
-        return None
-    return Alarm(
-        "momentum too low",
-        f"momentum {facts.momentum:g} is below {LOWEST_MOMENTUM:g}, so the queue mixes keys of very different encoders",
-        f"method.momentum={_better_momentum(facts):g}",
-    )
-
-
-MOST_LEFT = 0.5  # share of the momentum encoder's initial weights at the end; digits: 0.002, CIFAR-10 on a CPU: 1e-5
-
-
-def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
-    """Find a momentum encoder that hardly changes in a run of this length, or never. A schedule may end at 1."""
-    if facts.momentum is None:
-        return None
-    if facts.momentum >= 1:
-        evidence = "the momentum encoder never changes, so the queries learn to match a random network"
-        return Alarm("momentum of 1", evidence, f"method.momentum={_better_momentum(facts):g}")
-    left, better = facts.momentum**facts.total_steps, _better_momentum(facts)
-    if left <= MOST_LEFT or facts.momentum <= better:
-        return None
-    return Alarm(
-        "momentum too high",
-        f"at momentum {facts.momentum:g}, {100 * left:.0f} % of the momentum encoder's initial weights are left "
-        f"after all {facts.total_steps:.0f} steps",
-        "more epochs" if better**facts.total_steps > MOST_LEFT else f"method.momentum={better:g}, or more epochs",
-    )
-
-
-def _better_momentum(facts: Facts) -> float:
-    return momentum_for(round(min(facts.total_steps, 1e6)))
-
-
-def learning_rate_zero(series: Series, facts: Facts) -> Alarm | None:
-    """Find a learning rate at which no weight changes."""
-    if facts.lr != 0:
-        return None
-    return Alarm("learning rate of 0", "optim.lr=0, so no weight changes", "optim.lr=0.03 for sgd, 1e-4 for adamw")
-
-
-def few_images(series: Series, facts: Facts) -> Alarm | None:
-    """Find a data set that is too small to train a network from random weights."""
-    if facts.starts_trained or facts.dataset_size >= FEW_IMAGES:
-        return None
-    return Alarm(
-        "few images",
-        f"{facts.dataset_size} images are too few to train an encoder from random weights",
-        "published weights: init_from=FILE, or, without training, moco.embed checkpoint=FILE",
-    )
-
+from moco.analysis.doctor.settings import (
+    better_momentum,
+    few_images,
+    learning_rate_zero,
+    momentum_too_high,
+    momentum_too_low,
+    queue_against_dataset,
+    stale_queue,
+)
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: 0.05 ... 1 (MoCo v3 with ResNet)
 FEW_NEGATIVES = 2.0  # below: the gradient comes from the nearest negative, often one of the query's own class
@@ -115,47 +66,6 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
             "queries find their key"
         )
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
-
-
-MOST_OF_DATASET = 0.5  # without masking, 1 query in 8 then meets a key of its own image
-
-
-def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
-    """Find a queue that often holds the query's own image (moco issue 146), or is longer than an epoch."""
-    share = facts.queue_size / facts.dataset_size
-    if share <= (1.0 if facts.mask_own_keys else MOST_OF_DATASET):
-        return None
-    evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
-    smaller = queue_for(facts.dataset_size, facts.keys_per_step)
-    remedy = f"method.queue_size={smaller}" if smaller < facts.queue_size else "a smaller batch_size and queue"
-    if facts.mask_own_keys:
-        evidence += "it holds several keys per image: old keys instead of more images"
-    else:
-        # Each epoch of M images has its own order: an image's last key is M - a + b keys old, a, b uniform in 0 ... M.
-        meets_itself = share**2 / 2 if share <= 1 else 1 - max(0.0, 2 - share) ** 2 / 2
-        evidence += f"about {100 * meets_itself:.0f} % of the queries meet a key of their own image as a negative"
-        remedy = f"method.mask_own_keys=true, {remedy}"
-    return Alarm("queue too long for the data set", evidence, remedy)
-
-
-# The oldest key is K / B steps old, that is (1 - m) K / B lifetimes of the momentum encoder. After 3 lifetimes, 5 % of
-# the encoder that made it is left, exp(-3). Published recipes reach 2.6 (K 65536, B 256, m 0.99); m 0.9 has 26.
-MOST_LIFETIMES = 3.0
-
-
-def stale_queue(series: Series, facts: Facts) -> Alarm | None:
-    """Find keys that are too old for the momentum. `momentum_too_low` reports a momentum that is too low anyway."""
-    steps = facts.queue_size / facts.keys_per_step
-    if not steps or facts.momentum is None or facts.momentum < LOWEST_MOMENTUM:
-        return None
-    if steps * (1 - facts.momentum) <= MOST_LIFETIMES:
-        return None
-    return Alarm(
-        "stale queue",
-        f"the oldest of {facts.queue_size} keys is {steps:.0f} steps old, and at momentum {facts.momentum:g} only "
-        f"{100 * facts.momentum**steps:.1f} % of the encoder that made it is left",
-        f"method.momentum={1 - 1 / steps:.4g} or higher, or a shorter method.queue_size",
-    )
 
 
 MOST_DUPLICATES = 0.1  # share of the queries; the defect affects all of them, a collapsing run only some
@@ -314,8 +224,11 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
         return None
     evidence = f"only {100 * latest(series, 'train/contrast_accuracy'):.0f} % of the queries find their key"
     evidence += "".join(f", and {text}" for gain, text in gains if not math.isnan(gain))
-    momentum = f", method.momentum={_better_momentum(facts):g}" if facts.momentum is not None else ""
-    return Alarm("nothing learned", evidence, f"more epochs, twice the optim.lr{momentum}, or more images")
+    momentum = f", method.momentum={better_momentum(facts):g}" if facts.momentum is not None else ""
+    remedy = f"more epochs, twice the optim.lr{momentum}, or more images"
+    if facts.starts_trained:
+        remedy = "a lower optim.lr, more epochs, or the weights of init_from as they are"
+    return Alarm("nothing learned", evidence, remedy)
 
 
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
