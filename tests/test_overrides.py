@@ -173,7 +173,19 @@ def test_the_home_directory_is_expanded_in_every_path_field() -> None:
     assert config.weights == "~/w"
 
 
-PATHS = {"run", "runs", "output", "checkpoint", "init_from", "index", "query", "root", "eval_root", "subset_list"}
+PATHS = {
+    "run",
+    "runs",
+    "output",
+    "checkpoint",
+    "init_from",
+    "index",
+    "query",
+    "root",
+    "eval_root",
+    "label_file",
+    "subset_list",
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -26,6 +26,9 @@ class SourceConfig:
     """For `folder`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = bounded("", path=True)
     """For `folder` with labels: a folder of held-out images, with class folders as in root; some may be missing."""
+    label_file: str = bounded("", path=True)
+    """For `folder`: a CSV or Parquet file with the columns path (relative to root), label (a text or a whole number)
+    and, optionally, split. It must have one row for each image. Replaces `labels` and `eval_root`."""
     resident: bool = False
     """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images decoded in memory. They must have one size."""
     bits: int | None = bounded(None, ge=8, le=16)
@@ -37,9 +40,10 @@ class SourceConfig:
     subset: str = ""
     """For `huggingface`: the name of the subset (the hub's "configuration") of a data set that has several."""
     split: str = "train"
-    """For `huggingface`: the name of the training split."""
+    """For `huggingface` and label_file: the name of the training split."""
     eval_split: str = ""
-    """For `huggingface`: the held-out split; empty: the first of test, validation, valid and val that has labels."""
+    """For `huggingface` and label_file: the held-out split; empty: the first of test, validation, valid and val that
+    has labels."""
     image_column: str = ""
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
@@ -110,3 +114,9 @@ def check_data_fields(data: DataConfig) -> None:
     """Raise ConfigError if fields of a data set contradict each other."""
     error = f"data.eval_root={data.eval_root!r} works with data.name=folder only, not with {data.name}: remove it"
     require(not data.eval_root or data.name == "folder", error)
+    if data.label_file:
+        problem = f"data.label_file={data.label_file!r}"
+        require(data.name == "folder", f"{problem} works with data.name=folder only, not with {data.name}: remove it")
+        require(data.labels == "none", f"{problem} replaces data.labels={data.labels}: set only one of them")
+        error = f"{problem} replaces data.eval_root={data.eval_root!r}: leave that empty, and add a column split"
+        require(not data.eval_root, error)

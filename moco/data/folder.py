@@ -18,6 +18,7 @@ from torch import Tensor
 from moco.config import DataConfig, RunWarning
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import decode, read_bytes
+from moco.data.label_file import held_out_split, read_label_file, rows_of_images
 from moco.data.labels import first_names, read_labels
 from moco.data.walk import IMAGE_ENDINGS, size_and_time, walk
 from moco.distributed import is_rank_zero
@@ -73,6 +74,8 @@ class FolderSource(Source):
 
 def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open any folder of images, with or without class folders; see `scan` for `keep_unlistable`."""
+    if config.label_file:
+        return _open_with_label_file(config, keep_unlistable)
     root, labels, eval_root = config.root, config.labels, config.eval_root
     if not eval_root:
         return labeled(scan("data.root", root, labels, keep_unlistable))
@@ -90,6 +93,25 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     train = scan("data.root", root, labels, keep_unlistable)
     held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1)
     return labeled(train, held_out, f"data.eval_root={eval_root}")
+
+
+def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
+    """Open a folder of images whose labels and splits are in data.label_file."""
+    table, where = config.label_file, f"data.label_file={config.label_file}"
+    rows = read_label_file(table)  # before the folder, which can be large
+    images = scan("data.root", config.root, "none", keep_unlistable)
+    found = rows_of_images(rows, [images.name(i) for i in range(len(images))], f"data.root={config.root}", table)
+
+    def part(split: str, min_classes: int) -> FolderSource:
+        chosen = [i for i, row in enumerate(found) if row.split == split]
+        fix = "leave data.label_file empty"
+        labels, classes = read_labels([found[i].label for i in chosen], where, fix, min_classes=min_classes)
+        return replace(images.subset(np.array(chosen, np.int64)), labels=labels, classes=classes)
+
+    if not found[0].split:  # the table has no such column
+        return labeled(part("", 2))
+    held_out = held_out_split(found, config.split, config.eval_split, table)
+    return labeled(part(config.split, 2), part(held_out, 1) if held_out else None, f"{where} split={held_out}")
 
 
 def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:

@@ -21,10 +21,8 @@ from moco.config import DataConfig
 from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
-from moco.data.labels import read_labels, several_labels_error
+from moco.data.labels import HELD_OUT, read_labels, several_labels_error
 from moco.data.walk import size_and_time
-
-HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split; the first with labels is used
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHOWN = 5  # how many names a message lists
+HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split; the first with labels is used
 
 
 def read_labels(

@@ -117,12 +117,19 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     bank, held_out = sources.bank, sources.held_out
     name = data_config(config, subject).name
     if bank is None or bank.labels is None:
-        fix = "set data.labels=folder, with one folder per class" if name == "folder" else "choose a labeled data set"
+        fix = (
+            "set data.labels=folder (one folder per class) or data.label_file=FILE"
+            if name == "folder"
+            else "choose a labeled data set"
+        )
         raise ConfigError(f"data.name={name} has no labels for the evaluation: {fix}")
-    if (part := config.data.hold_out) > 0:
+    part = config.data.hold_out
+    if part > 0:
         problem = f"data.hold_out={part}, but data.name={name} has a held-out split"
         require(held_out is None, f"{problem}: remove data.hold_out")
+    if held_out is not None or part > 0:
         _check_seen_images(config, subject)
+    if part > 0:
         with naming_field("data.hold_out", part):
             rest, held = split_each_class(bank.labels, part, 0, HOLD_OUT, groups_of(bank))
         bank, held_out = bank.subset(rest), bank.subset(held)
@@ -172,7 +179,7 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
         if not of_run:
             raise
         each = " and ".join(f"data.{name}={path}" for name, path in of_run.items())
-        fixes = " ".join(f"data.{name}=DIR" for name in of_run)
+        fixes = " ".join(f"data.{name}={'FILE' if name == 'label_file' else 'DIR'}" for name in of_run)
         relative = not all(map(os.path.isabs, of_run.values()))
         where = ", which started in another working directory" * relative
         raise FileNotFoundError(f"{error} ({each}, taken from the run{where}: set {fixes})") from error
@@ -198,7 +205,8 @@ def _is_same_data(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
 
 
 def _paths(data: DataConfig) -> dict[str, str]:
-    return {name: path for name, path in (("root", data.root), ("eval_root", data.eval_root)) if path}
+    paths = {"root": data.root, "eval_root": data.eval_root, "label_file": data.label_file}
+    return {name: path for name, path in paths.items() if path}
 
 
 def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[str, Any]:
@@ -219,18 +227,31 @@ def weights_digest(file: EncoderFile, features: str) -> str:
     return digest(kept | {"backbone": file.backbone, "options": dict(file.options)})
 
 
-def trained_on_this_data(config: SubjectConfig, subject: Subject) -> bool:
-    """Return whether the encoder was trained on this data set: data.hold_out then holds out images that it saw."""
-    return _is_same_data(asdict(data_config(config, subject)), subject.file.config.get("data", {}))
+def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
+    """Return whether the encoder was trained on this data set, and the held-out images come from another split of it.
+
+    That split is data.hold_out, or a data.label_file, data.split or data.eval_split that the run did not have.
+    """
+    data, recorded = asdict(data_config(config, subject)), subject.file.config.get("data", {})
+    splits = [
+        [str(each.get("label_file") and Path(each["label_file"]).resolve())]
+        + [each.get(name) for name in ("split", "eval_split")]
+        for each in (data, recorded)
+    ]
+    other_split = bool(data["label_file"]) and splits[0] != splits[1]
+    return (config.data.hold_out > 0 or other_split) and _is_same_data(data, recorded)
 
 
 def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:
     """Refuse a held-out part whose labels trained the encoder; warn if only its images did."""
-    if not trained_on_this_data(config, subject):
+    if not held_out_seen(config, subject):
         return
-    problem = f"data.hold_out={config.data.hold_out} holds out images that the encoder was trained on"
+    hold_out, file = config.data.hold_out, data_config(config, subject).label_file
+    field = f"data.hold_out={hold_out}" if hold_out else f"data.label_file={file} with another split than the run's"
+    problem = f"{field} holds out images that the encoder was trained on"
+    other = "data.root=DIR data.label_file=FILE" if file else "data.eval_root=DIR"
     if subject.file.config.get("method", {}).get("labels", False):
-        raise ConfigError(f"{problem}, with their labels: set data.eval_root=DIR to other images")
+        raise ConfigError(f"{problem}, with their labels: set {other} to other images")
     if is_rank_zero():
-        advice = "other images, data.eval_root=DIR, give a better estimate"
+        advice = f"other images, {other}, give a better estimate"
         warnings.warn(f"{problem}, without their labels: {advice}", RunWarning, stacklevel=2)

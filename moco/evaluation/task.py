@@ -28,9 +28,9 @@ from moco.evaluation.subject import (
     data_config,
     data_with_absolute_paths,
     groups_of,
+    held_out_seen,
     open_labeled,
     open_subject,
-    trained_on_this_data,
     weights_digest,
 )
 from moco.runs import results
@@ -212,7 +212,7 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "held_out": len(task.held_out),
         "classes": list(task.train.classes),
         "hold_out": hold_out,
-        "held_out_seen": hold_out > 0 and trained_on_this_data(config, subject),  # seen without labels
+        "held_out_seen": held_out_seen(config, subject),  # seen without labels
         "held_out_in_training": task.copies,
     }
     return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {

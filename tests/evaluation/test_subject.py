@@ -198,6 +198,25 @@ def test_hold_out_splits_off_a_part_of_each_class(tmp_path: Path) -> None:
     assert described(config, bank, held_out)["data"]["held_out_seen"] is False
 
 
+def test_another_split_than_that_of_the_run_is_reported_as_seen(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "images", {"a": 4, "b": 4})
+    paths = sorted(str(path.relative_to(root)) for path in root.rglob("*.*"))
+    tables = [tmp_path / "own.csv", tmp_path / "other.csv"]
+    for held, table in enumerate(tables):
+        rows = [f"{path},{path[0]},{'test' if i % 4 == held else 'train'}\n" for i, path in enumerate(paths)]
+        table.write_text("path,label,split\n" + "".join(rows))
+    run = trained(tmp_path / "run", "folder", root=str(root), label_file=str(tables[0]))
+    config = configured(run=str(run))
+    with warnings.catch_warnings(action="error"):
+        bank, held_out = open_labeled(config, open_subject(config))
+    assert (len(bank), len(held_out)) == (6, 2)
+    assert described(config, bank, held_out)["data"]["held_out_seen"] is False
+    config.data.label_file = str(tables[1])
+    with pytest.warns(RunWarning, match=r"data\.label_file=.*other\.csv with another split .* trained on, without"):
+        bank, held_out = open_labeled(config, open_subject(config))
+    assert described(config, bank, held_out)["data"]["held_out_seen"] is True
+
+
 def test_the_description_reproduces_a_result_in_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,9 +192,10 @@ def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseCo
     of_first = read_encoder(files[first][-1]).config["data"]
     for run in others:
         own = read_encoder(files[run][-1]).config["data"]
-        for name in sorted({"name", "root", "eval_root", "labels"} - config.data.overrides().keys()):
-            difference = f"{run} has data.{name}={own[name]}, but {first} has {of_first[name]}"
-            require(own[name] == of_first[name], f"runs: {difference}: choose runs on the same images")
+        for name in sorted({"name", "root", "eval_root", "labels", "label_file"} - config.data.overrides().keys()):
+            here, there = own.get(name, ""), of_first.get(name, "")  # early runs have no label_file
+            difference = f"{run} has data.{name}={here}, but {first} has {there}"
+            require(here == there, f"runs: {difference}: choose runs on the same images")
     return first
 
 

@@ -1,0 +1,170 @@
+"""Labels and splits of a folder's images from a table: a CSV or Parquet file with a row per image.
+
+The column `path` names an image relative to the folder, `label` is its class (a text or a whole number), and `split`,
+if there is such a column, says to which split the image belongs. Other columns are ignored.
+
+Legend: N images.
+"""
+
+import csv
+import posixpath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moco.config.base import optional_module
+from moco.data.labels import HELD_OUT, first_names, is_missing
+
+
+class Row(NamedTuple):
+    """The label and the split of an image."""
+
+    number: int  # of its row, from 1, without the header of a CSV file
+    label: str
+    split: str  # "" if the table has no such column
+
+
+def read_label_file(file: str) -> dict[str, Row]:
+    """Return the row of each path, in the order of the file. Equal rows count once.
+
+    Raises:
+        ConfigError: if the file is Parquet and pyarrow is not installed.
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no table with the columns path and label; if a path, label or split is empty; or if a path
+            has two labels or splits.
+    """
+    where = f"data.label_file={file}"
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{where} {'is no file' if Path(file).exists() else 'does not exist'}: check the path")
+    read = _parquet_rows if file.lower().endswith((".parquet", ".pq")) else _csv_rows
+    rows: dict[str, Row] = {}
+    for number, values in enumerate(read(file, where), start=1):
+        path, label, *split = (_text(value, where, number) for value in values)
+        row = Row(number, label, split[0] if split else "")
+        for column, text in zip(("path", "label", "split"), (path, label, *split), strict=False):
+            if not text:
+                raise ValueError(f"{where}: row {number} has an empty {column}: fill it in, or remove the row")
+        path = posixpath.normpath(path)
+        first = rows.setdefault(path, row)
+        if first[1:] != row[1:]:
+            raise ValueError(
+                f"{where}: rows {first.number} and {number} give {path} different labels or splits "
+                f"({_shown(first)} and {_shown(row)}): keep one of them"
+            )
+    if not rows:
+        raise ValueError(f"{where} has no rows: add one for each image, with its path and label")
+    return rows
+
+
+def rows_of_images(rows: dict[str, Row], images: Sequence[str], where: str, file: str) -> list[Row]:
+    """Return the row of each image (N); refuse rows without an image and images without a row.
+
+    Args:
+        rows: from `read_label_file`.
+        images: the paths of all images, relative to their folder.
+        where: the folder, for errors.
+        file: the table, for errors.
+
+    Raises:
+        ValueError: if the paths of the table and of the folder differ.
+    """
+    known = set(images)
+    if absent := [f"{path} (row {row.number})" for path, row in rows.items() if path not in known]:
+        raise ValueError(
+            f"data.label_file={file} names {len(absent):,} images that {where} does not hold: "
+            f"{first_names(absent, 3)}; write each path as it is below data.root, or remove its row"
+        )
+    if unlabeled := [path for path in images if path not in rows]:
+        raise ValueError(
+            f"data.label_file={file} has no row for {len(unlabeled):,} of the {len(images):,} images in {where}: "
+            f"{first_names(unlabeled, 3)}; add a row for each, or move them out of data.root"
+        )
+    return [rows[path] for path in images]
+
+
+def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) -> str:
+    """Return the name of the held-out split; "" if the table has no other split than that of training.
+
+    Args:
+        rows: of all images.
+        train: the training split, data.split.
+        held_out: the held-out split, data.eval_split; "": the first of `HELD_OUT` that occurs.
+        file: the table, for errors.
+
+    Raises:
+        ValueError: if a requested split has no image, or the table has a split with an unknown name.
+    """
+    found = {row.split: row for row in reversed(rows)}  # with the first of its rows
+    for name, split in (("split", train), ("eval_split", held_out)):
+        if split and split not in found:
+            raise ValueError(
+                f"data.label_file={file} has no row of data.{name}={split!r}: its splits are "
+                f"{first_names(sorted(found))}; correct the field or the file"
+            )
+    if held_out == train:
+        raise ValueError(
+            f"data.eval_split={held_out!r} is also data.split, so accuracy would be measured on training "
+            "images: set another one"
+        )
+    for split, row in found.items():
+        if split not in (train, held_out, "train", *HELD_OUT):
+            raise ValueError(
+                f"data.label_file={file}: row {row.number} has the unknown split {split!r}: use train, "
+                f"{', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}, or name it in data.split or data.eval_split"
+            )
+    return held_out or next((split for split in HELD_OUT if split in found and split != train), "")
+
+
+def _columns(names: Sequence[str], where: str) -> list[str]:
+    """Return the columns to read; raise ValueError if one is missing."""
+    if missing := [name for name in ("path", "label") if name not in names]:
+        raise ValueError(
+            f"{where} has no column {' and no column '.join(missing)}: its columns are {first_names(names, 8)}; name "
+            "them path, label and, for a held-out split, split, and separate the columns of a CSV file by commas"
+        )
+    return ["path", "label", *(["split"] if "split" in names else [])]
+
+
+def _csv_rows(file: str, where: str) -> Iterator[list[Any]]:
+    try:
+        with Path(file).open(newline="", encoding="utf-8-sig") as lines:
+            table = csv.DictReader(lines)
+            columns = _columns(table.fieldnames or [], where)
+            for number, row in enumerate(table, start=1):
+                if None in row:
+                    raise ValueError(
+                        f"{where}: row {number} has more values than there are columns: put a value that contains a "
+                        "comma in double quotes"
+                    )
+                yield [row[name] for name in columns]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{where} is no CSV file in UTF-8 ({error}): save it as one, or as .parquet") from error
+
+
+def _parquet_rows(file: str, where: str) -> Iterator[list[Any]]:
+    parquet = optional_module("pyarrow.parquet", where, "parquet", ", or save the table as CSV")
+    try:
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+    except (ValueError, OSError) as error:  # pyarrow's own errors are both
+        raise ValueError(f"{where} is no Parquet file ({error}): save it as one, or as .csv") from error
+    columns = _columns(names, where)
+    for batch in table.iter_batches(columns=columns):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+
+
+def _text(value: Any, where: str, number: int) -> str:
+    """Return a value of the table as text: "" for one that means "missing"; whole numbers have no decimal point."""
+    if is_missing(value) or value == "-1":
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, str | int):
+        raise ValueError(
+            f"{where}: row {number} holds {value!r} ({type(value).__name__}): use one text or whole number per image"
+        )
+    return str(value).strip()
+
+
+def _shown(row: Row) -> str:
+    return f"{row.label} in {row.split}" if row.split else row.label

@@ -1,0 +1,115 @@
+"""Labels and splits from a table: CSV and Parquet agree; each mistake in a table is one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from moco.config import ConfigError, DataConfig
+from moco.data.sources import load_source
+from tests.data.images import gradient
+
+HEADER = "path,label,split\n"
+GOOD = HEADER + "x/a.png,dog,train\n./x/b.png, cat ,train\nc.png,cat,test\nd.png,dog,val\nc.png,cat,test\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for i, name in enumerate(("x/a.png", "x/b.png", "c.png", "d.png")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        gradient(i, 8, 8).save(tmp_path / "images" / name)
+    return tmp_path / "images"
+
+
+def config(root: Path, table: str | bytes = "", **values: str) -> DataConfig:
+    file = root.parent / "labels.csv"
+    file.write_bytes(table.encode() if isinstance(table, str) else table)
+    return DataConfig(
+        "folder", str(root), label_file=values.get("label_file", str(file)), eval_split=values.get("eval_split", "")
+    )
+
+
+def test_labels_and_splits_come_from_the_table(root: Path) -> None:
+    sources = load_source(config(root, "\ufeff" + GOOD))
+    train, test = sources.train, sources.held_out
+    assert sources.bank is train
+    assert test is not None
+    assert train.labels is not None
+    assert test.labels is not None
+    assert [train.name(i) for i in range(len(train))] == ["x/a.png", "x/b.png"]
+    assert (train.classes, train.labels.tolist()) == (("cat", "dog"), [1, 0])
+    assert ([test.name(0)], test.labels.tolist(), test.classes) == (["c.png"], [0], ("cat", "dog"))
+    val = load_source(config(root, GOOD, eval_split="val")).held_out
+    assert val is not None
+    assert val.name(0) == "d.png"
+    assert val.labels is not None
+    assert val.labels.tolist() == [1]
+
+
+def test_without_a_split_column_all_images_are_for_training(root: Path) -> None:
+    sources = load_source(config(root, "label,note,path\n7,,c.png\n10,,d.png\n7,,x/a.png\n7,,x/b.png\n"))
+    assert sources.held_out is None
+    assert len(sources.train) == 4
+    assert sources.train.labels is not None
+    assert [sources.train.classes[i] for i in sources.train.labels] == ["7", "10", "7", "7"]
+
+
+def test_parquet_gives_the_same_as_csv(root: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    paths, labels = ["c.png", "d.png", "x/a.png", "x/b.png"], [7.0, 10.0, 7.0, 7.0]
+    file = root.parent / "labels.parquet"
+    parquet.write_table(arrow.table({"path": paths, "label": labels}), file)
+    found = load_source(config(root, label_file=str(file))).train
+    lines = "".join(f"{path},{label:.0f}\n" for path, label in zip(paths, labels, strict=True))
+    expected = load_source(config(root, "path,label\n" + lines)).train
+    assert found.classes == expected.classes
+    assert found.labels is not None
+    assert expected.labels is not None
+    assert found.labels.tolist() == expected.labels.tolist()
+    for bad, error in (([None, 1, 1, 2], "row 1 has an empty label"), ([[1], [2], [1], [2]], r"row 1 holds \[1\] ")):
+        parquet.write_table(arrow.table({"path": paths, "label": bad}), file)
+        with pytest.raises(ValueError, match=error):
+            load_source(config(root, label_file=str(file)))
+    file.write_bytes(b"no table")
+    with pytest.raises(ValueError, match="is no Parquet file"):
+        load_source(config(root, label_file=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("table", "error"),
+    [
+        ("", "has no column path and no column label"),
+        (HEADER, "has no rows"),
+        ("path;label\na;b\n", "has no column path .*its columns are path;label; name them"),
+        (GOOD + "e.png,cat,train\n", r"names 1 images that data.root=.* does not hold: e.png \(row 6\)"),
+        (
+            GOOD + "c.png,dog,test\n",
+            r"rows 3 and 6 give c.png different labels or splits \(cat in test and dog in test\)",
+        ),
+        (GOOD.replace("d.png,dog,val\n", ""), "has no row for 1 of the 4 images in .*: d.png; add a row"),
+        (GOOD.replace("c.png,cat,test", "c.png,,test"), "row 3 has an empty label: fill it in"),
+        (GOOD.replace("val", "vla"), "row 4 has the unknown split 'vla'"),
+        (GOOD.replace("train", "test"), "has no row of data.split='train': its splits are test, val; correct"),
+        (GOOD.replace("dog,val", "dog,very,val"), "row 4 has more values than there are columns"),
+        (GOOD.replace("dog,train", "cat,train"), "the only label is 'cat'"),
+        (GOOD.encode("utf-16"), "is no CSV file in UTF-8"),
+    ],
+)
+def test_a_mistake_in_the_table_is_one_sentence(root: Path, table: str | bytes, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        load_source(config(root, table))
+
+
+@pytest.mark.parametrize("values", [{"labels": "folder"}, {"eval_root": "other"}, {"name": "cifar10"}])
+def test_contradicting_fields_are_refused(root: Path, values: dict[str, str]) -> None:
+    data = config(root, GOOD)
+    for name, value in values.items():
+        setattr(data, name, value)
+    with pytest.raises(ConfigError, match=r"data\.label_file="):
+        load_source(data)
+
+
+def test_a_missing_file_and_one_split_twice_are_refused(root: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist: check the path"):
+        load_source(config(root, label_file="/nowhere.csv"))
+    with pytest.raises(ValueError, match=r"data\.eval_split='train' is also data\.split"):
+        load_source(config(root, GOOD, eval_split="train"))
