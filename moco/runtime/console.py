@@ -3,6 +3,7 @@
 All text passes through `printable` here, because names of files, classes and runs are part of it.
 """
 
+import os
 import textwrap
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,10 @@ class Terminal(Console):
     """A console that drops its output after a broken pipe (`| head`, a closed terminal); rich would end the process."""
 
     def __init__(self, quiet: bool | None = None) -> None:
-        super().__init__(highlight=False, quiet=not is_rank_zero() if quiet is None else quiet)
+        quiet = not is_rank_zero() if quiet is None else quiet
+        # A notebook does not move the cursor: each state of a progress bar would stay in the cell.
+        plain = False if "JPY_PARENT_PID" in os.environ else None  # Jupyter's mark in a kernel and its commands
+        super().__init__(highlight=False, quiet=quiet, force_terminal=plain, force_jupyter=plain)
         if self.width < 1:  # COLUMNS=0
             self.width = 80
 

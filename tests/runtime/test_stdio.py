@@ -224,3 +224,20 @@ def test_only_the_console_and_stdio_print() -> None:
 def test_a_terminal_without_width_has_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "0")
     assert console.Terminal().width == 80
+
+
+def test_a_notebook_gets_plain_lines_without_a_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Jupyter gives `!COMMAND` a terminal that does not move the cursor."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
+
+    def printed() -> str:
+        with progress_bar("images", quiet=False) as progress:
+            progress(1, 2)
+        log("done")
+        return capsys.readouterr().out
+
+    assert "\x1b[" in printed()
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    assert printed() == "done\n"
