@@ -48,8 +48,8 @@ class SourceConfig:
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
     """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one. A
-    column of labels has one text, whole number, or true or false per image. Missing, empty, NaN and -1 mean unlabeled;
-    a split whose images are partly unlabeled is refused."""
+    label is a text, a whole number, true or false. Missing, empty, NaN and -1 mean unlabeled; a split whose images are
+    partly unlabeled is refused."""
 
 
 @dataclass
@@ -63,8 +63,8 @@ class DataConfig(SourceConfig):
     allow_pipe: bool = False
     """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))
-    """Unreadable training images: raise (the run ends and names the image), or replace (a fixed other image is used,
-    and bad_images.csv lists the unreadable one, which the kNN accuracy in training leaves out too)."""
+    """Unreadable training images: raise (the run ends and names the image), or replace (a fixed other image is used;
+    bad_images.csv lists the unreadable one, and the kNN accuracy in training leaves it out)."""
     max_bad: float = bounded(0.01, ge=0, lt=1, example="data.max_bad=0.01")
     """For on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
 

@@ -88,7 +88,7 @@ class View:
     vertical_flip_p: float = 0.0
     """Probability of the vertical flip."""
     quarter_turn_p: float = 0.0
-    """Probability of a rotation by 90, 180 or 270 degrees, each equally likely. At 0.75 all four orientations are."""
+    """Probability of a rotation by a random one of 90, 180 and 270 degrees; 0.75: all orientations equally likely."""
     affine_p: float = 0.0
     """Probability of the affine map: rotation, shift, zoom and shear, together."""
     degrees: float = 0.0
