@@ -207,8 +207,8 @@ class CommandConfig:
     """The field that every command has."""
 
     plugins: list[str] = bounded([], unique=True, example="plugins=[my_package.my_module]")
-    """Modules to import first, which add methods, data sets, ... of their own; see docs/howto/extend.md. Only a command
-    line and a recipe import modules: name them again for each command that reads the run."""
+    """Modules to import first, which add methods, data sets, ... of their own; see docs/howto/extend.md. A saved
+    run does not import its modules: name them again for each command that reads the run."""
 
 
 @dataclass

@@ -28,8 +28,8 @@ class SubjectConfig(ComputeConfig):
     run: str = bounded("", path=True)
     """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
     checkpoint: str = bounded("", path=True)
-    """A file instead of a run: our checkpoint, encoder.safetensors, or a file of another project: official MoCo, ...
-    hf://USER/REPOSITORY[@REVISION][/FILE] is a file on the Hugging Face Hub, model.safetensors without FILE."""
+    """A file instead of a run: our checkpoint, encoder.safetensors, a file of another project such as official MoCo, or
+    hf://USER/REPOSITORY[@REVISION][/FILE], a file on the Hugging Face Hub (FILE is model.safetensors by default)."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None

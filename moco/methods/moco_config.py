@@ -41,7 +41,7 @@ class MoCoConfig(MethodConfig):
     cosine, cos(theta) - m (Wang et al., 2018)."""
     debias: float = bounded(0.0, ge=0, lt=1)
     """tau+, the share of the queue that has the query's own class (1 / classes if balanced). The loss subtracts the
-    contribution to expect from these keys (Chuang et al., 2020, Eq. 7 and 8); 0: off."""
+    expected contribution of these keys (Chuang et al., 2020, Eq. 7 and 8); 0: off."""
     false_negatives: str = bounded("keep", choices=("keep", "eliminate", "attract"))
     """Treatment of keys in the queue that resemble the query's own key: keep (as negatives), eliminate, or attract (as
     positives); false negative cancellation (Huynh et al., 2022)."""

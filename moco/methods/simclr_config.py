@@ -20,8 +20,8 @@ class SimCLRConfig(MethodConfig):
     """Train on the classes of the training images: all embeddings of a class are positives (SupCon, Khosla et al.,
     2020, Eq. 2)."""
     candidates: str = bounded("all", choices=("all", "other_view"))
-    """Compare each view with all views of the batch (all), or with one other view at a time, where a sample has one
-    positive (other_view; Chen et al., 2021, Algorithm 1, ctr)."""
+    """all: compare each view with all views of the batch; other_view: compare two views of the batch at a time, so that
+    each sample has one positive (Chen et al., 2021, Algorithm 1, ctr)."""
     contrast_mode: str = bounded("all", choices=("all", "one"))
     """The views that serve as anchors: all, or only the first (one) (Khosla et al., 2020, official code)."""
     base_temperature: float | None = bounded(None, gt=0)
