@@ -159,7 +159,7 @@ class CheckpointConfig:
     """When checkpoints are saved and which ones are kept."""
 
     every_minutes: float = bounded(5.0, ge=0)
-    """Save when N minutes have passed since the last checkpoint, in addition to the ends of epochs."""
+    """Save when N minutes have passed since the last checkpoint, in addition to the ends of epochs; 0: never."""
     every_steps: int = bounded(0, ge=0)
     """Also save every N steps; 0: never."""
     every_epochs: int = bounded(1, ge=0)
