@@ -18,7 +18,7 @@ class CheckDataConfig(CommandConfig):
     listed: int = bounded(1000, ge=1)
     """Largest number of files per kind of problem that the report names. All files are counted."""
     budget: int = bounded(BUDGET, ge=1)
-    """Epochs times images of the suggested run on a small data set: 40000 take about ten minutes on a laptop."""
+    """For a small data set, suggest a run of this many epochs times images; 40000: about ten minutes on a laptop."""
 
 
 def check_check_data(config: CheckDataConfig) -> None:

@@ -34,7 +34,7 @@ class ConvertConfig(SubjectConfig):
     """For to=hub: the repository USER/NAME on the Hugging Face Hub to which the folder is uploaded. It is created as a
     private one if it does not exist. Empty: nothing is uploaded."""
     public: bool = False
-    """Let the repository of `upload` be public. One that exists keeps its visibility, but a public one needs this."""
+    """Create the repository of `upload` as a public one; also required to upload to one that is already public."""
     pictures: int = bounded(16, ge=1)
     """Number of images for the check that encoder and file compute the same features. They come from `data` or the run;
     if neither is available, they are digits from scikit-learn."""
