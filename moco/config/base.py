@@ -53,6 +53,7 @@ EXTRAS = {
     "mlflow": "mlflow-skinny sqlalchemy alembic sqlparse",
     "onnx": "onnx onnxruntime onnxscript",
     "parquet": "pyarrow",
+    "tiff": "tifffile imagecodecs",
     "umap": "umap-learn",
     "wandb": "wandb",
     "webdataset": "webdataset",

@@ -17,6 +17,9 @@ class CheckDataConfig(CommandConfig):
     """File for the report, which lists the files with each kind of problem."""
     listed: int = bounded(1000, ge=1)
     """Largest number of files per kind of problem that the report names. All files are counted."""
+    stats: bool = False
+    """Also compute the mean and the standard deviation of each channel over all training images, for augment.mean and
+    augment.std. They are in the report and in the suggested command."""
     budget: int = bounded(BUDGET, ge=1)
     """For a small data set, suggest a run of this many epochs times images; 40000: about ten minutes on a laptop."""
 

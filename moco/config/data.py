@@ -1,5 +1,6 @@
 """The schema of a data set: where its images are, how they are read, and how unreadable images are handled."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,8 +33,20 @@ class SourceConfig:
     resident: bool = False
     """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images decoded in memory. They must have one size."""
     bits: int | None = bounded(None, ge=8, le=16)
-    """For images with 16 bits per channel: how many of them are used (12: 0 ... 4095 becomes black ... white). Null:
-    the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 evenly spaced images; for `webdataset` 16."""
+    """For images with 16 bits per channel and dtype=uint8: how many of them are used (12: 0 ... 4095 becomes black ...
+    white). Null: the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 evenly spaced images; for `webdataset`
+    16."""
+    channels: int = bounded(3, ge=1, le=4096)
+    """Channels of each image. 3: red, green and blue; 1: gray (color is converted); other numbers: the bands of TIFF,
+    NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Set augment.mean and augment.std, one
+    number per channel, to those that moco.check_data stats=true computes."""
+    dtype: str = bounded("uint8", choices=("uint8", "uint16", "float32"))
+    """The numbers in which pixels reach the device, and which the files must have: uint8 (0 ... 255; gray and color
+    files of 16 bits are converted), uint16 (0 ... 65535), or float32 (any range; of other types the values are kept).
+    uint8 and uint16 are divided by 255 and 65535 on the device, float32 is not scaled."""
+    preview: list[int] = bounded([], ge=0, max_length=3)
+    """Channels that galleries, reports and views.png show as red, green and blue, counted from 0, such as [3,2,1]; one
+    number: that channel in gray. Empty: the first three, or the first of one or two."""
     workers: int | None = bounded(None, ge=0, le=256)
     """Loader processes per training process, for images that are not in memory; 0: load in the main process; null: as
     many as the CPU cores per training process of this machine, 1 to 16."""
@@ -86,8 +99,8 @@ def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
 class SubjectDataConfig(SourceConfig):
     """The labeled data of an evaluation. A field that is null has the run's value.
 
-    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead. A
-    file outside of a run directory provides neither root nor eval_root: set both.
+    If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except
+    channels, dtype and preview. A file outside of a run directory provides neither root nor eval_root: set both.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
@@ -110,8 +123,37 @@ def refuse_hold_out(data: SubjectDataConfig) -> None:
     require(data.hold_out == 0, f"data.hold_out={data.hold_out} has no effect in this command: remove it")
 
 
+def check_normalization(data: DataConfig, mean: Sequence[float], std: Sequence[float], group: str) -> None:
+    """Raise ConfigError if mean or std do not fit the channels and the type of the images of a data set.
+
+    `group` is the configuration group of the two fields, for the error.
+    """
+    compute = (
+        f"python -m moco.check_data stats=true data.channels={data.channels} data.dtype={data.dtype} computes them"
+    )
+    for name, values in (("mean", mean), ("std", std)):
+        field_name = f"{group}.{name}={tuple(values)}"
+        require(
+            len(values) == data.channels,
+            f"{field_name} must hold one number for each of data.channels={data.channels}: {compute}",
+        )
+        scale = "; divide values for 0 ... 255 by 255" if data.dtype == "uint8" else f"; {compute}"
+        require(
+            data.dtype == "float32" or all(0 <= value <= 1 for value in values),
+            f"{field_name} must be numbers within 0 ... 1, as pixels are{scale}",
+        )
+
+
 def check_data_fields(data: DataConfig) -> None:
     """Raise ConfigError if fields of a data set contradict each other."""
+    require(
+        data.bits is None or data.dtype == "uint8",
+        f"data.bits={data.bits} converts images to 8 bits, but data.dtype={data.dtype} keeps their depth: remove it",
+    )
+    require(
+        len(data.preview) in (0, 1, 3) and all(band < data.channels for band in data.preview),
+        f"data.preview={data.preview} must be one or three channels in 0 ... {data.channels - 1} (data.channels)",
+    )
     error = f"data.eval_root={data.eval_root!r} works with data.name=folder only, not with {data.name}: remove it"
     require(not data.eval_root or data.name == "folder", error)
     if data.label_file:

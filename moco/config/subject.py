@@ -15,9 +15,9 @@ class ImagesConfig:
     """Side of the input images in pixels."""
     resize: int | None = bounded(None, ge=0, le=65_536)
     """Shorter side in pixels to which an image is resized before the central crop; 0: no resizing."""
-    mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
-    """Mean of each channel, subtracted from the pixels, which are in 0 ... 1."""
-    std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
+    mean: list[float] | None = bounded(None, min_length=1)
+    """Mean of each channel, subtracted from the pixels, which are in 0 ... 1 unless data.dtype=float32."""
+    std: list[float] | None = bounded(None, gt=0, min_length=1)
     """Standard deviation of each channel, by which pixels are divided after the mean is subtracted."""
 
 
@@ -50,6 +50,12 @@ class SubjectConfig(ComputeConfig):
 def check_subject(config: SubjectConfig) -> None:
     """Raise ConfigError unless all fields are within their bounds and exactly one encoder is named."""
     check_bounds(config)
+    for name, values in (("mean", config.images.mean), ("std", config.images.std)):
+        require(
+            config.data.dtype == "float32" or all(0 <= value <= 1 for value in values or ()),
+            f"images.{name}={values}: its values must be at least 0 and at most 1, as pixels are; divide values for "
+            "0 ... 255 by 255, or set data.dtype=float32",
+        )
     require(bool(config.run or config.checkpoint), "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE")
     require(
         not (config.run and config.checkpoint),

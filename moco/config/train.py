@@ -24,6 +24,7 @@ class AugmentConfig:
     contrast: float = 0.0
     saturation: float = 0.0
     hue: float = 0.0
+    per_channel: bool = False
     gray_p: float = 0.0
     gray_first: bool = False
     blur_p: float = 0.0
@@ -40,6 +41,7 @@ class AugmentConfig:
     shear: float = 0.0
     noise: list[float] = field(default_factory=lambda: [0.0, 0.0])
     steps: dict[str, Any] = field(default_factory=dict)
+    channel_dropout_p: float = 0.0
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     eval_resize: int = bounded(0, ge=0, le=65_536)

@@ -21,6 +21,7 @@ from moco.config import DataConfig
 from moco.data.base import Sources, entries_digest
 from moco.data.decode import ImageError
 from moco.data.keyed import SPLIT, permutation
+from moco.data.pixel_format import RGB, PixelFormat
 from moco.digest import digest
 
 SPLIT_SEED = 1797  # a constant: the split is part of the data set, not of a run
@@ -30,14 +31,14 @@ SPLIT_SEED = 1797  # a constant: the split is part of the data set, not of a run
 class ArraySource:
     """Images of one size in memory."""
 
-    images: Tensor  # uint8 (N, 3, H, W)
+    images: Tensor  # (N, C, H, W), of the type of `pixel_format`
     names: Sequence[str]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
     unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # by row; the image is black
     ignored: Mapping[str, int] = field(default_factory=dict)  # files that are not images, see `Source.left_out`
+    pixel_format: PixelFormat = RGB
     stream: ClassVar[None] = None
-    bits: ClassVar[int] = 16
 
     def __len__(self) -> int:
         return len(self.images)
@@ -71,7 +72,9 @@ class ArraySource:
         labels = None if self.labels is None else self.labels[rows]
         names = [self.names[row] for row in rows]
         unreadable = {new: self.unreadable[row] for new, row in enumerate(rows.tolist()) if row in self.unreadable}
-        return ArraySource(self.images[torch.from_numpy(rows)], names, labels, self.classes, unreadable)
+        return ArraySource(
+            self.images[torch.from_numpy(rows)], names, labels, self.classes, unreadable, pixel_format=self.pixel_format
+        )
 
     def encoded_names(self) -> Iterable[bytes]:
         return map(os.fsencode, self.names)

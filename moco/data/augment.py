@@ -8,11 +8,14 @@ are sent in two queued copies.
     crops = crop_batch(images, draw_crop(seed, epoch, index, stream), view)    # loader processes call crop_one
     query = augment(crops, params, view)
 
-The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flips,
-quarter turn, noise, steps of plug-ins, normalize. Deviation: the official pipelines round to 8 bits after each
-operation, this one stays in float32.
+Hue, saturation and grayscale need red, green and blue: `View` refuses them for other channels. Brightness, contrast and
+noise then act on each channel by its own statistics.
 
-Legend: N samples, S x S pixels of a view.
+The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flips,
+quarter turn, noise, steps of plug-ins, normalize, channel dropout. Deviation: the official pipelines round to 8 bits
+after each operation, this one stays in float32.
+
+Legend: N samples, C channels, S x S pixels of a view.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from moco.data import ops
 from moco.data.crop import crop_boxes, resized_crop, resized_crops, shrunk_box
+from moco.data.pixel_format import DTYPES, to_float
 from moco.data.view import STEPS, Params, View
 from moco.distributed import copy_to_device
 
@@ -34,7 +38,7 @@ _CPU_PART = 2**21  # numbers per part on a CPU, so that they stay in its cache b
 
 
 def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
-    """Apply stage 1 to a batch of a resident set: uint8 (N, 3, H, W) and `draw_crop` -> uint8 (N, 3, S, S)."""
+    """Apply stage 1 to a batch of a resident set: (N, C, H, W) and `draw_crop` -> (N, C, S, S)."""
     boxes = crop_boxes(uniforms, images.shape[2], images.shape[3], view.crop_scale, view.crop_ratio)
     return resized_crops(images, boxes, view.size, view.antialias)
 
@@ -42,7 +46,7 @@ def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Ten
 def crop_one(
     image: Tensor, uniforms: NDArray[np.float32], view: View, full_size: tuple[int, int] | None = None, factor: int = 1
 ) -> Tensor:
-    """Apply stage 1 to one streamed image: uint8 (3, h, w) and one row of `draw_crop` -> uint8 (3, S, S).
+    """Apply stage 1 to one streamed image: (C, h, w) and one row of `draw_crop` -> (C, S, S).
 
     If the image was decoded at 1 / `factor` of its size, `full_size` is the height and width of the full image.
     """
@@ -75,21 +79,22 @@ def augment(crops: Tensor, params: Params, view: View) -> Tensor:
     """Apply stage 2: change color, blur, flip, turn and normalize a batch of crops.
 
     Args:
-        crops: uint8, shape (N, 3, S, S), on any device.
+        crops: uint8, uint16 or float32, shape (N, C, S, S), on any device.
         params: of the same samples in the same order, from `draw` with the same view.
         view: the recipe.
 
     Returns:
-        float32, shape (N, 3, S, S), on the device of `crops`.
+        float32, shape (N, C, S, S), on the device of `crops`.
 
     Raises:
         ValueError: if shape or type of `crops` does not fit the view and the parameters.
     """
-    expected = (len(params), 3, view.size, view.size)
-    if crops.shape != expected or crops.dtype != torch.uint8:
-        raise ValueError(f"crops is {crops.dtype} {tuple(crops.shape)}; this view needs torch.uint8 {expected}")
+    expected = (len(params), view.channels, view.size, view.size)
+    if crops.shape != expected or crops.dtype not in DTYPES.values():
+        found, known = f"{crops.dtype} {tuple(crops.shape)}", ", ".join(DTYPES)
+        raise ValueError(f"crops is {found}; this view needs {expected} of one of {known}")
     out = torch.empty(expected, dtype=torch.float32, device=crops.device)
-    part = max(1, _CPU_PART // (3 * view.size**2)) if crops.device.type == "cpu" else len(params)
+    part = max(1, _CPU_PART // (view.channels * view.size**2)) if crops.device.type == "cpu" else len(params)
     for start in range(0, len(params), part):
         rows = slice(start, start + part)
         _augment_part(crops[rows], params.rows(rows), view, out[rows])
@@ -99,7 +104,7 @@ def augment(crops: Tensor, params: Params, view: View) -> Tensor:
 def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> None:
     """Augment one part of the batch; an operation without samples costs nothing."""
     plan = _send(_plan(params, view), crops.device)
-    x = crops.to(torch.float32).div_(255)  # (n, 3, S, S)
+    x = to_float(crops)  # (n, C, S, S)
 
     def change(name: str, operation: Callable[[Tensor], Tensor]) -> None:
         if name in plan:
@@ -122,17 +127,22 @@ def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> Non
     for turns in (1, 2, 3):
         change(f"turn{turns}", partial(torch.rot90, k=turns, dims=(2, 3)))
     if "noise" in plan:
-        x.add_(plan["noise"]).clamp_(0, 1)
+        if view.rgb:
+            x.add_(plan["noise"]).clamp_(0, 1)
+        else:
+            x.add_(plan["noise"] * plan["std"])
     start = 0
     for name, options in view.steps.items():
         step = STEPS[name]
         x = step.function(x, plan["steps"][:, start : start + step.draws], **options)
         start += step.draws
     torch.sub(x, plan["mean"], out=out).div_(plan["std"])
+    if "kept" in plan:
+        out.mul_(plan["kept"])
 
 
 def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:
-    """Apply the four color operations, in each sample's own order.
+    """Apply the color operations, in each sample's own order: four for RGB, and two for other channels.
 
     In each of four turns the samples are sorted by their next operation, so that an operation works in place on one
     contiguous block; this costs one copy per turn.
@@ -141,13 +151,19 @@ def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> 
     order = params.order[params.jitter]  # (J, 4)
     block = x
     for turn in range(4):
-        block = block.index_select(0, plan[f"take{turn}"])  # (J, 3, S, S)
-        factor = plan[f"factor{turn}"]  # (J,)
+        block = block.index_select(0, plan[f"take{turn}"])  # (J, C, S, S)
+        factor = plan[f"factor{turn}"]  # (J,), or (J, C) with per_channel
         start = 0
         for operation, count in enumerate(np.bincount(order[:, turn], minlength=4).tolist()):
             stop = start + count
             if count and strengths[operation] > 0:
-                _COLOR_OPS[operation](block[start:stop], factor[start:stop])
+                chosen = block[start:stop], factor[start:stop]
+                if view.rgb:
+                    _COLOR_OPS[operation](*chosen)
+                elif operation == 0:
+                    ops.channel_brightness_(*chosen)
+                else:
+                    ops.channel_contrast_(*chosen, plan["mean"], plan["std"])
             start = stop
     x.index_copy_(0, plan["jitter"], block)
 
@@ -173,15 +189,24 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
             # The first turn selects from the batch, the others from the block of the previous turn.
             plan[f"take{turn}"] = by_operation if turn else rows[by_operation]
             rows = rows[by_operation]
-            plan[f"factor{turn}"] = params.factors[rows, params.order[rows, turn]]
+            plan[f"factor{turn}"] = _factors_of(params, rows, params.order[rows, turn])
         plan["jitter"] = rows
     if params.noise.size:
         plan["noise"] = params.noise[:, None]  # (n, 1, S, S)
     if view.steps:
         plan["steps"] = params.steps  # (n, D)
+    if params.dropped.size:
+        plan["kept"] = (~params.dropped)[:, :, None, None].astype(np.float32)  # (n, C, 1, 1)
     for name in ("mean", "std"):
-        plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, 3, 1, 1)
+        plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, -1, 1, 1)
     return plan
+
+
+def _factors_of(params: Params, rows: NDArray[np.int64], operations: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the factors of one operation per row, (J,), or with factors for each channel (J, C)."""
+    if not params.channel_factors.size:
+        return params.factors[rows, operations]
+    return params.channel_factors[rows, :, np.minimum(operations, 1)]  # hue and saturation, 2 and 3, are not applied
 
 
 def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moco.data.decode import ImageError
 from moco.data.labels import labels_of_split
+from moco.data.pixel_format import RGB, PixelFormat
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]  # called with (done, total)
@@ -32,7 +33,7 @@ class Source(Protocol):
 
     @property
     def images(self) -> Tensor | None:
-        """All images, uint8 (N, 3, H, W), if they are in memory; None if each is decoded on request."""
+        """All images (N, C, H, W), of `pixel_format`, if they are in memory; None if each is decoded on request."""
         return None
 
     @property
@@ -46,9 +47,9 @@ class Source(Protocol):
         """The class names; empty if unlabeled."""
 
     @property
-    def bits(self) -> int:
-        """The significant bits of images with 16 bits per channel, see `moco.data.depth`."""
-        return 16
+    def pixel_format(self) -> PixelFormat:
+        """The channels of the images and their type."""
+        return RGB
 
     @property
     def unreadable(self) -> Mapping[int, ImageError]:
@@ -65,7 +66,7 @@ class Source(Protocol):
 
     @abstractmethod
     def image(self, i: int) -> Tensor:
-        """Return image i, uint8 (3, H, W).
+        """Return image i, (C, H, W), of `pixel_format`.
 
         Raises:
             ImageError: if it cannot be read.
@@ -169,14 +170,16 @@ def names_digest(source: Source, with_size: bool = False) -> str:
     return sha.hexdigest()
 
 
-def entries_digest(entries: Iterable[list[Any]], head: str = "", bits: int = 16) -> str:
+def entries_digest(entries: Iterable[list[Any]], head: str = "", pixel_format: PixelFormat = RGB) -> str:
     """Return the SHA-256 over `head` and one JSON list per image: the common part of `Source.content_digest`.
 
-    The digest depends on `bits` if they are not 16, because they change the pixels.
+    The digest depends on the pixel format if it is not the default, because it changes the pixels.
     """
     sha = hashlib.sha256(head.encode())
-    if bits != 16:
-        sha.update(f"bits={bits}".encode())
+    if pixel_format.bits != 16:
+        sha.update(f"bits={pixel_format.bits}".encode())
+    if (pixel_format.channels, pixel_format.dtype) != (RGB.channels, RGB.dtype):
+        sha.update(str(pixel_format).encode())
     for entry in entries:
         sha.update(json.dumps(entry).encode())
     return sha.hexdigest()

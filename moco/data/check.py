@@ -20,8 +20,9 @@ from moco.config.recommended import BUDGET, FEW_IMAGES, recipe_for
 from moco.config.subject import SubjectConfig
 from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
-from moco.data.image_facts import ODDITIES, ImageFacts, image_facts
+from moco.data.image_facts import ODDITIES, ImageFacts, Moments, image_facts
 from moco.data.opening import class_counts, opening_lines
+from moco.data.pixel_format import RGB
 from moco.data.sources import load_source
 from moco.data.walk import OTHER_IMAGE_ENDINGS
 from moco.data.workers import TASK, LoaderError, count_processes, in_order
@@ -46,8 +47,12 @@ class Findings:
     counts: Counter[str] = field(default_factory=Counter)  # of faults and oddities
     files: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
+    moments: Moments | None = None  # of the training images
+
     def add(self, row: int, path: str, facts: ImageFacts) -> None:
         self.bytes += facts.length
+        if facts.moments is not None:
+            self.moments = facts.moments if self.moments is None else self.moments.joined(facts.moments)
         for kind in (facts.fault,) if facts.fault else facts.odd:
             self.note(kind, path, facts.reason)
         if not facts.fault:
@@ -76,7 +81,12 @@ def check_data(config: CheckDataConfig) -> None:
         for folder in folders:
             start = row
             try:
-                checked = in_order(partial(_facts, folder), range(len(folder)), data.workers, "data.workers")
+                checked = in_order(
+                    partial(_facts, folder, config.stats and folder is folders[0]),
+                    range(len(folder)),
+                    data.workers,
+                    "data.workers",
+                )
                 for i, facts in enumerate(checked):
                     findings.add(row, folder.path(i), facts)
                     row += 1
@@ -99,22 +109,33 @@ def check_data(config: CheckDataConfig) -> None:
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
     if data.name == "folder":
-        for line in suggest(data, len(folders[0]), config.budget):
+        for line in suggest(data, len(folders[0]), config.budget, report["stats"]):
             log(line)
 
 
-def suggest(data: DataConfig, images: int, budget: int) -> list[str]:
-    """Return the command that trains on a folder; for few images, one that uses published weights instead."""
+def suggest(data: DataConfig, images: int, budget: int, stats: dict[str, list[float]] | None = None) -> list[str]:
+    """Return the command that trains on a folder; for few images, one that uses published weights instead.
+
+    With `stats`, mean and std of each channel, the command contains them.
+    """
+    usual = data.channels == RGB.channels and data.dtype == RGB.dtype
+    if not usual and not stats:
+        return ["for the recipe, compute mean and std of each channel: add stats=true to this command"]
     few = f"{images} images are too few to train from random weights: start from published ones, see "
     few += "docs/howto/own_images.md"
-    if images < FEW_IMAGES:
+    if images < FEW_IMAGES and usual:
         images_of = {"data": "folder", "data.root": data.root}
         published = {"checkpoint": "FILE", "backbone": "resnet18", **images_of, "output": "runs/published"}
         return [few, f"next: {command('moco.embed', SubjectConfig(), **published)}"]
     recipe = recipe_for(images, budget)
+    if not recipe:
+        return [f"{images} images are fewer than one batch of a recipe: add images"]
+    if not usual:
+        recipe["experiment"] = "moco_v2_grayscale" if data.channels == 1 else "moco_v2_multispectral"
+    normalization = {f"augment.{name}": values for name, values in (stats or {}).items()}
     unchanged = asdict(DataConfig()) | {"name": data.name}
     given = {name: value for name, value in asdict(data).items() if value != unchanged[name]}
-    training = command("moco.train", SubjectConfig(), **recipe, data=given, run="runs/mine")
+    training = command("moco.train", SubjectConfig(), **recipe, **normalization, data=given, run="runs/mine")
     if recipe["experiment"] == "moco_v2_folder":
         return [f"next, on a GPU: {training}"]
     minutes = recipe["epochs"] * images / BUDGET * 10
@@ -122,8 +143,8 @@ def suggest(data: DataConfig, images: int, budget: int) -> list[str]:
     return [f"next: {training}", time]
 
 
-def _facts(folder: FolderSource, i: int) -> ImageFacts:
-    return image_facts(folder.path(i), folder.bits)
+def _facts(folder: FolderSource, stats: bool, i: int) -> ImageFacts:
+    return image_facts(folder.path(i), folder.pixel_format, stats)
 
 
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
@@ -163,7 +184,8 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         "data": asdict(config.data),
         "pictures": len(findings.sizes),
         "bytes": findings.bytes,
-        "bits": folders[0].bits,
+        "stats": stats_of(findings),
+        "bits": folders[0].pixel_format.bits,
         "unreadable": described(_FOLDER_FAULTS),
         "odd": described(ODDITIES),
         "duplicates": duplicates(folders, findings),
@@ -172,6 +194,14 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         "formats": dict(findings.formats.most_common()),
         "sizes": size_distribution(findings.sizes[findings.sizes[:, 0] > 0]),
     }
+
+
+def stats_of(findings: Findings) -> dict[str, list[float]]:
+    """Return mean and std of each channel of the training images, with six digits; {} if they were not computed."""
+    found = findings.moments
+    if found is None:
+        return {}
+    return {name: [float(f"{x:.6g}") for x in values] for name, values in (("mean", found.mean), ("std", found.std))}
 
 
 def duplicates(folders: Sequence[FolderSource], findings: Findings) -> dict[str, Any]:

@@ -8,7 +8,10 @@ Both routes reduce a crop in one of two ways. With antialiasing a pixel is the w
 covers; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both ways
 agree. Pixels outside the box have no influence.
 
-Legend: N samples, H x W image, S output size, K weights (taps) per output pixel, L a length, T = TRIES, D = CROP_DRAWS.
+Images deeper than 8 bits take the same two routes, through `moco.data.deep_crop`.
+
+Legend: N samples, C channels, H x W image, S output size, K weights (taps) per output pixel, L a length, T = TRIES,
+D = CROP_DRAWS.
 """
 
 import functools
@@ -20,6 +23,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from moco.data.deep_crop import Taps, is_deep, resized_deep, resized_deep_center, resized_deep_crops
 from moco.distributed import copy_to_device
 
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
@@ -85,13 +89,15 @@ def crop_boxes(
 
 
 def resized_crop(image: Tensor, box: ArrayLike, size: int, antialias: bool = True) -> Tensor:
-    """Crop one box (top, left, height, width) from a uint8 image (3, H, W) on the CPU and resize it to (3, S, S).
+    """Crop one box (top, left, height, width) from an image (C, H, W) on the CPU and resize it to (C, S, S).
 
     This is the streamed route. It calls ATen directly: torchvision's `resized_crop` makes the same call on CPUs with
     AVX2 (or ARM), but rounds a float result (off by up to one level) on others, so views would depend on the machine.
     """
     top, left, height, width = (int(value) for value in np.asarray(box))
     window = image[None, :, top : top + height, left : left + width]
+    if is_deep(image):
+        return resized_deep_crops(window, np.array([[0, 0, height, width]]), size, _taps(antialias))[0]
     return F.interpolate(window, size=(size, size), mode="bilinear", antialias=antialias)[0]
 
 
@@ -113,14 +119,16 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
     order, on any device, unless the products are reduced to TF32 or bfloat16 (see `_exact_dtype`).
 
     Args:
-        images: uint8, shape (N, 3, H, W), on any device with float64.
+        images: uint8, uint16 or float32, shape (N, C, H, W), on any device with float64.
         boxes: top, left, height, width in pixels, shape (N, 4), on the host.
         size: S.
         antialias: as in `resized_crop`.
 
     Returns:
-        uint8, shape (N, 3, S, S), on the device of the images.
+        Shape (N, C, S, S), of the type and on the device of the images.
     """
+    if is_deep(images):
+        return resized_deep_crops(images, boxes, size, _taps(antialias))
     count, channels, height, width = images.shape
     device = images.device
     extent = max(height, width)
@@ -139,17 +147,24 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         down = _weights(top, box_h, height, size, antialias, dtype)  # (n, S, H)
         n = len(top)
         # Rows come before channels, so that both products are plain batched ones.
-        pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, 3, W)
+        pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, C, W)
         with torch.autocast(device.type, enabled=False):  # it would reduce the products to bfloat16
-            pixels = pixels.reshape(n, height * channels, width).bmm(across)  # (n, H*3, S)
-            pixels = pixels.add_(0.5).floor_().view(n, height, channels * size)  # (n, H, 3*S)
-            pixels = down.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, 3, S)
+            pixels = pixels.reshape(n, height * channels, width).bmm(across)  # (n, H*C, S)
+            pixels = pixels.add_(0.5).floor_().view(n, height, channels * size)  # (n, H, C*S)
+            pixels = down.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, C, S)
         out[rows] = pixels.permute(0, 2, 1, 3)  # the conversion truncates: with the 0.5, it rounds as ATen does
     return out
 
 
+def resized(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Resize an image (C, H, W) on the CPU to a height and width, with antialiasing: (C, *shape)."""
+    if is_deep(image):
+        return resized_deep(image, shape, antialiased_taps)
+    return F.interpolate(image[None], size=shape, mode="bilinear", antialias=True)[0]
+
+
 def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Make the evaluation view of a uint8 image (3, H, W) on the CPU, as torchvision does: (3, S, S).
+    """Make the evaluation view of an image (C, H, W) on the CPU: (C, S, S). With uint8, torchvision does the same.
 
     The shorter side is resized to `resize` pixels, and the central square of `size` pixels is cut out.
 
@@ -162,6 +177,8 @@ def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
     if min(height, width) != resize:
         shorter = min(height, width)
         height, width = (resize * height // shorter, resize * width // shorter)
+        if is_deep(image):
+            return resized_deep_center(image, (height, width), size, antialiased_taps)
         if shorter < resize and height * width > _LARGEST_RESIZED:
             return _enlarged_center(image, (height, width), size)
         image = F.interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
@@ -169,18 +186,22 @@ def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
     return image[:, top : top + size, left : left + size]
 
 
+def _taps(antialias: bool) -> Taps:
+    return antialiased_taps if antialias else plain_taps
+
+
 def _center(length: int, size: int) -> int:
     return round((length - size) / 2)  # rounds half to even, as in torchvision
 
 
 def _enlarged_center(image: Tensor, shape: tuple[int, int], size: int) -> Tensor:
-    """Return the central (3, S, S) of an image that is enlarged to `shape`, without the rest: bounded memory.
+    """Return the central (C, S, S) of an image that is enlarged to `shape`, without the rest: bounded memory.
 
     Equal to `F.interpolate` and a crop, bit for bit: the same weights as in `resized_crops`, horizontal first.
     """
     rows, down = _center_weights(image.shape[1], shape[0], size)  # (S, h)
     columns, across = _center_weights(image.shape[2], shape[1], size)  # (S, w)
-    pixels = image[:, rows, columns].double() @ across.T  # (3, h, S)
+    pixels = image[:, rows, columns].double() @ across.T  # (C, h, S)
     return (down @ pixels.add_(0.5).floor_()).add_(0.5).to(torch.uint8)
 
 
@@ -234,7 +255,7 @@ def _tap_table(
     Returns the first pixel of each output pixel, int64 (L + 1, S), and its weights (L + 1, S, K). Row 0 is unused.
     """
     lengths = np.arange(1, extent + 1, dtype=np.float64)[:, None]  # (L, 1)
-    first, taps = (antialiased_taps if antialias else plain_taps)(lengths, size)  # (L, S), (L, S, K)
+    first, taps = _taps(antialias)(lengths, size)  # (L, S), (L, S, K)
     taps = _quantized(taps, taps.max(axis=(1, 2)))
 
     first = np.concatenate([np.zeros((1, size)), first]).astype(np.int64)

@@ -1,4 +1,6 @@
-"""Decoding of image files to uint8 RGB tensors, with one error type for every fault of a file.
+"""Decoding of image files to tensors, with one error type for every fault of a file.
+
+Images in 8 bits, gray or color, are decoded here, and all others by `moco.data.bands`.
 
 Color profiles are ignored, as torchvision and the published pipelines do.
 """
@@ -18,6 +20,9 @@ from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageErr
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
+from moco.config import ConfigError
+from moco.data.bands import TIFF, TooLarge, WrongFormat, is_array, read_bands
+from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.walk import BROKEN_LINK, IMAGE_FORMATS
 
 # The faults of a file (`ImageError.kind`) and their meaning.
@@ -26,7 +31,7 @@ FAULTS = {
     "broken link": "the target of the link does not exist",
     "empty": "the file has no bytes",
     "no image": "the content has no known image format, whatever the name suggests",
-    "unsupported": "a known format with a kind of pixels that is not read",
+    "unsupported": "a known format with a kind of pixels that is not read, or other channels or depth than configured",
     "too large": "the header declares more pixels than the limit",
     "truncated": "the end is missing",
     "damaged": "the decoder failed, or the values have an unknown scale",
@@ -38,7 +43,6 @@ MAX_PIXELS = 178_956_970
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # A JPEG of at least this many pixels may be decoded at a fraction of its size. For smaller ones this saves nothing:
 # PIL, which can do it, is slower than torchvision, which cannot (measured in docs/benchmarks.md).
 SCALED_FROM = 1_500_000
@@ -48,13 +52,13 @@ Shrink = Callable[[int, int], int]  # (height, width) of the full image -> by wh
 class Decoded(NamedTuple):
     """A decoded image, possibly at a fraction of its size."""
 
-    pixels: Tensor  # uint8 (3, h, w) with h = ceil(H / factor), w = ceil(W / factor)
+    pixels: Tensor  # (C, h, w) with h = ceil(H / factor), w = ceil(W / factor)
     size: tuple[int, int]  # H, W of the full image, upright
     factor: int = 1
 
     @classmethod
     def full(cls, pixels: Tensor) -> "Decoded":
-        """Return an image (3, H, W) at its full size."""
+        """Return an image (C, H, W) at its full size."""
         return cls(pixels, (pixels.shape[1], pixels.shape[2]))
 
 
@@ -69,8 +73,8 @@ class ImageError(ValueError):
         self.kind, self.reason = kind, reason or sentence
 
 
-def decode(path: str | Path, bits: int = 16) -> Tensor:
-    """Read an image file in any of `IMAGE_FORMATS`, upright (EXIF orientation applied), first frame only.
+def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
+    """Read an image file in any of `IMAGE_FORMATS`, NPY or NPZ, upright (EXIF orientation applied), first frame only.
 
     JPEGs are decoded by torchvision: it takes a quarter less time than PIL and returns the same pixels, also for gray,
     CMYK and Adobe-inverted files (measured; both treat every CMYK JPEG as inverted, as all common programs write them).
@@ -78,16 +82,17 @@ def decode(path: str | Path, bits: int = 16) -> Tensor:
 
     Args:
         path: the file.
-        bits: significant bits of images with 16 bits per channel, see `moco.data.depth`: 2**bits - 1 becomes 255.
+        pixel_format: the channels and the type of the result.
 
     Returns:
-        uint8, shape (3, H, W), in red, green, blue. In memory the channels come last, as decoders write them: this
-        makes resizing a crop up to four times faster, with the same bits.
+        Shape (C, H, W), of the type of the format; three channels of uint8 are red, green and blue. Of such an image
+        the channels come last in memory, as decoders write them: this makes resizing a crop up to four times faster,
+        with the same bits.
 
     Raises:
         ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, or not an image.
     """
-    return decode_bytes(path, read_bytes(path), bits)
+    return decode_bytes(path, read_bytes(path), pixel_format)
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -104,12 +109,12 @@ def read_bytes(path: str | Path) -> bytes:
     return data
 
 
-def decode_bytes(path: str | Path, data: bytes, bits: int = 16) -> Tensor:
+def decode_bytes(path: str | Path, data: bytes, pixel_format: PixelFormat = RGB) -> Tensor:
     """Decode the content of a file as `decode` does; `path` names it in errors."""
-    return decode_scaled(path, data, lambda height, width: 1, bits).pixels
+    return decode_scaled(path, data, lambda height, width: 1, pixel_format).pixels
 
 
-def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, bits: int = 16) -> Decoded:
+def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, pixel_format: PixelFormat = RGB) -> Decoded:
     """Decode like `decode_bytes`, but a large JPEG may come at a fraction of its size (libjpeg's scaled decoding).
 
     A pixel is then about the mean of factor x factor pixels of the full image.
@@ -118,37 +123,53 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, bits: int = 16)
         path: names the file in errors.
         data: its content.
         shrink: called for JPEGs of at least `SCALED_FROM` pixels.
-        bits: as for `decode`.
+        pixel_format: as for `decode`.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                declared = f"its header declares {width} x {height} = {width * height:,} pixels"
-                fix = f"and at most {MAX_PIXELS:,} are read: shrink or remove the file"
-                raise _refusal(path, "too large", f"{declared}, {fix}")
-            scaled = _decode_scaled(image, data, shrink)
-            if scaled is not None:
-                return scaled
-            pixels = _decode_jpeg(path, data) if data.startswith(_JPEG) else None
-            if pixels is None:
-                deep = bits < 16 and has_deep_color(image)
-                image.load()
-                pixels = pil_to_tensor(_deep_to_eight_bits(image, data, bits) if deep else image, bits)
-            return Decoded.full(pixels)
+        if is_array(data) or not pixel_format.usual:
+            return Decoded.full(read_bands(data, pixel_format))
+        decoded = _decode_color(path, data, shrink, pixel_format.bits)
+        return decoded if pixel_format.channels == 3 else decoded._replace(pixels=_gray(decoded.pixels))
     except ImageError:
         raise
+    except (WrongFormat, ConfigError) as error:  # a ConfigError names a package that is missing
+        raise _refusal(path, "unsupported", str(error)) from error
     except UnidentifiedImageError as error:
-        if data.startswith(_TIFF) and (kind := _unknown_tiff(data)):
-            fix = "which is not read: store one or three bands of 8 bits as a gray or RGB image"
+        if data.startswith(TIFF) and (kind := _unknown_tiff(data)):
+            fix = "which is not read as RGB: set data.channels=BANDS and data.dtype, or store it as a gray or RGB image"
             raise _refusal(path, "unsupported", f"{kind}, {fix}") from error
-        known = ", ".join(IMAGE_FORMATS)
+        known = ", ".join((*IMAGE_FORMATS, "NPY", "NPZ"))
         raise _refusal(path, "no image", f"no known image format ({known}), it begins with {data[:12]!r}") from error
-    except Image.DecompressionBombError as error:  # PIL checks its own limit first
+    except (TooLarge, Image.DecompressionBombError) as error:  # PIL checks its own limit first
         raise _refusal(path, "too large", str(error)) from error
     except Exception as error:  # PIL's readers raise OSError, SyntaxError, IndexError and others for a damaged file
         reason = str(error) or type(error).__name__
         raise _refusal(path, "truncated" if "truncated" in reason.lower() else "damaged", reason) from error
+
+
+def _decode_color(path: str | Path, data: bytes, shrink: Shrink, bits: int) -> Decoded:
+    """Decode to uint8 (3, h, w)."""
+    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            declared = f"its header declares {width} x {height} = {width * height:,} pixels"
+            fix = f"and at most {MAX_PIXELS:,} are read: shrink or remove the file"
+            raise _refusal(path, "too large", f"{declared}, {fix}")
+        scaled = _decode_scaled(image, data, shrink)
+        if scaled is not None:
+            return scaled
+        pixels = _decode_jpeg(path, data) if data.startswith(_JPEG) else None
+        if pixels is None:
+            deep = bits < 16 and has_deep_color(image)
+            image.load()
+            pixels = pil_to_tensor(_deep_to_eight_bits(image, data, bits) if deep else image, bits)
+        return Decoded.full(pixels)
+
+
+def _gray(pixels: Tensor) -> Tensor:
+    """Convert uint8 (3, H, W) to (1, H, W) as PIL does: gray images keep their values."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")
+    return torch.from_numpy(np.array(image))[None]
 
 
 def _unknown_tiff(data: bytes) -> str:

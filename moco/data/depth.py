@@ -19,15 +19,25 @@ import numpy as np
 from moco.config import DataConfig, RunWarning
 from moco.data.base import Source, Sources
 from moco.data.decode import ImageError, highest_value
+from moco.data.pixel_format import RGB, PixelFormat
 from moco.distributed import is_rank_zero
 
 DEPTHS = (8, 10, 12, 14, 16)
 SAMPLE = 32  # number of images, evenly spaced, whose highest value gives the depth
 
 
-def with_bits(sources: Sources, config: DataConfig) -> Sources:
-    """Set the significant bits of all splits: `config.bits`, or those of the training images; warn if fewer than 16."""
+def with_pixel_format(sources: Sources, config: DataConfig) -> Sources:
+    """Set the channels, the type and the significant bits of all splits.
+
+    The bits are `config.bits`, or those of the training images; a warning names them if there are fewer than 16. They
+    do not matter for images that keep their depth.
+
+    Raises:
+        ValueError: if the images are always red, green and blue, and other channels or another type are configured.
+    """
     bits = config.bits
+    if bits is None and config.dtype != RGB.dtype:
+        bits = 16
     if bits is None:
         highest = _highest_value(sources.train)
         bits = next((depth for depth in DEPTHS if highest < 2**depth), 16) if highest else 16
@@ -38,15 +48,20 @@ def with_bits(sources: Sources, config: DataConfig) -> Sources:
                 RunWarning,
                 stacklevel=2,
             )
-    if bits == 16:
-        return sources
+    pixel_format = PixelFormat(config.channels, config.dtype, bits, tuple(config.preview))
 
-    def with_depth(source: Any) -> Any:
-        # A source of images in memory has no bits, nor has one that always decodes 8 bits.
-        has_bits = source.images is None and "bits" in getattr(source, "__dataclass_fields__", {})
-        return replace(source, bits=bits) if has_bits else source
+    def formatted(source: Any) -> Any:
+        # A source of images in memory has its own format, and so has one that decodes them in its own way.
+        if source.images is None and "pixel_format" in getattr(source, "__dataclass_fields__", {}):
+            return replace(source, pixel_format=pixel_format)
+        if (source.pixel_format.channels, source.pixel_format.dtype) != (config.channels, config.dtype):
+            raise ValueError(
+                f"data.channels={config.channels} and data.dtype={config.dtype} do not fit data.name={config.name}, "
+                f"which has {source.pixel_format}: remove them"
+            )
+        return source
 
-    return sources.changed(with_depth)
+    return sources.changed(formatted)
 
 
 def _highest_value(source: Source) -> int:

@@ -20,7 +20,8 @@ from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import decode, read_bytes
 from moco.data.label_file import held_out_split, read_label_file, rows_of_images
 from moco.data.labels import first_names, read_labels
-from moco.data.walk import IMAGE_ENDINGS, size_and_time, walk
+from moco.data.pixel_format import RGB, PixelFormat
+from moco.data.walk import ARRAY_ENDINGS, IMAGE_ENDINGS, size_and_time, walk
 from moco.distributed import is_rank_zero
 
 
@@ -34,7 +35,7 @@ class FolderSource(Source):
     paths: NDArray[np.bytes_]
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    bits: int = 16
+    pixel_format: PixelFormat = RGB
     ignored: Mapping[str, int] = field(default_factory=dict)  # number of files that are not images, by kind
     unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
     broken: Mapping[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
@@ -43,7 +44,7 @@ class FolderSource(Source):
         return len(self.paths)
 
     def image(self, i: int) -> Tensor:
-        return decode(self.path(i), bits=self.bits)
+        return decode(self.path(i), self.pixel_format)
 
     def name(self, i: int) -> str:
         return os.fsdecode(bytes(self.paths[i]))
@@ -69,7 +70,7 @@ class FolderSource(Source):
 
     def content_digest(self) -> str:
         entries = ([self.name(i), *size_and_time(self.path(i))] for i in range(len(self)))
-        return entries_digest(entries, bits=self.bits)
+        return entries_digest(entries, pixel_format=self.pixel_format)
 
 
 def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
@@ -77,8 +78,9 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     if config.label_file:
         return _open_with_label_file(config, keep_unlistable)
     root, labels, eval_root = config.root, config.labels, config.eval_root
+    arrays = _with_arrays(config)
     if not eval_root:
-        return labeled(scan("data.root", root, labels, keep_unlistable))
+        return labeled(scan("data.root", root, labels, keep_unlistable, arrays=arrays))
     if labels == "none":
         raise ValueError(
             f"data.eval_root={eval_root!r} needs labels to measure accuracy with, but data.labels=none: "
@@ -90,16 +92,21 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
             f"data.eval_root={eval_root!r} and data.root={root!r} contain each other, so accuracy would be measured on "
             "training images: set two separate folders"
         )
-    train = scan("data.root", root, labels, keep_unlistable)
-    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1)
+    train = scan("data.root", root, labels, keep_unlistable, arrays=arrays)
+    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1, arrays=arrays)
     return labeled(train, held_out, f"data.eval_root={eval_root}")
+
+
+def _with_arrays(config: DataConfig) -> bool:
+    """Return whether NPY and NPZ files are images: for other channels or another type than RGB in 8 bits."""
+    return (config.channels, config.dtype) != (RGB.channels, RGB.dtype)
 
 
 def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
     """Open a folder of images whose labels and splits are in data.label_file."""
     table, where = config.label_file, f"data.label_file={config.label_file}"
     rows = read_label_file(table)  # before the folder, which can be large
-    images = scan("data.root", config.root, "none", keep_unlistable)
+    images = scan("data.root", config.root, "none", keep_unlistable, arrays=_with_arrays(config))
     found = rows_of_images(rows, [images.name(i) for i in range(len(images))], f"data.root={config.root}", table)
 
     def part(split: str, min_classes: int) -> FolderSource:
@@ -131,7 +138,9 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     return labeled(train, val, f"data.root={parts[1]}")
 
 
-def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, min_classes: int = 2) -> FolderSource:
+def scan(
+    field: str, root: str, labels: str, keep_unlistable: bool = False, min_classes: int = 2, arrays: bool = False
+) -> FolderSource:
     """Find all images below a root, ordered by path.
 
     Args:
@@ -141,6 +150,7 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, min_
         keep_unlistable: return the source, which names the folders that cannot be listed, if an image (with labels: two
             classes) remains; False: raise an error.
         min_classes: the smallest number of classes, with labels.
+        arrays: whether NPY and NPZ files are images too.
 
     Warns:
         RunWarning: about broken links whose names have no image ending.
@@ -154,8 +164,8 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, min_
     if not os.path.isdir(folder):
         state = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise FileNotFoundError(f"{where} {state}: check the path")
-    tree = walk(folder)
-    paths = tree.images
+    endings = IMAGE_ENDINGS + ARRAY_ENDINGS * arrays
+    paths = (tree := walk(folder, endings)).images
     owners = [path.split("/", 1)[0] for path in paths]
     classes = tuple(sorted(set(owners)))
     if tree.unlistable and not (keep_unlistable and len(classes) >= (1 if labels == "none" else 2)):
@@ -167,9 +177,10 @@ def scan(field: str, root: str, labels: str, keep_unlistable: bool = False, min_
     if not paths:
         others = tree.ignored + Counter({"broken link": len(tree.broken)})
         found = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())) or "nothing"
+        hint = "" if arrays else "; .npy and .npz count with another data.channels or data.dtype than 3 and uint8"
         raise FileNotFoundError(
-            f"{where} holds no images: found {found}; images are files that end in {' '.join(IMAGE_ENDINGS)}, in "
-            "upper or lower case"
+            f"{where} holds no images: found {found}; images are files that end in {' '.join(endings)}, in "
+            f"upper or lower case{hint}"
         )
     if tree.broken and not keep_unlistable and is_rank_zero():
         named = [f"{path} -> {target}" for path, target in sorted(tree.broken.items())]

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import DataConfig
 from moco.config.base import optional_module
+from moco.data.bands import encode_bands
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.labels import HELD_OUT, read_labels, several_labels_error
+from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.walk import size_and_time
 
 
@@ -35,19 +38,23 @@ class HubSource(Source):
     rows: NDArray[np.int64]  # (N,), rows of the table
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    bits: int = 16
+    pixel_format: PixelFormat = RGB
+    encoded: bool = True  # whether the column holds image files, not arrays
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def image(self, i: int) -> Tensor:
-        return decode_bytes(self.name(i), self.content(i), bits=self.bits)
+        return decode_bytes(self.name(i), self.content(i), self.pixel_format)
 
     def name(self, i: int) -> str:
         return f"{self.split}/{self.rows[i]}"
 
     def content(self, i: int) -> bytes:
-        stored = self.table[int(self.rows[i])][self.column] or {}
+        stored = self.table[int(self.rows[i])][self.column]
+        if not self.encoded and stored is not None:
+            return encode_bands(torch.from_numpy(np.array(stored)))
+        stored = stored or {}
         if stored.get("bytes"):
             return bytes(stored["bytes"])
         if stored.get("path"):
@@ -59,6 +66,8 @@ class HubSource(Source):
 
     def content_fingerprints(self) -> NDArray[np.int64]:
         """Return the sizes of the images; from Arrow's offsets, so that no image is read."""
+        if not self.encoded:
+            return super().content_fingerprints()
         pc = importlib.import_module("pyarrow.compute")
         sizes: list[int] = []
         for part in self.table.with_format("arrow").iter(batch_size=1000):
@@ -71,7 +80,9 @@ class HubSource(Source):
 
     def content_digest(self) -> str:
         # datasets' own hash of the table and of all operations on it
-        return entries_digest(([self.name(i)] for i in range(len(self))), str(self.table._fingerprint), self.bits)
+        return entries_digest(
+            ([self.name(i)] for i in range(len(self))), str(self.table._fingerprint), self.pixel_format
+        )
 
 
 def open_hub(config: DataConfig) -> Sources:
@@ -126,7 +137,10 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
     if split not in splits:
         raise ValueError(f"data.{field}={split}: {config.root} has the splits {', '.join(splits)}")
     table, where = splits[split], f"{config.root} ({split})"
+    arrays = [name for name, kind in table.features.items() if isinstance(kind, datasets.Array2D | datasets.Array3D)]
     images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if (config.channels, config.dtype) != (RGB.channels, RGB.dtype):
+        images += arrays
     column = _column("image_column", config.image_column, images, table.column_names, where, "images")
     if column not in images:
         fix = f"; set data.image_column to one of {', '.join(images)}" if images else ""
@@ -134,8 +148,11 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
     # The held-out split may lack classes.
     labels, classes = _labels(table, config.label_column, where, min_classes=2 if field == "split" else 1)
     # Encoded, so that the same decoder as for files returns the same pixels and the same errors.
-    encoded = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return HubSource(encoded, column, split, np.arange(len(table)), labels, classes)
+    chosen, rows = table.select_columns([column]), np.arange(len(table))
+    if column in arrays:
+        numbers = chosen.with_format("numpy", dtype=np.dtype(table.features[column].dtype))  # as they are stored
+        return HubSource(numbers, column, split, rows, labels, classes, encoded=False)
+    return HubSource(chosen.cast_column(column, datasets.Image(decode=False)), column, split, rows, labels, classes)
 
 
 def _column(field: str, requested: str, fitting: Sequence[str], present: Sequence[str], where: str, what: str) -> str:

@@ -6,10 +6,16 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from PIL import ExifTags, Image, TiffImagePlugin
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from torch import Tensor
 
+from moco.data.bands import NPY, NPZ
 from moco.data.decode import ImageError, decode_bytes, has_deep_color, read_bytes
+from moco.data.pixel_format import RGB, PixelFormat, to_float
 from moco.data.walk import IMAGE_FORMATS
 
 TINY, LONG, HUGE = 8, 10, 50_000_000  # pixels of a side, ratio of the sides, pixels of an image
@@ -29,7 +35,29 @@ ODDITIES = {
     "misnamed": "the content has another format than its name; the content counts",
     "name": "not ASCII: other tools may not support it",
 }
+_ARRAYS = {".npy": "NPY", ".npz": "NPZ"}
+_ONLY_USUAL = ("16 bits", "palette", "transparent", "extra band")  # how an image becomes RGB or gray in 8 bits
 _SAME_FORMAT = {"MPO": "JPEG"}  # a JPEG that contains a second image, as phones write it
+
+
+class Moments(NamedTuple):
+    """Number, mean (C,) and sum of squared differences from the mean (C,) of the pixels of each channel."""
+
+    pixels: int
+    mean: NDArray[np.float64]
+    squares: NDArray[np.float64]
+
+    def joined(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets of pixels (Chan et al., 1979)."""
+        count, difference = self.pixels + other.pixels, other.mean - self.mean
+        mean = self.mean + difference * (other.pixels / count)
+        return Moments(count, mean, self.squares + other.squares + difference**2 * (self.pixels * other.pixels / count))
+
+    @property
+    def std(self) -> NDArray[np.float64]:
+        """The standard deviation of each channel, (C,)."""
+        std: NDArray[np.float64] = np.sqrt(self.squares / self.pixels)
+        return std
 
 
 @dataclass(frozen=True)
@@ -41,22 +69,24 @@ class ImageFacts:
     size: tuple[int, int] = (0, 0)  # width and height, upright
     format: str = ""  # for example "JPEG RGB"
     odd: tuple[str, ...] = ()  # keys of `ODDITIES`
+    moments: "Moments | None" = None
     fault: str = ""  # a key of `moco.data.decode.FAULTS`
     reason: str = ""
 
 
-def image_facts(path: str, bits: int = 16) -> ImageFacts:
-    """Read and decode one file as training does, and return its properties."""
+def image_facts(path: str, pixel_format: PixelFormat = RGB, stats: bool = False) -> ImageFacts:
+    """Read and decode one file as training does, and return its properties; with `stats` also its moments."""
     try:
         data = read_bytes(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's warnings: the relevant ones are among the facts
-            pixels = decode_bytes(path, data, bits=bits)
-            form, odd = _header(data)
+            pixels = decode_bytes(path, data, pixel_format)
+            form, odd = _header(data, pixel_format)
     except ImageError as error:
         return ImageFacts(fault=error.kind, reason=error.reason)
     height, width = pixels.shape[1:]
-    format_of_name = Image.registered_extensions().get(Path(path).suffix.lower())
+    ending = Path(path).suffix.lower()
+    format_of_name = _ARRAYS.get(ending) or Image.registered_extensions().get(ending)
     content = form.split()[0]
     found = {
         **odd,
@@ -67,11 +97,29 @@ def image_facts(path: str, bits: int = 16) -> ImageFacts:
         "name": not Path(path).name.isascii(),
     }
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    return ImageFacts(len(data), digest, (width, height), form, tuple(kind for kind in ODDITIES if found[kind]))
+    kinds = tuple(kind for kind in ODDITIES if found.get(kind))
+    return ImageFacts(len(data), digest, (width, height), form, kinds, moments=moments_of(pixels) if stats else None)
 
 
-def _header(data: bytes) -> tuple[str, dict[str, bool]]:
+def moments_of(image: Tensor) -> Moments:
+    """Return the moments of the pixels of an image (C, H, W), with the scale that they have on the device."""
+    values = to_float(image).double().flatten(1).numpy()  # (C, H * W)
+    mean = values.mean(axis=1)
+    return Moments(values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(axis=1))
+
+
+def _header(data: bytes, pixel_format: PixelFormat) -> tuple[str, dict[str, bool]]:
     """Return format and mode of a readable image, and the `ODDITIES` that its header shows."""
+    if data.startswith((NPY, NPZ)):
+        return f"{'NPY' if data.startswith(NPY) else 'NPZ'} {pixel_format}", {}
+    try:
+        form, odd = _pil_header(data)
+    except UnidentifiedImageError:  # a TIFF that tifffile reads
+        return f"TIFF {pixel_format}", {}
+    return form, odd if pixel_format.usual else {kind: odd[kind] for kind in odd.keys() - set(_ONLY_USUAL)}
+
+
+def _pil_header(data: bytes) -> tuple[str, dict[str, bool]]:
     with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
         deep = image.mode[0] in "IF" or has_deep_color(image)
         orientation, frames, transparent = 1, 2, False

@@ -28,6 +28,7 @@ REPORT = 3_011  # the images in a report
 SUBSTITUTE = 3_020  # the substitutes of an unreadable image
 SHARDS = 3_030  # the order in which a pass over a stream reads its shards
 STEPS = 4_000  # augmentation steps of plug-ins; one stream per view: STEPS + view
+CHANNELS = 4_500  # numbers for each channel of a view; one stream per view: CHANNELS + view
 MIXING = 5_000  # the shuffling of a streamed data set in a worker's buffer; one stream per worker: MIXING + worker
 DRAW_LABELS = 10_000  # the labeled samples of a few-label evaluation; one stream per draw
 

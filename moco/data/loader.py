@@ -30,7 +30,7 @@ class Batch:
     """This rank's share of one global batch."""
 
     index: Tensor  # (n,), the images that are used; a substitute has its own index, for the queue and the labels
-    views: list[Tensor]  # V of (n, 3, S, S), float32, normalized
+    views: list[Tensor]  # V of (n, C, S, S), float32, normalized
 
 
 def batches(
@@ -63,7 +63,7 @@ def batches(
     yield from made
 
 
-# epoch, original samples (n,), samples with substitutes (n,), V of (n, 3, S, S) uint8 on the device
+# epoch, original samples (n,), samples with substitutes (n,), V of (n, C, S, S) on the device
 CroppedBatch = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor]]
 
 
@@ -115,7 +115,7 @@ def _resident(
             substitute[i], _ = image_or_substitute(source, i, {})
     for epoch, index in plan.samples(start):
         used = substitute[index]
-        picked = images[copy_to_device(torch.from_numpy(used), images.device)]  # (n, 3, H, W)
+        picked = images[copy_to_device(torch.from_numpy(used), images.device)]  # (n, C, H, W)
         cut = [
             crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
         ]
@@ -138,7 +138,7 @@ class CropDataset:
             return error  # raised here, it would reach the user as the worker's traceback
 
     def crop_views(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
-        """Crop all views of the images: V of (n, 3, S, S). `index` (n,) identifies the random numbers of the boxes."""
+        """Crop all views of the images: V of (n, C, S, S). `index` (n,) identifies the random numbers of the boxes."""
         return self._crop(self._draw(epoch, index), (Decoded.full(image) for image in images))
 
     def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
@@ -161,7 +161,7 @@ class CropDataset:
             with suppress(ImageError):  # raised again below
                 if (content := source.content(i)) is not None:
                     shrink = partial(largest_shrink, self.views, [uniforms[row] for uniforms in drawn])
-                    yield decode_scaled(source.name(i), content, shrink, bits=source.bits)
+                    yield decode_scaled(source.name(i), content, shrink, source.pixel_format)
                     continue
             if self.replace:
                 used[row], pixels = image_or_substitute(source, i, unreadable)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moco.config import AugmentConfig, ConfigError, DataConfig, RunWarning, require
+from moco.config.data import check_normalization
 from moco.data.base import Source, Sources
 from moco.data.labels import first_names
 from moco.data.sources import limited, load_source
@@ -136,11 +137,11 @@ def without_unreadable_evaluation_images(
     return replace(sources, bank=kept[0], held_out=kept[1]), messages
 
 
-def build_views(config: AugmentConfig) -> list[View]:
+def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[View]:
     """Return one recipe per view. Two recipes alternate: the fields of `config`, and these as `second` changes them.
 
     Raises:
-        ConfigError: for an unknown field of `second`, or an invalid value.
+        ConfigError: for an unknown field of `second`, an invalid value, or a mean and std that do not fit the data set.
     """
     first = {each.name: getattr(config, each.name) for each in fields(View)}
     unknown = set(config.second) - set(first)
@@ -149,8 +150,9 @@ def build_views(config: AugmentConfig) -> list[View]:
     recipes = []
     for values in (first, first | config.second):
         try:
+            check_normalization(data or DataConfig(), values["mean"], values["std"], "augment")
             recipes.append(View(**with_tuples(values)))
-        except ConfigError:  # about steps of plug-ins
+        except ConfigError:  # of the normalization, or about steps of plug-ins
             raise
         except (ValueError, TypeError) as error:
             raise ConfigError(f"augment.{error}") from error

@@ -10,7 +10,8 @@ the same bits in any batch, with any number of threads, however the work is divi
 `lerp`, `addcmul` and `add(alpha=)`, which are fused in the vector loop but not in its tail; plain float `mean`, whose
 order depends on the threads; and matrix products, whose order depends on the batch.
 
-Legend: n samples, S x S pixels, values in 0 ... 1; a trailing underscore means in place.
+Legend: n samples, C channels, S x S pixels, values in 0 ... 1; a trailing underscore means in place. The operations of
+this file with (n, 3, S, S) need red, green and blue.
 """
 
 import torch
@@ -46,6 +47,23 @@ def saturation_(x: Tensor, factor: Tensor) -> Tensor:
     return x.mul_(_column(factor)).add_(gray).clamp_(0, 1)
 
 
+def channel_brightness_(x: Tensor, factor: Tensor) -> Tensor:
+    """Scale each channel, without a limit: bands have no common white. x (n, C, S, S), factor (n,) or (n, C)."""
+    return x.mul_(_column(factor))
+
+
+def channel_contrast_(x: Tensor, factor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Blend each channel with its own mean. x (n, C, S, S), factor (n,) or (n, C).
+
+    `mean` and `std`, (1, C, 1, 1), are those of the data set, for the exactness of the sum only: in units of `std`, the
+    differences from `mean` are rounded to multiples of 2**-20, whose sum is exact as an integer, in any order.
+    """
+    steps = ((x - mean) / std).mul_(2**20).round_().to(torch.int64)
+    total = steps.sum(dim=(2, 3), keepdim=True).to(torch.float64)  # (n, C, 1, 1)
+    own = total.div_(2**20 * x.shape[-1] * x.shape[-2]).to(x.dtype).mul_(std).add_(mean)
+    return x.mul_(_column(factor)).add_(own * (1 - _column(factor)))
+
+
 def hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Rotate the hue by a fraction of the full circle, -0.5 ... 0.5. x (n, 3, S, S), shift (n,).
 
@@ -77,12 +95,12 @@ def blur(x: Tensor, half_kernel: Tensor) -> Tensor:
     than a banded matrix product at 224 px, and its order of summation is fixed.
 
     Args:
-        x: shape (n, 3, S, S); it is not changed.
+        x: shape (n, C, S, S); it is not changed.
         half_kernel: weights of the taps at distance 0, 1, ..., r < S, shape (n, r + 1).
     """
     radius = half_kernel.shape[1] - 1
     weights = half_kernel.t().reshape(radius + 1, -1, 1, 1, 1)  # (r + 1, n, 1, 1, 1)
-    x = F.pad(x, (radius, radius, radius, radius), mode="reflect")  # (n, 3, S + 2r, S + 2r)
+    x = F.pad(x, (radius, radius, radius, radius), mode="reflect")  # (n, C, S + 2r, S + 2r)
     for dim in (3, 2):
         length = x.shape[dim] - 2 * radius
         total = x.narrow(dim, radius, length) * weights[0]
@@ -95,7 +113,7 @@ def blur(x: Tensor, half_kernel: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, threshold: float) -> Tensor:
-    """Invert the values from `threshold` on. x (n, 3, S, S); returns a new tensor."""
+    """Invert the values from `threshold` on. x (n, C, S, S); returns a new tensor."""
     return torch.where(x >= threshold, 1 - x, x)
 
 
@@ -106,7 +124,7 @@ def affine(x: Tensor, theta: Tensor) -> Tensor:
     pixels that lie half outside; on a black border the two agree.
 
     Args:
-        x: shape (n, 3, S, S); it is not changed.
+        x: shape (n, C, S, S); it is not changed.
         theta: output to input map, from centered pixels to units of half the image side, shape (n, 6).
     """
     size = x.shape[-1]
@@ -119,5 +137,5 @@ def affine(x: Tensor, theta: Tensor) -> Tensor:
 
 
 def _column(values: Tensor) -> Tensor:
-    """Reshape (n,) to (n, 1, 1, 1), to broadcast over a batch of images."""
-    return values.view(-1, 1, 1, 1)
+    """Reshape (n,) to (n, 1, 1, 1), or (n, C) to (n, C, 1, 1), to broadcast over a batch of images."""
+    return values.view(len(values), -1, 1, 1)

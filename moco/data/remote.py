@@ -35,6 +35,7 @@ from moco.config.base import optional_module
 from moco.data.base import Source, Sources, entries_digest
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.keyed import MIXING, SHARDS, keyed_uniform, permutation
+from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.plan import Plan
 from moco.data.tars import images_of
 from moco.data.walk import IMAGE_ENDINGS
@@ -62,7 +63,7 @@ class RemoteSource(Source):
     buffer: int  # images that a worker buffers to shuffle them
     labels: None = None
     classes: tuple[str, ...] = ()
-    bits: int = 16
+    pixel_format: PixelFormat = RGB
 
     def __len__(self) -> int:
         return self.length
@@ -194,7 +195,7 @@ class _Stream(IterableDataset[Any]):
         while row < len(identities):
             sample = next(samples)
             try:
-                image = decode_bytes(sample.name, sample.content, bits=self.source.bits)
+                image = decode_bytes(sample.name, sample.content, self.source.pixel_format)
             except ImageError as error:
                 if not self.replace:
                     raise

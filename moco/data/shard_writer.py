@@ -17,7 +17,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from moco.data.bands import encode_bands, is_array
 from moco.data.base import Source
+from moco.data.crop import resized
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.shard_index import file_digest, row_type
 from moco.data.walk import IMAGE_FORMATS
@@ -43,16 +45,23 @@ def encode_image(source: Source, i: int, short_side: int, quality: int) -> Packe
     The bytes of its file are kept if its shorter side is at most `short_side`, or if this is 0. A larger image is
     turned upright, scaled down to `short_side` (bicubic, antialiased), and encoded as JPEG with 4:2:0 color, or as PNG
     if it is too long for a JPEG. An image without a file (CIFAR, digits) becomes a lossless PNG.
+
+    Images of other channels than gray or RGB, or of more than 8 bits, become NPY files with the same values; a larger
+    one is scaled down with an antialiased bilinear filter.
     """
     try:
         content = source.content(i)
         if content is None:
-            pixels = source.image(i)  # (3, H, W)
-            content, source_bytes = _encode_pixels(pixels, "PNG"), pixels.numel()
+            pixels = source.image(i)  # (C, H, W)
+            content, source_bytes = _encode_pixels(pixels, "PNG"), pixels.nbytes
         else:
-            pixels, source_bytes = decode_bytes(source.name(i), content, bits=source.bits), len(content)
+            pixels, source_bytes = decode_bytes(source.name(i), content, source.pixel_format), len(content)
     except ImageError as error:
         return PackedImage(fault=error.kind, reason=error.reason)
+    if not source.pixel_format.usual:
+        return _packed_bands(pixels, source_bytes, short_side)
+    if is_array(content) and not 0 < short_side < min(pixels.shape[1:]):
+        return PackedImage(encode_bands(pixels), "npy", source_bytes)
     if 0 < short_side < min(pixels.shape[1:]):
         small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (3, h, w)
         if max(small.shape) > _LONGEST_JPEG:
@@ -63,9 +72,19 @@ def encode_image(source: Source, i: int, short_side: int, quality: int) -> Packe
     return PackedImage(content, _ENDINGS.get(kind, kind.lower()), source_bytes)
 
 
+def _packed_bands(pixels: Tensor, source_bytes: int, short_side: int) -> PackedImage:
+    """Return an image of any channels and depth, (C, H, W), as an NPY file."""
+    height, width = pixels.shape[1:]
+    shorter = min(height, width)
+    if 0 < short_side < shorter:
+        pixels = resized(pixels, (short_side * height // shorter, short_side * width // shorter))
+    return PackedImage(encode_bands(pixels), "npy", source_bytes)
+
+
 def _encode_pixels(pixels: Tensor, kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, kind, **options)
+    array = pixels.permute(1, 2, 0).numpy()  # (H, W, C)
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(buffer, kind, **options)
     return buffer.getvalue()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.base import Source, Sources, entries_digest, labeled
 from moco.data.decode import ImageError, decode_bytes
+from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.shard_index import file_digest, read_index, row_type
 
 OPEN_FILES = 64  # per process, whatever the number of shards
@@ -34,13 +35,13 @@ class ShardSource(Source):
     rows: NDArray[np.void]  # (N,) of `row_type`, mapped from the file
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
-    bits: int = 16
+    pixel_format: PixelFormat = RGB
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def image(self, i: int) -> Tensor:
-        return decode_bytes(self.name(i), self.content(i), bits=self.bits)
+        return decode_bytes(self.name(i), self.content(i), self.pixel_format)
 
     def name(self, i: int) -> str:
         return os.fsdecode(bytes(self.rows["name"][i]))
@@ -75,7 +76,7 @@ class ShardSource(Source):
     def content_digest(self) -> str:
         return entries_digest(
             ([self.name(i), int(self.rows[i]["size"]), int(self.rows[i]["crc"])] for i in range(len(self))),
-            bits=self.bits,
+            pixel_format=self.pixel_format,
         )
 
     def _error(self, i: int, shard: str, kind: str, reason: str) -> ImageError:

@@ -22,7 +22,7 @@ from moco.config.data import check_data_fields
 from moco.data.arrays import SPLIT_SEED, ArraySource, open_cifar, open_digits, open_stl10
 from moco.data.base import Progress, Source, Sources, in_threads
 from moco.data.decode import ImageError
-from moco.data.depth import with_bits
+from moco.data.depth import with_pixel_format
 from moco.data.folder import FolderSource, open_folder, open_imagenet
 from moco.data.hub import open_hub
 from moco.data.keyed import BANK, permutation
@@ -97,7 +97,7 @@ def load_source(
     if kind.root and not config.root:
         raise FileNotFoundError(f"data.root is empty: set it to {kind.root}")
     found = kind.open(config, keep_unlistable=True) if keep_unlistable else kind.open(config)
-    found = with_bits(found.changed(partial(_checked, config)), config)
+    found = with_pixel_format(found.changed(partial(_checked, config)), config)
     if not config.resident:
         return found
     return found.changed(lambda source: _decode_all(source, config, progress, keep_unreadable))
@@ -163,8 +163,8 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
             return None
 
     first, sample = next((i, image) for i in range(len(source)) if (image := decoded(i)) is not None)
-    size = sample.shape  # (3, H, W)
-    images = torch.zeros((len(source), *size), dtype=torch.uint8)  # (N, 3, H, W)
+    size = sample.shape  # (C, H, W)
+    images = torch.zeros((len(source), *size), dtype=sample.dtype)  # (N, C, H, W)
 
     def fill(i: int) -> None:
         image = decoded(i) if i >= first else None
@@ -180,4 +180,4 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
 
     in_threads(fill, range(len(source)), progress)
     names = [source.name(i) for i in range(len(source))]
-    return ArraySource(images, names, source.labels, source.classes, unreadable, source.left_out())
+    return ArraySource(images, names, source.labels, source.classes, unreadable, source.left_out(), source.pixel_format)

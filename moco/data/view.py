@@ -2,7 +2,7 @@
 
 All parameters are a function of (seed, epoch, sample index, stream), each from its own numbered draw.
 
-Legend: N samples, S x S pixels of a view, D = CROP_DRAWS.
+Legend: N samples, C channels, S x S pixels of a view, D = CROP_DRAWS.
 """
 
 import dataclasses
@@ -26,6 +26,10 @@ _AFFINE, _ANGLE, _SHIFT, _ZOOM, _SHEAR, _NOISE = 38, 39, slice(40, 42), 42, 43, 
 _VERTICAL_FLIP, _QUARTER_TURN, _TURNS = 45, 46, 47
 _DRAWS = 48
 _PIXELS = 64  # from here on, the pixel noise
+# Of the stream of channels, channel c has the draws _PER_CHANNEL * c ... : whether it is dropped, and its two factors.
+_PER_CHANNEL = 4
+# The operations that are defined by red, green and blue.
+_NEED_RGB = ("saturation", "hue", "gray_p")
 
 # Bounds of the fields of a view. A probability (NAME_p) is at most 1.
 _HIGHEST = {"brightness": math.inf, "contrast": math.inf, "saturation": math.inf, "hue": 0.5}
@@ -50,7 +54,10 @@ STEPS: Registry[Step] = Registry("augment.steps", {})
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The recipe of one view of an image. The defaults change only the size."""
+    """The recipe of one view of an image. The defaults change only the size.
+
+    The images have as many channels as `mean` has numbers. Three channels are red, green and blue.
+    """
 
     size: int
     """Side of the view in pixels."""
@@ -66,11 +73,14 @@ class View:
     brightness: float = 0.0
     """The factor is uniform in 1 - brightness (at least 0) ... 1 + brightness."""
     contrast: float = 0.0
-    """Like brightness: the factor of the difference from the view's mean gray."""
+    """Like brightness: the factor of the difference from the view's mean gray; for other channels than RGB, from the
+    mean of each channel."""
     saturation: float = 0.0
     """Like brightness: the factor of the difference from gray, per pixel."""
     hue: float = 0.0
     """The rotation of the hue is uniform in -hue ... hue, as a fraction of the circle."""
+    per_channel: bool = False
+    """For other channels than RGB: draw the factors of brightness and contrast for each channel."""
     gray_p: float = 0.0
     """Probability of grayscale."""
     gray_first: bool = False
@@ -100,20 +110,23 @@ class View:
     shear: float = 0.0
     """The horizontal shear is uniform in -shear ... shear degrees."""
     noise: tuple[float, float] = (0.0, 0.0)
-    """Lowest and highest standard deviation of Gaussian noise (images are 0 ... 1), the same on all three channels."""
+    """Lowest and highest standard deviation of Gaussian noise (images are 0 ... 1), the same on all channels. For
+    other channels than RGB: as a fraction of the std of each channel."""
     steps: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Steps of plug-ins with their options, in this order, after all others: +augment.steps.NAME.OPTION=VALUE, or
     +augment.steps.NAME={} for the defaults."""
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    channel_dropout_p: float = 0.0
+    """Probability, for each channel, of replacing it by its mean. At least one channel of a view is kept."""
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     """The mean per channel, subtracted at the end (images are 0 ... 1)."""
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
     """The standard deviation per channel, by which the result is divided."""
 
     def __post_init__(self) -> None:
         """Raise a ValueError that names the field, its value and the accepted range, if a value is invalid."""
         if self.size < 1:
             raise ValueError(f"size={self.size} must be at least 1 pixel")
-        for name in ("antialias", "gray_first"):
+        for name in ("antialias", "gray_first", "per_channel"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)} must be true or false")
         for name in (*_HIGHEST, *(each.name for each in dataclasses.fields(self) if each.name.endswith("_p"))):
@@ -126,11 +139,37 @@ class View:
             values = getattr(self, name)
             if len(values) != 2 or not (low <= values[0] <= values[1] <= high and math.isfinite(values[1])):
                 raise ValueError(f"{name}={values} must be (lowest, highest) within {low} ... {high}")
-        for name, low in (("mean", 0), ("std", 1e-6)):
-            values = getattr(self, name)
-            if len(values) != 3 or not all(low <= value <= 1 for value in values):
-                scale = "; divide values for 0 ... 255 by 255" if any(value > 1 for value in values) else ""
-                raise ValueError(f"{name}={values} must be three numbers within {low} ... 1, as pixels are{scale}")
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(f"mean={self.mean} must hold one number for each channel, as many as std={self.std}")
+        if not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean={self.mean} must be finite numbers")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std={self.std} must be finite numbers above 0")
+        if self.rgb and self.per_channel:
+            raise ValueError("per_channel=True is for other channels than RGB; for RGB, set hue and saturation")
+        needing = [] if self.rgb else [name for name in _NEED_RGB if getattr(self, name) > 0]
+        if needing:
+            values = " and ".join(f"{name}={getattr(self, name)}" for name in needing)
+            raise ValueError(
+                f"{values} need{'s' * (len(needing) == 1)} red, green and blue, but the images have {self.channels} "
+                f"channel{'s' * (self.channels > 1)}: set {'them' if len(needing) > 1 else 'it'} to 0, as "
+                "augment=multispectral and augment=grayscale do"
+            )
+        if self.channels == 1 and self.channel_dropout_p > 0:
+            raise ValueError(f"channel_dropout_p={self.channel_dropout_p} needs several channels: set it to 0")
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of the images."""
+        return len(self.mean)
+
+    @property
+    def rgb(self) -> bool:
+        """Whether the channels are red, green and blue."""
+        return self.channels == 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +190,8 @@ class Params:
     theta: NDArray[np.float32]  # (N, 6), see ops.affine
     noise: NDArray[np.float32]  # (N, S, S); (N, 0, 0) if the view has none
     steps: NDArray[np.float32]  # (N, D), uniform numbers of all steps of plug-ins
+    channel_factors: NDArray[np.float32]  # (N, C, 2): brightness, contrast; (N, 0, 2) without view.per_channel
+    dropped: NDArray[np.bool_]  # (N, C), the channels to replace by their mean; (N, 0) if the view drops none
 
     def __len__(self) -> int:
         return len(self.jitter)
@@ -176,6 +217,7 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
     strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     center = np.array([1.0, 1.0, 1.0, 0.0])
     low = np.where(center > 0, np.maximum(center - strengths, 0), -strengths)  # a factor is never negative
+    u_channels = _channel_uniforms(view, seed, epoch, index, stream)  # (N, C, 4)
     return Params(
         jitter=u[:, _JITTER] < (view.jitter_p if strengths.any() else 0),
         factors=_between(u[:, _FACTORS], low, center + strengths).astype(np.float32),
@@ -191,7 +233,26 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
         theta=_affine_theta(u, view),
         noise=_pixel_noise(u, view) if noisy else np.zeros((len(u), 0, 0), dtype=np.float32),
         steps=keyed_uniform(seed, epoch, index, keyed.STEPS + stream, own) if own else u[:, :0].astype(np.float32),
+        channel_factors=_between(
+            u_channels[:, : view.channels if view.per_channel else 0, 1:3], low[:2], (center + strengths)[:2]
+        ).astype(np.float32),
+        dropped=_dropped(u_channels[..., 0], view.channel_dropout_p),
     )
+
+
+def _channel_uniforms(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float64]:
+    """Return the uniform numbers of each channel, (N, C, 4); (N, 0, 4) if the view uses none."""
+    channels = view.channels if view.per_channel or view.channel_dropout_p > 0 else 0
+    u = keyed_uniform(seed, epoch, index, keyed.CHANNELS + stream, _PER_CHANNEL * channels)
+    return u.reshape(len(u), channels, _PER_CHANNEL).astype(np.float64)
+
+
+def _dropped(u: NDArray[np.float64], probability: float) -> NDArray[np.bool_]:
+    """Return the channels to drop, (N, C): those below the probability, but never the one with the highest number."""
+    if probability == 0:
+        return np.zeros((len(u), 0), dtype=np.bool_)
+    dropped: NDArray[np.bool_] = (u < probability) & (u < u.max(axis=1, keepdims=True))
+    return dropped
 
 
 def _between(u: NDArray[np.float64], low: ArrayLike, high: ArrayLike) -> NDArray[np.float64]:

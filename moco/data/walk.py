@@ -14,6 +14,8 @@ IMAGE_ENDINGS = (
 OTHER_IMAGE_ENDINGS = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 )
+# Of arrays, which are images only in a data set of other channels or another depth than RGB in 8 bits.
+ARRAY_ENDINGS = (".npy", ".npz")
 # PIL's names of the formats of these endings. Only they may be opened: PIL's EPS reader, for example, runs another
 # program. A JPEG that contains a second image (MPO) opens as JPEG.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -37,8 +39,8 @@ class Tree:
     broken: dict[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
 
 
-def walk(folder: str) -> Tree:
-    """Find all images below a folder, and what else is there.
+def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS) -> Tree:
+    """Find all images below a folder, files with one of the endings, and what else is there.
 
     Links are followed, and each real folder counts once, so a link to a parent folder is harmless. Links are followed
     after all folders, in the order of their names: a folder to which a link points keeps its own name, in whatever
@@ -60,16 +62,16 @@ def walk(folder: str) -> Tree:
             with os.scandir(real) as entries:
                 for entry in entries:
                     path = f"{relative}/{entry.name}" if relative else entry.name
-                    _add(tree, entry, path, links if entry.is_symlink() else folders)
+                    _add(tree, entry, path, links if entry.is_symlink() else folders, endings)
         except OSError as error:
             tree.unlistable[relative] = error.strerror or str(error)
     tree.images.sort()
     return tree
 
 
-def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str]) -> None:
+def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str], endings: tuple[str, ...]) -> None:
     """Add one entry of a folder to the tree, or to the `folders` that remain to be listed."""
-    is_image = entry.name.lower().endswith(IMAGE_ENDINGS)
+    is_image = entry.name.lower().endswith(endings)
     link_error: OSError | None = None
     if entry.is_symlink():
         try:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from moco.data.crop import resize_center_crop
 from moco.data.decode import ImageError
+from moco.data.pixel_format import per_channel, to_float
 from moco.data.sources import Source
 from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
 from moco.distributed import copy_to_device, gather, on_all_ranks, rank, world_size
 
-Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, 3, S, S) -> features (N, D)
+Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, C, S, S) -> features (N, D)
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class EvalTransform:
 
     size: int  # side of the central crop in pixels
     resize: int = 0  # the shorter side becomes this long first; 0: `size`, unless the image is size x size
-    mean: Sequence[float] = (0.0, 0.0, 0.0)  # mean and std are per channel, for pixel values in 0 ... 1
+    mean: Sequence[float] = (0.0, 0.0, 0.0)  # mean and std have one number per channel, for pixel values in 0 ... 1
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
     def unnormalized(self) -> "EvalTransform":
         """Return the same crop with pixel values in 0 ... 1."""
-        return replace(self, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+        return replace(self, mean=(0.0,) * len(self.mean), std=(1.0,) * len(self.mean))
 
 
 class _CroppedBatches:
@@ -47,7 +48,7 @@ class _CroppedBatches:
 
 
 def evaluation_view(image: Tensor, resize: int, size: int) -> Tensor:
-    """Return the central crop of an image, uint8 (3, size, size); `resize` as in `EvalTransform`."""
+    """Return the central crop of an image, (C, size, size); `resize` as in `EvalTransform`."""
     if resize == 0 and image.shape[-2:] == (size, size):
         return image
     return resize_center_crop(image, resize or size, size)
@@ -56,7 +57,7 @@ def evaluation_view(image: Tensor, resize: int, size: int) -> Tensor:
 def _crops(
     source: Source, rows: Sequence[int], transform: EvalTransform, batch_size: int, workers: int | None
 ) -> Iterator[Tensor]:
-    """Yield uint8 batches (<= batch_size, 3, S, S) of the given rows."""
+    """Yield batches (<= batch_size, C, S, S) of the given rows."""
     size = transform.size
     parts = [list(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     if source.images is not None and source.images.shape[-2:] == (size, size) and transform.resize in (0, size):
@@ -88,15 +89,14 @@ def stream(
         ImageError: if an image cannot be decoded.
         LoaderError: if a loader process dies or finds no shared memory.
     """
-    mean = torch.tensor(transform.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(transform.std, device=device).view(3, 1, 1)
+    mean, std = per_channel(transform.mean, device), per_channel(transform.std, device)
     training = isinstance(network, nn.Module) and network.training
     if isinstance(network, nn.Module):
         network.eval()
     try:
         for images in _crops(source, rows, transform, batch_size, workers):
             heartbeat()
-            yield network((copy_to_device(images, device).float() / 255 - mean) / std).float()
+            yield network((to_float(copy_to_device(images, device)) - mean) / std).float()
     finally:
         if isinstance(network, nn.Module):
             network.train(training)
@@ -125,5 +125,5 @@ def extract(
 
 
 def pixels(images: Tensor) -> Tensor:
-    """Return the raw pixels as features, the baseline for every encoder: (N, 3, S, S) -> (N, 3 S S)."""
+    """Return the raw pixels as features, the baseline for every encoder: (N, C, S, S) -> (N, C S S)."""
     return images.flatten(1)

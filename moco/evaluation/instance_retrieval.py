@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from moco.data.base import Source
 from moco.data.duplicates import content_groups
 from moco.data.loader import Batch, batches
+from moco.data.pixel_format import per_channel
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
@@ -68,7 +69,7 @@ def instance_retrieval(
     rows: list[Tensor] = []
     modules = [network for network in networks.values() if isinstance(network, nn.Module)]
     modes = [module.training for module in modules]
-    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (transform.mean, transform.std))
+    mean, std = (per_channel(each, device) for each in (transform.mean, transform.std))
     try:
         for module in modules:
             module.eval()
@@ -113,9 +114,10 @@ def _crop_pairs(
     workers: int | None,
     on_unreadable: OnUnreadable | None,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches: two crops of each image, 2 of (n, 3, S, S), in 0 ... 1."""
+    """Yield this rank's batches: two crops of each image, 2 of (n, C, S, S), in 0 ... 1."""
     plan = Plan(len(source), batch_size, 1, SEED, rank(), world_size())
-    view = View(size, crop_scale=CROP_SCALE, flip_p=0.5)
+    zeros, ones = (0.0,) * source.pixel_format.channels, (1.0,) * source.pixel_format.channels
+    view = View(size, crop_scale=CROP_SCALE, flip_p=0.5, mean=zeros, std=ones)
     count = images_used(len(source), batch_size) // batch_size
     with closing(batches(source, plan, (view, view), device, workers, on_unreadable=on_unreadable)) as stream:
         yield from islice(stream, count)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco.models.first_layer import input_channels
+
 OUTPUT = "output"  # the name of the backbone's own output
 
 
 class LayerFeatures(nn.Module):
-    """A network from images (N, 3, S, S) to the concatenated features of the named layers, (N, D).
+    """A network from images (N, C, S, S) to the concatenated features of the named layers, (N, D).
 
     Maps (N, C, H, W) are averaged over their positions. Tokens (N, T, C) are represented by the class token, as in MoCo
     v3's linear probe, or by their mean if the network has none. Outputs (N, C) are used unchanged.
@@ -48,7 +50,7 @@ class LayerFeatures(nn.Module):
         self._class_token = getattr(backbone, "num_prefix_tokens", 0) > 0
         parameter = next(backbone.parameters())
         with torch.no_grad():
-            blank = parameter.new_zeros(1, 3, size, size)
+            blank = parameter.new_zeros(1, input_channels(backbone), size, size)
             edges = list(accumulate((each.shape[1] for each in self._pooled(blank)), initial=0))
         self.columns = {name: slice(*pair) for name, pair in zip(self.layers, pairwise(edges), strict=True)}
         self.width = edges[-1]

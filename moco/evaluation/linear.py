@@ -89,7 +89,7 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
     except SubsetError as error:
         raise ConfigError(f"{error}, or set protocol=moco_v2, which needs no validation images") from error
     if encoder is None:
-        network, columns = None, {"pixels": slice(0, 3 * task.subject.transform.size**2)}
+        network, columns = None, {"pixels": slice(0, len(task.subject.transform.mean) * task.subject.transform.size**2)}
     else:
         network = _layers(task, encoder.get_submodule("backbone"))
         columns = network.columns

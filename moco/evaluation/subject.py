@@ -74,6 +74,7 @@ def open_subject(config: SubjectConfig) -> Subject:
     overrides = {name: value for name, value in asdict(config.images).items() if value is not None}
     images = IMAGENET | file.images | overrides
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))
+    _check_channels(file, config, transform)
     fits = transform.resize == 0 or transform.resize >= transform.size
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: set both")
     # Before any image is searched for, refuse weights that do not fit.
@@ -93,6 +94,16 @@ def open_subject(config: SubjectConfig) -> Subject:
 def _plain(value: Any) -> str:
     """Return a value as an override has it, without spaces."""
     return str(value).replace(" ", "")
+
+
+def _check_channels(file: EncoderFile, config: SubjectConfig, transform: EvalTransform) -> None:
+    """Refuse a mean or std of another number of channels than the encoder's."""
+    for name, values in (("mean", transform.mean), ("std", transform.std)):
+        require(
+            len(values) == file.channels,
+            f"images.{name}={list(values)} must hold one number for each of the {file.channels} channels of "
+            f"{file.source}: set images.mean and images.std; python -m moco.check_data stats=true computes them",
+        )
 
 
 def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:
@@ -169,6 +180,9 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
     data = data_config(config, subject)
     fix = "set data.name=folder data.root=IMAGES, or another data set whose images can be read one by one"
     require(data.name != "webdataset", f"data.name=webdataset can be read from start to end only: {fix}")
+    same = data.channels == subject.file.channels
+    encoder = f"{subject.file.source} takes images of {subject.file.channels} channels"
+    require(same, f"data.channels={data.channels}, but {encoder}: set data.channels={subject.file.channels}")
     try:
         if config.output:
             refuse_output_inside(data, "output", config.output)
@@ -195,7 +209,9 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     # For another data set, or another folder, no other field of the recorded data applies.
     same = _is_same_data(recorded | given, recorded)
     known = {each.name for each in fields(DataConfig)}
-    kept = {name: value for name, value in recorded.items() if name in known and (same or name == "name")}
+    # The images of another data set have the format that the encoder takes.
+    always = {"name", "channels", "dtype", "preview"}
+    kept = {name: value for name, value in recorded.items() if name in known and (same or name in always)}
     return DataConfig(**(kept | given))
 
 

@@ -19,8 +19,9 @@ from moco.config.types import check_saved, type_error
 from moco.files import cause
 from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, flat, has_small_stem, parts, under
 from moco.interop.weights import save_weights
-from moco.models.backbones import build_backbone, published_images
+from moco.models.backbones import build_backbone, published_images, with_channels
 from moco.models.encoder import Encoder, projection_head
+from moco.models.first_layer import first_convolution
 from moco.plugins import naming_plugins
 from moco.runs import checkpoint
 from moco.runs.weights_file import CodeRefused, read_weights
@@ -59,6 +60,7 @@ class EncoderFile:
     queue: Tensor | None = None  # (K, C), keys of images
     oldest: int = 0  # the row of the oldest key
     unused: tuple[str, ...] = ()  # names of other parts with weights
+    channels: int = 3  # of the images
 
 
 def read_encoder(
@@ -116,7 +118,7 @@ def _backbone(file: EncoderFile) -> nn.Module:
     options = {name: value for name, value in file.options.items() if name not in LOADING_OPTIONS}
     try:
         with naming_plugins(file.source, file.config):
-            return build_backbone(file.backbone, options, group="")
+            return build_backbone(file.backbone, with_channels(options, file.channels), group="")
     except (RuntimeError, MemoryError) as error:
         network = f"backbone={file.backbone} with {options}"
         raise ForeignFileError(f"{file.source}: {network} cannot be built ({cause(error)})") from error
@@ -225,6 +227,7 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     if not backbone:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
     file = EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
+    file = replace(file, channels=len(images["mean"]))
     if keys is not None and 0 < len(keys) <= count:
         file = replace(file, queue=keys, oldest=count % len(keys))
     return replace(file, predictor=under("predictor.", method))
@@ -239,8 +242,8 @@ def _checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _checked_images(images: Mapping[str, Any]) -> dict[str, Any]:
     """Return how a file says that images are prepared; raise ValueError if a value is out of range."""
     channels = [images.get(name, [1, 1, 1]) for name in ("mean", "std")]
-    numbers = all(
-        len(each) == 3 and all(type(x) in (int, float) and math.isfinite(x) for x in each) for each in channels
+    numbers = len(channels[0]) == len(channels[1]) > 0 and all(
+        all(type(x) in (int, float) and math.isfinite(x) for x in each) for each in channels
     )
     sizes = images.get("size", 1) >= 1 and (images.get("resize") or 0) >= 0
     if not (numbers and sizes and min(channels[1]) > 0):
@@ -270,6 +273,7 @@ def _foreign(
             "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
         )
     file = EncoderFile(str(path), layout.name, name, known | options, body)
+    file = replace(file, channels=_channels(file))
     if not official:
         images = published_images(name) if layout.of_timm else {}
         return replace(file, unused=_parts_of([*others, *head], layout), images=images)
@@ -282,6 +286,17 @@ def _foreign(
     predictor = under("predictor.", others)
     unused = _parts_of(others.keys() - {f"predictor.{name}" for name in predictor}, layout)
     return replace(file, head_weights=head, predictor=predictor, unused=unused)
+
+
+def _channels(file: EncoderFile) -> int:
+    """Return the channels of the images of a file that does not state them: those of its first convolution."""
+    try:
+        with torch.device("meta"):
+            first = first_convolution(_backbone(file))
+    except ForeignFileError:  # it cannot be built on the meta device
+        return 3
+    weight = file.weights.get(f"{first[0]}.weight") if first else None
+    return int(weight.shape[1]) if weight is not None and weight.dim() == 4 else 3
 
 
 def _parts_of(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
@@ -336,5 +351,14 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
         return _foreign(path, weights, "encoder", backbone, options or {})
     chosen = options if options is not None else metadata.get("options", {})
     return EncoderFile(
-        str(path), "safetensors", backbone or about["backbone"], chosen, weights, {}, step, images, config
+        str(path),
+        "safetensors",
+        backbone or about["backbone"],
+        chosen,
+        weights,
+        {},
+        step,
+        images,
+        config,
+        channels=len(images.get("mean", (0, 0, 0))),
     )

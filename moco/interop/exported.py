@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from moco.config.base import optional_module
 
-Features = Callable[[Tensor], Tensor]  # images (N, 3, S, S) to features (N, D)
+Features = Callable[[Tensor], Tensor]  # images (N, C, S, S) to features (N, D)
 
 
 def save_onnx(path: Path, backbone: nn.Module, images: Mapping[str, Any]) -> None:
-    """Write a `.onnx` file with the input "images" (batch, 3, S, S) and the output "features" (batch, D).
+    """Write a `.onnx` file with the input "images" (batch, C, S, S) and the output "features" (batch, D).
 
     The backbone must be in eval mode, on the CPU. The file's metadata hold `images` as JSON: "size" and other values.
 
@@ -72,4 +72,6 @@ def _onnxruntime() -> Any:
 
 
 def _example(images: Mapping[str, Any]) -> Tensor:
-    return torch.zeros(2, 3, images["size"], images["size"])  # the exporter would take a batch of 1 for a constant
+    return torch.zeros(
+        2, len(images["mean"]), images["size"], images["size"]
+    )  # the exporter would take a batch of 1 for a constant

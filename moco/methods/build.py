@@ -9,6 +9,7 @@ from torch import nn
 
 from moco.config import ConfigError, MethodConfig, ModelConfig, TrainConfig, require
 from moco.losses import LearnedTemperature
+from moco.models.backbones import with_channels
 from moco.models.encoder import Encoder, build_encoder, build_predictor
 from moco.models.probe import output_error
 
@@ -31,7 +32,7 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
         f"method.labels=true, but the training images of data.name={config.data.name} have no labels: set "
         "data.labels=folder for a folder with one subfolder per class, or method.labels=false",
     )
-    encoder, model, size = encoder_of(config.model), config.model, config.augment.size
+    encoder, model, size = encoder_of(config.model, config.data.channels), config.model, config.augment.size
     if error := output_error(encoder.backbone, size):
         raise ConfigError(
             f"model.backbone={model.backbone} with model.options={model.options} does not fit augment.size={size}: "
@@ -42,11 +43,13 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
     return method.build(config, encoder, classes, **more)
 
 
-def encoder_of(model: ModelConfig) -> Encoder:
-    """Return a new encoder, which the method trains."""
+def encoder_of(model: ModelConfig, channels: int) -> Encoder:
+    """Return a new encoder for images of so many channels, which the method trains."""
     head = model.head_layers, model.head_hidden, model.dim
     bn: Any = model.bn
-    return build_encoder(model.backbone, model.options, *head, bn, model.bn_group_size, model.head_norm)
+    return build_encoder(
+        model.backbone, with_channels(model.options, channels), *head, bn, model.bn_group_size, model.head_norm
+    )
 
 
 def predictor_of(model: ModelConfig) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Backbones by name: images (N, 3, S, S) to features (N, D). `timm/NAME` is any timm model."""
+"""Backbones by name: images (N, C, S, S) to features (N, D). `timm/NAME` is any timm model."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -22,9 +22,12 @@ class ConvNet(nn.Module):
         strides: of the five layers, e.g. (1, 2, 1, 2, 1): 16 px images end as 4x4 maps.
         pool: side of the feature map after pooling. 1 is global pooling; larger values keep the position, which is
             informative for centered images such as handwriting.
+        channels: C, of the images.
     """
 
-    def __init__(self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1), pool: int = 1) -> None:
+    def __init__(
+        self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1), pool: int = 1, channels: int = 3
+    ) -> None:
         super().__init__()
         if width < 1 or pool < 1 or len(strides) != 5 or min(strides) < 1:
             raise ValueError(
@@ -33,7 +36,7 @@ class ConvNet(nn.Module):
             )
         widths = [width, 2 * width, 4 * width, 4 * width, 8 * width]
         layers: list[nn.Module] = []
-        for fan_in, fan_out, stride in zip([3, *widths[:-1]], widths, strides, strict=True):
+        for fan_in, fan_out, stride in zip([channels, *widths[:-1]], widths, strides, strict=True):
             layers += [nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
         self.pool = nn.AdaptiveAvgPool2d(pool)
@@ -44,7 +47,7 @@ class ConvNet(nn.Module):
         return out
 
 
-def _resnet(name: str, /, stem: str = "imagenet", **options: Any) -> nn.Module:
+def _resnet(name: str, /, stem: str = "imagenet", channels: int = 3, **options: Any) -> nn.Module:
     """Return torchvision's ResNet. The stem "cifar" is that of SimCLR and of the official MoCo CIFAR-10 notebook."""
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"model.options.stem={stem!r} must be 'imagenet' or 'cifar'")
@@ -52,8 +55,11 @@ def _resnet(name: str, /, stem: str = "imagenet", **options: Any) -> nn.Module:
     network.num_features = network.fc.in_features
     network.fc = nn.Identity()
     if stem == "cifar":
-        network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        network.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
         network.maxpool = nn.Identity()
+    elif channels != 3:
+        network.conv1 = nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     return network  # type: ignore[no-any-return]
 
 
@@ -108,18 +114,26 @@ def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
     return network
 
 
+def with_channels(options: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Return the options of a backbone for images of so many channels; three are every backbone's default."""
+    return {**options} if channels == 3 else {**options, "channels": channels}
+
+
 def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.") -> nn.Module:
     """Return a backbone without its classifier; its attribute `num_features` is D.
 
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
-        options: keyword arguments of the constructor, e.g. {"stem": "cifar"}.
+        options: keyword arguments of the constructor, e.g. {"stem": "cifar"}; "channels" are those of the images. With
+            timm they become `in_chans`, which keeps the sum over the channels of published weights.
         group: the group of the configuration that names both, for errors; "" if the fields have none.
 
     Raises:
         ValueError: for an unknown name or option.
     """
     try:
+        if name.startswith("timm/") and "channels" in options:
+            options = {("in_chans" if each == "channels" else each): value for each, value in options.items()}
         if name.startswith("timm/"):
             return _timm_model(name, options, group)
         if name not in BACKBONES:

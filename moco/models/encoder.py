@@ -39,7 +39,7 @@ def projection_head(
 
 
 class Encoder(nn.Module):
-    """Images (N, 3, S, S) to embeddings (N, C); `backbone` returns the features (N, D) for transfer."""
+    """Images to embeddings (N, C); `backbone` returns the features (N, D) for transfer."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moco.models.first_layer import input_channels
+
 
 def output_error(network: nn.Module, size: int) -> str:
-    """Return why a backbone does not compute features (2, num_features) from images (2, 3, S, S); "" if it does.
+    """Return why a backbone does not compute features (2, num_features) from images (2, C, S, S); "" if it does.
 
     The images pass on the meta device, which computes shapes only, in less than 0.2 s. If that fails, they pass on the
     device of the weights, because a network may hold tensors that are no parameters or buffers.
@@ -24,7 +26,11 @@ def output_error(network: nn.Module, size: int) -> str:
             found = _shape(_on_meta(network, size))
         except Exception:
             try:
-                found = _shape(network(torch.zeros(2, 3, size, size, device=next(network.parameters()).device)))
+                found = _shape(
+                    network(
+                        torch.zeros(2, input_channels(network), size, size, device=next(network.parameters()).device)
+                    )
+                )
             except Exception as error:  # whatever the network raises
                 text = " ".join(str(error).split())
                 return f"it fails for images of {size}x{size} pixels ({text[:300] or type(error).__name__})"
@@ -36,7 +42,7 @@ def output_error(network: nn.Module, size: int) -> str:
 def _on_meta(network: nn.Module, size: int) -> Any:
     tensors = [*network.named_parameters(), *network.named_buffers()]
     on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-    images = torch.zeros(2, 3, size, size, device="meta", dtype=next(network.parameters()).dtype)
+    images = torch.zeros(2, input_channels(network), size, size, device="meta", dtype=next(network.parameters()).dtype)
     return torch.func.functional_call(network, on_meta, (images,))
 
 

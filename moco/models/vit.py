@@ -4,7 +4,7 @@
 
 State-dict keys are timm's, as in the official files.
 
-Legend: N images, S side of an image, P patches, D width.
+Legend: N images, C channels, S side of an image, P patches, D width.
 """
 
 import math
@@ -24,9 +24,10 @@ def vit(
     patch_size: int = 16,
     stem: str = "patch",
     freeze_patches: bool | None = None,
+    channels: int = 3,
     **options: Any,
 ) -> nn.Module:
-    """Return a ViT from images (N, 3, S, S) to the features of the class token, (N, D).
+    """Return a ViT from images (N, C, S, S) to the features of the class token, (N, D).
 
     Section 4.1 of the paper and its code: fixed 2-D sin-cos positions; Xavier initialization that treats the weights of
     query, key and value as three matrices. Section 4.2: a random patch projection, not trained, stabilizes training.
@@ -39,6 +40,7 @@ def vit(
         stem: "patch": linear projection of patches. "conv": four trained 3x3 convolutions of stride 2 (Xiao et al.,
             2021); `patch_size` must be 16.
         freeze_patches: do not train the patch projection; None: True, except for a conv stem.
+        channels: C, of the images.
         options: further arguments of timm's VisionTransformer, e.g. drop_path_rate.
 
     Raises:
@@ -51,6 +53,7 @@ def vit(
     network: Any = VisionTransformer(
         img_size=img_size,
         patch_size=patch_size,
+        in_chans=channels,
         num_classes=0,
         global_pool="token",
         embed_dim=dim,
@@ -64,9 +67,9 @@ def vit(
     network.pos_embed = nn.Parameter(sin_cos_positions(side, dim)[None], requires_grad=False)  # (1, 1 + P, D)
     patches = network.patch_embed
     if stem == "conv":
-        patches.proj = conv_stem(dim)
+        patches.proj = conv_stem(dim, channels)
     else:
-        bound = math.sqrt(6 / (3 * patch_size**2 + dim))  # Xavier's, of the projection as a linear layer
+        bound = math.sqrt(6 / (channels * patch_size**2 + dim))  # Xavier's, of the projection as a linear layer
         nn.init.uniform_(patches.proj.weight, -bound, bound)
         nn.init.zeros_(patches.proj.bias)
         patches.requires_grad_(freeze_patches is False)
@@ -100,9 +103,9 @@ def sin_cos_positions(side: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), positions])
 
 
-def conv_stem(dim: int) -> nn.Sequential:
-    """Return a network, (N, 3, S, S) to (N, D, S/16, S/16): 3x3 convolutions with D/8 ... D channels, then a 1x1."""
-    widths = [3, dim // 8, dim // 4, dim // 2, dim]
+def conv_stem(dim: int, channels: int = 3) -> nn.Sequential:
+    """Return a network, (N, C, S, S) to (N, D, S/16, S/16): 3x3 convolutions with D/8 ... D channels, then a 1x1."""
+    widths = [channels, dim // 8, dim // 4, dim // 2, dim]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
         layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]

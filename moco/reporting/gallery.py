@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.data.base import Source
+from moco.data.pixel_format import preview
 from moco.reporting.markup import resource, write_page
 
 TILE = 168  # pixels, side of a displayed image
@@ -53,8 +54,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def image(self, i: int) -> Tensor:
+    def pixels(self, i: int) -> Tensor:
+        """Return the image as it is stored, (C, H, W)."""
         return self.source.image(int(self.rows[i]))
+
+    def image(self, i: int) -> Tensor:
+        """Return the image as it is shown, uint8 (3, H, W)."""
+        return preview(self.pixels(i), self.source.pixel_format.preview)
 
     def name(self, i: int) -> str:
         return self.source.name(int(self.rows[i]))

@@ -15,6 +15,7 @@ from moco.config.report import ReportConfig
 from moco.config.subject import SubjectConfig
 from moco.data.decode import ImageError
 from moco.data.keyed import REPORT, permutation
+from moco.data.pixel_format import per_channel, preview, to_float
 from moco.data.sources import Source
 from moco.data.unreadable import find_unreadable
 from moco.evaluation.features import EvalTransform, evaluation_view, stream
@@ -146,17 +147,18 @@ def attention(config: ReportConfig, images: ImageFeatures, device: torch.device)
     count, transform = min(config.queries, len(images.shown)), images.transform
     if not count:
         return None
-    crops = [evaluation_view(images.shown.image(i), transform.resize, transform.size) for i in range(count)]
-    views = torch.stack(crops)  # (count, 3, S, S)
-    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (transform.mean, transform.std))
-    maps = class_attention(images.backbone, (views.to(device).float() / 255 - mean) / std)  # (count, side, side)
+    crops = [evaluation_view(images.shown.pixels(i), transform.resize, transform.size) for i in range(count)]
+    views = torch.stack(crops)  # (count, C, S, S)
+    mean, std = (per_channel(each, device) for each in (transform.mean, transform.std))
+    maps = class_attention(images.backbone, (to_float(views.to(device)) - mean) / std)  # (count, side, side)
     if maps is None:
         return None
     tiles = []
     for i, each in enumerate(maps.cpu()):
         caption, peak = images.shown.caption(i), 100 * float(each.max())
-        tiles.append(Tile(views[i], "image", caption, marked=True))
-        tiles.append(Tile(overlay(views[i], each), "attention", caption, f"at most {peak:.1f} % on a patch"))
+        seen = preview(views[i], images.shown.source.pixel_format.preview)
+        tiles.append(Tile(seen, "image", caption, marked=True))
+        tiles.append(Tile(overlay(seen, each), "attention", caption, f"at most {peak:.1f} % on a patch"))
     patches = maps.shape[1] ** 2
     explanation = (
         f"Attention of the class token to the {patches} patches in the last block, averaged over heads. The stronger "

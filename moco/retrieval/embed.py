@@ -182,7 +182,7 @@ def _about(work: _Work) -> About:
         "features": config.features,
         "normalize": config.normalize,
         "dtype": config.dtype,
-        "dimension": int(work.network(torch.zeros(1, 3, size, size, device=work.device)).shape[1]),
+        "dimension": int(work.network(torch.zeros(1, file.channels, size, size, device=work.device)).shape[1]),
         "images_at_once": config.images_at_once,
     }
 

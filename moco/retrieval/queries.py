@@ -12,6 +12,7 @@ from moco.config.search import SearchConfig
 from moco.data.base import names_digest
 from moco.data.decode import ImageError
 from moco.data.opening import open_sources
+from moco.data.pixel_format import PixelFormat
 from moco.data.recorded import recorded_data
 from moco.data.sources import FolderSource
 from moco.evaluation.features import EvalTransform, stream
@@ -61,7 +62,7 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     if outside:
         network = build_network(_encoder(config, index), about["features"], about["normalize"], device)
         transform = EvalTransform(**about["look"])
-        every, files = range(len(outside)), image_files(outside, index.images.source.bits)
+        every, files = range(len(outside)), image_files(outside, index.images.source.pixel_format)
         try:
             parts = list(stream(network, files, every, transform, device, config.images_at_once))
         except ImageError as error:
@@ -82,10 +83,10 @@ def _rows_of_files(images: ImageSet, files: list[str]) -> NDArray[np.int64]:
     return found
 
 
-def image_files(names: list[str], bits: int) -> FolderSource:
-    """Return any image files as a source; for `bits` see `moco.data.depth`."""
+def image_files(names: list[str], pixel_format: PixelFormat) -> FolderSource:
+    """Return any image files as a source of images of a format."""
     paths = np.array([str(Path(name).absolute()).encode("utf-8", "surrogateescape") for name in names])
-    return FolderSource("", paths, bits=bits)
+    return FolderSource("", paths, pixel_format=pixel_format)
 
 
 def _encoder(config: SearchConfig, index: Embedding) -> EncoderFile:

@@ -1,5 +1,6 @@
 """Search among features: nearest neighbors, near-duplicates, outliers; results as JSON and as a gallery."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from moco.config import ConfigError, require
@@ -17,6 +18,7 @@ from moco.config.search import SearchConfig
 from moco.data.base import Source
 from moco.data.decode import ImageError
 from moco.data.keyed import SEARCH, permutation
+from moco.data.pixel_format import preview
 from moco.data.walk import IMAGE_FORMATS
 from moco.distributed import is_rank_zero
 from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
@@ -125,7 +127,9 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
             if row >= 0:
                 query = _tile(images, row, "query", marked=True)
             else:
-                query = Tile(_image_or_none(image_files([name], images.source.bits), 0), "query", name, marked=True)
+                query = Tile(
+                    _image_or_none(image_files([name], images.source.pixel_format), 0), "query", name, marked=True
+                )
             tiles = [_tile(images, each, f"{score:.3f}") for each, score in zip(near, similarities, strict=True)]
             yield Section(name, [query, *tiles])
 
@@ -216,7 +220,7 @@ def _tile(images: ImageSet, row: int, headline: str, detail: str = "", marked: b
 def _image_or_none(source: Source, i: int) -> Tensor | None:
     """Load an image; None if it has been removed or damaged since its features were computed."""
     try:
-        return source.image(i)
+        return preview(source.image(i), source.pixel_format.preview)
     except ImageError:
         return None
 
@@ -225,10 +229,18 @@ def image_size(images: ImageSet, row: int) -> dict[str, int]:
     """Return width, height and bytes of an image: from the header of its file, or from the image in memory."""
     path = images.source.path(int(images.rows[row]))
     if path is None:
-        height, width = images.image(row).shape[-2:]
-        return {"width": width, "height": height, "bytes": 3 * width * height}
+        return _stored_size(images.pixels(row), 0)
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             return {"width": image.width, "height": image.height, "bytes": Path(path).stat().st_size}
+    except UnidentifiedImageError:  # an array, or a TIFF that PIL does not know
+        with contextlib.suppress(ImageError, OSError):
+            return _stored_size(images.pixels(row), Path(path).stat().st_size)
+        return {"width": 0, "height": 0, "bytes": 0}
     except Exception:  # removed or damaged since; PIL raises many kinds of errors
         return {"width": 0, "height": 0, "bytes": 0}
+
+
+def _stored_size(image: Tensor, size: int) -> dict[str, int]:
+    """Return width, height and bytes of an image (C, H, W), whose file has `size` bytes, or 0 if it has none."""
+    return {"width": image.shape[2], "height": image.shape[1], "bytes": size or image.nbytes}

@@ -13,8 +13,10 @@ ROUNDS = 5  # measured rounds, after one to warm up
 PIXELS = 4 * 224**2  # pixels of the images in one measured pass
 
 
-def pick_precision(configured: str, encoder: nn.Module, size: int, device: torch.device) -> tuple[str, str]:
-    """Return the precision to train in on images of `size` x `size`, and the reason in a few words.
+def pick_precision(
+    configured: str, encoder: nn.Module, size: int, device: torch.device, channels: int = 3
+) -> tuple[str, str]:
+    """Return the precision to train in on images (`channels`, `size`, `size`), and the reason in a few words.
 
     For "auto", a GPU uses bfloat16 if it has units for it. A CPU uses it if it has instructions for it (AMX, or AVX-512
     with BF16; others emulate it several times more slowly) and a copy of the encoder runs faster.
@@ -26,7 +28,7 @@ def pick_precision(configured: str, encoder: nn.Module, size: int, device: torch
         return ("bf16", "the GPU has units for it") if able else ("fp32", "the GPU has no bfloat16 units")
     if not (_cpu_has("_is_amx_tile_supported") or _cpu_has("_is_avx512_bf16_supported")):
         return "fp32", "the CPU has no bfloat16 instructions"
-    speedup = _measure_speedup(encoder, torch.zeros(max(1, min(32, PIXELS // size**2)), 3, size, size))
+    speedup = _measure_speedup(encoder, torch.zeros(max(1, min(32, PIXELS // size**2)), channels, size, size))
     precision = "bf16" if speedup >= MIN_SPEEDUP else "fp32"
     return precision, f"measured: bfloat16 takes {1 / speedup:.2f} of float32's time"
 

@@ -67,7 +67,8 @@ def choose_precision(
     """Return the precision and the reason for it. With precision=auto a resumed run keeps its precision."""
     if state and config.precision == "auto":
         return state.get("precision", "fp32"), "as before"
-    return on_rank_zero(lambda: pick_precision(config.precision, encoder, config.augment.size, device))
+    images = config.augment.size, device, config.data.channels
+    return on_rank_zero(lambda: pick_precision(config.precision, encoder, *images))
 
 
 def set_batch_norm_calls(method: Any, accumulate: int) -> None:

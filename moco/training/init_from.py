@@ -11,15 +11,17 @@ from moco.interop.encoder_file import EncoderFile, ForeignFileError, build, is_v
 from moco.interop.foreign import State
 from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size, with_positions_of
+from moco.models.first_layer import input_channels, with_channels_of
 from moco.training.checks import check_normalization
 
 
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     """Load the weights of `config.init_from` into the encoder and, if there is one, the momentum encoder.
 
-    All weights of the backbone come from the file. The momentum encoder gets its own weights from a file with both
-    networks. A head whose shapes differ keeps its random weights. The predictor and a full queue of the same size are
-    loaded too, if the head is: they belong to its embedding. The keys of the queue then show no image of this run.
+    All weights of the backbone come from the file. If its images have another number of channels, the first layer is
+    adapted (`moco.models.first_layer.with_channels_of`). The momentum encoder gets its own weights from a file with
+    both networks. A head whose shapes differ keeps its random weights. The predictor and a full queue of the same size
+    are loaded too, if the head is: they belong to its embedding. The keys of the queue then show no image of this run.
 
     `config.model` describes the network if the file does not.
 
@@ -48,7 +50,8 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     with_head = all(_fits(network.get_submodule("head"), each.head_weights) for network, each in networks)
     for network, each in networks:
         backbone = network.get_submodule("backbone")
-        load_all(backbone, with_positions_of(backbone, model.backbone, each.weights), complaint)
+        weights, changed = with_channels_of(backbone, with_positions_of(backbone, model.backbone, each.weights))
+        load_all(backbone, weights, complaint)
         if with_head:
             load_all(network.get_submodule("head"), each.head_weights, complaint)
     check_normalization(config, f"init_from={path}", file.images)
@@ -58,6 +61,7 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     loaded = "backbone and head" if with_head else f"backbone; the head {reason} and has random weights"
     source = "the same" if momentum_file is file else "its own"
     momentum = f"; momentum encoder from {source} weights" if len(networks) > 1 else ""
+    momentum += f"; {changed}" if changed else ""
     others = _load_predictor(method, file, with_head, complaint) + _load_queue(method, file, with_head)
     others += f"; not used: {', '.join(file.unused)}" if file.unused else ""
     return f"starting from {path} ({file.layout}: {file.backbone}): {loaded}{momentum}{others}"
@@ -115,11 +119,17 @@ def _fits(module: nn.Module, weights: State) -> bool:
 def _refuse_other_features(config: TrainConfig, file: EncoderFile, backbone: nn.Module) -> None:
     """Refuse a network with the same weights but other features: another number of heads, another padding."""
     size, device = config.augment.size, next(backbone.parameters()).device
-    images = torch.arange(2 * 3 * size**2, dtype=torch.float32, device=device).sin().view(2, 3, size, size)
+    theirs_see, ours_see = file.channels, input_channels(backbone)
+    shown = theirs_see if theirs_see == ours_see else 1  # equal channels, for which another number makes no difference
+    images = torch.arange(2 * shown * size**2, dtype=torch.float32, device=device).sin().view(2, shown, size, size)
     training = backbone.training
     try:
-        theirs: Tensor = build(fit_to_size(file, size, "augment.size")).get_submodule("backbone").to(device)(images)
-        ours: Tensor = backbone.eval()(images)
+        theirs: Tensor = (
+            build(fit_to_size(file, size, "augment.size"))
+            .get_submodule("backbone")
+            .to(device)(images.expand(-1, theirs_see, -1, -1))
+        )
+        ours: Tensor = backbone.eval()(images.expand(-1, ours_see, -1, -1))
     finally:
         backbone.train(training)
     if theirs.shape != ours.shape or not bool((theirs - ours).abs().max() <= 1e-4 * theirs.abs().max()):

@@ -125,7 +125,7 @@ class LiveEvaluation:
         options = {name: value for name, value in self._config.model.options.items() if name != "pretrained"}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._config.seed)
-            return encoder_of(replace(self._config.model, options=options)).to(self._device)
+            return encoder_of(replace(self._config.model, options=options), self._config.data.channels).to(self._device)
 
     def _retrieval(self, start: bool) -> dict[str, Accuracy]:
         """Return the retrieval at 1 of the encoder, and at the start also of the baselines."""

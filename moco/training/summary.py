@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 import moco
@@ -14,6 +15,7 @@ from moco.config.subject import SubjectConfig
 from moco.data.base import Source
 from moco.data.loader import batches
 from moco.data.opening import opening_lines
+from moco.data.pixel_format import PixelFormat, per_channel, preview
 from moco.data.plan import Plan
 from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
@@ -72,8 +74,8 @@ def show_views(
     """Write the views of eight images to views.png and TensorBoard; warn if the file cannot be written."""
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
     batch = next(batches(source, small, views, device, workers=0, on_unreadable=on_unreadable))
-    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (views[0].mean, views[0].std))
-    rows = [(view * std + mean).clamp(0, 1) for view in batch.views]
+    mean, std = (per_channel(each, device) for each in (views[0].mean, views[0].std))
+    rows = [_shown(view * std + mean, source.pixel_format) for view in batch.views]
     enlarge = -(-64 // views[0].size)  # to at least 64 pixels
     images = torch.cat(rows).repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     grid = make_grid(images, nrow=len(batch.index), pad_value=1.0)
@@ -85,6 +87,13 @@ def show_views(
     except WriteError as error:
         message = f"{file} cannot be written ({cause(error)}); training continues without it"
         warnings.warn(message, RunWarning, stacklevel=2)
+
+
+def _shown(views: Tensor, pixel_format: PixelFormat) -> Tensor:
+    """Return views (n, C, S, S) as they are shown, (n, 3, S, S) in 0 ... 1."""
+    if pixel_format.usual:
+        return views.clamp(0, 1).expand(-1, 3, -1, -1)
+    return torch.stack([preview(each, pixel_format.preview) for each in views.cpu()]) / 255
 
 
 def summarize(trainer: "Trainer") -> None:

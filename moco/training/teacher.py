@@ -53,7 +53,7 @@ def load_teacher(config: TrainConfig) -> nn.Module:
         network = nn.Sequential(Renormalize(normalization, images), network)
     network.eval().requires_grad_(False)
     with torch.no_grad():
-        dim = network(torch.zeros(2, 3, size, size)).shape[1]
+        dim = network(torch.zeros(2, config.data.channels, size, size)).shape[1]
     require(
         dim == config.model.dim,
         f"model.dim={config.model.dim} is not the dimension of method.teacher={method.teacher}: set model.dim={dim}",

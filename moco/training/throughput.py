@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moco.config import TrainConfig
 from moco.distributed import is_rank_zero, world_size
+from moco.models.first_layer import input_channels
 from moco.runtime.memory import peak_memory
 from moco.runtime.precision import PRECISIONS
 
@@ -29,13 +30,13 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
     Convolutions and matrix products count, a multiply-add as two. The copy on the device "meta" computes nothing.
 
     Args:
-        encoder: images (N, 3, S, S) to embeddings (N, C).
+        encoder: images to embeddings (N, C).
         images: N, a multiple of the size of its BN groups.
         size: S.
     """
     shadow = copy.deepcopy(encoder).to("meta").train()
     with FlopCounterMode(display=False) as counter:
-        out = shadow(torch.empty(images, 3, size, size, device="meta"))
+        out = shadow(torch.empty(images, input_channels(encoder), size, size, device="meta"))
         forward = counter.get_total_flops()
         out.sum().backward()
     return forward // images, counter.get_total_flops() // images

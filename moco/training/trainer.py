@@ -97,7 +97,7 @@ class Trainer:
         self._check_settings()
 
         # The images, their views, and the samples of each step.
-        self.views = build_views(config.augment)
+        self.views = build_views(config.augment, config.data)
         self.sources, self.data_identity = build.open_data(config, watchdog)
         self._stop_if_signaled()
         self.plan = Plan(len(self.sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())

@@ -320,7 +320,7 @@ def test_invalid_views_are_refused(fields: dict[str, Any]) -> None:
 def test_crops_of_another_shape_or_type_are_refused() -> None:
     view = View(size=8)
     params = draw(view, 0, 0, [0, 1], 0)
-    for crops in (random_crops(2, 9), random_crops(3, 8), random_crops(2, 8).float()):
+    for crops in (random_crops(2, 9), random_crops(3, 8), random_crops(2, 8).double()):
         with pytest.raises(ValueError, match="this view needs"):
             augment(crops, params, view)
 

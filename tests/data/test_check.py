@@ -177,7 +177,7 @@ def test_a_worker_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     checked(tmp_path / "r.json", r"data\.workers=1.*00\.png \.\.\. 01\.png", root=str(root), workers=1)
 
 
-def _die(path: str, bits: int) -> None:
+def _die(path: str, *_: object) -> None:
     os._exit(9)
 
 

@@ -18,6 +18,7 @@ from moco.data.check import check_data
 from moco.data.decode import ImageError, decode, decode_bytes
 from moco.data.depth import DEPTHS
 from moco.data.pack import pack
+from moco.data.pixel_format import PixelFormat
 from moco.data.sources import load_source
 from tests.data.test_decode import encoded, png
 from tests.data.unreadable_files import tiff
@@ -51,7 +52,7 @@ def test_twelve_bits_keep_their_levels_and_the_differences_between_images(tmp_pa
     root = write(tmp_path / "images", [4000, 900, 2500])
     with pytest.warns(RunWarning, match=r"data\.root=.* up to 4,000.*data\.bits=12"):
         train = load_source(DataConfig("folder", str(root))).train
-    assert train.bits == 12
+    assert train.pixel_format.bits == 12
     for i, top in enumerate([4000, 900, 2500]):
         assert (train.image(i)[0].numpy() == ramp(top) >> 4).all()
     assert len(train.image(0).unique()) > 150  # the upper byte alone has 16
@@ -66,7 +67,7 @@ def test_the_field_decides_and_an_image_beyond_it_is_an_error(bits: int, tmp_pat
     if bits < 16:
         beyond = gray_png(ramp(2**bits))
         with pytest.raises(ImageError, match=rf"0 \.\.\. {2**bits - 1} is supported.*data\.bits=16"):
-            decode_bytes("x.png", beyond, bits=bits)
+            decode_bytes("x.png", beyond, PixelFormat(bits=bits))
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,7 +83,7 @@ def test_every_file_of_a_depth_has_the_upper_bits(top: int, kind: str) -> None:
         "tiff big": lambda: encoded(Image.fromarray(values.astype(">u2")), "TIFF"),
         "tiff 32": lambda: encoded(Image.fromarray(values.astype(np.int32)), "TIFF"),
     }[kind]()
-    image = decode_bytes("x", data, bits=bits)
+    image = decode_bytes("x", data, PixelFormat(bits=bits))
     assert image.dtype == torch.uint8
     assert (image.numpy() == (values >> (bits - 8))[None]).all()
 
@@ -100,7 +101,7 @@ def test_other_images_do_not_change(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train = load_source(DataConfig("folder", str(tmp_path))).train
-    assert train.bits == 16
+    assert train.pixel_format.bits == 16
     assert [train.image(i).max().item() for i in range(2)] == [40_000 >> 8, 255]
 
 

@@ -384,7 +384,7 @@ def test_invalid_fields_are_named(name: str, value: object) -> None:
     setattr(config, name, value)
     with pytest.raises(ConfigError, match=name):
         check_subject(config)
-    for name, value in {"size": 0, "resize": -1, "mean": [0.5], "std": [0.5, 0.0, 0.5]}.items():
+    for name, value in {"size": 0, "resize": -1, "mean": [], "std": [0.5, 0.0, 0.5]}.items():
         config = configured(run="x")
         setattr(config.images, name, value)
         with pytest.raises(ConfigError, match=rf"images\.{name}="):

@@ -26,6 +26,7 @@ from moco.config.pack import PackConfig
 from moco.data.decode import ImageError, decode
 from moco.data.image_facts import image_facts
 from moco.data.pack import pack
+from moco.data.pixel_format import RGB
 from moco.data.sources import load_source
 from moco.data.unreadable import UnreadableImages
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS
@@ -237,7 +238,7 @@ def test_an_image_starts_no_program(ghostscript: Path, tmp_path: Path) -> None:
     images = ImageSet(source, np.arange(10), np.zeros((10, 2), np.float32))
     assert image_size(images, 9) == {"width": 0, "height": 0, "bytes": 0}
     with pytest.raises(ImageError, match="no known image format"):
-        list(stream(pixels, image_files([str(root / "zz.jpg")], 16), [0], EvalTransform(8), torch.device("cpu")))
+        list(stream(pixels, image_files([str(root / "zz.jpg")], RGB), [0], EvalTransform(8), torch.device("cpu")))
 
     for compression in (1, 2, 3, 5, 6, 7, 8, 32773, 34676, 34712, 34925, 50000, 50001, 60000):
         (root / "odd.tif").write_bytes(odd_tiff(compression, POSTSCRIPT))

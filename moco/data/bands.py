@@ -1,0 +1,178 @@
+"""Decoding of images with any number of channels and any depth: NPY, NPZ, TIFF, and image files with more than 8 bits.
+
+No value is scaled here: a pixel of the result is the number in the file. The headers of arrays are checked before
+memory is allocated for them, because a file of a few bytes can declare any size.
+
+Legend: C channels, H x W pixels.
+"""
+
+import io
+import zipfile
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_png
+
+from moco.config.base import optional_module
+from moco.data.pixel_format import PixelFormat
+from moco.data.walk import IMAGE_FORMATS
+
+NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# The largest array in bytes: that of the largest RGB image of 8 bits that is read.
+MAX_BYTES = 3 * 178_956_970
+_SAME_NAME = ("image", "arr_0")  # of several arrays in an NPZ, the first of these is the image
+
+
+class WrongFormat(ValueError):
+    """An intact image of another number of channels or of another type than the data set's."""
+
+
+class TooLarge(ValueError):
+    """An image whose header declares more bytes than are read."""
+
+
+def is_array(data: bytes) -> bool:
+    """Return whether the content is that of an NPY or NPZ file."""
+    return data.startswith((NPY, NPZ))
+
+
+def read_bands(data: bytes, pixel_format: PixelFormat) -> Tensor:
+    """Decode the content of a file.
+
+    Args:
+        data: NPY, NPZ, TIFF, or another image format of `IMAGE_FORMATS`.
+        pixel_format: the number of channels and the type of the result.
+
+    Returns:
+        Shape (C, H, W), of `pixel_format.dtype`, with the values of the file.
+
+    Raises:
+        WrongFormat: if the file has another number of channels, or a type that `dtype` does not hold.
+        ConfigError: if a TIFF needs tifffile, and it is not installed.
+        TooLarge, ValueError and whatever numpy, PIL and tifffile raise: if the file is damaged.
+    """
+    if data.startswith(NPY):
+        array = _npy(data)
+    elif data.startswith(NPZ):
+        array = _npz(data)
+    else:
+        array = _image(data, pixel_format)
+    return torch.from_numpy(_of_type(_channels_first(array, pixel_format.channels), pixel_format.dtype))
+
+
+def encode_bands(image: Tensor) -> bytes:
+    """Return an image (C, H, W) as the content of an NPY file."""
+    buffer = io.BytesIO()
+    np.save(buffer, image.contiguous().numpy(), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _npy(data: bytes) -> NDArray[Any]:
+    """Return the array of an NPY file."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.hasobject:
+        raise WrongFormat("its array holds Python objects, not numbers")
+    count = 1
+    for side in shape:  # of Python's integers, which do not overflow
+        count *= side
+    if count * dtype.itemsize > len(data) - file.tell():
+        raise ValueError(f"the file is truncated: its header declares {shape} of {dtype}")
+    values = np.frombuffer(data, dtype, count, file.tell())
+    return values.reshape(shape, order="F" if fortran_order else "C")
+
+
+def _npz(data: bytes) -> NDArray[Any]:
+    """Return the only array of an NPZ file, or the one that is named image."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
+        chosen = [*members] if len(members) == 1 else [name for name in _SAME_NAME if name in members]
+        if not chosen:
+            raise WrongFormat(f"it holds {len(members)} arrays ({', '.join([*members][:5])}): name one of them image")
+        if members[chosen[0]].file_size > MAX_BYTES:
+            raise TooLarge(_too_large(members[chosen[0]].file_size))
+        return _npy(archive.read(members[chosen[0]]))
+
+
+def _too_large(size: int) -> str:
+    return f"it declares {size:,} bytes, and at most {MAX_BYTES:,} are read: cut the image into tiles"
+
+
+def _image(data: bytes, pixel_format: PixelFormat) -> NDArray[Any]:
+    """Return the pixels of an image file, (H, W), (H, W, C) or (C, H, W); PIL reads what it reads without a loss."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    except UnidentifiedImageError:
+        if data.startswith(TIFF):
+            return _tiff(data)
+        raise
+    with image:
+        if image.width * image.height * pixel_format.channels > MAX_BYTES:
+            raise TooLarge(_too_large(image.width * image.height * pixel_format.channels))
+        if image.format == "TIFF" and (len(image.getbands()) != pixel_format.channels or _loses_bits(image)):
+            return _tiff(data)
+        if image.format == "PNG" and _loses_bits(image):
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            values: NDArray[Any] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy()  # (C, H, W)
+            return values
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("P", "PA", "1"):
+            upright = upright.convert("RGB")
+        array = np.asarray(upright)
+        # PIL reads gray of 16 bits as 32 bits from some formats.
+        deep = array.dtype == np.int32 and image.format != "TIFF"
+        return array.astype(np.uint16) if deep else array
+
+
+def _loses_bits(image: Image.Image) -> bool:
+    """Return whether PIL reads only the upper 8 bits of each channel of an image that is not loaded."""
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
+    return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)
+
+
+def _tiff(data: bytes) -> NDArray[Any]:
+    """Return the first image of a TIFF with any bands, or its pages of one size as bands."""
+    tifffile = optional_module("tifffile", "a TIFF with several bands or more than 8 bits per band", "tiff")
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        series = file.series[0]
+        if series.nbytes > MAX_BYTES:
+            raise TooLarge(_too_large(series.nbytes))
+        array: NDArray[Any] = series.asarray()
+        return array
+
+
+def _channels_first(array: NDArray[Any], channels: int) -> NDArray[Any]:
+    """Return an array as (C, H, W). If both the first and the last axis have C entries, the channels are last."""
+    if array.ndim > 3:
+        array = array.squeeze(tuple(axis for axis in range(array.ndim - 3) if array.shape[axis] == 1))
+    found = " x ".join(map(str, array.shape))
+    if array.ndim == 2 and channels == 1:
+        array = array[None]
+    if array.ndim != 3 or channels not in (array.shape[0], array.shape[2]):
+        raise WrongFormat(f"its array of {found} has no axis of data.channels={channels}, the first or the last")
+    array = array.transpose(2, 0, 1) if array.shape[2] == channels else array
+    if 0 in array.shape:
+        raise WrongFormat(f"its array of {found} has no pixels")
+    return array
+
+
+def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return an array in the type of the data set, contiguous and writable; refuse a type that it does not hold."""
+    held = array.dtype.kind in "uif" if dtype == "float32" else array.dtype.newbyteorder("=") == np.dtype(dtype)
+    if not held:
+        fixes = [each for each in ("uint8", "uint16") if array.dtype.newbyteorder("=") == np.dtype(each)]
+        fix = f"set data.dtype={(fixes or ['float32'])[0]}" if array.dtype.kind in "uif" else "store numbers"
+        raise WrongFormat(f"its pixels are {array.dtype.name}, not data.dtype={dtype}: {fix}")
+    with np.errstate(over="ignore"):  # the next check reports it
+        converted = np.array(array, dtype, order="C")
+    if dtype == "float32" and not np.isfinite(converted).all():
+        raise ValueError("it has pixels that are not finite numbers: replace them, for example by the band's mean")
+    return converted

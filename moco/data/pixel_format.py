@@ -1,0 +1,77 @@
+"""The number of channels and the number type in which the images of a data set travel from their files to the device.
+
+A source has one `PixelFormat`. Everything after it follows the type of the tensors: a crop of a uint16 image is uint16,
+and only the device converts it to float32. The default is the usual one: red, green and blue in 8 bits.
+
+Legend: N images, C channels, H x W pixels.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
+# By what pixels are divided on the device: integers come into 0 ... 1, floats keep their values.
+_WHITE = {torch.uint8: 255, torch.uint16: 65535}
+_STRETCH = (2.0, 98.0)  # percentiles of a band that a preview of deep images shows as black and white
+
+
+class PixelFormat(NamedTuple):
+    """The format of the images of a source: (channels, H, W) of the type `dtype`."""
+
+    channels: int = 3
+    dtype: str = "uint8"  # a key of `DTYPES`
+    bits: int = 16  # with uint8: the significant bits of files of 16 bits, see `moco.data.depth`
+    preview: tuple[int, ...] = ()  # the channels that a preview shows as red, green and blue; empty: the first ones
+
+    @property
+    def usual(self) -> bool:
+        """Whether the images are what image files usually hold: gray or color in 8 bits."""
+        return self.dtype == "uint8" and self.channels in (1, 3)
+
+    def __str__(self) -> str:
+        return f"{self.channels} channel{'s' * (self.channels > 1)} of {self.dtype}"
+
+
+RGB = PixelFormat()
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Convert images (N, C, H, W) to float32: uint8 and uint16 to 0 ... 1, floats keep their values."""
+    converted = images.to(torch.float32, copy=True)
+    white = _WHITE.get(images.dtype)
+    return converted.div_(white) if white else converted
+
+
+def per_channel(values: object, device: torch.device) -> Tensor:
+    """Return one number per channel as a tensor (C, 1, 1), to broadcast over images."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
+
+
+def preview(image: Tensor, bands: tuple[int, ...] = ()) -> Tensor:
+    """Return an image that a person can look at, uint8 (3, H, W), of an image (C, H, W) of any format.
+
+    8-bit values are shown as they are. The others are stretched, each band of each image to its own range, because the
+    values of a scene often fill a small part of the range of their type.
+
+    Args:
+        image: uint8, uint16 or float32.
+        bands: the channels to show as red, green and blue, or one channel to show in gray. Empty: the first three; of
+            one or two channels the first.
+    """
+    count = len(image)
+    chosen = list(bands) or ([0, 1, 2] if count >= 3 else [0])
+    shown = image if chosen == list(range(count)) else image[chosen]
+    if image.dtype != torch.uint8:
+        shown = torch.stack([_stretched(band) for band in shown])
+    return shown if len(shown) == 3 else shown[:1].expand(3, -1, -1)
+
+
+def _stretched(band: Tensor) -> Tensor:
+    """Map the middle 96 % of the values of a band (H, W) to 0 ... 255, uint8."""
+    values = band.cpu().numpy().astype(np.float64)
+    low, high = np.percentile(values, _STRETCH)
+    scaled = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
+    return torch.from_numpy(np.rint(scaled.clip(0, 1) * 255).astype(np.uint8))

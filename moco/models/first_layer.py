@@ -1,0 +1,41 @@
+"""The first layer of a network: how many channels its images have, and weights for another number of them."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d] | None:
+    """Return the name and the module of the convolution that sees the image; None for a network without one."""
+    return next(((name, each) for name, each in network.named_modules() if isinstance(each, nn.Conv2d)), None)
+
+
+def input_channels(network: nn.Module) -> int:
+    """Return the number of channels of a network's images; 3 for a network without a convolution."""
+    found = first_convolution(network)
+    return 3 if found is None else found[1].in_channels
+
+
+def with_channels_of(network: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """Return weights whose first convolution has as many input channels as that of a network.
+
+    Each new channel has the mean of the old ones, times old / new channels. So the sum over the channels is preserved:
+    an image with equal channels gives the same features before and after. Other weights are returned as they are.
+
+    Args:
+        network: the network that is to load the weights.
+        weights: its state dict, possibly with another number of channels.
+
+    Returns:
+        The weights, and a sentence about the change; "" without one.
+    """
+    found = first_convolution(network)
+    key = f"{found[0]}.weight" if found else ""
+    before = weights.get(key)
+    if found is None or before is None or before.dim() != 4 or before.shape[1] == found[1].in_channels:
+        return dict(weights), ""
+    wanted = found[1].in_channels
+    total = before.double().sum(dim=1, keepdim=True)  # (D, 1, kernel, kernel)
+    after = (total / wanted).to(before.dtype).repeat(1, wanted, 1, 1)
+    note = f"first layer from {before.shape[1]} to {wanted} channels, each with the mean of the old ones, so that their"
+    return {**weights, key: after}, f"{note} sum is the same"
