@@ -41,12 +41,12 @@ class SourceConfig:
     NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Set augment.mean and augment.std, one
     number per channel, to those that moco.check_data stats=true computes."""
     dtype: str = bounded("uint8", choices=("uint8", "uint16", "float32"))
-    """The numbers in which pixels reach the device, and which the files must have: uint8 (0 ... 255; gray and color
-    files of 16 bits are converted), uint16 (0 ... 65535), or float32 (any range; of other types the values are kept).
+    """Type of the pixels, in the files and on their way to the device: uint8 (0 ... 255; gray and color files of 16
+    bits are converted), uint16 (0 ... 65535), or float32 (any range; files of other types are converted unscaled).
     uint8 and uint16 are divided by 255 and 65535 on the device, float32 is not scaled."""
     preview: list[int] = bounded([], ge=0, max_length=3)
     """Channels that galleries, reports and views.png show as red, green and blue, counted from 0, such as [3,2,1]; one
-    number: that channel in gray. Empty: the first three, or the first of one or two."""
+    number: that channel in gray. Empty: the first three, or the first if there are fewer."""
     workers: int | None = bounded(None, ge=0, le=256)
     """Loader processes per training process, for images that are not in memory; 0: load in the main process; null: as
     many as the CPU cores per training process of this machine, 1 to 16."""
