@@ -36,7 +36,7 @@ ODDITIES = {
     "name": "not ASCII: other tools may not support it",
 }
 _ARRAYS = {".npy": "NPY", ".npz": "NPZ"}
-_ONLY_USUAL = ("16 bits", "palette", "transparent", "extra band")  # how an image becomes RGB or gray in 8 bits
+_ONLY_USUAL = ("16 bits", "palette", "transparent", "extra band")  # oddities of the conversion to RGB or gray
 _SAME_FORMAT = {"MPO": "JPEG"}  # a JPEG that contains a second image, as phones write it
 
 

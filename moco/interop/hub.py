@@ -80,12 +80,12 @@ def upload(folder: Path, repo: str, public: bool) -> str:
     except ConfigError:
         raise
     except Exception as error:
-        login = "log in with: hf auth login" if _refused(error) else "is huggingface.co reachable?"
+        login = "log in with: hf auth login." if _refused(error) else "is huggingface.co reachable?"
         raise ConfigError(f"upload={repo} failed ({cause(error)}): {login} {again}") from error
     return address
 
 
 def _refused(error: Exception) -> bool:
-    """Return whether the Hub refused who asks."""
+    """Return whether the Hub denied access to this user."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status in (401, 403) or type(error).__name__ == "LocalTokenNotFoundError"

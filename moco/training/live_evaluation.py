@@ -176,9 +176,9 @@ def live_knn(
     heartbeat: Callable[[], None],
     probe: OnlineProbe | None = None,
 ) -> dict[str, Accuracy]:
-    """Return the accuracy of "knn", the current encoder, and, by `with_pixels` and the configuration, "raw_pixels".
+    """Return accuracies by name: "knn" of the current encoder, and "probe" of the online probe, if there is one.
 
-    With an online probe also return its accuracy, "probe".
+    With `with_pixels` and evaluate.raw_pixels also that of raw pixels, "raw_pixels".
     """
     evaluate, augment, bank, held_out = config.evaluate, config.augment, sources.bank, sources.held_out
     assert bank is not None
