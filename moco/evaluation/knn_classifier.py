@@ -174,7 +174,7 @@ def leave_one_out(
     settings: KnnSettings = KnnSettings(),  # frozen
     progress: Progress = lambda *_: None,
 ) -> NDArray[np.float64]:
-    """Compute the accuracy on the references, each without its group as neighbors: to choose k and temperature.
+    """Compute the accuracy on the references, to choose k and temperature: only other groups are neighbors.
 
     The neighbors are searched once, for the largest k.
 
