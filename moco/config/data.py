@@ -30,6 +30,9 @@ class SourceConfig:
     label_file: str = bounded("", path=True)
     """For `folder`: a CSV or Parquet file with the columns path (relative to root), label (a text or a whole number)
     and, optionally, split. It must have one row for each image. Replaces `labels` and `eval_root`."""
+    label_separator: str = bounded("", max_length=8, example="'data.label_separator=\";\"'")
+    """For label_file: the text between the labels of an image that has several, such as ; or |. An image without labels
+    then has none of the classes. Empty: one label per image, or the column label of a Parquet file holds lists."""
     resident: bool = False
     """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images decoded in memory. They must have one size."""
     bits: int | None = bounded(None, ge=8, le=16)
@@ -62,7 +65,7 @@ class SourceConfig:
     label_column: str = ""
     """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one. A
     label is a text, a whole number, true or false. Missing, empty, NaN and -1 mean unlabeled; a split whose images are
-    partly unlabeled is refused."""
+    partly unlabeled is refused. In a column of lists, an image has any number of labels."""
 
 
 @dataclass
@@ -154,6 +157,8 @@ def check_data_fields(data: DataConfig) -> None:
         len(data.preview) in (0, 1, 3) and all(band < data.channels for band in data.preview),
         f"data.preview={data.preview} must be one or three channels in 0 ... {data.channels - 1} (data.channels)",
     )
+    error = f"data.label_separator={data.label_separator!r} separates the labels in data.label_file: set both or none"
+    require(bool(data.label_file) or not data.label_separator, error)
     error = f"data.eval_root={data.eval_root!r} works with data.name=folder only, not with {data.name}: remove it"
     require(not data.eval_root or data.name == "folder", error)
     if data.label_file:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision import datasets
 
 from moco.config import DataConfig
-from moco.data.base import Sources, entries_digest
+from moco.data.base import Sources, entries_digest, labels_at
 from moco.data.decode import ImageError
 from moco.data.keyed import SPLIT, permutation
 from moco.data.pixel_format import RGB, PixelFormat
@@ -38,6 +38,7 @@ class ArraySource:
     unreadable: Mapping[int, ImageError] = field(default_factory=dict)  # by row; the image is black
     ignored: Mapping[str, int] = field(default_factory=dict)  # files that are not images, see `Source.left_out`
     pixel_format: PixelFormat = RGB
+    multi_labels: NDArray[np.bool_] | None = None  # see `Source`
     stream: ClassVar[None] = None
 
     def __len__(self) -> int:
@@ -69,12 +70,12 @@ class ArraySource:
         return self.ignored
 
     def subset(self, rows: NDArray[np.int64]) -> "ArraySource":
-        labels = None if self.labels is None else self.labels[rows]
+        labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
         names = [self.names[row] for row in rows]
         unreadable = {new: self.unreadable[row] for new, row in enumerate(rows.tolist()) if row in self.unreadable}
-        return ArraySource(
-            self.images[torch.from_numpy(rows)], names, labels, self.classes, unreadable, pixel_format=self.pixel_format
-        )
+        images = self.images[torch.from_numpy(rows)]
+        known = names, labels, self.classes, unreadable
+        return ArraySource(images, *known, pixel_format=self.pixel_format, multi_labels=several)
 
     def encoded_names(self) -> Iterable[bytes]:
         return map(os.fsencode, self.names)

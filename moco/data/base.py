@@ -1,6 +1,6 @@
 """The interface of every source of images, and the digest of its names.
 
-Legend: N images.
+Legend: N images, L classes.
 """
 
 import hashlib
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.data.decode import ImageError
-from moco.data.labels import labels_of_split
+from moco.data.labels import labels_of_split, with_classes
 from moco.data.pixel_format import RGB, PixelFormat
 
 T = TypeVar("T")
+Labels = TypeVar("Labels", NDArray[np.int64], NDArray[np.bool_])
 Progress = Callable[[int, int], None]  # called with (done, total)
 
 
@@ -40,6 +41,11 @@ class Source(Protocol):
     @abstractmethod
     def labels(self) -> NDArray[np.int64] | None:
         """Indices into `classes`, shape (N,); None if unlabeled."""
+
+    @property
+    def multi_labels(self) -> NDArray[np.bool_] | None:
+        """Which classes each image has, (N, L), of images that can have several; `labels` is None then. Else None."""
+        return None
 
     @property
     @abstractmethod
@@ -120,7 +126,7 @@ class Sources:
     """A data set: the images to train on, and the labeled images to evaluate with."""
 
     train: Source
-    bank: Source | None = None  # labeled references, for kNN and linear probes
+    bank: Source | None = None  # references with one class each, for kNN and linear probes
     held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
 
     def changed(self, change: Callable[[Source], Source]) -> "Sources":
@@ -134,12 +140,25 @@ def labeled(train: Source, held_out: Source | None = None, where: str = "") -> S
     """Return a data set in which the training images, if labeled, are the bank as well.
 
     The labels of the held-out images become indices into the classes of training; `where` names that split in errors.
+    If images have several labels, both splits get the classes of both, and there is no bank.
     """
+    pair: tuple[Any, Any] = train, held_out  # dataclasses
+    if held_out is not None and held_out.multi_labels is not None and train.multi_labels is not None:
+        classes = tuple(dict.fromkeys(train.classes + held_out.classes))
+        train, held_out = (
+            replace(each, multi_labels=with_classes(each.multi_labels, each.classes, classes), classes=classes)
+            for each in pair
+        )
     if held_out is not None and held_out.labels is not None and where:
         labels = labels_of_split(held_out.labels, held_out.classes, train.classes, where)
         split: Any = held_out  # a dataclass
         held_out = replace(split, labels=labels, classes=train.classes)
     return Sources(train, train if train.labels is not None else None, held_out)
+
+
+def labels_at(labels: Labels | None, rows: NDArray[np.int64]) -> Labels | None:
+    """Return the labels of the given rows; None of unlabeled images."""
+    return None if labels is None else labels[rows]
 
 
 def in_threads(read: Callable[[int], T], rows: Sequence[int], progress: Progress | None = None) -> list[T]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import DataConfig, RunWarning
-from moco.data.base import Source, Sources, entries_digest, labeled
+from moco.data.base import Source, Sources, entries_digest, labeled, labels_at
 from moco.data.decode import decode, read_bytes
 from moco.data.label_file import held_out_split, read_label_file, rows_of_images
-from moco.data.labels import first_names, read_labels
+from moco.data.labels import first_names, read_label_sets, read_labels
 from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.walk import ARRAY_ENDINGS, IMAGE_ENDINGS, size_and_time, walk
 from moco.distributed import is_rank_zero
@@ -39,6 +39,7 @@ class FolderSource(Source):
     ignored: Mapping[str, int] = field(default_factory=dict)  # number of files that are not images, by kind
     unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
     broken: Mapping[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
+    multi_labels: NDArray[np.bool_] | None = None  # see `Source`
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -63,7 +64,8 @@ class FolderSource(Source):
         return self.ignored
 
     def subset(self, rows: NDArray[np.int64]) -> "FolderSource":
-        return replace(self, paths=self.paths[rows], labels=None if self.labels is None else self.labels[rows])
+        labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
+        return replace(self, paths=self.paths[rows], labels=labels, multi_labels=several)
 
     def encoded_names(self) -> Iterable[bytes]:
         return list(self.paths.tolist())
@@ -105,15 +107,19 @@ def _with_arrays(config: DataConfig) -> bool:
 def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
     """Open a folder of images whose labels and splits are in data.label_file."""
     table, where = config.label_file, f"data.label_file={config.label_file}"
-    rows = read_label_file(table)  # before the folder, which can be large
+    rows = read_label_file(table, config.label_separator)  # before the folder, which can be large
     images = scan("data.root", config.root, "none", keep_unlistable, arrays=_with_arrays(config))
     found = rows_of_images(rows, [images.name(i) for i in range(len(images))], f"data.root={config.root}", table)
 
     def part(split: str, min_classes: int) -> FolderSource:
         chosen = [i for i, row in enumerate(found) if row.split == split]
         fix = "leave data.label_file empty"
-        labels, classes = read_labels([found[i].label for i in chosen], where, fix, min_classes=min_classes)
-        return replace(images.subset(np.array(chosen, np.int64)), labels=labels, classes=classes)
+        values, picked = [found[i].label for i in chosen], images.subset(np.array(chosen, np.int64))
+        if any(isinstance(value, tuple) for value in values):
+            several, classes = read_label_sets(values, f"{where} split={split}" if split else where, fix)
+            return replace(picked, multi_labels=several, classes=classes)
+        labels, classes = read_labels(values, where, fix, min_classes=min_classes)
+        return replace(picked, labels=labels, classes=classes)
 
     if not found[0].split:  # the table has no such column
         return labeled(part("", 2))

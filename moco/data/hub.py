@@ -21,9 +21,9 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.config.base import optional_module
 from moco.data.bands import encode_bands
-from moco.data.base import Source, Sources, entries_digest, labeled
+from moco.data.base import Source, Sources, entries_digest, labeled, labels_at
 from moco.data.decode import ImageError, decode_bytes, read_bytes
-from moco.data.labels import HELD_OUT, read_labels, several_labels_error
+from moco.data.labels import HELD_OUT, read_label_sets, read_labels
 from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.walk import size_and_time
 
@@ -40,6 +40,7 @@ class HubSource(Source):
     classes: tuple[str, ...] = ()
     pixel_format: PixelFormat = RGB
     encoded: bool = True  # whether the column holds image files, not arrays
+    multi_labels: NDArray[np.bool_] | None = None  # see `Source`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,7 +63,8 @@ class HubSource(Source):
         raise ImageError(f"cannot read image {self.name(i)}: the row has no image", "empty", "the row has no image")
 
     def subset(self, rows: NDArray[np.int64]) -> "HubSource":
-        return replace(self, rows=self.rows[rows], labels=None if self.labels is None else self.labels[rows])
+        labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
+        return replace(self, rows=self.rows[rows], labels=labels, multi_labels=several)
 
     def content_fingerprints(self) -> NDArray[np.int64]:
         """Return the sizes of the images; from Arrow's offsets, so that no image is read."""
@@ -99,13 +101,13 @@ def open_hub(config: DataConfig) -> Sources:
             f"data.eval_split={eval_split} equals data.split, so accuracy would be measured on training images: set "
             f"another of {', '.join(splits)}"
         )
-    usual = [each for each in HELD_OUT if each != split and each in splits] if train.labels is not None else []
+    usual = [each for each in HELD_OUT if each != split and each in splits] if train.classes else []
     for name in [eval_split] if eval_split else usual:
         held_out = _open_split(splits, config, "eval_split", name)
-        if held_out.labels is None and not eval_split:
+        if not held_out.classes and not eval_split:
             continue
-        if held_out.labels is None or train.labels is None:
-            raise ValueError(f"data.eval_split={name}: {name if held_out.labels is None else split} has no labels")
+        if not (held_out.classes and train.classes):
+            raise ValueError(f"data.eval_split={name}: {split if held_out.classes else name} has no labels")
         return labeled(train, held_out, f"data.eval_split={name}")
     return labeled(train)
 
@@ -148,11 +150,13 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
     # The held-out split may lack classes.
     labels, classes = _labels(table, config.label_column, where, min_classes=2 if field == "split" else 1)
     # Encoded, so that the same decoder as for files returns the same pixels and the same errors.
+    several = labels is not None and labels.ndim == 2
+    known: dict[str, Any] = {"classes": classes, "multi_labels" if several else "labels": labels}
     chosen, rows = table.select_columns([column]), np.arange(len(table))
     if column in arrays:
         numbers = chosen.with_format("numpy", dtype=np.dtype(table.features[column].dtype))  # as they are stored
-        return HubSource(numbers, column, split, rows, labels, classes, encoded=False)
-    return HubSource(chosen.cast_column(column, datasets.Image(decode=False)), column, split, rows, labels, classes)
+        return HubSource(numbers, column, split, rows, encoded=False, **known)
+    return HubSource(chosen.cast_column(column, datasets.Image(decode=False)), column, split, rows, **known)
 
 
 def _column(field: str, requested: str, fitting: Sequence[str], present: Sequence[str], where: str, what: str) -> str:
@@ -172,19 +176,32 @@ def _column(field: str, requested: str, fitting: Sequence[str], present: Sequenc
 
 def _labels(
     table: Any, given: str, where: str, min_classes: int = 2
-) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return labels (N,) and class names; (None, ()) without a label column, or if every image is unlabeled."""
+) -> tuple[NDArray[np.int64] | NDArray[np.bool_] | None, tuple[str, ...]]:
+    """Return labels (N,), or of a column of lists multi_labels (N, L), and class names; (None, ()) if unlabeled."""
     import datasets
 
-    fitting = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+    features = table.features
+    kinds = {name: _element(kind) for name, kind in features.items()}  # of a column of lists, that of an element
+    classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
+    fitting = [name for name in classes if kinds[name] is features[name]] or classes  # one class per image, or lists
     if given == "none" or (not given and not fitting):
         return None, ()
     column = _column("label_column", given, fitting, table.column_names, where, "class labels")
     field, fix = f"data.label_column={column} of {where}", "set data.label_column to another column or to none"
-    kind = table.features[column]
+    kind = kinds[column]
     if not isinstance(kind, datasets.ClassLabel | datasets.Value):  # the values are not read: they may be images
-        if isinstance(kind, datasets.List | datasets.LargeList | list):
-            raise several_labels_error(field, fix)
         raise ValueError(f"{field}: this column contains no classes; {fix}")
     values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    return read_labels(values, field, fix, kind.names if isinstance(kind, datasets.ClassLabel) else (), min_classes)
+    names = kind.names if isinstance(kind, datasets.ClassLabel) else ()
+    if kind is not features[column]:
+        return read_label_sets(values, field, fix, names)
+    return read_labels(values, field, fix, names, min_classes)
+
+
+def _element(kind: Any) -> Any:
+    """Return the kind of an element of a column of lists; of another column its own kind."""
+    import datasets
+
+    if isinstance(kind, datasets.List | datasets.LargeList):
+        return kind.feature
+    return kind[0] if isinstance(kind, list) and kind else kind

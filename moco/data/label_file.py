@@ -1,7 +1,8 @@
 """Labels and splits of a folder's images from a table: a CSV or Parquet file with a row per image.
 
 The column `path` names an image relative to the folder, `label` is its class (a text or a whole number), and `split`,
-if there is such a column, says to which split the image belongs. Other columns are ignored.
+if there is such a column, says to which split the image belongs. Other columns are ignored. An image has several labels
+if a separator is given, as in cat;dog, or if the column of a Parquet file holds lists.
 
 Legend: N images.
 """
@@ -20,18 +21,22 @@ class Row(NamedTuple):
     """The label and the split of an image."""
 
     number: int  # of its row, from 1, without the header of a CSV file
-    label: str
+    label: str | tuple[str, ...]  # a tuple of any length if images can have several labels
     split: str  # "" if the table has no such column
 
 
-def read_label_file(file: str) -> dict[str, Row]:
+def read_label_file(file: str, separator: str = "") -> dict[str, Row]:
     """Return the row of each path, in the order of the file. Equal rows count once.
+
+    Args:
+        file: its path.
+        separator: the text between the labels of an image that has several, data.label_separator; "": one label.
 
     Raises:
         ConfigError: if the file is Parquet and pyarrow is not installed.
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no table with the columns path and label; if a path, label or split is empty; or if a path
-            has two labels or splits.
+        ValueError: if it is no table with the columns path and label; if a path, label or split is empty; if a path
+            has rows with different labels or splits; or if the separator does not occur.
     """
     where = f"data.label_file={file}"
     if not Path(file).is_file():
@@ -39,20 +44,27 @@ def read_label_file(file: str) -> dict[str, Row]:
     read = _parquet_rows if file.lower().endswith((".parquet", ".pq")) else _csv_rows
     rows: dict[str, Row] = {}
     for number, values in enumerate(read(file, where), start=1):
-        path, label, *split = (_text(value, where, number) for value in values)
+        path, *split = (_text(value, where, number) for value in (values[0], *values[2:]))
+        label = _label(values[1], separator, where, number)
         row = Row(number, label, split[0] if split else "")
         for column, text in zip(("path", "label", "split"), (path, label, *split), strict=False):
-            if not text:
+            if text == "":
                 raise ValueError(f"{where}: row {number} has an empty {column}: fill it in, or remove the row")
         path = posixpath.normpath(path)
         first = rows.setdefault(path, row)
         if first[1:] != row[1:]:
             raise ValueError(
                 f"{where}: rows {first.number} and {number} give {path} different labels or splits "
-                f"({_shown(first)} and {_shown(row)}): keep one of them"
+                f"({_shown(first)} and {_shown(row)}): keep one of them; several labels of an image belong in one row, "
+                "with data.label_separator"
             )
     if not rows:
         raise ValueError(f"{where} has no rows: add one for each image, with its path and label")
+    if separator and all(len(row.label) < 2 for row in rows.values()):
+        raise ValueError(
+            f"{where}: no row has labels separated by data.label_separator={separator!r}: correct the separator, or "
+            "leave it empty if each image has one label"
+        )
     return rows
 
 
@@ -153,6 +165,17 @@ def _parquet_rows(file: str, where: str) -> Iterator[list[Any]]:
         yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
 
+def _label(value: Any, separator: str, where: str, number: int) -> str | tuple[str, ...]:
+    """Return the label of a row as text; of images that can have several, the labels."""
+    if isinstance(value, list):
+        each = [_text(item, where, number) for item in value]
+    elif separator:
+        each = [part.strip() for part in _text(value, where, number).split(separator)]
+    else:
+        return _text(value, where, number)
+    return tuple(dict.fromkeys(part for part in each if part))
+
+
 def _text(value: Any, where: str, number: int) -> str:
     """Return a value of the table as text: "" for one that means "missing"; whole numbers have no decimal point."""
     if is_missing(value) or value == "-1":
@@ -167,4 +190,5 @@ def _text(value: Any, where: str, number: int) -> str:
 
 
 def _shown(row: Row) -> str:
-    return f"{row.label} in {row.split}" if row.split else row.label
+    label = row.label if isinstance(row.label, str) else " and ".join(row.label) or "none"
+    return f"{label} in {row.split}" if row.split else label

@@ -2,8 +2,9 @@
 
 A label is a whole number, true or false, or a text. A value that is missing, empty, NaN or -1 means "unlabeled". A
 split in which every image is unlabeled has no labels; a split with labels for some of its images only is refused.
+Images with any number of labels each (multi-label) have a list of such values.
 
-Legend: N images.
+Legend: N images, L classes.
 """
 
 import itertools
@@ -60,6 +61,44 @@ def read_labels(
     index = {value: i for i, value in enumerate(found)}
     labels = np.fromiter((index[value] for value in known), np.int64, len(known))
     return labels, tuple(classes) if classes else tuple(map(str, found))
+
+
+def read_label_sets(
+    values: Sequence[Sequence[Any] | None], where: str, fix: str, classes: Sequence[str] = ()
+) -> tuple[NDArray[np.bool_] | None, tuple[str, ...]]:
+    """Return which classes each image has, (N, L), and the class names; (None, ()) if every image is unlabeled.
+
+    An image with an empty list has none of the classes. Arguments as of `read_labels`, with a list per image.
+
+    Raises:
+        ValueError: if no image has a label, if some lists are missing, or if the values are no classes.
+    """
+    missing = sum(value is None for value in values)
+    known = [value for value in values if value is not None]
+    if not known:
+        return None, ()
+    if missing:
+        raise ValueError(
+            f"{where}: {missing:,} of the {len(values):,} images have no list of labels: write an empty list if an "
+            f"image has none of the classes, or {fix}"
+        )
+    each = [label for value in known for label in value]
+    if not each:
+        raise ValueError(f"{where}: no image has a label; {fix}")
+    indices, names = read_labels(each, where, fix, classes, min_classes=1)
+    found = np.zeros((len(known), len(names)), np.bool_)
+    found[np.repeat(np.arange(len(known)), [len(value) for value in known]), indices] = True
+    return found, names
+
+
+def with_classes(labels: NDArray[np.bool_], classes: Sequence[str], wanted: Sequence[str]) -> NDArray[np.bool_]:
+    """Return which of the wanted classes each image has, (N, len(wanted)), from `labels` (N, L) of `classes`."""
+    index = {name: i for i, name in enumerate(classes)}
+    found = np.zeros((len(labels), len(wanted)), np.bool_)
+    for column, name in enumerate(wanted):
+        if name in index:
+            found[:, column] = labels[:, index[name]]
+    return found
 
 
 def is_missing(value: Any) -> bool:

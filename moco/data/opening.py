@@ -61,7 +61,7 @@ def opening_lines(sources: Sources) -> list[str]:
     parts = [sources.train, *([sources.held_out] if sources.held_out is not None else [])]
     lines = [left_out_line(counts) for part in parts if (counts := part.left_out())]
     labeled = sources.bank if sources.train.labels is None and sources.bank is not None else sources.train
-    if labeled.labels is None:
+    if not class_counts(labeled):
         return lines
     lines.append(class_line(labeled))
     if sources.held_out is not None and (lacking := classes_without_images(sources.held_out)):
@@ -79,9 +79,12 @@ def opening_lines(sources: Sources) -> list[str]:
 
 def class_counts(source: Source) -> dict[str, int]:
     """Return the number of images of each class, by name; empty without labels."""
-    if source.labels is None:
+    if source.multi_labels is not None:
+        counts = source.multi_labels.sum(axis=0)
+    elif source.labels is not None:
+        counts = np.bincount(source.labels, minlength=len(source.classes))
+    else:
         return {}
-    counts = np.bincount(source.labels, minlength=len(source.classes))
     return dict(zip(source.classes, counts.tolist(), strict=True))
 
 
@@ -98,6 +101,9 @@ def class_line(source: Source) -> str:
     if len(counts) > MOST_CLASSES:
         smallest, largest = min(counts.values()), max(counts.values())
         more = f" and {len(counts) - MOST_CLASSES:,} more; {smallest:,} to {largest:,} images each"
+    if source.multi_labels is not None:
+        each = source.multi_labels.sum(axis=1)
+        more += f"; {each.mean():.2f} labels per image, {np.count_nonzero(each == 0):,} images have none"
     return f"{len(counts):,} classes: {shown}{more}"
 
 

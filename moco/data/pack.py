@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from moco.config import require
 from moco.config.pack import PackConfig
 from moco.config.recommended import recipe_for
 from moco.config.subject import SubjectConfig
@@ -51,6 +52,11 @@ def pack(config: PackConfig) -> None:
     data = replace(config.data, resident=False)  # a few images at a time are enough
     refuse_output_inside(data, "output", output)
     sources = open_sources(data, bank_size=0, keep_unreadable=True)
+    require(
+        sources.train.multi_labels is None,
+        f"data.name={data.name}: images with several labels each cannot be packed with them; to pack the images only, "
+        f"{'remove data.label_file' if data.label_file else 'set data.label_column=none'}",
+    )
     bank = None if sources.bank is sources.train else sources.bank
     named = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
     splits = {name: source for name, source in named if source is not None}

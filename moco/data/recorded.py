@@ -27,7 +27,7 @@ def recorded_data(
         ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names.
     """
     name, root, eval_root = (str(recorded.get(field) or "") for field in ("name", "root", "eval_root"))
-    never = {"download", "allow_pipe"} if trusted else {"download", "allow_pipe", "eval_root", "label_file"}
+    never = {"download", "allow_pipe"} | (set() if trusted else {"eval_root", "label_file", "label_separator"})
     kept = {field: value for field, value in recorded.items() if field not in never}
     unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
     if not root or unused or "root" in given or given.get("name", name) != name:

@@ -180,4 +180,5 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
 
     in_threads(fill, range(len(source)), progress)
     names = [source.name(i) for i in range(len(source))]
-    return ArraySource(images, names, source.labels, source.classes, unreadable, source.left_out(), source.pixel_format)
+    known = source.labels, source.classes, unreadable, source.left_out(), source.pixel_format, source.multi_labels
+    return ArraySource(images, names, *known)

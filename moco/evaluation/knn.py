@@ -13,13 +13,21 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import ConfigError
+from moco.config import ConfigError, require
 from moco.config.knn import KnnConfig
+from moco.data.base import Progress
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.sources import Source
 from moco.distributed import is_rank_zero
+from moco.evaluation.average_precision import average_precision
 from moco.evaluation.features import Network, pixels
-from moco.evaluation.knn_classifier import KnnSettings, classes_of_draws, leave_one_out
+from moco.evaluation.knn_classifier import (
+    KnnSettings,
+    classes_of_draws,
+    knn_shares,
+    leave_one_out,
+    leave_one_out_map,
+)
 from moco.evaluation.metrics import Metrics, compute_metrics, confusion_of, mean_known
 from moco.evaluation.subject import encoders, labels_of
 from moco.evaluation.subsets import draw_labels, naming_field
@@ -61,13 +69,18 @@ def _count_references(train: Source, config: KnnConfig) -> int:
     """Return the number of labeled references; refuse `labels_per_class` above the size of a class."""
     if not config.labels_per_class:
         return len(train)
+    require(
+        train.multi_labels is None,
+        f"labels_per_class={config.labels_per_class} needs one class per image, and these images can have "
+        "several labels: set labels_per_class=0",
+    )
     with naming_field("labels_per_class", config.labels_per_class):
         return len(draw_labels(labels_of(train), config.labels_per_class, 0))
 
 
 def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> Result:
     """Choose k and temperature on the training split, then compute the features of the held-out split."""
-    config, labels = task.config, labels_of(task.train)
+    config = task.config
 
     def features(source: Source) -> Tensor:
         return task.features(network, source, f"{name}: features of {len(source):,} images")
@@ -80,15 +93,29 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> Result:
     choice: dict[str, Any] = {}
     if len(config.k) * len(config.temperature) > 1:
         settings, choice = _choose(task, name, bank, settings)
-    queries, classes = features(task.held_out), len(task.train.classes)
+    queries = features(task.held_out)
     with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
-        ranked = classes_of_draws(bank, labels, queries, classes, settings, progress)
-        metrics = [compute_metrics(each, labels_of(task.held_out), classes) for each in ranked]
-    if settings.k < 5:  # fewer than five classes can have votes
-        metrics = [replace(each, top5=None) for each in metrics]
+        metrics = _metrics(task, bank, queries, settings, progress)
     used = {"features": config.features, "half": config.half, "draws": len(metrics)}
     used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
-    return Result(name, metrics, {"settings": used, "figures": summarize_draws(metrics)} | choice)
+    several = task.train.multi_labels is not None
+    figures = metrics[0].to_json() if several else summarize_draws(metrics)
+    return Result(name, metrics, {"settings": used, "figures": figures} | choice)
+
+
+def _metrics(
+    task: Task[KnnConfig], bank: Tensor, queries: Tensor, settings: KnnSettings, progress: Progress
+) -> list[Any]:
+    """Return the metrics of the held-out images, one per draw of labels; see `Result`."""
+    trained, truth = task.train.multi_labels, task.held_out.multi_labels
+    if trained is not None and truth is not None:
+        shares = knn_shares(bank, torch.from_numpy(trained).to(bank.device), queries, settings, progress)
+        return [average_precision(shares, truth, trained)]
+    classes = len(task.train.classes)
+    ranked = classes_of_draws(bank, labels_of(task.train), queries, classes, settings, progress)
+    metrics = [compute_metrics(each, labels_of(task.held_out), classes) for each in ranked]
+    # With fewer than five neighbors, fewer than five classes can have votes.
+    return metrics if settings.k >= 5 else [replace(each, top5=None) for each in metrics]
 
 
 def _choose(
@@ -100,10 +127,13 @@ def _choose(
     """
     config = task.config
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
-    arrays = labels_of(task.train), drawn, task.groups
-    labels, rows, groups = (torch.from_numpy(each).to(task.device) for each in arrays)
+    rows, groups = (torch.from_numpy(each).to(task.device) for each in (drawn, task.groups))
+    given = rows, config.k, config.temperature, groups, settings
     with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
-        grid = leave_one_out(bank, labels, rows, config.k, config.temperature, groups, settings, progress)
+        if task.train.multi_labels is not None:
+            grid = leave_one_out_map(bank, task.train.multi_labels, *given, progress)
+        else:
+            grid = leave_one_out(bank, torch.from_numpy(labels_of(task.train)).to(task.device), *given, progress)
     i, j = np.unravel_index(grid.argmax(), grid.shape)
     choice = {"k": config.k, "temperature": config.temperature, "leave_one_out": grid.tolist()}
     choice |= {"images": len(rows), "copies": int((np.bincount(task.groups)[task.groups] > 1).sum())}
@@ -155,17 +185,18 @@ def _report(task: Task[KnnConfig], found: list[Result]) -> None:
     protocol = f"{few} label{'s' * (few > 1)} a class" if few else "all labels"  # as in earlier results.json files
     if "choice" in pretrained.details:
         _show_choice(pretrained, len(train))
+    results = ["top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"]
     table(
         f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
-        ["encoder", "k", "T", "top-1 %", f"± over {draws} draws" if draws > 1 else "95 % interval", "top-5 %"],
+        ["encoder", "k", "T", *(pretrained.cells() if pretrained.several_labels else results)],
         [_row(each) for each in found],
         f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines(pretrained.encoder)}",
     )
-    if pairs := most_confused(total_pairs(pretrained.metrics), train.classes):
+    if not pretrained.several_labels and (pairs := most_confused(total_pairs(pretrained.metrics), train.classes)):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")
     log(f"written: {record_results(task, 'knn', protocol, found, config.features)}")
     live = task.subject.file.config.get("evaluate", {})
-    if live.get("labels_per_class") and not config.labels_per_class:
+    if live.get("labels_per_class") and not config.labels_per_class and not pretrained.several_labels:
         fields = {name: live[name] for name in ("features", "labels_per_class", "draws")}
         fields |= {name: [live[name]] for name in ("k", "temperature")}
         fields |= {"compare": ["untrained", "pixels"], "seed": 0}
@@ -179,12 +210,12 @@ def _show_choice(pretrained: Result, training: int) -> None:
     left_out = "itself as a neighbor"
     if choice["copies"]:
         left_out = f"itself and its copies as neighbors ({choice['copies']:,} images have byte-identical copies)"
-    rows = []
+    rows, measure = [], "mAP" if pretrained.several_labels else "accuracy"
     for k, line in zip(choice["k"], choice["leave_one_out"], strict=True):
         marks = [" <" * ((k, each) == (chosen["k"], chosen["temperature"])) for each in choice["temperature"]]
         rows.append([str(k), *(percent(value) + mark for value, mark in zip(line, marks, strict=True))])
     table(
-        "choice: leave-one-out accuracy of the pretrained encoder on training images",
+        f"choice: leave-one-out {measure} of the pretrained encoder on training images",
         ["k", *(f"T {temperature:g}" for temperature in choice["temperature"])],
         rows,
         f"on {choice['images']:,} of {training:,} images, each without {left_out}; < is chosen",
@@ -193,7 +224,9 @@ def _show_choice(pretrained: Result, training: int) -> None:
 
 def _row(result: Result) -> list[str]:
     values, settings = result.details["figures"], result.details["settings"]
-    spread = percent(values["std"]) if "std" in values else " – ".join(map(percent, values["interval95"]))
     name = "raw pixels" if result.encoder == "pixels" else result.encoder
     k, temperature = str(settings["k"]), f"{settings['temperature']:g}"
+    if result.several_labels:
+        return [name, k, temperature, *result.cells().values()]
+    spread = percent(values["std"]) if "std" in values else " – ".join(map(percent, values["interval95"]))
     return [name, k, temperature, percent(result.top1), spread, percent(result.top5)]

@@ -8,7 +8,7 @@ Legend: M reference ("bank") features, Q queries, D dimension, L classes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 from moco.config import EvaluateConfig
 from moco.data.base import Progress
 from moco.distributed import rank, sum_over_ranks, world_size
+from moco.evaluation.average_precision import average_precision
 from moco.evaluation.metrics import BEST, largest, rank_classes
 from moco.evaluation.subsets import draw_labels
 
@@ -90,10 +91,22 @@ def nearest(
 
 def _votes(similarity: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
     """Sum the votes (Q, L) of neighbors with this similarity and these labels, both (Q, k), nearest first."""
+    weights = _weights(similarity, temperature)
+    return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
+
+
+def _shares(similarity: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return the share of the votes (Q, L) for each label, of neighbors with labels (Q, k, L)."""
+    weights = _weights(similarity, temperature)
+    votes = (weights.unsqueeze(1) @ labels.float()).squeeze(1)
+    return votes / weights.sum(dim=1, keepdim=True).clamp(min=1)  # the nearest neighbor's weight is 1
+
+
+def _weights(similarity: Tensor, temperature: float) -> Tensor:
+    """Return the weights (Q, k) of the votes, relative to that of the nearest neighbor."""
     # Subtracting the largest changes no ranking and avoids overflow: exp(1 / 0.01) exceeds float32. If a query has no
     # neighbor, the largest is -inf and all votes are 0.
-    weights = ((similarity - similarity[:, :1].clamp(min=-1)) / temperature).exp()
-    return weights.new_zeros(len(weights), classes).scatter_add_(1, labels, weights)
+    return ((similarity - similarity[:, :1].clamp(min=-1)) / temperature).exp()
 
 
 def _chunks(length: int, most: int) -> list[slice]:
@@ -138,6 +151,24 @@ def knn_classes(
         similarity, rows = nearest(bank, queries[chunk], settings.k, bank_chunk=settings.bank_chunk)
         votes = _votes(similarity, bank_labels[rows], settings.temperature, classes)
         found[chunk] = rank_classes(votes, votes=True)
+    return sum_over_ranks(found)  # other ranks hold zeros here
+
+
+def knn_shares(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    settings: KnnSettings,
+    progress: Progress = lambda *_: None,
+) -> Tensor:
+    """Return the share (Q, L) of each label in the votes of a query's neighbors, for images with several labels.
+
+    Args: see `knn_classes`; `bank_labels` are (M, L), true for the labels of an image.
+    """
+    found = torch.zeros(len(queries), bank_labels.shape[1], device=queries.device)
+    for chunk in _own_chunks(len(queries), settings.query_chunk, progress):
+        similarity, rows = nearest(bank, queries[chunk], settings.k, bank_chunk=settings.bank_chunk)
+        found[chunk] = _shares(similarity, bank_labels[rows], settings.temperature)
     return sum_over_ranks(found)  # other ranks hold zeros here
 
 
@@ -200,6 +231,40 @@ def leave_one_out(
                 correct[i, j] += (votes.argmax(dim=1) == truth).sum()
     counts: NDArray[np.int64] = sum_over_ranks(correct).cpu().numpy()
     return 100 * counts / len(rows)
+
+
+def leave_one_out_map(
+    bank: Tensor,
+    bank_labels: NDArray[np.bool_],
+    rows: Tensor,
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    groups: Tensor,
+    settings: KnnSettings = KnnSettings(),  # frozen
+    progress: Progress = lambda *_: None,
+) -> NDArray[np.float64]:
+    """Compute the mAP on references with several labels each, as `leave_one_out` does the accuracy.
+
+    `bank_labels` are (M, L), booleans.
+    """
+    labels, most = torch.from_numpy(bank_labels).to(bank.device), min(max(ks), len(bank) - 1)
+    similarity = torch.zeros(len(rows), most, device=bank.device)
+    found = torch.zeros(len(rows), most, dtype=torch.int64, device=bank.device)
+    for chunk in _own_chunks(len(rows), settings.query_chunk, progress):
+        own = rows[chunk]
+        similarity[chunk], found[chunk] = nearest(bank, bank[own], max(ks), (groups, groups[own]), settings.bank_chunk)
+    similarity, found = sum_over_ranks(similarity), sum_over_ranks(found)  # other ranks hold zeros
+    values = torch.zeros(len(ks) * len(temperatures), dtype=torch.float64, device=bank.device)
+    truth = bank_labels[rows.cpu().numpy()]
+    for cell, (k, temperature) in enumerate(product(ks, temperatures)):
+        if cell % world_size() == rank():
+            shares = [
+                _shares(similarity[part, :k], labels[found[part, :k]], temperature)
+                for part in _chunks(len(rows), settings.query_chunk)
+            ]
+            values[cell] = average_precision(torch.cat(shares), truth, bank_labels).mean
+    grid: NDArray[np.float64] = sum_over_ranks(values).view(len(ks), -1).cpu().numpy()
+    return grid
 
 
 def knn_accuracy(

@@ -23,12 +23,13 @@ from moco.data.sources import Source
 from moco.digest import digest
 from moco.distributed import is_rank_zero, on_rank_zero, rank, world_size
 from moco.evaluation import task as evaluation
+from moco.evaluation.average_precision import AveragePrecision, average_precision
 from moco.evaluation.cache import cached
 from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import OUTPUT, LayerFeatures
 from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, save_head, train_head
 from moco.evaluation.metrics import Metrics, compute_metrics, rank_classes
-from moco.evaluation.subject import encoders, labels_of
+from moco.evaluation.subject import encoders, labels_of, targets_of
 from moco.evaluation.subsets import SubsetError, split_each_class
 from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
 from moco.evaluation.task import Result, Task, training_view
@@ -48,7 +49,7 @@ _MOST_NUMBERS = 30  # classes; more numbers would not fit into the cells of that
 class Probe:
     """The trained heads of one encoder."""
 
-    metrics: list[Metrics]  # one per seed
+    metrics: list[Any]  # one per seed, see `Result`
     heads: list[LinearHead]  # one per seed
     chosen: list[dict[str, Any]]  # per seed: layer, lr, weight_decay; for a sweep also the validation accuracy
     settings: dict[str, Any]  # values that the data or the batch size changed
@@ -83,7 +84,7 @@ def evaluate_linear(config: LinearConfig) -> None:
 
 def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Probe:
     """Train many heads on fixed features, choose on a part of the training split, open the held-out split last."""
-    config, labels = task.config, labels_of(task.train)
+    config, labels = task.config, targets_of(task.train)
     try:  # before features are computed: `choose` makes the same split
         split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.groups)
     except SubsetError as error:
@@ -105,7 +106,8 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
         _evaluated(task, head, test[:, columns[choice.setting.layer]])
         for head, choice in zip(heads, choices, strict=True)
     ]
-    chosen = [asdict(one.setting) | {"validation_top1": one.accuracy, "validation_count": one.count} for one in choices]
+    validated = "validation_top1" if labels.ndim == 1 else "validation_mAP"
+    chosen = [asdict(one.setting) | {validated: one.accuracy, "validation_count": one.count} for one in choices]
     return Probe(metrics, list(heads), chosen, {"batch_size": batch_size})
 
 
@@ -144,7 +146,7 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
         warnings.warn(
             f"{problem}, so the learning rate is not lowered there: change them too", RunWarning, stacklevel=2
         )
-    labels = torch.from_numpy(labels_of(task.train)).to(task.device)
+    labels = torch.from_numpy(targets_of(task.train)).to(task.device)
     heads: list[LinearHead] = []
     for seed in range(config.seed, config.seed + config.seeds):
         plan = Plan(len(task.train), batch_size, config.epochs, seed, rank(), world_size())
@@ -161,11 +163,13 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
     return Probe(metrics, heads, [chosen] * len(heads), settings, problem)
 
 
-def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics) -> str:
+def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics | AveragePrecision) -> str:
     """Return a sentence if a head was not trained: its loss rose, or its accuracy is that of a guess; "" otherwise."""
     chance = 100 / len(metrics.per_class)
     if losses[-1] > losses[0]:
         found = f"the training loss rose from {losses[0]:.3g} to {losses[-1]:.3g}"
+    elif isinstance(metrics, AveragePrecision):
+        return ""
     elif metrics.interval()[0] <= chance:
         found = f"top-1 is {metrics.top1:.1f} %, and a guess has {chance:.1f} %"
     else:
@@ -209,8 +213,15 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
             raise ConfigError(f"output: {folder} cannot be written to ({error.strerror}): set output=DIR") from error
 
 
-def _evaluated(task: Task[LinearConfig], head: LinearHead, features: Tensor) -> Metrics:
-    """Return the metrics on the held-out images; their features (M, D) and scores (M, L) need not fit into memory."""
+def _evaluated(task: Task[LinearConfig], head: LinearHead, features: Tensor) -> Metrics | AveragePrecision:
+    """Return the metrics on the held-out images; their features (M, D) need not fit into memory.
+
+    Neither need the scores (M, L) if images have one class each.
+    """
+    trained, truth = task.train.multi_labels, task.held_out.multi_labels
+    if trained is not None and truth is not None:
+        scores = torch.cat([head(part.to(task.device)).cpu() for part in features.split(_CHUNK)])
+        return average_precision(scores, truth, trained)
     ranked = torch.cat([rank_classes(head(part.to(task.device))) for part in features.split(_CHUNK)])
     return compute_metrics(ranked, labels_of(task.held_out), len(task.train.classes))
 
@@ -244,7 +255,7 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
     files = [task.subject.output / f"linear{of_protocol}.safetensors"]
     save_head(files[0], probe.heads[0])
     classes, metrics = task.train.classes, probe.metrics[0]
-    if len(classes) <= _MOST_CLASSES:
+    if len(classes) <= _MOST_CLASSES and task.train.multi_labels is None:  # else there is no confusion of two classes
         path = task.subject.output / f"confusion_linear{of_protocol}.png"
         title = f"linear, {protocol}: top-1 {metrics.top1:.1f} %"
         draw_confusion(metrics.confusion, classes, title, path)
@@ -281,12 +292,17 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
 def _show(config: LinearConfig, found: list[Result]) -> None:
     extra: dict[str, list[str]] = {}
     first = [each.details["chosen"][0] for each in found]
+    several = found[0].several_labels
     note = f"top-1: {evaluation.interval_note(config.seeds)}"
+    if several:
+        note = "mAP: the mean over the classes of the average precision"
+        note += f"; {evaluation.interval_note(config.seeds)}" * (config.seeds > 1)
     note += "; setting and files are the first seed's" * (config.seeds > 1)
     if config.kind == "sweep":
-        extra["validation %"] = [percent(each["validation_top1"]) for each in first]
+        extra["validation %"] = [percent(each["validation_mAP" if several else "validation_top1"]) for each in first]
+        part = "the training images" if several else "each training class"
         note += (
-            f".\nThe setting was chosen on {100 * config.sweep.validation:.0f} % of each training class; a head with "
+            f".\nThe setting was chosen on {100 * config.sweep.validation:.0f} % of {part}; a head with "
             "it was then trained on the full training split. The held-out split was opened once, at the end."
         )
     else:

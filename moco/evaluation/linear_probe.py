@@ -82,12 +82,13 @@ def train_head(
     Args:
         backbone: images (n, 3, S, S) to features (n, D); put into eval mode, never changed.
         batches: the plan's batches, one view each.
-        labels: of all images of the plan, on the device of the networks.
+        labels: of all M images of the plan, (M,), on the device of the networks; (M, L) if images have several.
         optim: peak learning rate and schedule, momentum, weight decay; the optimizer is SGD.
         on_epoch: receives a line about each epoch.
 
     Returns:
-        Mean loss and top-1 accuracy (percent) of each epoch, on augmented images.
+        Mean loss and top-1 accuracy (percent) of each epoch, on augmented images. With several labels per image the
+        accuracy is that of all decisions whether an image has a class.
 
     Raises:
         BackboneChanged: if a weight or buffer of the backbone changed by a single bit.
@@ -104,7 +105,7 @@ def train_head(
             features = backbone(batch.views[0])  # (n, D)
         scores = head(features)  # (n, L)
         truth = labels[batch.index]
-        loss = F.cross_entropy(scores, truth)
+        loss = loss_of(scores, truth)
         optimizer.zero_grad()
         loss.backward()
         for parameter in head.parameters():
@@ -113,7 +114,8 @@ def train_head(
         for group in optimizer.param_groups:
             group["lr"] = optim.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
         optimizer.step()
-        sums += torch.stack([loss.detach(), (scores.argmax(dim=1) == truth).float().mean()]).double()
+        right = scores.argmax(dim=1) == truth if truth.ndim == 1 else (scores > 0) == truth
+        sums += torch.stack([loss.detach(), right.float().mean()]).double()
         if (step + 1) % plan.steps_per_epoch == 0:
             mean_loss, accuracy = (mean_over_ranks(sums) / plan.steps_per_epoch).tolist()
             if not np.isfinite(mean_loss):
@@ -126,6 +128,18 @@ def train_head(
     if changed:  # the sanity check of main_lincls.py, here for buffers too
         raise BackboneChanged(f"the frozen backbone changed while its head was trained: {', '.join(changed[:5])}")
     return epochs
+
+
+def loss_of(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over the images of the cross entropy; of several labels, of the classes' binary cross entropies.
+
+    Args:
+        scores: (n, L).
+        labels: classes (n,); or which classes each image has, (n, L).
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(scores, labels)
+    return F.binary_cross_entropy_with_logits(scores, labels.to(scores), reduction="sum") / len(scores)
 
 
 def _digests(module: nn.Module) -> dict[str, str]:

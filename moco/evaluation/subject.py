@@ -126,8 +126,10 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     """
     sources = open_data(config, subject)
     bank, held_out = sources.bank, sources.held_out
+    if sources.train.multi_labels is not None:
+        bank = sources.train
     name = data_config(config, subject).name
-    if bank is None or bank.labels is None:
+    if bank is None or (bank.labels is None and bank.multi_labels is None):
         fix = (
             "set data.labels=folder (one folder per class) or data.label_file=FILE"
             if name == "folder"
@@ -142,20 +144,31 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
         _check_seen_images(config, subject)
     if part > 0:
         with naming_field("data.hold_out", part):
-            rest, held = split_each_class(bank.labels, part, 0, HOLD_OUT, groups_of(bank))
+            rest, held = split_each_class(targets_of(bank), part, 0, HOLD_OUT, groups_of(bank))
         bank, held_out = bank.subset(rest), bank.subset(held)
-        if lacking := classes_without_images(held_out):
+        if bank.labels is not None and (lacking := classes_without_images(held_out)):
             log(f"data.hold_out={part}: no held-out image of {first_names(lacking)}: each has one image or its copies")
-    if held_out is None or held_out.labels is None:
+    if held_out is None or (held_out.labels is None and held_out.multi_labels is None):
         raise ConfigError(
             f"data.name={name} has no held-out split: set data.eval_root=DIR to other images of the same classes, or "
             "data.hold_out=0.2 to hold out a fifth of each class"
         )
+    _check_classes(bank, held_out)
+    return bank, held_out
+
+
+def _check_classes(bank: Source, held_out: Source) -> None:
+    """Refuse splits whose classes cannot be evaluated; log the labels that are left out of the mAP."""
+    if bank.multi_labels is not None and held_out.multi_labels is not None:
+        measured = np.asarray(bank.multi_labels.any(axis=0) & held_out.multi_labels.any(axis=0))
+        require(bool(measured.any()), "no label has an image in both the training and the held-out split")
+        if lacking := [name for name, each in zip(bank.classes, measured, strict=True) if not each]:
+            log(f"not in the mAP, without an image in both splits: {first_names(lacking)}")
+        return
     present = set(labels_of(bank).tolist())
     require(len(present) >= 2, "the training split has only one class: classification needs two")
-    lacking = [bank.classes[label] for label in np.unique(held_out.labels) if label not in present]
+    lacking = [bank.classes[label] for label in np.unique(labels_of(held_out)) if label not in present]
     require(not lacking, f"the held-out split has images of {', '.join(lacking[:5])}, the training split has none")
-    return bank, held_out
 
 
 def groups_of(source: Source) -> NDArray[np.int64]:
@@ -165,9 +178,23 @@ def groups_of(source: Source) -> NDArray[np.int64]:
 
 
 def labels_of(source: Source) -> NDArray[np.int64]:
-    """Return the labels (M,) of a source from `open_labeled`."""
+    """Return the labels (M,) of a source from `open_labeled`.
+
+    Raises:
+        ConfigError: if images have several labels each.
+    """
+    require(
+        source.multi_labels is None,
+        "the images can have several labels each, and this command needs one class per image: use moco.knn or "
+        "moco.linear, or other labels",
+    )
     assert source.labels is not None
     return source.labels
+
+
+def targets_of(source: Source) -> NDArray[np.int64] | NDArray[np.bool_]:
+    """Return the labels (M,) of a source from `open_labeled`; of images with several labels, multi_labels (M, L)."""
+    return labels_of(source) if source.multi_labels is None else source.multi_labels
 
 
 def open_data(config: SubjectConfig, subject: Subject) -> Sources:

@@ -54,7 +54,7 @@ def draw_labels(labels: Rows, count: int, draw: int, seed: int = 0) -> Rows:
 
 
 def split_each_class(
-    labels: Rows, part: float, seed: int, stream: int, groups: Rows | None = None
+    labels: Rows | NDArray[np.bool_], part: float, seed: int, stream: int, groups: Rows | None = None
 ) -> tuple[Rows, Rows]:
     """Split rows into the rest and a part of each class. Every class keeps at least one image in the rest.
 
@@ -62,7 +62,7 @@ def split_each_class(
     image, for example. With groups of several images, the part may be smaller or larger than its fraction.
 
     Args:
-        labels: (N,).
+        labels: (N,); of images with several labels (N, L), which are split as if they were one class.
         part: a fraction.
         seed, stream: key of the random order, see `moco.data.keyed`.
         groups: (N,); rows with the same number stay on one side, whatever their class. None: each row is a group.
@@ -73,6 +73,7 @@ def split_each_class(
     Raises:
         SubsetError: if no class can be split.
     """
+    labels = np.zeros(len(labels), np.int64) if labels.ndim == 2 else labels.astype(np.int64, copy=False)
     by_class = _by_class(labels, seed, stream)
     wanted = [min(len(rows) - 1, max(1, round(part * len(rows)))) for rows in by_class]
     if groups is None or len(np.unique(groups)) == len(groups):

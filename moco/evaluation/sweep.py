@@ -20,6 +20,7 @@ from moco.data.base import Progress
 from moco.data.keyed import VALIDATION
 from moco.data.plan import Plan
 from moco.distributed import rank, sum_over_ranks, world_size
+from moco.evaluation.average_precision import average_precision
 from moco.evaluation.subsets import split_each_class
 from moco.optim.schedules import lr_factor
 
@@ -32,13 +33,13 @@ class LabeledFeatures:
 
     features: Tensor  # (M, sum of D), on any device, or a view of a file
     columns: Mapping[str, slice]  # the columns of each layer
-    labels: NDArray[np.int64]  # (M,)
+    labels: NDArray[np.int64] | NDArray[np.bool_]  # (M,); of images with several labels (M, L)
     classes: int  # L
     device: torch.device  # of the computation
     groups: NDArray[np.int64] | None = None  # (M,); samples of one group are on one side of a split
 
     def rows(self, layer: str, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Return features (B, D) and labels (B,) of some rows on the device; only these rows are read from a file."""
+        """Return features (B, D) and labels (B,) or (B, L) of some rows on the device; reads only these from a file."""
         picked = self.features[torch.from_numpy(rows).to(self.features.device)]
         return picked[:, self.columns[layer]].to(self.device), torch.from_numpy(self.labels[rows]).to(self.device)
 
@@ -59,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best setting on the validation part, and the accuracy (percent) of each setting there."""
+    """The best setting on the validation part, and the accuracy (or mAP, percent) of each setting there."""
 
     setting: Setting
     accuracy: float
@@ -132,6 +133,8 @@ def train_heads(
 ) -> Heads:
     """Train one head per (learning rate, weight decay) of the grid on the given rows, all on the same batches.
 
+    The loss of images with one class is the cross entropy; of images with several labels it is the sum over classes of
+    the binary cross entropy, so that each class is a logistic regression of its own.
     Weight decay is that of torch.optim.SGD and applies to weights only, as in scikit-learn's LogisticRegression, whose
     C is 1 / (weight decay x samples).
     """
@@ -143,8 +146,10 @@ def train_heads(
     for step, (epoch, picked) in enumerate(plan.samples(0)):
         x, labels = data.rows(layer, rows[picked])
         x = scaling(x)  # (B, D)
-        truth = F.one_hot(labels, data.classes).unsqueeze(1)  # (B, 1, L)
-        slope = (heads.scores(x).softmax(dim=2) - truth) / len(x)  # (B, H, L), gradient of the mean cross entropy
+        several, scores = labels.ndim == 2, heads.scores(x)
+        truth = (labels if several else F.one_hot(labels, data.classes)).unsqueeze(1).long()  # (B, 1, L)
+        # (B, H, L), the gradient of the mean loss
+        slope = ((scores.sigmoid() if several else scores.softmax(dim=2)) - truth) / len(x)
         gradient = (slope.flatten(1).T @ x).view_as(heads.weight)  # (H, L, D)
         factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(schedule="cosine"))
         velocity.mul_(recipe.momentum).add_(gradient + decay * heads.weight)
@@ -166,7 +171,7 @@ def choose(
 ) -> Choice:
     """Train all heads on the training split without its validation part, and take the best on that part.
 
-    Each rank trains its share of a layer's heads. Among equal accuracies the first layer wins, then the smaller
+    Each rank trains its share of a layer's heads. Among equal results the first layer wins, then the smaller
     learning rate, then the larger weight decay. A head with non-finite weights counts as 0 %.
 
     Args:
@@ -192,7 +197,10 @@ def choose(
         if mine:
             scaling = scaling_of(data, layer, train, recipe.normalize)
             heads = train_heads(data, layer, train, scaling, [grid[i] for i in mine], recipe, layer_progress)
-            scores[list(mine)] = _accuracies(heads, data, layer, held, scaling)
+            if data.labels.ndim == 2:
+                scores[list(mine)] = _mean_average_precisions(heads, data, layer, (train, held), scaling)
+            else:
+                scores[list(mine)] = _accuracies(heads, data, layer, held, scaling)
         settings = [Setting(layer, *pair) for pair in grid]
         tried += zip(settings, sum_over_ranks(scores).tolist(), strict=True)
     best = max(tried, key=lambda each: each[1])  # the first of equal ones
@@ -219,5 +227,27 @@ def _accuracies(heads: Heads, data: LabeledFeatures, layer: str, rows: NDArray[n
     correct = torch.zeros(len(heads.weight), dtype=torch.float64, device=data.device)
     for x, labels in data.chunks(layer, rows):
         correct += (heads.scores(scaling(x)).argmax(dim=2) == labels.unsqueeze(1)).sum(dim=0)
-    finite = heads.weight.isfinite().all(dim=2).all(dim=1) & heads.bias.isfinite().all(dim=1)
-    return torch.where(finite, 100 * correct / len(rows), 0.0)
+    return torch.where(_finite(heads), 100 * correct / len(rows), 0.0)
+
+
+@torch.no_grad()
+def _mean_average_precisions(
+    heads: Heads,
+    data: LabeledFeatures,
+    layer: str,
+    rows: tuple[NDArray[np.int64], NDArray[np.int64]],
+    scaling: Scaling,
+) -> Tensor:
+    """Compute each head's mAP in percent, (H,), on the second of the given (training, validation) rows."""
+    labels = np.asarray(data.labels, np.bool_)
+    scores = torch.cat([heads.scores(scaling(x)).cpu() for x, _ in data.chunks(layer, rows[1])])  # (B, H, L)
+    found = [
+        average_precision(scores[:, head], labels[rows[1]], labels[rows[0]]).mean if finite else 0.0
+        for head, finite in enumerate(_finite(heads).tolist())
+    ]
+    return torch.tensor(found, dtype=torch.float64, device=data.device)
+
+
+def _finite(heads: Heads) -> Tensor:
+    """Return which heads, (H,), have finite weights."""
+    return heads.weight.isfinite().all(dim=2).all(dim=1) & heads.bias.isfinite().all(dim=1)

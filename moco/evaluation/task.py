@@ -21,8 +21,9 @@ from moco.data.opening import with_tuples
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.distributed import is_rank_zero, on_rank_zero, world_size
+from moco.evaluation.average_precision import AveragePrecision
 from moco.evaluation.features import EvalTransform, Network, extract, pixels
-from moco.evaluation.metrics import Metrics, mean_interval, mean_known
+from moco.evaluation.metrics import mean_interval, mean_known
 from moco.evaluation.subject import (
     Subject,
     data_config,
@@ -161,8 +162,13 @@ class Result:
     """The metrics of one encoder."""
 
     encoder: str  # pretrained, untrained or pixels
-    metrics: list[Metrics]  # one per repeat: a seed, or a draw of labels
+    metrics: list[Any]  # one per seed or draw of labels: `Metrics`, or `AveragePrecision` of images with several labels
     details: dict[str, Any]  # the command's own keys of the results.json entry; "figures" among them
+
+    @property
+    def several_labels(self) -> bool:
+        """Whether images can have several labels each: the results are average precisions."""
+        return isinstance(self.metrics[0], AveragePrecision)
 
     @property
     def top1(self) -> float:
@@ -178,9 +184,19 @@ class Result:
         low, high = self.metrics[0].interval()
         return f"{mean:.1f} ({low:.1f}–{high:.1f})" if half is None else percent(mean, half)
 
+    def cells(self) -> dict[str, str]:
+        """Return the columns of a table, by their titles."""
+        if self.several_labels:
+            return {"mAP %": percent(*mean_interval([each.mean for each in self.metrics]))}
+        return {"top-1 %": self.accuracy(), "top-5 %": percent(self.top5)}
 
-def summarize_seeds(metrics: Sequence[Metrics]) -> dict[str, Any]:
-    """Return the mean accuracies over seeds, and half of Student's 95 % interval, for results.json."""
+
+def summarize_seeds(metrics: Sequence[Any]) -> dict[str, Any]:
+    """Return the means over seeds of `Result.metrics`, and half of Student's 95 % interval, for results.json."""
+    if isinstance(metrics[0], AveragePrecision):
+        mean, half = mean_interval([each.mean for each in metrics])
+        per_class = [mean_known(each) for each in zip(*(each.per_class for each in metrics), strict=True)]
+        return {"mAP": mean, "mAP_half_width95": half, "per_class_ap": per_class}
     mean, half = mean_interval([each.top1 for each in metrics])
     return {"top1": mean, "top1_half_width95": half, "top5": mean_known([each.top5 for each in metrics])}
 
@@ -225,8 +241,8 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
 
 
 def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:
-    """Print the closing table: encoder, top-1, top-5, and a column for each item of `extra`."""
+    """Print the closing table: encoder, the columns of the results, and a column for each item of `extra`."""
     added = zip(*extra.values(), strict=True)
-    rows = [[each.encoder, each.accuracy(), percent(each.top5), *more] for each, more in zip(found, added, strict=True)]
+    rows = [[each.encoder, *each.cells().values(), *more] for each, more in zip(found, added, strict=True)]
     baselines = found[0].metrics[0].baselines(found[0].encoder)
-    table(title, ["encoder", "top-1 %", "top-5 %", *extra], rows, f"{caption}\n{baselines}")
+    table(title, ["encoder", *found[0].cells(), *extra], rows, f"{caption}\n{baselines}")

@@ -23,18 +23,7 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
         plan.steps_per_epoch > 0,
         f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: lower it",
     )
-    require(
-        sources is None or sources.held_out is not None or not config.checkpoint.keep_best,
-        f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labeled "
-        "held-out images: set checkpoint.keep_best=false",
-    )
-    if sources is not None and config.evaluate.online_probe:
-        labels = sources.train.labels
-        require(
-            labels is not None and bool((labels >= 0).any()),
-            f"evaluate.online_probe=true, but the training images of data.name={config.data.name} have no labels: set "
-            "data.labels=folder for a folder with one subfolder per class, or evaluate.online_probe=false",
-        )
+    _check_labels(config, sources)
     if config.optim.warmup_epochs >= config.epochs:
         _warn(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is not below epochs={config.epochs}: the learning rate "
@@ -52,6 +41,34 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
         check_normalization(config, "model.options.pretrained=true", published_images(config.model.backbone))
     _check_queue(config, plan)
     _check_batch_norm(config)
+
+
+def _check_labels(config: TrainConfig, sources: Sources | None) -> None:
+    """Refuse fields that need labels if there are none, or if images have several."""
+    if sources is None:
+        return
+    fields_with_labels = {
+        "method.labels": config.method.labels,
+        "evaluate.online_probe": config.evaluate.online_probe,
+        "checkpoint.keep_best": config.checkpoint.keep_best,
+    }
+    for name in [name for name, on in fields_with_labels.items() if on]:
+        require(
+            sources.train.multi_labels is None,
+            f"{name}=true needs one class per image, and the images of data.name={config.data.name} can have several "
+            f"labels: set {name}=false",
+        )
+    require(
+        sources.held_out is not None or not config.checkpoint.keep_best,
+        f"checkpoint.keep_best=true needs the live kNN accuracy, and data.name={config.data.name} has no labeled "
+        "held-out images: set checkpoint.keep_best=false",
+    )
+    labels = sources.train.labels
+    require(
+        not config.evaluate.online_probe or (labels is not None and bool((labels >= 0).any())),
+        f"evaluate.online_probe=true, but the training images of data.name={config.data.name} have no labels: set "
+        "data.labels=folder for a folder with one subfolder per class, or evaluate.online_probe=false",
+    )
 
 
 def check_normalization(config: TrainConfig, trained: str, images: Mapping[str, Any]) -> None:

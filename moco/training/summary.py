@@ -57,7 +57,9 @@ def announce(trainer: "Trainer") -> None:
         if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
             log(f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote")
         if config.evaluate.every_epochs and trainer.live.measure == "retrieval":
-            log("no labeled held-out images: evaluating how often two crops of an image find each other")
+            several = sources.train.multi_labels is not None
+            why = "images with several labels each" if several else "no labeled held-out images"
+            log(f"{why}: evaluating how often two crops of an image find each other")
     for note in trainer.notes:
         log(note)
 

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moco.config import ConfigError, DataConfig
+from moco.data.opening import opening_lines
 from moco.data.sources import load_source
 from tests.data.images import gradient
 
@@ -20,12 +22,13 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+MULTI = HEADER + "x/a.png,cat;dog,train\nx/b.png,,train\nc.png,owl; cat;,test\nd.png,dog,val\n"
+
+
 def config(root: Path, table: str | bytes = "", **values: str) -> DataConfig:
     file = root.parent / "labels.csv"
     file.write_bytes(table.encode() if isinstance(table, str) else table)
-    return DataConfig(
-        "folder", str(root), label_file=values.get("label_file", str(file)), eval_split=values.get("eval_split", "")
-    )
+    return DataConfig("folder", str(root), **{"label_file": str(file)} | values)  # type: ignore[arg-type]
 
 
 def test_labels_and_splits_come_from_the_table(root: Path) -> None:
@@ -43,6 +46,56 @@ def test_labels_and_splits_come_from_the_table(root: Path) -> None:
     assert val.name(0) == "d.png"
     assert val.labels is not None
     assert val.labels.tolist() == [1]
+
+
+def test_a_separator_gives_each_image_any_number_of_labels(root: Path) -> None:
+    sources = load_source(config(root, MULTI, label_separator=";"))
+    train, test = sources.train, sources.held_out
+    assert sources.bank is None  # one class per image is needed for it
+    assert test is not None
+    assert train.labels is None
+    assert train.multi_labels is not None
+    assert test.multi_labels is not None
+    assert train.classes == test.classes == ("cat", "dog", "owl")
+    assert train.multi_labels.tolist() == [[True, True, False], [False] * 3]
+    assert test.multi_labels.tolist() == [[True, False, True]]
+    subset = train.subset(np.array([1]))
+    assert subset.multi_labels is not None
+    assert subset.multi_labels.tolist() == [[False] * 3]
+    resident = load_source(config(root, MULTI, label_separator=";", resident=True)).train  # type: ignore[arg-type]
+    assert resident.images is not None
+    assert resident.multi_labels is not None
+    assert resident.subset(np.array([0])).multi_labels.tolist() == [[True, True, False]]  # type: ignore[union-attr]
+    assert opening_lines(sources) == [
+        "3 classes: cat (1), dog (1), owl (0); 1.00 labels per image, 1 images have none",
+        "no held-out image of: dog",
+    ]
+
+
+def test_lists_of_a_parquet_file_are_several_labels(root: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = root.parent / "labels.parquet"
+    columns = {"path": ["x/a.png", "x/b.png", "c.png", "d.png"], "label": [["cat", "dog"], [], ["owl", "cat"], ["dog"]]}
+    parquet.write_table(arrow.table(columns | {"split": ["train", "train", "test", "val"]}), file)
+    found = load_source(config(root, label_file=str(file))).train
+    expected = load_source(config(root, MULTI, label_separator=";")).train
+    assert found.classes == expected.classes
+    assert found.multi_labels is not None
+    assert expected.multi_labels is not None
+    assert found.multi_labels.tolist() == expected.multi_labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("table", "separator", "error"),
+    [
+        (MULTI, "|", r"no row has labels separated by data.label_separator='\|': correct the separator, or"),
+        (MULTI.replace("cat;dog", ""), ";", r"split=train: no image has a label"),
+        (MULTI + "c.png,owl;dog,test\n", ";", "rows 3 and 5 give c.png different labels .*owl and cat in test and owl"),
+    ],
+)
+def test_a_mistake_in_several_labels_is_one_sentence(root: Path, table: str, separator: str, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        load_source(config(root, table, label_separator=separator))
 
 
 def test_without_a_split_column_all_images_are_for_training(root: Path) -> None:
@@ -65,7 +118,7 @@ def test_parquet_gives_the_same_as_csv(root: Path) -> None:
     assert found.labels is not None
     assert expected.labels is not None
     assert found.labels.tolist() == expected.labels.tolist()
-    for bad, error in (([None, 1, 1, 2], "row 1 has an empty label"), ([[1], [2], [1], [2]], r"row 1 holds \[1\] ")):
+    for bad, error in (([None, 1, 1, 2], "row 1 has an empty label"), ([{"a": 1}] * 4, r"row 1 holds \{'a': 1\} ")):
         parquet.write_table(arrow.table({"path": paths, "label": bad}), file)
         with pytest.raises(ValueError, match=error):
             load_source(config(root, label_file=str(file)))
@@ -106,6 +159,11 @@ def test_contradicting_fields_are_refused(root: Path, values: dict[str, str]) ->
         setattr(data, name, value)
     with pytest.raises(ConfigError, match=r"data\.label_file="):
         load_source(data)
+
+
+def test_a_separator_without_a_file_is_refused(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.label_separator=';' separates the labels in data\.label_file"):
+        load_source(DataConfig("folder", str(root), label_separator=";"))
 
 
 def test_a_missing_file_and_one_split_twice_are_refused(root: Path) -> None:

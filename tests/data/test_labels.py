@@ -181,8 +181,21 @@ def test_class_labels_of_hugging_face_with_gaps() -> None:
                 _labels(datasets.Dataset.from_dict({"y": values}, features=kind), "", "images")
         assert _labels(datasets.Dataset.from_dict({"y": [None, -1]}, features=kind), "", "images") == (None, ())
     several = datasets.Features({"y": datasets.List(datasets.ClassLabel(names=["cat", "dog"]))})
-    with pytest.raises(ValueError, match=r"data\.label_column=y of images: .*multi-label"):
-        _labels(datasets.Dataset.from_dict({"y": [[0], [0, 1]]}, features=several), "y", "images")
+    table = datasets.Dataset.from_dict({"y": [[1], [0, 1], []]}, features=several)
+    for column in ("", "y"):
+        labels, names = _labels(table, column, "images")
+        assert names == ("cat", "dog")
+        assert labels is not None
+        assert labels.tolist() == [[False, True], [True, True], [False, False]]
+    texts = datasets.Dataset.from_dict({"y": [["b", "a", "b"], ["c"]]})
+    assert _labels(texts, "", "images") == (None, ())  # a column of texts must be named
+    labels, names = _labels(texts, "y", "images")
+    assert names == ("a", "b", "c")
+    assert labels is not None
+    assert labels.tolist() == [[True, True, False], [False, False, True]]
+    for lists, error in (([[0], None], "1 of the 2 images have no list"), ([[], []], "no image has a label")):
+        with pytest.raises(ValueError, match=rf"data\.label_column=y of images: {error}"):
+            _labels(datasets.Dataset.from_dict({"y": lists}, features=several), "", "images")
     nested = datasets.Dataset.from_dict({"y": [{"a": 1}, {"a": 2}]})
     with pytest.raises(ValueError, match=r"data\.label_column=y of images: this column contains no classes"):
         _labels(nested, "y", "images")

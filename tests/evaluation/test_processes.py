@@ -17,6 +17,7 @@ from tests.evaluation import (
     test_knn_classifier,
     test_linear,
     test_linear_probe,
+    test_multi_label,
     test_sweep,
 )
 
@@ -62,6 +63,7 @@ def everything(folder: Path) -> dict[str, Any]:
         "finetuning": finetuning(),
         "linear_probe": test_linear_probe.trained(),
         "sweep": test_sweep.pick(),
+        "multi_label": test_multi_label.results(folder / "multi_label"),
         "retrieval": test_instance_retrieval.measure(folder / "images", 4),
     }
 
@@ -71,6 +73,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The results of one process, then those of the two ranks."""
     folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
     for folder in folders:
+        test_multi_label.labeled_files(folder / "multi_label")
         test_linear.write_images(folder / "train", {"dark": 8, "middle": 8, "light": 7})
         test_linear.write_images(folder / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
         example_images.folder(folder / "images", 10)
@@ -131,3 +134,13 @@ def test_a_sweep_chooses_and_scores_as_one_process(found: list[dict[str, Any]]) 
 def test_retrieval_is_equal(found: list[dict[str, Any]]) -> None:
     one, *ranks = (each["retrieval"] for each in found)
     assert ranks == [one, one]
+
+
+def test_several_labels_have_equal_results(found: list[dict[str, Any]]) -> None:
+    one, *ranks = (each["multi_label"] for each in found)
+    assert [figures["count"] for figures, _ in one] == [8] * 5
+    for each in ranks:
+        for (figures, chosen), (others, other_choice) in zip(one, each, strict=True):
+            assert others["per_class_ap"] == pytest.approx(figures["per_class_ap"])
+            assert others["mAP"] == pytest.approx(figures["mAP"])
+            assert str(other_choice) == str(chosen)

@@ -2,11 +2,14 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
 from moco.builder import MoCo
 from moco.config import AugmentConfig, ConfigError, MethodConfig, RunWarning, TrainConfig
+from moco.data.arrays import ArraySource
+from moco.data.base import Sources
 from moco.data.opening import build_views, open_sources
 from moco.data.plan import Plan
 from moco.methods.build import build_method
@@ -153,3 +156,17 @@ def test_the_device() -> None:
         assert pick_device("auto") == torch.device("cpu")
         with pytest.raises(ConfigError, match="set device=cpu"):
             pick_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["method.labels", "evaluate.online_probe", "checkpoint.keep_best"])
+def test_what_needs_one_class_per_image_refuses_several_labels(name: str) -> None:
+    labels = np.eye(2, dtype=np.bool_)
+    images = ArraySource(
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["a", "b"], classes=("x", "y"), multi_labels=labels
+    )
+    made, (group, field) = config(), name.split(".")
+    setattr(getattr(made, group), field, True)
+    with pytest.raises(
+        ConfigError, match=rf"{name}=true needs one class per image, .* several labels: set {name}=false"
+    ):
+        check_against_data(made, plan(1000), Sources(images, None, images))

@@ -1,0 +1,60 @@
+"""Average precision of class scores on images that can have several classes each, and its mean over classes (mAP).
+
+Legend: M images, L classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moco.evaluation.metrics import mean_known
+
+
+@dataclass(frozen=True, eq=False)
+class AveragePrecision:
+    """Average precisions in percent of one classifier on one set of images.
+
+    The average precision of a class ranks all images by their score of this class: it is the sum over the distinct
+    scores of P(n) (R(n) - R(n - 1)), with the precision P and recall R of the images whose score is at least the n-th
+    highest. It is scikit-learn's, and differs from that of PASCAL VOC 2007, which interpolates at eleven recalls.
+    """
+
+    per_class: list[float | None]  # None for a class that cannot be measured
+    random: float  # mAP in percent of a random order: the mean share of the images that have the class
+    count: int  # M
+
+    @property
+    def mean(self) -> float:
+        """The mAP: the mean over the classes that can be measured."""
+        return mean_known(self.per_class) or 0.0
+
+    def baselines(self, _encoder: str) -> str:
+        """Describe the mAP of a guess."""
+        return f"a random order has {self.random:.1f} %"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for results.json."""
+        return {"mAP": self.mean, "random_mAP": self.random, "per_class_ap": self.per_class, "count": self.count}
+
+
+def average_precision(scores: Tensor, labels: NDArray[np.bool_], training: NDArray[np.bool_]) -> AveragePrecision:
+    """Compute the average precision of each class that has an image in these labels and in the training labels.
+
+    Args:
+        scores: (M, L), higher for images that more probably have the class; on any device.
+        labels: the true classes, (M, L).
+        training: the classes of the training images, (any number, L).
+    """
+    from sklearn.metrics import average_precision_score  # imported here: it takes a second
+
+    values = scores.cpu().double().numpy()
+    measured = np.asarray(labels.any(axis=0) & training.any(axis=0))  # (L,)
+    per_class = [
+        100 * float(average_precision_score(labels[:, i], values[:, i])) if measured[i] else None
+        for i in range(labels.shape[1])
+    ]
+    random = 100 * float(labels[:, measured].mean()) if measured.any() else 0.0
+    return AveragePrecision(per_class, random, len(labels))
