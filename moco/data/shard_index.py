@@ -55,7 +55,7 @@ def read_index(folder: Path, where: str) -> dict[str, Any]:
 _INDEX: dict[str, Any] = {"classes": list[str], "splits": Mapping, "settings": Mapping, "skipped": str}
 _SPLIT: dict[str, Any] = {"rows": str, "sha256": str, "pictures": int, "labelled": bool, "shards": list, "parts": list}
 _SHARD: dict[str, Any] = {"file": str, "bytes": int, "sha256": str}
-# A part: a shard's number of rows, the next image, the bytes of its images before packing, and those that were skipped.
+# A part, for each shard: its rows, the index of the next image, its images' bytes before packing, its skipped images.
 _PART: dict[str, Any] = {"rows": int, "end": int, "before": int, "skipped": list}
 
 

@@ -44,7 +44,7 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
 
 
 def encoder_of(model: ModelConfig, channels: int) -> Encoder:
-    """Return a new encoder for images of so many channels, which the method trains."""
+    """Return a new encoder for images with this number of channels; the method trains it."""
     head = model.head_layers, model.head_hidden, model.dim
     bn: Any = model.bn
     return build_encoder(

@@ -207,7 +207,7 @@ def _import(name: str) -> Any:
 
 
 def _failing() -> bool:
-    """Return whether an error or a signal ends the run; to call while the error passes a `finally`."""
+    """Return whether an error or a signal ends the run; call it in a `finally`, before the exception is handled."""
     return sys.exc_info()[0] is not None
 
 
