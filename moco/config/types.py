@@ -1,4 +1,4 @@
-"""The types of values from a command line, a YAML file or another file: one sentence refuses a value that is wrong."""
+"""Check the types of values from a command line, a YAML file or another file. An error is one sentence."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass

@@ -158,7 +158,7 @@ def _parquet_rows(file: str, where: str) -> Iterator[list[Any]]:
     try:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
-    except (ValueError, OSError) as error:  # pyarrow's own errors are both
+    except (ValueError, OSError) as error:  # pyarrow's errors derive from one of these
         raise ValueError(f"{where} is no Parquet file ({error}): save it as one, or as .csv") from error
     columns = _columns(names, where)
     for batch in table.iter_batches(columns=columns):
