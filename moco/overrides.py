@@ -101,7 +101,7 @@ def _refuse_copied(argument: str) -> None:
 
 
 def _refuse_several(name: str, value: str, kind: Any) -> None:
-    """Refuse values with commas for a field of one number or of true or false: without --multirun it takes one."""
+    """Refuse several values, separated by commas, for a field of one number or boolean, if there is no --multirun."""
     if not {int, float, bool} & {*members(kind)}:
         return
     number = float in members(kind) and re.fullmatch(r"([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)", value.strip())

@@ -166,8 +166,8 @@ def missing_plugins(config: Mapping[str, Any]) -> str:
 def warn_of_other_versions(before: Any) -> None:
     """Warn of each plug-in whose version is not the recorded one; `before` are the recorded `versions`, if any.
 
-    Another version is not refused, as another version of moco is not: most of them repair something else, and only
-    their author knows.
+    Another version is not refused, just as another version of moco is not: most new versions do not change results,
+    and only their author knows which ones do.
     """
     for name, version in _loaded.items():
         then = before.get(name, version) if isinstance(before, Mapping) else version
