@@ -30,18 +30,26 @@ def smooth(module: nn.Module) -> nn.Module:
     return module
 
 
-def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict[str, Any]:
+# Of each number of channels: the type of the images, and the view.
+COLORS: dict[str, Any] = dict(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray_p=0.2)
+BANDS: dict[str, Any] = dict(jitter_p=0.8, brightness=0.4, contrast=0.4, per_channel=True, channel_dropout_p=0.2)
+BANDS |= dict(noise=(0.0, 0.1), quarter_turn_p=0.75, mean=(0.5,) * 4, std=(0.3,) * 4)
+IMAGES = {
+    3: (torch.uint8, View(16, (0.3, 1.0), flip_p=0.5, **COLORS)),
+    4: (torch.uint16, View(16, (0.3, 1.0), flip_p=0.5, **BANDS)),
+}
+
+
+def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool, channels: int = 3) -> dict[str, Any]:
     """Five steps of a small MoCo; what every rank holds at their end."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (70, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    source = ArraySource(images, [str(i) for i in range(70)])
-    view = View(
-        16, (0.3, 1.0), jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, gray_p=0.2, flip_p=0.5
-    )
+    dtype, view = IMAGES[channels]
+    images = torch.randint(torch.iinfo(dtype).max + 1, (70, channels, 16, 16), generator=generator)
+    source = ArraySource(images.to(dtype), [str(i) for i in range(70)])
     plan = Plan(70, BATCH, 3, seed=1, rank=rank(), processes=world_size())
     # Ranks start from different weights on purpose: the broadcast must make them rank 0's.
     torch.manual_seed(rank())
-    encoder = build_encoder("convnet", {"width": 4}, 2, 0, 16, bn, GROUP)  # type: ignore[arg-type]
+    encoder = build_encoder("convnet", {"width": 4, "channels": channels}, 2, 0, 16, bn, GROUP)  # type: ignore[arg-type]
     method = MoCo(smooth(encoder), KeyQueue(80, 16), 0.2, symmetric)  # 80: the ring wraps around within a batch
     broadcast_module(method)
     set_batch_norm_calls(method, accumulate)
@@ -62,13 +70,14 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool) -> dict
     return {"views": seen, "losses": losses, "gradients": gradients, "method": method.state_dict()}
 
 
-SCENARIOS: dict[str, tuple[bool, int, str, bool]] = {  # symmetric, accumulate, bn, shuffle
+SCENARIOS: dict[str, tuple[Any, ...]] = {  # symmetric, accumulate, bn, shuffle, channels if not 3
     "asymmetric": (False, 1, "grouped", True),
     "symmetric": (True, 1, "grouped", True),
     "symmetric, 2 micro-batches": (True, 2, "grouped", True),
     "symmetric, 4 micro-batches": (True, 4, "grouped", True),
     "sync": (False, 1, "sync", False),
     "batch": (False, 1, "batch", False),
+    "4 channels of 16 bits": (False, 1, "grouped", True, 4),
 }
 
 
@@ -79,7 +88,7 @@ def all_scenarios(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 @cache
 def on(world: int) -> list[dict[str, dict[str, Any]]]:
     """Each rank's scenarios; starting processes is what costs time, so each world starts once."""
-    names = ("asymmetric", "symmetric") if world == 4 else tuple(SCENARIOS)
+    names = ("asymmetric", "symmetric", "4 channels of 16 bits") if world == 4 else tuple(SCENARIOS)
     return run_ranks(world, all_scenarios, names)
 
 
@@ -95,7 +104,7 @@ def largest_difference(a: Any, b: Any) -> float:
     return float(abs(a - b))
 
 
-@pytest.mark.parametrize("scenario", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("scenario", ["asymmetric", "symmetric", "4 channels of 16 bits"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one(world: int, scenario: str) -> None:
     alone = on(1)[0][scenario]
@@ -104,11 +113,12 @@ def test_several_processes_equal_one(world: int, scenario: str) -> None:
         assert largest_difference(rank_of[scenario], alone) < 1e-5
 
 
+@pytest.mark.parametrize("scenario", ["asymmetric", "4 channels of 16 bits"])
 @pytest.mark.parametrize("world", [2, 4])
-def test_several_processes_have_the_views_of_one_bit_for_bit(world: int) -> None:
-    alone = on(1)[0]["asymmetric"]["views"]
+def test_several_processes_have_the_views_of_one_bit_for_bit(world: int, scenario: str) -> None:
+    alone = on(1)[0][scenario]["views"]
     for rank_of in on(world):
-        together = rank_of["asymmetric"]["views"]
+        together = rank_of[scenario]["views"]
         assert len(together) == len(alone) == STEPS
         for step, expected in zip(together, alone, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(step, expected, strict=True))
