@@ -77,9 +77,10 @@ def check_normalization(config: TrainConfig, trained: str, images: Mapping[str, 
     Args:
         config: the run's.
         trained: the field that names the weights, with its value.
-        images: their "mean" and "std", if known.
+        images: their "mean" and "std", if known; those of another number of channels say nothing about this run.
     """
-    named = ((name, list(images[name])) for name in ("mean", "std") if name in images)
+    known = [name for name in ("mean", "std") if len(images.get(name, ())) == config.data.channels]
+    named = ((name, list(images[name])) for name in known)
     other = [f"augment.{name}={value}" for name, value in named if value != list(getattr(config.augment, name))]
     if other:
         fixes = " ".join(other).replace(", ", ",")

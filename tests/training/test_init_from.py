@@ -15,8 +15,9 @@ from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.interop.encoder_file import ForeignFileError, read_encoder, save_encoder
 from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3 import MoCoV3
-from moco.models.backbones import build_backbone
+from moco.models.backbones import build_backbone, with_channels
 from moco.models.encoder import build_encoder, build_predictor, projection_head
+from moco.models.first_layer import first_convolution
 from moco.runs import checkpoint
 from moco.training.init_from import load_initial_weights
 from moco.training.trainer import pretrain
@@ -171,6 +172,46 @@ def test_weights_of_timm_warn_if_the_run_normalizes_images_in_another_way(tmp_pa
     config.model.backbone, config.augment.size = "timm/test_vit", 32
     with pytest.warns(RunWarning, match=r"vit\.pth was trained .* set augment\.mean=\[0\.5,0\.5,0\.5\]"):
         load_initial_weights(config, method(config))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("channels", [1, 4, 13])
+@pytest.mark.parametrize("backbone", ["resnet18", "convnet", TINY_VIT])
+def test_another_number_of_channels_keeps_the_sum_of_the_first_layer(
+    tmp_path: Path, backbone: str, channels: int
+) -> None:
+    options = VIT if backbone == TINY_VIT else {}
+    path = saved(tmp_path / "rgb.pth", trained(backbone, options).state_dict())
+    config = configured(path, backbone, options)
+    config.data.channels = channels
+    config.augment.mean = config.augment.std = [0.1] * channels
+    new = MoCo(build_encoder(backbone, with_channels(options, channels), 2, 0, 8, "grouped", 2), KeyQueue(16, 8))
+    line = load_initial_weights(config, new)
+    assert f"first layer from 3 to {channels} channels, each with the mean of the old ones" in line
+    assert "so that their sum is the same" in line
+    gray = IMAGES[:, :1]
+    for network in (new.encoder, new.momentum_encoder):
+        mine, rgb = network.get_submodule("backbone"), trained(backbone, options)
+        (name, first), (_, old) = (layer for each in (mine, rgb) if (layer := first_convolution(each)))
+        expected = old.weight.double().sum(dim=1)
+        assert first.weight.shape[1] == channels
+        # one rounding to float32 per channel, of at most half a unit in the last place of the sum's share
+        assert ((first.weight.double().sum(dim=1) - expected).abs() <= expected.abs() * 2**-24 * 1.01).all()
+        share = (expected / channels).float()
+        assert all(torch.equal(first.weight[:, channel], share) for channel in range(channels))
+        for module in (first, old):
+            module.double()
+        with torch.no_grad():
+            response = first(gray.double().expand(-1, channels, -1, -1))
+            torch.testing.assert_close(response, old(gray.double().expand(-1, 3, -1, -1)), rtol=1e-6, atol=1e-7)
+        for module in (first, old):
+            module.float()
+        others = {key: value for key, value in mine.state_dict().items() if key != f"{name}.weight"}
+        assert all(torch.equal(value, rgb.state_dict()[key]) for key, value in others.items())
+        several = gray.expand(-1, channels, -1, -1)
+        torch.testing.assert_close(
+            features(mine, several), features(rgb, gray.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_parts_that_are_not_read_are_named(tmp_path: Path) -> None:
