@@ -3,9 +3,11 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ from moco.config import TrainConfig, require
 from moco.config.base import HUB
 from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
 from moco.data.decode import pil_to_tensor
-from moco.evaluation.features import EvalTransform
+from moco.data.pixel_format import RGB, PixelFormat, to_float
+from moco.evaluation.features import EvalTransform, evaluation_view
 from moco.evaluation.subject import open_subject
 from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.hub import is_hub_folder
@@ -29,7 +32,8 @@ class LoadedEncoder(nn.Module):
     Attributes:
         backbone: the network, in eval mode, without gradients: images (N, 3, S, S) to features (N, D).
         transform: a transform of torchvision (v2) for one image: a PIL image, an RGB array (H, W, 3), or a uint8 tensor
-            (3, H, W), to a float tensor (3, S, S).
+            (3, H, W), to a float tensor (3, S, S). For images of C other channels, or of another type than uint8: an
+            array (H, W, C) or a tensor (C, H, W), of the type that the run had, to a float tensor (C, S, S).
         num_features: D.
         info: the file, its layout, the name and options of the backbone, the steps of its training, and for an encoder
             of moco the configuration of its run.
@@ -38,14 +42,16 @@ class LoadedEncoder(nn.Module):
     def __init__(self, file: EncoderFile, transform: EvalTransform) -> None:
         super().__init__()
         self.backbone = build(file).backbone
-        self.transform = torchvision_transform(transform)
+        pixel_format = PixelFormat(file.channels, file.config.get("data", {}).get("dtype", RGB.dtype))
+        same = pixel_format == RGB
+        self.transform = torchvision_transform(transform) if same else band_transform(transform, pixel_format)
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         names = ("source", "layout", "backbone", "options", "step", "config")
         self.eval()
         self.info: dict[str, Any] = {name: getattr(file, name) for name in names} | {"images": asdict(transform)}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the features (N, D) of prepared images (N, 3, S, S)."""
+        """Return the features (N, D) of prepared images (N, C, S, S)."""
         features: Tensor = self.backbone(images)
         return features
 
@@ -136,6 +142,42 @@ def rgb_tensor(image: Any) -> Tensor:
         raise ValueError(f"an image has {tensor.shape[-3]} channels: pass a PIL image, or 3 channels (or 1, for gray)")
     color: Tensor = v2.functional.grayscale_to_rgb(tensor)
     return color
+
+
+def band_tensor(image: Any, pixel_format: PixelFormat) -> Tensor:
+    """Return an image as a tensor (C, H, W) with the same values.
+
+    Args:
+        image: an array (H, W, C), or (H, W) of one channel; a tensor (C, H, W); or a PIL image, of which the pixels are
+            taken as they are, or for one channel of uint8 converted to gray.
+        pixel_format: the channels and the type that the encoder takes. float32 holds every type.
+
+    Raises:
+        ValueError: for other channels or another type.
+    """
+    if isinstance(image, Image.Image):
+        gray = (pixel_format.channels, pixel_format.dtype) == (1, "uint8")
+        image = np.array(image.convert("L") if gray else image)
+    array = np.asarray(image)
+    if not isinstance(image, Tensor):
+        array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
+    held = pixel_format.dtype in ("float32", array.dtype.name)
+    if array.ndim != 3 or len(array) != pixel_format.channels or not held:
+        given = f"the image has the shape {tuple(image.shape)} and the type {array.dtype.name}"
+        raise ValueError(f"{given}: pass an array (H, W, C) or a tensor (C, H, W), of {pixel_format}")
+    return torch.from_numpy(np.array(array, pixel_format.dtype))
+
+
+def band_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
+    """Return an evaluation's preparation of images of any channels and depth, which torchvision does not resize."""
+    return v2.Compose(
+        [
+            v2.Lambda(partial(band_tensor, pixel_format=pixel_format)),
+            v2.Lambda(partial(evaluation_view, resize=transform.resize, size=transform.size)),
+            v2.Lambda(to_float),
+            v2.Normalize(list(transform.mean), list(transform.std)),
+        ]
+    )
 
 
 def torchvision_transform(transform: EvalTransform) -> v2.Compose:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from moco.config import ConfigError, DataConfig, require
 from moco.config.convert import ConvertConfig
-from moco.data.sources import Source, load_source
+from moco.data.pixel_format import PixelFormat
+from moco.data.sources import ArraySource, Source, load_source
 from moco.evaluation.features import Network, stream
 from moco.evaluation.subject import Subject, data_config, open_data, open_subject, weights_digest
 from moco.files import WriteError, cause, flush, write_errors
@@ -43,7 +44,7 @@ def convert_encoder(config: ConvertConfig) -> None:
     require(
         config.to in fitting,
         f"to={config.to} supports {chosen.holds}, but {file.source} has backbone={file.backbone} "
-        f"options={file.options}: set to={', '.join(fitting)}",
+        f"options={file.options} for images of {file.channels} channels: set to={', '.join(fitting)}",
     )
     backbone = build(file).get_submodule("backbone")
     source, data = _comparison_images(config, subject)
@@ -164,7 +165,10 @@ def write_and_compare(
 
 
 def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source, str]:
-    """Return images for the comparison, and their name: the configured ones, the run's, or the built-in digits."""
+    """Return images for the comparison, and their name: the configured ones, the run's, or built-in ones.
+
+    Built-in are the digits, and for other channels than RGB random numbers.
+    """
     if config.data.name is not None or config.data.root is not None or subject.file.config.get("data"):
         lazily = replace(config, data=replace(config.data, resident=False))  # only a few are read
         try:
@@ -172,4 +176,9 @@ def _comparison_images(config: ConvertConfig, subject: Subject) -> tuple[Source,
         except (FileNotFoundError, ValueError):
             if config.data.name is not None:  # configured by the user
                 raise
-    return load_source(DataConfig("digits")).train, "digits"
+    if subject.file.channels == 3:
+        return load_source(DataConfig("digits")).train, "digits"
+    shape = config.pictures, subject.file.channels, subject.transform.size, subject.transform.size
+    noise = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    names = [f"noise {i}" for i in range(config.pictures)]
+    return ArraySource(noise, names, pixel_format=PixelFormat(subject.file.channels)), "random numbers"

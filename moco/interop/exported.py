@@ -72,6 +72,5 @@ def _onnxruntime() -> Any:
 
 
 def _example(images: Mapping[str, Any]) -> Tensor:
-    return torch.zeros(
-        2, len(images["mean"]), images["size"], images["size"]
-    )  # the exporter would take a batch of 1 for a constant
+    batch = 2  # the exporter would take 1 for a constant
+    return torch.zeros(batch, len(images["mean"]), images["size"], images["size"])

@@ -75,14 +75,25 @@ def _summary(file: EncoderFile, parameters: int) -> str:
         "epochs": config.get("epochs"),
         "batch size": config.get("batch_size"),
         "seed": config.get("seed"),
-        "images": f"RGB, {images['size']} x {images['size']} px, "
+        "images": f"{_kind(file)}, {images['size']} x {images['size']} px, "
         + (f"the shorter side resized to {images['resize']} px first, " if images["resize"] else "")
-        + f"in 0 ... 1, minus {list(images['mean'])}, divided by {list(images['std'])}",
+        + f"{_scale(data)}, minus {list(images['mean'])}, divided by {list(images['std'])}",
         "converted from": None if config else file.layout,
     }
     rows = [(name, value) for name, value in facts.items() if value not in (None, "")]
     about = f"An image encoder: images to features. Written by moco.convert (moco {moco.__version__})."
     return f"{plain(about)}\n\n{_table(['', ''], rows)}"
+
+
+def _kind(file: EncoderFile) -> str:
+    """Name the channels of the images."""
+    return {1: "gray", 3: "RGB"}.get(file.channels, f"{file.channels} channels")
+
+
+def _scale(data: Mapping[str, Any]) -> str:
+    """Name the range into which pixels come before normalization (`moco.data.pixel_format.to_float`)."""
+    divided = {"uint16": "in 0 ... 1 (divided by 65535)", "float32": "with the values of the files"}
+    return divided.get(str(data.get("dtype")), "in 0 ... 1")
 
 
 def _data(data: Mapping[str, Any]) -> str:
@@ -100,7 +111,17 @@ import moco
 encoder = moco.load_encoder("hf://{repo}")
 features = encoder(encoder.transform(image)[None])
 ```"""
-    theirs = f"""With timm:
+    if file.channels != 3:  # timm's transform takes RGB images only
+        prepared = f"normalized as above, a float tensor (N, {file.channels}, S, S)"
+        theirs = f"""With timm, for images that are {prepared}:
+
+```python
+import timm
+
+features = timm.create_model("hf_hub:{repo}", pretrained=True).eval()(images)
+```"""
+    else:
+        theirs = f"""With timm:
 
 ```python
 import timm

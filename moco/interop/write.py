@@ -67,7 +67,12 @@ class Format:
 
 
 def torchvision_name(file: EncoderFile) -> str | None:
-    """Return the name of the identical torchvision ResNet, or None."""
+    """Return the name of the identical torchvision ResNet, or None. All of torchvision's take three channels."""
+    return _resnet_name(file) if file.channels == 3 else None
+
+
+def _resnet_name(file: EncoderFile) -> str | None:
+    """Return the name of the torchvision ResNet that is identical except for the channels of its images, or None."""
     name = file.backbone.removeprefix("timm/")
     options = _options(file)
     plain = not options or (options == {"stem": "imagenet"} and name == file.backbone)
@@ -76,9 +81,10 @@ def torchvision_name(file: EncoderFile) -> str | None:
 
 def timm_name(file: EncoderFile) -> tuple[str, dict[str, Any]] | None:
     """Return name and options of the identical timm model, or None."""
-    resnet, options = torchvision_name(file), _options(file)
-    if resnet is not None:
-        return resnet, {}
+    channels = {} if file.channels == 3 else {"in_chans": file.channels}
+    if (resnet := _resnet_name(file)) is not None:
+        return resnet, channels
+    options = _options(file) | channels
     if file.backbone.startswith("timm/"):
         return file.backbone.removeprefix("timm/"), options
     if file.backbone == "vit_small" and "stem" not in options:
@@ -90,7 +96,7 @@ def timm_name(file: EncoderFile) -> tuple[str, dict[str, Any]] | None:
 
 def official_v3_name(file: EncoderFile) -> str | None:
     """Return the `arch` in facebookresearch/moco-v3, or None."""
-    standard = _options(file).items() <= {"img_size": 224, "patch_size": 16}.items()
+    standard = file.channels == 3 and _options(file).items() <= {"img_size": 224, "patch_size": 16}.items()
     return file.backbone if file.backbone in _OFFICIAL_VITS and standard else torchvision_name(file)
 
 
@@ -183,7 +189,11 @@ def timm_settings(file: EncoderFile) -> dict[str, Any]:
         network: Any = timm.create_model(name, num_classes=0, **options)
     published, size, resize = network.pretrained_cfg, file.images["size"], file.images["resize"]
     kept = ("first_conv", "classifier", "fixed_input_size")
-    images = {"input_size": [3, size, size], "mean": list(file.images["mean"]), "std": list(file.images["std"])}
+    images = {
+        "input_size": [file.channels, size, size],
+        "mean": list(file.images["mean"]),
+        "std": list(file.images["std"]),
+    }
     crop = {"crop_pct": _crop_pct(size, resize or size), "crop_mode": "center", "interpolation": "bilinear"}
     return {
         "architecture": published["architecture"],

@@ -1,27 +1,31 @@
 """Conversion: the file is kept if it was read again with the same features."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from moco.api import load_encoder
 from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, TrainConfig
 from moco.config.convert import ConvertConfig, check_convert
 from moco.config.data import SubjectDataConfig
 from moco.evaluation.features import Network
 from moco.interop.convert import ConversionError, convert_encoder, write_and_compare
-from moco.interop.encoder_file import EncoderFile, build, read_encoder
+from moco.interop.encoder_file import EncoderFile, build, read_encoder, save_encoder
 from moco.interop.write import FORMATS, Read
 from moco.methods.moco_config import MoCoConfig
+from moco.models.backbones import build_backbone, with_channels
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
 from tests.data.images import folder as folder_of_images
-from tests.interop.networks import IMAGES, saved, source, trained
+from tests.interop.networks import IMAGES, VIT, saved, source, trained
 
 CONVNET = {"width": 2}
 
@@ -191,6 +195,45 @@ def test_an_existing_file_is_overwritten_only_with_overwrite(tmp_path: Path) -> 
     config.output = str(tmp_path / "x.pth" / "y.safetensors")
     with pytest.raises(ConfigError, match="cannot be written"):
         convert_encoder(config)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "timm/vit_tiny_patch16_224"])
+@pytest.mark.parametrize("to", FORMATS)
+def test_other_channels_are_kept_or_refused(
+    tmp_path: Path, to: str, backbone: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if to == "onnx":
+        pytest.importorskip("onnxscript", reason="needs the extra onnx")
+        pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    options = VIT if backbone.startswith("timm/") else {}
+    torch.manual_seed(0)
+    network = build_backbone(backbone, with_channels(options, 4)).eval()
+    look = {"size": 32, "eval_resize": 0, "mean": [0.1] * 4, "std": [0.2] * 4}
+    model = {"backbone": backbone, "options": options}
+    save_encoder(tmp_path / "x.safetensors", network, {"model": model, "augment": look}, step=3)
+    endings = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors", "detectron2": ".pkl", "hub": ""}
+    output = tmp_path / f"y{endings.get(to, '.pth')}"
+    config = conversion(checkpoint=str(tmp_path / "x.safetensors"), to=to, output=str(output))
+    if to in ("torchvision", "detectron2", "moco_v2", "moco_v3") or (to == "deit" and backbone == "resnet18"):
+        with pytest.raises(ConfigError, match=rf"to={to} supports .* of 4 channels: set to=timm,"):
+            convert_encoder(config)
+        return
+    convert_encoder(config)
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "features of 4 images (random numbers) differ by" in printed
+    if to == "timm":
+        assert "num_classes=0" in printed
+        assert "in_chans=4" in printed
+    if to == "hub":
+        settings = json.loads((output / "config.json").read_text())
+        assert settings["pretrained_cfg"]["input_size"] == [4, 32, 32]
+        assert "4 channels, 32 x 32 px" in (output / "README.md").read_text()
+        encoder = load_encoder(output)
+        image = np.random.default_rng(0).integers(0, 255, (32, 32, 4), np.uint8)
+        expected = network((torch.from_numpy(image).permute(2, 0, 1)[None] / 255 - 0.1) / 0.2)
+        torch.testing.assert_close(encoder(encoder.transform(image)[None]), expected.detach())
+        with pytest.raises(ValueError, match=r"shape \(32, 32, 3\) and the type uint8: pass .* of 4 channels of uint8"):
+            encoder.transform(image[..., :3])
 
 
 @pytest.mark.parametrize(
