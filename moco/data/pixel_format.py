@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moco.data.walk import ARRAY_ENDINGS, IMAGE_ENDINGS
+
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 # By what pixels are divided on the device: integers come into 0 ... 1, floats keep their values.
 _WHITE = {torch.uint8: 255, torch.uint16: 65535}
@@ -30,6 +32,11 @@ class PixelFormat(NamedTuple):
     def usual(self) -> bool:
         """Whether the images are what image files usually hold: gray or color in 8 bits."""
         return self.dtype == "uint8" and self.channels in (1, 3)
+
+    @property
+    def endings(self) -> tuple[str, ...]:
+        """The endings of the files that are images. Arrays are, except for RGB in 8 bits."""
+        return IMAGE_ENDINGS + ARRAY_ENDINGS * ((self.channels, self.dtype) != (RGB.channels, RGB.dtype))
 
     def __str__(self) -> str:
         return f"{self.channels} channel{'s' * (self.channels > 1)} of {self.dtype}"

@@ -173,7 +173,8 @@ class _Stream(IterableDataset[Any]):
         slot, slots = plan.rank * workers + worker, plan.processes * workers
         buffer = max(1, min(self.source.buffer, len(self.source) // slots))  # a larger one would repeat images
         start = self.steps.start
-        ordered = endless(self.source.addresses, plan.seed, start, slot, slots)
+        endings = self.source.pixel_format.endings
+        ordered = endless(self.source.addresses, plan.seed, start, slot, slots, endings)
         samples = shuffled(ordered, buffer, plan.seed, start, slot)
         for step in self.steps[worker::workers]:
             epoch, position = divmod(step, plan.steps_per_epoch)
@@ -206,7 +207,9 @@ class _Stream(IterableDataset[Any]):
             yield image
 
 
-def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots: int) -> Iterator[Sample]:
+def endless(
+    addresses: tuple[str, ...], seed: int, start: int, slot: int, slots: int, endings: tuple[str, ...] = IMAGE_ENDINGS
+) -> Iterator[Sample]:
     """Yield the images of worker `slot` of `slots` over all ranks, pass after pass; in each, a shard has one worker.
 
     A worker whose shards of a pass contain no image reads the next shard that contains one. A RunWarning reports the
@@ -224,7 +227,7 @@ def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots:
             if found and number >= len(own):
                 break
             skipped: Counter[str] = Counter()
-            for sample in samples_of(addresses[at], skipped):
+            for sample in samples_of(addresses[at], skipped, endings):
                 found = True
                 yield sample
             if found and skipped.total() and not warned:
@@ -232,28 +235,30 @@ def endless(addresses: tuple[str, ...], seed: int, start: int, slot: int, slots:
                 counts = ", ".join(f"{what} ({count:,})" for what, count in skipped.items() if count)
                 warnings.warn(
                     f"data.root: skipped in {addresses[at]}, and likewise in the other shards: {counts}; images are "
-                    f"files that end in {' '.join(IMAGE_ENDINGS)}",
+                    f"files that end in {' '.join(endings)}",
                     RunWarning,
                     stacklevel=2,
                 )
         if not found:
             raise StreamError(
                 f"data.root: no image in {addresses[order[slot]]}, nor in any other shard: images are files that end "
-                f"in {' '.join(IMAGE_ENDINGS)}"
+                f"in {' '.join(endings)}"
             )
 
 
-def samples_of(address: str, skipped: Counter[str] | None = None) -> Iterator[Sample]:
+def samples_of(
+    address: str, skipped: Counter[str] | None = None, endings: tuple[str, ...] = IMAGE_ENDINGS
+) -> Iterator[Sample]:
     """Yield the images of one shard in its order; raise a StreamError if it cannot be opened or read to its end.
 
-    `skipped` is that of `moco.data.tars.images_of`.
+    `skipped` and `endings` are those of `moco.data.tars.images_of`.
     """
     from webdataset.gopen import gopen
 
     stream = None
     try:
         stream = gopen(address)
-        for member, content in images_of(stream, Counter() if skipped is None else skipped):
+        for member, content in images_of(stream, Counter() if skipped is None else skipped, endings):
             name = f"{member} of {address}"
             hashed = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
             yield Sample(int.from_bytes(hashed) >> 1, name, content)

@@ -52,7 +52,9 @@ class File(NamedTuple):
         return self.name.rpartition("/")[2].count(".") == 1
 
 
-def images_of(stream: Any, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]:
+def images_of(
+    stream: Any, skipped: Counter[str], endings: tuple[str, ...] = IMAGE_ENDINGS
+) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of each image, in the archive's order.
 
     A WebDataset sample is a sequence of files with the same name up to the first dot. If one of its images has just
@@ -63,40 +65,41 @@ def images_of(stream: Any, skipped: Counter[str]) -> Iterator[tuple[str, bytes]]
         stream: a file, pipe or connection with the archive, uncompressed or compressed by gzip, bzip2 or xz; it is
             read to its end.
         skipped: counts the skipped files, by reason (`WITHOUT`, `FURTHER`).
+        endings: of the files that are images.
 
     Raises:
         tarfile.TarError, OSError, EOFError, lzma.LZMAError, zlib.error: if the archive is invalid, damaged or cut off,
             or an image has more than `MAX_BYTES`.
         ValueError: if the same name occurs more than once in a sample.
     """
-    for _, files in itertools.groupby(_files(stream), key=lambda file: file.sample):
+    for _, files in itertools.groupby(_files(stream, endings), key=lambda file: file.sample):
         found = (file for file in files if file.content is not None)
         part = list(itertools.islice(found, _PART))
         skipped[WITHOUT] += not part
         while part:
-            used = _used(part)
+            used = _used(part, endings)
             yield from ((file.name, file.content or b"") for file in used)
             skipped[FURTHER] += len(part) - len(used)
             part = list(itertools.islice(found, _PART))
 
 
-def _used(files: list[File]) -> list[File]:
-    """Return a sample's plain image (of several, the first by `IMAGE_ENDINGS`), or all images if none is plain."""
+def _used(files: list[File], endings: tuple[str, ...]) -> list[File]:
+    """Return a sample's plain image (of several, the first in the order of endings), or all if none is plain."""
     count = Counter(file.name.lower() for file in files)
     if repeated := [file.name for file in files if count[file.name.lower()] > 1]:
         raise ValueError(f"it contains {repeated[0]} more than once, so its samples are ambiguous")
-    plain = ([file] for end in IMAGE_ENDINGS for file in files if file.plain and file.name.lower().endswith(end))
+    plain = ([file] for end in endings for file in files if file.plain and file.name.lower().endswith(end))
     return next(plain, files)
 
 
-def _files(stream: Any) -> Iterator[File]:
+def _files(stream: Any, endings: tuple[str, ...]) -> Iterator[File]:
     """Yield all files and links, without those of systems and WebDataset's own."""
     with tarfile.open(fileobj=_Stream(stream).unpacked(), mode="r|", tarinfo=_Header) as tar:
         while (info := tar.next()) is not None:
             parts = (part for part in info.name.split("/") if part not in (".", ".."))
             hidden = _OWN.match(info.name) or any(map(is_system_name, parts))
             if not info.isdir() and not hidden:
-                is_image = info.isreg() and info.name.lower().endswith(IMAGE_ENDINGS)
+                is_image = info.isreg() and info.name.lower().endswith(endings)
                 if info.issparse():
                     raise _SPARSE
                 if is_image and not 0 <= info.size <= MAX_BYTES:

@@ -41,7 +41,7 @@ _RANGES |= dict.fromkeys(("crop_ratio", "blur_sigma", "zoom"), (1e-6, math.inf))
 class Step(NamedTuple):
     """An augmentation step of a plug-in: a function of a batch, and how many random numbers it needs per sample.
 
-    The function takes images (N, 3, S, S), float in 0 ... 1, uniform numbers in [0, 1), (N, draws), both on the device,
+    The function takes images (N, C, S, S), float in 0 ... 1, uniform numbers in [0, 1), (N, draws), both on the device,
     and its options by name. It returns the changed images, of the same shape. It draws no random numbers of its own.
     """
 

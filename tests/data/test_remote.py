@@ -4,6 +4,7 @@ import io
 import itertools
 import tarfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from moco.config import DataConfig, RunWarning
 from moco.data.augment import augment, crop_one
+from moco.data.bands import encode_bands
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.loader import Batch, batches
 from moco.data.plan import Plan
@@ -125,6 +127,18 @@ def test_a_resumed_run_warns_and_starts_another_pass(shards: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RunWarning)
         drawn(source(shards), plan)
+
+
+def test_scenes_of_4_bands_are_streamed_from_npy_files(tmp_path: Path) -> None:
+    scenes = np.random.default_rng(0).integers(0, 65535, (6, 8, 8, 4), np.uint16)
+    tar(tmp_path / "a.tar", {f"{i}.npy": encode_bands(torch.from_numpy(scenes[i])) for i in range(6)})
+    config = DataConfig("webdataset", str(tmp_path / "a.tar"), length=6, channels=4, dtype="uint16", shuffle_buffer=1)
+    view = View(8, crop_ratio=(1.0, 1.0), mean=(0.0,) * 4, std=(1.0,) * 4)
+    (batch,) = batches(load_source(config).train, Plan(6, 6, 1, seed=0), [view], CPU, 0)
+    found = (batch.views[0].double() * 65535).round().numpy()  # (6, 4, 8, 8)
+    assert np.array_equal(found, scenes.transpose(0, 3, 1, 2))
+    with pytest.raises(StreamError, match=r"no image in .*\.jpg"):
+        next(batches(load_source(replace(config, channels=3, dtype="uint8")).train, Plan(6, 6, 1, 0), VIEWS, CPU, 0))
 
 
 def test_an_unreadable_image(tmp_path: Path) -> None:
