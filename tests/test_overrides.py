@@ -184,6 +184,7 @@ PATHS = {
     "root",
     "eval_root",
     "label_file",
+    "more_roots",
     "subset_list",
 }
 

@@ -27,6 +27,9 @@ class SourceConfig:
     """For `folder`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = bounded("", path=True)
     """For `folder` with labels: a folder of held-out images, with class folders as in root; some may be missing."""
+    more_roots: list[str] = bounded([], path=True, unique=True, example="'data.more_roots=[IMAGES]'")
+    """For `folder`: further folders of images, used together with root. With labels=folder each has class folders. The
+    names of images then begin with the number of their folder: 0 for root, 1 for the first of these."""
     label_file: str = bounded("", path=True)
     """For `folder`: a CSV or Parquet file with the columns path (relative to root), label (a text or a whole number)
     and, optionally, split. It must have one row for each image. Replaces `labels` and `eval_root`."""
@@ -76,6 +79,10 @@ class DataConfig(SourceConfig):
     """For `webdataset`: the number of images per epoch, because a stream has no length."""
     shuffle_buffer: int = bounded(1000, ge=1)
     """For `webdataset`: images that each loader process holds in memory, still encoded, to shuffle their order."""
+    weights: list[float] = bounded([], gt=0, le=100, example="'data.weights=[1,3]'")
+    """For `folder`: how often an epoch draws each image of root and of each of more_roots. With [1,3] it draws an image
+    of the second folder three times, with other views each time; with [1,0.5] half of the images of the second folder,
+    others in each epoch. Empty: each image once."""
     allow_pipe: bool = False
     """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))
@@ -161,9 +168,23 @@ def check_data_fields(data: DataConfig) -> None:
     require(bool(data.label_file) or not data.label_separator, error)
     error = f"data.eval_root={data.eval_root!r} works with data.name=folder only, not with {data.name}: remove it"
     require(not data.eval_root or data.name == "folder", error)
+    _check_roots(data)
     if data.label_file:
         problem = f"data.label_file={data.label_file!r}"
         require(data.name == "folder", f"{problem} works with data.name=folder only, not with {data.name}: remove it")
         require(data.labels == "none", f"{problem} replaces data.labels={data.labels}: set only one of them")
         error = f"{problem} replaces data.eval_root={data.eval_root!r}: leave that empty, and add a column split"
         require(not data.eval_root, error)
+
+
+def _check_roots(data: DataConfig) -> None:
+    """Raise ConfigError if data.more_roots or data.weights do not fit the other fields."""
+    folders = 1 + len(data.more_roots)
+    for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
+        error = f"data.{name}={values} works with data.name=folder only, not with {data.name}: remove it"
+        require(not values or data.name == "folder", error)
+    error = f"data.weights={data.weights} must hold {folders} numbers, for data.root and each of data.more_roots"
+    require(len(data.weights) in (0, folders), error)
+    for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
+        error = f"data.label_file={data.label_file!r} works with one folder: remove data.{name}={values}"
+        require(not (data.label_file and values), error)

@@ -39,6 +39,7 @@ class ArraySource:
     ignored: Mapping[str, int] = field(default_factory=dict)  # files that are not images, see `Source.left_out`
     pixel_format: PixelFormat = RGB
     multi_labels: NDArray[np.bool_] | None = None  # see `Source`
+    draws: tuple[tuple[int, int], ...] = ()  # see `Source`
     stream: ClassVar[None] = None
 
     def __len__(self) -> int:

@@ -58,6 +58,11 @@ class Source(Protocol):
         return RGB
 
     @property
+    def draws(self) -> tuple[tuple[int, int], ...]:
+        """Images of each part of the source, in order, and how many an epoch draws of them; (): each image once."""
+        return ()
+
+    @property
     def unreadable(self) -> Mapping[int, ImageError]:
         """The errors of images in memory that could not be decoded and are black in `images`; otherwise empty."""
         return {}

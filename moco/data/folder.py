@@ -3,10 +3,11 @@
 Legend: N images.
 """
 
+import itertools
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from moco.config import DataConfig, RunWarning
 from moco.data.base import Source, Sources, entries_digest, labeled, labels_at
 from moco.data.decode import decode, read_bytes
 from moco.data.label_file import held_out_split, read_label_file, rows_of_images
-from moco.data.labels import first_names, read_label_sets, read_labels
+from moco.data.labels import first_names, labels_of_split, read_label_sets, read_labels
 from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.walk import ARRAY_ENDINGS, IMAGE_ENDINGS, size_and_time, walk
 from moco.distributed import is_rank_zero
@@ -40,6 +41,8 @@ class FolderSource(Source):
     unlistable: Mapping[str, str] = field(default_factory=dict)  # folders that cannot be listed -> reason
     broken: Mapping[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
     multi_labels: NDArray[np.bool_] | None = None  # see `Source`
+    more_roots: tuple[str, ...] = ()  # absolute; each path then begins with the number of its root, from 0
+    draws: tuple[tuple[int, int], ...] = ()  # see `Source`
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -51,7 +54,10 @@ class FolderSource(Source):
         return os.fsdecode(bytes(self.paths[i]))
 
     def path(self, i: int) -> str:
-        return os.path.join(self.root, self.name(i))
+        if not self.more_roots:
+            return os.path.join(self.root, self.name(i))
+        number, _, path = self.name(i).partition("/")
+        return os.path.join((self.root, *self.more_roots)[int(number)], path)
 
     def content(self, i: int) -> bytes:
         return read_bytes(self.path(i))
@@ -65,7 +71,7 @@ class FolderSource(Source):
 
     def subset(self, rows: NDArray[np.int64]) -> "FolderSource":
         labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
-        return replace(self, paths=self.paths[rows], labels=labels, multi_labels=several)
+        return replace(self, paths=self.paths[rows], labels=labels, multi_labels=several, draws=())
 
     def encoded_names(self) -> Iterable[bytes]:
         return list(self.paths.tolist())
@@ -79,24 +85,63 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open any folder of images, with or without class folders; see `scan` for `keep_unlistable`."""
     if config.label_file:
         return _open_with_label_file(config, keep_unlistable)
-    root, labels, eval_root = config.root, config.labels, config.eval_root
-    arrays = _with_arrays(config)
+    labels, eval_root, arrays = config.labels, config.eval_root, _with_arrays(config)
     if not eval_root:
-        return labeled(scan("data.root", root, labels, keep_unlistable, arrays=arrays))
+        return labeled(_scan_roots(config, keep_unlistable))
     if labels == "none":
         raise ValueError(
             f"data.eval_root={eval_root!r} needs labels to measure accuracy with, but data.labels=none: "
             "set data.labels=folder, or leave data.eval_root empty"
         )
-    train_real, eval_real = (os.path.realpath(os.path.expanduser(path)) for path in (root, eval_root))
-    if os.path.commonpath([train_real, eval_real]) in (train_real, eval_real):
-        raise ValueError(
-            f"data.eval_root={eval_root!r} and data.root={root!r} contain each other, so accuracy would be measured on "
-            "training images: set two separate folders"
-        )
-    train = scan("data.root", root, labels, keep_unlistable, arrays=arrays)
+    for field_name, root in _roots(config):
+        if _overlap(root, eval_root):
+            raise ValueError(
+                f"data.eval_root={eval_root!r} and {field_name}={root!r} contain each other, so accuracy would be "
+                "measured on training images: set two separate folders"
+            )
+    train = _scan_roots(config, keep_unlistable)
     held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1, arrays=arrays)
     return labeled(train, held_out, f"data.eval_root={eval_root}")
+
+
+def _roots(config: DataConfig) -> list[tuple[str, str]]:
+    """Return each folder of training images with the field that names it."""
+    return [("data.root", config.root), *(("data.more_roots", root) for root in config.more_roots)]
+
+
+def _overlap(first: str, second: str) -> bool:
+    """Return whether one of two folders contains the other."""
+    paths = [os.path.realpath(os.path.expanduser(path)) for path in (first, second)]
+    return os.path.commonpath(paths) in paths
+
+
+def _scan_roots(config: DataConfig, keep_unlistable: bool) -> FolderSource:
+    """Find the images of data.root and data.more_roots, and how often data.weights draw them."""
+    roots, options = _roots(config), {"keep_unlistable": keep_unlistable, "arrays": _with_arrays(config)}
+    for (_, first), (name, second) in itertools.combinations(roots, 2):
+        if _overlap(first, second):
+            raise ValueError(f"{name}={second!r} and {first!r} contain each other: name separate folders")
+    least = 1 if config.more_roots else 2
+    parts = [scan(name, root, config.labels, min_classes=least, **options) for name, root in roots]
+    found = parts[0] if len(parts) == 1 else _joined(parts)
+    draws = [(len(part), max(1, round(w * len(part)))) for part, w in zip(parts, config.weights, strict=False)]
+    return replace(found, draws=tuple(draws))
+
+
+def _joined(parts: Sequence[FolderSource]) -> FolderSource:
+    """Return one source with the images of several folders, in the order of the folders."""
+    classes = tuple(sorted({name for part in parts for name in part.classes}))
+    labels = [labels_of_split(p.labels, p.classes, classes, p.root) for p in parts if p.labels is not None]
+    return FolderSource(
+        parts[0].root,
+        np.array([b"%d/%s" % (number, path) for number, part in enumerate(parts) for path in part.paths.tolist()]),
+        np.concatenate(labels) if labels else None,
+        classes,
+        ignored=sum((Counter(part.ignored) for part in parts), Counter()),
+        unlistable={os.path.join(p.root, path): why for p in parts for path, why in p.unlistable.items()},
+        broken={os.path.join(p.root, path): target for p in parts for path, target in p.broken.items()},
+        more_roots=tuple(part.root for part in parts[1:]),
+    )
 
 
 def _with_arrays(config: DataConfig) -> bool:

@@ -63,7 +63,7 @@ def batches(
     yield from made
 
 
-# epoch, original samples (n,), samples with substitutes (n,), V of (n, C, S, S) on the device
+# epoch, samples of the plan (n,), images that are used (n,), V of (n, C, S, S) on the device
 CroppedBatch = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor]]
 
 
@@ -114,7 +114,7 @@ def _resident(
         for i in source.unreadable:
             substitute[i], _ = image_or_substitute(source, i, {})
     for epoch, index in plan.samples(start):
-        used = substitute[index]
+        used = substitute[index % len(source)]
         picked = images[copy_to_device(torch.from_numpy(used), images.device)]  # (n, C, H, W)
         cut = [
             crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
@@ -130,7 +130,7 @@ class CropDataset:
 
     def __getitem__(self, step: tuple[int, NDArray[np.int64]]) -> Item | ImageError | LoaderError:
         epoch, index = step
-        used, unreadable = index.copy(), dict[int, str]()
+        used, unreadable = index % len(self.source), dict[int, str]()
         drawn = self._draw(epoch, index)
         try:
             return epoch, index, used, self._crop(drawn, self._images(used, drawn, unreadable)), unreadable

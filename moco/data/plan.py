@@ -4,6 +4,9 @@ The order is a function of (seed, epoch) on the global batch (laws 2 and 3 of CO
 the samples s * B ... (s + 1) * B - 1 of that epoch's permutation, and rank r the r-th part of them. So a run can resume
 at any step, on any number of processes.
 
+An epoch can draw an image several times. Each repetition is a sample of its own, with its own random numbers and so
+with other views: sample s is image s % N, repetition s // N, of a data set with N images.
+
 Legend: B global batch, n = B / W samples per rank, W processes.
 """
 
@@ -13,24 +16,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moco.data.keyed import ORDER, SHUFFLE, permutation
+from moco.data.keyed import ORDER, PARTS, SHUFFLE, permutation
 
 
 @dataclass(frozen=True)
 class Plan:
     """The samples of each step: a function of these fields and the step."""
 
-    length: int  # samples in the data set
+    length: int  # images in the data set, N
     batch_size: int  # B
     epochs: int
     seed: int
     rank: int = 0
     processes: int = 1  # W
+    draws: tuple[tuple[int, int], ...] = ()  # see `Source`
+
+    @property
+    def drawn(self) -> int:
+        """Samples in the order of an epoch."""
+        return sum(draws for _, draws in self.draws) if self.draws else self.length
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches per epoch; the rest of the permutation is dropped, as in the official code."""
-        return self.length // self.batch_size
+        return self.drawn // self.batch_size
 
     @property
     def total_steps(self) -> int:
@@ -47,9 +56,26 @@ class Plan:
         for step in range(start, self.total_steps):
             epoch, position = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order_epoch, order = epoch, permutation(self.seed, epoch, self.length, ORDER)
+                order_epoch, order = epoch, self._order(epoch)
             first = position * self.batch_size + self.rank * self.share
             yield epoch, order[first : first + self.share]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the samples of an epoch in their order, (drawn,).
+
+        Of n images from which d are drawn, each is drawn floor(d / n) times, and d mod n random ones once more.
+        """
+        order = permutation(self.seed, epoch, self.drawn, ORDER)
+        if not self.draws:
+            return order
+        samples, first = list[NDArray[np.int64]](), 0
+        for part, (images, draws) in enumerate(self.draws):
+            repetitions, rest = divmod(draws, images)
+            chosen = np.sort(permutation(self.seed, epoch, images, PARTS + part)[:rest])
+            samples += [first + np.arange(images) + self.length * repetition for repetition in range(repetitions)]
+            samples.append(first + chosen + self.length * repetitions)
+            first += images
+        return np.concatenate(samples)[order]
 
     def shuffles(self, step: int, views: int) -> list[NDArray[np.int64]]:
         """Return, for each view, the permutation in which the key encoder sees the global batch (shuffling BN)."""

@@ -10,6 +10,9 @@ from moco.config import require
 from moco.config.data import is_remote
 from moco.data.sources import SOURCES
 
+# Fields that name further files of this machine, and fields that have no meaning without those.
+_LOCAL_PATHS = {"eval_root", "more_roots", "weights", "label_file", "label_separator"}
+
 
 def recorded_data(
     recorded: Mapping[str, Any], given: Mapping[str, Any], source: str, trusted: bool, fix: str = ""
@@ -27,7 +30,7 @@ def recorded_data(
         ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names.
     """
     name, root, eval_root = (str(recorded.get(field) or "") for field in ("name", "root", "eval_root"))
-    never = {"download", "allow_pipe"} | (set() if trusted else {"eval_root", "label_file", "label_separator"})
+    never = {"download", "allow_pipe"} | (set() if trusted else _LOCAL_PATHS)
     kept = {field: value for field, value in recorded.items() if field not in never}
     unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
     if not root or unused or "root" in given or given.get("name", name) != name:

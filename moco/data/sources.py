@@ -129,6 +129,7 @@ def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> 
     searched = SOURCES[config.name].searched if config.name in SOURCES else ()
     folders = [("data.root", config.root, part) for part in searched] if config.root else []
     folders += [("data.eval_root", config.eval_root, "")] if config.eval_root else []
+    folders += [("data.more_roots", root, "") for root in config.more_roots]
     place = Path(os.path.realpath(output))
     for name, root, part in folders:
         folder = Path(os.path.realpath(os.path.join(os.path.expanduser(root), part)))
@@ -181,4 +182,4 @@ def _decode_all(source: Source, config: DataConfig, progress: Progress | None, k
     in_threads(fill, range(len(source)), progress)
     names = [source.name(i) for i in range(len(source))]
     known = source.labels, source.classes, unreadable, source.left_out(), source.pixel_format, source.multi_labels
-    return ArraySource(images, names, *known)
+    return ArraySource(images, names, *known, source.draws)

@@ -259,7 +259,9 @@ def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[st
     """
     data = data_config(config, subject)
     paths = {} if is_remote(data.name, data.root) else _paths(data)
-    return asdict(data) | {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
+    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
+    more = [str(Path(path).expanduser().absolute()) for path in data.more_roots]
+    return asdict(data) | absolute | {"more_roots": more}
 
 
 def weights_digest(file: EncoderFile, features: str) -> str:

@@ -27,7 +27,8 @@ FREE_FIELDS = (
     *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
     "logger",
     *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
-    *(f"data.{name}" for name in ("root", "eval_root", "download", "allow_pipe", "workers", "on_bad_image", "max_bad")),
+    *(f"data.{name}" for name in ("root", "more_roots", "eval_root", "download", "allow_pipe", "workers")),
+    *(f"data.{name}" for name in ("on_bad_image", "max_bad")),
 )
 _MOST_NAMED = 3  # fields in a message
 

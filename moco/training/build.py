@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moco.analysis.doctor import Facts, facts_of
 from moco.config import TrainConfig
 from moco.data.base import Sources
 from moco.data.opening import open_sources
+from moco.data.plan import Plan
 from moco.data.sources import refuse_output_inside
 from moco.distributed import on_rank_zero, world_size, wrap_ddp
 from moco.methods.build import build_method
@@ -52,6 +54,14 @@ def make_method(config: TrainConfig, labels: Labels | None, device: torch.device
         if config.channels_last:
             method.to(memory_format=torch.channels_last)
     return method
+
+
+def doctor_facts(config: TrainConfig, plan: Plan) -> Facts:
+    """Return the settings that the training doctor needs."""
+    settings: dict[str, Any] = {"lr": config.optim.lr, "starts_trained": config.starts_trained}
+    settings |= {"source": config.data.name, "total_steps": plan.total_steps}
+    settings["shuffled_keys"] = config.model.shuffle_keys and config.model.bn == "grouped"
+    return facts_of(config.method, plan.length, config.batch_size, config.epochs, **settings)
 
 
 def open_directory(config: TrainConfig) -> IO[str] | None:

@@ -21,7 +21,7 @@ from moco.runs import checkpoint
 from moco.untrusted import refuse_special_file
 
 # Fields that may differ between ranks: the location of the data on a machine, and how it is processed there.
-PER_MACHINE = ("data.root", "data.eval_root", "data.workers", "device", "threads")
+PER_MACHINE = ("data.root", "data.more_roots", "data.eval_root", "data.workers", "device", "threads")
 
 NAMES = "image_names.gz"  # in the run directory, separated by zero bytes; only for naming images that have changed
 MOST_NAMES = 100_000
@@ -112,7 +112,7 @@ def open_consistently(open_data: Callable[[], Sources]) -> tuple[Sources, Identi
         known = {id(part): identity(part) for part in parts.values() if part is not None}  # splits can be equal
         return {name: known[id(part)] for name, part in parts.items() if part is not None}
 
-    fix = "give every machine the same data, with the same names, under data.root and data.eval_root"
+    fix = "give every machine the same data, with the same names, under data.root, data.more_roots and data.eval_root"
     first, *others = all_gather_object(identities)
     for rank, other in enumerate(others, start=1):
         require(first.keys() == other.keys(), f"rank {rank} has other splits than rank 0: {fix}")

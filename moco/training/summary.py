@@ -43,6 +43,9 @@ def announce(trainer: "Trainer") -> None:
     if trainer.start < plan.total_steps and is_rank_zero():
         for line in opening_lines(sources):
             log(line)
+        if plan.draws:
+            parts = [f"{draws:,} of {images:,} images" for images, draws in plan.draws]
+            log(f"an epoch draws {' + '.join(parts)} = {plan.drawn:,} samples (data.weights)")
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     log(
         f"epochs {plan.epochs}, {plan.steps_per_epoch} steps each · batch {config.batch_size} · {negatives} · "

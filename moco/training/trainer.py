@@ -20,7 +20,7 @@ import torch
 
 import moco
 from moco import plugins
-from moco.analysis.doctor import Doctor, facts_of
+from moco.analysis.doctor import Doctor
 from moco.config import TrainConfig
 from moco.data.keyed import step_seed
 from moco.data.loader import Batch, batches
@@ -100,7 +100,8 @@ class Trainer:
         self.views = build_views(config.augment, config.data)
         self.sources, self.data_identity = build.open_data(config, watchdog)
         self._stop_if_signaled()
-        self.plan = Plan(len(self.sources.train), config.batch_size, config.epochs, config.seed, rank(), world_size())
+        shares = rank(), world_size(), self.sources.train.draws
+        self.plan = Plan(len(self.sources.train), config.batch_size, config.epochs, config.seed, *shares)
         check_against_data(config, self.plan, self.sources)
 
         # The method and its optimizer, restored from the newest checkpoint.
@@ -124,9 +125,7 @@ class Trainer:
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
         on = is_rank_zero() and unfinished
         self.metrics_log = MetricsLogger(self.path, self.start, config.logger) if on else None
-        settings = dict(lr=config.optim.lr, starts_trained=config.starts_trained, source=config.data.name)
-        settings["shuffled_keys"] = config.model.shuffle_keys and config.model.bn == "grouped"
-        facts = facts_of(config.method, self.plan.length, config.batch_size, config.epochs, **settings)
+        facts = build.doctor_facts(config, self.plan)
         self.doctor = Doctor(facts, self.path / "metrics.jsonl", self.display.log) if self.metrics_log else None
         self.saver = checkpoint.Saver(self.path / "checkpoints", config.checkpoint.keep_last)
         self.commit = commit() if is_rank_zero() else None

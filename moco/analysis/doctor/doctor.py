@@ -27,6 +27,7 @@ def diagnose(series: Series, facts: Facts) -> list[Alarm]:
 
 def facts_of(method: MethodConfig, images: int, batch_size: int, epochs: float = math.inf, **more: Any) -> Facts:
     """Return the settings that the doctor needs; `images` is the size of the data set, `more` are fields of `Facts`."""
+    steps = images // batch_size * epochs if images >= batch_size else math.inf
     return Facts(
         temperature=method.temperature,
         momentum=method.momentum if method.has_momentum_encoder else None,
@@ -36,8 +37,7 @@ def facts_of(method: MethodConfig, images: int, batch_size: int, epochs: float =
         mask_own_keys=method.mask_own_keys,
         supervised=method.labels,
         epochs=epochs,
-        total_steps=images // batch_size * epochs if images >= batch_size else math.inf,
-        **more,
+        **({"total_steps": steps} | more),
     )
 
 

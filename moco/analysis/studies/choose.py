@@ -192,8 +192,10 @@ def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseCo
     of_first = read_encoder(files[first][-1]).config["data"]
     for run in others:
         own = read_encoder(files[run][-1]).config["data"]
-        for name in sorted({"name", "root", "eval_root", "labels", "label_file"} - config.data.overrides().keys()):
-            here, there = own.get(name, ""), of_first.get(name, "")  # early runs have no label_file
+        for name in sorted(
+            {"name", "root", "more_roots", "eval_root", "labels", "label_file"} - config.data.overrides().keys()
+        ):
+            here, there = own.get(name) or "", of_first.get(name) or ""  # early runs lack some of them
             difference = f"{run} has data.{name}={here}, but {first} has {there}"
             require(here == there, f"runs: {difference}: choose runs on the same images")
     return first
