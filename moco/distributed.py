@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.nn.functional import all_reduce
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -59,12 +61,21 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
-        device_id=device if device.type == "cuda" else None,
-    )
+    on_gpu, timeout = device.type == "cuda", timedelta(minutes=timeout_minutes)
     try:
+        store, own_rank, size = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+            # torchrun keeps its store for a restart, in which the addresses of the killed processes still stand. With
+            # several nodes, whose restarts may differ in number, the scripts let it make a new store.
+            store = PrefixStore(f"moco/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            timeout=timeout,
+            store=store,
+            rank=own_rank,
+            world_size=size,
+            device_id=device if on_gpu else None,
+        )
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _PEER_LOST.search(str(error)):
@@ -72,7 +83,8 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
         problem = f"another process of this run exited or is not responding ({str(error).splitlines()[0]:.200})"
         raise PeerLost(f"{problem}: see its error message") from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:

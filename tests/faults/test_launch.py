@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -75,6 +76,29 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(launch: Launch, tmp_path:
     assert log.read_text().count("resuming ") == 2
     runs.to_the_end(tmp_path / "reference", world=2)
     runs.same_end(run, tmp_path / "reference")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--standalone"]], ids=["static", "standalone"])
+def test_a_restart_ignores_the_addresses_of_the_killed_processes(
+    more: list[str], launch: Launch, tmp_path: Path
+) -> None:
+    """torchrun keeps its store for a restart, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is set, as the scripts do."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    options = more or [f"--master-port={free_port()}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", "2", "--max-restarts", "1"]
+    process = launch("log", *torchrun, "-m", "moco.train", *TINY, f"run={run}", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")
+    until(lambda: runs.saved(run) >= 3, process, log)
+    (victim,) = [each for each in descendants(process.pid) if rank_of(each) == "1"]
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(300) == 0, log.read_text()
+    assert log.read_text().count("resuming ") == 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow
