@@ -75,7 +75,7 @@ SMALLEST = {  # arguments, and the number of rows of the first table
 }
 
 
-@pytest.mark.parametrize("name", COMPARISONS)
+@pytest.mark.parametrize("name", SMALLEST)
 @pytest.mark.long
 def test_each_comparison_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to its first table, each variant once and without a warm-up round."""

@@ -14,7 +14,7 @@ import torch
 from rich import box, table
 from rich.console import Console
 
-from scripts.bench import augment, decode, info_nce, measures, overhead, peer, start, step, streamed, views
+from scripts.bench import augment, decode, gpu, info_nce, measures, overhead, peer, start, step, streamed, views
 from scripts.bench.machine import machine
 from scripts.bench.timing import CLOCKS, Table
 
@@ -30,6 +30,7 @@ COMPARISONS: dict[str, ModuleType] = {
     "measures": measures,
     "peer": peer,
     "start": start,
+    "gpu": gpu,
 }
 NEEDS_DATA = ("views", "streamed", "augment", "decode", "peer")
 

@@ -1,0 +1,79 @@
+"""Acceptance of moco on a GPU, in at most ten minutes: what only a GPU can show, with pass or fail for each check.
+
+Each part runs in a process of its own, so that a part that fails or hangs does not end the others. --only runs some
+parts. gpu.json and gpu.md in --output hold the result.
+
+--tiny runs every part on small networks, also on the CPU, and checks that the command itself works: its times mean
+nothing.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from scripts.bench.gpu_parts import PARTS, Check
+from scripts.bench.machine import machine
+from scripts.bench.timing import Table
+
+VERDICTS = {True: "pass", False: "FAIL", None: "–"}  # None: a figure for the record
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of this command."""
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to run")
+    parser.add_argument("--output", type=Path, default=Path("gpu"), help="folder for gpu.json and gpu.md")
+    parser.add_argument("--tiny", action="store_true", help="small networks, on the GPU if there is one")
+
+
+def run(options: Namespace) -> Iterator[Table]:
+    """Yield one table per part, then write all of them to `options.output`; exit with status 1 if a check failed."""
+    if not (torch.cuda.is_available() or options.tiny):
+        sys.exit("no GPU: this command accepts moco on one; --tiny tries the command itself on the CPU")
+    options.output.mkdir(parents=True, exist_ok=True)
+    found = dict[str, list[Check]]()
+    for name in options.only:
+        began = time.monotonic()
+        found[name] = run_part(name, options)
+        yield table(name, found[name], time.monotonic() - began)
+    checks = {name: [asdict(each) for each in part] for name, part in found.items()}
+    result = {"machine": machine(), "tiny": options.tiny, "parts": checks}
+    (options.output / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    lines = ["| part | check | measured | wanted | |", "| --- | --- | ---: | ---: | --- |"]
+    lines += [
+        f"| {name} | {each.what} | {each.measured} | {each.wanted} | {VERDICTS[each.passed]} |"
+        for name, part in found.items()
+        for each in part
+    ]
+    (options.output / "gpu.md").write_text("\n".join([*machine(), "", *lines, ""]), encoding="utf-8")
+    if any(each.passed is False for part in found.values() for each in part):
+        sys.exit(1)
+
+
+def run_part(name: str, options: Namespace) -> list[Check]:
+    """Run a part in a process of its own and return its checks; a failure or a timeout is a check that fails."""
+    file = options.output / f"{name}.json"
+    file.unlink(missing_ok=True)
+    words = [sys.executable, "-m", "scripts.bench.gpu_parts", name, str(file), *(["tiny"] if options.tiny else [])]
+    try:
+        ended = subprocess.run(words, capture_output=True, text=True, timeout=PARTS[name].seconds, check=False)
+        last = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
+        problem = last if ended.returncode else ""
+    except subprocess.TimeoutExpired:
+        problem = f"not finished after {PARTS[name].seconds} s"
+    done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    file.unlink(missing_ok=True)
+    failure = [Check("the part runs to its end", problem, "no error", passed=False)] if problem else []
+    return [Check(**each) for each in done] + failure
+
+
+def table(name: str, checks: list[Check], seconds: float) -> Table:
+    """Return the table of a part."""
+    rows = [[each.what, each.measured, each.wanted, VERDICTS[each.passed]] for each in checks]
+    return Table(f"{name}: {PARTS[name].about} ({seconds:.0f} s)", ["", "measured", "wanted", ""], rows)
