@@ -128,6 +128,13 @@ def is_remote(name: str, root: str) -> bool:
     return name == "webdataset" or (name == "huggingface" and not Path(root).expanduser().is_dir())
 
 
+def refuse_root_of_digits(data: DataConfig) -> None:
+    """Raise ConfigError if a run on the embedded digits names a folder, which it would ignore."""
+    unused = data.name != "digits" or data.root == DataConfig.root
+    fix = "for a folder of images, add experiment=moco_v2_small or data=folder; otherwise remove it"
+    require(unused, f"data.root={data.root} has no effect on the embedded digits, data.name=digits: {fix}")
+
+
 def refuse_hold_out(data: SubjectDataConfig) -> None:
     """Raise ConfigError if a command that ignores data.hold_out gets it."""
     require(data.hold_out == 0, f"data.hold_out={data.hold_out} has no effect in this command: remove it")
@@ -169,6 +176,10 @@ def check_data_fields(data: DataConfig) -> None:
     error = f"data.eval_root={data.eval_root!r} works with data.name=folder only, not with {data.name}: remove it"
     require(not data.eval_root or data.name == "folder", error)
     _check_roots(data)
+    embedded = data.name == "digits" and data.labels != "none"
+    require(
+        not embedded, f"data.labels={data.labels} has no effect on the embedded digits: set data=folder or remove it"
+    )
     if data.label_file:
         problem = f"data.label_file={data.label_file!r}"
         require(data.name == "folder", f"{problem} works with data.name=folder only, not with {data.name}: remove it")

@@ -26,6 +26,12 @@ def queue_for(images: int, keys_per_step: int) -> int:
     return max(1, round(min(images / 4, LARGEST_QUEUE) / keys_per_step)) * keys_per_step
 
 
+def queue_advice(images: int, keys_per_step: int) -> str:
+    """Return how to shorten a queue that is too long for the number of images."""
+    queue = queue_for(images, keys_per_step)
+    return f"method.queue_size={queue}" if queue <= images / 2 else "a smaller batch_size and queue"
+
+
 def recipe_for(images: int, budget: int = BUDGET) -> dict[str, Any]:
     """Return the overrides of a run on a data set of some size; {} if it has fewer than `SMALL_BATCH` images.
 

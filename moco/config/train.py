@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moco.config.base import ComputeConfig, bounded, check_bounds, require, require_divisible
-from moco.config.data import DataConfig, check_data_fields
+from moco.config.data import DataConfig, check_data_fields, refuse_root_of_digits
 from moco.config.method import MethodConfig
 
 
@@ -216,7 +216,7 @@ class TrainConfig(ComputeConfig):
     hang_after: float = bounded(15.0, ge=0)
     """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
     wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set it above
-    the duration of the longest step, including a checkpoint."""
+    the duration of the longest step, including a checkpoint, and of opening the data."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -235,6 +235,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_bounds(config)
     check_data_fields(config.data)
+    refuse_root_of_digits(config.data)
     config.method.check(config)
     evaluate, optim = config.evaluate, config.optim
     off = f"evaluate.every_epochs={evaluate.every_epochs}"

@@ -3,6 +3,7 @@
 Legend: N images, of the training folder and then of the held-out folder.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -159,13 +160,19 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
         unreadable = len(sizes) - len(readable)
         counted = f"{unreadable:,} of the {len(sizes):,} {name} images cannot be read"
         if unreadable and data.on_bad_image == "raise":
-            obstacles.append(f"{counted} (repair or remove them, or set data.on_bad_image=replace)")
+            more = f" data.max_bad={_share(unreadable, sizes):g}" if unreadable > data.max_bad * len(sizes) else ""
+            obstacles.append(f"{counted} (repair or remove them, or set data.on_bad_image=replace{more})")
         elif unreadable > data.max_bad * len(sizes):
-            obstacles.append(f"{counted}, more than data.max_bad={data.max_bad:g} allows (repair or remove them)")
+            obstacles.append(f"{counted} (repair or remove them, or set data.max_bad={_share(unreadable, sizes):g})")
         kinds = len(np.unique(readable, axis=0))
         if data.resident and kinds > 1:
             obstacles.append(f"the {name} images have {kinds:,} sizes: data.resident=true needs one (set it to false)")
     return obstacles
+
+
+def _share(unreadable: int, sizes: NDArray[np.int32]) -> float:
+    """Return a value of `data.max_bad` that allows so many unreadable images: their share, rounded up."""
+    return min(0.99, math.ceil(100 * unreadable / len(sizes)) / 100)
 
 
 def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings: Findings) -> dict[str, Any]:

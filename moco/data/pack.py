@@ -227,7 +227,7 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
     is_command = following.startswith("python ")
     summary_panel(title, rows if is_command else [*rows, ("note", following)])
     if is_command:
-        log_next(following)
+        log_next(following, "on a GPU" if "moco_v2_folder" in following else "")
 
 
 def _next(name: str, output: Path, count: int) -> str:

@@ -29,7 +29,7 @@ from moco.evaluation.features import pixels, stream
 from moco.evaluation.layers import OUTPUT, LayerFeatures
 from moco.evaluation.linear_probe import LinearHead, fitting_batch, new_head, save_head, train_head
 from moco.evaluation.metrics import Metrics, compute_metrics, rank_classes
-from moco.evaluation.subject import encoders, labels_of, targets_of
+from moco.evaluation.subject import encoders, is_other_data, labels_of, targets_of
 from moco.evaluation.subsets import SubsetError, split_each_class
 from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
 from moco.evaluation.task import Result, Task, training_view
@@ -252,6 +252,9 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
     """Write the first seed's head and confusion matrix; on rank 0."""
     protocol = task.config.protocol
     of_protocol = "" if protocol == "sweep" else f"_{protocol}"
+    if not task.config.output and is_other_data(task.config, task.subject):
+        folder = Path(task.data.root).name if task.data.name == "folder" else task.data.name
+        of_protocol += f"_on_{folder}"  # the classifier of the run's own data stays
     files = [task.subject.output / f"linear{of_protocol}.safetensors"]
     save_head(files[0], probe.heads[0])
     classes, metrics = task.train.classes, probe.metrics[0]

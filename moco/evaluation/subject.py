@@ -272,6 +272,12 @@ def weights_digest(file: EncoderFile, features: str) -> str:
     return digest(kept | {"backbone": file.backbone, "options": dict(file.options)})
 
 
+def is_other_data(config: SubjectConfig, subject: Subject) -> bool:
+    """Return whether the data set is known not to be the one on which the encoder was trained."""
+    recorded = subject.file.config.get("data", {})
+    return bool(recorded) and not _is_same_data(asdict(data_config(config, subject)), recorded)
+
+
 def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the encoder was trained on this data set, and the held-out images come from another split of it.
 

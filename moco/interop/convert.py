@@ -44,7 +44,7 @@ def convert_encoder(config: ConvertConfig) -> None:
     require(
         config.to in fitting,
         f"to={config.to} supports {chosen.holds}, but {file.source} has backbone={file.backbone} "
-        f"options={file.options} for images of {file.channels} channels: set to={', '.join(fitting)}",
+        f"options={file.options} for images of {file.channels} channels: set to=NAME, one of {', '.join(fitting)}",
     )
     backbone = build(file).get_submodule("backbone")
     source, data = _comparison_images(config, subject)

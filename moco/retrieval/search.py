@@ -184,8 +184,9 @@ def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) 
 
 
 def _duplicates_note(config: SearchConfig, groups: Sequence[NDArray[np.int64]], count: int) -> str:
-    none = f"None found at threshold={config.threshold:g}: a lower threshold finds pairs that are less similar."
-    notes = ["Each number is the similarity to the image to keep." if groups else none]
+    lower = "a lower threshold finds pairs that are less similar, such as resized copies"
+    found = f"Each number is the similarity to the image to keep; {lower}."
+    notes = [found if groups else f"None found at threshold={config.threshold:g}: {lower}."]
     if groups and len(groups[0]) > max(2, count // 4):
         notes.append(
             f"One group contains {len(groups[0]):,} of {count:,} images: threshold={config.threshold:g} is too low for "

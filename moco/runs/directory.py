@@ -86,10 +86,11 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     with write_errors(checkpoints):
         for half_written in [*checkpoints.glob("*.tmp"), *filter(_is_remnant, path.glob("*.tmp"))]:
             half_written.unlink()
-    # Without a checkpoint there is nothing to resume: a failed start does not block the directory.
+    # A start that failed before its first step does not block the directory.
     renamed = _renamed(path)
     require(not renamed, f"{renamed} to resume from it; to start another run, set run=DIR")
-    if file.is_file() and list_checkpoints(checkpoints):
+    metrics = path / METRICS
+    if file.is_file() and (list_checkpoints(checkpoints) or (metrics.is_file() and metrics.stat().st_size)):
         refuse_difference(path, _read(file), config, defaults)
     with atomic_write(file) as temporary:
         temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
@@ -121,6 +122,8 @@ def no_checkpoint_message(path: Path) -> str:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
         found = ", ".join(f"run={each}" for each in inside[:5])
         return f"run={path} is a folder of runs: choose one of them, {found}{more}"
+    if (path / "config.yaml").is_file():
+        return f"run={path} has no checkpoint yet: run its command of moco.train again (config.yaml holds its settings)"
     return f"run={path} has no checkpoint: train it first, python -m moco.train run={path}"
 
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from moco.config import RunWarning, TrainConfig, require
-from moco.config.recommended import queue_for
+from moco.config.recommended import queue_advice
 from moco.data.base import Sources
 from moco.data.plan import Plan
 from moco.distributed import world_size
@@ -19,9 +19,12 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     Raises:
         ConfigError: if an epoch has less than one batch, or if `keep_best` has no accuracy to compare.
     """
+    group = config.model.bn_group_size if config.model.bn == "grouped" else 1
+    most = plan.length // group * group
+    smaller = f"set batch_size={most} or less" if most else "lower it and model.bn_group_size"
     require(
         plan.steps_per_epoch > 0,
-        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: lower it",
+        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: {smaller}",
     )
     _check_labels(config, sources)
     if config.optim.warmup_epochs >= config.epochs:
@@ -91,14 +94,12 @@ def _check_queue(config: TrainConfig, plan: Plan) -> None:
     method = config.method
     if method.queue_size >= plan.length * method.keys_per_image:
         per_step = config.batch_size * method.keys_per_image
-        smaller = queue_for(plan.length, per_step)
-        fix = f"method.queue_size={smaller}" if smaller < method.queue_size else "a smaller batch_size and queue"
         has_mask = any(each.name == "mask_own_keys" for each in fields(method))
         masked = f" (masked: {method.mask_own_keys})" if has_mask else ""
         _warn(
             f"method.queue_size={method.queue_size} holds each of the {plan.length} images at least once: the queue "
             f"contains very old keys and each query's own image{masked}; "
-            f"set {fix}"
+            f"set {queue_advice(plan.length, per_step)}"
         )
 
 
@@ -118,7 +119,8 @@ def _check_batch_norm(config: TrainConfig) -> None:
     if model.shuffle_keys and model.bn != "sync" and group >= config.batch_size:
         _warn(
             f"model.shuffle_keys=true has no effect: BN normalizes all {config.batch_size} images as one group, which "
-            "query and key of an image share; set model.bn=grouped and a smaller model.bn_group_size"
+            "query and key of an image share; set model.bn=grouped "
+            f"model.bn_group_size={max(1, config.batch_size // 2)}"
         )
 
 

@@ -91,9 +91,11 @@ def test_obstacles_depend_on_the_data_fields(tmp_path: Path) -> None:
     root = folder(tmp_path / "images", good=19, unreadable=False)
     (root / "unreadable.png").write_bytes(b"")
     output = tmp_path / "report.json"
-    checked(output, r"1 of the 20 training images .*set data\.on_bad_image=replace", root=str(root))
+    checked(
+        output, r"1 of the 20 training images .*set data\.on_bad_image=replace data\.max_bad=0\.05\)", root=str(root)
+    )
     checked(output, root=str(root), on_bad_image="replace", max_bad=0.05)
-    checked(output, r"more than data\.max_bad=0\.04 allows", root=str(root), on_bad_image="replace", max_bad=0.04)
+    checked(output, r"or set data\.max_bad=0\.05\)", root=str(root), on_bad_image="replace", max_bad=0.04)
     (root / "unreadable.png").unlink()
     noise(height=31).save(root / "tall.png")
     checked(output, root=str(root))

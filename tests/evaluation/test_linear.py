@@ -309,6 +309,18 @@ def test_each_protocol_has_files_of_its_own(tmp_path: Path) -> None:
     assert {f"linear_{config.protocol}.safetensors", f"confusion_linear_{config.protocol}.png"} <= names
 
 
+def test_other_data_does_not_replace_the_classifier_of_the_runs_data(tmp_path: Path) -> None:
+    config = swept(tmp_path / "run")
+    images = write_images(tmp_path / "birds", {"a": 8, "b": 8})
+    on_folders(config, images, write_images(tmp_path / "test", {"a": 4, "b": 4}, shade=1)).output = ""
+    check_linear(config, 1)
+    with contextlib.redirect_stdout(io.StringIO()):
+        linear_module.evaluate_linear(config)
+    written = {each.name for each in (tmp_path / "run").iterdir()}
+    assert {"linear_on_birds.safetensors", "confusion_linear_on_birds.png"} <= written
+    assert "linear.safetensors" not in written
+
+
 # ---- the image of the confusion matrix ----
 
 

@@ -16,7 +16,7 @@ from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.subject import SubjectConfig, check_subject
 from moco.data.sources import Source
-from moco.evaluation.subject import data_config, encoders, open_labeled, open_subject
+from moco.evaluation.subject import data_config, encoders, is_other_data, open_labeled, open_subject
 from moco.evaluation.task import Task, describe
 from moco.interop.encoder_file import build, save_encoder
 from moco.methods.moco_config import MoCoConfig
@@ -113,6 +113,14 @@ def test_only_a_layout_in_which_timm_publishes_gets_timms_preparation(tmp_path: 
     config = SubjectConfig(checkpoint=str(tmp_path / "dino.pth"), backbone="timm/test_vit")
     config.images.size = 160
     assert open_subject(config).transform.mean == (0.485, 0.456, 0.406)
+
+
+def test_data_that_the_run_did_not_have_is_other_data(tmp_path: Path) -> None:
+    config = configured(run=str(trained(tmp_path / "run")))
+    subject = open_subject(config)
+    assert not is_other_data(config, subject)
+    config.data.name = "cifar10"
+    assert is_other_data(config, subject)
 
 
 def test_untrained_is_the_encoder_before_the_first_step(tmp_path: Path) -> None:

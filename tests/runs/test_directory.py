@@ -105,6 +105,15 @@ def test_a_finished_run_with_more_epochs_names_how_to_train_longer(tmp_path: Pat
     assert str(finished.value) == f"{unfinished.value}{longer}"
 
 
+def test_a_run_that_has_steps_but_no_checkpoint_is_not_replaced(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", values(seed=1)).close()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match=r"seed \(there 1, now 2\)"):
+        open_run(tmp_path / "run", values(seed=2))
+    open_run(tmp_path / "run", values(seed=1)).close()
+    assert "has no checkpoint yet: run its command of moco.train again" in no_checkpoint_message(tmp_path / "run")
+
+
 def test_a_field_newer_than_the_run_has_its_default_value(tmp_path: Path) -> None:
     older = values()
     del older["seed"]

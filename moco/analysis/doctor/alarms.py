@@ -215,7 +215,7 @@ EVALUATIONS = ("retrieval/retrieval", "accuracy/knn")
 def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
     """Find a run that shows no sign of learning at its end, or after enough epochs, if there is no other alarm."""
     accuracies, epochs = series.get("train/contrast_accuracy", ()), series.get("train/epoch", ())
-    if not accuracies or not epochs or latest(series, "train/contrast_accuracy") >= FEW_FOUND:
+    if facts.has_teacher or not accuracies or not epochs or latest(series, "train/contrast_accuracy") >= FEW_FOUND:
         return None
     if epochs[-1] < facts.epochs and (len(accuracies) < LONG_RECORDS or epochs[-1] < LONG_EPOCHS):
         return None

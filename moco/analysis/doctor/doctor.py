@@ -36,6 +36,7 @@ def facts_of(method: MethodConfig, images: int, batch_size: int, epochs: float =
         keys_per_step=batch_size * method.keys_per_image,
         mask_own_keys=method.mask_own_keys,
         supervised=method.labels,
+        has_teacher=bool(method.teacher),
         epochs=epochs,
         **({"total_steps": steps} | more),
     )

@@ -29,6 +29,7 @@ class Facts(NamedTuple):
     epochs: float = math.inf  # of the complete run; inf if unknown
     total_steps: float = math.inf  # of the complete run; inf if unknown
     lr: float = math.nan  # the configured peak; nan if unknown
+    has_teacher: bool = False  # the queries learn a teacher's features, and need not find keys
     starts_trained: bool = False  # from published weights, or those of another run
     shuffled_keys: bool = False  # no key is normalized in the BN group of its query
     source: str = ""  # data.name

@@ -1,7 +1,7 @@
 """The alarms that follow from the settings of a run alone, so that they can ring before its first step."""
 
 from moco.analysis.doctor.series import Alarm, Facts, Series
-from moco.config.recommended import FEW_IMAGES, momentum_for, queue_for
+from moco.config.recommended import FEW_IMAGES, momentum_for, queue_advice
 
 LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: 0.9 costs 3.8 points of 59.0, and 0 does not train
 
@@ -13,7 +13,7 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
     return Alarm(
         "momentum too low",
         f"momentum {facts.momentum:g} is below {LOWEST_MOMENTUM:g}, so the queue mixes keys of very different encoders",
-        f"method.momentum={better_momentum(facts):g}",
+        f"method.momentum={better_momentum(facts):g}" + _and_more_epochs(facts),
     )
 
 
@@ -39,6 +39,11 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
         f"after all {facts.total_steps:.0f} steps",
         "more epochs" if better**facts.total_steps > MOST_LEFT else f"method.momentum={better:g}, or more epochs",
     )
+
+
+def _and_more_epochs(facts: Facts) -> str:
+    """Return a remedy for a run that is too short for every momentum of the published range."""
+    return ", and more epochs" if better_momentum(facts) ** facts.total_steps > MOST_LEFT else ""
 
 
 def better_momentum(facts: Facts) -> float:
@@ -73,8 +78,7 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     if share <= (1.0 if facts.mask_own_keys else MOST_OF_DATASET):
         return None
     evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
-    smaller = queue_for(facts.dataset_size, facts.keys_per_step)
-    remedy = f"method.queue_size={smaller}" if smaller < facts.queue_size else "a smaller batch_size and queue"
+    remedy = queue_advice(facts.dataset_size, facts.keys_per_step)
     if facts.mask_own_keys:
         evidence += "it holds several keys per image: old keys instead of more images"
     else:
