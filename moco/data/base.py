@@ -44,7 +44,7 @@ class Source(Protocol):
 
     @property
     def multi_labels(self) -> NDArray[np.bool_] | None:
-        """Which classes each image has, (N, L), of images that can have several; `labels` is None then. Else None."""
+        """Which classes each image has, (N, L), if images can have several (then `labels` is None); otherwise None."""
         return None
 
     @property
