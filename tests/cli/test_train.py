@@ -255,9 +255,11 @@ def test_every_recipe_composes_and_opens_with_its_command() -> None:
                 assert word in head, recipe.name
             teacher = ["method.teacher=FILE"] * ("method.teacher=" in head)
             composed = compose("train", overrides=[f"experiment={recipe.stem}", *teacher])
+            if "stats=true" in head:  # moco.check_data computes these
+                composed.augment.mean = composed.augment.std = [0.5] * composed.data.channels
             config = to_dataclass(composed, TrainConfig)
             check(config, processes=8 if "imagenet" in recipe.stem else 1)
-            build_views(config.augment)
+            build_views(config.augment, config.data)
             assert config.run == f"runs/{recipe.stem}"
 
 

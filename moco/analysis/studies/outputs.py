@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moco.config import AugmentConfig
+from moco.config import AugmentConfig, DataConfig
 from moco.data.augment import augment, crop_one
 from moco.data.opening import build_views
 from moco.data.sources import Source
@@ -56,7 +56,8 @@ def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> 
     images if there is no held-out split.)
     """
     made = []
-    for stream, view in enumerate(build_views(AugmentConfig(**file.config["augment"] | {"views": 2}))):
+    data = DataConfig(channels=file.channels, dtype=file.config["data"].get("dtype", DataConfig.dtype))
+    for stream, view in enumerate(build_views(AugmentConfig(**file.config["augment"] | {"views": 2}), data)):
         parts = []
         for start in range(0, len(source), BATCH):
             index = np.arange(start, min(start + BATCH, len(source)))
