@@ -33,7 +33,7 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
         "data.labels=folder for a folder with one subfolder per class, or method.labels=false",
     )
     encoder, model, size = encoder_of(config.model, config.data.channels), config.model, config.augment.size
-    if error := output_error(encoder.backbone, size):
+    if error := output_error(encoder.backbone, size, config.data.channels):
         raise ConfigError(
             f"model.backbone={model.backbone} with model.options={model.options} does not fit augment.size={size}: "
             f"{error}{_fix(encoder.backbone, size)}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moco.models.first_layer import input_channels
 
 
-def output_error(network: nn.Module, size: int) -> str:
+def output_error(network: nn.Module, size: int, channels: int | None = None) -> str:
     """Return why a backbone does not compute features (2, num_features) from images (2, C, S, S); "" if it does.
 
     The images pass on the meta device, which computes shapes only, in less than 0.2 s. If that fails, they pass on the
@@ -19,18 +19,16 @@ def output_error(network: nn.Module, size: int) -> str:
     Args:
         network: a backbone with the attribute `num_features`, on any device; it is not changed.
         size: S.
+        channels: C; None: as many as the network's first layer takes.
     """
+    images = torch.zeros(2, channels or input_channels(network), size, size)
     wanted = (2, network.num_features)
     with _evaluating(network), torch.no_grad():
         try:
-            found = _shape(_on_meta(network, size))
+            found = _shape(_on_meta(network, images))
         except Exception:
             try:
-                found = _shape(
-                    network(
-                        torch.zeros(2, input_channels(network), size, size, device=next(network.parameters()).device)
-                    )
-                )
+                found = _shape(network(images.to(next(network.parameters()).device)))
             except Exception as error:  # whatever the network raises
                 text = " ".join(str(error).split())
                 return f"it fails for images of {size}x{size} pixels ({text[:300] or type(error).__name__})"
@@ -39,11 +37,11 @@ def output_error(network: nn.Module, size: int) -> str:
     return f"for 2 images of {size}x{size} pixels it returns {found}, not features of shape {wanted}"
 
 
-def _on_meta(network: nn.Module, size: int) -> Any:
+def _on_meta(network: nn.Module, images: Tensor) -> Any:
     tensors = [*network.named_parameters(), *network.named_buffers()]
     on_meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
-    images = torch.zeros(2, input_channels(network), size, size, device="meta", dtype=next(network.parameters()).dtype)
-    return torch.func.functional_call(network, on_meta, (images,))
+    on_device = images.to("meta", next(network.parameters()).dtype)
+    return torch.func.functional_call(network, on_meta, (on_device,))
 
 
 def _shape(output: Any) -> Any:

@@ -72,7 +72,7 @@ def _published(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     """Return a model of timm with its published weights, and the mean and standard deviation of its images."""
     method: Any = config.method
     network: Any = build_backbone(method.teacher, {"pretrained": True} | method.teacher_options)
-    if error := output_error(network, config.augment.size):
+    if error := output_error(network, config.augment.size, config.data.channels):
         raise ForeignFileError(
             f"method.teacher={method.teacher} does not fit augment.size={config.augment.size}: {error}; set "
             f"+method.teacher_options.img_size={config.augment.size} for a ViT, or another augment.size"

@@ -49,8 +49,8 @@ def test_a_network_that_fits_is_not_changed(name: str, options: dict[str, Any]) 
 def test_a_network_that_does_not_fit_is_one_sentence(name: str, options: dict[str, Any], size: int, words: str) -> None:
     network = build_backbone(name, options)
     with pytest.raises(AssertionError, match=words):
-        assert output_error(network, size) == ""
-    assert "\n" not in output_error(network, size)
+        assert output_error(network, size, 3) == ""
+    assert "\n" not in output_error(network, size, 3)
 
 
 def test_tensors_that_are_no_buffers_are_used_on_their_device() -> None:
