@@ -2,9 +2,10 @@
 
 python scripts/scenes.py SCENES --bands 13
 
-Each of the four classes is a material with a spectrum of its own. A scene mixes 30 to 100 % of its material with one of
-two others, under light of any strength, with noise. So single values say little about the class, and their ratios
-between bands say much. SCENES/train and SCENES/test get one folder per class.
+Each of the four classes is a material whose spectrum differs from the others' by a random factor per band. A scene
+mixes 40 to 100 % of its material with one of two others, under light of any strength, with noise. So single values say
+little about the class, and their ratios between bands say much.
+SCENES/train and SCENES/test get one folder per class.
 """
 
 import argparse
@@ -19,17 +20,20 @@ CLASSES, OTHERS = 4, 2
 
 def scene(label: int, bands: int, size: int, rng: np.random.Generator) -> NDArray[np.uint16]:
     """Return one scene, (size, size, bands)."""
-    spectra = np.random.default_rng(bands).uniform(400, 6000, (CLASSES + OTHERS, bands))
-    share, other = rng.uniform(0.3, 1.0), rng.integers(CLASSES, CLASSES + OTHERS)
+    materials = np.random.default_rng(bands)
+    spread = bands**-0.5  # the factors of more bands differ less: otherwise raw pixels would tell the classes apart
+    factors = materials.uniform(1 - spread, 1 + spread, (CLASSES + OTHERS, bands))
+    spectra = materials.uniform(1000, 5000, bands) * factors
+    share, other = rng.uniform(0.4, 1.0), rng.integers(CLASSES, CLASSES + OTHERS)
     spectrum = spectra[label] * share + spectra[other] * (1 - share)  # (bands,)
-    waves = np.sin(np.arange(size) * rng.uniform(0.2, 1.0) + rng.uniform(0, 6))  # light and shade, (size,)
-    light = rng.uniform(0.2, 2.0) * (1 + 0.3 * waves)
-    values = spectrum * light[:, None, None] + rng.normal(0, 150, (size, size, bands))
+    waves = np.sin(np.arange(size) * rng.uniform(0.4, 2.0) + rng.uniform(0, 6))  # light and shade, (size,)
+    light = rng.uniform(0.3, 2.0) * (1 + 0.3 * waves)
+    values = spectrum * light[:, None, None] + rng.normal(0, 100, (size, size, bands))
     pixels: NDArray[np.uint16] = values.clip(0, 65535).astype(np.uint16)
     return pixels
 
 
-def write_scenes(root: Path, bands: int, per_class: dict[str, int], size: int = 32) -> Path:
+def write_scenes(root: Path, bands: int, per_class: dict[str, int], size: int = 16) -> Path:
     """Write root/SPLIT/CLASS/NUMBER.npy for each split and its number of scenes per class; return root."""
     rng = np.random.default_rng(0)
     for split, count in per_class.items():
@@ -47,7 +51,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="the folder to create")
     parser.add_argument("--bands", type=int, default=13, help="channels of a scene (13)")
     parser.add_argument("--count", type=int, default=60, help="training scenes per class (60); a third more to test")
-    parser.add_argument("--size", type=int, default=32, help="pixels per side (32)")
+    parser.add_argument("--size", type=int, default=16, help="pixels per side (16)")
     options = parser.parse_args(arguments)
     if options.folder.exists():
         parser.error(f"{options.folder} exists: name a new folder")

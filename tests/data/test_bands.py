@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from moco.api import pretrain
 from moco.config import ConfigError, DataConfig
 from moco.config.check_data import CheckDataConfig
 from moco.config.pack import PackConfig
@@ -191,7 +192,7 @@ def test_every_bit_reaches_the_device(channels: int, resident: bool, tmp_path: P
     root = write_scenes(tmp_path, channels, {"train": 2})
     config = DataConfig("folder", str(root), channels=channels, dtype="uint16", resident=resident)
     train = load_source(config).train
-    whole = View(32, crop_ratio=(1.0, 1.0), mean=(0.0,) * channels, std=(1.0,) * channels)
+    whole = View(16, crop_ratio=(1.0, 1.0), mean=(0.0,) * channels, std=(1.0,) * channels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for _, index, _, (images,) in crops(train, Plan(len(train), 4, 1, seed=0), [whole], device, workers=0):
         for i, image in zip(index.tolist(), images.cpu(), strict=True):
@@ -283,3 +284,21 @@ def test_the_digest_of_a_data_set_depends_on_the_format(tmp_path: Path) -> None:
     other = load_source(DataConfig("folder", str(root), channels=4, dtype="float32")).train
     assert train.content_digest() != other.content_digest()
     assert decode(train.path(0), PixelFormat(4, "float32")).max() > 255  # the values stay
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [4, 13])
+def test_pretraining_separates_scenes_better_than_random_weights(channels: int, tmp_path: Path) -> None:
+    root = write_scenes(tmp_path / "scenes", channels, {"train": 60, "test": 20})
+    pixels = np.stack([np.load(path) for path in (root / "train").rglob("*.npy")]).reshape(-1, channels) / 65535
+    data = [f"data.root={root}/train", "data.labels=folder", f"data.eval_root={root}/test", "data.resident=true"]
+    normalization = [f"augment.mean={pixels.mean(axis=0).tolist()}", f"augment.std={pixels.std(axis=0).tolist()}"]
+    views = ["augment.size=16", "augment.jitter_p=1", "augment.brightness=0.8", "augment.contrast=0"]
+    views += ["augment.channel_dropout_p=0", "augment.noise=[0,0]"]  # the ratios of the bands are the classes
+    network = ["model.backbone=convnet", "+model.options.width=16", "method.momentum=0.99"]
+    recipe = ["experiment=moco_v2_multispectral", f"data.channels={channels}", f"run={tmp_path}/run", "epochs=80"]
+    run = pretrain([*recipe, *data, *normalization, *views, *network])
+    (last,) = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "accuracy/knn" in line][-1:]
+    accuracy = json.loads(last)
+    assert accuracy["accuracy/untrained"] < 80
+    assert accuracy["accuracy/knn"] > accuracy["accuracy/untrained"] + 15
