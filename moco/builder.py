@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.data.keyed import MIX, keyed_uniform
-from moco.distributed import gather, permute, rank
+from moco.distributed import copy_to_device, gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 
 UNKNOWN = -1  # the sample index of a random key, which shows no image
@@ -321,4 +321,4 @@ class MoCo(nn.Module):
             return None
         positions = np.arange(first, first + len(index))
         uniforms = keyed_uniform(self.seed, self.step, positions, MIX + view, self.switches.draws)
-        return torch.from_numpy(uniforms).to(index.device)
+        return copy_to_device(torch.from_numpy(uniforms), index.device)

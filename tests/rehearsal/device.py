@@ -1,0 +1,213 @@
+"""A CUDA device in software: real `cuda` tensors over the stand-in, whose operations a CPU computes on the same memory.
+
+torch's allocator, streams, autograd and autocast are those of a GPU machine. `SoftDevice` refuses operations on tensors
+of both devices, and notes each place where the host would wait for the device.
+"""
+
+import ctypes
+import os
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from tests.rehearsal import kernels
+
+ROOT = Path(__file__).parents[2]
+aten = torch.ops.aten
+Wait = tuple[str, str, int]  # what is waited for, the line that does it, the number of the step
+
+# Operations that only make tensors or read their metadata: they work on the stand-in's memory as they are.
+_NATIVE = {
+    aten.record_stream.default,
+    aten._pin_memory.default,
+    aten.is_pinned.default,
+    aten.set_.source_Storage,
+    aten.set_.source_Storage_storage_offset,
+    aten.set_.source_Tensor,
+    aten.set_.source_Tensor_storage_offset,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten._unsafe_view.default,
+    aten.resize_.default,
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.empty_like.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+_INDEX = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+_MIXED = _INDEX | {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}
+# Operations whose result the host needs, or has a size that depends on numbers.
+_WAITING = {
+    aten._local_scalar_dense.default: "item",
+    aten.nonzero.default: "nonzero",
+    aten.masked_select.default: "masked_select",
+    aten.unique_dim.default: "unique",
+    aten._unique2.default: "unique",
+    aten.equal.default: "equal",
+    aten.bincount.default: "bincount",
+    aten.repeat_interleave.Tensor: "repeat_interleave",
+    aten._linalg_eigh.default: "eigh",
+    aten._linalg_svd.default: "svd",
+}
+_PRODUCTS = {aten.convolution.default: "convolution", aten.addmm.default: "product", aten.mm.default: "product"}
+_OTHER_NAMESPACES = ("c10d", "_c10d_functional", "symm_mem", "prim", "profiler")
+
+
+def _batch_norm(x: Tensor, w: Any, b: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float) -> Any:
+    return *aten.native_batch_norm(x, w, b, mean, var, training, momentum, eps), torch.empty(0, dtype=torch.uint8)
+
+
+def _batch_norm_backward(
+    x: Tensor, grad: Tensor, w: Any, mean: Any, var: Any, saved_mean: Any, saved_var: Any, eps: float, _: Any
+) -> Any:
+    needed = [True, True, True]
+    return aten.native_batch_norm_backward(grad, x, w, mean, var, saved_mean, saved_var, True, eps, needed)
+
+
+# What a CPU has no operation for.
+_KERNELS: dict[Any, Callable[..., Any]] = {
+    aten.cudnn_batch_norm.default: _batch_norm,
+    aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
+    **{getattr(aten, name).default: getattr(kernels, name) for name in kernels.BATCH_NORM},
+}
+
+
+def _on_gpu(x: object) -> bool:
+    return isinstance(x, Tensor) and x.device.type == "cuda"
+
+
+def _precision(func: Any, dtype: torch.dtype) -> str:
+    """Return the number type in which a GPU would compute a product."""
+    if dtype == torch.float32:
+        convolution = func is aten.convolution.default
+        setting = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
+        return "TF32" if setting else "float32"
+    return str(dtype).removeprefix("torch.")
+
+
+def on_host(x: Tensor) -> Tensor:
+    """Return a CPU tensor on the memory of a CUDA tensor."""
+    storage = x.untyped_storage()
+    if storage.nbytes() == 0:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+    memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
+    raw = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=x.dtype).set_(raw, x.storage_offset(), x.shape, x.stride())
+
+
+def place() -> str:
+    """Return the line of this project that is running."""
+    frames = [each for each in traceback.extract_stack() if each.filename.startswith(str(ROOT))]
+    last = next(each for each in reversed(frames) if each.filename not in (__file__, kernels.__file__))
+    return f"{Path(last.filename).relative_to(ROOT)}:{last.lineno} ({last.name}) {last.line}"
+
+
+class SoftDevice(TorchDispatchMode):
+    """Computes the operations on CUDA tensors on the CPU.
+
+    Attributes:
+        step: number of the current step, from 0; set by the caller.
+        waits: how often the host would have waited, by `Wait`.
+        products: (operation, number type) of all convolutions and matrix products; "TF32" for float32 in TF32.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.step = 0
+        self.waits: Counter[Wait] = Counter()
+        self.products: set[tuple[str, str]] = set()
+        self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+        names = ("stream", "event", "device", "copy")  # the calls of the runtime that wait
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._note(names[number]))
+        self._library.standin_callback(self._callback)
+
+    def _note(self, kind: str) -> None:
+        self.waits[(kind, place(), self.step)] += 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        flat, spec = tree_flatten((args, kwargs))
+        wanted = None if kwargs.get("device") is None else torch.device(kwargs["device"])
+        gpu = [x for x in flat if _on_gpu(x)]
+        meta = [x for x in flat if isinstance(x, Tensor) and x.device.type == "meta"]
+        if not gpu and (wanted is None or wanted.type != "cuda"):
+            return func(*args, **kwargs)
+        if func.namespace in _OTHER_NAMESPACES or func in _NATIVE or func.is_view or meta:
+            return func(*args, **kwargs)
+        if wanted is not None and wanted.type == "meta":
+            return func(*args, **kwargs)
+        self._check(func, flat, gpu, args, kwargs, wanted)
+        return self._compute(func, flat, spec, wanted or gpu[0].device, kwargs)
+
+    def _check(self, func: Any, flat: Any, gpu: Any, args: Any, kwargs: Any, wanted: torch.device | None) -> None:
+        """Refuse tensors of both devices, and note a wait."""
+        hosts = [x for x in flat if isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() > 0]
+        if gpu and hosts and func not in _MIXED:
+            raise RuntimeError(f"{func}: tensors on cuda and on cpu, {tuple(hosts[0].shape)}")
+        if func in _PRODUCTS:
+            self.products.add((_PRODUCTS[func], _precision(func, gpu[0].dtype)))
+        elif func in _WAITING:
+            self._note(_WAITING[func])
+        elif func is aten._to_copy.default:
+            source = args[0].device.type
+            self._check_copy(source, wanted.type if wanted else source, args[0], kwargs.get("non_blocking", False))
+        elif func is aten.copy_.default:
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            self._check_copy(args[1].device.type, args[0].device.type, args[1], non_blocking)
+        elif func in _INDEX:
+            for each in args[1]:
+                if isinstance(each, Tensor) and each.device.type == "cpu":
+                    self._note("index on the host")
+                elif isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8):
+                    self._note("index by a mask")
+
+    def _check_copy(self, source: str, target: str, x: Tensor, non_blocking: bool) -> None:
+        if source == target:
+            return
+        if not non_blocking:
+            self._note(f"copy from {source} to {target}")
+        elif source == "cpu" and not x.is_pinned():
+            self._note("copy from pageable memory")
+
+    def _compute(self, func: Any, flat: Any, spec: Any, target: torch.device, given: Any) -> Any:
+        """Run the CPU's operation on the same memory, and move new results to the device."""
+        known: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def lower(x: Any) -> Any:
+            if _on_gpu(x):
+                return known.setdefault(id(x), (x, on_host(x)))[1]
+            if isinstance(x, torch.device):
+                return torch.device("cpu")
+            return None if isinstance(x, torch.Generator) and x.device.type == "cuda" else x
+
+        args, kwargs = tree_unflatten([lower(x) for x in flat], spec)
+        if isinstance(kwargs.get("device"), str):
+            kwargs["device"] = "cpu"
+        if func is aten._to_copy.default:
+            kwargs.pop("pin_memory", None)
+        out = _KERNELS.get(func, func)(*args, **kwargs)
+        back = {id(low): high for high, low in known.values()}
+        pinned = func is aten._to_copy.default and given.get("non_blocking", False)
+
+        def lift(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if id(x) in back:
+                return back[id(x)]
+            if target.type != "cuda":
+                return x.pin_memory() if pinned else x
+            high = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=target)
+            if x.numel():
+                on_host(high).copy_(x)
+            return high
+
+        return tree_map(lift, out)

@@ -1,0 +1,146 @@
+"""Take a few steps of training, on the device in software or on the CPU: python -m tests.rehearsal.run FOLDER JOBS
+
+JOBS is a JSON list of `Job`. FOLDER/records.pt is the list of their `Record`s. The process must have the environment of
+`tests.rehearsal.build`, and REHEARSAL_SANITIZE=1 for torch's CUDA sanitizer; under torchrun, rank 0 writes the records.
+"""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypedDict
+from unittest.mock import patch
+
+import torch
+import torch._dynamo.utils as dynamo_utils
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch import _dynamo as dynamo
+from torch.cuda._sanitizer import enable_cuda_sanitizer
+
+from moco.composition import register
+from moco.config import TrainConfig, config_dir
+from moco.data.loader import Batch
+from moco.distributed import is_rank_zero
+from moco.interop.encoder_file import save_encoder
+from moco.methods.build import encoder_of
+from moco.training import throughput
+from moco.training.step import Measures
+from moco.training.trainer import Trainer, pretrain
+from tests.rehearsal.device import SoftDevice, Wait
+from tests.rehearsal.faults import PATCHES
+
+STEPS = 4
+SETTINGS = ["epochs=1", "batch_size=64", "optim.warmup_epochs=0", "evaluate.every_epochs=0", "analyse_every=0"]
+
+
+class Job(TypedDict):
+    """What to train."""
+
+    recipe: str  # with overrides: "simclr_digits optim.lr=0.1"
+    device: str
+    fault: str  # a name of `faults.PATCHES`, or ""
+
+
+class Record(TypedDict):
+    """What was computed."""
+
+    job: Job
+    measures: list[dict[str, Tensor]]  # of each step
+    state: dict[str, Tensor]  # of the method after the last step
+    waits: list[tuple[Wait, int]]  # with their numbers
+    products: set[tuple[str, str]]  # see `SoftDevice`
+    graph_breaks: list[str]  # where and why torch.compile left a graph
+    error: str
+
+
+class _Done(Exception):
+    """The steps are taken."""
+
+
+def configuration(recipe: str, *overrides: str) -> TrainConfig:
+    """Return the configuration of a recipe."""
+    name, *more = recipe.split()
+    register("train", TrainConfig)
+    with initialize_config_dir(config_dir(), version_base=None):
+        made = OmegaConf.to_object(compose("train", overrides=[f"experiment={name}", *overrides, *more]))
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def save_teacher(file: Path) -> str:
+    """Write an untrained network as the teacher of a distillation; return its name."""
+    config = configuration("digits")
+    torch.manual_seed(1)
+    save_encoder(file, encoder_of(config.model, config.data.channels).backbone, asdict(config), 0)
+    return str(file)
+
+
+def _capture(module: nn.Module, compiled: Any = nn.Module.compile) -> None:
+    """Capture the graphs of `compile=true`, without compiling them."""
+    compiled(module, backend="eager")
+
+
+def train(job: Job, folder: Path) -> Record:
+    """Take the steps of one job."""
+    soft = SoftDevice() if job["device"] == "cuda" else None
+    record = Record(job=job, measures=[], state={}, waits=[], products=set(), graph_breaks=[], error="")
+
+    class Steps(Trainer):
+        def _step(self, step: int, batch: Batch) -> Measures | None:
+            measures = super()._step(step, batch)
+            record["measures"].append({name: value.detach() for name, value in (measures or {}).items()})
+            return measures
+
+        def _finish_step(self, done: int) -> None:
+            super()._finish_step(done)
+            if soft is not None:
+                soft.step = done
+            if done == STEPS:
+                record["state"] = {name: value.cpu() for name, value in self.method.state_dict().items()}
+                raise _Done
+
+    settings = [*SETTINGS, f"run={folder}/run", f"device={job['device']}"]
+    if job["recipe"].startswith("distill"):
+        settings.append(f"method.teacher={save_teacher(folder / 'teacher.safetensors')}")
+    config = configuration(job["recipe"], *settings)
+    fault = patch(*PATCHES[job["fault"]]) if job["fault"] else nullcontext()
+    dynamo.reset()
+    dynamo_utils.counters.clear()
+    with (
+        patch("moco.training.trainer.Trainer", Steps),
+        patch("torch.nn.Module.compile", _capture),
+        soft or nullcontext(),
+        fault,
+    ):
+        if "REHEARSAL_SANITIZE" in os.environ:  # look for races between streams
+            enable_cuda_sanitizer()
+        try:
+            pretrain(config)
+        except _Done:
+            pass
+        except Exception as error:  # a fault that was found
+            record["error"] = f"{type(error).__name__}: {error}"
+        record["measures"] = [{name: x.cpu() for name, x in each.items()} for each in record["measures"]]
+    record["graph_breaks"] = list(dynamo_utils.counters["graph_break"])
+    if soft is not None:
+        record["waits"], record["products"] = list(soft.waits.items()), soft.products
+    return record
+
+
+def main(folder: Path, jobs: list[Any]) -> None:
+    """Run the jobs, one after the other."""
+    throughput.SIDE["cuda"] = throughput.SIDE["cpu"] = 64  # the highest rate of a product is of no interest here
+    records = []
+    for number, job in enumerate(jobs):
+        (folder / str(number)).mkdir(exist_ok=True)
+        records.append(train(job, folder / str(number)))
+    if is_rank_zero():
+        torch.save(records, folder / "records.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,147 @@
+"""Training on a GPU, rehearsed on a CUDA device in software: results, waits of the host, number types, races.
+
+All kernels are computed by the CPU, so that their own rounding and speed are not tested.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.rehearsal import build
+from tests.rehearsal.run import STEPS, Job, Record
+
+SMALL = "batch_size=32 model.bn_group_size=8"
+FLOAT32 = {("convolution", "float32"), ("product", "float32")}
+# The host may wait for the previous step: `NonFiniteGuard` reads its loss, `DelayedMaxOverRanks` the reasons to stop.
+LATE = ("moco/training/nonfinite.py", "moco/distributed.py")
+pytestmark = pytest.mark.skipif(build.missing() != "", reason=build.missing())
+
+
+def in_autocast(dtype: str) -> set[tuple[str, str]]:
+    return {("convolution", dtype), ("product", dtype), ("product", "float32")}  # the loss is in float32
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build.build(tmp_path_factory.mktemp("stand_in"))
+
+
+def job(recipe: str, device: str = "cuda", fault: str = "") -> Job:
+    return Job(recipe=recipe, device=device, fault=fault)
+
+
+def rehearse(library: Path, folder: Path, jobs: list[Job], **environment: str) -> list[Record]:
+    command = [sys.executable, "-m", "tests.rehearsal.run", str(folder), json.dumps(jobs)]
+    env = build.environment(library, 1) | environment
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    records: list[Record] = torch.load(folder / "records.pt", weights_only=False)
+    return records
+
+
+def waits(record: Record) -> list[str]:
+    """Return the places where the host waits in the third step and later."""
+    late = [wait for wait, _ in record["waits"] if wait[0] == "event" and wait[1].startswith(LATE)]
+    steady = [wait for wait, _ in record["waits"] if 2 <= wait[2] < STEPS and wait not in late]
+    return sorted({f"the host waits ({kind}): {line}" for kind, line, _ in steady})
+
+
+def differences(record: Record, reference: Record, rtol: float, atol: float) -> list[str]:
+    """Return what differs from a reference: the measures of each step, and the weights, statistics and queue after."""
+    found = [] if len(record["measures"]) == STEPS else [f"{len(record['measures'])} steps instead of {STEPS}"]
+    pairs = [("after the last step", record["state"], reference["state"])]
+    pairs += [
+        (f"step {n}", *each) for n, each in enumerate(zip(record["measures"], reference["measures"], strict=False))
+    ]
+    for where, ours, theirs in pairs:
+        found += [f"{where}: {name} is missing" for name in theirs.keys() - ours.keys()]
+        for name in theirs.keys() & ours.keys():
+            if not torch.allclose(ours[name].double(), theirs[name].double(), rtol, atol, equal_nan=True):
+                found.append(f"{where}: {name} differs by {(ours[name] - theirs[name]).abs().max():.3g}")
+    return found
+
+
+def problems(record: Record, reference: Record | None = None, products: set[tuple[str, str]] = FLOAT32) -> list[str]:
+    """Return all that is wrong with a rehearsed training; nothing if it is right."""
+    found = [record["error"]] if record["error"] else []
+    found += waits(record)
+    found += [f"{operation} in {dtype}" for operation, dtype in sorted(record["products"] - products)]
+    found += [f"no {operation} in {dtype}" for operation, dtype in sorted(products - record["products"])]
+    return found + (differences(record, reference, 1e-5, 1e-6) if reference else [])
+
+
+def check_recipes(library: Path, folder: Path, recipes: list[str]) -> None:
+    recipes = [f"{recipe} {SMALL} precision=fp32" for recipe in recipes]
+    records = rehearse(library, folder, [job(recipe, device) for recipe in recipes for device in ("cuda", "cpu")])
+    found = zip(recipes, records[::2], records[1::2], strict=True)
+    assert {recipe: problems(cuda, cpu) for recipe, cuda, cpu in found} == {key: [] for key in recipes}
+
+
+@pytest.mark.slow
+def test_steps_on_the_device_equal_those_on_the_cpu_and_wait_for_nothing(library: Path, tmp_path: Path) -> None:
+    check_recipes(library, tmp_path, ["digits", "moco_v3_digits", "simclr_digits"])
+
+
+@pytest.mark.long
+def test_other_methods(library: Path, tmp_path: Path) -> None:
+    check_recipes(library, tmp_path, ["nnclr_digits", "ressl_digits", "distill_digits", "supmoco_digits"])
+
+
+@pytest.mark.long
+def test_variants_of_the_step(library: Path, tmp_path: Path) -> None:
+    switches = "digits_switches method.margin=0.1 method.mix_hardest=64 method.mix_pairs=16"
+    more = ["accumulate=2", "method.symmetric=true", "optim=lars_cosine", "method.temperature_schedule=learned"]
+    check_recipes(library, tmp_path, [*(f"digits {each}" for each in more), switches, "supcon_digits"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", "bfloat16"), pytest.param("fp16", "float16", marks=pytest.mark.long)]
+)
+def test_autocast(library: Path, tmp_path: Path, precision: str, dtype: str) -> None:
+    recipe = f"digits {SMALL} precision="
+    half, single = rehearse(library, tmp_path, [job(recipe + precision), job(recipe + "fp32", "cpu")])
+    for ours, theirs in zip(half["measures"], single["measures"], strict=True):
+        assert ours["loss"].dtype == torch.float32
+        torch.testing.assert_close(ours["loss"], theirs["loss"], rtol=2e-3, atol=0)
+    found = problems(half, products=in_autocast(dtype))
+    # fp16's scaler skips steps: the host waits for every gradient
+    assert [each for each in found if precision == "bf16" or "_check_finite" not in each] == []
+
+
+@pytest.mark.slow
+def test_streams_do_not_race_and_a_missing_wait_would_be_found(library: Path, tmp_path: Path) -> None:
+    recipe = f"digits {SMALL}"
+    jobs = [job(recipe), job(recipe, fault="no wait for the batch")]
+    right, wrong = rehearse(library, tmp_path, jobs, REHEARSAL_SANITIZE="1")
+    assert problems(right) == []
+    assert wrong["error"].startswith("CUDASanitizerErrors")
+
+
+@pytest.mark.slow
+def test_planted_faults_are_found(library: Path, tmp_path: Path) -> None:
+    messages = {
+        "host tensor": "tensors on cuda and on cpu",
+        "mask on the host": "tensors on cuda and on cpu",
+        "item": "the host waits (item): tests/rehearsal/faults.py:",
+        "waiting copy": "the host waits (copy from cpu to cuda): tests/rehearsal/faults.py:",
+        "no autocast": "convolution in float32",
+        "TF32": "convolution in TF32",
+    }
+    precision = {"no autocast": "bf16"}
+    jobs = [job(f"digits {SMALL} precision={precision.get(fault, 'fp32')}", fault=fault) for fault in messages]
+    for record, message in zip(rehearse(library, tmp_path, jobs), messages.values(), strict=True):
+        expected = in_autocast("bfloat16") if record["job"]["fault"] in precision else FLOAT32
+        assert [each for each in problems(record, products=expected) if message in each], record["job"]
+
+
+@pytest.mark.long
+def test_compiled_networks_are_single_graphs(library: Path, tmp_path: Path) -> None:
+    recipe = f"digits {SMALL} compile=true"
+    whole, broken = rehearse(library, tmp_path, [job(recipe, "cpu"), job(recipe, "cpu", "graph break")])
+    assert problems(whole, products=set()) + whole["graph_breaks"] == []
+    assert "graph_break()" in broken["graph_breaks"][0]
