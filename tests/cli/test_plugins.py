@@ -135,7 +135,7 @@ def test_the_commands_read_a_run_with_its_plugins(trained: Path, run: Run) -> No
     assert json.loads(Path("features/features.json").read_text())["plugins"].keys() == plugins.versions().keys()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:data.hold_out=0.2 holds out images")
 def test_evaluations_and_studies_use_the_plugins(trained: Path, run: Run) -> None:
     few = ["threads=1", "device=cpu", "data.workers=0"]

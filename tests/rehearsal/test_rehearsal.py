@@ -98,10 +98,8 @@ def test_variants_of_the_step(library: Path, tmp_path: Path) -> None:
     check_recipes(library, tmp_path, [*(f"digits {each}" for each in more), switches, "supcon_digits"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16", "bfloat16"), pytest.param("fp16", "float16", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
 def test_autocast(library: Path, tmp_path: Path, precision: str, dtype: str) -> None:
     recipe = f"digits {SMALL} precision="
     half, single = rehearse(library, tmp_path, [job(recipe + precision), job(recipe + "fp32", "cpu")])
