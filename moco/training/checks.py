@@ -41,7 +41,7 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     for sentence in config.method.advice(config):
         _warn(sentence)
     if config.model.options.get("pretrained"):
-        check_normalization(config, "model.options.pretrained=true", published_images(config.model.backbone))
+        warn_of_other_normalization(config, "model.options.pretrained=true", published_images(config.model.backbone))
     _check_queue(config, plan)
     _check_batch_norm(config)
 
@@ -74,7 +74,7 @@ def _check_labels(config: TrainConfig, sources: Sources | None) -> None:
     )
 
 
-def check_normalization(config: TrainConfig, trained: str, images: Mapping[str, Any]) -> None:
+def warn_of_other_normalization(config: TrainConfig, trained: str, images: Mapping[str, Any]) -> None:
     """Warn if the start weights were trained on images with another mean or standard deviation.
 
     Args:

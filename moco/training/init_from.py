@@ -12,7 +12,7 @@ from moco.interop.foreign import State
 from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size, with_positions_of
 from moco.models.first_layer import input_channels, with_channels_of
-from moco.training.checks import check_normalization
+from moco.training.checks import warn_of_other_normalization
 
 
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
@@ -54,7 +54,7 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
         load_all(backbone, weights, complaint)
         if with_head:
             load_all(network.get_submodule("head"), each.head_weights, complaint)
-    check_normalization(config, f"init_from={path}", file.images)
+    warn_of_other_normalization(config, f"init_from={path}", file.images)
     if (file.backbone, file.options) != (model.backbone, model.options):
         _refuse_other_features(config, file, encoder.get_submodule("backbone"))
     reason = "does not fit" if file.head_weights else "is not in the file"
