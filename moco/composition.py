@@ -167,6 +167,7 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     With --multirun, Hydra writes multirun.yaml to the directory `scratch`. It writes no other file.
     """
     store = ConfigStore.instance()
+    store.repo = _Shared(store.repo)
     store.store(name=f"{name}_schema", node=schema)
     for each in fields(schema):
         for option, node in SCHEMAS.get(each.type, {}).items():
@@ -178,6 +179,16 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
     quiet |= {"sweep": {"dir": scratch, "subdir": "."}, "hydra_help": {"template": "${hydra.help.template}"}}
     store.store(name="quiet", node={"hydra": quiet}, package="_global_")
     OmegaConf.register_new_resolver("groups", _groups, replace=True)
+
+
+class _Shared(dict[str, Any]):
+    """Hydra's registered configs, not copied: for --help, Hydra copies all of them once per group.
+
+    Hydra copies each config again when it loads it.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
+        return self
 
 
 def _options_of_plugins() -> dict[str, list[str]]:
