@@ -23,7 +23,8 @@ class EmbedConfig(SubjectConfig):
     dtype: str = bounded("float32", choices=("float32", "float16"))
     """Number format of the features. float16 takes half the disk space."""
     table: str = bounded("csv", choices=("csv", "parquet"))
-    """Format of the table with the image of each row: csv (index.csv), or parquet (index.parquet, needs pyarrow)."""
+    """Format of the table with the image of each row and its classes: csv (index.csv), or parquet (index.parquet, needs
+    pyarrow). Several classes of an image are a list in Parquet, and in CSV a text with data.label_separator, or ;."""
     on_bad_image: str = bounded("stop", choices=("stop", "skip"))
     """On unreadable images: stop (the command ends and names the image), or skip (unreadable.csv lists them)."""
 

@@ -166,6 +166,13 @@ def labels_at(labels: Labels | None, rows: NDArray[np.int64]) -> Labels | None:
     return None if labels is None else labels[rows]
 
 
+def classes_of(source: Source, i: int) -> list[int] | None:
+    """Return the indices of the classes of image i: one, or any number with `multi_labels`; None if unlabeled."""
+    if source.multi_labels is not None:
+        return [int(each) for each in np.flatnonzero(source.multi_labels[i])]
+    return None if source.labels is None else [int(source.labels[i])]
+
+
 def in_threads(read: Callable[[int], T], rows: Sequence[int], progress: Progress | None = None) -> list[T]:
     """Call `read` for every row, in threads, because decoders release the interpreter lock; return the results.
 

@@ -22,6 +22,7 @@ from moco.config.subject import SubjectConfig
 from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
 from moco.data.image_facts import ODDITIES, ImageFacts, Moments, image_facts
+from moco.data.label_table import label_facts, show_labels
 from moco.data.opening import class_counts, opening_lines
 from moco.data.pixel_format import RGB
 from moco.data.sources import load_source
@@ -185,6 +186,7 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
             if findings.counts[kind]
         }
 
+    splits = dict(zip(("training", "held_out"), folders, strict=False))
     ignored = sum((Counter(folder.ignored) for folder in folders), Counter[str]())
     return {
         "provenance": provenance(),
@@ -197,7 +199,8 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         "odd": described(ODDITIES),
         "duplicates": duplicates(folders, findings),
         "ignored": dict(ignored.most_common()),
-        "classes": {name: class_counts(each) for name, each in zip(("training", "held_out"), folders, strict=False)},
+        "classes": {name: class_counts(each) for name, each in splits.items()},
+        "labels": {name: label_facts(each) for name, each in splits.items()},
         "formats": dict(findings.formats.most_common()),
         "sizes": size_distribution(findings.sizes[findings.sizes[:, 0] > 0]),
     }
@@ -273,4 +276,5 @@ def show(report: dict[str, Any], output: Path) -> None:
         rows.append([side, "", marks, "smallest / 5 % / median / 95 % / largest"])
     title = f"{report['pictures']:,} images, {report['bytes'] / 1e9:,.3f} GB"
     table(title, ["", "files", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
+    show_labels(report["labels"])
     log(f"the files of each kind: {output}")

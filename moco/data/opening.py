@@ -103,7 +103,8 @@ def class_line(source: Source) -> str:
         more = f" and {len(counts) - MOST_CLASSES:,} more; {smallest:,} to {largest:,} images each"
     if source.multi_labels is not None:
         each = source.multi_labels.sum(axis=1)
-        more += f"; {each.mean():.2f} labels per image, {np.count_nonzero(each == 0):,} images have none"
+        none = np.count_nonzero(each == 0)
+        more += f"; {each.mean():.2f} labels per image, {none:,} image{' has' if none == 1 else 's have'} none"
     return f"{len(counts):,} classes: {shown}{more}"
 
 

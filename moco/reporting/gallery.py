@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.data.base import Source
+from moco.data.base import Source, classes_of
 from moco.data.pixel_format import preview
 from moco.reporting.markup import resource, write_page
 
@@ -65,10 +65,15 @@ class ImageSet:
     def name(self, i: int) -> str:
         return self.source.name(int(self.rows[i]))
 
+    def classes(self, i: int) -> list[str] | None:
+        """Return the names of the image's classes: one, or any number if images can have several; None if unlabeled."""
+        found = classes_of(self.source, int(self.rows[i]))
+        return None if found is None else [self.source.classes[each] for each in found]
+
     def label(self, i: int) -> str | None:
-        """Return the name of the class; None without labels."""
-        labels = self.source.labels
-        return None if labels is None else self.source.classes[int(labels[self.rows[i]])]
+        """Return the names of the image's classes as one text; None if unlabeled."""
+        classes = self.classes(i)
+        return None if classes is None else ", ".join(classes) or "no label"
 
     def caption(self, i: int) -> str:
         label = self.label(i)

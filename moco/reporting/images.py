@@ -122,14 +122,15 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
     at = {int(row): i for i, row in enumerate(references.rows)} if references.source is shown.source else {}
     exclude = np.array([at.get(int(shown.rows[i]), -1) for i in queries], np.int64)
     scores, found = nearest(references.features, shown.features[queries], config.neighbours, exclude)
+    yes, no = ("a common", "no common") if shown.source.multi_labels is not None else ("same", "different")
     sections, same_label = [], 0
     for i, near, similarities in zip(queries.tolist(), found.tolist(), scores.tolist(), strict=True):
-        label = shown.label(i)
+        classes = shown.classes(i)
         tiles = [Tile(shown.image(i), "query", shown.caption(i), marked=True)]
         for row, similarity in zip(near, similarities, strict=True):
-            same = references.label(row) == label
+            same = bool(set(classes or ()) & set(references.classes(row) or ()))
             same_label += same
-            mark = "" if label is None else "✓ same label" if same else "✗ different label"
+            mark = "" if classes is None else f"✓ {yes} label" if same else f"✗ {no} label"
             tiles.append(Tile(references.image(row), f"{similarity:.3f}", references.caption(row), mark))
         sections.append((shown.caption(i), tiles))
     caption = (
@@ -137,7 +138,8 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
         "number is the cosine similarity of the backbone features (1: same direction)."
     )
     if shown.label(0) is not None:
-        caption += f" {same_label} of the {found.size} neighbors below have their query's label."
+        shared = "share a label with their query" if yes == "a common" else "have their query's label"
+        caption += f" {same_label} of the {found.size} neighbors below {shared}."
     return sections, caption
 
 

@@ -147,13 +147,15 @@ def evaluations(run: Run) -> Markup:
         newest[key] = entry
     if not newest:
         if not run.labeled:
-            return paragraph(f"None: the images have no labels. To look at the encoder: {run.next_commands()[0]}")
+            none = "None, and no labeled held-out images are known. To look at the encoder:"
+            return paragraph(f"{none} {run.next_commands()[0]}")
         return paragraph(f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
     rows, more = [], []
     for entry in newest.values():
         results, name = entry["figures"], f"{entry.get('command', '?')}, {entry.get('protocol', '?')}"
-        top1 = f"{percent(results.get('top1'))} {_spread(results)}".strip()
-        rows.append([name, str(entry.get("encoder", "?")), top1, percent(results.get("top5"))])
+        main = _main_figure(results)
+        score = f"{'mAP ' * (main == 'mAP')}{percent(results.get(main))} {_spread(results)}".strip()
+        rows.append([name, str(entry.get("encoder", "?")), score, percent(results.get("top5"))])
         more.append([f"{name}, {entry.get('encoder', '?')}", _details(entry)])
     shown = part("table", "Accuracy on held-out images", ["evaluation", "encoder", "top-1 %", "top-5 %"], rows)
     return shown + folded("Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more))
@@ -164,16 +166,23 @@ def _details(entry: Mapping[str, Any]) -> str:
     results = entry["figures"]
     images = results.get("count") or entry.get("data", {}).get("held_out", "?")
     made = str(entry.get("time", "?"))[:16].replace("T", " ")
-    shown = {"top1", "top5", "count", "std", "draws", "top1_half_width95"}
+    main = _main_figure(results)
+    shown = {main, f"{main}_half_width95", "top5", "count", "std", "draws"}
     others = [(name, value) for name, value in results.items() if name not in shown and isinstance(value, int | float)]
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in others)
     return f"{images} images, step {entry.get('step', '?')}, {made}" + (f"; {metrics}" if metrics else "")
 
 
+def _main_figure(results: Mapping[str, Any]) -> str:
+    """Return the name of the first figure: the mAP if images have several labels each, and so no top-1 accuracy."""
+    return "mAP" if "mAP" in results and "top1" not in results else "top1"
+
+
 def _spread(results: Mapping[str, Any]) -> str:
-    """Describe the uncertainty of the top-1 accuracy."""
-    if results.get("top1_half_width95") is not None:
-        return f"± {results['top1_half_width95']:.1f} (95 % over seeds)"
+    """Describe the uncertainty of the main figure."""
+    half = results.get(f"{_main_figure(results)}_half_width95")
+    if half is not None:
+        return f"± {half:.1f} (95 % over seeds)"
     if results.get("std") is not None:
         return f"± {results['std']:.1f} over {results.get('draws', '?')} draws"
     interval = results.get("interval95")

@@ -32,7 +32,8 @@ from moco.evaluation.features import stream
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.plugins import recorded
-from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, pyarrow
+from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding
+from moco.retrieval.table import check_table
 from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command, named_images
@@ -75,11 +76,10 @@ def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device
         ImageError: for an unreadable image, unless on_bad_image=skip.
         FloatingPointError: for features that are not finite in the configured dtype.
     """
-    if config.table == "parquet":
-        pyarrow()  # fail now, not after hours
-    name = subjects.data_config(config, subject).name
+    data = subjects.data_config(config, subject)
     source = getattr(subjects.open_data(config, subject), config.split)
-    require(source is not None, f"split={config.split} does not exist in data.name={name}: set split=train")
+    require(source is not None, f"split={config.split} does not exist in data.name={data.name}: set split=train")
+    check_table(source, config.table, data.label_separator)  # now, not after hours
     network = build_network(subject.file, config.features, config.normalize, device)
     work = _Work(config, subject, source, network, device)
     about = _about(work)
@@ -88,7 +88,7 @@ def compute(config: EmbedConfig, subject: subjects.Subject, folder: Path, device
         state = on_rank_zero(lambda: begin(folder, about))
         if state is not None:
             _compute_missing(work, state, folder)
-        on_rank_zero(lambda: finish(folder, source, config.table, state))
+        on_rank_zero(lambda: finish(folder, source, config.table, data.label_separator, state))
     return replace(open_embedding(folder, source), computed=state is not None)
 
 

@@ -210,8 +210,9 @@ def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> list[tuple[int, fl
 
 
 def _entry(images: ImageSet, row: int, **values: Any) -> Entry:
-    label = images.label(row)
-    return {"row": row, "path": images.name(row)} | ({} if label is None else {"class": label}) | values
+    classes, several = images.classes(row), images.source.multi_labels is not None
+    named = {"classes": classes} if several else {} if classes is None else {"class": classes[0]}
+    return {"row": row, "path": images.name(row)} | named | values
 
 
 def _tile(images: ImageSet, row: int, headline: str, detail: str = "", marked: bool = False) -> Tile:

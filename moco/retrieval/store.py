@@ -7,25 +7,24 @@ images were skipped.
 Legend: D dimension.
 """
 
-import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moco.config.base import ConfigError, optional_module, require
+from moco.config.base import ConfigError, require
 from moco.data.sources import Source
-from moco.files import atomic_write, reserve, write_csv, write_json
+from moco.files import reserve, write_csv, write_json
 from moco.reporting.gallery import ImageSet
+from moco.retrieval.table import write_table
 from moco.untrusted import read_json
 
 FEATURES, PARTIAL, PROGRESS, ABOUT = "features.npy", "features.part.npy", "progress.json", "features.json"
 _SELECTED = "features.tmp.npy"  # the readable rows of PARTIAL
-_ROWS_AT_ONCE = 65_536  # rows of a table or of features in memory
+_ROWS_AT_ONCE = 65_536  # rows of features in memory
 
 About = dict[str, Any]
 """The content of features.json: encoder, images and settings. progress.json also has the number of completed chunks."""
@@ -128,8 +127,8 @@ def _refuse_other(folder: Path, there: About, now: About) -> None:
     )
 
 
-def finish(folder: Path, source: Source, table: str, state: About | None) -> None:
-    """Write the table ("csv" or "parquet") and give the files their final names, features.npy last.
+def finish(folder: Path, source: Source, table: str, separator: str, state: About | None) -> None:
+    """Write the table (see `write_table`) and give the files their final names, features.npy last.
 
     Without a state the output is already complete, and only a missing table is written.
     """
@@ -140,9 +139,7 @@ def finish(folder: Path, source: Source, table: str, state: About | None) -> Non
     if state is None and (folder / f"index.{table}").exists():
         return
     ids = [i for i in range(len(source)) if i not in unreadable]
-    write_table = _write_parquet if table == "parquet" else write_csv
-    columns = ["row", "id", "path", *(["label", "class"] if source.labels is not None else [])]
-    write_table(folder / f"index.{table}", columns, _lines(source, ids))
+    write_table(folder, source, ids, table, separator)
     if state is None:
         return
     features = folder / PARTIAL
@@ -179,31 +176,3 @@ def _read(path: Path) -> About:
     if not isinstance(about, dict) or not {"encoder", "pictures", "unreadable"} <= about.keys():
         raise ConfigError(f"{path} is not from moco.embed: choose another output")
     return about
-
-
-def _lines(source: Source, ids: Sequence[int]) -> Iterator[list[Any]]:
-    """Yield row (in the features), id (in the source) and name of each image; label and class if there are labels."""
-    for row, i in enumerate(ids):
-        line: list[Any] = [row, i, source.name(i)]
-        if source.labels is not None:
-            label = int(source.labels[i])
-            line += [label, source.classes[label]]
-        yield line
-
-
-def _write_parquet(path: Path, columns: Sequence[str], lines: Iterator[Sequence[Any]]) -> None:
-    arrow, parquet = pyarrow(), pyarrow("pyarrow.parquet")
-    text = {"path", "class"}
-    schema = arrow.schema([(name, arrow.string() if name in text else arrow.int64()) for name in columns])
-    with atomic_write(path) as temporary, parquet.ParquetWriter(str(temporary), schema) as writer:
-        while part := list(islice(lines, _ROWS_AT_ONCE)):
-            values = {name: list(column) for name, column in zip(columns, zip(*part, strict=True), strict=True)}
-            # Parquet's strings are UTF-8: other bytes of a path are written as escapes.
-            for name in text & values.keys():
-                values[name] = [os.fsencode(each).decode("utf-8", "backslashreplace") for each in values[name]]
-            writer.write_table(arrow.table(list(values.values()), schema=schema))
-
-
-def pyarrow(module: str = "pyarrow") -> Any:
-    """Return pyarrow or a module of it; raise ConfigError if it is not installed."""
-    return optional_module(module, "table=parquet", "parquet", ", or set table=csv")

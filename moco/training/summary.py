@@ -128,7 +128,9 @@ def summarize(trainer: "Trainer") -> None:
     ]
     summary_panel("already finished" if trainer.start == plan.total_steps else "done", rows)
     data = (config.data.name, config.data.root)
-    for each in next_commands(config.run, *data, labeled=trainer.live.measure == "knn"):
+    sources = trainer.sources
+    several = sources.train.multi_labels is not None and sources.held_out is not None
+    for each in next_commands(config.run, *data, labeled=trainer.live.measure == "knn" or several):
         log_next(each)
     log_next(command("moco.report", SubjectConfig(), run=config.run, **named_images(*data)))
     if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):

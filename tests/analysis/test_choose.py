@@ -22,6 +22,7 @@ from moco.interop.encoder_file import build, read_encoder
 from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
 from moco.runs import checkpoint
+from tests.data.images import folder
 
 AUGMENT = AugmentConfig(size=16, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], mean=[0.5] * 3, std=[0.5] * 3)
 
@@ -177,6 +178,20 @@ def test_given_data_replaces_that_of_the_runs(
     assert re.search(r"next: python -m moco\.embed .*data\.root=moved", capsys.readouterr().out)
     with pytest.raises(ConfigError, match=r"data\.hold_out=0\.1"):
         command(config(tmp_path / "out", *runs, data=SubjectDataConfig(hold_out=0.1)))
+
+
+def test_several_labels_leave_the_measures_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"{i:02}.png" for i in range(8)]
+    folder(tmp_path / "images", len(names))
+    rows = [f"{name},{('a|b', 'a', 'b', '')[i % 4]},{'test' if i > 4 else 'train'}" for i, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *rows]))
+    table: dict[str, Any] = {"label_file": str(tmp_path / "labels.csv"), "label_separator": "|"}
+    made = run(tmp_path / "a", (1, 2, 3), name="folder", root=str(tmp_path / "images"), workers=0, **table)
+    points = choose(config(tmp_path / "out", made))
+    assert [point.accuracies for point in points] == [{}] * 3
+    text = capsys.readouterr().out
+    assert "no accuracy is measured here; moco.knn and moco.linear measure the mAP" in text
+    assert "next: python -m moco.embed" in text
 
 
 def test_two_checkpoints_of_one_run_are_no_choice(tmp_path: Path) -> None:

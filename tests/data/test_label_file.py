@@ -67,7 +67,7 @@ def test_a_separator_gives_each_image_any_number_of_labels(root: Path) -> None:
     assert resident.multi_labels is not None
     assert resident.subset(np.array([0])).multi_labels.tolist() == [[True, True, False]]  # type: ignore[union-attr]
     assert opening_lines(sources) == [
-        "3 classes: cat (1), dog (1), owl (0); 1.00 labels per image, 1 images have none",
+        "3 classes: cat (1), dog (1), owl (0); 1.00 labels per image, 1 image has none",
         "no held-out image of: dog",
     ]
 

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from moco.analysis import alignment, alpha_req, rank_me, uniformity
 from moco.analysis.studies import open_study
-from moco.analysis.studies.outputs import VOTE_TEMPERATURE, Outputs, augmented_views, encode, plain_features
+from moco.analysis.studies.outputs import (
+    VOTE_TEMPERATURE,
+    Outputs,
+    augmented_views,
+    encode,
+    note_several_labels,
+    plain_features,
+)
 from moco.config import ConfigError, require
 from moco.config.choose import ChooseConfig
 from moco.config.subject import SubjectConfig
@@ -122,6 +129,8 @@ def choose(config: ChooseConfig) -> list[Point]:
     images = limited(sources.train, config.images)
     require(len(images) >= 2, f"the data set has {len(images)} training image to measure: at least 2 are needed")
     bank, held_out = sources.bank, sources.held_out
+    if config.labels:
+        note_several_labels(sources.train)
     if config.labels and bank is not None and held_out is not None and (copies := count_copies(bank, held_out)):
         log(copies_message(copies, len(held_out)))
     points, total = [], sum(map(len, files.values()))

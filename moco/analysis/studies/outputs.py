@@ -17,6 +17,7 @@ from moco.data.view import draw, draw_crop
 from moco.evaluation.features import EvalTransform, extract
 from moco.interop.encoder_file import EncoderFile, build
 from moco.models.encoder import Encoder
+from moco.runtime.console import log
 
 BATCH = 256  # images or queries per batch; bounds the memory, does not change results
 VOTE_TEMPERATURE = 0.1  # T of the kNN votes: a neighbor's weight is exp(similarity / T); has no effect with k = 1
@@ -72,3 +73,9 @@ def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> 
 def in_parts(network: nn.Module, inputs: Tensor) -> Tensor:
     """Compute a network's outputs for `BATCH` inputs at a time, float32."""
     return torch.cat([network(part).float() for part in inputs.split(BATCH)])
+
+
+def note_several_labels(source: Source) -> None:
+    """Say why a study of images with several labels each measures no accuracy."""
+    if source.multi_labels is not None:
+        log("images with several labels each: no accuracy is measured here; moco.knn and moco.linear measure the mAP")

@@ -19,6 +19,7 @@ from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation
 from moco.analysis.studies.measures import Run, measure
+from moco.analysis.studies.outputs import note_several_labels
 from moco.config import ComputeConfig, ConfigError, DataConfig, config_dir, require
 from moco.config.subject import SubjectConfig
 from moco.config.temperature import TemperatureConfig
@@ -189,6 +190,7 @@ def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: 
     given = {"root": root} if (root := trained["data"]["root"]) in _given_roots(config) else {}
     data = recorded_data(trained["data"], given, source, trusted=True, fix=fix)
     sources = open_sources(DataConfig(**data), bank_size=trained["evaluate"]["bank_size"])
+    note_several_labels(sources.train)
     runs = []
     with progress_bar("measuring", quiet=False) as progress:
         for number, (temperature, seed, folder) in enumerate(finished, 1):
