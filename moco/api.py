@@ -30,7 +30,7 @@ class LoadedEncoder(nn.Module):
     """A backbone with the preparation of its images: `encoder(encoder.transform(image)[None])` is (1, D).
 
     Attributes:
-        backbone: the network, in eval mode, without gradients: images (N, 3, S, S) to features (N, D).
+        backbone: the network, in eval mode, without gradients: images (N, C, S, S) to features (N, D).
         transform: a transform of torchvision (v2) for one image: a PIL image, an RGB array (H, W, 3), or a uint8 tensor
             (3, H, W), to a float tensor (3, S, S). For images of C other channels, or of another type than uint8: an
             array (H, W, C) or a tensor (C, H, W), of the type that the run had, to a float tensor (C, S, S).

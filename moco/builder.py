@@ -39,29 +39,30 @@ from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import copy_to_device, gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 
-UNKNOWN = -1  # the sample index of a random key, which shows no image
+UNKNOWN = -1  # the image index of a random key, which shows no image
 NO_CLASS = torch.iinfo(torch.int64).min  # the class of a random key; no image has this class
-STREAM_FROM = 2**22  # logits, N x K, from which the loss is streamed: 16 MiB of float32, more than caches hold
+# With this many logits (N x K) or more, the loss does not store them: 16 MiB of float32 are more than caches hold.
+STREAM_FROM = 2**22
 
 
-def separate_unknown(labels: Tensor) -> Tensor:
-    """Return labels (samples,) in which each unknown sample, with a label below 0, is a class of its own."""
+def separate_unlabeled(labels: Tensor) -> Tensor:
+    """Return labels (images,) in which each unlabeled image, with a label below 0, is a class of its own."""
     return torch.where(labels < 0, -1 - torch.arange(len(labels), device=labels.device), labels)
 
 
 class KeyQueue(nn.Module):
-    """The dictionary: a ring buffer of the K newest keys and the samples that they show.
+    """The dictionary: a ring buffer of the K newest keys and the indices of the images that they show.
 
     Args:
         size: K.
         dim: C.
         start: "random": filled with random unit vectors that count as negatives, as in the official code. "empty": an
             entry is a negative only after a key is stored in it.
-        mask_own_keys: exclude the stale keys of a query's own image from its negatives.
+        mask_own_keys: exclude the older keys of a query's own image from its negatives.
     """
 
     keys: Tensor  # (K, C), unit length
-    index: Tensor  # (K,), the sample that each key shows, or UNKNOWN
+    index: Tensor  # (K,), the index of the image that each key shows, or UNKNOWN
     count: Tensor  # (), number of keys enqueued so far; the next one goes to slot count % K
 
     def __init__(self, size: int, dim: int, start: str = "random", mask_own_keys: bool = True) -> None:
@@ -77,9 +78,9 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Replace the oldest keys by those of the global batch, (W n, C), with their sample indices, (W n,).
+        """Replace the oldest keys by those of the global batch, (W n, C), with their image indices, (W n,).
 
-        The ring wraps around for any n; of more than K keys the newest K stay.
+        The ring wraps around for any n; if there are more than K keys, the newest K stay.
         """
         dropped = max(0, len(keys) - self.size)
         # `count` is on the device: a Python int would make the host wait for the device.
@@ -106,7 +107,7 @@ class KeyQueue(nn.Module):
         return (torch.arange(self.size, device=self.count.device) < self.count)[None]
 
     def negatives(self, index: Tensor) -> Tensor | None:
-        """Return the negatives of queries with sample indices (N,), boolean (N, K) or (1, K); None means all."""
+        """Return the negatives of queries with image indices (N,), boolean (N, K) or (1, K); None means all."""
         allowed = self.filled_mask()  # (1, K)
         if self.mask_own_keys:
             others = self.index != index[:, None]  # (N, K)
@@ -127,7 +128,7 @@ def encode_keys(
 
     Args:
         encoder: f_k.
-        images: (n, 3, S, S).
+        images: (n, channels, S, S).
         shuffle: a permutation of the global batch (0 ... W n - 1). With it, BN normalizes a key in another group than
             its query, so that BN's statistics do not reveal the positive (paper, section 3.3). None: no shuffling.
         micro_batch: number of images per forward pass; None: all.
@@ -148,7 +149,7 @@ def queue_info_nce(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return InfoNCE(q, k, queue), shape (), and measures of its logits, without storing the logits (N, 1 + K).
 
-    `q` and `k` have shape (N, C); `index`, (N,), holds the sample indices.
+    `q` and `k` have shape (N, C); `index`, (N,), holds the image indices.
     """
     filled, samples = queue.filled_mask(), (index, queue.index) if queue.mask_own_keys else None
     streamed = info_nce_streamed(q, k, queue.keys, temperature, filled, samples=samples, decoupled=decoupled)
@@ -201,12 +202,12 @@ class MoCo(nn.Module):
     """MoCo v1, v2 (one direction) and v2+ (symmetric).
 
     Args:
-        encoder: f_q, images (N, 3, S, S) to embeddings (N, C). f_k starts as its copy.
+        encoder: f_q, images (N, channels, S, S) to embeddings (N, C). f_k starts as its copy.
         queue: the dictionary of keys.
         temperature: T, or a temperature that is trained.
         symmetric: also use the second view as the query and the first one as its key (v2+).
         reduction: of the losses of both directions: "sum" (the official notebook) or "mean".
-        labels: the class of each sample of the data set, integers (samples,), -1 if unknown: keys of the query's class
+        labels: the class of each image of the data set, integers (images,), -1 if unlabeled: keys of the query's class
             in the queue are positives too (SupMoCo).
         switches: changes to InfoNCE.
         seed: determines, with the step, the random numbers for mixed negatives.
@@ -236,7 +237,7 @@ class MoCo(nn.Module):
         self.directions = [(0, 1), (1, 0)] if symmetric else [(0, 1)]
         self.passes = len(self.directions)
         self.step = 0
-        self.register_buffer("labels", None if labels is None else separate_unknown(labels), persistent=False)
+        self.register_buffer("labels", None if labels is None else separate_unlabeled(labels), persistent=False)
 
     def encode_keys(
         self,
@@ -246,7 +247,7 @@ class MoCo(nn.Module):
     ) -> dict[int, Tensor]:
         """Return the keys of the local batch, {view: (n, C)}, of each view that serves as a key.
 
-        `views` are images (n, 3, S, S); `shuffles` has one permutation per view. See the function `encode_keys`.
+        `views` are images (n, channels, S, S); `shuffles` has one permutation per view. See the function `encode_keys`.
         """
         shuffled = [None] * len(views) if shuffles is None else shuffles
         key_views = [key_view for _, key_view in self.directions]
@@ -256,9 +257,9 @@ class MoCo(nn.Module):
         """Compute the loss of one micro-batch against the queue before this step.
 
         Args:
-            views: V tensors (N, 3, S, S).
+            views: V tensors (N, channels, S, S).
             keys: {view: (n, C)} of the local batch, from `encode_keys`.
-            index: the sample indices of the micro-batch, (N,).
+            index: the image indices of the micro-batch, (N,).
             start: position of the micro-batch in the local batch.
         """
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
@@ -286,7 +287,7 @@ class MoCo(nn.Module):
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
         """Enqueue the new keys of all ranks: all keys of the first view, then those of the second.
 
-        `keys` are the `Output.new_keys` of the local batch, (n, E, C), and `index` its sample indices, (n,).
+        `keys` are the `Output.new_keys` of the local batch, (n, E, C), and `index` its image indices, (n,).
         """
         index = gather(index)  # (W n,)
         for k in gather(keys.flatten(1)).split(keys.shape[2], dim=1):  # (W n, E C) -> E times (W n, C)
@@ -315,7 +316,7 @@ class MoCo(nn.Module):
     def _uniforms(self, view: int, first: int, index: Tensor) -> Tensor | None:
         """Return random numbers for mixing, (N, draws), for the queries from position `first` of the global batch.
 
-        They depend on seed, step, position and view; not on the sample index, for which the host would wait.
+        They depend on seed, step, position and view, not on `index`: to read it, the host would wait for the device.
         """
         if not self.switches.draws:
             return None

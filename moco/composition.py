@@ -58,7 +58,7 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
             run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
             try:
                 run(lambda config: composed.append(_with_recipe(config)))()
-            except TypeError as error:  # Hydra's, for a group with a list like [1,2]; it names no group
+            except TypeError as error:  # from Hydra for a list, data=[1,2]; it does not name the group
                 lists = [each for each in sys.argv[1:] if re.match(r"[\w/+@]+=\[", each)]
                 raise ConfigError(f"{' '.join(lists or sys.argv[1:])}: a group takes one name, group=NAME") from error
         if len(composed) > 1:
@@ -95,10 +95,10 @@ def _names(value: Any) -> list[str]:
 
 
 def _refuse_unloaded_plugins(config: Any) -> None:
-    """Refuse plug-ins that another file than the recipe names, such as one among the recipe's defaults."""
+    """Refuse plug-ins that were not imported: a file other than the recipe names them, such as one of its defaults."""
     unloaded = [each for each in config.plugins if each not in plugins.versions()]
     named = f"plugins=[{','.join(config.plugins)}]"
-    require(not unloaded, f"{named} stands neither on the command line nor in the recipe's own file: add {named}")
+    require(not unloaded, f"{named} is neither on the command line nor in the recipe's own file: add {named}")
 
 
 def _with_recipe(config: DictConfig) -> DictConfig:
@@ -162,7 +162,7 @@ def _refuse_shared_output(composed: list[DictConfig], names: Iterable[str]) -> N
 
 
 def register(name: str, schema: type, scratch: str = ".") -> None:
-    """Register the entries of the defaults lists in configs/: NAME_schema, quiet, and the schemas of groups.
+    """Register with Hydra the schemas and `quiet`, which the defaults lists in configs/ name, and options of plug-ins.
 
     With --multirun, Hydra writes multirun.yaml to the directory `scratch`. It writes no other file.
     """
@@ -182,9 +182,9 @@ def register(name: str, schema: type, scratch: str = ".") -> None:
 
 
 class _Shared(dict[str, Any]):
-    """Hydra's registered configs, not copied: for --help, Hydra copies all of them once per group.
+    """Hydra's registered configs, shared instead of copied: for --help, Hydra would copy all of them once per group.
 
-    Hydra copies each config again when it loads it.
+    Sharing is safe, because Hydra also copies each config when it loads it.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Shared":
@@ -221,7 +221,7 @@ def _sentence(error: Exception, schema: type) -> str:
     if missing := re.search(r"Could not (?:find|load) '([^']+)'", text):
         options = re.findall(r"^\t(\S+)$", text, flags=re.M)
         available = f"; available: {', '.join(options)}" if options else ""
-        own = "; for one of a plug-in, add its module, plugins=[MODULE]" * missing[1].startswith(("method/", "data/"))
+        own = "; if a plug-in adds it, name its module: plugins=[MODULE]" * missing[1].startswith(("method/", "data/"))
         return f"there is no {missing[1]!r}{_did_you_mean(missing[1].split('/')[-1], options, 0.6)}{available}{own}"
     lines = [str(each).splitlines()[0].strip() for each in (error, error.__cause__) if str(each or "")]
     field = getattr(error, "full_key", None)

@@ -81,8 +81,8 @@ class DataConfig(SourceConfig):
     """For `webdataset`: images that each loader process holds in memory, still encoded, to shuffle their order."""
     weights: list[float] = bounded([], gt=0, le=100, example="'data.weights=[1,3]'")
     """For `folder`: how often an epoch draws each image of root and of each of more_roots. With [1,3] it draws an image
-    of the second folder three times, with other views each time; with [1,0.5] half of the images of the second folder,
-    others in each epoch. Empty: each image once."""
+    of the second folder three times, with different views each time; with [1,0.5] half of the images of the second
+    folder, a new random half in each epoch. Empty: each image once."""
     allow_pipe: bool = False
     """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))

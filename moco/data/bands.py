@@ -23,13 +23,13 @@ from moco.data.walk import IMAGE_FORMATS
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# The largest array in bytes: that of the largest RGB image of 8 bits that is read.
+# The largest array in bytes: as large as an 8-bit RGB image of `moco.data.decode.MAX_PIXELS`.
 MAX_BYTES = 3 * 178_956_970
-_SAME_NAME = ("image", "arr_0")  # of several arrays in an NPZ, the first of these is the image
+_IMAGE_NAMES = ("image", "arr_0")  # if an NPZ holds several arrays, the first of these names is the image
 
 
 class WrongFormat(ValueError):
-    """An intact image of another number of channels or of another type than the data set's."""
+    """An intact image whose number of channels or number type differs from that of the data set."""
 
 
 class TooLarge(ValueError):
@@ -52,7 +52,7 @@ def read_bands(data: bytes, pixel_format: PixelFormat) -> Tensor:
         Shape (C, H, W), of `pixel_format.dtype`, with the values of the file.
 
     Raises:
-        WrongFormat: if the file has another number of channels, or a type that `dtype` does not hold.
+        WrongFormat: if the file has another number of channels, or a type that `dtype` cannot hold.
         ConfigError: if a TIFF needs tifffile, and it is not installed.
         TooLarge, ValueError and whatever numpy, PIL and tifffile raise: if the file is damaged.
     """
@@ -81,7 +81,7 @@ def _npy(data: bytes) -> NDArray[Any]:
     if dtype.hasobject:
         raise WrongFormat("its array holds Python objects, not numbers")
     count = 1
-    for side in shape:  # of Python's integers, which do not overflow
+    for side in shape:  # in Python's integers, which do not overflow
         count *= side
     if count * dtype.itemsize > len(data) - file.tell():
         raise ValueError(f"the file is truncated: its header declares {shape} of {dtype}")
@@ -90,10 +90,10 @@ def _npy(data: bytes) -> NDArray[Any]:
 
 
 def _npz(data: bytes) -> NDArray[Any]:
-    """Return the only array of an NPZ file, or the one that is named image."""
+    """Return the only array of an NPZ file, or the one with a name of `_IMAGE_NAMES`."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
-        chosen = [*members] if len(members) == 1 else [name for name in _SAME_NAME if name in members]
+        chosen = [*members] if len(members) == 1 else [name for name in _IMAGE_NAMES if name in members]
         if not chosen:
             raise WrongFormat(f"it holds {len(members)} arrays ({', '.join([*members][:5])}): name one of them image")
         if members[chosen[0]].file_size > MAX_BYTES:
@@ -106,7 +106,7 @@ def _too_large(size: int) -> str:
 
 
 def _image(data: bytes, pixel_format: PixelFormat) -> NDArray[Any]:
-    """Return the pixels of an image file, (H, W), (H, W, C) or (C, H, W); PIL reads what it reads without a loss."""
+    """Return the pixels of an image file, (H, W), (H, W, C) or (C, H, W): PIL's, unless it would lose bits or bands."""
     try:
         image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except UnidentifiedImageError:
@@ -133,13 +133,13 @@ def _image(data: bytes, pixel_format: PixelFormat) -> NDArray[Any]:
 
 
 def _loses_bits(image: Image.Image) -> bool:
-    """Return whether PIL reads only the upper 8 bits of each channel of an image that is not loaded."""
+    """Return whether PIL would read only the upper 8 bits of each channel; call it before the image is loaded."""
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
     return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)
 
 
 def _tiff(data: bytes) -> NDArray[Any]:
-    """Return the first image of a TIFF with any bands, or its pages of one size as bands."""
+    """Return the first image of a TIFF, with any number of bands; pages of one size are the bands of one image."""
     tifffile = optional_module("tifffile", "a TIFF with several bands or more than 8 bits per band", "tiff")
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
@@ -157,7 +157,7 @@ def _channels_first(array: NDArray[Any], channels: int) -> NDArray[Any]:
     if array.ndim == 2 and channels == 1:
         array = array[None]
     if array.ndim != 3 or channels not in (array.shape[0], array.shape[2]):
-        raise WrongFormat(f"its array of {found} has no axis of data.channels={channels}, the first or the last")
+        raise WrongFormat(f"its array of {found} needs a first or last axis of length data.channels={channels}")
     array = array.transpose(2, 0, 1) if array.shape[2] == channels else array
     if 0 in array.shape:
         raise WrongFormat(f"its array of {found} has no pixels")
@@ -165,7 +165,7 @@ def _channels_first(array: NDArray[Any], channels: int) -> NDArray[Any]:
 
 
 def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return an array in the type of the data set, contiguous and writable; refuse a type that it does not hold."""
+    """Return an array in the type of the data set, contiguous and writable; refuse a type that it cannot hold."""
     held = array.dtype.kind in "uif" if dtype == "float32" else array.dtype.newbyteorder("=") == np.dtype(dtype)
     if not held:
         fixes = [each for each in ("uint8", "uint16") if array.dtype.newbyteorder("=") == np.dtype(each)]

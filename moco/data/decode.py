@@ -126,7 +126,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, pixel_format: P
         pixel_format: as for `decode`.
     """
     try:
-        if is_array(data) or not pixel_format.usual:
+        if is_array(data) or not pixel_format.is_8bit_gray_or_rgb:
             return Decoded.full(read_bands(data, pixel_format))
         decoded = _decode_color(path, data, shrink, pixel_format.bits)
         return decoded if pixel_format.channels == 3 else decoded._replace(pixels=_gray(decoded.pixels))

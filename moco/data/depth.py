@@ -33,7 +33,7 @@ def with_pixel_format(sources: Sources, config: DataConfig) -> Sources:
     do not matter for images that keep their depth.
 
     Raises:
-        ValueError: if the images are always red, green and blue, and other channels or another type are configured.
+        ValueError: if the source cannot give images of the configured channels and type.
     """
     bits = config.bits
     if bits is None and config.dtype != RGB.dtype:

@@ -36,7 +36,8 @@ ODDITIES = {
     "name": "not ASCII: other tools may not support it",
 }
 _ARRAYS = {".npy": "NPY", ".npz": "NPZ"}
-_ONLY_USUAL = ("16 bits", "palette", "transparent", "extra band")  # oddities of the conversion to RGB or gray
+# Oddities that are reported only for files that are converted to 8-bit gray or RGB.
+_CONVERTED = ("16 bits", "palette", "transparent", "extra band")
 _SAME_FORMAT = {"MPO": "JPEG"}  # a JPEG that contains a second image, as phones write it
 
 
@@ -116,7 +117,7 @@ def _header(data: bytes, pixel_format: PixelFormat) -> tuple[str, dict[str, bool
         form, odd = _pil_header(data)
     except UnidentifiedImageError:  # a TIFF that tifffile reads
         return f"TIFF {pixel_format}", {}
-    return form, odd if pixel_format.usual else {kind: odd[kind] for kind in odd.keys() - set(_ONLY_USUAL)}
+    return form, odd if pixel_format.is_8bit_gray_or_rgb else {kind: odd[kind] for kind in odd.keys() - set(_CONVERTED)}
 
 
 def _pil_header(data: bytes) -> tuple[str, dict[str, bool]]:

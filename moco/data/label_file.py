@@ -166,7 +166,7 @@ def _parquet_rows(file: str, where: str) -> Iterator[list[Any]]:
 
 
 def _label(value: Any, separator: str, where: str, number: int) -> str | tuple[str, ...]:
-    """Return the label of a row as text; of images that can have several, the labels."""
+    """Return the label of a row as text, or a tuple of labels if images can have several."""
     if isinstance(value, list):
         each = [_text(item, where, number) for item in value]
     elif separator:

@@ -23,7 +23,7 @@ HELD_OUT = ("test", "validation", "valid", "val")  # names of a held-out split; 
 def read_labels(
     values: Sequence[Any], where: str, fix: str, classes: Sequence[str] = (), min_classes: int = 2
 ) -> tuple[NDArray[np.int64] | None, tuple[str, ...]]:
-    """Return labels (N,) as indices into the class names, and these; (None, ()) if every image is unlabeled.
+    """Return labels (N,), indices into the class names, and the class names; (None, ()) if all images are unlabeled.
 
     Args:
         values: one value per image.
@@ -68,10 +68,11 @@ def read_label_sets(
 ) -> tuple[NDArray[np.bool_] | None, tuple[str, ...]]:
     """Return which classes each image has, (N, L), and the class names; (None, ()) if every image is unlabeled.
 
-    An image with an empty list has none of the classes. Arguments as of `read_labels`, with a list per image.
+    An image with an empty list has none of the classes. The arguments are those of `read_labels`, but `values` has a
+    list per image.
 
     Raises:
-        ValueError: if no image has a label, if some lists are missing, or if the values are no classes.
+        ValueError: if no image has a label, if some lists are missing, or if the values cannot be classes.
     """
     missing = sum(value is None for value in values)
     known = [value for value in values if value is not None]
@@ -124,7 +125,7 @@ def _refuse_kind(values: Sequence[Any], where: str, fix: str) -> None:
         raise several_labels_error(where, fix)
     if len(kinds) > 1 or not kinds <= {"text", "true or false", "whole number"}:
         found = ", ".join(sorted(kinds))
-        raise ValueError(f"{where}: the values are no classes ({found}): use texts or whole numbers, or {fix}")
+        raise ValueError(f"{where}: the values cannot be classes ({found}): use texts or whole numbers, or {fix}")
 
 
 def _kind(value: Any) -> str:

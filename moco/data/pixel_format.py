@@ -15,9 +15,9 @@ from torch import Tensor
 from moco.data.walk import ARRAY_ENDINGS, IMAGE_ENDINGS
 
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
-# By what pixels are divided on the device: integers come into 0 ... 1, floats keep their values.
+# The number by which pixels are divided on the device, so that integers lie in 0 ... 1. Floats keep their values.
 _WHITE = {torch.uint8: 255, torch.uint16: 65535}
-_STRETCH = (2.0, 98.0)  # percentiles of a band that a preview of deep images shows as black and white
+_STRETCH = (2.0, 98.0)  # percentiles of a channel that a preview of deep images shows as black and white
 
 
 class PixelFormat(NamedTuple):
@@ -29,13 +29,13 @@ class PixelFormat(NamedTuple):
     preview: tuple[int, ...] = ()  # the channels that a preview shows as red, green and blue; empty: the first ones
 
     @property
-    def usual(self) -> bool:
-        """Whether the images are what image files usually hold: gray or color in 8 bits."""
+    def is_8bit_gray_or_rgb(self) -> bool:
+        """Whether the images have one or three channels of 8 bits, as most image files do."""
         return self.dtype == "uint8" and self.channels in (1, 3)
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """The endings of the files that are images. Arrays are, except for RGB in 8 bits."""
+        """The endings of the files that count as images. Those of arrays are included, except for RGB in 8 bits."""
         return IMAGE_ENDINGS + ARRAY_ENDINGS * ((self.channels, self.dtype) != (RGB.channels, RGB.dtype))
 
     def __str__(self) -> str:
@@ -57,28 +57,28 @@ def per_channel(values: object, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
-def preview(image: Tensor, bands: tuple[int, ...] = ()) -> Tensor:
+def preview(image: Tensor, channels: tuple[int, ...] = ()) -> Tensor:
     """Return an image that a person can look at, uint8 (3, H, W), of an image (C, H, W) of any format.
 
-    8-bit values are shown as they are. The others are stretched, each band of each image to its own range, because the
-    values of a scene often fill a small part of the range of their type.
+    8-bit values are shown as they are. The others are stretched, each channel of each image to its own range, because
+    the values of a scene often fill a small part of the range of their type.
 
     Args:
         image: uint8, uint16 or float32.
-        bands: the channels to show as red, green and blue, or one channel to show in gray. Empty: the first three; of
-            one or two channels the first.
+        channels: those to show as red, green and blue, or one to show in gray. Empty: the first three, or the first one
+            if the image has fewer than three.
     """
     count = len(image)
-    chosen = list(bands) or ([0, 1, 2] if count >= 3 else [0])
+    chosen = list(channels) or ([0, 1, 2] if count >= 3 else [0])
     shown = image if chosen == list(range(count)) else image[chosen]
     if image.dtype != torch.uint8:
-        shown = torch.stack([_stretched(band) for band in shown])
+        shown = torch.stack([_stretched(channel) for channel in shown])
     return shown if len(shown) == 3 else shown[:1].expand(3, -1, -1)
 
 
-def _stretched(band: Tensor) -> Tensor:
-    """Map the middle 96 % of the values of a band (H, W) to 0 ... 255, uint8."""
-    values = band.cpu().numpy().astype(np.float64)
+def _stretched(channel: Tensor) -> Tensor:
+    """Map the middle 96 % of the values of a channel (H, W) to 0 ... 255, uint8."""
+    values = channel.cpu().numpy().astype(np.float64)
     low, high = np.percentile(values, _STRETCH)
     scaled = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
     return torch.from_numpy(np.rint(scaled.clip(0, 1) * 255).astype(np.uint8))

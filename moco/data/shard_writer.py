@@ -58,7 +58,7 @@ def encode_image(source: Source, i: int, short_side: int, quality: int) -> Packe
             pixels, source_bytes = decode_bytes(source.name(i), content, source.pixel_format), len(content)
     except ImageError as error:
         return PackedImage(fault=error.kind, reason=error.reason)
-    if not source.pixel_format.usual:
+    if not source.pixel_format.is_8bit_gray_or_rgb:
         return _packed_bands(pixels, source_bytes, short_side)
     if is_array(content) and not 0 < short_side < min(pixels.shape[1:]):
         return PackedImage(encode_bands(pixels), "npy", source_bytes)

@@ -35,7 +35,7 @@ def substitutes(i: int, length: int) -> list[int]:
 
 
 def image_or_substitute(source: Source, i: int, unreadable: dict[int, str]) -> tuple[int, Tensor]:
-    """Return index and pixels (3, H, W) of image i or, if it is unreadable, of its first readable substitute.
+    """Return index and pixels (C, H, W) of image i or, if it is unreadable, of its first readable substitute.
 
     Every unreadable image that was tried is added to `unreadable`, with the reason.
 

@@ -33,7 +33,7 @@ class AveragePrecision:
 
     def baselines(self, _encoder: str) -> str:
         """Describe the mAP of a guess."""
-        return f"a random order has {self.random:.1f} %"
+        return f"a random order has an mAP of {self.random:.1f} %"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for results.json."""

@@ -3,7 +3,8 @@
 W processes compute the same steps as one: every random number is a function of (seed, step) or of an image's own key
 (laws 2 and 3 of CONTRIBUTING.md). Only the masks of dropout and drop-path depend on the number of processes.
 
-Legend: N labeled images, B global batch, n = B / W images of this rank, D features, L classes, S image size.
+Legend: N labeled images, C channels, S image size, B global batch, n = B / W images of this rank, D features, L
+classes.
 """
 
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.optim.schedules import lr_factor
 from moco.runtime.errors import NonFiniteLoss
 
-Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, 3, S, S), labels (B,) -> mixed images, (B, L)
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, C, S, S), labels (B,) -> mixed images, (B, L)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def mixing(mixup: float, cutmix: float, classes: int) -> Mix | None:
 
 
 def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return this rank's share of the mixed global batch: (n, 3, S, S), and the class proportions (n, L).
+    """Return this rank's share of the mixed global batch: (n, C, S, S), and the class proportions (n, L).
 
     Both transforms mix each image with the previous one of the batch. For a rank's first image, that one is on the
     previous rank.
@@ -148,7 +149,7 @@ def train_step(
 
     Args:
         forward: the network, or DDP around it.
-        images: this rank's share, (n, 3, S, S).
+        images: this rank's share, (n, C, S, S).
         target: its classes (n,), or class proportions (n, L).
         lr: of this step, instead of `settings.lr`; multiplied by each group's "lr_scale".
 

@@ -4,7 +4,7 @@ facebookresearch/moco and facebookresearch/moco-v3, main_lincls.py. Deviations: 
 (theirs is the best of all epochs on the held-out images), and an epoch consists of full batches: the last images of its
 order are left out if they do not fill one.
 
-Legend: n images of this rank's batch, S image size, D feature dimension, L classes.
+Legend: n images of this rank's batch, C channels, S image size, D feature dimension, L classes.
 """
 
 import json
@@ -80,7 +80,7 @@ def train_head(
     """Train the head in place, on all ranks together.
 
     Args:
-        backbone: images (n, 3, S, S) to features (n, D); put into eval mode, never changed.
+        backbone: images (n, C, S, S) to features (n, D); put into eval mode, never changed.
         batches: the plan's batches, one view each.
         labels: of all M images of the plan, (M,), on the device of the networks; (M, L) if images have several.
         optim: peak learning rate and schedule, momentum, weight decay; the optimizer is SGD.

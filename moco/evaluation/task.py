@@ -57,7 +57,7 @@ class Task(Generic[Config]):
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
-        """The first image with the same content for each training image, (M,). Collective."""
+        """For each training image, the index of the first one with the same content, (M,). Collective."""
         return groups_of(self.train)
 
     @cached_property
@@ -66,9 +66,10 @@ class Task(Generic[Config]):
         return count_copies(self.train, self.held_out)
 
     def features(self, network: Network, source: Source, description: str = "") -> Tensor:
-        """Compute the features (M, D) of a source, in its order, on every rank; `pixels` are not normalized.
+        """Compute the features (M, D) of a source, in its order, on every rank.
 
-        With a description, shows a progress bar and refuses non-finite features; see `monitored`.
+        The network `pixels` gets images that are not normalized. With a description, shows a progress bar and refuses
+        non-finite features; see `monitored`.
         """
         transform = self.subject.transform.unnormalized() if network is pixels else self.subject.transform
         with monitored(network, len(source), description) if description else nullcontext(network) as forward:

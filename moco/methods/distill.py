@@ -37,8 +37,8 @@ class Distill(nn.Module):
     """Distillation of a frozen teacher.
 
     Args:
-        encoder: the student, images (N, 3, S, S) to embeddings (N, C).
-        teacher: images (N, 3, S, S), prepared as for the student, to embeddings (N, C). It is set to evaluation mode.
+        encoder: the student, images (N, channels, S, S) to embeddings (N, C).
+        teacher: images (N, channels, S, S), prepared as for the student, to embeddings (N, C). It is set to eval mode.
         queue: embeddings of the teacher, for the loss of SEED; None: the cosine loss.
         temperature: of the student's similarities; only with a queue.
         teacher_temperature: of the teacher's similarities; only with a queue.
@@ -99,7 +99,7 @@ class Distill(nn.Module):
         """Do nothing: the teacher is frozen."""
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the teacher's embeddings of all ranks, (n, 1, C), with their sample indices, (n,)."""
+        """Enqueue the teacher's embeddings of all ranks, (n, 1, C), with their image indices, (n,)."""
         assert self.queue is not None
         self.queue.enqueue(gather(keys[:, 0]), gather(index))
 

@@ -41,7 +41,7 @@ class MoCoV3(nn.Module):
     """MoCo v3, symmetric.
 
     Args:
-        encoder: backbone and projector, images (N, 3, S, S) to (N, C). f_k starts as its copy.
+        encoder: backbone and projector, images (N, channels, S, S) to (N, C). f_k starts as its copy.
         predictor: (N, C) to (N, C), for queries only; `nn.Identity` for none.
         temperature: T.
         decoupled: leave the positive out of the denominator, see `moco.losses.in_batch_info_nce`.
@@ -70,7 +70,7 @@ class MoCoV3(nn.Module):
     ) -> dict[int, Tensor]:
         """Return the keys of the global batch, {view: (M, C)}: each micro-batch is compared with all of them.
 
-        `views` are images (n, 3, S, S); `shuffles` has one permutation per view. See `moco.builder.encode_keys`.
+        `views` are images (n, channels, S, S); `shuffles` has one permutation per view. See `moco.builder.encode_keys`.
         """
         shuffled = [None] * len(views) if shuffles is None else shuffles
         local = [encode_keys(self.momentum_encoder, *pair, micro_batch) for pair in zip(views, shuffled, strict=True)]

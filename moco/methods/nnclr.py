@@ -40,7 +40,7 @@ class NNCLR(nn.Module):
     """NNCLR.
 
     Args:
-        encoder: f, backbone and projector, images (N, 3, S, S) to projections (N, C).
+        encoder: f, backbone and projector, images (N, channels, S, S) to projections (N, C).
         predictor: g, (N, C) to (N, C).
         queue: Q, the support set: projections of earlier batches.
         temperature: T.
@@ -108,7 +108,7 @@ class NNCLR(nn.Module):
         """Do nothing: there is no momentum encoder."""
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the projections z1 of all ranks, (n, 1, C), with their sample indices, (n,)."""
+        """Enqueue the projections z1 of all ranks, (n, 1, C), with their image indices, (n,)."""
         self.queue.enqueue(gather(keys[:, 0]), gather(index))
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

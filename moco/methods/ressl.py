@@ -36,7 +36,7 @@ class ReSSL(nn.Module):
     """ReSSL.
 
     Args:
-        encoder: f_q, images (N, 3, S, S) to embeddings (N, C). f_k starts as its copy.
+        encoder: f_q, images (N, channels, S, S) to embeddings (N, C). f_k starts as its copy.
         queue: Q.
         temperature: T, of the student.
         teacher_temperature: T_t.
@@ -76,5 +76,5 @@ class ReSSL(nn.Module):
         update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the keys of all ranks, (n, 1, C), with their sample indices, (n,)."""
+        """Enqueue the keys of all ranks, (n, 1, C), with their image indices, (n,)."""
         self.queue.enqueue(gather(keys[:, 0]), gather(index))

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import Output, separate_unknown, unit_length
+from moco.builder import Output, separate_unlabeled, unit_length
 from moco.distributed import gather, gather_with_gradient, rank
 from moco.losses import (
     LearnedTemperature,
@@ -57,9 +57,9 @@ class SimCLR(nn.Module):
     statistics of small groups reveal the positive.
 
     Args:
-        encoder: f, images (N, 3, S, S) to embeddings (N, C).
+        encoder: f, images (N, channels, S, S) to embeddings (N, C).
         temperature: T, or a temperature that is trained.
-        labels: the class of each sample of the data set, integers (samples,), -1 if unknown. With labels the method is
+        labels: the class of each image of the data set, integers (images,), -1 if unlabeled. With labels the method is
             SupCon.
         candidates: "all": compare an anchor with all other embeddings, including those of its own view. "other_view":
             compare it with all embeddings of one other view, and average the loss over the pairs of views.
@@ -97,7 +97,7 @@ class SimCLR(nn.Module):
         self.temperature, self.learned_temperature = split_temperature(temperature)
         self.candidates, self.contrast_mode, self.base_temperature = candidates, contrast_mode, base_temperature
         self.form = form
-        self.register_buffer("labels", None if labels is None else separate_unknown(labels), persistent=False)
+        self.register_buffer("labels", None if labels is None else separate_unlabeled(labels), persistent=False)
 
     def encode_keys(
         self,
@@ -111,7 +111,7 @@ class SimCLR(nn.Module):
         return {}
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
-        """Compute the loss of this process's samples, views (N, 3, S, S) and index (N,), against the global batch."""
+        """Compute the loss of the local batch, views (N, channels, S, S) and index (N,), against the global batch."""
         z = unit_length(self.encoder(torch.cat(list(views))))  # (V N, C)
         z = z.unflatten(0, (len(views), len(index)))  # (V, N, C)
         all_z = gather_with_gradient(z.transpose(0, 1)).transpose(0, 1)  # (V, M, C); the first dimension is gathered

@@ -1,6 +1,6 @@
 """Attention of a vision transformer's class token.
 
-Legend: N images, S side of an image, P patches, H heads, T tokens.
+Legend: N images, C channels, S side of an image, P patches, H heads, T tokens.
 """
 
 import math
@@ -25,7 +25,7 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor | None:
 
     Args:
         backbone: in eval mode.
-        images: normalized, (N, 3, S, S).
+        images: normalized, (N, C, S, S).
     """
     network: Any = backbone
     attention: Any = getattr([None, *getattr(network, "blocks", ())][-1], "attn", None)

@@ -29,7 +29,7 @@ class Monitor:
     one collective.
 
     Args:
-        labels: the class of each sample of the data set, (samples,), -1 if unknown; None without labels.
+        labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels.
         keys_per_step: number of keys that a step enqueues, from all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
         precision: data type of autocast.
@@ -121,7 +121,7 @@ class Monitor:
             return {}
         group = next((layer.group_size for layer in encoder.modules() if isinstance(layer, GroupedBatchNorm)), 0)
         some = slice(group * max(2, -(-ENCODED // group)) if group else 0)
-        images = views[self._method.directions[0][1]][some]  # (n, 3, S, S)
+        images = views[self._method.directions[0][1]][some]  # (n, channels, S, S)
         order = _across_groups(world_size() * len(images), group)
         if order is None:
             return {}

@@ -1,9 +1,9 @@
 """Steps with a non-finite loss or gradient: detected on all ranks, saved for study, and skipped up to a limit.
 
 The first such step is saved to `step_N.pt` with the keys "step" and "epoch" (both from 0), "what" (the loss and the
-gradient norm), "index" (the samples of the global batch in the order of the ranks: rank r had the r-th of "world_size"
-equal parts), "rank" (which wrote the file), and the state of training. The views are a function of the seed, the epoch
-and the samples, so the step can be reproduced.
+gradient norm), "index" (the image indices of the global batch in the order of the ranks: rank r had the r-th of
+"world_size" equal parts), "rank" (which wrote the file), and the state of training. The views are a function of the
+seed, the epoch and the images (with data.weights, the samples of `Plan.samples`), so the step can be reproduced.
 
 If no steps may be skipped, the host does not wait for a GPU: it reads the loss of a step after it has queued the next
 one, and before anything is saved. A non-finite step has then already changed the weights; no checkpoint contains them,
@@ -54,10 +54,10 @@ class NonFiniteGuard:
         self._pending: tuple[int, Tensor, Tensor, torch.cuda.Event | None] | None = None
 
     def skip(self, step: int, index: Tensor, error: NonFiniteLoss) -> None:
-        """Skip a step, counted from 0, with the samples `index` (n,) on this rank. Every rank calls this.
+        """Skip a step, counted from 0, with the image indices `index` (n,) on this rank. Every rank calls this.
 
         Raises:
-            NonFiniteLoss: with the step, its epoch and its samples, if no more steps may be skipped.
+            NonFiniteLoss: with the step, its epoch and its images, if no more steps may be skipped.
         """
         saved = self._save(step, index, str(error))
         if self.skipped >= self._limit:
@@ -102,7 +102,7 @@ class NonFiniteGuard:
         first = ", ".join(map(str, index[:8].tolist()))
         return (
             f"step {step + 1} (epoch {epoch + 1}, batch {position + 1} of {self._plan.steps_per_epoch}; "
-            f"rank {rank()} had samples {first}, ...) had {what}. {state}. In a new run=..., lower optim.lr, raise "
+            f"rank {rank()} had images {first}, ...) had {what}. {state}. In a new run=..., lower optim.lr, raise "
             "optim.warmup_epochs, or set optim.clip_grad=1; optim.skip_nonfinite=10 skips up to 10 such steps"
         )
 

@@ -28,7 +28,7 @@ class OnlineProbe:
 
     Args:
         backbone: of the encoder, images to features (N, D), with the attribute `num_features` = D.
-        labels: the class of each training image, (samples,), negative if unknown: such an image is not used.
+        labels: the class of each training image, (images,), negative if unlabeled: such an image is not used.
         classes: their number.
         device: of the backbone.
     """
@@ -58,14 +58,14 @@ class OnlineProbe:
         """Train on the features of a step, averaged over all its images and processes. Collective.
 
         Args:
-            index: the sample indices of the local batch, (n,).
+            index: the image indices of the local batch, (n,).
             accumulate: number of micro-batches.
 
         Returns:
             "probe_loss" and "probe_accuracy" before the update, shape ().
         """
         seen, self._seen = self._seen, []
-        labels = self._labels[_samples(seen, index.chunk(accumulate))].clamp(min=-1)  # (V n,)
+        labels = self._labels[_image_indices(seen, index.chunk(accumulate))].clamp(min=-1)  # (V n,)
         x = torch.cat(seen).double()  # (V n, D)
         mean, square = mean_over_ranks(torch.stack([x.mean(dim=0), x.square().mean(dim=0)]))
         now = torch.stack([mean, (square - mean.square()).clamp(min=0)])
@@ -109,8 +109,8 @@ class OnlineProbe:
         self._steps = int(state["steps"])
 
 
-def _samples(seen: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """Return the sample index of each row of the features, in the order of the forward passes.
+def _image_indices(seen: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """Return the image index of each row of the features, in the order of the forward passes.
 
     The passes of a micro-batch follow each other; a pass holds its images once, or once per view.
     """

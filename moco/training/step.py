@@ -49,7 +49,7 @@ def train_step(
     Args:
         forward: the method, or DDP around it.
         scaler: for fp16; disabled otherwise.
-        batch: V views (n, 3, S, S) and the sample indices (n,) of this rank.
+        batch: V views (n, channels, S, S) and the image indices (n,) of this rank.
         shuffles: one permutation of the global batch per view, or None.
         monitor: computes further measures from the output, views and indices of the last micro-batch, before the
             weights and the queue change.

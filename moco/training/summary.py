@@ -96,7 +96,7 @@ def show_views(
 
 def _shown(views: Tensor, pixel_format: PixelFormat) -> Tensor:
     """Return views (n, C, S, S) as they are shown, (n, 3, S, S) in 0 ... 1."""
-    if pixel_format.usual:
+    if pixel_format.is_8bit_gray_or_rgb:
         return views.clamp(0, 1).expand(-1, 3, -1, -1)
     return torch.stack([preview(each, pixel_format.preview) for each in views.cpu()]) / 255
 

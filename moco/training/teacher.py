@@ -37,7 +37,7 @@ class Renormalize(nn.Module):
 
 
 def load_teacher(config: TrainConfig) -> nn.Module:
-    """Return the teacher in evaluation mode. It maps images (N, 3, S, S), normalized as in the run, to (N, model.dim).
+    """Return the teacher in evaluation mode. It maps images (N, C, S, S), normalized as in the run, to (N, model.dim).
 
     Collective: all ranks must have the same weights.
 

@@ -109,7 +109,7 @@ class Trainer:
         self.lock = build.open_directory(config)
         state = on_rank_zero(lambda: checkpoint.load_newest(self.path / "checkpoints")) or {}
         with checkpoint.refuse_misfit(self.path / "checkpoints"):
-            # Each step sets its learning rate.
+            # The learning rate is set before each step.
             self.optimizer = build_optimizer(self.method, config.optim, saved=state.get("optimizer"))
         self.precision, self.precision_reason = build.choose_precision(config, state, self.method.encoder, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -123,8 +123,8 @@ class Trainer:
         unfinished = self.start < self.plan.total_steps
         self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start, quiet=not is_rank_zero())
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
-        on = is_rank_zero() and unfinished
-        self.metrics_log = MetricsLogger(self.path, self.start, config.logger) if on else None
+        logs_metrics = is_rank_zero() and unfinished
+        self.metrics_log = MetricsLogger(self.path, self.start, config.logger) if logs_metrics else None
         facts = build.doctor_facts(config, self.plan)
         self.doctor = Doctor(facts, self.path / "metrics.jsonl", self.display.log) if self.metrics_log else None
         self.saver = checkpoint.Saver(self.path / "checkpoints", config.checkpoint.keep_last)
@@ -149,7 +149,7 @@ class Trainer:
         self.schedule = CheckpointSchedule(config.checkpoint, self.plan.steps_per_epoch, state.get("seconds", 0.0))
 
     def _check_settings(self) -> None:
-        """Refuse what differs between ranks, missing plug-ins and unknown loggers; stop after a signal."""
+        """Refuse settings that differ between ranks, missing plug-ins and unknown loggers; stop after a signal."""
         refuse_other_settings(asdict(self.config) | {"plugins": plugins.versions()})
         on_rank_zero(lambda: refuse_missing_plugins(self.path))
         check_loggers(self.config.logger)

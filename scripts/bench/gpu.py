@@ -1,10 +1,9 @@
-"""Acceptance of moco on a GPU, in at most ten minutes: what only a GPU can show, with pass or fail for each check.
+"""Test moco on a GPU in at most ten minutes: what only a GPU can show, with pass or fail for each check.
 
 Each part runs in a process of its own, so that a part that fails or hangs does not end the others. --only runs some
 parts. gpu.json and gpu.md in --output hold the result.
 
---tiny runs every part on small networks, also on the CPU, and checks that the command itself works: its times mean
-nothing.
+--tiny runs every part on small networks, also on the CPU, to check the command itself. Its times mean nothing.
 """
 
 import json
@@ -22,7 +21,7 @@ from scripts.bench.gpu_parts import PARTS, Check
 from scripts.bench.machine import machine
 from scripts.bench.timing import Table
 
-VERDICTS = {True: "pass", False: "FAIL", None: "–"}  # None: a figure for the record
+VERDICTS = {True: "pass", False: "FAIL", None: "–"}  # None: a figure without a limit
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -35,7 +34,7 @@ def arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> Iterator[Table]:
     """Yield one table per part, then write all of them to `options.output`; exit with status 1 if a check failed."""
     if not (torch.cuda.is_available() or options.tiny):
-        sys.exit("no GPU: this command accepts moco on one; --tiny tries the command itself on the CPU")
+        sys.exit("no GPU: this command tests moco on a GPU; add --tiny to check the command itself on the CPU")
     options.output.mkdir(parents=True, exist_ok=True)
     found = dict[str, list[Check]]()
     for name in options.only:
@@ -60,17 +59,17 @@ def run_part(name: str, options: Namespace) -> list[Check]:
     """Run a part in a process of its own and return its checks; a failure or a timeout is a check that fails."""
     file = options.output / f"{name}.json"
     file.unlink(missing_ok=True)
-    words = [sys.executable, "-m", "scripts.bench.gpu_parts", name, str(file), *(["tiny"] if options.tiny else [])]
+    command = [sys.executable, "-m", "scripts.bench.gpu_parts", name, str(file), *(["tiny"] if options.tiny else [])]
     try:
-        ended = subprocess.run(words, capture_output=True, text=True, timeout=PARTS[name].seconds, check=False)
-        last = (ended.stderr.strip().splitlines() or [f"status {ended.returncode}"])[-1]
-        problem = last if ended.returncode else ""
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PARTS[name].seconds, check=False)
+        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        problem = last if done.returncode else ""
     except subprocess.TimeoutExpired:
         problem = f"not finished after {PARTS[name].seconds} s"
-    done = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    checks = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     file.unlink(missing_ok=True)
     failure = [Check("the part runs to its end", problem, "no error", passed=False)] if problem else []
-    return [Check(**each) for each in done] + failure
+    return [Check(**each) for each in checks] + failure
 
 
 def table(name: str, checks: list[Check], seconds: float) -> Table:

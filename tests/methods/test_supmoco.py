@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, separate_unknown
+from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, separate_unlabeled
 
 N, C, K, P, T = 4, 3, 10, 12, 0.3
 SAMPLES = 9
@@ -136,7 +136,7 @@ def test_chance_is_the_loss_of_a_query_equally_similar_to_all_keys() -> None:
 
 
 def test_unknown_labels_become_separate_new_classes() -> None:
-    made = separate_unknown(torch.tensor([3, -1, 0, -1, 3]))
+    made = separate_unlabeled(torch.tensor([3, -1, 0, -1, 3]))
     assert made[[0, 2, 4]].tolist() == [3, 0, 3]
     assert len(set(made.tolist())) == 4
     assert (made[[1, 3]] < 0).all()

@@ -1,6 +1,6 @@
-"""Builds the stand-in for CUDA: one library in the place of runtime, driver, NCCL, cuDNN and cuBLAS.
+"""Build the stand-in for CUDA: one library that replaces its runtime, driver, NCCL, cuDNN and cuBLAS.
 
-Preloaded in front of torch's libraries, it lets a CUDA build of torch run without a GPU, a driver and a CUDA toolkit.
+Preloaded in front of torch's libraries, it lets a CUDA build of torch run without a GPU, a driver or a CUDA toolkit.
 Its sources are in stand_in/. Everything else that torch asks for is a function that returns 0.
 """
 
@@ -75,7 +75,8 @@ def _function(name: str) -> str:
 def environment(library: Path, devices: int = 1, null: bool = False) -> dict[str, str]:
     """Return the environment of a process that finds the stand-in's devices.
 
-    With `null`, larger copies and collectives do nothing either: sizes do not matter, and neither do numbers.
+    With `null`, copies of more than 4096 bytes and large collectives do nothing, so large networks are fast and their
+    results wrong.
     """
     new = {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(library.parent), "STANDIN_GPUS": str(devices)}
     new |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])])}

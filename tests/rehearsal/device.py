@@ -1,7 +1,8 @@
-"""A CUDA device in software: real `cuda` tensors over the stand-in, whose operations a CPU computes on the same memory.
+"""An emulated CUDA device: tensors on `cuda` whose operations are computed by the CPU, in the same memory.
 
-torch's allocator, streams, autograd and autocast are those of a GPU machine. `SoftDevice` refuses operations on tensors
-of both devices, and notes each place where the host would wait for the device.
+The CUDA libraries are those of `tests.rehearsal.build`. torch's allocator, streams, autograd and autocast work as on a
+GPU. `SoftDevice` refuses an operation that mixes CPU and CUDA tensors, and records where the host would wait for the
+device.
 """
 
 import ctypes
@@ -45,7 +46,7 @@ _NATIVE = {
 }
 _INDEX = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
 _MIXED = _INDEX | {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}
-# Operations whose result the host needs, or has a size that depends on numbers.
+# Operations for which the host waits: it needs their result, or the size of the result depends on the input's values.
 _WAITING = {
     aten._local_scalar_dense.default: "item",
     aten.nonzero.default: "nonzero",
@@ -73,7 +74,7 @@ def _batch_norm_backward(
     return aten.native_batch_norm_backward(grad, x, w, mean, var, saved_mean, saved_var, True, eps, needed)
 
 
-# What a CPU has no operation for.
+# Replacements for operations that exist only for CUDA.
 _KERNELS: dict[Any, Callable[..., Any]] = {
     aten.cudnn_batch_norm.default: _batch_norm,
     aten.cudnn_batch_norm_backward.default: _batch_norm_backward,
@@ -149,7 +150,7 @@ class SoftDevice(TorchDispatchMode):
         return self._compute(func, flat, spec, wanted or gpu[0].device, kwargs)
 
     def _check(self, func: Any, flat: Any, gpu: Any, args: Any, kwargs: Any, wanted: torch.device | None) -> None:
-        """Refuse tensors of both devices, and note a wait."""
+        """Refuse a mix of CPU and CUDA tensors, and record a wait of the host."""
         hosts = [x for x in flat if isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() > 0]
         if gpu and hosts and func not in _MIXED:
             raise RuntimeError(f"{func}: tensors on cuda and on cpu, {tuple(hosts[0].shape)}")

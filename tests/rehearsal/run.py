@@ -1,4 +1,4 @@
-"""Take a few steps of training, on the device in software or on the CPU: python -m tests.rehearsal.run FOLDER JOBS
+"""Take a few steps of training, on the emulated CUDA device or on the CPU: python -m tests.rehearsal.run FOLDER JOBS
 
 JOBS is a JSON list of `Job`. FOLDER/records.pt is the list of their `Record`s. The process must have the environment of
 `tests.rehearsal.build`, and REHEARSAL_SANITIZE=1 for torch's CUDA sanitizer; under torchrun, rank 0 writes the records.
@@ -51,7 +51,7 @@ class Record(TypedDict):
     job: Job
     measures: list[dict[str, Tensor]]  # of each step
     state: dict[str, Tensor]  # of the method after the last step
-    waits: list[tuple[Wait, int]]  # with their numbers
+    waits: list[tuple[Wait, int]]  # each with how often it occurred
     products: set[tuple[str, str]]  # see `SoftDevice`
     graph_breaks: list[str]  # where and why torch.compile left a graph
     error: str

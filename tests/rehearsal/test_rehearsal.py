@@ -1,6 +1,6 @@
-"""Training on a GPU, rehearsed on a CUDA device in software: results, waits of the host, number types, races.
+"""Training on an emulated CUDA device: results, waits of the host, number types, races between streams.
 
-All kernels are computed by the CPU, so that their own rounding and speed are not tested.
+The CPU computes all kernels, so the rounding and the speed of a GPU are not tested.
 """
 
 import json
@@ -51,7 +51,7 @@ def waits(record: Record) -> list[str]:
 
 
 def differences(record: Record, reference: Record, rtol: float, atol: float) -> list[str]:
-    """Return what differs from a reference: the measures of each step, and the weights, statistics and queue after."""
+    """Return what differs from a reference: the measures of each step, and the state after the last step."""
     found = [] if len(record["measures"]) == STEPS else [f"{len(record['measures'])} steps instead of {STEPS}"]
     pairs = [("after the last step", record["state"], reference["state"])]
     pairs += [
@@ -66,7 +66,7 @@ def differences(record: Record, reference: Record, rtol: float, atol: float) -> 
 
 
 def problems(record: Record, reference: Record | None = None, products: set[tuple[str, str]] = FLOAT32) -> list[str]:
-    """Return all that is wrong with a rehearsed training; nothing if it is right."""
+    """Return all problems of a rehearsed training run; empty if there are none."""
     found = [record["error"]] if record["error"] else []
     found += waits(record)
     found += [f"{operation} in {dtype}" for operation, dtype in sorted(record["products"] - products)]

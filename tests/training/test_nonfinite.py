@@ -29,7 +29,7 @@ def measures(loss: float = 1.0, gradient_norm: float = 2.0) -> Measures:
 
 
 def test_a_non_finite_step_ends_the_run_and_its_state_is_saved(tmp_path: Path) -> None:
-    expected = r"step 6 \(epoch 2, batch 2 of 4; rank 0 had samples 30, 31, .*loss nan, gradient norm nan.*step_6\.pt"
+    expected = r"step 6 \(epoch 2, batch 2 of 4; rank 0 had images 30, 31, .*loss nan, gradient norm nan.*step_6\.pt"
     with pytest.raises(NonFiniteLoss, match=expected):
         guard(tmp_path / "nonfinite").skip(5, INDEX, ERROR)
     saved = torch.load(tmp_path / "nonfinite" / "step_6.pt", weights_only=True)
@@ -90,7 +90,7 @@ def test_a_state_that_cannot_be_saved_does_not_hide_the_step(tmp_path: Path) -> 
 
 
 def message_of_rank(folder: str) -> str:
-    """Return the message of rank r, which had samples 10 r ... 10 r + 3."""
+    """Return the message of rank r, which had images 10 r ... 10 r + 3."""
     with pytest.raises(NonFiniteLoss) as caught:
         guard(Path(folder)).skip(0, 10 * rank() + torch.arange(4), ERROR)
     return str(caught.value)
@@ -101,5 +101,5 @@ def test_the_samples_of_all_ranks_are_saved_in_their_order(tmp_path: Path) -> No
     saved = torch.load(tmp_path / "step_1.pt", weights_only=True)
     assert saved["index"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
     assert (saved["world_size"], saved["rank"]) == (2, 0)
-    assert "rank 1 had samples 10, 11, 12, 13" in messages[1]
+    assert "rank 1 had images 10, 11, 12, 13" in messages[1]
     assert all("step_1.pt" in each for each in messages)

@@ -165,7 +165,7 @@ def _spikes(series: Series) -> int:
 
 
 COLLAPSED_SPREAD = 0.1  # the mean cosine of two images is then 0.99; digits: 0.8 to 0.96, below 0.02 once collapsed
-RANK_FALL = 0.25  # share of the highest rank, of random embeddings; healthy runs fall too (2,000 images: 79 to 12)
+RANK_FALL = 0.25  # share of the highest rank so far; it also falls in healthy runs (2,000 images: 79 to 12)
 GRADIENT_GONE = 0.01  # share of the first step's norm; on the digits, healthy runs end at 0.06, broken ones at 0.002
 ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the loss is at chance
 
@@ -178,7 +178,7 @@ def collapse(series: Series, facts: Facts) -> Alarm | None:
         found.append(f"the spread of the embeddings is {spreads[-1]:.2g} (1 is uniform, 0 is a single point)")
     ranks = running_means(series, "analysis/effective_rank")
     # With labels each class becomes a point, and the rank falls to the number of classes.
-    harmless = facts.supervised or _improves(series, facts) or _to_come(series)
+    harmless = facts.supervised or _improves(series, facts) or _awaits_evaluation(series)
     if ranks and ranks[-1] < RANK_FALL * max(ranks) and not harmless:
         found.append(f"the effective rank fell from {max(ranks):.1f} to {ranks[-1]:.1f}")
     similarity, stuck = latest(series, "train/positive_similarity"), at_chance(series, facts) >= LATEST
@@ -220,7 +220,9 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
     if epochs[-1] < facts.epochs and (len(accuracies) < LONG_RECORDS or epochs[-1] < LONG_EPOCHS):
         return None
     gains = [_gain(series, name, facts) for name in EVALUATIONS]
-    if any(gain > 0 for gain, _ in gains) or (epochs[-1] < facts.epochs and _to_come(series)):  # nan: not evaluated
+    if any(gain > 0 for gain, _ in gains):  # nan, without an evaluation, is not above 0
+        return None
+    if epochs[-1] < facts.epochs and _awaits_evaluation(series):
         return None
     evidence = f"only {100 * latest(series, 'train/contrast_accuracy'):.0f} % of the queries find their key"
     evidence += "".join(f", and {text}" for gain, text in gains if not math.isnan(gain))
@@ -250,8 +252,8 @@ def _improves(series: Series, facts: Facts) -> bool:
     return any(_gain(series, name, facts)[0] > 0 and each[-1] > max(each) - NO_GAIN for name, each in values.items())
 
 
-def _to_come(series: Series) -> bool:
-    """Return whether the untrained encoder was evaluated, and the trained one was not yet."""
+def _awaits_evaluation(series: Series) -> bool:
+    """Return whether the encoder was evaluated before the first step, but not yet after it."""
     return any(len(series.get(name, ())) == 1 for name in EVALUATIONS)
 
 

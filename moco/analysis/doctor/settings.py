@@ -1,4 +1,4 @@
-"""The alarms that follow from the settings of a run alone, so that they can ring before its first step."""
+"""The alarms that depend only on the settings of a run, so that they can be raised before its first step."""
 
 from moco.analysis.doctor.series import Alarm, Facts, Series
 from moco.config.recommended import FEW_IMAGES, momentum_for, queue_advice

@@ -22,7 +22,7 @@ VALUES: list[Any] = [None, True, -1, 0, 7, 2**40, 0.5, "", "x", "../../etc/passw
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("lies")
+    root = tmp_path_factory.mktemp("changed")
     packed(root / "out", class_folders(root / "train"))
     return root / "out"
 
@@ -83,17 +83,17 @@ def test_rows_that_differ(folder: Path, images: list[Tensor]) -> None:
     index, file = folder / INDEX, folder / "train.npy"
     before, rows = (index.read_bytes(), file.read_bytes()), np.load(file)
     content = {name: value for name, value in json.loads(before[0]).items() if name != "sha256"}
-    lies: list[Any] = [rows[:-1], rows[None], rows["offset"], np.zeros(len(rows))]
+    invalid: list[Any] = [rows[:-1], rows[None], rows["offset"], np.zeros(len(rows))]
     outside = {"shard": (-1, 99), "offset": (-1, 2**40), "size": (-1, 2**40), "label": (-2, 99)}
-    lies += [_with_first(rows, name, value) for name, values in outside.items() for value in values]
+    invalid += [_with_first(rows, name, value) for name, values in outside.items() for value in values]
     elsewhere = {"shard": 1, "offset": 0, "size": int(rows["size"][0]) - 1, "crc": 0}
     within = [_with_first(rows, name, value) for name, value in elsewhere.items()]
     try:
-        for lie in [*lies, *within]:
-            np.save(file, lie)
+        for changed in [*invalid, *within]:
+            np.save(file, changed)
             content["splits"]["train"]["sha256"] = file_digest(file)
             index.write_text(json.dumps(sealed(content)))
-            flaw = "its checksum does not match" if any(lie is each for each in within) else "train.npy is damaged"
+            flaw = "its checksum does not match" if any(changed is each for each in within) else "train.npy is damaged"
             assert flaw in read_all(folder, images)
     finally:
         index.write_bytes(before[0])
