@@ -29,5 +29,7 @@ def check_pack(config: PackConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     check_data_fields(config.data)
+    weights = f"data.weights={config.data.weights} has no effect on shards, which hold each image once"
+    require(not config.data.weights, f"{weights}: remove it, or train on the folders with moco.train instead")
     packed = config.data.name == "webdataset"
     require(not packed, "data.name=webdataset is in shards already: use it with moco.train, or pack the originals")

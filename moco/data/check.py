@@ -6,7 +6,7 @@ Legend: N images, of the training folder and then of the held-out folder.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
+from moco.config.data import SourceConfig
 from moco.config.recommended import BUDGET, FEW_IMAGES, recipe_for
 from moco.config.subject import SubjectConfig
 from moco.data.decode import FAULTS
@@ -30,7 +31,7 @@ from moco.data.walk import OTHER_IMAGE_ENDINGS
 from moco.data.workers import TASK, LoaderError, count_processes, in_order
 from moco.files import write_errors, write_json
 from moco.runtime.console import log, progress_bar, table
-from moco.runtime.next_command import command
+from moco.runtime.next_command import command, given_fields
 from moco.runtime.provenance import provenance
 
 _FOLDER = "unreadable folder"
@@ -120,25 +121,27 @@ def suggest(data: DataConfig, images: int, budget: int, stats: dict[str, list[fl
 
     With `stats`, mean and std of each channel, the command contains them.
     """
-    usual = data.channels == RGB.channels and data.dtype == RGB.dtype
+    usual = (data.channels, data.dtype) == (RGB.channels, RGB.dtype)
     if not usual and not stats:
         return ["for the recipe, compute mean and std of each channel: add stats=true to this command"]
     few = f"{images} images are too few to train from random weights: start from published ones, see "
     few += "docs/howto/own_images.md"
+    given = given_fields(data)
     if images < FEW_IMAGES and usual:
-        images_of = {"data": "folder", "data.root": data.root}
-        published = {"checkpoint": "FILE", "backbone": "resnet18", **images_of, "output": "runs/published"}
-        return [few, f"next: {command('moco.embed', SubjectConfig(), **published)}"]
+        known = {f"data.{each.name}" for each in fields(SourceConfig)}  # an evaluation has no other fields
+        images_of = {name: value for name, value in given.items() if name in known}
+        images_of |= {"on_bad_image": "skip"} if data.on_bad_image == "replace" else {}
+        published = {"checkpoint": "FILE", "backbone": "resnet18", "data": "folder", **images_of}
+        return [few, f"next: {command('moco.embed', SubjectConfig(), **published, output='runs/published')}"]
     recipe = recipe_for(images, budget)
     if not recipe:
         return [f"{images} images are fewer than one batch of a recipe: add images"]
     if not usual:
         recipe["experiment"] = "moco_v2_grayscale" if data.channels == 1 else "moco_v2_multispectral"
+        given |= {"data.channels": data.channels, "data.dtype": data.dtype}  # the recipe has its own
     normalization = {f"augment.{name}": values for name, values in (stats or {}).items()}
-    unchanged = asdict(DataConfig()) | {"name": data.name}
-    given = {name: value for name, value in asdict(data).items() if value != unchanged[name]}
-    training = command("moco.train", SubjectConfig(), **recipe, **normalization, data=given, run="runs/mine")
-    if recipe["experiment"] == "moco_v2_folder":
+    training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run="runs/mine")
+    if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]
     minutes = recipe["epochs"] * images / BUDGET * 10
     time = f"this takes about {minutes:.0f} minutes on two CPU cores"

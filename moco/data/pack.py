@@ -13,12 +13,13 @@ import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moco.config import require
+from moco.config import DataConfig, require
 from moco.config.pack import PackConfig
 from moco.config.recommended import recipe_for
 from moco.config.subject import SubjectConfig
@@ -26,6 +27,7 @@ from moco.data import pack_output, shard_index
 from moco.data.base import Source
 from moco.data.opening import open_sources
 from moco.data.pack_output import Part, part_path, read_part
+from moco.data.pixel_format import RGB
 from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_digest
 from moco.data.shard_writer import PackedImage, ShardWriter, encode_image
 from moco.data.sources import refuse_output_inside
@@ -33,7 +35,7 @@ from moco.data.unreadable import refuse_many
 from moco.data.workers import in_order
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, log_next, progress_bar, summary_panel
-from moco.runtime.next_command import command
+from moco.runtime.next_command import command, given_fields, override
 from moco.runtime.output_directory import lock_directory
 
 # The recipe to train with next, by data.name.
@@ -44,6 +46,9 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "stl10": {"experiment": "moco_v2_stl10", "data.resident": True},
     "imagenet": {"experiment": "moco_v2_imagenet"},
 }
+
+
+_OF_IMAGES = {f"data.{name}" for name in ("channels", "dtype", "bits", "preview")}  # fields that shards need again
 
 
 def pack(config: PackConfig) -> None:
@@ -223,17 +228,24 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
         ("time", duration(seconds)),
         ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in entries)}, the shards, {SKIPPED}"),
     ]
-    following = _next(config.data.name, output, splits["train"]["pictures"])
+    following = _next(config.data, output, splits["train"]["pictures"])
     is_command = following.startswith("python ")
     summary_panel(title, rows if is_command else [*rows, ("note", following)])
     if is_command:
         log_next(following, "on a GPU" if "moco_v2_folder" in following else "")
 
 
-def _next(name: str, output: Path, count: int) -> str:
-    """Return the command that trains on the shards, with a recipe for images of this kind and number."""
-    recipe = _RECIPES.get(name) or recipe_for(count)
+def _next(data: DataConfig, output: Path, count: int) -> str:
+    """Return the command that trains on the shards, with a recipe for images of this kind and number; or a note."""
+    recipe = _RECIPES.get(data.name) or recipe_for(count)
+    shards = {"data": "shards", "data.root": str(output)}
+    shards |= {name: value for name, value in given_fields(data).items() if name in _OF_IMAGES}
+    reads = " ".join(starmap(override, shards.items()))
+    if (data.channels, data.dtype) != (RGB.channels, RGB.dtype):
+        return (
+            f"moco.train reads them with {reads}, and needs augment.mean and augment.std, one number for each channel: "
+            "python -m moco.check_data stats=true computes them from the images in their folder"
+        )
     if not recipe:
-        return f"too few images for a recipe; moco.train reads them with data=shards data.root={output}"
-    on_shards = recipe | {"data": "shards", "data.root": str(output), "run": "runs/packed"}
-    return command("moco.train", SubjectConfig(), **on_shards)
+        return f"too few images for a recipe; moco.train reads them with {reads}"
+    return command("moco.train", SubjectConfig(), **recipe, **shards, run="runs/packed")

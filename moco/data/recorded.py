@@ -9,9 +9,12 @@ from typing import Any
 from moco.config import require
 from moco.config.data import is_remote
 from moco.data.sources import SOURCES
+from moco.runtime.next_command import override
 
 # Fields that name further files of this machine, and fields that have no meaning without those.
-_LOCAL_PATHS = {"eval_root", "more_roots", "weights", "label_file", "label_separator"}
+_LOCAL_PATHS = {"eval_root", "more_roots", "label_file", "label_separator"}
+# Fields that only the user may set, and how often training draws images, which an evaluation never does.
+_NEVER = {"download", "allow_pipe", "weights"}
 
 
 def recorded_data(
@@ -29,15 +32,16 @@ def recorded_data(
     Raises:
         ConfigError: if the images would have to be fetched, or lie in a folder that only an untrusted file names.
     """
-    name, root, eval_root = (str(recorded.get(field) or "") for field in ("name", "root", "eval_root"))
-    never = {"download", "allow_pipe"} | (set() if trusted else _LOCAL_PATHS)
+    name, root = (str(recorded.get(field) or "") for field in ("name", "root"))
+    never = _NEVER | (set() if trusted else _LOCAL_PATHS)
     kept = {field: value for field, value in recorded.items() if field not in never}
     unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
     if not root or unused or "root" in given or given.get("name", name) != name:
         return kept
     remote = is_remote(name, root)
     why = "they would be fetched from there" if remote else "a file alone does not decide which folder is read"
-    same = f"data.root={root}{f' data.eval_root={eval_root}' if eval_root else ''}"
+    paths = {field: recorded[field] for field in ("root", "more_roots", "eval_root") if recorded.get(field)}
+    same = " ".join(override(f"data.{field}", value) for field, value in paths.items())
     require(
         trusted and not remote,
         f"{source} names the images of data.name={name} data.root={root}, and {why}: "

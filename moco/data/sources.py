@@ -7,7 +7,7 @@ Legend: N images.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +31,17 @@ from moco.data.remote import open_remote
 from moco.data.shards import open_shards
 from moco.plugins import Registry
 
-__all__ = ["SOURCES", "ArraySource", "FolderSource", "Source", "Sources", "from_dataset", "limited", "load_source"]
+__all__ = [
+    "SOURCES",
+    "ArraySource",
+    "FolderSource",
+    "Source",
+    "Sources",
+    "folders",
+    "from_dataset",
+    "limited",
+    "load_source",
+]
 
 
 class Kind(NamedTuple):
@@ -139,6 +149,12 @@ def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> 
             f"{field}={output} lies in {name}={root} ({folder}), so its images would become part of the data: "
             f"set {field} to a directory outside, such as {outside}",
         )
+
+
+def folders(root: str, more_roots: Sequence[str] | None) -> str:
+    """Describe the folders of a data set in few words: the first, and how many follow."""
+    more = len(more_roots or ())
+    return root + f" and {more} more folder{'s' * (more > 1)}" * (more > 0)
 
 
 def limited(source: Source, size: int) -> Source:

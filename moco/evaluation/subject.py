@@ -220,8 +220,10 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
         if not of_run:
             raise
         each = " and ".join(f"data.{name}={path}" for name, path in of_run.items())
-        fixes = " ".join(f"data.{name}={'FILE' if name == 'label_file' else 'DIR'}" for name in of_run)
-        relative = not all(map(os.path.isabs, of_run.values()))
+        stand_ins = {"label_file": "FILE", "more_roots": "[DIR]"}
+        fixes = " ".join(f"data.{name}={stand_ins.get(name, 'DIR')}" for name in of_run)
+        paths = [each for path in of_run.values() for each in (path if isinstance(path, list) else [path])]
+        relative = not all(map(os.path.isabs, paths))
         where = ", which started in another working directory" * relative
         raise FileNotFoundError(f"{error} ({each}, taken from the run{where}: set {fixes})") from error
 
@@ -243,13 +245,23 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
 
 
 def _is_same_data(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
-    roots = [Path(str(each.get("root") or "")).expanduser().resolve() for each in (data, recorded)]
-    return bool(data.get("name") == recorded.get("name") and roots[0] == roots[1])
+    """Return whether both have the same name and the same data.root."""
+    return bool(data.get("name") == recorded.get("name") and _roots(data)[0] == _roots(recorded)[0])
 
 
-def _paths(data: DataConfig) -> dict[str, str]:
-    paths = {"root": data.root, "eval_root": data.eval_root, "label_file": data.label_file}
-    return {name: path for name, path in paths.items() if path}
+def _shares_images(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool:
+    """Return whether both have the same name and a folder in common, among data.root and data.more_roots."""
+    return bool(data.get("name") == recorded.get("name") and set(_roots(data)) & set(_roots(recorded)))
+
+
+def _roots(data: Mapping[str, Any]) -> list[Path]:
+    roots = [data.get("root") or "", *(data.get("more_roots") or ())]
+    return [Path(str(root)).expanduser().resolve() for root in roots]
+
+
+def _paths(data: DataConfig) -> dict[str, Any]:
+    names = ("root", "more_roots", "eval_root", "label_file")
+    return {name: path for name in names if (path := getattr(data, name))}
 
 
 def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[str, Any]:
@@ -258,10 +270,14 @@ def data_with_absolute_paths(config: SubjectConfig, subject: Subject) -> dict[st
     A name on a hub stays as it is.
     """
     data = data_config(config, subject)
+
+    def absolute(path: Any) -> Any:
+        if isinstance(path, list):
+            return [absolute(each) for each in path]
+        return str(Path(path).expanduser().absolute())
+
     paths = {} if is_remote(data.name, data.root) else _paths(data)
-    absolute = {name: str(Path(path).expanduser().absolute()) for name, path in paths.items()}
-    more = [str(Path(path).expanduser().absolute()) for path in data.more_roots]
-    return asdict(data) | absolute | {"more_roots": more}
+    return asdict(data) | {name: absolute(path) for name, path in paths.items()}
 
 
 def weights_digest(file: EncoderFile, features: str) -> str:
@@ -275,7 +291,7 @@ def weights_digest(file: EncoderFile, features: str) -> str:
 def is_other_data(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the data set is known not to be the one on which the encoder was trained."""
     recorded = subject.file.config.get("data", {})
-    return bool(recorded) and not _is_same_data(asdict(data_config(config, subject)), recorded)
+    return bool(recorded) and not _shares_images(asdict(data_config(config, subject)), recorded)
 
 
 def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
@@ -290,7 +306,7 @@ def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
         for each in (data, recorded)
     ]
     other_split = bool(data["label_file"]) and splits[0] != splits[1]
-    return (config.data.hold_out > 0 or other_split) and _is_same_data(data, recorded)
+    return (config.data.hold_out > 0 or other_split) and _shares_images(data, recorded)
 
 
 def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:

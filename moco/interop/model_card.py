@@ -99,7 +99,8 @@ def _scale(data: Mapping[str, Any]) -> str:
 def _data(data: Mapping[str, Any]) -> str:
     """Name a data set; the root of most is only where it was downloaded to."""
     names = ("name", "root", "subset") if data.get("name") in ("folder", "huggingface") else ("name",)
-    return " ".join(str(data[name]) for name in names if data.get(name))
+    more = data.get("more_roots") or []
+    return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])
 
 
 def _loading(file: EncoderFile, timm: bool, repo: str) -> str:

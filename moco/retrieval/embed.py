@@ -171,6 +171,7 @@ def _about(work: _Work) -> About:
         "pictures": {
             "name": data["name"],
             "root": data["root"] if data["name"] != "digits" else "",
+            "more_roots": data["more_roots"],
             "split": config.split,
             "count": len(source),
             "sha256": names_digest(source),

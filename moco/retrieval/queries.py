@@ -22,7 +22,7 @@ from moco.interop.image_size import fit_to_size
 from moco.plugins import naming_plugins
 from moco.reporting.gallery import ImageSet
 from moco.retrieval.embed import build_network
-from moco.retrieval.store import Embedding, open_embedding, read_about
+from moco.retrieval.store import Embedding, open_embedding, origin_of, read_about
 
 
 def open_index(config: SearchConfig) -> Embedding:
@@ -37,10 +37,11 @@ def open_index(config: SearchConfig) -> Embedding:
     with naming_plugins(f"index={config.index}", about):
         sources = open_sources(DataConfig(**data), bank_size=0)
     source = getattr(sources, about["pictures"]["split"])
+    fields = "data.root and data.more_roots to the folders" if data.get("more_roots") else "data.root to the folder"
     require(
         source is not None and names_digest(source) == about["pictures"]["sha256"],
-        f"index={config.index} belongs to other images than {about['pictures']['root'] or 'the data set'} contains "
-        "now: run moco.embed again, or set data.root to the folder of its images",
+        f"index={config.index} belongs to other images than {origin_of(about)} contains now: run moco.embed again, or "
+        f"set {fields} of its images",
     )
     return open_embedding(Path(config.index), source)
 

@@ -83,6 +83,7 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
         "encoder": encoder,
         "features": str(index.folder),
         "root": index.about["pictures"]["root"],
+        "more_roots": index.about["pictures"].get("more_roots", []),
         "pictures": count,
     }
     _write_json(written[0], head, result)

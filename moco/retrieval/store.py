@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moco.config.base import ConfigError, require
-from moco.data.sources import Source
+from moco.data.sources import Source, folders
 from moco.files import reserve, write_csv, write_json
 from moco.reporting.gallery import ImageSet
 from moco.retrieval.table import write_table
@@ -41,8 +41,14 @@ class Embedding:
 
     @property
     def origin(self) -> str:
-        """The folder or the name of the data set."""
-        return str(self.about["pictures"]["root"] or self.about["pictures"]["name"])
+        """The folder or the name of the data set, and how many folders follow."""
+        return origin_of(self.about)
+
+
+def origin_of(about: About) -> str:
+    """Return the folder or the name of the data set, and how many folders follow."""
+    images = about["pictures"]
+    return folders(str(images["root"] or images["name"]), images.get("more_roots"))
 
 
 def open_embedding(folder: Path, source: Source) -> Embedding:
@@ -110,8 +116,7 @@ def _refuse_other(folder: Path, there: About, now: About) -> None:
     differing = []
     if there["encoder"]["sha256"] != now["encoder"]["sha256"]:
         differing.append(f"another encoder ({there['encoder']['source']}, step {there['encoder']['step']})")
-    images = there["pictures"]
-    origin = images["root"] or images["name"]
+    images, origin = there["pictures"], origin_of(there)
     if images["sha256"] != now["pictures"]["sha256"]:
         differing.append(f"other images ({images['count']:,} of {origin}, split={images['split']})")
     elif images.get("content") != now["pictures"]["content"]:

@@ -9,7 +9,7 @@ from itertools import starmap
 from typing import Any
 
 from moco import plugins
-from moco.config.data import is_remote
+from moco.config.data import DataConfig, is_remote
 from moco.config.subject import SubjectConfig
 
 # Text that needs no quotes for Hydra to read it unchanged. (Quotes would always be correct, but they are hard to read.)
@@ -54,6 +54,15 @@ def named_images(name: str, root: str) -> dict[str, Any]:
     if name == "webdataset":
         return {"data.name": "folder", "data.root": "YOUR_IMAGES"}
     return {"data.root": root} if is_remote(name, root) else {}
+
+
+def given_fields(data: DataConfig) -> dict[str, Any]:
+    """Return data.root, and each other field of a data set that differs from its default, by their dotted names.
+
+    data.name is left out: it is set by data=NAME or by a recipe.
+    """
+    defaults = asdict(DataConfig()) | {"name": data.name, "root": None}
+    return {f"data.{name}": value for name, value in asdict(data).items() if value != defaults[name]}
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

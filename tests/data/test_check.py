@@ -2,7 +2,9 @@
 
 import json
 import os
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moco.api import train_config
 from moco.check_data import check_data
 from moco.cli import run_command
 from moco.config import ConfigError, DataConfig
@@ -233,3 +236,31 @@ def test_a_folder_without_faults_gets_a_training_command_that_fits_it() -> None:
         assert command.startswith("next: python -m moco.embed checkpoint=FILE backbone=resnet18 ")
         assert "data=folder 'data.root=\"my images\"'" in command
     assert "moco_v2_folder" in suggest(data, 10**6, BUDGET)[0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"root": "data"},  # the default of the schema, but not of the recipe
+        {"root": "a", "more_roots": ["b", "my c"], "weights": [1.0, 0.5, 3.0], "labels": "folder", "eval_root": "e"},
+        {"root": "a", "label_file": "x.csv", "label_separator": ";", "split": "fit", "eval_split": "hold"},
+        {"root": "a", "on_bad_image": "replace", "max_bad": 0.2, "resident": True, "bits": 12, "workers": 0},
+        {"root": "a", "channels": 4, "dtype": "uint8", "preview": [2, 1, 0]},
+        {"root": "a", "channels": 1},
+    ],
+)
+def test_the_next_commands_repeat_all_fields_of_the_data(fields: dict[str, Any]) -> None:
+    data = DataConfig(name="folder", **fields)
+    channels = data.channels
+    for images in (250, 10**6):
+        (line, *_) = suggest(data, images, BUDGET, {"mean": [0.5] * channels, "std": [0.25] * channels})
+        overrides = shlex.split(line.partition(" moco.train ")[2])
+        composed = train_config(overrides)
+        assert asdict(composed.data) == asdict(data)
+        assert composed.augment.mean == [0.5] * channels
+    if channels == 3:
+        arguments = shlex.split(suggest(data, 20, BUDGET)[1].partition(" moco.embed ")[2])
+        named = {each.partition("=")[0] for each in arguments if each.startswith("data.")}
+        training_only = {"weights", "on_bad_image", "max_bad"}
+        assert named == {f"data.{name}" for name in fields if name not in training_only}
+        assert ("on_bad_image=skip" in arguments) == (data.on_bad_image == "replace")

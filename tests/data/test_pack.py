@@ -85,9 +85,34 @@ def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
     ],
 )
 def test_the_next_command_fits_the_images(name: str, count: int, words: str) -> None:
-    line = stage._next(name, Path("out"), count)
+    line = stage._next(DataConfig(name), Path("out"), count)
     assert set(words.split()) <= set(line.split())
     assert ("experiment=" in line, "queue_size=" in line) == ("experiment=" in words, "queue_size=" in words)
+
+
+def test_the_next_command_keeps_the_format_of_the_images() -> None:
+    line = stage._next(DataConfig("folder", bits=12), Path("out"), 3000)
+    assert {"data=shards", "data.root=out", "data.bits=12"} <= set(line.split())
+    line = stage._next(DataConfig("folder", channels=4, dtype="uint16", preview=[2, 1, 0]), Path("out"), 3000)
+    assert "data=shards data.root=out data.channels=4 data.dtype=uint16 'data.preview=[2,1,0]'," in line
+    assert "augment.mean and augment.std" in line
+
+
+def test_several_folders_are_packed_with_their_labels_and_weights_are_refused(tmp_path: Path) -> None:
+    first = class_folders(tmp_path / "first", 6)
+    second = class_folders(tmp_path / "second", 4, ("dog", "owl"), 10)
+    more: dict[str, Any] = {"data_more_roots": [str(second)], "data_labels": "folder"}
+    there = packed_split(packed(tmp_path / "out", first, **more))
+    plain = load_source(DataConfig("folder", str(first), labels="folder", more_roots=[str(second)])).train
+    assert [there.name(i) for i in range(10)] == [plain.name(i) for i in range(10)]
+    assert (there.classes, there.labels is not None and there.labels.tolist()) == (
+        ("cat", "dog", "owl"),
+        plain.labels is not None and plain.labels.tolist(),
+    )
+    assert all(there.content(i) == plain.content(i) for i in range(10))
+    data = DataConfig("folder", str(first), more_roots=[str(second)], weights=[1.0, 3.0])
+    with pytest.raises(ConfigError, match=r"data\.weights=\[1\.0, 3\.0\] has no effect on shards.*: remove it"):
+        check_pack(PackConfig(data, str(tmp_path / "out")))
 
 
 def _pack_slowly(output: Path, root: Path) -> None:
