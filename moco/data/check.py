@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moco.config import DataConfig
+from moco.config.base import require_file
 from moco.config.check_data import CheckDataConfig
 from moco.config.data import SourceConfig
 from moco.config.recommended import BUDGET, FEW_IMAGES, recipe_for
@@ -72,7 +73,8 @@ class Findings:
 
 def check_data(config: CheckDataConfig) -> None:
     """Do the work of `moco.check_data`."""
-    data = config.data
+    data, output = config.data, Path(config.output)
+    require_file("output", output, "check_data.json")
     sources = load_source(replace(data, resident=False), keep_unlistable=True)
     folders = [cast(FolderSource, each) for each in (sources.train, sources.held_out) if each is not None]
     for line in opening_lines(sources):
@@ -104,7 +106,6 @@ def check_data(config: CheckDataConfig) -> None:
             for path, target in folder.broken.items():
                 findings.note("broken link", str(Path(folder.root, path)), f"a link to {target}, ignored")
     report = describe(config, folders, findings)
-    output = Path(config.output)
     with write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
@@ -163,7 +164,11 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
         readable = sizes[sizes[:, 0] > 0]
         unreadable = len(sizes) - len(readable)
         counted = f"{unreadable:,} of the {len(sizes):,} {name} images cannot be read"
-        if unreadable and data.on_bad_image == "raise":
+        if unreadable and not len(readable):
+            kind = max(FAULTS, key=lambda each: findings.counts[each])
+            file = findings.files[kind][0]
+            obstacles.append(f"none of the {unreadable:,} {name} images can be read ({file['path']}: {file['reason']})")
+        elif unreadable and data.on_bad_image == "raise":
             more = f" data.max_bad={_share(unreadable, sizes):g}" if unreadable > data.max_bad * len(sizes) else ""
             obstacles.append(f"{counted} (repair or remove them, or set data.on_bad_image=replace{more})")
         elif unreadable > data.max_bad * len(sizes):

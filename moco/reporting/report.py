@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
+from moco.config.base import require_file
 from moco.config.report import ReportConfig
 from moco.distributed import is_rank_zero
 from moco.files import WriteError, cause
@@ -46,7 +47,7 @@ def report(config: ReportConfig) -> None:
 def _report(config: ReportConfig, device: torch.device) -> None:
     runs = [open_run(Path(config.run)), *(open_run(Path(each), "compare") for each in config.compare)]
     out = Path(config.output) if config.output else runs[0].path / "report.html"
-    require(not out.is_dir(), f"output={out} is a folder: name a file, e.g. output={out / 'report.html'}")
+    require_file("output", out, "report.html")
     is_page = out.suffix.lower() in (".html", ".htm")
     require(is_page, f"output={out} does not end in .html: the report is an HTML page")
     computed = [_compute(config, run, device) for run in runs]

@@ -264,3 +264,22 @@ def test_the_next_commands_repeat_all_fields_of_the_data(fields: dict[str, Any])
         training_only = {"weights", "on_bad_image", "max_bad"}
         assert named == {f"data.{name}" for name in fields if name not in training_only}
         assert ("on_bad_image=skip" in arguments) == (data.on_bad_image == "replace")
+
+
+def test_images_that_all_fail_name_the_reason(tmp_path: Path) -> None:
+    """No value of data.max_bad would help."""
+    folder(tmp_path / "images", good=3, unreadable=False)
+    reason = r"none of the 3 training images can be read \(.*0\.png: .*data\.channels=2\)"
+    checked(tmp_path / "report.json", reason, root=str(tmp_path / "images"), channels=2)
+
+
+@pytest.mark.parametrize("output", [".", "/", "images"])
+def test_a_folder_as_the_report_is_refused_before_images_are_read(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(tmp_path / "images", good=1, unreadable=False)
+    with pytest.raises(
+        ConfigError, match=rf"output={output} is a folder: name a file, e\.g\. output=.*check_data\.json"
+    ):
+        check_data(CheckDataConfig(DataConfig(name="folder", root="images"), output=output))
