@@ -28,14 +28,14 @@ class MethodConfig:
     temperature_period: float = bounded(200.0, gt=0)
     """Epochs per oscillation of temperature_schedule=cosine."""
 
-    # Properties of the method. A subclass overrides them, by a field or by a value.
+    # Properties of the method. A subclass overrides them: with a field if users can set it, else a constant.
     has_momentum_encoder = False
     has_predictor = False
     can_learn_temperature = True
     momentum = 0.0  # m of the momentum encoder
     queue_size = 0  # K
     mask_own_keys = True  # exclude stale keys of a query's own image from its negatives
-    teacher = ""  # a trained network that `build` gets as a further argument: a file, or timm/NAME
+    teacher = ""  # file or timm/NAME of a trained network; `build` gets the network as its argument `teacher`
     labels = False  # train on the labels of the images
     compares_views = True  # the positive is another view of the image, encoded in the same step
     symmetric = False  # use each view as the query and as the key
@@ -57,7 +57,7 @@ class MethodConfig:
         return []
 
     def build(self, config: "TrainConfig", encoder: Any, labels: Any) -> Any:
-        """Return the method, a `moco.builder.Method`, with a new encoder, an `nn.Module`.
+        """Return the method, a `moco.builder.Method`, that trains `encoder`, a new `moco.models.encoder.Encoder`.
 
         `labels` are the classes of the training images, a tensor (samples,); None unless `self.labels`.
         """
@@ -71,10 +71,10 @@ class MethodConfig:
             f"method.temperature_schedule=learned must be one of constant, cosine for {self.name}",
         )
         limits = f"method.temperature_low={low} and method.temperature_high={high}"
-        require(low <= high, f"{limits} must be in this order")
+        require(low <= high, f"{limits} must be in ascending order")
         require(
             kind != "learned" or low <= self.temperature <= high,
-            f"method.temperature={self.temperature} must lie within {limits}: learning starts there",
+            f"method.temperature={self.temperature} must lie between {limits}: learning starts there",
         )
         for name in ("temperature_low", "temperature_high", "temperature_period"):
             value = getattr(self, name)

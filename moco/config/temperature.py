@@ -12,13 +12,14 @@ SET_BY_SWEEP = ("run", "seed", "epochs", "experiment", "method.temperature", "ch
 
 @dataclass
 class TemperatureConfig(ComputeConfig):
-    """Study the effect of the temperature: train at several temperatures, or explain it with a few logits.
+    """Study the effect of the temperature: train at several temperatures, or explain its effect on a few candidates.
 
     `device` and `threads` apply to the measurements. For the runs, set them in overrides.
     """
 
     mode: str = bounded("sweep", choices=("sweep", "explain"))
-    """sweep: train at each temperature, measure, and draw figures; explain: print loss and gradient of a few logits."""
+    """sweep: train at each temperature, measure, and draw figures; explain: print loss and gradient of a few
+    candidates."""
     temperatures: list[float] = bounded([], gt=0, min_length=1, example="temperatures=[0.05,0.1,0.2,0.5]")
     """Temperatures to compare. Each has its own runs. More can be added later; finished runs are not repeated."""
     seeds: int = bounded(1, ge=1)

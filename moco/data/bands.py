@@ -53,8 +53,10 @@ def read_bands(data: bytes, pixel_format: PixelFormat) -> Tensor:
 
     Raises:
         WrongFormat: if the file has another number of channels, or a type that `dtype` cannot hold.
+        TooLarge: if the file declares more than `MAX_BYTES` bytes.
         ConfigError: if a TIFF needs tifffile, and it is not installed.
-        TooLarge, ValueError and whatever numpy, PIL and tifffile raise: if the file is damaged.
+        ValueError: if pixels are not finite, or the file is damaged.
+        Exception: whatever numpy, PIL and tifffile raise for a damaged file.
     """
     if data.startswith(NPY):
         array = _npy(data)
@@ -95,7 +97,7 @@ def _npz(data: bytes) -> NDArray[Any]:
         members = {each.filename.removesuffix(".npy"): each for each in archive.infolist()}
         chosen = [*members] if len(members) == 1 else [name for name in _IMAGE_NAMES if name in members]
         if not chosen:
-            raise WrongFormat(f"it holds {len(members)} arrays ({', '.join([*members][:5])}): name one of them image")
+            raise WrongFormat(f"it holds {len(members)} arrays ({', '.join([*members][:5])}): name one of them 'image'")
         if members[chosen[0]].file_size > MAX_BYTES:
             raise TooLarge(_too_large(members[chosen[0]].file_size))
         return _npy(archive.read(members[chosen[0]]))
@@ -169,7 +171,7 @@ def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     held = array.dtype.kind in "uif" if dtype == "float32" else array.dtype.newbyteorder("=") == np.dtype(dtype)
     if not held:
         fixes = [each for each in ("uint8", "uint16") if array.dtype.newbyteorder("=") == np.dtype(each)]
-        fix = f"set data.dtype={(fixes or ['float32'])[0]}" if array.dtype.kind in "uif" else "store numbers"
+        fix = f"set data.dtype={(fixes or ['float32'])[0]}" if array.dtype.kind in "uif" else "store integers or floats"
         raise WrongFormat(f"its pixels are {array.dtype.name}, not data.dtype={dtype}: {fix}")
     with np.errstate(over="ignore"):  # the next check reports it
         converted = np.array(array, dtype, order="C")

@@ -18,7 +18,7 @@ def temperature_at(step: float, period: float, low: float, high: float) -> float
     if not 0 < period < math.inf or not math.isfinite(step):
         raise ValueError(f"step={step} must be finite, and period={period} above 0 and finite")
     if not 0 < low <= high < math.inf:
-        raise ValueError(f"low={low} and high={high} must be above 0, finite and in this order")
+        raise ValueError(f"low={low} and high={high} must be above 0, finite and in ascending order")
     return low + (high - low) * (1 + math.cos(2 * math.pi * step / period)) / 2
 
 
@@ -35,7 +35,9 @@ class LearnedTemperature(nn.Module):
     def __init__(self, initial: float = 0.07, low: float = 0.01, high: float = 1.0) -> None:
         super().__init__()
         if not 0 < low <= initial <= high < math.inf:
-            raise ValueError(f"low={low}, initial={initial} and high={high} must be above 0, finite and in this order")
+            raise ValueError(
+                f"low={low}, initial={initial} and high={high} must be above 0, finite and in ascending order"
+            )
         self.low, self.high = low, high
         self.log_scale = nn.Parameter(torch.tensor(-math.log(initial)))
 

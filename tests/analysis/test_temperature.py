@@ -244,7 +244,7 @@ def test_without_labels_the_curves_show_a_note(tmp_path: Path) -> None:
     assert "needs labels" in (tmp_path / "curves.svg").read_text()
 
 
-def test_three_logits_are_explained_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_candidates_are_explained_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     explain(config(tmp_path / "out", mode="explain", temperatures=[0.1]))
     out = capsys.readouterr().out
     z = [math.exp(each / 0.1) for each in (0.8, 0.5, 0.1)]

@@ -123,7 +123,7 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(
 def test_the_saved_encoder_loads_with_the_code_of_the_documentation(uninterrupted: tuple[Path, str]) -> None:
     code = (REPOSITORY / "docs/howto/use.md").read_text().split("```python\n")[1].split("```")[0]
     folder, trained = uninterrupted[0], finished(uninterrupted[0])["method"]
-    scope: dict[str, Any] = {"picture": Image.new("RGB", (20, 30))}
+    scope: dict[str, Any] = {"pil_image": Image.new("RGB", (20, 30))}
     exec(code.replace("runs/digits", str(folder)), scope)
     assert scope["image"].shape[0] == 3
     saved = load_file(folder / "encoder.safetensors")

@@ -136,7 +136,7 @@ LARGE = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<u2', 'fortran_order': False, '
         (npy(values(1, "uint16")[..., 0]), "unsupported", "5 x 7 needs a first or last axis"),
         (npy(np.zeros((0, 4, 4), np.uint16)), "unsupported", "no pixels"),
         (npy(np.array(["a"])), "unsupported", "first or last axis"),
-        (npz(a=values(4, "uint16"), b=values(4, "uint16")), "unsupported", "2 arrays .a, b.: name one of them image"),
+        (npz(a=values(4, "uint16"), b=values(4, "uint16")), "unsupported", "2 arrays .a, b.: name one of them 'image'"),
         (npy(values(4, "uint16"))[:-1], "truncated", "truncated"),
         (LARGE + b"\n", "truncated", "90000"),
         (b"PK\x03\x04 nothing else", "damaged", "zip"),

@@ -14,7 +14,7 @@ from moco.interop import weights
 from moco.interop.weights import save_weights
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_previous_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence_and_keeps_the_previous_file(tmp_path: Path) -> None:
     """Use a real limit on the file size."""
     file = tmp_path / "encoder.safetensors"
     save_weights(file, {"w": torch.zeros(3)})

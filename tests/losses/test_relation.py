@@ -8,7 +8,7 @@ import torch
 from moco.losses import relational_cross_entropy
 from tests.losses.loops import dot, mean, unit
 
-N, C, K, T, TEACHER = 5, 6, 9, 0.3, 0.1
+N, C, K, T, T_TEACHER = 5, 6, 9, 0.3, 0.1
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -19,11 +19,11 @@ def softmax(logits: list[float]) -> list[float]:
 @pytest.mark.parametrize("with_key", [False, True])
 def test_loss_and_entropy_equal_the_loops(with_key: bool) -> None:
     query, key, queue = (unit(n, C, seed=seed, dtype=torch.float64) for seed, n in enumerate((N, N, K)))
-    loss, measures = relational_cross_entropy(query, key, queue, T, TEACHER, with_key)
+    loss, measures = relational_cross_entropy(query, key, queue, T, T_TEACHER, with_key)
     losses, entropies = [], []
     for q, k in zip(query.tolist(), key.tolist(), strict=True):
         candidates = [k, *queue.tolist()] if with_key else queue.tolist()
-        teacher = softmax([dot(k, each) / TEACHER for each in candidates])
+        teacher = softmax([dot(k, each) / T_TEACHER for each in candidates])
         student = softmax([dot(q, each) / T for each in candidates])
         losses.append(-sum(p * math.log(r) for p, r in zip(teacher, student, strict=True)))
         entropies.append(-sum(p * math.log(p) for p in teacher))
@@ -40,8 +40,8 @@ def test_only_the_query_gets_a_gradient_which_passes_gradcheck(with_key: bool) -
         unit(n, C, seed=seed, dtype=torch.float64).requires_grad_() for seed, n in enumerate((N, N, K))
     )
     fixed = key.detach(), queue.detach()
-    assert torch.autograd.gradcheck(lambda q: relational_cross_entropy(q, *fixed, T, TEACHER, with_key)[0], [query])
-    relational_cross_entropy(query, key.detach(), queue.detach(), T, TEACHER, with_key)[0].backward()
+    assert torch.autograd.gradcheck(lambda q: relational_cross_entropy(q, *fixed, T, T_TEACHER, with_key)[0], [query])
+    relational_cross_entropy(query, key.detach(), queue.detach(), T, T_TEACHER, with_key)[0].backward()
     assert key.grad is None
     assert queue.grad is None
 
@@ -78,4 +78,4 @@ def test_invalid_temperatures_are_refused(student: float, teacher: float) -> Non
 
 def test_invalid_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="must have the shapes"):
-        relational_cross_entropy(unit(N, C, seed=0), unit(N - 1, C, seed=1), unit(K, C, seed=2), T, TEACHER)
+        relational_cross_entropy(unit(N, C, seed=0), unit(N - 1, C, seed=1), unit(K, C, seed=2), T, T_TEACHER)

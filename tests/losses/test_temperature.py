@@ -22,7 +22,7 @@ def test_the_schedule_oscillates_between_high_and_low() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((0, 0, 0.1, 1.0), "period=0"), ((0, 1, 0.0, 1.0), "low=0.0 and"), ((0, 1, 0.5, 0.1), "in this order")],
+    [((0, 0, 0.1, 1.0), "period=0"), ((0, 1, 0.0, 1.0), "low=0.0 and"), ((0, 1, 0.5, 0.1), "in ascending order")],
 )
 def test_an_invalid_schedule_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):

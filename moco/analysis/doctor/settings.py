@@ -17,13 +17,15 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
-MOST_LEFT = 0.5  # share of the momentum encoder's initial weights at the end; digits: 0.002, CIFAR-10 on a CPU: 1e-5
+# The largest share of its initial weights that the momentum encoder may keep until the end of the run. The recipe
+# digits keeps 0.002, cifar10_cpu 1e-5.
+MAX_KEPT = 0.5
 
 
 def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
     """Find a momentum encoder that hardly leaves its random weights in a run of this length, or never changes.
 
-    A schedule may end at 1.
+    `facts.momentum` is the momentum of the first step, so a schedule that ends at 1 raises no alarm.
     """
     if facts.momentum is None:
         return None
@@ -31,19 +33,19 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
         evidence = "the momentum encoder never changes, so the queries learn to match a random network"
         return Alarm("momentum of 1", evidence, f"method.momentum={better_momentum(facts):g}")
     left, better = facts.momentum**facts.total_steps, better_momentum(facts)
-    if left <= MOST_LEFT or facts.momentum <= better or facts.starts_trained:
+    if left <= MAX_KEPT or facts.momentum <= better or facts.starts_trained:
         return None
     return Alarm(
         "momentum too high",
         f"at momentum {facts.momentum:g}, {100 * left:.0f} % of the momentum encoder's initial weights are left "
         f"after all {facts.total_steps:.0f} steps",
-        "more epochs" if better**facts.total_steps > MOST_LEFT else f"method.momentum={better:g}, or more epochs",
+        "more epochs" if better**facts.total_steps > MAX_KEPT else f"method.momentum={better:g}, or more epochs",
     )
 
 
 def _and_more_epochs(facts: Facts) -> str:
     """Return a remedy for a run that is too short for every momentum of the published range."""
-    return ", and more epochs" if better_momentum(facts) ** facts.total_steps > MOST_LEFT else ""
+    return ", and more epochs" if better_momentum(facts) ** facts.total_steps > MAX_KEPT else ""
 
 
 def better_momentum(facts: Facts) -> float:
@@ -69,18 +71,19 @@ def few_images(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
-MOST_OF_DATASET = 0.5  # without masking, 1 query in 8 then meets a key of its own image
+# The largest ratio of queue to data set without masking: 1 query in 8 then meets a key of its own image.
+MAX_QUEUE_RATIO = 0.5
 
 
 def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     """Find a queue that often holds the query's own image (moco issue 146), or is longer than an epoch."""
     share = facts.queue_size / facts.dataset_size
-    if share <= (1.0 if facts.mask_own_keys else MOST_OF_DATASET):
+    if share <= (1.0 if facts.mask_own_keys else MAX_QUEUE_RATIO):
         return None
     evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
     remedy = queue_advice(facts.dataset_size, facts.keys_per_step)
     if facts.mask_own_keys:
-        evidence += "it holds several keys per image: old keys instead of more images"
+        evidence += "it holds several keys of an image, and the older ones add no new image"
     else:
         # Each epoch of M images has its own order: an image's last key is M - a + b keys old, a, b uniform in 0 ... M.
         meets_itself = share**2 / 2 if share <= 1 else 1 - max(0.0, 2 - share) ** 2 / 2
@@ -91,7 +94,7 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
 
 # The oldest key is K / B steps old, that is (1 - m) K / B lifetimes of the momentum encoder. After 3 lifetimes, 5 % of
 # the encoder that made it is left, exp(-3). Published recipes reach 2.6 (K 65536, B 256, m 0.99); m 0.9 has 26.
-MOST_LIFETIMES = 3.0
+MAX_LIFETIMES = 3.0
 
 
 def stale_queue(series: Series, facts: Facts) -> Alarm | None:
@@ -99,11 +102,11 @@ def stale_queue(series: Series, facts: Facts) -> Alarm | None:
     steps = facts.queue_size / facts.keys_per_step
     if not steps or facts.momentum is None or facts.momentum < LOWEST_MOMENTUM:
         return None
-    if steps * (1 - facts.momentum) <= MOST_LIFETIMES:
+    if steps * (1 - facts.momentum) <= MAX_LIFETIMES:
         return None
     return Alarm(
         "stale queue",
         f"the oldest of {facts.queue_size} keys is {steps:.0f} steps old, and at momentum {facts.momentum:g} only "
         f"{100 * facts.momentum**steps:.1f} % of the encoder that made it is left",
-        f"method.momentum={1 - 1 / steps:.4g} or higher, or a shorter method.queue_size",
+        f"method.momentum={1 - 1 / steps:.4g} or higher, or a smaller method.queue_size",
     )

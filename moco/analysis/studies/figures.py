@@ -57,7 +57,7 @@ def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, h
             explained = explain_temperature(torch.tensor(similarities), answer, grid)
             softmax, loss, slope = axes[row]
             for candidate, similarity in enumerate(similarities):
-                role, line = ("the answer", "-") if candidate == answer else ("a negative", "--")
+                role, line = ("the positive", "-") if candidate == answer else ("a negative", "--")
                 style = {"color": colors[candidate], "linestyle": line}
                 softmax.plot(grid, explained.softmax[:, candidate], label=f"s = {similarity:g}, {role}", **style)
                 slope.plot(grid, explained.gradient[:, candidate].abs(), label=f"s = {similarity:g}", **style)
@@ -65,7 +65,7 @@ def draw_explanation(path: Path, similarities: Sequence[float], lowest: float, h
             softmax.legend(fontsize=7)
             slope.legend(fontsize=7)
             for axis, name in zip(axes[row], ("softmax", "loss", "pull and push"), strict=True):
-                axis.set(xscale="log", title=f"{name}, the answer is {kind}")
+                axis.set(xscale="log", title=f"{name}, the model is {kind}")
                 marks = [each for each in _MARKS if lowest <= each <= highest]
                 axis.set_xticks(marks, [f"{each:g}" for each in marks])
                 axis.set_xticks([], minor=True)

@@ -1,4 +1,4 @@
-"""The temperature study: train a run at each temperature, measure and draw. Or explain the temperature on a few logits.
+"""The temperature study: train a run at each temperature, measure and draw. Or explain its effect on a few candidates.
 
 Hydra's multirun is not used: it runs all jobs in one process, once per rank under torchrun, and reruns finished jobs.
 Here each run is a process with its own directory, so the same command resumes the study.
@@ -53,7 +53,7 @@ def study(config: TemperatureConfig) -> None:
 
 
 def explain(config: TemperatureConfig) -> None:
-    """Draw softmax, loss and gradient of a few logits against the temperature, and print them as a table."""
+    """Draw softmax, loss and gradient of a few candidates against the temperature, and print them as a table."""
     output, _ = open_study(config.output, ComputeConfig("cpu"))
     similarities, temperatures = config.similarities, sorted(config.temperatures)
     grid = torch.tensor(temperatures, dtype=torch.float64)
@@ -69,8 +69,9 @@ def explain(config: TemperatureConfig) -> None:
         f"one query, candidates with similarities {', '.join(f'{each:g}' for each in similarities)}",
         ["T", "right: P %", "loss", "pull", "wrong: P %", "loss", "pull"],
         rows,
-        f"right: the answer is the {similarities[RIGHT]:g}; wrong: it is the {similarities[WRONG]:g}. P is the "
-        "softmax of the answer; pull is minus the loss's gradient by its similarity, equal to the push on all others",
+        f"right: the positive has similarity {similarities[RIGHT]:g}; wrong: it has {similarities[WRONG]:g}. P is the "
+        "softmax of the positive; pull is minus the gradient of the loss with respect to its similarity, which "
+        "equals the sum of the push on the others",
     )
     figure = output / "explain.svg"
     draw_explanation(figure, similarities, min(0.02, *temperatures), max(2.0, *temperatures))
