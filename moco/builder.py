@@ -27,7 +27,7 @@ Legend: N micro-batch, n local batch, C embedding, K queue length, V = 2 views, 
 
 import copy
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import copy_to_device, gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
+from moco.losses.streamed import Streamed
 
 UNKNOWN = -1  # the image index of a random key, which shows no image
 NO_CLASS = torch.iinfo(torch.int64).min  # the class of a random key; no image has this class
@@ -144,15 +145,22 @@ def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, mom
     torch._foreach_lerp_(list(momentum_encoder.parameters()), list(encoder.parameters()), weight=1 - momentum)
 
 
-def queue_info_nce(
+def queue_contrast(
     q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor, decoupled: bool = False
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return InfoNCE(q, k, queue), shape (), and measures of its logits, without storing the logits (N, 1 + K).
+) -> Streamed:
+    """Compute InfoNCE(q, k, queue) for each query, without storing the logits (N, 1 + K).
 
     `q` and `k` have shape (N, C); `index`, (N,), holds the image indices.
     """
     filled, samples = queue.filled_mask(), (index, queue.index) if queue.mask_own_keys else None
-    streamed = info_nce_streamed(q, k, queue.keys, temperature, filled, samples=samples, decoupled=decoupled)
+    return info_nce_streamed(q, k, queue.keys, temperature, filled, samples=samples, decoupled=decoupled)
+
+
+def queue_info_nce(
+    q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor, decoupled: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return InfoNCE(q, k, queue), shape (), and measures of its logits; see `queue_contrast`."""
+    streamed = queue_contrast(q, k, queue, temperature, index, decoupled)
     return streamed.loss, streamed.measures(temperature, decoupled)
 
 
@@ -191,7 +199,7 @@ class Method(Protocol):
         views: Sequence[Tensor],
         shuffles: Sequence[NDArray[np.int64]] | None = None,
         micro_batch: int | None = None,
-    ) -> dict[int, Tensor]: ...
+    ) -> dict[int, Any]: ...  # gets `places` too, if the loader was asked for them, see `Batch`
 
     def update_momentum_encoder(self, momentum: float) -> None: ...
 

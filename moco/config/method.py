@@ -39,6 +39,7 @@ class MethodConfig:
     labels = False  # train on the labels of the images
     compares_views = True  # the positive is another view of the image, encoded in the same step
     symmetric = False  # use each view as the query and as the key
+    uses_places = False  # `encode_keys` gets the place of each view in its image
 
     @property
     def momentum_end(self) -> float | None:

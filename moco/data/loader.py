@@ -16,6 +16,7 @@ from torch import Tensor
 from moco.data.augment import augment, crop_batch, crop_one, largest_shrink
 from moco.data.base import Source
 from moco.data.decode import Decoded, ImageError, decode_scaled
+from moco.data.places import places_of
 from moco.data.plan import Plan
 from moco.data.prefetch import prefetched
 from moco.data.remote import Item
@@ -31,6 +32,7 @@ class Batch:
 
     index: Tensor  # (n,), the images that are used; a substitute has its own index, for the queue and the labels
     views: list[Tensor]  # V of (n, C, S, S), float32, normalized
+    places: Tensor | None = None  # (V, n, 3, 3), float64, see `moco.data.places`; None unless asked for
 
 
 def batches(
@@ -41,6 +43,7 @@ def batches(
     workers: int | None,
     start: int = 0,
     on_unreadable: OnUnreadable | None = None,
+    places: bool = False,
 ) -> Generator[Batch, None, None]:
     """Yield this rank's batches from step `start` to the end of training; `close` ends the loader processes earlier.
 
@@ -51,20 +54,25 @@ def batches(
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
             views of a substitute use the random numbers of the original sample, so they differ from the views that the
             same image has as a sample. None: an unreadable image ends the run.
+        places: also return the place of each view in its image.
 
     Raises:
         ImageError: for an unreadable image that is not replaced.
         LoaderError: if a loader process dies, or has no shared memory.
     """
     cropped = crops(source, plan, views, device, workers, start, on_unreadable)
-    made: Iterable[Batch] = (_augmented(plan, views, device, each) for each in cropped)
+    made: Iterable[Batch] = (_augmented(plan, views, device, each, places) for each in cropped)
     if device.type == "cuda":
-        made = prefetched(made, device, lambda batch: (batch.index, *batch.views))
+        made = prefetched(made, device, _tensors)
     yield from made
 
 
-# epoch, samples of the plan (n,), images that are used (n,), V of (n, C, S, S) on the device
-CroppedBatch = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor]]
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [batch.index, *batch.views, *([] if batch.places is None else [batch.places])]
+
+
+# epoch, samples of the plan (n,), images that are used (n,), V of (n, C, S, S) on the device, heights and widths (n, 2)
+CroppedBatch = tuple[int, NDArray[np.int64], NDArray[np.int64], list[Tensor], NDArray[np.int64]]
 
 
 def crops(
@@ -88,18 +96,23 @@ def crops(
         loader = source.stream(dataset.crop_views, plan, start, workers, dataset.replace, pin_memory)
     else:
         loader = make_loader(dataset, workers, plan.samples(start), pin_memory=pin_memory)
-    for epoch, index, used, crops_of_views, unreadable in loaded(loader, "data.workers"):
+    for epoch, index, used, (*crops_of_views, sizes), unreadable in loaded(loader, "data.workers"):
         if on_unreadable is not None and unreadable:
             on_unreadable(unreadable)
-        yield epoch, index, used, [each.to(device, non_blocking=True) for each in crops_of_views]
+        yield epoch, index, used, [each.to(device, non_blocking=True) for each in crops_of_views], sizes.numpy()
 
 
-def _augmented(plan: Plan, views: Sequence[View], device: torch.device, batch: CroppedBatch) -> Batch:
+def _augmented(plan: Plan, views: Sequence[View], device: torch.device, batch: CroppedBatch, places: bool) -> Batch:
     """Augment a batch of crops on the device: the second stage."""
-    epoch, index, used, crops_of_views = batch
-    params = (draw(view, plan.seed, epoch, index, stream) for stream, view in enumerate(views))
-    out = [augment(*each) for each in zip(crops_of_views, params, views, strict=True)]
-    return Batch(copy_to_device(torch.from_numpy(used), device), out)
+    epoch, index, used, crops_of_views, sizes = batch
+    out, maps = [], []
+    for stream, (crops_of_view, view) in enumerate(zip(crops_of_views, views, strict=True)):
+        params = draw(view, plan.seed, epoch, index, stream)
+        out.append(augment(crops_of_view, params, view))
+        if places:
+            maps.append(places_of(view, draw_crop(plan.seed, epoch, index, stream), params, sizes))
+    on_device = copy_to_device(torch.from_numpy(np.stack(maps)), device) if places else None  # (V, n, 3, 3)
+    return Batch(copy_to_device(torch.from_numpy(used), device), out, on_device)
 
 
 def _resident(
@@ -119,7 +132,7 @@ def _resident(
         cut = [
             crop_batch(picked, draw_crop(plan.seed, epoch, index, stream), view) for stream, view in enumerate(views)
         ]
-        yield epoch, index, used, cut
+        yield epoch, index, used, cut, np.tile(images.shape[2:], (len(index), 1))
 
 
 class CropDataset:
@@ -138,7 +151,10 @@ class CropDataset:
             return error  # raised here, it would reach the user as the worker's traceback
 
     def crop_views(self, epoch: int, index: NDArray[np.int64], images: Iterable[Tensor]) -> list[Tensor]:
-        """Crop all views of the images: V of (n, C, S, S). `index` (n,) identifies the random numbers of the boxes."""
+        """Crop all views of the images: V of (n, C, S, S), and then the images' heights and widths, (n, 2).
+
+        `index` (n,) identifies the random numbers of the boxes.
+        """
         return self._crop(self._draw(epoch, index), (Decoded.full(image) for image in images))
 
     def _draw(self, epoch: int, index: NDArray[np.int64]) -> list[NDArray[np.float32]]:
@@ -147,10 +163,12 @@ class CropDataset:
 
     def _crop(self, drawn: Sequence[NDArray[np.float32]], images: Iterable[Decoded]) -> list[Tensor]:
         crops_of_views: list[list[Tensor]] = [[] for _ in self.views]
+        sizes = []
         for row, image in enumerate(images):
+            sizes.append(image.size)
             for view, uniforms, out in zip(self.views, drawn, crops_of_views, strict=True):
                 out.append(crop_one(image.pixels, uniforms[row], view, image.size, image.factor))
-        return to_shared_memory([torch.stack(each) for each in crops_of_views])
+        return to_shared_memory([*(torch.stack(each) for each in crops_of_views), torch.tensor(sizes)])
 
     def _images(
         self, used: NDArray[np.int64], drawn: Sequence[NDArray[np.float32]], unreadable: dict[int, str]

@@ -32,14 +32,19 @@ BLOCK = {"cpu": 2**18, "cuda": 2**25}
 
 
 class Streamed(NamedTuple):
-    """The loss to differentiate, and detached statistics of each query's logits."""
+    """Each query's loss, to differentiate, and detached statistics of its logits."""
 
-    loss: Tensor  # (), the mean over the queries
+    losses: Tensor  # (N,)
     positive: Tensor  # (N,), the key's logit
     hardest: Tensor  # (N,), the largest logit of a negative; -inf without any
     log_sum: Tensor  # (N,), log of the sum of the negatives' exponentials; -inf without any
     negatives: Tensor  # (N,), their number
     effective_negatives: Tensor  # (N,), exp of the entropy of the negatives' shares, 1 ... K; 0 without any
+
+    @property
+    def loss(self) -> Tensor:
+        """Return the mean loss over the queries, shape ()."""
+        return self.losses.mean()
 
     def measures(self, temperature: Temperature, decoupled: bool = False) -> dict[str, Tensor]:
         """Return means over the queries, of shape (): "negatives", "chance" (see `contrast`) and `logit_measures`."""
@@ -127,7 +132,7 @@ def info_nce_streamed(
     apart, gap, excess = mean_key - key, mean_logit - positive, log_sum - positive
     losses: Tensor = _Loss.apply(query, temperature, apart, gap, excess, decoupled)
     losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
-    return Streamed(losses.mean(), positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
+    return Streamed(losses, positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
 
 
 def _chunk(queries: int, device: str) -> int:

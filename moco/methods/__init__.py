@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from moco.config import MethodConfig
+from moco.methods.densecl_config import DenseCLConfig
 from moco.methods.distill_config import DistillConfig
 from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3_config import MoCoV3Config
@@ -19,6 +20,7 @@ from moco.plugins import Registry
 METHODS: Registry[type[MethodConfig]] = Registry(
     "method.name",
     {
+        "densecl": DenseCLConfig,
         "distill": DistillConfig,
         "moco": MoCoConfig,
         "moco_v3": MoCoV3Config,

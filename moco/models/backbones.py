@@ -25,6 +25,8 @@ class ConvNet(nn.Module):
         channels: C, of the images.
     """
 
+    map_layer = "layers"
+
     def __init__(
         self, width: int = 32, strides: tuple[int, ...] = (1, 2, 1, 2, 1), pool: int = 1, channels: int = 3
     ) -> None:
@@ -52,7 +54,7 @@ def _resnet(name: str, /, stem: str = "imagenet", channels: int = 3, **options: 
     if stem not in ("imagenet", "cifar"):
         raise ValueError(f"model.options.stem={stem!r} must be 'imagenet' or 'cifar'")
     network: Any = getattr(torchvision.models, name)(weights=None, **options)
-    network.num_features = network.fc.in_features
+    network.num_features, network.map_layer = network.fc.in_features, "layer4"
     network.fc = nn.Identity()
     if stem == "cifar":
         network.conv1 = nn.Conv2d(channels, 64, kernel_size=3, stride=1, padding=1, bias=False)
@@ -99,7 +101,7 @@ def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
         close = ", ".join(difflib.get_close_matches(known, timm.list_models(), n=5))
         raise ValueError(f"{group}backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
     try:
-        network: nn.Module = timm.create_model(known, num_classes=0, **options)
+        network: Any = timm.create_model(known, num_classes=0, **options)
     except (TypeError, ValueError):
         raise
     except Exception as error:  # timm and the libraries below it raise many types
@@ -111,7 +113,10 @@ def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
         ) from error
     # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
     network.num_features = network.head_hidden_size
-    return network
+    stages = getattr(network, "feature_info", None)
+    last = stages[-1]["module"] if stages else ""
+    network.map_layer = "norm" if isinstance(getattr(network, "norm", None), nn.Module) else last
+    return network  # type: ignore[no-any-return]
 
 
 def with_channels(options: Mapping[str, Any], channels: int) -> dict[str, Any]:
@@ -121,6 +126,8 @@ def with_channels(options: Mapping[str, Any], channels: int) -> dict[str, Any]:
 
 def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.") -> nn.Module:
     """Return a backbone without its classifier; its attribute `num_features` is D.
+
+    The attribute `map_layer` names the layer that returns its feature map, or a ViT's tokens; "" if it is not known.
 
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.

@@ -91,7 +91,7 @@ def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> 
     """Compile the networks of the method, if configured, and wrap the method in DDP if there are several ranks."""
     if config.compile:
         for name, network in method.named_children():
-            if name not in ("queue", "learned_temperature"):
+            if name not in ("queue", "dense_queue", "learned_temperature"):
                 network.compile()
     return wrap_ddp(method, device)
 

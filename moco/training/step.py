@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     # ------------------------------------------------------------------ Algorithm 1
     with autocast:
-        keys = method.encode_keys(batch.views, shuffles, micro_batch)  # {view: (n, C)}
+        keys = method.encode_keys(batch.views, shuffles, micro_batch, **_places(batch))  # {view: (n, C)}
     for part in range(accumulate):
         at = slice(part * micro_batch, (part + 1) * micro_batch)
         views, index = [view[at] for view in batch.views], batch.index[at]
@@ -94,6 +95,11 @@ def train_step(
             method.enqueue(torch.cat(new_keys), batch.index)
     # ------------------------------------------------------------------
     return measures
+
+
+def _places(batch: Batch) -> dict[str, Any]:
+    """Return the argument of `encode_keys` for a method that uses the places of the views."""
+    return {} if batch.places is None else {"places": batch.places}
 
 
 def _copy_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -201,7 +201,8 @@ class Trainer:
         note = self.unreadable.note if self.unreadable else None
         if self.metrics_log:
             show_views(self.metrics_log, self.path, train, self.plan, self.views, self.device, note)
-        stream = batches(train, self.plan, self.views, self.device, config.data.workers, self.start, note)
+        places = config.method.uses_places
+        stream = batches(train, self.plan, self.views, self.device, config.data.workers, self.start, note, places)
         if config.profile and is_rank_zero():
             self.profile = Profile(self.path / "profile", self.device, self.display.log)
         on_gpu = self.device.type == "cuda"

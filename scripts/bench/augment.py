@@ -31,7 +31,7 @@ def run(options: Namespace) -> Iterator[Table]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source, recipe = load_source(DataConfig("folder", options.data)).train, views("moco_v2")
     plan = Plan(len(source), options.batch, epochs=1, seed=0)
-    crops_of_steps = [each[0] for _, _, _, each in crops(source, plan, recipe[:1], device, workers=0)]
+    crops_of_steps = [each[0] for _, _, _, each, _ in crops(source, plan, recipe[:1], device, workers=0)]
     encoder = build_backbone("resnet50", {}).to(device)
     steps = iter(range(10**9))  # each call uses the next batch and new parameters
 

@@ -80,7 +80,7 @@ def _item(done: Future[Item | ValueError]) -> Item:
 
 
 def _threads_complete(source: FolderSource, plan: Plan, recipe: list[View], workers: int) -> Iterator[list[Tensor]]:
-    for epoch, index, _, crops_of_views, _ in _threads(source, plan, recipe, workers):
+    for epoch, index, _, (*crops_of_views, _), _ in _threads(source, plan, recipe, workers):
         yield [
             augment(each, draw(view, plan.seed, epoch, index, stream), view)
             for stream, (view, each) in enumerate(zip(recipe, crops_of_views, strict=True))

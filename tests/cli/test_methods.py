@@ -17,7 +17,10 @@ SMALL = [
     *("evaluate.every_epochs=2", "evaluate.draws=2", "checkpoint.keep_last=9"),
 ]
 TEACHER = ["experiment=distill_digits", "method.teacher=teacher.safetensors"]
+DENSE = ["experiment=densecl_digits", "method.queue_size=200"]
 METHODS = {
+    "densecl": [*DENSE, "method.dense_warmup_steps=3", "evaluate.online_probe=true"],
+    "densecl by crops": [*DENSE, "method.correspondence=crops"],
     "distill": TEACHER,
     "seed": [*TEACHER, "method=seed", "method.queue_size=200"],
     "nnclr": ["experiment=nnclr_digits", "method.queue_size=200"],

@@ -194,7 +194,7 @@ def test_every_bit_reaches_the_device(channels: int, resident: bool, tmp_path: P
     train = load_source(config).train
     whole = View(16, crop_ratio=(1.0, 1.0), mean=(0.0,) * channels, std=(1.0,) * channels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for _, index, _, (images,) in crops(train, Plan(len(train), 4, 1, seed=0), [whole], device, workers=0):
+    for _, index, _, (images,), _ in crops(train, Plan(len(train), 4, 1, seed=0), [whole], device, workers=0):
         for i, image in zip(index.tolist(), images.cpu(), strict=True):
             stored = np.load(tmp_path / train.name(i))  # (H, W, C)
             assert image.dtype == torch.uint16

@@ -162,7 +162,7 @@ def test_the_loader_decodes_large_images_at_a_fraction_and_returns_similar_views
     for i in range(6):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(exif=turned(1 + 5 * (i % 2))))
     source = load_source(DataConfig("folder", str(tmp_path))).train
-    ((epoch, index, shown, cut),) = crops(source, Plan(6, 6, 1, 0), [VIEW, VIEW], torch.device("cpu"), workers=0)
+    ((epoch, index, shown, cut, _),) = crops(source, Plan(6, 6, 1, 0), [VIEW, VIEW], torch.device("cpu"), workers=0)
     assert np.array_equal(index, shown)
     for stream, got in enumerate(cut):
         uniforms = draw_crop(0, epoch, index, stream)

@@ -163,7 +163,7 @@ def test_a_worker_has_one_thread() -> None:
     torch.set_num_threads(3)
     try:
         for workers, threads in ((0, 3), (1, 1)):
-            _, _, _, cut = next(crops(ShowsThreads(), plan(), VIEWS, CPU, workers))
+            _, _, _, cut, _ = next(crops(ShowsThreads(), plan(), VIEWS, CPU, workers))
             assert all((each == threads).all() for each in cut)
     finally:
         torch.set_num_threads(before)

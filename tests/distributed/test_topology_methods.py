@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco.builder import KeyQueue
 from moco.data.loader import Batch
 from moco.distributed import average_running_statistics, broadcast_module, rank, world_size, wrap_ddp
+from moco.methods.densecl import DenseCL
 from moco.methods.distill import Distill
 from moco.methods.nnclr import NNCLR
 from moco.methods.ressl import ReSSL
+from moco.models.dense import build_dense_encoder
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import BatchNormKind
 from moco.training.build import set_batch_norm_calls
@@ -42,7 +44,15 @@ def distill(bn: BatchNormKind, queue: bool = False) -> nn.Module:
     return Distill(student, encoder("batch"), KeyQueue(80, C) if queue else None, teacher_temperature=0.1, views=2)
 
 
+def densecl(bn: BatchNormKind, by_crops: bool = False) -> nn.Module:
+    base = build_encoder("convnet", {"width": 4}, 2, 24, C, bn, GROUP)
+    dense = smooth(build_dense_encoder(base, 2, 24, C, size=12, channels=3, grid=0))
+    return DenseCL(dense, KeyQueue(80, C), KeyQueue(80, C), by_crops=by_crops)  # type: ignore[arg-type] # smoothed
+
+
 METHODS: dict[str, Callable[[BatchNormKind], nn.Module]] = {
+    "densecl": densecl,
+    "densecl by crops": partial(densecl, by_crops=True),
     "distill": distill,
     "distill with a queue": partial(distill, queue=True),
     "nnclr": nnclr,
@@ -54,6 +64,15 @@ SCENARIOS: dict[str, tuple[BatchNormKind, int]] = {  # bn, accumulate
     "sync": ("sync", 1),
     "batch": ("batch", 1),
 }
+
+
+def crops(generator: torch.Generator) -> Tensor:
+    """Return random places of two views, (2, BATCH, 3, 3); the images have different numbers of matched cells."""
+    places = torch.eye(3, dtype=torch.float64).repeat(2, BATCH, 1, 1)
+    sides = 0.3 + 0.6 * torch.rand(2, BATCH, 2, generator=generator, dtype=torch.float64)
+    places[:, :, 0, 0], places[:, :, 1, 1] = sides.unbind(2)
+    places[:, :, :2, 2] = (1 - sides) * torch.rand(2, BATCH, 2, generator=generator, dtype=torch.float64)
+    return places
 
 
 def trajectory(name: str, bn: BatchNormKind, accumulate: int) -> dict[str, Any]:
@@ -73,8 +92,9 @@ def trajectory(name: str, bn: BatchNormKind, accumulate: int) -> dict[str, Any]:
         views = [torch.randn(BATCH, 3, 12, 12, generator=generator)[mine] for _ in range(2)]
         orders = [torch.randperm(BATCH, generator=generator).numpy() for _ in range(2)]
         index = (torch.arange(BATCH) + step * BATCH)[mine]
+        places = crops(generator)[:, mine] if "crops" in name else None
         settings = StepSettings(0.01, 0.9, accumulate)
-        measures.append(train_step(method, forward, optimizer, scaler, Batch(index, views), orders, settings))
+        measures.append(train_step(method, forward, optimizer, scaler, Batch(index, views, places), orders, settings))
         gradients.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
     average_running_statistics(method)
     return {"measures": measures, "gradients": gradients, "state": method.state_dict()}

@@ -88,7 +88,9 @@ def test_steps_on_the_device_equal_those_on_the_cpu_and_wait_for_nothing(library
 
 @pytest.mark.long
 def test_other_methods(library: Path, tmp_path: Path) -> None:
-    check_recipes(library, tmp_path, ["nnclr_digits", "ressl_digits", "distill_digits", "supmoco_digits"])
+    check_recipes(
+        library, tmp_path, ["densecl_digits", "nnclr_digits", "ressl_digits", "distill_digits", "supmoco_digits"]
+    )
 
 
 @pytest.mark.long
