@@ -30,7 +30,7 @@ def test_a_temporary_file_left_by_a_kill_is_overwritten(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("fixed_temporary_names")
-def test_a_full_disk_is_one_sentence_and_leaves_the_previous_file(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence_and_leaves_the_previous_file(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text("before")
     (tmp_path / "a.txt.tmp").symlink_to("/dev/full")
@@ -71,7 +71,7 @@ def test_reserving_space_fills_the_holes_of_a_file(
     assert file.read_bytes() == b"header".ljust(size, b"\0")
 
 
-def test_a_disk_without_space_to_reserve_is_one_sentence_and_leaves_no_file(
+def test_a_disk_without_space_to_reserve_is_reported_in_one_sentence_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: int) -> None:
@@ -84,7 +84,9 @@ def test_a_disk_without_space_to_reserve_is_one_sentence_and_leaves_no_file(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_is_full_only_at_the_flush_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_only_at_the_flush_is_reported_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def late(*_: object) -> None:
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 

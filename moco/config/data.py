@@ -40,8 +40,8 @@ class SourceConfig:
     """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images decoded in memory. They must have one size."""
     bits: int | None = bounded(None, ge=8, le=16)
     """For images with 16 bits per channel and dtype=uint8: how many of them are used (12: 0 ... 4095 becomes black ...
-    white). Null: the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 evenly spaced images; for `webdataset`
-    16."""
+    white). Null: the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 images from all parts of the data set;
+    for `webdataset` 16."""
     channels: int = bounded(3, ge=1, le=4096)
     """Channels of each image. 3: red, green and blue; 1: gray (color is converted); other numbers: the bands of TIFF,
     NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Set augment.mean and augment.std, one
@@ -54,8 +54,8 @@ class SourceConfig:
     """Channels that galleries, reports and views.png show as red, green and blue, counted from 0, such as [3,2,1]; one
     number: that channel in gray. Empty: the first three, or the first if there are fewer."""
     workers: int | None = bounded(None, ge=0, le=256)
-    """Loader processes per training process, for images that are not in memory; 0: load in the main process; null: as
-    many as the CPU cores per training process of this machine, 1 to 16."""
+    """Loader processes per training process, for images that are not in memory; 0: load in the main process; null: the
+    number of CPU cores divided by the training processes on this machine, 1 to 16."""
     subset: str = ""
     """For `huggingface`: the name of the subset (the hub's "configuration") of a data set that has several."""
     split: str = "train"

@@ -24,7 +24,8 @@ class EmbedConfig(SubjectConfig):
     """Number format of the features. float16 takes half the disk space."""
     table: str = bounded("csv", choices=("csv", "parquet"))
     """Format of the table with the image of each row and its classes: csv (index.csv), or parquet (index.parquet, needs
-    pyarrow). Several classes of an image are a list in Parquet, and in CSV a text with data.label_separator, or ;."""
+    pyarrow). If an image has several classes, Parquet holds a list, and CSV a text in which
+    data.label_separator (; if it is empty) separates them."""
     on_bad_image: str = bounded("stop", choices=("stop", "skip"))
     """On unreadable images: stop (the command ends and names the image), or skip (unreadable.csv lists them)."""
 

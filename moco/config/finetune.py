@@ -74,7 +74,7 @@ class FinetuneConfig(SubjectConfig):
 
 
 def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
-    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
+    """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
     ways = {name: getattr(config, name) for name in ("fraction", "labels_per_class", "subset_list")}
     chosen = [f"{name}={value}" for name, value in ways.items() if value]

@@ -32,7 +32,8 @@ from moco.training import trainer
 COMMON = ("threads=1", "log_every=5", "analyse_every=2")
 SHORT = ("epochs=4", "evaluate.every_epochs=0")
 PAIRS = ("model.bn_group_size=2", "method.temperature=0.1")
-OFTEN = ("log_every=2", "analyse_every=5")  # for alarms that need many records; as many measurements
+# For alarms that need many records. The measurements are as frequent as in COMMON.
+OFTEN = ("log_every=2", "analyse_every=5")
 
 Patch = Callable[[object, str, object], None]  # replaces an attribute by a value
 
@@ -158,7 +159,7 @@ def command(case: Case, run: Path) -> list[str]:
 
 
 def log_of(name: str, folder: Path) -> str:
-    """Return the output of a case, and run it unless that exists."""
+    """Return the output of a case, and first run the case if it has no output yet."""
     file = folder / f"{name}.log"
     if not file.is_file():
         environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}

@@ -105,7 +105,7 @@ def test_a_run_with_all_plugins_records_them_and_resumes(trained: Path, run: Run
     assert losses(trained) == written
 
 
-def test_a_missing_plugin_is_one_sentence_with_the_argument_to_add(trained: Path, run: Run) -> None:
+def test_a_missing_plugin_is_reported_in_one_sentence_with_the_argument_to_add(trained: Path, run: Run) -> None:
     forget()
     (trained / "checkpoints" / "step_00000006.pt").unlink()
     for name, *arguments in (
@@ -232,7 +232,7 @@ def test_a_switch_changes_the_logits_of_the_loss() -> None:
         (["--config-dir", "own", "experiment=includes"], "add plugins=[my_step]"),
     ],
 )
-def test_an_error_is_one_sentence(arguments: list[str], part: str, run: Run, folder: Path) -> None:
+def test_an_error_is_reported_in_one_sentence(arguments: list[str], part: str, run: Run, folder: Path) -> None:
     (folder / "broken.py").write_text("1 / 0\n")
     (folder / "exits.py").write_text("raise SystemExit(3)\n")
     (folder / "needs.py").write_text("import absent_package\n")

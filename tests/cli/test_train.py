@@ -169,7 +169,7 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_batch(run: Run, tmp_path: 
     assert all(torch.isfinite(value).all() for value in newest["method"].values())
 
 
-def test_a_warning_turned_into_an_error_is_one_sentence(run: Run) -> None:
+def test_a_warning_turned_into_an_error_is_reported_in_one_sentence(run: Run) -> None:
     """As `python -W error` does."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", RunWarning)

@@ -143,7 +143,7 @@ LARGE = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<u2', 'fortran_order': False, '
         (b"neither", "no image", "NPY"),
     ],
 )
-def test_every_unfit_file_is_one_sentence(content: bytes, kind: str, sentence: str) -> None:
+def test_every_unfit_file_is_reported_in_one_sentence(content: bytes, kind: str, sentence: str) -> None:
     with pytest.raises(ImageError, match=sentence) as caught:
         decode_bytes("x.npy", content, PixelFormat(4, "uint16"))
     assert caught.value.kind == kind

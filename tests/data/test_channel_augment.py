@@ -108,7 +108,7 @@ def test_floats_keep_their_range() -> None:
         (dict(std=[0.0] * 4), r"augment\.std=.*above 0"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(fields: dict[str, Any], sentence: str) -> None:
+def test_what_does_not_fit_is_reported_in_one_sentence(fields: dict[str, Any], sentence: str) -> None:
     values: dict[str, Any] = dict(mean=[0.2] * 4, std=[0.1] * 4) | fields
     with pytest.raises(ConfigError, match=sentence):
         build_views(AugmentConfig(**values), DataConfig("folder", channels=4, dtype="uint16"))

@@ -176,7 +176,7 @@ def test_huge_and_sixteen_bit_color(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert image_facts(str(tmp_path / "b.tif")).odd == ("16 bits",)
 
 
-def test_a_worker_that_dies_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_reported_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "images", good=2, unreadable=False)
     monkeypatch.setattr(module, "image_facts", _die)
     checked(tmp_path / "r.json", r"data\.workers=1.*00\.png \.\.\. 01\.png", root=str(root), workers=1)

@@ -93,7 +93,9 @@ def test_lists_of_a_parquet_file_are_several_labels(root: Path) -> None:
         (MULTI + "c.png,owl;dog,test\n", ";", "rows 3 and 5 give c.png different labels .*owl and cat in test and owl"),
     ],
 )
-def test_a_mistake_in_several_labels_is_one_sentence(root: Path, table: str, separator: str, error: str) -> None:
+def test_a_mistake_in_several_labels_is_reported_in_one_sentence(
+    root: Path, table: str, separator: str, error: str
+) -> None:
     with pytest.raises(ValueError, match=error):
         load_source(config(root, table, label_separator=separator))
 
@@ -147,7 +149,7 @@ def test_parquet_gives_the_same_as_csv(root: Path) -> None:
         (GOOD.encode("utf-16"), "is no CSV file in UTF-8"),
     ],
 )
-def test_a_mistake_in_the_table_is_one_sentence(root: Path, table: str | bytes, error: str) -> None:
+def test_a_mistake_in_the_table_is_reported_in_one_sentence(root: Path, table: str | bytes, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         load_source(config(root, table))
 

@@ -200,7 +200,7 @@ def other(**fields: object) -> Callable[[Path], None]:
         ("held_out-000000.tar", cut, r"held_out-000000\.tar has [\d,]+ bytes instead of [\d,]+"),
     ],
 )
-def test_missing_or_damaged_files_are_one_sentence(
+def test_missing_or_damaged_files_are_reported_in_one_sentence(
     file: str, damage: Callable[[Path], None], words: str, tree: Path, tmp_path: Path
 ) -> None:
     root = copy(tree, tmp_path / "copy")

@@ -194,7 +194,7 @@ def test_a_relative_root_is_shown_absolute(tmp_path: Path, monkeypatch: pytest.M
     [urllib.error.URLError("Name or service not known"), TimeoutError("timed out"), ConnectionResetError("reset")],
 )
 @pytest.mark.parametrize("name", ["cifar10", "stl10"])
-def test_a_failed_download_is_one_sentence(
+def test_a_failed_download_is_reported_in_one_sentence(
     name: str, failure: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def closed(*_: object, **__: object) -> None:
@@ -210,7 +210,7 @@ def test_a_failed_download_is_one_sentence(
     assert caught.value.__cause__ is failure
 
 
-def test_a_damaged_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_download_is_reported_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.utils._get_redirect_url", lambda url, **_: url)
     monkeypatch.setattr(
         "torchvision.datasets.utils._urlretrieve", lambda _, path: Path(path).write_bytes(b"a login page")

@@ -123,7 +123,7 @@ def _full(self: Tensor) -> Tensor:
     raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
 
-def test_missing_shared_memory_is_one_sentence(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_shared_memory_is_reported_in_one_sentence(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "share_memory_", _full)  # in the processes too, which are forked
     words = r"has no shared memory for a batch of 0\.0 MB \(unable .*docker run --shm-size=8g.* data\.workers=0"
     with pytest.raises(LoaderError, match=words):

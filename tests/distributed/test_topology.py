@@ -108,17 +108,17 @@ def largest_difference(a: Any, b: Any) -> float:
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_equal_one(world: int, scenario: str) -> None:
     alone = on(1)[0][scenario]
-    for rank_of in on(world):
-        assert torch.equal(rank_of[scenario]["method"]["queue.index"], alone["method"]["queue.index"])
-        assert largest_difference(rank_of[scenario], alone) < 1e-5
+    for results in on(world):
+        assert torch.equal(results[scenario]["method"]["queue.index"], alone["method"]["queue.index"])
+        assert largest_difference(results[scenario], alone) < 1e-5
 
 
 @pytest.mark.parametrize("scenario", ["asymmetric", "4 channels of 16 bits"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_several_processes_have_the_views_of_one_bit_for_bit(world: int, scenario: str) -> None:
     alone = on(1)[0][scenario]["views"]
-    for rank_of in on(world):
-        together = rank_of[scenario]["views"]
+    for results in on(world):
+        together = results[scenario]["views"]
         assert len(together) == len(alone) == STEPS
         for step, expected in zip(together, alone, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(step, expected, strict=True))
@@ -127,16 +127,16 @@ def test_several_processes_have_the_views_of_one_bit_for_bit(world: int, scenari
 @pytest.mark.parametrize("scenario", ["symmetric, 2 micro-batches", "symmetric, 4 micro-batches"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_accumulation_changes_nothing(world: int, scenario: str) -> None:
-    for rank_of in on(world):
-        assert largest_difference(rank_of[scenario], on(1)[0]["symmetric"]) < 1e-5
+    for results in on(world):
+        assert largest_difference(results[scenario], on(1)[0]["symmetric"]) < 1e-5
 
 
 def test_synchronized_bn_over_two_processes_equals_one() -> None:
     """The first step: the formula is another one than F.batch_norm's, and rounding grows fast from step to step."""
     alone = on(1)[0]["sync"]
-    for rank_of in on(2):
-        assert largest_difference(rank_of["sync"]["losses"][:1], alone["losses"][:1]) < 1e-5
-        assert largest_difference(rank_of["sync"]["gradients"][:1], alone["gradients"][:1]) < 1e-5
+    for results in on(2):
+        assert largest_difference(results["sync"]["losses"][:1], alone["losses"][:1]) < 1e-5
+        assert largest_difference(results["sync"]["gradients"][:1], alone["gradients"][:1]) < 1e-5
 
 
 def test_the_comparison_notices_plain_bn() -> None:

@@ -18,7 +18,7 @@ from tests.distributed.test_topology import largest_difference, smooth
 
 LR = 0.01  # BN over a few vectors amplifies rounding from step to step; larger steps would do so sooner
 STEPS, BATCH, GROUP = 4, 32, 8
-CLOSE = 1e-4  # of gradient norms of 20 and losses of 14; keys agree to 2e-6
+CLOSE = 1e-4  # absolute: gradients have norms of 20 and losses are 14; keys differ by at most 2e-6
 
 
 class Recording(MoCoV3):
@@ -30,7 +30,7 @@ class Recording(MoCoV3):
 
 
 def trajectory(bn: Any, accumulate: int, shuffle: bool) -> dict[str, Any]:
-    torch.manual_seed(rank())  # the broadcast must make the ranks' weights rank 0's
+    torch.manual_seed(rank())  # each rank has other weights until the broadcast copies those of rank 0
     encoder = smooth(build_encoder("convnet", {"width": 4}, 2, 24, 8, bn, GROUP, head_norm=True))
     method = Recording(encoder, smooth(build_predictor(8, 24, 2, True, bn, GROUP)), temperature=1.0)
     broadcast_module(method)
@@ -86,22 +86,22 @@ def test_two_processes_equal_one(scenario: str) -> None:
     alone = on(1)[0][scenario]
     assert alone["keys"][0][0].shape == (BATCH, 8)
     assert {name.split(".")[0] for name in alone["gradients"][0]} == {"encoder", "predictor"}
-    for rank_of in on(2):
-        assert largest_difference(rank_of[scenario], alone) < CLOSE
+    for results in on(2):
+        assert largest_difference(results[scenario], alone) < CLOSE
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_accumulation_changes_nothing(world: int) -> None:
-    for rank_of in on(world):
-        assert largest_difference(rank_of["2 micro-batches"], on(1)[0]["grouped"]) < CLOSE
+    for results in on(world):
+        assert largest_difference(results["2 micro-batches"], on(1)[0]["grouped"]) < CLOSE
 
 
 def test_synchronized_bn_over_two_processes_equals_one() -> None:
-    """The first step: the formula is another one than F.batch_norm's, and rounding grows from step to step."""
+    """Only the first step: the formula differs from F.batch_norm's, and rounding errors grow from step to step."""
     alone = on(1)[0]["sync"]
-    for rank_of in on(2):
+    for results in on(2):
         for part in ("keys", "losses", "gradients"):
-            assert largest_difference(rank_of["sync"][part][:1], alone[part][:1]) < 2e-5
+            assert largest_difference(results["sync"][part][:1], alone[part][:1]) < 2e-5
 
 
 def test_the_comparison_notices_plain_bn_and_the_shuffle() -> None:

@@ -77,7 +77,7 @@ def test_a_job_that_finishes_after_the_signal_is_not_requeued(tmp_path: Path) ->
         {"NODE_RANK": "1", "RANK": "0", "MASTER_ADDR": "node7", "MASTER": "node8"},
     ],
 )
-def test_the_multi_node_script_reads_number_and_address(variables: dict[str, str], tmp_path: Path) -> None:
+def test_the_multi_node_script_reads_node_rank_and_address(variables: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "torchrun").write_text('#!/usr/bin/env bash\necho "$@"\n')
     (tmp_path / "torchrun").chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR")}

@@ -102,7 +102,7 @@ def full_before(place: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not LONG, reason="the long form: MOCO_FAULTS=long; single files are tested where they are written")
 @pytest.mark.parametrize("name", list(WRITERS))
-def test_a_full_disk_at_any_file_of_a_run_is_one_sentence_and_later_the_file_is_written(
+def test_a_full_disk_at_any_file_of_a_run_is_reported_in_one_sentence_and_later_the_file_is_written(
     name: str, small_disk: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

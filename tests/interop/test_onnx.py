@@ -50,7 +50,7 @@ def test_onnx(tmp_path: Path, backbone: str, options: dict[str, int]) -> None:
         assert torch.equal(load_onnx(path)(BATCH[:count]), torch.from_numpy(features))
 
 
-def test_a_missing_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ConfigError, match=r"to=onnx .* pip install onnx onnxruntime onnxscript"):
         save_onnx(tmp_path / "x.onnx", trained(*CONVNET), LOOK)

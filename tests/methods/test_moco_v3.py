@@ -68,7 +68,7 @@ class Algorithm1:
         self.optimizer = optimizer
 
     def ctr(self, x_q: Array, keys: list[Array]) -> tuple[float, dict[str, Array], float, float]:
-        """ctr(q, k) of one direction, its gradients, and how many queries found their key, and how close they are."""
+        """Return ctr(q, k) of one direction, its gradients, the contrast accuracy and the positives' similarity."""
         loss, correct, similarity = 0.0, 0.0, 0.0
         gradients = {"f_q": np.zeros_like(self.f_q), "predictor": np.zeros_like(self.predictor)}
         for i, x in enumerate(x_q):
@@ -211,9 +211,10 @@ def test_steps_with_batch_norm_follow_the_paper() -> None:
         for mine, theirs in ((ours.encoder, f_q), (ours.predictor, predictor), (ours.momentum_encoder, f_k)):
             for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-            official = dict(theirs.named_buffers())  # two calls of each BN per step, so two moves of its statistics
+            # Each BN is called twice per step, which updates its statistics twice.
+            official = dict(theirs.named_buffers())
             for name, buffer in mine.named_buffers():
-                if name in official:  # not the counter of compiled code
+                if name in official:  # torch's BN has no `compiled_call`
                     torch.testing.assert_close(buffer, official[name], rtol=1e-3, atol=1e-4)
 
 

@@ -29,7 +29,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.test_topology import smooth
 from tests.methods.test_switches import SWITCHES, steps_with_switch
 
-Results = dict[str, dict[str, Tensor]]  # of each loss or method, named tensors
+Results = dict[str, dict[str, Tensor]]  # named tensors of each loss or method
 
 V, M, C, T = 3, 6, 5, 0.3  # views, global batch, embedding, temperature
 LABELS = torch.tensor([0, 1, 0, 2, 1, 0])
@@ -44,7 +44,7 @@ BATCH = 16
 
 
 def loss_of(name: str, z: Tensor) -> Tensor:
-    """Return the mean over this rank's samples z, (V, n, C)."""
+    """Return the mean loss over this rank's samples z, (V, n, C)."""
     share = z.shape[1]
     offset = rank() * share
     index = offset + torch.arange(share)

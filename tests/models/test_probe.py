@@ -46,7 +46,9 @@ def test_a_network_that_fits_is_not_changed(name: str, options: dict[str, Any]) 
         ("resnet18", {}, 0, "0x0 pixels"),
     ],
 )
-def test_a_network_that_does_not_fit_is_one_sentence(name: str, options: dict[str, Any], size: int, words: str) -> None:
+def test_a_network_that_does_not_fit_is_reported_in_one_sentence(
+    name: str, options: dict[str, Any], size: int, words: str
+) -> None:
     network = build_backbone(name, options)
     with pytest.raises(AssertionError, match=words):
         assert output_error(network, size, 3) == ""
@@ -68,7 +70,7 @@ def test_tensors_that_are_no_buffers_are_used_on_their_device() -> None:
     assert output_error(Scaled(), 4) == ""
 
 
-def test_options_that_the_constructor_does_not_survive_are_one_sentence() -> None:
+def test_options_that_make_the_constructor_fail_are_reported_in_one_sentence() -> None:
     with pytest.raises(
         ValueError, match=r"model\.options=.* is invalid for model\.backbone='timm/resnet10t'"
     ) as caught:

@@ -72,7 +72,7 @@ def configuration(recipe: str, *overrides: str) -> TrainConfig:
 
 
 def save_teacher(file: Path) -> str:
-    """Write an untrained network as the teacher of a distillation; return its name."""
+    """Write an untrained network as the teacher of a distillation; return its path."""
     config = configuration("digits")
     torch.manual_seed(1)
     save_encoder(file, encoder_of(config.model, config.data.channels).backbone, asdict(config), 0)
@@ -133,7 +133,7 @@ def train(job: Job, folder: Path) -> Record:
 
 def main(folder: Path, jobs: list[Any]) -> None:
     """Run the jobs, one after the other."""
-    throughput.SIDE["cuda"] = throughput.SIDE["cpu"] = 64  # the highest rate of a product is of no interest here
+    throughput.SIDE["cuda"] = throughput.SIDE["cpu"] = 64  # the jobs do not need the measured rate of a matrix product
     records = []
     for number, job in enumerate(jobs):
         (folder / str(number)).mkdir(exist_ok=True)

@@ -317,7 +317,7 @@ def test_parquet_equals_the_csv(made: tuple[Path, Path], tmp_path: Path) -> None
     assert b"11,11,caf\xe9.png\r\n" in (tmp_path / "out" / "index.csv").read_bytes()  # a CSV keeps the bytes
 
 
-def test_a_full_disk_is_one_sentence_before_any_feature_is_computed(
+def test_a_full_disk_is_reported_in_one_sentence_before_any_feature_is_computed(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: int) -> None:

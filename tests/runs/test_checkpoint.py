@@ -402,7 +402,7 @@ def test_one_checkpoint_is_written_at_a_time(tmp_path: Path, slow: Slow) -> None
     assert steps(tmp_path) == ["step_00000002.pt", "step_00000001.pt"]
 
 
-def test_a_full_disk_is_one_sentence_and_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence_and_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     """Use a real limit on the file size, so that torch's writer meets the system's error."""
     saver = Saver(tmp_path, keep_last=1)
     saver.save(1, state(1))

@@ -140,7 +140,7 @@ def test_accumulate_may_change_only_with_grouped_bn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a: [1", "\x00"])
-def test_a_damaged_config_is_one_sentence(tmp_path: Path, text: str) -> None:
+def test_a_damaged_config_is_reported_in_one_sentence(tmp_path: Path, text: str) -> None:
     open_run(tmp_path / "run", values()).close()
     pretend_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(text)
@@ -162,7 +162,9 @@ def test_unfinished_checkpoints_are_removed(tmp_path: Path) -> None:
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
-def test_an_unremovable_unfinished_checkpoint_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unremovable_unfinished_checkpoint_is_reported_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step_00000001.pt.tmp").write_bytes(b"half")
 
@@ -174,7 +176,7 @@ def test_an_unremovable_unfinished_checkpoint_is_one_sentence(tmp_path: Path, mo
         open_run(tmp_path / "run", values())
 
 
-def test_a_full_disk_is_one_sentence_and_does_not_block_the_directory(
+def test_a_full_disk_is_reported_in_one_sentence_and_does_not_block_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").symlink_to("/dev/full")

@@ -60,7 +60,7 @@ def test_a_file_that_is_removed_during_a_run_is_written_again(tmp_path: Path) ->
     logger.close()
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     logger = MetricsLogger(tmp_path, 0)
     with pytest.raises(WriteError, match=r"metrics\.jsonl cannot be written \(No space left on device\)"):

@@ -215,7 +215,7 @@ def test_mlflow_neither_delays_a_step_nor_ends_a_run(run: Path, monkeypatch: pyt
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_what_is_missing_is_one_sentence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_reported_in_one_sentence(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for tracker in ("wandb", "mlflow"):
         for absent in (None, ModuleType(tracker)):  # a folder of this name is imported as an empty module
             monkeypatch.setitem(sys.modules, tracker, absent)

@@ -39,7 +39,7 @@ def test_glibc_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {number for number, _ in calls} == {-4, -1, -2}
 
 
-def test_out_of_memory_is_one_sentence() -> None:
+def test_out_of_memory_is_reported_in_one_sentence() -> None:
     fix = training_fix(256, 2, 2, on_gpu=False, precision="fp32")
     expected = (
         r"out of memory on cpu: \d+\.\d of \d+\.\d GiB .*; a micro-batch has 64 images \(batch_size=256 / 2 "
