@@ -113,15 +113,24 @@ def check_data(config: CheckDataConfig) -> None:
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
     if data.name == "folder":
-        for line in suggest(data, len(folders[0]), config.budget, report["stats"]):
+        drawn = sum(count for _, count in folders[0].draws) or len(folders[0])
+        for line in suggest(data, len(folders[0]), config.budget, report["stats"], drawn):
             log(line)
 
 
-def suggest(data: DataConfig, images: int, budget: int, stats: dict[str, list[float]] | None = None) -> list[str]:
+def suggest(
+    data: DataConfig, images: int, budget: int, stats: dict[str, list[float]] | None = None, drawn: int = 0
+) -> list[str]:
     """Return the command that trains on a folder; for few images, one that uses published weights instead.
 
-    With `stats`, mean and std of each channel, the command contains them.
+    Args:
+        data: the folder.
+        images: the number of training images.
+        budget: epochs times images per epoch.
+        stats: mean and std of each channel, which the command then contains.
+        drawn: images per epoch, if data.weights changes their number.
     """
+    drawn = drawn or images
     usual = (data.channels, data.dtype) == (RGB.channels, RGB.dtype)
     if not usual and not stats:
         return ["for the recipe, compute mean and std of each channel: add stats=true to this command"]
@@ -134,7 +143,7 @@ def suggest(data: DataConfig, images: int, budget: int, stats: dict[str, list[fl
         images_of |= {"on_bad_image": "skip"} if data.on_bad_image == "replace" else {}
         published = {"checkpoint": "FILE", "backbone": "resnet18", "data": "folder", **images_of}
         return [few, f"next: {command('moco.embed', SubjectConfig(), **published, output='runs/published')}"]
-    recipe = recipe_for(images, budget)
+    recipe = recipe_for(drawn, budget)
     if not recipe:
         return [f"{images} images are fewer than one batch of a recipe: add images"]
     if not usual:
@@ -144,7 +153,7 @@ def suggest(data: DataConfig, images: int, budget: int, stats: dict[str, list[fl
     training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run="runs/mine")
     if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]
-    minutes = recipe["epochs"] * images / BUDGET * 10
+    minutes = recipe["epochs"] * drawn / BUDGET * 10
     time = f"this takes about {minutes:.0f} minutes on two CPU cores"
     return [f"next: {training}", time]
 
@@ -200,6 +209,7 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         "provenance": provenance(),
         "data": asdict(config.data),
         "pictures": len(findings.sizes),
+        "splits": {name: len(each) for name, each in splits.items()},
         "bytes": findings.bytes,
         "stats": stats_of(findings),
         "bits": folders[0].pixel_format.bits,
@@ -282,7 +292,9 @@ def show(report: dict[str, Any], output: Path) -> None:
     for side in ("width", "height") if report["sizes"] else ():
         marks = " / ".join(f"{each:,}" for each in report["sizes"][side])
         rows.append([side, "", marks, "smallest / 5 % / median / 95 % / largest"])
-    title = f"{report['pictures']:,} images, {report['bytes'] / 1e9:,.3f} GB"
+    splits = [f"{count:,} {name.replace('_', '-')}" for name, count in report["splits"].items()]
+    counted = f"{' + '.join(splits)} images" if len(splits) > 1 else f"{report['pictures']:,} images"
+    title = f"{counted}, {report['bytes'] / 1e9:,.3f} GB"
     table(title, ["", "files", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     show_labels(report["labels"])
     log(f"the files of each kind: {output}")

@@ -43,6 +43,7 @@ class FolderSource(Source):
     multi_labels: NDArray[np.bool_] | None = None  # see `Source`
     more_roots: tuple[str, ...] = ()  # absolute; each path then begins with the number of its root, from 0
     draws: tuple[tuple[int, int], ...] = ()  # see `Source`
+    unused_splits: Mapping[str, int] = field(default_factory=dict)  # of a label file: number of images, by name
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -169,7 +170,9 @@ def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
     if not found[0].split:  # the table has no such column
         return labeled(part("", 2))
     held_out = held_out_split(found, config.split, config.eval_split, table)
-    return labeled(part(config.split, 2), part(held_out, 1) if held_out else None, f"{where} split={held_out}")
+    unused = Counter(row.split for row in found if row.split not in (config.split, held_out))
+    train = replace(part(config.split, 2), unused_splits=unused)
+    return labeled(train, part(held_out, 1) if held_out else None, f"{where} split={held_out}")
 
 
 def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:

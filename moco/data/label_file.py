@@ -1,20 +1,29 @@
 """Labels and splits of a folder's images from a table: a CSV or Parquet file with a row per image.
 
 The column `path` names an image relative to the folder, `label` is its class (a text or a whole number), and `split`,
-if there is such a column, says to which split the image belongs. Other columns are ignored. An image has several labels
-if a separator is given, as in cat;dog, or if the column of a Parquet file holds lists.
+if there is such a column, says to which split the image belongs. Upper and lower case and spaces around the name of a
+column do not matter. Other columns are ignored. An image has several labels if a separator is given, as in cat;dog, or
+if the column of a Parquet file holds lists.
 
 Legend: N images.
 """
 
 import csv
+import difflib
 import posixpath
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moco.config.base import optional_module
+from moco.config.base import RunWarning, optional_module
 from moco.data.labels import HELD_OUT, first_names, is_missing
+from moco.distributed import is_rank_zero
+
+COLUMNS = ("path", "label", "split")
+# What to do about an empty value of a column. An image without a row is refused too.
+_EMPTY = "fill it in, or remove the row and move its image out of data.root"
+_EMPTY_LABEL = "; if images can have several labels or none, set data.label_separator"
 
 
 class Row(NamedTuple):
@@ -35,8 +44,11 @@ def read_label_file(file: str, separator: str = "") -> dict[str, Row]:
     Raises:
         ConfigError: if the file is Parquet and pyarrow is not installed.
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no table with the columns path and label; if a path, label or split is empty; if a path
-            has rows with different labels or splits; or if the separator does not occur.
+        ValueError: if it is no table with the columns path and label, or has one of them twice; if a path, label or
+            split is empty; if a path has rows with different labels or splits; or if the separator does not occur.
+
+    Warns:
+        RunWarning: about ignored columns whose names resemble path, label or split.
     """
     where = f"data.label_file={file}"
     if not Path(file).is_file():
@@ -47,9 +59,10 @@ def read_label_file(file: str, separator: str = "") -> dict[str, Row]:
         path, *split = (_text(value, where, number) for value in (values[0], *values[2:]))
         label = _label(values[1], separator, where, number)
         row = Row(number, label, split[0] if split else "")
-        for column, text in zip(("path", "label", "split"), (path, label, *split), strict=False):
+        for column, text in zip(COLUMNS, (path, label, *split), strict=False):
             if text == "":
-                raise ValueError(f"{where}: row {number} has an empty {column}: fill it in, or remove the row")
+                hint = _EMPTY_LABEL if column == "label" else ""
+                raise ValueError(f"{where}: row {number} has an empty {column}: {_EMPTY}{hint}")
         path = posixpath.normpath(path)
         first = rows.setdefault(path, row)
         if first[1:] != row[1:]:
@@ -83,7 +96,7 @@ def rows_of_images(rows: dict[str, Row], images: Sequence[str], where: str, file
     known = set(images)
     if absent := [f"{path} (row {row.number})" for path, row in rows.items() if path not in known]:
         raise ValueError(
-            f"data.label_file={file} names {len(absent):,} images that {where} does not hold: "
+            f"data.label_file={file} names {len(absent):,} image{'s' * (len(absent) > 1)} that {where} does not hold: "
             f"{first_names(absent, 3)}; write each path as it is below data.root, or remove its row"
         )
     if unlabeled := [path for path in images if path not in rows]:
@@ -128,13 +141,37 @@ def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) ->
 
 
 def _columns(names: Sequence[str], where: str) -> list[str]:
-    """Return the columns to read; raise ValueError if one is missing."""
-    if missing := [name for name in ("path", "label") if name not in names]:
+    """Return the columns to read, as the table names them: path, label and, if there is one, split.
+
+    Raises:
+        ValueError: if path or label is missing, or if two columns have the same name.
+    """
+    found: dict[str, list[str]] = {column: [] for column in COLUMNS}
+    others: list[str] = []
+    for name in names:
+        found.get(name.strip().casefold(), others).append(name)
+    if missing := [column for column in ("path", "label") if not found[column]]:
+        held = f"its columns are {first_names(names, 8)}" if names else "it is empty"
         raise ValueError(
-            f"{where} has no column {' and no column '.join(missing)}: its columns are {first_names(names, 8)}; name "
-            "them path, label and, for a held-out split, split, and separate the columns of a CSV file by commas"
+            f"{where} has no column {' and no column '.join(missing)}: {held}; name the columns path, label and, for a "
+            "held-out split, split, and separate those of a CSV file by commas"
         )
-    return ["path", "label", *(["split"] if "split" in names else [])]
+    if twice := [same for same in found.values() if len(same) > 1]:
+        raise ValueError(
+            f"{where} has the columns {' and '.join(map(repr, twice[0]))}, whose names count as the same: rename or "
+            "remove one of them"
+        )
+    if (similar := [name for name in others if _resembles(name)]) and is_rank_zero():
+        given = f"the column{'s' * (len(similar) > 1)} {first_names([*map(repr, similar)])}"
+        used = ", ".join(column for column in COLUMNS if found[column])
+        warnings.warn(f"{where}: not used: {given}; used: {used}", RunWarning, stacklevel=2)
+    return [same[0] for same in found.values() if same]
+
+
+def _resembles(name: str) -> bool:
+    """Return whether the name of a column contains one of `COLUMNS`, or is that of one with a typing mistake."""
+    lower = name.strip().casefold()
+    return any(column in lower for column in COLUMNS) or bool(difflib.get_close_matches(lower, COLUMNS, 1, 0.75))
 
 
 def _csv_rows(file: str, where: str) -> Iterator[list[Any]]:

@@ -53,13 +53,16 @@ def open_sources(
 
 
 def opening_lines(sources: Sources) -> list[str]:
-    """Return the lines about a data set's classes and about the files that are left out.
+    """Return the lines about a data set's classes, and about the files and splits that are left out.
 
     Warns:
         RunWarning: if classes have the names of splits.
     """
     parts = [sources.train, *([sources.held_out] if sources.held_out is not None else [])]
     lines = [left_out_line(counts) for part in parts if (counts := part.left_out())]
+    if unused := getattr(sources.train, "unused_splits", {}):
+        named = " and ".join(f"{split} ({count:,} image{'s' * (count > 1)})" for split, count in unused.items())
+        lines.append(f"not used: split {named}; data.eval_split names the held-out split")
     labeled = sources.bank if sources.train.labels is None and sources.bank is not None else sources.train
     if not class_counts(labeled):
         return lines

@@ -236,6 +236,9 @@ def test_a_folder_without_faults_gets_a_training_command_that_fits_it() -> None:
         assert command.startswith("next: python -m moco.embed checkpoint=FILE backbone=resnet18 ")
         assert "data=folder 'data.root=\"my images\"'" in command
     assert "moco_v2_folder" in suggest(data, 10**6, BUDGET)[0]
+    command, time = suggest(data, 250, BUDGET, drawn=1000)  # with data.weights an epoch draws each image four times
+    assert "epochs=40 " in command
+    assert "10 minutes" in time
 
 
 @pytest.mark.parametrize(
@@ -264,6 +267,25 @@ def test_the_next_commands_repeat_all_fields_of_the_data(fields: dict[str, Any])
         training_only = {"weights", "on_bad_image", "max_bad"}
         assert named == {f"data.{name}" for name in fields if name not in training_only}
         assert ("on_bad_image=skip" in arguments) == (data.on_bad_image == "replace")
+
+
+def test_weights_and_splits_enter_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roots = [folder(tmp_path / name, good=count, unreadable=False) for name, count in (("a", 200), ("b", 100))]
+    checked(tmp_path / "report.json", root=str(roots[0]), more_roots=[str(roots[1])], weights=[1.0, 3.0])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "300 images, " in printed
+    assert "epochs=80 " in printed  # 40,000 / (200 + 3 * 100)
+    for i, split in enumerate(("train", "test")):
+        for label in ("cat", "dog"):
+            folder(tmp_path / split / label, good=2 + i, unreadable=False)
+    report = checked(
+        tmp_path / "report.json",
+        root=str(tmp_path / "train"),
+        labels="folder",
+        eval_root=str(tmp_path / "test"),
+    )
+    assert report["splits"] == {"training": 4, "held_out": 6}
+    assert "4 training + 6 held-out images, " in " ".join(capsys.readouterr().out.split())
 
 
 def test_images_that_all_fail_name_the_reason(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moco.config import ConfigError, DataConfig
+from moco.config import ConfigError, DataConfig, RunWarning
 from moco.data.opening import opening_lines
 from moco.data.sources import load_source
 from tests.data.images import gradient
@@ -67,6 +67,7 @@ def test_a_separator_gives_each_image_any_number_of_labels(root: Path) -> None:
     assert resident.multi_labels is not None
     assert resident.subset(np.array([0])).multi_labels.tolist() == [[True, True, False]]  # type: ignore[union-attr]
     assert opening_lines(sources) == [
+        "not used: split val (1 image); data.eval_split names the held-out split",
         "3 classes: cat (1), dog (1), owl (0); 1.00 labels per image, 1 image has none",
         "no held-out image of: dog",
     ]
@@ -108,6 +109,43 @@ def test_without_a_split_column_all_images_are_for_training(root: Path) -> None:
     assert [sources.train.classes[i] for i in sources.train.labels] == ["7", "10", "7", "7"]
 
 
+@pytest.mark.parametrize("header", ["path,label,Split", "Path, LABEL , split", "\ufeffPATH,Label,\tSPLIT"])
+def test_case_and_spaces_of_column_names_do_not_matter(root: Path, header: str) -> None:
+    sources = load_source(config(root, GOOD.replace("path,label,split", header)))
+    assert sources.held_out is not None
+    assert (len(sources.train), sources.held_out.name(0), sources.train.classes) == (2, "c.png", ("cat", "dog"))
+
+
+def test_case_of_column_names_does_not_matter_in_parquet(root: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = root.parent / "labels.parquet"
+    columns = {" Split": ["train", "train", "test", "val"], "LABEL": ["a", "b", "a", "b"]}
+    parquet.write_table(arrow.table(columns | {"Path": ["x/a.png", "x/b.png", "c.png", "d.png"]}), file)
+    sources = load_source(config(root, label_file=str(file)))
+    assert sources.held_out is not None
+    assert (len(sources.train), sources.held_out.name(0)) == (2, "c.png")
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        ("path,label,splits", "the column 'splits'; used: path, label$"),
+        ("path,label,data_split", "the column 'data_split'; used"),
+        ("path,label,spilt", "the column 'spilt'; used"),
+    ],
+)
+def test_an_ignored_column_with_a_similar_name_is_named(root: Path, header: str, named: str) -> None:
+    with pytest.warns(RunWarning, match=f"not used: {named}"):
+        sources = load_source(config(root, GOOD.replace("path,label,split", header).replace("test", "train")))
+    assert len(sources.train) == 4
+
+
+def test_the_images_of_a_split_that_is_not_used_are_counted(root: Path) -> None:
+    lines = opening_lines(load_source(config(root, GOOD)))
+    assert lines[0] == "not used: split val (1 image); data.eval_split names the held-out split"
+    assert not any("not used" in line for line in opening_lines(load_source(config(root, GOOD.replace("val", "test")))))
+
+
 def test_parquet_gives_the_same_as_csv(root: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     paths, labels = ["c.png", "d.png", "x/a.png", "x/b.png"], [7.0, 10.0, 7.0, 7.0]
@@ -132,16 +170,22 @@ def test_parquet_gives_the_same_as_csv(root: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "error"),
     [
-        ("", "has no column path and no column label"),
+        ("", "has no column path and no column label: it is empty; name the columns"),
         (HEADER, "has no rows"),
-        ("path;label\na;b\n", "has no column path .*its columns are path;label; name them"),
-        (GOOD + "e.png,cat,train\n", r"names 1 images that data.root=.* does not hold: e.png \(row 6\)"),
+        ("path;label\na;b\n", "has no column path .*its columns are path;label; name the columns"),
+        (GOOD + "e.png,cat,train\n", r"names 1 image that data.root=.* does not hold: e.png \(row 6\)"),
         (
             GOOD + "c.png,dog,test\n",
             r"rows 3 and 6 give c.png different labels or splits \(cat in test and dog in test\)",
         ),
         (GOOD.replace("d.png,dog,val\n", ""), "has no row for 1 of the 4 images in .*: d.png; add a row"),
-        (GOOD.replace("c.png,cat,test", "c.png,,test"), "row 3 has an empty label: fill it in"),
+        (
+            GOOD.replace("c.png,cat,test", "c.png,,test"),
+            "row 3 has an empty label: fill it in, or remove the row and move its image.*label_separator",
+        ),
+        (GOOD.replace("c.png,cat,test", "c.png,cat,"), "row 3 has an empty split: fill it in, or remove .* data.root$"),
+        (GOOD.replace("split", "label"), "has the columns 'label' and 'label', whose names count as the same: rename"),
+        (GOOD.replace("split", " Label"), "has the columns 'label' and ' Label', whose names count"),
         (GOOD.replace("val", "vla"), "row 4 has the unknown split 'vla'"),
         (GOOD.replace("train", "test"), "has no row of data.split='train': its splits are test, val; correct"),
         (GOOD.replace("dog,val", "dog,very,val"), "row 4 has more values than there are columns"),
