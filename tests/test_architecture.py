@@ -16,6 +16,7 @@ ORDER = [
         "linear",
         "knn",
         "finetune",
+        "transfer",
         "embed",
         "search",
         "convert",

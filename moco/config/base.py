@@ -175,7 +175,7 @@ def check_bounds(config: Any, prefix: str = "") -> None:
             require(abs(value) <= LARGEST, f"{name}={value} must be at most {LARGEST}")
 
 
-_FROM_HUB = ("checkpoint", "init_from")  # fields that accept a name on the Hub
+_FROM_HUB = ("checkpoint", "init_from", "encoders")  # fields that accept a name on the Hub
 
 
 def expand_paths(config: Any) -> None:

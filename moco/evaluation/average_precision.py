@@ -58,3 +58,17 @@ def average_precision(scores: Tensor, labels: NDArray[np.bool_], training: NDArr
     ]
     random = 100 * float(labels[:, measured].mean()) if measured.any() else 0.0
     return AveragePrecision(per_class, random, len(labels))
+
+
+def eleven_point(scores: NDArray[np.float64], labels: NDArray[np.bool_]) -> float:
+    """Return the average precision of PASCAL VOC 2007 in percent: the mean over recalls 0, 0.1, ..., 1.
+
+    For each recall it takes the highest precision at this recall or a higher one.
+
+    Args:
+        scores: (M,), higher for images that more probably have the class; equal scores keep their order.
+        labels: (M,), which images have the class; at least one.
+    """
+    right = np.cumsum(labels[np.argsort(-scores, kind="stable")])  # (M,)
+    recall, precision = right / right[-1], right / np.arange(1, len(right) + 1)
+    return 100 * float(np.mean([precision[recall >= tenth / 10].max() for tenth in range(11)]))

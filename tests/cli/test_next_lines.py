@@ -19,7 +19,7 @@ from tests.docs.stand_ins import small, tree
 
 # By situation: the command, and the modules of the next commands that it prints.
 RARE = (
-    *("choose", "choose, unlabeled", "hub", "hub, embed", "stream", "shards", "pack", "finetune"),
+    *("choose", "choose, unlabeled", "hub", "hub, embed", "stream", "shards", "pack", "finetune", "transfer"),
     *("linear, compared", "linear, published", "knn, few labels", "report, unlabeled", "report, not finished"),
 )
 SITUATIONS = {
@@ -31,6 +31,8 @@ SITUATIONS = {
     "linear, compared": ("linear run=runs/labeled compare=[untrained]", ["linear"]),
     "linear, published": ("linear run=runs/labeled protocol=moco_v2_digits compare=[untrained]", ["linear"]),
     "finetune": ("finetune run=runs/labeled fraction=0.1 encoders=[pretrained]", ["knn"]),
+    "transfer": ("transfer run=runs/labeled", ["transfer"]),
+    "transfer, few shots": ("transfer run=runs/labeled mode=few_shot", ["transfer"]),
     "report": ("report run=runs/labeled_too", ["tensorboard", "linear"]),
     "report, unlabeled": ("report run=runs/unlabeled_too projector=false", ["embed", "search"]),
     "report, not finished": ("report run=runs/stopped projector=false", []),

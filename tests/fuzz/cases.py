@@ -56,7 +56,7 @@ def _path(rng: random.Random, name: str, root: Path) -> Case:
     path = str(root / "odd" / rng.choice(ODD)) if rng.random() < 0.7 else rng.choice(SYSTEM)
     quoted = "'" + path.replace("'", "\\'") + "'"
     short = name.rpartition(".")[2]
-    value = f"[{quoted}]" if short in ("runs", "query", "compare") else quoted
+    value = f"[{quoted}]" if short in ("runs", "query", "compare", "sets", "encoders") else quoted
     group = [f"{name.partition('.')[0]}."] if "." in name else []  # data.labels, for a folder of images
     return Case((f"{name}={value}",), {}, (name, short, *group, *([] if path else ["no encoder"])))
 

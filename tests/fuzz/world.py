@@ -63,6 +63,7 @@ def baseline(command: str, root: Path) -> list[str]:
         "knn": [*subject, "k=[3]", "temperature=[0.1]"],
         "linear": [*subject, "protocol=moco_v2_digits", "epochs=1", "batch_size=8"],
         "finetune": [*subject, "epochs=1", "batch_size=8", "seeds=1", "encoders=[pretrained]"],
+        "transfer": [*subject, f"sets=[{root / 'images'}]", "encoders=[pretrained]"],
         "embed": [*TINY, run, "output=out", "data.workers=0"],
         "search": [*TINY, f"index={root / 'features'}", "output=out", "sample=2", "data.workers=0"],
         "report": [*TINY, run, "output=out.html", "pictures=12", "queries=2", "map=none", "data.workers=0"],

@@ -1,0 +1,94 @@
+"""The results of `moco.transfer`: a file per data set and mode, from which a later call continues; and the table."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moco.config import ConfigError
+from moco.config.types import type_error
+from moco.files import write_json
+from moco.runtime.console import percent, table
+from moco.untrusted import read_json
+
+FOLDER = "transfer"  # below the output
+
+
+@dataclass
+class SetResults:
+    """The results of all encoders on one data set, and what they depend on."""
+
+    name: str  # the entry of `sets`
+    mode: str
+    settings: dict[str, Any]  # what the results depend on besides the encoder; "images" identifies the images
+    about: dict[str, Any] = field(default_factory=dict)  # measure, classes and numbers of images
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the entry of `encoders`
+
+    def lacking(self, digests: Mapping[str, str]) -> list[str]:
+        """Return the encoders without a result of the weights and the preparation that the digests describe."""
+        return [each for each, digest in digests.items() if self.encoders.get(each, {}).get("digest") != digest]
+
+
+def result_file(output: Path, name: str, mode: str) -> Path:
+    """Return the file of a data set; that of a folder has a digest of its absolute path in its name."""
+    short = name
+    if "/" in name or Path(name).is_dir():
+        path = Path(name).absolute()
+        digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        short = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', path.name)[:60]}_{digest}"
+    return output / FOLDER / f"{mode}_{short}.json"
+
+
+def read_results(file: Path, wanted: SetResults) -> tuple[SetResults, str]:
+    """Return the recorded results that fit, and a sentence about those that do not; "" if all fit or none exist.
+
+    Results of other settings do not fit. `wanted` has the settings, and no results; it is returned if nothing fits.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    if not file.is_file():
+        return wanted, ""
+    try:
+        stored = read_json(file)
+        if error := type_error("", stored, SetResults, exact=True):
+            raise ValueError(error)
+        found = SetResults(**stored)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file} is damaged ({error}): remove it") from error
+    before = found.settings
+    changed = [name for name, value in wanted.settings.items() if before.get(name) != value]
+    if changed:
+        named = [f"{name}={before.get(name)}" if name != "images" else "other images" for name in changed]
+        return wanted, f"{wanted.name}: {file} was made with {', '.join(named)}, so all encoders are evaluated again"
+    return found, ""
+
+
+def write_results(file: Path, found: SetResults) -> None:
+    """Write the results of a data set. For rank 0 only."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, json.loads(json.dumps(vars(found))))
+
+
+def show(
+    title: str, found: Sequence[SetResults], encoders: Sequence[str], measures: Mapping[str, str], note: str
+) -> None:
+    """Print one table: a row per data set, a column per encoder, and the mean of the data sets."""
+    rows = []
+    for each in found:
+        cells = [_cell(each.encoders[encoder]) for encoder in encoders]
+        rows.append([each.name, measures[each.about["measure"]], f"{each.about['test']:,}", *cells])
+    if len(found) > 1:
+        means = [sum(each.encoders[encoder]["value"] for each in found) / len(found) for encoder in encoders]
+        rows.append([f"mean of {len(found)}", "", "", *map(percent, means)])
+    table(title, ["data set", "measure", "test images", *(f"{each} %" for each in encoders)], rows, note, left=(0, 1))
+
+
+def _cell(result: Mapping[str, Any]) -> str:
+    if result.get("half_width95") is not None:
+        return percent(result["value"], result["half_width95"])
+    low, high = result.get("interval95") or (None, None)
+    return percent(result["value"]) + ("" if low is None else f" ({low:.1f}–{high:.1f})")
