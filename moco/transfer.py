@@ -1,9 +1,14 @@
 """Evaluate encoders on many labeled data sets: `python -m moco.transfer run=DIR 'sets=[pets,dtd]'`."""
 
-from moco.cli import Command
+from moco.cli import Command, launched_processes
 from moco.config.transfer import TransferConfig, check_transfer
 
-transfer = Command("transfer", TransferConfig, check_transfer, "moco.evaluation.transfer:evaluate_transfer")
+transfer = Command(
+    "transfer",
+    TransferConfig,
+    lambda config: check_transfer(config, launched_processes()),
+    "moco.evaluation.transfer:evaluate_transfer",
+)
 
 if __name__ == "__main__":
     transfer.main()

@@ -1,9 +1,13 @@
 """The configuration of `python -m moco.transfer`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from moco.config.base import bounded, require
+from moco.config.base import bounded, check_bounds, require
+from moco.config.data import SubjectDataConfig
+from moco.config.finetune import FinetuneConfig, check_finetune
 from moco.config.subject import SubjectConfig, check_subject
+from moco.config.types import type_error
 
 
 @dataclass
@@ -20,9 +24,10 @@ class TransferConfig(SubjectConfig):
     encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
     """Encoders to compare, on the same images and splits: pretrained (that of run or checkpoint), untrained (the same
     network with initial weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
-    mode: str = bounded("linear", choices=("linear", "few_shot"))
+    mode: str = bounded("linear", choices=("linear", "few_shot", "finetune"))
     """linear: logistic regression on frozen features, or a linear SVM per class if images have several labels.
-    few_shot: classify test images by the nearest class mean of a few labeled ones, in many random episodes."""
+    few_shot: classify test images by the nearest class mean of a few labeled ones, in many random episodes. finetune:
+    train encoder and classifier end to end on all labeled images, as moco.finetune does."""
     validation: float = bounded(0.2, gt=0, lt=1)
     """For data without a validation split: the fraction of the training images of each class on which the strength of
     the regularization is chosen. The classifier is then trained on all training images."""
@@ -36,10 +41,42 @@ class TransferConfig(SubjectConfig):
     """For few_shot: images per class to classify."""
     episodes: int = bounded(600, ge=2, le=100_000)
     """For few_shot: episodes, whose mean accuracy is reported."""
+    finetune: dict[str, Any] = field(default_factory=dict)
+    """For finetune: fields of docs/config/finetune.md, such as finetune.lr=0.01 or +finetune.seeds=3, except those that
+    select encoders or images."""
 
 
-def check_transfer(config: TransferConfig) -> None:
-    """Raise ConfigError for an invalid configuration."""
+def check_transfer(config: TransferConfig, processes: int = 1) -> None:
+    """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
+    finetune_config(config, processes)
     error = "data.hold_out has an effect only on the data set data: add it to sets, or set hold_out for folders"
     require("data" in config.sets or config.data.hold_out == 0, error)
+
+
+# Fields of moco.finetune that moco.transfer sets itself.
+_SET_BY_TRANSFER = ("encoders", "fraction", "labels_per_class", "subset_list", "validation")
+
+
+def finetune_config(config: TransferConfig, processes: int = 1) -> FinetuneConfig:
+    """Return the configuration of moco.finetune for mode=finetune: all labels, and the fields of `config.finetune`.
+
+    Its data set is a placeholder: the images are given to the training directly.
+
+    Raises:
+        ConfigError: for a field that moco.finetune does not have or that is set otherwise, or an invalid value.
+    """
+    shared = {each.name for each in fields(SubjectConfig)}
+    free = [each.name for each in fields(FinetuneConfig) if each.name not in (*shared, *_SET_BY_TRANSFER)]
+    for name in config.finetune:
+        require(name in free, f"finetune.{name} cannot be set: use the fields {', '.join(free)} of moco.finetune")
+    types = {each.name: each.type for each in fields(FinetuneConfig)}
+    error = type_error("finetune", config.finetune, types, exact=True)
+    require(not error, error)
+    data = SubjectDataConfig(name="folder", root=config.root, workers=config.data.workers)
+    common = {name: getattr(config, name) for name in shared}
+    made = FinetuneConfig(**common, encoders=["pretrained"], fraction=1.0, **config.finetune)
+    made = replace(made, data=data)
+    check_bounds(made, "finetune.")
+    check_finetune(made, processes)
+    return made

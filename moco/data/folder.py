@@ -124,13 +124,16 @@ def _scan_roots(config: DataConfig, keep_unlistable: bool) -> FolderSource:
             raise ValueError(f"{name}={second!r} and {first!r} contain each other: name separate folders")
     least = 1 if config.more_roots else 2
     parts = [scan(name, root, config.labels, min_classes=least, **options) for name, root in roots]
-    found = parts[0] if len(parts) == 1 else _joined(parts)
+    found = parts[0] if len(parts) == 1 else joined(parts)
     draws = [(len(part), max(1, round(w * len(part)))) for part, w in zip(parts, config.weights, strict=False)]
     return replace(found, draws=tuple(draws))
 
 
-def _joined(parts: Sequence[FolderSource]) -> FolderSource:
-    """Return one source with the images of several folders, in the order of the folders."""
+def joined(parts: Sequence[FolderSource]) -> FolderSource:
+    """Return one source with the images of several folders, in the order of the folders.
+
+    Classes of the same name become one. The names of the images then begin with the number of their folder.
+    """
     classes = tuple(sorted({name for part in parts for name in part.classes}))
     labels = [labels_of_split(p.labels, p.classes, classes, p.root) for p in parts if p.labels is not None]
     return FolderSource(

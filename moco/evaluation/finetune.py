@@ -25,7 +25,7 @@ from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
 from moco.evaluation import task as evaluation
 from moco.evaluation.finetuning import TrainSettings, build_finetune_optimizer, classifier, mixing, plan_of, train
-from moco.evaluation.metrics import compute_metrics, mean_interval, rank_classes
+from moco.evaluation.metrics import Metrics, compute_metrics, mean_interval, rank_classes
 from moco.evaluation.subject import Subject, data_with_absolute_paths, labels_of
 from moco.evaluation.task import Result, Task, training_view
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
@@ -58,7 +58,7 @@ def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
     Returns a result per encoder, the same on every rank. Errors: see `open_task`.
     """
     with evaluation.open_task(config) as opened:
-        run = _set_up(opened)
+        run = set_up(opened)
         task = run.task
         plan = _log_plan(run)
         prepare(task.subject.output)
@@ -70,8 +70,8 @@ def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
     return found
 
 
-def _set_up(task: Task[FinetuneConfig]) -> Finetuning:
-    """Choose the training view and the validation part, and refuse options that the network lacks."""
+def set_up(task: Task[FinetuneConfig]) -> Finetuning:
+    """Choose the training view and the validation part, and refuse options that the network lacks. Collective."""
     config, file = task.config, task.subject.file
     options = {name: getattr(config, name) for name in ("layer_decay", "drop_path")}
     options = {name: value for name, value in options.items() if value is not None}
@@ -150,12 +150,8 @@ def _log_plan(run: Finetuning) -> Plan:
 
 def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Callable[[str], None]) -> Result:
     """Train and evaluate one encoder with all seeds; save the network of the last seed."""
-    task, metrics = run.task, []
-    for seed in range(task.config.seed, task.config.seed + task.config.seeds):
-        network, plan = _train(run, name, seed, on_step)
-        scores = task.features(network, task.held_out)  # (M, L)
-        metrics.append(compute_metrics(rank_classes(scores), labels_of(task.held_out), len(task.train.classes)))
-        log(f"{name}, seed {seed}: {percent(metrics[-1].top1)} %")
+    task = run.task
+    metrics, network, plan = train_and_measure(run, name, on_step)
     folder = _folder(task, name)
     steps = plan.total_steps + (task.subject.file.step if name == "pretrained" else 0)
     on_rank_zero(lambda: _save(task, network, folder, steps))
@@ -167,6 +163,22 @@ def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Cal
         "saved": str(folder.absolute()),
     }
     return Result(name, metrics, details)
+
+
+def train_and_measure(
+    run: Finetuning, name: str, on_step: Callable[[str], None]
+) -> tuple[list[Metrics], nn.Sequential, Plan]:
+    """Train one encoder, "pretrained" or "untrained", with each seed, and measure it on the held-out split.
+
+    Returns the metrics of all seeds, and the network and the plan of the last one. `on_step` gets a line per step.
+    """
+    task, metrics = run.task, []
+    for seed in range(task.config.seed, task.config.seed + task.config.seeds):
+        network, plan = _train(run, name, seed, on_step)
+        scores = task.features(network, task.held_out)  # (M, L)
+        metrics.append(compute_metrics(rank_classes(scores), labels_of(task.held_out), len(task.train.classes)))
+        log(f"{name}, seed {seed}: {percent(metrics[-1].top1)} %")
+    return metrics, network, plan
 
 
 def _train(run: Finetuning, name: str, seed: int, on_step: Callable[[str], None]) -> tuple[nn.Sequential, Plan]:

@@ -5,6 +5,7 @@ import hashlib
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from moco.data.arrays import SPLIT_SEED
 from moco.data.base import Source, labeled
 from moco.data.depth import with_pixel_format
 from moco.data.duplicates import copies_message, count_copies
-from moco.data.folder import FolderSource, scan
+from moco.data.folder import FolderSource, joined, scan
 from moco.data.keyed import HOLD_OUT, VALIDATION
 from moco.data.labels import first_names
 from moco.data.sources import load_source, refuse_output_inside
@@ -55,6 +56,13 @@ class Splits:
     def classes(self) -> int:
         """The number of classes."""
         return len(self.train.source.classes)
+
+    def labeled(self) -> Source:
+        """Return the training and the validation images together, with one label each."""
+        if self.validation is None:
+            return self.train.source
+        parts: Any = [self.train.source, self.validation.source]  # only folders have a validation split
+        return replace(joined(parts), pixel_format=parts[0].pixel_format)
 
     def digest(self) -> str:
         """Return a digest of the images and labels of all splits."""

@@ -62,7 +62,8 @@ def read_results(file: Path, wanted: SetResults) -> tuple[SetResults, str]:
     before = found.settings
     changed = [name for name, value in wanted.settings.items() if before.get(name) != value]
     if changed:
-        named = [f"{name}={before.get(name)}" if name != "images" else "other images" for name in changed]
+        named = [f"{name}={before.get(name)}" for name in changed if name != "images"]
+        named += ["other images or another split"] * ("images" in changed)
         return wanted, f"{wanted.name}: {file} was made with {', '.join(named)}, so all encoders are evaluated again"
     return found, ""
 

@@ -31,7 +31,7 @@ NO_QUEUE = ["model.bn=sync", "model.shuffle_keys=false"]
 TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hidden=16", "model.predictor_hidden=16"]
 SWEEP = ["epochs=1", "sweep.lrs=[0.1]", "sweep.weight_decays=[0.0]"]
 FEW = ["threads=1", "data.workers=0"]
-SMALL_EPISODES = ["ways=2", "shots=1", "queries=1"]
+SMALL_TRANSFER = ["ways=2", "shots=1", "queries=1", "finetune.epochs=1", "finetune.min_steps=1"]
 
 
 def small(module: str, arguments: tuple[str, ...]) -> list[str]:
@@ -54,7 +54,7 @@ def small(module: str, arguments: tuple[str, ...]) -> list[str]:
         "moco.temperature": [],
         "moco.knn": [*FEW, *(["draws=2"] if any("labels_per_class" in each for each in arguments) else [])],
         "moco.finetune": [*FEW, "epochs=1", "min_steps=1", "seeds=1"],
-        "moco.transfer": [*FEW, "episodes=3", *SMALL_EPISODES],
+        "moco.transfer": [*FEW, "episodes=3", *SMALL_TRANSFER],
         "moco.embed": FEW,
         "moco.search": ["threads=1"],
         "moco.convert": [*FEW, "pictures=2"],

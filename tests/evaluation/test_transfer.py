@@ -13,11 +13,15 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import moco.evaluation.transfer as transfer
+import moco.evaluation.transfer_measures as measures
 from moco.config import ConfigError
+from moco.config.finetune import FinetuneConfig
 from moco.config.transfer import TransferConfig, check_transfer
 from moco.evaluation.features import extract
+from moco.evaluation.finetune import evaluate_finetune
 from moco.evaluation.logistic_regression import STRENGTHS
 from moco.evaluation.transfer_data import open_set
+from moco.evaluation.transfer_measures import class_mean_half_width
 from moco.interop.encoder_file import build
 from tests.data.test_transfer_sets import write_caltech, write_pets, write_voc
 from tests.evaluation.test_linear import encoder_file, write_images
@@ -29,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def few_strengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try every fourth strength of the protocol: the tests run on one core."""
-    monkeypatch.setattr(transfer, "STRENGTHS", STRENGTHS[::4])
+    monkeypatch.setattr(measures, "STRENGTHS", STRENGTHS[::4])
 
 
 def config(folder: Path, sets: list[str], **fields: Any) -> TransferConfig:
@@ -103,7 +107,7 @@ def test_pets_count_each_class_equally(tmp_path: Path) -> None:
 
 
 def test_half_width_of_the_mean_over_classes() -> None:
-    half = transfer.class_mean_half_width([50.0, 100.0, None], np.array([10, 20, 0]))
+    half = class_mean_half_width([50.0, 100.0, None], np.array([10, 20, 0]))
     variance = (0.5 * 0.5 / 14 + 22 / 24 * 2 / 24 / 24) / 4
     assert half == pytest.approx(100 * 1.959963984540054 * variance**0.5)
 
@@ -138,6 +142,38 @@ def test_few_shots_give_a_mean_and_its_interval(tmp_path: Path) -> None:
     assert (tmp_path / "transfer" / "few_shot_data.json").is_file()
 
 
+def test_fine_tuning_equals_that_of_moco_finetune(tmp_path: Path) -> None:
+    images = folders(tmp_path / "images", validation=True)
+    fields: dict[str, Any] = {"epochs": 2, "batch_size": 16, "lr": 0.1, "seeds": 2}
+    made = config(tmp_path / "out", [images], mode="finetune", finetune=fields, encoders=["pretrained", "untrained"])
+    ((result,), printed) = run(made)
+    assert "transfer, fine-tuned" in printed
+    # moco.finetune on the same images: validation images are training images too.
+    finetune = FinetuneConfig(checkpoint=made.checkpoint, output=str(tmp_path / "finetune"), device="cpu", **fields)
+    finetune.encoders, finetune.fraction = ["pretrained", "untrained"], 1.0
+    finetune.data.name, finetune.data.root, finetune.data.labels = "folder", f"{images}/train", "folder"
+    finetune.data.more_roots, finetune.data.eval_root, finetune.data.workers = [f"{images}/val"], f"{images}/test", 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = evaluate_finetune(finetune)
+    for each in expected:
+        assert result.encoders[each.encoder]["value"] == pytest.approx(each.top1)
+        assert result.encoders[each.encoder]["training"]["images"] == 36 + 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"fraction": 0.1}, r"finetune\.fraction cannot be set: use the fields seeds, epochs"),
+        ({"lr": -1.0}, r"finetune\.lr=-1\.0 must be above 0"),
+        ({"lr": "x"}, r"finetune\.lr='x' must be a number"),
+        ({"nesterov": True, "momentum": 0.0}, "nesterov=true needs optimizer=sgd"),
+    ],
+)
+def test_fields_of_fine_tuning_are_checked(fields: dict[str, Any], error: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=error):
+        check_transfer(config(tmp_path, ["data"], finetune=fields))
+
+
 def test_another_file_is_an_encoder_like_the_first(tmp_path: Path) -> None:
     other = encoder_file(tmp_path / "other")
     images = folders(tmp_path / "images")
@@ -165,7 +201,7 @@ def test_an_interrupted_call_continues_with_the_missing_encoder(
         return extract(*arguments)
 
     limit = 9  # three parts of three pairs of a set and an encoder
-    monkeypatch.setattr(transfer, "extract", counting)
+    monkeypatch.setattr(measures, "extract", counting)
     with pytest.raises(KeyboardInterrupt):
         run(settings)
     extracted.clear()
@@ -188,7 +224,7 @@ def test_changed_settings_images_and_weights_are_evaluated_again_with_one_senten
     assert "was made with validation=0.2, so all encoders are evaluated again" in run(settings)[1]
     shutil.copytree(Path(images, "test", "dark"), Path(images, "train", "dark"), dirs_exist_ok=True)
     with pytest.warns(match="training images"):
-        assert "was made with other images" in run(settings)[1]
+        assert "other images or another split" in run(settings)[1]
     settings.images.resize = 20
     with pytest.warns(match="training images"):
         assert "pretrained has other weights, or another preparation of images" in run(settings)[1]
@@ -252,10 +288,11 @@ def test_refusals_name_the_field(fields: dict[str, Any], error: str, tmp_path: P
         run(config(tmp_path, **fields))
 
 
-def test_images_with_several_labels_have_no_episodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["few_shot", "finetune"])
+def test_images_with_several_labels_are_refused_by_other_modes(mode: str, tmp_path: Path) -> None:
     write_voc(tmp_path / "data")
     with pytest.raises(ConfigError, match="sets=voc07 has images with several labels"):
-        run(config(tmp_path / "out", ["voc07"], root=str(tmp_path / "data"), mode="few_shot"))
+        run(config(tmp_path / "out", ["voc07"], root=str(tmp_path / "data"), mode=mode))
 
 
 def test_a_download_is_made_on_request_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
