@@ -164,6 +164,12 @@ def queue_info_nce(
     return streamed.loss, streamed.measures(temperature, decoupled)
 
 
+def mean_measures(measured: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Average the measures, of shape (), of several directions or micro-batches: one operation for all measures."""
+    table = torch.stack([torch.stack(list(each.values())) for each in measured])  # (parts, measures)
+    return dict(zip(measured[0], table.mean(dim=0).unbind(), strict=True))
+
+
 class Output(NamedTuple):
     """The result of a method's forward."""
 
@@ -281,7 +287,7 @@ class MoCo(nn.Module):
             losses.append(loss)
             measured.append(measures)
             pairs.append((q.detach(), k))
-        measures = {name: torch.stack([each[name] for each in measured]).mean() for name in measured[0]}
+        measures = mean_measures(measured)
         measures["chance"] = measures["chance"] * (len(losses) if self.reduction == "sum" else 1)
         if isinstance(temperature, Tensor):
             measures["temperature"] = temperature.detach()

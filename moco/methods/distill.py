@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import KeyQueue, Output, encode_keys, unit_length
+from moco.builder import KeyQueue, Output, encode_keys, mean_measures, unit_length
 from moco.digest import digest
 from moco.distributed import gather, rank, world_size
 from moco.losses import relational_cross_entropy
@@ -91,9 +91,8 @@ class Distill(nn.Module):
             losses.append(loss)
             measured.append(measures)
             pairs.append((s.detach(), t))
-        measures = {name: torch.stack([each[name] for each in measured]).mean() for name in measured[0]}
         new_keys = None if self.queue is None else pairs[0][1][:, None]
-        return Output(torch.stack(losses).mean(), measures, *pairs[0], new_keys=new_keys)
+        return Output(torch.stack(losses).mean(), mean_measures(measured), *pairs[0], new_keys=new_keys)
 
     def update_momentum_encoder(self, momentum: float) -> None:
         """Do nothing: the teacher is frozen."""

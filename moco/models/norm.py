@@ -7,7 +7,7 @@ section 3.3, "Shuffling BN").
 Legend: N local batch, C channels, G groups, g images per group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.distributed import sum_over_ranks, world_size
+from moco.models.grouped_norm import grouped_batch_norm
 from moco.models.sync_norm import sync_batch_norm
 
 BatchNormKind = Literal["grouped", "sync", "batch"]
@@ -23,6 +24,10 @@ BatchNormKind = Literal["grouped", "sync", "batch"]
 # Device types on which one fused operation moves the running statistics: to launch one kernel takes the host as long as
 # a small layer takes the GPU. The fused operation rounds differently.
 FUSED_DEVICES: tuple[str, ...] = ("cuda",)
+
+# Numbers in a group up to which such a device normalizes all groups in one call, for which it copies the batch before
+# and after. For larger groups, copies take longer than the launches that they save (computed, see docs/gpu.md).
+LARGEST_TOGETHER = 2**22
 
 
 class GroupedBatchNorm(nn.Module):
@@ -62,6 +67,7 @@ class GroupedBatchNorm(nn.Module):
         self.after = after or nn.Identity()
         self.views, self.micro_batches, self.view_by_view = 1, 1, False  # see `set_calls_per_step`
         self.call = 0  # number of calls in this step; not saved, because checkpoints are saved between steps
+        self.counted: list[GroupedBatchNorm] = [self]  # the layers whose calls this layer counts
         # Replaces `call` in compiled code, where each new value of a Python number would trigger recompilation.
         self.compiled_call: Tensor
         self.register_buffer("compiled_call", torch.tensor(0), persistent=False)
@@ -86,13 +92,17 @@ class GroupedBatchNorm(nn.Module):
             return F.batch_norm(x, *running, *affine, training=True, momentum=self.momentum, eps=self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         statistics = x.new_zeros(2, len(groups), x.shape[1], dtype=dtype)  # (2, G, C), means and variances
-        # momentum=1 makes batch_norm write each group's own statistics into its row.
-        out = [
-            F.batch_norm(group, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
-            for group, mean, var in zip(groups, *statistics, strict=True)
-        ]
+        if self._are_normalized_together(groups):
+            out = grouped_batch_norm(x, self.weight, self.bias, statistics, self.eps)
+        else:
+            # momentum=1 makes batch_norm write each group's own statistics into its row.
+            parts = [
+                F.batch_norm(group, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+                for group, mean, var in zip(groups, *statistics, strict=True)
+            ]
+            out = parts[0] if len(parts) == 1 else torch.cat(parts)
         self._track(*statistics.mean(dim=1))
-        return out[0] if len(out) == 1 else torch.cat(out)
+        return out
 
     def _normalize_at_once(self, x: Tensor) -> Tensor:
         """BN over all groups at once, for compiled code, where a loop would become separate kernels for each group."""
@@ -161,9 +171,18 @@ class GroupedBatchNorm(nn.Module):
         """Return whether one fused operation can move the running statistics: each call must be a whole view."""
         return x.device.type in FUSED_DEVICES and self.micro_batches == 1 and not torch.compiler.is_compiling()
 
+    def _are_normalized_together(self, groups: Sequence[Tensor]) -> bool:
+        """Return whether one call normalizes all groups. torch refuses groups with a single number per channel."""
+        group = groups[0]
+        return (
+            len(groups) > 1
+            and group.device.type in FUSED_DEVICES
+            and group.shape[1] < group.numel() <= LARGEST_TOGETHER
+        )
+
     def _count_call(self) -> None:
-        if self.call == 0:
-            self.num_batches_tracked.add_(self.views)
+        if self.call == 0 and self.counted:
+            torch._foreach_add_([layer.num_batches_tracked for layer in self.counted], self.views)
         self.call = (self.call + 1) % (self.views * self.micro_batches)
 
     def _view(self, call: Any) -> Any:
@@ -225,8 +244,9 @@ def set_calls_per_step(module: nn.Module, views: int, micro_batches: int = 1, vi
         view_by_view: True: all micro-batches of the first view come first, then those of the second. False: all views
             of the first micro-batch come first, then those of the second.
     """
-    for layer in module.modules():
-        if isinstance(layer, GroupedBatchNorm):
-            layer.views, layer.micro_batches, layer.view_by_view = views, micro_batches, view_by_view
-            layer.call = 0
-            layer.compiled_call.zero_()
+    layers = [layer for layer in module.modules() if isinstance(layer, GroupedBatchNorm)]
+    for layer in layers:
+        layer.views, layer.micro_batches, layer.view_by_view = views, micro_batches, view_by_view
+        layer.call = 0
+        layer.compiled_call.zero_()
+        layer.counted = layers if layer is layers[0] else []  # one operation counts the calls of all

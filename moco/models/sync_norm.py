@@ -6,6 +6,7 @@ every rank has the same number of images.
 Legend: N local batch, C channels, W processes.
 """
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -42,30 +43,36 @@ class _SyncBatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        x = x.contiguous(memory_format=_memory_format(x))
+        x = x.contiguous(memory_format=memory_format(x))
         local = torch.stack(torch.batch_norm_stats(x, eps))  # (2, C), means and 1 / standard deviations
         means, inverses = gather(local[None]).unbind(1)  # (W, C) each
-        counts = local.new_full((world_size(),), x.numel() // x.shape[1])
+        counts, ctx.whole = _counts(world_size(), x.numel() // x.shape[1], local.dtype, x.device)
         statistics = means, inverses, running_mean, running_var, momentum, eps, counts
         mean, inverse = torch.batch_norm_gather_stats_with_counts(x, *statistics)  # (C,), of the global batch
-        ctx.save_for_backward(x, weight, mean, inverse, counts)
+        ctx.save_for_backward(x, weight, mean, inverse)
         return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, counts = ctx.saved_tensors
-        grad, needed = grads[0].contiguous(memory_format=_memory_format(x)), ctx.needs_input_grad[:3]
+        x, weight, mean, inverse = ctx.saved_tensors
+        grad, needed = grads[0].contiguous(memory_format=memory_format(x)), ctx.needs_input_grad[:3]
         # (C,): sums of the gradient, and of the gradient times (x - mean); the gradients by weight and bias
         *sums, by_weight, by_bias = torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, *needed)
         by_x = None
         if needed[0]:
             grad_sum, centered_sum = sum_over_ranks(torch.stack(sums))  # (C,) each, of the global batch
-            counts = counts.to(torch.int32)
-            by_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, grad_sum, centered_sum, counts)
+            by_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, grad_sum, centered_sum, ctx.whole)
         return by_x, by_weight if needed[1] else None, by_bias if needed[2] else None, None, None, None, None
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
+@cache
+def _counts(processes: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the numbers per channel of each process, (W,): as the forward kernel takes them, and as the backward's."""
+    counts = torch.full((processes,), count, dtype=dtype, device=device)
+    return counts, counts.to(torch.int32)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
     """Return channels-last if the input has that format and is not contiguous in the default format as well."""
     last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.builder import Method, Output
+from moco.builder import Method, Output, mean_measures
 from moco.data.loader import Batch
 from moco.distributed import mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
@@ -109,11 +109,7 @@ def _copy_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 def _mean_measures(outputs: Sequence[Output], monitored: Measures) -> Measures:
     """Average over the micro-batches, then over the ranks; the monitor has measured a single micro-batch."""
-    measures: Measures = {}
-    for each in outputs:
-        for name, value in {"loss": each.loss, **each.measures}.items():
-            measures[name] = measures.get(name, 0) + value / len(outputs)
-    measures |= monitored
+    measures = mean_measures([{"loss": each.loss, **each.measures} for each in outputs]) | monitored
     averages = mean_over_ranks(torch.stack(list(measures.values())))  # one collective for all measures
     return dict(zip(measures, averages, strict=True))
 
