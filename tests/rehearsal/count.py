@@ -31,7 +31,7 @@ from moco.optim.optimizers import build_optimizer
 from moco.runtime.precision import PRECISIONS
 from moco.training import build
 from moco.training.step import StepSettings, train_step
-from tests.rehearsal.run import configuration
+from tests.rehearsal.run import configuration, untimed
 
 STEPS = 4  # the third one is counted, the fourth one is traced
 IN_MEMORY = {"cifar10": (50_000, 32)}  # images and their side
@@ -142,6 +142,7 @@ def _steps(case: Case, config: TrainConfig, plan: Plan, source: Any) -> Count:
     optimizer = build_optimizer(method, config.optim)
     build.set_batch_norm_calls(method, config.accumulate)
     forward = build.distribute(config, method.train(), DEVICE)
+    untimed(forward)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
     settings = StepSettings(0.1, 0.99, config.accumulate, PRECISIONS[config.precision], check_finite=False)
     stream = batches(source, plan, views, DEVICE, 0)

@@ -5,6 +5,7 @@ GPU. `SoftDevice` refuses an operation that mixes CPU and CUDA tensors, and reco
 device.
 """
 
+import atexit
 import ctypes
 import os
 import traceback
@@ -130,6 +131,7 @@ class SoftDevice(TorchDispatchMode):
         names = ("stream", "event", "device", "copy")  # the calls of the runtime that wait
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._note(names[number]))
         self._library.standin_callback(self._callback)
+        atexit.register(self._library.standin_callback, None)  # torch waits once more after the end of Python
 
     def _note(self, kind: str) -> None:
         self.waits[(kind, place(), self.step)] += 1

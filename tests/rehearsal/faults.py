@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch.distributed import all_to_all_single
 
 from moco.builder import KeyQueue
+from moco.distributed import rank
 from moco.losses import contrast
 from moco.models.encoder import Encoder
 from moco.models.norm import GroupedBatchNorm
@@ -38,6 +40,13 @@ def _graph_break(self: GroupedBatchNorm, x: torch.Tensor, forward: Any = Grouped
     return forward(self, x)
 
 
+def _unequal_exchange(out: torch.Tensor, x: torch.Tensor, input_split_sizes: Any, **more: Any) -> Any:
+    """Let rank 0 send a row to rank 1 that belongs to itself."""
+    first, second = input_split_sizes
+    sent = [first - 1, second + 1] if rank() == 0 else [first, second]
+    return all_to_all_single(out, x, input_split_sizes=sent, **more)
+
+
 # Names of faults, with what they replace, and by what.
 PATCHES: dict[str, tuple[str, Any]] = {
     "host tensor": ("moco.builder.contrast", _host_tensor),
@@ -47,5 +56,6 @@ PATCHES: dict[str, tuple[str, Any]] = {
     "waiting copy": ("moco.distributed.copy_to_device", _waiting_copy),
     "TF32": ("moco.runtime.device.set_float32_precision", lambda tf32: set_float32_precision(True)),
     "graph break": ("moco.models.norm.GroupedBatchNorm.forward", _graph_break),
+    "unequal exchange": ("torch.distributed.all_to_all_single", _unequal_exchange),
     "no wait for the batch": ("torch.cuda.Stream.wait_event", lambda stream, event: None),
 }

@@ -1,7 +1,7 @@
 """Take a few steps of training, on the emulated CUDA device or on the CPU: python -m tests.rehearsal.run FOLDER JOBS
 
 JOBS is a JSON list of `Job`. FOLDER/records.pt is the list of their `Record`s. The process must have the environment of
-`tests.rehearsal.build`, and REHEARSAL_SANITIZE=1 for torch's CUDA sanitizer; under torchrun, rank 0 writes the records.
+`tests.rehearsal.build`, and REHEARSAL_SANITIZE=1 for torch's CUDA sanitizer; under torchrun, rank 0 writes its records.
 """
 
 import json
@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypedDict
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import torch
 import torch._dynamo.utils as dynamo_utils
@@ -20,11 +20,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch import _dynamo as dynamo
 from torch.cuda._sanitizer import enable_cuda_sanitizer
+from torch.nn.parallel import DistributedDataParallel
 
 from moco.composition import register
 from moco.config import TrainConfig, config_dir
 from moco.data.loader import Batch
-from moco.distributed import is_rank_zero
+from moco.distributed import average_running_statistics
 from moco.interop.encoder_file import save_encoder
 from moco.methods.build import encoder_of
 from moco.training import throughput
@@ -84,12 +85,22 @@ def _capture(module: nn.Module, compiled: Any = nn.Module.compile) -> None:
     compiled(module, backend="eager")
 
 
+def untimed(forward: nn.Module) -> None:
+    """Keep DDP from timing its first ten steps, for which the host waits."""
+    if isinstance(forward, DistributedDataParallel):
+        forward.logger = Mock()
+
+
 def train(job: Job, folder: Path) -> Record:
     """Take the steps of one job."""
     soft = SoftDevice() if job["device"] == "cuda" else None
     record = Record(job=job, measures=[], state={}, waits=[], products=set(), graph_breaks=[], error="")
 
     class Steps(Trainer):
+        def _train(self) -> None:
+            untimed(self.forward)
+            super()._train()
+
         def _step(self, step: int, batch: Batch) -> Measures | None:
             measures = super()._step(step, batch)
             record["measures"].append({name: value.detach() for name, value in (measures or {}).items()})
@@ -100,6 +111,7 @@ def train(job: Job, folder: Path) -> Record:
             if soft is not None:
                 soft.step = done
             if done == STEPS:
+                average_running_statistics(self.method)
                 record["state"] = {name: value.cpu() for name, value in self.method.state_dict().items()}
                 raise _Done
 
@@ -138,7 +150,7 @@ def main(folder: Path, jobs: list[Any]) -> None:
     for number, job in enumerate(jobs):
         (folder / str(number)).mkdir(exist_ok=True)
         records.append(train(job, folder / str(number)))
-    if is_rank_zero():
+    if os.environ.get("RANK", "0") == "0":
         torch.save(records, folder / "records.pt")
 
 

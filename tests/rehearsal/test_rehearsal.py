@@ -34,9 +34,12 @@ def job(recipe: str, device: str = "cuda", fault: str = "") -> Job:
     return Job(recipe=recipe, device=device, fault=fault)
 
 
-def rehearse(library: Path, folder: Path, jobs: list[Job], **environment: str) -> list[Record]:
-    command = [sys.executable, "-m", "tests.rehearsal.run", str(folder), json.dumps(jobs)]
-    env = build.environment(library, 1) | environment
+def rehearse(library: Path, folder: Path, jobs: list[Job], processes: int = 1, **environment: str) -> list[Record]:
+    folder.mkdir(exist_ok=True)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    words = [*(launcher if processes > 1 else []), "tests.rehearsal.run", str(folder), json.dumps(jobs)]
+    command = [sys.executable, "-m", *words]
+    env = build.environment(library, processes) | environment
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     records: list[Record] = torch.load(folder / "records.pt", weights_only=False)
@@ -145,3 +148,14 @@ def test_compiled_networks_are_single_graphs(library: Path, tmp_path: Path) -> N
     whole, broken = rehearse(library, tmp_path, [job(recipe, "cpu"), job(recipe, "cpu", "graph break")])
     assert problems(whole, products=set()) + whole["graph_breaks"] == []
     assert "graph_break()" in broken["graph_breaks"][0]
+
+
+@pytest.mark.slow
+def test_two_ranks_over_nccl_equal_one_process(library: Path, tmp_path: Path) -> None:
+    """Losses, weights, statistics and queue; an exchange with sizes that do not fit, in which NCCL hangs, is found."""
+    recipe = f"digits {SMALL} precision=fp32"
+    jobs = [job(recipe), job(recipe, fault="unequal exchange"), job(recipe)]
+    first, unequal, second = rehearse(library, tmp_path / "two", jobs, processes=2)
+    (one,) = rehearse(library, tmp_path / "one", [job(recipe, "cpu")])
+    assert problems(first, one) + problems(second, one) == []
+    assert "NCCL Error 4" in unequal["error"]
