@@ -21,7 +21,8 @@ from torch import Tensor
 from moco.data.base import Progress
 
 STRENGTHS = tuple(float(each) for each in np.logspace(5, -6, 45))  # the protocol's, the strongest first
-_MOST_STEPS = 1000  # L-BFGS steps for one strength
+# The most L-BFGS steps for a strength. A choice needs fewer: each strength starts from the solution of the one before.
+_STEPS, _STEPS_TO_CHOOSE = 1000, 100
 _TOLERANCE = 1e-6  # of the largest component of the gradient of the mean loss, for features of mean square 1
 
 Score = Callable[[Tensor], float]  # class scores (M, L) of the validation samples -> a number, the higher the better
@@ -53,6 +54,7 @@ def fit_path(
     classes: int,
     strengths: Sequence[float],
     start: Classifier | None = None,
+    steps: int = _STEPS,
 ) -> Iterator[Classifier]:
     """Yield the classifier of each strength; the first starts from `start`, or from zero.
 
@@ -62,6 +64,7 @@ def fit_path(
         classes: L.
         strengths: from the strongest to the weakest.
         start: a classifier of similar samples.
+        steps: the most steps of L-BFGS for each strength.
     """
     # A shift and one scale for all features leave the solution unchanged, because the bias has no penalty, and let
     # L-BFGS converge in far fewer steps.
@@ -76,17 +79,19 @@ def fit_path(
     if start is not None:
         weight, bias = start.weight * scale, start.bias + start.weight @ shift
     for strength in strengths:
-        weight, bias = _minimize(x, truth, strength / scale.square() / len(x), weight, bias)
+        weight, bias = _minimize(x, truth, strength / scale.square() / len(x), (weight, bias), steps)
         original = weight / scale
         yield Classifier(original, bias - original @ shift)
 
 
-def _minimize(x: Tensor, truth: Tensor, penalty: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _minimize(
+    x: Tensor, truth: Tensor, penalty: Tensor, start: tuple[Tensor, Tensor], steps: int
+) -> tuple[Tensor, Tensor]:
     """Minimize the mean cross entropy plus penalty / 2 times the squared weights, from the given weight and bias."""
-    weight, bias = weight.clone().requires_grad_(), bias.clone().requires_grad_()
+    weight, bias = (each.clone().requires_grad_() for each in start)
     optimizer = torch.optim.LBFGS(
         [weight, bias],
-        max_iter=_MOST_STEPS,
+        max_iter=steps,
         tolerance_grad=_TOLERANCE,
         tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
@@ -124,7 +129,7 @@ def choose_and_fit(
     (features, labels), (held, held_labels) = parts
     scores: list[float] = []
     best: Classifier | None = None
-    for fitted in fit_path(features, labels, classes, strengths):
+    for fitted in fit_path(features, labels, classes, strengths, steps=_STEPS_TO_CHOOSE):
         scores.append(score(fitted(held)))
         if scores[-1] > max(scores[:-1], default=-np.inf):
             best = fitted

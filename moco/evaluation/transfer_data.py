@@ -21,7 +21,7 @@ from moco.data.keyed import HOLD_OUT, VALIDATION
 from moco.data.labels import first_names
 from moco.data.sources import load_source, refuse_output_inside
 from moco.data.transfer_sets import SETS, Labels, TransferSet, download, missing_message, open_splits
-from moco.distributed import is_rank_zero, on_rank_zero
+from moco.distributed import is_rank_zero, world_size
 from moco.evaluation.subject import Subject, groups_of, open_labeled
 from moco.evaluation.subsets import SubsetError, draw_labels, naming_field, split_each_class
 from moco.runtime.console import log
@@ -131,8 +131,10 @@ def _open_named(name: str, config: TransferConfig, subject: Subject) -> Splits:
     except FileNotFoundError:
         if not config.download:
             raise
+        one = world_size() == 1  # a large download would exceed the time for which the other processes wait
+        require(one, f"download=true works with one process: start the command without torchrun to download {name}")
         log(f"{name}: torchvision downloads {known.megabytes:,} MB into {config.root}")
-        on_rank_zero(lambda: download(name, config.root))
+        download(name, config.root)
         parts = _parts(name, known, config.root)
     if any(known.draw):
         parts = _draw(parts[0], *known.draw)

@@ -1,5 +1,6 @@
 """Two processes compute the results of one. All tests share one start of the two processes."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from moco.distributed import is_rank_zero
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy, knn_classes, leave_one_out
 from tests.data import images as example_images
 from tests.distributed.launch import run_ranks
@@ -19,6 +21,7 @@ from tests.evaluation import (
     test_linear_probe,
     test_multi_label,
     test_sweep,
+    test_transfer,
 )
 
 
@@ -47,6 +50,19 @@ def linear(folder: Path) -> list[tuple[dict[str, Any], Any]]:
     return outcomes
 
 
+def transfer(folder: Path) -> list[Any]:
+    """Return the results of both modes on 23 training and 7 test images; a second call finds them all."""
+    outcomes = []
+    for mode in ("linear", "few_shot", "linear"):
+        sets, sizes = [str(folder / "transfer")], {"ways": 2, "shots": 1, "queries": 1, "episodes": 20}
+        config = test_transfer.config(folder / "transferred", sets, encoders=["pretrained", "untrained"], **sizes)
+        config.mode = mode
+        (found,), printed = test_transfer.run(config)
+        values = {name: (each["value"], each.get("chosen")) for name, each in found.encoders.items()}
+        outcomes.append((values, "2 of 2 encoders are already in" in printed or not is_rank_zero()))
+    return outcomes
+
+
 def cache(folder: Path) -> list[Any]:
     return [test_cache.keep(folder, "seven", 7), test_cache.keep(folder, "one", 1)]
 
@@ -59,6 +75,7 @@ def everything(folder: Path) -> dict[str, Any]:
     return {
         "knn": knn(),
         "linear": linear(folder),
+        "transfer": transfer(folder),
         "cache": cache(folder / "cache"),
         "finetuning": finetuning(),
         "linear_probe": test_linear_probe.trained(),
@@ -76,6 +93,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         test_multi_label.labeled_files(folder / "multi_label")
         test_linear.write_images(folder / "train", {"dark": 8, "middle": 8, "light": 7})
         test_linear.write_images(folder / "test", {"dark": 3, "middle": 2, "light": 2}, 1)
+        for part in ("train", "test"):
+            shutil.copytree(folder / part, folder / "transfer" / part)
         example_images.folder(folder / "images", 10)
     return [everything(folders[0]), *run_ranks(2, everything, folders[1])]
 
@@ -93,6 +112,14 @@ def test_both_linear_protocols_have_equal_results(found: list[dict[str, Any]]) -
     one, *ranks = (each["linear"] for each in found)
     assert [figures["count"] for figures, _ in one] == [7, 7]
     assert ranks == [one, one]
+
+
+def test_transfer_has_equal_results(found: list[dict[str, Any]]) -> None:
+    one, *ranks = (each["transfer"] for each in found)
+    assert [again for _, again in one] == [False, False, True]
+    for each in ranks:
+        assert [values for values, _ in each] == [values for values, _ in one]
+    assert [again for _, again in ranks[0]] == [False, False, True]
 
 
 def test_ranks_write_one_cache_file_together(found: list[dict[str, Any]]) -> None:
