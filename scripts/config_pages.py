@@ -85,6 +85,15 @@ def values(path: Path) -> dict[str, Any]:
     return {name: value for name, value in loaded.items() if name not in ("defaults", "hydra")}
 
 
+def composed(path: Path) -> dict[str, Any]:
+    """Return the values of an option of a group, by their dotted names, with those of the options that it builds on."""
+    names = yaml.safe_load(path.read_text(encoding="utf-8")).get("defaults", [])
+    found: dict[str, Any] = {}
+    for base in (Path(path.parent, f"{each}.yaml") for each in names if isinstance(each, str)):
+        found |= composed(base) if base.is_file() else {}  # otherwise a schema
+    return found | flattened(values(path))
+
+
 def comment(path: Path) -> str:
     """Return the comment at the top of a YAML file, without the lines for Hydra."""
     lines = []
@@ -167,10 +176,10 @@ def docstring(schema: type) -> str:
 def options(group: str) -> Iterator[str]:
     """Yield the options of a group: the comment of each, and the values that it sets."""
     files = sorted((CONFIGS / group).glob("*.yaml"))
-    yield f"\n## Options\n\n`{group}=NAME` sets the values of `configs/{group}/NAME.yaml`.\n\n"
+    yield f"\n## Options\n\n`{group}=NAME` sets the values of `configs/{group}/NAME.yaml`; those of an empty cell stay.\n\n"
     for path in files:
         yield f"### {path.stem}\n\n```text\n{comment(path)}\n```\n\n"
-    flat = {path.stem: flattened(values(path)) for path in files}
+    flat = {path.stem: composed(path) for path in files}
     names = list(dict.fromkeys(name for each in flat.values() for name in each))
     yield row("field", *flat) + row(*["---"] * (1 + len(flat)))
     for name in names:

@@ -41,6 +41,16 @@ def test_a_page_has_every_field_with_its_type_bounds_and_default() -> None:
     assert "### moco_v2plus" in page  # an option of the group
 
 
+def test_an_option_has_the_values_of_the_option_that_it_builds_on() -> None:
+    lines = [line.split(" | ") for line in config_pages.pages()["augment.md"].splitlines() if line.startswith("| ")]
+    table = lines[next(i for i, line in enumerate(lines) if "moco_v2" in line) :]
+    column = {name: table[0].index(name) for name in ("moco_v2", "ressl |")}
+    found = {line[0].strip("| `"): [line[each].rstrip(" |") for each in column.values()] for line in table[2:]}
+    assert found["blur_p"] == ["`0.5`"] * 2
+    assert found["mean"] == ["`[0.485,0.456,0.406]`"] * 2
+    assert found["second.blur_p"] == ["", "`0`"]
+
+
 def test_the_string_below_a_field_is_its_meaning() -> None:
     @dataclass
     class Schema:
