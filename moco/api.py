@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from moco.composition import compose
 from moco.config import TrainConfig, require
 from moco.config.base import HUB
 from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
+from moco.data.bands import band_tensor
 from moco.data.decode import pil_to_tensor
 from moco.data.pixel_format import RGB, PixelFormat, to_float
 from moco.evaluation.features import EvalTransform, evaluation_view
@@ -142,30 +142,6 @@ def rgb_tensor(image: Any) -> Tensor:
         raise ValueError(f"an image has {tensor.shape[-3]} channels: pass a PIL image, or 3 channels (or 1, for gray)")
     color: Tensor = v2.functional.grayscale_to_rgb(tensor)
     return color
-
-
-def band_tensor(image: Any, pixel_format: PixelFormat) -> Tensor:
-    """Return an image as a tensor (C, H, W) with the same values.
-
-    Args:
-        image: an array (H, W, C), or (H, W) of one channel; a tensor (C, H, W); or a PIL image, of which the pixels are
-            taken as they are, or for one channel of uint8 converted to gray.
-        pixel_format: the channels and the type that the encoder takes. float32 holds every type.
-
-    Raises:
-        ValueError: for other channels or another type.
-    """
-    if isinstance(image, Image.Image):
-        gray = (pixel_format.channels, pixel_format.dtype) == (1, "uint8")
-        image = np.array(image.convert("L") if gray else image)
-    array = np.asarray(image)
-    if not isinstance(image, Tensor):
-        array = array[None] if array.ndim == 2 else np.moveaxis(array, -1, 0)
-    held = pixel_format.dtype in ("float32", array.dtype.name)
-    if array.ndim != 3 or len(array) != pixel_format.channels or not held:
-        given = f"the image has the shape {tuple(image.shape)} and the type {array.dtype.name}"
-        raise ValueError(f"{given}: pass an array (H, W, C) or a tensor (C, H, W), of {pixel_format}")
-    return torch.from_numpy(np.array(array, pixel_format.dtype))
 
 
 def band_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:

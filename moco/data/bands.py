@@ -67,6 +67,33 @@ def read_bands(data: bytes, pixel_format: PixelFormat) -> Tensor:
     return torch.from_numpy(_of_type(_channels_first(array, pixel_format.channels), pixel_format.dtype))
 
 
+def band_tensor(image: Any, pixel_format: PixelFormat) -> Tensor:
+    """Return an image in memory as a tensor (C, H, W) with the same values.
+
+    Args:
+        image: an array (H, W, C), or (H, W) of one channel; a tensor (C, H, W) or (H, W); or a PIL image, of which the
+            pixels are taken as they are, or for one channel of uint8 converted to gray.
+        pixel_format: the channels and the type of the result. float32 holds every type of numbers.
+
+    Raises:
+        ValueError: for other channels or another type, or for values that are not finite.
+    """
+    if isinstance(image, Image.Image):
+        gray = (pixel_format.channels, pixel_format.dtype) == (1, "uint8")
+        image = np.array(image.convert("L") if gray else image)
+    array = np.asarray(image)
+    if array.ndim == 2:
+        array = array[None]
+    elif not isinstance(image, Tensor):
+        array = np.moveaxis(array, -1, 0)
+    any_number = pixel_format.dtype == "float32" and array.dtype.kind in "uif"
+    held = any_number or array.dtype.name == pixel_format.dtype
+    if array.ndim != 3 or len(array) != pixel_format.channels or 0 in array.shape or not held:
+        given = f"the image has the shape {tuple(image.shape)} and the type {array.dtype.name}"
+        raise ValueError(f"{given}: pass an array (H, W, C) or a tensor (C, H, W), of {pixel_format}")
+    return torch.from_numpy(_converted(array, pixel_format.dtype))
+
+
 def encode_bands(image: Tensor) -> bytes:
     """Return an image (C, H, W) as the content of an NPY file."""
     buffer = io.BytesIO()
@@ -173,6 +200,11 @@ def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
         fixes = [each for each in ("uint8", "uint16") if array.dtype.newbyteorder("=") == np.dtype(each)]
         fix = f"set data.dtype={(fixes or ['float32'])[0]}" if array.dtype.kind in "uif" else "store integers or floats"
         raise WrongFormat(f"its pixels are {array.dtype.name}, not data.dtype={dtype}: {fix}")
+    return _converted(array, dtype)
+
+
+def _converted(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """Return a contiguous and writable copy in another type; refuse numbers that are not finite in it."""
     with np.errstate(over="ignore"):  # the next check reports it
         converted = np.array(array, dtype, order="C")
     if dtype == "float32" and not np.isfinite(converted).all():

@@ -129,7 +129,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, pixel_format: P
         if is_array(data) or not pixel_format.is_8bit_gray_or_rgb:
             return Decoded.full(read_bands(data, pixel_format))
         decoded = _decode_color(path, data, shrink, pixel_format.bits)
-        return decoded if pixel_format.channels == 3 else decoded._replace(pixels=_gray(decoded.pixels))
+        return decoded if pixel_format.channels == 3 else decoded._replace(pixels=to_gray(decoded.pixels))
     except ImageError:
         raise
     except (WrongFormat, ConfigError) as error:  # a ConfigError names a package that is missing
@@ -166,7 +166,7 @@ def _decode_color(path: str | Path, data: bytes, shrink: Shrink, bits: int) -> D
         return Decoded.full(pixels)
 
 
-def _gray(pixels: Tensor) -> Tensor:
+def to_gray(pixels: Tensor) -> Tensor:
     """Convert uint8 (3, H, W) to (1, H, W) as PIL does: gray images keep their values."""
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")
     return torch.from_numpy(np.array(image))[None]

@@ -53,13 +53,14 @@ def encode_image(source: Source, i: int, short_side: int, quality: int) -> Packe
         content = source.content(i)
         if content is None:
             pixels = source.image(i)  # (C, H, W)
-            content, source_bytes = _encode_pixels(pixels, "PNG"), pixels.nbytes
+            source_bytes = pixels.nbytes
         else:
             pixels, source_bytes = decode_bytes(source.name(i), content, source.pixel_format), len(content)
     except ImageError as error:
         return PackedImage(fault=error.kind, reason=error.reason)
     if not source.pixel_format.is_8bit_gray_or_rgb:
         return _packed_bands(pixels, source_bytes, short_side)
+    content = _encode_pixels(pixels, "PNG") if content is None else content
     if is_array(content) and not 0 < short_side < min(pixels.shape[1:]):
         return PackedImage(encode_bands(pixels), "npy", source_bytes)
     if 0 < short_side < min(pixels.shape[1:]):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.config import TrainConfig, require
+from moco.data.pixel_format import RGB, per_channel
 from moco.digest import digest
 from moco.distributed import all_gather_object
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
@@ -21,14 +22,14 @@ Normalization = tuple[list[float], list[float]]  # mean and standard deviation o
 
 
 class Renormalize(nn.Module):
-    """Change the normalization of images (N, 3, S, S) from the run's to the teacher's."""
+    """Change the normalization of images (N, C, S, S) from the run's to the teacher's."""
 
-    scale: Tensor  # (3, 1, 1)
-    shift: Tensor  # (3, 1, 1)
+    scale: Tensor  # (C, 1, 1)
+    shift: Tensor  # (C, 1, 1)
 
     def __init__(self, run: Normalization, teacher: Normalization) -> None:
         super().__init__()
-        mean, std, of_mean, of_std = (torch.tensor(each).view(3, 1, 1) for each in (*run, *teacher))
+        mean, std, of_mean, of_std = (per_channel(each, torch.device("cpu")) for each in (*run, *teacher))
         self.register_buffer("scale", std / of_std)
         self.register_buffer("shift", (mean - of_mean) / of_std)
 
@@ -42,7 +43,8 @@ def load_teacher(config: TrainConfig) -> nn.Module:
     Collective: all ranks must have the same weights.
 
     Raises:
-        ConfigError: if the file does not exist, if the teacher's dimension is not `model.dim`, or if ranks differ.
+        ConfigError: if the file does not exist, if the teacher's dimension is not `model.dim`, if it takes images of
+            other channels or another range of values than the run's, or if ranks differ.
         ForeignFileError, CheckpointError, ValueError: see `moco.interop.encoder_file.read_encoder`, `fit_to_size` and
             `moco.models.backbones.build_backbone`.
     """
@@ -71,6 +73,7 @@ def load_teacher(config: TrainConfig) -> nn.Module:
 def _published(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     """Return a model of timm with its published weights, and the mean and standard deviation of its images."""
     method: Any = config.method
+    _check_images(config, RGB.channels, RGB.dtype)
     network: Any = build_backbone(method.teacher, {"pretrained": True} | method.teacher_options)
     if error := output_error(network, config.augment.size, config.data.channels):
         raise ForeignFileError(
@@ -79,6 +82,23 @@ def _published(config: TrainConfig) -> tuple[nn.Module, Normalization]:
         )
     images = network.pretrained_cfg
     return network, (list(images["mean"]), list(images["std"]))
+
+
+def _check_images(config: TrainConfig, channels: int, dtype: str) -> None:
+    """Refuse a teacher whose images have other channels, or values of another range, than those of the run."""
+    method: Any = config.method
+    data, teacher = config.data, f"method.teacher={method.teacher}"
+    require(
+        data.channels == channels,
+        f"{teacher} takes images of {channels} channels, and data.channels={data.channels}: name a teacher that was "
+        f"trained on {data.channels} channels",
+    )
+    scaled = [each != "float32" for each in (data.dtype, dtype)]  # integers come into 0 ... 1
+    require(
+        scaled[0] == scaled[1],
+        f"{teacher} was trained on images of {dtype}, and data.dtype={data.dtype} has another range of values: name a "
+        "teacher that was trained on such images",
+    )
 
 
 def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
@@ -95,6 +115,12 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
         not projection or bool(file.head_weights),
         f"method.teacher_features=projection, but {path} holds no projection head: set it to backbone",
     )
+    _check_images(config, file.channels, file.config.get("data", {}).get("dtype", RGB.dtype))
     encoder = build(fit_to_size(file, config.augment.size, "augment.size"))
     images = IMAGENET | file.images
+    require(
+        len(images["mean"]) == file.channels,
+        f"method.teacher={path} states no mean and std of its {file.channels} channels: write a file that does, with "
+        f"python -m moco.convert checkpoint={path} to=safetensors images.mean=[...] images.std=[...]",
+    )
     return encoder if projection else encoder.get_submodule("backbone"), (images["mean"], images["std"])

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from moco.config import ConfigError, TrainConfig
 from moco.interop.encoder_file import ForeignFileError, save_encoder
 from moco.methods.distill_config import DistillConfig
+from moco.models.backbones import build_backbone
 from moco.training.teacher import Renormalize, load_teacher
 from tests.interop.networks import IMAGES, saved, trained
 
@@ -75,3 +77,42 @@ def test_what_does_not_fit_is_refused(
     saved(tmp_path / "x.pth", trained("resnet18").state_dict())
     with pytest.raises(ConfigError, match=message):
         load_teacher(config(tmp_path / teacher, dim, **method))
+
+
+def of_four_channels() -> nn.Module:
+    torch.manual_seed(0)
+    return build_backbone("convnet", {"width": 2, "channels": 4}).eval()
+
+
+def bands(folder: Path) -> Path:
+    """Write an encoder of moco for images of four channels."""
+    about = {
+        "model": {"backbone": "convnet", "options": {"width": 2}},
+        "augment": {"size": SIZE, "eval_resize": 0, "mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.6, 0.7, 0.8]},
+        "data": {"channels": 4, "dtype": "uint16"},
+    }
+    save_encoder(folder / "bands.safetensors", of_four_channels(), about, 1)
+    return folder / "bands.safetensors"
+
+
+def test_a_teacher_of_four_channels_has_its_own_normalization(tmp_path: Path) -> None:
+    made = config(bands(tmp_path), 16)
+    made.data.channels, made.data.dtype = 4, "uint8"  # uint8 and uint16 come into the same range
+    made.augment.mean, made.augment.std = [0.5] * 4, [0.25] * 4
+    images = torch.rand(3, 4, SIZE, SIZE)
+    mean, std = (torch.tensor(each).view(4, 1, 1) for each in ([0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]))
+    network = of_four_channels()
+    torch.testing.assert_close(load_teacher(made)((images - 0.5) / 0.25), network((images - mean) / std))
+
+
+def test_a_teacher_of_other_channels_or_another_range_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"takes images of 4 channels, and data\.channels=3: name a teacher"):
+        load_teacher(config(bands(tmp_path), 16))
+    made = config("timm/vit_tiny_patch16_224", 192, teacher_options=VIT)
+    made.data.channels = 4
+    with pytest.raises(ConfigError, match=r"takes images of 3 channels, and data\.channels=4"):
+        load_teacher(made)
+    made = config(bands(tmp_path), 16)
+    made.data.channels, made.data.dtype = 4, "float32"
+    with pytest.raises(ConfigError, match=r"trained on images of uint16, and data\.dtype=float32 has another range"):
+        load_teacher(made)
