@@ -176,7 +176,8 @@ def docstring(schema: type) -> str:
 def options(group: str) -> Iterator[str]:
     """Yield the options of a group: the comment of each, and the values that it sets."""
     files = sorted((CONFIGS / group).glob("*.yaml"))
-    yield f"\n## Options\n\n`{group}=NAME` sets the values of `configs/{group}/NAME.yaml`; those of an empty cell stay.\n\n"
+    file = f"configs/{group}/NAME.yaml"
+    yield f"\n## Options\n\n`{group}=NAME` sets the values of `{file}`; those of an empty cell stay.\n\n"
     for path in files:
         yield f"### {path.stem}\n\n```text\n{comment(path)}\n```\n\n"
     flat = {path.stem: composed(path) for path in files}

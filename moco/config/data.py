@@ -140,23 +140,28 @@ def refuse_hold_out(data: SubjectDataConfig) -> None:
     require(data.hold_out == 0, f"data.hold_out={data.hold_out} has no effect in this command: remove it")
 
 
-def check_normalization(data: DataConfig, mean: Sequence[float], std: Sequence[float], group: str) -> None:
-    """Raise ConfigError if mean or std do not fit the channels and the type of the images of a data set.
+def check_normalization(
+    group: str, mean: Sequence[float], std: Sequence[float], channels: int, dtype: str, whose: str
+) -> None:
+    """Raise ConfigError if mean or std do not fit the channels and the type of images.
 
-    `group` is the configuration group of the two fields, for the error.
+    Args:
+        group: the configuration group of mean and std, for the error.
+        mean, std: of each channel.
+        channels: their number.
+        dtype: data.dtype of the images.
+        whose: where the number of channels comes from, for the error.
     """
-    compute = (
-        f"python -m moco.check_data stats=true data.channels={data.channels} data.dtype={data.dtype} computes them"
-    )
+    compute = f"python -m moco.check_data stats=true data.channels={channels} data.dtype={dtype} computes them"
     for name, values in (("mean", mean), ("std", std)):
-        field_name = f"{group}.{name}={tuple(values)}"
+        field_name = f"{group}.{name}={list(values)}"
         require(
-            len(values) == data.channels,
-            f"{field_name} must hold one number for each of data.channels={data.channels}: {compute}",
+            len(values) == channels,
+            f"{field_name} must hold one number for each of {whose}: {compute}",
         )
-        scale = "; divide values for 0 ... 255 by 255" if data.dtype == "uint8" else f"; {compute}"
+        scale = "; divide values for 0 ... 255 by 255" if dtype == "uint8" else f"; {compute}"
         require(
-            data.dtype == "float32" or all(0 <= value <= 1 for value in values),
+            dtype == "float32" or all(0 <= value <= 1 for value in values),
             f"{field_name} must be numbers within 0 ... 1, as pixels are{scale}",
         )
 

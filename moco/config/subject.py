@@ -50,12 +50,6 @@ class SubjectConfig(ComputeConfig):
 def check_subject(config: SubjectConfig) -> None:
     """Raise ConfigError unless all fields are within their bounds and exactly one encoder is named."""
     check_bounds(config)
-    for name, values in (("mean", config.images.mean), ("std", config.images.std)):
-        require(
-            config.data.dtype == "float32" or all(0 <= value <= 1 for value in values or ()),
-            f"images.{name}={values}: its values must be at least 0 and at most 1, as pixels are; divide values for "
-            "0 ... 255 by 255, or set data.dtype=float32",
-        )
     require(bool(config.run or config.checkpoint), "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE")
     require(
         not (config.run and config.checkpoint),

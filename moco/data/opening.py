@@ -157,10 +157,12 @@ def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[V
     unknown = set(config.second) - set(first)
     require(not unknown, f"augment.second has unknown fields {', '.join(sorted(unknown))}: use {', '.join(first)}")
     require("size" not in config.second, "augment.second cannot change size: both views have augment.size")
+    data = data or DataConfig()
+    of_data = data.channels, data.dtype, f"data.channels={data.channels}"
     recipes = []
     for values in (first, first | config.second):
         try:
-            check_normalization(data or DataConfig(), values["mean"], values["std"], "augment")
+            check_normalization("augment", values["mean"], values["std"], *of_data)
             recipes.append(View(**with_tuples(values)))
         except ConfigError:  # of the normalization, or about steps of plug-ins
             raise

@@ -26,10 +26,9 @@ from moco.evaluation.knn_classifier import (
     classes_of_draws,
     knn_shares,
     leave_one_out,
-    leave_one_out_map,
 )
 from moco.evaluation.metrics import Metrics, compute_metrics, confusion_of, mean_known
-from moco.evaluation.subject import encoders, labels_of
+from moco.evaluation.subject import encoders, labels_of, targets_of
 from moco.evaluation.subsets import draw_labels, naming_field
 from moco.evaluation.task import Result, Task, open_task, record_results
 from moco.runs.results import prepare
@@ -130,10 +129,7 @@ def _choose(
     rows, groups = (torch.from_numpy(each).to(task.device) for each in (drawn, task.groups))
     given = rows, config.k, config.temperature, groups, settings
     with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
-        if task.train.multi_labels is not None:
-            grid = leave_one_out_map(bank, task.train.multi_labels, *given, progress)
-        else:
-            grid = leave_one_out(bank, torch.from_numpy(labels_of(task.train)).to(task.device), *given, progress)
+        grid = leave_one_out(bank, targets_of(task.train), *given, progress)
     i, j = np.unravel_index(grid.argmax(), grid.shape)
     choice = {"k": config.k, "temperature": config.temperature, "leave_one_out": grid.tolist()}
     choice |= {"images": len(rows), "copies": int((np.bincount(task.groups)[task.groups] > 1).sum())}

@@ -197,7 +197,7 @@ def classes_of_draws(
 
 def leave_one_out(
     bank: Tensor,
-    bank_labels: Tensor,
+    bank_labels: Labels | NDArray[np.bool_],
     rows: Tensor,
     ks: Sequence[int],
     temperatures: Sequence[float],
@@ -207,10 +207,11 @@ def leave_one_out(
 ) -> NDArray[np.float64]:
     """Compute the accuracy on the references, to choose k and temperature: only other groups are neighbors.
 
-    The neighbors are searched once, for the largest k.
+    If references can have several labels each, this is the mAP. The neighbors are searched once, for the largest k.
 
     Args:
-        bank, bank_labels: see `knn_classes`.
+        bank: features (M, D).
+        bank_labels: classes (M,), or which labels each reference has, (M, L).
         rows: references that are the queries, (Q,).
         ks, temperatures: the grid.
         groups: a number per reference, (M,); an image and its copies have the same one.
@@ -219,50 +220,29 @@ def leave_one_out(
     Returns:
         Percent, shape (len(ks), len(temperatures)).
     """
-    classes = int(bank_labels.max()) + 1
-    correct = torch.zeros(len(ks), len(temperatures), dtype=torch.int64, device=bank.device)
-    for chunk in _own_chunks(len(rows), settings.query_chunk, progress):
-        own = rows[chunk]
-        similarity, found = nearest(bank, bank[own], max(ks), (groups, groups[own]), settings.bank_chunk)
-        truth, labels = bank_labels[own], bank_labels[found]
-        for i, k in enumerate(ks):
-            for j, temperature in enumerate(temperatures):
-                votes = _votes(similarity[:, :k], labels[:, :k], temperature, classes)
-                correct[i, j] += (votes.argmax(dim=1) == truth).sum()
-    counts: NDArray[np.int64] = sum_over_ranks(correct).cpu().numpy()
-    return 100 * counts / len(rows)
-
-
-def leave_one_out_map(
-    bank: Tensor,
-    bank_labels: NDArray[np.bool_],
-    rows: Tensor,
-    ks: Sequence[int],
-    temperatures: Sequence[float],
-    groups: Tensor,
-    settings: KnnSettings = KnnSettings(),  # frozen
-    progress: Progress = lambda *_: None,
-) -> NDArray[np.float64]:
-    """Compute the mAP on references with several labels each, as `leave_one_out` does the accuracy.
-
-    `bank_labels` are (M, L), booleans.
-    """
-    labels, most = torch.from_numpy(bank_labels).to(bank.device), min(max(ks), len(bank) - 1)
+    most = min(max(ks), len(bank) - 1)
     similarity = torch.zeros(len(rows), most, device=bank.device)
     found = torch.zeros(len(rows), most, dtype=torch.int64, device=bank.device)
     for chunk in _own_chunks(len(rows), settings.query_chunk, progress):
         own = rows[chunk]
-        similarity[chunk], found[chunk] = nearest(bank, bank[own], max(ks), (groups, groups[own]), settings.bank_chunk)
+        similarity[chunk], found[chunk] = nearest(bank, bank[own], most, (groups, groups[own]), settings.bank_chunk)
     similarity, found = sum_over_ranks(similarity), sum_over_ranks(found)  # other ranks hold zeros
+    labels, truth = torch.from_numpy(bank_labels).to(bank.device), bank_labels[rows.cpu().numpy()]
     values = torch.zeros(len(ks) * len(temperatures), dtype=torch.float64, device=bank.device)
-    truth = bank_labels[rows.cpu().numpy()]
     for cell, (k, temperature) in enumerate(product(ks, temperatures)):
         if cell % world_size() == rank():
-            shares = [
-                _shares(similarity[part, :k], labels[found[part, :k]], temperature)
+            parts = (
+                (similarity[part, :k], labels[found[part, :k]], temperature)
                 for part in _chunks(len(rows), settings.query_chunk)
-            ]
-            values[cell] = average_precision(torch.cat(shares), truth, bank_labels).mean
+            )
+            if bank_labels.ndim == 2:
+                shares = torch.cat([_shares(*part) for part in parts])
+                several = truth.astype(np.bool_), bank_labels.astype(np.bool_)
+                values[cell] = average_precision(shares, *several).mean
+            else:
+                classes = int(bank_labels.max()) + 1
+                predicted = torch.cat([_votes(*part, classes).argmax(dim=1) for part in parts])
+                values[cell] = 100 * float((predicted.cpu().numpy() == truth).mean())
     grid: NDArray[np.float64] = sum_over_ranks(values).view(len(ks), -1).cpu().numpy()
     return grid
 

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.base import HUB
-from moco.config.data import is_remote
+from moco.config.data import check_normalization, is_remote
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import content_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
 from moco.data.opening import classes_without_images, open_sources
+from moco.data.pixel_format import RGB
 from moco.data.recorded import recorded_data
 from moco.data.sources import Source, Sources, refuse_output_inside
 from moco.digest import digest
@@ -74,7 +75,9 @@ def open_subject(config: SubjectConfig) -> Subject:
     overrides = {name: value for name, value in asdict(config.images).items() if value is not None}
     images = IMAGENET | file.images | overrides
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))
-    _check_channels(file, config, transform)
+    dtype = config.data.dtype or file.config.get("data", {}).get("dtype", RGB.dtype)
+    whose = f"the {file.channels} channels of {file.source}"
+    check_normalization("images", transform.mean, transform.std, file.channels, dtype, whose)
     fits = transform.resize == 0 or transform.resize >= transform.size
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: set both")
     # Before any image is searched for, refuse weights that do not fit.
@@ -94,16 +97,6 @@ def open_subject(config: SubjectConfig) -> Subject:
 def _plain(value: Any) -> str:
     """Return a value as an override has it, without spaces."""
     return str(value).replace(" ", "")
-
-
-def _check_channels(file: EncoderFile, config: SubjectConfig, transform: EvalTransform) -> None:
-    """Refuse a mean or std of another number of channels than the encoder's."""
-    for name, values in (("mean", transform.mean), ("std", transform.std)):
-        require(
-            len(values) == file.channels,
-            f"images.{name}={list(values)} must hold one number for each of the {file.channels} channels of "
-            f"{file.source}: set images.mean and images.std; python -m moco.check_data stats=true computes them",
-        )
 
 
 def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iterator[tuple[str, Encoder]]:

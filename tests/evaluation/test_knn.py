@@ -142,7 +142,7 @@ def test_k_and_temperature_are_chosen_on_the_training_split_only(
     evaluate_knn(config)
     assert seen == [1297, 500, 1297, 500]  # each encoder's test features once
 
-    task, labels = opened(config), torch.from_numpy(labels_of(opened(config).train))
+    task, labels = opened(config), labels_of(opened(config).train)
     rows = torch.from_numpy(np.sort(permutation(4, 0, 1297, VALIDATION)[:150]))
     networks: list[Any] = [next(iter(encoders(task.subject, [], CPU)))[1].backbone, pixels]
     for network, entry in zip(networks, entries(tmp_path), strict=True):

@@ -135,9 +135,7 @@ def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(
         groups[[row + 20, row + 25]] = row
     ks = (1, 3, 10, BANK - 1, 999)
     settings = KnnSettings(query_chunk=chunk, bank_chunk=bank_chunk)
-    got = leave_one_out(
-        bank, torch.from_numpy(labels), torch.tensor(rows), ks, TEMPERATURES, torch.from_numpy(groups), settings
-    )
+    got = leave_one_out(bank, labels, torch.tensor(rows), ks, TEMPERATURES, torch.from_numpy(groups), settings)
     for i, k in enumerate(ks):
         for j, temperature in enumerate(TEMPERATURES):
             right = 0
@@ -151,7 +149,7 @@ def test_leave_one_out_equals_a_loop_that_takes_each_sample_out_of_the_bank(
 def test_a_query_without_neighbors_is_no_neighbor_of_itself() -> None:
     same, ones = torch.ones(3, 4), torch.zeros(3, dtype=torch.int64)
     assert torch.isneginf(nearest(same, same, 5, (ones, ones))[0]).all()
-    grid = leave_one_out(same, torch.tensor([1, 1, 2]), torch.arange(3), [1, 5], [0.1], ones)
+    grid = leave_one_out(same, np.array([1, 1, 2]), torch.arange(3), [1, 5], [0.1], ones)
     assert grid.tolist() == [[0.0], [0.0]]  # no votes: class 0, which none of them has
 
 

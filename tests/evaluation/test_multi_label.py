@@ -23,7 +23,7 @@ from moco.data.plan import Plan
 from moco.evaluation.average_precision import average_precision
 from moco.evaluation.finetune import evaluate_finetune
 from moco.evaluation.knn import evaluate_knn
-from moco.evaluation.knn_classifier import KnnSettings, knn_shares, leave_one_out_map
+from moco.evaluation.knn_classifier import KnnSettings, knn_shares, leave_one_out
 from moco.evaluation.linear import evaluate_linear
 from moco.evaluation.linear_probe import loss_of
 from moco.evaluation.subsets import split_each_class
@@ -99,7 +99,7 @@ def test_leave_one_out_equals_a_loop() -> None:
     groups = torch.arange(60) // 2  # each image has one copy
     cosine = F.cosine_similarity(bank[:, None].double(), bank.double(), dim=2).numpy()
     cosine[groups[:, None] == groups] = -np.inf
-    found = leave_one_out_map(bank, labels, torch.from_numpy(rows), ks, temperatures, groups)
+    found = leave_one_out(bank, labels, torch.from_numpy(rows), ks, temperatures, groups)
     for i, k in enumerate(ks):
         for j, t in enumerate(temperatures):
             scores = np.array([share_by_definition(cosine[row], labels, k, t) for row in rows])

@@ -34,7 +34,7 @@ def knn() -> list[tuple[Any, ...]]:
     for chunk in (20, 1024):  # 173 queries: nine parts, or a single one, so that the second rank has none
         settings = KnnSettings(20, query_chunk=chunk, bank_chunk=50)
         ranked = knn_classes(bank, all_labels, queries, test_knn_classifier.CLASSES, settings)
-        found.append((ranked, leave_one_out(bank, all_labels, rows, [1, 20], [0.1, 0.5], groups, settings), few))
+        found.append((ranked, leave_one_out(bank, labels, rows, [1, 20], [0.1, 0.5], groups, settings), few))
     return found
 
 

@@ -401,3 +401,19 @@ def test_invalid_fields_are_named(name: str, value: object) -> None:
     config.data.hold_out = 1.0
     with pytest.raises(ConfigError, match=r"data\.hold_out=1\.0"):
         check_subject(config)
+
+
+def test_one_rule_for_mean_and_std(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run")
+    for field, values, part in [
+        ("mean", [0.5], r"images\.mean=\[0\.5\] must hold one number for each of the 3 channels of .*check_data"),
+        ("std", [0.5] * 4, r"images\.std=.* must hold one number for each of the 3 channels"),
+        ("mean", [120.0] * 3, r"images\.mean=.* must be numbers within 0 \.\.\. 1, as pixels are; divide .* by 255"),
+    ]:
+        config = configured(run=str(run))
+        setattr(config.images, field, values)
+        with pytest.raises(ConfigError, match=part):
+            open_subject(config)
+    floats = configured(run=str(trained(tmp_path / "floats", dtype="float32")))
+    floats.images.mean = [120.0] * 3  # float32 is not scaled, and the run says that its images are of this type
+    assert open_subject(floats).transform.mean == (120.0,) * 3
