@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -167,7 +166,7 @@ def torchvision_transform(transform: EvalTransform) -> v2.Compose:
             v2.Lambda(rgb_tensor),
             v2.Resize(resize, antialias=True),
             v2.CenterCrop(transform.size),
-            v2.ToDtype(torch.float32, scale=True),
+            v2.Lambda(to_float),  # v2.ToDtype rounds differently
             v2.Normalize(list(transform.mean), list(transform.std)),
         ]
     )

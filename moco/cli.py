@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -14,7 +15,7 @@ from typing import Any, Generic, TypeVar
 from moco.composition import compose
 from moco.config import ConfigError, RunWarning, require
 from moco.config.base import paths_of
-from moco.runtime.preemption import Preempted, prevent_restart
+from moco.runtime.preemption import Preempted, Terminated, prevent_restart, raise_terminated
 from moco.runtime.stdio import print_error, printable, protected_streams
 
 Schema = TypeVar("Schema")
@@ -23,6 +24,16 @@ Schema = TypeVar("Schema")
 _IMAGE_ADVICE = {
     "train": "to train on other images instead, set data.on_bad_image=replace",
     **dict.fromkeys(("embed", "search"), "to leave out such images, set on_bad_image=skip"),
+}
+
+
+# How to continue an interrupted command, by its name; the others start again.
+_AGAIN = "run the same command again to resume"
+_RESUMES = {
+    "train": f"; {_AGAIN} from the last checkpoint, if there is one",
+    "pack": f"; finished shards are kept: {_AGAIN}",
+    **dict.fromkeys(("embed", "search"), f"; finished features are kept: {_AGAIN}"),
+    "temperature": f"; finished runs are kept: {_AGAIN}",
 }
 
 
@@ -81,7 +92,8 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
     The exit status is 2 for an invalid configuration, 1 for an error of the command, 75 (EX_TEMPFAIL) for a run that
-    was stopped and has saved its state, 130 after Ctrl-C, and 141 if the output pipe of --help is closed (`| head`).
+    was stopped and has saved its state, 130 after Ctrl-C, 143 or 129 after SIGTERM or SIGHUP in another command than
+    moco.train, and 141 if the output pipe of --help is closed (`| head`).
     Errors are reported in one sentence; MOCO_TRACEBACK=1 shows the traceback instead.
     """
     plain = warnings.formatwarning
@@ -93,8 +105,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     config: Schema | None = None
     try:
         _check_launch()
-        for config in compose(name, schema):  # none for --help, several for --multirun
-            command(config)
+        with raise_terminated():
+            for config in compose(name, schema):  # none for --help, several for --multirun
+                command(config)
     except ConfigError as error:
         _exit(2, _naming_field(str(error), config), error)
     except BrokenPipeError:  # for `exit_on_broken_pipe`
@@ -107,8 +120,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
             print_error(f"moco: {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt as error:
-        resume = "; run the same command again to resume from the last checkpoint, if there is one"
-        _exit(130, "interrupted" + resume * (name == "train"), error)
+        _exit(130, f"interrupted{_RESUMES.get(name, '')}", error)
+    except Terminated as error:
+        _exit(128 + signal.Signals[str(error)], f"stopped by {error}{_RESUMES.get(name, '')}", error)
 
 
 def _sentence(error: BaseException) -> str:

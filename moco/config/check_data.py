@@ -14,7 +14,7 @@ class CheckDataConfig(CommandConfig):
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))
     """The images to check, as for moco.train. They are decoded by data.workers processes."""
     output: str = bounded("check_data.json", min_length=1, path=True, example="output=check_data.json")
-    """File for the report, which lists the files with each kind of problem."""
+    """File for the report, which lists the files with each kind of problem; by default in the current directory."""
     listed: int = bounded(1000, ge=1)
     """Largest number of files per kind of problem that the report names. All files are counted."""
     stats: bool = False

@@ -297,4 +297,4 @@ def show(report: dict[str, Any], output: Path) -> None:
     title = f"{counted}, {report['bytes'] / 1e9:,.3f} GB"
     table(title, ["", "files", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     show_labels(report["labels"])
-    log(f"the files of each kind: {output}")
+    log(f"written: {output.absolute()}, the files of each kind")

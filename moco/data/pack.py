@@ -27,7 +27,7 @@ from moco.data import pack_output, shard_index
 from moco.data.base import Source
 from moco.data.opening import open_sources
 from moco.data.pack_output import Part, part_path, read_part
-from moco.data.pixel_format import RGB
+from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.shard_index import INDEX, PARTS, SKIPPED, SPLITS, VERSION, file_digest
 from moco.data.shard_writer import PackedImage, ShardWriter, encode_image
 from moco.data.sources import refuse_output_inside
@@ -48,6 +48,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+_TINY = 4096  # bytes of an image to which a tar adds much
 _OF_IMAGES = {f"data.{name}" for name in ("channels", "dtype", "bits", "preview")}  # fields that shards need again
 
 
@@ -219,11 +220,12 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
     images = ", ".join(f"{split['pictures']:,} {name}" for name, split in splits.items())
     how = f"shorter side at most {config.short_side}, quality {config.quality}" if config.short_side else "unchanged"
+    note = growth_note(config, before, after, sum(split["pictures"] for split in entries))
     rows = [
         ("images", f"{images}; {how}"),
         ("classes", f"{len(index['classes']):,}" if index["classes"] else "none: packed without labels"),
         ("shards", f"{len(shards):,} of at most {config.shard_mb:g} MB"),
-        ("size", f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now"),
+        ("size", f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now{note}"),
         ("skipped", f"{sum(skipped.values()):,} ({kinds}), see {output / SKIPPED}" if skipped else "none"),
         ("time", duration(seconds)),
         ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in entries)}, the shards, {SKIPPED}"),
@@ -233,6 +235,18 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
     summary_panel(title, rows if is_command else [*rows, ("note", following)])
     if is_command:
         log_next(following, "on a GPU" if "moco_v2_folder" in following else "")
+
+
+def growth_note(config: PackConfig, before: int, after: int, images: int) -> str:
+    """Return why shards are much larger than the images were, in bytes; "" if they are not."""
+    if after <= 1.5 * before or not before:
+        return ""
+    size = before / images
+    if size < _TINY:
+        return f": a tar adds 1 to 2 kB to each image, and these have {size:,.0f} bytes on average"
+    return ": NPY files are not compressed" * (
+        not PixelFormat(config.data.channels, config.data.dtype).is_8bit_gray_or_rgb
+    )
 
 
 def _next(data: DataConfig, output: Path, count: int) -> str:

@@ -25,14 +25,17 @@ from moco.data.unreadable import OnUnreadable
 from moco.data.view import View
 from moco.distributed import gather, rank, world_size
 from moco.evaluation.features import EvalTransform, Network, pixels
+from moco.evaluation.knn_classifier import Accuracy
 
 MOST_IMAGES = 1024  # enough for a standard error of 1.6 points; more images only cost time
 SEED = 0  # of the choice of the images and of their crops
 CROP_SCALE = (0.2, 1.0)  # area of a crop, as a fraction of the image's, as in MoCo
 
 
-def retrieval_at_1(first: Tensor, second: Tensor, groups: Tensor) -> float:
+def retrieval_at_1(first: Tensor, second: Tensor, groups: Tensor) -> Accuracy:
     """Return the share of crops that find the other crop of their image, in percent, over both directions.
+
+    The spread is the standard error over the images, each with both of its directions.
 
     Args:
         first, second: features (M, D) of two crops of the same M images. Their similarity is the cosine. Of equal
@@ -40,8 +43,11 @@ def retrieval_at_1(first: Tensor, second: Tensor, groups: Tensor) -> float:
         groups: numbers of the images (M,). Those with the same number are copies: the crop of any of them is right.
     """
     similarity = F.normalize(first.double(), dim=1) @ F.normalize(second.double(), dim=1).T  # (M, M)
-    found = [(groups[each.argmax(dim=1)] == groups).double().mean() for each in (similarity, similarity.T)]
-    return 100 * float(sum(found)) / 2
+    right = [(groups[each.argmax(dim=1)] == groups).double() for each in (similarity, similarity.T)]
+    found = 50 * (right[0] + right[1])  # (M,)
+    count = len(found)
+    error = float(found.std()) / count**0.5 if count > 1 else 0.0
+    return Accuracy(float(found.mean()), error, count)
 
 
 def instance_retrieval(
@@ -53,7 +59,7 @@ def instance_retrieval(
     workers: int | None = 0,
     on_unreadable: OnUnreadable | None = None,
     heartbeat: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+) -> dict[str, Accuracy]:
     """Return the retrieval at 1 of several networks, in percent, by their names. Collective.
 
     Uses the first `MOST_IMAGES` images of a random order, in complete batches. All networks see the same crops.

@@ -54,12 +54,13 @@ def evaluate_knn(config: KnnConfig) -> list[Result]:
             f"and {len(task.held_out):,} held-out images, {len(train.classes)} classes"
         )
         if max(config.k) > references:
-            log(f"k={max(config.k)} exceeds the {references:,} reference images: all of them vote")
+            log(f"k={max(config.k)} exceeds the {references:,} reference images: all of them vote, k={references}")
+        ks = list(dict.fromkeys(min(k, references) for k in config.k))
         networks = encoders(task.subject, config.compare, task.device)
         projection = config.features == "projection"
-        found = [_evaluate(task, name, each if projection else each.backbone) for name, each in networks]
+        found = [_evaluate(task, name, each if projection else each.backbone, ks) for name, each in networks]
         if "pixels" in config.compare:
-            found.append(_evaluate(task, "pixels", pixels))
+            found.append(_evaluate(task, "pixels", pixels, ks))
         _report(task, found)
     return found
 
@@ -77,8 +78,11 @@ def _count_references(train: Source, config: KnnConfig) -> int:
         return len(draw_labels(labels_of(train), config.labels_per_class, 0))
 
 
-def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> Result:
-    """Choose k and temperature on the training split, then compute the features of the held-out split."""
+def _evaluate(task: Task[KnnConfig], name: str, network: Network, ks: list[int]) -> Result:
+    """Choose k and temperature on the training split, then compute the features of the held-out split.
+
+    `ks` are the values of `config.k`, at most the number of references.
+    """
     config = task.config
 
     def features(source: Source) -> Tensor:
@@ -87,11 +91,11 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network) -> Result:
     bank = features(task.train)  # (M, D)
     if config.half:
         bank = F.normalize(bank, dim=1).half()  # unit length, so that any range of features fits
-    settings = KnnSettings(config.k[0], config.temperature[0], config.labels_per_class, config.draws, config.seed)
+    settings = KnnSettings(ks[0], config.temperature[0], config.labels_per_class, config.draws, config.seed)
     settings = replace(settings, query_chunk=config.queries_at_once, bank_chunk=config.references_at_once)
     choice: dict[str, Any] = {}
-    if len(config.k) * len(config.temperature) > 1:
-        settings, choice = _choose(task, name, bank, settings)
+    if len(ks) * len(config.temperature) > 1:
+        settings, choice = _choose(task, name, bank, ks, settings)
     queries = features(task.held_out)
     with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
         metrics = _metrics(task, bank, queries, settings, progress)
@@ -118,7 +122,7 @@ def _metrics(
 
 
 def _choose(
-    task: Task[KnnConfig], name: str, bank: Tensor, settings: KnnSettings
+    task: Task[KnnConfig], name: str, bank: Tensor, ks: list[int], settings: KnnSettings
 ) -> tuple[KnnSettings, dict[str, Any]]:
     """Choose k and temperature by leave-one-out on the training split; the first of equally good pairs.
 
@@ -127,13 +131,13 @@ def _choose(
     config = task.config
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
     rows, groups = (torch.from_numpy(each).to(task.device) for each in (drawn, task.groups))
-    given = rows, config.k, config.temperature, groups, settings
+    given = rows, ks, config.temperature, groups, settings
     with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
         grid = leave_one_out(bank, targets_of(task.train), *given, progress)
     i, j = np.unravel_index(grid.argmax(), grid.shape)
-    choice = {"k": config.k, "temperature": config.temperature, "leave_one_out": grid.tolist()}
+    choice = {"k": ks, "temperature": config.temperature, "leave_one_out": grid.tolist()}
     choice |= {"images": len(rows), "copies": int((np.bincount(task.groups)[task.groups] > 1).sum())}
-    return replace(settings, k=config.k[i], temperature=config.temperature[j]), {"choice": choice}
+    return replace(settings, k=ks[i], temperature=config.temperature[j]), {"choice": choice}
 
 
 def total_pairs(metrics: list[Metrics]) -> NDArray[np.int64]:

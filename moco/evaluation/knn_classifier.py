@@ -41,11 +41,11 @@ class KnnSettings:
 
 
 class Accuracy(NamedTuple):
-    """Top-1 accuracy in percent: mean and standard deviation over the draws of labels."""
+    """An accuracy in percent, and its spread: over draws of labels, or for retrieval the standard error over images."""
 
     mean: float
     std: float
-    draws: int
+    draws: int  # or images
 
     def __str__(self) -> str:
         return f"{self.mean:.1f} %" + (f" ± {self.std:.1f}" if self.draws > 1 else "")

@@ -154,8 +154,12 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _evaluated_on(data: Mapping[str, Any]) -> str:
+    """Name the images of an evaluation: the data set, and where its held-out images come from."""
+    shared, share = shareable(data), data.get("hold_out")
+    held_out = shared.get("eval_root") if data.get("name") == "folder" else None
+    part = f", held out: {held_out}" if held_out else f", held out: {share} of them" if share else ""
     seen = data.get("held_out_seen") or data.get("held_out_in_training")
-    return f"{data.get('name', '')}{' (held-out images were in the training set, without labels)' if seen else ''}"
+    return f"{_data(shared)}{part}{' (held-out images were in the training set, without labels)' if seen else ''}"
 
 
 def _figures(figures: Mapping[str, Any]) -> str:

@@ -93,7 +93,7 @@ def _accuracy(run: Run) -> dict[str, str]:
 
 def _kind_of_accuracy(run: Run) -> str:
     if _retrieval(run):
-        return "retrieval of the other crop of an image"
+        return "retrieval of the other crop of an image (± standard error over images)"
     known = {each.name for each in fields(EvaluateConfig)}
     evaluate = {name: value for name, value in run.get("evaluate", {}).items() if name in known}
     return knn_title(EvaluateConfig(**evaluate))

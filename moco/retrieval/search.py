@@ -33,6 +33,7 @@ from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import compute_context
 
 _GROUP_TILES = 24  # maximum number of tiles per group in the gallery
+_SCALE, _SCALE_SAMPLE = (0.95, 0.9, 0.85, 0.8), 1000  # thresholds, and images with which they are tried
 _SAMPLE = 8  # number of queries if neither query nor sample is set
 
 Entry = dict[str, Any]
@@ -161,7 +162,11 @@ def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device
             yield Section(f"{len(group)} images{more}", tiles)
 
     extra = sum(len(group) - 1 for group in groups)
-    summary = [("groups", f"{len(groups):,}"), ("redundant", f"{extra:,} images, if the best of each group is kept")]
+    summary = [
+        ("groups", f"{len(groups):,}"),
+        ("redundant", f"{extra:,} images, if the best of each group is kept"),
+        ("by threshold", _by_threshold(config, images, device)),
+    ]
     title = f"Near-duplicates (cosine similarity at least {config.threshold:g})"
     return Result(title, "groups", entries(), sections(), summary, _duplicates_note(config, found, len(images)))
 
@@ -182,6 +187,19 @@ def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) 
     summary = [("most dissimilar", f"{images.name(first)}: {scores[first]:.3f}"), ("median", f"{median:.3f}")]
     title = f"Outliers (mean cosine similarity to the {k} nearest neighbors)"
     return Result(title, "outliers", entries, sections(), summary, f"Median similarity {median:.3f}.")
+
+
+def _by_threshold(config: SearchConfig, images: ImageSet, device: torch.device) -> str:
+    """Return how many images have a neighbor at least as similar as each of several thresholds, in a sample of them.
+
+    How similar two different images are depends on the encoder, so no threshold fits all encoders.
+    """
+    rows = permutation(config.seed, 0, len(images), SEARCH)[:_SCALE_SAMPLE]
+    similarities, _ = nearest(images.features, images.features[rows], 1, rows, device=device)
+    thresholds = sorted({config.threshold, *_SCALE}, reverse=True)
+    counts = [f"{int((similarities >= each).sum()):,} at {each:g}" for each in thresholds]
+    sampled = " sampled" * (len(rows) < len(images))
+    return f"of {len(rows):,}{sampled} images, {', '.join(counts)} have a near-duplicate"
 
 
 def _duplicates_note(config: SearchConfig, groups: Sequence[NDArray[np.int64]], count: int) -> str:

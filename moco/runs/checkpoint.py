@@ -140,8 +140,11 @@ class Saver:
         error, self._writer, self._error = self._error, None, None
         if error is not None:
             problem = f"no checkpoint could be written to {self._folder} ({cause(error)})"
-            fix = "free some space, then run the same command again to resume; the previous checkpoint is untouched"
-            raise CheckpointError(f"{problem}: {fix}") from error
+            earlier = list_checkpoints(self._folder)
+            resume = (
+                f"to resume from {earlier[0].name}, which is untouched" if earlier else "to start from the beginning"
+            )
+            raise CheckpointError(f"{problem}: free some space, then run the same command again {resume}") from error
 
     def __enter__(self) -> "Saver":
         return self

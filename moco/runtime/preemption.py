@@ -52,6 +52,34 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Ite
                 signal.signal(number, before)
 
 
+class Terminated(BaseException):
+    """SIGTERM or SIGHUP has arrived in a command that saves nothing when it is stopped; the message is its name."""
+
+
+@contextmanager
+def raise_terminated() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM and SIGHUP, so that a command cleans up and says how to continue.
+
+    This does nothing outside the main thread, for a signal that this process ignores (nohup), and in a process of
+    torchrun, which sends SIGTERM to all processes when one has failed.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
+        caught = []
+    for number in caught:
+        signal.signal(number, terminate)
+    try:
+        yield
+    finally:
+        for number in caught:
+            if signal.getsignal(number) is terminate:
+                signal.signal(number, signal.SIG_DFL)
+
+
 class Preempted(Exception):
     """The run was stopped before its end, and everything is saved; the message is one sentence.
 

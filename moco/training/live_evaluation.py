@@ -50,7 +50,7 @@ class LiveEvaluation:
         labeled = sources.bank is not None and sources.held_out is not None
         self.measure = "knn" if labeled else "retrieval"
         used = images_used(plan.length, plan.batch_size)
-        retrieval = f"two crops of an image find each other among {used:,} images"
+        retrieval = f"two crops of an image find each other among {used:,} images (± standard error)"
         self.title = knn_title(config.evaluate) if labeled else retrieval
         self._short_title = ""  # set once the full title was printed
         self._on_unreadable: OnUnreadable | None = None
@@ -136,7 +136,7 @@ class LiveEvaluation:
             if config.starts_trained:
                 networks["untrained"] = evaluated_network(self._untrained_encoder(), config.evaluate)
         networks["retrieval"] = evaluated_network(self._method.encoder, config.evaluate)
-        found = instance_retrieval(
+        return instance_retrieval(
             networks,
             self._sources.train,
             EvalTransform(augment.size, mean=augment.mean, std=augment.std),
@@ -146,7 +146,6 @@ class LiveEvaluation:
             on_unreadable=self._on_unreadable,
             heartbeat=self._heartbeat,
         )
-        return {name: Accuracy(value, 0.0, 1) for name, value in found.items()}
 
 
 def _initial_name(starts_trained: bool) -> str:

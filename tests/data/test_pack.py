@@ -115,6 +115,24 @@ def test_several_folders_are_packed_with_their_labels_and_weights_are_refused(tm
         check_pack(PackConfig(data, str(tmp_path / "out")))
 
 
+def test_shards_that_are_larger_than_the_images_say_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "tiny").mkdir()
+    sizes = []
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "tiny" / f"{i}.png")
+        sizes.append((tmp_path / "tiny" / f"{i}.png").stat().st_size)
+    packed(tmp_path / "out", tmp_path / "tiny")
+    expected = f"a tar adds 1 to 2 kB to each image, and these have {sum(sizes) / 5:,.0f} bytes on average"
+    assert expected in capsys.readouterr().out
+    (tmp_path / "large").mkdir()
+    noise(height=100, width=100).save(tmp_path / "large" / "a.png")
+    packed(tmp_path / "out_too", tmp_path / "large")
+    assert "a tar adds" not in capsys.readouterr().out
+
+
 def _pack_slowly(output: Path, root: Path) -> None:
     add = stage.Packer.add
 

@@ -12,6 +12,7 @@ from moco.data.duplicates import content_groups
 from moco.data.sources import load_source
 from moco.evaluation.features import EvalTransform, pixels
 from moco.evaluation.instance_retrieval import images_used, instance_retrieval, retrieval_at_1
+from moco.evaluation.knn_classifier import Accuracy
 from tests.data import images as example_images
 
 
@@ -25,7 +26,7 @@ def reference(first: Tensor, second: Tensor, groups: list[int]) -> float:
     return 100 * found / (2 * len(first))
 
 
-def measure(folder: Path, batch_size: int = 4) -> dict[str, float]:
+def measure(folder: Path, batch_size: int = 4) -> dict[str, Accuracy]:
     """Measure raw pixels and their mean color on a folder of ten images."""
     source = load_source(DataConfig(name="folder", root=str(folder))).train
     networks = {"raw_pixels": pixels, "color": lambda images: images.mean(dim=(2, 3))}
@@ -37,14 +38,18 @@ def test_the_value_is_that_of_a_loop() -> None:
     first = torch.randn(40, 8, generator=generator)
     second = first + torch.randn(40, 8, generator=generator)
     alone, pairs = torch.arange(40), torch.arange(40) // 2
-    found = [retrieval_at_1(first, second, groups) for groups in (alone, pairs)]
+    found = [retrieval_at_1(first, second, groups).mean for groups in (alone, pairs)]
     assert found == pytest.approx([reference(first, second, groups.tolist()) for groups in (alone, pairs)], abs=1e-9)
     assert 0 < found[0] < found[1] < 100
 
 
 def test_perfect_features_find_every_crop_and_constant_features_one() -> None:
-    assert retrieval_at_1(torch.eye(9), 3 * torch.eye(9), torch.arange(9)) == 100
-    assert retrieval_at_1(torch.ones(8, 3), torch.ones(8, 3), torch.arange(8)) == pytest.approx(100 / 8)
+    assert retrieval_at_1(torch.eye(9), 3 * torch.eye(9), torch.arange(9)) == (100, 0, 9)
+    constant = retrieval_at_1(torch.ones(8, 3), torch.ones(8, 3), torch.arange(8))
+    share = 1 / 8
+    assert constant == pytest.approx((100 * share, 100 * (share * (1 - share) / 7) ** 0.5, 8))
+    assert str(constant) == "12.5 % ± 12.5"
+    assert retrieval_at_1(torch.ones(1, 3), torch.ones(1, 3), torch.arange(1)) == (100, 0, 1)
 
 
 def test_complete_batches_of_at_most_1024_images_are_used() -> None:
@@ -60,7 +65,7 @@ def test_a_copy_of_the_image_is_an_equally_right_answer(tmp_path: Path) -> None:
     """Four images, each under two names: their color finds one of the two crops, whichever comes first."""
     for i, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (200, 200, 0)] * 2):
         Image.new("RGB", (20, 20), color).save(tmp_path / f"{i}.png")
-    assert measure(tmp_path) == {"raw_pixels": 100, "color": 100}
+    assert measure(tmp_path) == {"raw_pixels": (100, 0, 8), "color": (100, 0, 8)}
     source = load_source(DataConfig(name="folder", root=str(tmp_path))).train
     assert content_groups(source).tolist() == [0, 1, 2, 3] * 2
 
@@ -69,7 +74,9 @@ def test_a_folder_is_measured_the_same_twice_and_leaves_modules_in_their_mode(tm
     folder = example_images.folder(tmp_path / "images", 10)
     found = measure(folder)
     assert found == measure(folder)
-    assert all(100 / 8 < value <= 100 for value in found.values())  # eight images; gradients differ in their colors
+    assert all(
+        100 / 8 < value.mean <= 100 for value in found.values()
+    )  # eight images; gradients differ in their colors
     norm = torch.nn.BatchNorm1d(3 * 16 * 16)
     network = torch.nn.Sequential(torch.nn.Flatten(), norm)
     source = load_source(DataConfig(name="folder", root=str(folder))).train

@@ -191,7 +191,12 @@ def test_more_neighbors_than_references_logs_that_all_vote(
 ) -> None:
     config = on_folders(run, tree / "train", tree / "test", k=[200], compare=[], output=str(tmp_path / "many"))
     (many,) = evaluate_knn(config)
-    assert "k=200 exceeds the 11 reference images: all of them vote" in capsys.readouterr().out
+    assert "k=200 exceeds the 11 reference images: all of them vote, k=11" in capsys.readouterr().out
+    assert many.details["settings"]["k"] == 11
+    config.k, config.output = [1, 20, 50, 200], str(tmp_path / "table")
+    (chosen,) = evaluate_knn(config)
+    capsys.readouterr()
+    assert chosen.details["choice"]["k"] == [1, 11]  # each number of voters once
     config.k, config.output = [11], str(tmp_path / "all")
     (every,) = evaluate_knn(config)
     assert "exceeds" not in capsys.readouterr().out

@@ -19,6 +19,7 @@ from moco.config import ConfigError, TrainConfig
 from moco.config.base import expand_paths
 from moco.config.convert import ConvertConfig, check_convert
 from moco.evaluation.subject import open_subject, weights_digest
+from moco.interop import model_card
 from moco.interop.convert import convert_encoder
 from moco.interop.encoder_file import read_encoder, save_encoder
 from moco.interop.hub import CARD, SETTINGS, WEIGHTS, local_file
@@ -345,3 +346,14 @@ def test_only_fields_of_an_encoder_accept_such_a_name() -> None:
     config.output = "hf://me/mine"
     with pytest.raises(ConfigError, match="output=hf://me/mine is an address"):
         expand_paths(config)
+
+
+def test_the_card_names_the_folders_of_an_evaluation() -> None:
+    data = {"name": "folder", "root": "/home/me/train", "more_roots": ["/home/me/scans"], "eval_root": "/home/me/test"}
+    assert model_card._evaluated_on(data) == "folder train scans, held out: test"
+    assert (
+        model_card._evaluated_on({"name": "folder", "root": "a/b", "hold_out": 0.2})
+        == "folder a/b, held out: 0.2 of them"
+    )
+    seen = model_card._evaluated_on({"name": "cifar10", "root": "/data", "held_out_in_training": 3})
+    assert seen == "cifar10 (held-out images were in the training set, without labels)"

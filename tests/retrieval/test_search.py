@@ -1,6 +1,7 @@
 """Search: planted duplicates, neighbors and outliers are in the JSON files and in the gallery."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,16 @@ def test_planted_duplicates_are_found(
     assert page.count("data:image/jpeg;base64,") == 6
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
-    assert "redundant  4 images" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "redundant 4 images" in text
+    counts = re.search(
+        r"of 16 images, 6 at 0\.99, (\d+) at 0\.95, (\d+) at 0\.9, (\d+) at 0\.85, (\d+) at 0\.8 have", text
+    )
+    assert counts is not None
+    features = np.load(tmp_path / "out" / "features" / "features.npy").astype(np.float64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    nearest = (features @ features.T - 2 * np.eye(16)).max(axis=1)
+    assert [int(each) for each in counts.groups()] == [(nearest >= each).sum() for each in (0.95, 0.9, 0.85, 0.8)]
 
 
 def test_a_too_low_threshold_is_reported(

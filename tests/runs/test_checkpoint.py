@@ -417,7 +417,7 @@ def test_a_full_disk_is_reported_in_one_sentence_and_keeps_the_previous_checkpoi
         assert saver.failed()
         with pytest.raises(
             CheckpointError,
-            match=r"\(File too large\).* previous checkpoint is untouched",
+            match=r"\(File too large\).* to resume from step_00000001\.pt, which is untouched$",
         ):
             saver.save(3, state(3))
     finally:
@@ -427,6 +427,18 @@ def test_a_full_disk_is_reported_in_one_sentence_and_keeps_the_previous_checkpoi
     saver.save(4, state(4))  # the error is raised once; later checkpoints are written
     saver.join()
     assert steps(tmp_path) == ["step_00000004.pt"]
+
+
+def test_a_full_disk_before_the_first_checkpoint_names_none(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    saver = Saver(tmp_path, keep_last=1)
+    try:
+        saver.save(2, state(2) | {"large": torch.zeros(100_000)})
+        with pytest.raises(CheckpointError, match=r"run the same command again to start from the beginning$"):
+            saver.join()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def save_and_raise(folder: Path, error: BaseException | None) -> None:
