@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moco.config import ConfigError, DataConfig, require
 from moco.data.bands import band_tensor
-from moco.data.base import Source, Sources, entries_digest, labeled
+from moco.data.base import Source, Sources, entries_digest, labeled, labels_at
 from moco.data.decode import ImageError, pil_to_tensor, to_gray
 from moco.data.pixel_format import RGB, PixelFormat
 
@@ -33,6 +33,7 @@ class DatasetSource(Source):
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
     pixel_format: PixelFormat = RGB
+    multi_labels: NDArray[np.bool_] | None = None  # see `Source`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -48,7 +49,8 @@ class DatasetSource(Source):
         return f"{self.split}/{self.rows[i]}"
 
     def subset(self, rows: NDArray[np.int64]) -> "DatasetSource":
-        return replace(self, rows=self.rows[rows], labels=None if self.labels is None else self.labels[rows])
+        labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
+        return replace(self, rows=self.rows[rows], labels=labels, multi_labels=several)
 
     def content_digest(self) -> str:
         """Return the SHA-256 over all names, and the pixels of at most `_SAMPLED` evenly spaced images."""
@@ -117,23 +119,37 @@ def _source(name: str, part: str, dataset: Any) -> DatasetSource:
         raise ConfigError(f"data.name={name}: {type(dataset).__name__} must have {members}")
     require(len(dataset) > 0, f"data.name={name}: {type(dataset).__name__} ({part}) has no images")
     labels = _labels(name, dataset)
-    source = DatasetSource(dataset, f"{name}/{part}", np.arange(len(dataset)), labels)
+    source = DatasetSource(dataset, f"{name}/{part}", np.arange(len(dataset)))
     if labels is None:
         return source
+    several = labels.ndim == 2
+    count = labels.shape[1] if several else int(labels.max()) + 1
     known = [str(each) for each in getattr(dataset, "classes", ())]
-    return replace(source, classes=tuple(known if len(known) > labels.max() else map(str, range(labels.max() + 1))))
+    fits = len(known) == count if several else len(known) >= count
+    given: dict[str, Any] = {"multi_labels" if several else "labels": labels}
+    return replace(source, classes=tuple(known if fits else map(str, range(count))), **given)
 
 
-def _labels(name: str, dataset: Any) -> NDArray[np.int64] | None:
-    """Return the attribute `targets` or `labels`, as torchvision's have, or else the labels of all items, if any."""
+def _labels(name: str, dataset: Any) -> NDArray[np.int64] | NDArray[np.bool_] | None:
+    """Return the attribute `targets` or `labels`, as torchvision's have, or else the labels of all items, if any.
+
+    Labels are (N,), or (N, L) with 0 and 1 if images can have several.
+    """
     stored = getattr(dataset, "targets", getattr(dataset, "labels", None))
     if stored is None or len(stored) != len(dataset):
         if len(_parts(dataset[0])) < 2:
             return None
         stored = [_parts(dataset[i])[1] for i in range(len(dataset))]  # this reads each image once
-    values = np.asarray(stored)
+    try:
+        values = np.asarray(stored)
+    except ValueError:  # rows of different lengths
+        values = np.empty(0)
+    rows = values.ndim == 2 and values.shape[1] > 1 and values.dtype.kind in "biuf"
+    if rows and bool(np.isin(values, (0, 1)).all()) and values.any():
+        return values.astype(np.bool_)
     integers = values.ndim == 1 and values.dtype.kind in "iu" and values.min() >= 0
-    require(integers, f"data.name={name}: a label must be a whole number from 0, not {stored[0]!r}")
+    rule = "a label must be a whole number from 0, or one 0 or 1 for each class if images can have several labels"
+    require(integers, f"data.name={name}: {rule}, not {stored[0]!r}")
     return values.astype(np.int64)
 
 

@@ -136,9 +136,31 @@ def test_labels_subsets_and_a_held_out_part() -> None:
     assert open_datasets(lambda _: [GRAY], DataConfig("mine")).bank is None
 
 
+@pytest.mark.parametrize("row", [lambda row: row, np.array, torch.tensor, lambda row: torch.tensor(row).float()])
+def test_a_row_of_zeros_and_ones_means_several_labels(row: Any) -> None:
+    rows = [[1, 0, 0], [0, 0, 0], [1, 1, 0], [0, 1, 0]]
+    items = [(GRAY, row(each)) for each in rows]
+    found = open_datasets(lambda _: (items, items[:2]), DataConfig("mine"))
+    assert found.train.labels is None
+    assert found.train.multi_labels is not None
+    assert found.train.multi_labels.tolist() == np.array(rows, bool).tolist()
+    assert found.train.classes == ("0", "1", "2")
+    assert found.bank is None
+    part = found.train.subset(np.array([2]))
+    assert part.multi_labels is not None
+    assert part.multi_labels.tolist() == [[True, True, False]]
+
+
 @pytest.mark.parametrize(
     ("dataset", "part"),
-    [([], "has no images"), (iter([]), "__len__"), ([(GRAY, "cat")], "whole number"), ([(GRAY, -1)], "whole number")],
+    [
+        ([], "has no images"),
+        (iter([]), "__len__"),
+        ([(GRAY, "cat")], "whole number"),
+        ([(GRAY, -1)], "whole number"),
+        ([(GRAY, [0, 2])], "0 or 1 for each"),
+        ([(GRAY, [0]), (GRAY, [0, 1])], "0 or 1"),
+    ],
 )
 def test_other_data_sets_are_refused(dataset: Any, part: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.name=mine: .*{part}"):
