@@ -10,6 +10,7 @@ import numpy as np
 from moco.data.base import Source
 from moco.runtime.console import table
 
+_ROWS_AT_ONCE = 65_536
 SHOWN = 20  # labels in the table; the report holds all
 
 
@@ -23,7 +24,10 @@ def label_facts(source: Source) -> dict[str, Any]:
     labels = source.multi_labels
     if labels is None:
         return {}
-    both = labels.T.astype(np.int64) @ labels.astype(np.int64)  # (L, L), images that have both labels
+    both = np.zeros((labels.shape[1], labels.shape[1]), np.int64)  # (L, L), images that have both labels
+    for start in range(0, len(labels), _ROWS_AT_ONCE):
+        part = labels[start : start + _ROWS_AT_ONCE].astype(np.float32)  # exact, and multiplied by BLAS
+        both += (part.T @ part).astype(np.int64)
     images = both.diagonal().copy()  # (L,)
     np.fill_diagonal(both, 0)
     most = both.argmax(axis=1)
