@@ -53,6 +53,7 @@ def test_the_sentence_names_the_signal_and_how_to_continue(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_moco_pack_keeps_the_finished_shards_and_resumes(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "images", 120)
     arguments = [f"data.root={root}", f"output={tmp_path / 'out'}", "shard_mb=0.012", "workers=1"]
