@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -15,8 +14,7 @@ from moco.composition import compose
 from moco.config import TrainConfig, require
 from moco.config.base import HUB
 from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
-from moco.data.bands import band_tensor
-from moco.data.decode import pil_to_tensor
+from moco.data.in_memory import to_pixels
 from moco.data.pixel_format import RGB, PixelFormat, to_float
 from moco.evaluation.features import EvalTransform, evaluation_view
 from moco.evaluation.subject import open_subject
@@ -30,20 +28,21 @@ class LoadedEncoder(nn.Module):
 
     Attributes:
         backbone: the network, in eval mode, without gradients: images (N, C, S, S) to features (N, D).
-        transform: a transform of torchvision (v2) for one image: a PIL image, an RGB array (H, W, 3), or a uint8 tensor
-            (3, H, W), to a float tensor (3, S, S). For images of C other channels, or of another type than uint8: an
-            array (H, W, C) or a tensor (C, H, W), of the type that the run had, to a float tensor (C, S, S).
+        transform: a transform of torchvision (v2) for one image, to a float tensor (C, S, S). It takes a PIL image of
+            any mode; an array (H, W, C), (C, H, W) or (H, W); a tensor (C, H, W) or (H, W); or the path of an image
+            file. Arrays and tensors have the type of the run's images: uint8 unless data.dtype was set.
         num_features: D.
         info: the file, its layout, the name and options of the backbone, the steps of its training, and for an encoder
             of moco the configuration of its run.
     """
 
-    def __init__(self, file: EncoderFile, transform: EvalTransform) -> None:
+    def __init__(self, file: EncoderFile, transform: EvalTransform, bits: int | None = None) -> None:
         super().__init__()
         self.backbone = build(file).backbone
-        pixel_format = PixelFormat(file.channels, file.config.get("data", {}).get("dtype", RGB.dtype))
-        same = pixel_format == RGB
-        self.transform = torchvision_transform(transform) if same else band_transform(transform, pixel_format)
+        data = file.config.get("data", {})
+        pixel_format = PixelFormat(file.channels, data.get("dtype", RGB.dtype), bits or data.get("bits") or RGB.bits)
+        usual = pixel_format._replace(bits=RGB.bits) == RGB
+        self.transform = (torchvision_transform if usual else band_transform)(transform, pixel_format)
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         names = ("source", "layout", "backbone", "options", "step", "config")
         self.eval()
@@ -98,6 +97,7 @@ def load_encoder(
     options: dict[str, Any] | None = None,
     size: int | None = None,
     resize: int | None = None,
+    bits: int | None = None,
 ) -> LoadedEncoder:
     """Load a trained encoder for inference, or as a start of training (`encoder.requires_grad_()`).
 
@@ -111,11 +111,14 @@ def load_encoder(
         backbone, options: the network, if the file does not name it, such as "resnet50".
         size, resize: side of the input images, and their shorter side before the central crop, in pixels. None: those
             of the run or the file, else 224 and 256.
+        bits: the significant bits of images with 16 bits per channel, for an encoder of uint8 (data.bits), 8 ... 16.
+            None: those of the run's images, else 16. A command without data.bits takes them from its images instead.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it holds no encoder that can be read; the message says why.
     """
+    require(bits is None or bits in range(8, 17), f"bits={bits} must be within 8 ... 16")
     path = str(source) if str(source).startswith(HUB) else str(Path(source).expanduser())
     field = "run" if Path(path).is_dir() and not is_hub_folder(Path(path)) else "checkpoint"
     images = ImagesConfig(size=size, resize=resize)
@@ -123,31 +126,14 @@ def load_encoder(
     setattr(config, field, path)
     check_subject(config)
     subject = open_subject(config)
-    return LoadedEncoder(subject.file, subject.transform)
-
-
-def rgb_tensor(image: Any) -> Tensor:
-    """Return an image as a uint8 tensor (3, H, W).
-
-    Args:
-        image: a PIL image of any mode, converted as in all commands of moco (transparency over white); an array
-            (H, W, 3) or (H, W); or a tensor (3, H, W) or (1, H, W).
-
-    Raises:
-        ValueError: for another number of channels.
-    """
-    tensor = pil_to_tensor(image) if isinstance(image, Image.Image) else v2.functional.to_image(image)
-    if tensor.shape[-3] not in (1, 3):
-        raise ValueError(f"an image has {tensor.shape[-3]} channels: pass a PIL image, or 3 channels (or 1, for gray)")
-    color: Tensor = v2.functional.grayscale_to_rgb(tensor)
-    return color
+    return LoadedEncoder(subject.file, subject.transform, bits)
 
 
 def band_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
     """Return an evaluation's preparation of images of any channels and depth, which torchvision does not resize."""
     return v2.Compose(
         [
-            v2.Lambda(partial(band_tensor, pixel_format=pixel_format)),
+            v2.Lambda(partial(to_pixels, pixel_format=pixel_format)),
             v2.Lambda(partial(evaluation_view, resize=transform.resize, size=transform.size)),
             v2.Lambda(to_float),
             v2.Normalize(list(transform.mean), list(transform.std)),
@@ -155,7 +141,7 @@ def band_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Co
     )
 
 
-def torchvision_transform(transform: EvalTransform) -> v2.Compose:
+def torchvision_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
     """Return torchvision's equivalent of an evaluation's preparation of images.
 
     Resizing works on uint8 tensors, as in all commands of moco: on PIL images it would give slightly different values.
@@ -163,7 +149,7 @@ def torchvision_transform(transform: EvalTransform) -> v2.Compose:
     resize = transform.resize or transform.size
     return v2.Compose(
         [
-            v2.Lambda(rgb_tensor),
+            v2.Lambda(partial(to_pixels, pixel_format=pixel_format)),
             v2.Resize(resize, antialias=True),
             v2.CenterCrop(transform.size),
             v2.Lambda(to_float),  # v2.ToDtype rounds differently

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 import moco
-from moco.config import ConfigError
+from moco.config import ConfigError, RunWarning
 from moco.config.embed import EmbedConfig
 from moco.interop.encoder_file import build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
 from moco.retrieval.embed import embed
+from moco.training.trainer import pretrain
 from tests.evaluation.test_subject import trained, write_images
+from tests.training.test_bad_images import config
 
 
 def embedded(images: Path, output: Path, **source: str) -> np.ndarray:
@@ -66,8 +68,33 @@ def test_a_file_of_another_project_takes_the_named_network_and_size(tmp_path: Pa
     torch.testing.assert_close(encoder(prepared), network.eval()(prepared), rtol=0, atol=0)
     assert torch.equal(encoder.transform(image.permute(1, 2, 0).numpy()), prepared[0])
     assert encoder.transform(Image.new("CMYK", (90, 90))).shape == (3, 64, 64)
-    with pytest.raises(ValueError, match="4 channels"):
+    with pytest.raises(ValueError, match=r"shape \(4, 80, 100\) .* of 3 channels"):
         encoder.transform(torch.zeros(4, 80, 100, dtype=torch.uint8))
+
+
+def test_the_bits_of_a_run_apply_to_its_images_and_to_others(tmp_path: Path) -> None:
+    rng, images, others = np.random.default_rng(0), tmp_path / "images", tmp_path / "others"
+    for folder, top, count in ((images, 4096, 16), (others, 512, 2)):
+        folder.mkdir()
+        for i in range(count):
+            Image.fromarray(rng.integers(0, top, (20, 20), np.uint16)).save(folder / f"{i:02}.png")
+    made = config(images, tmp_path / "run")
+    made.data.labels, made.epochs, made.evaluate.every_epochs, made.data.on_bad_image = "none", 1, 0, "raise"
+    with pytest.warns(RunWarning, match=r"data\.bits=12"):
+        pretrain(made)
+    state = torch.load(next((tmp_path / "run" / "checkpoints").glob("*.pt")), weights_only=True)
+    assert (state["bits"], state["config"]["data"]["bits"]) == (12, None)
+    for folder in (images, others):  # the highest value of the others fits into 10 bits
+        expected = embedded(folder, tmp_path / f"features_{folder.name}", run=str(tmp_path / "run"))
+        for source in (tmp_path / "run", tmp_path / "run" / "encoder.safetensors"):
+            encoder = moco.load_encoder(source)
+            assert encoder.info["config"]["data"]["bits"] == 12
+            prepared = torch.stack([encoder.transform(Image.open(file)) for file in sorted(folder.iterdir())])
+            np.testing.assert_allclose(encoder(prepared).numpy(), expected, rtol=1e-5, atol=1e-5)
+    darker = moco.load_encoder(tmp_path / "run", bits=16).transform(images / "00.png")
+    assert darker.mean() < encoder.transform(images / "00.png").mean()
+    with pytest.raises(ConfigError, match="bits=4 must be within 8"):
+        moco.load_encoder(tmp_path / "run", bits=4)
 
 
 def test_errors_name_the_argument(tmp_path: Path) -> None:

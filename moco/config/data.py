@@ -43,9 +43,9 @@ class SourceConfig:
     white). Null: the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 images from all parts of the data set;
     for `webdataset` 16."""
     channels: int = bounded(3, ge=1, le=4096)
-    """Channels of each image. 3: red, green and blue; 1: gray (color is converted); other numbers: the bands of TIFF,
-    NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Set augment.mean and augment.std, one
-    number per channel, to those that moco.check_data stats=true computes."""
+    """Channels of each image. 3: red, green and blue; 1: gray (with dtype=uint8, color is converted); other numbers:
+    the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Set augment.mean and
+    augment.std, one number per channel, to those that moco.check_data stats=true computes."""
     dtype: str = bounded("uint8", choices=("uint8", "uint16", "float32"))
     """Type of the pixels, in the files and on their way to the device: uint8 (0 ... 255; gray and color files of 16
     bits are converted), uint16 (0 ... 65535), or float32 (any range; files of other types are converted unscaled).
@@ -110,7 +110,7 @@ class SubjectDataConfig(SourceConfig):
     """The labeled data of an evaluation. A field that is null has the run's value.
 
     If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except
-    channels, dtype and preview. A file outside of a run directory provides neither root nor eval_root: set both.
+    channels, dtype, bits and preview. A file outside of a run directory provides neither root nor eval_root: set both.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)

@@ -1,7 +1,8 @@
 """Decoding of images with any number of channels and any depth: NPY, NPZ, TIFF, and image files with more than 8 bits.
 
-No value is scaled here: a pixel of the result is the number in the file. The headers of arrays are checked before
-memory is allocated for them, because a file of a few bytes can declare any size.
+No value is scaled here: a pixel of the result is the number in the file. If white is zero in a TIFF, it is the distance
+from the highest number of the file's bits. The headers of arrays are checked before memory is allocated for them,
+because a file of a few bytes can declare any size.
 
 Legend: C channels, H x W pixels.
 """
@@ -13,16 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageMode, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_png
 
 from moco.config.base import optional_module
+from moco.data.headers import (
+    TIFF,
+    deep_white_is_zero,
+    inverted,
+    open_image,
+    orientation_of,
+    stated_bits,
+    stated_values,
+    tiff_pages,
+    upright,
+)
 from moco.data.pixel_format import PixelFormat
-from moco.data.walk import IMAGE_FORMATS
 
 NPY, NPZ = b"\x93NUMPY", b"PK\x03\x04"
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # The largest array in bytes: as large as an 8-bit RGB image of `moco.data.decode.MAX_PIXELS`.
 MAX_BYTES = 3 * 178_956_970
 _IMAGE_NAMES = ("image", "arr_0")  # if an NPZ holds several arrays, the first of these names is the image
@@ -58,40 +68,36 @@ def read_bands(data: bytes, pixel_format: PixelFormat) -> Tensor:
         ValueError: if pixels are not finite, or the file is damaged.
         Exception: whatever numpy, PIL and tifffile raise for a damaged file.
     """
+    orientation = 1
     if data.startswith(NPY):
         array = _npy(data)
     elif data.startswith(NPZ):
         array = _npz(data)
     else:
-        array = _image(data, pixel_format)
-    return torch.from_numpy(_of_type(_channels_first(array, pixel_format.channels), pixel_format.dtype))
+        array, orientation = _image(data, pixel_format)
+    return torch.from_numpy(_of_type(_bands(array, pixel_format.channels, orientation), pixel_format.dtype))
 
 
-def band_tensor(image: Any, pixel_format: PixelFormat) -> Tensor:
-    """Return an image in memory as a tensor (C, H, W) with the same values.
-
-    Args:
-        image: an array (H, W, C), or (H, W) of one channel; a tensor (C, H, W) or (H, W); or a PIL image, of which the
-            pixels are taken as they are, or for one channel of uint8 converted to gray.
-        pixel_format: the channels and the type of the result. float32 holds every type of numbers.
+def bands_of(image: Image.Image, pixel_format: PixelFormat) -> Tensor:
+    """Return a PIL image as `read_bands` returns its file, but without the bits and bands that PIL does not load.
 
     Raises:
-        ValueError: for other channels or another type, or for values that are not finite.
+        WrongFormat: for another number of channels, or a type that `dtype` cannot hold.
     """
-    if isinstance(image, Image.Image):
-        gray = (pixel_format.channels, pixel_format.dtype) == (1, "uint8")
-        image = np.array(image.convert("L") if gray else image)
-    array = np.asarray(image)
-    if array.ndim == 2:
-        array = array[None]
-    elif not isinstance(image, Tensor):
-        array = np.moveaxis(array, -1, 0)
-    any_number = pixel_format.dtype == "float32" and array.dtype.kind in "uif"
-    held = any_number or array.dtype.name == pixel_format.dtype
-    if array.ndim != 3 or len(array) != pixel_format.channels or 0 in array.shape or not held:
-        given = f"the image has the shape {tuple(image.shape)} and the type {array.dtype.name}"
-        raise ValueError(f"{given}: pass an array (H, W, C) or a tensor (C, H, W), of {pixel_format}")
-    return torch.from_numpy(_converted(array, pixel_format.dtype))
+    image.load()  # PIL turns a TIFF here
+    if image.mode == "RGBA" and getattr(image, "tag_v2", {}).get(TiffImagePlugin.EXTRASAMPLES, (0,))[0] == 1:
+        raise ValueError("PIL has divided the bands of the image by the last one (associated alpha): pass its path")
+    orientation = orientation_of(image)
+    return torch.from_numpy(_of_type(_bands(_loaded(image), pixel_format.channels, orientation), pixel_format.dtype))
+
+
+def bands_of_array(array: NDArray[Any], pixel_format: PixelFormat) -> Tensor:
+    """Return an array (H, W), (H, W, C) or (C, H, W) in memory as `read_bands` returns that of an NPY file.
+
+    Raises:
+        WrongFormat: for another number of channels, or a type that `dtype` cannot hold.
+    """
+    return torch.from_numpy(_of_type(_bands(array, pixel_format.channels), pixel_format.dtype))
 
 
 def encode_bands(image: Tensor) -> bytes:
@@ -134,48 +140,90 @@ def _too_large(size: int) -> str:
     return f"it declares {size:,} bytes, and at most {MAX_BYTES:,} are read: cut the image into tiles"
 
 
-def _image(data: bytes, pixel_format: PixelFormat) -> NDArray[Any]:
-    """Return the pixels of an image file, (H, W), (H, W, C) or (C, H, W): PIL's, unless it would lose bits or bands."""
+def _image(data: bytes, pixel_format: PixelFormat) -> tuple[NDArray[Any], int]:
+    """Return the pixels of an image file, (H, W), (H, W, C) or (C, H, W), as stored, and their orientation."""
     try:
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        image = open_image(data)
     except UnidentifiedImageError:
         if data.startswith(TIFF):
             return _tiff(data)
         raise
     with image:
-        if image.width * image.height * pixel_format.channels > MAX_BYTES:
-            raise TooLarge(_too_large(image.width * image.height * pixel_format.channels))
-        if image.format == "TIFF" and (len(image.getbands()) != pixel_format.channels or _loses_bits(image)):
+        deep = _loses_bits(image)
+        one = 2 if deep else np.dtype(ImageMode.getmode(image.mode).typestr).itemsize
+        size = image.width * image.height * max(len(image.getbands()), pixel_format.channels) * one
+        if size > MAX_BYTES:
+            raise TooLarge(_too_large(size))
+        if needs_tifffile(image, data, pixel_format.channels):
             return _tiff(data)
-        if image.format == "PNG" and _loses_bits(image):
+        if image.format == "PNG" and deep:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             values: NDArray[Any] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy()  # (C, H, W)
-            return values
+            return values, orientation_of(image, data)
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode in ("P", "PA", "1"):
-            upright = upright.convert("RGB")
-        array = np.asarray(upright)
-        # PIL reads gray of 16 bits as 32 bits from some formats.
-        deep = array.dtype == np.int32 and image.format != "TIFF"
-        return array.astype(np.uint16) if deep else array
+        orientation = orientation_of(image)  # PIL has turned a TIFF
+        return _loaded(image), orientation
+
+
+def needs_tifffile(image: Image.Image, data: bytes, channels: int) -> bool:
+    """Return whether PIL would lose bits, bands or pages of a TIFF, or change its values; call it before loading.
+
+    PIL divides color by associated alpha ("RGBa"), but a fourth band need not be an opacity.
+    """
+    if image.format != "TIFF":
+        return False
+    divided = any("RGBa" in mode for mode in _raw_modes(image))
+    several = len({page.size for page in tiff_pages(data)}) > 1
+    return len(image.getbands()) != channels or divided or several or _loses_bits(image)
+
+
+def _loaded(image: Image.Image) -> NDArray[Any]:
+    """Return the pixels of a loaded image, (H, W) or (H, W, C), black as zero, not turned."""
+    if image.mode in ("P", "PA", "1"):
+        image = image.convert("RGB")
+    values = stated_values(image)
+    if deep_white_is_zero(image):
+        return inverted(values, stated_bits(image))
+    # PIL reads gray of 16 bits as 32 bits from some formats.
+    wide = values.dtype == np.int32 and image.format != "TIFF" and values.size
+    return values.astype(np.uint16) if wide and values.min() >= 0 and values.max() <= 65535 else values
 
 
 def _loses_bits(image: Image.Image) -> bool:
     """Return whether PIL would read only the upper 8 bits of each channel; call it before the image is loaded."""
-    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
-    return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)
+    return not image.mode.startswith("I") and any(";16" in mode for mode in _raw_modes(image))
 
 
-def _tiff(data: bytes) -> NDArray[Any]:
-    """Return the first image of a TIFF, with any number of bands; pages of one size are the bands of one image."""
+def _raw_modes(image: Image.Image) -> list[str]:
+    """Return how the pixels are stored in the file, in PIL's words; [] once an image is loaded."""
+    return [str(tile[3]) for tile in getattr(image, "tile", [])]
+
+
+def _tiff(data: bytes) -> tuple[NDArray[Any], int]:
+    """Return the largest image of a TIFF, with any number of bands, and its orientation.
+
+    Pages of one size are the bands of one image. Smaller ones are previews and overviews.
+    """
     tifffile = optional_module("tifffile", "a TIFF with several bands or more than 8 bits per band", "tiff")
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        series = file.series[0]
+        series = max(file.series, key=lambda each: each.keyframe.imagewidth * each.keyframe.imagelength)
         if series.nbytes > MAX_BYTES:
             raise TooLarge(_too_large(series.nbytes))
         array: NDArray[Any] = series.asarray()
-        return array
+        page = series.keyframe
+        if page.photometric == 0:
+            if page.samplesperpixel > 1:
+                raise ValueError(
+                    f"white is zero in it (WhiteIsZero), but it has {page.samplesperpixel} bands, and this is defined "
+                    "for gray only: store it with black as zero"
+                )
+            array = inverted(array, page.bitspersample)
+        return array, int(page.tags.valueof(274, 1))
+
+
+def _bands(array: NDArray[Any], channels: int, orientation: int = 1) -> NDArray[Any]:
+    """Return an array as (C, H, W), upright."""
+    return upright(_channels_first(array, channels).transpose(1, 2, 0), orientation).transpose(2, 0, 1)
 
 
 def _channels_first(array: NDArray[Any], channels: int) -> NDArray[Any]:

@@ -6,7 +6,6 @@ Color profiles are ignored, as torchvision and the published pipelines do.
 """
 
 import contextlib
-import io
 import logging
 import warnings
 from collections.abc import Callable
@@ -16,12 +15,24 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 
 from moco.config import ConfigError
-from moco.data.bands import TIFF, TooLarge, WrongFormat, is_array, read_bands
+from moco.data.bands import TooLarge, WrongFormat, bands_of, is_array, read_bands
+from moco.data.headers import (
+    deep_white_is_zero,
+    inverted,
+    largest_page,
+    open_image,
+    orientation_of,
+    stated_bits,
+    stated_type,
+    stated_values,
+    tiff_pages,
+    upright,
+)
 from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.walk import BROKEN_LINK, IMAGE_FORMATS
 
@@ -74,7 +85,9 @@ class ImageError(ValueError):
 
 
 def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
-    """Read an image file in any of `IMAGE_FORMATS`, NPY or NPZ, upright (EXIF orientation applied), first frame only.
+    """Read an image file in any of `IMAGE_FORMATS`, NPY or NPZ, upright (EXIF orientation applied).
+
+    Of several frames the first one is read, of the pages of a TIFF the largest one.
 
     JPEGs are decoded by torchvision: it takes a quarter less time than PIL and returns the same pixels, also for gray,
     CMYK and Adobe-inverted files (measured; both treat every CMYK JPEG as inverted, as all common programs write them).
@@ -135,7 +148,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, pixel_format: P
     except (WrongFormat, ConfigError) as error:  # a ConfigError names a package that is missing
         raise _refusal(path, "unsupported", str(error)) from error
     except UnidentifiedImageError as error:
-        if data.startswith(TIFF) and (kind := _unknown_tiff(data)):
+        if kind := _unknown_tiff(data):
             fix = "which is not read as RGB: set data.channels=BANDS and data.dtype, or store it as a gray or RGB image"
             raise _refusal(path, "unsupported", f"{kind}, {fix}") from error
         known = ", ".join((*IMAGE_FORMATS, "NPY", "NPZ"))
@@ -149,7 +162,7 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, pixel_format: P
 
 def _decode_color(path: str | Path, data: bytes, shrink: Shrink, bits: int) -> Decoded:
     """Decode to uint8 (3, h, w)."""
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+    with open_image(data) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             declared = f"its header declares {width} x {height} = {width * height:,} pixels"
@@ -174,15 +187,11 @@ def to_gray(pixels: Tensor) -> Tensor:
 
 def _unknown_tiff(data: bytes) -> str:
     """Describe the pixels of a TIFF that PIL does not open; "" for another file, or if its tags cannot be read."""
-    with contextlib.suppress(Exception):  # a damaged directory
-        directory = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
-        file = io.BytesIO(data)
-        file.seek(directory.next)
-        directory.load(file)
-        bits = directory.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
-        bands = int(directory.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
-        return f"a TIFF with {bands} band{'s' * (bands > 1)} of {'/'.join(map(str, sorted(set(bits))))} bits"
-    return ""
+    if not (pages := tiff_pages(data)):
+        return ""
+    page = pages[largest_page(pages)]
+    bits = "/".join(map(str, sorted(set(page.bits))))
+    return f"a TIFF with {page.bands} band{'s' * (page.bands > 1)} of {bits} bits"
 
 
 def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded | None:
@@ -236,8 +245,8 @@ def highest_value(data: bytes) -> int:
 
     Of a TIFF in color only the upper bytes are read: the result is at most 255 too high.
     """
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS or _stated_bits(image) < 16:
+    with contextlib.suppress(Exception), open_image(data) as image:
+        if image.width * image.height > MAX_PIXELS or stated_bits(image) < 16:
             return 0
         if has_deep_color(image):
             if image.format == "PNG":
@@ -252,11 +261,6 @@ def has_deep_color(image: Image.Image) -> bool:
     """Return whether an image that is not loaded has color of 16 bits per channel: PIL reads only the upper 8."""
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
     return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)
-
-
-def _stated_bits(image: Image.Image) -> int:
-    """Return the bits per channel that a TIFF states; 16 for other formats."""
-    return int(getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
 
 
 def _decode_deep_png(data: bytes) -> NDArray[np.int32]:
@@ -284,19 +288,33 @@ def _deep_to_eight_bits(image: Image.Image, data: bytes, bits: int) -> Image.Ima
 
 
 def pil_to_tensor(image: Image.Image, bits: int = 16) -> Tensor:
-    """Convert a loaded image of any mode to uint8 RGB (3, H, W)."""
-    stated = _stated_bits(image)
-    with contextlib.suppress(Exception):  # broken EXIF data does not affect the pixels
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
+    """Convert an image of any mode to uint8 RGB (3, H, W), upright."""
+    image.load()  # PIL turns a TIFF here
+    orientation = orientation_of(image)
+    if image.mode[0] in "IF" or stated_type(image) == np.int8:
+        stated = stated_bits(image)
         image = _to_eight_bits(image, stated if 8 <= stated < 16 else bits)
+    if image.mode in ("P", "PA") and image.palette is None:
+        image = image.copy()  # which has an empty palette
     if image.has_transparency_data:
         # The color of transparent pixels is arbitrary (often black), and most such images are drawings, logos and
         # products made for a white page.
         page = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(page, image.convert("RGBA"))
-    array = np.array(image.convert("RGB"))  # (H, W, 3), a copy, because torch needs writable memory
-    return torch.from_numpy(array).permute(2, 0, 1)
+    array = upright(np.asarray(image.convert("RGB")), orientation)
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)  # a copy, because torch needs writable memory
+
+
+def convert(image: Image.Image, pixel_format: PixelFormat) -> Tensor:
+    """Convert a PIL image as `decode` converts a file, to (C, H, W).
+
+    Raises:
+        ValueError: for other channels or another type than those of the format, or values of an unknown scale.
+    """
+    if not pixel_format.is_8bit_gray_or_rgb:
+        return bands_of(image, pixel_format)
+    color = pil_to_tensor(image, pixel_format.bits)
+    return color if pixel_format.channels == 3 else to_gray(color)
 
 
 def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
@@ -305,8 +323,10 @@ def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
     The scale depends on the format and the data set, never on the image: stretching each image to its own range would
     remove differences in brightness between images. Values outside the range are refused.
     """
-    values = np.asarray(image)  # (H, W)
-    _check_range(image.mode, values, 1 if image.mode == "F" else 2**bits - 1)
+    values = stated_values(image)  # (H, W)
+    _check_range(values.dtype.name, values, 1 if image.mode == "F" else 2**bits - 1)
+    if deep_white_is_zero(image):
+        values = inverted(values, bits)
     if image.mode == "F":
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     # The upper 8 of the bits, as PIL and libpng do for 16-bit color, so that gray and color versions of an image agree.
@@ -315,8 +335,12 @@ def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
 
 def _check_range(kind: str, values: NDArray[Any], top: int) -> None:
     if not (values.min() >= 0 and values.max() <= top):  # written so that NaN is refused too
-        wider = ", or set data.bits=16" if 1 < top < values.max() <= 65535 else ""
+        fixes = ["convert it to 8 bits"]
+        if 1 < top < values.max() <= 65535:
+            fixes.append("set data.bits=16")
+        if np.isfinite(values).all():
+            fixes.append("keep all values with data.dtype=float32 and, for gray, data.channels=1")
         raise ValueError(
             f"its {kind} pixels are in {values.min()} ... {values.max()}, but only 0 ... {top} is supported: "
-            f"convert it to 8 bits{wider}"
+            f"{', or '.join(fixes)}"
         )

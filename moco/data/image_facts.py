@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from moco.data.bands import NPY, NPZ
+from moco.data.bands import NPY, NPZ, needs_tifffile
 from moco.data.decode import ImageError, decode_bytes, has_deep_color, read_bytes
+from moco.data.headers import Page, largest_page, open_image, orientation_of, tiff_pages
 from moco.data.pixel_format import RGB, PixelFormat, to_float
-from moco.data.walk import IMAGE_FORMATS
 
 TINY, LONG, HUGE = 8, 10, 50_000_000  # pixels of a side, ratio of the sides, pixels of an image
 
@@ -28,7 +27,9 @@ ODDITIES = {
     "transparent": "put on a white background; a band that a TIFF marks as alpha, such as infrared, counts as opacity",
     "extra band": "the last band is not used",
     "rotated by EXIF": "used upright",
+    "white is zero": "inverted, so that black is zero",
     "several frames": "the first one is used",
+    "several sizes": "of its pages, the largest one is used",
     "tiny": f"a side has fewer than {TINY} pixels: its crops are strongly enlarged",
     "long": f"one side is more than {LONG} times the other: its crops show only a part",
     "huge": f"more than {HUGE // 10**6} megapixels, decoded in every epoch: store a smaller copy",
@@ -113,21 +114,29 @@ def _header(data: bytes, pixel_format: PixelFormat) -> tuple[str, dict[str, bool
     """Return format and mode of a readable image, and the `ODDITIES` that its header shows."""
     if data.startswith((NPY, NPZ)):
         return f"{'NPY' if data.startswith(NPY) else 'NPZ'} {pixel_format}", {}
+    pages = tiff_pages(data)
     try:
-        form, odd = _pil_header(data)
+        form, odd = _pil_header(data, pages, pixel_format)
     except UnidentifiedImageError:  # a TIFF that tifffile reads
-        return f"TIFF {pixel_format}", {}
+        form, odd = f"TIFF {pixel_format}", {}
+    if pages:
+        page = pages[largest_page(pages)]
+        odd["rotated by EXIF"] = page.orientation in range(2, 9)
+        odd["white is zero"] = page.white_is_zero
+        odd["several sizes"] = len({each.size for each in pages}) > 1
     return form, odd if pixel_format.is_8bit_gray_or_rgb else {kind: odd[kind] for kind in odd.keys() - set(_CONVERTED)}
 
 
-def _pil_header(data: bytes) -> tuple[str, dict[str, bool]]:
-    with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+def _pil_header(data: bytes, pages: list[Page], pixel_format: PixelFormat) -> tuple[str, dict[str, bool]]:
+    with open_image(data) as image:
         deep = image.mode[0] in "IF" or has_deep_color(image)
-        orientation, frames, transparent = 1, 2, False
-        with contextlib.suppress(Exception):  # broken EXIF data
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        # The pages of a TIFF are its bands for tifffile.
+        bands_in_pages = not pixel_format.is_8bit_gray_or_rgb and needs_tifffile(image, data, pixel_format.channels)
+        frames, transparent = 2, False
         with contextlib.suppress(Exception):  # there is more after the first frame, but it is damaged
             frames = getattr(image, "n_frames", 1)
+        if pages:
+            frames = sum(each.size == image.size for each in pages)
         with contextlib.suppress(Exception):
             transparent = image.has_transparency_data
         bands = getattr(image, "tag_v2", {}).get(TiffImagePlugin.SAMPLESPERPIXEL, 0)
@@ -137,6 +146,6 @@ def _pil_header(data: bytes) -> tuple[str, dict[str, bool]]:
             "palette": image.mode in ("P", "PA") and image.format != "GIF",  # every GIF has a palette
             "transparent": transparent,
             "extra band": bands == len(image.getbands()) + 1,
-            "rotated by EXIF": orientation in range(2, 9),
-            "several frames": image.format != "MPO" and frames > 1,
+            "rotated by EXIF": orientation_of(image, data) in range(2, 9),
+            "several frames": image.format != "MPO" and frames > 1 and not bands_in_pages,
         }

@@ -9,15 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from moco.config import ConfigError, DataConfig, require
-from moco.data.bands import band_tensor
 from moco.data.base import Source, Sources, entries_digest, labeled, labels_at
-from moco.data.decode import ImageError, pil_to_tensor, to_gray
+from moco.data.decode import ImageError
+from moco.data.in_memory import to_pixels
 from moco.data.pixel_format import RGB, PixelFormat
 
 _SAMPLED = 64  # images whose pixels enter the digest of the content: nothing tells whether a data set has changed
@@ -62,43 +60,6 @@ class DatasetSource(Source):
                 sha.update(error.reason.encode())
         names = ([self.name(i)] for i in range(len(self)))
         return entries_digest(names, sha.hexdigest(), self.pixel_format)
-
-
-def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
-    """Return an image in memory as a tensor (C, H, W) of a format.
-
-    Args:
-        image: a PIL image; an array, (H, W) or (H, W, C); or a tensor, (H, W) or (C, H, W). For gray and RGB in 8 bits
-            it is gray or RGB, and converted; arrays and tensors are of uint8. For other formats it has the channels and
-            the type of the format, and its values are kept.
-        pixel_format: the channels and the type of the result.
-
-    Raises:
-        ValueError: for any other image.
-    """
-    if not isinstance(image, Image.Image | Tensor | np.ndarray):
-        raise ValueError(f"an item must begin with a PIL image, an array or a tensor, not {type(image).__name__}")
-    if not pixel_format.is_8bit_gray_or_rgb:
-        return band_tensor(image, pixel_format)
-    pixels = pil_to_tensor(image, pixel_format.bits) if isinstance(image, Image.Image) else _eight_bits(image)
-    if len(pixels) == pixel_format.channels:
-        return pixels
-    return to_gray(pixels) if pixel_format.channels == 1 else pixels.expand(3, -1, -1)
-
-
-def _eight_bits(image: Tensor | NDArray[Any]) -> Tensor:
-    """Return gray or RGB of uint8 as a tensor (1, H, W) or (3, H, W)."""
-    pixels = image if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
-    if pixels.ndim == 3 and not isinstance(image, Tensor):
-        pixels = pixels.permute(2, 0, 1)  # (C, H, W)
-    pixels = pixels[None] if pixels.ndim == 2 else pixels
-    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or len(pixels) not in (1, 3) or 0 in pixels.shape:
-        kind = f"{type(image).__name__} of {image.dtype}, {tuple(image.shape)}"
-        raise ValueError(
-            f"an image must be uint8 with 1 or 3 channels, not a {kind}: remove transforms such as ToTensor, or set "
-            "data.channels and data.dtype"
-        )
-    return pixels
 
 
 def open_datasets(open_dataset: Callable[[DataConfig], Any], config: DataConfig) -> Sources:

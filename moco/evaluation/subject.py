@@ -232,7 +232,9 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     same = _is_same_data(recorded | given, recorded)
     known = {each.name for each in fields(DataConfig)}
     # The images of another data set have the format that the encoder takes.
-    always = {"name", "channels", "dtype", "preview"}
+    always = {"name", "channels", "dtype", "bits", "preview"}
+    if given.get("dtype", RGB.dtype) != RGB.dtype:
+        known -= {"bits"}
     kept = {name: value for name, value in recorded.items() if name in known and (same or name in always)}
     return DataConfig(**(kept | given))
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moco.config.types import check_saved, type_error
+from moco.data.pixel_format import RGB
 from moco.files import cause
 from moco.interop.foreign import LAYOUTS, OFFICIAL, PLAIN, Layout, Part, State, flat, has_small_stem, parts, under
 from moco.interop.weights import save_weights
@@ -217,7 +218,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
     try:
-        config, method, model = _checked_config(state["config"]), state["method"], state["config"]["model"]
+        config = with_bits(_checked_config(state["config"]), state.get("bits"))
+        method, model = state["method"], config["model"]
         backbone, head = (under(prefix, method) for prefix in (f"{weights}.backbone.", f"{weights}.head."))
         name, options, step = str(model["backbone"]), dict(model["options"]), state["step"]
         images = _checked_images(images_of(config))
@@ -237,6 +239,13 @@ def _checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's configuration from a file; raise ValueError if a value has another type than its field."""
     check_saved(config)
     return dict(config)
+
+
+def with_bits(config: Mapping[str, Any], bits: Any) -> dict[str, Any]:
+    """Return a run's configuration with the significant bits of its images, which may have followed from the images."""
+    data = config.get("data", {})
+    known = data.get("bits") is not None or type(bits) is not int or not 8 <= bits < RGB.bits
+    return dict(config) if known else {**config, "data": {**data, "bits": bits}}
 
 
 def _checked_images(images: Mapping[str, Any]) -> dict[str, Any]:

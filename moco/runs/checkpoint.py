@@ -48,6 +48,7 @@ _SCHEMA: dict[str, Any] = {
     "skipped": int,  # steps with a non-finite loss or gradient
     "precision": str,
     "data": {"length": int, "sha256": str},
+    "bits": int,  # the significant bits of the images, which follow from them if data.bits is null
 }
 
 

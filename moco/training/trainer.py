@@ -37,7 +37,7 @@ from moco.distributed import (
     rank,
     world_size,
 )
-from moco.interop.encoder_file import save_encoder
+from moco.interop.encoder_file import save_encoder, with_bits
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr, schedule_values
 from moco.runs import checkpoint
@@ -188,7 +188,8 @@ class Trainer:
             self._train()
         if is_rank_zero():
             backbone = self.method.encoder.get_submodule("backbone")
-            save_encoder(self.path / "encoder.safetensors", backbone, asdict(self.config), self.plan.total_steps)
+            config = with_bits(asdict(self.config), self.sources.train.pixel_format.bits)
+            save_encoder(self.path / "encoder.safetensors", backbone, config, self.plan.total_steps)
         summarize(self)
         if self.lock is not None:
             self.lock.close()
@@ -315,6 +316,7 @@ class Trainer:
             "precision": self.precision,
             "computed_on": self.computed_on,
             "data": self.data_identity,
+            "bits": self.sources.train.pixel_format.bits,
         }
 
     def _training_state(self) -> checkpoint.Checkpoint:

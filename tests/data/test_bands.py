@@ -164,6 +164,18 @@ def test_objects_and_bombs_are_refused() -> None:
         decode_bytes("x.npy", npy(np.full((H, W, 4), np.nan, np.float32)), PixelFormat(4, "float32"))
 
 
+def test_the_limit_counts_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "MAX_BYTES", H * W)
+    for dtype, form in ((np.uint8, PixelFormat(1, "float32")), (np.uint16, PixelFormat(1, "uint16"))):
+        buffer = io.BytesIO()
+        Image.fromarray(np.zeros((H, W), dtype)).save(buffer, "PNG")
+        if dtype == np.uint8:
+            assert decode_bytes("x.png", buffer.getvalue(), form).shape == (1, H, W)
+        else:
+            with pytest.raises(ImageError, match="declares 70 bytes, and at most 35 are read"):
+                decode_bytes("x.png", buffer.getvalue(), form)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=80), st.sampled_from(["npy", "npz", "tiff"]))
 def test_damaged_content_is_an_image_error(tail: bytes, kind: str) -> None:

@@ -13,7 +13,8 @@ from moco.api import load_encoder
 from moco.config import ConfigError, DataConfig
 from moco.config.pack import PackConfig
 from moco.data.decode import ImageError
-from moco.data.map_dataset import open_datasets, to_pixels
+from moco.data.in_memory import to_pixels
+from moco.data.map_dataset import open_datasets
 from moco.data.pixel_format import DTYPES, PixelFormat
 from moco.data.sources import SOURCES, from_dataset, load_source
 from moco.pack import pack

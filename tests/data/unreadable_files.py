@@ -33,10 +33,19 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def tiff(width: int, height: int, bands: int, extra: int | None = None, bits: int = 8, content: bytes = b"") -> bytes:
+def tiff(
+    width: int,
+    height: int,
+    bands: int,
+    extra: int | None = None,
+    bits: int = 8,
+    content: bytes = b"",
+    photometric: int | None = None,
+) -> bytes:
     """Make an uncompressed TIFF of a kind that PIL cannot write; `extra` is the tag ExtraSamples of its last band."""
     size = width * height * bands * bits // 8
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 2 if bands > 2 else 1)]
+    color = (2 if bands > 2 else 1) if photometric is None else photometric
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, color)]
     tags += [(273, 4, 0), (277, 3, bands), (278, 4, height), (279, 4, size), (284, 3, 1)]
     tags += [] if extra is None else [(338, 3, extra)]
     after = 8 + 2 + 12 * len(tags) + 4
@@ -91,6 +100,8 @@ def odd_files() -> dict[str, tuple[bytes, str]]:
         "turned.jpg": (encoded(noise(), "JPEG", exif=exif), "rotated by EXIF"),
         "glass.png": (encoded(glass, "PNG"), "transparent"),
         "moving.gif": (encoded(noise(), "GIF", save_all=True, append_images=[noise(1)]), "several frames"),
+        "negative.tif": (tiff(9, 9, 1, photometric=0), "white is zero"),
+        "thumbnail.tif": (encoded(noise(5, 9, 9), "TIFF", save_all=True, append_images=[noise(6)]), "several sizes"),
         "infrared.tif": (tiff(9, 9, 4, extra=2), "transparent"),
         "fourth.tif": (tiff(9, 9, 4, extra=0), "extra band"),
         "dot.png": (encoded(noise(height=1, width=1), "PNG"), "tiny"),
