@@ -1,6 +1,6 @@
-"""Count what a step at its real size asks of a GPU: python -m tests.rehearsal.count FILE CASES
+"""Count what a step at its real size asks of a GPU: python -m tests.rehearsal.count FILE CASE
 
-CASES is a JSON list of `Case`. FILE becomes the JSON list of their `Count`s. The process must have the environment of
+CASE is a `Case` and FILE becomes its `Count`, in JSON. The process must have the environment of
 `tests.rehearsal.build` with `null`: torch, its allocator, autograd, DDP and cuDNN's front end are real, and no kernel
 computes anything. So a step of 256 images of 224 pixels takes seconds and little memory, and its measures mean nothing.
 """
@@ -165,5 +165,4 @@ def _steps(case: Case, config: TrainConfig, plan: Plan, source: Any) -> Count:
 
 
 if __name__ == "__main__":
-    cases: Sequence[Case] = json.loads(sys.argv[2])
-    Path(sys.argv[1]).write_text(json.dumps([count(case) for case in cases]))
+    Path(sys.argv[1]).write_text(json.dumps(count(json.loads(sys.argv[2]))))

@@ -1,0 +1,56 @@
+"""Budgets of steps at their real size: launches, waits, collectives and memory may fall, and never rise.
+
+A change that lowers a number lowers its budget, and the table of docs/gpu.md.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.rehearsal import build
+
+PAGE = Path(__file__).parents[2] / "docs" / "gpu.md"
+# Recipe and processes: launches for the views, launches of a step, waits, copies, collectives, peak memory in GiB.
+BUDGETS: dict[tuple[str, int], tuple[int, int, int, int, int, float]] = {
+    ("cifar10_notebook", 1): (627, 902, 0, 10, 0, 1.58),
+    ("moco_v2_imagenet", 8): (664, 1430, 0, 13, 40, 2.01),
+    ("moco_v3_resnet50_imagenet_100", 16): (669, 3191, 0, 118, 343, 22.4),
+}
+
+
+def asked(recipe: str, processes: int, env: dict[str, str], file: Path) -> tuple[int, int, int, int, int, float]:
+    """Return what a step asks for, in the order of `BUDGETS`. A process per recipe: memory may stay allocated."""
+    case = {"recipe": f"{recipe} precision=bf16", "processes": processes}
+    command = [sys.executable, "-m", "tests.rehearsal.count", str(file), json.dumps(case)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    count: dict[str, Any] = json.loads(file.read_text())
+    batch, step = count["batch"], count["step"]
+    waits, memory = batch["waits"] + step["waits"], count["peak_bytes"] / 2**30
+    return batch["launches"], step["launches"], waits, step["copies"], step["collectives"], memory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.missing() != "", reason=build.missing())
+def test_steps_stay_within_their_budgets(tmp_path: Path) -> None:
+    env = build.environment(build.build(tmp_path), null=True)
+    found = {key: asked(*key, env, tmp_path / "count.json") for key in BUDGETS}
+    exceeded = {
+        key: {"found": numbers, "budget": BUDGETS[key]}
+        for key, numbers in found.items()
+        if any(number > limit for number, limit in zip(numbers, BUDGETS[key], strict=True))
+    }
+    assert exceeded == {}
+
+
+def test_the_page_has_the_budgets() -> None:
+    """docs/gpu.md: the last number of each cell is today's."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.read_text().splitlines()]
+    for (recipe, processes), budget in BUDGETS.items():
+        (row,) = (cells for cells in rows if cells[0] == f"`{recipe}`, {processes}")
+        assert [float(re.findall(r"[\d.]+", cell.replace(",", ""))[-1]) for cell in row[1:]] == list(budget)
