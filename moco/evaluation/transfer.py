@@ -17,7 +17,15 @@ from moco.distributed import on_rank_zero
 from moco.evaluation.subject import Subject, open_subject, weights_digest
 from moco.evaluation.transfer_data import MEASURES, check_names, is_fixed, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, Encoded
-from moco.evaluation.transfer_results import FOLDER, SetResults, read_results, result_file, show, write_results
+from moco.evaluation.transfer_results import (
+    FOLDER,
+    SetResults,
+    read_results,
+    result_file,
+    short_name,
+    show,
+    write_results,
+)
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, log_next
 from moco.runtime.device import compute_context
@@ -138,16 +146,16 @@ def _evaluate_set(
 def _write(file: Path, found: SetResults, candidate: Candidate, output: Path) -> None:
     """Write the data set's file, and add the result to results.json, which the report shows. For rank 0."""
     write_results(file, found)
-    encoder, result = candidate.subject.file, found.encoders[candidate.name]
+    encoder, result, name = candidate.subject.file, found.encoders[candidate.name], short_name(found.name)
     entry = {
         "command": "transfer",
-        "protocol": f"{found.mode}, {found.name}",
+        "protocol": f"{found.mode}, {name}",
         "encoder": candidate.name,
-        **{name: getattr(encoder, name) for name in ("layout", "backbone", "options", "step")},
+        **{each: getattr(encoder, each) for each in ("layout", "backbone", "options", "step")},
         "source": str(Path(encoder.source).expanduser().absolute()),
         "sha256": weights_digest(encoder, "backbone"),
         "look": asdict(candidate.subject.transform),
-        "data": {"name": found.name, "held_out": found.about["test"], "training": found.about["training"]},
+        "data": {"name": name, "held_out": found.about["test"], "training": found.about["training"]},
         "settings": found.settings,
         "figures": result["figures"],
     }

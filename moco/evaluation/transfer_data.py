@@ -137,7 +137,8 @@ def _open_named(name: str, config: TransferConfig, subject: Subject) -> Splits:
         download(name, config.root)
         parts = _parts(name, known, config.root)
     if any(known.draw):
-        parts = _draw(parts[0], *known.draw)
+        with naming_field("sets", name):  # a class with too few images: the copy is incomplete
+            parts = _draw(parts[0], *known.draw)
     validation = parts[1] if len(parts) == 3 else None
     return Splits(parts[0], validation, parts[-1], known.measure)
 

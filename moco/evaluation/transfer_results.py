@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from typing import Any
 
 from moco.config import ConfigError
 from moco.config.types import type_error
+from moco.data.transfer_sets import SETS
+from moco.evaluation.transfer_data import OF_FIELDS
 from moco.files import write_json
 from moco.runtime.console import percent, table
 from moco.untrusted import read_json
@@ -32,14 +35,18 @@ class SetResults:
         return [each for each, digest in digests.items() if self.encoders.get(each, {}).get("digest") != digest]
 
 
+def short_name(name: str) -> str:
+    """Return the name of a data set for a file: of a folder, its own name and a digest of its path."""
+    if name in (*SETS, OF_FIELDS):  # even if there is a folder of this name
+        return name
+    path = Path(name).absolute()
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', path.name)[:60]}_{digest}"
+
+
 def result_file(output: Path, name: str, mode: str) -> Path:
-    """Return the file of a data set; that of a folder has a digest of its absolute path in its name."""
-    short = name
-    if "/" in name or Path(name).is_dir():
-        path = Path(name).absolute()
-        digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        short = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', path.name)[:60]}_{digest}"
-    return output / FOLDER / f"{mode}_{short}.json"
+    """Return the file of a data set."""
+    return output / FOLDER / f"{mode}_{short_name(name)}.json"
 
 
 def read_results(file: Path, wanted: SetResults) -> tuple[SetResults, str]:

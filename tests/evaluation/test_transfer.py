@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from moco.evaluation.finetune import evaluate_finetune
 from moco.evaluation.logistic_regression import STRENGTHS
 from moco.evaluation.transfer_data import open_set
 from moco.evaluation.transfer_measures import class_mean_half_width
+from moco.evaluation.transfer_results import result_file
 from moco.interop.encoder_file import build
 from tests.data.test_transfer_sets import write_caltech, write_pets, write_voc
 from tests.evaluation.test_linear import encoder_file, write_images
@@ -94,6 +96,9 @@ def test_digits_and_folders_give_one_table_with_a_mean_and_scikit_learns_accurac
         ("transfer", "untrained"),
     ]
     assert entries[0]["protocol"] == "linear, data"
+    # A model card shows these; it must not show where a folder lies.
+    assert re.fullmatch(r"linear, images_[0-9a-f]{8}", entries[2]["protocol"])
+    assert entries[2]["data"]["name"] == entries[2]["protocol"].removeprefix("linear, ")
     assert entries[0]["figures"]["top1"] == found[0].encoders["pretrained"]["value"]
 
 
@@ -122,6 +127,12 @@ def test_caltech_draws_thirty_training_images_per_class(tmp_path: Path) -> None:
     settings.seed = 5  # the split is part of the data set
     again = open_set("caltech101", settings, subject)
     assert again.digest() == splits.digest()
+
+
+def test_an_incomplete_set_is_refused_by_its_name(tmp_path: Path) -> None:
+    write_caltech(tmp_path / "data", each=4)
+    with pytest.raises(ConfigError, match="sets=caltech101: the smallest class has 4 images, fewer than 30"):
+        run(config(tmp_path / "out", ["caltech101"], root=str(tmp_path / "data")))
 
 
 def test_voc_is_measured_by_the_mean_average_precision(tmp_path: Path) -> None:
@@ -228,6 +239,18 @@ def test_changed_settings_images_and_weights_are_evaluated_again_with_one_senten
     settings.images.resize = 20
     with pytest.warns(match="training images"):
         assert "pretrained has other weights, or another preparation of images" in run(settings)[1]
+
+
+def test_the_file_of_a_name_does_not_depend_on_folders_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "pets", "other"):
+        (tmp_path / name).mkdir()
+    assert result_file(tmp_path, "data", "linear").name == "linear_data.json"
+    assert result_file(tmp_path, "pets", "linear").name == "linear_pets.json"
+    assert re.fullmatch(r"linear_pets_[0-9a-f]{8}\.json", result_file(tmp_path, "./pets", "linear").name)
+    assert result_file(tmp_path, "other", "linear") == result_file(tmp_path, f"{tmp_path}/other/", "linear")
 
 
 def test_a_named_set_need_not_be_there_when_its_results_are(tmp_path: Path) -> None:
