@@ -26,11 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moco import plugins
-from moco.config import ConfigError, MethodConfig, config_dir, expand_paths, require
+from moco.config import ConfigError, MethodConfig, config_dir, expand_paths, flatten, require
 from moco.config.types import type_error
 from moco.methods import METHODS
 from moco.overrides import checked_files, keep_text
-from moco.runtime.next_command import quoted
+from moco.runtime.next_command import quoted, value_text
 from moco.runtime.stdio import exit_on_broken_pipe
 
 Schema = TypeVar("Schema")
@@ -53,6 +53,8 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
         with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
             register(name, schema, scratch)
             _refuse_options(sys.argv[1:], types)
+            if name == "train":
+                _refuse_replaced_values(sys.argv[1:])
             sys.argv = [sys.argv[0], *keep_text(sys.argv[1:], types)]
             # The command runs outside Hydra, which would print a traceback of its own for every error.
             run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
@@ -76,18 +78,48 @@ def _plugins_named(arguments: Sequence[str]) -> list[str]:
 
     A value of another form than a list of names is left to Hydra and the schema, which refuse it.
     """
-    values = {key.lstrip("+"): value for key, _, value in (each.partition("=") for each in arguments)}
+    values = _values(arguments)
     if "plugins" in values:
         with suppress(HydraException):
             return _names(OverridesParser.create().parse_override(f"plugins={values['plugins']}").value())
+    return _names(_option("experiment", values.get("experiment", ""), arguments).get("plugins"))
+
+
+def _refuse_replaced_values(arguments: Sequence[str]) -> None:
+    """Refuse a group of the command line of moco.train if the recipe has other values for its fields.
+
+    Hydra would mix both without a word: the recipe's values, and the others of the group.
+    """
+    values = _values(arguments)
+    recipe = values.get("experiment", "digits")  # the default in configs/train.yaml
+    own = _option("experiment", recipe, arguments)
+    for group in [each for each in values if isinstance(own.get(each), dict)]:
+        chosen, other = (flatten(each) for each in (_option(group, values[group], arguments), own[group]))
+        fields = [each for each in other if chosen.get(each, other[each]) != other[each]]
+        fields = [each for each in fields if f"{group}.{each}" not in values]
+        if fields:
+            of_group, of_recipe = (
+                " ".join(f"{group}.{each}={value_text(values_of[each])}" for each in fields)
+                for values_of in (chosen, other)
+            )
+            sentence = f"{group}={values[group]} has {of_group}, but the recipe {recipe} has {of_recipe}"
+            raise ConfigError(f"{sentence}: add the values that you want to the command")
+
+
+def _values(arguments: Sequence[str]) -> dict[str, str]:
+    return {key.lstrip("+"): value for key, _, value in (each.partition("=") for each in arguments)}
+
+
+def _option(group: str, name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what the file of a group's option holds, before Hydra reads it; {} if there is none, or no mapping."""
     folders = [get_args_parser().parse_known_args(list(arguments))[0].config_dir, config_dir()]
-    for folder in filter(None, folders):
-        file = Path(folder, "experiment", f"{values.get('experiment')}.yaml")
+    for file in (Path(folder, group, f"{name}.yaml") for folder in folders if folder):
         if file.is_file():
-            with suppress(yaml.YAMLError, UnicodeDecodeError, AttributeError):
-                return _names(yaml.safe_load(file.read_text(encoding="utf-8")).get("plugins"))
-            return []
-    return []
+            with suppress(yaml.YAMLError, UnicodeDecodeError):
+                content = yaml.safe_load(file.read_text(encoding="utf-8"))
+                return content if isinstance(content, dict) else {}
+            return {}
+    return {}
 
 
 def _names(value: Any) -> list[str]:

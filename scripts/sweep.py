@@ -110,7 +110,8 @@ def main(arguments: list[str]) -> int:
     print(f"sweep: {len(planned) - len(failed)} of {len(planned)} trials are finished in {arguments[0]}")
     show(list(planned))
     for run in failed:
-        print(f"sweep: {run} failed: run the same command again to retry", file=sys.stderr)
+        fix = "change its settings if they were refused, or run the same command again"
+        print(f"sweep: {run} failed: {fix}", file=sys.stderr)
     return int(bool(failed))
 
 

@@ -21,19 +21,22 @@ def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_dec
     """Return a parser of the flags that both official scripts have; the arguments are the defaults that differ."""
     description = f"Takes the flags of the official {script}, prints the equivalent command of moco, and runs it."
     flags = argparse.ArgumentParser(script, None, description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.set_defaults(script=script)
     flags.add_argument("data", metavar="DIR", help="the data set: DIR/train and DIR/val, one folder per class")
-    flags.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="fields of moco; they override the flags")
+    flags.add_argument(
+        "overrides", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of moco; they override the flags"
+    )
     flags.add_argument("-a", "--arch", default="resnet50", help="the backbone")
     flags.add_argument("-j", "--workers", type=int, default=32, help="loader processes of a node")
     flags.add_argument("--epochs", type=int, default=epochs)
-    flags.add_argument("--start-epoch", type=int, default=0, help="only 0: moco resumes by itself")
+    flags.add_argument("--start-epoch", type=int, default=0, help="only 0")
     flags.add_argument("-b", "--batch-size", type=int, default=256, help="images per step over all GPUs of a node")
     flags.add_argument("--lr", "--learning-rate", dest="lr", type=float, default=lr)
     flags.add_argument("--schedule", nargs="*", type=int, default=schedule, help="epochs at which lr is divided by 10")
     flags.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
     flags.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float, default=weight_decay)
     flags.add_argument("-p", "--print-freq", type=int, default=10, help="steps between two lines of the log")
-    flags.add_argument("--resume", default="", help="not supported: moco resumes by itself")
+    flags.add_argument("--resume", default="", help="not supported")
     flags.add_argument("--world-size", type=int, default=-1, help="nodes")
     flags.add_argument("--rank", type=int, default=-1, help="number of this node")
     flags.add_argument("--dist-url", default="", help="tcp://HOST:PORT of node 0")
@@ -43,6 +46,12 @@ def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_dec
     flags.add_argument("--multiprocessing-distributed", action="store_true", help="use all GPUs of the node")
     flags.add_argument("--print-command", action="store_true", help="print the command and end")
     return flags
+
+
+_RESUME = {
+    "main_moco.py": "moco resumes a run by itself: run the same command again. To start from weights: init_from=FILE",
+    "main_lincls.py": "moco.linear does not resume: without this flag, it trains the classifier from the start",
+}
 
 
 @dataclass(frozen=True)
@@ -62,9 +71,7 @@ def _launch(flags: argparse.Namespace) -> Launch:
     """
     if flags.resume or flags.start_epoch:
         flag = f"--resume {flags.resume}" if flags.resume else f"--start-epoch {flags.start_epoch}"
-        raise ValueError(
-            f"{flag}: moco resumes a run by itself: run the same command again. To start from weights: init_from=FILE"
-        )
+        raise ValueError(f"{flag}: {_RESUME[flags.script]}")
     distributed = flags.multiprocessing_distributed and flags.gpu is None
     per_node = max(1, torch.cuda.device_count()) if distributed else 1
     if distributed and not torch.cuda.device_count():
@@ -124,8 +131,9 @@ def main_moco_overrides(flags: argparse.Namespace, launched: Launch) -> list[str
     per_gpu, rest = divmod(flags.batch_size, launched.per_node)
     if rest:
         raise ValueError(f"--batch-size {flags.batch_size} must be a multiple of the node's GPUs, {launched.per_node}")
-    # With one process, BN groups have the 32 images of a GPU in the official recipe, which needs several GPUs.
-    alone = launched.per_node * launched.nodes == 1
+    # With one process, BN groups have the 32 images of a GPU in the official recipe, which needs several GPUs. Without
+    # a GPU here, the number of processes is unknown: the command is for another machine.
+    alone = launched.per_node * launched.nodes == 1 or not torch.cuda.device_count()
     schedule = (
         ["optim=sgd_cosine"] if flags.cos else ["optim=sgd_step", f"optim.milestones={flags.schedule}".replace(" ", "")]
     )
@@ -190,6 +198,7 @@ def main_lincls_overrides(flags: argparse.Namespace, launched: Launch) -> list[s
         f"official.lr={flags.lr}",
         f"official.milestones={flags.schedule}".replace(" ", ""),
         f"official.weight_decay={flags.weight_decay}",
+        f"data.workers={-(-flags.workers // launched.per_node)}",
         f"seed={flags.seed}",
     ]
 
@@ -200,7 +209,7 @@ def main(script: str, arguments: list[str]) -> int:
         "main_moco": (main_moco_parser(), main_moco_overrides, "moco.train"),
         "main_lincls": (main_lincls_parser(), main_lincls_overrides, "moco.linear"),
     }[script]
-    flags = parser.parse_args(arguments)
+    flags = parser.parse_intermixed_args(arguments)
     try:
         launched = _launch(flags)
         return _run(launched, module, overrides(flags, launched), flags)

@@ -71,6 +71,12 @@ def test_the_commands_do_not_import_torch() -> None:
         ("finetune", ["run=x", "fraction=2"], "fraction=2.0 must be above 0 and at most 1"),
         ("finetune", ["run=x", "learning_rate=2"], "there is no field 'learning_rate'"),
         ("finetune", ["run=x", "+view.flip_p=2", "lr=0"], "lr=0.0 must be above 0"),
+        (
+            "train",
+            ["experiment=moco_v2_small", "model=resnet50", "model.bn_group_size=32"],
+            "model=resnet50 has model.backbone=resnet50, but the recipe moco_v2_small has model.backbone=resnet18: add",
+        ),
+        ("train", ["optim=adamw_cosine"], "optim=adamw_cosine has optim.lr=0.00015 optim.base_batch=256 "),
         ("finetune", ["run=x", "data=cifar"], "there is no 'data/cifar'; did you mean 'cifar10'?"),
         ("linear", ["run=x", "protocol=moco_v4"], "there is no 'protocol/moco_v4'; did you mean 'moco_v2'?; "),
         ("search", ["index=out", "threshold=1.5"], "threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.97"),

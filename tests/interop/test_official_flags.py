@@ -80,6 +80,8 @@ def test_the_flags_of_main_lincls(capsys: pytest.CaptureFixture[str], tmp_path: 
         ("main_moco", "--world-size 2 --rank 2 --dist-url tcp://a:1 /data", "--rank 2"),
         ("main_moco", "-b 130 --multiprocessing-distributed /data", "--batch-size 130"),
         ("main_lincls", "/data", "--pretrained"),
+        ("main_lincls", "--resume a.pth --pretrained b.pth /data", "--resume a.pth: moco.linear does not resume"),
+        ("main_moco", "", "required: DIR\n"),
         ("main_lincls", "-e --pretrained a.pth /data", "--evaluate"),
     ],
 )
@@ -89,6 +91,19 @@ def test_refusals_name_the_flag(script: str, line: str, named: str, capsys: pyte
         main(script, line.split())
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def test_fields_may_stand_before_and_after_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    words = printed(capsys, "main_moco", "/data run=x -p 5 epochs=3 -j 6")
+    assert words[-2:] == ["run=x", "epochs=3"]
+    assert {"log_every=5", "data.workers=6"} <= set(words)
+    assert "data.workers=7" in printed(capsys, "main_lincls", "-j 7 --pretrained a.pth /data")
+
+
+def test_without_a_gpu_bn_groups_do_not_depend_on_the_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
+    nodes = "--multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://a:1 /data --print-command"
+    assert main("main_moco", nodes.split()) == 0
+    assert {"model.bn_group_size=32", "batch_size=512"} <= set(capsys.readouterr().out.split())
 
 
 def test_without_a_gpu_one_process_starts_and_it_is_said(capsys: pytest.CaptureFixture[str]) -> None:
