@@ -137,9 +137,9 @@ def _sentence(error: BaseException) -> str:
 def _naming_field(sentence: str, config: Any) -> str:
     """Put the name of a field before a sentence that begins with its path: code that opens files knows no fields."""
     for name, value in paths_of(config) if config else ():
-        path = str(Path(value))
-        if sentence.startswith((f"{path}/", f"{path}:", f"{path} ")):
-            return f"{name}={sentence}"
+        for path in (Path(value), Path(value).absolute()):
+            if sentence.startswith((f"{path}/", f"{path}:", f"{path} ")):
+                return f"{name}={sentence}"
     return sentence
 
 

@@ -58,11 +58,7 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
             sys.argv = [sys.argv[0], *keep_text(sys.argv[1:], types)]
             # The command runs outside Hydra, which would print a traceback of its own for every error.
             run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
-            try:
-                run(lambda config: composed.append(_with_recipe(config)))()
-            except TypeError as error:  # from Hydra for a list, data=[1,2]; it does not name the group
-                lists = [each for each in sys.argv[1:] if re.match(r"[\w/+@]+=\[", each)]
-                raise ConfigError(f"{' '.join(lists or sys.argv[1:])}: a group takes one name, group=NAME") from error
+            run(lambda config: composed.append(_with_recipe(config)))()
         if len(composed) > 1:
             _refuse_shared_output(composed, types)
         configs = [to_dataclass(each, schema) for each in composed]
@@ -142,8 +138,14 @@ def _with_recipe(config: DictConfig) -> DictConfig:
 
 
 def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
-    """Raise ConfigError for a field that is written as an option, --field, which argparse would refuse in 8 lines."""
+    """Raise ConfigError for a field written as an option, --field, or a list for a group, such as data=[].
+
+    argparse would refuse an option in eight lines. Hydra would refuse a list without its name, and ignore an empty one.
+    """
     for argument in arguments:
+        group, is_list, _ = argument.lstrip("+").partition("=[")
+        if is_list and Path(config_dir(), group).is_dir():
+            raise ConfigError(f"{argument}: a group takes one name, {group}=NAME")
         name = argument.lstrip("-").partition("=")[0].replace("-", "_")
         known = [each for each in types if name in (each, each.rpartition(".")[2])]
         if argument.startswith("--") and known and name not in ("run", "config_name", "config_dir"):

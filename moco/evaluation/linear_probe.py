@@ -119,7 +119,8 @@ def train_head(
         if (step + 1) % plan.steps_per_epoch == 0:
             mean_loss, accuracy = (mean_over_ranks(sums) / plan.steps_per_epoch).tolist()
             if not np.isfinite(mean_loss):
-                raise FloatingPointError(f"the probe's loss is {mean_loss} at step {step}: lower official.lr")
+                fix = f"lower official.lr={optim.lr:g} or official.weight_decay={optim.weight_decay:g}"
+                raise FloatingPointError(f"the probe's loss is {mean_loss} at step {step}: {fix}")
             epochs.append((mean_loss, 100 * accuracy))
             on_epoch(f"loss {mean_loss:.3f} · training accuracy {100 * accuracy:.1f} %")
             sums.zero_()

@@ -77,6 +77,9 @@ def test_the_commands_do_not_import_torch() -> None:
             "model=resnet50 has model.backbone=resnet50, but the recipe moco_v2_small has model.backbone=resnet18: add",
         ),
         ("train", ["optim=adamw_cosine"], "optim=adamw_cosine has optim.lr=0.00015 optim.base_batch=256 "),
+        ("finetune", ["run=x", "data=[]"], "data=[]: a group takes one name, data=NAME"),
+        ("train", ["method=[moco,simclr]"], "method=[moco,simclr]: a group takes one name, method=NAME"),
+        ("linear", ["run=x", "+protocol=[1,2]"], "+protocol=[1,2]: a group takes one name, protocol=NAME"),
         ("finetune", ["run=x", "data=cifar"], "there is no 'data/cifar'; did you mean 'cifar10'?"),
         ("linear", ["run=x", "protocol=moco_v4"], "there is no 'protocol/moco_v4'; did you mean 'moco_v2'?; "),
         ("search", ["index=out", "threshold=1.5"], "threshold=1.5 must be above -1 and at most 1, e.g. threshold=0.97"),
@@ -151,6 +154,14 @@ def test_an_error_that_begins_with_a_path_names_its_field(error: Exception, sent
     status, _, errors = run("search", *fields, main=lambda: run_command("search", SearchConfig, fails))
     assert status == 1
     assert errors.startswith(f"moco: {sentence} (")
+
+
+def test_an_error_with_an_absolute_path_names_the_field_of_a_relative_one(run: Run) -> None:
+    def fails(config: object) -> None:
+        raise OSError(36, "File name too long", str(Path("out").absolute()))
+
+    _, _, errors = run("search", "output=out", main=lambda: run_command("search", SearchConfig, fails))
+    assert errors.startswith(f"moco: output={Path('out').absolute()}: File name too long (")
 
 
 def test_a_preset_and_another_data_set_compose(run: Run) -> None:
