@@ -156,11 +156,12 @@ def choose(config: ChooseConfig) -> list[Point]:
     write_json(output / RESULTS, results)
     _report(points, agreement, len(images))
     log(f"results: {output / RESULTS}")
-    best = SubjectConfig(checkpoint=chosen(points, "rank_me").file, data=config.data)
     if points[0].accuracies:
-        log_next(command("moco.knn", best))
+        best = max(points, key=lambda point: point.accuracies["probe"])
+        log_next(command("moco.knn", SubjectConfig(checkpoint=best.file, data=config.data)), "best linear accuracy")
     else:
-        log_next(command("moco.embed", best, output=str(output / "features")))
+        by_rank = SubjectConfig(checkpoint=chosen(points, "rank_me").file, data=config.data)
+        log_next(command("moco.embed", by_rank, output=str(output / "features")), "best by RankMe")
     return points
 
 
@@ -188,11 +189,12 @@ def _checkpoints(run: str) -> list[Path]:
 def _refuse_no_choice(files: Mapping[str, Sequence[Path]]) -> None:
     """Refuse a single run with fewer than three checkpoints: the newest ones, which it always keeps, hardly differ."""
     run, paths = next(iter(files.items()))
-    require(
-        len(files) > 1 or len(paths) > 2,
-        f"runs: {run} has only {len(paths)} checkpoint{'s' * (len(paths) > 1)}, and a choice needs three: train with "
-        "checkpoint.keep_epochs=5, or name several runs",
-    )
+    if len(files) > 1 or len(paths) > 2:
+        return
+    has = f"{run} has only {len(paths)} checkpoint{'s' * (len(paths) > 1)}, and a choice needs three"
+    epochs = int(read_encoder(paths[-1]).config["epochs"])
+    fix = f"train again with checkpoint.keep_epochs={max(1, epochs // 5)}" if epochs > 2 else "train for more epochs"
+    raise ConfigError(f"runs: {has}: {fix}, or name several runs")
 
 
 def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseConfig) -> str:
