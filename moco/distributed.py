@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
@@ -27,6 +27,8 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.14: new name
 
 warnings.filterwarnings("ignore", "torch.distributed.nn.functional.all_reduce is deprecated", FutureWarning)
 
@@ -103,7 +105,7 @@ def gather(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     out = x.new_empty(world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous())
+    _all_gather(out, x.contiguous())
     return out
 
 
@@ -205,17 +207,45 @@ def broadcast_module(module: nn.Module) -> None:
             dist.broadcast(tensor.data, src=0)
 
 
-@torch.no_grad()
-def average_running_statistics(module: nn.Module) -> None:
-    """Average BN's running statistics over ranks, before they are used or saved.
+@contextmanager
+def averaged_running_statistics(module: nn.Module) -> Iterator[Tensor | None]:
+    """Replace BN's running statistics by their average over ranks, to use or save them, and restore them at the end.
 
     They follow a linear recurrence. So their average equals the statistics of a single process (the mean over the
-    groups), whenever it is taken.
+    groups), whenever it is taken. As each rank continues with its own, the moment has no effect, not even of rounding.
+
+    Yields:
+        The statistics of all ranks, one after the other, (W, total); None with one process.
     """
-    if world_size() > 1:
-        for name, buffer in module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.copy_(mean_over_ranks(buffer))
+    if world_size() == 1:
+        yield None
+        return
+    buffers = _running_statistics(module)
+    own = torch.cat([buffer.flatten() for buffer in buffers])  # (total,)
+    of_ranks = gather(own[None])  # (W, total)
+    _fill(buffers, of_ranks.mean(dim=0))
+    try:
+        yield of_ranks
+    finally:
+        _fill(buffers, own)
+
+
+def restore_running_statistics(module: nn.Module, of_ranks: Tensor | None) -> None:
+    """Restore this rank's statistics, from those of all ranks (W, total), if they come from as many processes."""
+    buffers = _running_statistics(module)
+    if of_ranks is not None and of_ranks.shape == (world_size(), sum(each.numel() for each in buffers)):
+        _fill(buffers, of_ranks[rank()])
+
+
+def _running_statistics(module: nn.Module) -> list[Tensor]:
+    return [buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))]
+
+
+@torch.no_grad()
+def _fill(buffers: Sequence[Tensor], values: Tensor) -> None:
+    """Copy values (total,) into the buffers, one after the other."""
+    for buffer, part in zip(buffers, values.split([each.numel() for each in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -82,6 +82,9 @@ def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
     given = f"optimizer={config.optimizer} with momentum={config.momentum}"
     possible = config.optimizer == "sgd" and config.momentum > 0
     require(not config.nesterov or possible, f"nesterov=true needs optimizer=sgd with momentum above 0, not {given}")
+    for name in ("mixup", "cutmix"):
+        alpha = getattr(config, name)
+        require(alpha == 0 or alpha >= 1e-3, f"{name}={alpha} must be 0 or at least 0.001")
     require_divisible(config.batch_size, processes, f"the {processes} processes")
 
 

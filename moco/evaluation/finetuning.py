@@ -205,6 +205,7 @@ def train(
         try:
             loss = train_step(forward, optimizer, images, target, lr, settings)
         except NonFiniteLoss as error:
-            fix = f"lower lr={settings.lr:g} or head_lr_factor, or increase warmup"
+            decay = max(group["weight_decay"] for group in optimizer.param_groups)
+            fix = f"lower lr={settings.lr:g}, head_lr_factor or weight_decay={decay:g}, or increase warmup"
             raise NonFiniteLoss(f"step {step + 1} of {plan.total_steps} has {error} at lr {lr:.3g}: {fix}") from error
         on_step(loss)

@@ -45,6 +45,7 @@ _SCHEMA: dict[str, Any] = {
     "seconds": float,  # of training
     "versions": Mapping,
     "world_size": int,
+    "statistics": Tensor,  # BN's running statistics of each of several ranks, whose average is in "method"
     "skipped": int,  # steps with a non-finite loss or gradient
     "precision": str,
     "data": {"length": int, "sha256": str},

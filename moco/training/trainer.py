@@ -29,12 +29,13 @@ from moco.data.plan import Plan
 from moco.data.unreadable import UnreadableImages
 from moco.distributed import (
     DelayedMaxOverRanks,
-    average_running_statistics,
+    averaged_running_statistics,
     broadcast_module,
     is_rank_zero,
     max_over_ranks,
     on_rank_zero,
     rank,
+    restore_running_statistics,
     world_size,
 )
 from moco.interop.encoder_file import save_encoder, with_bits
@@ -132,7 +133,8 @@ class Trainer:
         self.profile: Profile | None = None
 
         # Training, its checks, and its evaluations.
-        self.forward = build.distribute(config, self.method, device)
+        self.forward = build.distribute(config, self.method, device)  # DDP copies rank 0's buffers to all ranks
+        restore_running_statistics(self.method, state.get("statistics"))
         self.guard = self._build_guard(state.get("skipped", 0))
         self.monitor = build.make_monitor(config, self.method, self.sources.train.labels, device, self.precision)
         self.unreadable: UnreadableImages | None = None
@@ -186,10 +188,10 @@ class Trainer:
         announce(self)
         if self.start < self.plan.total_steps:
             self._train()
-        if is_rank_zero():
-            backbone = self.method.encoder.get_submodule("backbone")
+        with averaged_running_statistics(self.method):
+            backbone, file = self.method.encoder.get_submodule("backbone"), self.path / "encoder.safetensors"
             config = with_bits(asdict(self.config), self.sources.train.pixel_format.bits)
-            save_encoder(self.path / "encoder.safetensors", backbone, config, self.plan.total_steps)
+            on_rank_zero(lambda: save_encoder(file, backbone, config, self.plan.total_steps))
         summarize(self)
         if self.lock is not None:
             self.lock.close()
@@ -298,8 +300,9 @@ class Trainer:
         """Save a checkpoint after `done` steps; see `moco.runs.checkpoint.save`."""
         self.guard.check_pending()
         self._synchronize_unreadable()
-        average_running_statistics(self.method)
-        on_rank_zero(lambda: self.saver.save(done, self._state(done), keep, best))
+        with averaged_running_statistics(self.method) as of_ranks:
+            statistics = {} if of_ranks is None else {"statistics": of_ranks}
+            on_rank_zero(lambda: self.saver.save(done, self._state(done) | statistics, keep, best))
         self.schedule.saved()
 
     def _state(self, done: int) -> checkpoint.Checkpoint:
@@ -363,9 +366,8 @@ class Trainer:
     def _evaluate(self, done: int) -> None:
         """Evaluate the encoder after `done` steps."""
         self.guard.check_pending()
-        average_running_statistics(self.method)
         fix = f"set a smaller evaluate.batch_size={self.config.evaluate.batch_size} or evaluate.bank_size"
-        with explain_out_of_memory(self.device, fix):
+        with explain_out_of_memory(self.device, fix), averaged_running_statistics(self.method):
             results, line = self.live.evaluate(done)
         self._record(done, results)
         self.display.log(line)

@@ -21,7 +21,7 @@ from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import (
     all_gather_object,
-    average_running_statistics,
+    averaged_running_statistics,
     broadcast_module,
     gather,
     gather_with_gradient,
@@ -30,6 +30,7 @@ from moco.distributed import (
     on_rank_zero,
     permute,
     rank,
+    restore_running_statistics,
     sum_over_ranks,
     world_size,
 )
@@ -54,7 +55,10 @@ def collectives(batch: int) -> dict[str, Any]:
     assert x.grad is not None
     layer = nn.BatchNorm1d(2)
     layer.running_mean.fill_(rank())  # type: ignore[union-attr]
-    average_running_statistics(layer)
+    with averaged_running_statistics(layer) as of_ranks:
+        averaged = layer.running_mean.tolist()  # type: ignore[union-attr]
+    restored = layer.running_mean.tolist()  # type: ignore[union-attr]
+    restore_running_statistics(layer, None if of_ranks is None else of_ranks.flip(0))
     weights = nn.Linear(2, 2)
     nn.init.constant_(weights.weight, rank() + 5.0)
     broadcast_module(weights)
@@ -76,7 +80,7 @@ def collectives(batch: int) -> dict[str, Any]:
         "mine": mine,
         "sum_gradient": x.grad,
         "mean": mean_over_ranks(torch.tensor(float(rank()))),
-        "running_mean": layer.running_mean,
+        "running_mean": {"averaged": averaged, "restored": restored, "from_ranks": layer.running_mean.tolist()},  # type: ignore[union-attr]
         "weight": weights.weight.detach(),
         "sync_out": normalized.detach(),
         "sync_gradient": images.grad,
@@ -223,7 +227,7 @@ def test_collectives(four: list[Found]) -> None:
         assert torch.equal(result["back"], result["mine"])
         assert torch.equal(result["sum_gradient"], torch.full((3,), 1.0 + 2 + 3 + 4))  # every rank's loss sees x
         assert result["mean"] == 1.5
-        assert torch.equal(result["running_mean"], torch.full((2,), 1.5))
+        assert result["running_mean"] == {"averaged": [1.5] * 2, "restored": [r] * 2, "from_ranks": [3 - r] * 2}
         assert torch.equal(result["weight"], torch.full((2, 2), 5.0))
         assert result["main"] == 0
         assert result["failure"] == "not a directory"  # on every rank, so that none is left waiting

@@ -13,8 +13,9 @@ from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.data.view import View
-from moco.distributed import average_running_statistics, broadcast_module, gather, rank, world_size, wrap_ddp
+from moco.distributed import averaged_running_statistics, broadcast_module, gather, rank, world_size, wrap_ddp
 from moco.models.encoder import build_encoder
+from moco.runs.checkpoint import copy_to_host
 from moco.training.build import set_batch_norm_calls
 from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
@@ -66,8 +67,9 @@ def trajectory(symmetric: bool, accumulate: int, bn: str, shuffle: bool, channel
         measures = train_step(method, forward, optimizer, scaler, batch, shuffles, settings)
         losses.append(measures["loss"].item())
         gradients.append({name: p.grad.clone() for name, p in method.encoder.named_parameters() if p.grad is not None})
-    average_running_statistics(method)
-    return {"views": seen, "losses": losses, "gradients": gradients, "method": method.state_dict()}
+    with averaged_running_statistics(method):
+        state = copy_to_host(method.state_dict())
+    return {"views": seen, "losses": losses, "gradients": gradients, "method": state}
 
 
 SCENARIOS: dict[str, tuple[Any, ...]] = {  # symmetric, accumulate, bn, shuffle, channels if not 3

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from moco.builder import KeyQueue
 from moco.data.loader import Batch
-from moco.distributed import average_running_statistics, broadcast_module, rank, world_size, wrap_ddp
+from moco.distributed import averaged_running_statistics, broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.densecl import DenseCL
 from moco.methods.distill import Distill
 from moco.methods.nnclr import NNCLR
@@ -18,6 +18,7 @@ from moco.methods.ressl import ReSSL
 from moco.models.dense import build_dense_encoder
 from moco.models.encoder import build_encoder, build_predictor
 from moco.models.norm import BatchNormKind
+from moco.runs.checkpoint import copy_to_host
 from moco.training.build import set_batch_norm_calls
 from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
@@ -96,8 +97,9 @@ def trajectory(name: str, bn: BatchNormKind, accumulate: int) -> dict[str, Any]:
         settings = StepSettings(0.01, 0.9, accumulate)
         measures.append(train_step(method, forward, optimizer, scaler, Batch(index, views, places), orders, settings))
         gradients.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
-    average_running_statistics(method)
-    return {"measures": measures, "gradients": gradients, "state": method.state_dict()}
+    with averaged_running_statistics(method):
+        state = copy_to_host(method.state_dict())
+    return {"measures": measures, "gradients": gradients, "state": state}
 
 
 def everything() -> dict[str, dict[str, dict[str, Any]]]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from moco.data.loader import Batch
-from moco.distributed import average_running_statistics, broadcast_module, rank, world_size, wrap_ddp
+from moco.distributed import averaged_running_statistics, broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.moco_v3 import MoCoV3
 from moco.models.encoder import build_encoder, build_predictor
+from moco.runs.checkpoint import copy_to_host
 from moco.training.build import set_batch_norm_calls
 from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
@@ -59,8 +60,9 @@ def trajectory(bn: Any, accumulate: int, shuffle: bool) -> dict[str, Any]:
         keys.append(method.seen)
         losses.append({name: value.item() for name, value in measures.items()})
         gradients.append({name: p.grad.clone() for name, p in method.named_parameters() if p.grad is not None})
-    average_running_statistics(method)
-    return {"keys": keys, "losses": losses, "gradients": gradients, "method": method.state_dict()}
+    with averaged_running_statistics(method):
+        state = copy_to_host(method.state_dict())
+    return {"keys": keys, "losses": losses, "gradients": gradients, "method": state}
 
 
 SCENARIOS: dict[str, tuple[str, int, bool]] = {  # bn, accumulate, shuffle
