@@ -208,24 +208,24 @@ def broadcast_module(module: nn.Module) -> None:
 
 
 @contextmanager
-def averaged_running_statistics(module: nn.Module) -> Iterator[Tensor | None]:
+def averaged_running_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Replace BN's running statistics by their average over ranks, to use or save them, and restore them at the end.
 
     They follow a linear recurrence. So their average equals the statistics of a single process (the mean over the
     groups), whenever it is taken. As each rank continues with its own, the moment has no effect, not even of rounding.
 
     Yields:
-        The statistics of all ranks, one after the other, (W, total); None with one process.
+        For a checkpoint, {"statistics": those of each rank, one after the other, (W, total)}; {} with one process.
     """
     if world_size() == 1:
-        yield None
+        yield {}
         return
     buffers = _running_statistics(module)
     own = torch.cat([buffer.flatten() for buffer in buffers])  # (total,)
     of_ranks = gather(own[None])  # (W, total)
     _fill(buffers, of_ranks.mean(dim=0))
     try:
-        yield of_ranks
+        yield {"statistics": of_ranks}
     finally:
         _fill(buffers, own)
 

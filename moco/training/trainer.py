@@ -300,8 +300,7 @@ class Trainer:
         """Save a checkpoint after `done` steps; see `moco.runs.checkpoint.save`."""
         self.guard.check_pending()
         self._synchronize_unreadable()
-        with averaged_running_statistics(self.method) as of_ranks:
-            statistics = {} if of_ranks is None else {"statistics": of_ranks}
+        with averaged_running_statistics(self.method) as statistics:
             on_rank_zero(lambda: self.saver.save(done, self._state(done) | statistics, keep, best))
         self.schedule.saved()
 

@@ -55,9 +55,10 @@ def collectives(batch: int) -> dict[str, Any]:
     assert x.grad is not None
     layer = nn.BatchNorm1d(2)
     layer.running_mean.fill_(rank())  # type: ignore[union-attr]
-    with averaged_running_statistics(layer) as of_ranks:
+    with averaged_running_statistics(layer) as statistics:
         averaged = layer.running_mean.tolist()  # type: ignore[union-attr]
     restored = layer.running_mean.tolist()  # type: ignore[union-attr]
+    of_ranks = statistics.get("statistics")
     restore_running_statistics(layer, None if of_ranks is None else of_ranks.flip(0))
     weights = nn.Linear(2, 2)
     nn.init.constant_(weights.weight, rank() + 5.0)
