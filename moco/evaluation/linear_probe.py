@@ -68,6 +68,9 @@ def new_head(width: int, classes: int, std: float, seed: int) -> nn.Linear:
     return head
 
 
+_LOWER = "lower official.lr or official.weight_decay"
+
+
 def train_head(
     backbone: nn.Module,
     head: nn.Linear,
@@ -119,8 +122,7 @@ def train_head(
         if (step + 1) % plan.steps_per_epoch == 0:
             mean_loss, accuracy = (mean_over_ranks(sums) / plan.steps_per_epoch).tolist()
             if not np.isfinite(mean_loss):
-                fix = f"lower official.lr={optim.lr:g} or official.weight_decay={optim.weight_decay:g}"
-                raise FloatingPointError(f"the probe's loss is {mean_loss} at step {step}: {fix}")
+                raise FloatingPointError(f"the probe's loss is {mean_loss} at step {step}: {_LOWER}")
             epochs.append((mean_loss, 100 * accuracy))
             on_epoch(f"loss {mean_loss:.3f} · training accuracy {100 * accuracy:.1f} %")
             sums.zero_()
