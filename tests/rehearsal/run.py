@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moco.composition import register
 from moco.config import TrainConfig, config_dir
 from moco.data.loader import Batch
-from moco.distributed import average_running_statistics
+from moco.distributed import averaged_running_statistics
 from moco.interop.encoder_file import save_encoder
 from moco.methods.build import encoder_of
 from moco.training import throughput
@@ -111,8 +111,9 @@ def train(job: Job, folder: Path) -> Record:
             if soft is not None:
                 soft.step = done
             if done == STEPS:
-                average_running_statistics(self.method)
-                record["state"] = {name: value.cpu() for name, value in self.method.state_dict().items()}
+                with averaged_running_statistics(self.method):
+                    state = self.method.state_dict()
+                    record["state"] = {name: value.detach().to("cpu", copy=True) for name, value in state.items()}
                 raise _Done
 
     settings = [*SETTINGS, f"run={folder}/run", f"device={job['device']}"]
