@@ -323,8 +323,7 @@ class Trainer:
 
     def _training_state(self) -> checkpoint.Checkpoint:
         method, optimizer = self.method.state_dict(), self.optimizer.state_dict()
-        state = {"config": asdict(self.config), "method": method, "optimizer": optimizer}
-        return state | self.live.probe_state()
+        return {"config": asdict(self.config), "method": method, "optimizer": optimizer} | self.live.probe_state()
 
     # ---- stopping before the end
 
