@@ -60,6 +60,7 @@ EXTRAS = {
     "parquet": "pyarrow",
     "tiff": "tifffile imagecodecs",
     "umap": "umap-learn",
+    "video": "av",
     "wandb": "wandb",
     "webdataset": "webdataset",
 }

@@ -30,5 +30,5 @@ def check_check_data(config: CheckDataConfig) -> None:
     name = config.data.name
     require(name != "shards", "data.name=shards: to check and repair shards, run moco.pack again with the same fields")
     # The other data sets are arrays with checksums of their own.
-    require(name in ("folder", "imagenet"), f"data.name={name!r} must be one of folder, imagenet")
+    require(name in ("folder", "imagenet", "video"), f"data.name={name!r} must be one of folder, imagenet, video")
     check_data_fields(config.data)

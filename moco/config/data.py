@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from moco.config.base import bounded, require
 
 Schema = TypeVar("Schema")
+FOLDERS = ("folder", "video")  # data sets of files below data.root, whose labels are those of their folders or a table
 
 
 @dataclass
@@ -15,29 +16,35 @@ class SourceConfig:
     """Which data set to open. Every command that reads images has these fields."""
 
     name: str = "digits"
-    """The data set: digits, cifar10, cifar100, stl10, imagenet, folder, shards, huggingface or webdataset (webdataset
-    works with moco.train only)."""
+    """The data set: digits, cifar10, cifar100, stl10, imagenet, folder, video, shards, huggingface or webdataset
+    (webdataset works with moco.train only)."""
     root: str = bounded("data", path=True)
-    """The folder that holds the data set, or into which it is downloaded. For `folder`: the folder of images. For
-    `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or a folder. For `webdataset`: paths or
-    URLs of tar files, in which {000000..000099} expands to 100 numbers."""
+    """The folder that holds the data set, or into which it is downloaded. For `folder`: the folder of images, for
+    `video` that of video files. For `shards`: the output of moco.pack. For `huggingface`: a name on the hub, or a
+    folder. For `webdataset`: paths or URLs of tar files, in which {000000..000099} expands to 100 numbers."""
     download: bool = False
     """Download CIFAR or STL-10 into root if it is not there."""
+    frame_interval: float = bounded(1.0, ge=0, le=86_400, example="data.frame_interval=0.5")
+    """For `video`: each file gives at most one image per this many seconds, the first frame of each interval, counted
+    from the first frame of the file; 0: every frame."""
     labels: str = bounded("none", choices=("none", "folder"))
-    """For `folder`: none, or folder (the first-level folder names are the classes)."""
+    """For `folder` and `video`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = bounded("", path=True)
-    """For `folder` with labels: a folder of held-out images, with class folders as in root; some may be missing."""
+    """For `folder` and `video` with labels: a folder of held-out images, with class folders as in root; some may be
+    missing."""
     more_roots: list[str] = bounded([], path=True, unique=True, example="'data.more_roots=[IMAGES]'")
-    """For `folder`: further folders of images, used together with root. With labels=folder each has class folders. The
-    names of images then begin with the number of their folder: 0 for root, 1 for the first of these."""
+    """For `folder` and `video`: further folders, used together with root. With labels=folder each has class folders.
+    The names of images then begin with the number of their folder: 0 for root, 1 for the first of these."""
     label_file: str = bounded("", path=True)
-    """For `folder`: a CSV or Parquet file with the columns path (relative to root), label (a text or a whole number)
-    and, optionally, split. It must have one row for each image. Replaces `labels` and `eval_root`."""
+    """For `folder` and `video`: a CSV or Parquet file with the columns path (relative to root), label (a text or a
+    whole number) and, optionally, split. It must have one row for each image or video file. Replaces `labels` and
+    `eval_root`."""
     label_separator: str = bounded("", max_length=8, example="'data.label_separator=\";\"'")
     """For label_file: the text between the labels of an image that has several, such as ; or |. An image without labels
     then has none of the classes. Empty: one label per image, or the column label of a Parquet file holds lists."""
     resident: bool = False
-    """For `folder`, `imagenet`, `shards`, `huggingface`: keep all images decoded in memory. They must have one size."""
+    """For `folder`, `imagenet`, `video`, `shards`, `huggingface`: keep all images decoded in memory. They must have
+    one size."""
     bits: int | None = bounded(None, ge=8, le=16)
     """For images with 16 bits per channel and dtype=uint8: how many of them are used (12: 0 ... 4095 becomes black ...
     white). Null: the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 images from all parts of the data set;
@@ -80,9 +87,9 @@ class DataConfig(SourceConfig):
     shuffle_buffer: int = bounded(1000, ge=1)
     """For `webdataset`: images that each loader process holds in memory, still encoded, to shuffle their order."""
     weights: list[float] = bounded([], gt=0, le=100, example="'data.weights=[1,3]'")
-    """For `folder`: how often an epoch draws each image of root and of each of more_roots. With [1,3] it draws an image
-    of the second folder three times, with different views each time; with [1,0.5] half of the images of the second
-    folder, a new random half in each epoch. Empty: each image once."""
+    """For `folder` and `video`: how often an epoch draws each image of root and of each of more_roots. With [1,3] it
+    draws an image of the second folder three times, with different views each time; with [1,0.5] half of the images of
+    the second folder, a new random half in each epoch. Empty: each image once."""
     allow_pipe: bool = False
     """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))
@@ -115,7 +122,8 @@ class SubjectDataConfig(SourceConfig):
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
     """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. Images with
-    the same content stay on one side. Data whose labels the encoder was trained with cannot be split in this way."""
+    the same content stay on one side, and so do the frames of a video. Data whose labels the encoder was trained with
+    cannot be split in this way."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""
@@ -178,16 +186,18 @@ def check_data_fields(data: DataConfig) -> None:
     )
     error = f"data.label_separator={data.label_separator!r} separates the labels in data.label_file: set both or none"
     require(bool(data.label_file) or not data.label_separator, error)
-    error = f"data.eval_root={data.eval_root!r} works with data.name=folder only, not with {data.name}: remove it"
-    require(not data.eval_root or data.name == "folder", error)
+    only = f"works with data.name=folder or video only, not with {data.name}: remove it"
+    require(not data.eval_root or data.name in FOLDERS, f"data.eval_root={data.eval_root!r} {only}")
     _check_roots(data)
+    problem = f"data.frame_interval={data.frame_interval:g} works with data.name=video only, not with {data.name}"
+    require(data.frame_interval == DataConfig.frame_interval or data.name == "video", f"{problem}: remove it")
     embedded = data.name == "digits" and data.labels != "none"
     require(
         not embedded, f"data.labels={data.labels} has no effect on the embedded digits: set data=folder or remove it"
     )
     if data.label_file:
         problem = f"data.label_file={data.label_file!r}"
-        require(data.name == "folder", f"{problem} works with data.name=folder only, not with {data.name}: remove it")
+        require(data.name in FOLDERS, f"{problem} {only}")
         require(data.labels == "none", f"{problem} replaces data.labels={data.labels}: set only one of them")
         error = f"{problem} replaces data.eval_root={data.eval_root!r}: leave that empty, and add a column split"
         require(not data.eval_root, error)
@@ -197,8 +207,8 @@ def _check_roots(data: DataConfig) -> None:
     """Raise ConfigError if data.more_roots or data.weights do not fit the other fields."""
     folders = 1 + len(data.more_roots)
     for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
-        error = f"data.{name}={values} works with data.name=folder only, not with {data.name}: remove it"
-        require(not values or data.name == "folder", error)
+        error = f"data.{name}={values} works with data.name=folder or video only, not with {data.name}: remove it"
+        require(not values or data.name in FOLDERS, error)
     error = f"data.weights={data.weights} must hold {folders} numbers, for data.root and each of data.more_roots"
     require(len(data.weights) in (0, folders), error)
     for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):

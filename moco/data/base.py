@@ -173,13 +173,15 @@ def classes_of(source: Source, i: int) -> list[int] | None:
     return None if source.labels is None else [int(source.labels[i])]
 
 
-def in_threads(read: Callable[[int], T], rows: Sequence[int], progress: Progress | None = None) -> list[T]:
+def in_threads(
+    read: Callable[[int], T], rows: Sequence[int], progress: Progress | None = None, at_once: int = 64
+) -> list[T]:
     """Call `read` for every row, in threads, because decoders release the interpreter lock; return the results.
 
-    `progress` is called with (done, total). The first error cancels the rest.
+    A thread gets `at_once` rows at a time. `progress` is called with (done, total). The first error cancels the rest.
     """
     results: list[T] = []
-    parts = (rows[start : start + 64] for start in range(0, len(rows), 64))
+    parts = (rows[start : start + at_once] for start in range(0, len(rows), at_once))
     with ThreadPoolExecutor() as pool:
         for part in pool.map(lambda part: [read(row) for row in part], parts):
             results += part

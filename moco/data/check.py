@@ -1,4 +1,4 @@
-"""Find everything that is wrong with a folder of images before a run: decode every file, count and report the faults.
+"""Find everything that is wrong with a folder of images or videos before a run: decode all, and report the faults.
 
 Legend: N images, of the training folder and then of the held-out folder.
 """
@@ -18,23 +18,25 @@ from numpy.typing import NDArray
 from moco.config import DataConfig
 from moco.config.base import require_file
 from moco.config.check_data import CheckDataConfig
-from moco.config.data import SourceConfig
+from moco.config.data import FOLDERS, SourceConfig
 from moco.config.recommended import BUDGET, FEW_IMAGES, recipe_for
 from moco.config.subject import SubjectConfig
 from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
-from moco.data.image_facts import ODDITIES, ImageFacts, Moments, image_facts
+from moco.data.image_facts import ODDITIES, ImageFacts, Moments, frame_facts, image_facts
 from moco.data.label_table import label_facts, show_labels
 from moco.data.opening import class_counts, opening_lines
 from moco.data.pixel_format import RGB
 from moco.data.sources import load_source
-from moco.data.walk import OTHER_IMAGE_ENDINGS
+from moco.data.video import VideoSource
+from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
 from moco.data.workers import TASK, LoaderError, count_processes, in_order
 from moco.files import write_errors, write_json
 from moco.runtime.console import log, progress_bar, table
 from moco.runtime.next_command import command, given_fields
 from moco.runtime.provenance import provenance
 
+Checked = FolderSource | VideoSource
 _FOLDER = "unreadable folder"
 _FOLDER_FAULTS = FAULTS | {_FOLDER: "the folder cannot be listed: its images are missing in this report"}
 
@@ -76,7 +78,7 @@ def check_data(config: CheckDataConfig) -> None:
     data, output = config.data, Path(config.output)
     require_file("output", output, "check_data.json")
     sources = load_source(replace(data, resident=False), keep_unlistable=True)
-    folders = [cast(FolderSource, each) for each in (sources.train, sources.held_out) if each is not None]
+    folders = [cast(Checked, each) for each in (sources.train, sources.held_out) if each is not None]
     for line in opening_lines(sources):
         log(line)
     total = sum(len(folder) for folder in folders)
@@ -93,7 +95,7 @@ def check_data(config: CheckDataConfig) -> None:
                     "data.workers",
                 )
                 for i, facts in enumerate(checked):
-                    findings.add(row, folder.path(i), facts)
+                    findings.add(row, _path(folder, i), facts)
                     row += 1
                     progress(row, total)
             except LoaderError as error:
@@ -101,10 +103,11 @@ def check_data(config: CheckDataConfig) -> None:
                 first, last = row - start, min(row - start + in_progress, len(folder)) - 1
                 names = f"{folder.name(first)} ... {folder.name(last)}"
                 raise LoaderError(f"{error}; the image is one of {names}") from error
-            for path, reason in folder.unlistable.items():
-                findings.note(_FOLDER, str(Path(folder.root, path)), reason)
-            for path, target in folder.broken.items():
-                findings.note("broken link", str(Path(folder.root, path)), f"a link to {target}, ignored")
+            files = _files(folder)
+            for path, reason in files.unlistable.items():
+                findings.note(_FOLDER, str(Path(files.root, path)), reason)
+            for path, target in files.broken.items():
+                findings.note("broken link", str(Path(files.root, path)), f"a link to {target}, ignored")
     report = describe(config, folders, findings)
     with write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,7 @@ def check_data(config: CheckDataConfig) -> None:
     show(report, output)
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
-    if data.name == "folder":
+    if data.name in FOLDERS:
         drawn = sum(count for _, count in folders[0].draws) or len(folders[0])
         for line in suggest(data, len(folders[0]), config.budget, report["stats"], drawn):
             log(line)
@@ -124,7 +127,7 @@ def suggest(
     """Return the command that trains on a folder; for few images, one that uses published weights instead.
 
     Args:
-        data: the folder.
+        data: the folder; the frames of videos are packed first.
         images: the number of training images.
         budget: epochs times images per epoch.
         stats: mean and std of each channel, which the command then contains.
@@ -141,8 +144,11 @@ def suggest(
         known = {f"data.{each.name}" for each in fields(SourceConfig)}  # an evaluation has no other fields
         images_of = {name: value for name, value in given.items() if name in known}
         images_of |= {"on_bad_image": "skip"} if data.on_bad_image == "replace" else {}
-        published = {"checkpoint": "FILE", "backbone": "resnet18", "data": "folder", **images_of}
+        published = {"checkpoint": "FILE", "backbone": "resnet18", "data": data.name, **images_of}
         return [few, f"next: {command('moco.embed', SubjectConfig(), **published, output='runs/published')}"]
+    if data.name == "video":
+        packing = command("moco.pack", SubjectConfig(), data=data.name, **given, output="packed", short_side=256)
+        return [f"next: {packing}", "training reads single frames from videos slowly, and from these shards fast"]
     recipe = recipe_for(drawn, budget)
     if not recipe:
         return [f"{images} images are fewer than one batch of a recipe: add images"]
@@ -158,8 +164,19 @@ def suggest(
     return [f"next: {training}", time]
 
 
-def _facts(folder: FolderSource, stats: bool, i: int) -> ImageFacts:
+def _facts(folder: Checked, stats: bool, i: int) -> ImageFacts:
+    if isinstance(folder, VideoSource):
+        return frame_facts(folder, i, stats)
     return image_facts(folder.path(i), folder.pixel_format, stats)
+
+
+def _files(folder: Checked) -> FolderSource:
+    return folder.files if isinstance(folder, VideoSource) else folder
+
+
+def _path(folder: Checked, i: int) -> str:
+    """Return the path of image i; of a frame that of its video, with the time."""
+    return folder.name_with_path(i) if isinstance(folder, VideoSource) else folder.path(i)
 
 
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
@@ -193,7 +210,7 @@ def _share(unreadable: int, sizes: NDArray[np.int32]) -> float:
     return min(0.99, math.ceil(100 * unreadable / len(sizes)) / 100)
 
 
-def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings: Findings) -> dict[str, Any]:
+def describe(config: CheckDataConfig, folders: Sequence[Checked], findings: Findings) -> dict[str, Any]:
     """Return the report, of plain types."""
 
     def described(kinds: dict[str, str]) -> dict[str, Any]:
@@ -204,7 +221,7 @@ def describe(config: CheckDataConfig, folders: Sequence[FolderSource], findings:
         }
 
     splits = dict(zip(("training", "held_out"), folders, strict=False))
-    ignored = sum((Counter(folder.ignored) for folder in folders), Counter[str]())
+    ignored = sum((Counter(folder.left_out()) for folder in folders), Counter[str]())
     return {
         "provenance": provenance(),
         "data": asdict(config.data),
@@ -232,7 +249,7 @@ def stats_of(findings: Findings) -> dict[str, list[float]]:
     return {name: [float(f"{x:.6g}") for x in values] for name, values in (("mean", found.mean), ("std", found.std))}
 
 
-def duplicates(folders: Sequence[FolderSource], findings: Findings) -> dict[str, Any]:
+def duplicates(folders: Sequence[Checked], findings: Findings) -> dict[str, Any]:
     """Find files with the same bytes: their groups, the number of copies, and held-out images in the training set."""
     rows = np.flatnonzero(findings.sizes[:, 0])
     _, group, count = np.unique(findings.digests[rows].view("S16"), return_inverse=True, return_counts=True)
@@ -245,7 +262,7 @@ def duplicates(folders: Sequence[FolderSource], findings: Findings) -> dict[str,
     in_training = np.repeat(rows[starts] < train, np.diff(starts, append=len(rows)))
 
     def path(row: int) -> str:
-        return folders[0].path(row) if row < train else folders[1].path(row - train)
+        return _path(folders[0], row) if row < train else _path(folders[1], row - train)
 
     groups = np.split(rows, starts[1:]) if len(rows) else []
     return {
@@ -281,12 +298,13 @@ def show(report: dict[str, Any], output: Path) -> None:
     copies = report["duplicates"]
     if copies["count"]:
         names = " = ".join(Path(path).name for path in copies["groups"][0][:2])
-        rows.append(["duplicates", f"{copies['count']:,}", names, "the same bytes as an earlier file"])
+        rows.append(["duplicates", f"{copies['count']:,}", names, "the same content as an earlier image"])
     if leaked := copies["held_out_in_training"]:
         alarming.add(len(rows))
         rows.append(["leaked", f"{leaked:,}", "", "held-out images that are training images too"])
     for kind, count in report["ignored"].items():
-        meaning = "to use them, convert them to JPEG or PNG" if kind in OTHER_IMAGE_ENDINGS else "not an image"
+        meaning = "to use them, convert them to JPEG or PNG" if kind in OTHER_IMAGE_ENDINGS else "not used"
+        meaning = "data=video uses the frames of videos" if kind in VIDEO_ENDINGS else meaning
         rows.append([f"ignored: {kind}", f"{count:,}", "", meaning])
     rows += [[form, f"{count:,}", "", "readable"] for form, count in report["formats"].items()]
     for side in ("width", "height") if report["sizes"] else ():
@@ -295,6 +313,6 @@ def show(report: dict[str, Any], output: Path) -> None:
     splits = [f"{count:,} {name.replace('_', '-')}" for name, count in report["splits"].items()]
     counted = f"{' + '.join(splits)} images" if len(splits) > 1 else f"{report['pictures']:,} images"
     title = f"{counted}, {report['bytes'] / 1e9:,.3f} GB"
-    table(title, ["", "files", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
+    table(title, ["", "number", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     show_labels(report["labels"])
     log(f"written: {output.absolute()}, the files of each kind")

@@ -110,8 +110,22 @@ def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
 
 def read_bytes(path: str | Path) -> bytes:
     """Read a file; raise an ImageError if it cannot be read, or is empty."""
+    return _read(path, Path.read_bytes)
+
+
+def check_readable(path: str | Path) -> None:
+    """Raise the ImageErrors of `read_bytes` without reading the complete file."""
+
+    def first_byte(file: Path) -> bytes:
+        with file.open("rb") as opened:
+            return opened.read(1)
+
+    _read(path, first_byte)
+
+
+def _read(path: str | Path, read: Callable[[Path], bytes]) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        data = read(Path(path))
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in BROKEN_LINK and Path(path).is_symlink():

@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from moco.data.base import Progress, Source, in_threads
 from moco.data.decode import ImageError
+from moco.data.video import video_of
 from moco.distributed import all_gather_object, is_rank_zero, rank, world_size
 from moco.runtime.console import progress_bar
 
@@ -26,6 +29,26 @@ def content_groups(source: Source, progress: Progress | None = None) -> Rows:
     Collective: each rank reads a part. `progress` is called with (done, total). An unreadable image has no copy.
     """
     return _groups([source], source.content_fingerprints(), progress)
+
+
+def split_groups(source: Source, progress: Progress | None = None) -> Rows:
+    """Return for each image the first one from which a split must not separate it, (N,).
+
+    Copies stay together, and so do the frames of a video. They are recognized by their names, which they keep in
+    shards. Collective, as `content_groups`.
+    """
+    copies, numbers, first = content_groups(source, progress), np.arange(len(source)), dict[str, int]()
+    videos = numbers.copy()
+    for i in range(len(source)):
+        if video := video_of(source.name(i)):
+            videos[i] = first.setdefault(video, i)
+    if not first:
+        return copies
+    links = np.concatenate([numbers, numbers]), np.concatenate([copies, videos])
+    _, group = connected_components(coo_array((np.ones(2 * len(source)), links)), directed=False)
+    _, firsts = np.unique(group, return_index=True)
+    found: Rows = firsts[group]
+    return found
 
 
 def copies_in(train: Source, held_out: Source, progress: Progress | None = None) -> Rows:

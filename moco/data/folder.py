@@ -22,7 +22,7 @@ from moco.data.decode import decode, read_bytes
 from moco.data.label_file import held_out_split, read_label_file, rows_of_images
 from moco.data.labels import first_names, labels_of_split, read_label_sets, read_labels
 from moco.data.pixel_format import RGB, PixelFormat
-from moco.data.walk import ARRAY_ENDINGS, IMAGE_ENDINGS, size_and_time, walk
+from moco.data.walk import IMAGE_ENDINGS, VIDEO_ENDINGS, Tree, size_and_time, walk
 from moco.distributed import is_rank_zero
 
 
@@ -86,7 +86,7 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open any folder of images, with or without class folders; see `scan` for `keep_unlistable`."""
     if config.label_file:
         return _open_with_label_file(config, keep_unlistable)
-    labels, eval_root, arrays = config.labels, config.eval_root, _with_arrays(config)
+    labels, eval_root = config.labels, config.eval_root
     if not eval_root:
         return labeled(_scan_roots(config, keep_unlistable))
     if labels == "none":
@@ -101,7 +101,7 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
                 "measured on training images: set two separate folders"
             )
     train = _scan_roots(config, keep_unlistable)
-    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1, arrays=arrays)
+    held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1, endings=_endings(config))
     return labeled(train, held_out, f"data.eval_root={eval_root}")
 
 
@@ -118,12 +118,12 @@ def _overlap(first: str, second: str) -> bool:
 
 def _scan_roots(config: DataConfig, keep_unlistable: bool) -> FolderSource:
     """Find the images of data.root and data.more_roots, and how often data.weights draw them."""
-    roots, options = _roots(config), {"keep_unlistable": keep_unlistable, "arrays": _with_arrays(config)}
+    roots, endings = _roots(config), _endings(config)
     for (_, first), (name, second) in itertools.combinations(roots, 2):
         if _overlap(first, second):
             raise ValueError(f"{name}={second!r} and {first!r} contain each other: name separate folders")
     least = 1 if config.more_roots else 2
-    parts = [scan(name, root, config.labels, min_classes=least, **options) for name, root in roots]
+    parts = [scan(name, root, config.labels, keep_unlistable, least, endings) for name, root in roots]
     found = parts[0] if len(parts) == 1 else joined(parts)
     draws = [(len(part), max(1, round(w * len(part)))) for part, w in zip(parts, config.weights, strict=False)]
     return replace(found, draws=tuple(draws))
@@ -148,16 +148,16 @@ def joined(parts: Sequence[FolderSource]) -> FolderSource:
     )
 
 
-def _with_arrays(config: DataConfig) -> bool:
-    """Return whether NPY and NPZ files are images: for other channels or another type than RGB in 8 bits."""
-    return (config.channels, config.dtype) != (RGB.channels, RGB.dtype)
+def _endings(config: DataConfig) -> tuple[str, ...]:
+    """Return the endings of the files to find: of images, or of videos for data.name=video."""
+    return VIDEO_ENDINGS if config.name == "video" else PixelFormat(config.channels, config.dtype).endings
 
 
 def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
     """Open a folder of images whose labels and splits are in data.label_file."""
     table, where = config.label_file, f"data.label_file={config.label_file}"
     rows = read_label_file(table, config.label_separator)  # before the folder, which can be large
-    images = scan("data.root", config.root, "none", keep_unlistable, arrays=_with_arrays(config))
+    images = scan("data.root", config.root, "none", keep_unlistable, endings=_endings(config))
     found = rows_of_images(rows, [images.name(i) for i in range(len(images))], f"data.root={config.root}", table)
 
     def part(split: str, min_classes: int) -> FolderSource:
@@ -196,9 +196,14 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
 
 
 def scan(
-    field: str, root: str, labels: str, keep_unlistable: bool = False, min_classes: int = 2, arrays: bool = False
+    field: str,
+    root: str,
+    labels: str,
+    keep_unlistable: bool = False,
+    min_classes: int = 2,
+    endings: tuple[str, ...] = IMAGE_ENDINGS,
 ) -> FolderSource:
-    """Find all images below a root, ordered by path.
+    """Find all images, or videos, below a root, ordered by path.
 
     Args:
         field: the field that names the root, for errors.
@@ -207,7 +212,7 @@ def scan(
         keep_unlistable: return the source, which names the folders that cannot be listed, if an image (with labels: two
             classes) remains; False: raise an error.
         min_classes: the smallest number of classes, with labels.
-        arrays: whether NPY and NPZ files are images too.
+        endings: of the files to find.
 
     Warns:
         RunWarning: about broken links whose names have no image ending.
@@ -221,7 +226,6 @@ def scan(
     if not os.path.isdir(folder):
         state = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise FileNotFoundError(f"{where} {state}: check the path")
-    endings = IMAGE_ENDINGS + ARRAY_ENDINGS * arrays
     paths = (tree := walk(folder, endings)).images
     owners = [path.split("/", 1)[0] for path in paths]
     classes = tuple(sorted(set(owners)))
@@ -232,13 +236,7 @@ def scan(
             f"{first_names(named, 3)}; give this user permission (chmod -R u+rX), or move them elsewhere"
         )
     if not paths:
-        others = tree.ignored + Counter({"broken link": len(tree.broken)})
-        found = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())) or "nothing"
-        hint = "" if arrays else "; .npy and .npz count with another data.channels or data.dtype than 3 and uint8"
-        raise FileNotFoundError(
-            f"{where} holds no images: found {found}; images are files that end in {' '.join(endings)}, in "
-            f"upper or lower case{hint}"
-        )
+        raise FileNotFoundError(f"{where} {_what_is_there(tree, endings)}")
     if tree.broken and not keep_unlistable and is_rank_zero():
         named = [f"{path} -> {target}" for path, target in sorted(tree.broken.items())]
         warnings.warn(f"{where}: {len(named)} broken links are ignored: {first_names(named, 3)}", RunWarning, 2)
@@ -255,3 +253,15 @@ def scan(
         raise ValueError(f"{where} has one class folder only ({classes[0]}): at least two are needed")
     indices, classes = read_labels(owners, where, "set data.labels=none", min_classes=min_classes)
     return FolderSource(folder, encoded_paths, indices, classes, **left_out)
+
+
+def _what_is_there(tree: Tree, endings: tuple[str, ...]) -> str:
+    """Return the end of the sentence about a folder without files of these endings."""
+    others = tree.ignored + Counter({"broken link": len(tree.broken)})
+    found = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())) or "nothing"
+    what, hint = ("videos" if endings == VIDEO_ENDINGS else "images"), ""
+    if endings == IMAGE_ENDINGS:
+        hint = "; .npy and .npz count with another data.channels or data.dtype than 3 and uint8"
+        hint += "; data=video uses the frames of videos" * any(kind in VIDEO_ENDINGS for kind in others)
+    known = f"{what} are files that end in {' '.join(endings)}, in upper or lower case"
+    return f"holds no {what}: found {found}; {known}{hint}"

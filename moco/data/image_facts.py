@@ -1,8 +1,9 @@
-"""The properties of an image file that matter before a run: whether it can be decoded, and what is unusual about it."""
+"""The properties of an image that matter before a run: whether it can be decoded, and what is unusual about it."""
 
 import contextlib
 import hashlib
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from moco.data.bands import NPY, NPZ, needs_tifffile
 from moco.data.decode import ImageError, decode_bytes, has_deep_color, read_bytes
 from moco.data.headers import Page, largest_page, open_image, orientation_of, tiff_pages
 from moco.data.pixel_format import RGB, PixelFormat, to_float
+from moco.data.video import VideoSource
 
 TINY, LONG, HUGE = 8, 10, 50_000_000  # pixels of a side, ratio of the sides, pixels of an image
 
@@ -30,6 +32,9 @@ ODDITIES = {
     "white is zero": "inverted, so that black is zero",
     "several frames": "the first one is used",
     "several sizes": "of its pages, the largest one is used",
+    "rotated": "the frames of the video are used upright, as its metadata say",
+    "oblong pixels": "the frames of the video are enlarged to square pixels, as its metadata say",
+    "interlaced": "a frame holds two moments, every second row each; used as it is",
     "tiny": f"a side has fewer than {TINY} pixels: its crops are strongly enlarged",
     "long": f"one side is more than {LONG} times the other: its crops show only a part",
     "huge": f"more than {HUGE // 10**6} megapixels, decoded in every epoch: store a smaller copy",
@@ -64,9 +69,9 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """The properties of one file; an unreadable file has only `fault` and `reason`."""
+    """The properties of one image; an unreadable one has only `fault` and `reason`."""
 
-    length: int = 0  # bytes
+    length: int = 0  # bytes of its file; of a video they count with its first frame
     digest: bytes = b""  # 16 bytes of BLAKE2b of the content
     size: tuple[int, int] = (0, 0)  # width and height, upright
     format: str = ""  # for example "JPEG RGB"
@@ -86,21 +91,43 @@ def image_facts(path: str, pixel_format: PixelFormat = RGB, stats: bool = False)
             form, odd = _header(data, pixel_format)
     except ImageError as error:
         return ImageFacts(fault=error.kind, reason=error.reason)
-    height, width = pixels.shape[1:]
     ending = Path(path).suffix.lower()
     format_of_name = _ARRAYS.get(ending) or Image.registered_extensions().get(ending)
     content = form.split()[0]
-    found = {
-        **odd,
+    found = odd | _oddities(pixels, path) | {"misnamed": format_of_name != _SAME_FORMAT.get(content, content)}
+    return _facts(pixels, data, len(data), form, found, stats)
+
+
+def frame_facts(source: VideoSource, i: int, stats: bool = False) -> ImageFacts:
+    """Decode a frame of a video as training does, and return its properties; with `stats` also its moments."""
+    try:
+        frame, pixels = source.frame(i), source.image(i)
+    except ImageError as error:
+        return ImageFacts(fault=error.kind, reason=error.reason)
+    found = dict.fromkeys(frame.odd, True) | _oddities(pixels, source.file_of(i))
+    length = source.bytes_with(i)
+    return _facts(pixels, pixels.contiguous().numpy().tobytes(), length, frame.form, found, stats)
+
+
+def _oddities(pixels: Tensor, path: str) -> dict[str, bool]:
+    """Return the `ODDITIES` of the size of an image (C, H, W), and of the name of its file."""
+    height, width = pixels.shape[1:]
+    return {
         "tiny": min(width, height) < TINY,
         "long": max(width, height) > LONG * min(width, height),
         "huge": width * height > HUGE,
-        "misnamed": format_of_name != _SAME_FORMAT.get(content, content),
         "name": not Path(path).name.isascii(),
     }
-    digest = hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _facts(
+    pixels: Tensor, content: bytes, length: int, form: str, found: Mapping[str, bool], stats: bool
+) -> ImageFacts:
+    """Return the properties of a readable image (C, H, W)."""
+    height, width = pixels.shape[1:]
+    digest = hashlib.blake2b(content, digest_size=16).digest()
     kinds = tuple(kind for kind in ODDITIES if found.get(kind))
-    return ImageFacts(len(data), digest, (width, height), form, kinds, moments=moments_of(pixels) if stats else None)
+    return ImageFacts(length, digest, (width, height), form, kinds, moments=moments_of(pixels) if stats else None)
 
 
 def moments_of(image: Tensor) -> Moments:

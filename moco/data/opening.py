@@ -14,7 +14,7 @@ from moco.data.labels import first_names
 from moco.data.sources import limited, load_source
 from moco.data.unreadable import without_unreadable
 from moco.data.view import View
-from moco.data.walk import OTHER_IMAGE_ENDINGS
+from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
 from moco.distributed import is_rank_zero, on_rank_zero
 from moco.runtime.console import log, progress_bar
 
@@ -112,12 +112,14 @@ def class_line(source: Source) -> str:
 
 
 def left_out_line(counts: Mapping[str, int]) -> str:
-    """Return, as one line, how many files are left out because their names are not those of images."""
+    """Return, as one line, how many files are left out because of their names."""
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
     named = [f"{count:,} {kind}" for kind, count in ordered]
     convert = sorted(counts.keys() & OTHER_IMAGE_ENDINGS)
     fix = f"; to use {', '.join(convert)}, convert to JPEG or PNG" if convert else ""
-    return f"left out, because their names are not those of images: {first_names(named, MOST_CLASSES)}{fix}"
+    videos = sorted(counts.keys() & set(VIDEO_ENDINGS))
+    fix += f"; data=video uses the frames of {', '.join(videos)}" if videos else ""
+    return f"left out, because of their names: {first_names(named, MOST_CLASSES)}{fix}"
 
 
 def without_unreadable_evaluation_images(

@@ -44,30 +44,30 @@ def encode_image(source: Source, i: int, short_side: int, quality: int) -> Packe
 
     The bytes of its file are kept if its shorter side is at most `short_side`, or if this is 0. A larger image is
     turned upright, scaled down to `short_side` (bicubic, antialiased), and encoded as JPEG with 4:2:0 color, or as PNG
-    if it is too long for a JPEG. An image without a file (CIFAR, digits) becomes a lossless PNG.
+    if it is too long for a JPEG. An image without a file of its own (CIFAR, digits, frames of
+    videos) becomes a lossless PNG instead of keeping its bytes.
 
     Images of other channels than gray or RGB, or of more than 8 bits, become NPY files with the same values; a larger
     one is scaled down with an antialiased bilinear filter.
     """
     try:
         content = source.content(i)
-        if content is None:
-            pixels = source.image(i)  # (C, H, W)
-            source_bytes = pixels.nbytes
-        else:
-            pixels, source_bytes = decode_bytes(source.name(i), content, source.pixel_format), len(content)
+        name, form = source.name(i), source.pixel_format
+        pixels = source.image(i) if content is None else decode_bytes(name, content, form)  # (C, H, W)
     except ImageError as error:
         return PackedImage(fault=error.kind, reason=error.reason)
+    source_bytes = pixels.nbytes if content is None else len(content)
     if not source.pixel_format.is_8bit_gray_or_rgb:
         return _packed_bands(pixels, source_bytes, short_side)
-    content = _encode_pixels(pixels, "PNG") if content is None else content
-    if is_array(content) and not 0 < short_side < min(pixels.shape[1:]):
+    if content is not None and is_array(content) and not 0 < short_side < min(pixels.shape[1:]):
         return PackedImage(encode_bands(pixels), "npy", source_bytes)
     if 0 < short_side < min(pixels.shape[1:]):
         small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (3, h, w)
         if max(small.shape) > _LONGEST_JPEG:
             return PackedImage(_encode_pixels(small, "PNG"), "png", source_bytes)
         return PackedImage(_encode_pixels(small, "JPEG", quality=quality), "jpg", source_bytes)
+    if content is None:
+        return PackedImage(_encode_pixels(pixels, "PNG"), "png", source_bytes)
     with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
         kind = image.format or "bin"
     return PackedImage(content, _ENDINGS.get(kind, kind.lower()), source_bytes)

@@ -29,6 +29,7 @@ from moco.data.keyed import BANK, permutation
 from moco.data.map_dataset import open_datasets
 from moco.data.remote import open_remote
 from moco.data.shards import open_shards
+from moco.data.video import open_video
 from moco.plugins import Registry
 
 __all__ = [
@@ -63,6 +64,7 @@ SOURCES: Registry[Kind] = Registry(
         "stl10": Kind(open_stl10, root=_DOWNLOADED),
         "imagenet": Kind(open_imagenet, searched=("train", "val")),
         "folder": Kind(open_folder, searched=("",)),
+        "video": Kind(open_video, root="a folder of video files", searched=("",)),
         "shards": Kind(open_shards, root="the output of moco.pack"),
         "webdataset": Kind(
             open_remote, root="addresses of tar files, such as 'https://HOST/train-{000000..000099}.tar'"
@@ -94,7 +96,7 @@ def load_source(
         progress: called with (done, total) while images are decoded into memory.
         keep_unreadable: let an image that cannot be decoded into memory keep its position, with an error when it is
             requested; False: raise the error now.
-        keep_unlistable: only for folder and imagenet, see `moco.data.folder.scan`.
+        keep_unlistable: only for folder, imagenet and video, see `moco.data.folder.scan`.
 
     Raises:
         FileNotFoundError: if the data set is not there, or could not be downloaded.

@@ -1,4 +1,4 @@
-"""The image files below a folder, in an order that depends on their names only."""
+"""The image or video files below a folder, in an order that depends on their names only."""
 
 import errno
 import os
@@ -16,6 +16,11 @@ OTHER_IMAGE_ENDINGS = frozenset(
 )
 # Of arrays, which are images only in a data set of other channels or another depth than RGB in 8 bits.
 ARRAY_ENDINGS = (".npy", ".npz")
+# Of videos, whose frames are the images of data.name=video.
+VIDEO_ENDINGS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts"),
+    *(".wmv", ".asf", ".flv", ".ogv", ".3gp", ".3g2", ".mxf"),
+)
 # PIL's names of the formats of these endings. Only they may be opened: PIL's EPS reader, for example, runs another
 # program. A JPEG that contains a second image (MPO) opens as JPEG.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

@@ -18,6 +18,7 @@ from moco.config.knn import KnnConfig
 from moco.data.base import Progress
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.sources import Source
+from moco.data.video import video_of
 from moco.distributed import is_rank_zero
 from moco.evaluation.average_precision import average_precision
 from moco.evaluation.features import Network, pixels
@@ -137,6 +138,7 @@ def _choose(
     i, j = np.unravel_index(grid.argmax(), grid.shape)
     choice = {"k": ks, "temperature": config.temperature, "leave_one_out": grid.tolist()}
     choice |= {"images": len(rows), "copies": int((np.bincount(task.groups)[task.groups] > 1).sum())}
+    choice |= {"videos": True} if video_of(task.train.name(0)) else {}
     return replace(settings, k=ks[i], temperature=config.temperature[j]), {"choice": choice}
 
 
@@ -209,7 +211,10 @@ def _show_choice(pretrained: Result, training: int) -> None:
     choice, chosen = pretrained.details["choice"], pretrained.details["settings"]
     left_out = "itself as a neighbor"
     if choice["copies"]:
-        left_out = f"itself and its copies as neighbors ({choice['copies']:,} images have byte-identical copies)"
+        others, have = "its copies", "byte-identical copies"
+        if choice.get("videos"):
+            others, have = "the other frames of its video", "such frames, or copies"
+        left_out = f"itself and {others} as neighbors ({choice['copies']:,} images have {have})"
     rows, measure = [], "mAP" if pretrained.several_labels else "accuracy"
     for k, line in zip(choice["k"], choice["leave_one_out"], strict=True):
         marks = [" <" * ((k, each) == (chosen["k"], chosen["temperature"])) for each in choice["temperature"]]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.config import ConfigError, OptimConfig, RunWarning, require
+from moco.config.data import FOLDERS
 from moco.config.linear import LinearConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
@@ -253,7 +254,7 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
     protocol = task.config.protocol
     of_protocol = "" if protocol == "sweep" else f"_{protocol}"
     if not task.config.output and is_other_data(task.config, task.subject):
-        folder = Path(task.data.root).name if task.data.name == "folder" else task.data.name
+        folder = Path(task.data.root).name if task.data.name in FOLDERS else task.data.name
         of_protocol += f"_on_{folder}"  # the classifier of the run's own data stays
     files = [task.subject.output / f"linear{of_protocol}.safetensors"]
     save_head(files[0], probe.heads[0])

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.base import HUB
-from moco.config.data import check_normalization, is_remote
+from moco.config.data import FOLDERS, check_normalization, is_remote
 from moco.config.subject import SubjectConfig
-from moco.data.duplicates import content_groups
+from moco.data.duplicates import split_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
 from moco.data.opening import classes_without_images, open_sources
@@ -125,7 +125,7 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
     if bank is None or (bank.labels is None and bank.multi_labels is None):
         fix = (
             "set data.labels=folder (one folder per class) or data.label_file=FILE"
-            if name == "folder"
+            if name in FOLDERS
             else "choose a labeled data set"
         )
         raise ConfigError(f"data.name={name} has no labels for the evaluation: {fix}")
@@ -140,7 +140,10 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
             rest, held = split_each_class(targets_of(bank), part, 0, HOLD_OUT, groups_of(bank))
         bank, held_out = bank.subset(rest), bank.subset(held)
         if bank.labels is not None and (lacking := classes_without_images(held_out)):
-            log(f"data.hold_out={part}: no held-out image of {first_names(lacking)}: each has one image or its copies")
+            log(
+                f"data.hold_out={part}: no held-out image of {first_names(lacking)}: each has one image, copies of it, "
+                "or frames of one video"
+            )
     if held_out is None or (held_out.labels is None and held_out.multi_labels is None):
         raise ConfigError(
             f"data.name={name} has no held-out split: set data.eval_root=DIR to other images of the same classes, or "
@@ -165,9 +168,9 @@ def _check_classes(bank: Source, held_out: Source) -> None:
 
 
 def groups_of(source: Source) -> NDArray[np.int64]:
-    """Return `content_groups` of a source, with a progress bar. Collective."""
+    """Return `split_groups` of a source, with a progress bar. Collective."""
     with progress_bar("comparing images", quiet=not is_rank_zero()) as progress:
-        return content_groups(source, progress)
+        return split_groups(source, progress)
 
 
 def labels_of(source: Source) -> NDArray[np.int64]:

@@ -81,7 +81,10 @@ def split_each_class(
     else:
         held = _whole_groups(labels, groups, by_class, wanted)
     if not len(held):
-        raise SubsetError("every class has only one image, or copies of one image, so none can be split: add images")
+        raise SubsetError(
+            "every class has only one image, copies of one image, or frames of one video, so none can be split: add "
+            "images, or videos"
+        )
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 

@@ -57,7 +57,7 @@ class Task(Generic[Config]):
 
     @cached_property
     def groups(self) -> NDArray[np.int64]:
-        """For each training image, the index of the first one with the same content, (M,). Collective."""
+        """For each training image, the index of the first one of its group, (M,); see `split_groups`. Collective."""
         return groups_of(self.train)
 
     @cached_property

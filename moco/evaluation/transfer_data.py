@@ -19,6 +19,7 @@ from moco.data.duplicates import copies_message, count_copies
 from moco.data.folder import FolderSource, joined, scan
 from moco.data.keyed import HOLD_OUT, VALIDATION
 from moco.data.labels import first_names
+from moco.data.pixel_format import PixelFormat
 from moco.data.sources import load_source, refuse_output_inside
 from moco.data.transfer_sets import SETS, Labels, TransferSet, download, missing_message, open_splits
 from moco.distributed import is_rank_zero, world_size
@@ -176,10 +177,10 @@ def _open_folder(path: str, config: TransferConfig, subject: Subject) -> Splits:
     data = DataConfig(name="folder", root=path, labels="folder", channels=subject.file.channels)
     data = replace(data, dtype=config.data.dtype or "uint8")
     refuse_output_inside(data, "output", output)
-    arrays = (data.channels, data.dtype) != (3, "uint8")
+    endings = PixelFormat(data.channels, data.dtype).endings
 
     def open_part(folder: str, least: int = 1) -> FolderSource:
-        return scan("sets", folder, "folder", min_classes=least, arrays=arrays)
+        return scan("sets", folder, "folder", min_classes=least, endings=endings)
 
     names = {kind: _first_folder(path, kinds) for kind, kinds in (("val", VALIDATION_NAMES), ("test", TEST_NAMES))}
     held_out = names["test"] or names["val"]

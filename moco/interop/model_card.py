@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 import moco
+from moco.config.data import FOLDERS
 from moco.interop.encoder_file import EncoderFile
 
 _MARKUP = re.compile(r"([\\`*_\[\]|~$]|:(?=//))")
@@ -98,7 +99,7 @@ def _scale(data: Mapping[str, Any]) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     """Name a data set; the root of most is only where it was downloaded to."""
-    names = ("name", "root", "subset") if data.get("name") in ("folder", "huggingface") else ("name",)
+    names = ("name", "root", "subset") if data.get("name") in (*FOLDERS, "huggingface") else ("name",)
     more = data.get("more_roots") or []
     return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])
 

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
 from moco.config import EvaluateConfig, TrainConfig, flatten
+from moco.config.data import FOLDERS
 from moco.data.sources import folders
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.reporting.curves import charts
@@ -52,7 +53,7 @@ def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[s
     settings += [f"temperature {method.temperature}"]
     settings += [f"momentum {method.momentum}"] * method.has_momentum_encoder + ["with labels"] * method.labels
     options = ", ".join(f"{name} {value}" for name, value in run.get("model.options", {}).items())
-    folder = f" {folders(run.get('data.root'), run.get('data.more_roots'))}" if data == "folder" else ""
+    folder = f" {folders(run.get('data.root'), run.get('data.more_roots'))}" if data in FOLDERS else ""
     per = f" at batch {optim['base_batch']}" if optim.get("base_batch") else ""
     accuracy = _accuracy(run)
     return {

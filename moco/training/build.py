@@ -36,9 +36,9 @@ def open_data(config: TrainConfig, watchdog: Watchdog) -> tuple[Sources, Identit
     data, bank_size = config.data, config.evaluate.bank_size
     refuse_output_inside(data, "run", config.run)
     keep_unreadable = data.on_bad_image == "replace"
-    # Downloads run in other libraries, which report no progress.
-    downloads = data.download or data.name == "huggingface"
-    with watchdog.paused() if downloads else nullcontext():
+    # Downloads run in other libraries, which report no progress, and videos are read from start to end.
+    slow = data.download or data.name in ("huggingface", "video")
+    with watchdog.paused() if slow else nullcontext():
         return open_consistently(
             lambda: open_sources(data, bank_size, keep_unreadable, watchdog.heartbeat, announce=False)
         )

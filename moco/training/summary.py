@@ -133,7 +133,7 @@ def summarize(trainer: "Trainer") -> None:
     for each in next_commands(config.run, *data, labeled=trainer.live.measure == "knn" or several):
         log_next(each)
     log_next(command("moco.report", SubjectConfig(), run=config.run, **named_images(*data)))
-    if config.data.name not in ("folder", "shards", "huggingface", "webdataset"):
+    if config.data.name not in ("folder", "video", "shards", "huggingface", "webdataset"):
         log_next("python -m moco.check_data data.root=YOUR_IMAGES")
 
 

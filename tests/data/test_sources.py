@@ -447,7 +447,7 @@ def test_an_invalid_eval_root_is_refused(tmp_path: Path) -> None:
     for inside in (train, str(tmp_path), os.path.join(train, "b")):
         with pytest.raises(ValueError, match="accuracy would be measured on training images"):
             load_source(DataConfig("folder", train, labels="folder", eval_root=inside))
-    with pytest.raises(ValueError, match=r"data\.eval_root=.* data\.name=folder only"):
+    with pytest.raises(ValueError, match=r"data\.eval_root=.* data\.name=folder or video only"):
         load_source(DataConfig("digits", eval_root=test))
 
 

@@ -15,6 +15,7 @@ import yaml
 
 from moco.models.backbones import build_backbone
 from tests.data.images import gradient
+from tests.data.videos import av, write_video
 from tests.docs.pages import REPOSITORY, blocks
 from tests.plugins import write_examples
 
@@ -136,6 +137,8 @@ def make(root: Path) -> None:
     (root / "IMAGES").mkdir()
     for number, name in enumerate(["a", "b", *(f"{i:02}" for i in range(34))]):
         gradient(number).save(root / "IMAGES" / f"{name}.jpg")
+    for number in range(4 * (av is not None)):
+        write_video(root / "VIDEOS" / f"{number}.mp4", 30, numbers=range(30 * number, 30 * number + 30), rate=5)
     official_file(root / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), root / "FILE")
     (root / "DIR" / "experiment").mkdir(parents=True)
