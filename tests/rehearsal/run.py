@@ -150,6 +150,7 @@ def main(folder: Path, jobs: list[Any]) -> None:
     records = []
     for number, job in enumerate(jobs):
         (folder / str(number)).mkdir(exist_ok=True)
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # other keys of the store, which keeps the last job's
         records.append(train(job, folder / str(number)))
     if os.environ.get("RANK", "0") == "0":
         torch.save(records, folder / "records.pt")
