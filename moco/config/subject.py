@@ -22,8 +22,8 @@ class ImagesConfig:
 
 
 @dataclass
-class SubjectConfig(ComputeConfig):
-    """The encoder to use, its data and the output."""
+class EncoderConfig(ComputeConfig):
+    """The encoder to use and the output."""
 
     run: str = bounded("", path=True)
     """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
@@ -41,13 +41,19 @@ class SubjectConfig(ComputeConfig):
     directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of all random choices: labels, orders, views, initial weights."""
+
+
+@dataclass
+class SubjectConfig(EncoderConfig):
+    """The encoder to use, its data and the output."""
+
     images_at_once: int = bounded(512, ge=1)
     """Images per forward pass of the frozen encoder. It affects memory, not results."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
 
 
-def check_subject(config: SubjectConfig) -> None:
+def check_subject(config: EncoderConfig) -> None:
     """Raise ConfigError unless all fields are within their bounds and exactly one encoder is named."""
     check_bounds(config)
     require(bool(config.run or config.checkpoint), "no encoder: set run=DIR (a run of moco.train) or checkpoint=FILE")

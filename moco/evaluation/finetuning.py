@@ -10,6 +10,7 @@ classes.
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -143,15 +144,21 @@ def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_step(
-    forward: nn.Module, optimizer: Optimizer, images: Tensor, target: Tensor, lr: float, settings: TrainSettings
+    forward: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    lr: float,
+    precision: torch.dtype,
 ) -> float:
     """Train on one global batch and return its loss.
 
     Args:
         forward: the network, or DDP around it.
         images: this rank's share, (n, C, S, S).
-        target: its classes (n,), or class proportions (n, L).
-        lr: of this step, instead of `settings.lr`; multiplied by each group's "lr_scale".
+        loss_of: computes this rank's loss from the float32 outputs; the mean over ranks is the loss of the batch.
+        lr: of this step; multiplied by each group's "lr_scale".
+        precision: of autocast; float32 is no autocast.
 
     Raises:
         NonFiniteLoss: on every rank, before any weight has changed.
@@ -159,9 +166,9 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
     optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, settings.precision, enabled=settings.precision != torch.float32):
-        logits = forward(images)  # (n, L)
-    loss = F.cross_entropy(logits.float(), target, label_smoothing=settings.label_smoothing)
+    with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+        outputs = forward(images)
+    loss = loss_of(outputs.float())
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
@@ -202,8 +209,9 @@ def train(
             images, target = mixed(settings.mix, images, target)
         torch.manual_seed(step_seed(plan.seed, (step << 16) + 1 + rank()))  # for dropout and drop-path
         lr = settings.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
+        loss_of = partial(F.cross_entropy, target=target, label_smoothing=settings.label_smoothing)  # of logits (n, L)
         try:
-            loss = train_step(forward, optimizer, images, target, lr, settings)
+            loss = train_step(forward, optimizer, images, loss_of, lr, settings.precision)
         except NonFiniteLoss as error:
             decay = max(group["weight_decay"] for group in optimizer.param_groups)
             fix = f"lower lr={settings.lr:g}, head_lr_factor or weight_decay={decay:g}, or increase warmup"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.base import HUB
 from moco.config.data import FOLDERS, check_normalization, is_remote
-from moco.config.subject import SubjectConfig
+from moco.config.subject import EncoderConfig, SubjectConfig
 from moco.data.duplicates import split_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
@@ -51,27 +51,10 @@ def open_subject(config: SubjectConfig) -> Subject:
     """Read the encoder file that the configuration names and choose the preparation of its images.
 
     Raises:
-        ConfigError: for a run without a checkpoint, or an invalid image size.
+        ConfigError: for an invalid image size; see also `open_encoder`.
         FileNotFoundError, ForeignFileError, CheckpointError: see `read_encoder`.
     """
-    if config.run:
-        run = Path(config.run)
-        require(run.is_dir(), f"run={config.run} does not exist: set run to the directory of a run, e.g. runs/digits")
-        found = checkpoint.list_checkpoints(run / "checkpoints")
-        if not found:
-            raise ConfigError(no_checkpoint_message(run))
-        try:
-            file = read_encoder(found[0], config.weights)
-        except ValueError as error:  # an older one is never used silently: a result must state its checkpoint
-            rest = f": use an older one, checkpoint={found[1]}" if len(found) > 1 else ""
-            raise ConfigError(f"{error}{rest}") from error
-    else:
-        path = local_file(config.checkpoint, "checkpoint")
-        require(
-            not path.is_dir(),
-            f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file",
-        )
-        file = read_encoder(path, config.weights, config.backbone, config.options or None)
+    file = open_encoder(config)
     overrides = {name: value for name, value in asdict(config.images).items() if value is not None}
     images = IMAGENET | file.images | overrides
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))
@@ -87,11 +70,41 @@ def open_subject(config: SubjectConfig) -> Subject:
         whose = "of timm for this network" if file.images else "of ImageNet"
         values = " ".join(f"images.{name}={_plain(value)}" for name, value in images.items())
         log(f"{file.source} ({file.layout}: {file.backbone}){unused}; prepared as {values} ({whose})")
+    return Subject(file, output_of(config, file), transform)
+
+
+def open_encoder(config: EncoderConfig) -> EncoderFile:
+    """Read the encoder file that the configuration names.
+
+    Raises:
+        ConfigError: for a run without a checkpoint.
+        FileNotFoundError, ForeignFileError, CheckpointError: see `read_encoder`.
+    """
+    if config.run:
+        run = Path(config.run)
+        require(run.is_dir(), f"run={config.run} does not exist: set run to the directory of a run, e.g. runs/digits")
+        found = checkpoint.list_checkpoints(run / "checkpoints")
+        if not found:
+            raise ConfigError(no_checkpoint_message(run))
+        try:
+            return read_encoder(found[0], config.weights)
+        except ValueError as error:  # an older one is never used silently: a result must state its checkpoint
+            rest = f": use an older one, checkpoint={found[1]}" if len(found) > 1 else ""
+            raise ConfigError(f"{error}{rest}") from error
+    path = local_file(config.checkpoint, "checkpoint")
+    require(
+        not path.is_dir(),
+        f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file",
+    )
+    return read_encoder(path, config.weights, config.backbone, config.options or None)
+
+
+def output_of(config: EncoderConfig, file: EncoderFile) -> Path:
+    """Return the directory of the results; see `EncoderConfig.output`."""
     beside = Path(file.source).parent  # each encoder.safetensors of this project has a directory of its own
     by_name = Path("runs") / Path(config.checkpoint).name.split(".")[0]
     own = file.config and file.layout == "safetensors" and not config.checkpoint.startswith(HUB)
-    default = beside if own else by_name
-    return Subject(file, Path(config.output or config.run or default), transform)
+    return Path(config.output or config.run or (beside if own else by_name))
 
 
 def _plain(value: Any) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torchvision
 import yaml
+from PIL import Image
 
 from moco.models.backbones import build_backbone
 from tests.data.images import gradient
@@ -32,6 +33,7 @@ NO_QUEUE = ["model.bn=sync", "model.shuffle_keys=false"]
 TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hidden=16", "model.predictor_hidden=16"]
 SWEEP = ["epochs=1", "sweep.lrs=[0.1]", "sweep.weight_decays=[0.0]"]
 FEW = ["threads=1", "data.workers=0"]
+SMALL_SEGMENT = ["output_stride=null", "threads=1", "masks.workers=0", "steps=2", "batch_size=2", "crop=32", "seeds=1"]
 SMALL_TRANSFER = ["ways=2", "shots=1", "queries=1", "finetune.epochs=1", "finetune.min_steps=1"]
 
 
@@ -56,6 +58,7 @@ def small(module: str, arguments: tuple[str, ...]) -> list[str]:
         "moco.knn": [*FEW, *(["draws=2"] if any("labels_per_class" in each for each in arguments) else [])],
         "moco.finetune": [*FEW, "epochs=1", "min_steps=1", "seeds=1"],
         "moco.transfer": [*FEW, "episodes=3", *SMALL_TRANSFER],
+        "moco.segment": [*SMALL_SEGMENT],
         "moco.embed": FEW,
         "moco.search": ["threads=1"],
         "moco.convert": [*FEW, "pictures=2"],
@@ -119,6 +122,18 @@ def official_file(path: Path) -> None:
     torch.save({"epoch": 800, "arch": "resnet18", "state_dict": encoders}, path)
 
 
+def small_voc(root: Path) -> None:
+    """Write six images of Pascal VOC's layout, with masks of two classes."""
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    for split, numbers in (("trainaug", range(4)), ("val", range(4, 6))):
+        for number in numbers:
+            gradient(number, 40, 40).save(root / "JPEGImages" / f"{number}.jpg")
+            mask = np.tile(np.arange(40, dtype=np.uint8) // 20, (40, 1))
+            Image.fromarray(mask).save(root / "SegmentationClass" / f"{number}.png")
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{each}\n" for each in numbers))
+
+
 def make(root: Path) -> None:
     """Write all data and plug-ins that pages name, except runs."""
     tree(root / "TRAIN", each=20, first=0)
@@ -141,6 +156,7 @@ def make(root: Path) -> None:
         write_video(root / "VIDEOS" / f"{number}.mp4", 30, numbers=range(30 * number, 30 * number + 30), rate=5)
     official_file(root / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), root / "FILE")
+    small_voc(root / "VOCdevkit" / "VOC2012")
     (root / "DIR" / "experiment").mkdir(parents=True)
     (recipe,) = [text for _, text in blocks(REPOSITORY / "docs/howto/use.md", "yaml")]
     (root / "DIR" / "experiment" / "mine.yaml").write_text(recipe)

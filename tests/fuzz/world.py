@@ -36,6 +36,10 @@ def build(root: Path) -> None:
                 pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
                 pixels[..., 0] = 255 * (label == "dog")
                 Image.fromarray(pixels).save(folder / f"{i}.png")
+    for i in range(5):
+        for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
+            (root / "masked" / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 3, shape, dtype=np.uint8)).save(root / "masked" / kind / f"{i}.png")
     call("train", *baseline("train", root), f"run={root / 'run'}", "epochs=4", "checkpoint.keep_epochs=1")
     call("embed", *TINY, f"run={root / 'run'}", f"output={root / 'features'}", "data.workers=0")
     odd = root / "odd"
@@ -64,6 +68,10 @@ def baseline(command: str, root: Path) -> list[str]:
         "linear": [*subject, "protocol=moco_v2_digits", "epochs=1", "batch_size=8"],
         "finetune": [*subject, "epochs=1", "batch_size=8", "seeds=1", "encoders=[pretrained]"],
         "transfer": [*subject, f"sets=[{root / 'images'}]", "encoders=[pretrained]"],
+        "segment": [
+            *(*TINY, run, "output=out", f"masks.root={root / 'masked'}", "masks.hold_out=0.4", "masks.workers=0"),
+            *("encoders=[pretrained]", "head=linear", "steps=2", "batch_size=2", "crop=16", "save_every=0"),
+        ],
         "embed": [*TINY, run, "output=out", "data.workers=0"],
         "search": [*TINY, f"index={root / 'features'}", "output=out", "sample=2", "data.workers=0"],
         "report": [*TINY, run, "output=out.html", "pictures=12", "queries=2", "map=none", "data.workers=0"],

@@ -1,0 +1,107 @@
+"""The configuration of `python -m moco.segment`."""
+
+from dataclasses import dataclass, field
+
+from moco.config.base import bounded, require, require_divisible
+from moco.config.subject import EncoderConfig, check_subject
+
+
+@dataclass
+class MasksConfig:
+    """Images with a mask each: an image of the same size whose pixels are numbers of classes."""
+
+    layout: str = bounded("folder", choices=("folder", "voc", "cityscapes"))
+    """folder: images/NAME.jpg and masks/NAME.png below root, in any formats. voc: Pascal VOC's folders (JPEGImages,
+    SegmentationClass, ImageSets). cityscapes: leftImg8bit and gtFine; its 19 classes of the benchmark."""
+    root: str = bounded("", path=True)
+    """Folder of the data set."""
+    eval_root: str = bounded("", path=True)
+    """For layout=folder: another folder of the same form, with the held-out images."""
+    hold_out: float = bounded(0.0, ge=0, lt=1)
+    """For layout=folder: fraction of the images of root to hold out, if there is no eval_root."""
+    split: str = "train"
+    """For voc and cityscapes: the split for training; voc's larger one of the literature is trainaug."""
+    eval_split: str = "val"
+    """For voc and cityscapes: the split for the evaluation."""
+    classes: list[str] = bounded([], unique=True)
+    """For layout=folder: names of the classes 0, 1, ...; empty: their numbers, as far as the masks have them."""
+    ignore: int = bounded(255, ge=0, le=255)
+    """For layout=folder: the number of pixels without a class, which count neither in the loss nor in the results. In
+    voc it is 255."""
+    workers: int | None = bounded(None, ge=0, le=512)
+    """Processes that decode images; 0: none. Null: one per CPU core, at most 16."""
+
+
+@dataclass
+class SegmentConfig(EncoderConfig):
+    """Train a segmentation network on an encoder, and evaluate it on held-out images."""
+
+    encoders: list[str] = bounded(
+        [], choices=("pretrained", "untrained"), min_length=1, unique=True, example="encoders=[pretrained,untrained]"
+    )
+    """Encoders to start from: pretrained, untrained (the same network with initial weights), or both."""
+    head: str = bounded("fcn_moco", choices=("linear", "fcn", "fcn_moco", "deeplabv3"))
+    """The layers on the feature map. linear: a 1x1 convolution. fcn_moco: two 3x3 convolutions of 256 channels with
+    dilation 6 and BN, as in the MoCo paper. fcn, deeplabv3: the heads of torchvision."""
+    frozen: bool = False
+    """Train the head only; the encoder keeps its weights and its BN statistics."""
+    output_stride: int | None = bounded(None, ge=8, le=32)
+    """Pixels of the image per position of the feature map: 8, 16 or 32, for ResNet-50 and deeper ones, whose last
+    stages then have dilated convolutions instead of strides. Null: the network's own."""
+    seeds: int = bounded(1, ge=1)
+    """Repetitions, with seeds `seed`, `seed` + 1, ... Initial weights, order and crops differ."""
+    steps: int = bounded(30_000, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = bounded(16, ge=2)
+    """Images per step, over all processes."""
+    crop: int = bounded(513, ge=1, le=8192)
+    """Side of the square training crops in pixels."""
+    scale: list[float] = bounded([0.5, 2.0], gt=0, min_length=2, max_length=2)
+    """Range of the random factor by which an image is resized before it is cropped."""
+    flip_p: float = bounded(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    lr: float = bounded(0.003, gt=0)
+    """Learning rate (lr) at the start."""
+    schedule: str = bounded("step", choices=("step", "cosine"))
+    """Decrease of the lr: step (to a tenth after 70 % and again after 90 % of the steps), or cosine (to 0)."""
+    warmup: float = bounded(0.0, ge=0, lt=1)
+    """Fraction of the steps in which the lr rises linearly from zero to its peak."""
+    head_lr_factor: float = bounded(1.0, gt=0)
+    """Ratio of the head's learning rate to that of the encoder."""
+    momentum: float = bounded(0.9, ge=0, lt=1)
+    """Momentum of the optimizer, sgd."""
+    weight_decay: float = bounded(1e-4, ge=0)
+    """Weight decay of all weights."""
+    bn: str = bounded("sync", choices=("sync", "frozen"))
+    """Batch normalization of the encoder: sync (statistics of the global batch), or frozen (its running statistics)."""
+    precision: str = bounded("fp32", choices=("fp32", "bf16"))
+    """Precision of the computation."""
+    mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
+    """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the file's, else ImageNet's."""
+    std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
+    """Standard deviation of each channel, by which pixels are divided after that. Null: the file's, else ImageNet's."""
+    save_every: int = bounded(500, ge=0)
+    """Save the state every so many steps: the same command resumes from it. 0: never."""
+    masks: MasksConfig = field(default_factory=MasksConfig)
+
+
+def check_segment(config: SegmentConfig, processes: int = 1) -> None:
+    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
+    check_subject(config)
+    masks = config.masks
+    require(bool(masks.root), "masks.root is empty: set masks.root=DIR, and masks.layout to the layout of its files")
+    if masks.layout == "folder":
+        parts = [f"masks.eval_root={masks.eval_root}"] * bool(masks.eval_root)
+        parts += [f"masks.hold_out={masks.hold_out}"] * bool(masks.hold_out)
+        require(len(parts) < 2, f"{' and '.join(parts)} both name held-out images: remove one of them")
+        require(bool(parts), "there are no held-out images: set masks.eval_root=DIR, or masks.hold_out=0.2")
+    else:
+        default = MasksConfig()
+        names = ("eval_root", "hold_out", "classes", "ignore")
+        own = {name: value for name in names if (value := getattr(masks, name)) != getattr(default, name)}
+        each = " and ".join(f"masks.{name}={value}" for name, value in own.items())
+        require(not own, f"{each} is for masks.layout=folder, and layout={masks.layout} has splits: remove it")
+    low, high = config.scale
+    require(low <= high, f"scale={config.scale} must be a range: the smaller factor first")
+    require(config.output_stride in (None, 8, 16, 32), f"output_stride={config.output_stride} must be 8, 16 or 32")
+    require_divisible(config.batch_size, processes, f"the {processes} processes")

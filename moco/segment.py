@@ -1,0 +1,14 @@
+"""Train a segmentation network on an encoder: `python -m moco.segment run=DIR masks.root=DIR`, or under torchrun."""
+
+from moco.cli import Command, launched_processes
+from moco.config.segment import SegmentConfig, check_segment
+
+segment = Command(
+    "segment",
+    SegmentConfig,
+    lambda config: check_segment(config, launched_processes()),
+    "moco.segmentation.segment:evaluate_segment",
+)
+
+if __name__ == "__main__":
+    segment.main()

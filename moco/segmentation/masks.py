@@ -1,0 +1,262 @@
+"""Images with a mask each, in the layouts of Pascal VOC and Cityscapes or in two plain folders.
+
+A mask is an image file of one channel; the value of a pixel is the number of its class.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from torch import Tensor
+
+from moco.config import ConfigError, RunWarning, require
+from moco.config.segment import MasksConfig
+from moco.data.decode import ImageError, decode_bytes, read_bytes
+from moco.data.keyed import HOLD_OUT, permutation
+from moco.data.labels import first_names
+from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
+from moco.data.workers import in_order
+from moco.distributed import is_rank_zero
+from moco.runtime.console import progress_bar
+
+IGNORED = 255  # the number of pixels without a class, in every mask that `MaskedImages` returns
+
+VOC_CLASSES = (
+    *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+CITYSCAPES_CLASSES = (  # the 19 of the benchmark
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation"),
+    *("terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"),
+)
+# Their numbers in the files *_labelIds.png, from the authors' labels.py.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskedImages:
+    """The images of one split, and their masks.
+
+    Attributes:
+        pairs: Paths of the image and of the mask, for each image.
+        classes: Names of the classes 0, 1, ...; empty until they are counted.
+        table: The class of each value in a mask file, (256,): a number, `IGNORED`, or -1 for a value that is refused.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    classes: tuple[str, ...]
+    table: NDArray[np.int16]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def subset(self, rows: Sequence[int]) -> "MaskedImages":
+        return replace(self, pairs=tuple(self.pairs[row] for row in rows))
+
+    def read(self, row: int) -> tuple[Tensor, NDArray[np.uint8]]:
+        """Return the image, uint8 (3, H, W), and the class of each pixel, (H, W); `IGNORED` where it has none.
+
+        Raises:
+            ImageError: if a file cannot be read, the two differ in size, or the mask has an unknown class.
+        """
+        path, mask_path = self.pairs[row]
+        content = read_bytes(path)
+        image, mask = decode_bytes(path, content), self.mask(row)
+        if tuple(image.shape[1:]) != mask.shape:
+            sizes = " x ".join(map(str, image.shape[:0:-1])), " x ".join(map(str, mask.shape[::-1]))
+            raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: mend one")
+        if _orientation(content) != 1:
+            raise ImageError(
+                f"{path} is stored rotated, its mask may not be: rotate its pixels and remove the EXIF tag"
+            )
+        return image, mask
+
+    def mask(self, row: int) -> NDArray[np.uint8]:
+        """Return the class of each pixel of an image, (H, W). Errors: see `read`."""
+        path = self.pairs[row][1]
+        values = _read_mask(path)
+        classes: NDArray[np.int16] = self.table[values]
+        if classes.min() < 0:
+            wrong, last = int(values[classes < 0][0]), len(self.classes) - 1
+            fix = "mend the mask, or set masks.classes to all names, or masks.ignore to a number without a class"
+            raise ImageError(f"the mask {path} has a pixel {wrong}, and the classes are 0 ... {last}: {fix}")
+        return classes.astype(np.uint8)
+
+
+def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
+    """Find the images and masks of the training and the held-out split. No mask is read.
+
+    Raises:
+        ConfigError: if a folder or file of the layout is missing, an image has no mask, or a split is empty.
+    """
+    root = Path(config.root)
+    require(root.is_dir(), f"masks.root={root} is not a folder")
+    if config.layout != "folder":
+        find, table, classes = (
+            (_voc, _table(len(VOC_CLASSES), config.ignore), VOC_CLASSES)
+            if config.layout == "voc"
+            else (_cityscapes, _cityscapes_table(), CITYSCAPES_CLASSES)
+        )
+        splits = [MaskedImages(tuple(find(root, name)), classes, table) for name in (config.split, config.eval_split)]
+        return splits[0], splits[1]
+    names = tuple(config.classes)
+    known = MaskedImages((), names, _table(len(names) or 256, config.ignore))
+    train = replace(known, pairs=tuple(_folder(root, "masks.root")))
+    if config.eval_root:
+        return train, replace(known, pairs=tuple(_folder(Path(config.eval_root), "masks.eval_root")))
+    rest, held = _split(train, config.hold_out)
+    require(bool(rest and held), f"masks.hold_out={config.hold_out} of {len(train)} images leaves a split empty")
+    return train.subset(rest), train.subset(held)
+
+
+def _split(images: MaskedImages, part: float) -> tuple[list[int], list[int]]:
+    """Divide the rows at random into a rest and a held-out part; copies of an image stay together."""
+    copies: dict[bytes, list[int]] = {}
+    for row, (path, _) in enumerate(images.pairs):
+        copies.setdefault(hashlib.sha256(read_bytes(path)).digest(), []).append(row)
+    groups, held = list(copies.values()), list[int]()
+    for each in permutation(0, 0, len(groups), HOLD_OUT).tolist():
+        if len(held) + len(groups[each]) <= round(part * len(images)):
+            held += groups[each]
+    return sorted(set(range(len(images))) - set(held)), sorted(held)
+
+
+def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64]:
+    """Read all masks and return the number of pixels of each class, (256,); at `IGNORED` those without a class.
+
+    Raises:
+        ImageError: for the first mask that cannot be used, so that none ends the training later.
+    """
+    total = np.zeros(256, dtype=np.int64)
+    counts = in_order(_Counted(images), range(len(images)), workers, _FIELD)
+    with progress_bar("reading masks", quiet=not is_rank_zero()) as progress:
+        for done, each in enumerate(counts, start=1):
+            if isinstance(each, ImageError):
+                raise each
+            total += each
+            progress(done, len(images))
+    return total
+
+
+_FIELD = "masks.workers"
+
+
+@dataclass(frozen=True)
+class _Counted:
+    images: MaskedImages
+
+    def __call__(self, row: int) -> NDArray[np.int64] | ImageError:
+        try:
+            return np.bincount(self.images.mask(row).ravel(), minlength=256)
+        except ImageError as error:
+            return error
+
+
+def _table(classes: int, ignore: int) -> NDArray[np.int16]:
+    table = np.full(256, -1, dtype=np.int16)
+    table[:classes] = np.arange(classes)
+    table[ignore] = IGNORED
+    return table
+
+
+def _cityscapes_table() -> NDArray[np.int16]:
+    table = np.full(256, IGNORED, dtype=np.int16)  # the other classes are not part of the benchmark
+    table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
+    return table
+
+
+def _folder(root: Path, field: str) -> list[tuple[str, str]]:
+    """Return the pairs of ROOT/images/NAME.* and ROOT/masks/NAME.*, sorted by name."""
+    found: dict[str, dict[str, str]] = {}
+    for kind in ("images", "masks"):
+        folder = root / kind
+        require(folder.is_dir(), f"{field}={root}: there is no folder {folder}; it needs images/ and masks/")
+        found[kind] = {}
+        for path in walk(str(folder), IMAGE_ENDINGS).images:
+            name = str(Path(path).with_suffix(""))
+            same = found[kind].get(name)
+            require(same is None, f"{folder}: {path} and {Path(str(same)).name} have the same name: remove one")
+            found[kind][name] = path
+    images, masks = found["images"], found["masks"]
+    require(bool(images), f"{field}={root}: there are no images below {root / 'images'}")
+    lacking = [name for name in images if name not in masks]
+    require(
+        not lacking,
+        f"{field}={root}: {len(lacking)} of {len(images)} images have no mask (masks/{first_names(lacking)}): add "
+        "masks of the same names, or move the images away",
+    )
+    if unused := [masks[name] for name in masks if name not in images]:
+        problem = f"{len(unused)} masks have no image and are not used: {first_names(unused)}"
+        warnings.warn(f"{field}={root}: {problem}", RunWarning, stacklevel=2)
+    return [(str(root / "images" / path), str(root / "masks" / masks[name])) for name, path in images.items()]
+
+
+def _voc(root: Path, split: str) -> list[tuple[str, str]]:
+    """Return the pairs of a list ImageSets/Segmentation/SPLIT.txt, of the year 2012 if there are several."""
+    places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
+    base = next((each for each in places if (each / "ImageSets" / "Segmentation").is_dir()), None)
+    if base is None:
+        raise ConfigError(f"masks.root={root}: there is no ImageSets/Segmentation in it or in VOCdevkit/VOC2012")
+    names = _lines(base / "ImageSets" / "Segmentation" / f"{split}.txt", split)
+    larger = base / "SegmentationClassAug"  # of Hariharan et al. (2011), for trainaug
+    masks = larger if larger.is_dir() else base / "SegmentationClass"
+    pairs = [(str(base / "JPEGImages" / f"{name}.jpg"), str(masks / f"{name}.png")) for name in names]
+    return _existing(pairs, split)
+
+
+def _cityscapes(root: Path, split: str) -> list[tuple[str, str]]:
+    folder, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
+    require(folder.is_dir(), f"masks.root={root}: there is no folder {folder}")
+    names = [name.removesuffix(end) for name in walk(str(folder)).images if name.endswith(end)]
+    require(bool(names), f"masks.root={root}: no file *{end} below {folder}")
+    masks = root / "gtFine" / split
+    return _existing([(f"{folder}/{name}{end}", f"{masks}/{name}_gtFine_labelIds.png") for name in names], split)
+
+
+def _lines(path: Path, split: str) -> list[str]:
+    lists = ", ".join(sorted(each.stem for each in path.parent.glob("*.txt")))
+    require(path.is_file(), f"{split!r} is not a split of this data set: {path} does not exist (there are {lists})")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    require(bool(names), f"{path} lists no image")
+    return names
+
+
+def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
+    missing = [path for pair in pairs for path in pair if not Path(path).is_file()]
+    require(not missing, f"the split {split!r} lacks {len(missing)} files, such as {first_names(missing[:3])}")
+    return pairs
+
+
+def _read_mask(path: str) -> NDArray[np.uint8]:
+    """Return the values of a mask file, (H, W): of an image with a palette its indices."""
+    content = read_bytes(path)
+    numbers = "the pixels of a mask are numbers of classes: a PNG with a palette or with gray values"
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            if image.format == "JPEG":
+                raise ImageError(f"the mask {path} is a JPEG, which changes the values of pixels; {numbers}")
+            if image.mode not in ("P", "L", "1", "I", "I;16"):
+                raise ImageError(f"the mask {path} holds colors (mode {image.mode}); {numbers}")
+            values = np.array(image)
+    except ImageError:
+        raise
+    except Exception as error:  # PIL raises many types
+        raise ImageError(f"cannot read the mask {path}: {error}") from error
+    if values.min() < 0 or values.max() > 255:
+        raise ImageError(f"the mask {path} has values {values.min()} ... {values.max()}; classes are 0 ... 255")
+    return values.astype(np.uint8)
+
+
+def _orientation(content: bytes) -> int:
+    """Return how an image is stored, as EXIF says: 1 is upright."""
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken EXIF data, which `decode_bytes` ignores too
+        return 1

@@ -1,0 +1,275 @@
+"""`python -m moco.segment`: train a segmentation network on each encoder with each seed, evaluate, save."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim import Optimizer
+
+from moco.config import ConfigError, OptimConfig, require
+from moco.config.segment import SegmentConfig
+from moco.config.subject import EncoderConfig
+from moco.data.plan import Plan
+from moco.digest import digest
+from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, rank, world_size, wrap_ddp
+from moco.evaluation.metrics import mean_interval
+from moco.evaluation.subject import IMAGENET, open_encoder, output_of, weights_digest
+from moco.evaluation.task import progress_log
+from moco.files import atomic_write
+from moco.interop.encoder_file import EncoderFile
+from moco.interop.weights import save_weights
+from moco.optim.optimizers import build_optimizer, parameter_groups
+from moco.runs.results import prepare, record
+from moco.runs.weights_file import read_weights
+from moco.runtime.console import log, percent, progress_bar, table
+from moco.runtime.device import compute_context
+from moco.runtime.precision import PRECISIONS
+from moco.segmentation.crop import CropSettings
+from moco.segmentation.masks import IGNORED, MaskedImages, count_classes, open_masked
+from moco.segmentation.measure import Overlap
+from moco.segmentation.network import SegmentationNetwork, build_network, set_training, with_output_stride
+from moco.segmentation.picture import write_picture
+from moco.segmentation.training import Schedule, TrainSettings, evaluate, predict, train
+
+SHOWN = 6  # images in the picture
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """The common state of all encoders and seeds."""
+
+    config: SegmentConfig
+    file: EncoderFile
+    output: Path
+    train: MaskedImages
+    held_out: MaskedImages
+    training: TrainSettings
+    device: torch.device
+
+    def plan(self, seed: int) -> Plan:
+        batch, images = self.config.batch_size, len(self.train)
+        epochs = -(-self.config.steps // (images // batch))
+        return Plan(images, batch, epochs, seed, rank(), world_size())
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """The results of one encoder."""
+
+    encoder: str  # pretrained or untrained
+    overlaps: list[Overlap]  # one per seed
+    saved: Path
+
+    @property
+    def mean(self) -> tuple[float, float | None]:
+        """The mIoU, and half of Student's 95 % interval if there are several seeds."""
+        return mean_interval([each.mean for each in self.overlaps])
+
+
+def evaluate_segment(config: SegmentConfig) -> list[Segmented]:
+    """Train and evaluate a network on each configured encoder with each seed; the same result on every rank.
+
+    Raises:
+        ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.
+        NonFiniteLoss: if the training diverges.
+    """
+    with compute_context(config) as device:
+        run = _set_up(config, device)
+        prepare(run.output)
+        with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
+            found = [_segment(run, name, on_step) for name in config.encoders]
+        path = on_rank_zero(lambda: record(run.output, [_entry(run, each) for each in found], run.file.step))
+        _report(run, found, path)
+    return found
+
+
+def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
+    """Open the encoder and the images, and read all masks."""
+    file = open_encoder(config)
+    require(file.channels == 3, f"{file.source} takes images of {file.channels} channels; moco.segment takes RGB")
+    file = with_output_stride(file, config.output_stride)
+    train_split, held_out = open_masked(config.masks)
+    require(
+        len(train_split) >= config.batch_size,
+        f"batch_size={config.batch_size} exceeds the {len(train_split)} images of the training split: lower it",
+    )
+    counts = on_rank_zero(lambda: [count_classes(each, config.masks.workers) for each in (train_split, held_out)])
+    train_split, held_out = _with_classes(train_split, held_out, counts)
+    images = IMAGENET | file.images | {name: getattr(config, name) for name in ("mean", "std") if getattr(config, name)}
+    crops = CropSettings(config.crop, config.scale, config.flip_p, images["mean"], images["std"])
+    log(f"{file.source}: {file.backbone} ({file.layout}, step {file.step})")
+    log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
+    schedule = Schedule(config.lr, config.steps, config.schedule, config.warmup)
+    training = TrainSettings(crops, schedule, PRECISIONS[config.precision], config.masks.workers)
+    return Segmentation(config, file, output_of(config, file), train_split, held_out, training, device)
+
+
+def _with_classes(
+    train_split: MaskedImages, held_out: MaskedImages, counts: list[Any]
+) -> tuple[MaskedImages, MaskedImages]:
+    """Name the classes of the masks, if the configuration does not, and log those that training lacks."""
+    pixels = np.stack(counts)[:, :IGNORED]  # (2, 255)
+    for name, each in zip(("training", "held-out"), pixels, strict=True):
+        require(bool(each.any()), f"no mask of the {name} split has a pixel with a class")
+    highest = int(np.flatnonzero(pixels.sum(axis=0))[-1])
+    classes = train_split.classes or tuple(map(str, range(highest + 1)))
+    require(len(classes) >= 2, "the masks have only one class: segmentation needs two, such as 0 for the background")
+    lacking = [name for name, (ours, theirs) in zip(classes, pixels.T, strict=False) if theirs and not ours]
+    if lacking:
+        log(f"in no training mask, so never predicted: {', '.join(lacking[:5])}")
+    return replace(train_split, classes=classes), replace(held_out, classes=classes)
+
+
+def _segment(run: Segmentation, name: str, on_step: Callable[[str], None]) -> Segmented:
+    """Train and evaluate one encoder with all seeds; save the network of the last seed, and a picture."""
+    overlaps, config = [], run.config
+    for seed in range(config.seed, config.seed + config.seeds):
+        network = _train(run, name, seed, on_step)
+        with progress_bar("evaluating", quiet=not is_rank_zero()) as progress:
+            overlaps.append(evaluate(network, run.held_out, run.training.crops, config.masks.workers, progress))
+        log(f"{name}, seed {seed}: mIoU {percent(overlaps[-1].mean)} %")
+    folder = run.output / "segment" / f"{name}_{config.head}{'_frozen' * config.frozen}"
+    on_rank_zero(lambda: _save(run, network, folder))
+    return Segmented(name, overlaps, folder)
+
+
+def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], None]) -> SegmentationNetwork:
+    config, classes = run.config, len(run.train.classes)
+    untrained, plan = name == "untrained", run.plan(seed)
+    network = build_network(
+        run.file, config.head, classes, seed=seed, untrained=untrained, frozen=config.frozen, bn=config.bn
+    ).to(run.device)
+    broadcast_module(network)
+    optimizer = _optimizer(run, network)
+    state = run.output / "segment" / f"state_{digest(_identity(run, name, seed))[:12]}.pt"
+    start = _resume(state, network, optimizer)
+    for _ in range(start):
+        on_step(f"{name}, seed {seed}: resumed at step {start:,}")
+
+    def after(step: int, loss: float) -> None:
+        on_step(f"{name}, seed {seed}: loss {loss:.3f}")
+        if config.save_every and step % config.save_every == 0 and step < config.steps:
+            on_rank_zero(lambda: _save_state(state, network, optimizer, step))
+
+    train(
+        wrap_ddp(set_training(network, config.frozen, config.bn), run.device),
+        optimizer,
+        run.train,
+        plan,
+        run.training,
+        start,
+        after,
+    )
+    on_rank_zero(lambda: state.unlink(missing_ok=True))
+    return network
+
+
+def _optimizer(run: Segmentation, network: SegmentationNetwork) -> Optimizer:
+    config = run.config
+    optim = OptimConfig(name="sgd", momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = build_optimizer(network.head, optim)
+    for group in optimizer.param_groups:
+        group["lr_scale"] = config.head_lr_factor
+    if not config.frozen:
+        for group in parameter_groups(network.backbone, optim.weight_decay, optim.exclude):
+            optimizer.add_param_group({"lr_scale": 1.0} | group)
+    return optimizer
+
+
+def _identity(run: Segmentation, name: str, seed: int) -> dict[str, Any]:
+    """Return all that the training of one encoder and seed depends on, to recognize its saved state."""
+    settings = _settings(run.config)
+    del settings["seeds"], settings["encoders"]
+    pairs = [list(pair) for pair in run.train.pairs]
+    weights = weights_digest(run.file, "backbone")
+    return {"settings": settings, "encoder": name, "seed": seed, "pairs": pairs, "weights": weights}
+
+
+def _save_state(path: Path, network: SegmentationNetwork, optimizer: Optimizer, step: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+
+def _resume(path: Path, network: SegmentationNetwork, optimizer: Optimizer) -> int:
+    """Load the state of an interrupted training with the same settings, and return its number of finished steps."""
+    if not on_rank_zero(path.is_file):
+        return 0
+    state = read_weights(path)
+    try:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = int(state["step"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{path} is damaged: remove it to start this training again") from error
+    log(f"resumed at step {step:,} from {path}")
+    return step
+
+
+def _save(run: Segmentation, network: SegmentationNetwork, folder: Path) -> None:
+    """Write the network's weights with the names of the classes, and the picture of some held-out images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"classes": json.dumps(run.train.classes), "head": run.config.head, "backbone": run.file.backbone}
+    about |= {"options": json.dumps(run.file.options), "mean": json.dumps(list(run.training.crops.mean))}
+    save_weights(
+        folder / "network.safetensors", network.state_dict(), about | {"std": json.dumps(list(run.training.crops.std))}
+    )
+    rows = range(0, len(run.held_out), max(1, len(run.held_out) // SHOWN))[:SHOWN]
+    masks = predict(network, run.held_out, rows, run.training.crops, 0)
+    shown = ((run.held_out.pairs[row][0], (mask, found)) for row, (found, mask) in zip(rows, masks, strict=True))
+    write_picture(folder / "predictions.png", islice(shown, SHOWN))
+
+
+def _settings(config: SegmentConfig) -> dict[str, Any]:
+    """Return the settings of the training."""
+    shared = {each.name for each in fields(EncoderConfig)} | {"masks", "save_every", "mean", "std"}
+    return {name: value for name, value in asdict(config).items() if name not in shared}
+
+
+def _entry(run: Segmentation, found: Segmented) -> dict[str, Any]:
+    """Return the entry of one encoder for results.json."""
+    config, file, (mean, half) = run.config, run.file, found.mean
+    masks = asdict(config.masks) | {"root": str(Path(config.masks.root).absolute())}
+    accuracy = float(np.mean([each.pixel_accuracy for each in found.overlaps]))
+    return {
+        "command": "segment",
+        "protocol": f"{config.head}{', frozen' * config.frozen}, {config.steps} steps",
+        "encoder": found.encoder,
+        "source": str(Path(file.source).absolute()),
+        "layout": file.layout,
+        "backbone": file.backbone,
+        "options": file.options,
+        "step": file.step,
+        "weights": config.weights,
+        "sha256": weights_digest(file, "backbone"),
+        "data": masks | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
+        "settings": _settings(config),
+        "figures": {"mIoU": mean, "mIoU_half_width95": half, "pixel_accuracy": accuracy},
+        "per_seed": [each.to_json() for each in found.overlaps],
+        "saved": str(found.saved.absolute()),
+    }
+
+
+def _report(run: Segmentation, found: list[Segmented], path: Path) -> None:
+    """Print the closing table and the written files."""
+    config, rows = run.config, []
+    for each in found:
+        mean, half = each.mean
+        low, high = each.overlaps[0].interval()
+        mean_iou = f"{mean:.1f} ({low:.1f}–{high:.1f})" if half is None else percent(mean, half)
+        accuracy = percent(float(np.mean([one.pixel_accuracy for one in each.overlaps])))
+        rows.append([each.encoder, mean_iou, accuracy, ", ".join(percent(one.mean) for one in each.overlaps)])
+    student = f"mean of {config.seeds} seeds ± half of Student's 95 % interval"
+    note = student if config.seeds > 1 else "with the 95 % bootstrap interval over the held-out images"
+    title = f"segmentation, {config.head}{', frozen encoder' * config.frozen}, {config.steps:,} steps"
+    caption = f"mIoU: {note}; {len(run.held_out):,} held-out images, {len(run.train.classes)} classes"
+    table(title, ["encoder", "mIoU %", "pixels %", "each seed"], rows, caption)
+    log(f"written: {path}")
+    for each in found:
+        log(f"saved: {each.saved}/network.safetensors and predictions.png (of the last seed)")

@@ -1,0 +1,102 @@
+"""`python -m moco.segment`: a run, its files, resuming, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from moco.models.backbones import build_backbone
+from moco.segmentation import segment
+from scripts.canvases import write_canvases
+from tests.cli.conftest import Run
+
+SMALL = ("masks.root=c/train", "masks.eval_root=c/test", "masks.workers=0", "crop=16", "batch_size=4", "steps=6")
+ENCODER = ("checkpoint=plain.pt", "backbone=convnet", "+options.width=4", "device=cpu", "threads=1")
+
+
+@pytest.fixture
+def canvases(tmp_path: Path) -> Path:
+    write_canvases(tmp_path / "c", 12, 3, side=24)
+    torch.manual_seed(0)
+    torch.save(build_backbone("convnet", {"width": 4}).state_dict(), tmp_path / "plain.pt")
+    return tmp_path
+
+
+def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) -> None:
+    status, out, err = run("segment", *ENCODER, *SMALL, "seeds=2", "output=out", "lr=0.01")
+    assert status == 0, err
+    assert "12 images for training, 3 held out, 11 classes" in out
+    entries = json.loads((canvases / "out/results.json").read_text())
+    assert [each["encoder"] for each in entries] == ["pretrained", "untrained"]
+    for each in entries:
+        seeds = [one["mIoU"] for one in each["per_seed"]]
+        assert each["figures"]["mIoU"] == pytest.approx(np.mean(seeds))
+        assert len(seeds) == 2
+        assert each["data"]["training"] == 12
+        folder = Path(each["saved"])
+        assert (folder / "network.safetensors").is_file()
+        with Image.open(folder / "predictions.png") as picture:
+            assert picture.size == (3 * 164, 3 * 164)  # three rows of image, mask, prediction
+    assert not list((canvases / "out/segment").glob("state_*"))
+
+
+def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("segment", *ENCODER, *SMALL, "encoders=[pretrained]", "save_every=2", "lr=0.01")
+    assert run(*arguments, "output=whole")[0] == 0
+    real = segment._save_state
+
+    def killed(path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        real(path, network, optimizer, step)  # type: ignore[arg-type]
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segment, "_save_state", killed)
+        assert run(*arguments, "output=cut")[0] == 130
+    status, out, err = run(*arguments, "output=cut")
+    assert status == 0, err
+    assert "resumed at step 4" in out
+    name = "segment/pretrained_fcn_moco/network.safetensors"
+    whole, cut = (load_file(canvases / folder / name) for folder in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["masks.root="], "masks.root is empty: set masks.root=DIR"),
+        (["masks.root=gone"], "masks.root=gone is not a folder"),
+        (["masks.eval_root="], "there are no held-out images: set masks.eval_root=DIR, or masks.hold_out=0.2"),
+        (["masks.hold_out=0.2"], "masks.eval_root=c/test and masks.hold_out=0.2 both name held-out images"),
+        (["masks.layout=voc"], "masks.eval_root=c/test is for masks.layout=folder"),
+        (["masks.layout=voc", "masks.eval_root="], "there is no ImageSets/Segmentation in it"),
+        (["masks.classes=[a,b]"], "has a pixel"),
+        (["batch_size=64"], "batch_size=64 exceeds the 12 images of the training split"),
+        (["scale=[2,1]"], "must be a range: the smaller factor first"),
+        (["output_stride=16"], "output_stride=16 needs ResNet-50"),
+        (["output_stride=9"], "output_stride=9 must be 8, 16 or 32"),
+        (["head=unet"], "head='unet' must be one of linear, fcn, fcn_moco, deeplabv3"),
+        (["lr=1e30", "head=linear"], "lower lr=1e+30"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence(canvases: Path, run: Run, overrides: list[str], message: str) -> None:
+    status, _, err = run("segment", *ENCODER, *SMALL, "output=out", *overrides)
+    assert status in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_the_same_command_on_other_data_does_not_resume(canvases: Path, run: Run) -> None:
+    """The saved state is recognized by settings, weights and images."""
+    arguments = ("segment", *ENCODER, *SMALL, "encoders=[pretrained]", "save_every=2", "output=out")
+    assert run(*arguments)[0] == 0
+    write_canvases(canvases / "c", 13, 3, side=24)
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "resumed" not in out
