@@ -11,8 +11,8 @@ import pytest
 from moco.composition import field_types
 from moco.config import AugmentConfig, ConfigError, TrainConfig, bounded, check, check_bounds, config_dir, flatten
 from moco.config.base import EXTRAS
+from moco.config.data import check_normalization
 from moco.config.recommended import momentum_for, recipe_for
-from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
 from moco.data.opening import build_views
 from moco.methods.moco_config import MoCoConfig
 from moco.runs.directory import FREE_FIELDS
@@ -108,9 +108,10 @@ def test_an_evaluation_size_below_the_crop_is_refused() -> None:
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_the_normalization_of_values_for_0_to_255_is_refused(name: str) -> None:
     of_bytes = [123.675, 116.28, 103.53]
+    values = {"mean": [0.5] * 3, "std": [0.5] * 3} | {name: of_bytes}
     with pytest.raises(ConfigError, match=rf"images\.{name}=.*123\.675.* must be"):
-        check_subject(SubjectConfig(checkpoint="x", images=ImagesConfig(**{name: of_bytes})))  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=rf"{name}=\(123\.675.*divide"):
+        check_normalization("images", values["mean"], values["std"], 3, "uint8", "the 3 channels of x")
+    with pytest.raises(ConfigError, match=rf"augment\.{name}=\[123\.675.*divide"):
         build_views(AugmentConfig(**{name: of_bytes}))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"noise=\(0\.0, 25\.0\)"):
         build_views(AugmentConfig(noise=[0.0, 25.0]))
