@@ -39,6 +39,9 @@ from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import copy_to_device, gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 from moco.losses.streamed import Streamed
+from moco.models.norm import statistics_kept
+
+Directions = Sequence[tuple[int, int]]  # pairs (query's view, key's view)
 
 UNKNOWN = -1  # the image index of a random key, which shows no image
 NO_CLASS = torch.iinfo(torch.int64).min  # the class of a random key; no image has this class
@@ -145,6 +148,27 @@ def update_momentum_encoder(momentum_encoder: nn.Module, encoder: nn.Module, mom
     torch._foreach_lerp_(list(momentum_encoder.parameters()), list(encoder.parameters()), weight=1 - momentum)
 
 
+def encode_queries(encoder: nn.Module, views: Sequence[Tensor], directions: Directions) -> dict[int, Tensor]:
+    """Return the queries, {view: (N, C)}, of the views in `directions` and of the small ones.
+
+    Small views leave BN's running statistics unchanged: the features are used later for images of the full size.
+    """
+    queries = {view: unit_length(encoder(views[view])) for view, _ in directions}
+    if len(views) > 2:
+        with statistics_kept(encoder):
+            queries |= {view: unit_length(encoder(views[view])) for view in range(2, len(views))}
+    return queries
+
+
+def with_small_views(directions: Directions, views: int) -> list[tuple[int, int]]:
+    """Return `directions`, and then each small view, from the third of `views` on, as a query of each key (multi-crop).
+
+    Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., 2020), section 3.3
+    """
+    keys = sorted({key for _, key in directions})
+    return [*directions, *((view, key) for view in range(2, views) for key in keys)]
+
+
 def queue_contrast(
     q: Tensor, k: Tensor, queue: KeyQueue, temperature: Temperature, index: Tensor, decoupled: bool = False
 ) -> Streamed:
@@ -198,7 +222,7 @@ class Method(Protocol):
     def queue(self) -> KeyQueue | None: ...
 
     @property
-    def directions(self) -> Sequence[tuple[int, int]]: ...  # pairs (query's view, key's view)
+    def directions(self) -> Directions: ...  # of the full views
 
     def encode_keys(
         self,
@@ -271,7 +295,7 @@ class MoCo(nn.Module):
         """Compute the loss of one micro-batch against the queue before this step.
 
         Args:
-            views: V tensors (N, channels, S, S).
+            views: V tensors (N, channels, S, S), and any number of smaller ones, which are queries of each key.
             keys: {view: (n, C)} of the local batch, from `encode_keys`.
             index: the image indices of the micro-batch, (N,).
             start: position of the micro-batch in the local batch.
@@ -279,19 +303,20 @@ class MoCo(nn.Module):
         temperature = self.temperature if self.learned_temperature is None else self.learned_temperature()
         keys_of = {view: k[start : start + len(index)] for view, k in sorted(keys.items())}  # {view: (N, C)}
         losses, measured, pairs = [], [], []
-        for query_view, key_view in self.directions:
-            q = unit_length(self.encoder(views[query_view]))  # (N, C)
-            k = keys_of[key_view]  # (N, C)
+        queries = encode_queries(self.encoder, views, self.directions)  # {view: (N, C)}
+        for query_view, key_view in with_small_views(self.directions, len(views)):
+            q, k = queries[query_view], keys_of[key_view]  # (N, C) each
             uniforms = self._uniforms(query_view, rank() * len(keys[key_view]) + start, index)
             loss, measures = self._contrast(q, k, index, temperature, uniforms)
             losses.append(loss)
             measured.append(measures)
             pairs.append((q.detach(), k))
+        count = len(self.directions) if self.reduction == "sum" else 1  # small views do not change the loss's scale
         measures = mean_measures(measured)
-        measures["chance"] = measures["chance"] * (len(losses) if self.reduction == "sum" else 1)
+        measures["chance"] = measures["chance"] * count
         if isinstance(temperature, Tensor):
             measures["temperature"] = temperature.detach()
-        total = torch.stack(losses).sum() if self.reduction == "sum" else torch.stack(losses).mean()
+        total = torch.stack(losses).mean() * count
         return Output(total, measures, *pairs[0], new_keys=torch.stack(list(keys_of.values()), dim=1))
 
     def update_momentum_encoder(self, momentum: float) -> None:

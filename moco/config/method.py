@@ -39,6 +39,7 @@ class MethodConfig:
     labels = False  # train on the labels of the images
     compares_views = True  # the positive is another view of the image, encoded in the same step
     symmetric = False  # use each view as the query and as the key
+    takes_small_views = False  # further views of another size can be queries
     uses_places = False  # `encode_keys` gets the place of each view in its image
 
     @property
@@ -83,6 +84,12 @@ class MethodConfig:
                 kind != "constant" or value == getattr(MethodConfig, name),
                 f"method.{name}={value} has no effect with method.temperature_schedule=constant: set cosine or learned",
             )
+        small = config.augment.small_views
+        require(
+            self.takes_small_views or small == 0,
+            f"augment.small_views={small}: {self.name} takes no small views; set augment.small_views=0, or use moco or "
+            "moco_v3",
+        )
         layers = config.model.predictor_layers
         require(
             self.has_predictor or layers == 0,

@@ -17,6 +17,14 @@ class AugmentConfig:
     size: int = bounded(224, ge=1, le=65_536)
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    small_views: int = bounded(0, ge=0, le=64)
+    """Further views per image for MoCo and MoCo v3, of small_size pixels, which are queries only (multi-crop, Caron et
+    al., 2020). Each is compared with every key; the loss is the mean over all pairs of query and key."""
+    small_size: int = bounded(96, ge=1, le=65_536)
+    """Side of the small views in pixels."""
+    small_scale: list[float] = bounded([0.05, 0.14], min_length=2, max_length=2)
+    """Lowest and highest area of the small views, as a fraction of the image's. With small views, a crop_scale that
+    begins where small_scale ends, [0.14,1.0], is usual."""
     antialias: bool = True
     """Resize the crops with antialiasing; false: with plain interpolation. Evaluation always uses antialiasing."""
     jitter_p: float = 0.0
@@ -259,7 +267,15 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     size, resize = config.augment.size, config.augment.eval_resize
     fits = resize == 0 or resize >= size
     require(fits, f"augment.eval_resize={resize} is below augment.size={size}: raise it, or set it to 0 (no resizing)")
+    _check_small_views(config.augment)
     _check_batch(config, processes)
+
+
+def _check_small_views(augment: AugmentConfig) -> None:
+    size, small = augment.size, augment.small_size
+    fix = "lower it, together with augment.small_scale if the images are small"
+    fits = augment.small_views == 0 or small <= size
+    require(fits, f"augment.small_size={small} exceeds augment.size={size}: {fix}")
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:

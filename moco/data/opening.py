@@ -152,6 +152,8 @@ def without_unreadable_evaluation_images(
 def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[View]:
     """Return one recipe per view. Two recipes alternate: the fields of `config`, and these as `second` changes them.
 
+    The small views follow, with the same two recipes but another size and area.
+
     Raises:
         ConfigError: for an unknown field of `second`, an invalid value, or a mean and std that do not fit the data set.
     """
@@ -161,16 +163,19 @@ def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[V
     require("size" not in config.second, "augment.second cannot change size: both views have augment.size")
     data = data or DataConfig()
     of_data = data.channels, data.dtype, f"data.channels={data.channels}"
+    small = {"size": config.small_size, "crop_scale": config.small_scale}
     recipes = []
-    for values in (first, first | config.second):
+    for values in (first, first | config.second, first | small, first | config.second | small):
         try:
             check_normalization("augment", values["mean"], values["std"], *of_data)
             recipes.append(View(**with_tuples(values)))
         except ConfigError:  # of the normalization, or about steps of plug-ins
             raise
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"augment.{error}") from error
-    return [recipes[view % 2] for view in range(config.views)]
+            named = str(error).replace("crop_scale", "small_scale") if len(recipes) > 1 else error
+            raise ConfigError(f"augment.{named}") from error
+    full = [recipes[view % 2] for view in range(config.views)]
+    return full + [recipes[2 + view % 2] for view in range(config.small_views)]
 
 
 def with_tuples(values: dict[str, Any]) -> dict[str, Any]:

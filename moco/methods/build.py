@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moco.config import ConfigError, MethodConfig, ModelConfig, TrainConfig, require
+from moco.config import MethodConfig, ModelConfig, TrainConfig, require
 from moco.losses import LearnedTemperature
 from moco.models.backbones import with_channels
 from moco.models.encoder import Encoder, build_encoder, build_predictor
@@ -24,7 +24,7 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
 
     Raises:
         ConfigError: if `method.labels` is set and there are no labels; or if the backbone does not take images of
-            `augment.size`, or does not return features (N, D).
+            `augment.size` or `augment.small_size`, or does not return features (N, D).
     """
     method = config.method
     require(
@@ -33,10 +33,15 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
         "data.labels=folder for a folder with one subfolder per class, or method.labels=false",
     )
     encoder, model, size = encoder_of(config.model, config.data.channels), config.model, config.augment.size
-    if error := output_error(encoder.backbone, size, config.data.channels):
-        raise ConfigError(
-            f"model.backbone={model.backbone} with model.options={model.options} does not fit augment.size={size}: "
-            f"{error}{_fix(encoder.backbone, size)}"
+    sizes = {"size": (size, _fix(encoder.backbone, size))}
+    if config.augment.small_views:
+        sizes["small_size"] = (config.augment.small_size, _fix_of_small(encoder.backbone))
+    for name, (pixels, fix) in sizes.items():
+        error = output_error(encoder.backbone, pixels, config.data.channels)
+        require(
+            not error,
+            f"model.backbone={model.backbone} with model.options={model.options} does not fit augment.{name}={pixels}: "
+            f"{error}{fix}",
         )
     classes = torch.from_numpy(labels) if method.labels and labels is not None else None
     more = {} if teacher is None else {"teacher": teacher}
@@ -65,6 +70,14 @@ def _fix(backbone: Any, size: int) -> str:
     if not isinstance(built_for, tuple) or built_for == (size, size):
         return ""
     return f"; set +model.options.img_size={size}, or augment.size={built_for[0]}"
+
+
+def _fix_of_small(backbone: Any) -> str:
+    """Return how a ViT takes images of several sizes."""
+    patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    if not isinstance(patch, tuple):
+        return ""
+    return f"; set +model.options.dynamic_img_size=true, and a multiple of {patch[0]}"
 
 
 def build_temperature(method: MethodConfig) -> float | LearnedTemperature:

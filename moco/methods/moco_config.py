@@ -65,6 +65,7 @@ class MoCoConfig(MethodConfig):
     +method.switches.NAME={} for the defaults."""
 
     has_momentum_encoder = True
+    takes_small_views = True
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""

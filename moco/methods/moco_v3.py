@@ -32,7 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.builder import Output, encode_keys, unit_length, update_momentum_encoder
+from moco.builder import Output, encode_keys, encode_queries, update_momentum_encoder, with_small_views
 from moco.distributed import gather, rank, world_size
 from moco.losses import in_batch_info_nce
 
@@ -73,7 +73,8 @@ class MoCoV3(nn.Module):
         `views` are images (n, channels, S, S); `shuffles` has one permutation per view. See `moco.builder.encode_keys`.
         """
         shuffled = [None] * len(views) if shuffles is None else shuffles
-        local = [encode_keys(self.momentum_encoder, *pair, micro_batch) for pair in zip(views, shuffled, strict=True)]
+        pairs = list(zip(views, shuffled, strict=True))[:2]
+        local = [encode_keys(self.momentum_encoder, *pair, micro_batch) for pair in pairs]
         return {view: gather(k) for view, k in enumerate(local)}
 
     def forward(self, views: Sequence[Tensor], keys: dict[int, Tensor], index: Tensor, start: int = 0) -> Output:
@@ -84,9 +85,9 @@ class MoCoV3(nn.Module):
         local = len(keys[0]) // world_size()  # n
         labels = rank() * local + start + torch.arange(len(index), device=index.device)  # (N,), row of the key
         losses, positives, correct, pairs = [], [], [], []
-        for query_view, key_view in self.directions:
-            q = unit_length(self.predictor(self.encoder(views[query_view])))  # (N, C)
-            k = keys[key_view]  # (M, C)
+        queries = encode_queries(nn.Sequential(self.encoder, self.predictor), views, self.directions)
+        for query_view, key_view in with_small_views(self.directions, len(views)):
+            q, k = queries[query_view], keys[key_view]  # (N, C), (M, C)
             loss, logits = in_batch_info_nce(q, k, labels, self.temperature, decoupled=self.decoupled)  # (), (N, M)
             losses.append(2 * self.temperature * loss)  # ctr of Algorithm 1
             pairs.append((q.detach(), k[labels]))
@@ -100,7 +101,7 @@ class MoCoV3(nn.Module):
             "negatives": total - 1,
             "chance": 2 * (2 * self.temperature) * (total - int(self.decoupled)).log(),  # all keys equally similar
         }
-        return Output(torch.stack(losses).sum(), measures, *pairs[0])
+        return Output(2 * torch.stack(losses).mean(), measures, *pairs[0])  # their sum, without small views
 
     def update_momentum_encoder(self, momentum: float) -> None:
         """Set f_k = m f_k + (1 - m) f_q, without the predictor."""

@@ -22,6 +22,7 @@ class MoCoV3Config(MethodConfig):
     """Leave the positive out of the denominator of the softmax (Yeh et al., 2022, decoupled contrastive learning)."""
 
     has_momentum_encoder = True
+    takes_small_views = True
     has_predictor = True
     can_learn_temperature = False
     symmetric = True

@@ -235,6 +235,32 @@ def untracked(module: nn.Module) -> Iterator[None]:
             layer.call = call
 
 
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """As `untracked`, for forward passes of which the gradient will be computed: no buffer that it needs is written."""
+    kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
+    layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
+    momenta = [layer.momentum for layer in layers]
+    counts = [(each, each.clone()) for layer in layers for each in _counts(layer)]
+    calls = [(layer, layer.call) for layer in layers if isinstance(layer, GroupedBatchNorm)]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for count, value in counts:
+            count.copy_(value)
+        for layer, call in calls:
+            layer.call = call
+
+
+def _counts(layer: nn.Module) -> list[Tensor]:
+    """Return the integer buffers of a BN layer, which count its calls."""
+    return [each for each in layer.buffers(recurse=False) if not each.is_floating_point()]
+
+
 def set_calls_per_step(module: nn.Module, views: int, micro_batches: int = 1, view_by_view: bool = False) -> None:
     """Set how often every grouped BN layer is called in an optimizer step: once per view and micro-batch.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -80,7 +81,9 @@ def show_views(
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
     batch = next(batches(source, small, views, device, workers=0, on_unreadable=on_unreadable))
     mean, std = (per_channel(each, device) for each in (views[0].mean, views[0].std))
-    rows = [_shown(view * std + mean, source.pixel_format) for view in batch.views]
+    size = batch.views[0].shape[2:]  # of the full views; small ones are enlarged
+    same_size = (view if view.shape[2:] == size else F.interpolate(view, size) for view in batch.views)
+    rows = [_shown(view * std + mean, source.pixel_format) for view in same_size]
     enlarge = -(-64 // views[0].size)  # to at least 64 pixels
     images = torch.cat(rows).repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     grid = make_grid(images, nrow=len(batch.index), pad_value=1.0)

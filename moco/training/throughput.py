@@ -42,15 +42,16 @@ def encoder_flops(encoder: nn.Module, images: int, size: int) -> tuple[int, int]
     return forward // images, counter.get_total_flops() // images
 
 
-def step_flops(method: Any, images: int, size: int, views: int) -> int:
+def step_flops(method: Any, images: int, size: int, views: int, small: tuple[int, int] = (0, 0)) -> int:
     """Count the floating point operations of the encoders per sample of the batch; see `encoder_flops`.
 
-    Without a momentum encoder, all V views go through the encoder.
+    Without a momentum encoder, all V views go through the encoder. `small` are number and size of the small views.
     """
     forward, both = encoder_flops(method.encoder, images, size)
     if getattr(method, "momentum_encoder", None) is None:
         return views * both
-    return int(method.passes) * (both + forward)
+    of_small = small[0] * encoder_flops(method.encoder, images, small[1])[1] if small[0] else 0
+    return int(method.passes) * (both + forward) + of_small
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -98,7 +99,9 @@ class Throughput:
             return
         images = config.batch_size // world_size() // config.accumulate
         try:
-            self._flops = step_flops(method, images, config.augment.size, config.augment.views)
+            augment = config.augment
+            small = augment.small_views, augment.small_size
+            self._flops = step_flops(method, images, augment.size, augment.views, small)
         except (RuntimeError, NotImplementedError) as error:  # an operation without a shape-only implementation
             reason = (str(error).splitlines() or [""])[0]
             log(f"no MFU: the operations of model.backbone={config.model.backbone} cannot be counted ({reason})")

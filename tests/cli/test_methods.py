@@ -23,6 +23,7 @@ METHODS = {
     "densecl by crops": [*DENSE, "method.correspondence=crops"],
     "distill": TEACHER,
     "seed": [*TEACHER, "method=seed", "method.queue_size=200"],
+    "moco with small views": ["experiment=digits", "augment.small_views=2", "augment.small_size=12"],
     "nnclr": ["experiment=nnclr_digits", "method.queue_size=200"],
     "ressl": ["experiment=ressl_digits", "method.queue_size=200"],
 }

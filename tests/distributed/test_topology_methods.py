@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moco.builder import KeyQueue
+from moco.builder import KeyQueue, MoCo
 from moco.data.loader import Batch
 from moco.distributed import averaged_running_statistics, broadcast_module, rank, world_size, wrap_ddp
 from moco.methods.densecl import DenseCL
 from moco.methods.distill import Distill
+from moco.methods.moco_v3 import MoCoV3
 from moco.methods.nnclr import NNCLR
 from moco.methods.ressl import ReSSL
 from moco.models.dense import build_dense_encoder
@@ -51,11 +52,21 @@ def densecl(bn: BatchNormKind, by_crops: bool = False) -> nn.Module:
     return DenseCL(dense, KeyQueue(80, C), KeyQueue(80, C), by_crops=by_crops)  # type: ignore[arg-type] # smoothed
 
 
+def moco_v2(bn: BatchNormKind) -> nn.Module:
+    return MoCo(encoder(bn), KeyQueue(80, C), symmetric=True)
+
+
+def moco_v3(bn: BatchNormKind) -> nn.Module:
+    return MoCoV3(encoder(bn), smooth(build_predictor(C, 24, 2, False, bn, GROUP)), 0.3)
+
+
 METHODS: dict[str, Callable[[BatchNormKind], nn.Module]] = {
     "densecl": densecl,
     "densecl by crops": partial(densecl, by_crops=True),
     "distill": distill,
     "distill with a queue": partial(distill, queue=True),
+    "moco with small views": moco_v2,
+    "moco_v3 with small views": moco_v3,
     "nnclr": nnclr,
     "ressl": ressl,
 }
@@ -90,8 +101,9 @@ def trajectory(name: str, bn: BatchNormKind, accumulate: int) -> dict[str, Any]:
     measures, gradients = [], []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        views = [torch.randn(BATCH, 3, 12, 12, generator=generator)[mine] for _ in range(2)]
-        orders = [torch.randperm(BATCH, generator=generator).numpy() for _ in range(2)]
+        sizes = [12, 12, 8, 8] if "small views" in name else [12, 12]
+        views = [torch.randn(BATCH, 3, size, size, generator=generator)[mine] for size in sizes]
+        orders = [torch.randperm(BATCH, generator=generator).numpy() for _ in sizes]
         index = (torch.arange(BATCH) + step * BATCH)[mine]
         places = crops(generator)[:, mine] if "crops" in name else None
         settings = StepSettings(0.01, 0.9, accumulate)

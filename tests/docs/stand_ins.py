@@ -28,6 +28,7 @@ DIGITS = ["epochs=3", "batch_size=256", "model.options.width=4", "evaluate.draws
 DIGITS += ["checkpoint.keep_epochs=1", "checkpoint.every_steps=1", "checkpoint.keep_last=3"]
 SMALL = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
 SMALL += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
+SMALL += ["augment.small_size=16"]
 SMALL += ["data.workers=0", "optim.warmup_epochs=0", "evaluate.k=5", "precision=fp32", "threads=1"]
 NO_QUEUE = ["model.bn=sync", "model.shuffle_keys=false"]
 TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hidden=16", "model.predictor_hidden=16"]

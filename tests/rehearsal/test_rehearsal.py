@@ -99,7 +99,13 @@ def test_other_methods(library: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 def test_variants_of_the_step(library: Path, tmp_path: Path) -> None:
     switches = "digits_switches method.margin=0.1 method.mix_hardest=64 method.mix_pairs=16"
-    more = ["accumulate=2", "method.symmetric=true", "optim=lars_cosine", "method.temperature_schedule=learned"]
+    more = [
+        "accumulate=2",
+        "augment.small_views=2 augment.small_size=8",
+        "method.symmetric=true",
+        "optim=lars_cosine",
+        "method.temperature_schedule=learned",
+    ]
     check_recipes(library, tmp_path, [*(f"digits {each}" for each in more), switches, "supcon_digits"])
 
 

@@ -58,7 +58,8 @@ def augmented_views(source: Source, file: EncoderFile, device: torch.device) -> 
     """
     made = []
     data = DataConfig(channels=file.channels, dtype=file.config["data"].get("dtype", DataConfig.dtype))
-    for stream, view in enumerate(build_views(AugmentConfig(**file.config["augment"] | {"views": 2}), data)):
+    recipe = AugmentConfig(**file.config["augment"] | {"views": 2, "small_views": 0})
+    for stream, view in enumerate(build_views(recipe, data)):
         parts = []
         for start in range(0, len(source), BATCH):
             index = np.arange(start, min(start + BATCH, len(source)))
