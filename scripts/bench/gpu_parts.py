@@ -31,7 +31,7 @@ from moco.data.opening import build_views
 from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.losses import info_nce
-from moco.losses.streamed import info_nce_streamed
+from moco.losses.streamed import Streamed, info_nce_streamed
 from moco.optim.optimizers import build_optimizer
 from moco.runtime.device import set_float32_precision
 from moco.runtime.precision import PRECISIONS, pick_precision
@@ -284,7 +284,7 @@ def losses(setting: Setting) -> Iterator[Check]:
 
             def work(form: Callable[[], Any] = form, q: Tensor = q) -> Tensor:
                 found = form()
-                loss = found[0] if isinstance(found, tuple) else found.loss
+                loss = found.loss if isinstance(found, Streamed) else found[0]
                 return torch.autograd.grad(loss, q)[0]
 
             gradients.append(work())

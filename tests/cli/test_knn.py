@@ -22,7 +22,7 @@ def knn(folder: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> "subpr
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_return_the_results_of_one(tmp_path: Path) -> None:
     """The held-out images form three blocks, and no count is divisible by two."""
     trained(tmp_path / "run")

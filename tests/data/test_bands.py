@@ -299,7 +299,7 @@ def test_the_digest_of_a_data_set_depends_on_the_format(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [4, 13])
+@pytest.mark.parametrize("channels", [4, pytest.param(13, marks=pytest.mark.long)])
 def test_pretraining_separates_scenes_better_than_random_weights(channels: int, tmp_path: Path) -> None:
     root = write_scenes(tmp_path / "scenes", channels, {"train": 60, "test": 20})
     pixels = np.stack([np.load(path) for path in (root / "train").rglob("*.npy")]).reshape(-1, channels) / 65535

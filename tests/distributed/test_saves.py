@@ -13,7 +13,7 @@ from tests.cli.test_train import TINY, environment, finished
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moco.train")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_saving_and_resuming_in_an_epoch_gives_the_same_encoder_bit_for_bit(tmp_path: Path) -> None:
     """BN's running statistics differ between the ranks: averaged in place at each save, they would round differently.
 

@@ -78,10 +78,8 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed(launch: Launch, tmp_path:
     runs.same_end(run, tmp_path / "reference")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "more", [[], pytest.param(["--standalone"], marks=pytest.mark.long)], ids=["static", "standalone"]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("more", [[], ["--standalone"]], ids=["static", "standalone"])
 def test_a_restart_ignores_the_addresses_of_the_killed_processes(
     more: list[str], launch: Launch, tmp_path: Path
 ) -> None:

@@ -144,7 +144,7 @@ def ends(folder: Path) -> None:
     assert digest(found[0]["method"]) != digest(found[1]["method"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_trials_run_under_torchrun_and_are_not_run_again(tmp_path: Path) -> None:
     ends(tmp_path)
 
