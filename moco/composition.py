@@ -53,12 +53,13 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
         with tempfile.TemporaryDirectory() as scratch, exit_on_broken_pipe(), checked_files(types):
             register(name, schema, scratch)
             _refuse_options(sys.argv[1:], types)
-            if name == "train":
-                _refuse_replaced_values(sys.argv[1:])
-            sys.argv = [sys.argv[0], *keep_text(sys.argv[1:], types)]
+            given = sys.argv[1:]
+            sys.argv = [sys.argv[0], *keep_text(given, types)]
             # The command runs outside Hydra, which would print a traceback of its own for every error.
             run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
             run(lambda config: composed.append(_with_recipe(config)))()
+            if name == "train":
+                _refuse_replaced_values(given)
         if len(composed) > 1:
             _refuse_shared_output(composed, types)
         configs = [to_dataclass(each, schema) for each in composed]

@@ -80,7 +80,7 @@ class SegmentConfig(EncoderConfig):
     """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the file's, else ImageNet's."""
     std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
     """Standard deviation of each channel, by which pixels are divided after that. Null: the file's, else ImageNet's."""
-    save_every: int = bounded(500, ge=0)
+    save_every: int = bounded(100, ge=0)
     """Save the state every so many steps: the same command resumes from it. 0: never."""
     masks: MasksConfig = field(default_factory=MasksConfig)
 

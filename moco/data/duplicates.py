@@ -45,7 +45,8 @@ def split_groups(source: Source, progress: Progress | None = None) -> Rows:
     if not first:
         return copies
     links = np.concatenate([numbers, numbers]), np.concatenate([copies, videos])
-    _, group = connected_components(coo_array((np.ones(2 * len(source)), links)), directed=False)
+    graph = coo_array((np.ones(2 * len(source)), links), shape=(len(source), len(source)))
+    _, group = connected_components(graph, directed=False)
     _, firsts = np.unique(group, return_index=True)
     found: Rows = firsts[group]
     return found

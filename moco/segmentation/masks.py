@@ -65,17 +65,22 @@ class MaskedImages:
         Raises:
             ImageError: if a file cannot be read, the two differ in size, or the mask has an unknown class.
         """
+        path, _ = self.pairs[row]
+        mask = self.checked_mask(row)
+        return decode_bytes(path, read_bytes(path)), mask
+
+    def checked_mask(self, row: int) -> NDArray[np.uint8]:
+        """Return the mask as `mask` does, after comparing it with the header of the image. Errors: see `read`."""
         path, mask_path = self.pairs[row]
-        content = read_bytes(path)
-        image, mask = decode_bytes(path, content), self.mask(row)
-        if tuple(image.shape[1:]) != mask.shape:
-            sizes = " x ".join(map(str, image.shape[:0:-1])), " x ".join(map(str, mask.shape[::-1]))
+        mask, (size, orientation) = self.mask(row), _header(path)
+        if size != mask.shape[::-1]:
+            sizes = [" x ".join(map(str, each)) for each in (size, mask.shape[::-1])]
             raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: mend one")
-        if _orientation(content) != 1:
+        if orientation != 1:
             raise ImageError(
                 f"{path} is stored rotated, its mask may not be: rotate its pixels and remove the EXIF tag"
             )
-        return image, mask
+        return mask
 
     def mask(self, row: int) -> NDArray[np.uint8]:
         """Return the class of each pixel of an image, (H, W). Errors: see `read`."""
@@ -153,7 +158,7 @@ class _Counted:
 
     def __call__(self, row: int) -> NDArray[np.int64] | ImageError:
         try:
-            return np.bincount(self.images.mask(row).ravel(), minlength=256)
+            return np.bincount(self.images.checked_mask(row).ravel(), minlength=256)
         except ImageError as error:
             return error
 
@@ -253,10 +258,12 @@ def _read_mask(path: str) -> NDArray[np.uint8]:
     return values.astype(np.uint8)
 
 
-def _orientation(content: bytes) -> int:
-    """Return how an image is stored, as EXIF says: 1 is upright."""
+def _header(path: str) -> tuple[tuple[int, int], int]:
+    """Return width and height of an image as stored, and how to turn it, as EXIF says: 1 is upright."""
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF data, which `decode_bytes` ignores too
-        return 1
+        with Image.open(io.BytesIO(read_bytes(path)), formats=IMAGE_FORMATS) as image:
+            return image.size, int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except ImageError:
+        raise
+    except Exception as error:  # PIL raises many types
+        raise ImageError(f"cannot read the image {path}: {error}") from error

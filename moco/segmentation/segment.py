@@ -1,6 +1,7 @@
 """`python -m moco.segment`: train a segmentation network on each encoder with each seed, evaluate, save."""
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
@@ -11,9 +12,10 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from moco.config import ConfigError, OptimConfig, require
+from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.segment import SegmentConfig
 from moco.config.subject import EncoderConfig
+from moco.data.labels import first_names
 from moco.data.plan import Plan
 from moco.digest import digest
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, rank, world_size, wrap_ddp
@@ -119,6 +121,11 @@ def _with_classes(
     highest = int(np.flatnonzero(pixels.sum(axis=0))[-1])
     classes = train_split.classes or tuple(map(str, range(highest + 1)))
     require(len(classes) >= 2, "the masks have only one class: segmentation needs two, such as 0 for the background")
+    unused = [str(number) for number, both in enumerate(pixels.sum(axis=0)[: len(classes)]) if not both]
+    if unused and not train_split.classes and is_rank_zero():
+        fix = "mend the mask with the highest value, or name the classes, masks.classes=[...]"
+        problem = f"no pixel has the class {first_names(unused)}, below the highest value {highest}"
+        warnings.warn(f"{problem}: {fix}", RunWarning, stacklevel=2)
     lacking = [name for name, (ours, theirs) in zip(classes, pixels.T, strict=False) if theirs and not ours]
     if lacking:
         log(f"in no training mask, so never predicted: {', '.join(lacking[:5])}")
@@ -133,7 +140,7 @@ def _segment(run: Segmentation, name: str, on_step: Callable[[str], None]) -> Se
         with progress_bar("evaluating", quiet=not is_rank_zero()) as progress:
             overlaps.append(evaluate(network, run.held_out, run.training.crops, config.masks.workers, progress))
         log(f"{name}, seed {seed}: mIoU {percent(overlaps[-1].mean)} %")
-    folder = run.output / "segment" / f"{name}_{config.head}{'_frozen' * config.frozen}"
+    folder = run.output / "segment" / f"{name}_{config.head}{'_frozen' * config.frozen}_{config.steps}steps"
     on_rank_zero(lambda: _save(run, network, folder))
     return Segmented(name, overlaps, folder)
 
@@ -148,12 +155,15 @@ def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], Non
     optimizer = _optimizer(run, network)
     state = run.output / "segment" / f"state_{digest(_identity(run, name, seed))[:12]}.pt"
     start = _resume(state, network, optimizer)
+    if start:
+        finished = "already trained" if start == config.steps else f"resumed at step {start:,}"
+        log(f"{name}, seed {seed}: {finished} ({state})")
     for _ in range(start):
-        on_step(f"{name}, seed {seed}: resumed at step {start:,}")
+        on_step(f"{name}, seed {seed}")
 
     def after(step: int, loss: float) -> None:
         on_step(f"{name}, seed {seed}: loss {loss:.3f}")
-        if config.save_every and step % config.save_every == 0 and step < config.steps:
+        if step == config.steps or (config.save_every and step % config.save_every == 0):
             on_rank_zero(lambda: _save_state(state, network, optimizer, step))
 
     train(
@@ -165,7 +175,6 @@ def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], Non
         start,
         after,
     )
-    on_rank_zero(lambda: state.unlink(missing_ok=True))
     return network
 
 
@@ -208,7 +217,6 @@ def _resume(path: Path, network: SegmentationNetwork, optimizer: Optimizer) -> i
         step = int(state["step"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{path} is damaged: remove it to start this training again") from error
-    log(f"resumed at step {step:,} from {path}")
     return step
 
 

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
+from moco.config import RunWarning
 from moco.models.backbones import build_backbone
 from moco.segmentation import segment
-from scripts.canvases import write_canvases
+from scripts.canvases import CLASSES, write_canvases
 from tests.cli.conftest import Run
 
 SMALL = ("masks.root=c/train", "masks.eval_root=c/test", "masks.workers=0", "crop=16", "batch_size=4", "steps=6")
+SMALL = (*SMALL, f"masks.classes=[{','.join(CLASSES)}]")
 ENCODER = ("checkpoint=plain.pt", "backbone=convnet", "+options.width=4", "device=cpu", "threads=1")
 
 
@@ -41,7 +43,14 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
         assert (folder / "network.safetensors").is_file()
         with Image.open(folder / "predictions.png") as picture:
             assert picture.size == (3 * 164, 3 * 164)  # three rows of image, mask, prediction
-    assert not list((canvases / "out/segment").glob("state_*"))
+    before = {path: path.read_bytes() for path in (canvases / "out/segment").glob("*/network.safetensors")}
+    status, out, _ = run("segment", *ENCODER, *SMALL, "seeds=2", "output=out", "lr=0.01")
+    assert status == 0
+    assert out.count("already trained") == 4
+    assert run("segment", *ENCODER, *SMALL, "output=out", "lr=0.01", "steps=4")[0] == 0
+    again = [load_file(path) for path in before]
+    for found, content in zip(again, before.values(), strict=True):
+        assert all(torch.equal(value, found[key]) for key, value in load(content).items())
 
 
 def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +69,7 @@ def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monk
     status, out, err = run(*arguments, "output=cut")
     assert status == 0, err
     assert "resumed at step 4" in out
-    name = "segment/pretrained_fcn_moco/network.safetensors"
+    name = "segment/pretrained_fcn_moco_6steps/network.safetensors"
     whole, cut = (load_file(canvases / folder / name) for folder in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(value, cut[key]) for key, value in whole.items())
@@ -73,8 +82,8 @@ def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monk
         (["masks.root=gone"], "masks.root=gone is not a folder"),
         (["masks.eval_root="], "there are no held-out images: set masks.eval_root=DIR, or masks.hold_out=0.2"),
         (["masks.hold_out=0.2"], "masks.eval_root=c/test and masks.hold_out=0.2 both name held-out images"),
-        (["masks.layout=voc"], "masks.eval_root=c/test is for masks.layout=folder"),
-        (["masks.layout=voc", "masks.eval_root="], "there is no ImageSets/Segmentation in it"),
+        (["masks.layout=voc", "masks.classes=[]"], "masks.eval_root=c/test is for masks.layout=folder"),
+        (["masks.layout=voc", "masks.classes=[]", "masks.eval_root="], "there is no ImageSets/Segmentation in it"),
         (["masks.classes=[a,b]"], "has a pixel"),
         (["batch_size=64"], "batch_size=64 exceeds the 12 images of the training split"),
         (["scale=[2,1]"], "must be a range: the smaller factor first"),
@@ -100,3 +109,16 @@ def test_the_same_command_on_other_data_does_not_resume(canvases: Path, run: Run
     status, out, _ = run(*arguments)
     assert status == 0
     assert "resumed" not in out
+
+
+def test_a_single_value_far_above_the_others_is_reported(canvases: Path, run: Run) -> None:
+    mask = np.asarray(Image.open(canvases / "c/train/masks/00000.png")).copy()
+    mask[0, 0] = 77
+    Image.fromarray(mask).save(canvases / "c/train/masks/00000.png")
+    with pytest.warns(
+        RunWarning, match=r"no pixel has the class .* 11, 12 and 64 more, below the highest value 77: mend the mask"
+    ):
+        assert (
+            run("segment", *ENCODER, *SMALL, "masks.classes=[]", "encoders=[untrained]", "output=out", "steps=1")[0]
+            == 0
+        )

@@ -161,7 +161,7 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_batch(run: Run, tmp_path: 
     status, _, errors = run("train", *TINY, "run=lost", "optim.lr=1e20", "checkpoint.every_steps=1", *never)
     assert status == 1
     (line,) = errors.strip().splitlines()
-    for words in ("moco: step", "epoch 1, batch", "samples", "lower optim.lr"):
+    for words in ("moco: step", "epoch 1, batch", "had images", "lower optim.lr"):
         assert words in line
     # The newest checkpoint is the state before the step that failed, and it is finite.
     newest = checkpoint.load(checkpoint.list_checkpoints(tmp_path / "lost" / "checkpoints")[0])

@@ -86,6 +86,8 @@ def test_a_split_does_not_divide_a_video(tmp_path: Path) -> None:
         rest, held = split_each_class(each.labels, 0.3, 0, 1, groups)
         assert not {videos[i] for i in rest} & {videos[i] for i in held}
         assert set(each.labels[held].tolist()) == {0, 1}
+    end = source.subset(np.arange(len(source))[::-1])  # the last frames are copies of no later ones
+    assert len(split_groups(end)) == len(source)
     one = source.subset(np.arange(4))
     with pytest.raises(SubsetError, match="frames of one video"):
         split_each_class(np.zeros(4, np.int64), 0.3, 0, 1, split_groups(one))
