@@ -77,7 +77,8 @@ class Run:
 
     def next_commands(self) -> list[str]:
         """Return the commands that evaluate or use its encoder."""
-        return next_commands(str(self.path), self.get("data.name", ""), self.get("data.root", ""), self.labeled)
+        data = (self.get("data.name", ""), self.get("data.root", ""))
+        return next_commands(str(self.path), *data, self.labeled, self.get("data.on_bad_image", "raise"))
 
 
 _LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets with labels and held-out images

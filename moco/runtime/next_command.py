@@ -29,19 +29,21 @@ def command(module: str, config: SubjectConfig, **changes: Any) -> str:
     return " ".join(["python", "-m", module, *starmap(override, _changed(values, defaults))])
 
 
-def next_commands(run: str, name: str, root: str, labeled: bool) -> list[str]:
+def next_commands(run: str, name: str, root: str, labeled: bool, on_bad_image: str = "raise") -> list[str]:
     """Return the commands that evaluate or use the encoder of a finished run.
 
     Args:
         run: its directory.
         name, root: its data.name and data.root.
         labeled: whether its data set has labels and held-out images.
+        on_bad_image: its data.on_bad_image; moco.embed has a field of its own.
     """
     images = named_images(name, root)
     if labeled:
         return [command("moco.linear", SubjectConfig(), run=run, **images)]
     features = f"{run}/features"
-    embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
+    skip = {"on_bad_image": "skip"} if on_bad_image == "replace" else {}
+    embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features, **skip)
     of_index = {} if "data.name" in images else images
     return [embed, command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)]
 

@@ -133,7 +133,8 @@ def summarize(trainer: "Trainer") -> None:
     data = (config.data.name, config.data.root)
     sources = trainer.sources
     several = sources.train.multi_labels is not None and sources.held_out is not None
-    for each in next_commands(config.run, *data, labeled=trainer.live.measure == "knn" or several):
+    labeled = trainer.live.measure == "knn" or several
+    for each in next_commands(config.run, *data, labeled, config.data.on_bad_image):
         log_next(each)
     log_next(command("moco.report", SubjectConfig(), run=config.run, **named_images(*data)))
     if config.data.name not in ("folder", "video", "shards", "huggingface", "webdataset"):

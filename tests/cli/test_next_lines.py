@@ -25,6 +25,10 @@ RARE = (
 SITUATIONS = {
     "labeled": ("train run=runs/labeled", ["linear", "report", "check_data"]),
     "unlabeled": ("train experiment=moco_v2_folder data.root=MANY run=runs/unlabeled", ["embed", "search", "report"]),
+    "unreadable": (
+        "train experiment=moco_v2_folder data.root=BAD data.on_bad_image=replace run=runs/bad",
+        ["embed", "search", "report"],
+    ),
     "knn": ("knn run=runs/labeled", ["knn", "linear", "tensorboard"]),
     "knn, few labels": ("knn run=runs/labeled labels_per_class=1 k=[1] temperature=[0.1]", ["linear", "tensorboard"]),
     "linear": ("linear run=runs/labeled", ["linear"]),
@@ -90,10 +94,11 @@ class Workplace:
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     folder = tmp_path_factory.mktemp("next")
-    for name, count in (("MANY", 140), ("FEW", 20), ("CROWD", 200)):
+    for name, count in (("MANY", 140), ("FEW", 20), ("CROWD", 200), ("BAD", 140)):
         (folder / name).mkdir()
         for i in range(count):
             gradient(i).save(folder / name / f"{i:03}.jpg")
+    (folder / "BAD" / "text.jpg").write_text("text")
     tree(folder / "YOUR_IMAGES", each=20, first=0)
     torch.save(build_backbone("resnet18", {}).state_dict(), folder / "FILE")
     with pytest.MonkeyPatch.context() as patch:
