@@ -3,6 +3,7 @@
 import multiprocessing
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch.multiprocessing
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     # Meet in a file: a port could be in use.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", store, timedelta(minutes=3), rank=rank, world_size=world)  # a hang fails the test
     try:
         torch.save(function(*arguments), f"{folder}/{rank}.pt")
     finally:
