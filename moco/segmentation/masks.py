@@ -25,6 +25,7 @@ from moco.data.workers import in_order
 from moco.distributed import is_rank_zero
 from moco.runtime.console import progress_bar
 
+WORKERS = "masks.workers"  # the field, for errors
 IGNORED = 255  # the number of pixels without a class, in every mask that `MaskedImages` returns
 
 VOC_CLASSES = (
@@ -139,7 +140,7 @@ def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64
         ImageError: for the first mask that cannot be used, so that none ends the training later.
     """
     total = np.zeros(256, dtype=np.int64)
-    counts = in_order(_Counted(images), range(len(images)), workers, _FIELD)
+    counts = in_order(_Counted(images), range(len(images)), workers, WORKERS)
     with progress_bar("reading masks", quiet=not is_rank_zero()) as progress:
         for done, each in enumerate(counts, start=1):
             if isinstance(each, ImageError):
@@ -147,9 +148,6 @@ def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64
             total += each
             progress(done, len(images))
     return total
-
-
-_FIELD = "masks.workers"
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,8 @@ from moco.evaluation.finetuning import train_step
 from moco.optim.schedules import lr_factor
 from moco.runtime.errors import NonFiniteLoss
 from moco.segmentation.crop import CropDataset, CropSettings
-from moco.segmentation.masks import IGNORED, MaskedImages
+from moco.segmentation.masks import IGNORED, WORKERS, MaskedImages
 from moco.segmentation.measure import Overlap, overlap_of
-
-WORKERS = "masks.workers"  # the field, for errors
 
 
 @dataclass(frozen=True)
