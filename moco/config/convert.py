@@ -47,6 +47,8 @@ def check_convert(config: ConvertConfig) -> None:
     require(not hub or bool(config.output), "output='' must name a folder for to=hub, e.g. output=my_encoder")
     required = f"must be a file that ends in {' or '.join(endings)} for to={config.to}, e.g. output=encoder{endings[0]}"
     require(config.output.endswith(endings), f"output={config.output!r} {required}")
+    stop = config.on_bad_image == "stop"
+    require(stop, f"on_bad_image={config.on_bad_image} has no effect in this command: remove it")
     require(hub or not config.upload, f"upload={config.upload} needs to=hub, not to={config.to}")
     require(bool(config.upload) or not config.public, "public=true needs upload=USER/NAME")
     named = not config.upload or re.fullmatch(REPOSITORY, config.upload)

@@ -26,8 +26,6 @@ class EmbedConfig(SubjectConfig):
     """Format of the table with the image of each row and its classes: csv (index.csv), or parquet (index.parquet, needs
     pyarrow). If an image has several classes, Parquet holds a list, and CSV a text in which
     data.label_separator (; if it is empty) separates them."""
-    on_bad_image: str = bounded("stop", choices=("stop", "skip"))
-    """On unreadable images: stop (the command ends and names the image), or skip (unreadable.csv lists them)."""
 
 
 def check_embed(config: EmbedConfig) -> None:

@@ -49,6 +49,8 @@ class SubjectConfig(EncoderConfig):
 
     images_at_once: int = bounded(512, ge=1)
     """Images per forward pass of the frozen encoder. It affects memory, not results."""
+    on_bad_image: str = bounded("stop", choices=("stop", "skip"))
+    """On unreadable images: stop (the command ends and names the image), or skip (they are left out and listed)."""
     data: SubjectDataConfig = field(default_factory=SubjectDataConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
 

@@ -77,7 +77,8 @@ def without_unreadable(
     This is for measuring accuracy, where a substitute would be counted twice. Raises an ImageError if more than
     `max_fraction` of the images are unreadable.
     """
-    found = _of_all_ranks(lambda: _reasons(find_unreadable(source, range(rank(), len(source), world_size()), progress)))
+    rows = range(rank(), len(source), world_size())
+    found = reasons_of_all_ranks(lambda: find_unreadable(source, rows, progress))
     if not found:
         return source, found
     first = min(found)
@@ -145,6 +146,11 @@ class UnreadableImages:
             return
         with write_errors(self.file):
             self.file.unlink(missing_ok=True)
+
+
+def reasons_of_all_ranks(find: Callable[[], Mapping[int, ImageError]]) -> dict[int, str]:
+    """Join the unreadable images that each rank finds: their reasons by image index. Collective."""
+    return _of_all_ranks(lambda: _reasons(find()))
 
 
 def _reasons(errors: Mapping[int, ImageError]) -> dict[int, str]:

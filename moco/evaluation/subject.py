@@ -22,8 +22,9 @@ from moco.data.opening import classes_without_images, open_sources
 from moco.data.pixel_format import RGB
 from moco.data.recorded import recorded_data
 from moco.data.sources import Source, Sources, refuse_output_inside
+from moco.data.unreadable import find_unreadable, reasons_of_all_ranks
 from moco.digest import digest
-from moco.distributed import is_rank_zero
+from moco.distributed import is_rank_zero, rank, world_size
 from moco.evaluation.features import EvalTransform
 from moco.evaluation.subsets import naming_field, split_each_class
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
@@ -162,8 +163,35 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
             f"data.name={name} has no held-out split: set data.eval_root=DIR to other images of the same classes, or "
             "data.hold_out=0.2 to hold out a fifth of each class"
         )
+    if (rows := readable_rows(config, bank, "training")) is not None:
+        bank = bank.subset(rows)
+    if (rows := readable_rows(config, held_out, "held-out")) is not None:
+        held_out = held_out.subset(rows)
     _check_classes(bank, held_out)
     return bank, held_out
+
+
+def readable_rows(config: SubjectConfig, source: Source, split: str) -> NDArray[np.int64] | None:
+    """Return the rows of the readable images, and log the others; None unless on_bad_image=skip finds any. Collective.
+
+    Every image is decoded once.
+
+    Raises:
+        ConfigError: if no image can be read.
+    """
+    if config.on_bad_image != "skip":
+        return None
+    rows = range(rank(), len(source), world_size())
+    with progress_bar(f"reading the {split} images", quiet=not is_rank_zero()) as progress:
+        reasons = reasons_of_all_ranks(lambda: find_unreadable(source, rows, progress))
+    if not reasons:
+        return None
+    named = first_names([f"{source.name(i)} ({reason})" for i, reason in reasons.items()])
+    counted = f"{len(reasons):,} of the {len(source):,} {split} images cannot be read: {named}"
+    require(len(reasons) < len(source), f"on_bad_image=skip: {counted}; repair them, or name other images")
+    if is_rank_zero():
+        log(f"on_bad_image=skip: {counted}")
+    return np.setdiff1d(np.arange(len(source)), np.array(list(reasons), np.int64))
 
 
 def _check_classes(bank: Source, held_out: Source) -> None:
@@ -223,7 +251,7 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
         if config.output:
             refuse_output_inside(data, "output", config.output)
         with naming_plugins(subject.file.source, subject.file.config):
-            return open_sources(data, bank_size=0)
+            return open_sources(data, bank_size=0, keep_unreadable=config.on_bad_image == "skip")
     except FileNotFoundError as error:
         of_run = {name: path for name, path in _paths(data).items() if getattr(config.data, name) is None}
         if not of_run:

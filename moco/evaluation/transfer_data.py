@@ -23,7 +23,7 @@ from moco.data.pixel_format import PixelFormat
 from moco.data.sources import load_source, refuse_output_inside
 from moco.data.transfer_sets import SETS, Labels, TransferSet, download, missing_message, open_splits
 from moco.distributed import is_rank_zero, world_size
-from moco.evaluation.subject import Subject, groups_of, open_labeled
+from moco.evaluation.subject import Subject, groups_of, open_labeled, readable_rows
 from moco.evaluation.subsets import SubsetError, draw_labels, naming_field, split_each_class
 from moco.runtime.console import log
 
@@ -112,14 +112,29 @@ def open_set(name: str, config: TransferConfig, subject: Subject) -> Splits:
     Raises:
         ConfigError, FileNotFoundError, ValueError: if it is not there, is incomplete, or cannot be evaluated.
     """
+    if name == OF_FIELDS:
+        found = _open_fields(config, subject)
+    else:
+        splits = _open_named(name, config, subject) if name in SETS else _open_folder(name, config, subject)
+        found = _readable(config, splits)
     if name in SETS:
-        return _open_named(name, config, subject)
-    found = _open_fields(config, subject) if name == OF_FIELDS else _open_folder(name, config, subject)
+        return found
     _refuse_missing_classes(name, found)
     copies = count_copies(found.train.source, found.test.source)
     if copies and is_rank_zero():
         warnings.warn(copies_message(copies, len(found.test.source)), RunWarning, stacklevel=2)
     return found
+
+
+def _readable(config: TransferConfig, splits: Splits) -> Splits:
+    """Return the splits without unreadable images if on_bad_image=skip. Collective."""
+
+    def readable(part: Part, split: str) -> Part:
+        rows = readable_rows(config, part.source, split)
+        return part if rows is None else part.subset(rows)
+
+    validation = None if splits.validation is None else readable(splits.validation, "validation")
+    return Splits(readable(splits.train, "training"), validation, readable(splits.test, "test"), splits.measure)
 
 
 def _open_named(name: str, config: TransferConfig, subject: Subject) -> Splits:

@@ -36,15 +36,14 @@ def next_commands(run: str, name: str, root: str, labeled: bool, on_bad_image: s
         run: its directory.
         name, root: its data.name and data.root.
         labeled: whether its data set has labels and held-out images.
-        on_bad_image: its data.on_bad_image; moco.embed has a field of its own.
+        on_bad_image: its data.on_bad_image; these commands have a field of their own.
     """
-    images = named_images(name, root)
+    images = named_images(name, root) | ({"on_bad_image": "skip"} if on_bad_image == "replace" else {})
     if labeled:
         return [command("moco.linear", SubjectConfig(), run=run, **images)]
     features = f"{run}/features"
-    skip = {"on_bad_image": "skip"} if on_bad_image == "replace" else {}
-    embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features, **skip)
-    of_index = {} if "data.name" in images else images
+    embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
+    of_index = {} if "data.name" in images else {name: each for name, each in images.items() if name == "data.root"}
     return [embed, command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)]
 
 

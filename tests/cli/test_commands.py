@@ -14,6 +14,7 @@ from moco.__main__ import main as list_commands
 from moco.cli import Command, run_command
 from moco.config import TrainConfig, config_dir
 from moco.config.knn import KnnConfig
+from moco.config.pack import PackConfig
 from moco.config.search import SearchConfig
 from moco.data.decode import ImageError
 from tests.cli.conftest import Run
@@ -194,14 +195,15 @@ def test_help_shows_the_fields_and_the_groups(run: Run) -> None:
         ("train", "set data.on_bad_image=replace"),
         ("embed", "set on_bad_image=skip"),
         ("search", "set on_bad_image=skip"),
-        ("knn", "python -m moco.check_data finds all"),
+        ("knn", "set on_bad_image=skip"),
+        ("pack", "python -m moco.check_data finds all"),
     ],
 )
 def test_an_unreadable_image_is_reported_with_what_works_in_this_command(name: str, fix: str, run: Run) -> None:
     def fails(config: object) -> None:
         raise ImageError("cannot read image a.jpg: the JPEG is truncated", "truncated", "the JPEG is truncated")
 
-    schema = TrainConfig if name == "train" else KnnConfig
+    schema: type = {"train": TrainConfig, "pack": PackConfig}.get(name, KnnConfig)
     status, _, errors = run(name, main=lambda: run_command(name, schema, fails))
     assert status == 1
     assert errors.startswith("moco: cannot read image a.jpg: the JPEG is truncated; ")

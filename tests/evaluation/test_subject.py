@@ -15,6 +15,7 @@ from PIL import Image
 from moco.builder import KeyQueue, MoCo
 from moco.config import ConfigError, RunWarning, TrainConfig
 from moco.config.subject import SubjectConfig, check_subject
+from moco.data.decode import ImageError
 from moco.data.sources import Source
 from moco.evaluation.subject import data_config, encoders, is_other_data, open_labeled, open_subject
 from moco.evaluation.task import Task, describe
@@ -204,6 +205,32 @@ def test_hold_out_splits_off_a_part_of_each_class(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="error"):  # these it has not seen
         bank, held_out = open_labeled(config, open_subject(config))
     assert described(config, bank, held_out)["data"]["held_out_seen"] is False
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_unreadable_images_are_left_out_of_both_splits(
+    resident: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(trained(tmp_path / "run"))
+    training = write_images(tmp_path / "train", {"a": 5, "b": 3})
+    held = write_images(tmp_path / "test", {"a": 2, "b": 2})
+    for file in (training / "a" / "1.png", held / "b" / "0.png"):
+        file.write_bytes(file.read_bytes()[:60])
+    config = SubjectConfig(run=run, on_bad_image="skip")
+    config.data.name, config.data.root, config.data.eval_root = "folder", str(training), str(held)
+    config.data.labels, config.data.resident = "folder", resident
+    bank, held_out = open_labeled(config, open_subject(config))
+    assert [bank.name(i) for i in range(len(bank))] == [f"a/{i}.png" for i in (0, 2, 3, 4)] + [
+        f"b/{i}.png" for i in range(3)
+    ]
+    assert [held_out.name(i) for i in range(len(held_out))] == ["a/0.png", "a/1.png", "b/1.png"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 of the 8 training images cannot be read: a/1.png" in printed
+    assert "1 of the 4 held-out images cannot be read: b/0.png" in printed
+    for file in held.rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises((ConfigError, ImageError), match=r"held-out images cannot be read|\.png: the file is empty"):
+        open_labeled(config, open_subject(config))
 
 
 def test_another_split_than_that_of_the_run_is_reported_as_seen(tmp_path: Path) -> None:

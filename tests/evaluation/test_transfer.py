@@ -18,6 +18,7 @@ import moco.evaluation.transfer_measures as measures
 from moco.config import ConfigError
 from moco.config.finetune import FinetuneConfig
 from moco.config.transfer import TransferConfig, check_transfer
+from moco.data.decode import ImageError
 from moco.evaluation.features import extract
 from moco.evaluation.finetune import evaluate_finetune
 from moco.evaluation.logistic_regression import STRENGTHS
@@ -100,6 +101,21 @@ def test_digits_and_folders_give_one_table_with_a_mean_and_scikit_learns_accurac
     assert re.fullmatch(r"linear, images_[0-9a-f]{8}", entries[2]["protocol"])
     assert entries[2]["data"]["name"] == entries[2]["protocol"].removeprefix("linear, ")
     assert entries[0]["figures"]["top1"] == found[0].encoders["pretrained"]["value"]
+
+
+def test_unreadable_images_are_left_out_on_request(tmp_path: Path) -> None:
+    root = folders(tmp_path / "images", validation=True)
+    complete, _ = run(config(tmp_path / "complete", [root]))
+    for split in ("train", "val", "test"):
+        Path(root, split, next(iter(COUNTS)), "unreadable.png").write_bytes(b"")
+    with pytest.raises(ImageError, match=r"unreadable\.png"):
+        run(config(tmp_path / "stopped", [root]))
+    skipped, printed = run(config(tmp_path / "skipped", [root], on_bad_image="skip"))
+    assert [each.encoders["pretrained"]["value"] for each in skipped] == [
+        each.encoders["pretrained"]["value"] for each in complete
+    ]
+    for split in ("training", "validation", "test"):
+        assert re.search(rf"on_bad_image=skip: 1 of the [0-9]+ {split} images cannot be read", printed)
 
 
 def test_pets_count_each_class_equally(tmp_path: Path) -> None:
