@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moco.config import ConfigError, require
@@ -132,6 +133,8 @@ def _evaluate_set(
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     sizes = {part: len(images.source) if images else 0 for part, images in parts.items()}
     found.about = {"measure": splits.measure, "classes": splits.classes} | sizes
+    if splits.test.labels.ndim == 1:
+        found.about["test_per_class"] = sorted(np.bincount(splits.test.labels).tolist(), reverse=True)
     counted = ", ".join(f"{count:,} {part}" for part, count in sizes.items() if count)
     log(f"{name}: {splits.classes} classes; images: {counted}")
     measure = MODES[config.mode](name, splits, config)
@@ -174,9 +177,22 @@ def _report(config: TransferConfig, found: Sequence[SetResults], output: Path) -
     log(f"written: {output / FOLDER}/{config.mode}_*.json and {output / 'results.json'}")
     fields = {"sets": config.sets, "encoders": config.encoders, "root": config.root}
     shown = {name: value for name, value in fields.items() if value != getattr(DEFAULTS, name)}
-    if config.mode == "linear" and all(each.about["measure"] != "voc_map" for each in found):
-        log_next(
-            command("moco.transfer", config, mode="few_shot", **shown), "classify by a few labeled images per class"
-        )
+    if config.mode == "linear" and (episodes := _episode_fields(found)) is not None:
+        few_shot = command("moco.transfer", config, mode="few_shot", **shown, **episodes)
+        log_next(few_shot, "classify by a few labeled images per class")
     elif config.mode != "linear":
         log_next(command("moco.transfer", config, **shown), "logistic regression on the same data")
+
+
+def _episode_fields(found: Sequence[SetResults]) -> dict[str, int] | None:
+    """Return the fields of few-shot episodes, if not the defaults, for which every set has enough test images.
+
+    None if there are no such fields, or images have several labels.
+    """
+    counts = [each.about.get("test_per_class", []) for each in found]
+    if not all(counts):
+        return None
+    ways = min(DEFAULTS.ways, *map(len, counts))
+    queries = min(DEFAULTS.queries, *(each[ways - 1] - DEFAULTS.shots for each in counts))
+    fields = {"ways": ways, "queries": queries}
+    return {name: value for name, value in fields.items() if value != getattr(DEFAULTS, name)} if queries > 0 else None

@@ -278,6 +278,11 @@ def _report(run: Segmentation, found: list[Segmented], path: Path) -> None:
     title = f"segmentation, {config.head}{', frozen encoder' * config.frozen}, {config.steps:,} steps"
     caption = f"mIoU: {note}; {len(run.held_out):,} held-out images, {len(run.train.classes)} classes"
     table(title, ["encoder", "mIoU %", "pixels %", "each seed"], rows, caption)
+    for each in found:
+        predicted = np.concatenate([one.predicted for one in each.overlaps]).any(axis=0)  # (L,)
+        if np.count_nonzero(predicted) == 1:
+            only = run.train.classes[int(predicted.argmax())]
+            log(f"{each.encoder}: every pixel is predicted as {only}: raise steps, or lr")
     log(f"written: {path}")
     for each in found:
         log(f"saved: {each.saved}/network.safetensors and predictions.png (of the last seed)")

@@ -53,6 +53,18 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
         assert all(torch.equal(value, found[key]) for key, value in load(content).items())
 
 
+def test_a_network_that_predicts_one_class_is_reported(canvases: Path, run: Run) -> None:
+    two = ("masks.classes=[background,digit]", "lr=0.1", "head=linear")
+    for split in ("train", "test"):  # every pixel but one is background
+        for path in (canvases / "c" / split / "masks").glob("*.png"):
+            mask = np.zeros((24, 24), np.uint8)
+            mask[0, 0] = 1
+            Image.fromarray(mask).save(path)
+    status, out, err = run("segment", *ENCODER, *SMALL, *two, "encoders=[pretrained]", "output=out")
+    assert status == 0, err
+    assert "pretrained: every pixel is predicted as background: raise steps, or lr" in out
+
+
 def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("segment", *ENCODER, *SMALL, NAMED, "encoders=[pretrained]", "save_every=2", "lr=0.01")
     assert run(*arguments, "output=whole")[0] == 0

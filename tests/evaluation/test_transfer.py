@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,10 @@ def test_digits_and_folders_give_one_table_with_a_mean_and_scikit_learns_accurac
     settings = config(tmp_path / "out", sets, encoders=["pretrained", "untrained"])
     found, printed = run(settings)
     assert "mean of 2" in printed
-    assert "next: python -m moco.transfer" in printed
+    few_shot = next(line for line in printed.splitlines() if "next: python -m moco.transfer" in line)
+    overrides = shlex.split(few_shot.partition(" moco.transfer ")[2].partition("  (")[0])
+    episodes = {each.partition("=")[0]: each.partition("=")[2] for each in overrides}
+    assert (episodes["mode"], episodes["ways"], episodes["queries"]) == ("few_shot", "3", "1")  # of 6 test images each
     for each, name in zip(found, sets, strict=True):
         assert list(each.encoders) == ["pretrained", "untrained"]
         subject = transfer.open_candidates(settings)[0].subject
