@@ -10,6 +10,10 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU, Triton computes kernels in Python. It reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The same examples on every machine and in every run; a run leaves no folder of examples behind.
 hypothesis.settings.register_profile(
     "moco",

@@ -46,6 +46,7 @@ ORDER = [
     {"builder"},
     {"losses", "models", "data"},
     {"runtime"},
+    {"kernels"},
     {"plugins"},
     {"distributed", "config", "files", "digest", "untrusted"},
 ]

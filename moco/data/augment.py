@@ -15,6 +15,9 @@ The order of operations is the official recipes': affine (digits), color jitter,
 quarter turn, noise, steps of plug-ins, normalize, channel dropout. Deviation: the official pipelines round to 8 bits
 after each operation, this one stays in float32.
 
+The operations between the affine map and the noise have two forms with the same results: one by one (`moco.data.ops`),
+and for RGB on a GPU together in a few launches (`moco.kernels.augment`).
+
 Legend: N samples, C channels, S x S pixels of a view.
 """
 
@@ -32,6 +35,7 @@ from moco.data.crop import crop_boxes, resized_crop, resized_crops, shrunk_box
 from moco.data.pixel_format import DTYPES, to_float
 from moco.data.view import STEPS, Params, View
 from moco.distributed import copy_to_device
+from moco.kernels import fused
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
 _CPU_PART = 2**21  # numbers per part on a CPU, so that they stay in its cache between operations
@@ -103,29 +107,15 @@ def augment(crops: Tensor, params: Params, view: View) -> Tensor:
 
 def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> None:
     """Augment one part of the batch; an operation without samples costs nothing."""
-    plan = _send(_plan(params, view), crops.device)
-    x = to_float(crops)  # (n, C, S, S)
-
-    def change(name: str, operation: Callable[[Tensor], Tensor]) -> None:
-        if name in plan:
-            x.index_copy_(0, plan[name], operation(x.index_select(0, plan[name])))
-
-    def gray() -> None:
-        change("gray", lambda chosen: ops.grayscale(chosen).expand(-1, 3, -1, -1))
-
-    change("affine", lambda chosen: ops.affine(chosen, plan["theta"]))
-    if view.gray_first:
-        gray()
-    if "jitter" in plan:
-        _jitter_(x, params, plan, view)
-    if not view.gray_first:
-        gray()
-    change("blur", lambda chosen: ops.blur(chosen, plan["kernel"]))
-    change("solarize", lambda chosen: ops.solarize(chosen, view.solarize_threshold))
-    change("flip", lambda chosen: chosen.flip(3))
-    change("vertical_flip", lambda chosen: chosen.flip(2))
-    for turns in (1, 2, 3):
-        change(f"turn{turns}", partial(torch.rot90, k=turns, dims=(2, 3)))
+    use_kernels = view.rgb and fused(crops.device)
+    plan = _send(_plan(params, view, use_kernels), crops.device)
+    last = not ("noise" in plan or view.steps)
+    x = crops if use_kernels and "affine" not in plan else to_float(crops)  # (n, C, S, S)
+    _change_(x, plan, "affine", lambda chosen: ops.affine(chosen, plan["theta"]))
+    if use_kernels:
+        x = _fused(x, params, plan, view, out, normalize=last)
+    else:
+        _one_by_one_(x, params, plan, view)
     if "noise" in plan:
         if view.rgb:
             x.add_(plan["noise"]).clamp_(0, 1)
@@ -136,9 +126,51 @@ def _augment_part(crops: Tensor, params: Params, view: View, out: Tensor) -> Non
         step = STEPS[name]
         x = step.function(x, plan["steps"][:, start : start + step.draws], **options)
         start += step.draws
-    torch.sub(x, plan["mean"], out=out).div_(plan["std"])
+    if not (use_kernels and last):
+        torch.sub(x, plan["mean"], out=out).div_(plan["std"])
     if "kept" in plan:
         out.mul_(plan["kept"])
+
+
+def _fused(x: Tensor, params: Params, plan: dict[str, Tensor], view: View, out: Tensor, normalize: bool) -> Tensor:
+    """Compute the operations of `_one_by_one_`, and the normalization if it is next, by kernels; return `out`."""
+    from moco.kernels import augment as kernels
+
+    kernels.augment(
+        x,
+        plan["table"],
+        out,
+        (plan["mean"], plan["std"]) if normalize else None,
+        threshold=view.solarize_threshold,
+        contrast=view.contrast > 0 and bool(params.jitter.any()),
+        blurred=int(params.blur.sum()),
+    )
+    return out
+
+
+def _one_by_one_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:
+    """Apply color operations, blur, solarization, flips and turns in place, each to its samples."""
+    if view.gray_first:
+        _gray_(x, plan)
+    if "jitter" in plan:
+        _jitter_(x, params, plan, view)
+    if not view.gray_first:
+        _gray_(x, plan)
+    _change_(x, plan, "blur", lambda chosen: ops.blur(chosen, plan["kernel"]))
+    _change_(x, plan, "solarize", lambda chosen: ops.solarize(chosen, view.solarize_threshold))
+    _change_(x, plan, "flip", lambda chosen: chosen.flip(3))
+    _change_(x, plan, "vertical_flip", lambda chosen: chosen.flip(2))
+    for turns in (1, 2, 3):
+        _change_(x, plan, f"turn{turns}", partial(torch.rot90, k=turns, dims=(2, 3)))
+
+
+def _change_(x: Tensor, plan: dict[str, Tensor], name: str, operation: Callable[[Tensor], Tensor]) -> None:
+    if name in plan:
+        x.index_copy_(0, plan[name], operation(x.index_select(0, plan[name])))
+
+
+def _gray_(x: Tensor, plan: dict[str, Tensor]) -> None:
+    _change_(x, plan, "gray", lambda chosen: ops.grayscale(chosen).expand(-1, 3, -1, -1))
 
 
 def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> None:
@@ -168,18 +200,40 @@ def _jitter_(x: Tensor, params: Params, plan: dict[str, Tensor], view: View) -> 
     x.index_copy_(0, plan["jitter"], block)
 
 
-def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
-    """Return rows and parameters of each operation, int64 and float32; an operation without samples has no entry."""
+def _plan(params: Params, view: View, use_kernels: bool = False) -> dict[str, NDArray[Any]]:
+    """Return rows and parameters of each operation, int64 and float32; an operation without samples has no entry.
+
+    With `use_kernels`, a table holds the parameters of the operations that kernels compute.
+    """
     plan: dict[str, NDArray[Any]] = {}
-    names = ("affine", "gray", "blur", "solarize", "flip", "vertical_flip", "jitter")
+    for name in ("mean", "std"):
+        plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, -1, 1, 1)
+    if use_kernels:  # first, so that it lies at the same place in each batch: Triton compiles by the alignment
+        plan["table"] = _table(params, view)
+    else:
+        plan |= _plan_one_by_one(params, view)
+    if params.affine.any():
+        plan["affine"] = np.flatnonzero(params.affine)
+        plan["theta"] = params.theta[plan["affine"]]
+    if params.noise.size:
+        plan["noise"] = params.noise[:, None]  # (n, 1, S, S)
+    if view.steps:
+        plan["steps"] = params.steps  # (n, D)
+    if params.dropped.size:
+        plan["kept"] = (~params.dropped)[:, :, None, None].astype(np.float32)  # (n, C, 1, 1)
+    return plan
+
+
+def _plan_one_by_one(params: Params, view: View) -> dict[str, NDArray[Any]]:
+    """Return the entries of the operations that `_one_by_one_` computes."""
+    plan: dict[str, NDArray[Any]] = {}
+    names = ("gray", "blur", "solarize", "flip", "vertical_flip", "jitter")
     chosen = {name: getattr(params, name) for name in names}  # each (n,)
     chosen |= {f"turn{turns}": params.turns == turns for turns in (1, 2, 3)}
     for name, mask in chosen.items():
         rows = np.flatnonzero(mask)
         if len(rows):
             plan[name] = rows
-    if "affine" in plan:
-        plan["theta"] = params.theta[plan["affine"]]
     if "blur" in plan:
         plan["kernel"] = _half_kernels(params.sigma[plan["blur"]], view)
     if "jitter" in plan:
@@ -191,15 +245,20 @@ def _plan(params: Params, view: View) -> dict[str, NDArray[Any]]:
             rows = rows[by_operation]
             plan[f"factor{turn}"] = _factors_of(params, rows, params.order[rows, turn])
         plan["jitter"] = rows
-    if params.noise.size:
-        plan["noise"] = params.noise[:, None]  # (n, 1, S, S)
-    if view.steps:
-        plan["steps"] = params.steps  # (n, D)
-    if params.dropped.size:
-        plan["kept"] = (~params.dropped)[:, :, None, None].astype(np.float32)  # (n, C, 1, 1)
-    for name in ("mean", "std"):
-        plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, -1, 1, 1)
     return plan
+
+
+def _table(params: Params, view: View) -> NDArray[np.float32]:
+    """Return the parameters of each sample for `moco.kernels.augment`, which describes the columns."""
+    off = np.array([view.brightness, view.contrast, view.saturation, view.hue]) == 0  # (4,)
+    turns = np.where(~params.jitter[:, None] | off[params.order], 4, params.order)  # (n, 4)
+    factors = np.take_along_axis(params.factors, params.order, axis=1)  # (n, 4)
+    gray = (params.gray & view.gray_first, params.gray & (not view.gray_first))
+    flags = (*gray, params.blur, params.solarize, params.flip, params.vertical_flip, params.turns)
+    blurred = np.zeros(len(params))
+    blurred[: params.blur.sum()] = np.flatnonzero(params.blur)
+    columns = [turns, factors, np.stack([*flags, blurred], axis=1), _half_kernels(params.sigma, view)]
+    return np.concatenate(columns, axis=1, dtype=np.float32)
 
 
 def _factors_of(params: Params, rows: NDArray[np.int64], operations: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moco.data.deep_crop import Taps, is_deep, resized_deep, resized_deep_center, resized_deep_crops
 from moco.distributed import copy_to_device
+from moco.kernels import fused
 
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
 CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: T for the area, T for the log ratio, 1 for top, 1 for left
@@ -137,21 +138,27 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         return torch.stack(list(crops)).to(device)
     dtype = _exact_dtype(device, max(height, width), size, antialias)
     where = copy_to_device(torch.from_numpy(boxes), device)  # (N, 4)
+    if fused(device):
+        from moco.kernels import crop as kernels
+
+        across = _tap_table(width, size, antialias, device, dtype)
+        down = _tap_table(height, size, antialias, device, dtype)
+        return kernels.resized_crops(images, where, across, down, size)
     out = torch.empty(count, channels, size, size, dtype=torch.uint8, device=device)
     largest = max(height, size) * max(width, size) * channels
     part = max(1, (_PART_CPU if device.type == "cpu" else _PART_ELSEWHERE) // largest)
     for start in range(0, count, part):
         rows = slice(start, start + part)
         top, left, box_h, box_w = where[rows].unbind(1)
-        across = _weights(left, box_w, width, size, antialias, dtype).transpose(1, 2)  # (n, W, S)
-        down = _weights(top, box_h, height, size, antialias, dtype)  # (n, S, H)
+        by_column = _weights(left, box_w, width, size, antialias, dtype).transpose(1, 2)  # (n, W, S)
+        by_row = _weights(top, box_h, height, size, antialias, dtype)  # (n, S, H)
         n = len(top)
         # Rows come before channels, so that both products are plain batched ones.
         pixels = images[rows].permute(0, 2, 1, 3).to(dtype)  # (n, H, C, W)
         with torch.autocast(device.type, enabled=False):  # it would reduce the products to bfloat16
-            pixels = pixels.reshape(n, height * channels, width).bmm(across)  # (n, H*C, S)
+            pixels = pixels.reshape(n, height * channels, width).bmm(by_column)  # (n, H*C, S)
             pixels = pixels.add_(0.5).floor_().view(n, height, channels * size)  # (n, H, C*S)
-            pixels = down.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, C, S)
+            pixels = by_row.bmm(pixels).add_(0.5).view(n, size, channels, size)  # (n, S, C, S)
         out[rows] = pixels.permute(0, 2, 1, 3)  # the conversion truncates: with the 0.5, it rounds as ATen does
     return out
 

@@ -1,7 +1,7 @@
 """Prefetching on a GPU: the next batch is made while the step computes.
 
-A batch takes a copy to the device and about a hundred small kernels. They run on a stream of their own, beside the
-kernels of the step instead of before them.
+A batch takes copies to the device and a few kernels, or hundreds without `moco.kernels`. They run on a stream of their
+own, beside the kernels of the step instead of before them.
 """
 
 import functools

@@ -76,8 +76,9 @@ def environment(library: Path, devices: int = 1, null: bool = False) -> dict[str
     """Return the environment of a process that finds the stand-in's devices.
 
     With `null`, copies of more than 4096 bytes and large collectives do nothing, so large networks are fast and their
-    results wrong.
+    results wrong. Triton compiles kernels then; otherwise it interprets them.
     """
     new = {"LD_PRELOAD": str(library), "TRITON_LIBCUDA_PATH": str(library.parent), "STANDIN_GPUS": str(devices)}
     new |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2])])}
+    new["TRITON_INTERPRET"] = "0" if null else "1"
     return {**os.environ, **new, **({"STANDIN_NULL": "1"} if null else {})}

@@ -37,9 +37,10 @@ STEPS = 4  # the third one is counted, the fourth one is traced
 IN_MEMORY = {"cifar10": (50_000, 32)}  # images and their side
 DEVICE = torch.device("cuda", 0)
 _LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
-# What is counted: functions of the stand-in with their arguments. A call of cuDNN or cuBLAS is one launch.
+# What is counted: functions of the stand-in with their arguments. A call of cuDNN or cuBLAS is one launch, and so is a
+# kernel that Triton launches through the driver.
 _COUNTERS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
-    "launches": {"counter": (4,), "libs": (1, 2, 3)},
+    "launches": {"counter": (4,), "libs": (1, 2, 3), "triton_launches": (0,)},
     "waits": {"counter": (0, 1, 2, 3)},
     "copies": {"counter": (5,)},
     "collectives": {"nccl": (1, 2, 3, 4)},

@@ -10,9 +10,11 @@ import ctypes
 import os
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -111,6 +113,30 @@ def place() -> str:
     frames = [each for each in traceback.extract_stack() if each.filename.startswith(str(ROOT))]
     last = next(each for each in reversed(frames) if each.filename not in (__file__, kernels.__file__))
     return f"{Path(last.filename).relative_to(ROOT)}:{last.lineno} ({last.name}) {last.line}"
+
+
+@contextmanager
+def own_kernels(used: bool) -> Iterator[set[str]]:
+    """Let moco compute with its own kernels, interpreted in Python on the same memory, or without them.
+
+    Yields the names of the kernels that were used. The process needs TRITON_INTERPRET=1.
+    """
+    names: set[str] = set()
+    with patch("moco.kernels._compiles", lambda device: used):
+        if not used:
+            yield names
+            return
+        from triton.runtime.interpreter import GridExecutor
+
+        def lower(self: Any, args: Any, kwargs: Any) -> Any:
+            names.add(self.fn.__name__)
+            return tree_map(lambda x: on_host(x) if _on_gpu(x) else x, (args, kwargs))
+
+        with (
+            patch.object(GridExecutor, "_init_args_hst", lower),
+            patch.object(GridExecutor, "_restore_args_dev", lambda *_: None),
+        ):
+            yield names
 
 
 class SoftDevice(TorchDispatchMode):

@@ -31,7 +31,7 @@ from moco.methods.build import encoder_of
 from moco.training import throughput
 from moco.training.step import Measures
 from moco.training.trainer import Trainer, pretrain
-from tests.rehearsal.device import SoftDevice, Wait
+from tests.rehearsal.device import SoftDevice, Wait, own_kernels
 from tests.rehearsal.faults import PATCHES
 
 STEPS = 4
@@ -44,6 +44,7 @@ class Job(TypedDict):
     recipe: str  # with overrides: "simclr_digits optim.lr=0.1"
     device: str
     fault: str  # a name of `faults.PATCHES`, or ""
+    kernels: bool  # use moco's own kernels on the emulated device, interpreted: slow
 
 
 class Record(TypedDict):
@@ -54,6 +55,7 @@ class Record(TypedDict):
     state: dict[str, Tensor]  # of the method after the last step
     waits: list[tuple[Wait, int]]  # each with how often it occurred
     products: set[tuple[str, str]]  # see `SoftDevice`
+    kernels: set[str]  # names of moco's own kernels that were used
     graph_breaks: list[str]  # where and why torch.compile left a graph
     error: str
 
@@ -94,7 +96,7 @@ def untimed(forward: nn.Module) -> None:
 def train(job: Job, folder: Path) -> Record:
     """Take the steps of one job."""
     soft = SoftDevice() if job["device"] == "cuda" else None
-    record = Record(job=job, measures=[], state={}, waits=[], products=set(), graph_breaks=[], error="")
+    record = Record(job=job, measures=[], state={}, waits=[], products=set(), kernels=set(), graph_breaks=[], error="")
 
     class Steps(Trainer):
         def _train(self) -> None:
@@ -127,6 +129,7 @@ def train(job: Job, folder: Path) -> Record:
         patch("moco.training.trainer.Trainer", Steps),
         patch("torch.nn.Module.compile", _capture),
         soft or nullcontext(),
+        own_kernels(job["kernels"]) as record["kernels"],
         fault,
     ):
         if "REHEARSAL_SANITIZE" in os.environ:  # look for races between streams

@@ -30,8 +30,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build.build(tmp_path_factory.mktemp("stand_in"))
 
 
-def job(recipe: str, device: str = "cuda", fault: str = "") -> Job:
-    return Job(recipe=recipe, device=device, fault=fault)
+def job(recipe: str, device: str = "cuda", fault: str = "", kernels: bool = False) -> Job:
+    return Job(recipe=recipe, device=device, fault=fault, kernels=kernels)
 
 
 def rehearse(library: Path, folder: Path, jobs: list[Job], processes: int = 1, **environment: str) -> list[Record]:
@@ -87,6 +87,16 @@ def check_recipes(library: Path, folder: Path, recipes: list[str]) -> None:
 @pytest.mark.slow
 def test_steps_on_the_device_equal_those_on_the_cpu_and_wait_for_nothing(library: Path, tmp_path: Path) -> None:
     check_recipes(library, tmp_path, ["digits", "moco_v3_digits", "simclr_digits"])
+
+
+@pytest.mark.slow
+def test_kernels_compute_the_same_steps(library: Path, tmp_path: Path) -> None:
+    view = dict(jitter_p=1, brightness=0.4, contrast=0.4, hue=0.1, blur_p=0.5, solarize_p=0.5, crop_scale="[0.5,1]")
+    fields = [f"augment.{name}={value}" for name, value in view.items()]
+    recipe = " ".join(["digits", SMALL, "batch_size=16 precision=fp32", *fields])
+    fused, plain = rehearse(library, tmp_path, [job(recipe, kernels=True), job(recipe, "cpu")])
+    assert problems(fused, plain) == []
+    assert fused["kernels"] == {"_resize", "_gray_sums", "_color", "_blur_rows", "_blur_columns"}
 
 
 @pytest.mark.long

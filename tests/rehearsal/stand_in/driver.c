@@ -2,7 +2,7 @@
 #include <stddef.h>
 #include <string.h>
 static long launches = 0;
-long standin_triton_launches(void) { return launches; }
+long standin_triton_launches(int unused) { return launches; }
 int cuInit(unsigned f) { return 0; }
 int cuGetExportTable(const void **t, const void *id) { *t = 0; return 500; }  // NVRTC asks, and does without
 int cuDriverGetVersion(int *v) { *v = 13020; return 0; }
@@ -52,7 +52,7 @@ int cuDeviceGetAttribute(int *v, int a, int d) {
     }
     return 0;
 }
-int cuFuncGetAttribute(int *v, int a, void *f) { *v = a == 4?32:0; return 0; }
+int cuFuncGetAttribute(int *v, int a, void *f) { *v = a == 0?1024:a == 4?32:0; return 0; }
 int cuModuleLoadData(void **m, const void *p) { *m = (void*)0x5678; return 0; }
 int cuModuleLoadDataEx(void **m, const void *p, unsigned n, void *o, void *x) { *m = (void*)0x5678; return 0; }
 int cuModuleGetFunction(void **f, void *m, const char *n) { *f = (void*)0x9abc; return 0; }

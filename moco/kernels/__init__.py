@@ -1,0 +1,42 @@
+"""Kernels for GPUs, written in Triton: each does in one launch what torch's operations do in dozens.
+
+They exist only beside the plain form of the same function, which runs on a CPU, on a GPU without Triton, and in the
+tests: a kernel returns the same numbers. Triton comes with torch's CUDA builds for Linux. It compiles a kernel when it
+is first used, for which it needs a C compiler, and keeps the result in a folder of its own.
+
+`import moco.kernels` does not import Triton; its other modules do. So they are imported where `fused` is true.
+"""
+
+import functools
+import warnings
+
+import torch
+
+from moco.config import RunWarning
+
+
+def fused(device: torch.device) -> bool:
+    """Return whether the kernels run on a device: a GPU for which Triton can compile them.
+
+    Warns, once per device, with a RunWarning if it is a GPU and Triton cannot.
+    """
+    return device.type == "cuda" and _compiles(device)
+
+
+@functools.cache
+def _compiles(device: torch.device) -> bool:
+    try:
+        from moco.kernels.probe import launch
+
+        launch(device)
+    except Exception as error:  # Triton, a C compiler, Python's headers, or a folder to write to is missing
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        needed = "Triton" if isinstance(error, ImportError) else "a C compiler and Python's headers"
+        warnings.warn(
+            f"Triton compiles no kernels here ({reason}), so the GPU gets hundreds of small operations instead: "
+            f"install {needed}",
+            RunWarning,
+            stacklevel=3,
+        )
+        return False
+    return True
