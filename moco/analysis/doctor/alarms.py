@@ -1,4 +1,4 @@
-"""The alarms, causes before their consequences. Each returns a finding with evidence and a remedy, or None.
+"""The checks of the doctor, causes before consequences. Each returns an alarm with evidence and a remedy, or None.
 
 The thresholds are set so that the settings of the published recipes and this project's own runs (digits, CIFAR-10)
 raise no alarm, and deliberately broken runs on the digits do. `tests/analysis/runs.json` holds their records.
@@ -32,15 +32,19 @@ from moco.analysis.doctor.settings import (
     stale_queue,
 )
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: 0.05 ... 1 (MoCo v3 with ResNet)
-FEW_NEGATIVES = 2.0  # below: the gradient comes from the nearest negative, often one of the query's own class
-ALL_NEGATIVES = 0.99  # share of K; above: similarities differ by less than about T / 10, so no negative stands out
-SPREAD_OUT = 0.5  # below: an untrained encoder's embeddings are so close that all negatives count equally at any T
-RECOGNIZED = 0.5  # at T = 1 well-spread features have equal weights too, but over half of the queries find their key
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: from 0.05 to 1, the value of MoCo v3 with a ResNet
+# Effective negatives: with fewer, the gradient comes from the nearest negative, which is often of the query's class.
+FEW_NEGATIVES = 2.0
+# Share of K. With more effective negatives, similarities differ by less than about T / 10: no negative stands out.
+ALL_NEGATIVES = 0.99
+# Spread. With a lower one, as of an untrained encoder, all negatives count equally at any temperature.
+SPREAD_OUT = 0.5
+# Share of the queries that find their key. Above it, equal weights are normal: well-spread features have them at T = 1.
+RECOGNIZED = 0.5
 
 
 def temperature_too_low(series: Series, facts: Facts) -> Alarm | None:
-    """Find a gradient that comes from a single negative."""
+    """Find a temperature below the published ones, or a gradient that comes from one or two negatives."""
     temperature, effective = present_temperature(series, facts), latest(series, "train/effective_negatives")
     if temperature >= LOWEST_TEMPERATURE and not effective < FEW_NEGATIVES:
         return None
@@ -51,7 +55,7 @@ def temperature_too_low(series: Series, facts: Facts) -> Alarm | None:
 
 
 def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
-    """Find negatives that all count equally while the queries do not find their keys."""
+    """Find a temperature above 1, or negatives that all count equally while the queries do not find their keys."""
     temperature = present_temperature(series, facts)
     effective, negatives = latest(series, "train/effective_negatives"), latest(series, "train/negatives")
     accuracy = latest(series, "train/contrast_accuracy")
@@ -68,13 +72,13 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
 
 
-MOST_DUPLICATES = 0.1  # share of the queries; the defect affects all of them, a collapsing run only some
+MOST_DUPLICATES = 0.1  # share of the queries; the defect affects all queries, a collapse a small part of them
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
 SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. 5)
 
 
 def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
-    """Find a key that is in the queue before the loss is computed: the loss cannot fall below log 2."""
+    """Find a key that is in the queue before the loss is computed: the loss then cannot fall below log 2."""
     share = latest(series, "analysis/duplicate_share")
     losses = [loss / directions(series) for loss in series.get("train/loss", ())[-2 * LATEST :]]
     similarity, accuracy = latest(series, "train/positive_similarity"), latest(series, "train/contrast_accuracy")
@@ -89,7 +93,7 @@ def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
 
 VIEWS_SIMILAR = 0.98  # mean similarity of two views for an untrained encoder; this project's recipes have 0.72 to 0.85
 EARLY_EPOCHS = 3.0
-EARLY_SOLVED = 0.9  # share of the keys found by then: digits 20 %, CIFAR-10 15 %, digits without augmentation 96 %
+EARLY_SOLVED = 0.9  # share of the queries that find their key by then: digits 0.20, CIFAR-10 0.15, no augmentation 0.96
 
 
 def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
@@ -107,14 +111,14 @@ def augmentation_too_weak(series: Series, facts: Facts) -> Alarm | None:
 
 
 NO_GAIN = 1.0  # percentage points of kNN above the untrained encoder
-LEAK_NATS = 0.1  # between the two losses; both come from the same views, so the noise is far smaller
+LEAK_NATS = 0.1  # loss with shuffled keys minus that with unshuffled keys of the same views; its noise is far smaller
 
 
 def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
     """Find BN statistics that reveal the key, so that the features need not improve (He et al., 2020, Sec. 3.3)."""
     shuffled, unshuffled = latest(series, "analysis/loss_shuffled"), latest(series, "analysis/loss_unshuffled")
     remedy = "model.shuffle_keys=true with model.bn=grouped, and a larger model.bn_group_size"
-    if facts.momentum is None:  # no keys to shuffle
+    if facts.momentum is None:  # without a momentum encoder there are no keys to shuffle
         remedy = "model.bn=sync"
     if shuffled - unshuffled > LEAK_NATS and not facts.shuffled_keys:  # with shuffling, training cannot use the leak
         evidence = f"the loss is {unshuffled:.2f} with keys in the BN groups of their queries and {shuffled:.2f} with "
@@ -132,17 +136,19 @@ def statistics_leak(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("BN leak", evidence, f"{remedy}; otherwise check what the two views share besides the image")
 
 
-SPIKE_NATS, SPIKE_DEVIATIONS, SPIKES = 0.5, 6.0, 2  # the mean loss of a batch varies by about 0.1 nats between steps
+# A jump of the loss exceeds this number of nats, and this multiple of the noise, which is about 0.1 nats between steps.
+SPIKE_NATS, SPIKE_DEVIATIONS = 0.5, 6.0
+SPIKES = 2  # jumps
 BEFORE = 10  # records before a jump; their consecutive differences measure the noise, even while the loss falls
-NORM_GROWTH = 3.0  # from the second to the last quarter of the records; healthy runs: at most 1.4 (CIFAR-10)
+NORM_GROWTH = 3.0  # factor from the second to the last quarter of the records; healthy runs: at most 1.4 (CIFAR-10)
 
 
 def learning_rate_too_high(series: Series, facts: Facts) -> Alarm | None:
-    """Find a loss that jumps up repeatedly, or a growing gradient."""
+    """Find a loss that jumps up repeatedly, or a growing gradient norm."""
     found = []
     spikes = _spikes(series)
     if spikes >= SPIKES:
-        found.append(f"the loss rose {spikes} times by at least {SPIKE_NATS:g} nats above its latest values")
+        found.append(f"the loss rose {spikes} times by at least {SPIKE_NATS:g} nats above its previous values")
     norms = once_full(series, "train/gradient_norm")
     quarter = len(norms) // 4
     if quarter >= LATEST and not at_chance(series, facts):
@@ -164,8 +170,8 @@ def _spikes(series: Series) -> int:
     return spikes
 
 
-COLLAPSED_SPREAD = 0.1  # the mean cosine of two images is then 0.99; digits: 0.8 to 0.96, below 0.02 once collapsed
-RANK_FALL = 0.25  # share of the highest rank so far; it also falls in healthy runs (2,000 images: 79 to 12)
+COLLAPSED_SPREAD = 0.1  # a mean cosine of two images of 0.99; digits: a spread of 0.8 to 0.96, below 0.02 if collapsed
+RANK_FALL = 0.25  # share of the highest rank so far; the rank also falls in some healthy runs (2,000 images: 79 to 12)
 GRADIENT_GONE = 0.01  # share of the first step's norm; on the digits, healthy runs end at 0.06, broken ones at 0.002
 ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the loss is at chance
 
@@ -195,7 +201,7 @@ LONG_EPOCHS, LONG_RECORDS = 3.0, 20  # the loss of a healthy run is below chance
 
 
 def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
-    """Find a run that learns nothing (moco issues 9 and 12: "stuck at 6.9")."""
+    """Find a run that learns nothing (facebookresearch/moco issues 9 and 12: "stuck at 6.9")."""
     count, epochs = at_chance(series, facts), series.get("train/epoch", ())
     if count < LONG_RECORDS or (len(epochs) >= count and epochs[-1] - epochs[-count] < LONG_EPOCHS):
         return None
@@ -207,13 +213,17 @@ def loss_at_chance(series: Series, facts: Facts) -> Alarm | None:
     )
 
 
-FEW_FOUND = 0.1  # share of the keys found; chance is near it with a short queue; healthy runs reach 0.15
+# Share of the queries that find their key. Healthy runs reach 0.15; with a short queue, chance alone is almost 0.1.
+FEW_FOUND = 0.1
 NO_GAIN_ERRORS = 2.0  # standard errors of the retrieval
 EVALUATIONS = ("retrieval/retrieval", "accuracy/knn")
 
 
 def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
-    """Find a run that shows no sign of learning at its end, or after enough epochs, if there is no other alarm."""
+    """Find a run that shows no sign of learning at its end, or after enough epochs.
+
+    `diagnose` runs this check only if there is no other alarm.
+    """
     accuracies, epochs = series.get("train/contrast_accuracy", ()), series.get("train/epoch", ())
     if facts.has_teacher or not accuracies or not epochs or latest(series, "train/contrast_accuracy") >= FEW_FOUND:
         return None
@@ -229,12 +239,12 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
     momentum = f", method.momentum={better_momentum(facts):g}" if facts.momentum is not None else ""
     remedy = f"more epochs, twice the optim.lr{momentum}, or more images"
     if facts.starts_trained:
-        remedy = "a lower optim.lr, more epochs, or the weights of init_from as they are"
+        remedy = "a lower optim.lr, more epochs, or the initial weights without further training"
     return Alarm("nothing learned", evidence, remedy)
 
 
 def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
-    """Return the gain of an evaluation since the first step, minus its noise, in points; and a phrase about it."""
+    """Return the gain of an evaluation since the first step, minus its noise, in percentage points; and a text."""
     values = series.get(name, ())
     if len(values) < 2:
         return math.nan, ""
