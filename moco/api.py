@@ -24,16 +24,17 @@ from moco.train import train
 
 
 class LoadedEncoder(nn.Module):
-    """A backbone with the preparation of its images: `encoder(encoder.transform(image)[None])` is (1, D).
+    """A backbone with the preprocessing of its images: `encoder(encoder.transform(image)[None])` is (1, D).
 
     Attributes:
         backbone: the network, in eval mode, without gradients: images (N, C, S, S) to features (N, D).
         transform: a transform of torchvision (v2) for one image, to a float tensor (C, S, S). It takes a PIL image of
             any mode; an array (H, W, C), (C, H, W) or (H, W); a tensor (C, H, W) or (H, W); or the path of an image
-            file. Arrays and tensors have the type of the run's images: uint8 unless data.dtype was set.
+            file. Arrays and tensors must have the type of the run's images: uint8 unless data.dtype was set.
         num_features: D.
-        info: the file, its layout, the name and options of the backbone, the steps of its training, and for an encoder
-            of moco the configuration of its run.
+        info: a dict with "source" (the path of the file), "layout", "backbone", "options", "step" (optimizer steps of
+            the training), "config" (of the run; empty for a file of another project) and "images" (size, resize, mean
+            and std of `transform`).
     """
 
     def __init__(self, file: EncoderFile, transform: EvalTransform, bits: int | None = None) -> None:
@@ -71,7 +72,7 @@ def train_config(overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def pretrain(config: TrainConfig | Sequence[str] = ()) -> Path:
-    """Pretrain an encoder, or resume the run in its directory, as `python -m moco.train` does.
+    """Pretrain an encoder, or resume the unfinished run in `config.run`, as `python -m moco.train` does.
 
     Args:
         config: a configuration, or the overrides of the command.
@@ -99,7 +100,7 @@ def load_encoder(
     resize: int | None = None,
     bits: int | None = None,
 ) -> LoadedEncoder:
-    """Load a trained encoder for inference, or as a start of training (`encoder.requires_grad_()`).
+    """Load a trained encoder for inference, or for further training (`encoder.requires_grad_()`).
 
     The features are those of `python -m moco.embed`.
 
@@ -112,7 +113,7 @@ def load_encoder(
         size, resize: side of the input images, and their shorter side before the central crop, in pixels. None: those
             of the run or the file, else 224 and 256.
         bits: the significant bits of images with 16 bits per channel, for an encoder of uint8 (data.bits), 8 ... 16.
-            None: those of the run's images, else 16. A command without data.bits takes them from its images instead.
+            None: those of the run's images; if these are unknown, 16, where a command derives them from its images.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -130,7 +131,7 @@ def load_encoder(
 
 
 def band_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
-    """Return an evaluation's preparation of images of any channels and depth, which torchvision does not resize."""
+    """Return the preprocessing of an evaluation for images other than 8-bit RGB. torchvision cannot resize uint16."""
     return v2.Compose(
         [
             v2.Lambda(partial(to_pixels, pixel_format=pixel_format)),
@@ -142,7 +143,7 @@ def band_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Co
 
 
 def torchvision_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
-    """Return torchvision's equivalent of an evaluation's preparation of images.
+    """Return torchvision's equivalent of the preprocessing of an evaluation, for 8-bit RGB images.
 
     Resizing works on uint8 tensors, as in all commands of moco: on PIL images it would give slightly different values.
     """

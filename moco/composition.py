@@ -1,6 +1,6 @@
 """The configuration of a command line: composed by Hydra, checked by the schema, returned as a dataclass.
 
-Hydra composes; the schema (the dataclasses of `moco.config`) checks names and types. Every error is a ConfigError.
+The schema is a dataclass of `moco.config`: it has the names and types of all fields. Every error is a ConfigError.
 """
 
 import difflib
@@ -35,12 +35,12 @@ from moco.runtime.stdio import exit_on_broken_pipe
 
 Schema = TypeVar("Schema")
 
-# A group with several schemas: the option of the group, configs/GROUP/OPTION.yaml, chooses one in its defaults list.
+# The groups with several schemas, by the type of their field: the defaults list of configs/GROUP/OPTION.yaml names one.
 SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
 
 
 def compose(name: str, schema: type[Schema]) -> list[Schema]:
-    """Return the configuration of the command line; with --multirun, one per job; after --help or --cfg, none.
+    """Return the configurations of the command line: one, with --multirun one per job, after --help or --cfg none.
 
     Raises:
         ConfigError: for arguments that Hydra cannot read, an unknown field, or a value that does not fit its type.
@@ -83,9 +83,9 @@ def _plugins_named(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse_replaced_values(arguments: Sequence[str]) -> None:
-    """Refuse a group of the command line of moco.train if the recipe has other values for its fields.
+    """Refuse GROUP=OPTION on the command line of moco.train if the recipe sets other values in the same group.
 
-    Hydra would mix both without a word: the recipe's values, and the others of the group.
+    Hydra would silently replace these values of the option by those of the recipe.
     """
     values = _values(arguments)
     recipe = values.get("experiment", "digits")  # the default in configs/train.yaml
@@ -108,7 +108,7 @@ def _values(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _option(group: str, name: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return what the file of a group's option holds, before Hydra reads it; {} if there is none, or no mapping."""
+    """Read configs/GROUP/NAME.yaml without Hydra; return {} if there is no such file, or its content is no mapping."""
     folders = [get_args_parser().parse_known_args(list(arguments))[0].config_dir, config_dir()]
     for file in (Path(folder, group, f"{name}.yaml") for folder in folders if folder):
         if file.is_file():
@@ -124,7 +124,10 @@ def _names(value: Any) -> list[str]:
 
 
 def _refuse_unloaded_plugins(config: Any) -> None:
-    """Refuse plug-ins that were not imported: a file other than the recipe names them, such as one of its defaults."""
+    """Refuse plug-ins that were not imported, because only another file than the recipe names them.
+
+    An example is a file of the recipe's defaults list.
+    """
     unloaded = [each for each in config.plugins if each not in plugins.versions()]
     named = f"plugins=[{','.join(config.plugins)}]"
     require(not unloaded, f"{named} is neither on the command line nor in the recipe's own file: add {named}")
@@ -141,7 +144,7 @@ def _with_recipe(config: DictConfig) -> DictConfig:
 def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
     """Raise ConfigError for a field written as an option, --field, or a list for a group, such as data=[].
 
-    argparse would refuse an option in eight lines. Hydra would refuse a list without its name, and ignore an empty one.
+    For an option, argparse would print eight lines. For a list, Hydra's error would not name it; Hydra would ignore [].
     """
     for argument in arguments:
         group, is_list, _ = argument.lstrip("+").partition("=[")
@@ -197,8 +200,9 @@ def _refuse_shared_output(composed: list[DictConfig], names: Iterable[str]) -> N
 
 
 def register(name: str, schema: type, scratch: str = ".") -> None:
-    """Register with Hydra the schemas and `quiet`, which the defaults lists in configs/ name, and options of plug-ins.
+    """Register the schemas, the config `quiet` and the options of plug-ins with Hydra.
 
+    The defaults lists in configs/ refer to the schemas and to `quiet`.
     With --multirun, Hydra writes multirun.yaml to the directory `scratch`. It writes no other file.
     """
     store = ConfigStore.instance()
@@ -311,7 +315,7 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
     recipe = next((each for each in sys.argv[1:] if each.lstrip("+").startswith("experiment=")), "")
     if recipe and not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
         return f"{recipe}: only moco.train has recipes; remove it"
-    same = [repr(each) for each in known if each.endswith(f".{field}")]  # lr of optim.lr
+    same = [repr(each) for each in known if each.endswith(f".{field}")]  # such as lr, for optim.lr
     hint = f"; did you mean {' or '.join(same[:3])}?" if same else _did_you_mean(field, known)
     return f"there is no field {field!r}{hint}"
 
