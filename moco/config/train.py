@@ -13,7 +13,7 @@ class AugmentConfig:
     """The augmentation of both views. The fields are those of `moco.data.view.View` and a few more."""
 
     views: int = bounded(2, ge=1)
-    """Views per image. With more than two, the recipes of the first and the second view alternate."""
+    """Views per image. With more than two, the augmentations of the first and the second view alternate."""
     size: int = bounded(224, ge=1, le=65_536)
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
@@ -106,12 +106,12 @@ class OptimConfig:
     weight_decay: float = bounded(1e-4, ge=0)
     """Weight decay of all weights except those in `exclude`."""
     exclude: list[str] = bounded([], choices=("bias", "norm"))
-    """Weights without weight decay: bias (all biases), norm (normalization). With lars_timm they also have no rate of
-    their own. With lars, no one-dimensional weight has weight decay or a rate of its own."""
+    """Weights without weight decay: bias (all biases), norm (weights of normalization layers). lars_timm also updates
+    these with lr instead of a layer-wise rate. lars always omits both for one-dimensional weights."""
     trust: float = bounded(0.001, gt=0)
-    """Trust coefficient of lars and lars_timm: a layer's rate is lr x trust x |w| / |gradient with weight decay|."""
+    """Trust coefficient of lars and lars_timm: a layer-wise rate is lr x trust x |w| / |gradient with weight decay|."""
     trust_clip: bool = False
-    """For lars and lars_timm: a layer's rate is instead min(lr, trust x |w| / |gradient with weight decay|)."""
+    """For lars and lars_timm: the layer-wise rate is instead min(lr, trust x |w| / |gradient with weight decay|)."""
     schedule: str = bounded("cosine", choices=("cosine", "step", "constant"))
     """Decrease of the lr after the warm-up: cosine (to lr_end), step (at the milestones), or constant (none)."""
     milestones: list[float] = field(default_factory=list)
@@ -189,9 +189,9 @@ class TrainConfig(ComputeConfig):
     run: str = bounded("runs/digits", min_length=1, path=True, example="run=runs/first")
     """Directory of the run. If it holds an unfinished run, that run resumes."""
     init_from: str = bounded("", path=True)
-    """File with the encoder's initial weights: our checkpoint, encoder.safetensors, or a file of another project, such
-    as official MoCo; hf://USER/REPOSITORY is one on the Hugging Face Hub. Head, predictor and queue are loaded too if
-    they fit. A resumed run does not read it again."""
+    """File with the encoder's initial weights: a checkpoint of moco.train, encoder.safetensors, or a file of another
+    project, such as official MoCo; hf://USER/REPOSITORY is one on the Hugging Face Hub. Head, predictor and queue are
+    loaded too if they fit. A resumed run does not read the file again."""
     recipe: str = ""
     """Name of the recipe, set by experiment=NAME. It is recorded so that a resumed run can name it."""
     seed: int = bounded(0, ge=0, lt=2**64)
@@ -261,7 +261,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     )
     require(
         optim.name != "lars_timm" or optim.weight_decay > 0,
-        f"optim.weight_decay={optim.weight_decay} with optim.name=lars_timm would give no layer its own rate: set "
+        f"optim.weight_decay={optim.weight_decay} with optim.name=lars_timm would turn off layer-wise rates: set "
         "optim.weight_decay above 0, or optim.name=lars",
     )
     size, resize = config.augment.size, config.augment.eval_resize
