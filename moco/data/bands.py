@@ -1,8 +1,8 @@
 """Decoding of images with any number of channels and any depth: NPY, NPZ, TIFF, and image files with more than 8 bits.
 
-No value is scaled here: a pixel of the result is the number in the file. If white is zero in a TIFF, it is the distance
-from the highest number of the file's bits. The headers of arrays are checked before memory is allocated for them,
-because a file of a few bytes can declare any size.
+No value is scaled here: a pixel of the result is the number in the file. The exception is a TIFF in which zero is white
+(WhiteIsZero): a number v of b bits becomes 2**b - 1 - v. The headers of arrays are checked before memory is allocated
+for them, because a file of a few bytes can declare any size.
 
 Legend: C channels, H x W pixels.
 """
@@ -43,7 +43,7 @@ class WrongFormat(ValueError):
 
 
 class TooLarge(ValueError):
-    """An image whose header declares more bytes than are read."""
+    """An image whose header declares more than `MAX_BYTES` bytes."""
 
 
 def is_array(data: bytes) -> bool:
@@ -84,7 +84,7 @@ def bands_of(image: Image.Image, pixel_format: PixelFormat) -> Tensor:
     Raises:
         WrongFormat: for another number of channels, or a type that `dtype` cannot hold.
     """
-    image.load()  # PIL turns a TIFF here
+    image.load()  # PIL rotates a TIFF upright here
     if image.mode == "RGBA" and getattr(image, "tag_v2", {}).get(TiffImagePlugin.EXTRASAMPLES, (0,))[0] == 1:
         raise ValueError("PIL has divided the bands of the image by the last one (associated alpha): pass its path")
     orientation = orientation_of(image)
@@ -161,7 +161,7 @@ def _image(data: bytes, pixel_format: PixelFormat) -> tuple[NDArray[Any], int]:
             values: NDArray[Any] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy()  # (C, H, W)
             return values, orientation_of(image, data)
         image.load()
-        orientation = orientation_of(image)  # PIL has turned a TIFF
+        orientation = orientation_of(image)  # PIL has rotated a TIFF upright
         return _loaded(image), orientation
 
 
@@ -178,7 +178,7 @@ def needs_tifffile(image: Image.Image, data: bytes, channels: int) -> bool:
 
 
 def _loaded(image: Image.Image) -> NDArray[Any]:
-    """Return the pixels of a loaded image, (H, W) or (H, W, C), black as zero, not turned."""
+    """Return the pixels of a loaded image, (H, W) or (H, W, C), with black as zero, not rotated."""
     if image.mode in ("P", "PA", "1"):
         image = image.convert("RGB")
     values = stated_values(image)
@@ -195,14 +195,14 @@ def _loses_bits(image: Image.Image) -> bool:
 
 
 def _raw_modes(image: Image.Image) -> list[str]:
-    """Return how the pixels are stored in the file, in PIL's words; [] once an image is loaded."""
+    """Return PIL's names of the formats in which the file stores pixels; [] once an image is loaded."""
     return [str(tile[3]) for tile in getattr(image, "tile", [])]
 
 
 def _tiff(data: bytes) -> tuple[NDArray[Any], int]:
     """Return the largest image of a TIFF, with any number of bands, and its orientation.
 
-    Pages of one size are the bands of one image. Smaller ones are previews and overviews.
+    Pages of equal size are the bands of one image. Smaller pages are previews and overviews.
     """
     tifffile = optional_module("tifffile", "a TIFF with several bands or more than 8 bits per band", "tiff")
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -214,8 +214,8 @@ def _tiff(data: bytes) -> tuple[NDArray[Any], int]:
         if page.photometric == 0:
             if page.samplesperpixel > 1:
                 raise ValueError(
-                    f"white is zero in it (WhiteIsZero), but it has {page.samplesperpixel} bands, and this is defined "
-                    "for gray only: store it with black as zero"
+                    f"white is zero in it (WhiteIsZero), which is defined for gray only, but it has "
+                    f"{page.samplesperpixel} bands: store it with black as zero"
                 )
             array = inverted(array, page.bitspersample)
         return array, int(page.tags.valueof(274, 1))
@@ -242,7 +242,7 @@ def _channels_first(array: NDArray[Any], channels: int) -> NDArray[Any]:
 
 
 def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return an array in the type of the data set, contiguous and writable; refuse a type that it cannot hold."""
+    """Return an array in the type of the data set, contiguous and writable; refuse one that this type cannot hold."""
     held = array.dtype.kind in "uif" if dtype == "float32" else array.dtype.newbyteorder("=") == np.dtype(dtype)
     if not held:
         fixes = [each for each in ("uint8", "uint16") if array.dtype.newbyteorder("=") == np.dtype(each)]

@@ -1,10 +1,11 @@
-"""Stage 1 of a view: the random resized crop, uint8 in, uint8 out.
+"""Stage 1 of a view: the random resized crop, uint8 in, uint8 out. Stage 2 is `moco.data.augment`.
 
-Two routes return the same bits. A streamed image is cropped and resized by ATen (`resized_crop`); a resident set is
-cropped as a batch on its device by two matrix products per sample (`resized_crops`), with the integer weights that
-ATen uses for uint8. So (seed, epoch, sample index, stream) determines a view on either route.
+Two routes return the same bits. The streamed route crops and resizes single images, read in a loader process, with ATen
+(`resized_crop`). The resident route crops a batch of images in memory, on its device, by two matrix products per sample
+(`resized_crops`), with the integer weights that ATen uses for uint8. So (seed, epoch, sample index, stream) determines
+a view on either route.
 
-Both routes reduce a crop in one of two ways. With antialiasing a pixel is the weighted mean of all pixels that it
+Both routes scale a crop down in one of two ways. With antialiasing a pixel is the weighted mean of all pixels that it
 covers; without, it is interpolated between the two nearest pixels along each axis. When a crop is enlarged, both ways
 agree. Pixels outside the box have no influence.
 
@@ -30,7 +31,7 @@ from moco.kernels import fused
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
 CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: T for the area, T for the log ratio, 1 for top, 1 for left
 
-# Limits of the working memory of `resized_crops`, in numbers; on a CPU smaller parts stay in its cache.
+# The most numbers that `resized_crops` processes at once, to bound memory; on a CPU, so that they stay in its cache.
 _PART_CPU, _PART_ELSEWHERE = 2**21, 2**26
 _LARGEST_TABLE = 2**24  # numbers in a table of weights; for longer images each crop is resized alone
 _LARGEST_RESIZED = 2**24  # pixels of an image that is resized as a whole before its center is cut out
@@ -106,7 +107,8 @@ def shrunk_box(box: NDArray[np.int64], factor: int) -> NDArray[np.int64]:
     """Convert a box of the full image to the image that was decoded at 1 / factor of its size.
 
     Both boxes are (top, left, height, width) in pixels of their image; height and width must be at least `factor`.
-    Edges are rounded to whole pixels: an error of at most half a pixel of the view if the result has S pixels per side.
+    Edges are rounded to whole pixels: an error of at most half a pixel of the view if the result has at least S pixels
+    per side.
     """
     start, stop = ((edge + factor // 2) // factor for edge in (box[:2], box[:2] + box[2:]))
     return np.concatenate([start, stop - start])
@@ -171,7 +173,7 @@ def resized(image: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def resize_center_crop(image: Tensor, resize: int, size: int) -> Tensor:
-    """Make the evaluation view of an image (C, H, W) on the CPU: (C, S, S). With uint8, torchvision does the same.
+    """Make the evaluation view of an image (C, H, W) on the CPU: (C, S, S). For uint8, torchvision gives the same.
 
     The shorter side is resized to `resize` pixels, and the central square of `size` pixels is cut out.
 
@@ -271,7 +273,7 @@ def _tap_table(
 
 
 def _quantized(taps: NDArray[np.float64], largest: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round weights (..., S, K) as ATen does; `largest` (...) is the axis's largest. ATen's highest precision is 22."""
+    """Round weights (..., S, K) as ATen does, with precisions up to 22; `largest` (...) is the maximum of each axis."""
     too_large = np.trunc(0.5 + largest[..., None] * 2.0 ** np.arange(1, 23)) >= 2**15  # (..., 22)
     precision = np.where(too_large.any(axis=-1), too_large.argmax(axis=-1), 22)  # (...)
     step = 2.0 ** -precision.astype(np.float64)[..., None, None]

@@ -4,9 +4,9 @@ All images of a data set have one depth. A depth for each image would remove dif
 would be stretched, a bright one not. The depth follows from the highest value in a fixed sample of the images. An image
 with a higher value raises an error; it is never saturated.
 
-Metadata in the files is not used, because it gives no common scale: PNG's values are stretched to 16 bits whatever its
-chunk sBIT says, and TIFF's MaxSampleValue is the highest value of that image only. A TIFF with fewer than 16
-BitsPerSample is the exception: it has its own scale.
+Metadata in the files is not used, because it gives no common scale: the values of a PNG are stretched to 16 bits, even
+if its chunk sBIT states fewer, and TIFF's MaxSampleValue is the highest value of that image only. A TIFF with fewer
+than 16 BitsPerSample is the exception: it has its own scale.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def with_pixel_format(sources: Sources, config: DataConfig) -> Sources:
     """Set the channels, the type and the significant bits of all splits.
 
     The bits are `config.bits`, or those of the training images; a warning names them if there are fewer than 16. They
-    do not matter for images that keep their depth.
+    have no effect with data.dtype=uint16 or float32, which keep the values of the files.
 
     Raises:
         ValueError: if the source cannot give images of the configured channels and type.
@@ -51,7 +51,7 @@ def with_pixel_format(sources: Sources, config: DataConfig) -> Sources:
     pixel_format = PixelFormat(config.channels, config.dtype, bits, tuple(config.preview))
 
     def formatted(source: Any) -> Any:
-        # A source of images in memory has its own format, and so has one that decodes them in its own way.
+        # A source with images in memory, or with a decoder of its own, has a fixed format.
         if source.images is None and "pixel_format" in getattr(source, "__dataclass_fields__", {}):
             return replace(source, pixel_format=pixel_format)
         if (source.pixel_format.channels, source.pixel_format.dtype) != (config.channels, config.dtype):

@@ -1,4 +1,4 @@
-"""What the headers of image files state and PIL does not apply: the pages of a TIFF, its number types, white as zero.
+"""What the headers of image files state and PIL does not apply: pages, number types and WhiteIsZero of a TIFF.
 
 Legend: H x W pixels.
 """
@@ -17,7 +17,7 @@ from moco.data.walk import IMAGE_FORMATS
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE_IS_ZERO = 0  # a value of the tag PhotometricInterpretation
 _KINDS = {1: "u", 2: "i"}  # values of the tag SampleFormat; others are floats and complex numbers
-_EXIF = (b"eXIf", b"com.adobe.xmp")  # in a PNG: where its orientation stands
+_EXIF = (b"eXIf", b"com.adobe.xmp")  # in a PNG: marks of the data that may state its orientation
 
 
 class Page(NamedTuple):
@@ -71,7 +71,7 @@ def open_image(data: bytes) -> Image.Image:
     """Open an image file with PIL; of a TIFF, the largest page.
 
     Raises:
-        UnidentifiedImageError: if PIL does not know the format, or the pixels of that page.
+        UnidentifiedImageError: if PIL does not know the format of the file, or of the pixels of that page.
         Exception: whatever PIL raises for a damaged file.
     """
     image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
@@ -106,16 +106,16 @@ def stated_values(image: Image.Image) -> NDArray[Any]:
 
 
 def deep_white_is_zero(image: Image.Image) -> bool:
-    """Return whether white is zero in an image as PIL loads it. It inverts those of at most 8 bits itself."""
+    """Return whether white is zero in a loaded image. PIL itself inverts images of at most 8 bits."""
     photometric = getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION)
     return photometric == _WHITE_IS_ZERO and image.mode[0] in "IF"
 
 
 def inverted(values: NDArray[Any], bits: int) -> NDArray[Any]:
-    """Return unsigned numbers of some bits with black as zero, of values with white as zero.
+    """Return 2**bits - 1 - values: unsigned numbers in which zero is white become numbers in which zero is black.
 
     Raises:
-        ValueError: for other numbers, which have no highest value.
+        ValueError: for signed numbers and floats, which have no defined value of black.
     """
     if values.dtype.kind != "u":
         raise ValueError(
@@ -129,7 +129,7 @@ def inverted(values: NDArray[Any], bits: int) -> NDArray[Any]:
 def orientation_of(image: Image.Image, data: bytes = b"") -> int:
     """Return the orientation in the EXIF data or XMP of an image, 1 ... 8; without one, 1: upright.
 
-    `data` is the content of its file. PIL decodes a PNG to search for EXIF data, which this avoids.
+    `data` is the content of its file. It avoids that PIL decodes a PNG without EXIF data and XMP to search for them.
     """
     if image.format == "PNG" and data and not any(each in data for each in _EXIF):
         return 1
@@ -139,7 +139,7 @@ def orientation_of(image: Image.Image, data: bytes = b"") -> int:
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Return an array (H, W, ...) as a person sees it, by the orientation of EXIF; a view."""
+    """Return a view of an array (H, W, ...), rotated and flipped upright by its EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):

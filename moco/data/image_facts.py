@@ -105,7 +105,7 @@ def frame_facts(source: VideoSource, i: int, stats: bool = False) -> ImageFacts:
     except ImageError as error:
         return ImageFacts(fault=error.kind, reason=error.reason)
     found = dict.fromkeys(frame.odd, True) | _oddities(pixels, source.file_of(i))
-    length = source.bytes_with(i)
+    length = source.bytes_if_first(i)
     return _facts(pixels, pixels.contiguous().numpy().tobytes(), length, frame.form, found, stats)
 
 

@@ -25,7 +25,7 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
     Args:
         image: a PIL image of any mode; an array (H, W, C), (C, H, W) or (H, W); a tensor (C, H, W) or (H, W); or the
             path of an image file. Arrays and tensors have the channels and the type of the format, or for float32 any
-            type of numbers; for gray and RGB in 8 bits they may be gray or RGB.
+            type of numbers. If the format is 8-bit gray or 8-bit RGB, both gray and RGB are converted to it.
         pixel_format: the channels and the type of the result.
 
     Raises:

@@ -167,7 +167,7 @@ def labels_of_split(
 
 
 def _similar(extra: Sequence[str], training: Sequence[str]) -> str:
-    """Return a hint if a class differs from one of training in its Unicode form or its case only."""
+    """Return a hint if a class differs from a class of training only in its Unicode form or its case."""
     for name, other in itertools.product(extra, training):
         first, second = (unicodedata.normalize("NFC", each) for each in (name, other))
         if first == second:

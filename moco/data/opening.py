@@ -44,7 +44,7 @@ def open_sources(
             return load_source(replace(config, download=download), progress, keep_unreadable)
 
     if config.download:
-        on_rank_zero(lambda: len(load(True).train))  # one rank downloads, then all read; the result must be small
+        on_rank_zero(lambda: len(load(True).train))  # one rank downloads; the broadcast result must be small
     sources = load(False)
     if announce and is_rank_zero():
         for line in opening_lines(sources):
@@ -150,9 +150,9 @@ def without_unreadable_evaluation_images(
 
 
 def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[View]:
-    """Return one recipe per view. Two recipes alternate: the fields of `config`, and these as `second` changes them.
+    """Return the augmentation of each view: in turn the fields of `config`, and these fields as `second` changes them.
 
-    The small views follow, with the same two recipes but another size and area.
+    The small views follow, in the same turn, but with `small_size` and `small_scale`.
 
     Raises:
         ConfigError: for an unknown field of `second`, an invalid value, or a mean and std that do not fit the data set.
@@ -169,7 +169,7 @@ def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[V
         try:
             check_normalization("augment", values["mean"], values["std"], *of_data)
             recipes.append(View(**with_tuples(values)))
-        except ConfigError:  # of the normalization, or about steps of plug-ins
+        except ConfigError:  # about the normalization, or the steps of plug-ins; it names the field
             raise
         except (ValueError, TypeError) as error:
             named = str(error).replace("crop_scale", "small_scale") if len(recipes) > 1 else error
@@ -179,5 +179,5 @@ def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[V
 
 
 def with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a `View` with tuples, which a configuration stores as lists."""
+    """Return the fields of a `View` with tuples instead of the lists of a configuration."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

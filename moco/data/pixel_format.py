@@ -1,6 +1,6 @@
-"""The number of channels and the number type in which the images of a data set travel from their files to the device.
+"""The number of channels and the number type of the images of a data set, from their files to the device.
 
-A source has one `PixelFormat`. Everything after it follows the type of the tensors: a crop of a uint16 image is uint16,
+A source has one `PixelFormat`. All later steps keep the type of the tensors: a crop of a uint16 image is uint16,
 and only the device converts it to float32. The default is the usual one: red, green and blue in 8 bits.
 
 Legend: N images, C channels, H x W pixels.
@@ -58,7 +58,7 @@ def per_channel(values: object, device: torch.device) -> Tensor:
 
 
 def preview(image: Tensor, channels: tuple[int, ...] = ()) -> Tensor:
-    """Return an image that a person can look at, uint8 (3, H, W), of an image (C, H, W) of any format.
+    """Return a viewable image, uint8 (3, H, W), of an image (C, H, W) of any format.
 
     8-bit values are shown as they are. The others are stretched, each channel of each image to its own range, because
     the values of a scene often fill a small part of the range of their type.

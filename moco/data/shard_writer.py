@@ -42,13 +42,13 @@ class PackedImage(NamedTuple):
 def encode_image(source: Source, i: int, short_side: int, quality: int) -> PackedImage:
     """Return image i as it is written to a shard. It is decoded in any case, to find unreadable images.
 
-    The bytes of its file are kept if its shorter side is at most `short_side`, or if this is 0. A larger image is
-    turned upright, scaled down to `short_side` (bicubic, antialiased), and encoded as JPEG with 4:2:0 color, or as PNG
-    if it is too long for a JPEG. An image without a file of its own (CIFAR, digits, frames of
-    videos) becomes a lossless PNG instead of keeping its bytes.
+    The bytes of its file are kept if its shorter side is at most `short_side`, or if `short_side` is 0. A larger image
+    is rotated upright, scaled down to `short_side` (bicubic, antialiased), and encoded as JPEG with 4:2:0 color, or as
+    PNG if it is too long for a JPEG. Instead of its bytes, an image without a file of its own (CIFAR, digits, frames of
+    videos) becomes a lossless PNG, and an NPY or NPZ file becomes an NPY file.
 
-    Images of other channels than gray or RGB, or of more than 8 bits, become NPY files with the same values; a larger
-    one is scaled down with an antialiased bilinear filter.
+    Images with other channels than gray or RGB, or with more than 8 bits, become NPY files with the same values; a
+    larger one is scaled down with an antialiased bilinear filter.
     """
     try:
         content = source.content(i)
@@ -62,7 +62,7 @@ def encode_image(source: Source, i: int, short_side: int, quality: int) -> Packe
     if content is not None and is_array(content) and not 0 < short_side < min(pixels.shape[1:]):
         return PackedImage(encode_bands(pixels), "npy", source_bytes)
     if 0 < short_side < min(pixels.shape[1:]):
-        small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (3, h, w)
+        small = resize(pixels, [short_side], InterpolationMode.BICUBIC, antialias=True)  # (C, h, w)
         if max(small.shape) > _LONGEST_JPEG:
             return PackedImage(_encode_pixels(small, "PNG"), "png", source_bytes)
         return PackedImage(_encode_pixels(small, "JPEG", quality=quality), "jpg", source_bytes)

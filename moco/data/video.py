@@ -29,13 +29,13 @@ from moco.data.walk import VIDEO_ENDINGS, size_and_time
 from moco.distributed import is_rank_zero
 from moco.runtime.console import progress_bar
 
-# A frame of the data set. The fault of a file has a row of its own, with file = -1 - its number.
+# A frame of the data set. The fault of a file is a row, too: its `file` is -1 - the number of the file.
 ROW = np.dtype([("file", "i4"), *FRAME_TIMES.descr])
 _NAME = re.compile(rf"(.+(?:{'|'.join(map(re.escape, VIDEO_ENDINGS))}))@\d+\.\d+", re.IGNORECASE | re.DOTALL)
 
 
 class VideoFile(NamedTuple):
-    """What all frames of a file have in common."""
+    """The properties of a file that its frames share."""
 
     stamp: tuple[int, int]  # size and modification time
     first: int = 0  # presentation time of its first frame, in units of the time base
@@ -49,7 +49,7 @@ class VideoFile(NamedTuple):
 class VideoSource(Source):
     """Frames of video files, each decoded on request."""
 
-    files: FolderSource  # all videos, whose labels are not used
+    files: FolderSource  # the videos; the labels of this source are not used
     about: Sequence[VideoFile]  # (F,)
     rows: NDArray[np.void]  # (N,) of `ROW`
     labels: NDArray[np.int64] | None = None
@@ -85,8 +85,8 @@ class VideoSource(Source):
         """Return the path of the video of image i."""
         return self.files.path(self._file(i))
 
-    def bytes_with(self, i: int) -> int:
-        """Return the size of the file of image i if this is the first image of the file, else 0."""
+    def bytes_if_first(self, i: int) -> int:
+        """Return the size of the video of frame i if it is the first frame of the video, else 0."""
         file = self.rows["file"]
         return 0 if i and file[i] == file[i - 1] else self.about[file[i]].stamp[0]
 
@@ -111,7 +111,7 @@ class VideoSource(Source):
         return f"@{seconds:.{about.digits}f}"
 
     def content_fingerprints(self) -> NDArray[np.int64]:
-        """Return a number per image, from the size of its file and its time: copies of a video share theirs."""
+        """Return a number per frame, from its time and the size of its video: equal in copies of a video."""
         sizes = np.array([each.stamp[0] for each in self.about], np.int64)
         numbers: NDArray[np.int64] = (sizes[self.rows["file"]] << 31 ^ self.rows["pts"]) & np.iinfo(np.int64).max
         return np.where(self.rows["file"] < 0, super().content_fingerprints(), numbers)
@@ -131,11 +131,11 @@ class VideoSource(Source):
 def open_video(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """Open the frames of a folder of videos; see `moco.data.folder.scan` for `keep_unlistable`.
 
-    A file that cannot be used at all, and the missing end of a file, is one unreadable image with the name of the file.
+    A file that cannot be decoded at all, or not to its end, has one unreadable image with the name of the file.
 
     Raises:
         ConfigError: without PyAV, or for other channels than gray or RGB in 8 bits.
-        FileNotFoundError, ValueError: as of a folder of images.
+        FileNotFoundError, ValueError: as for a folder of images.
     """
     av()
     format_ = f"data.channels={config.channels} data.dtype={config.dtype}"
@@ -169,7 +169,7 @@ def _frames(config: DataConfig, files: Source) -> VideoSource:
 
 
 def _read(path: str, number: int, interval: Fraction) -> tuple[VideoFile, NDArray[np.void]]:
-    """Return what is known about a file, and its rows."""
+    """Return the properties of a file, and its rows."""
     stamp, times = size_and_time(path), read_times(path)
     chosen = at_most_one_per(interval, times)
     rows = np.zeros(len(chosen) + bool(times.kind), ROW)
@@ -186,7 +186,7 @@ def _read(path: str, number: int, interval: Fraction) -> tuple[VideoFile, NDArra
 
 
 def at_most_one_per(interval: Fraction, times: VideoTimes) -> NDArray[np.void]:
-    """Return the first frame of each interval of so many seconds, counted from the first frame; 0: all frames."""
+    """Return the first frame of each `interval` of seconds, counted from the first frame of the file; 0: all frames."""
     if not interval or not len(times.frames):
         return times.frames
     ticks = interval / times.time_base
