@@ -41,7 +41,7 @@ DEFAULT_VIEW: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # for
 
 @dataclass(frozen=True, eq=False)
 class Finetuning:
-    """The common state of all encoders and seeds."""
+    """What the runs of all encoders and seeds share."""
 
     task: Task[FinetuneConfig]  # its held-out split may be a validation part of the training split
     file: EncoderFile  # the subject's file, with drop-path if it is configured
@@ -93,7 +93,9 @@ def set_up(task: Task[FinetuneConfig]) -> Finetuning:
 
 
 def view_of(config: FinetuneConfig, subject: Subject) -> View:
-    """Return the training view: the run's first, or else `DEFAULT_VIEW`; size, mean and std are the evaluation's.
+    """Return the training view: the first view of the encoder's run, or else `DEFAULT_VIEW`, as `view` changes it.
+
+    Its size, mean and std are those of the evaluation.
 
     Raises:
         ConfigError: for an unknown field of `view`, or an invalid value.

@@ -1,7 +1,7 @@
 """Weighted k-nearest-neighbor classification on frozen features (Wu et al., CVPR 2018, section 3.4).
 
-Queries and references are processed in chunks, so memory is bounded by their product. With several processes, each
-processes some chunks of the queries: every rank must call these functions, and gets all results.
+Queries and references are processed in chunks, so memory is bounded by the product of the chunk sizes. Each rank
+processes a part of the chunks of queries: every rank must call these functions, and gets all results.
 
 Legend: M reference ("bank") features, Q queries, D dimension, L classes.
 """
@@ -64,15 +64,15 @@ def nearest(
     device, at several times the cost. This one stays in float32, so that accuracies equal those of earlier runs.
 
     Args:
-        bank, queries: features (M, D) and (Q, D) of any length and precision; they are normalized here.
+        bank, queries: features (M, D) and (Q, D), of any norm and precision; they are normalized here.
         k: neighbors; more than M means all.
-        groups: numbers of the references (M,) and of the queries (Q,), for queries that are references themselves: a
-            reference with the number of a query is not its neighbor.
+        groups: groups of the references (M,) and of the queries (Q,), as numbers, for queries that are references
+            themselves: a reference in the group of a query is not its neighbor.
         bank_chunk: references at once; memory is Q x (k + bank_chunk).
 
     Returns:
-        Similarity and row in the bank, each (Q, min(k, M)), or one neighbor fewer with `groups` if k reaches M. A query
-        with fewer neighbors has the similarity -inf in their places.
+        Similarity and row in the bank, each (Q, min(k, M)), or with `groups` (Q, min(k, M - 1)). The similarity is -inf
+        in the places for which a query has no neighbor.
     """
     k = min(k, len(bank) - (groups is not None))
     queries = F.normalize(queries.float(), dim=1)
@@ -120,7 +120,7 @@ def _chunks(length: int, most: int) -> list[slice]:
 
 
 def _own_chunks(length: int, most: int, progress: Progress) -> Iterator[slice]:
-    """Yield this rank's chunks of the queries, and report them. The number of ranks does not change the chunk sizes."""
+    """Yield this rank's chunks of the queries and report progress. Chunk sizes do not depend on the number of ranks."""
     chunks = _chunks(length, most)[rank() :: world_size()]
     for done, chunk in enumerate(chunks):
         progress(done, len(chunks))
@@ -138,7 +138,7 @@ def knn_classes(
     """Return each query's best classes by the votes of its k nearest references, exp(similarity / temperature) each.
 
     Args:
-        bank, queries: features (M, D) and (Q, D), of any length.
+        bank, queries: features (M, D) and (Q, D), of any norm.
         bank_labels: (M,), classes from 0.
         classes: L.
         settings: all references vote; `labels_per_class` and `draws` have no effect here.
@@ -205,9 +205,10 @@ def leave_one_out(
     settings: KnnSettings = KnnSettings(),  # frozen
     progress: Progress = lambda *_: None,
 ) -> NDArray[np.float64]:
-    """Compute the accuracy on the references, to choose k and temperature: only other groups are neighbors.
+    """Compute the accuracy for some references as queries, to choose k and temperature, for each cell of a grid.
 
-    If references can have several labels each, this is the mAP. The neighbors are searched once, for the largest k.
+    The neighbors of a query are references of other groups. They are searched once, for the largest k. If references
+    can have several labels each, the mAP takes the place of the accuracy.
 
     Args:
         bank: features (M, D).

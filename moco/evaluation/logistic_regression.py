@@ -21,7 +21,7 @@ from torch import Tensor
 from moco.data.base import Progress
 
 STRENGTHS = tuple(float(each) for each in np.logspace(5, -6, 45))  # the protocol's, the strongest first
-# The most L-BFGS steps for a strength. A choice needs fewer: each strength starts from the solution of the one before.
+# The most L-BFGS steps of a fit. While a strength is chosen, fewer suffice: each fit starts from the previous solution.
 _STEPS, _STEPS_TO_CHOOSE = 1000, 100
 _TOLERANCE = 1e-6  # of the largest component of the gradient of the mean loss, for features of mean square 1
 
@@ -63,7 +63,7 @@ def fit_path(
         labels: (N,).
         classes: L.
         strengths: from the strongest to the weakest.
-        start: a classifier of similar samples.
+        start: the classifier from which the first strength starts, fitted to similar samples.
         steps: the most steps of L-BFGS for each strength.
     """
     # A shift and one scale for all features leave the solution unchanged, because the bias has no penalty, and let

@@ -148,7 +148,7 @@ def train_heads(
         x = scaling(x)  # (B, D)
         several, scores = labels.ndim == 2, heads.scores(x)
         truth = (labels if several else F.one_hot(labels, data.classes)).unsqueeze(1).long()  # (B, 1, L)
-        # (B, H, L), the gradient of the mean loss
+        # (B, H, L), the gradient of the mean loss with respect to the scores
         slope = ((scores.sigmoid() if several else scores.softmax(dim=2)) - truth) / len(x)
         gradient = (slope.flatten(1).T @ x).view_as(heads.weight)  # (H, L, D)
         factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(schedule="cosine"))

@@ -1,4 +1,4 @@
-"""The splits of a data set of `moco.transfer`: a named one, a folder, or the data set of the fields data.*."""
+"""The splits of a data set of `moco.transfer`: one of the literature, a folder, or that of the fields data.*."""
 
 import difflib
 import hashlib
@@ -62,7 +62,7 @@ class Splits:
         """Return the training and the validation images together, with one label each."""
         if self.validation is None:
             return self.train.source
-        parts: Any = [self.train.source, self.validation.source]  # only folders have a validation split
+        parts: Any = [self.train.source, self.validation.source]  # only a `FolderSource` has a validation split
         return replace(joined(parts), pixel_format=parts[0].pixel_format)
 
     def digest(self) -> str:
@@ -102,7 +102,7 @@ def check_names(sets: list[str]) -> None:
 
 
 def is_fixed(name: str) -> bool:
-    """Return whether the name alone determines the images: those of the literature."""
+    """Return whether this is a data set of the literature, whose name alone determines the images."""
     return name in SETS
 
 
@@ -110,7 +110,7 @@ def open_set(name: str, config: TransferConfig, subject: Subject) -> Splits:
     """Open a data set, an entry of `sets`. Collective.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: if it is not there, is incomplete, or cannot be evaluated.
+        ConfigError, FileNotFoundError, ValueError: if it does not exist, is incomplete, or cannot be evaluated.
     """
     if name == OF_FIELDS:
         found = _open_fields(config, subject)
@@ -194,8 +194,8 @@ def _open_folder(path: str, config: TransferConfig, subject: Subject) -> Splits:
     refuse_output_inside(data, "output", output)
     endings = PixelFormat(data.channels, data.dtype).endings
 
-    def open_part(folder: str, least: int = 1) -> FolderSource:
-        return scan("sets", folder, "folder", min_classes=least, endings=endings)
+    def open_part(folder: str, min_classes: int = 1) -> FolderSource:
+        return scan("sets", folder, "folder", min_classes=min_classes, endings=endings)
 
     names = {kind: _first_folder(path, kinds) for kind, kinds in (("val", VALIDATION_NAMES), ("test", TEST_NAMES))}
     held_out = names["test"] or names["val"]
@@ -207,14 +207,15 @@ def _open_folder(path: str, config: TransferConfig, subject: Subject) -> Splits:
             raise ConfigError(f"sets={path}: {error}") from error
         return Splits(part.subset(rest), None, part.subset(held), "top1")
 
-    def beside(train: FolderSource, folder: str) -> Part:
+    def open_evaluation_part(folder: str, train: FolderSource) -> Part:
         found = with_pixel_format(labeled(train, open_part(folder), f"sets={folder}"), data)
         assert found.held_out is not None
         return _part(found.held_out)
 
     train = open_part(f"{path}/train", 2)
-    validation = beside(train, names["val"]) if names["test"] and names["val"] else None
-    return Splits(_part(with_pixel_format(labeled(train), data).train), validation, beside(train, held_out), "top1")
+    validation = open_evaluation_part(names["val"], train) if names["test"] and names["val"] else None
+    test = open_evaluation_part(held_out, train)
+    return Splits(_part(with_pixel_format(labeled(train), data).train), validation, test, "top1")
 
 
 def _first_folder(path: str, names: tuple[str, ...]) -> str:

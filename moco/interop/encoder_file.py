@@ -195,7 +195,7 @@ def _some(names: Any, limit: int = 3) -> str:
 
 
 def _refuse_unknown_heads(path: Path, backbone: str) -> None:
-    """Refuse a plain file of a ViT-S: it does not state the number of heads, and any number fits its weights."""
+    """Refuse a ViT-S in a layout that does not state its number of heads: any number fits the weights."""
     if backbone == "vit_small":
         raise ForeignFileError(
             f"{path} does not state how many heads its ViT has: set backbone=timm/vit_small_patch16_224 for a ViT-S of "
@@ -242,14 +242,14 @@ def _checked_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_bits(config: Mapping[str, Any], bits: Any) -> dict[str, Any]:
-    """Return a run's configuration with the significant bits of its images, which may have followed from the images."""
+    """Return a run's configuration with `data.bits` set to the bits that the run derived from its images, if it did."""
     data = config.get("data", {})
     known = data.get("bits") is not None or type(bits) is not int or not 8 <= bits < RGB.bits
     return dict(config) if known else {**config, "data": {**data, "bits": bits}}
 
 
 def _checked_images(images: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a file says that images are prepared; raise ValueError if a value is out of range."""
+    """Return the preprocessing of images that a file states; raise ValueError if a value is out of range."""
     channels = [images.get(name, [1, 1, 1]) for name in ("mean", "std")]
     numbers = len(channels[0]) == len(channels[1]) > 0 and all(
         all(type(x) in (int, float) and math.isfinite(x) for x in each) for each in channels
@@ -309,7 +309,7 @@ def _channels(file: EncoderFile) -> int:
 
 
 def _parts_of(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
-    """Return the parts to which weights belong, e.g. `student`. The part of the encoder is split: `teacher.head`."""
+    """Return the parts to which weights belong, e.g. `student`, but `teacher.head` in the part with the encoder."""
     split = (name.replace(".module.", ".").split(".") for name in names)
     shared = layout.encoder.split(".")[0]
     return tuple(sorted({".".join(each[: 1 + (each[0] == shared)]) for each in split}))

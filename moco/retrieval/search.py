@@ -33,7 +33,7 @@ from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import compute_context
 
 _GROUP_TILES = 24  # maximum number of tiles per group in the gallery
-_SCALE, _SCALE_SAMPLE = (0.95, 0.9, 0.85, 0.8), 1000  # thresholds, and images with which they are tried
+_THRESHOLDS, _THRESHOLD_SAMPLE = (0.95, 0.9, 0.85, 0.8), 1000  # thresholds to compare, and images for this
 _SAMPLE = 8  # number of queries if neither query nor sample is set
 
 Entry = dict[str, Any]
@@ -190,13 +190,13 @@ def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) 
 
 
 def _by_threshold(config: SearchConfig, images: ImageSet, device: torch.device) -> str:
-    """Return how many images have a neighbor at least as similar as each of several thresholds, in a sample of them.
+    """Return as text, for several thresholds, how many images of a sample have a neighbor of at least this similarity.
 
     How similar two different images are depends on the encoder, so no threshold fits all encoders.
     """
-    rows = permutation(config.seed, 0, len(images), SEARCH)[:_SCALE_SAMPLE]
+    rows = permutation(config.seed, 0, len(images), SEARCH)[:_THRESHOLD_SAMPLE]
     similarities, _ = nearest(images.features, images.features[rows], 1, rows, device=device)
-    thresholds = sorted({config.threshold, *_SCALE}, reverse=True)
+    thresholds = sorted({config.threshold, *_THRESHOLDS}, reverse=True)
     counts = [f"{int((similarities >= each).sum()):,} at {each:g}" for each in thresholds]
     sampled = " sampled" * (len(rows) < len(images))
     return f"of {len(rows):,}{sampled} images, {', '.join(counts)} have a near-duplicate"
@@ -219,7 +219,7 @@ def _duplicates_note(config: SearchConfig, groups: Sequence[NDArray[np.int64]], 
 def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> list[tuple[int, float]]:
     """Return the rows of a group, the image to keep first, then by similarity to it; and these similarities.
 
-    The image to keep has the most pixels; of several such images it is the largest file, and of equal files the first.
+    The image to keep has the most pixels; of several such images it is the one with the largest file, or the first.
     """
     sizes = [image_size(images, int(row)) for row in rows]
     best = max(range(len(rows)), key=lambda i: (sizes[i]["width"] * sizes[i]["height"], sizes[i]["bytes"], -i))
