@@ -70,8 +70,9 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
     try:
         store, own_rank, size = next(rendezvous("env://", timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-            # torchrun keeps its store for a restart, in which the addresses of the killed processes still stand. With
-            # several nodes, whose restarts may differ in number, the scripts let it make a new store.
+            # After a restart, torchrun's store still holds the addresses of the killed processes, so each attempt has a
+            # prefix of its own. Several nodes may count restarts differently: there, the scripts make torchrun's
+            # processes use a new store.
             store = PrefixStore(f"moco/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
@@ -121,7 +122,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return x
-    # With zeros for the rows of other ranks. The differentiable `all_gather` of torch 2.15 needs contiguous gradients.
+    # The rows of other ranks are zeros here. torch 2.15's differentiable `all_gather` would need contiguous gradients.
     return sum_over_ranks(torch.cat([x if each == rank() else torch.zeros_like(x) for each in range(world_size())]))
 
 
@@ -177,7 +178,7 @@ class DelayedMaxOverRanks:
 
     With several ranks the result is one call late: each call starts a reduction and returns the result of the previous
     call, which has had a step's time to arrive. The result is the same on all ranks. One process gets its own number
-    immediately. The reduction is separate from that of the measures: the training step has only what the paper has.
+    immediately. The training step does not contain this reduction, so that it is only the algorithm of the paper.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -211,8 +212,9 @@ def broadcast_module(module: nn.Module) -> None:
 def averaged_running_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Replace BN's running statistics by their average over ranks, to use or save them, and restore them at the end.
 
-    They follow a linear recurrence. So their average equals the statistics of a single process (the mean over the
-    groups), whenever it is taken. As each rank continues with its own, the moment has no effect, not even of rounding.
+    Running statistics are linear in those of the batches. So their average over ranks equals at any step the statistics
+    of a single process, which averages over all BN groups. Each rank then continues with its own statistics: when and
+    how often the average is taken does not change the training, not even by rounding.
 
     Yields:
         For a checkpoint, {"statistics": those of each rank, one after the other, (W, total)}; {} with one process.
@@ -231,7 +233,7 @@ def averaged_running_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]
 
 
 def restore_running_statistics(module: nn.Module, of_ranks: Tensor | None) -> None:
-    """Restore this rank's statistics, from those of all ranks (W, total), if they come from as many processes."""
+    """Restore this rank's statistics, from those of all ranks (W, total), if there were as many ranks."""
     buffers = _running_statistics(module)
     if of_ranks is not None and of_ranks.shape == (world_size(), sum(each.numel() for each in buffers)):
         _fill(buffers, of_ranks[rank()])
@@ -275,7 +277,7 @@ def all_gather_object(function: Callable[[], T]) -> list[T]:
     """Call the function on every rank and return all results, in the order of the ranks.
 
     If any rank raises, all raise the exception of the lowest such rank. Without this, a rank that meets an unreadable
-    image would leave the others in a collective. Results are pickled: they should be small.
+    image would leave the others waiting in a collective. Results are pickled: they should be small.
     """
     if world_size() == 1:
         return [function()]
@@ -309,8 +311,8 @@ def in_lockstep(items: Iterable[T]) -> Iterator[T]:
 def wrap_ddp(method: nn.Module, device: torch.device) -> nn.Module:
     """Wrap a method in DDP; with one process return the method itself.
 
-    DDP does not handle the buffers: it would send the queue (33 MB) from rank 0 before every forward. Gradients are
-    views of its buckets, which saves a copy of each.
+    DDP must not synchronize buffers: it would broadcast the queue (33 MB) from rank 0 before every forward. Gradients
+    are views of DDP's buckets, which saves a copy of each.
     """
     if world_size() == 1:
         return method

@@ -49,7 +49,7 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
 
 
 def encoder_of(model: ModelConfig, channels: int) -> Encoder:
-    """Return a new encoder for images with this number of channels; the method trains it."""
+    """Return a new encoder for images with this number of channels."""
     head = model.head_layers, model.head_hidden, model.dim
     bn: Any = model.bn
     return build_encoder(
@@ -65,7 +65,7 @@ def predictor_of(model: ModelConfig) -> nn.Module:
 
 
 def _fix(backbone: Any, size: int) -> str:
-    """Name the size that a ViT is built for, if it is another one than that of the images."""
+    """Return the fix for a ViT that is built for another size than that of the images; "" for other networks."""
     built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     if not isinstance(built_for, tuple) or built_for == (size, size):
         return ""
@@ -73,15 +73,15 @@ def _fix(backbone: Any, size: int) -> str:
 
 
 def _fix_of_small(backbone: Any) -> str:
-    """Return how a ViT takes images of several sizes."""
+    """Return the fix for a ViT, which needs an option to take images of several sizes; "" for other networks."""
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     if not isinstance(patch, tuple):
         return ""
-    return f"; set +model.options.dynamic_img_size=true, and a multiple of {patch[0]}"
+    return f"; set +model.options.dynamic_img_size=true, and augment.small_size to a multiple of {patch[0]}"
 
 
 def build_temperature(method: MethodConfig) -> float | LearnedTemperature:
-    """Return the temperature at the start, or one that is trained."""
+    """Return the initial temperature as a number, or a module that learns it if temperature_schedule=learned."""
     if method.temperature_schedule != "learned":
         return method.temperature
     return LearnedTemperature(method.temperature, method.temperature_low, method.temperature_high)

@@ -15,7 +15,7 @@ from moco.plugins import Registry
 
 
 class ConvNet(nn.Module):
-    """Five 3x3 convolutions with BN, then average pooling: the small encoder for small images on a CPU.
+    """Five 3x3 convolutions with BN, then average pooling: a small encoder for small images on a CPU.
 
     Args:
         width: channels of the first layer; D = 8 * width * pool**2.
@@ -80,7 +80,7 @@ BACKBONES: Registry[Callable[..., nn.Module]] = Registry(
 
 
 def published_images(name: str) -> dict[str, Any]:
-    """Return the size, resize, mean and std of the images on which timm trained `timm/NAME`; {} for other networks."""
+    """Return the size, resize, mean and std with which timm evaluates `timm/NAME`; {} for other networks."""
     if not name.startswith("timm/"):
         return {}
     import timm
@@ -93,7 +93,7 @@ def published_images(name: str) -> dict[str, Any]:
 
 
 def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
-    """Return `timm/NAME` without its classifier; name the fix if its published weights cannot be loaded."""
+    """Return `timm/NAME` without its classifier; raise ValueError if its published weights cannot be loaded."""
     import timm  # takes a second
 
     known = name.removeprefix("timm/")
@@ -131,8 +131,8 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
 
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
-        options: keyword arguments of the constructor, e.g. {"stem": "cifar"}; "channels" are those of the images. With
-            timm they become `in_chans`, which keeps the sum over the channels of published weights.
+        options: keyword arguments of the constructor, e.g. {"stem": "cifar"}; "channels" are those of the images, for
+            timm `in_chans`. timm adapts the first layer of published weights so that its sum over channels stays equal.
         group: the group of the configuration that names both, for errors; "" if the fields have none.
 
     Raises:
@@ -153,6 +153,6 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
         first = (str(error) or type(error).__name__).splitlines()[0]
         reason = first.removesuffix(" but expected one of:")  # torch lists all alternatives
         raise ValueError(
-            f"{group}options={dict(options)} is invalid for {group}backbone={name!r}: {reason}; "
-            "set both, or choose another group, model=..."
+            f"{group}options={dict(options)} is invalid for {group}backbone={name!r}: {reason}; correct one of them"
+            + ", or set both with model=NAME" * (group == "model.")
         ) from error

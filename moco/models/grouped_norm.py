@@ -22,7 +22,7 @@ def grouped_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, st
 
 
 class _GroupedBatchNorm(torch.autograd.Function):
-    """Its results are no views: under autograd, an operation in place on a view copies the gradient three times."""
+    """Returns copies, not views: for an in-place operation on a view, autograd copies the gradient three times."""
 
     @staticmethod
     def forward(

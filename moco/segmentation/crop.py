@@ -22,7 +22,7 @@ class CropSettings:
     """The crops of training, and the normalization of all images."""
 
     size: int  # S
-    scale: Sequence[float]  # range of the factor
+    scale: Sequence[float]  # range of the factor by which an image is resized
     flip_p: float
     mean: Sequence[float]
     std: Sequence[float]
@@ -38,7 +38,8 @@ def training_crop(
 ) -> tuple[Tensor, Tensor]:
     """Return a crop of the image, normalized (3, S, S), and of its mask, uint8 (S, S).
 
-    Where the resized image is smaller than the crop, the crop is filled up with the mean color and `IGNORED`.
+    Where the resized image is smaller than the crop, the crop is padded at the right and the bottom, with the
+    mean color and `IGNORED`.
 
     Args:
         image: uint8 (3, H, W).

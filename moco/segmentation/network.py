@@ -24,7 +24,7 @@ _CONVOLUTIONAL = "moco.segment needs a convolutional network, such as a ResNet"
 
 
 class SegmentationNetwork(nn.Module):
-    """Images (N, 3, H, W) to scores of the classes (N, L, H, W): bilinear from the head's map (N, L, h, w).
+    """Images (N, 3, H, W) to scores of the classes (N, L, H, W), upsampled from the head's (N, L, h, w).
 
     Args:
         backbone: a convolutional network; its attribute `map_layer` names the layer that returns the feature map.
@@ -60,7 +60,7 @@ class SegmentationNetwork(nn.Module):
 
 
 def with_output_stride(file: EncoderFile, stride: int | None) -> EncoderFile:
-    """Return a file whose ResNet has dilated convolutions instead of the last strides, so that h = H / stride.
+    """Return the file with options that replace the ResNet's last strides by dilation, so that h = H / stride.
 
     Raises:
         ConfigError: for another network, or one without dilated convolutions.

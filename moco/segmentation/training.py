@@ -34,10 +34,10 @@ from moco.segmentation.measure import Overlap, overlap_of
 class Schedule:
     """The learning rate (lr) of each step."""
 
-    lr: float  # the peak, to be multiplied by each group's "lr_scale"
+    lr: float  # the peak; each parameter group multiplies it by its "lr_scale"
     steps: int
     kind: str  # step: a tenth after 70 % and after 90 % of the steps; cosine: to 0
-    warmup: float  # fraction of the steps in which it rises
+    warmup: float  # fraction of the steps in which the lr rises
 
     def at(self, step: int) -> float:
         optim = OptimConfig(schedule=self.kind, milestones=[0.7, 0.9], warmup_epochs=self.warmup)
@@ -149,7 +149,7 @@ def evaluate(
     workers: int | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Overlap:
-    """Compare predictions with the masks of a split; the same result on every rank, which computes a part of it."""
+    """Compare predictions with the masks of a split. Each rank computes a part; every rank returns all counts."""
     rows = range(rank(), len(images), world_size())
 
     def part() -> list[np.ndarray]:

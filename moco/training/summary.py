@@ -77,7 +77,7 @@ def show_views(
     device: torch.device,
     on_unreadable: OnUnreadable | None = None,
 ) -> None:
-    """Write the views of eight images to views.png and TensorBoard; warn if the file cannot be written."""
+    """Write the views of up to eight images to views.png and TensorBoard; warn if the file cannot be written."""
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
     batch = next(batches(source, small, views, device, workers=0, on_unreadable=on_unreadable))
     mean, std = (per_channel(each, device) for each in (views[0].mean, views[0].std))
@@ -117,9 +117,9 @@ def summarize(trainer: "Trainer") -> None:
     if speed := trainer.throughput.summary():
         rows.append(("speed", speed))
     if skipped := trainer.guard.skipped:
-        rows.append(("skipped", f"{skipped} steps with a non-finite loss or gradient: {config.run}/nonfinite/"))
+        rows.append(("skipped", f"{skipped} steps with a non-finite loss or gradient, see {config.run}/nonfinite/"))
     if (unreadable := trainer.unreadable) is not None:
-        replaced = f"{len(unreadable.found):,}, replaced by others and listed in {unreadable.file}"
+        replaced = f"{len(unreadable.found):,}, replaced by other images and listed in {unreadable.file}"
         rows.append(("unreadable images", replaced if unreadable.found else "none"))
     rows += _accuracy_rows(trainer)
     if trainer.doctor is not None:

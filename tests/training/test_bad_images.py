@@ -50,7 +50,7 @@ def test_a_run_that_failed_on_an_unreadable_image_resumes_with_replace(
     output = capsys.readouterr().out
     assert rows(tmp_path / "run") == {"03.png": "the file is empty"}
     assert "bad_images.csv: 1 so far" in output
-    assert "1, replaced by others and listed in" in " ".join(output.replace("│", " ").split())
+    assert "1, replaced by other images and listed in" in " ".join(output.replace("│", " ").split())
 
 
 def test_too_many_unreadable_images_end_the_run_until_they_are_repaired(tmp_path: Path) -> None:
