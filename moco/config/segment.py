@@ -8,11 +8,12 @@ from moco.config.subject import EncoderConfig, check_subject
 
 @dataclass
 class MasksConfig:
-    """Images with a mask each: an image of the same size whose pixels are numbers of classes."""
+    """Images and their masks. A mask is an image of the same size whose pixel values are class numbers."""
 
     layout: str = bounded("folder", choices=("folder", "voc", "cityscapes"))
-    """folder: images/NAME.jpg and masks/NAME.png below root, in any formats. voc: Pascal VOC's folders (JPEGImages,
-    SegmentationClass, ImageSets). cityscapes: leftImg8bit and gtFine; its 19 classes of the benchmark."""
+    """folder: images/NAME.jpg and masks/NAME.png below root, or other formats (masks: not JPEG). voc: Pascal VOC's
+    folders (JPEGImages, SegmentationClass, ImageSets). cityscapes: leftImg8bit and gtFine, with the 19 classes of the
+    benchmark."""
     root: str = bounded("", path=True)
     """Folder of the data set."""
     eval_root: str = bounded("", path=True)
@@ -20,14 +21,14 @@ class MasksConfig:
     hold_out: float = bounded(0.0, ge=0, lt=1)
     """For layout=folder: fraction of the images of root to hold out, if there is no eval_root."""
     split: str = "train"
-    """For voc and cityscapes: the split for training; voc's larger one of the literature is trainaug."""
+    """For voc and cityscapes: the split for training. The larger VOC training split of the literature is trainaug."""
     eval_split: str = "val"
     """For voc and cityscapes: the split for the evaluation."""
     classes: list[str] = bounded([], unique=True)
-    """For layout=folder: names of the classes 0, 1, ...; empty: their numbers, as far as the masks have them."""
+    """For layout=folder: names of the classes 0, 1, ... Empty: named by number, up to the highest one in the masks."""
     ignore: int = bounded(255, ge=0, le=255)
-    """For layout=folder: the number of pixels without a class, which count neither in the loss nor in the results. In
-    voc it is 255."""
+    """For layout=folder: the value of mask pixels without a class, which are left out of the loss and of the results.
+    In voc it is 255."""
     workers: int | None = bounded(None, ge=0, le=512)
     """Processes that decode images; 0: none. Null: one per CPU core, at most 16."""
 
@@ -61,15 +62,15 @@ class SegmentConfig(EncoderConfig):
     flip_p: float = bounded(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     lr: float = bounded(0.003, gt=0)
-    """Learning rate (lr) at the start."""
+    """Peak learning rate (lr)."""
     schedule: str = bounded("step", choices=("step", "cosine"))
     """Decrease of the lr: step (to a tenth after 70 % and again after 90 % of the steps), or cosine (to 0)."""
     warmup: float = bounded(0.0, ge=0, lt=1)
-    """Fraction of the steps in which the lr rises linearly from zero to its peak."""
+    """Fraction of the steps in which the lr rises linearly to its peak."""
     head_lr_factor: float = bounded(1.0, gt=0)
     """Ratio of the head's learning rate to that of the encoder."""
     momentum: float = bounded(0.9, ge=0, lt=1)
-    """Momentum of the optimizer, sgd."""
+    """Momentum of SGD."""
     weight_decay: float = bounded(1e-4, ge=0)
     """Weight decay of all weights."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
@@ -79,14 +80,16 @@ class SegmentConfig(EncoderConfig):
     mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
     """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the file's, else ImageNet's."""
     std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
-    """Standard deviation of each channel, by which pixels are divided after that. Null: the file's, else ImageNet's."""
+    """Standard deviation of each channel, by which pixels are divided after the mean is subtracted. Null: the file's,
+    else ImageNet's."""
     save_every: int = bounded(100, ge=0)
-    """Save the state every so many steps: the same command resumes from it. 0: never."""
+    """Steps between two saves of the training state, from which the same command resumes. The state is also saved
+    after the last step; 0: only then."""
     masks: MasksConfig = field(default_factory=MasksConfig)
 
 
 def check_segment(config: SegmentConfig, processes: int = 1) -> None:
-    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
+    """Raise ConfigError for a configuration that is invalid, or whose batch cannot be divided over the processes."""
     check_subject(config)
     masks = config.masks
     require(bool(masks.root), "masks.root is empty: set masks.root=DIR, and masks.layout to the layout of its files")
@@ -100,7 +103,7 @@ def check_segment(config: SegmentConfig, processes: int = 1) -> None:
         names = ("eval_root", "hold_out", "classes", "ignore")
         own = {name: value for name in names if (value := getattr(masks, name)) != getattr(default, name)}
         each = " and ".join(f"masks.{name}={value}" for name, value in own.items())
-        require(not own, f"{each} is for masks.layout=folder, and layout={masks.layout} has splits: remove it")
+        require(not own, f"{each} is only for masks.layout=folder, not for layout={masks.layout}: remove it")
     low, high = config.scale
     require(low <= high, f"scale={config.scale} must be a range: the smaller factor first")
     require(config.output_stride in (None, 8, 16, 32), f"output_stride={config.output_stride} must be 8, 16 or 32")

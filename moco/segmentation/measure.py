@@ -1,6 +1,6 @@
 """Intersection over union (IoU) of predicted and true classes, and its uncertainty.
 
-Legend: M images, L classes.
+Legend: M images, L classes, R bootstrap resamples.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class Overlap:
     """The result of one network on one split.
 
     Attributes:
-        both: For each image and class, the pixels that truly have the class and are predicted so, (M, L).
-        true: The pixels that truly have it, (M, L).
-        predicted: The pixels that are predicted to have it, without those of no true class, (M, L).
+        both: Number of pixels whose true and predicted class it is, for each image and class, (M, L).
+        true: Number of pixels whose true class it is, (M, L).
+        predicted: Number of pixels whose predicted class it is, among those that have a true class, (M, L).
     """
 
     both: NDArray[np.int64]
@@ -44,7 +44,7 @@ class Overlap:
 
     @property
     def pixel_accuracy(self) -> float:
-        """The percentage of pixels with the right class, of those that have one."""
+        """The percentage of correctly predicted pixels among those that have a true class."""
         return 100 * float(self.both.sum()) / float(self.true.sum())
 
     def interval(self) -> tuple[float, float]:

@@ -38,12 +38,12 @@ from moco.segmentation.network import SegmentationNetwork, build_network, set_tr
 from moco.segmentation.picture import write_picture
 from moco.segmentation.training import Schedule, TrainSettings, evaluate, predict, train
 
-SHOWN = 6  # images in the picture
+SHOWN = 6  # held-out images in predictions.png
 
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """The common state of all encoders and seeds."""
+    """What all encoders and seeds share: the configuration, the encoder file and the images."""
 
     config: SegmentConfig
     file: EncoderFile
@@ -93,7 +93,10 @@ def evaluate_segment(config: SegmentConfig) -> list[Segmented]:
 def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
     """Open the encoder and the images, and read all masks."""
     file = open_encoder(config)
-    require(file.channels == 3, f"{file.source} takes images of {file.channels} channels; moco.segment takes RGB")
+    require(
+        file.channels == 3,
+        f"{file.source} needs images of {file.channels} channels; moco.segment reads RGB only",
+    )
     file = with_output_stride(file, config.output_stride)
     train_split, held_out = open_masked(config.masks)
     require(
@@ -114,7 +117,7 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
 def _with_classes(
     train_split: MaskedImages, held_out: MaskedImages, counts: list[Any]
 ) -> tuple[MaskedImages, MaskedImages]:
-    """Name the classes of the masks, if the configuration does not, and log those that training lacks."""
+    """Name the classes by their numbers if the configuration does not; log the classes without training pixels."""
     pixels = np.stack(counts)[:, :IGNORED]  # (2, 255)
     for name, each in zip(("training", "held-out"), pixels, strict=True):
         require(bool(each.any()), f"no mask of the {name} split has a pixel with a class")
@@ -123,17 +126,17 @@ def _with_classes(
     require(len(classes) >= 2, "the masks have only one class: segmentation needs two, such as 0 for the background")
     unused = [str(number) for number, both in enumerate(pixels.sum(axis=0)[: len(classes)]) if not both]
     if unused and not train_split.classes and is_rank_zero():
-        fix = "mend the mask with the highest value, or name the classes, masks.classes=[...]"
-        problem = f"no pixel has the class {first_names(unused)}, below the highest value {highest}"
+        fix = f"correct the masks with the value {highest}, or name the classes, masks.classes=[...]"
+        problem = f"the masks have values up to {highest}, but no pixel has the value {first_names(unused)}"
         warnings.warn(f"{problem}: {fix}", RunWarning, stacklevel=2)
-    lacking = [name for name, (ours, theirs) in zip(classes, pixels.T, strict=False) if theirs and not ours]
+    lacking = [name for name, (trained, tested) in zip(classes, pixels.T, strict=False) if tested and not trained]
     if lacking:
-        log(f"in no training mask, so never predicted: {', '.join(lacking[:5])}")
+        log(f"classes without a pixel in the training masks, which the network cannot learn: {first_names(lacking)}")
     return replace(train_split, classes=classes), replace(held_out, classes=classes)
 
 
 def _segment(run: Segmentation, name: str, on_step: Callable[[str], None]) -> Segmented:
-    """Train and evaluate one encoder with all seeds; save the network of the last seed, and a picture."""
+    """Train and evaluate one encoder with all seeds; save the network of the last seed and predictions.png."""
     overlaps, config = [], run.config
     for seed in range(config.seed, config.seed + config.seeds):
         network = _train(run, name, seed, on_step)
@@ -221,7 +224,7 @@ def _resume(path: Path, network: SegmentationNetwork, optimizer: Optimizer) -> i
 
 
 def _save(run: Segmentation, network: SegmentationNetwork, folder: Path) -> None:
-    """Write the network's weights with the names of the classes, and the picture of some held-out images."""
+    """Write network.safetensors with the class names, and predictions.png of some held-out images."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"classes": json.dumps(run.train.classes), "head": run.config.head, "backbone": run.file.backbone}
     about |= {"options": json.dumps(run.file.options), "mean": json.dumps(list(run.training.crops.mean))}
@@ -235,7 +238,7 @@ def _save(run: Segmentation, network: SegmentationNetwork, folder: Path) -> None
 
 
 def _settings(config: SegmentConfig) -> dict[str, Any]:
-    """Return the settings of the training."""
+    """Return the settings without the fields of the encoder, the data and their preparation."""
     shared = {each.name for each in fields(EncoderConfig)} | {"masks", "save_every", "mean", "std"}
     return {name: value for name, value in asdict(config).items() if name not in shared}
 

@@ -94,7 +94,7 @@ def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monk
         (["masks.root=gone"], "masks.root=gone is not a folder"),
         (["masks.eval_root="], "there are no held-out images: set masks.eval_root=DIR, or masks.hold_out=0.2"),
         (["masks.hold_out=0.2"], "masks.eval_root=c/test and masks.hold_out=0.2 both name held-out images"),
-        (["masks.layout=voc", "masks.classes=[]"], "masks.eval_root=c/test is for masks.layout=folder"),
+        (["masks.layout=voc", "masks.classes=[]"], "masks.eval_root=c/test is only for masks.layout=folder"),
         (["masks.layout=voc", "masks.classes=[]", "masks.eval_root="], "there is no ImageSets/Segmentation in it"),
         (["masks.classes=[a,b]"], "has a pixel"),
         (["batch_size=64"], "batch_size=64 exceeds the 12 images of the training split"),
@@ -127,7 +127,7 @@ def test_a_single_value_far_above_the_others_is_reported(canvases: Path, run: Ru
     mask = np.asarray(Image.open(canvases / "c/train/masks/00000.png")).copy()
     mask[0, 0] = 77
     Image.fromarray(mask).save(canvases / "c/train/masks/00000.png")
-    message = r"no pixel has the class .* 11, 12 and 64 more, below the highest value 77: mend the mask"
+    message = r"up to 77, but no pixel has the value .* 11, 12 and 64 more: correct the masks with the value 77"
     with pytest.warns(RunWarning, match=message):
         status, _, _ = run("segment", *ENCODER, *SMALL, "encoders=[untrained]", "output=out", "steps=1")
     assert status == 0
