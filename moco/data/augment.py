@@ -1,15 +1,15 @@
-"""Stage 2 of a view: batched augmentation. Each sample has its own parameters and its own order of color operations.
+"""Stage 2 of a view: batched augmentation of the crops, which `moco.data.crop` makes in stage 1.
 
-All parameters are drawn on the host as a function of (seed, epoch, sample index, stream), each from its own numbered
-draw. So the host knows the samples of each operation and never waits for the device: index lists and parameters
-are sent in two queued copies.
+Each sample has its own parameters and its own order of color operations. All parameters are drawn on the host; see
+`moco.data.view`. So the host knows to which samples each operation applies and never waits for the device: it sends
+index lists and parameters in two asynchronous copies.
 
     params = draw(view, seed, epoch, index, stream)
     crops = crop_batch(images, draw_crop(seed, epoch, index, stream), view)    # loader processes call crop_one
     query = augment(crops, params, view)
 
 Hue, saturation and grayscale need red, green and blue: `View` refuses them for other channels. Brightness, contrast and
-noise then act on each channel by its own statistics.
+noise then use the statistics of each channel.
 
 The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flips,
 quarter turn, noise, steps of plug-ins, normalize, channel dropout. Deviation: the official pipelines round to 8 bits
@@ -38,11 +38,11 @@ from moco.distributed import copy_to_device
 from moco.kernels import fused
 
 _COLOR_OPS = (ops.brightness_, ops.contrast_, ops.saturation_, ops.hue_)  # in the order of Params.factors
-_CPU_PART = 2**21  # numbers per part on a CPU, so that they stay in its cache between operations
+_CPU_PART = 2**21  # tensor elements per part on a CPU, so that a part stays in the cache between operations
 
 
 def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Tensor:
-    """Apply stage 1 to a batch of a resident set: (N, C, H, W) and `draw_crop` -> (N, C, S, S)."""
+    """Apply stage 1 to a batch of images (N, C, H, W) in memory, with the numbers of `draw_crop` -> (N, C, S, S)."""
     boxes = crop_boxes(uniforms, images.shape[2], images.shape[3], view.crop_scale, view.crop_ratio)
     return resized_crops(images, boxes, view.size, view.antialias)
 
@@ -50,7 +50,7 @@ def crop_batch(images: Tensor, uniforms: NDArray[np.float32], view: View) -> Ten
 def crop_one(
     image: Tensor, uniforms: NDArray[np.float32], view: View, full_size: tuple[int, int] | None = None, factor: int = 1
 ) -> Tensor:
-    """Apply stage 1 to one streamed image: (C, h, w) and one row of `draw_crop` -> (C, S, S).
+    """Apply stage 1 to one decoded image (C, h, w), with its row of `draw_crop` -> (C, S, S).
 
     If the image was decoded at 1 / `factor` of its size, `full_size` is the height and width of the full image.
     """
