@@ -42,8 +42,8 @@ class LoadedEncoder(nn.Module):
         self.backbone = build(file).backbone
         data = file.config.get("data", {})
         pixel_format = PixelFormat(file.channels, data.get("dtype", RGB.dtype), bits or data.get("bits") or RGB.bits)
-        usual = pixel_format._replace(bits=RGB.bits) == RGB
-        self.transform = (torchvision_transform if usual else band_transform)(transform, pixel_format)
+        is_8bit_rgb = pixel_format._replace(bits=RGB.bits) == RGB
+        self.transform = (torchvision_transform if is_8bit_rgb else band_transform)(transform, pixel_format)
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         names = ("source", "layout", "backbone", "options", "step", "config")
         self.eval()

@@ -150,8 +150,8 @@ def _image(data: bytes, pixel_format: PixelFormat) -> tuple[NDArray[Any], int]:
         raise
     with image:
         deep = _loses_bits(image)
-        one = 2 if deep else np.dtype(ImageMode.getmode(image.mode).typestr).itemsize
-        size = image.width * image.height * max(len(image.getbands()), pixel_format.channels) * one
+        bytes_per_value = 2 if deep else np.dtype(ImageMode.getmode(image.mode).typestr).itemsize
+        size = image.width * image.height * max(len(image.getbands()), pixel_format.channels) * bytes_per_value
         if size > MAX_BYTES:
             raise TooLarge(_too_large(size))
         if needs_tifffile(image, data, pixel_format.channels):
@@ -173,8 +173,8 @@ def needs_tifffile(image: Image.Image, data: bytes, channels: int) -> bool:
     if image.format != "TIFF":
         return False
     divided = any("RGBa" in mode for mode in _raw_modes(image))
-    several = len({page.size for page in tiff_pages(data)}) > 1
-    return len(image.getbands()) != channels or divided or several or _loses_bits(image)
+    several_sizes = len({page.size for page in tiff_pages(data)}) > 1
+    return len(image.getbands()) != channels or divided or several_sizes or _loses_bits(image)
 
 
 def _loaded(image: Image.Image) -> NDArray[Any]:
@@ -185,8 +185,8 @@ def _loaded(image: Image.Image) -> NDArray[Any]:
     if deep_white_is_zero(image):
         return inverted(values, stated_bits(image))
     # PIL reads gray of 16 bits as 32 bits from some formats.
-    wide = values.dtype == np.int32 and image.format != "TIFF" and values.size
-    return values.astype(np.uint16) if wide and values.min() >= 0 and values.max() <= 65535 else values
+    widened = values.dtype == np.int32 and image.format != "TIFF" and values.size
+    return values.astype(np.uint16) if widened and values.min() >= 0 and values.max() <= 65535 else values
 
 
 def _loses_bits(image: Image.Image) -> bool:
@@ -243,8 +243,8 @@ def _channels_first(array: NDArray[Any], channels: int) -> NDArray[Any]:
 
 def _of_type(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Return an array in the type of the data set, contiguous and writable; refuse one that this type cannot hold."""
-    held = array.dtype.kind in "uif" if dtype == "float32" else array.dtype.newbyteorder("=") == np.dtype(dtype)
-    if not held:
+    fits = array.dtype.kind in "uif" if dtype == "float32" else array.dtype.newbyteorder("=") == np.dtype(dtype)
+    if not fits:
         fixes = [each for each in ("uint8", "uint16") if array.dtype.newbyteorder("=") == np.dtype(each)]
         fix = f"set data.dtype={(fixes or ['float32'])[0]}" if array.dtype.kind in "uif" else "store integers or floats"
         raise WrongFormat(f"its pixels are {array.dtype.name}, not data.dtype={dtype}: {fix}")

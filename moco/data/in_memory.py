@@ -40,8 +40,8 @@ def to_pixels(image: Any, pixel_format: PixelFormat = RGB) -> Tensor:
         raise ValueError(f"an image must be a PIL image, an array, a tensor or a path, not {type(image).__name__}")
     array = _numbers(image)
     channels = next((each for each in _channels(pixel_format) if _has_channels(image, array, each)), 0)
-    held = array.dtype.kind in "uif" if pixel_format.dtype == "float32" else array.dtype.name == pixel_format.dtype
-    if not channels or 0 in array.shape or not held:
+    fits = array.dtype.kind in "uif" if pixel_format.dtype == "float32" else array.dtype.name == pixel_format.dtype
+    if not channels or 0 in array.shape or not fits:
         given = f"the image has the shape {tuple(image.shape)} and the type {array.dtype.name}"
         fix = ", without transforms such as ToTensor" * (array.dtype.kind == "f" and pixel_format.dtype != "float32")
         raise ValueError(f"{given}: pass an array (H, W, C) or a tensor (C, H, W), of {pixel_format}{fix}")

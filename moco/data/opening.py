@@ -18,7 +18,7 @@ from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
 from moco.distributed import is_rank_zero, on_rank_zero
 from moco.runtime.console import log, progress_bar
 
-MOST_CLASSES = 10  # how many classes a line lists with their counts
+MAX_CLASSES = 10  # how many classes a line lists with their counts
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
 
 
@@ -68,7 +68,7 @@ def opening_lines(sources: Sources) -> list[str]:
         return lines
     lines.append(class_line(labeled))
     if sources.held_out is not None and (lacking := classes_without_images(sources.held_out)):
-        lines.append(f"no held-out image of: {first_names(lacking, MOST_CLASSES)}")
+        lines.append(f"no held-out image of: {first_names(lacking, MAX_CLASSES)}")
     splits = [name for name in labeled.classes if name.casefold() in SPLIT_NAMES]
     if len(splits) > 1:
         warnings.warn(
@@ -99,11 +99,11 @@ def classes_without_images(source: Source) -> list[str]:
 def class_line(source: Source) -> str:
     """Return the classes of a labeled source with their numbers of images, as one line."""
     counts = class_counts(source)
-    shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:MOST_CLASSES])
+    shown = ", ".join(f"{name} ({count:,})" for name, count in list(counts.items())[:MAX_CLASSES])
     more = ""
-    if len(counts) > MOST_CLASSES:
+    if len(counts) > MAX_CLASSES:
         smallest, largest = min(counts.values()), max(counts.values())
-        more = f" and {len(counts) - MOST_CLASSES:,} more; {smallest:,} to {largest:,} images each"
+        more = f" and {len(counts) - MAX_CLASSES:,} more; {smallest:,} to {largest:,} images each"
     if source.multi_labels is not None:
         each = source.multi_labels.sum(axis=1)
         none = np.count_nonzero(each == 0)
@@ -119,7 +119,7 @@ def left_out_line(counts: Mapping[str, int]) -> str:
     fix = f"; to use {', '.join(convert)}, convert to JPEG or PNG" if convert else ""
     videos = sorted(counts.keys() & set(VIDEO_ENDINGS))
     fix += f"; data=video uses the frames of {', '.join(videos)}" if videos else ""
-    return f"left out, because of their names: {first_names(named, MOST_CLASSES)}{fix}"
+    return f"left out, because of their names: {first_names(named, MAX_CLASSES)}{fix}"
 
 
 def without_unreadable_evaluation_images(

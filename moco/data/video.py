@@ -120,8 +120,8 @@ class VideoSource(Source):
         return self.files.ignored
 
     def subset(self, rows: NDArray[np.int64]) -> "VideoSource":
-        labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
-        return replace(self, rows=self.rows[rows], labels=labels, multi_labels=several, draws=())
+        labels, multi_labels = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
+        return replace(self, rows=self.rows[rows], labels=labels, multi_labels=multi_labels, draws=())
 
     def content_digest(self) -> str:
         entries = ([self.name(i), *self.about[self._file(i)].stamp] for i in range(len(self)))
@@ -139,8 +139,8 @@ def open_video(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     """
     av()
     format_ = f"data.channels={config.channels} data.dtype={config.dtype}"
-    usual = PixelFormat(config.channels, config.dtype).is_8bit_gray_or_rgb
-    require(usual, f"{format_}: frames of videos are read as uint8 with 3 channels, or with 1 (gray): set one of these")
+    fits = PixelFormat(config.channels, config.dtype).is_8bit_gray_or_rgb
+    require(fits, f"{format_}: frames of videos are read as uint8 with 3 channels, or with 1 (gray): set one of these")
     return open_folder(config, keep_unlistable).changed(partial(_frames, config))
 
 

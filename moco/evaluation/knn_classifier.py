@@ -109,19 +109,19 @@ def _weights(similarity: Tensor, temperature: float) -> Tensor:
     return ((similarity - similarity[:, :1].clamp(min=-1)) / temperature).exp()
 
 
-def _chunks(length: int, most: int) -> list[slice]:
-    """Split 0 ... length into chunks of at most `most`; their sizes differ by at most one.
+def _chunks(length: int, max_size: int) -> list[slice]:
+    """Split 0 ... length into chunks of at most `max_size`; their sizes differ by at most one.
 
     BLAS multiplies a short last chunk with another kernel, which rounds differently: equal references would get
     unequal similarities.
     """
-    count = -(-length // most)
+    count = -(-length // max_size)
     return [slice(start, stop) for start, stop in pairwise(length * i // count for i in range(count + 1))]
 
 
-def _own_chunks(length: int, most: int, progress: Progress) -> Iterator[slice]:
+def _own_chunks(length: int, max_size: int, progress: Progress) -> Iterator[slice]:
     """Yield this rank's chunks of the queries and report progress. Chunk sizes do not depend on the number of ranks."""
-    chunks = _chunks(length, most)[rank() :: world_size()]
+    chunks = _chunks(length, max_size)[rank() :: world_size()]
     for done, chunk in enumerate(chunks):
         progress(done, len(chunks))
         yield chunk
@@ -221,12 +221,12 @@ def leave_one_out(
     Returns:
         Percent, shape (len(ks), len(temperatures)).
     """
-    most = min(max(ks), len(bank) - 1)
-    similarity = torch.zeros(len(rows), most, device=bank.device)
-    found = torch.zeros(len(rows), most, dtype=torch.int64, device=bank.device)
+    max_k = min(max(ks), len(bank) - 1)
+    similarity = torch.zeros(len(rows), max_k, device=bank.device)
+    found = torch.zeros(len(rows), max_k, dtype=torch.int64, device=bank.device)
     for chunk in _own_chunks(len(rows), settings.query_chunk, progress):
         own = rows[chunk]
-        similarity[chunk], found[chunk] = nearest(bank, bank[own], most, (groups, groups[own]), settings.bank_chunk)
+        similarity[chunk], found[chunk] = nearest(bank, bank[own], max_k, (groups, groups[own]), settings.bank_chunk)
     similarity, found = sum_over_ranks(similarity), sum_over_ranks(found)  # other ranks hold zeros
     labels, truth = torch.from_numpy(bank_labels).to(bank.device), bank_labels[rows.cpu().numpy()]
     values = torch.zeros(len(ks) * len(temperatures), dtype=torch.float64, device=bank.device)
@@ -238,8 +238,7 @@ def leave_one_out(
             )
             if bank_labels.ndim == 2:
                 shares = torch.cat([_shares(*part) for part in parts])
-                several = truth.astype(np.bool_), bank_labels.astype(np.bool_)
-                values[cell] = average_precision(shares, *several).mean
+                values[cell] = average_precision(shares, truth.astype(np.bool_), bank_labels.astype(np.bool_)).mean
             else:
                 classes = int(bank_labels.max()) + 1
                 predicted = torch.cat([_votes(*part, classes).argmax(dim=1) for part in parts])

@@ -146,10 +146,10 @@ def train_heads(
     for step, (epoch, picked) in enumerate(plan.samples(0)):
         x, labels = data.rows(layer, rows[picked])
         x = scaling(x)  # (B, D)
-        several, scores = labels.ndim == 2, heads.scores(x)
-        truth = (labels if several else F.one_hot(labels, data.classes)).unsqueeze(1).long()  # (B, 1, L)
+        multi_label, scores = labels.ndim == 2, heads.scores(x)
+        truth = (labels if multi_label else F.one_hot(labels, data.classes)).unsqueeze(1).long()  # (B, 1, L)
         # (B, H, L), the gradient of the mean loss with respect to the scores
-        slope = ((scores.sigmoid() if several else scores.softmax(dim=2)) - truth) / len(x)
+        slope = ((scores.sigmoid() if multi_label else scores.softmax(dim=2)) - truth) / len(x)
         gradient = (slope.flatten(1).T @ x).view_as(heads.weight)  # (H, L, D)
         factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, OptimConfig(schedule="cosine"))
         velocity.mul_(recipe.momentum).add_(gradient + decay * heads.weight)
@@ -186,7 +186,7 @@ def choose(
     """
     train, held = split_each_class(data.labels, part, recipe.seed, VALIDATION, data.groups)
     grid = sorted(set(product(lrs, weight_decays)), key=lambda pair: (pair[0], -pair[1]))
-    mine = range(rank(), len(grid), world_size())
+    own_heads = range(rank(), len(grid), world_size())
     tried: list[tuple[Setting, float]] = []
     for number, layer in enumerate(data.columns):
 
@@ -194,13 +194,13 @@ def choose(
             progress(number * epochs + done, len(data.columns) * epochs)
 
         scores = torch.zeros(len(grid), dtype=torch.float64, device=data.device)
-        if mine:
+        if own_heads:
             scaling = scaling_of(data, layer, train, recipe.normalize)
-            heads = train_heads(data, layer, train, scaling, [grid[i] for i in mine], recipe, layer_progress)
+            heads = train_heads(data, layer, train, scaling, [grid[i] for i in own_heads], recipe, layer_progress)
             if data.labels.ndim == 2:
-                scores[list(mine)] = _mean_average_precisions(heads, data, layer, (train, held), scaling)
+                scores[list(own_heads)] = _mean_average_precisions(heads, data, layer, (train, held), scaling)
             else:
-                scores[list(mine)] = _accuracies(heads, data, layer, held, scaling)
+                scores[list(own_heads)] = _accuracies(heads, data, layer, held, scaling)
         settings = [Setting(layer, *pair) for pair in grid]
         tried += zip(settings, sum_over_ranks(scores).tolist(), strict=True)
     best = max(tried, key=lambda each: each[1])  # the first of equal ones

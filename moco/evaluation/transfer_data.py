@@ -147,8 +147,8 @@ def _open_named(name: str, config: TransferConfig, subject: Subject) -> Splits:
     except FileNotFoundError:
         if not config.download:
             raise
-        one = world_size() == 1  # a large download would exceed the time for which the other processes wait
-        require(one, f"download=true works with one process: start the command without torchrun to download {name}")
+        single = world_size() == 1  # a large download would exceed the time for which the other processes wait
+        require(single, f"download=true works with one process: start the command without torchrun to download {name}")
         log(f"{name}: torchvision downloads {known.megabytes:,} MB into {config.root}")
         download(name, config.root)
         parts = _parts(name, known, config.root)

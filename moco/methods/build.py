@@ -33,9 +33,9 @@ def build_method(config: TrainConfig, labels: NDArray[np.int64] | None = None, t
         "data.labels=folder for a folder with one subfolder per class, or method.labels=false",
     )
     encoder, model, size = encoder_of(config.model, config.data.channels), config.model, config.augment.size
-    sizes = {"size": (size, _fix(encoder.backbone, size))}
+    sizes = {"size": (size, _size_fix(encoder.backbone, size))}
     if config.augment.small_views:
-        sizes["small_size"] = (config.augment.small_size, _fix_of_small(encoder.backbone))
+        sizes["small_size"] = (config.augment.small_size, _small_size_fix(encoder.backbone))
     for name, (pixels, fix) in sizes.items():
         error = output_error(encoder.backbone, pixels, config.data.channels)
         require(
@@ -64,7 +64,7 @@ def predictor_of(model: ModelConfig) -> nn.Module:
     return build_predictor(model.dim, *layers, bn, model.bn_group_size)
 
 
-def _fix(backbone: Any, size: int) -> str:
+def _size_fix(backbone: Any, size: int) -> str:
     """Return the fix for a ViT that is built for another size than that of the images; "" for other networks."""
     built_for = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
     if not isinstance(built_for, tuple) or built_for == (size, size):
@@ -72,7 +72,7 @@ def _fix(backbone: Any, size: int) -> str:
     return f"; set +model.options.img_size={size}, or augment.size={built_for[0]}"
 
 
-def _fix_of_small(backbone: Any) -> str:
+def _small_size_fix(backbone: Any) -> str:
     """Return the fix for a ViT, which needs an option to take images of several sizes; "" for other networks."""
     patch = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     if not isinstance(patch, tuple):

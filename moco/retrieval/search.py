@@ -229,8 +229,8 @@ def _best_first(images: ImageSet, rows: NDArray[np.int64]) -> list[tuple[int, fl
 
 
 def _entry(images: ImageSet, row: int, **values: Any) -> Entry:
-    classes, several = images.classes(row), images.source.multi_labels is not None
-    named = {"classes": classes} if several else {} if classes is None else {"class": classes[0]}
+    classes, multi_label = images.classes(row), images.source.multi_labels is not None
+    named = {"classes": classes} if multi_label else {} if classes is None else {"class": classes[0]}
     return {"row": row, "path": images.name(row)} | named | values
 
 

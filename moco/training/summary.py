@@ -61,8 +61,8 @@ def announce(trainer: "Trainer") -> None:
         if sources.bank is not None and not config.evaluate.labels_per_class and config.evaluate.k > len(sources.bank):
             log(f"evaluate.k={config.evaluate.k} exceeds the {len(sources.bank)} reference images: all of them vote")
         if config.evaluate.every_epochs and trainer.live.measure == "retrieval":
-            several = sources.train.multi_labels is not None
-            why = "images with several labels each" if several else "no labeled held-out images"
+            multi_label = sources.train.multi_labels is not None
+            why = "images with several labels each" if multi_label else "no labeled held-out images"
             log(f"{why}: evaluating how often two crops of an image find each other")
     for note in trainer.notes:
         log(note)
@@ -132,8 +132,8 @@ def summarize(trainer: "Trainer") -> None:
     summary_panel("already finished" if trainer.start == plan.total_steps else "done", rows)
     data = (config.data.name, config.data.root)
     sources = trainer.sources
-    several = sources.train.multi_labels is not None and sources.held_out is not None
-    labeled = trainer.live.measure == "knn" or several
+    multi_label = sources.train.multi_labels is not None and sources.held_out is not None
+    labeled = trainer.live.measure == "knn" or multi_label
     for each in next_commands(config.run, *data, labeled, config.data.on_bad_image):
         log_next(each)
     log_next(command("moco.report", SubjectConfig(), run=config.run, **named_images(*data)))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from moco.config import DataConfig, RunWarning
 from moco.data.folder import FolderSource
-from moco.data.opening import MOST_CLASSES, class_line, opening_lines
+from moco.data.opening import MAX_CLASSES, class_line, opening_lines
 from moco.data.sources import load_source
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
 from tests.data.images import gradient
@@ -103,7 +103,7 @@ def test_the_classes_are_shown_with_their_counts(tmp_path: Path) -> None:
     assert sources.held_out.classes == ("cat", "dog", "owl")
     assert sources.held_out.labels.tolist() == [1, 1]  # an index into the classes of training
     many = FolderSource("", np.zeros(0, "S1"), np.zeros(0, np.int64), tuple(map(str, range(30))))
-    assert class_line(many).endswith(f"9 (0) and {30 - MOST_CLASSES} more; 0 to 0 images each")
+    assert class_line(many).endswith(f"9 (0) and {30 - MAX_CLASSES} more; 0 to 0 images each")
 
 
 def test_classes_with_the_names_of_splits_are_warned_of(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
 
 
-MOST_DUPLICATES = 0.1  # share of the queries; the defect affects all queries, a collapse a small part of them
+MAX_DUPLICATES = 0.1  # share of the queries; the defect affects all queries, a collapse a small part of them
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
 SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. 5)
 
@@ -83,7 +83,7 @@ def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
     losses = [loss / directions(series) for loss in series.get("train/loss", ())[-2 * LATEST :]]
     similarity, accuracy = latest(series, "train/positive_similarity"), latest(series, "train/contrast_accuracy")
     found = []
-    if share > MOST_DUPLICATES and not _has_collapsed(series):
+    if share > MAX_DUPLICATES and not _has_collapsed(series):
         found.append(f"{100 * share:.1f} % of the queries have their own key among the negatives")
     at_floor = len(losses) == 2 * LATEST and all(-0.01 < loss - math.log(2) < LOG_2_MARGIN for loss in losses)
     if at_floor and similarity > 0.9 and accuracy < SOLVED:
@@ -267,14 +267,14 @@ def _awaits_evaluation(series: Series) -> bool:
     return any(len(series.get(name, ())) == 1 for name in EVALUATIONS)
 
 
-MOST_WAITING = 0.2  # share of the time; 0.09 on the digits, 0.05 on CIFAR-10 with a CPU
+MAX_WAITING = 0.2  # share of the time; 0.09 on the digits, 0.05 on CIFAR-10 with a CPU
 STARTING = 2  # records at the start of a run, while the loader's processes start and fill their queue
 
 
 def data_starvation(series: Series, facts: Facts) -> Alarm | None:
     """Find a device that waits for images."""
     waits = series.get("speed/data_wait", ())[STARTING:][-LATEST:]
-    if len(waits) < LATEST or not (waiting := median(waits)) > MOST_WAITING:
+    if len(waits) < LATEST or not (waiting := median(waits)) > MAX_WAITING:
         return None
     remedy = "more data.workers (at most one per processor core)"
     if facts.source in ("folder", "imagenet", "video"):
