@@ -3,7 +3,7 @@
 from moco.analysis.doctor.series import Alarm, Facts, Series
 from moco.config.recommended import FEW_IMAGES, momentum_for, queue_advice
 
-LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: 0.9 costs 3.8 points of 59.0, and 0 does not train
+LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: top-1 is 55.2 % at 0.9 and 59.0 % at 0.999; at 0, training fails
 
 
 def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
@@ -77,24 +77,26 @@ MAX_QUEUE_RATIO = 0.5
 
 def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     """Find a queue that often holds the query's own image (moco issue 146), or is longer than an epoch."""
-    share = facts.queue_size / facts.dataset_size
-    if share <= (1.0 if facts.mask_own_keys else MAX_QUEUE_RATIO):
+    ratio = facts.queue_size / facts.dataset_size
+    if ratio <= (1.0 if facts.mask_own_keys else MAX_QUEUE_RATIO):
         return None
     evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
     remedy = queue_advice(facts.dataset_size, facts.keys_per_step)
     if facts.mask_own_keys:
         evidence += "it holds several keys of an image, and the older ones add no new image"
     else:
-        # Each epoch of M images has its own order: an image's last key is M - a + b keys old, a, b uniform in 0 ... M.
-        meets_itself = share**2 / 2 if share <= 1 else 1 - max(0.0, 2 - share) ** 2 / 2
+        # If an image has position a in one epoch of M images and b in the next, its earlier key is then M - a + b keys
+        # old. Each epoch has a new order, so a and b are uniform in 0 ... M.
+        meets_itself = ratio**2 / 2 if ratio <= 1 else 1 - max(0.0, 2 - ratio) ** 2 / 2
         evidence += f"about {100 * meets_itself:.0f} % of the queries meet a key of their own image as a negative"
         remedy = f"method.mask_own_keys=true, {remedy}"
     return Alarm("queue too long for the data set", evidence, remedy)
 
 
-# The oldest key is K / B steps old, that is (1 - m) K / B lifetimes of the momentum encoder. After 3 lifetimes, 5 % of
-# the encoder that made it is left, exp(-3). Published recipes reach 2.6 (K 65536, B 256, m 0.99); m 0.9 has 26.
-MAX_LIFETIMES = 3.0
+# The momentum encoder has a time constant of 1 / (1 - m) steps: after 3 of them, an earlier momentum encoder has a
+# weight of exp(-3), 5 %, in the present one. The oldest key is K / B steps old: with K 65536 and B 256, as published,
+# 2.6 time constants for m 0.99, and 26 for m 0.9.
+MAX_TIME_CONSTANTS = 3.0
 
 
 def stale_queue(series: Series, facts: Facts) -> Alarm | None:
@@ -102,11 +104,11 @@ def stale_queue(series: Series, facts: Facts) -> Alarm | None:
     steps = facts.queue_size / facts.keys_per_step
     if not steps or facts.momentum is None or facts.momentum < LOWEST_MOMENTUM:
         return None
-    if steps * (1 - facts.momentum) <= MAX_LIFETIMES:
+    if steps * (1 - facts.momentum) <= MAX_TIME_CONSTANTS:
         return None
     return Alarm(
         "stale queue",
-        f"the oldest of {facts.queue_size} keys is {steps:.0f} steps old, and at momentum {facts.momentum:g} only "
-        f"{100 * facts.momentum**steps:.1f} % of the encoder that made it is left",
+        f"the oldest of {facts.queue_size} keys is {steps:.0f} steps old, and at momentum {facts.momentum:g} the "
+        f"encoder that made it has a weight of only {100 * facts.momentum**steps:.1f} % in the present one",
         f"method.momentum={1 - 1 / steps:.4g} or higher, or a smaller method.queue_size",
     )
