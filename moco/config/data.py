@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from moco.config.base import bounded, require
 
 Schema = TypeVar("Schema")
-FOLDERS = ("folder", "video")  # data sets of files below data.root, whose labels are those of their folders or a table
+FOLDERS = ("folder", "video")  # data sets of files below data.root; labels come from folder names or data.label_file
 
 
 @dataclass
@@ -25,8 +25,8 @@ class SourceConfig:
     download: bool = False
     """Download CIFAR or STL-10 into root if it is not there."""
     frame_interval: float = bounded(1.0, ge=0, le=86_400, example="data.frame_interval=0.5")
-    """For `video`: each file gives at most one image per this many seconds, the first frame of each interval, counted
-    from the first frame of the file; 0: every frame."""
+    """For `video`: length of an interval in seconds. The first frame of each interval is an image; the first interval
+    begins at the first frame of the file. 0: every frame is an image."""
     labels: str = bounded("none", choices=("none", "folder"))
     """For `folder` and `video`: none, or folder (the first-level folder names are the classes)."""
     eval_root: str = bounded("", path=True)
@@ -34,7 +34,7 @@ class SourceConfig:
     missing."""
     more_roots: list[str] = bounded([], path=True, unique=True, example="'data.more_roots=[IMAGES]'")
     """For `folder` and `video`: further folders, used together with root. With labels=folder each has class folders.
-    The names of images then begin with the number of their folder: 0 for root, 1 for the first of these."""
+    Image names then begin with the number of the folder: 0 for root, 1 for the first of more_roots."""
     label_file: str = bounded("", path=True)
     """For `folder` and `video`: a CSV or Parquet file with the columns path (relative to root), label (a text or a
     whole number) and, optionally, split. It must have one row for each image or video file. Replaces `labels` and
@@ -46,9 +46,9 @@ class SourceConfig:
     """For `folder`, `imagenet`, `video`, `shards`, `huggingface`: keep all images decoded in memory. They must have
     one size."""
     bits: int | None = bounded(None, ge=8, le=16)
-    """For images with 16 bits per channel and dtype=uint8: how many of them are used (12: 0 ... 4095 becomes black ...
-    white). Null: the fewest of 8, 10, 12, 14 and 16 that hold the values of 32 images from all parts of the data set;
-    for `webdataset` 16."""
+    """For images with 16 bits per channel and dtype=uint8: the number of significant bits (12: 0 ... 4095 becomes black
+    ... white). Null: the smallest of 8, 10, 12, 14 and 16 that holds the values of 32 images from all parts of the data
+    set; for `webdataset` 16."""
     channels: int = bounded(3, ge=1, le=4096)
     """Channels of each image. 3: red, green and blue; 1: gray (with dtype=uint8, color is converted); other numbers:
     the bands of TIFF, NPY and NPZ files, for `folder`, `shards`, `huggingface` and `webdataset`. Set augment.mean and
@@ -93,8 +93,9 @@ class DataConfig(SourceConfig):
     allow_pipe: bool = False
     """For `webdataset`: allow `root` to be pipe:COMMAND, which runs COMMAND in a shell."""
     on_bad_image: str = bounded("raise", choices=("raise", "replace"))
-    """Unreadable training images: raise (the run ends and names the image), or replace (a fixed other image is used;
-    bad_images.csv lists the unreadable one, and the kNN accuracy in training leaves it out)."""
+    """Unreadable training images: raise (the run ends and names the image), or replace (each is replaced by another
+    image, the same one in every epoch; bad_images.csv lists the unreadable ones, and the kNN accuracy in training
+    leaves them out)."""
     max_bad: float = bounded(0.01, ge=0, lt=1, example="data.max_bad=0.01")
     """For on_bad_image=replace: the run ends if more than this fraction of the images is unreadable."""
 
@@ -178,7 +179,8 @@ def check_data_fields(data: DataConfig) -> None:
     """Raise ConfigError if fields of a data set contradict each other."""
     require(
         data.bits is None or data.dtype == "uint8",
-        f"data.bits={data.bits} converts images to 8 bits, but data.dtype={data.dtype} keeps their depth: remove it",
+        f"data.bits={data.bits} converts images to 8 bits, but data.dtype={data.dtype} keeps all bits: "
+        "remove data.bits",
     )
     require(
         len(data.preview) in (0, 1, 3) and all(band < data.channels for band in data.preview),

@@ -12,7 +12,7 @@ from moco.config.types import type_error
 
 @dataclass
 class TransferConfig(SubjectConfig):
-    """Evaluate encoders on many labeled data sets by one protocol: logistic regression or few-shot episodes."""
+    """Evaluate encoders on many labeled data sets by linear classification, few-shot episodes or fine-tuning."""
 
     sets: list[str] = bounded([], min_length=1, unique=True, path=True, example="'sets=[pets,dtd,IMAGES]'")
     """Data sets: a name of docs/howto/transfer.md, such as pets, cifar10 or voc07; the path of a folder with class
@@ -40,7 +40,7 @@ class TransferConfig(SubjectConfig):
     queries: int = bounded(15, ge=1)
     """For few_shot: images per class to classify."""
     episodes: int = bounded(600, ge=2, le=100_000)
-    """For few_shot: episodes, whose mean accuracy is reported."""
+    """For few_shot: number of episodes; the mean of their accuracies is reported."""
     finetune: dict[str, Any] = field(default_factory=dict)
     """For finetune: fields of docs/config/finetune.md, such as finetune.lr=0.01 or +finetune.seeds=3, except those that
     select encoders or images."""
@@ -50,7 +50,7 @@ def check_transfer(config: TransferConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
     finetune_config(config, processes)
-    error = "data.hold_out has an effect only on the data set data: add it to sets, or set hold_out for folders"
+    error = "data.hold_out has no effect without the entry data in sets: add data to sets, or set hold_out for folders"
     require("data" in config.sets or config.data.hold_out == 0, error)
 
 
@@ -61,10 +61,10 @@ _SET_BY_TRANSFER = ("encoders", "fraction", "labels_per_class", "subset_list", "
 def finetune_config(config: TransferConfig, processes: int = 1) -> FinetuneConfig:
     """Return the configuration of moco.finetune for mode=finetune: all labels, and the fields of `config.finetune`.
 
-    Its data set is a placeholder: the images are given to the training directly.
+    Its data set is a placeholder: the caller passes the images to the training directly.
 
     Raises:
-        ConfigError: for a field that moco.finetune does not have or that is set otherwise, or an invalid value.
+        ConfigError: for a field that moco.finetune does not have, a field that moco.transfer sets, or an invalid value.
     """
     shared = {each.name for each in fields(SubjectConfig)}
     free = [each.name for each in fields(FinetuneConfig) if each.name not in (*shared, *_SET_BY_TRANSFER)]
