@@ -26,10 +26,10 @@ Progress = Callable[[int, int], None]  # called with (done, total)
 
 
 class Source(Protocol):
-    """A list of images in a fixed order, with or without labels. The defaults are those of encoded images in files.
+    """A list of images in a fixed order, with or without labels.
 
-    A source is a class that derives from this one. It has the defaults, and Python refuses to create it while it lacks
-    an abstract member.
+    Every source derives from this class. It must define the abstract members, and inherits the others, whose values
+    suit encoded images in files.
     """
 
     @property
@@ -59,7 +59,7 @@ class Source(Protocol):
 
     @property
     def draws(self) -> tuple[tuple[int, int], ...]:
-        """Images of each part of the source, in order, and how many an epoch draws of them; (): each image once."""
+        """For each part of the source, its number of images and how many an epoch draws; (): each image once."""
         return ()
 
     @property
@@ -69,7 +69,7 @@ class Source(Protocol):
 
     @property
     def stream(self) -> Callable[..., Any] | None:
-        """Make a loader for a source that can only be read from start to end (see `moco.data.remote`); else None."""
+        """The function that makes the loader of a source that can only be read from start to end; else None."""
         return None
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Source(Protocol):
         return -1 - np.arange(len(self))
 
     def left_out(self) -> Mapping[str, int]:
-        """Return how many files of each kind were left out because their names are not those of images."""
+        """Return the number of files that are left out because of their names, by kind, such as ".txt" or "hidden"."""
         return {}
 
     @abstractmethod
@@ -147,7 +147,7 @@ def labeled(train: Source, held_out: Source | None = None, where: str = "") -> S
     The labels of the held-out images become indices into the classes of training; `where` names that split in errors.
     If images have several labels, both splits get the classes of both, and there is no bank.
     """
-    pair: tuple[Any, Any] = train, held_out  # dataclasses
+    pair: tuple[Any, Any] = train, held_out  # Any, because `replace` takes only dataclasses
     if held_out is not None and held_out.multi_labels is not None and train.multi_labels is not None:
         classes = tuple(dict.fromkeys(train.classes + held_out.classes))
         train, held_out = (
@@ -156,13 +156,13 @@ def labeled(train: Source, held_out: Source | None = None, where: str = "") -> S
         )
     if held_out is not None and held_out.labels is not None and where:
         labels = labels_of_split(held_out.labels, held_out.classes, train.classes, where)
-        split: Any = held_out  # a dataclass
+        split: Any = held_out  # Any, because `replace` takes only dataclasses
         held_out = replace(split, labels=labels, classes=train.classes)
     return Sources(train, train if train.labels is not None else None, held_out)
 
 
 def labels_at(labels: Labels | None, rows: NDArray[np.int64]) -> Labels | None:
-    """Return the labels of the given rows; None of unlabeled images."""
+    """Return the labels of the given rows; None for unlabeled images."""
     return None if labels is None else labels[rows]
 
 

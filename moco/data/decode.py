@@ -50,7 +50,7 @@ FAULTS = {
 # PIL's own limit. It is checked before decoding, because a header of a few bytes can declare an image of several GB.
 MAX_PIXELS = 178_956_970
 
-# PIL's notes on damaged files and odd headers would go to stderr; each fault that matters is an ImageError.
+# Keep PIL's warnings about damaged files and unusual headers out of stderr: each fault that matters is an ImageError.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
@@ -98,9 +98,8 @@ def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
         pixel_format: the channels and the type of the result.
 
     Returns:
-        Shape (C, H, W), of the type of the format; three channels of uint8 are red, green and blue. Of such an image
-        the channels come last in memory, as decoders write them: this makes resizing a crop up to four times faster,
-        with the same bits.
+        Shape (C, H, W), of the format's type; three channels of uint8 are red, green and blue, in channels-last memory
+        format, as decoders write them: this makes resizing a crop up to four times faster, with the same bits.
 
     Raises:
         ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, or not an image.
@@ -182,7 +181,7 @@ def _decode_color(path: str | Path, data: bytes, shrink: Shrink, bits: int) -> D
             declared = f"its header declares {width} x {height} = {width * height:,} pixels"
             fix = f"and at most {MAX_PIXELS:,} are read: shrink or remove the file"
             raise _refusal(path, "too large", f"{declared}, {fix}")
-        scaled = _decode_scaled(image, data, shrink)
+        scaled = _decode_jpeg_scaled(image, data, shrink)
         if scaled is not None:
             return scaled
         pixels = _decode_jpeg(path, data) if data.startswith(_JPEG) else None
@@ -208,7 +207,7 @@ def _unknown_tiff(data: bytes) -> str:
     return f"a TIFF with {page.bands} band{'s' * (page.bands > 1)} of {bits} bits"
 
 
-def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded | None:
+def _decode_jpeg_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded | None:
     """Decode a large JPEG at a fraction of its size; return None if it must be decoded in full.
 
     PIL accepts a file that was cut off and filled up with zeros. So only a file that ends with JPEG's end marker is
@@ -225,8 +224,8 @@ def _decode_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded |
     if orientation in (5, 6, 7, 8):  # rotated by 90 degrees
         width, height = height, width
     factor = shrink(height, width)
-    # If the factor does not divide the size, the last row and column average fewer pixels. In a rotated image they may
-    # come first.
+    # If the factor does not divide the size, the last row and column average fewer pixels. Rotation may make them the
+    # first, where `Decoded` does not expect them.
     if factor == 1 or (orientation != 1 and (height % factor or width % factor)):
         return None
     image.draft("RGB", (image.size[0] // factor, image.size[1] // factor))
@@ -303,13 +302,13 @@ def _deep_to_eight_bits(image: Image.Image, data: bytes, bits: int) -> Image.Ima
 
 def pil_to_tensor(image: Image.Image, bits: int = 16) -> Tensor:
     """Convert an image of any mode to uint8 RGB (3, H, W), upright."""
-    image.load()  # PIL turns a TIFF here
+    image.load()  # PIL applies the EXIF orientation of a TIFF here
     orientation = orientation_of(image)
     if image.mode[0] in "IF" or stated_type(image) == np.int8:
         stated = stated_bits(image)
         image = _to_eight_bits(image, stated if 8 <= stated < 16 else bits)
     if image.mode in ("P", "PA") and image.palette is None:
-        image = image.copy()  # which has an empty palette
+        image = image.copy()  # the copy has an empty palette, without which PIL cannot convert it
     if image.has_transparency_data:
         # The color of transparent pixels is arbitrary (often black), and most such images are drawings, logos and
         # products made for a white page.

@@ -32,10 +32,10 @@ def content_groups(source: Source, progress: Progress | None = None) -> Rows:
 
 
 def split_groups(source: Source, progress: Progress | None = None) -> Rows:
-    """Return for each image the first one from which a split must not separate it, (N,).
+    """Return for each image the first image of its group, (N,). A split must not divide a group.
 
-    Copies stay together, and so do the frames of a video. They are recognized by their names, which they keep in
-    shards. Collective, as `content_groups`.
+    Copies of an image form a group, and so do the frames of a video, which are recognized by their names; shards keep
+    the names. Collective, as `content_groups`.
     """
     copies, numbers, first = content_groups(source, progress), np.arange(len(source)), dict[str, int]()
     videos = numbers.copy()

@@ -149,13 +149,13 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
         raise ValueError(f"data.image_column={column}: this column of {config.root} contains no images{fix}")
     # The held-out split may lack classes.
     labels, classes = _labels(table, config.label_column, where, min_classes=2 if field == "split" else 1)
-    # Encoded, so that the same decoder as for files returns the same pixels and the same errors.
     several = labels is not None and labels.ndim == 2
     known: dict[str, Any] = {"classes": classes, "multi_labels" if several else "labels": labels}
     chosen, rows = table.select_columns([column]), np.arange(len(table))
     if column in arrays:
         numbers = chosen.with_format("numpy", dtype=np.dtype(table.features[column].dtype))  # as they are stored
         return HubSource(numbers, column, split, rows, encoded=False, **known)
+    # Not decoded by `datasets`: the decoder of files must return the same pixels and errors.
     return HubSource(chosen.cast_column(column, datasets.Image(decode=False)), column, split, rows, **known)
 
 
@@ -177,11 +177,11 @@ def _column(field: str, requested: str, fitting: Sequence[str], present: Sequenc
 def _labels(
     table: Any, given: str, where: str, min_classes: int = 2
 ) -> tuple[NDArray[np.int64] | NDArray[np.bool_] | None, tuple[str, ...]]:
-    """Return labels (N,), or of a column of lists multi_labels (N, L), and class names; (None, ()) if unlabeled."""
+    """Return labels (N,), or multi_labels (N, L) for a column of lists, and class names; (None, ()) if unlabeled."""
     import datasets
 
     features = table.features
-    kinds = {name: _element(kind) for name, kind in features.items()}  # of a column of lists, that of an element
+    kinds = {name: _element(kind) for name, kind in features.items()}  # for a column of lists, of its elements
     classes = [name for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)]
     fitting = [name for name in classes if kinds[name] is features[name]] or classes  # one class per image, or lists
     if given == "none" or (not given and not fitting):
@@ -199,7 +199,7 @@ def _labels(
 
 
 def _element(kind: Any) -> Any:
-    """Return the kind of an element of a column of lists; of another column its own kind."""
+    """Return the type of the elements if a column holds lists; otherwise the type of the column."""
     import datasets
 
     if isinstance(kind, datasets.List | datasets.LargeList):

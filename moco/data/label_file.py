@@ -21,7 +21,7 @@ from moco.data.labels import HELD_OUT, first_names, is_missing
 from moco.distributed import is_rank_zero
 
 COLUMNS = ("path", "label", "split")
-# What to do about an empty value of a column. An image without a row is refused too.
+# What to do about an empty value of a column. Removing only the row is not enough: each image needs one.
 _EMPTY = "fill it in, or remove the row and move its image out of data.root"
 _EMPTY_LABEL = "; if images can have several labels or none, set data.label_separator"
 
@@ -119,7 +119,7 @@ def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) ->
     Raises:
         ValueError: if a requested split has no image, or the table has a split with an unknown name.
     """
-    found = {row.split: row for row in reversed(rows)}  # with the first of its rows
+    found = {row.split: row for row in reversed(rows)}  # the first row of each split
     for name, split in (("split", train), ("eval_split", held_out)):
         if split and split not in found:
             raise ValueError(

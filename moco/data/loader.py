@@ -58,7 +58,7 @@ def batches(
 
     Raises:
         ImageError: for an unreadable image that is not replaced.
-        LoaderError: if a loader process dies, or has no shared memory.
+        LoaderError: if a loader process dies, or the shared memory is full.
     """
     cropped = crops(source, plan, views, device, workers, start, on_unreadable)
     made: Iterable[Batch] = (_augmented(plan, views, device, each, places) for each in cropped)

@@ -10,8 +10,8 @@ the same bits in any batch, with any number of threads, however the work is divi
 `lerp`, `addcmul` and `add(alpha=)`, which are fused in the vector loop but not in its tail; plain float `mean`, whose
 order depends on the threads; and matrix products, whose order depends on the batch.
 
-Legend: n samples, C channels, S x S pixels, values in 0 ... 1; a trailing underscore means in place. The operations of
-this file with (n, 3, S, S) need red, green and blue.
+Legend: n samples, C channels, S x S pixels, values in 0 ... 1; a trailing underscore means in place. Operations on
+(n, 3, S, S) need red, green and blue.
 """
 
 import torch
@@ -55,8 +55,8 @@ def channel_brightness_(x: Tensor, factor: Tensor) -> Tensor:
 def channel_contrast_(x: Tensor, factor: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Blend each channel with its own mean. x (n, C, S, S), factor (n,) or (n, C).
 
-    `mean` and `std`, (1, C, 1, 1), are those of the data set, for the exactness of the sum only: in units of `std`, the
-    differences from `mean` are rounded to multiples of 2**-20, whose sum is exact as an integer, in any order.
+    `mean` and `std`, (1, C, 1, 1), are those of the data set, and serve only to make the sum exact: pixels are
+    normalized with them and rounded to multiples of 2**-20, whose integer sum is exact in any order.
     """
     steps = ((x - mean) / std).mul_(2**20).round_().to(torch.int64)
     total = steps.sum(dim=(2, 3), keepdim=True).to(torch.float64)  # (n, C, 1, 1)
@@ -68,8 +68,8 @@ def hue_(x: Tensor, shift: Tensor) -> Tensor:
     """Rotate the hue by a fraction of the full circle, -0.5 ... 0.5. x (n, 3, S, S), shift (n,).
 
     HSV without S and without case distinctions: with low, high and chroma = high - low, the hue in sixths of the
-    circle is +-(green + blue - red + high - 2 low) / chroma, negative where blue exceeds green (verify on each
-    sixth). Back in RGB, a channel is low + chroma * ramp(hue), each ramp rising and falling once around the circle.
+    circle is +-(green + blue - red + high - 2 low) / chroma, negative where blue exceeds green. Back in RGB, a channel
+    is low + chroma * ramp(hue), each ramp rising and falling once around the circle.
     """
     red, green, blue = x.unbind(1)  # (n, S, S)
     high = torch.maximum(torch.maximum(red, green), blue)

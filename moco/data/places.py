@@ -1,8 +1,8 @@
 """The place of each view in its image: an affine map, computed from the numbers that determine the view.
 
 Crop, affine map, flips and quarter turn of a view are functions of (seed, epoch, sample index, stream) and of the size
-of the image. So two views of an image show which of their cells cover the same part of it, and nothing is searched.
-Steps of plug-ins are not known here: a step that moves pixels does not change the place.
+of the image. So the cells of two views that show the same part of an image can be computed, without comparing features.
+Augmentation steps of plug-ins are ignored: if a step moves pixels, the place is that before the step.
 
 Coordinates are x (to the right) and y (down), as fractions of a side: 0 ... 1 within a view, and within an image.
 
@@ -25,7 +25,7 @@ _TURN = np.array([[0.0, -1, 1], [1, 0, 0], [0, 0, 1]])  # (x, y) -> (1 - y, x): 
 
 
 def places_of(view: View, uniforms: NDArray[np.float32], params: Params, sizes: NDArray[np.int64]) -> Maps:
-    """Return the maps of the coordinates of one view to those of its image.
+    """Return the maps from coordinates in one view to coordinates in its image.
 
     Args:
         view: the recipe.

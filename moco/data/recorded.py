@@ -20,11 +20,11 @@ _NEVER = {"download", "allow_pipe", "weights"}
 def recorded_data(
     recorded: Mapping[str, Any], given: Mapping[str, Any], source: str, trusted: bool, fix: str = ""
 ) -> dict[str, Any]:
-    """Return the recorded fields of `DataConfig` that may replace fields that the person has not set.
+    """Return the recorded fields of `DataConfig` that may replace fields that the user has not set.
 
     Args:
         recorded: the fields in the file.
-        given: the fields that the person has set.
+        given: the fields that the user has set.
         source: the file or directory, for the error.
         trusted: whether to read a local folder that only the file names, as for a file in a run directory.
         fix: what to do instead, for the error; empty: to give data.root.

@@ -75,7 +75,7 @@ SOURCES: Registry[Kind] = Registry(
 
 
 def from_dataset(open_dataset: Callable[[DataConfig], Any]) -> Kind:
-    """Return the kind of a data set of torch.
+    """Return a kind that opens a map-style data set of PyTorch.
 
         SOURCES["mine"] = from_dataset(lambda config: MyDataset(config.root))
 
@@ -94,9 +94,9 @@ def load_source(
     Args:
         config: the data set.
         progress: called with (done, total) while images are decoded into memory.
-        keep_unreadable: let an image that cannot be decoded into memory keep its position, with an error when it is
-            requested; False: raise the error now.
-        keep_unlistable: only for folder, imagenet and video, see `moco.data.folder.scan`.
+        keep_unreadable: keep images that cannot be decoded into memory in the source, which raises their errors when
+            they are requested; False: raise the first error now.
+        keep_unlistable: open a data set although some folders cannot be listed; only for folder, imagenet and video.
 
     Raises:
         FileNotFoundError: if the data set is not there, or could not be downloaded.
@@ -136,7 +136,7 @@ def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> 
         output: the directory, which need not exist.
 
     Raises:
-        ConfigError: if the directory lies there.
+        ConfigError: if the output directory lies in such a folder.
     """
     searched = SOURCES[config.name].searched if config.name in SOURCES else ()
     folders = [("data.root", config.root, part) for part in searched] if config.root else []
@@ -154,7 +154,7 @@ def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> 
 
 
 def folders(root: str, more_roots: Sequence[str] | None) -> str:
-    """Describe the folders of a data set in few words: the first, and how many follow."""
+    """Return the first folder of a data set and the number of the others, as text."""
     more = len(more_roots or ())
     return root + f" and {more} more folder{'s' * (more > 1)}" * (more > 0)
 

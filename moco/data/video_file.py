@@ -1,4 +1,4 @@
-"""One video file: the times of its frames, read without decoding, and the frame at a time.
+"""Read one video file: the times of all frames without decoding, and the pixels of single frames.
 
 A frame is found by seeking to the last keyframe before it and decoding from there, so its pixels do not depend on what
 was read before. Only the video demuxers in `DEMUXERS` may open a file: others, such as the one of playlists, would open
@@ -19,11 +19,12 @@ from moco.config.base import optional_module, require
 from moco.data.decode import MAX_PIXELS, ImageError, check_readable
 
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,asf,flv,ogg,mxf"
-# Of each frame, in units of the stream's time base: its presentation time, that of the keyframe from which it is
-# decoded, and the time by which the demuxer finds this keyframe.
+# For each frame, in units of the stream's time base: its presentation time, that of the keyframe from which it is
+# decoded, and the decoding time of this keyframe, to which the demuxer must seek.
 FRAME_TIMES = np.dtype([("pts", "i8"), ("key", "i8"), ("seek", "i8")])
 _EARLIEST = np.iinfo(np.int64).min
-LATE = Fraction(1, 2)  # seconds by which a frame may be shown after its packet's time, because some packets have none
+# The largest delay, in seconds, from the time of a packet to the frame that is used for it: some packets give no frame.
+LATE = Fraction(1, 2)
 
 
 class VideoTimes(NamedTuple):
@@ -40,7 +41,7 @@ class VideoFrame(NamedTuple):
 
     pixels: NDArray[np.uint8]  # (H, W, 3), upright, with square pixels
     form: str  # codec and pixel format, such as "h264 yuv420p"
-    odd: tuple[str, ...]  # what was done about it, keys of `moco.data.image_facts.ODDITIES`
+    odd: tuple[str, ...]  # its unusual properties, keys of `moco.data.image_facts.ODDITIES`
 
 
 def av() -> Any:
@@ -111,7 +112,7 @@ def _open(path: str) -> tuple[Any, Any]:
         reason = f"it is damaged, or no {known} file ({error.strerror})"
         raise _refusal(path, "damaged", reason) from error
     video = container.streams.best("video")
-    if video is None or video.disposition & av().stream.Disposition.attached_pic:  # the cover of a piece of music
+    if video is None or video.disposition & av().stream.Disposition.attached_pic:  # the cover art of an audio file
         container.close()
         raise _refusal(path, "no image", "it has no video stream")
     if video.codec_context is None or not video.width:
@@ -132,7 +133,7 @@ def _refusal(path: str, kind: str, reason: str) -> ImageError:
 
 
 class _Decoder:
-    """An open file that is read forward while the requested times rise."""
+    """An open file, which seeks only if decoding forward does not reach the requested frame."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -144,10 +145,10 @@ class _Decoder:
         self._wanted = self._reached = self._damaged = _EARLIEST
 
     def frame(self, pts: int, key: int, seek: int) -> Any:
-        """Return the first frame at or after a presentation time that is decoded from a keyframe; see `FRAME_TIMES`."""
+        """Return the first frame at or after the time `pts`, decoded from the keyframe `key`; see `FRAME_TIMES`."""
         from_key = key > self._reached or pts < self._wanted
         if from_key:
-            self._frames, self._reached, self._damaged = self._from(key, seek), key - 1, _EARLIEST
+            self._frames, self._reached, self._damaged = self._frames_from(key, seek), key - 1, _EARLIEST
         self._wanted = pts
         while self._reached < pts:
             frame = next(self._frames, None)
@@ -165,8 +166,8 @@ class _Decoder:
             return self.frame(pts, key, seek)
         return self._frame
 
-    def _from(self, key: int, seek: int) -> Iterator[Any]:
-        """Yield the frames from a keyframe on."""
+    def _frames_from(self, key: int, seek: int) -> Iterator[Any]:
+        """Yield the frames from keyframe `key` on."""
         self._container.seek(seek, stream=self._video)
         packets = self._container.demux(self._video)
         found = next((each for each in packets if each.is_keyframe and each.pts is not None and each.pts >= key), None)
@@ -178,7 +179,7 @@ class _Decoder:
         if found is None:
             raise _refusal(self.path, "damaged", "its frames are not those that were found when it was opened")
         for packet in itertools.chain([found], packets):
-            # Earlier frames to which no other refers are not decoded, usually half of them.
+            # Before the requested frame, skip frames to which no other frame refers, usually half of them.
             unused = packet.pts is not None and packet.pts < self._wanted
             self._video.codec_context.skip_frame = "NONREF" if unused else "DEFAULT"
             yield from packet.decode()
