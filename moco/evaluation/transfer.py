@@ -17,7 +17,7 @@ from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.subject import Subject, open_subject, weights_digest
 from moco.evaluation.transfer_data import MEASURES, check_names, is_fixed, open_set
-from moco.evaluation.transfer_measures import MODES, Candidate, Encoded
+from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (
     FOLDER,
     SetResults,
@@ -140,7 +140,7 @@ def _evaluate_set(
     measure = MODES[config.mode](name, splits, config)
     for candidate in candidates:
         if candidate.name in missing:
-            result = measure(Encoded(candidate, config, device, f"{name}, {candidate.name}"))
+            result = measure(EvaluatedEncoder(candidate, config, device, f"{name}, {candidate.name}"))
             found.encoders[candidate.name] = {"digest": candidate.digest} | result
             on_rank_zero(lambda: _write(file, found, candidate, output))  # noqa: B023 # called at once
     return found

@@ -41,13 +41,13 @@ class Candidate:
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
-    """One encoder on one data set."""
+class EvaluatedEncoder:
+    """An encoder during its evaluation on one data set."""
 
     candidate: Candidate
     config: TransferConfig
     device: torch.device
-    title: str
+    title: str  # data set and encoder, for the log
 
     def features(self, *parts: Part) -> list[Tensor]:
         """Return the features (M, D) of each part, on every rank."""
@@ -62,7 +62,7 @@ class Encoded:
         return found
 
 
-Measure = Callable[[Encoded], dict[str, Any]]  # an encoder -> its result: "value", its interval, "figures", ...
+Measure = Callable[[EvaluatedEncoder], dict[str, Any]]  # returns the result: "value", its interval, "figures", ...
 
 
 def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
@@ -75,10 +75,10 @@ def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
     def metrics_of(scores: Tensor, labels: NDArray[np.int64]) -> Metrics:
         return compute_metrics(rank_classes(scores), labels, splits.classes)
 
-    def measure(encoded: Encoded) -> dict[str, Any]:
-        x, held, queries = encoded.features(train, validation, splits.test)
+    def measure(encoder: EvaluatedEncoder) -> dict[str, Any]:
+        x, held, queries = encoder.features(train, validation, splits.test)
         labels, held_labels = (part.labels for part in (train, validation))
-        with progress_bar(f"{encoded.title}: choosing the strength", quiet=not is_rank_zero()) as progress:
+        with progress_bar(f"{encoder.title}: choosing the strength", quiet=not is_rank_zero()) as progress:
             classifier, choice = choose_and_fit(
                 ((x, labels), (held, held_labels)),
                 splits.classes,
@@ -88,7 +88,7 @@ def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
             )
         metrics = metrics_of(classifier(queries), truth)
         if choice.strength in (STRENGTHS[0], STRENGTHS[-1]):
-            log(f"{encoded.title}: the strength {choice.strength:g} is at the end of the range that the protocol tries")
+            log(f"{encoder.title}: the strength {choice.strength:g} is at the end of the range that the protocol tries")
         validated = {"strength": choice.strength, "validation": list(choice.scores), "validation_count": len(held)}
         return _result([metrics], splits.measure, truth) | {"chosen": validated}
 
@@ -96,13 +96,16 @@ def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
 
 
 def _result(metrics: Sequence[Metrics], measure: str, truth: NDArray[np.int64]) -> dict[str, Any]:
-    """Return the result of one or several seeds: the interval is that of the test images, or of the seeds."""
+    """Return the result of one or several seeds.
+
+    Its interval is due to the finite number of test images if there is one seed, otherwise to the choice of seeds.
+    """
     value, half = mean_interval([_value(each, measure) for each in metrics])
     if len(metrics) > 1:
         figures = evaluation.summarize_seeds(metrics) | {"count": len(truth)}
         return {"value": value, "half_width95": half, "figures": figures}
     figures = metrics[0].to_json()
-    del figures["confusion"]  # of 100 classes and many sets
+    del figures["confusion"]  # too large: there can be many data sets of many classes
     if measure == "top1":
         return {"value": value, "interval95": list(metrics[0].interval()), "figures": figures}
     half = class_mean_half_width(metrics[0].per_class, np.bincount(truth))
@@ -116,10 +119,10 @@ def _value(metrics: Metrics, measure: str) -> float:
 
 
 def class_mean_half_width(per_class: Sequence[float | None], counts: NDArray[np.int64]) -> float:
-    """Return half of the 95 % interval, in percent, of the mean of accuracies of classes with these numbers of images.
+    """Return half of the 95 % interval, in percent, of the mean of the accuracies of all classes.
 
-    Each class is a binomial of its own. Two right and two wrong images are added to each (Agresti and Coull, 1998), so
-    that a class without errors does not count as certain.
+    `counts` are their numbers of images. The accuracies are independent binomial proportions. Two right and two wrong
+    images are added to each class (Agresti and Coull, 1998), so that a class without errors does not count as certain.
     """
     known = [(share / 100, int(count)) for share, count in zip(per_class, counts, strict=True) if share is not None]
     adjusted = [((share * count + 2) / (count + 4), count + 4) for share, count in known]
@@ -132,9 +135,9 @@ def _svm(splits: Splits, config: TransferConfig) -> Measure:
     parts = [part for part in (splits.train, splits.validation) if part is not None]
     labels = np.concatenate([part.labels for part in parts])
 
-    def measure(encoded: Encoded) -> dict[str, Any]:
-        *training, queries = encoded.features(*parts, splits.test)
-        with progress_bar(f"{encoded.title}: SVM per class", quiet=not is_rank_zero()) as progress:
+    def measure(encoder: EvaluatedEncoder) -> dict[str, Any]:
+        *training, queries = encoder.features(*parts, splits.test)
+        with progress_bar(f"{encoder.title}: SVM per class", quiet=not is_rank_zero()) as progress:
             test = queries, splits.test.labels
             found = evaluate_svm((torch.cat(training), labels), test, config.seed, progress=progress)
         figures = {"mAP": found.mean, "per_class_ap": found.per_class, "count": len(queries)}
@@ -149,11 +152,11 @@ def _few_shot(name: str, splits: Splits, config: TransferConfig) -> Measure:
     labels = splits.test.labels
     episodes = Episodes(config.ways, config.shots, config.queries, config.episodes, config.seed)
 
-    def measure(encoded: Encoded) -> dict[str, Any]:
+    def measure(encoder: EvaluatedEncoder) -> dict[str, Any]:
         with naming_field("sets", name):
-            next(draw_episodes(labels, episodes))  # refuses before the features are computed
-            (x,) = encoded.features(splits.test)
-            with progress_bar(f"{encoded.title}: episodes", quiet=not is_rank_zero()) as progress:
+            next(draw_episodes(labels, episodes))  # raises its error before the features are computed
+            (x,) = encoder.features(splits.test)
+            with progress_bar(f"{encoder.title}: episodes", quiet=not is_rank_zero()) as progress:
                 found = episode_accuracies(x, labels, episodes, progress)
         mean, half = mean_interval(found)
         figures = {"top1": mean, "std": float(np.std(found)), "draws": len(found), "count": len(labels)}
@@ -167,14 +170,14 @@ def _finetune(name: str, splits: Splits, config: TransferConfig) -> Measure:
     _refuse_several_labels(name, splits, config)
     labeled, test = splits.labeled(), splits.test.source
 
-    def measure(encoded: Encoded) -> dict[str, Any]:
-        subject, device = encoded.candidate.subject, encoded.device
+    def measure(encoder: EvaluatedEncoder) -> dict[str, Any]:
+        subject, device = encoder.candidate.subject, encoder.device
         task = evaluation.Task(finetune_config(config), subject, labeled, test, device)
         with naming_field("finetune", config.finetune):
             run = set_up(task)
-        first = "pretrained" if encoded.candidate.seed is None else "untrained"
+        first = "pretrained" if encoder.candidate.seed is None else "untrained"
         seeds, steps = task.config.seeds, run.plan(len(labeled), config.seed).total_steps
-        with evaluation.progress_log(encoded.title, seeds * steps) as on_step:
+        with evaluation.progress_log(encoder.title, seeds * steps) as on_step:
             metrics, _, plan = train_and_measure(run, first, on_step)
         used = {"steps": plan.total_steps, "epochs": plan.epochs, "batch_size": plan.batch_size, "images": plan.length}
         return _result(metrics, splits.measure, splits.test.labels) | {"training": used}
@@ -190,7 +193,8 @@ def _refuse_several_labels(name: str, splits: Splits, config: TransferConfig) ->
     )
 
 
-# By mode, a function that is called with the entry of `sets`, its splits and the configuration; it is collective.
+# For each mode, the function that makes its measure from the entry of `sets`, its splits and the configuration.
+# Collective.
 MODES: dict[str, Callable[[str, Splits, TransferConfig], Measure]] = {
     "linear": _linear,
     "few_shot": _few_shot,
