@@ -17,9 +17,9 @@ from moco.evaluation.metrics import mean_known
 class AveragePrecision:
     """Average precisions in percent of one classifier on one set of images.
 
-    The average precision of a class ranks all images by their score of this class: it is the sum over the distinct
-    scores of P(n) (R(n) - R(n - 1)), with the precision P and recall R of the images whose score is at least the n-th
-    highest. It is scikit-learn's, and differs from that of PASCAL VOC 2007, which interpolates at eleven recalls.
+    The average precision of a class is the sum over n of P(n) (R(n) - R(n - 1)), where P(n) and R(n) are precision and
+    recall of the images whose score of this class is at least the n-th highest distinct score. It is that of
+    scikit-learn. PASCAL VOC 2007 defines another one, which interpolates at eleven recalls, see `eleven_point`.
     """
 
     per_class: list[float | None]  # None for a class that cannot be measured
@@ -32,7 +32,7 @@ class AveragePrecision:
         return mean_known(self.per_class) or 0.0
 
     def baselines(self, _encoder: str) -> str:
-        """Describe the mAP of a guess."""
+        """Describe the mAP of a random order."""
         return f"a random order has an mAP of {self.random:.1f} %"
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """End-to-end fine-tuning: a linear classifier on a backbone, both trained on labeled images.
 
-W processes compute the same steps as one: every random number is a function of (seed, step) or of an image's own key
-(laws 2 and 3 of CONTRIBUTING.md). Only the masks of dropout and drop-path depend on the number of processes.
+W processes compute the same steps as one: every random number is a function of (seed, step) or of (seed, epoch,
+sample index), see laws 2 and 3 of CONTRIBUTING.md. Only the masks of dropout and drop-path depend on the number of
+processes.
 
 Legend: N labeled images, C channels, S image size, B global batch, n = B / W images of this rank, D features, L
 classes.
@@ -81,8 +82,8 @@ def build_finetune_optimizer(
         optim: sgd (with `nesterov`) or adamw.
         head_lr_factor: "lr_scale" of the head.
         layer_decay: ratio of each layer's "lr_scale" to that of the next layer, from 1 at the head downward (BEiT, Bao
-            et al., 2022), for timm networks. Weight decay then excludes the backbone's vectors and what its
-            `no_weight_decay` lists. None: "lr_scale" is 1 in the whole backbone.
+            et al., 2022), for timm networks. Weight decay then excludes the backbone's one-dimensional parameters, and
+            those that its `no_weight_decay` lists. None: "lr_scale" is 1 in the whole backbone.
     """
     backbone: Any = network.get_submodule("backbone")
     optimizer = build_optimizer(network.get_submodule("head"), optim)
@@ -106,11 +107,12 @@ def build_finetune_optimizer(
 
 
 def plan_of(images: int, batch_size: int, epochs: int, min_steps: int, seed: int) -> Plan:
-    """Plan the images of each step: the batch is lowered to their number, the epochs are raised to reach `min_steps`.
+    """Plan the images of each step.
+
+    The batch is lowered to the number of images if it exceeds that, and `epochs` is raised to reach `min_steps` steps.
 
     Raises:
-        ValueError: if the processes cannot share that batch evenly. Another batch would give other results than
-            with one process.
+        ValueError: if the processes cannot share the batch evenly; a smaller batch would change the results.
     """
     processes = world_size()
     batch = min(batch_size, images)

@@ -42,8 +42,8 @@ from moco.runtime.console import log, log_next, percent, progress_bar
 from moco.runtime.next_command import command
 
 _CHUNK = 4096  # rows at once through a head
-_MOST_CLASSES = 100  # in the image of the confusion matrix
-_MOST_NUMBERS = 30  # classes; more numbers would not fit into the cells of that image
+_MOST_CLASSES = 100  # with more classes, no image of the confusion matrix is written
+_MOST_CLASSES_WITH_COUNTS = 30  # with more classes, the cells of that image are too small for their counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ class Probe:
     metrics: list[Any]  # one per seed, see `Result`
     heads: list[LinearHead]  # one per seed
     chosen: list[dict[str, Any]]  # per seed: layer, lr, weight_decay; for a sweep also the validation accuracy
-    settings: dict[str, Any]  # values that the data or the batch size changed
+    settings: dict[str, Any]  # the batch size that was used and, for the official protocols, the peak learning rate
     problem: str = ""  # why the result says little about the encoder
 
 
@@ -84,7 +84,7 @@ def evaluate_linear(config: LinearConfig) -> None:
 
 
 def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Probe:
-    """Train many heads on fixed features, choose on a part of the training split, open the held-out split last."""
+    """Train many heads on fixed features, choose on a part of the training split, evaluate on the held-out split."""
     config, labels = task.config, targets_of(task.train)
     try:  # before features are computed: `choose` makes the same split
         split_each_class(labels, config.sweep.validation, config.seed, VALIDATION, task.groups)
@@ -127,7 +127,7 @@ def _choose_and_retrain(
 
 
 def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
-    """Follow main_lincls.py: one learning rate, augmented images, no choice."""
+    """Follow main_lincls.py: augmented images and a fixed setting, so no validation images are needed."""
     config, official = task.config, task.config.official
     backbone = encoder.get_submodule("backbone")
     network, view = _layers(task, backbone), training_view(task.subject.transform, "augment", config.augment)
@@ -215,9 +215,9 @@ def _features(task: Task[LinearConfig], network: LayerFeatures | None, source: S
 
 
 def _evaluated(task: Task[LinearConfig], head: LinearHead, features: Tensor) -> Metrics | AveragePrecision:
-    """Return the metrics on the held-out images; their features (M, D) need not fit into memory.
+    """Return the metrics on the held-out images.
 
-    Neither need the scores (M, L) if images have one class each.
+    The features (M, D) need not fit into memory. If images have one class each, neither need the scores (M, L).
     """
     trained, truth = task.train.multi_labels, task.held_out.multi_labels
     if trained is not None and truth is not None:
@@ -255,11 +255,11 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
     of_protocol = "" if protocol == "sweep" else f"_{protocol}"
     if not task.config.output and is_other_data(task.config, task.subject):
         folder = Path(task.data.root).name if task.data.name in FOLDERS else task.data.name
-        of_protocol += f"_on_{folder}"  # the classifier of the run's own data stays
+        of_protocol += f"_on_{folder}"  # so that the classifier of the run's own data is kept
     files = [task.subject.output / f"linear{of_protocol}.safetensors"]
     save_head(files[0], probe.heads[0])
     classes, metrics = task.train.classes, probe.metrics[0]
-    if len(classes) <= _MOST_CLASSES and task.train.multi_labels is None:  # else there is no confusion of two classes
+    if len(classes) <= _MOST_CLASSES and task.train.multi_labels is None:  # no confusion matrix of several labels
         path = task.subject.output / f"confusion_linear{of_protocol}.png"
         title = f"linear, {protocol}: top-1 {metrics.top1:.1f} %"
         draw_confusion(metrics.confusion, classes, title, path)
@@ -268,13 +268,13 @@ def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
 
 
 def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: str, path: Path) -> None:
-    """Write counts (L, L) as a PNG: rows are true classes, columns predictions; darker cells have more of their row."""
+    """Write counts (L, L) as a PNG: rows are true classes, columns predictions; darker: a larger share of the row."""
     from matplotlib.figure import Figure  # here, because its import takes half a second
 
     count = len(classes)
     share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))  # (L, L)
-    side = max(5.0, 0.45 * count if count <= _MOST_NUMBERS else 0.16 * count)  # inches
-    font = 8 if count <= _MOST_NUMBERS else 6
+    side = max(5.0, 0.45 * count if count <= _MOST_CLASSES_WITH_COUNTS else 0.16 * count)  # inches
+    font = 8 if count <= _MOST_CLASSES_WITH_COUNTS else 6
     figure = Figure(figsize=(side + 1, side + 1), layout="constrained")
     axes = figure.subplots()
     drawn = axes.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root makes a confusion of 1 % visible
@@ -284,7 +284,7 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
     axes.set(title=title, xlabel="prediction", ylabel="true class")
     axes.set_xticks(range(count), classes, rotation=90, fontsize=font)
     axes.set_yticks(range(count), classes, fontsize=font)
-    if count <= _MOST_NUMBERS:
+    if count <= _MOST_CLASSES_WITH_COUNTS:
         for row, column in zip(*confusion.nonzero(), strict=True):
             color = "white" if share[row, column] > 0.4 else "black"
             number = str(confusion[row, column])
@@ -307,10 +307,10 @@ def _show(config: LinearConfig, found: list[Result]) -> None:
         part = "the training images" if several else "each training class"
         note += (
             f".\nThe setting was chosen on {100 * config.sweep.validation:.0f} % of {part}; a head with "
-            "it was then trained on the full training split. The held-out split was opened once, at the end."
+            "it was then trained on the full training split. The held-out split was used once, at the end."
         )
     else:
-        note += ".\nThe last epoch counts. The frozen weights and buffers are bit for bit the loaded ones."
+        note += ".\nThe result is that of the last epoch. The weights and buffers of the backbone are unchanged."
     extra["setting"] = [
         f"{each['layer']}, " * (each["layer"] not in (OUTPUT, "pixels"))
         + f"lr {each['lr']:g}, wd {each['weight_decay']:g}"

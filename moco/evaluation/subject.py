@@ -68,7 +68,7 @@ def open_subject(config: SubjectConfig) -> Subject:
     file = fit_to_size(file, transform.size, "images.size")
     if not file.config:  # of another project
         unused = f"; not used: {', '.join(file.unused)}" if file.unused else ""
-        whose = "of timm for this network" if file.images else "of ImageNet"
+        whose = "the values of timm for this network" if file.images else "the values of ImageNet"
         values = " ".join(f"images.{name}={_plain(value)}" for name, value in images.items())
         log(f"{file.source} ({file.layout}: {file.backbone}){unused}; prepared as {values} ({whose})")
     return Subject(file, output_of(config, file), transform)
@@ -172,9 +172,10 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
 
 
 def readable_rows(config: SubjectConfig, source: Source, split: str) -> NDArray[np.int64] | None:
-    """Return the rows of the readable images, and log the others; None unless on_bad_image=skip finds any. Collective.
+    """Return the rows of the readable images, and log the unreadable ones. Collective.
 
-    Every image is decoded once.
+    With on_bad_image=skip, every image is decoded once. None means all rows: all images are readable, or the field has
+    another value.
 
     Raises:
         ConfigError: if no image can be read.
@@ -200,7 +201,7 @@ def _check_classes(bank: Source, held_out: Source) -> None:
         measured = np.asarray(bank.multi_labels.any(axis=0) & held_out.multi_labels.any(axis=0))
         require(bool(measured.any()), "no label has an image in both the training and the held-out split")
         if lacking := [name for name, each in zip(bank.classes, measured, strict=True) if not each]:
-            log(f"not in the mAP, without an image in both splits: {first_names(lacking)}")
+            log(f"not in the mAP, because a split has no image of them: {first_names(lacking)}")
         return
     present = set(labels_of(bank).tolist())
     require(len(present) >= 2, "the training split has only one class: classification needs two")
@@ -266,16 +267,16 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
 
 
 def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
-    """Return the fields that the person has set; for the others, those of the run or file, or else the defaults."""
+    """Return the fields that the user has set; for the others, those of the run or file, or else the defaults."""
     given, source = config.data.overrides(), subject.file.source
     trusted = bool(config.run) or in_run_directory(Path(source))
     recorded = recorded_data(subject.file.config.get("data", {}), given, source, trusted)
     named = "name" in given or bool(recorded)
     require(named, f"{source} does not name its data: set data=cifar10, data=folder data.root=DIR, ...")
-    # For another data set, or another folder, no other field of the recorded data applies.
+    # For another data set, or another folder, only the recorded fields in `always` apply.
     same = _is_same_data(recorded | given, recorded)
     known = {each.name for each in fields(DataConfig)}
-    # The images of another data set have the format that the encoder takes.
+    # Besides the name, that is the format of the images, which the encoder requires.
     always = {"name", "channels", "dtype", "bits", "preview"}
     if given.get("dtype", RGB.dtype) != RGB.dtype:
         known -= {"bits"}
@@ -359,5 +360,5 @@ def _check_seen_images(config: SubjectConfig, subject: Subject) -> None:
     if subject.file.config.get("method", {}).get("labels", False):
         raise ConfigError(f"{problem}, with their labels: set {other} to other images")
     if is_rank_zero():
-        advice = f"other images, {other}, give a better estimate"
+        advice = f"for a better estimate, set {other} to other images"
         warnings.warn(f"{problem}, without their labels: {advice}", RunWarning, stacklevel=2)

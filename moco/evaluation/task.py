@@ -193,7 +193,7 @@ class Result:
 
 
 def summarize_seeds(metrics: Sequence[Any]) -> dict[str, Any]:
-    """Return the means over seeds of `Result.metrics`, and half of Student's 95 % interval, for results.json."""
+    """Return the means of `Result.metrics` over seeds, and half of Student's 95 % interval, for results.json."""
     if isinstance(metrics[0], AveragePrecision):
         mean, half = mean_interval([each.mean for each in metrics])
         per_class = [mean_known(each) for each in zip(*(each.per_class for each in metrics), strict=True)]
@@ -229,7 +229,7 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "held_out": len(task.held_out),
         "classes": list(task.train.classes),
         "hold_out": hold_out,
-        "held_out_seen": held_out_seen(config, subject),  # seen without labels
+        "held_out_seen": held_out_seen(config, subject),  # by the encoder in training, without labels
         "held_out_in_training": task.copies,
     }
     return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {

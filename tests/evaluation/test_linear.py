@@ -95,7 +95,7 @@ def test_a_sweep_with_baselines_writes_table_results_image_and_head(
     check_linear(config, 1)
     linear_module.evaluate_linear(config)
     text = capsys.readouterr().out
-    assert re.search(r"pretrained.*untrained.*pixels.*opened\s+once.*results\.json", text, re.S)
+    assert re.search(r"pretrained.*untrained.*pixels.*used\s+once.*results\.json", text, re.S)
     entries = json.loads((tmp_path / "results.json").read_text())
     assert [(each["command"], each["encoder"], each["protocol"]) for each in entries] == [
         ("linear", "pretrained", "sweep"),

@@ -209,7 +209,7 @@ def test_the_commands_report_mean_and_per_class_average_precision(tmp_path: Path
         assert figures["mAP"] > 40
     assert "validation_mAP" in found[0][1][0]
     assert np.shape(found[2][1]["leave_one_out"]) == (2, 2)
-    lines = "not in the mAP, without an image in both splits: rare", "a random order has", "1 image has none"
+    lines = "not in the mAP, because a split has no image of them: rare", "a random order has", "1 image has none"
     for part in ("mAP %", "leave-one-out mAP", *lines):
         assert part in text
     assert not list(tmp_path.rglob("confusion*.png"))
