@@ -76,10 +76,10 @@ class MaskedImages:
         mask, (size, orientation) = self.mask(row), _header(path)
         if size != mask.shape[::-1]:
             sizes = [" x ".join(map(str, each)) for each in (size, mask.shape[::-1])]
-            raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: mend one")
+            raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: correct one")
         if orientation != 1:
             raise ImageError(
-                f"{path} is stored rotated, its mask may not be: rotate its pixels and remove the EXIF tag"
+                f"{path} is stored rotated, and its mask may not be: rotate its pixels and remove the EXIF tag"
             )
         return mask
 
@@ -90,8 +90,8 @@ class MaskedImages:
         classes: NDArray[np.int16] = self.table[values]
         if classes.min() < 0:
             wrong, last = int(values[classes < 0][0]), len(self.classes) - 1
-            fix = "mend the mask, or set masks.classes to all names, or masks.ignore to a number without a class"
-            raise ImageError(f"the mask {path} has a pixel {wrong}, and the classes are 0 ... {last}: {fix}")
+            fix = "correct the mask, or set masks.classes to all names, or masks.ignore to a number without a class"
+            raise ImageError(f"the mask {path} has a pixel of value {wrong}, and the classes are 0 ... {last}: {fix}")
         return classes.astype(np.uint8)
 
 
@@ -205,7 +205,7 @@ def _voc(root: Path, split: str) -> list[tuple[str, str]]:
     places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
     base = next((each for each in places if (each / "ImageSets" / "Segmentation").is_dir()), None)
     if base is None:
-        raise ConfigError(f"masks.root={root}: there is no ImageSets/Segmentation in it or in VOCdevkit/VOC2012")
+        raise ConfigError(f"masks.root={root}: there is no ImageSets/Segmentation in it, VOC2012 or VOCdevkit/VOC2012")
     names = _lines(base / "ImageSets" / "Segmentation" / f"{split}.txt", split)
     larger = base / "SegmentationClassAug"  # of Hariharan et al. (2011), for trainaug
     masks = larger if larger.is_dir() else base / "SegmentationClass"
@@ -237,7 +237,7 @@ def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]
 
 
 def _read_mask(path: str) -> NDArray[np.uint8]:
-    """Return the values of a mask file, (H, W): of an image with a palette its indices."""
+    """Return the values of a mask file, (H, W); those of an image with a palette are its indices."""
     content = read_bytes(path)
     numbers = "the pixels of a mask are numbers of classes: a PNG with a palette or with gray values"
     try:
@@ -257,7 +257,7 @@ def _read_mask(path: str) -> NDArray[np.uint8]:
 
 
 def _header(path: str) -> tuple[tuple[int, int], int]:
-    """Return width and height of an image as stored, and how to turn it, as EXIF says: 1 is upright."""
+    """Return width and height of an image as stored, and its EXIF orientation (1: upright)."""
     try:
         with Image.open(io.BytesIO(read_bytes(path)), formats=IMAGE_FORMATS) as image:
             return image.size, int(image.getexif().get(ExifTags.Base.Orientation, 1))

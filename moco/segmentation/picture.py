@@ -1,4 +1,4 @@
-"""A picture of some images with their true and predicted masks."""
+"""One PNG that shows images with their true and predicted masks."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -114,7 +114,7 @@ BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "an unknown class": (
         lambda root: save(root / "masks/a/0.png", np.full((6, 8), 9, np.uint8)),
-        r"the mask .*0\.png has a pixel 9, and the classes are 0 \.\.\. 2: .*masks\.classes",
+        r"the mask .*0\.png has a pixel of value 9, and the classes are 0 \.\.\. 2: .*masks\.classes",
     ),
     "16 bits": (
         lambda root: save(root / "masks/a/0.png", np.full((6, 8), 300, np.uint16)),
