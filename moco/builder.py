@@ -43,8 +43,8 @@ from moco.models.norm import statistics_kept
 
 Directions = Sequence[tuple[int, int]]  # pairs (query's view, key's view)
 
-UNKNOWN = -1  # the image index of a random key, which shows no image
-NO_CLASS = torch.iinfo(torch.int64).min  # the class of a random key; no image has this class
+UNKNOWN = -1  # the image index of a key whose image is unknown: a random initial key, or one from another run's queue
+NO_CLASS = torch.iinfo(torch.int64).min  # the class of such a key; no image has this class
 # With this many logits (N x K) or more, the loss does not store them: 16 MiB of float32 are more than caches hold.
 STREAM_FROM = 2**22
 
@@ -161,7 +161,9 @@ def encode_queries(encoder: nn.Module, views: Sequence[Tensor], directions: Dire
 
 
 def with_small_views(directions: Directions, views: int) -> list[tuple[int, int]]:
-    """Return `directions`, and then each small view, from the third of `views` on, as a query of each key (multi-crop).
+    """Return `directions`, and then the pairs of each small view with each key view (multi-crop).
+
+    `views` is the number of views; the third and later ones are small.
 
     Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., 2020), section 3.3
     """
@@ -222,7 +224,7 @@ class Method(Protocol):
     def queue(self) -> KeyQueue | None: ...
 
     @property
-    def directions(self) -> Directions: ...  # of the full views
+    def directions(self) -> Directions: ...  # without the small views
 
     def encode_keys(
         self,
@@ -335,7 +337,7 @@ class MoCo(nn.Module):
     def _contrast(
         self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return InfoNCE(q, k, queue), shape (), and measures of its logits; from `STREAM_FROM` logits on, streamed."""
+        """Return InfoNCE(q, k, queue), shape (), and measures of its logits, which are not stored if there are many."""
         queue = self.queue
         decoupled = self.switches.decoupled
         plain = self.switches == Switches(decoupled=decoupled) and self.labels is None
@@ -355,7 +357,8 @@ class MoCo(nn.Module):
     def _uniforms(self, view: int, first: int, index: Tensor) -> Tensor | None:
         """Return random numbers for mixing, (N, draws), for the queries from position `first` of the global batch.
 
-        They depend on seed, step, position and view, not on `index`: to read it, the host would wait for the device.
+        They depend on seed, step, position and view. They do not depend on `index`, because the host would have to wait
+        for the device to read it.
         """
         if not self.switches.draws:
             return None

@@ -19,8 +19,8 @@ cells of the global batch, for any number of processes and micro-batches.
 Deliberate deviations from the official code:
 
 - It updates f_k before encoding the keys, see `moco.builder`.
-- With a grid, it pools only what the dense head sees; here cells are also matched by the pooled features, because the
-  two must have the same cells.
+- With a grid, it pools only the input of the dense head. Here the features that match cells are pooled too, so that
+  features and embeddings have the same cells.
 
 Legend: N micro-batch, n local batch, W processes, C embedding, K queue length, D features, P = G x G cells.
 """
@@ -48,8 +48,8 @@ class DenseKeys(NamedTuple):
     embedding: Tensor  # (n, C), k
     cells: Tensor  # (n, P, C), t
     mean_cell: Tensor  # (n, C), the mean of the cells of an image
-    features: Tensor | None  # (n, P, D), of the backbone, to match cells by their similarity
-    match: Tensor | None  # (n, P), the cell that matches each cell of the query, or -1; to match cells by the crops
+    features: Tensor | None  # (n, P, D), of the backbone; only if cells are matched by similarity
+    match: Tensor | None  # (n, P), the match of each cell of the query, or -1; only if cells are matched by the crops
     matched: Tensor  # (), number of matched cells in the global batch, at least 1
 
 
@@ -58,7 +58,7 @@ class DenseCL(nn.Module):
 
     Args:
         encoder: f_q, images (N, 3, S, S) to embeddings of images and cells. f_k starts as its copy.
-        queue, dense_queue: the keys of images, and the mean keys of their cells.
+        queue, dense_queue: the keys of images, and the means of their cells.
         temperature: T.
         dense_weight: lambda.
         dense_warmup_steps: number of steps at the start with lambda = 0.
@@ -106,7 +106,7 @@ class DenseCL(nn.Module):
         if shuffle is not None:
             found = [permute(each, np.argsort(shuffle)) for each in found]
         embedding, cells, *features = found
-        mean_cell = unit_length(full_precision(cells).mean(dim=1))  # before each has unit length, as the official code
+        mean_cell = unit_length(full_precision(cells).mean(dim=1))  # of unnormalized cells, as in the official code
         match, matched = None, torch.full((), float(world_size() * cells.shape[:2].numel()), device=cells.device)
         if self.by_crops:
             assert places is not None
@@ -136,7 +136,7 @@ class DenseCL(nn.Module):
             r.flatten(0, 1), positives.flatten(0, 1), self.dense_queue, self.temperature, samples
         )  # of N P queries
 
-        # The step averages over W n / N micro-batches of all processes: the weights of all of them add up to that.
+        # The training step averages the losses of all W n / N micro-batches, so all weights together sum to W n / N.
         parts = world_size() * len(of_keys.cells) / len(index)
         weights = (match >= 0).flatten() * (parts / of_keys.matched)  # (N P,)
         dense_loss = (dense.losses * weights).sum()
@@ -159,7 +159,7 @@ class DenseCL(nn.Module):
         update_momentum_encoder(self.momentum_encoder, self.encoder, momentum)
 
     def enqueue(self, keys: Tensor, index: Tensor) -> None:
-        """Enqueue the new keys of all ranks, (n, 2, C): those of images and the mean ones of their cells."""
+        """Enqueue the new keys of all ranks, (n, 2, C): those of images, and the means of their cells."""
         index = gather(index)  # (W n,)
         for queue, k in zip((self.queue, self.dense_queue), gather(keys).unbind(1), strict=True):
             queue.enqueue(k, index)

@@ -1,4 +1,4 @@
-"""The encoder of DenseCL: beside the embedding of the image, one of each cell of the backbone's feature map.
+"""The encoder of DenseCL: it embeds each image, and each cell of the backbone's feature map.
 
     Dense Contrastive Learning for Self-Supervised Visual Pre-Training (Wang et al., CVPR 2021)
 
@@ -35,14 +35,14 @@ class DenseEncoder(nn.Module):
             map, (N, D, h, w), or tokens.
         head: features to embeddings (N, C).
         dense_head: features of cells (N, P, D) to embeddings (N, P, C).
-        grid: G, to which the feature map is pooled; 0: as large as it is.
+        grid: G, to which the feature map is pooled; 0: no pooling.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, dense_head: nn.Module, grid: int = 0) -> None:
         super().__init__()
         self.backbone, self.head, self.dense_head, self.grid = backbone, head, dense_head, grid
         self._kept: Tensor | None = None
-        # A hook, so that the backbone runs once and as a whole: it has further hooks, and may be any network.
+        # A forward hook gets the map, because a backbone of any kind can only be called as a whole.
         backbone.get_submodule(map_layer(backbone)).register_forward_hook(self._keep)
 
     def _keep(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -60,7 +60,7 @@ class DenseEncoder(nn.Module):
 
 
 def map_layer(backbone: nn.Module) -> str:
-    """Return the name of the layer that returns the feature map; raise ValueError if the backbone names none."""
+    """Return the name of the layer that returns the feature map; raise ConfigError if the backbone names none."""
     name: Any = getattr(backbone, "map_layer", "")
     fix = "choose another backbone, or set its attribute map_layer to the name of the layer that returns the map"
     require(bool(name), f"model.backbone: the feature map of {type(backbone).__name__} is unknown: {fix}")
@@ -97,10 +97,10 @@ def map_shape(backbone: nn.Module, size: int, channels: int) -> tuple[int, ...]:
 def build_dense_encoder(
     encoder: Encoder, layers: int, hidden: int, dim: int, size: int, channels: int, grid: int
 ) -> DenseEncoder:
-    """Return an encoder with a new dense head beside its own head; its layers are those of the configuration.
+    """Return an encoder with a new dense head beside its own head.
 
     Args:
-        encoder: gives backbone and global head.
+        encoder: its backbone and head are used, not copied.
         layers, hidden, dim: of the dense head, as in `projection_head`.
         size, channels: of the images.
         grid: G, or 0.

@@ -21,12 +21,12 @@ from moco.models.sync_norm import sync_batch_norm
 
 BatchNormKind = Literal["grouped", "sync", "batch"]
 
-# Device types on which one fused operation moves the running statistics: to launch one kernel takes the host as long as
-# a small layer takes the GPU. The fused operation rounds differently.
+# Device types on which one fused operation updates the running statistics, because launching a kernel takes the host as
+# long as a small layer takes the GPU. The fused operation rounds differently.
 FUSED_DEVICES: tuple[str, ...] = ("cuda",)
 
-# Numbers in a group up to which such a device normalizes all groups in one call, for which it copies the batch before
-# and after. For larger groups, copies take longer than the launches that they save (computed, see docs/gpu.md).
+# On such a device, groups of at most this many values are normalized in one call, which copies the batch before and
+# after. For larger groups, the copies take longer than the kernel launches that they save (computed, see docs/gpu.md).
 LARGEST_TOGETHER = 2**22
 
 
@@ -34,8 +34,8 @@ class GroupedBatchNorm(nn.Module):
     """BN over consecutive groups of `group_size` images; group_size 0 means the global batch ("sync").
 
     Has the parameters and buffers of `nn.BatchNorm2d`, with the same names. For any number of micro-batches, running
-    statistics move once per view, in the order of the views, by the mean over the view's groups. So do those of an
-    `nn.BatchNorm2d` that is called once per view with the global batch.
+    statistics are updated once per view, in the order of the views, with the mean over the view's groups. So they are
+    updated as often as those of an `nn.BatchNorm2d` that is called once per view with the global batch.
 
     Args:
         channels: C.
@@ -140,7 +140,7 @@ class GroupedBatchNorm(nn.Module):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics by one call's statistics, (C,) each.
+        """Update the running statistics with one call's statistics, (C,) each.
 
         With V views of m micro-batches, the first call multiplies the running statistics by (1 - momentum)^V. A call
         for view v adds momentum (1 - momentum)^(V - 1 - v) / m of its statistics.
@@ -168,7 +168,7 @@ class GroupedBatchNorm(nn.Module):
         self._count_call()
 
     def _is_fused(self, x: Tensor) -> bool:
-        """Return whether one fused operation can move the running statistics: each call must be a whole view."""
+        """Return whether one fused operation can update the running statistics: each call must be a whole view."""
         return x.device.type in FUSED_DEVICES and self.micro_batches == 1 and not torch.compiler.is_compiling()
 
     def _are_normalized_together(self, groups: Sequence[Tensor]) -> bool:
@@ -237,7 +237,7 @@ def untracked(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """As `untracked`, for forward passes of which the gradient will be computed: no buffer that it needs is written."""
+    """Like `untracked`, for forward passes with a backward pass: the buffers that it needs are never written."""
     kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
     momenta = [layer.momentum for layer in layers]
@@ -275,4 +275,4 @@ def set_calls_per_step(module: nn.Module, views: int, micro_batches: int = 1, vi
         layer.views, layer.micro_batches, layer.view_by_view = views, micro_batches, view_by_view
         layer.call = 0
         layer.compiled_call.zero_()
-        layer.counted = layers if layer is layers[0] else []  # one operation counts the calls of all
+        layer.counted = layers if layer is layers[0] else []  # the first layer counts the calls of all layers
