@@ -14,7 +14,7 @@ from moco.config.data import FOLDERS
 from moco.interop.encoder_file import EncoderFile
 
 _MARKUP = re.compile(r"([\\`*_\[\]|~$]|:(?=//))")
-_ABSENT = "USER/NAME"  # of a repository that is not uploaded yet
+_PLACEHOLDER = "USER/NAME"  # the name of a repository that is not uploaded yet
 
 
 def model_card(
@@ -24,7 +24,7 @@ def model_card(
 
     Args:
         file: the encoder, with `images`; its `config` without paths, see `shareable`.
-        timm: whether timm builds the network from the folder.
+        timm: whether timm can build the network from the repository.
         parameters: their number.
         results: entries of results.json, see `moco.runs.results.record`.
         repo: the repository on the Hub; "" if unknown.
@@ -34,7 +34,7 @@ def model_card(
         f"# {plain(title)}",
         _summary(file, parameters),
         "## Load",
-        _loading(file, timm, repo or _ABSENT),
+        _loading(file, timm, repo or _PLACEHOLDER),
         "## Results",
         _results(results),
         "## Recipe",
@@ -82,7 +82,7 @@ def _summary(file: EncoderFile, parameters: int) -> str:
         "converted from": None if config else file.layout,
     }
     rows = [(name, value) for name, value in facts.items() if value not in (None, "")]
-    about = f"An image encoder: images to features. Written by moco.convert (moco {moco.__version__})."
+    about = f"An image encoder: it maps images to features. Written by moco.convert (moco {moco.__version__})."
     return f"{plain(about)}\n\n{_table(['', ''], rows)}"
 
 
@@ -92,13 +92,13 @@ def _kind(file: EncoderFile) -> str:
 
 
 def _scale(data: Mapping[str, Any]) -> str:
-    """Name the range into which pixels come before normalization (`moco.data.pixel_format.to_float`)."""
+    """Return the range of pixels before normalization (`moco.data.pixel_format.to_float`), as text."""
     divided = {"uint16": "in 0 ... 1 (divided by 65535)", "float32": "with the values of the files"}
     return divided.get(str(data.get("dtype")), "in 0 ... 1")
 
 
 def _data(data: Mapping[str, Any]) -> str:
-    """Name a data set; the root of most is only where it was downloaded to."""
+    """Name a data set. The root is left out where it is only the folder of the download."""
     names = ("name", "root", "subset") if data.get("name") in (*FOLDERS, "huggingface") else ("name",)
     more = data.get("more_roots") or []
     return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])
@@ -134,7 +134,7 @@ features = network(transform(image)[None])
 ```
 
 timm resizes PIL images and moco resizes tensors; therefore features may differ slightly."""
-    note = f"`{_ABSENT}` stands for the repository." if repo == _ABSENT else ""
+    note = f"`{_PLACEHOLDER}` stands for the repository." if repo == _PLACEHOLDER else ""
     return "\n\n".join(filter(None, [ours, theirs if timm else "", note]))
 
 
@@ -151,7 +151,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
         for each in results
     ]
     table = _table(["evaluation", "encoder", "data", "figures"], rows)
-    return f"From results.json, for exactly these weights and their comparisons.\n\n{table}"
+    return f"From results.json, for exactly these weights and the baselines.\n\n{table}"
 
 
 def _evaluated_on(data: Mapping[str, Any]) -> str:
@@ -178,7 +178,7 @@ def _recipe(file: EncoderFile) -> str:
 
 
 def shareable(value: Any) -> Any:
-    """Return a configuration without what tells about a machine: of an absolute path only the last part, no address."""
+    """Return a configuration without details of the machine: only the last part of an absolute path, no address."""
     if isinstance(value, Mapping):
         return {name: shareable(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

@@ -2,7 +2,7 @@
 
 The columns are row (in the features), id (in the source) and path. Labeled images also have label (an index) and class
 (its name). If images can have several labels each, these columns are labels and classes: lists in Parquet, and in CSV
-texts whose parts are separated as in data.label_file.
+texts whose parts are separated by data.label_separator.
 """
 
 import os

@@ -80,7 +80,7 @@ def warn_of_other_normalization(config: TrainConfig, trained: str, images: Mappi
     Args:
         config: the run's.
         trained: the field that names the weights, with its value.
-        images: their "mean" and "std", if known; those of another number of channels say nothing about this run.
+        images: their "mean" and "std", if known; ignored if they are for another number of channels.
     """
     known = [name for name in ("mean", "std") if len(images.get(name, ())) == config.data.channels]
     named = ((name, list(images[name])) for name in known)
@@ -95,7 +95,7 @@ def _check_queue(config: TrainConfig, plan: Plan) -> None:
     if method.queue_size >= plan.length * method.keys_per_image:
         per_step = config.batch_size * method.keys_per_image
         has_mask = any(each.name == "mask_own_keys" for each in fields(method))
-        masked = f" (masked: {method.mask_own_keys})" if has_mask else ""
+        masked = f" (method.mask_own_keys={str(method.mask_own_keys).lower()})" if has_mask else ""
         _warn(
             f"method.queue_size={method.queue_size} holds each of the {plan.length} images at least once: the queue "
             f"contains very old keys and each query's own image{masked}; "

@@ -17,7 +17,6 @@ from moco.models.probe import output_error
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # for files that do not record their own
 
-
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of each channel
 
 
@@ -29,9 +28,9 @@ class Renormalize(nn.Module):
 
     def __init__(self, run: Normalization, teacher: Normalization) -> None:
         super().__init__()
-        mean, std, of_mean, of_std = (per_channel(each, torch.device("cpu")) for each in (*run, *teacher))
-        self.register_buffer("scale", std / of_std)
-        self.register_buffer("shift", (mean - of_mean) / of_std)
+        mean, std, teacher_mean, teacher_std = (per_channel(each, torch.device("cpu")) for each in (*run, *teacher))
+        self.register_buffer("scale", std / teacher_std)
+        self.register_buffer("shift", (mean - teacher_mean) / teacher_std)
 
     def forward(self, images: Tensor) -> Tensor:
         return images * self.scale + self.shift
@@ -93,11 +92,11 @@ def _check_images(config: TrainConfig, channels: int, dtype: str) -> None:
         f"{teacher} takes images of {channels} channels, and data.channels={data.channels}: name a teacher that was "
         f"trained on {data.channels} channels",
     )
-    scaled = [each != "float32" for each in (data.dtype, dtype)]  # integers come into 0 ... 1
+    scaled = [each != "float32" for each in (data.dtype, dtype)]  # integers are scaled to 0 ... 1
     require(
         scaled[0] == scaled[1],
         f"{teacher} was trained on images of {dtype}, and data.dtype={data.dtype} has another range of values: name a "
-        "teacher that was trained on such images",
+        f"teacher that was trained on images of {data.dtype}",
     )
 
 
