@@ -148,7 +148,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[DataConfig]:
     """Record which data is opened, and open the digits instead."""
     configs: list[DataConfig] = []
 
-    def open_digits(data: DataConfig, bank_size: int) -> Sources:
+    def open_digits(data: DataConfig, bank_size: int, keep_unreadable: bool) -> Sources:
         configs.append(data)
         return load_source(DataConfig("digits"))
 
