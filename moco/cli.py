@@ -113,9 +113,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
                 command(config)
     except ConfigError as error:
         _exit(2, _naming_field(str(error), config), error)
-    except BrokenPipeError:  # for `exit_on_broken_pipe`
+    except BrokenPipeError:  # handled by `exit_on_broken_pipe`
         raise
-    except (ValueError, OSError, FloatingPointError, MemoryError, Warning) as error:  # Warning: of python -W error
+    except (ValueError, OSError, FloatingPointError, MemoryError, Warning) as error:  # Warning: python -W error
         sentence = _naming_field(_sentence(error), config)
         _exit(1, f"{sentence}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)
     except Preempted as stopped:  # not an error: never a traceback
@@ -138,7 +138,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _naming_field(sentence: str, config: Any) -> str:
-    """Put the name of a field before a sentence that begins with its path: code that opens files knows no fields."""
+    """Put the field's name before a sentence that begins with the value of a path field."""
     for name, value in paths_of(config) if config else ():
         for path in (Path(value), Path(value).absolute()):
             if sentence.startswith((f"{path}/", f"{path}:", f"{path} ")):
@@ -162,7 +162,7 @@ def _exit(status: int, sentence: str, error: BaseException) -> None:
 
 
 def _is_image_error(error: BaseException) -> bool:
-    decode = sys.modules.get("moco.data.decode")  # not imported here: that needs torch; None: no image was read
+    decode = sys.modules.get("moco.data.decode")  # not imported here, because it imports torch; None: no image was read
     return decode is not None and isinstance(error, decode.ImageError)
 
 

@@ -29,7 +29,7 @@ def _parser(script: str, lr: float, epochs: int, schedule: list[int], weight_dec
     flags.add_argument("-a", "--arch", default="resnet50", help="the backbone")
     flags.add_argument("-j", "--workers", type=int, default=32, help="loader processes of a node")
     flags.add_argument("--epochs", type=int, default=epochs)
-    flags.add_argument("--start-epoch", type=int, default=0, help="only 0")
+    flags.add_argument("--start-epoch", type=int, default=0, help="must be 0")
     flags.add_argument("-b", "--batch-size", type=int, default=256, help="images per step over all GPUs of a node")
     flags.add_argument("--lr", "--learning-rate", dest="lr", type=float, default=lr)
     flags.add_argument("--schedule", nargs="*", type=int, default=schedule, help="epochs at which lr is divided by 10")
@@ -75,7 +75,7 @@ def _launch(flags: argparse.Namespace) -> Launch:
     distributed = flags.multiprocessing_distributed and flags.gpu is None
     per_node = max(1, torch.cuda.device_count()) if distributed else 1
     if distributed and not torch.cuda.device_count():
-        log("this machine has no GPU: one process on the CPU. On one with GPUs, torchrun starts a process for each")
+        log("this machine has no GPU: one process on the CPU. With GPUs, torchrun starts one process for each")
     nodes = max(1, flags.world_size)
     if nodes == 1:
         words = ["torchrun", "--standalone", "--nproc-per-node", str(per_node)] if per_node > 1 else ["python"]
@@ -92,10 +92,9 @@ def _launch(flags: argparse.Namespace) -> Launch:
 def _data(flags: argparse.Namespace) -> list[str]:
     """Return the overrides of the data set and its loaders."""
     root = Path(flags.data)
-    labeled = (root / "val").is_dir() or not (root / "train").is_dir()
-    with_validation = ["data=imagenet", override("data.root", str(root))]
-    only_training = ["data=folder", override("data.root", str(root / "train"))]  # enough for pretraining
-    return with_validation if labeled else only_training
+    if (root / "train").is_dir() and not (root / "val").is_dir():
+        return ["data=folder", override("data.root", str(root / "train"))]  # enough for pretraining
+    return ["data=imagenet", override("data.root", str(root))]  # names the folders that are missing
 
 
 def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Namespace) -> int:
@@ -131,8 +130,8 @@ def main_moco_overrides(flags: argparse.Namespace, launched: Launch) -> list[str
     per_gpu, rest = divmod(flags.batch_size, launched.per_node)
     if rest:
         raise ValueError(f"--batch-size {flags.batch_size} must be a multiple of the node's GPUs, {launched.per_node}")
-    # With one process, BN groups have the 32 images of a GPU in the official recipe, which needs several GPUs. Without
-    # a GPU here, the number of processes is unknown: the command is for another machine.
+    # BN groups have the images of a GPU. A single process uses groups of 32 instead: the official recipe has 8 GPUs
+    # with 32 images each. Without a GPU here, the command is for another machine with an unknown number of GPUs.
     alone = launched.per_node * launched.nodes == 1 or not torch.cuda.device_count()
     schedule = (
         ["optim=sgd_cosine"] if flags.cos else ["optim=sgd_step", f"optim.milestones={flags.schedule}".replace(" ", "")]

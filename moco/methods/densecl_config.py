@@ -10,14 +10,14 @@ from moco.config.train import TrainConfig
 
 @dataclass
 class DenseCLConfig(MethodConfig):
-    """DenseCL: MoCo v2 with its queue, and a second contrast between the cells of the feature maps of both views."""
+    """DenseCL: MoCo v2, with a second contrastive loss between the cells of the feature maps of both views."""
 
     name: str = "densecl"
     """The method; set by method=OPTION."""
     queue_size: int = bounded(65536, ge=1)
     """Number of keys in each of the two queues (K): embeddings of images, and mean embeddings of an image's cells."""
     queue_start: str = bounded("random", choices=("random", "empty"))
-    """The first queues: random (random keys count as negatives, as in the official code) or empty (no negatives)."""
+    """Initial queues: random (random keys count as negatives, as in the official code) or empty (no negatives)."""
     mask_own_keys: bool = True
     """Exclude older keys of a query's own image from its negatives."""
     momentum: float = bounded(0.999, ge=0, le=1)
@@ -31,7 +31,7 @@ class DenseCLConfig(MethodConfig):
     correspondence: str = bounded("similarity", choices=("similarity", "crops"))
     """The positive of a cell: similarity (the cell of the other view with the most similar features of the backbone, as
     in the paper), or crops (the cell that shows the center of this cell, computed from the crops, flips and other
-    changes of both views; cells outside of the other view have no loss). crops does not know steps of plug-ins."""
+    changes of both views; cells outside of the other view have no loss). crops ignores steps of plug-ins."""
     grid: int = bounded(0, ge=0)
     """Pool the feature map to grid x grid cells; 0: use it as it is (7 x 7 for a ResNet with 224 pixels)."""
 
@@ -53,7 +53,7 @@ class DenseCLConfig(MethodConfig):
         )
         require(
             self.dense_warmup_steps == 0 or self.dense_weight > 0,
-            f"method.dense_warmup_steps={self.dense_warmup_steps} has no effect with method.dense_weight=0: reset it",
+            f"method.dense_warmup_steps={self.dense_warmup_steps} has no effect with method.dense_weight=0: remove it",
         )
 
     def build(self, config: TrainConfig, encoder: Any, labels: Any) -> Any:

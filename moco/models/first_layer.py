@@ -1,4 +1,4 @@
-"""The first layer of a network: how many channels its images have, and weights for another number of them."""
+"""The first layer of a network: its number of input channels, and how to change that number in pretrained weights."""
 
 from collections.abc import Mapping
 
@@ -19,8 +19,8 @@ def input_channels(network: nn.Module) -> int:
 def with_channels_of(network: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Return weights whose first convolution has as many input channels as that of a network.
 
-    Each new channel has the mean of the old ones, times old / new channels. So the sum over the channels is preserved:
-    an image with equal channels gives the same features before and after. Other weights are returned as they are.
+    Each new channel has the sum of the old channels divided by the number of new ones. So the sum over the channels is
+    preserved: an image with equal channels gives the same features before and after. Other weights are unchanged.
 
     Args:
         network: the network that is to load the weights.
@@ -37,5 +37,5 @@ def with_channels_of(network: nn.Module, weights: Mapping[str, Tensor]) -> tuple
     wanted = found[1].in_channels
     total = before.double().sum(dim=1, keepdim=True)  # (D, 1, kernel, kernel)
     after = (total / wanted).to(before.dtype).repeat(1, wanted, 1, 1)
-    note = f"first layer from {before.shape[1]} to {wanted} channels, each with the mean of the old ones, so that their"
-    return {**weights, key: after}, f"{note} sum is the same"
+    note = f"first layer adapted from {before.shape[1]} to {wanted} channels"
+    return {**weights, key: after}, f"{note} (equal weights, with the same sum over the channels)"

@@ -176,7 +176,7 @@ def _details(entry: Mapping[str, Any]) -> str:
 
 
 def _main_figure(results: Mapping[str, Any]) -> str:
-    """Return the name of the first figure: the mAP if images have several labels each, and so no top-1 accuracy."""
+    """Return the name of the main figure: mAP if images have several labels each, and so no top-1 accuracy."""
     return "mAP" if "mAP" in results and "top1" not in results else "top1"
 
 

@@ -32,7 +32,8 @@ class Reason(IntEnum):
 
 
 STOP_SIGNALS = tuple(signal.Signals[each.name] for each in Reason if each.name in signal.Signals.__members__)
-"""The signals after which a run saves and ends. Loader processes ignore them: the parent ends those after the step."""
+"""The signals after which a run saves and ends. Loader processes ignore them: their parent process ends the loaders
+after the step."""
 
 
 @contextmanager
@@ -53,7 +54,7 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Ite
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP has arrived in a command that saves nothing when it is stopped; the message is its name."""
+    """SIGTERM or SIGHUP, which is the message, has arrived in a command that saves nothing when it is stopped."""
 
 
 @contextmanager

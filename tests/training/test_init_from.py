@@ -187,8 +187,7 @@ def test_another_number_of_channels_keeps_the_sum_of_the_first_layer(
     config.augment.mean = config.augment.std = [0.1] * channels
     new = MoCo(build_encoder(backbone, with_channels(options, channels), 2, 0, 8, "grouped", 2), KeyQueue(16, 8))
     line = load_initial_weights(config, new)
-    assert f"first layer from 3 to {channels} channels, each with the mean of the old ones" in line
-    assert "so that their sum is the same" in line
+    assert f"first layer adapted from 3 to {channels} channels (equal weights, with the same sum" in line
     gray = IMAGES[:, :1]
     for network in (new.encoder, new.momentum_encoder):
         mine, rgb = network.get_submodule("backbone"), trained(backbone, options)

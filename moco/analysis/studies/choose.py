@@ -48,7 +48,7 @@ RESULTS = "choose.json"  # not results.json: the output may be a run, whose eval
 PROBE = Recipe(epochs=100, batch_size=0, momentum=0.9, normalize="standard", seed=0)  # batch_size: all images
 PROBE_SETTING = Setting("output", 0.1, 1e-3)  # for every checkpoint; 100 epochs suffice to fit the few images
 EVALUATIONS = {"knn": "few-label kNN", "probe": "linear probe"}
-GOODNESS: dict[str, Callable[[float], float]] = {  # the higher the better
+SCORES: dict[str, Callable[[float], float]] = {  # of the value of a measure; the higher the better
     "highest": lambda value: value,
     "lowest": lambda value: -value,
     "nearest to 1": lambda value: -abs(value - 1),
@@ -59,7 +59,7 @@ class Measure(NamedTuple):
     """A measure that needs no labels."""
 
     title: str
-    best: str  # the value that is best, a key of GOODNESS
+    best: str  # which value is best, a key of SCORES
     compute: Callable[[Outputs], Tensor]
 
 
@@ -89,9 +89,9 @@ class Point:
     measures: dict[str, float]  # by the names of MEASURES; nan if the features have collapsed
     accuracies: dict[str, float]  # percent, by the names of EVALUATIONS; empty without labels
 
-    def goodness(self, measure: str) -> float:
-        """Rate the checkpoint by a measure: the higher the better; nan without a value."""
-        return GOODNESS[MEASURES[measure].best](self.measures[measure])
+    def score(self, measure: str) -> float:
+        """Return the score of the checkpoint by a measure: the higher the better; nan without a value."""
+        return SCORES[MEASURES[measure].best](self.measures[measure])
 
     def plain(self) -> dict[str, Any]:
         """Return the values for the results file, where null replaces nan."""
@@ -122,7 +122,7 @@ def choose(config: ChooseConfig) -> list[Point]:
         FileNotFoundError, ValueError: see `moco.evaluation.subject.open_data`.
     """
     files = {run: _checkpoints(run) for run in _runs(config.runs)}
-    _refuse_no_choice(files)
+    _refuse_too_few_checkpoints(files)
     output, device = open_study(config.output, config)
     subject = SubjectConfig(run=_refuse_different_data(files, config), data=config.data)
     sources = open_data(subject, open_subject(subject))
@@ -186,8 +186,8 @@ def _checkpoints(run: str) -> list[Path]:
     return found[::-1]
 
 
-def _refuse_no_choice(files: Mapping[str, Sequence[Path]]) -> None:
-    """Refuse a single run with fewer than three checkpoints: the newest ones, which it always keeps, hardly differ."""
+def _refuse_too_few_checkpoints(files: Mapping[str, Sequence[Path]]) -> None:
+    """Refuse a single run with fewer than three checkpoints. Its last two, which it keeps by default, hardly differ."""
     run, paths = next(iter(files.items()))
     if len(files) > 1 or len(paths) > 2:
         return
@@ -206,7 +206,7 @@ def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseCo
         for name in sorted(
             {"name", "root", "more_roots", "eval_root", "labels", "label_file"} - config.data.overrides().keys()
         ):
-            here, there = own.get(name) or "", of_first.get(name) or ""  # early runs lack some of them
+            here, there = own.get(name) or "", of_first.get(name) or ""  # runs of older versions lack some
             difference = f"{run} has data.{name}={here}, but {first} has {there}"
             require(here == there, f"runs: {difference}: choose runs on the same images")
     return first
@@ -241,14 +241,14 @@ def _accuracies(outputs: Outputs, file: EncoderFile, sources: Sources, config: C
 
 
 def chosen(points: Sequence[Point], measure: str) -> Point:
-    """Return the checkpoint that a measure chooses: the first of equal ones; one without a value if all have none."""
+    """Return the checkpoint with the best value of a measure; the first one if several are equal or all lack it."""
     return _best(points, measure)[0]
 
 
 def _best(points: Sequence[Point], measure: str) -> list[Point]:
     """Return the checkpoints that are best by a measure, in their order; several if they are equal."""
-    goodness = [-np.inf if np.isnan(value := point.goodness(measure)) else value for point in points]
-    return [point for point, value in zip(points, goodness, strict=True) if value == max(goodness)]
+    scores = [-np.inf if np.isnan(value := point.score(measure)) else value for point in points]
+    return [point for point, value in zip(points, scores, strict=True) if value == max(scores)]
 
 
 def agreements(points: Sequence[Point]) -> dict[str, dict[str, Agreement]]:
@@ -270,10 +270,10 @@ def agreements(points: Sequence[Point]) -> dict[str, dict[str, Agreement]]:
 
 
 def _correlation(points: Sequence[Point], measure: str, evaluation: str) -> float | None:
-    """Return Spearman's rank correlation of goodness and accuracy; None if either is constant."""
+    """Return Spearman's rank correlation of score and accuracy; None if either is constant."""
     from scipy.stats import spearmanr  # costs half a second at start-up
 
-    pairs = [(point.goodness(measure), point.accuracies[evaluation]) for point in points]
+    pairs = [(point.score(measure), point.accuracies[evaluation]) for point in points]
     known = [pair for pair in pairs if not np.isnan(pair[0])]
     if len(known) < 3 or min(len(set(each)) for each in zip(*known, strict=True)) < 2:
         return None
@@ -281,7 +281,7 @@ def _correlation(points: Sequence[Point], measure: str, evaluation: str) -> floa
 
 
 def _lost(points: Sequence[Point], measure: str, evaluation: str) -> float:
-    """Return the best accuracy minus that of the measure's choice, in points; equal choices count as their mean."""
+    """Return the best accuracy minus that of the measure's choice, in points; for equal choices, minus their mean."""
     accuracy = [point.accuracies[evaluation] for point in _best(points, measure)]
     return max(point.accuracies[evaluation] for point in points) - float(np.mean(accuracy))
 
