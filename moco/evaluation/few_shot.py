@@ -1,6 +1,6 @@
 """Few-shot episodes: images of a few classes are classified by the nearest mean of a few labeled images per class.
 
-    Snell, Swersky & Zemel, "Prototypical networks for few-shot learning", NeurIPS 2017, without training
+    Snell, Swersky & Zemel, "Prototypical networks for few-shot learning", NeurIPS 2017; here the encoder is not trained
     Ericsson, Gouk & Hospedales, "How well do self-supervised models transfer?", CVPR 2021
 
 Legend: M images, D feature dimension, W classes (ways), S labeled images (shots) and Q queries per class.
@@ -49,8 +49,8 @@ def draw_episodes(labels: Rows, episodes: Episodes) -> Iterator[tuple[Rows, Rows
     rows = [found for label in np.unique(labels) if len(found := np.flatnonzero(labels == label)) >= each]
     if len(rows) < episodes.ways:
         raise SubsetError(
-            f"{len(rows)} classes have the {each} test images (shots + queries) that an episode needs of each of its "
-            f"ways={episodes.ways} classes: lower ways, shots or queries"
+            f"ways={episodes.ways} classes of an episode need {each} test images each (shots + queries), and only "
+            f"{len(rows)} classes have so many: lower ways, shots or queries"
         )
     for episode in range(episodes.episodes):
         classes = permutation(episodes.seed, episode, len(rows), EPISODES)[: episodes.ways]

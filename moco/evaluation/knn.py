@@ -80,7 +80,7 @@ def _count_references(train: Source, config: KnnConfig) -> int:
 
 
 def _evaluate(task: Task[KnnConfig], name: str, network: Network, ks: list[int]) -> Result:
-    """Choose k and temperature on the training split, then compute the features of the held-out split.
+    """Choose k and temperature on the training split, then evaluate on the held-out split.
 
     `ks` are the values of `config.k`, at most the number of references.
     """
@@ -102,8 +102,8 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network, ks: list[int])
         metrics = _metrics(task, bank, queries, settings, progress)
     used = {"features": config.features, "half": config.half, "draws": len(metrics)}
     used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
-    several = task.train.multi_labels is not None
-    figures = metrics[0].to_json() if several else summarize_draws(metrics)
+    multi_label = task.train.multi_labels is not None
+    figures = metrics[0].to_json() if multi_label else summarize_draws(metrics)
     return Result(name, metrics, {"settings": used, "figures": figures} | choice)
 
 
@@ -142,8 +142,8 @@ def _choose(
     return replace(settings, k=ks[i], temperature=config.temperature[j]), {"choice": choice}
 
 
-def total_pairs(metrics: list[Metrics]) -> NDArray[np.int64]:
-    """Join the pairs (P, 3) of all draws."""
+def pairs_of_draws(metrics: list[Metrics]) -> NDArray[np.int64]:
+    """Concatenate `Metrics.pairs` of all draws, (P, 3)."""
     return np.concatenate([each.pairs for each in metrics])
 
 
@@ -152,7 +152,7 @@ def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
     values = metrics[0].to_json()
     if len(metrics) == 1:
         return values
-    del values["interval95"]  # it would count the images of each draw as different ones
+    del values["interval95"]  # over all draws it would count each image several times
     return values | {
         "top1": float(np.mean([each.top1 for each in metrics])),
         "std": float(np.std([each.top1 for each in metrics])),
@@ -160,7 +160,7 @@ def summarize_draws(metrics: list[Metrics]) -> dict[str, Any]:
         "top5": mean_known([each.top5 for each in metrics]),
         "balanced": mean_known([each.balanced for each in metrics]),
         "per_class": [mean_known(each) for each in zip(*(each.per_class for each in metrics), strict=True)],
-        "confusion": values["confusion"] and confusion_of(total_pairs(metrics), len(metrics[0].per_class)).tolist(),
+        "confusion": values["confusion"] and confusion_of(pairs_of_draws(metrics), len(metrics[0].per_class)).tolist(),
     }
 
 
@@ -194,7 +194,7 @@ def _report(task: Task[KnnConfig], found: list[Result]) -> None:
         [_row(each) for each in found],
         f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines(pretrained.encoder)}",
     )
-    if not pretrained.several_labels and (pairs := most_confused(total_pairs(pretrained.metrics), train.classes)):
+    if not pretrained.several_labels and (pairs := most_confused(pairs_of_draws(pretrained.metrics), train.classes)):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")
     log(f"written: {record_results(task, 'knn', protocol, found, config.features)}")
     live = task.subject.file.config.get("evaluate", {})
@@ -202,7 +202,10 @@ def _report(task: Task[KnnConfig], found: list[Result]) -> None:
         fields = {name: live[name] for name in ("features", "labels_per_class", "draws")}
         fields |= {name: [live[name]] for name in ("k", "temperature")}
         fields |= {"compare": ["untrained", "pixels"], "seed": 0}
-        log_next(command("moco.knn", config, **fields), "few labels, as during training: all labels can saturate")
+        log_next(
+            command("moco.knn", config, **fields),
+            "few labels, as during training; with all labels, accuracy can saturate",
+        )
     log_next(command("moco.linear", config))
     log_next(shlex.join(["tensorboard", "--logdir", str(task.subject.output)]))
 

@@ -85,7 +85,7 @@ def train_head(
     Args:
         backbone: images (n, C, S, S) to features (n, D); put into eval mode, never changed.
         batches: the plan's batches, one view each.
-        labels: of all M images of the plan, (M,), on the device of the networks; (M, L) if images have several.
+        labels: of all M images of the plan, (M,), on the device of the networks; (M, L) if images can have several.
         optim: peak learning rate and schedule, momentum, weight decay; the optimizer is SGD.
         on_epoch: receives a line about each epoch.
 
@@ -134,7 +134,7 @@ def train_head(
 
 
 def loss_of(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean over the images of the cross entropy; of several labels, of the classes' binary cross entropies.
+    """Return the mean cross entropy; with several labels, the mean of the binary cross entropies summed over classes.
 
     Args:
         scores: (n, L).
@@ -150,5 +150,8 @@ def _digests(module: nn.Module) -> dict[str, str]:
 
 
 def fitting_batch(batch_size: int, count: int) -> int:
-    """Return the batch size; for fewer images, the largest power of two up to `count`, which 2, 4, ... ranks divide."""
+    """Return the batch size, or if there are fewer images, the largest power of two up to `count`.
+
+    A power of two can be divided over 2, 4, 8, ... ranks.
+    """
     return batch_size if batch_size <= count else 2 ** (count.bit_length() - 1)

@@ -53,7 +53,7 @@ def evaluate_svm(
     Args:
         training, test: features and labels.
         seed: of the folds.
-        costs: to choose from; of equal ones the first.
+        costs: the candidates; the first one of several with the same precision is chosen.
         progress: counts the classes.
     """
     x, queries = (F.normalize(features.double(), dim=1).cpu().numpy() for features, _ in (training, test))
@@ -62,11 +62,12 @@ def evaluate_svm(
     chosen: list[float | None] = []
     for number in range(labels.shape[1]):
         known, measured = labels[:, number] != UNKNOWN, truth[:, number] != UNKNOWN
-        has, wanted = labels[known, number] == 1, truth[measured, number] == 1
+        positive, test_positive = labels[known, number] == 1, truth[measured, number] == 1
         ap = cost = None
-        if has.any() and not has.all() and wanted.any():
-            cost = _choose_cost(x[known], has, costs, seed)
-            ap = eleven_point(_svm(cost).fit(x[known], has).decision_function(queries[measured]), wanted)
+        if positive.any() and not positive.all() and test_positive.any():
+            cost = _choose_cost(x[known], positive, costs, seed)
+            scores = _svm(cost).fit(x[known], positive).decision_function(queries[measured])
+            ap = eleven_point(scores, test_positive)
         aps.append(ap)
         chosen.append(cost)
         progress(number + 1, labels.shape[1])
@@ -80,18 +81,21 @@ def _svm(cost: float) -> Any:
     return LinearSVC(C=cost, class_weight={True: 2, False: 1}, max_iter=5000, random_state=0)
 
 
-def _choose_cost(x: NDArray[np.float64], has: NDArray[np.bool_], costs: Sequence[float], seed: int) -> float:
-    """Return the cost with the best mean average precision over the folds; the first one if no fold can be measured."""
-    if min(has.sum(), (~has).sum()) < 2:
+def _choose_cost(x: NDArray[np.float64], positive: NDArray[np.bool_], costs: Sequence[float], seed: int) -> float:
+    """Return the cost with the best mean average precision over the folds.
+
+    With fewer than two images with the class, or without it, return the first cost.
+    """
+    if min(positive.sum(), (~positive).sum()) < 2:
         return costs[0]
-    order, fold = permutation(seed, 0, len(has), VALIDATION), np.zeros(len(has), np.int64)
-    for value in (True, False):  # each fold has its share of both
-        rows = order[has[order] == value]
+    order, fold = permutation(seed, 0, len(positive), VALIDATION), np.zeros(len(positive), np.int64)
+    for value in (True, False):  # both kinds of images are divided evenly over the folds
+        rows = order[positive[order] == value]
         fold[rows] = np.arange(len(rows)) % FOLDS
-    folds = [fold == number for number in range(FOLDS) if has[fold == number].any()]
+    folds = [fold == number for number in range(FOLDS) if positive[fold == number].any()]
 
     def mean_precision(cost: float) -> float:
-        fitted = ((_svm(cost).fit(x[~held], has[~held]), held) for held in folds)
-        return float(np.mean([eleven_point(svm.decision_function(x[held]), has[held]) for svm, held in fitted]))
+        fitted = ((_svm(cost).fit(x[~held], positive[~held]), held) for held in folds)
+        return float(np.mean([eleven_point(svm.decision_function(x[held]), positive[held]) for svm, held in fitted]))
 
     return max(costs, key=mean_precision)

@@ -40,8 +40,8 @@ SETTINGS = {
     "finetune": ("finetune", "seed"),
 }
 NOTES = {
-    "linear": "logistic regression on frozen features, its strength chosen on validation images; mAP: a linear SVM per "
-    "class; in parentheses or after ±: the 95 % interval due to the number of test images",
+    "linear": "logistic regression on frozen features, its L2 penalty chosen on validation images; mAP: a linear SVM "
+    "per class; in parentheses or after ±: the 95 % interval due to the number of test images",
     "few_shot": "nearest mean of {shots} labeled images per class, {queries} queries per class; mean of {episodes} "
     "episodes ± half of its 95 % interval",
     "finetune": "encoder and classifier trained end to end on all labeled images; in parentheses or after ±: the 95 % "
@@ -59,7 +59,7 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
         The results of each data set, the same on every rank.
 
     Raises:
-        ConfigError, FileNotFoundError, ValueError: for an unknown data set, data or an encoder that cannot be used.
+        ConfigError, FileNotFoundError, ValueError: for an unknown data set, or if data or an encoder cannot be used.
     """
     check_names(config.sets)
     with compute_context(config) as device, ExitStack() as locks:
@@ -76,7 +76,8 @@ def open_candidates(config: TransferConfig) -> list[Candidate]:
     """Read the encoders of `encoders`, in this order.
 
     Raises:
-        ConfigError: for an encoder that cannot be read, or takes images of other channels than the first.
+        ConfigError: for an encoder that cannot be read, or whose images have another number of channels than
+            those of the encoder of run or checkpoint.
         FileNotFoundError, ValueError: for the encoder of run or checkpoint; see `open_subject`.
     """
     own = open_subject(config)
@@ -114,7 +115,7 @@ def _evaluate_set(
         result_file(output, name, config.mode),
         {each: getattr(config, each) for each in SETTINGS[config.mode]},
     )
-    # The images of a name never change; for others the digest is needed, so they are opened first.
+    # A named data set never changes. Any other is recognized by the digest of its images, so it is opened first.
     splits = None if is_fixed(name) else open_set(name, config, candidates[0].subject)
     wanted = SetResults(name, config.mode, settings | {"images": splits.digest() if splits else name})
     found, problem = on_rank_zero(lambda: read_results(file, wanted))
@@ -185,9 +186,9 @@ def _report(config: TransferConfig, found: Sequence[SetResults], output: Path) -
 
 
 def _episode_fields(found: Sequence[SetResults]) -> dict[str, int] | None:
-    """Return the fields of few-shot episodes, if not the defaults, for which every set has enough test images.
+    """Return ways and queries for which every data set has enough test images, without those that are the defaults.
 
-    None if there are no such fields, or images have several labels.
+    None if there are no such values, or images have several labels.
     """
     counts = [each.about.get("test_per_class", []) for each in found]
     if not all(counts):

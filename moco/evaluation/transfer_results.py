@@ -31,12 +31,12 @@ class SetResults:
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the entry of `encoders`
 
     def lacking(self, digests: Mapping[str, str]) -> list[str]:
-        """Return the encoders without a result of the weights and the preparation that the digests describe."""
+        """Return the encoders without a result for their digest, which identifies weights and image preparation."""
         return [each for each, digest in digests.items() if self.encoders.get(each, {}).get("digest") != digest]
 
 
 def short_name(name: str) -> str:
-    """Return the name of a data set for a file: of a folder, its own name and a digest of its path."""
+    """Return the name of a data set in file names; for a folder, its last part and a digest of its path."""
     if name in (*SETS, OF_FIELDS):  # even if there is a folder of this name
         return name
     path = Path(name).absolute()
@@ -50,9 +50,9 @@ def result_file(output: Path, name: str, mode: str) -> Path:
 
 
 def read_results(file: Path, wanted: SetResults) -> tuple[SetResults, str]:
-    """Return the recorded results that fit, and a sentence about those that do not; "" if all fit or none exist.
+    """Return the recorded results if they have the settings of `wanted`, otherwise `wanted`, which has no results.
 
-    Results of other settings do not fit. `wanted` has the settings, and no results; it is returned if nothing fits.
+    The second value says which settings differ; "" if none do, or nothing is recorded.
 
     Raises:
         ConfigError: if the file is damaged.

@@ -67,5 +67,7 @@ def test_support_and_queries_are_disjoint_and_of_one_class() -> None:
 
 def test_too_few_large_classes_are_refused_with_numbers() -> None:
     _, labels = samples()
-    with pytest.raises(SubsetError, match=r"4 classes have the 20 test images .* ways=5 classes: lower"):
+    with pytest.raises(
+        SubsetError, match=r"ways=5 classes .* need 20 test images each .* only 4 classes have so many: lower"
+    ):
         next(draw_episodes(labels, Episodes(5, 5, 15, 1, 0)))

@@ -18,7 +18,7 @@ from moco.data.keyed import VALIDATION, permutation
 from moco.evaluation import knn as knn_module
 from moco.evaluation import task as task_module
 from moco.evaluation.features import extract, pixels
-from moco.evaluation.knn import evaluate_knn, most_confused, total_pairs
+from moco.evaluation.knn import evaluate_knn, most_confused, pairs_of_draws
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy, leave_one_out
 from moco.evaluation.metrics import Metrics, confusion_of
 from moco.evaluation.subject import encoders, labels_of, open_labeled, open_subject
@@ -68,7 +68,7 @@ def opened(config: KnnConfig) -> Task[KnnConfig]:
 
 def total_confusion(metrics: list[Metrics]) -> NDArray[np.int64]:
     """Sum the confusion matrices (L, L) over the draws."""
-    return confusion_of(total_pairs(metrics), len(metrics[0].per_class))
+    return confusion_of(pairs_of_draws(metrics), len(metrics[0].per_class))
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:

@@ -323,7 +323,10 @@ def test_splits_that_cannot_be_evaluated_are_refused(
         ({"sets": ["pets"], "root": "nowhere"}, "sets=pets was not found in root=nowhere .* set download=true"),
         ({"sets": ["cifar10"], "root": "nowhere"}, "sets=cifar10 was not found in root=nowhere"),
         ({"sets": ["data"], "encoders": ["gone.pt"]}, "encoders=gone.pt: checkpoint=gone.pt does not exist"),
-        ({"sets": ["data"], "mode": "few_shot", "ways": 11}, "sets=data: 10 classes have the 20 test images"),
+        (
+            {"sets": ["data"], "mode": "few_shot", "ways": 11},
+            "sets=data: ways=11 classes of an episode need 20 test images each",
+        ),
     ],
 )
 def test_refusals_name_the_field(fields: dict[str, Any], error: str, tmp_path: Path) -> None:
