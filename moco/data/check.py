@@ -37,8 +37,8 @@ from moco.runtime.next_command import command, given_fields
 from moco.runtime.provenance import provenance
 
 Checked = FolderSource | VideoSource
-_FOLDER = "unreadable folder"
-_FOLDER_FAULTS = FAULTS | {_FOLDER: "the folder cannot be listed: its images are missing in this report"}
+_UNREADABLE_FOLDER = "unreadable folder"
+_FAULTS = FAULTS | {_UNREADABLE_FOLDER: "the folder cannot be listed: its images are missing in this report"}
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Findings:
             self.formats[facts.format] += 1
 
     def note(self, kind: str, path: str, reason: str) -> None:
-        """Count a file of a kind, and list it."""
+        """Count a file with a fault or oddity, `kind`, and list it if fewer than `listed` are."""
         self.counts[kind] += 1
         named = self.files.setdefault(kind, [])
         if len(named) < self.listed:
@@ -105,7 +105,7 @@ def check_data(config: CheckDataConfig) -> None:
                 raise LoaderError(f"{error}; the image is one of {names}") from error
             files = _files(folder)
             for path, reason in files.unlistable.items():
-                findings.note(_FOLDER, str(Path(files.root, path)), reason)
+                findings.note(_UNREADABLE_FOLDER, str(Path(files.root, path)), reason)
             for path, target in files.broken.items():
                 findings.note("broken link", str(Path(files.root, path)), f"a link to {target}, ignored")
     report = describe(config, folders, findings)
@@ -127,21 +127,21 @@ def suggest(
     """Return the command that trains on a folder; for few images, one that uses published weights instead.
 
     Args:
-        data: the folder; the frames of videos are packed first.
+        data: the data set; for videos, the command packs their frames instead.
         images: the number of training images.
         budget: epochs times images per epoch.
         stats: mean and std of each channel, which the command then contains.
         drawn: images per epoch, if data.weights changes their number.
     """
     drawn = drawn or images
-    usual = (data.channels, data.dtype) == (RGB.channels, RGB.dtype)
-    if not usual and not stats:
+    is_rgb8 = (data.channels, data.dtype) == (RGB.channels, RGB.dtype)
+    if not is_rgb8 and not stats:
         return ["for the recipe, compute mean and std of each channel: add stats=true to this command"]
     few = f"{images} images are too few to train from random weights: start from published ones, see "
     few += "docs/howto/own_images.md"
     given = given_fields(data)
-    if images < FEW_IMAGES and usual:
-        known = {f"data.{each.name}" for each in fields(SourceConfig)}  # an evaluation has no other fields
+    if images < FEW_IMAGES and is_rgb8:
+        known = {f"data.{each.name}" for each in fields(SourceConfig)}  # the fields that moco.embed has too
         images_of = {name: value for name, value in given.items() if name in known}
         images_of |= {"on_bad_image": "skip"} if data.on_bad_image == "replace" else {}
         published = {"checkpoint": "FILE", "backbone": "resnet18", "data": data.name, **images_of}
@@ -152,9 +152,9 @@ def suggest(
     recipe = recipe_for(drawn, budget)
     if not recipe:
         return [f"{images} images are fewer than one batch of a recipe: add images"]
-    if not usual:
+    if not is_rgb8:
         recipe["experiment"] = "moco_v2_grayscale" if data.channels == 1 else "moco_v2_multispectral"
-        given |= {"data.channels": data.channels, "data.dtype": data.dtype}  # the recipe has its own
+        given |= {"data.channels": data.channels, "data.dtype": data.dtype}  # instead of those of the recipe
     normalization = {f"augment.{name}": values for name, values in (stats or {}).items()}
     training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run="runs/mine")
     if "epochs" not in recipe:  # the recipe of a large data set
@@ -175,14 +175,14 @@ def _files(folder: Checked) -> FolderSource:
 
 
 def _path(folder: Checked, i: int) -> str:
-    """Return the path of image i; of a frame that of its video, with the time."""
+    """Return the path of image i; for a frame, the path of the video and the time."""
     return folder.name_with_path(i) if isinstance(folder, VideoSource) else folder.path(i)
 
 
 def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings) -> list[str]:
     """Return the reasons why a run with these data fields would fail."""
     obstacles = []
-    if count := findings.counts[_FOLDER]:
+    if count := findings.counts[_UNREADABLE_FOLDER]:
         many = f"{count:,} folder{'s' * (count > 1)}"
         obstacles.append(f"{many} cannot be read (give this user permission, or move them elsewhere)")
     splits: list[NDArray[np.int32]] = np.split(findings.sizes, np.cumsum(lengths)[:-1])
@@ -206,7 +206,7 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
 
 
 def _share(unreadable: int, sizes: NDArray[np.int32]) -> float:
-    """Return a value of `data.max_bad` that allows so many unreadable images: their share, rounded up."""
+    """Return the value of `data.max_bad` that allows this number of unreadable images: their share, rounded up."""
     return min(0.99, math.ceil(100 * unreadable / len(sizes)) / 100)
 
 
@@ -230,7 +230,7 @@ def describe(config: CheckDataConfig, folders: Sequence[Checked], findings: Find
         "bytes": findings.bytes,
         "stats": stats_of(findings),
         "bits": folders[0].pixel_format.bits,
-        "unreadable": described(_FOLDER_FAULTS),
+        "unreadable": described(_FAULTS),
         "odd": described(ODDITIES),
         "duplicates": duplicates(folders, findings),
         "ignored": dict(ignored.most_common()),
@@ -315,4 +315,4 @@ def show(report: dict[str, Any], output: Path) -> None:
     title = f"{counted}, {report['bytes'] / 1e9:,.3f} GB"
     table(title, ["", "number", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     show_labels(report["labels"])
-    log(f"written: {output.absolute()}, the files of each kind")
+    log(f"written: {output.absolute()}, with the files of each kind")

@@ -19,11 +19,11 @@ from torch import Tensor
 from moco.distributed import copy_to_device
 
 Taps = Callable[..., tuple[NDArray[np.float64], NDArray[np.float64]]]  # `antialiased_taps` or `plain_taps`
-_PART_CPU, _PART_ELSEWHERE = 2**21, 2**26  # numbers of working memory, as in `moco.data.crop`
+_PART_CPU, _PART_ELSEWHERE = 2**21, 2**26  # tensor elements per part of a batch, as in `moco.data.crop`
 
 
 def is_deep(images: Tensor) -> bool:
-    """Return whether images are resized here."""
+    """Return whether images are uint16 or float32, so that this module resizes them."""
     return images.dtype != torch.uint8
 
 
@@ -53,7 +53,7 @@ def resized_deep_crops(images: Tensor, boxes: NDArray[np.int64], size: int, taps
 
 
 def resized_deep_center(image: Tensor, shape: tuple[int, int], size: int, taps: Taps) -> Tensor:
-    """Resize an image (C, H, W) to `shape` and return its center, (C, S, S); only that is computed."""
+    """Resize an image (C, H, W) to `shape` and return its center, (C, S, S); only the center is computed."""
     down, across = (
         _center_weights(length, resized, size, taps) for length, resized in zip(image.shape[1:], shape, strict=True)
     )
@@ -95,13 +95,19 @@ def _indices_and_weights(
 
 @functools.lru_cache(maxsize=4096)
 def _taps_of(length: int, size: int, taps: Taps) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the first pixels (S,) and the weights (S, K) of one length, so that K does not depend on the batch."""
+    """Return the first pixel (S,) and the weights (S, K) of each output pixel, for an axis of `length` pixels.
+
+    Each length is computed alone, so that K does not depend on the batch.
+    """
     first, weights = taps(np.array([[float(length)]]), size)
     return first[0].astype(np.int64), weights[0]
 
 
 def _resized(images: Tensor, down: tuple[Tensor, Tensor], across: tuple[Tensor, Tensor]) -> Tensor:
-    """Resize images (n, C, H, W), vertically first, to float64 (n, C, S, S); each pixel copies contiguous rows."""
+    """Resize images (n, C, H, W), vertically first, to float64 (n, C, S, S).
+
+    The resized axis is always the second one, so that `_weighted_sum` reads contiguous rows.
+    """
     count, channels, height, width = images.shape
     x = images.permute(0, 2, 1, 3).to(torch.float64).reshape(count, height, channels * width)
     x = _weighted_sum(x, *down).view(count, -1, channels, width)  # (n, S, C, W)

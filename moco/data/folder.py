@@ -43,7 +43,7 @@ class FolderSource(Source):
     multi_labels: NDArray[np.bool_] | None = None  # see `Source`
     more_roots: tuple[str, ...] = ()  # absolute; each path then begins with the number of its root, from 0
     draws: tuple[tuple[int, int], ...] = ()  # see `Source`
-    unused_splits: Mapping[str, int] = field(default_factory=dict)  # of a label file: number of images, by name
+    unused_splits: Mapping[str, int] = field(default_factory=dict)  # splits of a label file: number of images, by name
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -71,8 +71,8 @@ class FolderSource(Source):
         return self.ignored
 
     def subset(self, rows: NDArray[np.int64]) -> "FolderSource":
-        labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
-        return replace(self, paths=self.paths[rows], labels=labels, multi_labels=several, draws=())
+        labels, multi_labels = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
+        return replace(self, paths=self.paths[rows], labels=labels, multi_labels=multi_labels, draws=())
 
     def encoded_names(self) -> Iterable[bytes]:
         return list(self.paths.tolist())
@@ -97,8 +97,8 @@ def open_folder(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     for field_name, root in _roots(config):
         if _overlap(root, eval_root):
             raise ValueError(
-                f"data.eval_root={eval_root!r} and {field_name}={root!r} contain each other, so accuracy would be "
-                "measured on training images: set two separate folders"
+                f"data.eval_root={eval_root!r} and {field_name}={root!r} overlap (one folder contains the other), "
+                "so accuracy would be measured on training images: set two separate folders"
             )
     train = _scan_roots(config, keep_unlistable)
     held_out = scan("data.eval_root", eval_root, labels, keep_unlistable, min_classes=1, endings=_endings(config))
@@ -121,9 +121,11 @@ def _scan_roots(config: DataConfig, keep_unlistable: bool) -> FolderSource:
     roots, endings = _roots(config), _endings(config)
     for (_, first), (name, second) in itertools.combinations(roots, 2):
         if _overlap(first, second):
-            raise ValueError(f"{name}={second!r} and {first!r} contain each other: name separate folders")
-    least = 1 if config.more_roots else 2
-    parts = [scan(name, root, config.labels, keep_unlistable, least, endings) for name, root in roots]
+            raise ValueError(
+                f"{name}={second!r} and {first!r} overlap (one folder contains the other): name separate folders"
+            )
+    min_classes = 1 if config.more_roots else 2
+    parts = [scan(name, root, config.labels, keep_unlistable, min_classes, endings) for name, root in roots]
     found = parts[0] if len(parts) == 1 else joined(parts)
     draws = [(len(part), max(1, round(w * len(part)))) for part, w in zip(parts, config.weights, strict=False)]
     return replace(found, draws=tuple(draws))
@@ -165,12 +167,12 @@ def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
         fix = "leave data.label_file empty"
         values, picked = [found[i].label for i in chosen], images.subset(np.array(chosen, np.int64))
         if any(isinstance(value, tuple) for value in values):
-            several, classes = read_label_sets(values, f"{where} split={split}" if split else where, fix)
-            return replace(picked, multi_labels=several, classes=classes)
+            multi_labels, classes = read_label_sets(values, f"{where} split={split}" if split else where, fix)
+            return replace(picked, multi_labels=multi_labels, classes=classes)
         labels, classes = read_labels(values, where, fix, min_classes=min_classes)
         return replace(picked, labels=labels, classes=classes)
 
-    if not found[0].split:  # the table has no such column
+    if not found[0].split:  # the table has no column of splits
         return labeled(part("", 2))
     held_out = held_out_split(found, config.split, config.eval_split, table)
     unused = Counter(row.split for row in found if row.split not in (config.split, held_out))
@@ -209,8 +211,8 @@ def scan(
         field: the field that names the root, for errors.
         root: the folder.
         labels: "none" or "folder".
-        keep_unlistable: return the source, which names the folders that cannot be listed, if an image (with labels: two
-            classes) remains; False: raise an error.
+        keep_unlistable: if a folder cannot be listed, return a source that names it, as long as an image (with labels:
+            two classes) is left; False: raise an error.
         min_classes: the smallest number of classes, with labels.
         endings: of the files to find.
 
@@ -219,7 +221,8 @@ def scan(
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image in it.
-        ValueError: if a folder cannot be listed, or if labels are requested and the class folders do not fit.
+        ValueError: if a folder cannot be listed; with labels, if an image is outside class folders, or there are fewer
+            than `min_classes`.
     """
     folder = os.path.abspath(os.path.expanduser(root))
     where = f"{field}={root} ({folder})"
@@ -256,12 +259,12 @@ def scan(
 
 
 def _what_is_there(tree: Tree, endings: tuple[str, ...]) -> str:
-    """Return the end of the sentence about a folder without files of these endings."""
+    """Return the end of the error message about a folder without files of these endings: what it contains."""
     others = tree.ignored + Counter({"broken link": len(tree.broken)})
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items())) or "nothing"
     what, hint = ("videos" if endings == VIDEO_ENDINGS else "images"), ""
     if endings == IMAGE_ENDINGS:
-        hint = "; .npy and .npz count with another data.channels or data.dtype than 3 and uint8"
+        hint = "; .npy and .npz files are used unless data.channels=3 and data.dtype=uint8"
         hint += "; data=video uses the frames of videos" * any(kind in VIDEO_ENDINGS for kind in others)
     known = f"{what} are files that end in {' '.join(endings)}, in upper or lower case"
     return f"holds no {what}: found {found}; {known}{hint}"

@@ -34,11 +34,11 @@ ODDITIES = {
     "several sizes": "of its pages, the largest one is used",
     "rotated": "the frames of the video are used upright, as its metadata say",
     "oblong pixels": "the frames of the video are enlarged to square pixels, as its metadata say",
-    "interlaced": "a frame holds two moments, every second row each; used as it is",
+    "interlaced": "odd and even rows of a frame were recorded at different times; used as it is",
     "tiny": f"a side has fewer than {TINY} pixels: its crops are strongly enlarged",
     "long": f"one side is more than {LONG} times the other: its crops show only a part",
     "huge": f"more than {HUGE // 10**6} megapixels, decoded in every epoch: store a smaller copy",
-    "misnamed": "the content has another format than its name; the content counts",
+    "misnamed": "the format of the content is not that of the name; the content decides",
     "name": "not ASCII: other tools may not support it",
 }
 _ARRAYS = {".npy": "NPY", ".npz": "NPZ"}
@@ -71,7 +71,7 @@ class Moments(NamedTuple):
 class ImageFacts:
     """The properties of one image; an unreadable one has only `fault` and `reason`."""
 
-    length: int = 0  # bytes of its file; of a video they count with its first frame
+    length: int = 0  # bytes of the file; the first frame of a video has all of its bytes, the others 0
     digest: bytes = b""  # 16 bytes of BLAKE2b of the content
     size: tuple[int, int] = (0, 0)  # width and height, upright
     format: str = ""  # for example "JPEG RGB"
@@ -131,7 +131,7 @@ def _facts(
 
 
 def moments_of(image: Tensor) -> Moments:
-    """Return the moments of the pixels of an image (C, H, W), with the scale that they have on the device."""
+    """Return the moments of the pixels of an image (C, H, W), in the range of `to_float`."""
     values = to_float(image).double().flatten(1).numpy()  # (C, H * W)
     mean = values.mean(axis=1)
     return Moments(values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(axis=1))
@@ -157,10 +157,10 @@ def _header(data: bytes, pixel_format: PixelFormat) -> tuple[str, dict[str, bool
 def _pil_header(data: bytes, pages: list[Page], pixel_format: PixelFormat) -> tuple[str, dict[str, bool]]:
     with open_image(data) as image:
         deep = image.mode[0] in "IF" or has_deep_color(image)
-        # The pages of a TIFF are its bands for tifffile.
+        # Where tifffile reads a TIFF, the pages are bands, not frames.
         bands_in_pages = not pixel_format.is_8bit_gray_or_rgb and needs_tifffile(image, data, pixel_format.channels)
-        frames, transparent = 2, False
-        with contextlib.suppress(Exception):  # there is more after the first frame, but it is damaged
+        frames, transparent = 2, False  # 2: counting fails if data after the first frame is damaged
+        with contextlib.suppress(Exception):
             frames = getattr(image, "n_frames", 1)
         if pages:
             frames = sum(each.size == image.size for each in pages)

@@ -1,4 +1,4 @@
-"""The labels of images that can have several: how many images have each, how many have none, which go together.
+"""Statistics of multi-label data sets: images of each label, images without a label, labels that occur together.
 
 Legend: N images, L labels.
 """

@@ -18,7 +18,7 @@ from moco.data.decode import ImageError
 from moco.data.in_memory import to_pixels
 from moco.data.pixel_format import RGB, PixelFormat
 
-_SAMPLED = 64  # images whose pixels enter the digest of the content: nothing tells whether a data set has changed
+_SAMPLED = 64  # images whose pixels enter the digest of the content; hashing all of them would take too long
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class DatasetSource(Source):
 
     dataset: Any  # len(dataset) and dataset[i]
     split: str
-    rows: NDArray[np.int64]  # (N,), items of the data set
+    rows: NDArray[np.int64]  # (N,), indices of the data set's items
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ()
     pixel_format: PixelFormat = RGB
@@ -39,7 +39,7 @@ class DatasetSource(Source):
     def image(self, i: int) -> Tensor:
         try:
             return to_pixels(_parts(self.dataset[int(self.rows[i])])[0], self.pixel_format)
-        except Exception as error:  # of code that moco does not know
+        except Exception as error:  # the data set is the user's code and can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ImageError(f"cannot read image {self.name(i)}: {reason}", "damaged", reason) from error
 
@@ -47,8 +47,8 @@ class DatasetSource(Source):
         return f"{self.split}/{self.rows[i]}"
 
     def subset(self, rows: NDArray[np.int64]) -> "DatasetSource":
-        labels, several = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
-        return replace(self, rows=self.rows[rows], labels=labels, multi_labels=several)
+        labels, multi_labels = labels_at(self.labels, rows), labels_at(self.multi_labels, rows)
+        return replace(self, rows=self.rows[rows], labels=labels, multi_labels=multi_labels)
 
     def content_digest(self) -> str:
         """Return the SHA-256 over all names, and the pixels of at most `_SAMPLED` evenly spaced images."""
@@ -63,7 +63,7 @@ class DatasetSource(Source):
 
 
 def open_datasets(open_dataset: Callable[[DataConfig], Any], config: DataConfig) -> Sources:
-    """Open the data set that the function returns, or its pair (training, held-out)."""
+    """Open what the function returns: a data set, or a pair (training, held-out) of them."""
     found = open_dataset(config)
     splits = found if isinstance(found, tuple) else (found,)
     require(len(splits) in (1, 2), f"data.name={config.name}: {len(splits)} data sets instead of (training, held-out)")
@@ -74,7 +74,7 @@ def open_datasets(open_dataset: Callable[[DataConfig], Any], config: DataConfig)
 
 
 def _source(name: str, part: str, dataset: Any) -> DatasetSource:
-    """Return a source; raise ConfigError for a data set of another kind, without images, or with other labels."""
+    """Return a source; raise ConfigError for a data set that is not map-style, is empty, or has invalid labels."""
     if not all(hasattr(dataset, each) for each in ("__len__", "__getitem__")):
         members = "__len__ and __getitem__, as a map-style torch.utils.data.Dataset has"
         raise ConfigError(f"data.name={name}: {type(dataset).__name__} must have {members}")
@@ -83,16 +83,16 @@ def _source(name: str, part: str, dataset: Any) -> DatasetSource:
     source = DatasetSource(dataset, f"{name}/{part}", np.arange(len(dataset)))
     if labels is None:
         return source
-    several = labels.ndim == 2
-    count = labels.shape[1] if several else int(labels.max()) + 1
+    multi_label = labels.ndim == 2
+    count = labels.shape[1] if multi_label else int(labels.max()) + 1
     known = [str(each) for each in getattr(dataset, "classes", ())]
-    fits = len(known) == count if several else len(known) >= count
-    given: dict[str, Any] = {"multi_labels" if several else "labels": labels}
+    fits = len(known) == count if multi_label else len(known) >= count
+    given: dict[str, Any] = {"multi_labels" if multi_label else "labels": labels}
     return replace(source, classes=tuple(known if fits else map(str, range(count))), **given)
 
 
 def _labels(name: str, dataset: Any) -> NDArray[np.int64] | NDArray[np.bool_] | None:
-    """Return the attribute `targets` or `labels`, as torchvision's have, or else the labels of all items, if any.
+    """Return the attribute `targets` or `labels`, as torchvision's data sets have, or else the labels of all items.
 
     Labels are (N,), or (N, L) with 0 and 1 if images can have several.
     """
@@ -109,7 +109,9 @@ def _labels(name: str, dataset: Any) -> NDArray[np.int64] | NDArray[np.bool_] | 
     if rows and bool(np.isin(values, (0, 1)).all()) and values.any():
         return values.astype(np.bool_)
     integers = values.ndim == 1 and values.dtype.kind in "iu" and values.min() >= 0
-    rule = "a label must be a whole number from 0, or one 0 or 1 for each class if images can have several labels"
+    rule = (
+        "a label must be a whole number of at least 0, or, if images can have several, a list of 0 or 1 for each class"
+    )
     require(integers, f"data.name={name}: {rule}, not {stored[0]!r}")
     return values.astype(np.int64)
 

@@ -49,7 +49,8 @@ _RECIPES: dict[str, dict[str, Any]] = {
 
 
 _TINY = 4096  # bytes of an image to which a tar adds much
-_OF_IMAGES = {f"data.{name}" for name in ("channels", "dtype", "bits", "preview")}  # fields that shards need again
+# The fields that must be set again to read the shards.
+_IMAGE_FIELDS = {f"data.{name}" for name in ("channels", "dtype", "bits", "preview")}
 
 
 def pack(config: PackConfig) -> None:
@@ -60,8 +61,8 @@ def pack(config: PackConfig) -> None:
     sources = open_sources(data, bank_size=0, keep_unreadable=True)
     require(
         sources.train.multi_labels is None,
-        f"data.name={data.name}: images with several labels each cannot be packed with them; to pack the images only, "
-        f"{'remove data.label_file' if data.label_file else 'set data.label_column=none'}",
+        f"data.name={data.name}: shards hold one label per image, and these images can have several; to pack them "
+        f"without labels, {'remove data.label_file' if data.label_file else 'set data.label_column=none'}",
     )
     bank = None if sources.bank is sources.train else sources.bank
     named = zip(SPLITS, (sources.train, bank, sources.held_out), strict=True)
@@ -191,7 +192,7 @@ def finish(
         shards, part_entries = list[dict[str, Any]](), list[dict[str, Any]]()
         for part in map(read_part, parts[name]):
             shards += [part.shard] if part.shard else []
-            # Together with `rows` and `shards`, this is all of the part: `verify` can restore its file.
+            # With this entry, `rows` and `shards`, `verify` can restore the file of the part.
             entry = {"rows": len(part.rows), "end": part.next_image, "before": part.source_bytes}
             part_entries.append(entry | {"skipped": part.skipped})
         if not shards:
@@ -238,7 +239,7 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
 
 
 def growth_note(config: PackConfig, before: int, after: int, images: int) -> str:
-    """Return why shards are much larger than the images were, in bytes; "" if they are not."""
+    """Explain why the shards are much larger than the original files; "" if they are not. Sizes are in bytes."""
     if after <= 1.5 * before or not before:
         return ""
     size = before / images
@@ -253,7 +254,7 @@ def _next(data: DataConfig, output: Path, count: int) -> str:
     """Return the command that trains on the shards, with a recipe for images of this kind and number; or a note."""
     recipe = _RECIPES.get(data.name) or recipe_for(count)
     shards = {"data": "shards", "data.root": str(output)}
-    shards |= {name: value for name, value in given_fields(data).items() if name in _OF_IMAGES}
+    shards |= {name: value for name, value in given_fields(data).items() if name in _IMAGE_FIELDS}
     reads = " ".join(starmap(override, shards.items()))
     if (data.channels, data.dtype) != (RGB.channels, RGB.dtype):
         return (

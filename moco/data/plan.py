@@ -1,8 +1,8 @@
 """The order of the samples, and the samples of each step of training.
 
-The order is a function of (seed, epoch) on the global batch (laws 2 and 3 of CONTRIBUTING.md): step s of an epoch uses
-the samples s * B ... (s + 1) * B - 1 of that epoch's permutation, and rank r the r-th part of them. So a run can resume
-at any step, on any number of processes.
+The order is a function of (seed, epoch) and does not depend on the number of processes (laws 2 and 3 of
+CONTRIBUTING.md): step s of an epoch uses the samples s * B ... (s + 1) * B - 1 of that epoch's permutation, and rank r
+the r-th part of them. So a run can resume at any step, on any number of processes.
 
 An epoch can draw an image several times. Each repetition is a sample of its own, with its own random numbers and so
 with other views: sample s is image s % N, repetition s // N, of a data set with N images.
@@ -32,14 +32,14 @@ class Plan:
     draws: tuple[tuple[int, int], ...] = ()  # see `Source`
 
     @property
-    def drawn(self) -> int:
-        """Samples in the order of an epoch."""
+    def samples_per_epoch(self) -> int:
+        """Samples in the order of an epoch, including an incomplete last batch, which is not used."""
         return sum(draws for _, draws in self.draws) if self.draws else self.length
 
     @property
     def steps_per_epoch(self) -> int:
         """Full batches per epoch; the rest of the permutation is dropped, as in the official code."""
-        return self.drawn // self.batch_size
+        return self.samples_per_epoch // self.batch_size
 
     @property
     def total_steps(self) -> int:
@@ -61,11 +61,12 @@ class Plan:
             yield epoch, order[first : first + self.share]
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the samples of an epoch in their order, (drawn,).
+        """Return the samples of an epoch in their order, (samples_per_epoch,).
 
-        Of n images from which d are drawn, each is drawn floor(d / n) times, and d mod n random ones once more.
+        If `draws` takes k samples from a part of M images, each image is drawn floor(k / M) times, and k mod M random
+        images once more.
         """
-        order = permutation(self.seed, epoch, self.drawn, ORDER)
+        order = permutation(self.seed, epoch, self.samples_per_epoch, ORDER)
         if not self.draws:
             return order
         samples, first = list[NDArray[np.int64]](), 0

@@ -1,8 +1,8 @@
-"""The data sets of the transfer literature, as torchvision lays them out below a folder: one line each.
+"""The data sets of the transfer literature, as torchvision lays them out below a folder.
 
     Kornblith, Shlens & Le, "Do better ImageNet models transfer better?", CVPR 2019, table 1
 
-Two of them differ from the paper, because torchvision's data do: Caltech-101 has no background class, and SUN397 is
+Two of them differ from the paper, because torchvision's copies do: Caltech-101 has no background class, and SUN397 is
 split here, always in the same way, into 50 training and 50 test images per class.
 """
 
@@ -39,7 +39,7 @@ class TransferSet:
     megabytes: int  # of the download
     folder: str  # below the root
     files: Callable[[Any], tuple[Sequence[Any], Sequence[Any]]] = lambda found: (found._image_files, found._labels)
-    draw: tuple[int, int] = (0, 0)  # of (all,): training and test images per class; 0 test images: all others
+    draw: tuple[int, int] = (0, 0)  # for (all,): training and test images per class, drawn at random; 0: all others
     available: bool = True  # whether torchvision can download it
 
     def names(self, found: Any) -> tuple[str, ...]:
@@ -110,7 +110,7 @@ def download(name: str, root: str) -> None:
 
     Raises:
         ConfigError: if torchvision cannot download it.
-        FileNotFoundError: if the download fails, with the address's problem.
+        FileNotFoundError: if the download fails; the message gives the reason.
     """
     known, folder = SETS[name], _absolute(root)
     if not known.available:
@@ -136,7 +136,7 @@ def open_splits(name: str, root: str) -> list[tuple[FolderSource, Labels]]:
     CIFAR, whose images are not in files, is opened by `moco.data.arrays`.
 
     Raises:
-        FileNotFoundError: if the data set is not there or incomplete, with its size.
+        FileNotFoundError: if the data set is missing or incomplete; the message gives the size of the download.
     """
     known, folder = SETS[name], _absolute(root)
     try:

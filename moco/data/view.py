@@ -1,8 +1,8 @@
 """The recipe of a view, and its random parameters: on the host, NumPy only.
 
-All parameters are a function of (seed, epoch, sample index, stream), each from its own numbered draw.
+Each parameter is a function of (seed, epoch, sample index, stream, draw number); see `moco.data.keyed`.
 
-Legend: N samples, C channels, S x S pixels of a view, D = CROP_DRAWS.
+Legend: N samples, C channels, S x S pixels of a view, D numbers for the steps of plug-ins, P = S * S / 2 rounded up.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from moco.data.crop import CROP_DRAWS
 from moco.data.keyed import keyed_uniform
 from moco.plugins import Registry, check_options
 
-# Draw numbers. They are part of the format: a new operation uses free numbers, so that existing views do not change.
+# Draw numbers. Never change them: a new operation uses free numbers, so that existing recipes give the same views.
 # The first CROP_DRAWS numbers are the crop's.
 _JITTER, _FACTORS, _ORDER = 24, slice(25, 29), slice(29, 33)
 _GRAY, _BLUR, _SIGMA, _SOLARIZE, _FLIP = 33, 34, 35, 36, 37
@@ -26,7 +26,8 @@ _AFFINE, _ANGLE, _SHIFT, _ZOOM, _SHEAR, _NOISE = 38, 39, slice(40, 42), 42, 43, 
 _VERTICAL_FLIP, _QUARTER_TURN, _TURNS = 45, 46, 47
 _DRAWS = 48
 _PIXELS = 64  # from here on, the pixel noise
-# Of the stream of channels, channel c has the draws _PER_CHANNEL * c ... : whether it is dropped, and its two factors.
+# In the stream CHANNELS, the draws of channel c start at _PER_CHANNEL * c: one for the dropout of the channel, then the
+# factors of brightness and contrast.
 _PER_CHANNEL = 4
 # The operations that are defined by red, green and blue.
 _NEED_RGB = ("saturation", "hue", "gray_p")
@@ -41,8 +42,9 @@ _RANGES |= dict.fromkeys(("crop_ratio", "blur_sigma", "zoom"), (1e-6, math.inf))
 class Step(NamedTuple):
     """An augmentation step of a plug-in: a function of a batch, and how many random numbers it needs per sample.
 
-    The function takes images (N, C, S, S), float in 0 ... 1, uniform numbers in [0, 1), (N, draws), both on the device,
-    and its options by name. It returns the changed images, of the same shape. It draws no random numbers of its own.
+    The function takes two tensors on the same device: images (N, C, S, S), float in 0 ... 1, and uniform numbers in
+    [0, 1), (N, draws). Its options are keyword arguments. It returns the changed images, of the same shape. All of its
+    randomness must come from the given numbers.
     """
 
     function: Callable[..., Any]
@@ -66,8 +68,8 @@ class View:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Lowest and highest width / height of the crop."""
     antialias: bool = True
-    """Resize the crop with antialiasing; false: by plain interpolation, as torchvision's antialias=False. Then a
-    reduced image shows single pixels, and large JPEGs are decoded in full size."""
+    """Resize the crop with antialiasing; false: by plain interpolation, as torchvision's antialias=False. Then
+    downscaled images are aliased, and large JPEGs are decoded in full size."""
     jitter_p: float = 0.0
     """Probability of the color jitter: brightness, contrast, saturation and hue, in random order."""
     brightness: float = 0.0
@@ -90,7 +92,7 @@ class View:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Lowest and highest standard deviation of the blur in pixels. The kernel's radius is 3 times the higher one."""
     solarize_p: float = 0.0
-    """Probability of inverting the values from solarize_threshold on."""
+    """Probability of solarization: values of at least solarize_threshold are inverted."""
     solarize_threshold: float = 0.5
     """The threshold of solarization, for images in 0 ... 1."""
     flip_p: float = 0.0
@@ -149,7 +151,9 @@ class View:
         if not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"std={self.std} must be finite numbers above 0")
         if self.rgb and self.per_channel:
-            raise ValueError("per_channel=True is for other channels than RGB; for RGB, set hue and saturation")
+            raise ValueError(
+                "per_channel=True is only for images that are not RGB: set it to false, and use hue and saturation"
+            )
         needing = [] if self.rgb else [name for name in _NEED_RGB if getattr(self, name) > 0]
         if needing:
             values = " and ".join(f"{name}={getattr(self, name)}" for name in needing)
@@ -189,7 +193,7 @@ class Params:
     affine: NDArray[np.bool_]  # (N,)
     theta: NDArray[np.float32]  # (N, 6), see ops.affine
     noise: NDArray[np.float32]  # (N, S, S); (N, 0, 0) if the view has none
-    steps: NDArray[np.float32]  # (N, D), uniform numbers of all steps of plug-ins
+    steps: NDArray[np.float32]  # (N, D), uniform numbers of all steps of plug-ins together
     channel_factors: NDArray[np.float32]  # (N, C, 2): brightness, contrast; (N, 0, 2) without view.per_channel
     dropped: NDArray[np.bool_]  # (N, C), the channels to replace by their mean; (N, 0) if the view drops none
 
@@ -202,18 +206,18 @@ class Params:
 
 
 def draw_crop(seed: int, epoch: int, index: ArrayLike, stream: int) -> NDArray[np.float32]:
-    """Return the uniform numbers of the crop, shape (N, D), for `crop_boxes`."""
+    """Return the uniform numbers of the crop, shape (N, CROP_DRAWS), for `crop_boxes`."""
     return keyed_uniform(seed, epoch, index, stream, CROP_DRAWS)
 
 
 def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Params:
     """Draw the random parameters of view number `stream`, except the crop's, for the samples `index`, shape (N,).
 
-    In distribution the N rows of parameters equal those of torchvision's transforms.
+    The parameters have the same distribution as those of torchvision's transforms.
     """
     noisy = view.noise[1] > 0
     u = keyed_uniform(seed, epoch, index, stream, _PIXELS + view.size**2 + 1 if noisy else _DRAWS).astype(np.float64)
-    own = sum(STEPS[name].draws for name in view.steps)
+    step_draws = sum(STEPS[name].draws for name in view.steps)
     strengths = np.array([view.brightness, view.contrast, view.saturation, view.hue])
     center = np.array([1.0, 1.0, 1.0, 0.0])
     low = np.where(center > 0, np.maximum(center - strengths, 0), -strengths)  # a factor is never negative
@@ -232,7 +236,7 @@ def draw(view: View, seed: int, epoch: int, index: ArrayLike, stream: int) -> Pa
         affine=u[:, _AFFINE] < view.affine_p,
         theta=_affine_theta(u, view),
         noise=_pixel_noise(u, view) if noisy else np.zeros((len(u), 0, 0), dtype=np.float32),
-        steps=keyed_uniform(seed, epoch, index, keyed.STEPS + stream, own) if own else u[:, :0].astype(np.float32),
+        steps=keyed_uniform(seed, epoch, index, keyed.STEPS + stream, step_draws),
         channel_factors=_between(
             u_channels[:, : view.channels if view.per_channel else 0, 1:3], low[:2], (center + strengths)[:2]
         ).astype(np.float32),
@@ -248,7 +252,7 @@ def _channel_uniforms(view: View, seed: int, epoch: int, index: ArrayLike, strea
 
 
 def _dropped(u: NDArray[np.float64], probability: float) -> NDArray[np.bool_]:
-    """Return the channels to drop, (N, C): those below the probability, but never the one with the highest number."""
+    """Return the channels to drop, (N, C): those with u < `probability`, except the channel with the highest u."""
     if probability == 0:
         return np.zeros((len(u), 0), dtype=np.bool_)
     dropped: NDArray[np.bool_] = (u < probability) & (u < u.max(axis=1, keepdims=True))

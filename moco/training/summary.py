@@ -46,7 +46,7 @@ def announce(trainer: "Trainer") -> None:
             log(line)
         if plan.draws:
             parts = [f"{draws:,} of {images:,} images" for images, draws in plan.draws]
-            log(f"an epoch draws {' + '.join(parts)} = {plan.drawn:,} samples (data.weights)")
+            log(f"an epoch draws {' + '.join(parts)} = {plan.samples_per_epoch:,} samples (data.weights)")
     negatives = f"queue {method.queue.size}" if method.queue is not None else "no queue"
     log(
         f"epochs {plan.epochs}, {plan.steps_per_epoch} steps each · batch {config.batch_size} · {negatives} · "

@@ -101,8 +101,8 @@ class Trainer:
         self.views = build_views(config.augment, config.data)
         self.sources, self.data_identity = build.open_data(config, watchdog)
         self._stop_if_signaled()
-        shares = rank(), world_size(), self.sources.train.draws
-        self.plan = Plan(len(self.sources.train), config.batch_size, config.epochs, config.seed, *shares)
+        train, ranks = self.sources.train, (rank(), world_size())
+        self.plan = Plan(len(train), config.batch_size, config.epochs, config.seed, *ranks, train.draws)
         check_against_data(config, self.plan, self.sources)
 
         # The method and its optimizer, restored from the newest checkpoint.
@@ -239,7 +239,7 @@ class Trainer:
             self._finish_step(done)
 
     def _step(self, step: int, batch: Batch) -> Measures | None:
-        """Train on one batch. Return its measures, or None if the step was skipped because it was not finite."""
+        """Train on one batch. Return its measures, or None if it was skipped for a non-finite loss or gradient."""
         config, method = self.config, self.method
         values = schedule_values(config, self.plan, self.peak_lr, step)
         method.temperature = values.get("temperature", method.temperature)
@@ -287,7 +287,7 @@ class Trainer:
         """Save after the last step, after the best evaluation so far, and at the intervals of `config.checkpoint`."""
         best = self._is_best(done)
         due = done == self.plan.total_steps or best or self.schedule.is_due(done)
-        if not due and done % min(self.config.log_every, 10) == 0:  # not after every step, because it is a collective
+        if not due and done % min(self.config.log_every, 10) == 0:  # not after each step, because all ranks wait
             due = on_rank_zero(self.schedule.is_late)
         if due:
             self._save(done, self.schedule.keeps(done), best)

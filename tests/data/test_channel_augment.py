@@ -117,5 +117,5 @@ def test_what_does_not_fit_is_reported_in_one_sentence(fields: dict[str, Any], s
 def test_a_single_channel_is_not_dropped_and_rgb_has_no_factors_per_channel() -> None:
     with pytest.raises(ValueError, match=r"channel_dropout_p=0\.1 needs several channels"):
         View(8, channel_dropout_p=0.1, mean=(0.5,), std=(0.5,))
-    with pytest.raises(ValueError, match="per_channel=True is for other channels than RGB"):
+    with pytest.raises(ValueError, match="per_channel=True is only for images that are not RGB"):
         View(8, per_channel=True)

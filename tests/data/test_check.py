@@ -223,7 +223,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert printed.err.count("\n") == 1
     assert "bomb.png" in printed.out
     assert (tmp_path / "check_data.json").is_file()
-    assert f"written: {tmp_path / 'check_data.json'}, the files of each kind" in " ".join(printed.out.split())
+    assert f"written: {tmp_path / 'check_data.json'}, with the files of each kind" in " ".join(printed.out.split())
 
 
 def test_a_folder_without_faults_gets_a_training_command_that_fits_it() -> None:

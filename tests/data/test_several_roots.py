@@ -51,7 +51,13 @@ def test_an_epoch_draws_as_often_as_stated(draws: tuple[tuple[int, int], ...]) -
     plan = Plan(10, 1, 40, seed=3, draws=draws)
     totals = Counter[int]()
     for samples in epochs(plan):
-        assert len(samples) == len(set(samples)) == plan.drawn == plan.steps_per_epoch == sum(n for _, n in draws)
+        assert (
+            len(samples)
+            == len(set(samples))
+            == plan.samples_per_epoch
+            == plan.steps_per_epoch
+            == sum(n for _, n in draws)
+        )
         images = Counter(sample % 10 for sample in samples)
         totals.update(images)
         first = 0
@@ -179,11 +185,11 @@ def test_fields_that_do_not_fit_are_refused(roots: tuple[str, str], fields: dict
 
 def test_folders_within_each_other_and_missing_ones_are_refused(roots: tuple[str, str], tmp_path: Path) -> None:
     for first, second in (roots[:1] * 2, (roots[0], f"{roots[0]}/cat"), (f"{roots[1]}/owl", roots[1])):
-        with pytest.raises(ValueError, match=r"data\.more_roots=.* and .* contain each other: name separate folders"):
+        with pytest.raises(ValueError, match=r"data\.more_roots=.* and .* overlap .*: name separate folders"):
             load_source(data(first, second))
     with pytest.raises(FileNotFoundError, match=r"data\.more_roots=.*nowhere .*does not exist: check the path"):
         load_source(data(roots[0], str(tmp_path / "nowhere")))
-    with pytest.raises(ValueError, match=r"data\.eval_root=.* and data\.more_roots=.* contain each other"):
+    with pytest.raises(ValueError, match=r"data\.eval_root=.* and data\.more_roots=.* overlap"):
         load_source(data(*roots, labels="folder", eval_root=roots[1]))
     with pytest.raises(ConfigError, match=r"run=.* lies in data\.more_roots="):
         refuse_output_inside(data(*roots), "run", f"{roots[1]}/run")
