@@ -280,7 +280,7 @@ def _report(run: Segmentation, found: list[Segmented], path: Path) -> None:
     note = student if config.seeds > 1 else "with the 95 % bootstrap interval over the held-out images"
     title = f"segmentation, {config.head}{', frozen encoder' * config.frozen}, {config.steps:,} steps"
     caption = f"mIoU: {note}; {len(run.held_out):,} held-out images, {len(run.train.classes)} classes"
-    table(title, ["encoder", "mIoU %", "pixels %", "each seed"], rows, caption)
+    table(title, ["encoder", "mIoU %", "pixel accuracy %", "each seed"], rows, caption)
     for each in found:
         predicted = np.concatenate([one.predicted for one in each.overlaps]).any(axis=0)  # (L,)
         if np.count_nonzero(predicted) == 1:
