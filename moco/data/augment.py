@@ -18,7 +18,8 @@ after each operation, this one stays in float32.
 The operations between the affine map and the noise have two forms with the same results: one by one (`moco.data.ops`),
 and for RGB on a GPU together in a few launches (`moco.kernels.augment`).
 
-Legend: N samples, C channels, S x S pixels of a view.
+Legend: N samples, n of them in a part, J of these with color jitter, C channels, S x S pixels of a view, D numbers for
+the steps of plug-ins.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ in float64 whose terms are added one after the other, in the order of the input 
 alone or in a batch, on any device (law 2), and one that is not resized keeps the bits of the image. uint16 is rounded
 once, at the end.
 
-Legend: N samples, C channels, H x W image, S output size, K weights (taps) per output pixel.
+Legend: N samples, n of them in a part, C channels, H x W image, S output size, K weights (taps) per output pixel.
 """
 
 import functools
@@ -117,7 +117,7 @@ def _resized(images: Tensor, down: tuple[Tensor, Tensor], across: tuple[Tensor, 
 
 
 def _weighted_sum(x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Return the weighted sums of rows: x (n, L, R), indices and weights (n, S, K) -> (n, S, R)."""
+    """Return S weighted sums of K of the L rows of x: x (n, L, R), indices and weights (n, S, K) -> (n, S, R)."""
     samples = torch.arange(len(x), device=x.device)[:, None]
     total = x.new_zeros(len(x), indices.shape[1], x.shape[2])
     for tap in range(indices.shape[2]):

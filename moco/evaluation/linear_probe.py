@@ -4,7 +4,7 @@ facebookresearch/moco and facebookresearch/moco-v3, main_lincls.py. Deviations: 
 (theirs is the best of all epochs on the held-out images), and an epoch consists of full batches: the last images of its
 order are left out if they do not fill one.
 
-Legend: n images of this rank's batch, C channels, S image size, D feature dimension, L classes.
+Legend: M training images, N images, n of them in the batch of a rank, C channels, S image size, D features, L classes.
 """
 
 import json
