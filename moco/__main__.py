@@ -7,7 +7,7 @@ from pathlib import Path
 COMMANDS = {
     "train": ("train",),
     "check and pack images": ("check_data", "pack"),
-    "evaluate": ("knn", "linear", "finetune", "transfer", "segment"),
+    "evaluate": ("knn", "linear", "finetune", "transfer", "segment", "detect"),
     "use the features": ("embed", "search"),
     "understand": ("report", "temperature", "choose"),
     "exchange": ("convert",),

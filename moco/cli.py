@@ -35,7 +35,7 @@ _RESUMES = {
     "train": f"; {_AGAIN} from the last checkpoint, if there is one",
     "pack": f"; finished shards are kept: {_AGAIN}",
     **dict.fromkeys(("embed", "search"), f"; finished features are kept: {_AGAIN}"),
-    "segment": f"; finished networks are kept: {_AGAIN} from the last saved state",
+    **dict.fromkeys(("segment", "detect"), f"; finished networks are kept: {_AGAIN} from the last saved state"),
     "temperature": f"; finished runs are kept: {_AGAIN}",
 }
 

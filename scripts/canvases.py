@@ -1,16 +1,18 @@
-"""Write canvases: handwritten digits on textured backgrounds, with known masks, to test segmentation without downloads.
+"""Write canvases: handwritten digits on textured backgrounds, with known masks and boxes, to test without downloads.
 
 python scripts/canvases.py CANVASES
 
-CANVASES/train and CANVASES/test get the folders images and masks.
+CANVASES/train and CANVASES/test get the folders images and masks, and boxes.json: boxes and masks in COCO's format.
 
 A mask holds 0 for the background and 1 + d for the digit d. The digits are the scans of scikit-learn; those of the test
 canvases are in no training canvas. The same arguments write the same files.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,11 +72,42 @@ def write_canvases(root: Path, train: int, test: int, seed: int = 0, side: int =
     for split, count, part in (("train", train, slice(0, 1400)), ("test", test, slice(1400, None))):
         for kind in ("images", "masks"):
             (root / split / kind).mkdir(parents=True, exist_ok=True)
+        found = []
         for number in range(count):
             rng = np.random.default_rng((seed, split == "test", number))
-            pixels, mask, _ = draw_canvas(rng, bunch.images[part], bunch.target[part], side)
+            pixels, mask, boxes = draw_canvas(rng, bunch.images[part], bunch.target[part], side)
             Image.fromarray(pixels).save(root / split / "images" / f"{number:05}.png")
             Image.fromarray(mask).save(root / split / "masks" / f"{number:05}.png")
+            found.append((mask, boxes))
+        (root / split / "boxes.json").write_text(json.dumps(_coco(found)) + "\n")
+
+
+def _coco(canvases: list[tuple[NDArray[np.uint8], list[tuple[int, ...]]]]) -> dict[str, Any]:
+    """Return the objects of canvases in COCO's format; their masks are uncompressed run lengths."""
+    images, annotations = [], list[dict[str, Any]]()
+    for number, (mask, boxes) in enumerate(canvases):
+        height, width = mask.shape
+        images.append({"id": number, "file_name": f"{number:05}.png", "width": width, "height": height})
+        for digit, left, top, right, bottom in boxes:
+            inside = np.zeros_like(mask)
+            inside[top:bottom, left:right] = mask[top:bottom, left:right] > 0
+            # Columns first; the first run is of zeros.
+            flat = np.concatenate([[0], inside.T.ravel(), [2]])
+            edges = np.flatnonzero(np.diff(flat))
+            runs = np.diff(np.concatenate([[0], edges])).tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,  # pycocotools takes 0 for "no object"
+                    "image_id": number,
+                    "category_id": digit + 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "area": int(inside.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": [height, width], "counts": runs},
+                }
+            )
+    categories = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def main(arguments: list[str]) -> int:

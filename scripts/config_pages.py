@@ -48,7 +48,7 @@ GROUPS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "checkpoint": CheckpointConfig,
 }
-OPTIONS = {"knn": "preset", "linear": "protocol"}  # commands with a group of their own
+OPTIONS = {"knn": "preset", "linear": "protocol", "detect": "benchmark"}  # commands with a group of their own
 DOCUMENTED_BY: dict[type, type] = {AugmentConfig: View}  # the class that documents the fields of a schema
 
 

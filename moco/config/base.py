@@ -53,6 +53,7 @@ REPOSITORY = r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*"  # USER/NA
 
 # The extras of pyproject.toml that a command may need, and their packages as pip names them.
 EXTRAS = {
+    "detect": "torchmetrics pycocotools",
     "hub": "huggingface-hub",
     "huggingface": "datasets",
     "mlflow": "mlflow-skinny sqlalchemy alembic sqlparse",

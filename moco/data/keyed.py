@@ -32,6 +32,7 @@ CHANNELS = 4_500  # numbers for each channel of a view; one stream per view: CHA
 MIXING = 5_000  # the shuffling of a streamed data set in a worker's buffer; one stream per worker: MIXING + worker
 PARTS = 6_000  # the images that an epoch draws of a part of the data set; one stream per part: PARTS + part
 EPISODES = 7_000  # the classes of a few-shot episode; the images of its n-th class: EPISODES + 1 + n
+BOX_SAMPLES = 8_000  # the boxes of an image that a detector samples for its loss
 DRAW_LABELS = 10_000  # the labeled samples of a few-label evaluation; one stream per draw
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

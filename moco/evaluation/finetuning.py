@@ -146,7 +146,7 @@ def mixed(mix: Mix, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train_step(
-    forward: nn.Module,
+    forward: Callable[[Tensor], Tensor],
     optimizer: Optimizer,
     images: Tensor,
     loss_of: Callable[[Tensor], Tensor],

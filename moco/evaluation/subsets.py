@@ -3,6 +3,7 @@
 Legend: N labeled images, L classes.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moco.config import ConfigError
-from moco.data.keyed import DRAW_LABELS, FEW_LABELS, permutation
+from moco.data.decode import read_bytes
+from moco.data.keyed import DRAW_LABELS, FEW_LABELS, HOLD_OUT, permutation
 
 Rows = NDArray[np.int64]
 
@@ -173,3 +175,19 @@ def _refuse(names: Sequence[str], problem: str, fix: str) -> None:
     if names:
         shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
         raise SubsetError(f"{len(names)} of the listed images {problem} ({shown}): {fix}")
+
+
+def split_copies(paths: Sequence[str], part: float) -> tuple[list[int], list[int]]:
+    """Divide the rows of image files at random into a rest and a held-out part; copies of an image stay together.
+
+    Raises:
+        ImageError: if a file cannot be read.
+    """
+    copies: dict[bytes, list[int]] = {}
+    for row, path in enumerate(paths):
+        copies.setdefault(hashlib.sha256(read_bytes(path)).digest(), []).append(row)
+    groups, held = list(copies.values()), list[int]()
+    for each in permutation(0, 0, len(groups), HOLD_OUT).tolist():
+        if len(held) + len(groups[each]) <= round(part * len(paths)):
+            held += groups[each]
+    return sorted(set(range(len(paths))) - set(held)), sorted(held)

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 
 from moco.config import ConfigError, require
-from moco.config.base import HUB
 from moco.config.subject import SubjectConfig
 from moco.config.transfer import TransferConfig
 from moco.digest import digest
 from moco.distributed import on_rank_zero
-from moco.evaluation.subject import Subject, open_subject, weights_digest
+from moco.evaluation.subject import Subject, fields_of_encoder, open_subject, weights_digest
 from moco.evaluation.transfer_data import MEASURES, check_names, is_fixed, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (
@@ -98,8 +97,7 @@ def open_candidates(config: TransferConfig) -> list[Candidate]:
 
 
 def _open_other(name: str, config: TransferConfig) -> Subject:
-    is_run = not name.startswith(HUB) and Path(name).is_dir()
-    other = SubjectConfig(run=name if is_run else "", checkpoint="" if is_run else name, images=config.images)
+    other = SubjectConfig(**fields_of_encoder(name), images=config.images)
     try:
         return open_subject(other)
     except (ValueError, FileNotFoundError) as error:

@@ -65,6 +65,7 @@ class GroupedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.after = after or nn.Identity()
+        self.uneven = False  # for "sync": ranks may normalize different numbers of samples, such as boxes
         self.views, self.micro_batches, self.view_by_view = 1, 1, False  # see `set_calls_per_step`
         self.call = 0  # number of calls in this step; not saved, because checkpoints are saved between steps
         self.counted: list[GroupedBatchNorm] = [self]  # the layers whose calls this layer counts
@@ -118,14 +119,16 @@ class GroupedBatchNorm(nn.Module):
 
     def _normalize_sync(self, x: Tensor) -> Tensor:
         """BN over all ranks; two passes, because E[x^2] - E[x]^2 cancels in float32."""
-        if self._is_fused(x):
+        if self._is_fused(x) and not self.uneven:
             self._count_call()
             affine, running = (self.weight, self.bias), (self.running_mean, self.running_var)
             return sync_batch_norm(x, *affine, *running, self.momentum, self.eps)
         values = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        count = values.numel() // values.shape[1] * world_size()
+        count: Any = values.numel() // values.shape[1] * world_size()
+        if self.uneven:
+            count = sum_over_ranks(values.new_tensor(values.numel() // values.shape[1]))
         mean = sum_over_ranks(values.sum(dims)) / count  # (C,)
         centered = values - mean.view(shape)
         var = sum_over_ranks(centered.square().sum(dims)) / count  # (C,)

@@ -10,21 +10,23 @@ from typing import Any
 
 from moco import plugins
 from moco.config.data import DataConfig, is_remote
-from moco.config.subject import SubjectConfig
+from moco.config.subject import EncoderConfig, SubjectConfig
 
 # Text that needs no quotes for Hydra to read it unchanged. (Quotes would always be correct, but they are hard to read.)
 _UNQUOTED = re.compile(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*")
 _KEYWORDS = {"true", "false", "null", "nan", "inf"}  # Hydra reads these as values
 
 
-def command(module: str, config: SubjectConfig, **changes: Any) -> str:
+def command(module: str, config: EncoderConfig, **changes: Any) -> str:
     """Return `python -m MODULE` with the plug-ins, and each field of `SubjectConfig` that differs from its default.
+
+    Fields that `config` does not have are left out.
 
     `changes` replace or extend the fields of `config`. A field of `SubjectConfig` that is changed to its default is
     left out.
     """
-    defaults = asdict(SubjectConfig())
-    values = {each.name: asdict(config)[each.name] for each in fields(SubjectConfig)} | changes
+    defaults, own = asdict(SubjectConfig()), asdict(config)
+    values = {each.name: own[each.name] for each in fields(SubjectConfig) if each.name in own} | changes
     values["plugins"] = values["plugins"] or list(plugins.versions())
     return " ".join(["python", "-m", module, *starmap(override, _changed(values, defaults))])
 

@@ -3,10 +3,10 @@
 A mask is an image file of one channel; the value of a pixel is the number of its class.
 """
 
-import hashlib
 import io
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from torch import Tensor
 from moco.config import ConfigError, RunWarning, require
 from moco.config.segment import MasksConfig
 from moco.data.decode import ImageError, decode_bytes, read_bytes
-from moco.data.keyed import HOLD_OUT, permutation
 from moco.data.labels import first_names
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
 from moco.data.workers import in_order
 from moco.distributed import is_rank_zero
+from moco.evaluation.subsets import split_copies
 from moco.runtime.console import progress_bar
 
 WORKERS = "masks.workers"  # the field, for errors
@@ -116,21 +116,9 @@ def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
     train = replace(known, pairs=tuple(_folder(root, "masks.root")))
     if config.eval_root:
         return train, replace(known, pairs=tuple(_folder(Path(config.eval_root), "masks.eval_root")))
-    rest, held = _split(train, config.hold_out)
+    rest, held = split_copies([path for path, _ in train.pairs], config.hold_out)
     require(bool(rest and held), f"masks.hold_out={config.hold_out} of {len(train)} images leaves a split empty")
     return train.subset(rest), train.subset(held)
-
-
-def _split(images: MaskedImages, part: float) -> tuple[list[int], list[int]]:
-    """Divide the rows at random into a rest and a held-out part; copies of an image stay together."""
-    copies: dict[bytes, list[int]] = {}
-    for row, (path, _) in enumerate(images.pairs):
-        copies.setdefault(hashlib.sha256(read_bytes(path)).digest(), []).append(row)
-    groups, held = list(copies.values()), list[int]()
-    for each in permutation(0, 0, len(groups), HOLD_OUT).tolist():
-        if len(held) + len(groups[each]) <= round(part * len(images)):
-            held += groups[each]
-    return sorted(set(range(len(images))) - set(held)), sorted(held)
 
 
 def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64]:
@@ -140,8 +128,8 @@ def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64
         ImageError: for the first mask that cannot be used, so that none ends the training later.
     """
     total = np.zeros(256, dtype=np.int64)
-    counts = in_order(_Counted(images), range(len(images)), workers, WORKERS)
-    with progress_bar("reading masks", quiet=not is_rank_zero()) as progress:
+    counted = closing(in_order(_Counted(images), range(len(images)), workers, WORKERS))
+    with progress_bar("reading masks", quiet=not is_rank_zero()) as progress, counted as counts:
         for done, each in enumerate(counts, start=1):
             if isinstance(each, ImageError):
                 raise each

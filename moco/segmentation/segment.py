@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.optim import Optimizer
 
-from moco.config import ConfigError, OptimConfig, RunWarning, require
+from moco.config import OptimConfig, RunWarning, require
 from moco.config.segment import SegmentConfig
 from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
@@ -20,14 +20,13 @@ from moco.data.plan import Plan
 from moco.digest import digest
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, rank, world_size, wrap_ddp
 from moco.evaluation.metrics import mean_interval
+from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import IMAGENET, open_encoder, output_of, weights_digest
 from moco.evaluation.task import progress_log
-from moco.files import atomic_write
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
 from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.runs.results import prepare, record
-from moco.runs.weights_file import read_weights
 from moco.runtime.console import log, percent, progress_bar, table
 from moco.runtime.device import compute_context
 from moco.runtime.precision import PRECISIONS
@@ -36,7 +35,7 @@ from moco.segmentation.masks import IGNORED, MaskedImages, count_classes, open_m
 from moco.segmentation.measure import Overlap
 from moco.segmentation.network import SegmentationNetwork, build_network, set_training, with_output_stride
 from moco.segmentation.picture import write_picture
-from moco.segmentation.training import Schedule, TrainSettings, evaluate, predict, train
+from moco.segmentation.training import TrainSettings, evaluate, predict, train
 
 SHOWN = 6  # held-out images in predictions.png
 
@@ -157,26 +156,16 @@ def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], Non
     broadcast_module(network)
     optimizer = _optimizer(run, network)
     state = run.output / "segment" / f"state_{digest(_identity(run, name, seed))[:12]}.pt"
-    start = _resume(state, network, optimizer)
-    if start:
-        finished = "already trained" if start == config.steps else f"resumed at step {start:,}"
-        log(f"{name}, seed {seed}: {finished} ({state})")
-    for _ in range(start):
-        on_step(f"{name}, seed {seed}")
-
-    def after(step: int, loss: float) -> None:
-        on_step(f"{name}, seed {seed}: loss {loss:.3f}")
-        if step == config.steps or (config.save_every and step % config.save_every == 0):
-            on_rank_zero(lambda: _save_state(state, network, optimizer, step))
-
-    train(
-        wrap_ddp(set_training(network, config.frozen, config.bn), run.device),
+    forward = wrap_ddp(set_training(network, config.frozen, config.bn), run.device)
+    train_resumably(
+        state,
+        network,
         optimizer,
-        run.train,
-        plan,
-        run.training,
-        start,
-        after,
+        lambda start, after: train(forward, optimizer, run.train, plan, run.training, start, after),
+        on_step,
+        title=f"{name}, seed {seed}",
+        steps=config.steps,
+        save_every=config.save_every,
     )
     return network
 
@@ -200,27 +189,6 @@ def _identity(run: Segmentation, name: str, seed: int) -> dict[str, Any]:
     pairs = [list(pair) for pair in run.train.pairs]
     weights = weights_digest(run.file, "backbone")
     return {"settings": settings, "encoder": name, "seed": seed, "pairs": pairs, "weights": weights}
-
-
-def _save_state(path: Path, network: SegmentationNetwork, optimizer: Optimizer, step: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _resume(path: Path, network: SegmentationNetwork, optimizer: Optimizer) -> int:
-    """Load the state of an interrupted training with the same settings, and return its number of finished steps."""
-    if not on_rank_zero(path.is_file):
-        return 0
-    state = read_weights(path)
-    try:
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = int(state["step"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{path} is damaged: remove it to start this training again") from error
-    return step
 
 
 def _save(run: Segmentation, network: SegmentationNetwork, folder: Path) -> None:

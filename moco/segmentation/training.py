@@ -16,32 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moco.config import OptimConfig
 from moco.data.decode import ImageError
-from moco.data.keyed import step_seed
 from moco.data.plan import Plan
 from moco.data.workers import count_processes, loaded, make_loader
-from moco.distributed import all_gather_object, in_lockstep, rank, sum_over_ranks, world_size
+from moco.distributed import all_gather_object, rank, sum_over_ranks, world_size
 from moco.evaluation.finetuning import train_step
-from moco.optim.schedules import lr_factor
-from moco.runtime.errors import NonFiniteLoss
+from moco.evaluation.resumable import OnStep, Schedule, run_steps
 from moco.segmentation.crop import CropDataset, CropSettings
 from moco.segmentation.masks import IGNORED, WORKERS, MaskedImages
 from moco.segmentation.measure import Overlap, overlap_of
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate (lr) of each step."""
-
-    lr: float  # the peak; each parameter group multiplies it by its "lr_scale"
-    steps: int
-    kind: str  # step: a tenth after 70 % and after 90 % of the steps; cosine: to 0
-    warmup: float  # fraction of the steps in which the lr rises
-
-    def at(self, step: int) -> float:
-        optim = OptimConfig(schedule=self.kind, milestones=[0.7, 0.9], warmup_epochs=self.warmup)
-        return self.lr * lr_factor(step, self.steps, 1, optim)  # all steps are one epoch
 
 
 @dataclass(frozen=True)
@@ -78,7 +61,7 @@ def train(
     plan: Plan,
     settings: TrainSettings,
     start: int = 0,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: OnStep = lambda step, loss: None,
 ) -> None:
     """Run the steps from `start` to the end of the schedule.
 
@@ -92,19 +75,15 @@ def train(
         ImageError: if an image or mask cannot be used; on every rank.
     """
     device = next(forward.parameters()).device
-    schedule, dataset = settings.schedule, CropDataset(images, settings.crops, plan.seed)
-    sampler = islice(plan.samples(start), schedule.steps - start)
+    dataset = CropDataset(images, settings.crops, plan.seed)
+    sampler = islice(plan.samples(start), settings.schedule.steps - start)
     loader = make_loader(dataset, settings.workers, sampler, pin_memory=device.type == "cuda")
-    for step, batch in enumerate(in_lockstep(loaded(loader, WORKERS)), start=start):
+
+    def step_of(batch: tuple[Tensor, Tensor], step: int, lr: float) -> float:
         crops, masks = (each.to(device, non_blocking=True) for each in batch)
-        torch.manual_seed(step_seed(plan.seed, (step << 16) + 1 + rank()))  # for the dropout of torchvision's heads
-        lr = schedule.at(step)
-        try:
-            loss = train_step(forward, optimizer, crops, pixel_loss(masks), lr, settings.precision)
-        except NonFiniteLoss as error:
-            fix = f"lower lr={schedule.lr:g} or head_lr_factor, or increase warmup"
-            raise NonFiniteLoss(f"step {step + 1} of {schedule.steps} has {error} at lr {lr:.3g}: {fix}") from error
-        on_step(step + 1, loss)
+        return train_step(forward, optimizer, crops, pixel_loss(masks), lr, settings.precision)
+
+    run_steps(loaded(loader, WORKERS), step_of, settings.schedule, plan.seed, start, on_step)
 
 
 class _WholeImages:

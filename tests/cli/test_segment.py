@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load, load_file
 
 from moco.config import RunWarning
+from moco.evaluation import resumable
 from moco.models.backbones import build_backbone
-from moco.segmentation import segment
 from scripts.canvases import CLASSES, write_canvases
 from tests.cli.conftest import Run
 
@@ -68,15 +68,15 @@ def test_a_network_that_predicts_one_class_is_reported(canvases: Path, run: Run)
 def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("segment", *ENCODER, *SMALL, NAMED, "encoders=[pretrained]", "save_every=2", "lr=0.01")
     assert run(*arguments, "output=whole")[0] == 0
-    real = segment._save_state
+    real = resumable.save_state
 
     def killed(path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        real(path, network, optimizer, step)  # type: ignore[arg-type]
+        real(path, network, optimizer, step)
         if step == 4:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(segment, "_save_state", killed)
+        patch.setattr(resumable, "save_state", killed)
         assert run(*arguments, "output=cut")[0] == 130
     status, out, err = run(*arguments, "output=cut")
     assert status == 0, err

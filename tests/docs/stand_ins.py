@@ -17,6 +17,7 @@ from PIL import Image
 from moco.models.backbones import build_backbone
 from tests.data.images import gradient
 from tests.data.videos import av, write_video
+from tests.detection.examples import voc_object, write_json, write_voc
 from tests.docs.pages import REPOSITORY, blocks
 from tests.plugins import write_examples
 
@@ -35,6 +36,8 @@ TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hid
 SWEEP = ["epochs=1", "sweep.lrs=[0.1]", "sweep.weight_decays=[0.0]"]
 FEW = ["threads=1", "data.workers=0"]
 SMALL_SEGMENT = ["output_stride=null", "threads=1", "masks.workers=0", "steps=2", "batch_size=2", "crop=32", "seeds=1"]
+SMALL_DETECT = ["threads=1", "boxes.workers=0", "steps=2", "batch_size=2", "sizes=[32]", "eval_size=32", "max_size=64"]
+SMALL_DETECT += ["width=16", "box_samples=16", "anchor_samples=16", "seeds=1"]
 SMALL_TRANSFER = ["ways=2", "shots=1", "queries=1", "finetune.epochs=1", "finetune.min_steps=1"]
 
 
@@ -60,6 +63,7 @@ def small(module: str, arguments: tuple[str, ...]) -> list[str]:
         "moco.finetune": [*FEW, "epochs=1", "min_steps=1", "seeds=1"],
         "moco.transfer": [*FEW, "episodes=3", *SMALL_TRANSFER],
         "moco.segment": [*SMALL_SEGMENT],
+        "moco.detect": [*SMALL_DETECT],
         "moco.embed": FEW,
         "moco.search": ["threads=1"],
         "moco.convert": [*FEW, "pictures=2"],
@@ -135,6 +139,31 @@ def small_voc(root: Path) -> None:
         (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{each}\n" for each in numbers))
 
 
+def small_boxes(root: Path) -> None:
+    """Write Pascal VOC's and COCO's layouts, and ALL.json with boxes in IMAGES."""
+    for year, split in (("2007", "trainval"), ("2007", "test"), ("2012", "trainval")):
+        for number in range(2):
+            name = f"{split}{number}"
+            write_voc(root / "VOCdevkit", year, split, voc_object("cat", (5, 5, 20, 15)), name)
+    for split in ("train2017", "val2017"):
+        file = write_json(root / "COCO" / split, both=True)
+        (root / "COCO/annotations").mkdir(exist_ok=True)
+        file.rename(root / "COCO/annotations" / f"instances_{split}.json")
+    names = sorted(path.name for path in (root / "IMAGES").iterdir())
+    numbers = range(len(names))
+    content = {
+        "images": [
+            {"id": each, "file_name": name, "width": 64, "height": 48}
+            for each, name in zip(numbers, names, strict=True)
+        ],
+        "annotations": [
+            {"id": 1 + each, "image_id": each, "category_id": 1, "bbox": [4, 5, 20, 30]} for each in range(36)
+        ],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (root / "ALL.json").write_text(json.dumps(content))
+
+
 def make(root: Path) -> None:
     """Write all data and plug-ins that pages name, except runs."""
     tree(root / "TRAIN", each=20, first=0)
@@ -158,6 +187,7 @@ def make(root: Path) -> None:
     official_file(root / "moco_v2_800ep_pretrain.pth.tar")
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), root / "FILE")
     small_voc(root / "VOCdevkit" / "VOC2012")
+    small_boxes(root)
     (root / "DIR" / "experiment").mkdir(parents=True)
     (recipe,) = [text for _, text in blocks(REPOSITORY / "docs/howto/use.md", "yaml")]
     (root / "DIR" / "experiment" / "mine.yaml").write_text(recipe)

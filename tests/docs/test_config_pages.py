@@ -84,4 +84,4 @@ def test_every_field_has_a_meaning(schema: type) -> None:
         for name, (_, meaning) in config_pages.declared_fields(schema).items()
         if not meaning and not elsewhere.get(name, ("", ""))[1]
     }
-    assert missing <= {*config_pages.GROUPS, "images", "masks", "sweep", "official"}  # groups of fields
+    assert missing <= {*config_pages.GROUPS, "images", "masks", "boxes", "sweep", "official"}  # groups of fields

@@ -1,5 +1,6 @@
 """Small inputs for every command: images, a run, an encoder, features, odd paths."""
 
+import json
 import os
 import runpy
 import shutil
@@ -40,6 +41,7 @@ def build(root: Path) -> None:
         for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
             (root / "masked" / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 3, shape, dtype=np.uint8)).save(root / "masked" / kind / f"{i}.png")
+    write_boxes(root / "masked")
     call("train", *baseline("train", root), f"run={root / 'run'}", "epochs=4", "checkpoint.keep_epochs=1")
     call("embed", *TINY, f"run={root / 'run'}", f"output={root / 'features'}", "data.workers=0")
     odd = root / "odd"
@@ -52,6 +54,15 @@ def build(root: Path) -> None:
     os.mkfifo(odd / "fifo")
     shutil.copy(root / "images/train/cat/0.png", odd / "image.png")
     (odd / "cut.safetensors").write_bytes((root / "run/encoder.safetensors").read_bytes()[:200])
+
+
+def write_boxes(root: Path) -> None:
+    """Write boxes.json, with a box for each image below `root`."""
+    images = [{"id": i, "file_name": f"{i}.png", "width": 16, "height": 16} for i in range(5)]
+    boxes = [{"id": i + 1, "image_id": i, "category_id": 1 + i % 2, "bbox": [i, 2, 8, 9]} for i in range(5)]
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    content = {"images": images, "annotations": boxes, "categories": categories}
+    (root / "boxes.json").write_text(json.dumps(content))
 
 
 def baseline(command: str, root: Path) -> list[str]:
@@ -71,6 +82,24 @@ def baseline(command: str, root: Path) -> list[str]:
         "segment": [
             *(*TINY, run, "output=out", f"masks.root={root / 'masked'}", "masks.hold_out=0.4", "masks.workers=0"),
             *("encoders=[pretrained]", "head=linear", "steps=2", "batch_size=2", "crop=16", "save_every=0"),
+        ],
+        "detect": [
+            *(
+                *TINY,
+                run,
+                "output=out",
+                f"boxes.root={root / 'masked/images'}",
+                f"boxes.file={root / 'masked/boxes.json'}",
+            ),
+            *(
+                "boxes.hold_out=0.4",
+                "boxes.workers=0",
+                "encoders=[pretrained]",
+                "steps=2",
+                "batch_size=2",
+                "sizes=[16]",
+            ),
+            *("eval_size=16", "max_size=32", "width=8", "box_samples=8", "anchor_samples=8", "save_every=0"),
         ],
         "embed": [*TINY, run, "output=out", "data.workers=0"],
         "search": [*TINY, f"index={root / 'features'}", "output=out", "sample=2", "data.workers=0"],

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from moco.config import ConfigError, OptimConfig
 from moco.data.plan import Plan
 from moco.distributed import rank, world_size, wrap_ddp
+from moco.evaluation.resumable import Schedule
 from moco.interop.encoder_file import EncoderFile
 from moco.models.backbones import build_backbone
 from moco.optim.optimizers import build_optimizer
 from moco.segmentation.crop import CropSettings, training_crop
 from moco.segmentation.masks import IGNORED, MaskedImages, _table
 from moco.segmentation.network import HEADS, SegmentationNetwork, build_network, with_output_stride
-from moco.segmentation.training import Schedule, TrainSettings, evaluate, pixel_loss, train
+from moco.segmentation.training import TrainSettings, evaluate, pixel_loss, train
 from scripts.canvases import draw_canvas, write_canvases
 from tests.distributed.launch import run_ranks
 

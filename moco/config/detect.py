@@ -1,0 +1,137 @@
+"""The configuration of `python -m moco.detect`."""
+
+from dataclasses import dataclass, field
+
+from moco.config.base import bounded, require, require_divisible
+from moco.config.subject import EncoderConfig, check_subject
+
+DETECTORS = ("faster_rcnn_fpn", "faster_rcnn_c4", "mask_rcnn_fpn", "mask_rcnn_c4", "retinanet")
+
+
+@dataclass
+class BoxesConfig:
+    """Images with the boxes of the objects in them, and for Mask R-CNN their masks."""
+
+    layout: str = bounded("json", choices=("json", "coco", "voc"))
+    """json: a file in COCO's format and a folder of images. coco: the folders of COCO (annotations/instances_SPLIT.json
+    and SPLIT/). voc: those of Pascal VOC (JPEGImages, Annotations, ImageSets/Main), for one year or several."""
+    root: str = bounded("", path=True)
+    """json: the folder below which the images are. coco, voc: the folder of the data set; for voc VOCdevkit, the folder
+    above it, or one with JPEGImages."""
+    file: str = bounded("", path=True)
+    """For json: the file with the training images and their boxes."""
+    eval_root: str = bounded("", path=True)
+    """For json: the folder of the held-out images. Empty: root."""
+    eval_file: str = bounded("", path=True)
+    """For json: the file with the held-out images and their boxes."""
+    hold_out: float = bounded(0.0, ge=0, lt=1)
+    """For json: fraction of the images of file to hold out, if there is no eval_file."""
+    split: list[str] = bounded([], unique=True)
+    """For coco and voc: the splits for training, as YEAR/NAME for voc, or NAME if root has JPEGImages. Empty:
+    train2017, or 2007/trainval and 2012/trainval."""
+    eval_split: list[str] = bounded([], unique=True)
+    """For coco and voc: the splits for the evaluation. Empty: val2017, or 2007/test."""
+    classes: list[str] = bounded([], unique=True)
+    """For voc: names of the classes. Empty: the 20 of Pascal VOC."""
+    bad_boxes: str = bounded("refuse", choices=("refuse", "drop"))
+    """Boxes without an area, or more than a pixel outside of their image: refuse the data set, or leave them out."""
+    workers: int | None = bounded(None, ge=0, le=512)
+    """Processes that decode images; 0: none. Null: one per CPU core, at most 16."""
+
+
+@dataclass
+class DetectConfig(EncoderConfig):
+    """Train an object detector on each of several encoders, and evaluate it on held-out images."""
+
+    encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
+    """Encoders to start from, at equal steps: pretrained (that of run or checkpoint), untrained (the same network with
+    initial weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
+    detector: str = bounded("faster_rcnn_fpn", choices=DETECTORS)
+    """faster_rcnn_fpn, mask_rcnn_fpn: with a feature pyramid. faster_rcnn_c4, mask_rcnn_c4: proposals on the map of a
+    ResNet's third stage, and its last stage for each proposal. retinanet: without proposals, with a feature pyramid."""
+    norm: bool = True
+    """Normalize new layers: batch normalization over the global batch in the pyramid and in the heads, which then have
+    four convolutions; in c4, after the last stage; group normalization in the head of retinanet."""
+    bn: str = bounded("sync", choices=("sync", "frozen"))
+    """Batch normalization of the encoder: sync (statistics of the global batch), or frozen (its running statistics)."""
+    width: int = bounded(256, ge=8, le=4096)
+    """Channels of the feature pyramid and of the heads on it."""
+    anchor_sizes: list[float] | None = bounded(None, gt=0, min_length=1)
+    """Sides of the anchor boxes in pixels of the resized image: one per level of the pyramid, or all on the map of c4.
+    Null: 8 times the stride of each level (4 times in retinanet); 32, 64, ... 512 in c4."""
+    anchor_samples: int = bounded(256, ge=2)
+    """For R-CNNs: anchors per image in the loss of the proposals."""
+    box_samples: int = bounded(512, ge=2)
+    """For R-CNNs: proposals per image in the loss of the boxes."""
+    seeds: int = bounded(1, ge=1)
+    """Repetitions, with seeds `seed`, `seed` + 1, ... Initial weights, order, sizes and sampled boxes differ."""
+    steps: int = bounded(24_000, ge=1)
+    """Number of optimizer steps."""
+    batch_size: int = bounded(16, ge=1, lt=65_536)
+    """Images per step, over all processes."""
+    sizes: list[int] = bounded([480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], ge=16, le=8192, min_length=1)
+    """Shorter sides in pixels to one of which a training image is resized, at random."""
+    eval_size: int = bounded(800, ge=16, le=8192)
+    """Shorter side in pixels to which an image is resized for the evaluation."""
+    max_size: int = bounded(1333, ge=16, le=8192)
+    """Longer side in pixels that no resized image exceeds."""
+    flip_p: float = bounded(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    lr: float = bounded(0.02, gt=0)
+    """Learning rate (lr) after the warm-up. For another batch_size, scale both by the same factor."""
+    schedule: str = bounded("step", choices=("step", "cosine"))
+    """Decrease of the lr: step (to a tenth at each of milestones), or cosine (to 0)."""
+    milestones: list[float] = bounded([0.75, 0.91666], gt=0, lt=1)
+    """For schedule=step: fractions of the steps."""
+    warmup: float = bounded(0.00417, ge=0, lt=1)
+    """Fraction of the steps in which the lr rises linearly from zero to its peak."""
+    momentum: float = bounded(0.9, ge=0, lt=1)
+    """Momentum of the optimizer, sgd."""
+    weight_decay: float = bounded(1e-4, ge=0)
+    """Weight decay of all weights except those of normalization layers."""
+    precision: str = bounded("fp32", choices=("fp32", "bf16"))
+    """Precision of the training."""
+    mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
+    """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the file's, else ImageNet's."""
+    std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
+    """Standard deviation of each channel, by which pixels are divided after that. Null: the file's, else ImageNet's."""
+    save_every: int = bounded(500, ge=0)
+    """Save the state every so many steps: the same command resumes from it. 0: at the end only."""
+    boxes: BoxesConfig = field(default_factory=BoxesConfig)
+
+    @property
+    def masks(self) -> bool:
+        """Whether the detector predicts masks."""
+        return self.detector.startswith("mask")
+
+
+# Fields of `BoxesConfig` that have an effect in some layouts only.
+_OF_LAYOUT = {
+    "json": ("file", "eval_root", "eval_file", "hold_out"),
+    "coco": ("split", "eval_split"),
+    "voc": ("split", "eval_split", "classes"),
+}
+
+
+def check_detect(config: DetectConfig, processes: int = 1) -> None:
+    """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
+    check_subject(config)
+    boxes, default = config.boxes, BoxesConfig()
+    require(bool(boxes.root), "boxes.root is empty: set boxes.root=DIR, and boxes.layout to the layout of its files")
+    for layout, names in _OF_LAYOUT.items():
+        for name in names:
+            value = getattr(boxes, name)
+            unused = name not in _OF_LAYOUT[boxes.layout] and value != getattr(default, name)
+            error = f"boxes.{name}={value} is for boxes.layout={layout}, not {boxes.layout}: remove one of them"
+            require(not unused, error)
+    if boxes.layout == "json":
+        require(bool(boxes.file), "boxes.file is empty: set boxes.file=FILE.json, the boxes of the training images")
+        parts = [f"boxes.eval_file={boxes.eval_file}"] * bool(boxes.eval_file)
+        parts += [f"boxes.hold_out={boxes.hold_out}"] * bool(boxes.hold_out)
+        require(len(parts) < 2, f"{' and '.join(parts)} both name held-out images: remove one of them")
+        require(bool(parts), "there are no held-out images: set boxes.eval_file=FILE.json, or boxes.hold_out=0.2")
+    masks = f"detector={config.detector} needs masks, which boxes.layout=voc does not have"
+    require(not (config.masks and boxes.layout == "voc"), f"{masks}: choose a faster_rcnn or a COCO-style json")
+    largest = max(*config.sizes, config.eval_size)
+    require(largest <= config.max_size, f"max_size={config.max_size} is below a size of {largest}: raise it")
+    require_divisible(config.batch_size, processes, f"the {processes} processes")

@@ -1,0 +1,222 @@
+"""Boxes and masks from a json in COCO's format: the lists images, annotations and categories.
+
+Every error is a sentence that begins with the name of the file.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from moco.config import ConfigError, require
+from moco.data.labels import first_names
+from moco.detection.images import BoxedImage, BoxedImages
+from moco.untrusted import refuse_special_file
+
+TOLERANCE = 1.0  # pixels by which a box may reach outside its image, as rounded ones do; it is clipped then
+DROP = "correct it, or leave such boxes out with boxes.bad_boxes=drop"
+
+
+def read_coco(
+    path: Path, root: Path, masks: bool, drop: bool, classes: Sequence[str] = (), field: str = ""
+) -> BoxedImages:
+    """Read a json in COCO's format.
+
+    Args:
+        path: the json.
+        root: the folder below which the images are.
+        masks: whether every object needs a mask.
+        drop: leave out boxes without an area, or outside of their image, instead of refusing them.
+        classes: the classes of the training split, in the order of their numbers; empty: those of this file.
+        field: the field that names the file, for errors.
+
+    Raises:
+        ConfigError: for a file that cannot be read or is incomplete, an id that is used twice or unknown, a box without
+            an area or outside of its image, or a missing mask.
+    """
+    file = f"{field}={path}" if field else str(path)
+    content = _load(path, file)
+    images, annotations, categories = (_by_id(file, name, content) for name in ("images", "annotations", "categories"))
+    names, numbers = _classes(file, categories, classes)
+    objects: dict[int, list[tuple[Any, ...]]] = {each: [] for each in images}
+    known = f"and the categories are {first_names([str(each) for each in numbers])}"
+    for number, entry in annotations.items():
+        where = f"{file}: annotation {number}"
+        image, category = entry.get("image_id"), entry.get("category_id")
+        if not _is_id(image) or image not in images:
+            raise ConfigError(f"{where} has image_id {image!r}, which no image has: correct one")
+        if not _is_id(category) or category not in numbers:
+            fix = "add it to the categories, or correct the annotation"
+            raise ConfigError(f"{where} has category_id {category!r}, {known}: {fix}")
+        if (box := _box(where, entry, images[image], drop)) is not None:
+            crowd = entry.get("iscrowd", 0) in (1, True)
+            outline = _outline(where, entry, images[image]) if masks else None
+            objects[image].append((box, numbers[category], crowd, outline))
+    found = tuple(_image(images[each], root, objects[each], masks) for each in images)
+    return BoxedImages(found, names)
+
+
+def _image(entry: Mapping[str, Any], root: Path, objects: Sequence[tuple[Any, ...]], masks: bool) -> BoxedImage:
+    boxes, labels, crowds, outlines = zip(*objects, strict=True) if objects else ((), (), (), ())
+    return BoxedImage(
+        str(root / entry["file_name"]),
+        entry["width"],
+        entry["height"],
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(crowds, dtype=bool),
+        tuple(outlines) if masks else (),
+    )
+
+
+def _load(path: Path, file: str) -> dict[str, Any]:
+    require(path.exists(), f"{file} does not exist: name a json in COCO's format")
+    try:
+        refuse_special_file(path)
+        text = path.read_bytes()
+        if not text.strip():
+            raise ValueError("the file is empty")
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ConfigError(f"{file} is not a json in COCO's format (its values are nested too deeply)") from error
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{file} is not a json in COCO's format ({error})") from error
+    complaint = f"{file} is not a json in COCO's format: it needs the lists images, annotations and categories"
+    require(isinstance(content, dict), complaint)
+    for name in ("images", "annotations", "categories"):
+        require(isinstance(content.get(name), list), f"{complaint}, and {name} is no list")
+        require(bool(content[name]), f"{file}: the list {name} is empty")
+    assert isinstance(content, dict)
+    return content
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return type(value) is int
+
+
+def _by_id(file: str, name: str, content: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the entries of a list by their ids, after a check of what every entry of the list needs."""
+    found: dict[int, dict[str, Any]] = {}
+    for position, entry in enumerate(content[name]):
+        where = f"{file}: entry {position} of {name}"
+        number = entry.get("id") if isinstance(entry, dict) else None
+        if not _is_id(number):
+            raise ConfigError(f"{where} has no id, a whole number: add one")
+        require(number not in found, f"{file}: the id {number} occurs twice in {name}: renumber one of them")
+        if name == "images":
+            image, sizes = entry.get("file_name"), [entry.get("width"), entry.get("height")]
+            require(isinstance(image, str) and bool(image) and "\0" not in image, f"{where} has no file_name: add it")
+            valid = all(type(each) is int and each > 0 for each in sizes)
+            require(valid, f"{where} ({image}) has no width and height in pixels: add them")
+        found[number] = entry
+    return found
+
+
+def _classes(
+    file: str, categories: Mapping[int, Mapping[str, Any]], classes: Sequence[str]
+) -> tuple[tuple[str, ...], dict[int, int]]:
+    """Return the names of the classes, and the number of the class, from 1, of each category."""
+    names = {}
+    for number in sorted(categories):
+        name = categories[number].get("name")
+        require(isinstance(name, str) and bool(name), f"{file}: category {number} has no name: add it")
+        names[number] = str(name)
+    twice = [name for name in names.values() if list(names.values()).count(name) > 1]
+    require(not twice, f"{file}: the name {first_names(twice[:1])} belongs to two categories: rename one of them")
+    order = list(classes) or list(names.values())
+    unknown = [name for name in names.values() if name not in order]
+    listed = f"the categories {first_names(unknown)} are not those of the training images, {first_names(order)}"
+    require(not unknown, f"{file}: {listed}: correct one")
+    return tuple(order), {number: 1 + order.index(name) for number, name in names.items()}
+
+
+def _box(where: str, entry: Mapping[str, Any], image: Mapping[str, Any], drop: bool) -> tuple[float, ...] | None:
+    """Return left, top, right and bottom, clipped to the image; None for a box to leave out."""
+    box = entry.get("bbox")
+    valid = isinstance(box, list) and len(box) == 4 and all(_is_number(each) for each in box)
+    require(valid, f"{where} has the bbox {box!r:.80}, not four numbers: left, top, width and height")
+    assert isinstance(box, list)
+    left, top, width, height = box
+    return checked_box(
+        f"{where}, a box {box} in {image['file_name']},",
+        (left, top, left + width, top + height),
+        (image["width"], image["height"]),
+        drop,
+    )
+
+
+def checked_box(
+    where: str, box: tuple[float, float, float, float], size: tuple[int, int], drop: bool
+) -> tuple[float, ...] | None:
+    """Return a box (left, top, right, bottom), clipped to its image (W, H); None for a bad box to leave out.
+
+    Raises:
+        ConfigError: for a bad box, unless `drop`.
+    """
+    left, top, right, bottom = box
+    outside = max(-left, -top, right - size[0], bottom - size[1]) > TOLERANCE
+    clipped = (max(0.0, left), max(0.0, top), min(float(size[0]), right), min(float(size[1]), bottom))
+    # Of float32, as the boxes are stored: a side of 1e-9 pixels at 600 is no side.
+    sides = np.subtract(clipped[2:], clipped[:2], dtype=np.float32)
+    empty = not (right > left and bottom > top)
+    if not outside and not empty and sides.min() > 0:
+        return clipped
+    if not drop:
+        beyond = f"reaches outside its image of {size[0]} x {size[1]} pixels"
+        raise ConfigError(f"{where} {beyond if outside and not empty else 'has no area'}: {DROP}")
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
+
+
+def _outline(where: str, entry: Mapping[str, Any], image: Mapping[str, Any]) -> Any:
+    """Return the mask of an annotation: polygons, or run lengths, checked so that pycocotools can decode it."""
+    outline = entry.get("segmentation")
+    fix = "add it, or choose a detector without masks, such as detector=faster_rcnn_fpn"
+    require(bool(outline), f"{where} has no mask (segmentation), which Mask R-CNN needs for every object: {fix}")
+    if isinstance(outline, list):
+        polygons = all(
+            isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 and all(map(_is_number, each))
+            for each in outline
+        )
+        require(polygons, f"{where} has a segmentation that is no list of polygons, each of three points or more")
+        return outline
+    valid = isinstance(outline, dict) and outline.get("size") == [image["height"], image["width"]]
+    require(valid, f"{where} has a segmentation that is neither polygons nor run lengths of the size of its image")
+    assert isinstance(outline, dict)
+    counts: Any = outline.get("counts")
+    try:
+        runs: Any = list(_runs(counts)) if isinstance(counts, str) else counts
+        valid = isinstance(runs, list) and all(type(each) is int and each >= 0 for each in runs)
+        valid = valid and sum(runs) == image["height"] * image["width"]
+    except IndexError:
+        valid = False
+    require(valid, f"{where} has run lengths that do not fill its image")
+    return {"size": outline["size"], "counts": counts}
+
+
+def _runs(text: str) -> Iterator[int]:
+    """Yield the run lengths of COCO's compressed text: numbers in groups of 5 bits.
+
+    From the fourth run on, a number is the difference to the last run but one. pycocotools writes beyond its memory if
+    the runs do not fill the image, so they are checked first.
+    """
+    at, runs = 0, list[int]()
+    while at < len(text):
+        value = shift = 0
+        more = True
+        while more:
+            bits = ord(text[at]) - 48
+            value |= (bits & 31) << shift
+            more, at, shift = bool(bits & 32), at + 1, shift + 5
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        yield runs[-1]

@@ -1,0 +1,272 @@
+"""`python -m moco.detect`: train a detector on each encoder with each seed, evaluate, save."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from moco.config import OptimConfig, require
+from moco.config.detect import DetectConfig
+from moco.config.subject import EncoderConfig
+from moco.data.labels import first_names
+from moco.data.plan import Plan
+from moco.detection.images import BoxedImages, check_images
+from moco.detection.measure import AveragePrecision, evaluate, metrics_library
+from moco.detection.network import DetectorSettings, build_detector
+from moco.detection.opening import open_boxed
+from moco.detection.picture import write_picture
+from moco.detection.sampling import DetectorLoss
+from moco.detection.training import TrainSettings, predict, train
+from moco.detection.views import ViewSettings
+from moco.digest import digest
+from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, rank, world_size, wrap_ddp
+from moco.evaluation.metrics import mean_interval
+from moco.evaluation.resumable import Schedule, train_resumably
+from moco.evaluation.subject import IMAGENET, open_encoders, output_of, weights_digest
+from moco.evaluation.task import progress_log
+from moco.interop.encoder_file import EncoderFile
+from moco.interop.weights import save_weights
+from moco.optim.optimizers import build_optimizer
+from moco.runs.results import prepare, record
+from moco.runtime.console import log, log_next, percent, progress_bar, table
+from moco.runtime.device import compute_context
+from moco.runtime.next_command import command
+from moco.runtime.precision import PRECISIONS
+
+SHOWN = 6  # images in the picture
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """The common state of all encoders and seeds."""
+
+    config: DetectConfig
+    files: dict[str, EncoderFile]  # by the entries of `encoders`
+    output: Path
+    train: BoxedImages
+    held_out: BoxedImages
+    device: torch.device
+
+    def plan(self, seed: int) -> Plan:
+        batch, images = self.config.batch_size, len(self.train)
+        epochs = -(-self.config.steps // (images // batch))
+        return Plan(images, batch, epochs, seed, rank(), world_size())
+
+    def training(self, name: str) -> TrainSettings:
+        """Return the settings for an encoder, whose file may state mean and standard deviation of the pixels."""
+        config, given = self.config, ("mean", "std")
+        normalization = IMAGENET | self.files[name].images
+        normalization |= {each: value for each in given if (value := getattr(config, each))}
+        sizes = (tuple(config.sizes), config.eval_size, config.max_size, config.flip_p)
+        views = ViewSettings(*sizes, normalization["mean"], normalization["std"], config.masks)
+        schedule = Schedule(config.lr, config.steps, config.schedule, config.warmup, tuple(config.milestones))
+        return TrainSettings(views, schedule, PRECISIONS[config.precision], config.boxes.workers)
+
+
+@dataclass(frozen=True)
+class Detected:
+    """The results of one encoder."""
+
+    encoder: str  # the entry of `encoders`
+    results: list[AveragePrecision]  # one per seed
+    saved: Path
+
+    def mean(self, figure: str) -> tuple[float, float | None]:
+        """Return the mean over seeds, and half of Student's 95 % interval if there are several."""
+        return mean_interval([each.figures[figure] for each in self.results])
+
+
+def evaluate_detect(config: DetectConfig) -> list[Detected]:
+    """Train and evaluate a detector on each configured encoder with each seed; the same result on every rank.
+
+    Raises:
+        ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.
+        NonFiniteLoss: if the training diverges.
+    """
+    with compute_context(config) as device:
+        run = _set_up(config, device)
+        prepare(run.output)
+        with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
+            found = [_detect(run, name, on_step) for name in config.encoders]
+        entries = [_entry(run, each) for each in found]
+        path = on_rank_zero(lambda: record(run.output, entries, run.files[config.encoders[0]].step))
+        _report(run, found, path)
+    return found
+
+
+def _set_up(config: DetectConfig, device: torch.device) -> Detection:
+    """Open the encoders and the images, and read the headers of all images."""
+    metrics_library()  # before the training, which needs it at the end
+    files = dict(zip(config.encoders, open_encoders(config, config.encoders), strict=True))
+    for file in files.values():
+        require(file.channels == 3, f"{file.source} takes images of {file.channels} channels; moco.detect takes RGB")
+    train_split, held_out = on_rank_zero(lambda: open_boxed(config.boxes, config.masks))
+    require(
+        len(train_split) >= config.batch_size,
+        f"batch_size={config.batch_size} exceeds the {len(train_split)} training images with boxes: lower it",
+    )
+    for each in (train_split, held_out):
+        on_rank_zero(lambda: check_images(each, config.boxes.workers))  # noqa: B023 # called at once
+    for name, file in files.items():
+        log(f"{name}: {file.source}: {file.backbone} ({file.layout}, step {file.step})")
+        # Refuse a network that does not fit before the first one is trained.
+        build_detector(file, _form(config), len(train_split.classes), seed=0, untrained=False)
+    objects = int(train_split.count().sum())
+    log(f"{len(train_split):,} images with {objects:,} objects for training, {len(held_out):,} images held out")
+    log(f"{len(train_split.classes)} classes: {first_names(train_split.classes)}")
+    lacking = [
+        name
+        for name, ours, theirs in zip(train_split.classes, train_split.count(), held_out.count(), strict=True)
+        if theirs and not ours
+    ]
+    if lacking:
+        log(f"in no training image, so never found: {first_names(lacking)}")
+    own = files.get("pretrained") or files[config.encoders[0]]
+    return Detection(config, files, output_of(config, own), train_split, held_out, device)
+
+
+def _form(config: DetectConfig) -> DetectorSettings:
+    sizes = tuple(config.anchor_sizes or ())
+    return DetectorSettings(config.detector, config.norm, config.bn, config.width, sizes)
+
+
+def _detect(run: Detection, name: str, on_step: Callable[[str], None]) -> Detected:
+    """Train and evaluate one encoder with all seeds; save the network of the last seed, and a picture."""
+    results, config, settings = [], run.config, run.training(name)
+    for seed in range(config.seed, config.seed + config.seeds):
+        network = _train(run, name, seed, on_step)
+        with progress_bar("evaluating", quiet=not is_rank_zero()) as progress:
+            results.append(evaluate(network, run.held_out, settings.views, settings.workers, progress))
+        figures = ", ".join(f"{key} {percent(value)}" for key, value in results[-1].figures.items())
+        log(f"{name}, seed {seed}: {figures} %")
+    label = name if name in ("pretrained", "untrained") else f"{Path(name).name}_{digest(name)[:6]}"
+    folder = run.output / "detect" / f"{label}_{config.detector}_{config.steps}steps"
+    on_rank_zero(lambda: _save(run, name, network, folder))
+    return Detected(name, results, folder)
+
+
+def _train(run: Detection, name: str, seed: int, on_step: Callable[[str], None]) -> nn.Module:
+    config, classes = run.config, len(run.train.classes)
+    untrained = name == "untrained"
+    network = build_detector(run.files[name], _form(config), classes, seed=seed, untrained=untrained).to(run.device)
+    broadcast_module(network)
+    loss = DetectorLoss(network, config.anchor_samples, config.box_samples)
+    optimizer, settings = _optimizer(config, network), run.training(name)
+    forward = wrap_ddp(loss, run.device)
+    train_resumably(
+        run.output / "detect" / f"state_{digest(_identity(run, name, seed))[:12]}.pt",
+        network,
+        optimizer,
+        lambda start, after: train(forward, optimizer, run.train, run.plan(seed), settings, start, after),
+        on_step,
+        title=f"{name}, seed {seed}",
+        steps=config.steps,
+        save_every=config.save_every,
+    )
+    return network
+
+
+def _optimizer(config: DetectConfig, network: nn.Module) -> Optimizer:
+    optim = OptimConfig(name="sgd", exclude=["norm"], momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = build_optimizer(network, optim)
+    for group in optimizer.param_groups:
+        group["lr_scale"] = 1.0
+    return optimizer
+
+
+def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
+    """Return all that the training of one encoder and seed depends on, to recognize its saved state."""
+    settings = _settings(run.config)
+    for each in ("seeds", "encoders", "eval_size"):
+        del settings[each]
+    views = run.training(name).views
+    settings |= {"mean": list(views.mean), "std": list(views.std)}
+    images = [
+        [each.path, each.width, each.height, each.boxes.tolist(), each.labels.tolist(), list(each.outlines)]
+        for each in run.train.images
+    ]
+    weights = weights_digest(run.files[name], "backbone")
+    untrained = name == "untrained"
+    return {"settings": settings, "untrained": untrained, "seed": seed, "images": images, "weights": weights}
+
+
+def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
+    """Write the detector's weights with what describes it, and the picture of some held-out images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config, file, views = run.config, run.files[name], run.training(name).views
+    about = {"classes": run.train.classes, "backbone": file.backbone, "options": file.options}
+    about |= {"form": asdict(_form(config)), "views": asdict(views)}
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    save_weights(folder / "detector.safetensors", network.state_dict(), metadata)
+    rows = range(0, len(run.held_out), max(1, len(run.held_out) // SHOWN))[:SHOWN]
+    found = predict(network, run.held_out, rows, views, 0)
+    images = [run.held_out.images[row] for row in rows]
+    write_picture(folder / "predictions.png", zip(images, found, strict=True), run.train.classes)
+
+
+def _settings(config: DetectConfig) -> dict[str, Any]:
+    """Return the settings of the training."""
+    shared = {each.name for each in fields(EncoderConfig)} | {"boxes", "save_every", "mean", "std"}
+    return {name: value for name, value in asdict(config).items() if name not in shared}
+
+
+def _entry(run: Detection, found: Detected) -> dict[str, Any]:
+    """Return the entry of one encoder for results.json."""
+    config, file = run.config, run.files[found.encoder]
+    boxes = asdict(config.boxes) | {"root": str(Path(config.boxes.root).absolute())}
+    figures: dict[str, float | None] = {}
+    for name in found.results[0].figures:
+        figures[name], figures[f"{name}_half_width95"] = found.mean(name)
+    return {
+        "command": "detect",
+        "protocol": f"{config.detector}, {config.steps} steps",
+        "encoder": found.encoder,
+        "source": str(Path(file.source).absolute()),
+        "layout": file.layout,
+        "backbone": file.backbone,
+        "options": file.options,
+        "step": file.step,
+        "weights": config.weights,
+        "sha256": weights_digest(file, "backbone"),
+        "data": boxes | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
+        "settings": _settings(config),
+        "figures": figures,
+        "per_seed": [each.to_json() for each in found.results],
+        "saved": str(found.saved.absolute()),
+    }
+
+
+def _report(run: Detection, found: list[Detected], path: Path) -> None:
+    """Print the closing table, the written files and the next command."""
+    config = run.config
+    names = list(found[0].results[0].figures)
+    rows = []
+    for each in found:
+        seeds = ", ".join(percent(one.figures["AP"]) for one in each.results)
+        rows.append([each.encoder, *(percent(*each.mean(name)) for name in names), seeds])
+    student = f"mean of {config.seeds} seeds ± half of Student's 95 % interval"
+    note = student if config.seeds > 1 else "one seed, so without an interval"
+    caption = f"AP: {note}; {len(run.held_out):,} held-out images, {len(run.train.classes)} classes"
+    columns = ["encoder", *(f"{name.replace('_', ' ')} %" for name in names), "AP of each seed"]
+    table(f"detection, {config.detector}, {config.steps:,} steps", columns, rows, caption)
+    log(f"written: {path}")
+    for each in found:
+        log(f"saved: {each.saved}/detector.safetensors and predictions.png (of the last seed)")
+    if config.seeds == 1:
+        log_next(_next(config), "three seeds, for intervals; the finished one is kept")
+
+
+def _next(config: DetectConfig) -> str:
+    """Return the command that trains with three seeds."""
+    default, shared = asdict(DetectConfig()), {each.name for each in fields(EncoderConfig)}
+    changed = {name: value for name, value in asdict(config).items() if name not in shared and value != default[name]}
+    if config.encoders == ["pretrained", "untrained"]:  # as in configs/detect.yaml
+        del changed["encoders"]
+    boxes = changed.pop("boxes", {})
+    changed |= {f"boxes.{name}": value for name, value in boxes.items() if value != default["boxes"][name]}
+    return command("moco.detect", config, **changed | {"seeds": 3})

@@ -1,0 +1,64 @@
+"""Open the training and the held-out images that a configuration names."""
+
+from pathlib import Path
+
+from moco.config import require
+from moco.config.detect import BoxesConfig
+from moco.data.labels import first_names
+from moco.detection.coco import read_coco
+from moco.detection.images import BoxedImage, BoxedImages
+from moco.detection.voc import VOC_CLASSES, read_voc
+from moco.evaluation.subsets import split_copies
+
+
+def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImages]:
+    """Return the images to train on, each with a box, and the held-out images. No image is read.
+
+    Raises:
+        ConfigError: if files are missing or invalid, see `read_coco` and `read_voc`, or a split has no boxes.
+    """
+    root, drop = Path(config.root), config.bad_boxes == "drop"
+    require(root.is_dir(), f"boxes.root={root} is not a folder")
+    if config.layout == "voc":
+        classes = config.classes or VOC_CLASSES
+        train = read_voc(root, config.split or ["2007/trainval", "2012/trainval"], classes, drop, training=True)
+        held_out = read_voc(root, config.eval_split or ["2007/test"], classes, drop, training=False)
+    elif config.layout == "coco":
+        train = _coco_splits(root, config.split or ["train2017"], masks, drop, ())
+        held_out = _coco_splits(root, config.eval_split or ["val2017"], masks, drop, train.classes)
+    else:
+        train, held_out = _of_files(config, root, masks, drop)
+    train = train.with_boxes()
+    require(len(train) > 0, "no training image has a box")
+    require(bool(held_out.count().sum()), "no held-out image has a box")
+    _check_files(root, train)
+    _check_files(Path(config.eval_root or root), held_out)
+    return train, held_out
+
+
+def _of_files(config: BoxesConfig, root: Path, masks: bool, drop: bool) -> tuple[BoxedImages, BoxedImages]:
+    train = read_coco(Path(config.file), root, masks, drop, field="boxes.file")
+    if config.eval_file:
+        eval_root = Path(config.eval_root or config.root)
+        require(eval_root.is_dir(), f"boxes.eval_root={eval_root} is not a folder")
+        return train, read_coco(Path(config.eval_file), eval_root, masks, drop, train.classes, "boxes.eval_file")
+    _check_files(root, train)
+    rest, held = split_copies([each.path for each in train.images], config.hold_out)
+    error = f"boxes.hold_out={config.hold_out} of {len(train)} images leaves a split empty: change it"
+    require(bool(rest and held), error)
+    return train.subset(rest), train.subset(held)
+
+
+def _check_files(root: Path, images: BoxedImages) -> None:
+    missing = [each.path for each in images.images if not Path(each.path).is_file()]
+    where = f"{len(missing)} of {len(images)} images do not exist, such as {first_names(missing[:1])}"
+    require(not missing, f"boxes.root={root}: {where}: add them, or set boxes.root or boxes.eval_root")
+
+
+def _coco_splits(root: Path, splits: list[str], masks: bool, drop: bool, classes: tuple[str, ...]) -> BoxedImages:
+    images: tuple[BoxedImage, ...] = ()
+    for split in splits:
+        file = root / "annotations" / f"instances_{split}.json"
+        found = read_coco(file, root / split, masks, drop, classes)
+        images, classes = images + found.images, found.classes
+    return BoxedImages(images, classes)

@@ -1,0 +1,49 @@
+"""A picture of some images with their true boxes, and with those that a detector finds."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from moco.detection.images import BoxedImage, coco_masks
+from moco.detection.training import Detections
+from moco.evaluation.strips import tile, voc_colors, write_strips
+
+SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
+
+
+def write_picture(path: Path, rows: Iterable[tuple[BoxedImage, Detections]], classes: tuple[str, ...]) -> None:
+    """Write a PNG with a row for each image: with its true boxes, and with the detections and their scores.
+
+    Each class has a color of Pascal VOC. Detections with masks also show these.
+    """
+    strips = []
+    for image, found in rows:
+        pixels = image.pixels().permute(1, 2, 0).numpy()  # (H, W, 3)
+        true = _drawn(pixels, image.boxes, image.labels, [classes[label - 1] for label in image.labels])
+        shown = found.scores >= SHOWN_SCORE
+        boxes, labels, scores = (each[shown] for each in (found.boxes, found.labels, found.scores))
+        texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+        masks = [coco_masks().decode(each) for each, kept in zip(found.masks, shown, strict=False) if kept]
+        strips.append([true, _drawn(_masked(pixels, masks, labels), boxes, labels, texts)])
+    write_strips(path, strips)
+
+
+def _masked(pixels: np.ndarray, masks: list[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Return pixels (H, W, 3) with half of their color replaced where a mask (H, W) is set."""
+    colors, out = voc_colors(), pixels.copy()
+    for mask, label in zip(masks, labels, strict=False):
+        out[mask > 0] = out[mask > 0] // 2 + colors[label % 256] // 2
+    return out
+
+
+def _drawn(pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: list[str]) -> Image.Image:
+    image = tile(pixels, Image.Resampling.BILINEAR)
+    draw, scale = ImageDraw.Draw(image), image.height / pixels.shape[0]
+    for box, label, text in zip(boxes * scale, labels, texts, strict=True):
+        color = tuple(int(each) for each in voc_colors()[label % 256])
+        draw.rectangle([float(each) for each in box], outline=color, width=2)
+        shown = text.encode("ascii", "replace").decode()  # the font may have no other characters
+        draw.text((float(box[0]) + 3, float(box[1]) + 1), shown, fill=color)
+    return image

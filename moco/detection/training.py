@@ -1,0 +1,118 @@
+"""The training of a detector, and its predictions for whole images.
+
+W processes compute the same steps as one. Legend: B global batch, n = B / W images of this rank, k detections of an
+image, H x W its size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from moco.data.plan import Plan
+from moco.data.workers import count_processes, loaded, make_loader
+from moco.detection.images import WORKERS, BoxedImages, coco_masks
+from moco.detection.views import EvaluationDataset, Example, TrainingDataset, ViewSettings
+from moco.evaluation.finetuning import train_step
+from moco.evaluation.resumable import OnStep, Schedule, run_steps
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a detector is trained."""
+
+    views: ViewSettings
+    schedule: Schedule
+    precision: torch.dtype = torch.float32  # of autocast; float32 is no autocast
+    workers: int | None = 0  # loader processes
+
+
+class Detections(NamedTuple):
+    """What a detector finds in an image, in pixels of the file."""
+
+    boxes: NDArray[np.float32]  # left, top, right, bottom, (k, 4)
+    scores: NDArray[np.float32]  # (k,), descending
+    labels: NDArray[np.int64]  # (k,), from 1
+    masks: tuple[dict[str, Any], ...] = ()  # run lengths of pycocotools, which need less memory than pixels
+
+
+def train(
+    forward: nn.Module,
+    optimizer: Optimizer,
+    images: BoxedImages,
+    plan: Plan,
+    settings: TrainSettings,
+    start: int = 0,
+    on_step: OnStep = lambda step, loss: None,
+) -> None:
+    """Run the steps from `start` to the end of the schedule.
+
+    Args:
+        forward: a `DetectorLoss`, or DDP around it, in training mode.
+        optimizer: its groups hold the factor of their learning rate in "lr_scale".
+        images: each with a box.
+        plan: the images of each step.
+        settings: see there.
+        start: finished steps.
+        on_step: receives the number of finished steps, and the loss.
+
+    Raises:
+        NonFiniteLoss: if a loss or gradient is not finite.
+        ImageError: if an image cannot be used; on every rank.
+    """
+    first = next(forward.parameters())
+    dataset = TrainingDataset(images, settings.views, plan.seed)
+    sampler = islice(plan.samples(start), settings.schedule.steps - start)
+    loader = make_loader(dataset, settings.workers, sampler, pin_memory=first.device.type == "cuda")
+
+    def step_of(batch: Sequence[Example], step: int, lr: float) -> float:
+        pixels, targets, keys = zip(*batch, strict=True)
+        on_device = [each.to(first.device, first.dtype, non_blocking=True) for each in pixels]
+        moved = [{name: each.to(first.device, non_blocking=True) for name, each in one.items()} for one in targets]
+
+        def loss_of(images: Tensor) -> Tensor:
+            loss: Tensor = forward(on_device, moved, keys)
+            return loss
+
+        return train_step(loss_of, optimizer, on_device[0], lambda loss: loss, lr, settings.precision)
+
+    run_steps(loaded(loader, WORKERS), step_of, settings.schedule, plan.seed, start, on_step)
+
+
+@torch.no_grad()
+def predict(
+    network: nn.Module, images: BoxedImages, rows: range, settings: ViewSettings, workers: int | None
+) -> Iterator[Detections]:
+    """Yield what the detector finds in each of the given images. It is in eval mode meanwhile."""
+    first = next(network.parameters())
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        processes = min(count_processes(workers), len(rows))
+        loader = make_loader(EvaluationDataset(images, settings), processes, rows)
+        for row, image in loaded(loader, WORKERS):
+            (found,) = network([image.to(first.device, first.dtype)])
+            yield _detections(found, image, images.images[row].width, images.images[row].height)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _detections(found: dict[str, Tensor], image: Tensor, width: int, height: int) -> Detections:
+    """Return the detections in an image in pixels of its file, W x H; they were found in a resized image."""
+    scale = found["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
+    boxes = found["boxes"] * scale  # (k, 4)
+    masks: tuple[dict[str, Any], ...] = ()
+    if "masks" in found:
+        pasted = paste_masks_in_image(found["masks"], boxes, (height, width)) > 0.5  # (k, 1, H, W)
+        encode = coco_masks().encode
+        masks = tuple(encode(np.asfortranarray(each)) for each in pasted[:, 0].cpu().numpy().astype(np.uint8))
+    scores, labels = found["scores"].float().cpu().numpy(), found["labels"].cpu().numpy()
+    return Detections(boxes.float().cpu().numpy(), scores, labels, masks)

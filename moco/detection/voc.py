@@ -1,0 +1,86 @@
+"""Boxes in the layout of Pascal VOC: JPEGImages/NAME.jpg, Annotations/NAME.xml, ImageSets/Main/SPLIT.txt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from moco.config import ConfigError, require
+from moco.data.labels import first_names
+from moco.detection.coco import checked_box
+from moco.detection.images import BoxedImage, BoxedImages
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
+    *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+
+def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bool, training: bool) -> BoxedImages:
+    """Read one or several splits.
+
+    Args:
+        root: VOCdevkit, the folder above it, or one with JPEGImages.
+        splits: YEAR/NAME, or NAME for a root with JPEGImages.
+        classes: their names, in the order of their numbers.
+        drop: leave out boxes without an area, or outside of their image, instead of refusing them.
+        training: train on difficult objects, as Detectron2 does; the evaluation ignores them.
+
+    Raises:
+        ConfigError: for missing or damaged files, an unknown class, and a box without an area or outside of its image.
+    """
+    require(root.is_dir(), f"boxes.root={root} is not a folder")
+    images = []
+    for split in splits:
+        year, _, name = split.rpartition("/")
+        places = [root / f"VOC{year}", root / "VOCdevkit" / f"VOC{year}"] if year else [root]
+        base = next((each for each in places if (each / "JPEGImages").is_dir()), None)
+        if base is None:
+            fix = "set boxes.root, or name the splits with boxes.split and boxes.eval_split (YEAR/NAME, or NAME)"
+            raise ConfigError(f"boxes.root={root}: there is no folder {places[0] / 'JPEGImages'}: {fix}")
+        images += [_image(base, each, classes, drop, training) for each in _names(base, name)]
+    return BoxedImages(tuple(images), tuple(classes))
+
+
+def _names(base: Path, split: str) -> list[str]:
+    path = base / "ImageSets" / "Main" / f"{split}.txt"
+    require(path.is_file(), f"{split!r} is not a split of this data set: {path} does not exist")
+    names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    require(bool(names), f"{path} lists no image")
+    return names
+
+
+def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: bool) -> BoxedImage:
+    path = base / "Annotations" / f"{name}.xml"
+    try:
+        page = ElementTree.parse(path).getroot()
+        size = int(page.findtext("size/width", "")), int(page.findtext("size/height", ""))
+        objects = [
+            (each.findtext("name", "").strip(), [float(each.findtext(f"bndbox/{side}", "")) for side in _SIDES], each)
+            for each in page.iter("object")
+        ]
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist, and the split lists {name}") from error
+    except (ElementTree.ParseError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not an annotation of Pascal VOC ({error})") from error
+    boxes, labels, difficult = [], [], []
+    for kind, (left, top, right, bottom), entry in objects:
+        known = f"and the classes are {first_names(classes)}"
+        require(kind in classes, f"{path}: an object has the class {kind!r}, {known}: correct it, or set boxes.classes")
+        # Pixels are counted from 1, and the last one belongs to the box.
+        box = checked_box(f"{path}: the box of a {kind}", (left - 1, top - 1, right, bottom), size, drop)
+        if box is not None:
+            boxes.append(box)
+            labels.append(1 + list(classes).index(kind))
+            difficult.append(not training and entry.findtext("difficult", "0").strip() == "1")
+    return BoxedImage(
+        str(base / "JPEGImages" / f"{name}.jpg"),
+        *size,
+        np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        np.array(labels, dtype=np.int64),
+        np.array(difficult, dtype=bool),
+    )
+
+
+_SIDES = ("xmin", "ymin", "xmax", "ymax")

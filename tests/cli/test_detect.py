@@ -1,0 +1,157 @@
+"""`python -m moco.detect`: a run, its files, resuming, and what is refused."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from moco.evaluation import resumable
+from moco.interop.encoder_file import save_encoder
+from moco.models.backbones import build_backbone
+from scripts.canvases import write_canvases
+from tests.cli.conftest import Run
+
+DATA = ("boxes.root=c/train/images", "boxes.file=c/train/boxes.json", "boxes.eval_root=c/test/images")
+SIZES = ("sizes=[32]", "eval_size=32", "max_size=48", "width=8", "box_samples=16", "anchor_samples=16")
+SMALL = (*DATA, "boxes.eval_file=c/test/boxes.json", "boxes.workers=0", *SIZES)
+STEPS = ("batch_size=2", "steps=6")
+ENCODER = ("checkpoint=plain.pt", "backbone=convnet", "+options.width=4", "device=cpu", "threads=1")
+
+
+@pytest.fixture
+def canvases(tmp_path: Path) -> Path:
+    write_canvases(tmp_path / "c", 8, 3, side=32)
+    for seed, name in enumerate(("plain.pt", "other.pt")):
+        torch.manual_seed(seed)
+        torch.save(build_backbone("convnet", {"width": 4}).state_dict(), tmp_path / name)
+    return tmp_path
+
+
+def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) -> None:
+    arguments = ("detect", *ENCODER, *SMALL, *STEPS, "output=out", "detector=mask_rcnn_fpn", "steps=2")
+    status, out, err = run(*arguments, "seeds=2", "encoders=[pretrained,untrained]")
+    assert status == 0, err
+    assert "8 images with" in out
+    assert "10 classes: 0, 1, 2, 3, 4 and 5 more" in out
+    entries = json.loads((canvases / "out/results.json").read_text())
+    assert [each["encoder"] for each in entries] == ["pretrained", "untrained"]
+    for each in entries:
+        assert set(each["figures"]) >= {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "AP_half_width95"}
+        assert each["figures"]["AP"] == pytest.approx(np.mean([one["AP"] for one in each["per_seed"]]))
+        assert len(each["per_seed"]) == 2
+        folder = Path(each["saved"])
+        assert "roi_heads.mask_predictor.mask_fcn_logits.weight" in load_file(folder / "detector.safetensors")
+        with Image.open(folder / "predictions.png") as picture:
+            assert picture.size == (2 * 164, 3 * 164)  # three rows of truth and prediction
+    status, out, _ = run(*arguments, "seeds=2", "encoders=[pretrained,untrained]")
+    assert status == 0
+    assert out.count("already trained") == 4
+
+
+def test_the_next_command_adds_seeds_and_keeps_the_finished_one(canvases: Path, run: Run) -> None:
+    status, out, err = run("detect", *ENCODER, *SMALL, *STEPS, "output=out", "encoders=[pretrained]", "steps=2")
+    assert status == 0, err
+    (line,) = [each for each in out.splitlines() if each.startswith("next: ")]
+    words = shlex.split(line.removeprefix("next: ").partition("  (")[0])
+    assert words[:3] == ["python", "-m", "moco.detect"]
+    status, out, err = run("detect", *words[3:])
+    assert status == 0, err
+    assert out.count("already trained") == 1
+    (_, entry) = json.loads((canvases / "out/results.json").read_text())
+    assert len(entry["per_seed"]) == 3
+
+
+def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("detect", *ENCODER, *SMALL, *STEPS, "encoders=[pretrained]", "save_every=2")
+    assert run(*arguments, "output=whole")[0] == 0
+    real = resumable.save_state
+
+    def killed(path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        real(path, network, optimizer, step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resumable, "save_state", killed)
+        status, _, err = run(*arguments, "output=cut")
+        assert status == 130
+        assert "run the same command again to resume from the last saved state" in err
+    status, out, err = run(*arguments, "output=cut")
+    assert status == 0, err
+    assert "resumed at step 4" in out
+    name = "detect/pretrained_faster_rcnn_fpn_6steps/detector.safetensors"
+    whole, cut = (load_file(canvases / folder / name) for folder in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+
+
+def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) -> None:
+    arguments = ("detect", *ENCODER, *SMALL, *STEPS, "output=out", "steps=1")
+    status, _, err = run(*arguments, "encoders=[pretrained,gone/encoder.safetensors]")
+    assert status == 2
+    assert "encoders=gone/encoder.safetensors: checkpoint=gone/encoder.safetensors does not exist" in err
+    for name, width in (("same", 4), ("wider", 6)):  # a file that names its network, which may be another one
+        torch.manual_seed(width)
+        augment = {"size": 32, "eval_resize": 36, "mean": [0.4] * 3, "std": [0.3] * 3}
+        config = {"model": {"backbone": "convnet", "options": {"width": width}}, "augment": augment}
+        backbone = build_backbone("convnet", {"width": width})
+        save_encoder(canvases / f"{name}.safetensors", backbone, config, 7)
+    status, out, err = run(*arguments, "encoders=[pretrained,same.safetensors,wider.safetensors]")
+    assert status == 0, err
+    assert "wider.safetensors: wider.safetensors: convnet" in out
+    entries = json.loads((canvases / "out/results.json").read_text())
+    assert [each["options"]["width"] for each in entries] == [4, 4, 6]
+    assert [each["step"] for each in entries] == [0, 7, 7]
+    folders = {each["saved"] for each in entries}
+    assert len(folders) == 3
+    for folder in folders:
+        with safe_open(Path(folder) / "detector.safetensors", "pt") as file:
+            views = json.loads(file.metadata()["views"])
+        assert views["mean"] == ([0.485, 0.456, 0.406] if "pretrained" in folder else [0.4] * 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["boxes.root="], "boxes.root is empty: set boxes.root=DIR"),
+        (["boxes.root=gone"], "boxes.root=gone is not a folder"),
+        (["boxes.file="], "boxes.file is empty: set boxes.file=FILE.json"),
+        (["boxes.file=gone.json"], "boxes.file=gone.json does not exist"),
+        (["boxes.file=c/train/images/00000.png"], "boxes.file=c/train/images/00000.png is not a json in COCO's"),
+        (["boxes.eval_file="], "there are no held-out images: set boxes.eval_file=FILE.json, or boxes.hold_out=0.2"),
+        (["boxes.hold_out=0.2"], "boxes.eval_file=c/test/boxes.json and boxes.hold_out=0.2 both name held-out images"),
+        (["boxes.layout=voc"], "boxes.file=c/train/boxes.json is for boxes.layout=json, not voc"),
+        (["boxes.root=c/test/images"], "images do not exist, such as"),
+        (["batch_size=64"], "batch_size=64 exceeds the 8 training images with boxes: lower it"),
+        (["max_size=16"], "max_size=16 is below a size of 32: raise it"),
+        (["detector=yolo"], "detector='yolo' must be one of faster_rcnn_fpn, faster_rcnn_c4"),
+        (["detector=faster_rcnn_c4"], "detector=faster_rcnn_c4 needs the four stages of a ResNet"),
+        (["anchor_sizes=[8]"], "anchor_sizes=[8.0] must hold a size for each of the 4 levels"),
+        (["lr=1e30"], "lower lr=1e+30"),
+    ],
+)
+def test_what_cannot_run_is_one_sentence(canvases: Path, run: Run, overrides: list[str], message: str) -> None:
+    status, _, err = run("detect", *ENCODER, *SMALL, *STEPS, "output=out", *overrides)
+    assert status in (1, 2)
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_the_same_command_on_other_boxes_does_not_resume(canvases: Path, run: Run) -> None:
+    """The saved state is recognized by settings, weights and boxes."""
+    arguments = ("detect", *ENCODER, *SMALL, *STEPS, "encoders=[pretrained]", "steps=1", "output=out")
+    assert run(*arguments)[0] == 0
+    path = canvases / "c/train/boxes.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"][2] -= 1
+    path.write_text(json.dumps(content))
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "already trained" not in out
