@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import copy_to_device, gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
-from moco.losses.streamed import Streamed
+from moco.losses.streamed import Streamed, has_kernel
 from moco.models.norm import statistics_kept
 
 Directions = Sequence[tuple[int, int]]  # pairs (query's view, key's view)
@@ -337,11 +337,14 @@ class MoCo(nn.Module):
     def _contrast(
         self, q: Tensor, k: Tensor, index: Tensor, temperature: Temperature, uniforms: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return InfoNCE(q, k, queue), shape (), and measures of its logits, which are not stored if there are many."""
+        """Return InfoNCE(q, k, queue), shape (), and measures of its logits.
+
+        The logits are not stored if there are `STREAM_FROM` or more, or if a kernel can do without.
+        """
         queue = self.queue
         decoupled = self.switches.decoupled
         plain = self.switches == Switches(decoupled=decoupled) and self.labels is None
-        if plain and len(q) * queue.size >= STREAM_FROM:
+        if plain and (len(q) * queue.size >= STREAM_FROM or has_kernel(q, k, queue.keys)):
             return queue_info_nce(q, k, queue, temperature, index, decoupled)
         negatives, positives = queue.negatives(index), self._same_class(index)  # (N, K)
         return contrast(q, k, queue.keys, temperature, self.switches, negatives, positives, uniforms)

@@ -14,6 +14,8 @@ gradient (N, C) and backward scales it. By the chain rule the derivative by a le
 
 The entropy of the p_j is L minus their mean logit, which is u times the mean key.
 
+On a GPU one kernel computes the pass, the loss and the measures: `moco.kernels.info_nce`.
+
 Legend: N queries, C dimension, K queue length, R queries and B entries of the queue per block.
 """
 
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moco.kernels import fused
 from moco.losses.queue import check_inputs
 from moco.losses.similarity import ABSENT, Temperature, check_mask, check_shapes, full_precision, paired_similarity
 
@@ -29,6 +32,9 @@ from moco.losses.similarity import ABSENT, Temperature, check_mask, check_shapes
 # <= 1,024 changes the time by less than 10 %), and 128 MiB on a GPU, which needs few and large operations.
 ROWS = {"cpu": 512, "cuda": 4096}
 BLOCK = {"cpu": 2**18, "cuda": 2**25}
+
+
+MEASURES = ("negatives", "chance", "contrast_accuracy", "positive_similarity", "effective_negatives", "push")
 
 
 class Streamed(NamedTuple):
@@ -40,6 +46,7 @@ class Streamed(NamedTuple):
     log_sum: Tensor  # (N,), log of the sum of the negatives' exponentials; -inf without any
     negatives: Tensor  # (N,), their number
     effective_negatives: Tensor  # (N,), exp of the entropy of the negatives' shares, 1 ... K; 0 without any
+    each: Tensor | None = None  # (6, N), what `measures` averages, in its order, if a kernel has computed it
 
     @property
     def loss(self) -> Tensor:
@@ -47,7 +54,12 @@ class Streamed(NamedTuple):
         return self.losses.mean()
 
     def measures(self, temperature: Temperature, decoupled: bool = False) -> dict[str, Tensor]:
-        """Return means over the queries, of shape (): "negatives", "chance" (see `contrast`) and `logit_measures`."""
+        """Return means over the queries, of shape (): "negatives", "chance" (see `contrast`) and `logit_measures`.
+
+        The arguments are those of `info_nce_streamed`.
+        """
+        if self.each is not None:
+            return dict(zip(MEASURES, self.each.mean(dim=1).unbind(), strict=True))
         count = self.negatives.to(self.positive.dtype)
         return {
             "negatives": count.mean(),
@@ -103,19 +115,65 @@ def info_nce_streamed(
         samples: of each query and of each entry of the queue, integers of shapes (N,) and (K,). Excludes the entries of
             a query's own sample, as `KeyQueue.negatives` does, but without a mask of size N x K.
         decoupled: compute `decoupled_info_nce` instead.
-        chunk: B; affects only speed and rounding. None: a default for the device.
+        chunk: B; affects only speed and rounding. None: a default for the device, or a kernel, see `has_kernel`.
 
     Raises:
         ValueError: for an invalid temperature, shape or chunk.
         RuntimeError: in a backward with create_graph=True: there is no second derivative.
     """
     check_inputs(query, key, queue, temperature)
-    device = "cpu" if query.device.type == "cpu" else "cuda"
-    size = _chunk(len(query), device) if chunk is None else chunk
-    if size < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
     check_mask("negatives", negatives, (len(query), len(queue)))
-    own = None if samples is None else _OwnKeys.find(*samples, query, queue, size)
+    if samples is not None:
+        shapes = {"the samples' first": (samples[0], "N"), "second": (samples[1], "K")}
+        check_shapes(query=(query, "NC"), queue=(queue, "KC"), **shapes)
+    if chunk is None and has_kernel(query, key, queue):
+        return _by_kernel(query, key, queue, temperature, negatives, samples, decoupled)
+    return _in_chunks(query, key, queue, temperature, negatives, samples, decoupled, chunk)
+
+
+def has_kernel(query: Tensor, key: Tensor, queue: Tensor) -> bool:
+    """Return whether a kernel computes InfoNCE of these tensors: on a GPU, not in float64, and C is small enough."""
+    if not fused(query.device):
+        return False
+    from moco.kernels.info_nce import LARGEST_DIM
+
+    return query.shape[1] <= LARGEST_DIM and torch.float64 not in (query.dtype, key.dtype, queue.dtype)
+
+
+def _by_kernel(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: Temperature,
+    negatives: Tensor | None,
+    samples: tuple[Tensor, Tensor] | None,
+    decoupled: bool,
+) -> Streamed:
+    """Compute `info_nce_streamed` by a kernel."""
+    from moco.kernels.info_nce import info_nce
+
+    found = info_nce(query, key, queue, temperature, negatives, samples, decoupled)
+    factors = found.by_query, found.by_temperature
+    losses = _Loss.apply(full_precision(query), temperature, found.losses, found.apart, *factors)
+    return Streamed(losses, *found[1:7])
+
+
+def _in_chunks(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: Temperature,
+    negatives: Tensor | None,
+    samples: tuple[Tensor, Tensor] | None,
+    decoupled: bool,
+    chunk: int | None,
+) -> Streamed:
+    """Compute `info_nce_streamed` by torch's operations."""
+    device = "cpu" if query.device.type == "cpu" else "cuda"
+    size = _chunk(len(query), device) if chunk is None else chunk
+    own = None if samples is None else _OwnKeys.find(*samples, size)
     query = full_precision(query)
     with torch.autocast(query.device.type, enabled=False), torch.no_grad():
         scaled = query / temperature  # (N, C), u
@@ -129,10 +187,17 @@ def info_nce_streamed(
         hardest, log_sum, mean_key, count = (torch.cat(part) for part in zip(*parts, strict=True))
         positive = paired_similarity(scaled, key)[:, 0]  # (N,)
         mean_logit = paired_similarity(scaled, mean_key)[:, 0]  # (N,), of the negatives, by their shares
-    apart, gap, excess = mean_key - key, mean_logit - positive, log_sum - positive
-    losses: Tensor = _Loss.apply(query, temperature, apart, gap, excess, decoupled)
-    losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
-    return Streamed(losses, positive, hardest, log_sum, count, (log_sum - mean_logit).exp())
+        apart, gap, excess = mean_key - key, mean_logit - positive, log_sum - positive
+        if decoupled:
+            has_negative = excess != ABSENT
+            losses, factor = torch.where(has_negative, excess, 0.0), has_negative.to(excess.dtype)
+        else:
+            losses, factor = torch.logaddexp(excess, torch.zeros_like(excess)), excess.sigmoid()
+        losses = losses + (positive - positive)  # 0; nan for an infinite logit, which logaddexp would hide
+        by_query = factor / temperature  # (N,); the gradient by the query is this times apart
+        effective = (log_sum - mean_logit).exp()
+    losses = _Loss.apply(query, temperature, losses, apart, by_query, -by_query * gap)
+    return Streamed(losses, positive, hardest, log_sum, count, effective)
 
 
 def _chunk(queries: int, device: str) -> int:
@@ -146,16 +211,14 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, temperature: Temperature, apart: Tensor, gap: Tensor, excess: Tensor, decoupled: bool
+        ctx: Any, query: Tensor, temperature: Temperature, losses: Tensor, apart: Tensor, *factors: Tensor
     ) -> Tensor:
-        """Args: apart = mean key - k, (N, C); gap, (N,), the product of u and apart; excess = L - u k, (N,)."""
-        if decoupled:
-            has_negative = excess != ABSENT
-            losses, factor = torch.where(has_negative, excess, 0.0), has_negative.to(excess.dtype)
-        else:
-            losses, factor = torch.logaddexp(excess, torch.zeros_like(excess)), excess.sigmoid()
-        by_query = factor / temperature  # (N,); the gradient by the query is this times apart
-        ctx.save_for_backward(apart, by_query, -by_query * gap)
+        """Return `losses`.
+
+        `apart`, (N, C), is the mean key - k; `factors`, (N,) each: the gradient by the query is the first one times
+        `apart`, that by the temperature is the second one.
+        """
+        ctx.save_for_backward(apart, *factors)
         return losses
 
     @staticmethod
@@ -175,14 +238,12 @@ class _OwnKeys(NamedTuple):
     places: tuple[Tensor, ...] | None  # per chunk, positions of any query's own keys; mostly empty
 
     @classmethod
-    def find(cls, own: Tensor, others: Tensor, query: Tensor, queue: Tensor, chunk: int) -> "_OwnKeys":
-        """Find these entries from the samples of the queries and of the queue; raise ValueError for invalid shapes."""
-        shapes = {"the samples' first": (own, "N"), "second": (others, "K")}
-        check_shapes(query=(query, "NC"), queue=(queue, "KC"), **shapes)
-        if query.device.type != "cpu":  # `nonzero` would make the host wait for the device
+    def find(cls, own: Tensor, others: Tensor, chunk: int) -> "_OwnKeys":
+        """Find these entries from the samples of the queries and of the queue."""
+        if own.device.type != "cpu":  # `nonzero` would make the host wait for the device
             return cls(own, others, None)
         found = torch.isin(others, own).nonzero()[:, 0]
-        each = torch.bincount(found // chunk, minlength=-(-len(queue) // chunk))
+        each = torch.bincount(found // chunk, minlength=-(-len(others) // chunk))
         return cls(own, others, (found % chunk).split(each.tolist()))
 
 

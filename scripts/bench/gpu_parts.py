@@ -31,7 +31,7 @@ from moco.data.opening import build_views
 from moco.data.plan import Plan
 from moco.data.sources import load_source
 from moco.losses import info_nce
-from moco.losses.streamed import Streamed, info_nce_streamed
+from moco.losses.streamed import BLOCK, Streamed, has_kernel, info_nce_streamed
 from moco.optim.optimizers import build_optimizer
 from moco.runtime.device import set_float32_precision
 from moco.runtime.precision import PRECISIONS, pick_precision
@@ -270,15 +270,17 @@ def imagenet(setting: Setting) -> Iterator[Check]:
 
 
 def losses(setting: Setting) -> Iterator[Check]:
-    """Measure InfoNCE against the queue, forward and backward, in one matrix and in streamed chunks."""
+    """Measure InfoNCE against the queue, forward and backward: in one matrix, in streamed chunks, by a kernel."""
     device, k = setting.device, 1024 if setting.tiny else 65_536
     for n in (8,) if setting.tiny else (256, 1024, 4096):
         q, key, queue = (F.normalize(torch.randn(rows, 128, device=device), dim=1) for rows in (n, n, k))
         q.requires_grad_()
         forms: dict[str, Callable[[], Any]] = {
             "one matrix": partial(info_nce, q, key, queue, 0.2),
-            "streamed": partial(info_nce_streamed, q, key, queue, 0.2),
+            "streamed": partial(info_nce_streamed, q, key, queue, 0.2, chunk=BLOCK["cuda"] // n),
         }
+        if has_kernel(q, key, queue):
+            forms["kernel"] = partial(info_nce_streamed, q, key, queue, 0.2)
         gradients = []
         for name, form in forms.items():
 
@@ -291,8 +293,9 @@ def losses(setting: Setting) -> Iterator[Check]:
             memory = peak_gib(work, device)
             each = milliseconds(work, device, rounds=5)
             yield Check(f"N {n}, K {k}, {name}", f"{each:.2f} ms, {memory:.2f} GiB")
-        error = ((gradients[0] - gradients[1]).norm() / gradients[0].norm()).item()
-        yield below(f"N {n}: difference of the two gradients", error, 1e-3)
+        for name, gradient in zip([*forms][1:], gradients[1:], strict=True):
+            error = ((gradients[0] - gradient).norm() / gradients[0].norm()).item()
+            yield below(f"N {n}: difference of the gradients, {name}", error, 1e-3)
 
 
 def loading(setting: Setting) -> Iterator[Check]:

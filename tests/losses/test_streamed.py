@@ -103,7 +103,7 @@ def test_statistics_equal_those_of_the_logits(mask: str, chunk: int) -> None:
         _, counted = contrast(unit(N, 0), unit(N, 1), unit(K, 2), T, Switches(decoupled=decoupled), allowed)
         for name in ("negatives", "chance"):
             torch.testing.assert_close(found.measures(T, decoupled)[name].float(), counted[name])
-    assert not any(value.requires_grad for value in (*found[1:], *measures.values()))
+    assert not any(value.requires_grad for value in (*found[1:6], *measures.values()))
 
 
 def test_indices_equal_the_mask_of_the_queue() -> None:
@@ -229,7 +229,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = info_nce_streamed(half, key, queue, 0.07)
     expected = info_nce_streamed(full, key.float(), queue.float(), 0.07)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(found[:6], expected[:6], strict=True):
         assert torch.equal(a, b)
     found.loss.backward()
     expected.loss.backward()
@@ -342,7 +342,7 @@ def test_masks_of_a_gpu_equal_the_places_of_a_cpu(mask: str, monkeypatch: pytest
     expected = call(**given)
     find = module._OwnKeys.find
     monkeypatch.setattr(module._OwnKeys, "find", lambda *given: find(*given)._replace(places=None))
-    for a, b in zip(call(**given), expected, strict=True):
+    for a, b in zip(call(**given)[:6], expected[:6], strict=True):
         assert torch.equal(a, b)
 
 

@@ -16,6 +16,8 @@ from moco.data.augment import augment, crop_batch
 from moco.data.view import View, draw, draw_crop
 from moco.kernels import augment as augment_kernels
 from moco.kernels import crop as crop_kernels
+from moco.kernels import info_nce as info_nce_kernels
+from moco.losses import info_nce_streamed
 
 DEVICE = torch.device("cuda", 0)
 
@@ -28,13 +30,20 @@ def use() -> None:
     )  # fmt: skip
     index = np.arange(16)
     images = torch.zeros(16, 3, 40, 50, dtype=torch.uint8, device=DEVICE)
+    query = torch.zeros(16, 128, device=DEVICE, requires_grad=True)
+    queue, own = (
+        torch.zeros(4096, 128, device=DEVICE),
+        (torch.zeros(16, device=DEVICE), torch.zeros(4096, device=DEVICE)),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        info_nce_streamed(query.to(dtype), query.detach().to(dtype), queue.to(dtype), 0.2, samples=own).loss.backward()
     augment(crop_batch(images, draw_crop(0, 0, index, 0), view), draw(view, 0, 0, index, 0), view)
 
 
 def assembly() -> dict[str, str]:
     """Return the PTX of each compiled kernel by name; several forms of a kernel are joined."""
     found: dict[str, str] = {}
-    for module in (augment_kernels, crop_kernels):
+    for module in (augment_kernels, crop_kernels, info_nce_kernels):
         for name, function in vars(module).items():
             if isinstance(function, JITFunction):
                 forms = [form for cache in function.device_caches.values() for form in cache[0].values()]

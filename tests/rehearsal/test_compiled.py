@@ -1,4 +1,4 @@
-"""moco's kernels, compiled for a GPU: they round each operation alone, as the CPU does."""
+"""moco's kernels, compiled for a GPU: the augmentation rounds each operation alone, the loss uses tensor cores."""
 
 import json
 import re
@@ -13,14 +13,16 @@ from tests.rehearsal import build
 
 @pytest.mark.slow
 @pytest.mark.skipif(build.missing() != "", reason=build.missing())
-def test_kernels_compile_and_round_each_operation_alone(tmp_path: Path) -> None:
+def test_kernels_compile_as_intended(tmp_path: Path) -> None:
     env = build.environment(build.build(tmp_path), null=True)
     command = [sys.executable, "-m", "tests.rehearsal.compiled", str(tmp_path / "ptx.json")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     assembly: dict[str, str] = json.loads((tmp_path / "ptx.json").read_text())
-    assert set(assembly) == {"_gray_sums", "_color", "_blur_rows", "_blur_columns", "_resize"}
+    assert set(assembly) == {"_gray_sums", "_color", "_blur_rows", "_blur_columns", "_resize", "_parts", "_combine"}
     for name in ("_gray_sums", "_color", "_blur_rows", "_blur_columns"):
         inexact = set(re.findall(r"\S*(?:fma|div\.full|approx|ftz)\S*", assembly[name]))
         assert inexact <= {"cvt.rmi.ftz.f32.f32"}, name  # floor: of the smallest negative numbers, it is 0
     assert "div.rn.f32" in assembly["_color"]
+    assert re.search(r"mma\.\S*\.f32\.tf32", assembly["_parts"])
+    assert re.search(r"mma\.\S*\.f32\.bf16", assembly["_parts"])
