@@ -1,6 +1,5 @@
 """`python -m moco.detect`: train a detector on each encoder with each seed, evaluate, save."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from moco.detection.network import DetectorSettings, build_detector
 from moco.detection.opening import open_boxed
 from moco.detection.picture import write_picture
 from moco.detection.sampling import DetectorLoss
+from moco.detection.saved import Detector, save_detector
 from moco.detection.training import TrainSettings, predict, train
 from moco.detection.views import ViewSettings
 from moco.digest import digest
@@ -30,7 +30,6 @@ from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import IMAGENET, open_encoders, output_of, weights_digest
 from moco.evaluation.task import progress_log
 from moco.interop.encoder_file import EncoderFile
-from moco.interop.weights import save_weights
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, log_next, percent, progress_bar, table
@@ -198,11 +197,9 @@ def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
 def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
     """Write the detector's weights with what describes it, and the picture of some held-out images."""
     folder.mkdir(parents=True, exist_ok=True)
-    config, file, views = run.config, run.files[name], run.training(name).views
-    about = {"classes": run.train.classes, "backbone": file.backbone, "options": file.options}
-    about |= {"form": asdict(_form(config)), "views": asdict(views)}
-    metadata = {key: json.dumps(value) for key, value in about.items()}
-    save_weights(folder / "detector.safetensors", network.state_dict(), metadata)
+    file, views = run.files[name], run.training(name).views
+    detector = Detector(network, run.train.classes, views)
+    save_detector(folder / "detector.safetensors", detector, _form(run.config), file.backbone, file.options)
     rows = range(0, len(run.held_out), max(1, len(run.held_out) // SHOWN))[:SHOWN]
     found = predict(network, run.held_out, rows, views, 0)
     images = [run.held_out.images[row] for row in rows]

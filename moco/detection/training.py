@@ -99,13 +99,13 @@ def predict(
         loader = make_loader(EvaluationDataset(images, settings), processes, rows)
         for row, image in loaded(loader, WORKERS):
             (found,) = network([image.to(first.device, first.dtype)])
-            yield _detections(found, image, images.images[row].width, images.images[row].height)
+            yield detections_in(found, image, images.images[row].width, images.images[row].height)
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _detections(found: dict[str, Tensor], image: Tensor, width: int, height: int) -> Detections:
+def detections_in(found: dict[str, Tensor], image: Tensor, width: int, height: int) -> Detections:
     """Return the detections in an image in pixels of its file, W x H; they were found in a resized image."""
     scale = found["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
     boxes = found["boxes"] * scale  # (k, 4)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +25,7 @@ _IGNORED = {"run", "device", "threads"}  # settings without effect on the result
 _OPEN = ("accuracy/", "retrieval/", "train/loss", "train/contrast_accuracy")  # metrics whose charts are not folded
 _FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
+_PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of a picture of predictions
 _KINDS = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # of accuracies
 
 
@@ -156,11 +158,28 @@ def evaluations(run: Run) -> Markup:
     for entry in newest.values():
         results, name = entry["figures"], f"{entry.get('command', '?')}, {entry.get('protocol', '?')}"
         main = _main_figure(results)
-        score = f"{'mAP ' * (main == 'mAP')}{percent(results.get(main))} {_spread(results)}".strip()
+        score = f"{f'{main} ' * (main != 'top1')}{percent(results.get(main))} {_spread(results)}".strip()
         rows.append([name, str(entry.get("encoder", "?")), score, percent(results.get("top5"))])
         more.append([f"{name}, {entry.get('encoder', '?')}", _details(entry)])
     shown = part("table", "Accuracy on held-out images", ["evaluation", "encoder", "top-1 %", "top-5 %"], rows)
-    return shown + folded("Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more))
+    shown += folded("Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more))
+    pictures = [picture for entry in newest.values() if (picture := _predictions(run, entry))]
+    return shown + (folded("Predictions beside the truth", Markup().join(pictures)) if pictures else Markup())
+
+
+def _predictions(run: Run, entry: Mapping[str, Any]) -> Markup:
+    """Return the picture that moco.segment or moco.detect wrote for an entry of results.json; "" without one.
+
+    Only a file below the run is read: results.json may come from others.
+    """
+    name, command = Path(str(entry.get("saved", ""))).name, entry.get("command")
+    file = run.path / str(command) / name / "predictions.png"
+    if command not in ("segment", "detect") or not name or not file.is_file():
+        return Markup()
+    data = file.read_bytes()
+    if len(data) > _MOST_BYTES or not data.startswith(_PNG):
+        return Markup()
+    return part("views", data, f"{command}, {entry.get('protocol', '?')}, {entry.get('encoder', '?')}")
 
 
 def _details(entry: Mapping[str, Any]) -> str:
@@ -176,8 +195,8 @@ def _details(entry: Mapping[str, Any]) -> str:
 
 
 def _main_figure(results: Mapping[str, Any]) -> str:
-    """Return the name of the main figure: mAP if images have several labels each, and so no top-1 accuracy."""
-    return "mAP" if "mAP" in results and "top1" not in results else "top1"
+    """Return the name of the main figure: without a top-1 accuracy, mAP, AP or mIoU."""
+    return next((name for name in ("top1", "mAP", "AP", "mIoU") if name in results), "top1")
 
 
 def _spread(results: Mapping[str, Any]) -> str:

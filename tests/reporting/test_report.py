@@ -1,5 +1,6 @@
 """Reports: finished and unfinished runs, with and without labels, one and two runs; refused input."""
 
+import base64
 import csv
 import json
 import re
@@ -38,6 +39,36 @@ def page(path: Path) -> tuple[str, dict[str, Any]]:
 @pytest.fixture
 def labeled(tmp_path: Path) -> Path:
     return run(tmp_path / "run", images(tmp_path / "train", 6), images(tmp_path / "test", 5))
+
+
+def test_a_picture_of_predictions_is_part_of_the_page(labeled: Path) -> None:
+    """Only a picture of moco.segment or moco.detect below the run is shown: results.json may come from others."""
+    content = b"\x89PNG\r\n\x1a\n" + b"boxes"
+    places = {"detect": "inside", "knn": "other"}
+    for command, name in places.items():
+        (labeled / command / name).mkdir(parents=True)
+        (labeled / command / name / "predictions.png").write_bytes(content)
+    outside = labeled.parent / "away"
+    outside.mkdir()
+    (outside / "predictions.png").write_bytes(content + b"secret")
+    entry = {
+        "protocol": "retinanet, 9 steps",
+        "step": 20,
+        "figures": {"AP": 12.34, "AP_half_width95": 1.5, "AP50": 33.3},
+    }
+    entries = [
+        entry | {"command": "detect", "encoder": "pretrained", "saved": "/gone/detect/inside"},
+        entry | {"command": "detect", "encoder": "untrained", "saved": str(outside)},
+        entry | {"command": "knn", "encoder": "pretrained", "saved": str(labeled / "knn/other")},
+    ]
+    (labeled / "results.json").write_text(json.dumps(entries))
+    report(config(labeled))
+    markup, _ = page(labeled / "report.html")
+    assert "AP 12.3 ± 1.5 (95 % over seeds)" in markup
+    assert "AP50 33.3" in markup
+    assert markup.count(base64.b64encode(content).decode()) == 1
+    assert "Predictions beside the truth" in markup
+    assert base64.b64encode(content + b"secret").decode() not in markup
 
 
 def test_a_labeled_run(labeled: Path, capsys: pytest.CaptureFixture[str]) -> None:
