@@ -275,6 +275,8 @@ def _invalid_value(text: str) -> str:
         return f"{found[3]}={found[1]} must be of type {found[2].lower()}"
     if found := re.search(r"Value '([^']*)' is not a valid bool[\s\S]*full_key: (\S+)", text):
         return f"{found[2]}={found[1]} must be true or false"
+    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"{found[1]} exists: change it without the plus, {found[1]}=VALUE"
     if found := re.search(r"Error merging override \+*(\S+)=(\S+)\n.*is not a ListConfig", text):
         return f"{found[1]}={found[2]} must be a list: {found[1]}=[{found[2]}]"
     if found := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
@@ -310,6 +312,9 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
     name = next((each for each in known if field.startswith(f"{each}.") and not is_dataclass(known[each])), "")
     if name:
         return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"
+    if field == "data.hold_out":
+        fix = "set data.eval_root=DIR or data.label_file=FILE (with a column split) for held-out images"
+        return f"data.hold_out is a field of the evaluations, such as moco.knn; here, {fix}"
     if field == "experiment" and "recipe" in known:
         return "there is no field 'experiment'; did you mean 'recipe'?"
     recipe = next((each for each in sys.argv[1:] if each.lstrip("+").startswith("experiment=")), "")

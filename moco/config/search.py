@@ -18,7 +18,8 @@ class SearchConfig(EmbedConfig):
     """What to find: nearest (the most similar images to each query), duplicates (groups of near-duplicates), or
     outliers (images that resemble no others)."""
     query: list[str] = bounded([], path=True)
-    """For mode=nearest: image files to search for, as in query=[a.jpg,b.jpg]; also files outside of the data set."""
+    """For mode=nearest: images to search for, as in query=[a.jpg,b.jpg]: files, also outside of the data set, or names
+    in the table of the index, such as clips/a.mp4@1.000 for the frame of a video."""
     sample: int = bounded(0, ge=0)
     """For mode=nearest: search for N random images of the data set; 0: for 8 if `query` is empty, else for none."""
     k: int = bounded(12, ge=1)

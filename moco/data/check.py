@@ -155,13 +155,17 @@ def suggest(
     if not is_rgb8:
         recipe["experiment"] = "moco_v2_grayscale" if data.channels == 1 else "moco_v2_multispectral"
         given |= {"data.channels": data.channels, "data.dtype": data.dtype}  # instead of those of the recipe
-    normalization = {f"augment.{name}": values for name, values in (stats or {}).items()}
+    normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
+    if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
+        normalization["augment.brightness"] = 0  # 0.4 would move the mean by 4 standard deviations
     training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run="runs/mine")
     if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]
     minutes = recipe["epochs"] * drawn / BUDGET * 10
-    time = f"this takes about {minutes:.0f} minutes on two CPU cores"
-    return [f"next: {training}", time]
+    lines = [f"next: {training}", f"this takes about {minutes:.0f} minutes on two CPU cores"]
+    if "augment.brightness" in normalization:
+        lines.append("augment.brightness=0, because the mean is large against the standard deviation")
+    return lines
 
 
 def _facts(folder: Checked, stats: bool, i: int) -> ImageFacts:

@@ -21,7 +21,7 @@ import numpy as np
 
 from moco.config import DataConfig, require
 from moco.config.pack import PackConfig
-from moco.config.recommended import recipe_for
+from moco.config.recommended import FEW_IMAGES, recipe_for
 from moco.config.subject import SubjectConfig
 from moco.data import pack_output, shard_index
 from moco.data.base import Source
@@ -221,12 +221,13 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in skipped.most_common())
     images = ", ".join(f"{split['pictures']:,} {name}" for name, split in splits.items())
     how = f"shorter side at most {config.short_side}, quality {config.quality}" if config.short_side else "unchanged"
+    state = "as decoded frames" if config.data.name == "video" else "before"
     note = growth_note(config, before, after, sum(split["pictures"] for split in entries))
     rows = [
         ("images", f"{images}; {how}"),
         ("classes", f"{len(index['classes']):,}" if index["classes"] else "none: packed without labels"),
         ("shards", f"{len(shards):,} of at most {config.shard_mb:g} MB"),
-        ("size", f"{before / 1e6:,.1f} MB before, {after / 1e6:,.1f} MB now{note}"),
+        ("size", f"{before / 1e6:,.1f} MB {state}, {after / 1e6:,.1f} MB now{note}"),
         ("skipped", f"{sum(skipped.values()):,} ({kinds}), see {output / SKIPPED}" if skipped else "none"),
         ("time", duration(seconds)),
         ("files", f"{output}/: {INDEX}, {', '.join(split['rows'] for split in entries)}, the shards, {SKIPPED}"),
@@ -261,6 +262,7 @@ def _next(data: DataConfig, output: Path, count: int) -> str:
             f"moco.train reads them with {reads}, and needs augment.mean and augment.std, one number for each channel: "
             "python -m moco.check_data stats=true computes them from the images in their folder"
         )
-    if not recipe:
-        return f"too few images for a recipe; moco.train reads them with {reads}"
+    if not recipe or (count < FEW_IMAGES and data.name not in _RECIPES):
+        advice = "start from published weights, see docs/howto/own_images.md"
+        return f"too few images to train from random weights: {advice}; moco.train reads them with {reads}"
     return command("moco.train", SubjectConfig(), **recipe, **shards, run="runs/packed")

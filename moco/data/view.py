@@ -163,12 +163,18 @@ class View:
                 "augment=multispectral and augment=grayscale do"
             )
         if self.channels == 1 and self.channel_dropout_p > 0:
-            raise ValueError(f"channel_dropout_p={self.channel_dropout_p} needs several channels: set it to 0")
+            needs = "needs several channels: set it to 0, as augment=grayscale does"
+            raise ValueError(f"channel_dropout_p={self.channel_dropout_p} {needs}")
 
     @property
     def channels(self) -> int:
         """The number of channels of the images."""
         return len(self.mean)
+
+    @property
+    def brightness_shift(self) -> float:
+        """How far `brightness` moves the mean of a channel, in standard deviations of the data set; the largest."""
+        return max(self.brightness * abs(mean) / std for mean, std in zip(self.mean, self.std, strict=True))
 
     @property
     def rgb(self) -> bool:

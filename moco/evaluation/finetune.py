@@ -260,7 +260,8 @@ def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: P
         f"fine-tuned, {_title(config)} ({plan.length:,} images, {plan.total_steps:,} steps)",
         found,
         {"each seed": [", ".join(percent(one.top1) for one in each.metrics) for each in found]},
-        f"top-1: {evaluation.interval_note(config.seeds)}; evaluated on {len(task.held_out):,} images",
+        f"top-1: {evaluation.interval_note(config.seeds)}; evaluated on {len(task.held_out):,} images"
+        + evaluation.frames_note(task.held_out),
     )
     if len(found) == 2 and config.seeds > 1:
         pairs = zip(*(each.metrics for each in found), strict=True)

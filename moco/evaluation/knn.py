@@ -31,7 +31,7 @@ from moco.evaluation.knn_classifier import (
 from moco.evaluation.metrics import Metrics, compute_metrics, confusion_of, mean_known
 from moco.evaluation.subject import encoders, labels_of, targets_of
 from moco.evaluation.subsets import draw_labels, naming_field
-from moco.evaluation.task import Result, Task, open_task, record_results
+from moco.evaluation.task import Result, Task, frames_note, open_task, record_results
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar, table
 from moco.runtime.next_command import command
@@ -192,7 +192,8 @@ def _report(task: Task[KnnConfig], found: list[Result]) -> None:
         f"kNN, {protocol.replace(' a ', ' per ')}, {config.features} features",
         ["encoder", "k", "T", *(pretrained.cells() if pretrained.several_labels else results)],
         [_row(each) for each in found],
-        f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines(pretrained.encoder)}",
+        f"on {len(task.held_out):,} held-out images; {pretrained.metrics[0].baselines(pretrained.encoder)}"
+        + frames_note(task.held_out),
     )
     if not pretrained.several_labels and (pairs := most_confused(pairs_of_draws(pretrained.metrics), train.classes)):
         log(f"most frequent confusions of the pretrained encoder: {', '.join(pairs)}")

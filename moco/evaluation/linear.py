@@ -73,7 +73,8 @@ def evaluate_linear(config: LinearConfig) -> None:
         if "pixels" in config.compare:
             probes["pixels"] = _sweep(task, "pixels", None)
         found = [Result(name, each.metrics, _details(config, each)) for name, each in probes.items()]
-        _show(config, found)  # before writing: the results stay visible if writing fails
+        # Before writing: the results stay visible if writing fails.
+        _show(config, found, evaluation.frames_note(task.held_out))
         for each in probes.values():
             if each.problem:
                 log(each.problem)
@@ -293,7 +294,7 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[str], title: 
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _show(config: LinearConfig, found: list[Result]) -> None:
+def _show(config: LinearConfig, found: list[Result], remark: str) -> None:
     extra: dict[str, list[str]] = {}
     first = [each.details["chosen"][0] for each in found]
     several = found[0].several_labels
@@ -301,7 +302,7 @@ def _show(config: LinearConfig, found: list[Result]) -> None:
     if several:
         note = "mAP: the mean over the classes of the average precision"
         note += f"; {evaluation.interval_note(config.seeds)}" * (config.seeds > 1)
-    note += "; setting and files are the first seed's" * (config.seeds > 1)
+    note += "; setting and files are the first seed's" * (config.seeds > 1) + remark
     if config.kind == "sweep":
         extra["validation %"] = [percent(each["validation_mAP" if several else "validation_top1"]) for each in first]
         part = "the training images" if several else "each training class"

@@ -303,6 +303,10 @@ def data_config(config: SubjectConfig, subject: Subject) -> DataConfig:
     if given.get("dtype", RGB.dtype) != RGB.dtype:
         known -= {"bits"}
     kept = {name: value for name, value in recorded.items() if name in known and (same or name in always)}
+    if given.get("label_file"):  # it replaces the labels and the split of the run
+        kept = {name: value for name, value in kept.items() if name not in ("labels", "eval_root")}
+    elif given.get("labels", "none") != "none":
+        kept = {name: value for name, value in kept.items() if name not in ("label_file", "label_separator")}
     return DataConfig(**(kept | given))
 
 

@@ -19,6 +19,7 @@ from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import with_tuples
 from moco.data.sources import Source
+from moco.data.video import video_of
 from moco.data.view import View
 from moco.distributed import is_rank_zero, on_rank_zero, world_size
 from moco.evaluation.average_precision import AveragePrecision
@@ -200,6 +201,12 @@ def summarize_seeds(metrics: Sequence[Any]) -> dict[str, Any]:
         return {"mAP": mean, "mAP_half_width95": half, "per_class_ap": per_class}
     mean, half = mean_interval([each.top1 for each in metrics])
     return {"top1": mean, "top1_half_width95": half, "top5": mean_known([each.top5 for each in metrics])}
+
+
+def frames_note(source: Source) -> str:
+    """Return why the intervals are too narrow if the images are frames of videos, to append to a caption; else ""."""
+    narrow = "; frames of one video resemble each other, so the true interval is wider"
+    return narrow * bool(len(source) and video_of(source.name(0)))
 
 
 def interval_note(seeds: int) -> str:

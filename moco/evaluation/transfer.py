@@ -15,7 +15,7 @@ from moco.config.transfer import TransferConfig
 from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.subject import Subject, fields_of_encoder, open_subject, weights_digest
-from moco.evaluation.transfer_data import MEASURES, check_names, is_fixed, open_set
+from moco.evaluation.transfer_data import MEASURES, Splits, check_names, is_fixed, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (
     FOLDER,
@@ -66,7 +66,11 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
         output = candidates[0].subject.output
         prepare(output)
         on_rank_zero(lambda: bool(locks.enter_context(lock_directory(output / FOLDER, "output"))))
-        found = [_evaluate_set(name, config, candidates, device) for name in config.sets]
+        # The images of a name never change. Others are opened now: their digest is needed, and a set that cannot be
+        # evaluated ends the command before the first one is.
+        own = candidates[0].subject
+        opened = {name: None if is_fixed(name) else open_set(name, config, own) for name in config.sets}
+        found = [_evaluate_set(name, splits, config, candidates, device) for name, splits in opened.items()]
         _report(config, found, output)
     return found
 
@@ -105,16 +109,17 @@ def _open_other(name: str, config: TransferConfig) -> Subject:
 
 
 def _evaluate_set(
-    name: str, config: TransferConfig, candidates: Sequence[Candidate], device: torch.device
+    name: str, splits: Splits | None, config: TransferConfig, candidates: Sequence[Candidate], device: torch.device
 ) -> SetResults:
-    """Evaluate the encoders that have no fitting result on one data set; write the file after each of them."""
+    """Evaluate the encoders that have no fitting result on one data set; write the file after each of them.
+
+    `splits` is None for a data set that is opened only if a result is missing.
+    """
     output = candidates[0].subject.output
     file, settings = (
         result_file(output, name, config.mode),
         {each: getattr(config, each) for each in SETTINGS[config.mode]},
     )
-    # A named data set never changes. Any other is recognized by the digest of its images, so it is opened first.
-    splits = None if is_fixed(name) else open_set(name, config, candidates[0].subject)
     wanted = SetResults(name, config.mode, settings | {"images": splits.digest() if splits else name})
     found, problem = on_rank_zero(lambda: read_results(file, wanted))
     digests = {each.name: each.digest for each in candidates}

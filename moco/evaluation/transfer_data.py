@@ -236,5 +236,5 @@ def _refuse_missing_classes(name: str, splits: Splits) -> None:
     require(
         not len(lacking),
         f"sets={name}: the test split has no image of {first_names([classes[label] for label in lacking])}: add one or "
-        "more, or remove the class (a class with a single image cannot be split)",
+        "more, or remove the class (a part of each class is held out for the test; a single image cannot be split)",
     )

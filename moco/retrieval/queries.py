@@ -52,11 +52,13 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     Raises:
         FileNotFoundError, ImageError: for a missing or unreadable query.
     """
-    for name in config.query:
-        if not Path(name).is_file():
-            raise FileNotFoundError(f"query={name} does not exist: name an image file")
-    rows = _rows_of_files(index.images, config.query)
+    rows = _rows_of_queries(index.images, config.query)
     known, about = rows >= 0, index.about
+    for name, row in zip(config.query, rows, strict=True):
+        if row < 0 and not Path(name).is_file():
+            raise FileNotFoundError(
+                f"query={name} does not exist: name an image file, or an image of the index as its table names it"
+            )
     features = np.zeros((len(rows), about["dimension"]), index.images.features.dtype)
     features[known] = index.images.features[rows[known]]
     outside = [name for name, row in zip(config.query, rows, strict=True) if row < 0]
@@ -72,12 +74,15 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     return rows, features
 
 
-def _rows_of_files(images: ImageSet, files: list[str]) -> NDArray[np.int64]:
-    """Return the row of each file in the index, -1 if it is not there."""
-    positions = {str(Path(file).resolve()): i for i, file in enumerate(files)}
-    names = {Path(file).name for file in files}
-    found = np.full(len(files), -1)
+def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
+    """Return the row in the index of each query, a file or a name in the index; -1 if it is not there."""
+    positions = {str(Path(file).resolve()): i for i, file in enumerate(queries)}
+    by_name = {name: i for i, name in enumerate(queries) if not Path(name).is_file()}
+    names = {Path(file).name for file in queries}
+    found = np.full(len(queries), -1)
     for row, i in enumerate(images.rows):
+        if by_name and (at := by_name.get(images.source.name(int(i)))) is not None:
+            found[at] = row
         file = Path(images.source.path(int(i)) or "")
         if file.name in names and (at := positions.get(str(file.resolve()))) is not None:
             found[at] = row

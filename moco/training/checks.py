@@ -8,9 +8,12 @@ from typing import Any
 from moco.config import RunWarning, TrainConfig, require
 from moco.config.recommended import queue_advice
 from moco.data.base import Sources
+from moco.data.opening import build_views
 from moco.data.plan import Plan
 from moco.distributed import world_size
 from moco.models.backbones import published_images
+
+MAX_BRIGHTNESS_SHIFT = 4  # standard deviations; 0.85 to 1.7 in the published recipes
 
 
 def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None = None) -> None:
@@ -42,6 +45,7 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
         _warn(sentence)
     if config.model.options.get("pretrained"):
         warn_of_other_normalization(config, "model.options.pretrained=true", published_images(config.model.backbone))
+    _check_brightness(config)
     _check_queue(config, plan)
     _check_batch_norm(config)
 
@@ -88,6 +92,16 @@ def warn_of_other_normalization(config: TrainConfig, trained: str, images: Mappi
     if other:
         fixes = " ".join(other).replace(", ", ",")
         _warn(f"{trained} was trained on images with another mean or standard deviation: set {fixes}")
+
+
+def _check_brightness(config: TrainConfig) -> None:
+    shift = max(view.brightness_shift for view in build_views(config.augment, config.data))
+    if shift > MAX_BRIGHTNESS_SHIFT:
+        _warn(
+            f"augment.brightness={config.augment.brightness:g} multiplies the values of an image, whose mean is large "
+            f"against their standard deviation: it moves the mean by up to {shift:.0f} standard deviations; set "
+            "augment.brightness=0"
+        )
 
 
 def _check_queue(config: TrainConfig, plan: Plan) -> None:

@@ -244,6 +244,14 @@ def test_a_folder_without_faults_gets_a_training_command_that_fits_it() -> None:
     assert "10 minutes" in time
 
 
+def test_values_with_a_large_offset_get_no_brightness() -> None:
+    data = DataConfig(name="folder", root="kelvin", channels=1, dtype="float32")
+    command, _, reason = suggest(data, 250, BUDGET, {"mean": [280.0], "std": [10.7]})
+    assert command.endswith(" augment.brightness=0")
+    assert "standard deviation" in reason
+    assert "brightness" not in suggest(data, 250, BUDGET, {"mean": [0.5], "std": [0.2]})[0]
+
+
 @pytest.mark.parametrize(
     "fields",
     [

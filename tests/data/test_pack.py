@@ -81,7 +81,7 @@ def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
         ("folder", 30_000, "experiment=moco_v2_folder method.queue_size=4096 data=shards"),
         ("folder", 3000, "experiment=moco_v2_small epochs=13 method.queue_size=736 method.momentum=0.994"),
         ("huggingface", 250, "experiment=moco_v2_small epochs=160 method.queue_size=64 method.momentum=0.994"),
-        ("folder", 20, "too few images for a recipe; data=shards data.root=out"),
+        ("folder", 20, "too few images start from published weights, data=shards data.root=out"),
     ],
 )
 def test_the_next_command_fits_the_images(name: str, count: int, words: str) -> None:

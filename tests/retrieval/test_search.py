@@ -227,6 +227,12 @@ def test_an_invalid_configuration_is_refused(changes: dict[str, Any], match: str
         check_search(SearchConfig(**({"checkpoint": "e.safetensors", "output": "out"} | changes)))
 
 
+def test_a_query_can_be_a_name_of_the_index(made: tuple[Path, Path], tmp_path: Path) -> None:
+    search(config(made, tmp_path / "out", query=[str(made[1] / "03.png"), "03.png"], k=3))
+    by_file, by_name = results(tmp_path / "out", "nearest")["queries"]
+    assert by_file["neighbours"] == by_name["neighbours"]
+
+
 def test_a_wrong_index_or_query_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match=r"nowhere does not exist"):

@@ -43,6 +43,21 @@ def test_a_shorter_queue_does_not_warn() -> None:
         check_against_data(config(queue_size=1999, symmetric=True), plan(1000))  # two keys per image
 
 
+def test_brightness_that_moves_a_channel_far_from_its_mean_warns() -> None:
+    made = config()
+    made.data.channels, made.data.dtype = 1, "float32"
+    made.augment = AugmentConfig(brightness=0.4, mean=[280.0], std=[10.7])  # kelvin
+    with pytest.warns(RunWarning, match=r"brightness=0\.4 .* by up to 10 standard .* set augment\.brightness=0"):
+        check_against_data(made, plan(1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.augment.brightness = 0.0
+        check_against_data(made, plan(1000))
+        made.data.channels, made.data.dtype = 3, "uint8"
+        made.augment = AugmentConfig(brightness=0.8)  # SimCLR
+        check_against_data(made, plan(1000))
+
+
 def test_a_batch_that_leaves_no_shorter_queue_is_named() -> None:
     with pytest.warns(RunWarning, match="set a smaller batch_size and queue"):
         check_against_data(config(queue_size=64), plan(64))
