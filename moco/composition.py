@@ -315,6 +315,8 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
     if field == "data.hold_out":
         fix = "set data.eval_root=DIR or data.label_file=FILE (with a column split) for held-out images"
         return f"data.hold_out is a field of the evaluations, such as moco.knn; here, {fix}"
+    if field == "runs" and {"run", "compare"} <= set(known):
+        return "there is no field 'runs': name one run as run=DIR, and the others as 'compare=[DIR,...]'"
     if field == "experiment" and "recipe" in known:
         return "there is no field 'experiment'; did you mean 'recipe'?"
     recipe = next((each for each in sys.argv[1:] if each.lstrip("+").startswith("experiment=")), "")

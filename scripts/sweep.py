@@ -14,7 +14,6 @@ the current trial has saved.
 import itertools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -86,7 +85,7 @@ def show(runs: list[Path]) -> None:
     if found:
         best, *others = [str(run) for _, _, run in found]
         compare = [override("compare", others)] if others else []
-        print(f"next: {shlex.join(['python', '-m', 'moco.report', override('run', best), *compare])}")
+        print(f"next: {' '.join(['python', '-m', 'moco.report', override('run', best), *compare])}")
 
 
 @protected_streams()

@@ -158,7 +158,7 @@ def suggest(
     normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
     if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
         normalization["augment.brightness"] = 0  # 0.4 would move the mean by 4 standard deviations
-    training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run="runs/mine")
+    training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run=_free_run())
     if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]
     minutes = recipe["epochs"] * drawn / BUDGET * 10
@@ -166,6 +166,12 @@ def suggest(
     if "augment.brightness" in normalization:
         lines.append("augment.brightness=0, because the mean is large against the standard deviation")
     return lines
+
+
+def _free_run() -> str:
+    """Return a run directory that does not exist: runs/mine, runs/mine_2, ..."""
+    names = ("runs/mine", *(f"runs/mine_{i}" for i in range(2, 1000)))
+    return next(each for each in names if not Path(each).exists())
 
 
 def _facts(folder: Checked, stats: bool, i: int) -> ImageFacts:

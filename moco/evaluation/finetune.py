@@ -137,7 +137,7 @@ def _log_plan(run: Finetuning) -> Plan:
     task, config, file = run.task, run.task.config, run.task.subject.file
     images = len(pick(config, task.train, config.seed))
     plan = run.plan(images, config.seed)
-    log(f"{file.source}: {file.backbone} ({file.layout}, step {file.step})")
+    log(f"{file.source}: {file.backbone} ({file.layout}{file.trained})")
     classes = len(task.train.classes)
     split = "images of the training split" if config.validation else "held-out images"
     log(f"{_title(config)}: {images:,} of {len(task.train):,} images of {classes} classes")

@@ -4,17 +4,19 @@ Legend: M images, D feature dimension, L classes.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.config import ConfigError, OptimConfig, RunWarning, require
+from moco.config import ConfigError, OptimConfig, RunWarning, config_dir, require
 from moco.config.data import FOLDERS
 from moco.config.linear import LinearConfig
 from moco.data.keyed import VALIDATION
@@ -39,7 +41,7 @@ from moco.models.encoder import Encoder
 from moco.optim.schedules import scaled_lr
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar
-from moco.runtime.next_command import command
+from moco.runtime.next_command import changed_fields, command
 
 _CHUNK = 4096  # rows at once through a head
 _MOST_CLASSES = 100  # with more classes, no image of the confusion matrix is written
@@ -63,7 +65,7 @@ def evaluate_linear(config: LinearConfig) -> None:
         file = task.subject.file
         prepare(task.subject.output)
         log(
-            f"{config.protocol}: {file.source} ({file.backbone}, step {file.step}) on {task.data.name}, "
+            f"{config.protocol}: {file.source} ({file.backbone}{file.trained}) on {task.data.name}, "
             f"{len(task.train):,} training and {len(task.held_out):,} held-out images of {len(task.train.classes)} "
             f"classes, {task.device.type}, {world_size()} process{'es' * (world_size() > 1)}"
         )
@@ -237,17 +239,53 @@ def _about_head(task: Task[LinearConfig], layer: str, unit: bool) -> dict[str, A
 
 def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
     """Return the command's own keys of a results.json entry."""
-    names = ["epochs", "batch_size", "momentum", "seed", "seeds", config.kind]
-    names += ["augment"] if config.kind == "official" else []
+    names = _settings_names(config)
     first, several = probe.metrics[0], len(probe.metrics) > 1
     mean = evaluation.summarize_seeds(probe.metrics) | {"count": first.count}
     return {
         "settings": {name: asdict(config)[name] for name in names} | probe.settings,
+        "changed": {name.lstrip("+"): value for name, value in changed_settings(config).items()},
         "chosen": probe.chosen,
         "figures": mean if several else first.to_json(),
         **({"problem": probe.problem} if probe.problem else {}),
         "each_seed": [each.to_json() for each in probe.metrics] if several else None,
     }
+
+
+def _settings_names(config: LinearConfig) -> list[str]:
+    of_kind = ["official", "augment"] if config.kind == "official" else ["sweep"]
+    return ["epochs", "batch_size", "momentum", "seed", "seeds", *of_kind]
+
+
+def changed_settings(config: LinearConfig) -> dict[str, Any]:
+    """Return the settings that differ from those of configs/protocol/, by their dotted names, as overrides.
+
+    None of a protocol that is not there.
+    """
+    usual = _protocol_file(config.protocol)
+    if not usual:
+        return {}
+    values = {name: asdict(config)[name] for name in _settings_names(config)}
+    return dict(changed_fields(values, _merged(asdict(LinearConfig()), usual)))
+
+
+def _protocol_file(name: str) -> dict[str, Any]:
+    """Return the fields of configs/protocol/NAME.yaml, with those of the files in its defaults list; {} without it."""
+    file = Path(config_dir(), "protocol", f"{name}.yaml")
+    if not file.is_file():
+        return {}
+    own: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    bases = [_protocol_file(each) for each in own.pop("defaults", []) if each != "_self_"]
+    return reduce(_merged, [*bases, own])
+
+
+def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested fields in which those of `own` replace those of `base`."""
+    both = {
+        name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        for name, value in own.items()
+    }
+    return {**base, **both}
 
 
 def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
@@ -327,6 +365,7 @@ def _log_next(task: Task[LinearConfig]) -> None:
         fields["compare"] = ["untrained", "pixels"] if config.kind == "sweep" else ["untrained"]
         if config.protocol != "sweep":
             fields["protocol"] = config.protocol
+        fields |= changed_settings(config)
         reason = "baselines show what pretraining gained"
     elif config.kind == "sweep":
         fields["protocol"] = "moco_v2_digits" if task.data.name == "digits" else "moco_v2"

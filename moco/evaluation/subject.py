@@ -63,7 +63,8 @@ def open_subject(config: SubjectConfig) -> Subject:
     whose = f"the {file.channels} channels of {file.source}"
     check_normalization("images", transform.mean, transform.std, file.channels, dtype, whose)
     fits = transform.resize == 0 or transform.resize >= transform.size
-    require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: set both")
+    fix = f"set images.resize={round(transform.size * 8 / 7)} too"  # as 256 to 224
+    require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: {fix}")
     # Before any image is searched for, refuse weights that do not fit.
     file = fit_to_size(file, transform.size, "images.size")
     if not file.config:  # of another project

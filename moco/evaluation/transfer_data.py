@@ -98,7 +98,8 @@ def check_names(sets: list[str]) -> None:
             raise FileNotFoundError(f"sets={each} {state}: name a folder of images with a folder per class")
         close = difflib.get_close_matches(each, [*SETS, OF_FIELDS], n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"sets={each} is unknown: {hint}Use {', '.join([*SETS, OF_FIELDS])}, or the path of a folder")
+        known = ", ".join([*SETS, OF_FIELDS])
+        raise ConfigError(f"sets={each} is neither a folder nor a known data set: {hint}use a folder, {known}")
 
 
 def is_fixed(name: str) -> bool:

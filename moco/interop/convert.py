@@ -53,7 +53,7 @@ def convert_encoder(config: ConvertConfig) -> None:
     def features(network: Network) -> Tensor:  # (M, D)
         return torch.cat(list(stream(network, source, rows, transform, torch.device("cpu"), _BATCH_SIZE)))
 
-    log(f"{file.source} ({file.layout}: {file.backbone}, step {file.step}) to {config.to}")
+    log(f"{file.source} ({file.layout}: {file.backbone}{file.trained}) to {config.to}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix=".convert-", dir=output.parent)  # same disk, for the rename
@@ -73,7 +73,7 @@ def convert_encoder(config: ConvertConfig) -> None:
     summary_panel(
         "converted",
         [
-            ("encoder", f"{file.source} ({file.backbone}, {config.weights}, step {file.step})"),
+            ("encoder", f"{file.source} ({file.backbone}, {config.weights}{file.trained})"),
             ("file", f"{output} ({written.stat().st_size / 1e6:.1f} MB)"),
             ("checked", f"read again: features of {len(rows)} images ({data}) differ by {difference:.2g} at most,"),
             ("", f"the largest feature is {largest:.3g}"),

@@ -62,6 +62,12 @@ class EncoderFile:
     oldest: int = 0  # the row of the oldest key
     unused: tuple[str, ...] = ()  # names of other parts with weights
     channels: int = 3  # of the images
+    epoch: int = 0  # epochs of its training, in files of other projects; 0: unknown
+
+    @property
+    def trained(self) -> str:
+        """How long the encoder was trained, as ", step 300" or ", epoch 200", to append to its name; "" if unknown."""
+        return f", step {self.step}" if self.step else f", epoch {self.epoch}" * bool(self.epoch)
 
 
 def read_encoder(
@@ -282,7 +288,8 @@ def _foreign(
             "backbone here does): if it is 1, save only the backbone's state dict and set options={stem: cifar}"
         )
     file = EncoderFile(str(path), layout.name, name, known | options, body)
-    file = replace(file, channels=_channels(file))
+    epoch = state.get("epoch")
+    file = replace(file, channels=_channels(file), epoch=epoch if type(epoch) is int and epoch > 0 else 0)
     if not official:
         images = published_images(name) if layout.of_timm else {}
         return replace(file, unused=_parts_of([*others, *head], layout), images=images)

@@ -12,6 +12,7 @@ import yaml
 import moco
 from moco.config.data import FOLDERS
 from moco.interop.encoder_file import EncoderFile
+from moco.runs.results import label
 
 _MARKUP = re.compile(r"([\\`*_\[\]|~$]|:(?=//))")
 _PLACEHOLDER = "USER/NAME"  # the name of a repository that is not uploaded yet
@@ -141,14 +142,15 @@ timm resizes PIL images and moco resizes tensors; therefore features may differ 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         return "None were recorded for these weights."
+    newest = {(label(each), str(each.get("encoder")), _evaluated_on(each.get("data") or {})): each for each in results}
     rows = [
         (
-            f"{each.get('command', '')} {each.get('protocol', '')}",
+            label(each),
             each.get("encoder", ""),
             _evaluated_on(each.get("data") or {}),
             _figures(each.get("figures") or {}),
         )
-        for each in results
+        for each in newest.values()
     ]
     table = _table(["evaluation", "encoder", "data", "figures"], rows)
     return f"From results.json, for exactly these weights and the baselines.\n\n{table}"
@@ -157,7 +159,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
 def _evaluated_on(data: Mapping[str, Any]) -> str:
     """Name the images of an evaluation: the data set, and where its held-out images come from."""
     shared, share = shareable(data), data.get("hold_out")
-    held_out = shared.get("eval_root") if data.get("name") == "folder" else None
+    held_out = shared.get("eval_root") if data.get("name") in FOLDERS else None
     part = f", held out: {held_out}" if held_out else f", held out: {share} of them" if share else ""
     seen = data.get("held_out_seen") or data.get("held_out_in_training")
     return f"{_data(shared)}{part}{' (held-out images were in the training set, without labels)' if seen else ''}"

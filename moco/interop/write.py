@@ -158,7 +158,7 @@ def _prefixed(prefix: str, weights: State) -> dict[str, Tensor]:
 
 def _write_official(path: Path, file: EncoderFile, arch: str | None, encoder: str, weights: State) -> None:
     state = _prefixed(f"module.{encoder}.", weights)
-    _save(path, {"epoch": file.config.get("epochs", 0), "arch": arch, "state_dict": state})
+    _save(path, {"epoch": file.config.get("epochs", file.epoch), "arch": arch, "state_dict": state})
 
 
 def _write_safetensors(path: Path, file: EncoderFile, backbone: nn.Module) -> None:

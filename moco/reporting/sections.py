@@ -18,6 +18,7 @@ from moco.reporting.curves import charts
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, facts, folded, paragraph
 from moco.reporting.run_record import Run, by_epoch, names
+from moco.runs.results import label
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
@@ -146,7 +147,7 @@ def evaluations(run: Run) -> Markup:
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for entry in run.results:
         setting = entry.get("settings", {}).get("features", "")
-        key = tuple(str(each) for each in (entry.get("command"), entry.get("protocol"), setting, entry.get("encoder")))
+        key = tuple(str(each) for each in (label(entry), setting, entry.get("encoder")))
         newest.pop(key, None)
         newest[key] = entry
     if not newest:
@@ -156,7 +157,7 @@ def evaluations(run: Run) -> Markup:
         return paragraph(f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
     rows, more = [], []
     for entry in newest.values():
-        results, name = entry["figures"], f"{entry.get('command', '?')}, {entry.get('protocol', '?')}"
+        results, name = entry["figures"], label(entry)
         main = _main_figure(results)
         score = f"{f'{main} ' * (main != 'top1')}{percent(results.get(main))} {_spread(results)}".strip()
         rows.append([name, str(entry.get("encoder", "?")), score, percent(results.get("top5"))])

@@ -9,6 +9,7 @@ from moco.config import ConfigError
 from moco.distributed import on_rank_zero
 from moco.files import WriteError, lock, write_json
 from moco.runs.metrics import add_results
+from moco.runtime.next_command import value_text
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json
 
@@ -35,6 +36,15 @@ def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Pat
     }
     add_results(folder, values, step)
     return file
+
+
+def label(entry: Mapping[str, Any]) -> str:
+    """Return the command and the protocol of an entry, with the fields that differ from the protocol's values."""
+    name = f"{entry.get('command', '?')}, {entry.get('protocol', '?')}"
+    changed = entry.get("changed")
+    if not isinstance(changed, Mapping) or not changed:
+        return name
+    return f"{name} ({', '.join(f'{field}={value_text(value)}' for field, value in changed.items())})"
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:

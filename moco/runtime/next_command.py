@@ -28,7 +28,7 @@ def command(module: str, config: EncoderConfig, **changes: Any) -> str:
     defaults, own = asdict(SubjectConfig()), asdict(config)
     values = {each.name: own[each.name] for each in fields(SubjectConfig) if each.name in own} | changes
     values["plugins"] = values["plugins"] or list(plugins.versions())
-    return " ".join(["python", "-m", module, *starmap(override, _changed(values, defaults))])
+    return " ".join(["python", "-m", module, *starmap(override, changed_fields(values, defaults))])
 
 
 def next_commands(run: str, name: str, root: str, labeled: bool, on_bad_image: str = "raise") -> list[str]:
@@ -68,12 +68,14 @@ def given_fields(data: DataConfig) -> dict[str, Any]:
     return {f"data.{name}": value for name, value in asdict(data).items() if value != defaults[name]}
 
 
-def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def changed_fields(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
     """Yield dotted names and values that differ from the defaults; Hydra needs a plus before nested new names."""
     for name, value in values.items():
         plus = "+" * (name not in defaults and bool(prefix) and not prefix.startswith("+"))
         if isinstance(value, Mapping):
-            yield from _changed(value, defaults.get(name, {}), f"{plus}{prefix}{name}.")
+            yield from changed_fields(value, defaults.get(name, {}), f"{plus}{prefix}{name}.")
         elif name not in defaults or value != defaults[name]:
             yield f"{plus}{prefix}{name}", value
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 
 import moco.evaluation.linear as linear_module
 import moco.evaluation.task as task_module
-from moco.config import ConfigError, DataConfig, RunWarning
+from moco.composition import compose
+from moco.config import ConfigError, DataConfig, RunWarning, config_dir
 from moco.config.linear import LinearConfig, check_linear
 from moco.data.sources import load_source
 from moco.distributed import on_rank_zero
@@ -332,3 +334,22 @@ def test_the_image_grows_with_the_number_of_classes(tmp_path: Path) -> None:
         with Image.open(tmp_path / "c.png") as image:
             widths.append(image.width)
     assert 400 < widths[0] < widths[1] < widths[2]
+
+
+@pytest.mark.parametrize("protocol", sorted(path.stem for path in Path(config_dir(), "protocol").glob("*.yaml")))
+def test_settings_that_differ_from_the_protocol_are_named(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(*overrides: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", ["linear", "run=x", f"protocol={protocol}", *overrides])
+        (composed,) = compose("linear", LinearConfig)
+        return linear_module.changed_settings(composed)
+
+    assert changed() == {}
+    assert changed("epochs=2", "seed=5") == {"epochs": 2, "seed": 5}
+    if protocol == "sweep":
+        assert changed("sweep.layers=[layer4]") == {"sweep.layers": ["layer4"]}
+    else:
+        assert changed("official.lr=0.2", "+augment.blur_p=0.5") == {"official.lr": 0.2, "+augment.blur_p": 0.5}
+
+
+def test_a_protocol_of_ones_own_has_no_usual_settings() -> None:
+    assert linear_module.changed_settings(LinearConfig(protocol="mine", epochs=3)) == {}

@@ -294,6 +294,19 @@ def test_labels_that_trained_the_encoder_are_refused(tmp_path: Path) -> None:
     assert "with their labels" in sentence(config)
 
 
+def test_a_given_label_file_replaces_the_labels_of_the_run(tmp_path: Path) -> None:
+    root = write_images(tmp_path / "images", {"a": 4, "b": 4})
+    run = str(trained(tmp_path / "run", "folder", root=str(root), labels="folder", eval_root=str(root)))
+    lines = ["path,label,split"] + [f"{x}/{i}.png,{x},{'test' if i else 'train'}" for x in "ab" for i in range(4)]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    config = SubjectConfig(run=run)
+    config.data.label_file = str(tmp_path / "labels.csv")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RunWarning)  # the split is another one
+        bank, held_out = open_labeled(config, open_subject(config))
+    assert (len(bank), len(held_out)) == (2, 6)
+
+
 def test_hold_out_with_a_held_out_split_is_refused(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run")))
     config.data.hold_out = 0.2
@@ -314,7 +327,7 @@ def test_a_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
 def test_a_crop_larger_than_the_image_is_refused(tmp_path: Path) -> None:
     config = configured(run=str(trained(tmp_path / "run")))
     config.images.size, config.images.resize = 300, 256
-    assert sentence(config) == "images.size=300 exceeds images.resize=256: set both"
+    assert sentence(config) == "images.size=300 exceeds images.resize=256: set images.resize=343 too"
 
 
 def test_weights_that_do_not_fit_are_refused_before_the_data_is_opened(tmp_path: Path) -> None:

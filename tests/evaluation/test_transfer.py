@@ -318,7 +318,7 @@ def test_splits_that_cannot_be_evaluated_are_refused(
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"sets": ["petz"]}, "sets=petz is unknown: did you mean pets"),
+        ({"sets": ["petz"]}, "sets=petz is neither a folder nor a known data set: did you mean pets"),
         ({"sets": ["gone/images"]}, "sets=gone/images does not exist: name a folder of images"),
         ({"sets": ["pets"], "root": "nowhere"}, "sets=pets was not found in root=nowhere .* set download=true"),
         ({"sets": ["cifar10"], "root": "nowhere"}, "sets=cifar10 was not found in root=nowhere"),

@@ -113,7 +113,7 @@ def test_moco_v1_and_v2_files(tmp_path: Path, version: str, weights: str) -> Non
     state |= {"module.queue": torch.randn(16, 32), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
     torch.save(EXTRAS | {"state_dict": state}, tmp_path / "moco.pth.tar")
     file = read_encoder(tmp_path / "moco.pth.tar", weights)
-    assert (file.layout, file.backbone) == ("official MoCo v1/v2", "resnet18")
+    assert (file.layout, file.backbone, file.trained) == ("official MoCo v1/v2", "resnet18", ", epoch 200")
     encoder = build(file)
     expected = (query if weights == "encoder" else key)(IMAGES)
     assert torch.equal(encoder.backbone(IMAGES), expected)

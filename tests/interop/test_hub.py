@@ -107,14 +107,17 @@ def test_the_card_has_the_results_of_these_weights_only(tmp_path: Path) -> None:
     digest = weights_digest(read_encoder(file), "backbone")
     entry = {"command": "linear", "protocol": "sweep", "encoder": "pretrained", "data": {"name": HOSTILE}}
     entries = [
+        entry | {"sha256": digest, "figures": {"top1": 50.0}},  # repeated below
+        entry | {"sha256": digest, "changed": {"epochs": 2}, "figures": {"top1": 12.5}},
         entry | {"sha256": digest, "figures": {"top1": 51.25, "per_class": [1.0], "note": "x"}},
         entry | {"sha256": digest, "encoder": "untrained", "figures": {"top1": 22.0}},
         entry | {"sha256": "of other weights", "figures": {"top1": 99.9}},
     ]
     (file.parent / "results.json").write_text(json.dumps(entries))
     card = (folder_of(file, tmp_path / "hub") / CARD).read_text()
-    rows = [line for line in card.splitlines() if line.startswith("| linear sweep")]
-    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["top1 51.25", "top1 22"]
+    rows = [line for line in card.splitlines() if line.startswith("| linear, sweep ")]
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["top1 51.25", "top1 12.5", "top1 22"]
+    assert rows[1].startswith("| linear, sweep (epochs=2) ")
     assert "<script>" not in card
     assert "[x](y)" not in card.partition("## Recipe")[0]
     assert len(card.splitlines()) == len(card.replace(HOSTILE, "").splitlines())

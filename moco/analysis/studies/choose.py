@@ -154,7 +154,7 @@ def choose(config: ChooseConfig) -> list[Point]:
         "provenance": provenance(),
     }
     write_json(output / RESULTS, results)
-    _report(points, agreement, len(images))
+    _report(points, agreement, len(images), config)
     log(f"results: {output / RESULTS}")
     if points[0].accuracies:
         best = max(points, key=lambda point: point.accuracies["probe"])
@@ -286,7 +286,9 @@ def _lost(points: Sequence[Point], measure: str, evaluation: str) -> float:
     return max(point.accuracies[evaluation] for point in points) - float(np.mean(accuracy))
 
 
-def _report(points: Sequence[Point], agreement: Mapping[str, Mapping[str, Agreement]], images: int) -> None:
+def _report(
+    points: Sequence[Point], agreement: Mapping[str, Mapping[str, Agreement]], images: int, config: ChooseConfig
+) -> None:
     """Print each measure's choice, and with labels how many points of accuracy that choice loses."""
     rows = []
     for name, measure in MEASURES.items():
@@ -294,10 +296,13 @@ def _report(points: Sequence[Point], agreement: Mapping[str, Mapping[str, Agreem
         row = [measure.title, measure.best, f"{point.measures[name]:.4g}", f"{Path(point.run)} step {point.step}"]
         rows.append(row + [f"{value:.1f}" for value in point.accuracies.values()])
     runs = len({point.run for point in points})
+    labels = dict(zip(EVALUATIONS, (config.labels_per_class, config.probe_labels_per_class), strict=True))
+    note = "; ".join(f"{title}: {labels[name]} per class" for name, title in EVALUATIONS.items())
     table(
         f"{len(points)} checkpoints of {runs} run{'s' * (runs > 1)}, measured on {images:,} images without labels",
         ["measure", "best", "value", "choice", *([f"{each} %" for each in EVALUATIONS.values()] * bool(agreement))],
         rows,
+        f"labels: {note}" * bool(agreement),
     )
     for evaluation, title in EVALUATIONS.items() if agreement else ():
         best = points[int(np.argmax([point.accuracies[evaluation] for point in points]))]
