@@ -112,7 +112,7 @@ def _set_up(config: DetectConfig, device: torch.device) -> Detection:
     for each in (train_split, held_out):
         on_rank_zero(lambda: check_images(each, config.boxes.workers))  # noqa: B023 # called at once
     for name, file in files.items():
-        log(f"{name}: {file.source}: {file.backbone} ({file.layout}, step {file.step})")
+        log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
         # Refuse a network that does not fit before the first one is trained.
         build_detector(file, _form(config), len(train_split.classes), seed=0, untrained=False)
     objects = int(train_split.count().sum())

@@ -106,7 +106,7 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
     train_split, held_out = _with_classes(train_split, held_out, counts)
     images = IMAGENET | file.images | {name: getattr(config, name) for name in ("mean", "std") if getattr(config, name)}
     crops = CropSettings(config.crop, config.scale, config.flip_p, images["mean"], images["std"])
-    log(f"{file.source}: {file.backbone} ({file.layout}, step {file.step})")
+    log(f"{file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
     schedule = Schedule(config.lr, config.steps, config.schedule, config.warmup)
     training = TrainSettings(crops, schedule, PRECISIONS[config.precision], config.masks.workers)
@@ -186,6 +186,9 @@ def _identity(run: Segmentation, name: str, seed: int) -> dict[str, Any]:
     """Return all that the training of one encoder and seed depends on, to recognize its saved state."""
     settings = _settings(run.config)
     del settings["seeds"], settings["encoders"]
+    crops = run.training.crops
+    settings |= {"mean": list(crops.mean), "std": list(crops.std)}
+    settings |= {"classes": len(run.train.classes), "ignore": run.config.masks.ignore}
     pairs = [list(pair) for pair in run.train.pairs]
     weights = weights_digest(run.file, "backbone")
     return {"settings": settings, "encoder": name, "seed": seed, "pairs": pairs, "weights": weights}

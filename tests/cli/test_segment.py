@@ -53,6 +53,16 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
         assert all(torch.equal(value, found[key]) for key, value in load(content).items())
 
 
+def test_another_normalization_or_number_of_classes_is_another_training(canvases: Path, run: Run) -> None:
+    settings = ("segment", *ENCODER, *SMALL, "encoders=[pretrained]", "output=out", "steps=2")
+    names = ",".join(CLASSES)
+    for more in ([NAMED], [NAMED, "mean=[0.2,0.2,0.2]", "std=[0.1,0.1,0.1]"], [f"masks.classes=[{names},more]"]):
+        status, out, err = run(*settings, *more)
+        assert status == 0, err
+        assert "already trained" not in out
+    assert len(list((canvases / "out/segment").glob("state_*.pt"))) == 3
+
+
 def test_a_network_that_predicts_one_class_is_reported(canvases: Path, run: Run) -> None:
     two = ("masks.classes=[background,digit]", "lr=0.1", "head=linear")
     for split in ("train", "test"):  # every pixel but one is background
