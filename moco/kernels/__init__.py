@@ -8,23 +8,28 @@ is first used, for which it needs a C compiler, and keeps the result in a folder
 """
 
 import functools
+import os
 import warnings
 
 import torch
 
 from moco.config import RunWarning
 
+_OLDEST = (8, 0)  # Ampere: tensor cores with TF32, and the oldest that Triton supports
+
 
 def fused(device: torch.device) -> bool:
-    """Return whether the kernels run on a device: a GPU for which Triton can compile them.
+    """Return whether the kernels run on a device: a GPU of NVIDIA for which Triton can compile them.
 
-    Warns, once per device, with a RunWarning if it is a GPU and Triton cannot.
+    MOCO_KERNELS=0 in the environment turns them off. If Triton cannot compile, warns once with a RunWarning.
     """
     return device.type == "cuda" and _compiles(device)
 
 
 @functools.cache
 def _compiles(device: torch.device) -> bool:
+    if os.environ.get("MOCO_KERNELS") == "0" or torch.version.hip or torch.cuda.get_device_capability(device) < _OLDEST:
+        return False
     try:
         from moco.kernels.probe import launch
 

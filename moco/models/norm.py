@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.distributed import sum_over_ranks, world_size
+from moco.models.fused_norm import fused_batch_norm, has_kernel
 from moco.models.grouped_norm import grouped_batch_norm
 from moco.models.sync_norm import sync_batch_norm
 
@@ -86,6 +87,11 @@ class GroupedBatchNorm(nn.Module):
             return self._normalize_sync(x)
         if torch.compiler.is_compiling():
             return self._normalize_at_once(x)
+        count = len(x) // (self.group_size or len(x))
+        if self._is_fused(x) and has_kernel(x, self.weight, count):
+            self._count_call()
+            running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
+            return fused_batch_norm(x, *affine, *running, count, self.momentum, self.eps)
         groups = x.split(self.group_size or len(x))
         if len(groups) == 1 and self._is_fused(x):
             self._count_call()

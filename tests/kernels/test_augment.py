@@ -51,11 +51,11 @@ def random_crops(count: int, size: int, channels: int = 3) -> Tensor:
 @pytest.mark.parametrize(
     ("count", "size", "fields"),
     [
-        (12, 17, {}),
-        (8, 17, RECIPE),
-        (24, 17, EVERYTHING),
+        (4, 17, {}),
+        (8, 11, RECIPE),
+        (16, 11, EVERYTHING),
         (4, 40, RECIPE),  # several blocks of pixels per image
-        (6, 12, dict(blur_p=1, blur_sigma=(2, 5))),  # the radius is limited by the size
+        (4, 12, dict(blur_p=1, blur_sigma=(2, 5))),  # the radius is limited by the size
         (8, 9, dict(**RECIPE, gray_first=True, noise=(0, 0.1))),
         (8, 9, dict(**RECIPE, channel_dropout_p=0.3)),
         (8, 9, dict(jitter_p=1, brightness=0.5, hue=0.5)),

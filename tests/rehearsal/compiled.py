@@ -15,9 +15,11 @@ from triton.runtime import JITFunction
 from moco.data.augment import augment, crop_batch
 from moco.data.view import View, draw, draw_crop
 from moco.kernels import augment as augment_kernels
+from moco.kernels import batch_norm as batch_norm_kernels
 from moco.kernels import crop as crop_kernels
 from moco.kernels import info_nce as info_nce_kernels
 from moco.losses import info_nce_streamed
+from moco.models.norm import GroupedBatchNorm
 
 DEVICE = torch.device("cuda", 0)
 
@@ -37,13 +39,18 @@ def use() -> None:
     )
     for dtype in (torch.float32, torch.bfloat16):
         info_nce_streamed(query.to(dtype), query.detach().to(dtype), queue.to(dtype), 0.2, samples=own).loss.backward()
+    x = torch.zeros(16, 64, 8, 8, device=DEVICE, requires_grad=True).to(
+        torch.bfloat16, memory_format=torch.channels_last
+    )
+    for affine in (True, False):
+        GroupedBatchNorm(64, 8, affine=affine).to(DEVICE)(x).sum().backward()
     augment(crop_batch(images, draw_crop(0, 0, index, 0), view), draw(view, 0, 0, index, 0), view)
 
 
 def assembly() -> dict[str, str]:
     """Return the PTX of each compiled kernel by name; several forms of a kernel are joined."""
     found: dict[str, str] = {}
-    for module in (augment_kernels, crop_kernels, info_nce_kernels):
+    for module in (augment_kernels, batch_norm_kernels, crop_kernels, info_nce_kernels):
         for name, function in vars(module).items():
             if isinstance(function, JITFunction):
                 forms = [form for cache in function.device_caches.values() for form in cache[0].values()]
