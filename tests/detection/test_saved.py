@@ -1,5 +1,6 @@
 """A saved detector finds the same objects, and other files are refused in one sentence."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from moco.detection.views import ViewSettings
 from moco.interop.encoder_file import ForeignFileError
 from scripts.canvases import write_canvases
 from tests.detection.examples import canvases, encoder_file
+from tests.docs.pages import REPOSITORY, blocks
 
 VIEWS = ViewSettings((40,), 40, 64, 0.5, (0.4, 0.5, 0.6), (0.2, 0.2, 0.2), False)
 
@@ -38,6 +40,25 @@ def test_a_saved_detector_finds_the_same_objects(form: str, tmp_path: Path) -> N
     for name in ("boxes", "scores", "labels"):
         assert torch.equal(torch.from_numpy(getattr(found, name)), torch.from_numpy(getattr(expected, name)))
     assert found.masks == expected.masks
+
+
+def test_the_example_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = [text for _, text in blocks(REPOSITORY / "docs/howto/detection.md", "python")]
+    write_canvases(tmp_path / "CANVASES", 1, 1, side=48)
+    settings = DetectorSettings("faster_rcnn_fpn", width=16)
+    network = build_detector(encoder_file("resnet18"), settings, 10, seed=0, untrained=False)
+    folder = tmp_path / "runs/canvases/detect/pretrained_faster_rcnn_fpn_1000steps"
+    folder.mkdir(parents=True)
+    save_detector(
+        folder / "detector.safetensors", Detector(network, tuple("abcdefghij"), VIEWS), settings, "resnet18", {}
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "detection.md", "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    assert all(re.fullmatch(r"[a-j] 0\.\d+ \[.*\]", line) for line in lines)
 
 
 def test_other_files_are_one_sentence(tmp_path: Path) -> None:
