@@ -25,9 +25,10 @@ from moco.detection.training import TrainSettings, predict, train
 from moco.detection.views import ViewSettings
 from moco.digest import digest
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, rank, world_size, wrap_ddp
+from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
-from moco.evaluation.subject import IMAGENET, open_encoders, output_of, weights_digest
+from moco.evaluation.subject import output_of, weights_digest
 from moco.evaluation.task import progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
@@ -58,11 +59,10 @@ class Detection:
 
     def training(self, name: str) -> TrainSettings:
         """Return the settings for an encoder, whose file may state mean and standard deviation of the pixels."""
-        config, given = self.config, ("mean", "std")
-        normalization = IMAGENET | self.files[name].images
-        normalization |= {each: value for each in given if (value := getattr(config, each))}
+        config = self.config
+        mean, std = normalization(self.files[name], config.mean, config.std)
         sizes = (tuple(config.sizes), config.eval_size, config.max_size, config.flip_p)
-        views = ViewSettings(*sizes, normalization["mean"], normalization["std"], config.masks)
+        views = ViewSettings(*sizes, mean, std, config.masks)
         schedule = Schedule(config.lr, config.steps, config.schedule, config.warmup, tuple(config.milestones))
         return TrainSettings(views, schedule, PRECISIONS[config.precision], config.boxes.workers)
 
@@ -101,9 +101,7 @@ def evaluate_detect(config: DetectConfig) -> list[Detected]:
 def _set_up(config: DetectConfig, device: torch.device) -> Detection:
     """Open the encoders and the images, and read the headers of all images."""
     metrics_library()  # before the training, which needs it at the end
-    files = dict(zip(config.encoders, open_encoders(config, config.encoders), strict=True))
-    for file in files.values():
-        require(file.channels == 3, f"{file.source} takes images of {file.channels} channels; moco.detect takes RGB")
+    files = open_encoders(config, config.encoders, "moco.detect")
     train_split, held_out = on_rank_zero(lambda: open_boxed(config.boxes, config.masks))
     require(
         len(train_split) >= config.batch_size,
@@ -143,8 +141,7 @@ def _detect(run: Detection, name: str, on_step: Callable[[str], None]) -> Detect
             results.append(evaluate(network, run.held_out, settings.views, settings.workers, progress))
         figures = ", ".join(f"{key} {percent(value)}" for key, value in results[-1].figures.items())
         log(f"{name}, seed {seed}: {figures} %")
-    label = name if name in ("pretrained", "untrained") else f"{Path(name).name}_{digest(name)[:6]}"
-    folder = run.output / "detect" / f"{label}_{config.detector}_{config.steps}steps"
+    folder = run.output / "detect" / f"{folder_name(name)}_{config.detector}_{config.steps}steps"
     on_rank_zero(lambda: _save(run, name, network, folder))
     return Detected(name, results, folder)
 
@@ -184,7 +181,7 @@ def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
     for each in ("seeds", "encoders", "eval_size"):
         del settings[each]
     views = run.training(name).views
-    settings |= {"mean": list(views.mean), "std": list(views.std)}
+    settings |= {"mean": list(views.mean), "std": list(views.std), "classes": list(run.train.classes)}
     images = [
         [each.path, each.width, each.height, each.boxes.tolist(), each.labels.tolist(), list(each.outlines)]
         for each in run.train.images
@@ -251,6 +248,9 @@ def _report(run: Detection, found: list[Detected], path: Path) -> None:
     caption = f"AP: {note}; {len(run.held_out):,} held-out images, {len(run.train.classes)} classes"
     columns = ["encoder", *(f"{name.replace('_', ' ')} %" for name in names), "AP of each seed"]
     table(f"detection, {config.detector}, {config.steps:,} steps", columns, rows, caption)
+    for each in found:
+        if max(one.figures["AP50"] for one in each.results) < 1:
+            log(f"{each.encoder}: almost no object is found: raise steps or lr, or fit anchor_sizes to the objects")
     log(f"written: {path}")
     for each in found:
         log(f"saved: {each.saved}/detector.safetensors and predictions.png (of the last seed)")

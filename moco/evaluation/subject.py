@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -99,28 +99,6 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
         f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file",
     )
     return read_encoder(path, config.weights, config.backbone, config.options or None)
-
-
-def fields_of_encoder(name: str) -> dict[str, Any]:
-    """Return the fields `run` and `checkpoint` for an encoder that is named by the path of a run or of a file."""
-    is_run = not name.startswith(HUB) and Path(name).is_dir()
-    return {"run": name if is_run else "", "checkpoint": "" if is_run else name}
-
-
-def open_encoders(config: EncoderConfig, names: Sequence[str]) -> list[EncoderFile]:
-    """Read the encoders of a list: pretrained and untrained, both from the file of `config`, and others by their paths.
-
-    Raises:
-        ConfigError: for another encoder that cannot be read; for that of `config` see `open_encoder`.
-    """
-    own, found = open_encoder(config), []
-    for name in names:
-        try:
-            known = name in ("pretrained", "untrained")
-            found.append(own if known else open_encoder(EncoderConfig(**fields_of_encoder(name))))
-        except (ValueError, FileNotFoundError) as error:
-            raise ConfigError(f"encoders={name}: {error}") from error
-    return found
 
 
 def output_of(config: EncoderConfig, file: EncoderFile) -> Path:

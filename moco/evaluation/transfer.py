@@ -14,7 +14,8 @@ from moco.config.subject import SubjectConfig
 from moco.config.transfer import TransferConfig
 from moco.digest import digest
 from moco.distributed import on_rank_zero
-from moco.evaluation.subject import Subject, fields_of_encoder, open_subject, weights_digest
+from moco.evaluation.encoders import fields_of_encoder
+from moco.evaluation.subject import Subject, open_subject, weights_digest
 from moco.evaluation.transfer_data import MEASURES, Splits, check_names, is_fixed, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (

@@ -19,9 +19,10 @@ from moco.data.labels import first_names
 from moco.data.plan import Plan
 from moco.digest import digest
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, rank, world_size, wrap_ddp
+from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
-from moco.evaluation.subject import IMAGENET, open_encoder, output_of, weights_digest
+from moco.evaluation.subject import output_of, weights_digest
 from moco.evaluation.task import progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
@@ -42,14 +43,13 @@ SHOWN = 6  # held-out images in predictions.png
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """What all encoders and seeds share: the configuration, the encoder file and the images."""
+    """What all encoders and seeds share: the configuration, the encoder files and the images."""
 
     config: SegmentConfig
-    file: EncoderFile
+    files: dict[str, EncoderFile]  # by the entries of `encoders`
     output: Path
     train: MaskedImages
     held_out: MaskedImages
-    training: TrainSettings
     device: torch.device
 
     def plan(self, seed: int) -> Plan:
@@ -57,12 +57,21 @@ class Segmentation:
         epochs = -(-self.config.steps // (images // batch))
         return Plan(images, batch, epochs, seed, rank(), world_size())
 
+    def training(self, name: str) -> TrainSettings:
+        """Return the settings for an encoder, whose file may state mean and standard deviation of the pixels."""
+        config = self.config
+        crops = CropSettings(
+            config.crop, config.scale, config.flip_p, *normalization(self.files[name], config.mean, config.std)
+        )
+        schedule = Schedule(config.lr, config.steps, config.schedule, config.warmup)
+        return TrainSettings(crops, schedule, PRECISIONS[config.precision], config.masks.workers)
+
 
 @dataclass(frozen=True)
 class Segmented:
     """The results of one encoder."""
 
-    encoder: str  # pretrained or untrained
+    encoder: str  # the entry of `encoders`
     overlaps: list[Overlap]  # one per seed
     saved: Path
 
@@ -84,19 +93,16 @@ def evaluate_segment(config: SegmentConfig) -> list[Segmented]:
         prepare(run.output)
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
             found = [_segment(run, name, on_step) for name in config.encoders]
-        path = on_rank_zero(lambda: record(run.output, [_entry(run, each) for each in found], run.file.step))
+        entries = [_entry(run, each) for each in found]
+        path = on_rank_zero(lambda: record(run.output, entries, run.files[config.encoders[0]].step))
         _report(run, found, path)
     return found
 
 
 def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
-    """Open the encoder and the images, and read all masks."""
-    file = open_encoder(config)
-    require(
-        file.channels == 3,
-        f"{file.source} needs images of {file.channels} channels; moco.segment reads RGB only",
-    )
-    file = with_output_stride(file, config.output_stride)
+    """Open the encoders and the images, and read all masks."""
+    files = open_encoders(config, config.encoders, "moco.segment")
+    files = {name: with_output_stride(file, config.output_stride) for name, file in files.items()}
     train_split, held_out = open_masked(config.masks)
     require(
         len(train_split) >= config.batch_size,
@@ -104,13 +110,11 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
     )
     counts = on_rank_zero(lambda: [count_classes(each, config.masks.workers) for each in (train_split, held_out)])
     train_split, held_out = _with_classes(train_split, held_out, counts)
-    images = IMAGENET | file.images | {name: getattr(config, name) for name in ("mean", "std") if getattr(config, name)}
-    crops = CropSettings(config.crop, config.scale, config.flip_p, images["mean"], images["std"])
-    log(f"{file.source}: {file.backbone} ({file.layout}{file.trained})")
+    for name, file in files.items():
+        log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
-    schedule = Schedule(config.lr, config.steps, config.schedule, config.warmup)
-    training = TrainSettings(crops, schedule, PRECISIONS[config.precision], config.masks.workers)
-    return Segmentation(config, file, output_of(config, file), train_split, held_out, training, device)
+    own = files.get("pretrained") or files[config.encoders[0]]
+    return Segmentation(config, files, output_of(config, own), train_split, held_out, device)
 
 
 def _with_classes(
@@ -136,14 +140,16 @@ def _with_classes(
 
 def _segment(run: Segmentation, name: str, on_step: Callable[[str], None]) -> Segmented:
     """Train and evaluate one encoder with all seeds; save the network of the last seed and predictions.png."""
-    overlaps, config = [], run.config
+    overlaps, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
         network = _train(run, name, seed, on_step)
         with progress_bar("evaluating", quiet=not is_rank_zero()) as progress:
-            overlaps.append(evaluate(network, run.held_out, run.training.crops, config.masks.workers, progress))
+            overlaps.append(evaluate(network, run.held_out, settings.crops, config.masks.workers, progress))
         log(f"{name}, seed {seed}: mIoU {percent(overlaps[-1].mean)} %")
-    folder = run.output / "segment" / f"{name}_{config.head}{'_frozen' * config.frozen}_{config.steps}steps"
-    on_rank_zero(lambda: _save(run, network, folder))
+    folder = (
+        run.output / "segment" / f"{folder_name(name)}_{config.head}{'_frozen' * config.frozen}_{config.steps}steps"
+    )
+    on_rank_zero(lambda: _save(run, name, network, folder))
     return Segmented(name, overlaps, folder)
 
 
@@ -151,17 +157,17 @@ def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], Non
     config, classes = run.config, len(run.train.classes)
     untrained, plan = name == "untrained", run.plan(seed)
     network = build_network(
-        run.file, config.head, classes, seed=seed, untrained=untrained, frozen=config.frozen, bn=config.bn
+        run.files[name], config.head, classes, seed=seed, untrained=untrained, frozen=config.frozen, bn=config.bn
     ).to(run.device)
     broadcast_module(network)
     optimizer = _optimizer(run, network)
     state = run.output / "segment" / f"state_{digest(_identity(run, name, seed))[:12]}.pt"
-    forward = wrap_ddp(set_training(network, config.frozen, config.bn), run.device)
+    forward, settings = wrap_ddp(set_training(network, config.frozen, config.bn), run.device), run.training(name)
     train_resumably(
         state,
         network,
         optimizer,
-        lambda start, after: train(forward, optimizer, run.train, plan, run.training, start, after),
+        lambda start, after: train(forward, optimizer, run.train, plan, settings, start, after),
         on_step,
         title=f"{name}, seed {seed}",
         steps=config.steps,
@@ -186,24 +192,24 @@ def _identity(run: Segmentation, name: str, seed: int) -> dict[str, Any]:
     """Return all that the training of one encoder and seed depends on, to recognize its saved state."""
     settings = _settings(run.config)
     del settings["seeds"], settings["encoders"]
-    crops = run.training.crops
-    settings |= {"mean": list(crops.mean), "std": list(crops.std)}
     settings |= {"classes": len(run.train.classes), "ignore": run.config.masks.ignore}
     pairs = [list(pair) for pair in run.train.pairs]
-    weights = weights_digest(run.file, "backbone")
-    return {"settings": settings, "encoder": name, "seed": seed, "pairs": pairs, "weights": weights}
+    crops = run.training(name).crops
+    settings |= {"mean": list(crops.mean), "std": list(crops.std)}
+    weights, untrained = weights_digest(run.files[name], "backbone"), name == "untrained"
+    return {"settings": settings, "untrained": untrained, "seed": seed, "pairs": pairs, "weights": weights}
 
 
-def _save(run: Segmentation, network: SegmentationNetwork, folder: Path) -> None:
+def _save(run: Segmentation, name: str, network: SegmentationNetwork, folder: Path) -> None:
     """Write network.safetensors with the class names, and predictions.png of some held-out images."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"classes": json.dumps(run.train.classes), "head": run.config.head, "backbone": run.file.backbone}
-    about |= {"options": json.dumps(run.file.options), "mean": json.dumps(list(run.training.crops.mean))}
-    save_weights(
-        folder / "network.safetensors", network.state_dict(), about | {"std": json.dumps(list(run.training.crops.std))}
-    )
+    file, crops = run.files[name], run.training(name).crops
+    about = {"classes": run.train.classes, "options": file.options, "mean": list(crops.mean), "std": list(crops.std)}
+    metadata = {key: json.dumps(value) for key, value in about.items()}
+    metadata |= {"head": run.config.head, "backbone": file.backbone}
+    save_weights(folder / "network.safetensors", network.state_dict(), metadata)
     rows = range(0, len(run.held_out), max(1, len(run.held_out) // SHOWN))[:SHOWN]
-    masks = predict(network, run.held_out, rows, run.training.crops, 0)
+    masks = predict(network, run.held_out, rows, crops, 0)
     shown = ((run.held_out.pairs[row][0], (mask, found)) for row, (found, mask) in zip(rows, masks, strict=True))
     write_picture(folder / "predictions.png", islice(shown, SHOWN))
 
@@ -216,7 +222,7 @@ def _settings(config: SegmentConfig) -> dict[str, Any]:
 
 def _entry(run: Segmentation, found: Segmented) -> dict[str, Any]:
     """Return the entry of one encoder for results.json."""
-    config, file, (mean, half) = run.config, run.file, found.mean
+    config, file, (mean, half) = run.config, run.files[found.encoder], found.mean
     masks = asdict(config.masks) | {"root": str(Path(config.masks.root).absolute())}
     accuracy = float(np.mean([each.pixel_accuracy for each in found.overlaps]))
     return {

@@ -151,7 +151,9 @@ def test_the_same_command_on_other_boxes_does_not_resume(canvases: Path, run: Ru
     path = canvases / "c/train/boxes.json"
     content = json.loads(path.read_text())
     content["annotations"][0]["bbox"][2] -= 1
-    path.write_text(json.dumps(content))
-    status, out, _ = run(*arguments)
-    assert status == 0
-    assert "already trained" not in out
+    for added in ([], [{"id": 99, "name": "another class"}]):
+        content["categories"] += added
+        path.write_text(json.dumps(content))
+        status, out, _ = run(*arguments)
+        assert status == 0
+        assert "already trained" not in out

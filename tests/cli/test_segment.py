@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 from moco.config import RunWarning
 from moco.evaluation import resumable
+from moco.interop.encoder_file import save_encoder
 from moco.models.backbones import build_backbone
 from scripts.canvases import CLASSES, write_canvases
 from tests.cli.conftest import Run
@@ -95,6 +97,23 @@ def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monk
     whole, cut = (load_file(canvases / folder / name) for folder in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(value, cut[key]) for key, value in whole.items())
+
+
+def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) -> None:
+    torch.manual_seed(5)
+    augment = {"size": 32, "eval_resize": 36, "mean": [0.4] * 3, "std": [0.3] * 3}
+    config = {"model": {"backbone": "convnet", "options": {"width": 6}}, "augment": augment}
+    save_encoder(canvases / "wider.safetensors", build_backbone("convnet", {"width": 6}), config, 7)
+    arguments = ("segment", *ENCODER, *SMALL, NAMED, "output=out", "steps=1")
+    status, _, err = run(*arguments, "encoders=[pretrained,wider.safetensors]")
+    assert status == 0, err
+    entries = json.loads((canvases / "out/results.json").read_text())
+    assert [each["options"]["width"] for each in entries] == [4, 6]
+    with safe_open(Path(entries[1]["saved"]) / "network.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["mean"]) == [0.4] * 3
+    status, _, err = run(*arguments, "encoders=[pretrained,gone.pt]")
+    assert status == 2
+    assert "encoders=gone.pt: checkpoint=gone.pt does not exist" in err
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def convolutions() -> Iterator[tuple[int, int, str, tuple[int, ...]]]:
 
 def of_detectron2() -> Shapes:
     """Yield the names and shapes in a Faster R-CNN-C4: the last stage belongs to the heads."""
-    parts = [("backbone.stem.conv1", (64, 3, 7, 7))]
+    parts: list[tuple[str, tuple[int, ...]]] = [("backbone.stem.conv1", (64, 3, 7, 7))]
     for stage, block, part, shape in convolutions():
         parts.append((f"{'roi_heads' if stage == 3 else 'backbone'}.res{stage + 2}.{block}.{part}", shape))
     for name, shape in parts:
@@ -53,7 +53,7 @@ def of_detectron2() -> Shapes:
 
 
 def of_mmdetection() -> Shapes:
-    parts = [("conv1", "bn1", (64, 3, 7, 7))]
+    parts: list[tuple[str, str, tuple[int, ...]]] = [("conv1", "bn1", (64, 3, 7, 7))]
     for stage, block, part, shape in convolutions():
         prefix = f"layer{stage + 1}.{block}"
         names = ("downsample.0", "downsample.1") if part == "shortcut" else (part, part.replace("conv", "bn"))
