@@ -115,7 +115,8 @@ def _set_up(config: DetectConfig, device: torch.device) -> Detection:
         build_detector(file, _form(config), len(train_split.classes), seed=0, untrained=False)
     objects = int(train_split.count().sum())
     log(f"{len(train_split):,} images with {objects:,} objects for training, {len(held_out):,} images held out")
-    log(f"{len(train_split.classes)} classes: {first_names(train_split.classes)}")
+    count = len(train_split.classes)
+    log(f"{count} class{'es' * (count > 1)}: {first_names(train_split.classes)}")
     lacking = [
         name
         for name, ours, theirs in zip(train_split.classes, train_split.count(), held_out.count(), strict=True)

@@ -83,7 +83,7 @@ def train(
 
         return train_step(loss_of, optimizer, on_device[0], lambda loss: loss, lr, settings.precision)
 
-    run_steps(loaded(loader, WORKERS), step_of, settings.schedule, plan.seed, start, on_step)
+    run_steps(loaded(loader, WORKERS), step_of, optimizer, settings.schedule, plan.seed, start, on_step)
 
 
 @torch.no_grad()

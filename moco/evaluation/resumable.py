@@ -45,6 +45,7 @@ class Schedule:
 def run_steps(
     batches: Iterable[T],
     step_of: Callable[[T, int, float], float],
+    optimizer: Optimizer,
     schedule: Schedule,
     seed: int,
     start: int = 0,
@@ -55,6 +56,7 @@ def run_steps(
     Args:
         batches: of this rank; the same number on every rank.
         step_of: trains on a batch, given also the step and its lr; returns the loss.
+        optimizer: names the weight decay in errors.
         schedule: the learning rates.
         seed: of torch's generator, such as for dropout, together with step and rank.
         start: finished steps.
@@ -69,7 +71,8 @@ def run_steps(
         try:
             loss = step_of(batch, step, lr)
         except NonFiniteLoss as error:
-            fix = f"lower lr={schedule.lr:g} or increase warmup"
+            decay = max(group["weight_decay"] for group in optimizer.param_groups)
+            fix = f"lower lr={schedule.lr:g} or weight_decay={decay:g}, or increase warmup"
             raise NonFiniteLoss(f"step {step + 1} of {schedule.steps} has {error} at lr {lr:.3g}: {fix}") from error
         on_step(step + 1, loss)
 

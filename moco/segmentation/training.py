@@ -83,7 +83,7 @@ def train(
         crops, masks = (each.to(device, non_blocking=True) for each in batch)
         return train_step(forward, optimizer, crops, pixel_loss(masks), lr, settings.precision)
 
-    run_steps(loaded(loader, WORKERS), step_of, settings.schedule, plan.seed, start, on_step)
+    run_steps(loaded(loader, WORKERS), step_of, optimizer, settings.schedule, plan.seed, start, on_step)
 
 
 class _WholeImages:

@@ -134,6 +134,7 @@ def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) ->
         (["detector=faster_rcnn_c4"], "detector=faster_rcnn_c4 needs the four stages of a ResNet"),
         (["anchor_sizes=[8]"], "anchor_sizes=[8.0] must hold a size for each of the 4 levels"),
         (["lr=1e30"], "lower lr=1e+30"),
+        (["weight_decay=1e30"], "or weight_decay=1e+30"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(canvases: Path, run: Run, overrides: list[str], message: str) -> None:

@@ -132,6 +132,7 @@ def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) ->
         (["output_stride=9"], "output_stride=9 must be 8, 16 or 32"),
         (["head=unet"], "head='unet' must be one of linear, fcn, fcn_moco, deeplabv3"),
         (["lr=1e30", "head=linear"], "lower lr=1e+30"),
+        (["weight_decay=1e30", "head=linear"], "or weight_decay=1e+30"),
     ],
 )
 def test_what_cannot_run_is_one_sentence(canvases: Path, run: Run, overrides: list[str], message: str) -> None:
