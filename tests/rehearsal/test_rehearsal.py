@@ -93,7 +93,7 @@ def test_steps_on_the_device_equal_those_on_the_cpu_and_wait_for_nothing(library
 def test_kernels_compute_the_same_steps(library: Path, tmp_path: Path) -> None:
     view = dict(jitter_p=1, brightness=0.4, contrast=0.4, hue=0.1, blur_p=0.5, solarize_p=0.5, crop_scale="[0.5,1]")
     fields = [f"augment.{name}={value}" for name, value in view.items()]
-    recipe = " ".join(["digits", SMALL, "batch_size=16 precision=fp32", *fields])
+    recipe = " ".join(["digits", SMALL, "batch_size=16 channels_last=true precision=fp32", *fields])
     fused, plain = rehearse(library, tmp_path, [job(recipe, kernels=True), job(recipe, "cpu")])
     assert problems(fused, plain) == []
     views = {"_resize", "_gray_sums", "_color", "_blur_rows", "_blur_columns"}
