@@ -24,7 +24,7 @@ def write_picture(path: Path, rows: Iterable[tuple[BoxedImage, Detections]], cla
         true = _drawn(pixels, image.boxes, image.labels, [classes[label - 1] for label in image.labels])
         shown = found.scores >= SHOWN_SCORE
         boxes, labels, scores = (each[shown] for each in (found.boxes, found.labels, found.scores))
-        texts = [f"{classes[label - 1]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+        texts = [f"{classes[label - 1]}: {score:.2f}" for label, score in zip(labels, scores, strict=True)]
         masks = [coco_masks().decode(each) for each, kept in zip(found.masks, shown, strict=False) if kept]
         strips.append([true, _drawn(_masked(pixels, masks, labels), boxes, labels, texts)])
     write_strips(path, strips)
@@ -43,7 +43,9 @@ def _drawn(pixels: np.ndarray, boxes: np.ndarray, labels: np.ndarray, texts: lis
     draw, scale = ImageDraw.Draw(image), image.height / pixels.shape[0]
     for box, label, text in zip(boxes * scale, labels, texts, strict=True):
         color = tuple(int(each) for each in voc_colors()[label % 256])
-        draw.rectangle([float(each) for each in box], outline=color, width=2)
+        corners = [float(each) for each in box]
+        draw.rectangle(corners, outline="white", width=4)  # so that a dark box is visible on a dark image
+        draw.rectangle(corners, outline=color, width=2)
         shown = text.encode("ascii", "replace").decode()  # the font may have no other characters
-        draw.text((float(box[0]) + 3, float(box[1]) + 1), shown, fill=color)
+        draw.text((corners[0] + 4, corners[1] + 2), shown, fill=color, stroke_width=2, stroke_fill="white")
     return image
