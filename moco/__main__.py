@@ -4,6 +4,8 @@ import ast
 import shutil
 from pathlib import Path
 
+from moco.runtime.stdio import exit_on_broken_pipe, protected_streams
+
 COMMANDS = {
     "train": ("train",),
     "check and pack images": ("check_data", "pack"),
@@ -34,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with protected_streams(), exit_on_broken_pipe():
+        main()

@@ -36,6 +36,7 @@ _RESUMES = {
     "pack": f"; finished shards are kept: {_AGAIN}",
     **dict.fromkeys(("embed", "search"), f"; finished features are kept: {_AGAIN}"),
     **dict.fromkeys(("segment", "detect"), f"; finished networks are kept: {_AGAIN} from the last saved state"),
+    "transfer": f"; finished results are kept: {_AGAIN}",
     "temperature": f"; finished runs are kept: {_AGAIN}",
 }
 

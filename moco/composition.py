@@ -312,6 +312,8 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
     name = next((each for each in known if field.startswith(f"{each}.") and not is_dataclass(known[each])), "")
     if name:
         return f"{name} does not hold {field.removeprefix(f'{name}.')!r} yet: add it with +{field}=VALUE"
+    if field.partition(".")[0] == "images" and "augment.size" in known:
+        return "images is a group of the evaluations; for training, set augment.size, augment.mean or augment.std"
     if field == "data.hold_out":
         fix = "set data.eval_root=DIR or data.label_file=FILE (with a column split) for held-out images"
         return f"data.hold_out is a field of the evaluations, such as moco.knn; here, {fix}"

@@ -25,6 +25,7 @@ from moco.data.decode import FAULTS
 from moco.data.folder import FolderSource
 from moco.data.image_facts import ODDITIES, ImageFacts, Moments, frame_facts, image_facts
 from moco.data.label_table import label_facts, show_labels
+from moco.data.labels import first_names
 from moco.data.opening import class_counts, opening_lines
 from moco.data.pixel_format import RGB
 from moco.data.sources import load_source
@@ -116,6 +117,8 @@ def check_data(config: CheckDataConfig) -> None:
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
     if data.name in FOLDERS:
+        if data.labels == "none" and not data.label_file and (named := _possible_classes(folders[0])):
+            log(f"without labels: {first_names(named)} are not used as classes; data.labels=folder uses them")
         drawn = sum(count for _, count in folders[0].draws) or len(folders[0])
         for line in suggest(data, len(folders[0]), config.budget, report["stats"], drawn):
             log(line)
@@ -155,6 +158,8 @@ def suggest(
     if not is_rgb8:
         recipe["experiment"] = "moco_v2_grayscale" if data.channels == 1 else "moco_v2_multispectral"
         given |= {"data.channels": data.channels, "data.dtype": data.dtype}  # instead of those of the recipe
+    if data.channels == 1 and "epochs" in recipe:
+        recipe |= {"augment.size": 64, "augment.eval_resize": 72}  # for a laptop; the recipe is for a GPU
     normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
     if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
         normalization["augment.brightness"] = 0  # 0.4 would move the mean by 4 standard deviations
@@ -162,10 +167,18 @@ def suggest(
     if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]
     minutes = recipe["epochs"] * drawn / BUDGET * 10
-    lines = [f"next: {training}", f"this takes about {minutes:.0f} minutes on two CPU cores"]
+    time = f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute"
+    lines = [f"next: {training}", f"this takes about {time} on two CPU cores"]
     if "augment.brightness" in normalization:
         lines.append("augment.brightness=0, because the mean is large against the standard deviation")
     return lines
+
+
+def _possible_classes(folder: Checked) -> list[str]:
+    """Return the folders of a data set if each image lies in one of several; else []."""
+    names = [folder.name(i).partition("/") for i in range(len(folder))]
+    found = sorted({first for first, _, _ in names})
+    return found if len(found) > 1 and all(slash for _, slash, _ in names) else []
 
 
 def _free_run() -> str:

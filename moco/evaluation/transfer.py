@@ -15,8 +15,8 @@ from moco.config.transfer import TransferConfig
 from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.encoders import fields_of_encoder
-from moco.evaluation.subject import Subject, open_subject, weights_digest
-from moco.evaluation.transfer_data import MEASURES, Splits, check_names, is_fixed, open_set
+from moco.evaluation.subject import Subject, data_config, open_subject, weights_digest
+from moco.evaluation.transfer_data import MEASURES, OF_FIELDS, Splits, check_names, is_fixed, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (
     FOLDER,
@@ -138,6 +138,8 @@ def _evaluate_set(
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     sizes = {part: len(images.source) if images else 0 for part, images in parts.items()}
     found.about = {"measure": splits.measure, "classes": splits.classes} | sizes
+    if name == OF_FIELDS:
+        found.about["data"] = data_config(config, candidates[0].subject).name
     if splits.test.labels.ndim == 1:
         found.about["test_per_class"] = sorted(np.bincount(splits.test.labels).tolist(), reverse=True)
     counted = ", ".join(f"{count:,} {part}" for part, count in sizes.items() if count)
@@ -163,7 +165,11 @@ def _write(file: Path, found: SetResults, candidate: Candidate, output: Path) ->
         "source": str(Path(encoder.source).expanduser().absolute()),
         "sha256": weights_digest(encoder, "backbone"),
         "look": asdict(candidate.subject.transform),
-        "data": {"name": name, "held_out": found.about["test"], "training": found.about["training"]},
+        "data": {
+            "name": found.about.get("data", name),
+            "held_out": found.about["test"],
+            "training": found.about["training"],
+        },
         "settings": found.settings,
         "figures": result["figures"],
     }

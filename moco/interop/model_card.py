@@ -100,7 +100,8 @@ def _scale(data: Mapping[str, Any]) -> str:
 
 def _data(data: Mapping[str, Any]) -> str:
     """Name a data set. The root is left out where it is only the folder of the download."""
-    names = ("name", "root", "subset") if data.get("name") in (*FOLDERS, "huggingface") else ("name",)
+    has_root = data.get("name") in (None, *FOLDERS, "huggingface")  # None: of moco.segment and moco.detect
+    names = ("name", "root", "subset") if has_root else ("name",)
     more = data.get("more_roots") or []
     return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])
 
@@ -148,7 +149,7 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
             label(each),
             each.get("encoder", ""),
             _evaluated_on(each.get("data") or {}),
-            _figures(each.get("figures") or {}),
+            _figures({"count": (each.get("data") or {}).get("held_out")} | (each.get("figures") or {})),
         )
         for each in newest.values()
     ]
@@ -167,7 +168,11 @@ def _evaluated_on(data: Mapping[str, Any]) -> str:
 
 def _figures(figures: Mapping[str, Any]) -> str:
     numbers = {name: value for name, value in figures.items() if type(value) in (int, float)}
-    return ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    shown = [f"{name} {value:.4g}" for name, value in numbers.items()]
+    match figures.get("interval95"):
+        case [float(low), float(high)]:
+            shown.append(f"95 % interval {low:.4g} to {high:.4g}")
+    return ", ".join(shown)
 
 
 def _recipe(file: EncoderFile) -> str:

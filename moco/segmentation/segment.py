@@ -238,7 +238,8 @@ def _entry(run: Segmentation, found: Segmented) -> dict[str, Any]:
         "sha256": weights_digest(file, "backbone"),
         "data": masks | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
         "settings": _settings(config),
-        "figures": {"mIoU": mean, "mIoU_half_width95": half, "pixel_accuracy": accuracy},
+        "figures": {"mIoU": mean, "mIoU_half_width95": half, "pixel_accuracy": accuracy}
+        | ({} if config.seeds > 1 else {"interval95": list(found.overlaps[0].interval())}),
         "per_seed": [each.to_json() for each in found.overlaps],
         "saved": str(found.saved.absolute()),
     }

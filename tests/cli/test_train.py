@@ -182,6 +182,7 @@ def test_a_warning_turned_into_an_error_is_reported_in_one_sentence(run: Run) ->
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (["images.size=64"], "moco: images is a group of the evaluations; for training, set augment.size"),
         (["data.hold_out=0.2"], "moco: data.hold_out is a field of the evaluations, such as moco.knn; here, set "),
         (["+optim.lr=1"], "moco: optim.lr exists: change it without the plus, optim.lr=VALUE"),
         (["lr=1"], "moco: there is no field 'lr'; did you mean 'optim.lr'?"),

@@ -188,7 +188,7 @@ def test_damaged_content_is_an_image_error(tail: bytes, kind: str) -> None:
 def test_arrays_count_as_images_only_where_they_are_asked_for(tmp_path: Path) -> None:
     root = write_scenes(tmp_path, 4, {"train": 1})
     assert len(load_source(DataConfig("folder", str(root), channels=4, dtype="uint16")).train) == 4
-    with pytest.raises(FileNotFoundError, match=r"4 \.npy.*another data.channels or data.dtype"):
+    with pytest.raises(FileNotFoundError, match=r"4 \.npy.*are used unless data.channels=3 and data.dtype=uint8"):
         load_source(DataConfig("folder", str(root)))
     with pytest.raises(ValueError, match=r"do not fit data\.name=digits"):
         load_source(DataConfig("digits", channels=4))

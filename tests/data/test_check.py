@@ -249,6 +249,7 @@ def test_values_with_a_large_offset_get_no_brightness() -> None:
     command, _, reason = suggest(data, 250, BUDGET, {"mean": [280.0], "std": [10.7]})
     assert command.endswith(" augment.brightness=0")
     assert "standard deviation" in reason
+    assert "augment.size=64 augment.eval_resize=72 " in command  # views for which the time holds
     assert "brightness" not in suggest(data, 250, BUDGET, {"mean": [0.5], "std": [0.2]})[0]
 
 

@@ -236,7 +236,8 @@ def nothing_learned(series: Series, facts: Facts) -> Alarm | None:
         return None
     evidence = f"only {100 * latest(series, 'train/contrast_accuracy'):.0f} % of the queries find their key"
     evidence += "".join(f", and {text}" for gain, text in gains if not math.isnan(gain))
-    momentum = f", method.momentum={better_momentum(facts):g}" if facts.momentum is not None else ""
+    better = better_momentum(facts)
+    momentum = f", method.momentum={better:g}" if facts.momentum not in (None, better) else ""
     remedy = f"more epochs, twice the optim.lr{momentum}, or more images"
     if facts.starts_trained:
         remedy = "a lower optim.lr, more epochs, or the initial weights without further training"
