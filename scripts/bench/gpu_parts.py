@@ -29,7 +29,7 @@ from moco.config import DataConfig, TrainConfig
 from moco.data.loader import Batch, batches
 from moco.data.opening import build_views
 from moco.data.plan import Plan
-from moco.data.sources import load_source
+from moco.data.sources import ArraySource, load_source
 from moco.losses import info_nce
 from moco.losses.streamed import BLOCK, Streamed, has_kernel, info_nce_streamed
 from moco.optim.optimizers import build_optimizer
@@ -156,14 +156,15 @@ def parity(setting: Setting) -> Iterator[Check]:
             losses.append([recipe.step()["loss"].item() for _ in range(5)])
         worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
         yield below(f"loss of 5 steps of {name}, relative difference from the CPU", worst, 1e-4)
-    views = []
-    for device in (torch.device("cpu"), setting.device):
-        config = train_config(["experiment=digits"])
-        source = load_source(DataConfig("digits")).train
-        stream = batches(source, Plan(len(source), 64, 1, 0), build_views(config.augment), device, 0)
-        views.append([view.cpu() for batch in islice(stream, 3) for view in batch.views])
-    worst = max((a - b).abs().max().item() for a, b in zip(*views, strict=True))
-    yield below("views of 3 batches, largest difference from the CPU", worst, 1e-5)
+    images = torch.randint(0, 256, (64, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    source = ArraySource(images, [""] * len(images))
+    for name in ("digits", "cifar10_notebook", "moco_v2_imagenet"):
+        recipe_views, views = build_views(train_config([f"experiment={name}"]).augment), []
+        for device in (torch.device("cpu"), setting.device):
+            stream = batches(source, Plan(len(source), 16, 1, 0), recipe_views, device, 0)
+            views.append([view.cpu() for batch in islice(stream, 2) for view in batch.views])
+        worst = max((a - b).abs().max().item() for a, b in zip(*views, strict=True))
+        yield below(f"views of 2 batches of {name}, largest difference from the CPU", worst, 1e-5)
 
 
 def waits(setting: Setting) -> Iterator[Check]:
