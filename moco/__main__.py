@@ -1,10 +1,12 @@
 """List the commands: `python -m moco`."""
 
 import ast
+import difflib
 import shutil
+import sys
 from pathlib import Path
 
-from moco.runtime.stdio import exit_on_broken_pipe, protected_streams
+from moco.runtime.stdio import exit_on_broken_pipe, print_error, protected_streams
 
 COMMANDS = {
     "train": ("train",),
@@ -35,6 +37,15 @@ def main() -> None:
     print("\nEach prints its fields with --help. First steps: README.md; all pages: docs/index.md")
 
 
+def refuse(word: str) -> None:
+    """Print how to call a command, with the most similar name, and exit with status 2."""
+    known = [each for names in COMMANDS.values() for each in names]
+    close = difflib.get_close_matches(word.removeprefix("moco."), known)
+    name = close[0] if close else "NAME"
+    print_error(f"moco: {word}: a command is called as python -m moco.{name}; python -m moco lists all")
+    sys.exit(2)
+
+
 if __name__ == "__main__":
     with protected_streams(), exit_on_broken_pipe():
-        main()
+        refuse(sys.argv[1]) if sys.argv[1:] and not sys.argv[1].startswith("-") else main()

@@ -1,13 +1,15 @@
 """Prints all evaluations of a run as one Markdown table: python scripts/results_table.py RUN.
 
-Rows are commands with their protocols, columns are encoders. Reads RUN/results.json and RUN/supervised/results.json. If
-an evaluation was repeated, its newest result is used.
+Rows are commands with their protocols and data, columns are encoders. Reads RUN/results.json and
+RUN/supervised/results.json. If an evaluation was repeated, its newest result is used.
 """
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from moco.runs.results import evaluated_on, label
 
 ENCODERS = ("pixels", "untrained", "pretrained", "supervised")
 
@@ -20,17 +22,20 @@ def cell(figures: dict[str, Any]) -> str:
 
 def main(run: Path) -> None:
     """Print the table of a run."""
-    found: dict[str, dict[str, str]] = {}
+    found: dict[tuple[str, str], dict[str, str]] = {}
     for folder, supervised in ((run, False), (run / "supervised", True)):
         file = folder / "results.json"
         for entry in json.loads(file.read_text()) if file.is_file() else []:
             name = "supervised" if supervised else entry["encoder"]
-            found.setdefault(f"{entry['command']}, {entry['protocol']}", {})[name] = cell(entry["figures"])
+            evaluation = label(entry), evaluated_on(entry.get("data") or {})
+            found.setdefault(evaluation, {})[name] = cell(entry["figures"])
     columns = [name for name in ENCODERS if any(name in row for row in found.values())]
     print("| top-1 % | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    for protocol, row in found.items():
-        print(f"| {protocol} | " + " | ".join(row.get(name, "–") for name in columns) + " |")
+    several = len({data for _, data in found}) > 1
+    for (name, data), row in found.items():
+        title = f"{name}, on {data}" if several else name
+        print(f"| {title} | " + " | ".join(row.get(encoder, "–") for encoder in columns) + " |")
 
 
 if __name__ == "__main__":

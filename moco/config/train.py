@@ -204,7 +204,7 @@ class TrainConfig(ComputeConfig):
     """Micro-batches into which each process divides its part of the batch, which saves memory."""
     precision: str = bounded("fp32", choices=("auto", "fp32", "bf16", "fp16"))
     """Number format of the computation. auto: bf16 on a GPU that has units for it, or on a CPU if a short measurement
-    shows that it is faster; else fp32. A resumed run keeps its precision."""
+    shows that it is at least 1.2 times as fast; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Store images in channels-last memory format, which makes convolutions faster and gives the same results."""
     compile: bool = False

@@ -10,9 +10,8 @@ from typing import Any
 import yaml
 
 import moco
-from moco.config.data import FOLDERS
 from moco.interop.encoder_file import EncoderFile
-from moco.runs.results import label
+from moco.runs.results import chosen_neighbors, data_name, evaluated_on, evaluation_key, label
 
 _MARKUP = re.compile(r"([\\`*_\[\]|~$]|:(?=//))")
 _PLACEHOLDER = "USER/NAME"  # the name of a repository that is not uploaded yet
@@ -72,7 +71,7 @@ def _summary(file: EncoderFile, parameters: int) -> str:
         "network": " ".join([file.backbone, *(f"{name}={value}" for name, value in file.options.items())]),
         "parameters": f"{parameters:,}",
         "method": method.get("name"),
-        "data": _data(data),
+        "data": data_name(data),
         "optimizer steps": f"{file.step:,}" if file.step else None,
         "epochs": config.get("epochs"),
         "batch size": config.get("batch_size"),
@@ -96,14 +95,6 @@ def _scale(data: Mapping[str, Any]) -> str:
     """Return the range of pixels before normalization (`moco.data.pixel_format.to_float`), as text."""
     divided = {"uint16": "in 0 ... 1 (divided by 65535)", "float32": "with the values of the files"}
     return divided.get(str(data.get("dtype")), "in 0 ... 1")
-
-
-def _data(data: Mapping[str, Any]) -> str:
-    """Name a data set. The root is left out where it is only the folder of the download."""
-    has_root = data.get("name") in (None, *FOLDERS, "huggingface")  # None: of moco.segment and moco.detect
-    names = ("name", "root", "subset") if has_root else ("name",)
-    more = data.get("more_roots") or []
-    return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])
 
 
 def _loading(file: EncoderFile, timm: bool, repo: str) -> str:
@@ -143,13 +134,13 @@ timm resizes PIL images and moco resizes tensors; therefore features may differ 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         return "None were recorded for these weights."
-    newest = {(label(each), str(each.get("encoder")), _evaluated_on(each.get("data") or {})): each for each in results}
+    newest = {evaluation_key(each): each for each in results}
     rows = [
         (
             label(each),
             each.get("encoder", ""),
-            _evaluated_on(each.get("data") or {}),
-            _figures({"count": (each.get("data") or {}).get("held_out")} | (each.get("figures") or {})),
+            evaluated_on(shareable(each.get("data") or {})),
+            ", ".join(filter(None, [_figures(_with_count(each)), chosen_neighbors(each)])),
         )
         for each in newest.values()
     ]
@@ -157,13 +148,8 @@ def _results(results: Sequence[Mapping[str, Any]]) -> str:
     return f"From results.json, for exactly these weights and the baselines.\n\n{table}"
 
 
-def _evaluated_on(data: Mapping[str, Any]) -> str:
-    """Name the images of an evaluation: the data set, and where its held-out images come from."""
-    shared, share = shareable(data), data.get("hold_out")
-    held_out = shared.get("eval_root") if data.get("name") in FOLDERS else None
-    part = f", held out: {held_out}" if held_out else f", held out: {share} of them" if share else ""
-    seen = data.get("held_out_seen") or data.get("held_out_in_training")
-    return f"{_data(shared)}{part}{' (held-out images were in the training set, without labels)' if seen else ''}"
+def _with_count(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {"count": (entry.get("data") or {}).get("held_out")} | (entry.get("figures") or {})
 
 
 def _figures(figures: Mapping[str, Any]) -> str:

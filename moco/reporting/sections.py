@@ -18,7 +18,7 @@ from moco.reporting.curves import charts
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, facts, folded, paragraph
 from moco.reporting.run_record import Run, by_epoch, names
-from moco.runs.results import label
+from moco.runs.results import chosen_neighbors, evaluated_on, evaluation_key, label
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
@@ -146,8 +146,7 @@ def evaluations(run: Run) -> Markup:
     """Return results.json as a table; of repeated evaluations only the newest."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for entry in run.results:
-        setting = entry.get("settings", {}).get("features", "")
-        key = tuple(str(each) for each in (label(entry), setting, entry.get("encoder")))
+        key = evaluation_key(entry)
         newest.pop(key, None)
         newest[key] = entry
     if not newest:
@@ -160,9 +159,10 @@ def evaluations(run: Run) -> Markup:
         results, name = entry["figures"], label(entry)
         main = _main_figure(results)
         score = f"{f'{main} ' * (main != 'top1')}{percent(results.get(main))} {_spread(results)}".strip()
-        rows.append([name, str(entry.get("encoder", "?")), score, percent(results.get("top5"))])
+        data = evaluated_on(entry.get("data") or {})
+        rows.append([name, data, str(entry.get("encoder", "?")), score, percent(results.get("top5"))])
         more.append([f"{name}, {entry.get('encoder', '?')}", _details(entry)])
-    shown = part("table", "Accuracy on held-out images", ["evaluation", "encoder", "top-1 %", "top-5 %"], rows)
+    shown = part("table", "Accuracy on held-out images", ["evaluation", "data", "encoder", "top-1 %", "top-5 %"], rows)
     shown += folded("Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more))
     pictures = [picture for entry in newest.values() if (picture := _predictions(run, entry))]
     return shown + (folded("Predictions beside the truth", Markup().join(pictures)) if pictures else Markup())
@@ -192,6 +192,8 @@ def _details(entry: Mapping[str, Any]) -> str:
     shown = {main, f"{main}_half_width95", "top5", "count", "std", "draws"}
     others = [(name, value) for name, value in results.items() if name not in shown and isinstance(value, int | float)]
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in others)
+    neighbors = chosen_neighbors(entry)
+    metrics = ", ".join(filter(None, [neighbors, metrics]))
     return f"{images} images, step {entry.get('step', '?')}, {made}" + (f"; {metrics}" if metrics else "")
 
 

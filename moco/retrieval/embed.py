@@ -132,6 +132,9 @@ class _Work:
         return range(chunk * size, min((chunk + 1) * size, len(self.source)))
 
     def features(self, rows: Sequence[int]) -> Iterator[Tensor]:
+        for row in rows:
+            if row in self.source.unreadable:  # of a resident source, which holds a black image instead
+                raise self.source.unreadable[row]
         transform, workers = self.subject.transform, subjects.data_config(self.config, self.subject).workers
         return stream(self.network, self.source, rows, transform, self.device, self.config.images_at_once, workers)
 

@@ -35,7 +35,7 @@ def open_index(config: SearchConfig) -> Embedding:
     given = config.data.overrides()
     data = recorded_data(about["data"], given, f"index={config.index}", trusted=True) | given
     with naming_plugins(f"index={config.index}", about):
-        sources = open_sources(DataConfig(**data), bank_size=0)
+        sources = open_sources(DataConfig(**data), bank_size=0, keep_unreadable=True)  # the index has no row of them
     source = getattr(sources, about["pictures"]["split"])
     fields = "data.root and data.more_roots to the folders" if data.get("more_roots") else "data.root to the folder"
     require(

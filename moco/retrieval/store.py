@@ -120,7 +120,7 @@ def _refuse_other(folder: Path, there: About, now: About) -> None:
     if images["sha256"] != now["pictures"]["sha256"]:
         differing.append(f"other images ({images['count']:,} of {origin}, split={images['split']})")
     elif images.get("content") != now["pictures"]["content"]:
-        differing.append(f"images of {origin} that have changed")
+        differing.append(f"images of {origin} that have changed since (size or time of a file)")
     differing += [
         f"{'images' if name == 'look' else name}={there[name]} (now {now[name]})"
         for name in ("look", "features", "normalize", "dtype", "images_at_once")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import ConfigError
+from moco.config.data import FOLDERS
 from moco.distributed import on_rank_zero
 from moco.files import WriteError, lock, write_json
 from moco.runs.metrics import add_results
@@ -45,6 +46,38 @@ def label(entry: Mapping[str, Any]) -> str:
     if not isinstance(changed, Mapping) or not changed:
         return name
     return f"{name} ({', '.join(f'{field}={value_text(value)}' for field, value in changed.items())})"
+
+
+def evaluation_key(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what tells evaluations apart: of entries with the same key, the newest counts."""
+    data, settings = entry.get("data") or {}, entry.get("settings") or {}
+    images = [data.get(name) for name in ("name", "root", "more_roots", "eval_root", "label_file", "hold_out")]
+    return tuple(str(each) for each in (label(entry), settings.get("features", ""), images, entry.get("encoder")))
+
+
+def data_name(data: Mapping[str, Any]) -> str:
+    """Return the name of an entry's data set. The root is left out where it is only the folder of the download."""
+    has_root = data.get("name") in (None, *FOLDERS, "huggingface")  # None: of moco.segment and moco.detect
+    names = ("name", "root", "subset") if has_root else ("name",)
+    more = data.get("more_roots") or []
+    return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])
+
+
+def evaluated_on(data: Mapping[str, Any]) -> str:
+    """Return the name of an entry's data set, and where its held-out images come from."""
+    share = data.get("hold_out")
+    held_out = data.get("eval_root") if data.get("name") in FOLDERS else None
+    part = f", held out: {held_out}" if held_out else f", held out: {share} of them" if share else ""
+    seen = data.get("held_out_seen") or data.get("held_out_in_training")
+    return f"{data_name(data)}{part}{' (held-out images were in the training set, without labels)' if seen else ''}"
+
+
+def chosen_neighbors(entry: Mapping[str, Any]) -> str:
+    """Return k and temperature of an entry of moco.knn, which may have been chosen; "" for other commands."""
+    settings = entry.get("settings") or {}
+    if entry.get("command") != "knn" or not {"k", "temperature"} <= settings.keys():
+        return ""
+    return f"k={settings['k']}, temperature={settings['temperature']:g}"
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:

@@ -234,3 +234,9 @@ def test_the_package_lists_all_commands_with_lines_that_fit(
     assert sorted(listed) == sorted(f"moco.{name}" for name in [*COMMANDS, "train"])
     assert all(len(line) <= max(width, 84) for line in lines)
     assert "Rank the checkpoints of runs without labels" in " ".join(lines)
+
+
+def test_a_command_after_the_list_is_refused_with_the_way_to_call_it() -> None:
+    ended = subprocess.run([sys.executable, "-m", "moco", "trian"], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "python -m moco.train" in ended.stderr

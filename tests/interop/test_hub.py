@@ -25,6 +25,7 @@ from moco.interop.encoder_file import read_encoder, save_encoder
 from moco.interop.hub import CARD, SETTINGS, WEIGHTS, local_file
 from moco.interop.model_card import plain, shareable
 from moco.methods.moco_config import MoCoConfig
+from moco.runs.results import evaluated_on
 from tests.interop.networks import IMAGES, VIT, trained
 
 HOSTILE = "a|b`c`\n# <script>alert(1)</script> [x](y) ``` end"
@@ -353,10 +354,9 @@ def test_only_fields_of_an_encoder_accept_such_a_name() -> None:
 
 def test_the_card_names_the_folders_of_an_evaluation() -> None:
     data = {"name": "folder", "root": "/home/me/train", "more_roots": ["/home/me/scans"], "eval_root": "/home/me/test"}
-    assert model_card._evaluated_on(data) == "folder train scans, held out: test"
-    assert (
-        model_card._evaluated_on({"name": "folder", "root": "a/b", "hold_out": 0.2})
-        == "folder a/b, held out: 0.2 of them"
-    )
-    seen = model_card._evaluated_on({"name": "cifar10", "root": "/data", "held_out_in_training": 3})
+    shared = model_card.shareable(data)
+    assert evaluated_on(shared) == "folder train scans, held out: test"
+    assert evaluated_on({"name": "folder", "root": "a/b", "hold_out": 0.2}) == "folder a/b, held out: 0.2 of them"
+    assert evaluated_on({"root": "shapes", "hold_out": 0.2}) == "shapes, held out: 0.2 of them"  # moco.segment
+    seen = evaluated_on({"name": "cifar10", "root": "/data", "held_out_in_training": 3})
     assert seen == "cifar10 (held-out images were in the training set, without labels)"

@@ -18,6 +18,7 @@ from torch import Tensor
 from moco.config import ConfigError, DataConfig
 from moco.config.data import SubjectDataConfig
 from moco.config.embed import EmbedConfig, check_embed
+from moco.config.search import SearchConfig
 from moco.config.subject import ImagesConfig
 from moco.data.decode import ImageError
 from moco.data.sources import load_source
@@ -27,6 +28,7 @@ from moco.files import WriteError
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.retrieval import embed as embed_module
 from moco.retrieval.embed import embed
+from moco.retrieval.search import search
 from moco.retrieval.store import read_about
 from tests.data.images import encoder, folder, gradient
 from tests.distributed.launch import run_ranks
@@ -109,6 +111,25 @@ def stop_after(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embed_module, "stream", broken)
 
 
+def test_unreadable_images_of_a_resident_set_are_skipped_and_can_be_searched(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("00.png", "04.png"):
+        (made[1] / name).write_bytes(b"no image")
+    for path in made[1].glob("large_*"):  # of another size, which a resident set does not allow
+        path.unlink()
+    streamed, resident = (
+        config(made, tmp_path / name, images_at_once=2, on_bad_image="skip") for name in ("streamed", "resident")
+    )
+    resident.data.resident = True
+    for each in (streamed, resident):
+        embed(each)
+    for name in ("features.npy", "index.csv", "unreadable.csv"):
+        assert (tmp_path / "resident" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+    assert (tmp_path / "resident" / "unreadable.csv").read_text().count("no known image format") == 2
+    search(SearchConfig(index=str(tmp_path / "resident"), output=str(tmp_path / "found"), sample=2, device="cpu"))
+
+
 def test_a_resumed_run_writes_the_same_bytes(
     made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +173,7 @@ def test_a_complete_output_is_kept_unless_an_image_changed(
     assert "already complete" in later
     assert "already complete" not in now
     gradient(99).save(tmp_path / "moved" / "03.png")  # same name, other content
-    with pytest.raises(ConfigError, match=r"images of .* that have changed: choose another"):
+    with pytest.raises(ConfigError, match=r"images of .* that have changed since .*: choose another"):
         embed(config((made[0], tmp_path / "moved"), tmp_path / "out"))
     assert contents(tmp_path / "out") == before
 
