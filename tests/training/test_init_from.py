@@ -174,7 +174,7 @@ def test_weights_of_timm_warn_if_the_run_normalizes_images_in_another_way(tmp_pa
         load_initial_weights(config, method(config))
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::moco.config.RunWarning")
 @pytest.mark.parametrize("channels", [1, 4, 13])
 @pytest.mark.parametrize("backbone", ["resnet18", "convnet", TINY_VIT])
 def test_another_number_of_channels_keeps_the_sum_of_the_first_layer(
