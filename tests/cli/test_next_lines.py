@@ -44,7 +44,7 @@ SITUATIONS = {
     "search": ("search run=runs/unlabeled output=found sample=2", []),
     "choose": ("choose runs=[runs/labeled,runs/labeled_too] output=chosen", ["knn"]),
     "choose, unlabeled": ("choose runs=[runs/unlabeled,runs/unlabeled_too] output=chosen_too", ["embed"]),
-    "pack": ("pack data.root=MANY output=packed", ["train"]),
+    "pack": ("pack data.root=CROWD output=packed", ["train"]),
     "pack, few images": ("pack data.root=FEW output=packed_few", []),
     "shards": (
         "train experiment=moco_v2_folder data=shards data.root=PACKED run=runs/shards",
