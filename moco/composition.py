@@ -322,7 +322,7 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
     if field == "experiment" and "recipe" in known:
         return "there is no field 'experiment'; did you mean 'recipe'?"
     recipe = next((each for each in sys.argv[1:] if each.lstrip("+").startswith("experiment=")), "")
-    if recipe and not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
+    if recipe and (field in known or not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:])):
         return f"{recipe}: only moco.train has recipes; remove it"
     same = [repr(each) for each in known if each.endswith(f".{field}")]  # such as lr, for optim.lr
     hint = f"; did you mean {' or '.join(same[:3])}?" if same else _did_you_mean(field, known)

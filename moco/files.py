@@ -58,6 +58,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def resolved(path: str | Path) -> Path:
+    """Return the absolute path without links; `Path.resolve` raises a RuntimeError for a link that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def temporary_name(path: Path) -> Path:
     """Return a name beside `path` that no other process uses; it ends in `.tmp`."""
     return path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.tmp")

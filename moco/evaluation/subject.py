@@ -27,6 +27,7 @@ from moco.digest import digest
 from moco.distributed import is_rank_zero, rank, world_size
 from moco.evaluation.features import EvalTransform
 from moco.evaluation.subsets import naming_field, split_each_class
+from moco.files import resolved
 from moco.interop.encoder_file import EncoderFile, build, read_encoder
 from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size
@@ -301,7 +302,7 @@ def _shares_images(data: Mapping[str, Any], recorded: Mapping[str, Any]) -> bool
 
 def _roots(data: Mapping[str, Any]) -> list[Path]:
     roots = [data.get("root") or "", *(data.get("more_roots") or ())]
-    return [Path(str(root)).expanduser().resolve() for root in roots]
+    return [resolved(Path(str(root)).expanduser()) for root in roots]
 
 
 def _paths(data: DataConfig) -> dict[str, Any]:
@@ -346,7 +347,7 @@ def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
     """
     data, recorded = asdict(data_config(config, subject)), subject.file.config.get("data", {})
     splits = [
-        [str(each.get("label_file") and Path(each["label_file"]).resolve())]
+        [str(each.get("label_file") and resolved(each["label_file"]))]
         + [each.get(name) for name in ("split", "eval_split")]
         for each in (data, recorded)
     ]

@@ -14,7 +14,7 @@ from moco.data.pixel_format import PixelFormat
 from moco.data.sources import ArraySource, Source, load_source
 from moco.evaluation.features import Network, stream
 from moco.evaluation.subject import Subject, data_config, open_data, open_subject, weights_digest
-from moco.files import WriteError, cause, flush, write_errors
+from moco.files import WriteError, cause, flush, resolved, write_errors
 from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.hub import CARD, WEIGHTS, upload
 from moco.interop.model_card import model_card, shareable
@@ -107,7 +107,7 @@ def _move(temporary: Path, output: Path) -> None:
 
 def _card(config: ConvertConfig, file: EncoderFile, backbone: nn.Module) -> str:
     """Return the model card, with the results of exactly these weights."""
-    title = config.upload.rpartition("/")[2] or Path(config.output).resolve().name
+    title = config.upload.rpartition("/")[2] or resolved(config.output).name
     shared = replace(file, config=shareable(file.config))
     parameters = sum(each.numel() for each in backbone.parameters())
     digests = [weights_digest(file, features) for features in ("backbone", "projection")]

@@ -17,6 +17,7 @@ from moco.data.recorded import recorded_data
 from moco.data.sources import FolderSource
 from moco.evaluation.features import EvalTransform, stream
 from moco.evaluation.subject import open_subject, weights_digest
+from moco.files import resolved
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.interop.image_size import fit_to_size
 from moco.plugins import naming_plugins
@@ -76,7 +77,7 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
 
 def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
     """Return the row in the index of each query, a file or a name in the index; -1 if it is not there."""
-    positions = {str(Path(file).resolve()): i for i, file in enumerate(queries)}
+    positions = {str(resolved(file)): i for i, file in enumerate(queries)}
     by_name = {name: i for i, name in enumerate(queries) if not Path(name).is_file()}
     names = {Path(file).name for file in queries}
     found = np.full(len(queries), -1)
@@ -84,7 +85,7 @@ def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
         if by_name and (at := by_name.get(images.source.name(int(i)))) is not None:
             found[at] = row
         file = Path(images.source.path(int(i)) or "")
-        if file.name in names and (at := positions.get(str(file.resolve()))) is not None:
+        if file.name in names and (at := positions.get(str(resolved(file)))) is not None:
             found[at] = row
     return found
 

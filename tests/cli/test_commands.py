@@ -95,6 +95,11 @@ def test_the_commands_do_not_import_torch() -> None:
         ),
         ("transfer", ["run=x", "mode=svm"], "mode='svm' must be one of linear, few_shot, finetune"),
         ("transfer", ["run=x", "sets=[pets]", "data.hold_out=0.2"], "data.hold_out has no effect without"),
+        (
+            "report",
+            ["run=x", "data.workers=0", "+experiment=digits"],
+            "+experiment=digits: only moco.train has recipes",
+        ),
         ("temperature", ["experiment=digits"], "there is no field 'experiment'; did you mean 'recipe'?"),
     ],
 )

@@ -409,6 +409,14 @@ def test_a_single_class_and_a_missing_class(tmp_path: Path) -> None:
     assert f"data.eval_root={held} has images of b" in sentence(configured(run=str(run)))
 
 
+def test_a_link_to_itself_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "cycle").symlink_to(tmp_path / "cycle")
+    config = SubjectConfig(run=str(trained(tmp_path / "run", "folder", root=str(tmp_path / "images"))))
+    config.data.root = str(tmp_path / "cycle")
+    with pytest.raises(OSError, match="cycle"):
+        open_labeled(config, open_subject(config))
+
+
 def test_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run = trained(tmp_path / "run", "folder", root=str(tmp_path / "empty"), labels="folder")

@@ -37,7 +37,7 @@ from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy
 from moco.evaluation.subject import open_data, open_subject
 from moco.evaluation.subsets import naming_field, per_class
 from moco.evaluation.sweep import LabeledFeatures, Recipe, Setting, retrain
-from moco.files import write_json
+from moco.files import resolved, write_json
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.runs import checkpoint
 from moco.runtime.console import log, log_next, progress_bar, table
@@ -127,7 +127,7 @@ def choose(config: ChooseConfig) -> list[Point]:
     subject = SubjectConfig(run=_refuse_different_data(files, config), data=config.data)
     sources = open_data(subject, open_subject(subject))
     images = limited(sources.train, config.images)
-    require(len(images) >= 2, f"the data set has {len(images)} training image to measure: at least 2 are needed")
+    require(len(images) >= 2, f"data.root has {len(images)} training image to measure: name a folder with 2 or more")
     bank, held_out = sources.bank, sources.held_out
     if config.labels:
         note_several_labels(sources.train)
@@ -171,7 +171,7 @@ def _runs(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         matches = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())  # noqa: PTH207
         require(bool(matches), f"runs: {pattern} matches no directory: name a run directory, e.g. runs=[runs/digits]")
-        found |= {Path(path).resolve(): path for path in matches}
+        found |= {resolved(path): path for path in matches}
     return list(found.values())
 
 

@@ -82,7 +82,7 @@ def measure(
     require(bool(found), f"run {path} has no checkpoint: delete it and run the same command again to retrain it")
     file, state = read_encoder(found[0]), checkpoint.load(found[0])
     images = limited(sources.held_out or sources.train, config.images)
-    require(len(images) >= 2, f"the data set has {len(images)} image to measure: at least 2 are needed")
+    require(len(images) >= 2, f"data.root has {len(images)} image to measure: name a folder with 2 or more")
     views = augmented_views(images, file, device)
     outputs = encode(file, images, views, device)
     query, other = (in_parts(outputs.encoder.head, each) for each in outputs.view_features)  # (N, C) each
