@@ -6,6 +6,7 @@ folder that is damaged is changed back to an unfinished one: its index contains 
 Legend: N images, n images of one shard.
 """
 
+import io
 import json
 import shutil
 import warnings
@@ -49,8 +50,10 @@ def part_path(output: Path, split: str, number: int) -> Path:
 def write_part(path: Path, part: Part) -> None:
     """Write a part to a file, atomically."""
     about = json.dumps([part.shard, part.next_image, part.source_bytes, part.skipped])
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, rows=part.rows, about=np.array(about))
+    archive = io.BytesIO()  # a signal may interrupt savez, and a ZipFile of a closed file then prints a traceback
+    np.savez(archive, rows=part.rows, about=np.array(about))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(archive.getvalue())
 
 
 def read_part(path: Path) -> Part:
