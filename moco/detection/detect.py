@@ -24,8 +24,9 @@ from moco.detection.saved import Detector, save_detector
 from moco.detection.training import TrainSettings, predict, train
 from moco.detection.views import ViewSettings
 from moco.digest import digest
-from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, rank, world_size, wrap_ddp
+from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
 from moco.evaluation.encoders import folder_name, normalization, open_encoders
+from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import output_of, weights_digest
@@ -53,9 +54,7 @@ class Detection:
     device: torch.device
 
     def plan(self, seed: int) -> Plan:
-        batch, images = self.config.batch_size, len(self.train)
-        epochs = -(-self.config.steps // (images // batch))
-        return Plan(images, batch, epochs, seed, rank(), world_size())
+        return plan_of(len(self.train), self.config.batch_size, 1, self.config.steps, seed)
 
     def training(self, name: str) -> TrainSettings:
         """Return the settings for an encoder, whose file may state mean and standard deviation of the pixels."""

@@ -30,6 +30,7 @@ from moco.detection.sampling import SharedStage
 from moco.distributed import gather
 from moco.interop.encoder_file import EncoderFile, build
 from moco.models.backbones import ConvNet
+from moco.models.modes import evaluating
 from moco.models.norm import GroupedBatchNorm, convert_batch_norm
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
@@ -140,10 +141,8 @@ def split_stages(backbone: nn.Module, source: str) -> Stages:
 @torch.no_grad()
 def shapes(body: Stages) -> tuple[list[int], list[int]]:
     """Return channels and stride of each stage."""
-    modes = [(module, module.training) for module in body.modules()]
-    maps = list(body.eval()(torch.zeros(1, 3, 256, 256)).values())
-    for module, training in modes:
-        module.training = training
+    with evaluating(body):
+        maps = list(body(torch.zeros(1, 3, 256, 256)).values())
     return [each.shape[1] for each in maps], [256 // each.shape[3] for each in maps]
 
 

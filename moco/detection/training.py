@@ -22,6 +22,7 @@ from moco.detection.images import WORKERS, BoxedImages, coco_masks
 from moco.detection.views import EvaluationDataset, Example, TrainingDataset, ViewSettings
 from moco.evaluation.finetuning import train_step
 from moco.evaluation.resumable import OnStep, Schedule, run_steps
+from moco.models.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -92,17 +93,12 @@ def predict(
 ) -> Iterator[Detections]:
     """Yield what the detector finds in each of the given images. It is in eval mode meanwhile."""
     first = next(network.parameters())
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with evaluating(network):
         processes = min(count_processes(workers), len(rows))
         loader = make_loader(EvaluationDataset(images, settings), processes, rows)
         for row, image in loaded(loader, WORKERS):
             (found,) = network([image.to(first.device, first.dtype)])
             yield detections_in(found, image, images.images[row].width, images.images[row].height)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def detections_in(found: dict[str, Tensor], image: Tensor, width: int, height: int) -> Detections:

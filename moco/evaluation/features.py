@@ -4,6 +4,7 @@ Legend: N images of a batch, M images of the source, S image size, D feature dim
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from moco.data.pixel_format import per_channel, to_float
 from moco.data.sources import Source
 from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
 from moco.distributed import copy_to_device, gather, on_all_ranks, rank, world_size
+from moco.models.modes import evaluating
 
 Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, C, S, S) -> features (N, D)
 
@@ -90,16 +92,10 @@ def stream(
         LoaderError: if a loader process dies or finds no shared memory.
     """
     mean, std = per_channel(transform.mean, device), per_channel(transform.std, device)
-    training = isinstance(network, nn.Module) and network.training
-    if isinstance(network, nn.Module):
-        network.eval()
-    try:
+    with evaluating(network) if isinstance(network, nn.Module) else nullcontext():
         for images in _crops(source, rows, transform, batch_size, workers):
             heartbeat()
             yield network((to_float(copy_to_device(images, device)) - mean) / std).float()
-    finally:
-        if isinstance(network, nn.Module):
-            network.train(training)
 
 
 def extract(

@@ -9,7 +9,7 @@ Legend: M images, D feature dimension, S image size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import islice
 
 import torch
@@ -26,6 +26,7 @@ from moco.data.view import View
 from moco.distributed import gather, rank, world_size
 from moco.evaluation.features import EvalTransform, Network, pixels
 from moco.evaluation.knn_classifier import Accuracy
+from moco.models.modes import evaluating
 
 MOST_IMAGES = 1024  # enough for a standard error of 1.6 points; more images only cost time
 SEED = 0  # of the choice of the images and of their crops
@@ -74,11 +75,10 @@ def instance_retrieval(
     features: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in networks}
     rows: list[Tensor] = []
     modules = [network for network in networks.values() if isinstance(network, nn.Module)]
-    modes = [module.training for module in modules]
     mean, std = (per_channel(each, device) for each in (transform.mean, transform.std))
-    try:
+    with ExitStack() as modes:
         for module in modules:
-            module.eval()
+            modes.enter_context(evaluating(module))
         for batch in _crop_pairs(source, transform.size, device, batch_size, workers, on_unreadable):
             heartbeat()
             rows.append(batch.index)
@@ -86,9 +86,6 @@ def instance_retrieval(
                 for images, out in zip(batch.views, features[name], strict=True):
                     with torch.no_grad():
                         out.append(network(images if network is pixels else (images - mean) / std).float())
-    finally:
-        for module, mode in zip(modules, modes, strict=True):
-            module.train(mode)
     # `gather` returns rows and features of all ranks in the same order.
     groups = _content_groups(source, gather(torch.cat(rows)), heartbeat)
     found = {}

@@ -1,13 +1,12 @@
 """Check before training that a network takes the images of a run and returns one feature vector per image."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moco.models.first_layer import input_channels
+from moco.models.modes import evaluating
 
 
 def output_error(network: nn.Module, size: int, channels: int | None = None) -> str:
@@ -23,7 +22,7 @@ def output_error(network: nn.Module, size: int, channels: int | None = None) -> 
     """
     images = torch.zeros(2, channels or input_channels(network), size, size)
     wanted = (2, network.num_features)
-    with _evaluating(network), torch.no_grad():
+    with evaluating(network), torch.no_grad():
         try:
             found = _shape(_on_meta(network, images))
         except Exception:
@@ -46,14 +45,3 @@ def _on_meta(network: nn.Module, images: Tensor) -> Any:
 
 def _shape(output: Any) -> Any:
     return tuple(output.shape) if isinstance(output, Tensor) else f"a {type(output).__name__}"
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

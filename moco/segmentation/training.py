@@ -22,6 +22,7 @@ from moco.data.workers import count_processes, loaded, make_loader
 from moco.distributed import all_gather_object, rank, sum_over_ranks, world_size
 from moco.evaluation.finetuning import train_step
 from moco.evaluation.resumable import OnStep, Schedule, run_steps
+from moco.models.modes import evaluating
 from moco.segmentation.crop import CropDataset, CropSettings
 from moco.segmentation.masks import IGNORED, WORKERS, MaskedImages
 from moco.segmentation.measure import Overlap, overlap_of
@@ -109,16 +110,11 @@ def predict(
     The network is in eval mode meanwhile.
     """
     device = next(network.parameters()).device
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with evaluating(network):
         processes = min(count_processes(workers), len(rows))
         for image, mask in loaded(make_loader(_WholeImages(images, settings), processes, rows), WORKERS):
             scores = network(image[None].to(device))  # (1, L, H, W)
             yield scores.argmax(dim=1)[0].cpu().numpy(), mask
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def evaluate(
