@@ -34,7 +34,7 @@ from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
 from moco.data.workers import TASK, LoaderError, count_processes, in_order
 from moco.files import write_errors, write_json
 from moco.runtime.console import log, progress_bar, table
-from moco.runtime.next_command import command, given_fields
+from moco.runtime.next_command import command, free_run, given_fields
 from moco.runtime.provenance import provenance
 
 Checked = FolderSource | VideoSource
@@ -140,15 +140,15 @@ def suggest(
     is_rgb8 = (data.channels, data.dtype) == (RGB.channels, RGB.dtype)
     if not is_rgb8 and not stats:
         return ["for the recipe, compute mean and std of each channel: add stats=true to this command"]
-    few = f"{images} images are too few to train from random weights: start from published ones, see "
-    few += "docs/howto/own_images.md"
+    too_few = f"{images} images are too few to train from random weights: start from published ones, see "
+    too_few += "docs/howto/own_images.md"
     given = given_fields(data)
     if images < FEW_IMAGES and is_rgb8:
         known = {f"data.{each.name}" for each in fields(SourceConfig)}  # the fields that moco.embed has too
         images_of = {name: value for name, value in given.items() if name in known}
         images_of |= {"on_bad_image": "skip"} if data.on_bad_image == "replace" else {}
         published = {"checkpoint": "FILE", "backbone": "resnet18", "data": data.name, **images_of}
-        return [few, f"next: {command('moco.embed', SubjectConfig(), **published, output='runs/published')}"]
+        return [too_few, f"next: {command('moco.embed', SubjectConfig(), **published, output='runs/published')}"]
     if data.name == "video":
         packing = command("moco.pack", SubjectConfig(), data=data.name, **given, output="packed", short_side=256)
         return [f"next: {packing}", "training reads single frames from videos slowly, and from these shards fast"]
@@ -163,12 +163,16 @@ def suggest(
     normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
     if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
         normalization["augment.brightness"] = 0  # 0.4 would move the mean by 4 standard deviations
-    training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run=_free_run())
+    training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run=free_run("runs/mine"))
     if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]
     minutes = recipe["epochs"] * drawn / BUDGET * 10
     time = f"{minutes:.0f} minutes" if minutes >= 1.5 else "a minute"
     lines = [f"next: {training}", f"this takes about {time} on two CPU cores"]
+    if images < FEW_IMAGES:  # and not of 8-bit RGB, for which weights are published
+        lines.append(
+            f"{images} images are few: see in the run's summary whether it is better than the untrained encoder"
+        )
     if "augment.brightness" in normalization:
         lines.append("augment.brightness=0, because the mean is large against the standard deviation")
     return lines
@@ -179,12 +183,6 @@ def _possible_classes(folder: Checked) -> list[str]:
     names = [folder.name(i).partition("/") for i in range(len(folder))]
     found = sorted({first for first, _, _ in names})
     return found if len(found) > 1 and all(slash for _, slash, _ in names) else []
-
-
-def _free_run() -> str:
-    """Return a run directory that does not exist: runs/mine, runs/mine_2, ..."""
-    names = ("runs/mine", *(f"runs/mine_{i}" for i in range(2, 1000)))
-    return next(each for each in names if not Path(each).exists())
 
 
 def _facts(folder: Checked, stats: bool, i: int) -> ImageFacts:

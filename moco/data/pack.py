@@ -35,7 +35,7 @@ from moco.data.unreadable import refuse_many
 from moco.data.workers import in_order
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, log_next, progress_bar, summary_panel
-from moco.runtime.next_command import command, given_fields, override
+from moco.runtime.next_command import command, free_run, given_fields, override
 from moco.runtime.output_directory import lock_directory
 
 # The recipe to train with next, by data.name.
@@ -265,4 +265,4 @@ def _next(data: DataConfig, output: Path, count: int) -> str:
     if not recipe or (count < FEW_IMAGES and data.name not in _RECIPES):
         advice = "start from published weights, see docs/howto/own_images.md"
         return f"too few images to train from random weights: {advice}; moco.train reads them with {reads}"
-    return command("moco.train", SubjectConfig(), **recipe, **shards, run="runs/packed")
+    return command("moco.train", SubjectConfig(), **recipe, **shards, run=free_run("runs/packed"))

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from itertools import starmap
+from pathlib import Path
 from typing import Any
 
 from moco import plugins
@@ -47,6 +48,12 @@ def next_commands(run: str, name: str, root: str, labeled: bool, on_bad_image: s
     embed = command("moco.embed", SubjectConfig(), run=run, **images, output=features)
     of_index = {} if "data.name" in images else {name: each for name, each in images.items() if name == "data.root"}
     return [embed, command("moco.search", SubjectConfig(), index=features, **of_index, sample=8)]
+
+
+def free_run(first: str) -> str:
+    """Return a run directory that does not exist: `first`, or with a number, as runs/mine_2."""
+    names = (first, *(f"{first}_{i}" for i in range(2, 1000)))
+    return next(each for each in names if not Path(each).exists())
 
 
 def named_images(name: str, root: str) -> dict[str, Any]:

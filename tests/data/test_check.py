@@ -251,6 +251,7 @@ def test_values_with_a_large_offset_get_no_brightness() -> None:
     assert "standard deviation" in reason
     assert "augment.size=64 augment.eval_resize=72 " in command  # views for which the time holds
     assert "brightness" not in suggest(data, 250, BUDGET, {"mean": [0.5], "std": [0.2]})[0]
+    assert suggest(data, 100, BUDGET, {"mean": [0.5], "std": [0.2]})[-1].startswith("100 images are few: ")
 
 
 @pytest.mark.parametrize(

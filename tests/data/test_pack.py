@@ -84,7 +84,10 @@ def test_a_name_with_a_carriage_return_is_one_field(tmp_path: Path) -> None:
         ("folder", 20, "too few images start from published weights, data=shards data.root=out"),
     ],
 )
-def test_the_next_command_fits_the_images(name: str, count: int, words: str) -> None:
+def test_the_next_command_fits_the_images(
+    name: str, count: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     line = stage._next(DataConfig(name), Path("out"), count)
     assert set(words.split()) <= set(line.split())
     assert ("experiment=" in line, "queue_size=" in line) == ("experiment=" in words, "queue_size=" in words)

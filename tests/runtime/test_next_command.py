@@ -1,6 +1,7 @@
 """The next command has the settings of the current one, as the shell and Hydra read them."""
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from moco.config.knn import KnnConfig
 from moco.config.subject import SubjectConfig
-from moco.runtime.next_command import command, quoted
+from moco.runtime.next_command import command, free_run, quoted
 
 
 def read(line: str) -> dict[str, Any]:
@@ -47,6 +48,13 @@ def test_all_changed_fields_are_kept() -> None:
         "k": [20],
         "compare": ["untrained", "pixels"],
     }
+
+
+def test_the_next_run_directory_is_free(tmp_path: Path) -> None:
+    first = str(tmp_path / "mine")
+    for expected in (first, f"{first}_2", f"{first}_3"):
+        assert free_run(first) == expected
+        Path(expected).mkdir()
 
 
 def test_changes_replace_fields_and_defaults_are_left_out() -> None:
