@@ -175,15 +175,15 @@ LOGGED = re.compile(r"^doctor, (?:epoch )?([\d.]+|before the first step): ([^:]+
 
 
 def row(case: Case, log: str) -> list[str]:
-    """Return a row of the table: fault, command line, alarm, epoch, evidence, other findings."""
+    """Return a row of the table: fault, command line, alarm, epoch, evidence, other alarms."""
     found = {name: (epoch, evidence.split(". Try ")[0]) for epoch, name, evidence in LOGGED.findall(log)}
     how = " ".join(word for word in case.overrides if word not in (*SHORT, *OFTEN) and not word.startswith("epochs="))
     if case.defect:
         how = f"--inject {case.defect} {how}".strip()
-    epoch, evidence = found.pop(case.alarm, ("-", "NOT SEEN" if case.alarm else ""))
+    epoch, evidence = found.pop(case.alarm, ("–", "NOT SEEN" if case.alarm else "–"))
     also = "; ".join(f"{name} ({at})" for name, (at, _) in found.items()) or "nothing"
     ended = "" if "─ done ─" in log else f"; ended: {log.strip().splitlines()[-1][:160]}"
-    return [case.title, f"`{how}`" if how else "default", case.alarm or "none", epoch, evidence, also + ended]
+    return [case.title, f"`{how}`" if how else "defaults", case.alarm or "none", epoch, evidence, also + ended]
 
 
 def main() -> None:
@@ -193,7 +193,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    rows = [["run", "how", "alarm expected", "in epoch", "evidence", "other findings"], ["---"] * 6]
+    rows = [["run", "how", "expected alarm", "in epoch", "evidence", "other alarms"], ["---"] * 6]
     for name in options.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows.append(row(CASES[name], log_of(name, options.folder)))

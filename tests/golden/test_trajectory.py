@@ -2,7 +2,7 @@
 
 The network computes in float64. CPUs round convolutions differently; in float32 ten steps amplify that to 0.3 % of a
 gradient norm. In float64 only the float32 augmentation differs between CPUs. A change that is meant to alter the
-trajectory records it again and states the reason:
+trajectory states the reason in its message, and records it again:
 
     python -m tests.golden.test_trajectory
 """
