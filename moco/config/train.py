@@ -53,7 +53,7 @@ class AugmentConfig:
     mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     eval_resize: int = bounded(0, ge=0, le=65_536)
-    """Shorter side in pixels to which evaluation resizes an image before the central crop; 0: no resizing."""
+    """Shorter side in pixels to which evaluation resizes an image before the central crop; 0: to augment.size."""
     second: dict[str, Any] = field(default_factory=dict)
     """Fields that differ for the second view, e.g. {blur_p: 0.1, solarize_p: 0.2}."""
 
@@ -266,7 +266,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     )
     size, resize = config.augment.size, config.augment.eval_resize
     fits = resize == 0 or resize >= size
-    require(fits, f"augment.eval_resize={resize} is below augment.size={size}: raise it, or set it to 0 (no resizing)")
+    require(fits, f"augment.eval_resize={resize} is below augment.size={size}: raise it, or set it to 0")
     _check_small_views(config.augment)
     _check_batch(config, processes)
 

@@ -26,7 +26,7 @@ class EvalTransform:
     """The preparation of an image: resize, crop the center, normalize. The default leaves values in 0 ... 1."""
 
     size: int  # side of the central crop in pixels
-    resize: int = 0  # the shorter side becomes this long first; 0: `size`, unless the image is size x size
+    resize: int = 0  # length to which the shorter side is resized before the crop; 0: to `size`
     mean: Sequence[float] = (0.0, 0.0, 0.0)  # mean and std have one number per channel, for pixel values in 0 ... 1
     std: Sequence[float] = (1.0, 1.0, 1.0)
 
