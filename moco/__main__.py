@@ -38,11 +38,11 @@ def main() -> None:
 
 
 def refuse(word: str) -> None:
-    """Print how to call a command, with the most similar name, and exit with status 2."""
+    """Refuse an argument, with the command of the most similar name, and exit with status 2."""
     known = [each for names in COMMANDS.values() for each in names]
     close = difflib.get_close_matches(word.removeprefix("moco."), known)
-    name = close[0] if close else "NAME"
-    print_error(f"moco: {word}: a command is called as python -m moco.{name}; python -m moco lists all")
+    fix = f"run python -m moco.{close[0]}, or" if close else "run"
+    print_error(f"moco: unknown argument {word}: {fix} python -m moco for the list of commands")
     sys.exit(2)
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from moco.__main__ import main as list_commands
+from moco.__main__ import refuse
 from moco.cli import Command, run_command
 from moco.config import TrainConfig, config_dir
 from moco.config.knn import KnnConfig
@@ -244,4 +245,10 @@ def test_the_package_lists_all_commands_with_lines_that_fit(
 def test_a_command_after_the_list_is_refused_with_the_way_to_call_it() -> None:
     ended = subprocess.run([sys.executable, "-m", "moco", "trian"], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert "python -m moco.train" in ended.stderr
+    assert "argument trian: run python -m moco.train, or" in ended.stderr
+
+
+def test_a_word_like_no_command_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        refuse("?")
+    assert "argument ?: run python -m moco for" in capsys.readouterr().err
