@@ -28,8 +28,8 @@ Progress = Callable[[int, int], None]  # called with (done, total)
 class Source(Protocol):
     """A list of images in a fixed order, with or without labels.
 
-    Every source derives from this class. It must define the abstract members, and inherits the others, whose values
-    suit encoded images in files.
+    Every source derives from this class and defines the abstract members. The defaults of the others suit RGB images
+    that are read one by one, without access to their files or encoded bytes.
     """
 
     @property
@@ -64,7 +64,7 @@ class Source(Protocol):
 
     @property
     def unreadable(self) -> Mapping[int, ImageError]:
-        """The errors of images in memory that could not be decoded and are black in `images`; otherwise empty."""
+        """The error of each image, by index, that could not be decoded into memory and is black in `images`."""
         return {}
 
     @property
@@ -135,7 +135,7 @@ class Sources:
     held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
 
     def changed(self, change: Callable[[Source], Source]) -> "Sources":
-        """Return the result of `change` for each split; it is called once if the training images are the bank."""
+        """Return the data set after `change` of each split; a source that serves as two splits is changed once."""
         splits = {id(split): split for split in (self.train, self.bank, self.held_out) if split is not None}
         new = {key: change(split) for key, split in splits.items()}
         return Sources(new[id(self.train)], new.get(id(self.bank)), new.get(id(self.held_out)))
@@ -144,7 +144,8 @@ class Sources:
 def labeled(train: Source, held_out: Source | None = None, where: str = "") -> Sources:
     """Return a data set in which the training images, if labeled, are the bank as well.
 
-    The labels of the held-out images become indices into the classes of training; `where` names that split in errors.
+    If `where` is given, the labels of the held-out images become indices into the classes of training, and `where`
+    names that split in errors. Otherwise they must be such indices already.
     If images have several labels, both splits get the classes of both, and there is no bank.
     """
     pair: tuple[Any, Any] = train, held_out  # Any, because `replace` takes only dataclasses

@@ -1,7 +1,7 @@
 """Prefetching on a GPU: the next batch is made while the step computes.
 
-A batch takes copies to the device and a few kernels, or hundreds without `moco.kernels`. They run on a stream of their
-own, beside the kernels of the step instead of before them.
+Making a batch takes copies to the device and a few kernels (hundreds if those of `moco.kernels` cannot run). They run
+on a stream of their own, beside the kernels of the step instead of before them.
 """
 
 import functools
@@ -46,7 +46,7 @@ def prefetched(
     def queued() -> Iterator[tuple[T, torch.cuda.Event]]:
         source = iter(made)
         while True:
-            with torch.cuda.stream(side):  # ends before the yield: the step has its own stream
+            with torch.cuda.stream(side):  # the block ends before the yield, because the step has its own stream
                 try:
                     item = next(source)
                 except StopIteration:
@@ -65,5 +65,8 @@ def prefetched(
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the side stream of a device. There is one, because batches share cached tables (the crop's weights)."""
+    """Return the side stream of a device, always the same one.
+
+    Batches share cached tables (the crop's weights); on another stream a table could be read before it is written.
+    """
     return torch.cuda.Stream(device)

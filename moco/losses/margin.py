@@ -12,7 +12,7 @@ Margin = Literal["arc", "cosine"]
 def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
     """Return the similarities of positives lowered by a margin, before the division by the temperature.
 
-    "arc" is ArcFace (Deng et al., 2019), Eq. 3: cos(theta + m), an angle in radians. "cosine" is CosFace's large margin
+    "arc" is ArcFace (Deng et al., 2019), Eq. 3: cos(theta + m), with m in radians. "cosine" is CosFace's large margin
     cosine loss (Wang et al., 2018): cos(theta) - m.
 
     Deviation: ArcFace's formula rises again beyond theta = pi - m. There this function returns cos(theta) + cos(m) - 1,
@@ -30,7 +30,7 @@ def add_margin(cosine: Tensor, margin: float, kind: Margin) -> Tensor:
         return cosine
     if kind == "cosine":
         return cosine - margin
-    # The slope of sin(theta) is infinite at theta = 0, and rounding can exceed it.
+    # The clamp keeps the gradient of sqrt finite where |cosine| is 1, or is slightly above 1 after rounding.
     sine = (1 - cosine.square()).clamp(min=torch.finfo(cosine.dtype).eps).sqrt()
     lowered = cosine * math.cos(margin) - sine * math.sin(margin)  # cos(theta + m)
     return torch.where(cosine > -math.cos(margin), lowered, cosine + math.cos(margin) - 1)

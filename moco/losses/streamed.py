@@ -10,7 +10,8 @@ The decoupled contrast, L - u k, has the same gradient without the factor P.
 
 This is attention with keys = values = queue. As in FlashAttention (Dao et al., 2022) the sums run over parts of the
 queue and are relative to the largest logit so far (the online softmax of Milakov & Gimelshein, 2018). Forward saves the
-gradient (N, C) and backward scales it. By the chain rule the derivative by a learned T is -u / T times that by u.
+gradient, a vector (N, C) times a factor (N,), and backward multiplies it by that of the losses. By the chain rule the
+derivative by a learned T is -u / T times that by u.
 
 The entropy of the p_j is L minus their mean logit, which is u times the mean key.
 
@@ -46,7 +47,7 @@ class Streamed(NamedTuple):
     log_sum: Tensor  # (N,), log of the sum of the negatives' exponentials; -inf without any
     negatives: Tensor  # (N,), their number
     effective_negatives: Tensor  # (N,), exp of the entropy of the negatives' shares, 1 ... K; 0 without any
-    each: Tensor | None = None  # (6, N), what `measures` averages, in its order, if a kernel has computed it
+    each: Tensor | None = None  # (6, N), each query's values of MEASURES, in this order; None without a kernel
 
     @property
     def loss(self) -> Tensor:
@@ -112,8 +113,9 @@ def info_nce_streamed(
 
     Args:
         query, key, queue, temperature, negatives: as in `info_nce`.
-        samples: of each query and of each entry of the queue, integers of shapes (N,) and (K,). Excludes the entries of
-            a query's own sample, as `KeyQueue.negatives` does, but without a mask of size N x K.
+        samples: integers that identify the image of each query, (N,), and of each entry of the queue, (K,). The
+            negatives of a query exclude the entries of its own image, as in `KeyQueue.negatives`, but without a mask of
+            size N x K.
         decoupled: compute `decoupled_info_nce` instead.
         chunk: B; affects only speed and rounding. None: a default for the device, or a kernel, see `has_kernel`.
 
@@ -126,7 +128,7 @@ def info_nce_streamed(
         raise ValueError(f"chunk={chunk} must be at least 1")
     check_mask("negatives", negatives, (len(query), len(queue)))
     if samples is not None:
-        shapes = {"the samples' first": (samples[0], "N"), "second": (samples[1], "K")}
+        shapes = {"samples[0]": (samples[0], "N"), "samples[1]": (samples[1], "K")}
         check_shapes(query=(query, "NC"), queue=(queue, "KC"), **shapes)
     if chunk is None and has_kernel(query, key, queue):
         return _by_kernel(query, key, queue, temperature, negatives, samples, decoupled)
@@ -231,11 +233,11 @@ class _Loss(torch.autograd.Function):
 
 
 class _OwnKeys(NamedTuple):
-    """The entries of the queue that show a query's own sample."""
+    """The entries of the queue that show a query's own image."""
 
     sample: Tensor  # (N,), or (R,), the queries'
     queue_sample: Tensor  # (K,)
-    places: tuple[Tensor, ...] | None  # per chunk, positions of any query's own keys; mostly empty
+    places: tuple[Tensor, ...] | None  # per chunk, positions in it of entries with a query's image; None: not searched
 
     @classmethod
     def find(cls, own: Tensor, others: Tensor, chunk: int) -> "_OwnKeys":

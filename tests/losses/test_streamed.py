@@ -389,9 +389,9 @@ def test_invalid_shapes_are_refused(key: tuple[int, int], queue: tuple[int, int]
         ({"negatives": torch.ones(N, K + 1, dtype=torch.bool)}, r"negatives is bool of shape \(5, 24\)"),
         (
             {"samples": (INDEX[:2], QUEUE_INDEX)},
-            r"the samples' first \(2,\), second \(23,\) must have the shapes \(N, C\), \(K, C\), \(N\), \(K\)",
+            r"samples\[0\] \(2,\), samples\[1\] \(23,\) must have the shapes \(N, C\), \(K, C\), \(N\), \(K\)",
         ),
-        ({"samples": (INDEX, QUEUE_INDEX[:2])}, r"first \(5,\), second \(2,\)"),
+        ({"samples": (INDEX, QUEUE_INDEX[:2])}, r"samples\[0\] \(5,\), samples\[1\] \(2,\)"),
     ],
 )
 def test_invalid_arguments_are_refused(given: dict[str, Any], message: str) -> None:
