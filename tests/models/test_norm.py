@@ -1,4 +1,4 @@
-"""BN in groups is BN on each group, however the groups arrive."""
+"""BN in groups is BN on each group, and `convert_batch_norm` puts it into a network."""
 
 import copy
 
@@ -9,50 +9,10 @@ import torchvision
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from moco.models.norm import BatchNormKind, GroupedBatchNorm, convert_batch_norm, set_calls_per_step, untracked
+from moco.models.norm import BatchNormKind, GroupedBatchNorm, convert_batch_norm
+from tests.models.norm_layers import GROUP, C, N, close, grouped, images, of, official
 
-N, C, GROUP = 12, 5, 4
-
-
-@pytest.fixture(autouse=True, params=[(), ("cpu",)], ids=["plain", "fused"])
-def fused_devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test holds for the operations of the CPU, and for the fused ones of a GPU."""
-    monkeypatch.setattr("moco.models.norm.FUSED_DEVICES", request.param)
-
-
-def images(seed: int, n: int = N) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return 2 * torch.randn(n, C, 3, 2, generator=generator) + torch.arange(n).view(n, 1, 1, 1)
-
-
-def official(momentum: float = 0.1) -> nn.BatchNorm2d:
-    """With parameters and statistics that are not the initial ones."""
-    layer = nn.BatchNorm2d(C, momentum=momentum)
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
-            assert tensor is not None
-            tensor.copy_(torch.rand(C, generator=generator) + 0.5)
-    return layer
-
-
-def grouped(layer: nn.BatchNorm2d, group_size: int = GROUP) -> GroupedBatchNorm:
-    new = GroupedBatchNorm(C, group_size, layer.eps, 0.1 if layer.momentum is None else layer.momentum)
-    new.load_state_dict(layer.state_dict())
-    return new
-
-
-def of(layer: nn.Module, name: str) -> Tensor:
-    tensor = getattr(layer, name)
-    assert isinstance(tensor, Tensor)
-    return tensor
-
-
-def close(a: nn.Module, b: nn.Module) -> None:
-    """Running statistics agree."""
-    torch.testing.assert_close(of(a, "running_mean"), of(b, "running_mean"), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(of(a, "running_var"), of(b, "running_var"), rtol=1e-5, atol=1e-6)
-    assert torch.equal(of(a, "num_batches_tracked"), of(b, "num_batches_tracked"))
+pytestmark = pytest.mark.usefixtures("norm_devices")
 
 
 # ---- one call ----
@@ -212,155 +172,9 @@ def test_compiled_code_has_no_loop_over_groups(group_size: int, dtype: torch.dty
         torch.testing.assert_close(found, expected, rtol=0, atol=error * expected.abs().max().item())
 
 
-# ---- all groups in one call, as on a GPU ----
-
-FORMATS = [torch.contiguous_format, torch.channels_last]
-TOLERANCES = [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-6)]  # products of bf16 sum in float32
-
-
-def results_of(x: Tensor, layer: GroupedBatchNorm) -> dict[str, Tensor]:
-    """Return outputs, gradients and statistics of a layer and an activation in place, as in a ResNet."""
-    x = x.clone().requires_grad_()
-    out = torch.relu_(layer(x))
-    (out * torch.linspace(-1, 1, len(x), dtype=x.dtype).view([-1] + [1] * (x.dim() - 1))).sum().backward()
-    assert x.grad is not None
-    gradients = {f"gradient of {name}": p.grad for name, p in layer.named_parameters() if p.grad is not None}
-    return {"out": out.detach(), "gradient of x": x.grad, **gradients, **layer.state_dict()}
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-@pytest.mark.parametrize("memory_format", FORMATS)
-@pytest.mark.parametrize("shape", [(N, C, 3, 2), (N, C), (N, C, 7)])
-@pytest.mark.parametrize("affine", ["trained", "frozen", "none"])
-def test_one_call_for_all_groups_equals_one_call_per_group(
-    shape: tuple[int, ...],
-    memory_format: torch.memory_format,
-    dtype: torch.dtype,
-    tolerance: float,
-    affine: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Values, gradients, running statistics and memory format, relative to the largest number of each."""
-    monkeypatch.setattr("moco.models.norm.FUSED_DEVICES", ("cpu",))
-    x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(3)) + 1
-    x = x.to(dtype, memory_format=memory_format if len(shape) == 4 else torch.preserve_format)
-    found = []
-    for largest in (2**22, 0):
-        monkeypatch.setattr("moco.models.norm.LARGEST_TOGETHER", largest)
-        layer = GroupedBatchNorm(C, GROUP, affine=affine != "none").to(torch.promote_types(dtype, torch.float32))
-        layer.load_state_dict(official().state_dict(), strict=affine != "none")
-        found.append(results_of(x, layer.requires_grad_(affine == "trained")))
-    together, each = found
-    assert together.keys() == each.keys()
-    for name in each:
-        largest_number = each[name].abs().max().item()
-        torch.testing.assert_close(together[name], each[name], rtol=0, atol=tolerance * largest_number)
-        assert together[name].stride() == each[name].stride(), name
-
-
 def test_groups_with_one_number_per_channel_are_refused() -> None:
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         GroupedBatchNorm(C, 1)(torch.randn(N, C))
-
-
-# ---- several calls a step ----
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("view_by_view", [False, True])
-@pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("views", [1, 2, 3])
-def test_views_move_the_statistics_as_calls_of_batch_norm(
-    views: int, micro_batches: int, view_by_view: bool, compiled: bool
-) -> None:
-    """One call of torch's BN per view, with the mean over the view's groups; whatever the order of the calls."""
-    ours = grouped(official())
-    set_calls_per_step(ours, views, micro_batches, view_by_view)
-    call = torch.compile(ours, backend="eager", fullgraph=True) if compiled else ours
-    expected = {name: of(ours, name).clone() for name in ("running_mean", "running_var")}
-    for step in range(3):
-        batches = [images(10 * step + view) for view in range(views)]
-        for x in batches:
-            each = [official() for _ in range(N // GROUP)]
-            for layer, group in zip(each, x.split(GROUP), strict=True):
-                layer.load_state_dict(expected | {"num_batches_tracked": torch.tensor(0)}, strict=False)
-                layer(group)
-            expected = {name: torch.stack([of(layer, name) for layer in each]).mean(dim=0) for name in expected}
-        calls = [(view, part) for view in range(views) for part in range(micro_batches)]
-        for view, part in calls if view_by_view else sorted(calls, key=lambda each: each[1]):
-            call(batches[view].split(N // micro_batches)[part])
-        for name, value in expected.items():
-            torch.testing.assert_close(of(ours, name), value, rtol=1e-5, atol=1e-6)
-        assert of(ours, "num_batches_tracked").item() == views * (step + 1)
-    torch.compiler.reset()
-
-
-@pytest.mark.parametrize("calls", [1, 3])
-def test_micro_batches_equal_one_call(calls: int) -> None:
-    global_batch, parts = grouped(official()), grouped(official())
-    set_calls_per_step(parts, 1, calls)
-    for seed in range(3):
-        expected = global_batch(images(seed))
-        out = torch.cat([parts(part) for part in images(seed).split(N // calls)])
-        torch.testing.assert_close(out, expected)
-        close(parts, global_batch)
-    assert of(parts, "num_batches_tracked").item() == 3
-
-
-def test_evaluation_between_steps_does_not_change_the_count() -> None:
-    global_batch, parts = grouped(official()), grouped(official())
-    set_calls_per_step(parts, 1, 2)
-    for seed in range(2):
-        global_batch(images(seed))
-        for part in (images(seed)[:8], images(seed)[8:]):
-            parts(part)
-        parts.eval()
-        parts(images(7, 3))
-        parts.train()
-    # groups 8 and 4: the calls have equal weight, so only the count is the same
-    assert torch.equal(of(parts, "num_batches_tracked"), of(global_batch, "num_batches_tracked"))
-    assert parts.call == 0
-
-
-def test_set_calls_reaches_every_layer() -> None:
-    network = convert_batch_norm(torchvision.models.resnet18(weights=None), "grouped", 2)
-    set_calls_per_step(network, 2, 3)
-    calls = [(layer.views, layer.micro_batches) for layer in network.modules() if isinstance(layer, GroupedBatchNorm)]
-    assert calls == [(2, 3)] * 20
-
-
-def test_the_calls_of_a_network_are_counted_in_every_layer() -> None:
-    network = convert_batch_norm(nn.Sequential(official(), nn.ReLU(), official()), "grouped", GROUP)
-    network(images(0))  # before anything is set, each layer counts its own calls
-    set_calls_per_step(network, 2, 3)
-    copied = copy.deepcopy(network)  # counts for itself
-    for each in [network] * 6 + [copied] * 12:
-        each(images(0))
-    for of_network, steps in ((network, 1), (copied, 2)):
-        counts = [x for name, x in of_network.state_dict().items() if name.endswith("num_batches_tracked")]
-        assert counts == [1 + 2 * steps] * 2
-
-
-@pytest.mark.parametrize("kind", ["grouped", "sync", "batch"])
-def test_untracked_calls_change_nothing(kind: BatchNormKind) -> None:
-    """Statistics, counters and the count of calls are the same bits: in the middle of a step, and after an error."""
-    network = convert_batch_norm(nn.Sequential(official(), nn.ReLU(), official(0.3)), kind, GROUP)
-    network.add_module("plain", nn.BatchNorm2d(C, track_running_stats=False))  # nothing to keep
-    set_calls_per_step(network, 1, 3)
-    network(images(0))  # a step of three calls has begun
-    before = {name: x.clone() for name, x in network.state_dict().items()}
-    calls = [layer.call for layer in network.modules() if isinstance(layer, GroupedBatchNorm)]
-    assert calls == ([] if kind == "batch" else [1, 1])
-    with untracked(network):
-        out = network(images(1))
-        assert not torch.equal(network.state_dict()["0.running_mean"], before["0.running_mean"])
-    network.add_module("last", nn.Linear(7, 7))  # does not fit
-    with pytest.raises(RuntimeError), untracked(network):
-        network(images(2))
-    del network.last
-    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
-    assert [layer.call for layer in network.modules() if isinstance(layer, GroupedBatchNorm)] == calls
-    torch.testing.assert_close(network(images(1)), out, rtol=0, atol=0)  # training mode: the batch's own statistics
 
 
 # ---- conversion ----
