@@ -16,7 +16,7 @@ from moco.interop.encoder_file import build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
 from moco.retrieval.embed import embed
 from moco.training.trainer import pretrain
-from tests.evaluation.test_subject import trained, write_images
+from tests.evaluation.runs import trained, write_images
 from tests.training.test_bad_images import config
 
 

@@ -16,7 +16,7 @@ from moco.interop.encoder_file import read_encoder, save_encoder
 from moco.interop.foreign import _NOTEBOOK_CHILDREN, LAYOUTS, NOTEBOOK, PLAIN, Layout
 from moco.models.backbones import build_backbone
 from moco.retrieval.embed import embed
-from tests.evaluation.test_subject import trained as trained_run
+from tests.evaluation.runs import trained as trained_run
 from tests.interop.networks import VIT, prefixed, saved, trained
 from tests.interop.test_hub import encoder_file
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moco.config import config_dir
-from tests.evaluation.test_subject import trained, write_images
+from tests.evaluation.runs import trained, write_images
 
 REPOSITORY = Path(config_dir()).parent
 

@@ -33,7 +33,7 @@ from moco.training import live_evaluation as live
 from moco.training import trainer
 from moco.training.step import train_step
 from moco.training.trainer import pretrain
-from tests.evaluation.test_subject import write_images
+from tests.evaluation.runs import write_images
 
 REPOSITORY = Path(config_dir()).parent
 SIGNALS = STOP_SIGNALS

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.docs.pages import REPOSITORY, blocks
-from tests.evaluation.test_subject import trained
+from tests.evaluation.runs import trained
 
 PAGE = REPOSITORY / "docs" / "howto" / "library.md"
 EXAMPLES = dict(blocks(PAGE, "python"))

@@ -26,7 +26,7 @@ from moco.evaluation.task import Task
 from moco.interop.encoder_file import save_encoder
 from moco.knn import knn
 from moco.runs import checkpoint
-from tests.evaluation.test_subject import trained, write_images
+from tests.evaluation.runs import trained, write_images
 
 CPU = torch.device("cpu")
 

@@ -30,7 +30,7 @@ from moco.retrieval.embed import embed
 from moco.retrieval.search import search
 from tests.data.images import gradient
 from tests.distributed.launch import run_ranks
-from tests.evaluation.test_subject import trained
+from tests.evaluation.runs import trained
 
 WEIGHTS: dict[str, Any] = {"weights": [1.0, 3.0]}
 PARTS = {"first": {"cat": 4, "dog": 5}, "second": {"dog": 3, "owl": 4}, "test": {"cat": 2, "dog": 2, "owl": 2}}
