@@ -27,7 +27,7 @@ from moco.models.encoder import build_encoder
 from moco.training.step import StepSettings, train_step
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_topology import smooth
-from tests.methods.test_switches import SWITCHES, steps_with_switch
+from tests.methods.switches import SWITCHES, steps_with_switch
 
 Results = dict[str, dict[str, Tensor]]  # named tensors of each loss or method
 

@@ -1,14 +1,10 @@
-"""Switches of InfoNCE in MoCo: constructed cases, loops, temperature schedules, resume and refused values.
+"""Switches of InfoNCE in MoCo: constructed cases, loops, temperature, resume.
 
 Legend: N batch, C embedding, K queue length, P pixels of an image.
 """
 
 import copy
-import json
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,73 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco.builder import KeyQueue, MoCo, Output
-from moco.config import ConfigError, RunWarning, TrainConfig, check
 from moco.data.keyed import MIX, keyed_uniform
-from moco.data.loader import Batch
-from moco.data.opening import build_views
-from moco.data.plan import Plan
-from moco.distributed import rank, world_size, wrap_ddp
 from moco.losses import LearnedTemperature, Switches
-from moco.methods import METHODS
-from moco.methods.build import build_method
-from moco.methods.moco_config import MoCoConfig
-from moco.methods.simclr import LossForm, SimCLR
 from moco.optim.optimizers import parameter_groups
-from moco.training.checks import check_against_data
-from moco.training.step import StepSettings, train_step
-from moco.training.trainer import pretrain
+from tests.methods.switches import SWITCHES, N, P, T, images, indices, made, sgd, step, steps_with_switch
 
-N, C, K, P, T = 4, 5, 12, 12, 0.3
-SAMPLES = 9
 EYE = torch.eye(P)
-
-SWITCHES: dict[str, dict[str, Any]] = {
-    "arc margin": {"switches": Switches(margin=0.3)},
-    "cosine margin": {"switches": Switches(margin=0.2, margin_kind="cosine")},
-    "mixing": {"switches": Switches(mix_hardest=4, mix_pairs=3, mix_query=2)},
-    "mixing with the query": {"switches": Switches(mix_hardest=4, mix_query=2)},
-    "debias": {"switches": Switches(debias=0.2)},
-    "elimination": {"switches": Switches(false_negatives="eliminate", false_top=2)},
-    "attraction": {"switches": Switches(false_negatives="attract", false_threshold=0.3)},
-    "decoupled": {"switches": Switches(decoupled=True)},
-    "mean inside": {"switches": Switches(false_negatives="attract", false_top=2, positives_mean="inside")},
-    "labels": {"labels": torch.arange(SAMPLES) % 2},
-    "several": {
-        "switches": Switches(0.1, "arc", 0.0, "attract", 0.3, 3, mix_hardest=4, mix_pairs=2, mix_query=1),
-        "symmetric": True,
-    },
-    "learned temperature": {"temperature": LearnedTemperature(T, 0.1, 1.0)},
-}
-
-
-def made(**options: Any) -> MoCo:
-    torch.manual_seed(0)
-    encoder = nn.Sequential(nn.Flatten(), nn.Linear(P, C, bias=False))
-    return MoCo(encoder, KeyQueue(K, C), **{"temperature": T, **copy.deepcopy(options)})
-
-
-def images(seed: int) -> Tensor:
-    return torch.randn(2, N, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
-
-
-def indices(seed: int) -> Tensor:
-    return torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(seed))[:N]
-
-
-def step(
-    method: MoCo, optimizer: torch.optim.Optimizer, number: int, forward: nn.Module | None = None, accumulate: int = 1
-) -> dict[str, Tensor]:
-    """One step on this rank's share of the batch."""
-    share = N // world_size()
-    mine = slice(rank() * share, (rank() + 1) * share)
-    method.step = number
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    batch = Batch(indices(number)[mine], [view[mine] for view in images(number)])
-    return train_step(method, forward or method, optimizer, scaler, batch, None, StepSettings(0.5, 0.8, accumulate))
-
-
-def sgd(method: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(method.parameters(), lr=0.5, momentum=0.9)
 
 
 # ---- every switch ----
@@ -142,18 +77,6 @@ def test_training_resumes_from_the_state_dict_bit_for_bit(name: str) -> None:
     assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
 
 
-def steps_with_switch(name: str, accumulate: int = 1) -> dict[str, Tensor]:
-    """Return measures and gradients of three steps."""
-    method = made(**SWITCHES[name])
-    optimizer, forward = sgd(method), wrap_ddp(method, torch.device("cpu"))
-    result: dict[str, Tensor] = {}
-    for number in range(3):
-        measures = step(method, optimizer, number, forward, accumulate)
-        gradients = {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
-        result |= {f"{number} {key}": value for key, value in (measures | gradients).items()}
-    return result
-
-
 @pytest.mark.parametrize("name", SWITCHES)
 def test_micro_batches_do_not_change_a_step(name: str) -> None:
     expected, got = steps_with_switch(name), steps_with_switch(name, accumulate=2)
@@ -181,6 +104,8 @@ def log_sum(*cosines: float) -> float:
 
 # A false negative, close to the query's key, at cosine 0.6 to the query, and three that are orthogonal to both.
 FALSE = torch.tensor([0.6, 0.8, *[0.0] * (P - 2)])
+
+
 QUEUE = torch.stack([EYE[3], FALSE, EYE[4], EYE[5]])
 
 
@@ -331,193 +256,3 @@ def test_a_learned_temperature_is_never_decayed() -> None:
     assert left_out["weight_decay"] == 0.0
     assert method.learned_temperature is not None
     assert left_out["params"] == [method.learned_temperature.log_scale]
-
-
-# ---- configuration ----
-
-
-def config(change: Callable[[TrainConfig], object] = lambda _: None) -> TrainConfig:
-    of = TrainConfig(method=MoCoConfig(queue_size=128), batch_size=64)
-    of.model.backbone, of.model.options, of.model.dim = "convnet", {"width": 2}, 8
-    change(of)
-    return of
-
-
-def setting(**values: Any) -> Callable[[TrainConfig], object]:
-    def change(of: TrainConfig) -> None:
-        if "name" in values:
-            of.method = METHODS[values["name"]]()
-        for name, value in values.items():
-            group, _, field = name.rpartition("__")
-            setattr(getattr(of, group) if group else of.method, field, value)
-
-    return change
-
-
-SIMCLR: dict[str, Any] = {"name": "simclr"}
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"debias": 0.1, "margin": 0.1}, r"method.debias=0.1 excludes method.margin=0.1"),
-        ({"debias": 0.1, "labels": True}, r"method.debias=0.1 excludes method.labels=True"),
-        ({"debias": 0.1, "mix_hardest": 8, "mix_pairs": 4}, r"excludes method.mix_hardest=8"),
-        ({"debias": 1.0}, r"method.debias=1.0 must be at least 0 and below 1"),
-        ({"false_negatives": "attract"}, r"false_threshold=None and method.false_top=None: eliminate and attract need"),
-        ({"false_top": 3}, r"method.false_negatives=keep"),
-        ({"false_negatives": "drop", "false_top": 3}, r"must be one of keep, eliminate, attract"),
-        ({"false_negatives": "eliminate", "false_threshold": 2.0}, r"method.false_threshold=2.0"),
-        ({"false_negatives": "eliminate", "false_top": 129}, r"method.false_top=129 exceeds method.queue_size=128"),
-        (
-            {"false_negatives": "eliminate", "false_top": 3, "labels": True},
-            r"method.labels=True excludes method.false_negatives=eliminate",
-        ),
-        ({"mix_hardest": 8}, r"mixing needs mix_hardest and one of the other two"),
-        ({"mix_pairs": 8}, r"mixing needs mix_hardest"),
-        ({"mix_hardest": 129, "mix_pairs": 8}, r"method.mix_hardest=129 exceeds method.queue_size=128"),
-        ({"margin": -0.1}, r"method.margin=-0.1 must be at least 0"),
-        ({"margin": 3.2}, r"method.margin=3.2 must be below pi"),
-        ({"margin_kind": "angle"}, r"must be one of arc, cosine"),
-        ({"temperature_schedule": "linear"}, r"must be one of constant, cosine, learned"),
-        ({"temperature_low": 0.5, "temperature_high": 0.3}, "in ascending order"),
-        ({"temperature_schedule": "learned", "temperature": 2.0}, r"method.temperature=2.0 must lie between"),
-        ({"temperature_period": 0.0}, r"method.temperature_period=0.0 must be above 0"),
-        ({"augment__views": 3}, r"augment.views=3 must be 2 for moco"),
-        (SIMCLR | {"margin": 0.1}, r"needs the one positive of method.candidates=other_view"),
-        (
-            SIMCLR | {"labels": True, "candidates": "other_view"},
-            r"method.candidates=other_view excludes method.labels=True",
-        ),
-        (SIMCLR | {"base_temperature": 0.0}, r"method.base_temperature=0.0 must be above 0"),
-        (SIMCLR | {"augment__views": 1}, r"augment.views=1 leaves a sample no positive of its own"),
-        ({"name": "moco_v3", "temperature_schedule": "learned"}, r"must be one of constant, cosine"),
-    ],
-)
-def test_invalid_combinations_are_refused_in_one_line(values: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
-        check(config(setting(**values)))
-    assert "\n" not in str(caught.value)
-
-
-def test_micro_batches_are_refused_where_the_batch_is_the_negatives() -> None:
-    of = config(setting(**SIMCLR))
-    of.accumulate = 2
-    with pytest.raises(ConfigError, match=r"accumulate=2 would leave simclr "):
-        check(of)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        {"margin": 0.1, "mix_hardest": 8, "mix_pairs": 4, "false_negatives": "attract", "false_top": 3},
-        {"labels": True, "margin": 0.1, "mix_hardest": 8, "mix_query": 4},
-        {"temperature_schedule": "learned", "debias": 0.1},
-        SIMCLR | {"labels": True, "contrast_mode": "one", "base_temperature": 0.07, "augment__views": 3},
-        SIMCLR | {"candidates": "other_view", "margin": 0.1, "temperature_schedule": "learned", "augment__views": 4},
-    ],
-)
-def test_valid_combinations_are_built(values: dict[str, Any]) -> None:
-    of = config(setting(**values))
-    check(of)
-    method = build_method(of, np.arange(10) % 3)
-    assert isinstance(method, MoCo | SimCLR)
-    labels = [] if method.labels is None else method.labels.tolist()
-    assert labels == ([i % 3 for i in range(10)] if of.method.labels else [])
-    assert (method.learned_temperature is not None) == (of.method.temperature_schedule == "learned")
-
-
-def test_each_field_reaches_the_method() -> None:
-    values: dict[str, Any] = {
-        "margin": 0.1,
-        "margin_kind": "cosine",
-        "false_negatives": "attract",
-        "false_threshold": 0.7,
-        "false_top": 3,
-        "mix_hardest": 8,
-        "mix_pairs": 4,
-        "mix_query": 2,
-    }
-    of = config(setting(**values))
-    of.seed = 5
-    method = build_method(of)
-    assert isinstance(method, MoCo)
-    assert method.switches == Switches(**values)
-    assert method.seed == 5
-    debiased = build_method(config(setting(debias=0.1)))
-    assert isinstance(debiased, MoCo)
-    assert debiased.switches == replace(Switches(), debias=0.1)
-    other = build_method(config(setting(**SIMCLR, candidates="other_view", contrast_mode="one", margin=0.2)))
-    assert isinstance(other, SimCLR)
-    assert (other.candidates, other.contrast_mode) == ("other_view", "one")
-    assert other.form == LossForm(margin=0.2, margin_kind="arc")
-
-
-def test_missing_labels_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method.labels=true, but .* set data.labels=folder"):
-        build_method(config(setting(labels=True)))
-
-
-def test_further_views_alternate_between_the_two_augmentations() -> None:
-    of = config(setting(augment__views=5, augment__second={"blur_p": 0.5}))
-    assert [view.blur_p for view in build_views(of.augment)] == [0.0, 0.5, 0.0, 0.5, 0.0]
-
-
-def test_grouped_bn_with_negatives_from_the_batch_warns() -> None:
-    with pytest.warns(RunWarning, match=r"set model.bn=sync"):
-        check_against_data(config(setting(**SIMCLR)), Plan(1000, 64, 1, 0))
-
-
-# ---- runs ----
-
-
-def records(folder: Path, **values: Any) -> list[dict[str, float]]:
-    """Train for two epochs of five steps on the digits; return the record of each step."""
-    of = config(setting(data__name="digits", augment__size=8, augment__crop_scale=[1.0, 1.0], evaluate__every_epochs=0))
-    of.run, of.epochs, of.batch_size, of.log_every, of.device, of.threads = str(folder), 2, 256, 1, "cpu", 1
-    setting(**values)(of)
-    check(of)
-    pretrain(of)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-COSINE = {"temperature_low": 0.2, "temperature_high": 0.8, "temperature_period": 2.0, "temperature_schedule": "cosine"}
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        SIMCLR | {"labels": True, "model__bn": "sync", "augment__views": 3, "temperature_schedule": "learned"},
-        {"mix_hardest": 8, "mix_pairs": 4, "mix_query": 2, "labels": True} | COSINE,
-    ],
-    ids=["simclr", "moco"],
-)
-def test_an_interrupted_run_resumes_bit_for_bit(
-    tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = records(tmp_path / "uninterrupted", **values)
-    temperatures = [each["train/temperature"] for each in expected]
-    if "mix_hardest" in values:  # high at the start, low in the middle of the period, an epoch later
-        assert temperatures[0] == pytest.approx(0.8)
-        assert temperatures[5] == pytest.approx(0.2)
-        assert temperatures[5] == min(temperatures)
-        assert temperatures[1] == pytest.approx(temperatures[9])
-        assert temperatures[4] == pytest.approx(temperatures[6])
-
-    calls = iter(range(10))
-
-    def interrupted(*args: Any, **options: Any) -> dict[str, Tensor]:
-        if next(calls) == 6:
-            raise KeyboardInterrupt
-        return train_step(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("moco.training.trainer.train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            records(tmp_path / "resumed", **values)
-    resumed = records(tmp_path / "resumed", **values)
-    assert len(resumed) == len(expected) == 10
-    for a, b in zip(resumed, expected, strict=True):
-        for name in a:
-            if name.startswith("train/"):
-                assert a[name] == b[name], name

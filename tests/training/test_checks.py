@@ -17,6 +17,7 @@ from moco.methods.moco_config import MoCoConfig
 from moco.methods.moco_v3_config import MoCoV3Config
 from moco.methods.nnclr_config import NNCLRConfig
 from moco.methods.ressl_config import ReSSLConfig
+from moco.methods.simclr_config import SimCLRConfig
 from moco.runtime.device import pick_device, set_float32_precision
 from moco.training.checks import check_against_data
 
@@ -68,6 +69,7 @@ def test_a_batch_that_leaves_no_shorter_queue_is_named() -> None:
     [
         (MoCoV3Config(), r"predictor_layers=0: moco_v3 has a predictor; set model\.predictor_layers=2"),
         (NNCLRConfig(queue_size=128), r"predictor_layers=0: nnclr has a predictor; set model\.predictor_layers=2"),
+        (SimCLRConfig(), r"set model\.bn=sync"),
         (ReSSLConfig(queue_size=128), r"augment\.second=\{\}: .* set augment=ressl, or augment\.second"),
     ],
 )
@@ -121,6 +123,8 @@ def test_the_second_view_differs_in_the_configured_fields() -> None:
     assert (first.blur_p, first.solarize_p) == (1.0, 0.0)
     assert (second.blur_p, second.solarize_p) == (0.1, 0.2)
     assert first.crop_scale == second.crop_scale == (0.2, 1.0)
+    views = build_views(AugmentConfig(size=32, views=5, second={"blur_p": 0.5}))  # further views alternate
+    assert [view.blur_p for view in views] == [0.0, 0.5, 0.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize("second", [{"blurp": 1.0}, {"size": 16}, {"blur_p": 2.0}])
