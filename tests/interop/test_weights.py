@@ -1,7 +1,6 @@
 """Safetensors files are written atomically."""
 
 import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -12,19 +11,14 @@ from safetensors.torch import load_file
 from moco.files import WriteError
 from moco.interop import weights
 from moco.interop.weights import save_weights
+from tests.full_disk import full_disk
 
 
 def test_a_full_disk_is_reported_in_one_sentence_and_keeps_the_previous_file(tmp_path: Path) -> None:
-    """Use a real limit on the file size."""
     file = tmp_path / "encoder.safetensors"
     save_weights(file, {"w": torch.zeros(3)})
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(WriteError, match=r"encoder\.safetensors cannot be written \(File too large\)"):
-            save_weights(file, {"w": torch.ones(30_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(), pytest.raises(WriteError, match=r"encoder\.safetensors cannot be written \(File too large\)"):
+        save_weights(file, {"w": torch.ones(30_000)})
     assert os.listdir(tmp_path) == ["encoder.safetensors"]
     assert load_file(file)["w"].tolist() == [0, 0, 0]
     save_weights(file, {"w": torch.ones(3)})

@@ -4,13 +4,8 @@ import collections
 import os
 import pickle
 import re
-import resource
 import shlex
-import signal
 import subprocess
-import sys
-import threading
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,50 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from moco.config import config_dir
 from moco.digest import digest
 from moco.files import WriteError
 from moco.runs import checkpoint
-from moco.runs.checkpoint import CheckpointError, Saver, list_checkpoints, load, load_newest, save
-
-
-def state(seed: int = 0) -> dict[str, Any]:
-    """A state such as training saves: state dicts, counters, strings, nested lists."""
-    torch.manual_seed(seed)
-    layer = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-    layer(torch.randn(5, 3)).sum().backward()
-    optimizer.step()
-    return {
-        "config": {"run": "runs/a", "data": {"root": None, "sizes": [1, 2.5], "pair": (1, 2)}, "flag": True},
-        "step": seed,
-        "history": [{"step": 1, "knn": [61.5, 0.0, 1]}],
-        "method": layer.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scaler": {},
-        "half": torch.randn(3).bfloat16(),
-        "mask": torch.tensor([True, False]),
-        "none": torch.empty(0, 3),
-        "scalar": torch.tensor(7),
-    }
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal in every bit, type and name."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b)
-
-
-def steps(folder: Path) -> list[str]:
-    return [path.name for path in list_checkpoints(folder)]
-
+from moco.runs.checkpoint import CheckpointError, load, load_newest, save
+from tests.runs.states import same, state, steps
 
 # ---- round trip ----
 
@@ -83,26 +40,6 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 1, state(1), keep_last=2)
     assert same(load(save(tmp_path, 1, state(2), keep_last=2)), state(2))
     assert steps(tmp_path) == ["step_00000001.pt"]
-
-
-@pytest.mark.parametrize("change", ["value", "type", "shape", "name", "plain"])
-def test_digest_detects_every_kind_of_change(change: str) -> None:
-    x = torch.tensor([1.0, 2.0])
-    changed = {
-        "value": {"x": torch.tensor([1.0, 2.0 + 2**-22]), "step": 1},
-        "type": {"x": x.view(torch.int32), "step": 1},
-        "shape": {"x": x.view(2, 1), "step": 1},
-        "name": {"y": x, "step": 1},
-        "plain": {"x": x, "step": 2},
-    }[change]
-    assert digest({"x": x, "step": 1}) == digest({"x": x.clone(), "step": 1})
-    assert digest({"x": x, "step": 1}) != digest(changed)
-
-
-def test_digest_does_not_depend_on_the_memory_format() -> None:
-    x = torch.randn(2, 3, 4, 4)
-    assert digest(x) == digest(x.to(memory_format=torch.channels_last))
-    assert digest(x[:, 1]) == digest(x[:, 1].contiguous())
 
 
 # ---- how many are kept ----
@@ -130,6 +67,36 @@ def test_a_permanent_checkpoint_can_be_the_newest(tmp_path: Path) -> None:
     newest = load_newest(tmp_path)
     assert newest is not None
     assert newest["step"] == 2
+
+
+# ---- the best checkpoint ----
+
+
+def test_is_best() -> None:
+    scores = {0: 99.0, 10: 50.0, 20: 60.0, 30: 60.0, 40: 55.0, 50: 61.0}  # step 0 does not count
+    history = [{"step": step, "knn": [score, 0.0, 1]} for step, score in scores.items()]
+    assert [step for step in range(60) if checkpoint.is_best(history, step)] == [10, 20, 50]
+    assert not checkpoint.is_best([], 10)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_checkpoint_is_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    history: list[dict[str, Any]] = []
+    for step, score in ((1, 40.0), (2, 70.0), (3, 60.0), (4, 50.0)):
+        history.append({"step": step, "knn": [score, 0.0, 1]})
+        save(tmp_path, step, state(step), keep_last=1, best=checkpoint.is_best(history, step))
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_00000004.pt"]
+    assert load(tmp_path / "best.pt")["step"] == 2
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest["step"] == 4
+    (tmp_path / "step_00000004.pt").write_bytes(b"damaged")
+    assert same(load(tmp_path / "best.pt"), state(2))
 
 
 # ---- atomic writes ----
@@ -327,226 +294,3 @@ def test_objects_of_other_types_are_refused(tmp_path: Path) -> None:
         checkpoint.load(path)
     ordered = save(tmp_path, 2, {"method": collections.OrderedDict(a=torch.ones(1))}, keep_last=1)
     assert list(load(ordered)["method"]) == ["a"]
-
-
-# ---- in the background ----
-
-
-class Slow:
-    """A torch.save that begins to write, sets `began`, and waits for `go`."""
-
-    def __init__(self) -> None:
-        self.real, self.began, self.go = torch.save, threading.Event(), threading.Event()
-
-    def __call__(self, what: Any, file: Any) -> None:
-        file.write(b"PK")
-        file.flush()
-        self.began.set()
-        assert self.go.wait(20)
-        file.seek(0)
-        self.real(what, file)
-
-
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> Slow:
-    made = Slow()
-    monkeypatch.setattr(torch, "save", made)
-    return made
-
-
-def test_copy_to_host_shares_nothing_and_keeps_types() -> None:
-    given = state()
-    copied = checkpoint.copy_to_host(given)
-    assert same(copied, given)
-    assert digest(copied) == digest(given)
-    assert type(copied["method"]) is collections.OrderedDict
-    assert vars(copied["method"]) == vars(given["method"])  # torch stores module versions there
-    assert "_metadata" in vars(copied["method"])
-    for name, value in given["method"].items():
-        assert copied["method"][name].data_ptr() != value.data_ptr(), name
-    given["method"]["0.weight"].zero_()
-    given["history"].append("later")
-    given["config"]["data"]["sizes"].append(9)
-    assert same(copied, state())
-
-
-def test_later_changes_of_the_state_are_not_saved(tmp_path: Path, slow: Slow) -> None:
-    given, saver = state(), Saver(tmp_path, keep_last=2)
-    saver.save(1, given)
-    assert slow.began.wait(20)
-    given["method"]["0.weight"].zero_()  # the next step
-    given["history"].append("later")
-    assert steps(tmp_path) == []
-    slow.go.set()
-    saver.join()
-    assert same(load(tmp_path / "step_00000001.pt"), state())
-
-
-@pytest.mark.usefixtures("fixed_temporary_names")
-def test_one_checkpoint_is_written_at_a_time(tmp_path: Path, slow: Slow) -> None:
-    saver, saved = Saver(tmp_path, keep_last=2), threading.Event()
-
-    def save_two() -> None:
-        saver.save(1, state(1))
-        saver.save(2, state(2))
-        saved.set()
-
-    loop = threading.Thread(target=save_two)
-    loop.start()
-    assert slow.began.wait(20)
-    assert not saved.wait(0.2)  # the second save waits for the first
-    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt.tmp"]
-    slow.go.set()
-    loop.join()
-    saver.join()
-    assert steps(tmp_path) == ["step_00000002.pt", "step_00000001.pt"]
-
-
-def test_a_full_disk_is_reported_in_one_sentence_and_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
-    """Use a real limit on the file size, so that torch's writer meets the system's error."""
-    saver = Saver(tmp_path, keep_last=1)
-    saver.save(1, state(1))
-    saver.join()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        saver.save(2, state(2) | {"large": torch.zeros(100_000)})
-        deadline = time.monotonic() + 20
-        while not saver.failed() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert saver.failed()
-        with pytest.raises(
-            CheckpointError,
-            match=r"\(File too large\).* to resume from step_00000001\.pt, which is untouched$",
-        ):
-            saver.save(3, state(3))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(os.listdir(tmp_path)) == ["step_00000001.pt"]
-    assert same(load(tmp_path / "step_00000001.pt"), state(1))
-    saver.save(4, state(4))  # the error is raised once; later checkpoints are written
-    saver.join()
-    assert steps(tmp_path) == ["step_00000004.pt"]
-
-
-def test_a_full_disk_before_the_first_checkpoint_names_none(tmp_path: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    saver = Saver(tmp_path, keep_last=1)
-    try:
-        saver.save(2, state(2) | {"large": torch.zeros(100_000)})
-        with pytest.raises(CheckpointError, match=r"run the same command again to start from the beginning$"):
-            saver.join()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-def save_and_raise(folder: Path, error: BaseException | None) -> None:
-    with Saver(folder, keep_last=1) as saver:
-        saver.save(1, state())
-        if error is not None:
-            raise error
-
-
-def test_exit_waits_for_the_writer_except_after_a_keyboard_interrupt(tmp_path: Path, slow: Slow) -> None:
-    left = threading.Event()
-
-    def leave(error: BaseException, folder: Path) -> None:
-        with pytest.raises(type(error)):
-            save_and_raise(folder, error)
-        left.set()
-
-    leave(KeyboardInterrupt(), tmp_path / "at_once")
-    assert left.is_set()
-    assert slow.began.wait(20)
-    assert steps(tmp_path / "at_once") == []
-    left.clear()
-    waiting = threading.Thread(target=leave, args=(ValueError("an invalid step"), tmp_path / "waits"))
-    waiting.start()
-    assert not left.wait(0.2)
-    slow.go.set()
-    waiting.join()
-    assert steps(tmp_path / "waits") == ["step_00000001.pt"]
-
-
-def test_the_error_of_the_run_hides_the_error_of_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(FloatingPointError, match="loss"):
-        save_and_raise(tmp_path, FloatingPointError("loss"))
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        save_and_raise(tmp_path, None)
-
-
-KILLED = """
-import sys, time, torch
-from pathlib import Path
-from moco.runs.checkpoint import Saver
-
-saver = Saver(Path(sys.argv[1]), keep_last=1)
-saver.save(1, {"weight": torch.ones(1000)})
-saver.join()
-real = torch.save
-
-def half(what, file):
-    real(what, sys.argv[1] + "/../complete")
-    file.write(Path(sys.argv[1] + "/../complete").read_bytes()[:2000])
-    file.flush()
-    print("half written", flush=True)
-    time.sleep(60)
-
-torch.save = half
-saver.save(2, {"weight": torch.zeros(1000)})
-saver.join()
-"""
-
-
-def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    environment = os.environ | {"PYTHONPATH": str(Path(config_dir()).parent)}
-    command = [sys.executable, "-c", KILLED, str(folder)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "half written\n"
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    (half,) = folder.glob("step_00000002.pt.*.tmp")
-    assert half.stat().st_size == 2000
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the unfinished file is not a checkpoint
-        newest = load_newest(folder)
-    assert newest is not None
-    assert torch.equal(newest["weight"], torch.ones(1000))
-
-
-# ---- the best checkpoint ----
-
-
-def test_is_best() -> None:
-    scores = {0: 99.0, 10: 50.0, 20: 60.0, 30: 60.0, 40: 55.0, 50: 61.0}  # step 0 does not count
-    history = [{"step": step, "knn": [score, 0.0, 1]} for step, score in scores.items()]
-    assert [step for step in range(60) if checkpoint.is_best(history, step)] == [10, 20, 50]
-    assert not checkpoint.is_best([], 10)
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_the_best_checkpoint_is_kept(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(1, "Operation not permitted")
-
-    if not links:
-        monkeypatch.setattr(Path, "hardlink_to", refuse)
-    history: list[dict[str, Any]] = []
-    for step, score in ((1, 40.0), (2, 70.0), (3, 60.0), (4, 50.0)):
-        history.append({"step": step, "knn": [score, 0.0, 1]})
-        save(tmp_path, step, state(step), keep_last=1, best=checkpoint.is_best(history, step))
-    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step_00000004.pt"]
-    assert load(tmp_path / "best.pt")["step"] == 2
-    newest = load_newest(tmp_path)
-    assert newest is not None
-    assert newest["step"] == 4
-    (tmp_path / "step_00000004.pt").write_bytes(b"damaged")
-    assert same(load(tmp_path / "best.pt"), state(2))
