@@ -1,4 +1,4 @@
-"""A folder of images and a small encoder, for the tests of embedding and searching."""
+"""Files and folders of images, and a small encoder."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moco.data.base import Source
 from moco.interop.encoder_file import save_encoder
 from moco.models.backbones import build_backbone
 
@@ -29,9 +30,20 @@ def gradient(seed: int, height: int = 48, width: int = 64) -> Image.Image:
     return Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
 
 
+def write_image(path: Path, color: int | tuple[int, int, int] = 0, size: tuple[int, int] = (6, 5)) -> None:
+    """Write an image of one color, in the format of its ending."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = {".jpg": "JPEG", ".tif": "TIFF"}.get(path.suffix.lower())
+    Image.new("RGB", size, (color,) * 3 if isinstance(color, int) else color).save(path, kind)
+
+
 def folder(root: Path, count: int = 11) -> Path:
     """Write the gradients 00.png, 01.png, ..."""
     root.mkdir(parents=True)
     for i in range(count):
         gradient(i).save(root / f"{i:02}.png")
     return root
+
+
+def names(source: Source) -> list[str]:
+    return [source.name(i) for i in range(len(source))]

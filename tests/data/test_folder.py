@@ -1,4 +1,4 @@
-"""Generated folder trees: exactly the images are found; what is left out is counted; classes of two folders."""
+"""Folders of images: generated trees, what is left out, classes, held-out folders, ImageNet."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from moco.data.folder import FolderSource
 from moco.data.opening import MAX_CLASSES, class_line, opening_lines
 from moco.data.sources import load_source
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
-from tests.data.images import gradient
+from tests.data.images import gradient, names, write_image
 
 ORDINARY = ["a", "B", "cat.jpg.d", "caf\u00e9", "cafe\u0301", "sp ace", "new\nline", "[x]", "__x__", "train"]
 SYSTEM = ["@eaDir", "$RECYCLE.BIN", "lost+found", "__MACOSX", ".ipynb_checkpoints", "System Volume Information", ".git"]
@@ -93,6 +93,78 @@ def test_files_that_are_left_out_are_mentioned(tmp_path: Path) -> None:
         )
 
 
+def test_labels_are_first_level_folders(tmp_path: Path) -> None:
+    for i, name in enumerate(("dog/1.png", "cat/x/2.png", "cat/3.png", "cat-like/4.png")):
+        write_image(tmp_path / name, i)
+    (tmp_path / "empty").mkdir()
+    sources = load_source(DataConfig("folder", str(tmp_path), labels="folder"))
+    train = sources.train
+    assert train.classes == ("cat", "cat-like", "dog")
+    assert train.labels is not None
+    assert train.labels.dtype == np.int64
+    assert {name: train.classes[label] for name, label in zip(names(train), train.labels, strict=True)} == {
+        "cat/3.png": "cat",
+        "cat/x/2.png": "cat",
+        "cat-like/4.png": "cat-like",
+        "dog/1.png": "dog",
+    }
+    assert sources.bank is train
+    assert sources.held_out is None
+
+
+def test_invalid_class_folders_are_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "only/1.png")
+    with pytest.raises(ValueError, match=r"one class folder only \(only\)"):
+        load_source(DataConfig("folder", str(tmp_path), labels="folder"))
+    write_image(tmp_path / "stray.png")
+    with pytest.raises(ValueError, match=r"1 images outside class folders \(stray\.png\).*data\.labels=none"):
+        load_source(DataConfig("folder", str(tmp_path), labels="folder"))
+    with pytest.raises(ValueError, match=r"data\.labels='class' must be one of none, folder"):
+        load_source(DataConfig("folder", str(tmp_path), labels="class"))
+
+
+def test_eval_root_is_held_out(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png", "test/a/4.png"):
+        write_image(tmp_path / name)
+    sources = load_source(
+        DataConfig("folder", str(tmp_path / "train"), labels="folder", eval_root=str(tmp_path / "test"))
+    )
+    assert sources.bank is sources.train
+    assert sources.held_out is not None
+    assert names(sources.held_out) == ["a/4.png", "b/3.png"]
+    assert sources.held_out.classes == sources.train.classes
+
+
+def test_an_invalid_eval_root_is_refused(tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "train/b/2.png", "test/b/3.png", "test/c/4.png"):
+        write_image(tmp_path / name)
+    train, test = str(tmp_path / "train"), str(tmp_path / "test")
+    with pytest.raises(ValueError, match=r"data\.eval_root=\S*test has images of c, "):
+        load_source(DataConfig("folder", train, labels="folder", eval_root=test))
+    with pytest.raises(ValueError, match=r"data\.labels=none: set data\.labels=folder"):
+        load_source(DataConfig("folder", train, eval_root=test))
+    with pytest.raises(FileNotFoundError, match=r"data\.eval_root=.*gone.* does not exist"):
+        load_source(DataConfig("folder", train, labels="folder", eval_root=str(tmp_path / "gone")))
+    for inside in (train, str(tmp_path), os.path.join(train, "b")):
+        with pytest.raises(ValueError, match="accuracy would be measured on training images"):
+            load_source(DataConfig("folder", train, labels="folder", eval_root=inside))
+    with pytest.raises(ValueError, match=r"data\.eval_root=.* data\.name=folder or video only"):
+        load_source(DataConfig("digits", eval_root=test))
+
+
+def test_folders_without_images(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"data\.root=\S*gone \(\S*gone\) does not exist: check the path"):
+        load_source(DataConfig("folder", str(tmp_path / "gone")))
+    with pytest.raises(FileNotFoundError, match=r"found nothing; images are files that end in \.jpg \.jpeg"):
+        load_source(DataConfig("folder", str(tmp_path)))
+    for name in ("a.txt", "b.TXT", "c.zip", "README", ".x.jpg"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"found 2 \.txt, 1 \.zip, 1 hidden, 1 without ending;"):
+        load_source(DataConfig("folder", str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
+        load_source(DataConfig("folder", str(tmp_path / "a.txt")))
+
+
 def test_the_classes_are_shown_with_their_counts(tmp_path: Path) -> None:
     train, held_out = files(tmp_path / "train", cat=2, dog=1, owl=3), files(tmp_path / "test", dog=2)
     (held_out / "owl").mkdir()
@@ -118,3 +190,41 @@ def test_held_out_classes_that_training_lacks_are_refused(tmp_path: Path) -> Non
     config = DataConfig("folder", str(train), labels="folder", eval_root=str(held_out))
     with pytest.raises(ValueError, match=r"data\.eval_root=\S+test has .*Unicode form: rename one"):
         load_source(config)
+
+
+# ---- ImageNet ----
+
+
+def test_imagenet_tree(tmp_path: Path) -> None:
+    for name in ("train/n02/1.JPEG", "train/n01/2.JPEG", "val/n01/3.JPEG", "val/n02/4.JPEG"):
+        write_image(tmp_path / name)
+    sources = load_source(DataConfig("imagenet", str(tmp_path)))
+    assert sources.bank is sources.train
+    assert sources.held_out is not None
+    assert names(sources.train) == ["n01/2.JPEG", "n02/1.JPEG"]
+    assert names(sources.held_out) == ["n01/3.JPEG", "n02/4.JPEG"]
+    assert sources.held_out.labels is not None
+    assert sources.held_out.labels.tolist() == [0, 1]
+    (tmp_path / "val/n02").rename(tmp_path / "val/n03")
+    with pytest.raises(ValueError, match=r"data\.root=\S*val has images of n03, "):
+        load_source(DataConfig("imagenet", str(tmp_path)))
+
+
+def test_an_incomplete_imagenet_is_refused(tmp_path: Path) -> None:
+    def message(root: Path) -> str:
+        with pytest.raises(FileNotFoundError) as caught:
+            load_source(DataConfig("imagenet", str(root)))
+        assert "image-net.org" in str(caught.value)
+        assert "train/CLASS" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "does not exist" in message(tmp_path / "gone")
+    assert "contains nothing" in message(tmp_path)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"x")
+    assert "contains ILSVRC2012_img_train.tar" in message(tmp_path)
+    write_image(tmp_path / "train/n01/1.JPEG")
+    write_image(tmp_path / "train/n02/1.JPEG")
+    write_image(tmp_path / "val/ILSVRC2012_val_00000001.JPEG")  # the validation archive contains no class folders
+    with pytest.raises(ValueError, match=r"val \(.*1 images outside class folders \(ILSVRC2012_val_00000001\.JPEG\)"):
+        load_source(DataConfig("imagenet", str(tmp_path)))

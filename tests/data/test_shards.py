@@ -22,6 +22,7 @@ from moco.data.plan import Plan
 from moco.data.shards import OPEN_FILES, ShardSource
 from moco.data.sources import Source, load_source
 from moco.data.view import View
+from tests.data.images import names
 from tests.data.packed import class_folders, packed
 from tests.data.unreadable_files import encoded, noise
 
@@ -36,10 +37,6 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     class_folders(root / "test", count=5, first=50)
     packed(root / "packed", root / "train", data_labels="folder", data_eval_root=str(root / "test"))
     return root
-
-
-def names(source: Source) -> list[str]:
-    return [source.name(i) for i in range(len(source))]
 
 
 def test_the_splits_equal_the_folders(tree: Path) -> None:

@@ -19,7 +19,8 @@ from moco.data.video import video_of
 from moco.data.video_file import turned
 from moco.data.view import View
 from moco.data.workers import in_order
-from tests.data.videos import HEIGHT, WIDTH, frame_of, lossless, names, number_in, opened, write_video
+from tests.data.images import names
+from tests.data.videos import HEIGHT, WIDTH, frame_of, lossless, number_in, opened, write_video
 
 pytest.importorskip("av", reason="data=video needs the extra `video`")
 KINDS: list[tuple[str, str, dict[str, Any]]] = [

@@ -12,7 +12,8 @@ import torch
 from moco.data.decode import FAULTS, ImageError
 from moco.data.unreadable import find_unreadable, image_or_substitute
 from moco.data.video import VideoSource
-from tests.data.videos import av, names, number_in, opened, write_video
+from tests.data.images import names
+from tests.data.videos import av, number_in, opened, write_video
 
 pytest.importorskip("av", reason="data=video needs the extra `video`")
 

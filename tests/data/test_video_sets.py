@@ -16,8 +16,9 @@ from moco.data.duplicates import copies_in, split_groups
 from moco.data.sources import load_source
 from moco.data.video import VideoSource, video_of
 from moco.evaluation.subsets import SubsetError, split_each_class
+from tests.data.images import names
 from tests.data.packed import packed
-from tests.data.videos import lossless, names, number_in, opened, two_classes, write_video
+from tests.data.videos import lossless, number_in, opened, two_classes, write_video
 
 pytest.importorskip("av", reason="data=video needs the extra `video`")
 

@@ -82,10 +82,6 @@ def opened(root: Path, **fields: Any) -> VideoSource:
     return source
 
 
-def names(source: Any) -> list[str]:
-    return [source.name(i) for i in range(len(source))]
-
-
 def two_classes(root: Path, per_class: int = 3, count: int = 8, **given: Any) -> Path:
     """Write cat/0.mkv, ..., dog/0.mkv, ..., each with other frames."""
     for number, name in enumerate(("cat", "dog")):
