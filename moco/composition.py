@@ -315,7 +315,7 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
     if field.partition(".")[0] == "images" and "augment.size" in known:
         return "images is a group of the evaluations; for training, set augment.size, augment.mean or augment.std"
     if field == "data.hold_out":
-        fix = "set data.eval_root=DIR or data.label_file=FILE (with a column split) for held-out images"
+        fix = "set data.eval_root=DIR or data.label_file=FILE (with a column named split) for held-out images"
         return f"data.hold_out is a field of the evaluations, such as moco.knn; here, {fix}"
     if field == "runs" and {"run", "compare"} <= set(known):
         return "there is no field 'runs': name one run as run=DIR, and the others as 'compare=[DIR,...]'"

@@ -41,7 +41,7 @@ class SourceConfig:
     `eval_root`."""
     label_separator: str = bounded("", max_length=8, example="'data.label_separator=\";\"'")
     """For label_file: the text between the labels of an image that has several, such as ; or |. An image without labels
-    then has none of the classes. Empty: one label per image, or the column label of a Parquet file holds lists."""
+    then has none of the classes. Empty: one label per image, or the column `label` of a Parquet file holds lists."""
     resident: bool = False
     """For `folder`, `imagenet`, `video`, `shards`, `huggingface`: keep all images decoded in memory. They must have
     one size."""
@@ -201,7 +201,7 @@ def check_data_fields(data: DataConfig) -> None:
         problem = f"data.label_file={data.label_file!r}"
         require(data.name in FOLDERS, f"{problem} {only}")
         require(data.labels == "none", f"{problem} replaces data.labels={data.labels}: set only one of them")
-        error = f"{problem} replaces data.eval_root={data.eval_root!r}: leave that empty, and add a column split"
+        error = f"{problem} replaces data.eval_root={data.eval_root!r}: leave that empty, and add a column named split"
         require(not data.eval_root, error)
 
 

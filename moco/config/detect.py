@@ -44,8 +44,8 @@ class DetectConfig(EncoderConfig):
     """Train an object detector on each of several encoders, and evaluate it on held-out images."""
 
     encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
-    """Encoders to start from, at equal steps: pretrained (that of run or checkpoint), untrained (the same network with
-    initial weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
+    """Encoders to start from, for the same number of steps each: pretrained (that of run or checkpoint), untrained (the
+    same network with random weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
     detector: str = bounded("faster_rcnn_fpn", choices=DETECTORS)
     """faster_rcnn_fpn, mask_rcnn_fpn: with a feature pyramid. faster_rcnn_c4, mask_rcnn_c4: proposals on the map of a
     ResNet's third stage, and its last stage for each proposal. retinanet: without proposals, with a feature pyramid."""

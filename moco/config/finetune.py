@@ -14,7 +14,7 @@ class FinetuneConfig(SubjectConfig):
     encoders: list[str] = bounded(
         [], choices=("pretrained", "untrained"), min_length=1, unique=True, example="encoders=[pretrained,untrained]"
     )
-    """Encoders to start from: pretrained, untrained (the same network with initial weights), or both. [untrained] with
+    """Encoders to start from: pretrained, untrained (the same network with random weights), or both. [untrained] with
     fraction=1.0 is the supervised baseline."""
     fraction: float | None = bounded(None, gt=0, le=1)
     """Fraction of the training images of each class that have a label, at least one image per class. Null: use

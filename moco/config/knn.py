@@ -25,7 +25,7 @@ class KnnConfig(SubjectConfig):
     draws: int = bounded(100, ge=1)
     """Number of draws with labels_per_class. The result is their mean."""
     compare: list[str] = bounded(["untrained"], choices=("untrained", "pixels"))
-    """Baselines to evaluate in the same way: untrained (the same network with initial weights), pixels (raw pixels)."""
+    """Baselines to evaluate in the same way: untrained (the same network with random weights), pixels (raw pixels)."""
     half: bool = False
     """Store the training features in half precision: half the memory, and slightly different results."""
     # With smaller blocks, BLAS rounds differently, so the block size would affect results.

@@ -63,7 +63,7 @@ class LinearConfig(SubjectConfig):
     """Repetitions with different orders, views, initial weights and validation parts. The result is their mean with a
     95 % interval (Student's t)."""
     compare: list[str] = bounded([], choices=("untrained", "pixels"))
-    """Baselines: untrained (the same network with initial weights), pixels (raw pixels, for kind=sweep only)."""
+    """Baselines: untrained (the same network with random weights), pixels (raw pixels, for kind=sweep only)."""
     sweep: SweepConfig = field(default_factory=SweepConfig)
     official: OfficialConfig = field(default_factory=OfficialConfig)
     augment: dict[str, Any] = field(default_factory=dict)

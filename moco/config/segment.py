@@ -38,8 +38,8 @@ class SegmentConfig(EncoderConfig):
     """Train a segmentation network on an encoder, and evaluate it on held-out images."""
 
     encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
-    """Encoders to start from, at equal steps: pretrained (that of run or checkpoint), untrained (the same network with
-    initial weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
+    """Encoders to start from, for the same number of steps each: pretrained (that of run or checkpoint), untrained (the
+    same network with random weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
     head: str = bounded("fcn_moco", choices=("linear", "fcn", "fcn_moco", "deeplabv3"))
     """The layers on the feature map. linear: a 1x1 convolution. fcn_moco: two 3x3 convolutions of 256 channels with
     dilation 6 and BN, as in the MoCo paper. fcn, deeplabv3: the heads of torchvision."""

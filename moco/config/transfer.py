@@ -23,7 +23,7 @@ class TransferConfig(SubjectConfig):
     """Download the named data sets that are not in root."""
     encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
     """Encoders to compare, on the same images and splits: pretrained (that of run or checkpoint), untrained (the same
-    network with initial weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
+    network with random weights), and others, each by the path of a run or of a file that `checkpoint` accepts."""
     mode: str = bounded("linear", choices=("linear", "few_shot", "finetune"))
     """linear: logistic regression on frozen features, or a linear SVM per class if images have several labels.
     few_shot: classify test images by the nearest class mean of a few labeled ones, in many random episodes. finetune:

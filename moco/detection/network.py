@@ -156,7 +156,7 @@ def build_detector(
         settings: the form of the detector.
         classes: L, without the background.
         seed: of the new weights and, if `untrained`, of the encoder's.
-        untrained: start from initial weights.
+        untrained: give the encoder random weights instead of the file's.
 
     Raises:
         ConfigError: for a network without stages of feature maps, or anchor sizes that do not fit its levels.
