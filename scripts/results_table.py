@@ -4,14 +4,13 @@ Rows are commands with their protocols and data, columns are encoders. Reads RUN
 RUN/supervised/results.json. If an evaluation was repeated, its newest result is used.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from moco.runs.results import evaluated_on, label
+from moco.runs.results import encoder_names, evaluated_on, evaluation_key, label, newest, recorded
 
-ENCODERS = ("pixels", "untrained", "pretrained", "supervised")
+FIRST = ("pixels", "untrained", "pretrained")  # the order of columns
 
 
 def cell(figures: dict[str, Any]) -> str:
@@ -22,20 +21,21 @@ def cell(figures: dict[str, Any]) -> str:
 
 def main(run: Path) -> None:
     """Print the table of a run."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
-    for folder, supervised in ((run, False), (run / "supervised", True)):
-        file = folder / "results.json"
-        for entry in json.loads(file.read_text()) if file.is_file() else []:
-            name = "supervised" if supervised else entry["encoder"]
-            evaluation = label(entry), evaluated_on(entry.get("data") or {})
-            found.setdefault(evaluation, {})[name] = cell(entry["figures"])
-    columns = [name for name in ENCODERS if any(name in row for row in found.values())]
+    own, supervised = newest(recorded(run)), newest(recorded(run / "supervised"))
+    encoders = [*encoder_names(own), *("supervised" for _ in supervised)]
+    rows: dict[tuple[str, ...], tuple[str, str]] = {}
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for entry, encoder in zip([*own, *supervised], encoders, strict=True):
+        key = evaluation_key(entry)
+        rows[key] = label(entry), evaluated_on(entry.get("data") or {})
+        cells.setdefault(key, {})[encoder] = cell(entry["figures"])
+    columns = sorted(dict.fromkeys(encoders), key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     print("| top-1 % | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    several = len({data for _, data in found}) > 1
-    for (name, data), row in found.items():
+    several = len({data for _, data in rows.values()}) > 1
+    for key, (name, data) in rows.items():
         title = f"{name}, on {data}" if several else name
-        print(f"| {title} | " + " | ".join(row.get(encoder, "–") for encoder in columns) + " |")
+        print(f"| {title} | " + " | ".join(cells[key].get(encoder, "–") for encoder in columns) + " |")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import output_of, weights_digest
-from moco.evaluation.task import progress_log
+from moco.evaluation.task import changed_settings, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
@@ -39,6 +39,7 @@ from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
+_NOT_LISTED = {"encoders", "seeds", "steps", "detector"}  # as changed: in the protocol, or of all seeds
 SHOWN = 6  # images in the picture
 
 
@@ -229,6 +230,7 @@ def _entry(run: Detection, found: Detected) -> dict[str, Any]:
         "sha256": weights_digest(file, "backbone"),
         "data": boxes | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
         "settings": _settings(config),
+        "changed": changed_settings(config, "detect", [*(_settings(config).keys() - _NOT_LISTED), "seed"]),
         "figures": figures,
         "per_seed": [each.to_json() for each in found.results],
         "saved": str(found.saved.absolute()),

@@ -36,6 +36,8 @@ from moco.runtime.console import log, log_next, percent
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
+# Fields that no entry lists as changed: they are in its protocol, or do not affect the result of a seed.
+_NOT_LISTED = {"encoders", "seeds", "fraction", "labels_per_class", "subset_list", "validation"}
 DEFAULT_VIEW: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # for files without a run's augmentation
 
 
@@ -159,6 +161,7 @@ def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Cal
     on_rank_zero(lambda: _save(task, network, folder, steps))
     details = {
         "settings": settings,
+        "changed": evaluation.changed_settings(task.config, "finetune", [*(_own_fields() - _NOT_LISTED), "seed"]),
         "labelled": plan.length,
         "figures": evaluation.summarize_seeds(metrics),
         "per_seed": [each.to_json() for each in metrics],
@@ -240,10 +243,15 @@ def _title(config: FinetuneConfig) -> str:
     return protocol(config)[0].replace("labels a class", "labels per class")
 
 
+def _own_fields() -> set[str]:
+    """Return the fields that moco.finetune does not share with the other evaluations."""
+    return {each.name for each in fields(FinetuneConfig)} - {each.name for each in fields(SubjectConfig)}
+
+
 def _settings(run: Finetuning, plan: Plan) -> dict[str, Any]:
     """Return all settings that reproduce the results."""
-    config, shared = run.task.config, {each.name for each in fields(SubjectConfig)} - {"seed"}
-    settings = {name: value for name, value in asdict(config).items() if name not in shared}
+    config = run.task.config
+    settings = {name: value for name, value in asdict(config).items() if name in _own_fields() | {"seed"}}
     settings |= {"batch_size": plan.batch_size, "epochs": plan.epochs, "steps": plan.total_steps}
     settings |= {"view": asdict(run.view), "fraction": fraction_of(config)}
     if config.subset_list:

@@ -5,17 +5,15 @@ Legend: M training images, L classes.
 
 import shlex
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import ConfigError, config_dir, require
+from moco.config import ConfigError, require
 from moco.config.knn import KnnConfig
 from moco.data.base import Progress
 from moco.data.keyed import VALIDATION, permutation
@@ -33,7 +31,7 @@ from moco.evaluation.knn_classifier import (
 from moco.evaluation.metrics import Metrics, compute_metrics, confusion_of, mean_known
 from moco.evaluation.subject import encoders, labels_of, targets_of
 from moco.evaluation.subsets import draw_labels, naming_field
-from moco.evaluation.task import Result, Task, frames_note, open_task, record_results
+from moco.evaluation.task import Result, Task, changed_settings, frames_note, open_task, record_results
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar, table
 from moco.runtime.next_command import command
@@ -106,14 +104,8 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network, ks: list[int])
     used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
     multi_label = task.train.multi_labels is not None
     figures = metrics[0].to_json() if multi_label else summarize_draws(metrics)
-    return Result(name, metrics, {"settings": used, "changed": changed_settings(config), "figures": figures} | choice)
-
-
-def changed_settings(config: KnnConfig) -> dict[str, Any]:
-    """Return the settings that differ from those of configs/knn.yaml, by name."""
-    usual = yaml.safe_load(Path(config_dir(), "knn.yaml").read_text(encoding="utf-8")) | {"seed": KnnConfig.seed}
-    names = ("k", "temperature", "features", "choose_on", "half", "seed")
-    return {name: getattr(config, name) for name in names if getattr(config, name) != usual[name]}
+    changed = changed_settings(config, "knn", ("k", "temperature", "features", "choose_on", "half", "seed"))
+    return Result(name, metrics, {"settings": used, "changed": changed, "figures": figures} | choice)
 
 
 def _metrics(

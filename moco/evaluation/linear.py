@@ -4,19 +4,17 @@ Legend: M images, D feature dimension, L classes.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moco.config import ConfigError, OptimConfig, RunWarning, config_dir, require
+from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.data import FOLDERS
 from moco.config.linear import LinearConfig
 from moco.data.keyed import VALIDATION
@@ -41,7 +39,7 @@ from moco.models.encoder import Encoder
 from moco.optim.schedules import scaled_lr
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar
-from moco.runtime.next_command import changed_fields, command
+from moco.runtime.next_command import command
 
 _CHUNK = 4096  # rows at once through a head
 _MOST_CLASSES = 100  # with more classes, no image of the confusion matrix is written
@@ -244,7 +242,7 @@ def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
     mean = evaluation.summarize_seeds(probe.metrics) | {"count": first.count}
     return {
         "settings": {name: asdict(config)[name] for name in names} | probe.settings,
-        "changed": {name.lstrip("+"): value for name, value in changed_settings(config).items()},
+        "changed": changed_settings(config),
         "chosen": probe.chosen,
         "figures": mean if several else first.to_json(),
         **({"problem": probe.problem} if probe.problem else {}),
@@ -258,34 +256,10 @@ def _settings_names(config: LinearConfig) -> list[str]:
 
 
 def changed_settings(config: LinearConfig) -> dict[str, Any]:
-    """Return the settings that differ from those of configs/protocol/, by their dotted names, as overrides.
-
-    None of a protocol that is not there.
-    """
-    usual = _protocol_file(config.protocol)
-    if not usual:
-        return {}
-    values = {name: asdict(config)[name] for name in _settings_names(config)}
-    return dict(changed_fields(values, _merged(asdict(LinearConfig()), usual)))
-
-
-def _protocol_file(name: str) -> dict[str, Any]:
-    """Return the fields of configs/protocol/NAME.yaml, with those of the files in its defaults list; {} without it."""
-    file = Path(config_dir(), "protocol", f"{name}.yaml")
-    if not file.is_file():
-        return {}
-    own: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    bases = [_protocol_file(each) for each in own.pop("defaults", []) if each != "_self_"]
-    return reduce(_merged, [*bases, own])
-
-
-def _merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested fields in which those of `own` replace those of `base`."""
-    both = {
-        name: _merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
-        for name, value in own.items()
-    }
-    return {**base, **both}
+    """Return the settings that differ from those of configs/protocol/; none of a protocol that is not there."""
+    protocol = f"protocol/{config.protocol}"
+    names = _settings_names(config) if evaluation.yaml_fields(protocol) else []
+    return evaluation.changed_settings(config, protocol, names)
 
 
 def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:

@@ -2,20 +2,21 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import ConfigError, DataConfig, RunWarning, require
-from moco.config.subject import SubjectConfig
+from moco.config import ConfigError, DataConfig, RunWarning, config_dir, require
+from moco.config.subject import EncoderConfig, SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import with_tuples
 from moco.data.sources import Source
@@ -38,6 +39,7 @@ from moco.evaluation.subject import (
 from moco.runs import results
 from moco.runtime.console import duration, log, percent, progress_bar, table
 from moco.runtime.device import compute_context
+from moco.runtime.next_command import changed_fields
 
 Config = TypeVar("Config", bound=SubjectConfig)
 
@@ -216,12 +218,51 @@ def interval_note(seeds: int) -> str:
     return student if seeds > 1 else "with Wilson's 95 % interval"
 
 
+def changed_settings(config: EncoderConfig, file: str, names: Iterable[str]) -> dict[str, Any]:
+    """Return the fields in `names` that differ from those of a file below configs/, as overrides by dotted names."""
+    values = asdict(config)
+    usual = merged(asdict(type(config)()), yaml_fields(file))
+    return dict(changed_fields({name: value for name, value in values.items() if name in names}, usual))
+
+
+def changed_images(config: SubjectConfig) -> dict[str, Any]:
+    """Return the fields of `images` that are set, as overrides: the others are those of the encoder's run or file."""
+    return {f"images.{name}": value for name, value in asdict(config.images).items() if value is not None}
+
+
+def yaml_fields(file: str) -> dict[str, Any]:
+    """Return the fields of configs/FILE.yaml, and those of the files of the same folder in its defaults list.
+
+    {} if there is no such file.
+    """
+    path = Path(config_dir(), f"{file}.yaml")
+    if not path.is_file():
+        return {}
+    own: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folder = file.rpartition("/")[0]
+    names = [each for each in own.pop("defaults", []) if isinstance(each, str) and each != "_self_"]
+    return reduce(merged, [*(yaml_fields(f"{folder}/{each}") for each in names), own], {})
+
+
+def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested fields in which those of `own` replace those of `base`."""
+    both = {
+        name: merged(base[name], value) if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        for name, value in own.items()
+    }
+    return {**base, **both}
+
+
 def record_results(
     task: Task[Any], command: str, protocol: str, found: Sequence[Result], features: str = "backbone"
 ) -> Path:
     """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call it."""
     shared = {"command": command, "protocol": protocol} | describe(task, features)
-    entries = [shared | {"encoder": each.encoder} | each.details for each in found]
+    images = changed_images(task.config)
+    entries = [
+        shared | {"encoder": each.encoder} | each.details | {"changed": each.details.get("changed", {}) | images}
+        for each in found
+    ]
     return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.file.step))
 
 

@@ -18,7 +18,7 @@ from moco.reporting.curves import charts
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, facts, folded, paragraph
 from moco.reporting.run_record import Run, by_epoch, names
-from moco.runs.results import chosen_neighbors, evaluated_on, evaluation_key, label
+from moco.runs.results import chosen_neighbors, encoder_names, evaluated_on, label, newest
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
@@ -144,27 +144,23 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
 
 def evaluations(run: Run) -> Markup:
     """Return results.json as a table; of repeated evaluations only the newest."""
-    newest: dict[tuple[str, ...], dict[str, Any]] = {}
-    for entry in run.results:
-        key = evaluation_key(entry)
-        newest.pop(key, None)
-        newest[key] = entry
-    if not newest:
+    entries = newest(run.results)
+    if not entries:
         if not run.labeled:
             none = "None, and no labeled held-out images are known. To look at the encoder:"
             return paragraph(f"{none} {run.next_commands()[0]}")
         return paragraph(f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
     rows, more = [], []
-    for entry in newest.values():
+    for entry, encoder in zip(entries, encoder_names(entries), strict=True):
         results, name = entry["figures"], label(entry)
         main = _main_figure(results)
         score = f"{f'{main} ' * (main != 'top1')}{percent(results.get(main))} {_spread(results)}".strip()
         data = evaluated_on(entry.get("data") or {})
-        rows.append([name, data, str(entry.get("encoder", "?")), score, percent(results.get("top5"))])
-        more.append([f"{name}, {entry.get('encoder', '?')}", _details(entry)])
+        rows.append([name, data, encoder, score, percent(results.get("top5"))])
+        more.append([f"{name}, {encoder}", _details(entry)])
     shown = part("table", "Accuracy on held-out images", ["evaluation", "data", "encoder", "top-1 %", "top-5 %"], rows)
     shown += folded("Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more))
-    pictures = [picture for entry in newest.values() if (picture := _predictions(run, entry))]
+    pictures = [picture for entry in entries if (picture := _predictions(run, entry))]
     return shown + (folded("Predictions beside the truth", Markup().join(pictures)) if pictures else Markup())
 
 

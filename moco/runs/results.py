@@ -1,6 +1,6 @@
 """results.json, and the results of evaluations in TensorBoard and the other loggers of a run."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,11 @@ from moco.runs.metrics import add_results
 from moco.runtime.next_command import value_text
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json
+
+BASELINES = ("untrained", "pixels")
+# The fields of an entry's data that tell images and labels apart.
+_IMAGES = ("name", "root", "more_roots", "eval_root", "label_file", "label_column", "subset", "split", "eval_split")
+_IMAGES_OF_OBJECTS = ("layout", "file", "eval_file")  # further ones of moco.segment and moco.detect
 
 
 def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
@@ -45,20 +50,49 @@ def label(entry: Mapping[str, Any]) -> str:
     changed = entry.get("changed")
     if not isinstance(changed, Mapping) or not changed:
         return name
-    return f"{name} ({', '.join(f'{field}={value_text(value)}' for field, value in changed.items())})"
+    shown = (f"{field.lstrip('+')}={value_text(value)}" for field, value in changed.items())
+    return f"{name} ({', '.join(shown)})"
+
+
+def newest(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the newest entry of each evaluation: of one encoder, with the same settings and images."""
+    return list({(*evaluation_key(entry), _weights(entry)): entry for entry in entries}.values())
 
 
 def evaluation_key(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what tells evaluations apart: of entries with the same key, the newest counts."""
+    """Return what two entries must share to be compared: command, settings, image preparation and data."""
     data, settings = entry.get("data") or {}, entry.get("settings") or {}
-    images = [data.get(name) for name in ("name", "root", "more_roots", "eval_root", "label_file", "hold_out")]
-    return tuple(str(each) for each in (label(entry), settings.get("features", ""), images, entry.get("encoder")))
+    images = [data.get(name) for name in (*_IMAGES, *_IMAGES_OF_OBJECTS, "hold_out")]
+    return tuple(str(each) for each in (label(entry), settings.get("features", ""), images, entry.get("look")))
+
+
+def encoder_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the name of each entry's encoder; entries of one name and different weights get the step, too."""
+    names = []
+    for entry in entries:
+        weights = entry.get("weights", "encoder")
+        plain = entry.get("encoder") in BASELINES or weights == "encoder"
+        names.append(str(entry.get("encoder", "?")) + ("" if plain else f", {weights}"))
+    steps: dict[str, set[str]] = {}
+    for name, entry in zip(names, entries, strict=True):
+        steps.setdefault(name, set()).add(str(entry.get("step", "?")))
+    several = {name for name, found in steps.items() if len(found) > 1 and name not in BASELINES}
+    return [
+        f"{name}, step {entry.get('step', '?')}" if name in several else name
+        for name, entry in zip(names, entries, strict=True)
+    ]
+
+
+def _weights(entry: Mapping[str, Any]) -> str:
+    """Identify the weights of an entry's encoder. Those of a baseline follow from the seed and the network."""
+    encoder = entry.get("encoder")
+    return str(encoder if encoder in BASELINES else (encoder, entry.get("weights"), entry.get("sha256")))
 
 
 def data_name(data: Mapping[str, Any]) -> str:
     """Return the name of an entry's data set. The root is left out where it is only the folder of the download."""
     has_root = data.get("name") in (None, *FOLDERS, "huggingface")  # None: of moco.segment and moco.detect
-    names = ("name", "root", "subset") if has_root else ("name",)
+    names = ("name", "root", "file", "subset") if has_root else ("name",)
     more = data.get("more_roots") or []
     return " ".join([*(str(data[name]) for name in names if data.get(name)), *map(str, more)])
 
@@ -66,7 +100,8 @@ def data_name(data: Mapping[str, Any]) -> str:
 def evaluated_on(data: Mapping[str, Any]) -> str:
     """Return the name of an entry's data set, and where its held-out images come from."""
     share = data.get("hold_out")
-    held_out = data.get("eval_root") if data.get("name") in FOLDERS else None
+    parts = [data.get(name) for name in ("eval_root", "eval_file")] if data.get("name") in (None, *FOLDERS) else []
+    held_out = " ".join(str(each) for each in parts if each)
     part = f", held out: {held_out}" if held_out else f", held out: {share} of them" if share else ""
     seen = data.get("held_out_seen") or data.get("held_out_in_training")
     return f"{data_name(data)}{part}{' (held-out images were in the training set, without labels)' if seen else ''}"

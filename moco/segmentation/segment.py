@@ -24,7 +24,7 @@ from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import output_of, weights_digest
-from moco.evaluation.task import progress_log
+from moco.evaluation.task import changed_settings, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
 from moco.optim.optimizers import build_optimizer, parameter_groups
@@ -39,6 +39,7 @@ from moco.segmentation.network import SegmentationNetwork, build_network, set_tr
 from moco.segmentation.picture import write_picture
 from moco.segmentation.training import TrainSettings, evaluate, predict, train
 
+_NOT_LISTED = {"encoders", "seeds", "steps", "head", "frozen"}  # as changed: in the protocol, or of all seeds
 SHOWN = 6  # held-out images in predictions.png
 
 
@@ -237,6 +238,7 @@ def _entry(run: Segmentation, found: Segmented) -> dict[str, Any]:
         "sha256": weights_digest(file, "backbone"),
         "data": masks | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
         "settings": _settings(config),
+        "changed": changed_settings(config, "segment", [*(_settings(config).keys() - _NOT_LISTED), "seed"]),
         "figures": {"mIoU": mean, "mIoU_half_width95": half, "pixel_accuracy": accuracy}
         | ({} if config.seeds > 1 else {"interval95": list(found.overlaps[0].interval())}),
         "per_seed": [each.to_json() for each in found.overlaps],

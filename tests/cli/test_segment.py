@@ -41,6 +41,7 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
         assert each["figures"]["mIoU"] == pytest.approx(np.mean(seeds))
         assert len(seeds) == 2
         assert each["data"]["training"] == 12
+        assert each["changed"] == {"crop": 16, "batch_size": 4, "lr": 0.01}  # without those in the protocol's name
         folder = Path(each["saved"])
         assert (folder / "network.safetensors").is_file()
         with Image.open(folder / "predictions.png") as picture:

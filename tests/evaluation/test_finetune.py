@@ -99,6 +99,9 @@ def test_it_writes_results_and_a_network_that_the_other_commands_read(
     assert (entry["settings"]["steps"], entry["settings"]["fraction"]) == (30, 0.1)
     assert entry["settings"]["view"] == json.loads(json.dumps(asdict(view_of(config, open_subject(config)))))
     assert (entry["weights"], entry["backbone"], entry["options"]) == ("encoder", "convnet", {"width": 4})
+    changed = {name: entry["changed"][name] for name in ("epochs", "lr", "min_steps")}
+    assert changed == {"epochs": 1, "lr": 0.05, "min_steps": 30}
+    assert entry["changed"].keys().isdisjoint({"fraction", "seeds", "encoders", "data", "run"})
     assert (entry["data"]["training"], entry["data"]["held_out"]) == (1297, 500)
     assert entry["data"]["name"] == "digits"
     each = [one["top1"] for one in entry["per_seed"]]

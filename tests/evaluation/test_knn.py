@@ -252,6 +252,8 @@ def test_the_projection_has_results_of_its_own(run: Path, tmp_path: Path) -> Non
     (projection,) = evaluate_knn(config)
     assert not np.array_equal(total_confusion(backbone.metrics), total_confusion(projection.metrics))
     first, second = entries(tmp_path)
+    assert (first["changed"]["k"], "features" in first["changed"]) == ([1], False)
+    assert second["changed"] == first["changed"] | {"features": "projection"}
     assert [each["settings"]["features"] for each in (first, second)] == ["backbone", "projection"]
     assert first["sha256"] != second["sha256"]
 

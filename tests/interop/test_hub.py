@@ -360,3 +360,14 @@ def test_the_card_names_the_folders_of_an_evaluation() -> None:
     assert evaluated_on({"root": "shapes", "hold_out": 0.2}) == "shapes, held out: 0.2 of them"  # moco.segment
     seen = evaluated_on({"name": "cifar10", "root": "/data", "held_out_in_training": 3})
     assert seen == "cifar10 (held-out images were in the training set, without labels)"
+
+
+def test_the_card_numbers_different_data_of_one_name() -> None:
+    roots = [("/a/train", "/a/test"), ("/b/train", "/b/test"), ("/a/train", "/b/test"), ("/a/train", "/a/test")]
+    entries = [{"data": {"name": "folder", "root": root, "eval_root": test}} for root, test in roots]
+    assert model_card._data_names(entries) == [
+        "folder train, held out: test",
+        "folder train, held out: test (2)",
+        "folder train, held out: test (3)",
+        "folder train, held out: test",
+    ]
