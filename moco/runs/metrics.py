@@ -18,6 +18,7 @@ from moco.files import WriteError, atomic_write, cause, write_errors
 from moco.plugins import Registry
 from moco.runs.tensorboard import TensorBoard
 from moco.runs.trackers import MLflow, Wandb
+from moco.runtime.stdio import printable
 from moco.untrusted import read_yaml
 
 METRICS = "metrics.jsonl"
@@ -76,6 +77,7 @@ def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
         values: the results by name, "evaluation/knn_all labels/pretrained_top1", ...
         step: the encoder's training step.
     """
+    values = {printable(name): value for name, value in values.items()}  # the path of a data set can be any bytes
     for name, construct in LOGGERS.items():
         with _without_failing(name, "the results lack there"):
             getattr(construct, "add_results", Logger.add_results)(path, values, step)

@@ -4,8 +4,10 @@ The tracker's id of a run is the text of wandb_id.txt or mlflow_id.txt in the ru
 that a resumed run needs anyway, so that it is found on another machine too.
 """
 
+import hashlib
 import os
 import queue
+import re
 import secrets
 import sys
 import threading
@@ -22,7 +24,9 @@ from moco.files import atomic_write
 
 _PROJECT = "moco"  # unless an environment variable of the tracker names another
 _WAIT = 60.0  # seconds that the end of a run waits for a server
-_LONGEST_VALUE = 6000  # characters of a parameter of MLflow
+# Of MLflow: characters of a parameter's value; of a name of a parameter or metric, or of a run.
+_LONGEST_VALUE, _LONGEST_NAME = 6000, 250
+_IN_MLFLOW = {"%": "percent", ", ": " - "}  # what moco's names have and MLflow refuses
 
 
 class Wandb:
@@ -49,9 +53,12 @@ class Wandb:
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
         """Add the results of an evaluation to the summary of the run that was trained in `path`, if there is one."""
         if name := _read_id(path, "wandb"):
+            Wandb.check()
             run = _wandb_run(path, name, None)
-            run.summary.update(dict(values))
-            run.finish()
+            try:
+                run.summary.update(dict(values))
+            finally:
+                run.finish()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Record numbers, except those of steps that an earlier attempt has recorded already."""
@@ -150,8 +157,8 @@ class MLflow:
 
         experiment = _import("mlflow").set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
         tags = {"mlflow.source.git.commit": _commit() or "unknown"}
-        run = self._client.create_run(experiment.experiment_id, run_name=str(path), tags=tags)
-        values = [Param(name, str(value)[:_LONGEST_VALUE]) for name, value in flatten(config).items()]
+        run = self._client.create_run(experiment.experiment_id, run_name=str(path)[-_LONGEST_NAME:], tags=tags)
+        values = [Param(mlflow_name(name), str(value)[:_LONGEST_VALUE]) for name, value in flatten(config).items()]
         self._client.log_batch(run.info.run_id, params=values)
         return str(run.info.run_id)
 
@@ -196,7 +203,26 @@ def _mlflow_client() -> Any:
 def _metrics(values: Mapping[str, float], step: int) -> list[Any]:
     from mlflow.entities import Metric
 
-    return [Metric(name, value, int(1000 * time.time()), step) for name, value in values.items()]
+    return [Metric(mlflow_name(name), value, int(1000 * time.time()), step) for name, value in values.items()]
+
+
+def mlflow_name(name: str) -> str:
+    """Return a name that MLflow accepts: letters, digits and `_-./ `, a relative path, at most 250 characters.
+
+    Different names remain different: one that cannot be restored ends with its digest.
+    """
+    text = name
+    for old, new in _IN_MLFLOW.items():
+        text = text.replace(old, new)
+    restored = text
+    for old, new in _IN_MLFLOW.items():
+        restored = restored.replace(new, old)
+    parts = re.sub(r"[^\w ./-]", "_", text).split("/")
+    plain = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    if (plain, restored) == (text, name) and len(plain) <= _LONGEST_NAME:
+        return plain
+    digest = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:8]
+    return f"{plain[: _LONGEST_NAME - 9]} {digest}"
 
 
 def _import(name: str) -> Any:

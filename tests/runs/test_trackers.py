@@ -3,6 +3,8 @@
 import importlib.util
 import math
 import os
+import posixpath
+import re
 import sys
 import time
 from pathlib import Path
@@ -225,10 +227,34 @@ def test_what_is_missing_is_reported_in_one_sentence(run: Path, monkeypatch: pyt
     with pytest.warns(RunWarning, match=r"logger=wandb failed .*: the results lack there"):
         results.record(run, [RESULT], step=1)
     Wandb(monkeypatch, key=False)
+    with pytest.warns(RunWarning, match=r"logger=wandb failed .*WANDB_MODE=offline\): the results lack there"):
+        results.record(run, [RESULT], step=1)
     with pytest.raises(ConfigError, match="`wandb login`, or set WANDB_MODE=offline"):
         check_loggers(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_loggers(["wandb"])
+
+
+NAMES = [
+    *("evaluation/finetune_20 % of labels/pretrained_top1", "evaluation/transfer_linear, CIFAR-10/mine_top1"),
+    *("evaluation/linear_Bäume/猫_top1", "evaluation/linear_Ba\u0308ume/猫_top1", "a, b", "a - b", "a b", "a_b", "a:b"),
+    *("20 percent of labels", "20 % of labels", "/data", "_/data", "a/../b", "a//b", "../b", "a/", "", "\n", "\udcff"),
+    *("a" * 250, "a" * 251, "a" * 252, "hi\n", "hi"),
+]
+
+
+def test_names_in_mlflow() -> None:
+    names = [trackers.mlflow_name(name) for name in NAMES]
+    assert names[:2] == [
+        "evaluation/finetune_20 percent of labels/pretrained_top1",
+        "evaluation/transfer_linear - CIFAR-10/mine_top1",
+    ]
+    assert names[2] == NAMES[2]
+    assert len(set(names)) == len(set(NAMES)) == len(NAMES)
+    for name in names:
+        assert re.fullmatch(r"[\w ./-]{1,250}", name)
+        assert posixpath.normpath(name) == name
+        assert not name.startswith(("/", ".."))
 
 
 def installed(*names: str) -> bool:
@@ -240,14 +266,19 @@ def installed(*names: str) -> bool:
 def test_the_local_store_of_mlflow(run: Path) -> None:
     import mlflow
 
+    options = {"größe": "x" * 7000, "50 %": 1}
+    (run / "config.yaml").write_text(yaml.safe_dump({"method": {"temperature": 0.2}, "options": options}))
     train(run, "mlflow", 0, 3)
     train(run, "mlflow", 1, 4)
-    results.record(run, [RESULT], step=4)
+    results.record(run, [RESULT, RESULT | {"protocol": "20 % of labels"}], step=4)
+    trackers.MLflow.add_results(run, dict.fromkeys(NAMES, 1.0), 5)
     client = mlflow.MlflowClient()
     found = client.get_run((run / "mlflow_id.txt").read_text().strip())
     assert (found.info.status, found.info.run_name) == ("FINISHED", str(run))
     assert found.data.params["method.temperature"] == "0.2"
-    assert found.data.metrics == {"train/loss": 2.0, "evaluation/knn_all labels/pretrained_top1": 71.5}
+    assert (len(found.data.params["options.größe"]), found.data.params["options.50 percent"]) == (6000, "1")
+    measured = {f"evaluation/knn_{labels} labels/pretrained_top1": 71.5 for labels in ("all", "20 percent of")}
+    assert found.data.metrics == {"train/loss": 2.0, **measured, **{trackers.mlflow_name(name): 1.0 for name in NAMES}}
 
 
 @pytest.mark.slow
@@ -256,5 +287,6 @@ def test_wandb_offline(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     train(run, "wandb", 0, 3)
     train(run, "wandb", 1, 4)
+    results.record(run, [RESULT | {"protocol": name} for name in NAMES], step=4)  # in TensorBoard too
     (name,) = (run / "wandb_id.txt").read_text().split()
-    assert len(list(run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))) == 2
+    assert len(list(run.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))) == 3
