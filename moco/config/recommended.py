@@ -32,6 +32,21 @@ def queue_advice(images: int, keys_per_step: int) -> str:
     return f"method.queue_size={queue}" if queue <= images / 2 else "a smaller batch_size and queue"
 
 
+def resize_for(size: int) -> int:
+    """Return a shorter side for images of which evaluation takes the central crop of a size, as 256 for 224."""
+    return size * 8 // 7
+
+
+def crop_advice(size_field: str, size: int, resize_field: str, resize: int) -> str:
+    """Return what to change if evaluation crops most of an image away; "" if it does not."""
+    if resize <= 2 * size:
+        return ""
+    seen = f"evaluations see at most the central {100 * (size / resize) ** 2:.2g} % of an image"
+    return (
+        f"{resize_field}={resize} is more than twice {size_field}={size}: {seen}; set {resize_field}={resize_for(size)}"
+    )
+
+
 def recipe_for(images: int, budget: int = BUDGET) -> dict[str, Any]:
     """Return the overrides of a run on a data set of some size; {} if it has fewer than `SMALL_BATCH` images.
 

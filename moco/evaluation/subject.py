@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from moco.config import ConfigError, DataConfig, RunWarning, require
 from moco.config.base import HUB
 from moco.config.data import FOLDERS, check_normalization, is_remote
+from moco.config.recommended import crop_advice, resize_for
 from moco.config.subject import EncoderConfig, SubjectConfig
 from moco.data.duplicates import split_groups
 from moco.data.keyed import HOLD_OUT
@@ -64,8 +65,10 @@ def open_subject(config: SubjectConfig) -> Subject:
     whose = f"the {file.channels} channels of {file.source}"
     check_normalization("images", transform.mean, transform.std, file.channels, dtype, whose)
     fits = transform.resize == 0 or transform.resize >= transform.size
-    fix = f"set images.resize={round(transform.size * 8 / 7)} too"  # as 256 to 224
+    fix = f"set images.resize={resize_for(transform.size)} too"
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: {fix}")
+    if advice := crop_advice("images.size", transform.size, "images.resize", transform.resize):
+        warnings.warn(advice, RunWarning, stacklevel=2)
     # Before any image is searched for, refuse weights that do not fit.
     file = fit_to_size(file, transform.size, "images.size")
     if not file.config:  # of another project

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from moco.config import RunWarning, TrainConfig, require
-from moco.config.recommended import queue_advice
+from moco.config.recommended import crop_advice, queue_advice
 from moco.data.base import Sources
 from moco.data.opening import build_views
 from moco.data.plan import Plan
@@ -45,6 +45,9 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
         _warn(sentence)
     if config.model.options.get("pretrained"):
         warn_of_other_normalization(config, "model.options.pretrained=true", published_images(config.model.backbone))
+    augment = config.augment
+    if advice := crop_advice("augment.size", augment.size, "augment.eval_resize", augment.eval_resize):
+        _warn(advice)
     _check_brightness(config)
     _check_queue(config, plan)
     _check_batch_norm(config)

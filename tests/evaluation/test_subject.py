@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from moco.config import ConfigError
+from moco.config import ConfigError, RunWarning
 from moco.config.subject import SubjectConfig, check_subject
 from moco.evaluation.subject import encoders, open_labeled, open_subject
 from moco.evaluation.task import Task
@@ -163,7 +163,16 @@ def test_a_damaged_newest_checkpoint_names_the_previous_one(tmp_path: Path) -> N
 def test_a_crop_larger_than_the_image_is_refused(tmp_path: Path) -> None:
     config = SubjectConfig(run=str(trained(tmp_path / "run")))
     config.images.size, config.images.resize = 300, 256
-    assert sentence(config) == "images.size=300 exceeds images.resize=256: set images.resize=343 too"
+    assert sentence(config) == "images.size=300 exceeds images.resize=256: set images.resize=342 too"
+
+
+def test_a_crop_of_a_small_part_warns(tmp_path: Path) -> None:
+    config = SubjectConfig(run=str(trained(tmp_path / "run")))
+    config.images.size, config.images.resize = 8, 17
+    with pytest.warns(RunWarning, match=r"images\.resize=17 .* images\.size=8: .* 22 % .* set images\.resize=9$"):
+        open_subject(config)
+    config.images.resize = 16
+    open_subject(config)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,17 @@ def test_a_queue_as_long_as_the_data_set_warns() -> None:
         check_against_data(config(queue_size=1000), plan(1000))
 
 
+def test_an_evaluation_of_a_small_part_of_each_image_warns() -> None:
+    made = config()
+    made.augment = AugmentConfig(size=32, eval_resize=256)  # a recipe for 224 pixels
+    with pytest.warns(
+        RunWarning, match=r"eval_resize=256 .* augment\.size=32: .* 1\.6 % .* set augment\.eval_resize=36$"
+    ):
+        check_against_data(made, plan(1000))
+    for made.augment.eval_resize in (0, 64):
+        check_against_data(made, plan(1000))
+
+
 def test_a_shorter_queue_does_not_warn() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
