@@ -92,8 +92,16 @@ def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> 
     if config.compile:
         for name, network in method.named_children():
             if name not in ("queue", "dense_queue", "learned_temperature"):
-                network.compile()
+                network.compile(options=_compiler_options())
     return wrap_ddp(method, device)
+
+
+def _compiler_options() -> dict[str, Any]:
+    """Turn off a fusion of torch 2.14's compiler for GPUs that fails in the backward pass of BN over groups."""
+    from torch._inductor import config  # takes a second
+
+    name = "mix_order_reduction"
+    return {f"triton.{name}": False} if hasattr(config.triton, name) else {}
 
 
 def make_monitor(

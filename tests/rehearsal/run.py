@@ -19,7 +19,6 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch import _dynamo as dynamo
-from torch.cuda._sanitizer import enable_cuda_sanitizer
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.composition import register
@@ -82,7 +81,7 @@ def save_teacher(file: Path) -> str:
     return str(file)
 
 
-def _capture(module: nn.Module, compiled: Any = nn.Module.compile) -> None:
+def _capture(module: nn.Module, compiled: Any = nn.Module.compile, **_: Any) -> None:
     """Capture the graphs of `compile=true`, without compiling them."""
     compiled(module, backend="eager")
 
@@ -133,6 +132,8 @@ def train(job: Job, folder: Path) -> Record:
         fault,
     ):
         if "REHEARSAL_SANITIZE" in os.environ:  # look for races between streams
+            from torch.cuda._sanitizer import enable_cuda_sanitizer  # the import alone makes allocations slow
+
             enable_cuda_sanitizer()
         try:
             pretrain(config)

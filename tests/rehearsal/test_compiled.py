@@ -1,4 +1,7 @@
-"""moco's kernels, compiled for a GPU: the augmentation rounds each operation alone, the loss uses tensor cores."""
+"""moco's kernels, compiled for a GPU: the augmentation rounds each operation alone, the loss uses tensor cores.
+
+And BN over groups, by the compiler of `compile=true`.
+"""
 
 import json
 import re
@@ -28,3 +31,13 @@ def test_kernels_compile_as_intended(tmp_path: Path) -> None:
     assert "div.rn.f32" in assembly["_color"]
     assert re.search(r"mma\.\S*\.f32\.tf32", assembly["_parts"])
     assert re.search(r"mma\.\S*\.f32\.bf16", assembly["_parts"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(build.missing() != "", reason=build.missing())
+def test_batch_norm_over_groups_compiles(tmp_path: Path) -> None:
+    """torch 2.14's compiler fails with its default settings."""
+    env = build.environment(build.build(tmp_path), null=True) | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "tests.rehearsal.inductor"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
