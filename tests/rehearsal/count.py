@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,8 @@ from moco.training import build
 from moco.training.step import StepSettings, train_step
 from tests.rehearsal.run import configuration, untimed
 
-STEPS = 4  # the third one is counted, the fourth one is traced
+STEPS = 24  # the last but one is counted, the last one is traced
+FIRST = 2  # from this step on, memory is allocated and kernels are compiled
 IN_MEMORY = {"cifar10": (50_000, 32)}  # images and their side
 DEVICE = torch.device("cuda", 0)
 _LIBRARY = ctypes.CDLL(os.environ["LD_PRELOAD"])
@@ -61,6 +63,7 @@ class Count(TypedDict):
     batch: dict[str, int]  # crops and augmentation of the next batch, by the names of `_COUNTERS`
     step: dict[str, int]  # from the views to the new weights and the queue
     peak_bytes: int  # of torch's allocator
+    host_ms: tuple[float, float]  # processor time for batch and step, without launches: the shortest of all steps
     places: dict[str, int]  # launches of the step by phase and operation
 
 
@@ -148,13 +151,16 @@ def _steps(case: Case, config: TrainConfig, plan: Plan, source: Any) -> Count:
     settings = StepSettings(0.1, 0.99, config.accumulate, PRECISIONS[config.precision], check_finite=False)
     stream = batches(source, plan, views, DEVICE, 0)
 
+    times: list[tuple[float, float]] = []
+
     def step(number: int) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-        before = _read()
+        before, began = _read(), time.process_time()
         batch = next(stream)
-        between = _read()
+        between, made = _read(), time.process_time()
         shuffles = plan.shuffles(number, len(views)) if config.model.shuffle_keys else None
         with _Trace(method, optimizer) if number == STEPS - 1 else nullcontext() as trace:
             train_step(method, forward, optimizer, scaler, batch, shuffles, settings)
+        times.append((made - began, time.process_time() - made))
         after = _read()
         return _difference(before, between), _difference(between, after), trace.places if trace else {}
 
@@ -162,7 +168,9 @@ def _steps(case: Case, config: TrainConfig, plan: Plan, source: Any) -> Count:
         torch.cuda.reset_peak_memory_stats()
         made, taken, _ = step(number)
     peak = torch.cuda.max_memory_allocated()
-    return Count(case=case, batch=made, step=taken, peak_bytes=peak, places=step(STEPS - 1)[2])
+    on_batch, on_step = (1000 * min(each) for each in zip(*times[FIRST:], strict=True))
+    places = step(STEPS - 1)[2]
+    return Count(case=case, batch=made, step=taken, peak_bytes=peak, host_ms=(on_batch, on_step), places=places)
 
 
 if __name__ == "__main__":
