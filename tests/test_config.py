@@ -122,12 +122,16 @@ def test_bounds_of_elements_lengths_and_repeated_values() -> None:
     class Schema:
         names: list[str] = bounded(["a"], choices=("a", "b"), min_length=1, unique=True)
         sizes: list[int] | None = bounded(None, gt=1, max_length=3, min_length=2)
+        paths: list[str] = bounded([], unique=True, path=True)
 
     check_bounds(Schema())
-    check_bounds(Schema(["b", "a"], [2, 3, 2]))
+    check_bounds(Schema(["b", "a"], [2, 3, 2], ["pets", "./pets", "runs/a", "runs/b"]))
     for invalid, error in [
         (Schema([]), r"names=\[\] must hold at least 1 value"),
         (Schema(["a", "a"]), "must not hold a value twice"),
+        (Schema(paths=["runs/a", "runs/a/"]), "must not hold a value twice"),
+        (Schema(paths=["a", "a/"]), "must not hold a value twice"),
+        (Schema(paths=[str(Path("runs/a").absolute()), "./runs//a"]), "must not hold a value twice"),
         (Schema(sizes=[2]), "must hold 2 to 3 values"),
         (Schema(sizes=[2, 1]), "1 must be above 1"),
     ]:

@@ -121,9 +121,14 @@ class Bounds:
         for each in value:
             if not self._accepts(each):
                 return f"{name}={value}: {_shown(each)} must be {self.element()}{example}"
-        if self.unique and len(set(value)) < len(value):
+        if self.unique and len({self._identity(each) for each in value}) < len(value):
             return f"{name}={value} must not hold a value twice"
         return ""
+
+    def _identity(self, value: Any) -> Any:
+        """Return what two spellings of one path have in common. A value without a directory can be a name."""
+        path = value.rstrip("/") if self.path else ""
+        return os.path.realpath(path) if "/" in path else path or value
 
     def _accepts(self, value: Any) -> bool:
         return (

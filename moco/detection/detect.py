@@ -29,7 +29,7 @@ from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
-from moco.evaluation.subject import output_of, weights_digest
+from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import changed_settings, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
@@ -48,6 +48,7 @@ class Detection:
     """The common state of all encoders and seeds."""
 
     config: DetectConfig
+    own: EncoderFile  # that of run or checkpoint
     files: dict[str, EncoderFile]  # by the entries of `encoders`
     output: Path
     train: BoxedImages
@@ -93,7 +94,7 @@ def evaluate_detect(config: DetectConfig) -> list[Detected]:
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
             found = [_detect(run, name, on_step) for name in config.encoders]
         entries = [_entry(run, each) for each in found]
-        path = on_rank_zero(lambda: record(run.output, entries, run.files[config.encoders[0]].step))
+        path = on_rank_zero(lambda: record(run.output, entries, run.own.step))
         _report(run, found, path)
     return found
 
@@ -101,7 +102,8 @@ def evaluate_detect(config: DetectConfig) -> list[Detected]:
 def _set_up(config: DetectConfig, device: torch.device) -> Detection:
     """Open the encoders and the images, and read the headers of all images."""
     metrics_library()  # before the training, which needs it at the end
-    files = open_encoders(config, config.encoders, "moco.detect")
+    own = open_encoder(config)
+    files = open_encoders(own, config.encoders, "moco.detect")
     train_split, held_out = on_rank_zero(lambda: open_boxed(config.boxes, config.masks))
     require(
         len(train_split) >= config.batch_size,
@@ -124,8 +126,7 @@ def _set_up(config: DetectConfig, device: torch.device) -> Detection:
     ]
     if lacking:
         log(f"in no training image, so never found: {first_names(lacking)}")
-    own = files.get("pretrained") or files[config.encoders[0]]
-    return Detection(config, files, output_of(config, own), train_split, held_out, device)
+    return Detection(config, own, files, output_of(config, own), train_split, held_out, device)
 
 
 def _form(config: DetectConfig) -> DetectorSettings:

@@ -18,14 +18,13 @@ def fields_of_encoder(name: str) -> dict[str, Any]:
     return {"run": name if is_run else "", "checkpoint": "" if is_run else name}
 
 
-def open_encoders(config: EncoderConfig, names: Sequence[str], command: str) -> dict[str, EncoderFile]:
-    """Read the encoders of a list, by its entries: pretrained and untrained, both from the file of `config`, and paths.
+def open_encoders(own: EncoderFile, names: Sequence[str], command: str) -> dict[str, EncoderFile]:
+    """Read the encoders of a list, by its entries: pretrained and untrained, both from the file `own`, and paths.
 
     Raises:
-        ConfigError: for another encoder that cannot be read, or one of other images than RGB, which `command` reads;
-            for that of `config` see `open_encoder`.
+        ConfigError: for another encoder that cannot be read, or one of other images than RGB, which `command` reads.
     """
-    own, found = open_encoder(config), dict[str, EncoderFile]()
+    found = dict[str, EncoderFile]()
     for name in names:
         try:
             known = name in ("pretrained", "untrained")

@@ -63,28 +63,25 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
     """
     check_names(config.sets)
     with compute_context(config) as device, ExitStack() as locks:
-        candidates = open_candidates(config)
-        output = candidates[0].subject.output
+        own = open_subject(config)
+        candidates, output = open_candidates(config, own), own.output
         prepare(output)
         on_rank_zero(lambda: bool(locks.enter_context(lock_directory(output / FOLDER, "output"))))
         # The images of a name never change. Others are opened now: their digest is needed, and a set that cannot be
         # evaluated ends the command before the first one is.
-        own = candidates[0].subject
         opened = {name: None if is_fixed(name) else open_set(name, config, own) for name in config.sets}
-        found = [_evaluate_set(name, splits, config, candidates, device) for name, splits in opened.items()]
+        found = [_evaluate_set(name, splits, config, own, candidates, device) for name, splits in opened.items()]
         _report(config, found, output)
     return found
 
 
-def open_candidates(config: TransferConfig) -> list[Candidate]:
-    """Read the encoders of `encoders`, in this order.
+def open_candidates(config: TransferConfig, own: Subject) -> list[Candidate]:
+    """Read the encoders of `encoders`, in this order; `own` is that of run or checkpoint.
 
     Raises:
-        ConfigError: for an encoder that cannot be read, or whose images have another number of channels than
-            those of the encoder of run or checkpoint.
-        FileNotFoundError, ValueError: for the encoder of run or checkpoint; see `open_subject`.
+        ConfigError: for another encoder that cannot be read, or whose images have another number of channels than
+            those of `own`.
     """
-    own = open_subject(config)
     found = []
     for name in config.encoders:
         subject, seed = own, None
@@ -110,17 +107,19 @@ def _open_other(name: str, config: TransferConfig) -> Subject:
 
 
 def _evaluate_set(
-    name: str, splits: Splits | None, config: TransferConfig, candidates: Sequence[Candidate], device: torch.device
+    name: str,
+    splits: Splits | None,
+    config: TransferConfig,
+    own: Subject,
+    candidates: Sequence[Candidate],
+    device: torch.device,
 ) -> SetResults:
     """Evaluate the encoders that have no fitting result on one data set; write the file after each of them.
 
     `splits` is None for a data set that is opened only if a result is missing.
     """
-    output = candidates[0].subject.output
-    file, settings = (
-        result_file(output, name, config.mode),
-        {each: getattr(config, each) for each in SETTINGS[config.mode]},
-    )
+    file = result_file(own.output, name, config.mode)
+    settings = {each: getattr(config, each) for each in SETTINGS[config.mode]}
     wanted = SetResults(name, config.mode, settings | {"images": splits.digest() if splits else name})
     found, problem = on_rank_zero(lambda: read_results(file, wanted))
     digests = {each.name: each.digest for each in candidates}
@@ -134,12 +133,12 @@ def _evaluate_set(
         log(f"{name}: {len(candidates) - len(missing)} of {len(candidates)} encoders are already in {file}")
     if not missing:
         return found
-    splits = splits or open_set(name, config, candidates[0].subject)
+    splits = splits or open_set(name, config, own)
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     sizes = {part: len(images.source) if images else 0 for part, images in parts.items()}
     found.about = {"measure": splits.measure, "classes": splits.classes} | sizes
     if name == OF_FIELDS:
-        found.about["data"] = data_config(config, candidates[0].subject).name
+        found.about["data"] = data_config(config, own).name
     if splits.test.labels.ndim == 1:
         found.about["test_per_class"] = sorted(np.bincount(splits.test.labels).tolist(), reverse=True)
     counted = ", ".join(f"{count:,} {part}" for part, count in sizes.items() if count)
@@ -149,7 +148,7 @@ def _evaluate_set(
         if candidate.name in missing:
             result = measure(EvaluatedEncoder(candidate, config, device, f"{name}, {candidate.name}"))
             found.encoders[candidate.name] = {"digest": candidate.digest} | result
-            on_rank_zero(lambda: _write(file, found, candidate, output))  # noqa: B023 # called at once
+            on_rank_zero(lambda: _write(file, found, candidate, own.output))  # noqa: B023 # called at once
     return found
 
 

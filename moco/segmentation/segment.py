@@ -23,7 +23,7 @@ from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
-from moco.evaluation.subject import output_of, weights_digest
+from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import changed_settings, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
@@ -48,6 +48,7 @@ class Segmentation:
     """What all encoders and seeds share: the configuration, the encoder files and the images."""
 
     config: SegmentConfig
+    own: EncoderFile  # that of run or checkpoint
     files: dict[str, EncoderFile]  # by the entries of `encoders`
     output: Path
     train: MaskedImages
@@ -94,14 +95,15 @@ def evaluate_segment(config: SegmentConfig) -> list[Segmented]:
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
             found = [_segment(run, name, on_step) for name in config.encoders]
         entries = [_entry(run, each) for each in found]
-        path = on_rank_zero(lambda: record(run.output, entries, run.files[config.encoders[0]].step))
+        path = on_rank_zero(lambda: record(run.output, entries, run.own.step))
         _report(run, found, path)
     return found
 
 
 def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
     """Open the encoders and the images, and read all masks."""
-    files = open_encoders(config, config.encoders, "moco.segment")
+    own = open_encoder(config)
+    files = open_encoders(own, config.encoders, "moco.segment")
     files = {name: with_output_stride(file, config.output_stride) for name, file in files.items()}
     train_split, held_out = open_masked(config.masks)
     require(
@@ -113,8 +115,7 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
     for name, file in files.items():
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
-    own = files.get("pretrained") or files[config.encoders[0]]
-    return Segmentation(config, files, output_of(config, own), train_split, held_out, device)
+    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, device)
 
 
 def _with_classes(

@@ -117,6 +117,23 @@ def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) ->
     assert "encoders=gone.pt: checkpoint=gone.pt does not exist" in err
 
 
+def test_results_are_below_the_directory_of_the_configured_encoder(canvases: Path, run: Run) -> None:
+    augment = {"size": 32, "eval_resize": 36, "mean": [0.4] * 3, "std": [0.3] * 3}
+    for name in ("own", "other"):
+        (canvases / name).mkdir()
+        config = {"model": {"backbone": "convnet", "options": {"width": 4}}, "augment": augment}
+        save_encoder(canvases / name / "encoder.safetensors", build_backbone("convnet", {"width": 4}), config, 7)
+    arguments = ("segment", *SMALL, NAMED, "steps=1", "checkpoint=own/encoder.safetensors", "device=cpu", "threads=1")
+    status, _, err = run(*arguments, "encoders=[other/encoder.safetensors]")
+    assert status == 0, err
+    assert [each["encoder"] for each in json.loads((canvases / "own/results.json").read_text())] == [
+        "other/encoder.safetensors"
+    ]
+    assert not (canvases / "other/results.json").exists()
+    status, _, err = run(*arguments, "encoders=[other/encoder.safetensors,./other/encoder.safetensors]")
+    assert (status, "twice" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -23,6 +23,7 @@ from moco.data.decode import ImageError
 from moco.evaluation.features import extract
 from moco.evaluation.finetune import evaluate_finetune
 from moco.evaluation.logistic_regression import STRENGTHS
+from moco.evaluation.subject import open_subject
 from moco.evaluation.transfer_data import open_set
 from moco.evaluation.transfer_measures import class_mean_half_width
 from moco.evaluation.transfer_results import result_file
@@ -78,7 +79,7 @@ def test_digits_and_folders_give_one_table_with_a_mean_and_scikit_learns_accurac
     assert (episodes["mode"], episodes["ways"], episodes["queries"]) == ("few_shot", "3", "1")  # of 6 test images each
     for each, name in zip(found, sets, strict=True):
         assert list(each.encoders) == ["pretrained", "untrained"]
-        subject = transfer.open_candidates(settings)[0].subject
+        subject = open_subject(settings)
         splits = open_set(name, settings, subject)
         train, held = splits.with_validation(settings)
         assert (splits.validation is None) == (name == "data")
@@ -140,7 +141,7 @@ def test_half_width_of_the_mean_over_classes() -> None:
 def test_caltech_draws_thirty_training_images_per_class(tmp_path: Path) -> None:
     write_caltech(tmp_path / "data", each=33)
     settings = config(tmp_path / "out", ["caltech101"], root=str(tmp_path / "data"))
-    subject = transfer.open_candidates(settings)[0].subject
+    subject = open_subject(settings)
     splits = open_set("caltech101", settings, subject)
     assert np.bincount(splits.train.labels).tolist() == [30, 30]
     assert np.bincount(splits.test.labels).tolist() == [3, 3]
@@ -212,6 +213,19 @@ def test_another_file_is_an_encoder_like_the_first(tmp_path: Path) -> None:
     assert str(other) in printed.replace("\n", "")
     first, second = result.encoders["pretrained"], result.encoders[str(other)]
     assert first == second
+
+
+@pytest.mark.parametrize("order", [["pretrained", "OTHER"], ["OTHER", "pretrained"], ["OTHER"]])
+def test_results_are_below_the_directory_of_the_configured_encoder(order: list[str], tmp_path: Path) -> None:
+    other = encoder_file(tmp_path / "other", {"name": "folder", "root": folders(tmp_path / "images")})
+    names = [str(other) if each == "OTHER" else each for each in order]
+    settings = config(tmp_path / "own", ["data"], encoders=names, mode="few_shot", ways=3, queries=5, episodes=2)
+    settings.output = ""
+    run(settings)
+    entries = json.loads((tmp_path / "own" / "results.json").read_text())
+    assert [each["encoder"] for each in entries] == names
+    assert {each["data"]["name"] for each in entries} == {"digits"}  # data=: that of the configured encoder
+    assert not (tmp_path / "other" / "results.json").exists()
 
 
 # ---- resuming ----
