@@ -274,8 +274,9 @@ def pages() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     """Write or check the pages, and return the exit status."""
     if arguments not in ([], ["--check"]):
-        print(__doc__, file=sys.stderr)
-        return 2
+        asked = arguments == ["--help"]
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     made = pages()
     existing = {path.name: path.read_text(encoding="utf-8") for path in PAGES.glob("*.md")}
     stale = sorted(name for name in made | existing if made.get(name) != existing.get(name))

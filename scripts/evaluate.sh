@@ -7,7 +7,7 @@
 # Results: RUN/results.json, and RUN/supervised/results.json for the supervised network. scripts/results_table.py
 # prints them as one table.
 set -euo pipefail
-run=$1
+run=${1:?the directory of the run is missing: bash scripts/evaluate.sh RUN [PROTOCOL] [field=value ...]}
 protocol=${2:-moco_v2}
 fields=("${@:3}")
 

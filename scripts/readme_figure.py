@@ -30,6 +30,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory of `python -m moco.train`")
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
+    lacking = [
+        name for name in ("views.png", "metrics.jsonl", "encoder.safetensors") if not (options.run / name).exists()
+    ]
+    if lacking:
+        parser.error(f"{options.run} has no {' and no '.join(lacking)}: name the directory of a finished run")
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 3), layout="constrained")
         parts: Any = figure.subfigures(1, 3, width_ratios=[1.05, 1.0, 1.25])

@@ -4,6 +4,7 @@ The tag is v and `moco.__version__`; CITATION.cff has the same version, and CHAN
 (refs/heads/main, a rehearsal) only CITATION.cff is checked.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -33,4 +34,9 @@ def _found(file: Path, pattern: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit("\n".join(problems(sys.argv[1])) or 0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ref", help="refs/tags/TAG or refs/heads/BRANCH")
+    ref = parser.parse_args().ref
+    if not ref.startswith(("refs/tags/", "refs/heads/")):
+        parser.error(f"{ref} must begin with refs/tags/ or refs/heads/")
+    sys.exit("\n".join(problems(ref)) or 0)

@@ -92,8 +92,9 @@ def show(runs: list[Path]) -> None:
 def main(arguments: list[str]) -> int:
     """Train all unfinished trials and return the exit status."""
     if "--" not in arguments or arguments.index("--") < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
+        asked = arguments[:1] == ["--help"]
+        print(__doc__, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     at = arguments.index("--")
     try:
         planned = trials(Path(arguments[0]), arguments[1:at])

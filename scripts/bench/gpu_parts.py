@@ -390,4 +390,6 @@ def main(name: str, file: Path, tiny: bool) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:] == ["tiny"])

@@ -115,4 +115,6 @@ def errors(n: int, chunk: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5:
+        sys.exit("run python -m scripts.bench info_nce: it starts this module in processes of its own")
     print(peak(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))

@@ -1,0 +1,80 @@
+"""The scripts: their help, and what they refuse."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+COMMANDS = sorted(path.stem for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> int:
+    """Do what `python scripts/NAME.py ARGUMENTS` does, and return its exit status."""
+    monkeypatch.setattr(sys, "argv", [f"scripts/{name}.py", *arguments])
+    try:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 0
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_script_ends_in_a_traceback(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, name, "--help") == 0
+    assert f"scripts.{name}" in (out := capsys.readouterr().out) or f"{name}.py" in out
+    assert call(monkeypatch, name, "--nonsense") == 2
+    assert capsys.readouterr().err
+    if name != "config_pages":  # it needs no argument
+        assert call(monkeypatch, name) == 2
+        assert capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["results_table", "runs"], "runs has no results: .* such as runs/b"),
+        (["results_table", "gone"], "gone has no results"),
+        (["results_table", "runs/b", "runs/a"], "unrecognized arguments: runs/a"),
+        (["readme_figure", "runs/b", "out.png"], "runs/b has no views.png and no metrics.jsonl"),
+        (["release_version", "v0.1.0"], "v0.1.0 must begin with refs/tags/"),
+    ],
+)
+def test_unsuitable_arguments_are_refused_in_one_sentence(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "b").mkdir(parents=True)
+    (tmp_path / "runs" / "b" / "results.json").write_text("[]")
+    assert call(monkeypatch, *arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, line), line
+
+
+def test_the_table_names_other_measures_and_states_what_its_interval_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [
+        {"command": command, "protocol": "p", "encoder": "pretrained", "figures": figures}
+        for command, figures in (
+            ("finetune", {"top1": 50.0, "top1_half_width95": 2.0}),
+            ("segment", {"mIoU": 31.24, "mIoU_half_width95": None}),
+            ("detect", {"AP": None}),
+        )
+    ]
+    (tmp_path / "results.json").write_text(json.dumps(entries))
+    assert call(monkeypatch, "results_table", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert [row.split("|")[2].strip() for row in out.splitlines()[2:5]] == ["50.0 ± 2.0", "mIoU 31.2", "–"]
+    assert "95 % interval over seeds" in out
+    (tmp_path / "results.json").write_text("{")
+    assert call(monkeypatch, "results_table", str(tmp_path)) == 1
