@@ -74,12 +74,16 @@ def check_linear(config: LinearConfig, processes: int) -> None:
     """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
     if config.kind == "sweep":
-        error = f"official.* and augment.* have no effect with protocol={config.protocol}: set protocol=moco_v2"
+        error = "official.* and augment.* have no effect with protocol=sweep: set protocol=moco_v2"
+        if config.protocol != "sweep":  # kind=sweep was set for a protocol of the other kind
+            error = "official.* and augment.* have no effect with kind=sweep: set kind=official, or protocol=sweep"
         require(config.official == OfficialConfig() and not config.augment, error)
         for name in ("lrs", "weight_decays"):
             require(bool(getattr(config.sweep, name)), f"sweep.{name}=[] must hold at least 1 value")
         return
     error = f"sweep.* has no effect with protocol={config.protocol}: set protocol=sweep"
+    if config.protocol == "sweep":
+        error = "sweep.* has no effect with kind=official: set protocol=moco_v2 instead, or kind=sweep"
     require(config.sweep == SweepConfig(), error)
     require("pixels" not in config.compare, "compare=[pixels] needs fixed features: set protocol=sweep")
     require_divisible(config.batch_size, processes, f"the {processes} processes")

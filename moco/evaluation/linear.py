@@ -3,6 +3,7 @@
 Legend: M images, D feature dimension, L classes.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -34,10 +35,10 @@ from moco.evaluation.subject import encoders, is_other_data, labels_of, targets_
 from moco.evaluation.subsets import SubsetError, split_each_class
 from moco.evaluation.sweep import Choice, LabeledFeatures, Recipe, choose, retrain
 from moco.evaluation.task import Result, Task, training_view
-from moco.files import atomic_write
+from moco.files import atomic_write, resolved
 from moco.models.encoder import Encoder
 from moco.optim.schedules import scaled_lr
-from moco.runs.results import prepare
+from moco.runs.results import label, prepare
 from moco.runtime.console import log, log_next, percent, progress_bar
 from moco.runtime.next_command import command
 
@@ -73,6 +74,8 @@ def evaluate_linear(config: LinearConfig) -> None:
         if "pixels" in config.compare:
             probes["pixels"] = _sweep(task, "pixels", None)
         found = [Result(name, each.metrics, _details(config, each)) for name, each in probes.items()]
+        head = task.subject.output / f"{_file_name(task)}.safetensors"
+        found[0].details["saved"] = str(head.absolute())  # of the entry "pretrained"
         # Before writing: the results stay visible if writing fails.
         _show(config, found, evaluation.frames_note(task.held_out))
         for each in probes.values():
@@ -122,7 +125,9 @@ def _choose_and_retrain(
     with progress_bar(f"{name}: {heads_per_layer} heads per layer, epochs", not is_rank_zero()) as bar:
         choice = choose(data, sweep.lrs, sweep.weight_decays, sweep.validation, recipe, bar)
     if len(sweep.lrs) > 1 and choice.setting.lr == max(sweep.lrs):
-        log(f"{name}: the best learning rate, {choice.setting.lr:g}, is the highest of sweep.lrs: try higher ones too")
+        of_seed = f", seed {seed}" * (config.seeds > 1)
+        best = f"the best learning rate, {choice.setting.lr:g}, is the highest of sweep.lrs"
+        log(f"{name}{of_seed}: {best}: try higher ones too")
     weight, bias = retrain(data, choice.setting, recipe)
     return choice, LinearHead(weight, bias, _about_head(task, choice.setting.layer, unit=sweep.normalize == "l2"))
 
@@ -167,17 +172,26 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
 
 def _problem(encoder: str, lr: float, losses: Sequence[float], metrics: Metrics | AveragePrecision) -> str:
     """Return a sentence if a head was not trained: its loss rose, or its accuracy is that of a guess; "" otherwise."""
-    chance = 100 / len(metrics.per_class)
-    if losses[-1] > losses[0]:
-        found = f"the training loss rose from {losses[0]:.3g} to {losses[-1]:.3g}"
-    elif isinstance(metrics, AveragePrecision):
-        return ""
-    elif metrics.interval()[0] <= chance:
+    classes, first, last = len(metrics.per_class), losses[0], losses[-1]
+    chance, loss_of_guess = 100 / classes, math.log(classes)
+    found = ""
+    if not isinstance(metrics, AveragePrecision) and metrics.interval()[0] <= chance:
         found = f"top-1 is {metrics.top1:.1f} %, and a guess has {chance:.1f} %"
-    else:
+    if found and abs(last - loss_of_guess) < 0.05 * loss_of_guess:  # the scores of all classes are still similar
+        found += f"; the training loss, {last:.3g}, is that of a guess too"
+        fix = ", or a higher official.lr, or more epochs"
+    elif last > first:
+        found, fix = f"the training loss rose from {first:.3g} to {last:.3g}", ", or a lower official.lr"
+    elif not found:
         return ""
-    fix = "set protocol=sweep, which chooses the learning rate, or a lower official.lr"
-    return f"{encoder}: {found}, so official.lr={lr:g} does not suit it and the result says little about it; {fix}"
+    elif last > loss_of_guess:
+        found += f"; the training loss is {last:.3g}, above that of a guess, {loss_of_guess:.3g}"
+        fix = ", or a lower official.lr"
+    else:
+        found, fix = f"{found}, although the training loss fell to {last:.3g}", ""
+    unsuitable = f"official.lr={lr:g} does not suit it and " * bool(fix)
+    advice = f"set protocol=sweep, which chooses the learning rate{fix}"
+    return f"{encoder}: {found}, so {unsuitable}the result says little about it; {advice}"
 
 
 def _log_lowered(config: LinearConfig, batch_size: int, reason: str) -> None:
@@ -232,16 +246,17 @@ def _about_head(task: Task[LinearConfig], layer: str, unit: bool) -> dict[str, A
     """Return the metadata of a classifier's file."""
     file, transform = task.subject.file, asdict(task.subject.transform)
     about = {"layer": layer, "unit": unit, "classes": list(task.train.classes), "protocol": task.config.protocol}
+    about |= {"settings": _settings(task.config), "changed": changed_settings(task.config)}
+    about |= {"data": {name: getattr(task.data, name) for name in ("name", "root", "eval_root")}}
     return about | {"encoder": file.source, "backbone": file.backbone, "step": file.step, "look": transform}
 
 
 def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
     """Return the command's own keys of a results.json entry."""
-    names = _settings_names(config)
     first, several = probe.metrics[0], len(probe.metrics) > 1
     mean = evaluation.summarize_seeds(probe.metrics) | {"count": first.count}
     return {
-        "settings": {name: asdict(config)[name] for name in names} | probe.settings,
+        "settings": _settings(config) | probe.settings,
         "changed": changed_settings(config),
         "chosen": probe.chosen,
         "figures": mean if several else first.to_json(),
@@ -250,30 +265,41 @@ def _details(config: LinearConfig, probe: Probe) -> dict[str, Any]:
     }
 
 
-def _settings_names(config: LinearConfig) -> list[str]:
+def _settings(config: LinearConfig) -> dict[str, Any]:
+    """Return the fields of the protocol's kind."""
     of_kind = ["official", "augment"] if config.kind == "official" else ["sweep"]
-    return ["epochs", "batch_size", "momentum", "seed", "seeds", *of_kind]
+    values = asdict(config)
+    return {name: values[name] for name in ["epochs", "batch_size", "momentum", "seed", "seeds", *of_kind]}
 
 
 def changed_settings(config: LinearConfig) -> dict[str, Any]:
     """Return the settings that differ from those of configs/protocol/; none of a protocol that is not there."""
     protocol = f"protocol/{config.protocol}"
-    names = _settings_names(config) if evaluation.yaml_fields(protocol) else []
+    names = _settings(config) if evaluation.yaml_fields(protocol) else {}
     return evaluation.changed_settings(config, protocol, names)
+
+
+def _file_name(task: Task[LinearConfig]) -> str:
+    """Return the name of the files, without ending. It has that of other data, so that files of the run's are kept."""
+    data, recorded = task.data, task.subject.file.config.get("data", {})
+    name = "linear" if task.config.protocol == "sweep" else f"linear_{task.config.protocol}"
+    if task.config.output or not recorded:
+        return name
+    if is_other_data(task.config, task.subject):
+        return f"{name}_on_{Path(data.root).name if data.name in FOLDERS else data.name}"
+    held_out = [resolved(Path(each).expanduser()) for each in (data.eval_root, recorded.get("eval_root")) if each]
+    same = not data.eval_root or held_out[1:] == held_out[:1]
+    return name if same else f"{name}_on_{Path(data.eval_root).name}"
 
 
 def _save_files(task: Task[LinearConfig], probe: Probe) -> list[Path]:
     """Write the first seed's head and confusion matrix; on rank 0."""
-    protocol = task.config.protocol
-    of_protocol = "" if protocol == "sweep" else f"_{protocol}"
-    if not task.config.output and is_other_data(task.config, task.subject):
-        folder = Path(task.data.root).name if task.data.name in FOLDERS else task.data.name
-        of_protocol += f"_on_{folder}"  # so that the classifier of the run's own data is kept
-    files = [task.subject.output / f"linear{of_protocol}.safetensors"]
+    protocol, name = task.config.protocol, _file_name(task)
+    files = [task.subject.output / f"{name}.safetensors"]
     save_head(files[0], probe.heads[0])
     classes, metrics = task.train.classes, probe.metrics[0]
     if len(classes) <= _MOST_CLASSES and task.train.multi_labels is None:  # no confusion matrix of several labels
-        path = task.subject.output / f"confusion_linear{of_protocol}.png"
+        path = task.subject.output / f"confusion_{name}.png"
         title = f"linear, {protocol}: top-1 {metrics.top1:.1f} %"
         draw_confusion(metrics.confusion, classes, title, path)
         files.append(path)
@@ -329,7 +355,9 @@ def _show(config: LinearConfig, found: list[Result], remark: str) -> None:
         + f"lr {each['lr']:g}, wd {each['weight_decay']:g}"
         for each in first
     ]
-    evaluation.show_results(f"Linear probe, {config.protocol}", found, extra, note)
+    changed = changed_settings(config) | evaluation.changed_images(config)
+    title = label({"command": "Linear probe", "protocol": config.protocol, "changed": changed})
+    evaluation.show_results(title, found, extra, note)
 
 
 def _log_next(task: Task[LinearConfig]) -> None:

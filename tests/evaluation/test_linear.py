@@ -243,6 +243,10 @@ def test_random_held_out_labels_change_the_accuracy_and_not_the_choice(
         ("sweep", {"epochs": 0}, 1, "epochs=0 must be at least 1"),
         ("sweep", {"momentum": 1.0}, 1, r"momentum=1\.0 must be"),
         ("sweep", {"kind": "other"}, 1, "kind='other' must be one of sweep, official"),
+        ("sweep", {"official.lr": 1.0}, 1, "no effect with protocol=sweep: set protocol=moco_v2"),
+        ("sweep", {"official.lr": 1.0, "protocol": "moco_v2"}, 1, "kind=sweep: set kind=official, or protocol=sweep"),
+        ("official", {"sweep.lrs": [1.0]}, 1, "no effect with protocol=moco_v2: set protocol=sweep"),
+        ("official", {"sweep.lrs": [1.0], "protocol": "sweep"}, 1, "kind=official: set protocol=moco_v2"),
     ],
 )
 def test_an_invalid_value_is_refused(kind: str, changes: dict[str, Any], processes: int, sentence: str) -> None:
@@ -300,27 +304,36 @@ def test_a_head_that_was_not_trained_is_reported() -> None:
     assert "rose from 16.6 to 57.6, so official.lr=30 " in rose
     chance = linear_module._problem("pretrained", 30.0, [2.0, 1.0], guess)
     assert "top-1 is 25.0 %, and a guess has 25.0 %" in chance
-    assert "protocol=sweep" in rose
-    assert "lower official.lr" in chance
+    assert "although the training loss fell to 1, " in chance
+    assert all("protocol=sweep" in each for each in (rose, chance))
+    assert "lower official.lr" in rose
+    assert "er official.lr" not in chance
 
 
-def test_each_protocol_has_files_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("losses", "fix"),
+    [
+        ([1.39, 1.38], "a higher official.lr, or more epochs"),  # ln 4 = 1.386
+        ([1.386, 1.387], "a higher official.lr, or more epochs"),  # it rose by noise
+        ([1.386, 9.0], "a lower official.lr"),
+        ([16.0, 5.0], "a lower official.lr"),
+    ],
+)
+def test_the_advice_for_a_head_that_guesses_follows_from_its_loss(losses: list[float], fix: str) -> None:
+    guess = compute_metrics(torch.zeros(200, 1, dtype=torch.int64), np.tile(np.arange(4), 50), 4)
+    assert linear_module._problem("pretrained", 0.1, losses, guess).endswith(fix)
+
+
+def test_a_small_learning_rate_is_reported_and_named_in_the_title(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     config = official(tmp_path)
-    run(config)
-    names = {each.name for each in tmp_path.iterdir()}
-    assert {f"linear_{config.protocol}.safetensors", f"confusion_linear_{config.protocol}.png"} <= names
-
-
-def test_other_data_does_not_replace_the_classifier_of_the_runs_data(tmp_path: Path) -> None:
-    config = swept(tmp_path / "run")
-    images = write_images(tmp_path / "birds", {"a": 8, "b": 8})
-    on_folders(config, images, write_images(tmp_path / "test", {"a": 4, "b": 4}, shade=1)).output = ""
-    check_linear(config, 1)
-    with contextlib.redirect_stdout(io.StringIO()):
-        linear_module.evaluate_linear(config)
-    written = {each.name for each in (tmp_path / "run").iterdir()}
-    assert {"linear_on_birds.safetensors", "confusion_linear_on_birds.png"} <= written
-    assert "linear.safetensors" not in written
+    config.official.lr = 1e-6
+    linear_module.evaluate_linear(config)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "or a higher official.lr, or more epochs" in out
+    assert "Linear probe, moco_v2 (epochs=2, official.lr=1e-06, " in out
 
 
 # ---- the image of the confusion matrix ----
