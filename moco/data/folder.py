@@ -159,7 +159,7 @@ def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
     """Open a folder of images whose labels and splits are in data.label_file."""
     table, where = config.label_file, f"data.label_file={config.label_file}"
     rows = read_label_file(table, config.label_separator)  # before the folder, which can be large
-    images = scan("data.root", config.root, "none", keep_unlistable, endings=_endings(config))
+    images = scan("data.root", config.root, "none", keep_unlistable, endings=_endings(config), table=table)
     found = rows_of_images(rows, [images.name(i) for i in range(len(images))], f"data.root={config.root}", table)
 
     def part(split: str, min_classes: int) -> FolderSource:
@@ -177,7 +177,10 @@ def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
     held_out = held_out_split(found, config.split, config.eval_split, table)
     unused = Counter(row.split for row in found if row.split not in (config.split, held_out))
     train = replace(part(config.split, 2), unused_splits=unused)
-    return labeled(train, part(held_out, 1) if held_out else None, f"{where} split={held_out}")
+    if not held_out:
+        return labeled(train)
+    # What else the folder holds counts once, as that of the training images.
+    return labeled(train, replace(part(held_out, 1), ignored={}, unlistable={}, broken={}), f"{where} split={held_out}")
 
 
 def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
@@ -204,6 +207,7 @@ def scan(
     keep_unlistable: bool = False,
     min_classes: int = 2,
     endings: tuple[str, ...] = IMAGE_ENDINGS,
+    table: str = "",
 ) -> FolderSource:
     """Find all images, or videos, below a root, ordered by path.
 
@@ -215,21 +219,21 @@ def scan(
             two classes) is left; False: raise an error.
         min_classes: the smallest number of classes, with labels.
         endings: of the files to find.
+        table: the label file, which does not count as a file that is left out.
 
     Warns:
         RunWarning: about broken links whose names have no image ending.
 
     Raises:
         FileNotFoundError: if there is no such folder, or no image in it.
-        ValueError: if a folder cannot be listed; with labels, if an image is outside class folders, or there are fewer
-            than `min_classes`.
+        ValueError: if a folder cannot be listed; with labels, for images outside class folders and too few classes.
     """
     folder = os.path.abspath(os.path.expanduser(root))
     where = f"{field}={root} ({folder})"
     if not os.path.isdir(folder):
         state = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
         raise FileNotFoundError(f"{where} {state}: check the path")
-    paths = (tree := walk(folder, endings)).images
+    paths = (tree := walk(folder, endings, os.path.expanduser(table))).images
     owners = [path.split("/", 1)[0] for path in paths]
     classes = tuple(sorted(set(owners)))
     if tree.unlistable and not (keep_unlistable and len(classes) >= (1 if labels == "none" else 2)):

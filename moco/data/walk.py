@@ -44,8 +44,8 @@ class Tree:
     broken: dict[str, str] = field(default_factory=dict)  # broken links whose names have no image ending -> target
 
 
-def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS) -> Tree:
-    """Find all images below a folder, files with one of the endings, and what else is there.
+def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS, table: str = "") -> Tree:
+    """Find all images below a folder, files with one of the endings, and what else is there, except the file `table`.
 
     Links are followed, and each real folder counts once, so a link to a parent folder is harmless. Links are followed
     after all folders, in the order of their names: a folder to which a link points keeps its own name, in whatever
@@ -53,6 +53,7 @@ def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS) -> Tree:
     permission) counts as an image: it keeps its position and is unreadable.
     """
     tree = Tree()
+    table = os.path.join(os.path.realpath(os.path.dirname(table)), os.path.basename(table))
     seen: set[str] = set()
     folders, links = [""], list[str]()
     while folders or links:
@@ -66,6 +67,8 @@ def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS) -> Tree:
         try:
             with os.scandir(real) as entries:
                 for entry in entries:
+                    if os.path.join(real, entry.name) == table:
+                        continue
                     path = f"{relative}/{entry.name}" if relative else entry.name
                     _add(tree, entry, path, links if entry.is_symlink() else folders, endings)
         except OSError as error:

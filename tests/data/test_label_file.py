@@ -1,11 +1,14 @@
 """Labels and splits from a table: CSV and Parquet agree; each mistake in a table is one sentence."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moco.config import ConfigError, DataConfig, RunWarning
+from moco.config.check_data import CheckDataConfig
+from moco.data.check import check_data
 from moco.data.opening import opening_lines
 from moco.data.sources import load_source
 from tests.data.images import gradient
@@ -144,6 +147,22 @@ def test_the_images_of_a_split_that_is_not_used_are_counted(root: Path) -> None:
     lines = opening_lines(load_source(config(root, GOOD)))
     assert lines[0] == "not used: split val (1 image); data.eval_split names the held-out split"
     assert not any("not used" in line for line in opening_lines(load_source(config(root, GOOD.replace("val", "test")))))
+
+
+def test_the_table_in_the_folder_is_not_left_out_and_other_files_count_once(root: Path) -> None:
+    (root / "labels.csv").write_text(GOOD)
+    (root / "labels.txt").write_text("")
+    (root / "nowhere").symlink_to(root / "gone")
+    for name in (str(root / "labels.csv"), f"{root}/../{root.name}/x/../labels.csv"):
+        data = config(root, label_file=name)
+        with pytest.warns(RunWarning, match="1 broken links"):
+            lines = opening_lines(load_source(data))
+        assert lines[0] == "left out, because of their names: 1 .txt"
+        assert sum("left out" in line for line in lines) == 1
+        check_data(CheckDataConfig(data, str(root.parent / "report.json")))
+        report = json.loads((root.parent / "report.json").read_text())
+        assert report["ignored"] == {".txt": 1}
+        assert report["unreadable"]["broken link"]["count"] == 1
 
 
 def test_parquet_gives_the_same_as_csv(root: Path) -> None:
