@@ -110,7 +110,7 @@ def test_the_normalization_of_values_for_0_to_255_is_refused(name: str) -> None:
     of_bytes = [123.675, 116.28, 103.53]
     values = {"mean": [0.5] * 3, "std": [0.5] * 3} | {name: of_bytes}
     with pytest.raises(ConfigError, match=rf"images\.{name}=.*123\.675.* must be"):
-        check_normalization("images", values["mean"], values["std"], 3, "uint8", "the 3 channels of x")
+        check_normalization("images", values["mean"], values["std"], 3, "uint8", "the 3 channels of x", "the command")
     with pytest.raises(ConfigError, match=rf"augment\.{name}=\[123\.675.*divide"):
         build_views(AugmentConfig(**{name: of_bytes}))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"noise=\(0\.0, 25\.0\)"):

@@ -150,7 +150,7 @@ def refuse_hold_out(data: SubjectDataConfig) -> None:
 
 
 def check_normalization(
-    group: str, mean: Sequence[float], std: Sequence[float], channels: int, dtype: str, whose: str
+    group: str, mean: Sequence[float], std: Sequence[float], channels: int, dtype: str, whose: str, compute: str
 ) -> None:
     """Raise ConfigError if mean or std do not fit the channels and the type of images.
 
@@ -160,15 +160,15 @@ def check_normalization(
         channels: their number.
         dtype: data.dtype of the images.
         whose: where the number of channels comes from, for the error.
+        compute: the command that computes mean and std, for the error.
     """
-    compute = f"python -m moco.check_data stats=true data.channels={channels} data.dtype={dtype} computes them"
     for name, values in (("mean", mean), ("std", std)):
         field_name = f"{group}.{name}={list(values)}"
         require(
             len(values) == channels,
-            f"{field_name} must hold one number for each of {whose}: {compute}",
+            f"{field_name} must hold one number for each of {whose}: {compute} computes them",
         )
-        scale = "; divide values for 0 ... 255 by 255" if dtype == "uint8" else f"; {compute}"
+        scale = "; divide values for 0 ... 255 by 255" if dtype == "uint8" else f"; {compute} computes them"
         require(
             dtype == "float32" or all(0 <= value <= 1 for value in values),
             f"{field_name} must be numbers within 0 ... 1, as pixels are{scale}",
@@ -211,7 +211,9 @@ def _check_roots(data: DataConfig) -> None:
     for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
         error = f"data.{name}={values} works with data.name=folder or video only, not with {data.name}: remove it"
         require(not values or data.name in FOLDERS, error)
-    error = f"data.weights={data.weights} must hold {folders} numbers, for data.root and each of data.more_roots"
+    fix = f"set {folders} numbers" if data.more_roots else "set data.more_roots"
+    error = f"data.weights={data.weights} must hold one number for data.root and one for each folder of "
+    error += f"data.more_roots={data.more_roots}: {fix}"
     require(len(data.weights) in (0, folders), error)
     for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
         error = f"data.label_file={data.label_file!r} works with one folder: remove data.{name}={values}"

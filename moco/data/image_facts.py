@@ -145,7 +145,9 @@ def _header(data: bytes, pixel_format: PixelFormat) -> tuple[str, dict[str, bool
     try:
         form, odd = _pil_header(data, pages, pixel_format)
     except UnidentifiedImageError:  # a TIFF that tifffile reads
-        form, odd = f"TIFF {pixel_format}", {}
+        form, odd = "TIFF", {}
+    if form.startswith("TIFF") and not pixel_format.is_8bit_gray_or_rgb:
+        form = f"TIFF {pixel_format}"  # PIL's mode shows one band or three
     if pages:
         page = pages[largest_page(pages)]
         odd["rotated by EXIF"] = page.orientation in range(2, 9)

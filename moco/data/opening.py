@@ -17,6 +17,7 @@ from moco.data.view import View
 from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
 from moco.distributed import is_rank_zero, on_rank_zero
 from moco.runtime.console import log, progress_bar
+from moco.runtime.next_command import stats_command
 
 MAX_CLASSES = 10  # how many classes a line lists with their counts
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev"}
@@ -162,7 +163,7 @@ def build_views(config: AugmentConfig, data: DataConfig | None = None) -> list[V
     require(not unknown, f"augment.second has unknown fields {', '.join(sorted(unknown))}: use {', '.join(first)}")
     require("size" not in config.second, "augment.second cannot change size: both views have augment.size")
     data = data or DataConfig()
-    of_data = data.channels, data.dtype, f"data.channels={data.channels}"
+    of_data = data.channels, data.dtype, f"data.channels={data.channels}", stats_command(data)
     small = {"size": config.small_size, "crop_scale": config.small_scale}
     recipes = []
     for values in (first, first | config.second, first | small, first | config.second | small):

@@ -35,7 +35,7 @@ from moco.data.unreadable import refuse_many
 from moco.data.workers import in_order
 from moco.files import write_csv, write_errors, write_json
 from moco.runtime.console import duration, log_next, progress_bar, summary_panel
-from moco.runtime.next_command import command, free_run, given_fields, override
+from moco.runtime.next_command import command, free_run, given_fields, override, stats_command
 from moco.runtime.output_directory import lock_directory
 
 # The recipe to train with next, by data.name.
@@ -260,7 +260,7 @@ def _next(data: DataConfig, output: Path, count: int) -> str:
     if (data.channels, data.dtype) != (RGB.channels, RGB.dtype):
         return (
             f"moco.train reads them with {reads}, and needs augment.mean and augment.std, one number for each channel: "
-            "python -m moco.check_data stats=true computes them from the images in their folder"
+            f"{stats_command(data)} computes them from the images in their folder"
         )
     if not recipe or (count < FEW_IMAGES and data.name not in _RECIPES):
         advice = "start from published weights, see docs/howto/own_images.md"

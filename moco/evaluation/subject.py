@@ -37,6 +37,7 @@ from moco.plugins import naming_plugins
 from moco.runs import checkpoint
 from moco.runs.directory import in_run_directory, no_checkpoint_message
 from moco.runtime.console import log, progress_bar
+from moco.runtime.next_command import stats_command
 
 IMAGENET: dict[str, Any] = {"size": 224, "resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -63,7 +64,8 @@ def open_subject(config: SubjectConfig) -> Subject:
     transform = EvalTransform(images["size"], images["resize"], tuple(images["mean"]), tuple(images["std"]))
     dtype = config.data.dtype or file.config.get("data", {}).get("dtype", RGB.dtype)
     whose = f"the {file.channels} channels of {file.source}"
-    check_normalization("images", transform.mean, transform.std, file.channels, dtype, whose)
+    compute = stats_command(_images_of(config, file.channels, dtype))
+    check_normalization("images", transform.mean, transform.std, file.channels, dtype, whose, compute)
     fits = transform.resize == 0 or transform.resize >= transform.size
     fix = f"set images.resize={resize_for(transform.size)} too"
     require(fits, f"images.size={transform.size} exceeds images.resize={transform.resize}: {fix}")
@@ -77,6 +79,14 @@ def open_subject(config: SubjectConfig) -> Subject:
         values = " ".join(f"images.{name}={_plain(value)}" for name, value in images.items())
         log(f"{file.source} ({file.layout}: {file.backbone}){unused}; prepared as {values} ({whose})")
     return Subject(file, output_of(config, file), transform)
+
+
+def _images_of(config: SubjectConfig, channels: int, dtype: str) -> DataConfig:
+    """Return the images that the command line names; without any, a folder to fill in."""
+    known = {each.name for each in fields(DataConfig)}
+    given = {name: value for name, value in config.data.overrides().items() if name in known}
+    images = {"name": "folder", "root": "YOUR_IMAGES"} | given | {"channels": channels, "dtype": dtype}
+    return DataConfig(**images)
 
 
 def open_encoder(config: EncoderConfig) -> EncoderFile:

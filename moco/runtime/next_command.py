@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moco import plugins
-from moco.config.data import DataConfig, is_remote
+from moco.config.data import FOLDERS, DataConfig, is_remote
 from moco.config.subject import EncoderConfig, SubjectConfig
 
 # Text that needs no quotes for Hydra to read it unchanged. (Quotes would always be correct, but they are hard to read.)
@@ -73,6 +73,17 @@ def given_fields(data: DataConfig) -> dict[str, Any]:
     """
     defaults = asdict(DataConfig()) | {"name": data.name, "root": None}
     return {f"data.{name}": value for name, value in asdict(data).items() if value != defaults[name]}
+
+
+def stats_command(data: DataConfig) -> str:
+    """Return the command that computes the mean and std of each channel.
+
+    moco.check_data does not read every kind of data set: for the others, the command names a folder to fill in.
+    """
+    if data.name not in (*FOLDERS, "imagenet"):
+        data = DataConfig("folder", "YOUR_IMAGES", channels=data.channels, dtype=data.dtype)
+    name = {} if data.name == "folder" else {"data": data.name}
+    return command("moco.check_data", SubjectConfig(), **name, **given_fields(data), stats=True)
 
 
 def changed_fields(

@@ -23,6 +23,7 @@ from moco.data.bands import encode_bands
 from moco.data.check import check_data
 from moco.data.decode import ImageError, decode, decode_bytes
 from moco.data.folder import FolderSource
+from moco.data.image_facts import image_facts
 from moco.data.loader import crops
 from moco.data.pack import pack
 from moco.data.pixel_format import PixelFormat, preview, to_float
@@ -214,13 +215,14 @@ def test_every_bit_reaches_the_device(channels: int, resident: bool, tmp_path: P
     assert torch.equal(to_float(image) * 65535, image.to(torch.float32))
 
 
-def test_packed_scenes_are_the_same_images(tmp_path: Path) -> None:
+def test_packed_scenes_are_the_same_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_scenes(tmp_path / "scenes", 13, {"train": 2})
     config = DataConfig("folder", str(root), channels=13, dtype="uint16", workers=0)
     expected = load_source(config).train
     for short_side in (0, 12):
         output = str(tmp_path / f"packed_{short_side}")
         pack(PackConfig(config, output, short_side=short_side))
+        assert f"moco.check_data data.root={root} data.channels=13" in " ".join(capsys.readouterr().out.split())
         packed = load_source(DataConfig("shards", output, channels=13, dtype="uint16")).train
         for i in range(len(expected)):
             if short_side == 0:
@@ -271,6 +273,14 @@ def test_stats_are_those_of_all_pixels(tmp_path: Path, capsys: pytest.CaptureFix
     assert f"augment.std=[{','.join(map(str, stats['std']))}]" in printed
     check_data(CheckDataConfig(config, str(report)))
     assert "add stats=true" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_format_of_tiffs_states_their_bands(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    for channels, dtype in ((4, "uint16"), (5, "uint8"), (1, "float32"), (3, "uint16")):
+        file = tmp_path / f"{channels}.tif"
+        tifffile.imwrite(file, np.ones((9, 9, channels)[: 2 + (channels > 1)], dtype), photometric="minisblack")
+        assert image_facts(str(file), PixelFormat(channels, dtype)).format == f"TIFF {PixelFormat(channels, dtype)}"
 
 
 def test_previews_show_the_chosen_bands() -> None:

@@ -103,7 +103,7 @@ def test_floats_keep_their_range() -> None:
         (dict(hue=0.1), r"augment\.hue=0\.1 needs red, green and blue, but the images have 4 channels: set it to 0"),
         (dict(hue=0.1, gray_p=0.2), r"hue=0\.1 and gray_p=0\.2 need red, green and blue"),
         (dict(mean=[0.5] * 3), r"augment\.mean=.* must hold one number for each of data\.channels=4"),
-        (dict(std=[1.0] * 3), r"augment\.std=.*check_data stats=true"),
+        (dict(std=[1.0] * 3), r"augment\.std=.*check_data data\.root=mine data\.channels=4 .* stats=true computes"),
         (dict(mean=[123.0] * 4), r"augment\.mean=.* within 0 \.\.\. 1"),
         (dict(std=[0.0] * 4), r"augment\.std=.*above 0"),
     ],
@@ -111,7 +111,7 @@ def test_floats_keep_their_range() -> None:
 def test_what_does_not_fit_is_reported_in_one_sentence(fields: dict[str, Any], sentence: str) -> None:
     values: dict[str, Any] = dict(mean=[0.2] * 4, std=[0.1] * 4) | fields
     with pytest.raises(ConfigError, match=sentence):
-        build_views(AugmentConfig(**values), DataConfig("folder", channels=4, dtype="uint16"))
+        build_views(AugmentConfig(**values), DataConfig("folder", "mine", channels=4, dtype="uint16"))
 
 
 def test_a_single_channel_is_not_dropped_and_rgb_has_no_factors_per_channel() -> None:

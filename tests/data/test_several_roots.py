@@ -168,8 +168,9 @@ def test_two_processes_draw_the_batches_of_one(roots: tuple[str, str]) -> None:
     [
         (
             {"weights": [1.0]},
-            r"data\.weights=\[1\.0\] must hold 2 numbers, for data\.root and each of data\.more_roots",
+            r"data\.weights=\[1\.0\] must hold one number for data\.root and .* data\.more_roots=\[.*\]: set 2 numbers",
         ),
+        ({"weights": [1.0, 2.0], "more_roots": []}, r"data\.more_roots=\[\]: set data\.more_roots"),
         ({"weights": [1.0, 0.0]}, r"data\.weights"),
         ({"name": "cifar10"}, r"data\.more_roots=.* works with data\.name=folder or video only"),
         ({"label_file": "x.csv"}, r"data\.label_file='x\.csv' works with one folder: remove data\.more_roots"),

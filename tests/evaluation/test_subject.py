@@ -115,6 +115,10 @@ def test_one_rule_for_mean_and_std(tmp_path: Path) -> None:
         setattr(config.images, field, values)
         with pytest.raises(ConfigError, match=part):
             open_subject(config)
+    config = SubjectConfig(run=str(run))
+    config.images.mean, config.data.name, config.data.root, config.data.hold_out = [0.5], "folder", "mine", 0.2
+    with pytest.raises(ConfigError, match=r": python -m moco\.check_data data\.root=mine stats=true computes them$"):
+        open_subject(config)
     floats = SubjectConfig(run=str(trained(tmp_path / "floats", dtype="float32")))
     floats.images.mean = [120.0] * 3  # float32 is not scaled, and the run says that its images are of this type
     assert open_subject(floats).transform.mean == (120.0,) * 3

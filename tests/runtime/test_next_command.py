@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from moco.config.data import DataConfig
 from moco.config.knn import KnnConfig
 from moco.config.subject import SubjectConfig
-from moco.runtime.next_command import command, free_run, quoted
+from moco.runtime.next_command import command, free_run, quoted, stats_command
 
 
 def read(line: str) -> dict[str, Any]:
@@ -48,6 +49,15 @@ def test_all_changed_fields_are_kept() -> None:
         "k": [20],
         "compare": ["untrained", "pixels"],
     }
+
+
+def test_the_command_for_mean_and_std_names_the_images() -> None:
+    videos = DataConfig("video", "my clips", labels="folder", channels=3, dtype="float32")
+    given: dict[str, Any] = {"data": "video", "data.root": "my clips", "data.labels": "folder", "data.dtype": "float32"}
+    assert read(stats_command(videos)) == given | {"stats": True}
+    shards = DataConfig("shards", "packed", channels=4, dtype="uint16", bits=None, labels="folder")
+    given = {"data.root": "YOUR_IMAGES", "data.channels": 4, "data.dtype": "uint16"}
+    assert read(stats_command(shards)) == given | {"stats": True}
 
 
 def test_the_next_run_directory_is_free(tmp_path: Path) -> None:
