@@ -33,7 +33,7 @@ from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import compute_context
 
 _GROUP_TILES = 24  # maximum number of tiles per group in the gallery
-_THRESHOLDS, _THRESHOLD_SAMPLE = (0.95, 0.9, 0.85, 0.8), 1000  # thresholds to compare, and images for this
+_THRESHOLDS, _THRESHOLD_SAMPLE = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8), 1000  # thresholds to compare, and images for this
 _SAMPLE = 8  # number of queries if neither query nor sample is set
 
 Entry = dict[str, Any]
@@ -209,7 +209,7 @@ def _duplicates_note(config: SearchConfig, groups: Sequence[NDArray[np.int64]], 
     if groups and len(groups[0]) > max(2, count // 4):
         notes.append(
             f"One group contains {len(groups[0]):,} of {count:,} images: threshold={config.threshold:g} is too low for "
-            "this encoder."
+            "this encoder; choose a higher one by the numbers for several thresholds."
         )
     if len(groups) > config.show:
         notes.append(f"The gallery shows {config.show} of {len(groups):,} groups.")

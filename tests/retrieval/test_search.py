@@ -79,13 +79,16 @@ def test_planted_duplicates_are_found(
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "redundant 4 images" in text
     counts = re.search(
-        r"of 16 images, 6 at 0\.99, (\d+) at 0\.95, (\d+) at 0\.9, (\d+) at 0\.85, (\d+) at 0\.8 have", text
+        r"of 16 images, (\d+) at 0\.999, 6 at 0\.99, (\d+) at 0\.95, (\d+) at 0\.9, (\d+) at 0\.85, (\d+) at 0\.8 have",
+        text,
     )
     assert counts is not None
     features = np.load(tmp_path / "out" / "features" / "features.npy").astype(np.float64)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     nearest = (features @ features.T - 2 * np.eye(16)).max(axis=1)
-    assert [int(each) for each in counts.groups()] == [(nearest >= each).sum() for each in (0.95, 0.9, 0.85, 0.8)]
+    assert [int(each) for each in counts.groups()] == [
+        (nearest >= each).sum() for each in (0.999, 0.95, 0.9, 0.85, 0.8)
+    ]
 
 
 def test_a_too_low_threshold_is_reported(
@@ -93,7 +96,7 @@ def test_a_too_low_threshold_is_reported(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     search(config(made, tmp_path / "out", mode="duplicates", threshold=-0.5, gallery="none"))
-    assert "16 of 16 images: threshold=-0.5 is too low" in capsys.readouterr().out
+    assert "16 of 16 images: threshold=-0.5 is too low for this encoder; choose a higher one" in capsys.readouterr().out
     assert not list((tmp_path / "out" / "search").glob("*.html"))
 
 
