@@ -41,7 +41,7 @@ def resnet(path: Path) -> str:
 
 def conversion(**fields: Any) -> ConvertConfig:
     config = ConvertConfig(**fields)
-    config.images.size, config.pictures = 32, 4
+    config.images.size, config.images.resize, config.pictures = 32, 0, 4
     return config
 
 
