@@ -1,6 +1,5 @@
 """The Python interface: `import moco`, then `moco.load_encoder("runs/digits")`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from moco.composition import compose
+from moco.composition import compose_overrides
 from moco.config import TrainConfig, require
 from moco.config.base import HUB
 from moco.config.subject import ImagesConfig, SubjectConfig, check_subject
@@ -62,11 +61,7 @@ def train_config(overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: for an unknown field, or a value that does not fit its type.
     """
     require(not isinstance(overrides, str), f"overrides={overrides!r} must be a list, such as [{overrides!r}]")
-    arguments, sys.argv = sys.argv, ["moco.train", *overrides]  # where Hydra reads them
-    try:
-        configs = compose("train", TrainConfig)
-    finally:
-        sys.argv = arguments
+    configs = compose_overrides("train", TrainConfig, overrides)
     require(len(configs) == 1, f"overrides={list(overrides)} must describe one run: remove --multirun, --cfg or --help")
     return configs[0]
 

@@ -39,6 +39,15 @@ Schema = TypeVar("Schema")
 SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
 
 
+def compose_overrides(name: str, schema: type[Schema], overrides: Sequence[str]) -> list[Schema]:
+    """Return what `compose` returns for these arguments in the place of the command line's."""
+    arguments, sys.argv = sys.argv, [f"moco.{name}", *overrides]  # where Hydra reads them
+    try:
+        return compose(name, schema)
+    finally:
+        sys.argv = arguments
+
+
 def compose(name: str, schema: type[Schema]) -> list[Schema]:
     """Return the configurations of the command line: one, with --multirun one per job, after --help or --cfg none.
 
@@ -296,6 +305,13 @@ def _unreadable_override(override: str) -> str:
     return f"{override} cannot be read: quote its value, {shlex.quote(f'{field}={fixed}')}"
 
 
+def _recipes_with(group: str, option: str) -> list[str]:
+    """Return the recipes of configs/experiment/ that choose this option of a group themselves."""
+    pattern = re.compile(rf"^ *- override /{group}: {option}$", re.MULTILINE)
+    files = sorted(Path(config_dir(), "experiment").glob("*.yaml"))
+    return [file.stem for file in files if pattern.search(file.read_text(encoding="utf-8"))]
+
+
 def _unknown_field(field: str, owner: str, schema: type) -> str:
     """Return the sentence for an unknown dotted field; `owner` is the name of the schema that does not have it."""
     for group in fields(schema):
@@ -304,7 +320,9 @@ def _unknown_field(field: str, owner: str, schema: type) -> str:
                 own = [f"{group.name}.{each.name}" for each in fields(chosen)]
                 hint = _did_you_mean(field, own) or f"; its fields are {', '.join(own)}"
                 if not any(each.lstrip("+~").startswith(field) for each in sys.argv[1:]):
+                    names = ", ".join(_recipes_with(group.name, option))
                     hint = f"; the recipe sets it: choose a recipe for {option}, experiment=NAME"
+                    hint += f" ({names})" * bool(names)
                 return f"{field} is not a field of {option}{hint}"
     known = field_types(schema)
     if field == "experiment" and "method.name" in known:  # only moco.train takes recipes

@@ -7,8 +7,8 @@
 The fields before `--` vary, the overrides after it apply to every trial. A list in brackets is one value:
 optim.milestones=[120,160],[60,80] has two values. The first command above trains four runs:
 runs/lr/optim.lr-0.03__seed-0 and so on. Run the same command again to resume: finished trials are skipped, unfinished
-ones continue. If a trial fails, the others still run, and the exit status is 1. Ctrl-C and SIGTERM stop the sweep after
-the current trial has saved.
+ones continue. All configurations are checked before the first trial. If a trial fails, the others still run, and the
+exit status is 1. Ctrl-C and SIGTERM stop the sweep after the current trial has saved.
 """
 
 import itertools
@@ -17,8 +17,11 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+from moco.composition import compose_overrides
+from moco.config import TrainConfig, check
 from moco.overrides import split
 from moco.runs.metrics import read_metrics
 from moco.runs.sweep import is_finished, run_to_end
@@ -72,16 +75,55 @@ def train(run: Path, overrides: list[str]) -> int:
     return ended.status
 
 
-def show(runs: list[Path]) -> None:
-    """Print the last accuracy or retrieval of each finished trial, the best first, and a command that compares them."""
+def check_all(planned: dict[Path, list[str]], shared: list[str]) -> None:
+    """Check the configurations of all unfinished trials.
+
+    Raises:
+        ValueError: for the first invalid one.
+    """
+    for run, overrides in planned.items():
+        if is_finished(run):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # the trial itself shows them
+                for config in compose_overrides("train", TrainConfig, [*shared, *overrides, f"run={run}"]):
+                    check(config, int(processes()))
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{' '.join(overrides)}: {error}") from error
+
+
+def show_means(planned: dict[Path, list[str]], values: dict[Path, tuple[str, float]]) -> None:
+    """Print the mean over seeds of each setting of the other fields with its 95 % interval, the best first."""
+    from moco.evaluation.metrics import mean_interval  # here, because it imports torch
+
+    settings: dict[tuple[str, str], list[float]] = {}
+    for run, (name, value) in values.items():
+        others = " ".join(each for each in planned[run] if not each.startswith("seed="))
+        settings.setdefault((name, others), []).append(value)
+    means = {setting: mean_interval(each) for setting, each in settings.items()}
+    print("sweep: mean over seeds ± half of Student's 95 % interval")
+    for (name, others), (mean, half) in sorted(means.items(), key=lambda item: -item[1][0]):
+        spread = f" ± {half:.1f}" if half is not None else ""
+        count = len(settings[name, others])
+        print(f"sweep: {name} {mean:5.1f}{spread} %, {count} seed{'s' * (count > 1)}  {others}".rstrip())
+
+
+def show(planned: dict[Path, list[str]]) -> None:
+    """Print the last accuracy or retrieval of each finished trial, the best first, and a command that compares them.
+
+    If seeds vary, print the mean over them, too.
+    """
     found = []
-    for run in filter(is_finished, runs):
+    for run in filter(is_finished, planned):
         values = read_metrics(run / "metrics.jsonl")
         name = next((each for each in ("accuracy/knn", "retrieval/retrieval") if each in values), "")
         found.append((values[name][1][-1] if name else float("-inf"), name.partition("/")[0], run))
     found.sort(key=lambda each: -each[0])
     for value, name, run in found:
         print(f"sweep: {f'{name} {value:5.1f} %' if name else 'not evaluated'}  {run}")
+    evaluated = {run: (name, value) for value, name, run in found if name}
+    if evaluated and any(each.startswith("seed=") for point in planned.values() for each in point):
+        show_means(planned, evaluated)
     if found:
         best, *others = [str(run) for _, _, run in found]
         compare = [override("compare", others)] if others else []
@@ -98,6 +140,7 @@ def main(arguments: list[str]) -> int:
     at = arguments.index("--")
     try:
         planned = trials(Path(arguments[0]), arguments[1:at])
+        check_all(planned, arguments[at + 1 :])
     except ValueError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
@@ -108,7 +151,7 @@ def main(arguments: list[str]) -> int:
         if not finished and train(run, [*arguments[at + 1 :], *overrides]):
             failed.append(run)
     print(f"sweep: {len(planned) - len(failed)} of {len(planned)} trials are finished in {arguments[0]}")
-    show(list(planned))
+    show(planned)
     for run in failed:
         fix = "change its settings if they were refused, or run the same command again"
         print(f"sweep: {run} failed: {fix}", file=sys.stderr)

@@ -50,6 +50,40 @@ def test_an_invalid_grid_is_refused_in_one_line(
     assert message in line
 
 
+def test_a_refused_configuration_ends_the_sweep_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("a trial was started"))
+    monkeypatch.setenv("GPUS", "1")
+    shared = ["--", "experiment=cifar10_cpu", "data.root=."]
+    assert sweep.main([str(tmp_path), "method=moco_v3", "seed=0,1", *shared]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "method=moco_v3 seed=0: " in line
+    assert "experiment=NAME (moco_v3_cifar10, moco_v3_digits, " in line
+    assert sweep.main([str(tmp_path), "batch_size=0", *shared]) == 2
+    assert "batch_size=0" in capsys.readouterr().err
+
+
+def test_seeds_are_averaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = sweep.trials(tmp_path, ["optim.lr=1,2", "seed=0,1"])
+    values = dict(zip((run.name for run in planned), (50.0, 60.0, 56.0, 57.0), strict=True))
+    monkeypatch.setattr(sweep, "read_metrics", lambda file: {"accuracy/knn": ([1], [values[file.parent.name]])})
+    for run in planned:
+        run.mkdir()
+        (run / "encoder.safetensors").touch()
+    sweep.show(planned)
+    lines = capsys.readouterr().out.splitlines()
+    # Student's 97.5 % quantile with 1 degree of freedom, 12.706, times the standard error, 0.5 and 5.
+    assert lines[5:7] == [
+        "sweep: accuracy  56.5 ± 6.4 %, 2 seeds  optim.lr=2",
+        "sweep: accuracy  55.0 ± 63.5 %, 2 seeds  optim.lr=1",
+    ]
+    sweep.show(sweep.trials(tmp_path, ["optim.lr=1,2"]))
+    assert "mean over seeds" not in capsys.readouterr().out
+
+
 def test_other_trials_run_after_one_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
