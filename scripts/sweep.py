@@ -81,13 +81,15 @@ def check_all(planned: dict[Path, list[str]], shared: list[str]) -> None:
     Raises:
         ValueError: for the first invalid one.
     """
+    launched = processes()
+    count = int(launched) if launched.isdigit() else 1  # torchrun takes auto and gpu, too
     for run, overrides in planned.items():
         if is_finished(run):
             continue
         try:
             with warnings.catch_warnings(action="ignore"):  # the trial itself shows them
                 for config in compose_overrides("train", TrainConfig, [*shared, *overrides, f"run={run}"]):
-                    check(config, int(processes()))
+                    check(config, count)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{' '.join(overrides)}: {error}") from error
 
