@@ -3,9 +3,10 @@
 python scripts/canvases.py CANVASES
 
 CANVASES/train and CANVASES/test get the folders images and masks, and boxes.json: boxes and masks in COCO's format.
+CANVASES/pretrain/images gets smaller canvases with one digit each, without labels.
 
 A mask holds 0 for the background and 1 + d for the digit d. The digits are the scans of scikit-learn; those of the test
-canvases are in no training canvas. The same arguments write the same files.
+canvases are in no other canvas. The same arguments write the same files.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
 SIDE = 64
@@ -24,9 +26,13 @@ CLASSES = ("background", *"0123456789")
 
 
 def draw_canvas(
-    rng: np.random.Generator, scans: NDArray[np.float64], labels: NDArray[np.int64], side: int = SIDE
+    rng: np.random.Generator,
+    scans: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    side: int = SIDE,
+    alone: bool = False,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[tuple[int, ...]]]:
-    """Draw one to three digits that do not overlap.
+    """Draw one to three light digits that do not overlap, or with `alone` one that fills a canvas of half the side.
 
     Args:
         scans: of the digits to draw, (D, 8, 8) in 0 ... 16, and their digits `labels` (D,).
@@ -34,17 +40,19 @@ def draw_canvas(
     Returns:
         The canvas (side, side, 3), its mask (side, side), and (digit, left, top, right, bottom) of each digit.
     """
+    sizes = (side * 3 // 8, side // 2 + 1 if alone else side * 5 // 8)
+    side, most = (side // 2, 1) if alone else (side, 3)
     pixels, mask = _texture(rng, side), np.zeros((side, side), dtype=np.uint8)
     boxes = list[tuple[int, ...]]()
-    for _ in range(int(rng.integers(1, 4))):
-        i, size = int(rng.integers(len(scans))), int(rng.integers(side * 3 // 8, side * 5 // 8))
+    for _ in range(int(rng.integers(1, most + 1))):
+        i, size = int(rng.integers(len(scans))), int(rng.integers(*sizes))
         left, top = (int(rng.integers(0, side - size + 1)) for _ in range(2))
         if mask[top : top + size, left : left + size].any():
             continue
         scan = Image.fromarray((scans[i] * 255 / 16).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
         ink = np.asarray(scan, dtype=np.float64)[..., None] / 255  # (size, size, 1)
         part = pixels[top : top + size, left : left + size]
-        part[:] = (1 - ink) * part + ink * rng.uniform(0, 255, 3)
+        part[:] = (1 - ink) * part + ink * rng.uniform(190, 255)
         written = ink[..., 0] > 0.4
         mask[top : top + size, left : left + size][written] = 1 + labels[i]
         rows, columns = np.flatnonzero(written.any(axis=1)), np.flatnonzero(written.any(axis=0))
@@ -54,28 +62,32 @@ def draw_canvas(
 
 
 def _texture(rng: np.random.Generator, side: int) -> NDArray[np.float64]:
-    """Draw a background (side, side, 3): two colors, mixed by waves of random directions, and noise."""
-    y, x = np.mgrid[:side, :side] / side
-    waves = sum(
-        np.sin(2 * np.pi * (rng.uniform(-6, 6) * x + rng.uniform(-6, 6) * y) + rng.uniform(0, 6)) for _ in range(3)
-    )
-    share = 0.5 + waves[..., None] / 6  # 0 ... 1
-    colors = rng.uniform(0, 255, (2, 3))
-    noise = rng.normal(0, 8, (side, side, 3))
-    pixels: NDArray[np.float64] = np.clip(share * colors[0] + (1 - share) * colors[1] + noise, 0, 255)
+    """Draw a dark background (side, side, 3) of smooth noise.
+
+    Its mean and its scale are the same on every canvas, so that only the digits tell canvases apart.
+    """
+    smooth = gaussian_filter(rng.normal(size=(side, side)), 1.5, mode="wrap")
+    noise = rng.normal(0, 6, (side, side, 3))
+    pixels: NDArray[np.float64] = np.clip(80 + 25 * (smooth / smooth.std())[..., None] + noise, 0, 255)
     return pixels
 
 
-def write_canvases(root: Path, train: int, test: int, seed: int = 0, side: int = SIDE) -> None:
-    """Write the canvases of both splits; see the top of this file."""
+def write_canvases(root: Path, train: int, test: int, seed: int = 0, side: int = SIDE, pretrain: int = 0) -> None:
+    """Write the canvases of all splits; see the top of this file."""
     bunch = load_digits()
-    for split, count, part in (("train", train, slice(0, 1400)), ("test", test, slice(1400, None))):
+    known, new = ((bunch.images[part], bunch.target[part]) for part in (slice(0, 1400), slice(1400, None)))
+    if pretrain:
+        (root / "pretrain" / "images").mkdir(parents=True, exist_ok=True)
+    for number in range(pretrain):
+        pixels, _, _ = draw_canvas(np.random.default_rng((seed, 2, number)), *known, side, alone=True)
+        Image.fromarray(pixels).save(root / "pretrain" / "images" / f"{number:05}.png")
+    for split, count, digits in (("train", train, known), ("test", test, new)):
         for kind in ("images", "masks"):
             (root / split / kind).mkdir(parents=True, exist_ok=True)
         found = []
         for number in range(count):
             rng = np.random.default_rng((seed, split == "test", number))
-            pixels, mask, boxes = draw_canvas(rng, bunch.images[part], bunch.target[part], side)
+            pixels, mask, boxes = draw_canvas(rng, *digits, side)
             Image.fromarray(pixels).save(root / split / "images" / f"{number:05}.png")
             Image.fromarray(mask).save(root / split / "masks" / f"{number:05}.png")
             found.append((mask, boxes))
@@ -114,15 +126,16 @@ def main(arguments: list[str]) -> int:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to create")
-    parser.add_argument("--train", type=int, default=400, help="training canvases (400)")
-    parser.add_argument("--test", type=int, default=100, help="test canvases (100)")
+    parser.add_argument("--train", type=int, default=100, help="training canvases (100)")
+    parser.add_argument("--test", type=int, default=200, help="test canvases (200)")
+    parser.add_argument("--pretrain", type=int, default=2000, help="canvases for pretraining, without labels (2000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other canvases (0)")
     options = parser.parse_args(arguments)
     if options.folder.exists():
         parser.error(f"{options.folder} exists: name a new folder")
     if min(options.train, options.test) < 1:
         parser.error("--train and --test must be at least 1")
-    write_canvases(options.folder, options.train, options.test, options.seed)
+    write_canvases(options.folder, options.train, options.test, options.seed, pretrain=max(0, options.pretrain))
     return 0
 
 

@@ -181,3 +181,24 @@ def test_canvases_have_true_masks_and_boxes() -> None:
             assert mask[top, left:right].any()
             assert mask[bottom - 1, left:right].any()
         assert not mask[inside == 0].any()
+
+
+def test_a_canvas_for_pretraining_shows_one_digit_and_has_no_labels(tmp_path: Path) -> None:
+    write_canvases(tmp_path, 1, 1, pretrain=3)
+    written = sorted(path.relative_to(tmp_path).as_posix() for path in (tmp_path / "pretrain").rglob("*.*"))
+    assert written == [f"pretrain/images/0000{number}.png" for number in range(3)]
+    scans = np.full((1, 8, 8), 16.0)
+    for seed in range(20):
+        pixels, _, boxes = draw_canvas(np.random.default_rng(seed), scans, np.array([3]), alone=True)
+        assert pixels.shape == (32, 32, 3)
+        ((digit, left, top, right, bottom),) = boxes
+        assert digit == 3
+        assert 24 <= right - left == bottom - top <= 32
+
+
+def test_backgrounds_do_not_tell_canvases_apart() -> None:
+    blank = np.zeros((1, 8, 8))
+    blank[0, 0, 0] = 16  # a dot, because each digit has a box
+    canvases = np.stack([draw_canvas(np.random.default_rng(seed), blank, np.array([0]))[0] for seed in range(20)])
+    assert canvases.mean(axis=(1, 2, 3)).std() < 0.1 * canvases.std()
+    assert canvases.std(axis=(1, 2, 3)).std() < 0.1 * canvases.std()
