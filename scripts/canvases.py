@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> int:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to create")
-    parser.add_argument("--train", type=int, default=100, help="training canvases (100)")
+    parser.add_argument("--train", type=int, default=50, help="training canvases (50)")
     parser.add_argument("--test", type=int, default=200, help="test canvases (200)")
     parser.add_argument("--pretrain", type=int, default=2000, help="canvases for pretraining, without labels (2000)")
     parser.add_argument("--seed", type=int, default=0, help="another seed draws other canvases (0)")
