@@ -48,7 +48,7 @@ def test_the_example_of_the_page_runs(
     write_canvases(tmp_path / "CANVASES", 1, 1, side=48)
     settings = DetectorSettings("faster_rcnn_fpn", width=16)
     network = build_detector(encoder_file("resnet18"), settings, 10, seed=0, untrained=False)
-    folder = tmp_path / "runs/canvases/detect/pretrained_faster_rcnn_fpn_200steps"
+    folder = tmp_path / "runs/canvases/detect/pretrained_faster_rcnn_fpn_300steps"
     folder.mkdir(parents=True)
     save_detector(
         folder / "detector.safetensors", Detector(network, tuple("abcdefghij"), VIEWS), settings, "resnet18", {}
