@@ -196,7 +196,7 @@ def test_help_shows_the_fields_and_the_groups(run: Run) -> None:
     assert "docs/config/embed.md" in printed
     assert not re.search(r"^(protocol|preset|experiment|optim): ", printed, flags=re.MULTILINE)  # of other commands
     assert "protocol: moco_v1" in run("linear", "--help")[1]
-    assert "experiment: cifar10_cpu" in run("train", "--help")[1]
+    assert "experiment: canvases, cifar10_cpu" in run("train", "--help")[1]
 
 
 @pytest.mark.parametrize(
