@@ -15,7 +15,8 @@ from moco.config.transfer import TransferConfig
 from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.encoders import fields_of_encoder
-from moco.evaluation.subject import Subject, data_config, open_subject, weights_digest
+from moco.evaluation.subject import Subject, data_with_absolute_paths, open_subject, weights_digest
+from moco.evaluation.task import changed_images, changed_settings
 from moco.evaluation.transfer_data import MEASURES, OF_FIELDS, Splits, check_names, is_fixed, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (
@@ -137,8 +138,8 @@ def _evaluate_set(
     parts = {"training": splits.train, "validation": splits.validation, "test": splits.test}
     sizes = {part: len(images.source) if images else 0 for part, images in parts.items()}
     found.about = {"measure": splits.measure, "classes": splits.classes} | sizes
-    if name == OF_FIELDS:
-        found.about["data"] = data_config(config, own).name
+    found.about["data"] = _data_of(name, config, own)
+    found.about["changed"] = changed_settings(config, "transfer", SETTINGS[config.mode]) | changed_images(config)
     if splits.test.labels.ndim == 1:
         found.about["test_per_class"] = sorted(np.bincount(splits.test.labels).tolist(), reverse=True)
     counted = ", ".join(f"{count:,} {part}" for part, count in sizes.items() if count)
@@ -150,6 +151,13 @@ def _evaluate_set(
             found.encoders[candidate.name] = {"digest": candidate.digest} | result
             on_rank_zero(lambda: _write(file, found, candidate, own.output))  # noqa: B023 # called at once
     return found
+
+
+def _data_of(name: str, config: TransferConfig, own: Subject) -> dict[str, Any]:
+    """Return the data set of an entry of `sets` for results.json, with absolute paths."""
+    if name == OF_FIELDS:
+        return data_with_absolute_paths(config, own) | {"hold_out": config.data.hold_out}
+    return {"name": name} if is_fixed(name) else {"name": "folder", "root": str(Path(name).absolute())}
 
 
 def _write(file: Path, found: SetResults, candidate: Candidate, output: Path) -> None:
@@ -164,12 +172,9 @@ def _write(file: Path, found: SetResults, candidate: Candidate, output: Path) ->
         "source": str(Path(encoder.source).expanduser().absolute()),
         "sha256": weights_digest(encoder, "backbone"),
         "look": asdict(candidate.subject.transform),
-        "data": {
-            "name": found.about.get("data", name),
-            "held_out": found.about["test"],
-            "training": found.about["training"],
-        },
+        "data": found.about["data"] | {"held_out": found.about["test"], "training": found.about["training"]},
         "settings": found.settings,
+        "changed": found.about["changed"],
         "figures": result["figures"],
     }
     record(output, [entry], encoder.step)

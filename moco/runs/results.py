@@ -56,14 +56,14 @@ def label(entry: Mapping[str, Any]) -> str:
 
 def newest(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the newest entry of each evaluation: of one encoder, with the same settings and images."""
-    return list({(*evaluation_key(entry), _weights(entry)): entry for entry in entries}.values())
+    return list({(*evaluation_key(entry), *_encoder_key(entry)): entry for entry in entries}.values())
 
 
 def evaluation_key(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what two entries must share to be compared: command, settings, image preparation and data."""
+    """Return what entries of several encoders must share to be compared: command, settings and data."""
     data, settings = entry.get("data") or {}, entry.get("settings") or {}
     images = [data.get(name) for name in (*_IMAGES, *_IMAGES_OF_OBJECTS, "hold_out")]
-    return tuple(str(each) for each in (label(entry), settings.get("features", ""), images, entry.get("look")))
+    return tuple(str(each) for each in (label(entry), settings.get("features", ""), images))
 
 
 def encoder_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -83,10 +83,10 @@ def encoder_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _weights(entry: Mapping[str, Any]) -> str:
-    """Identify the weights of an entry's encoder. Those of a baseline follow from the seed and the network."""
-    encoder = entry.get("encoder")
-    return str(encoder if encoder in BASELINES else (encoder, entry.get("weights"), entry.get("sha256")))
+def _encoder_key(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Identify an entry's encoder: its image preparation, and its weights, which a baseline has from its seed."""
+    names = ("encoder", "look") if entry.get("encoder") in BASELINES else ("encoder", "look", "weights", "sha256")
+    return tuple(str(entry.get(name)) for name in names)
 
 
 def data_name(data: Mapping[str, Any]) -> str:

@@ -102,9 +102,11 @@ def test_digits_and_folders_give_one_table_with_a_mean_and_scikit_learns_accurac
         ("transfer", "untrained"),
     ]
     assert entries[0]["protocol"] == "linear, data"
-    # A model card shows these; it must not show where a folder lies.
-    assert re.fullmatch(r"linear, images_[0-9a-f]{8}", entries[2]["protocol"])
-    assert entries[2]["data"]["name"] == entries[2]["protocol"].removeprefix("linear, ")
+    assert re.fullmatch(r"linear, images_[0-9a-f]{8}", entries[2]["protocol"])  # without its path, for a model card
+    folder = Path(entries[2]["data"]["root"])
+    assert (entries[2]["data"]["name"], folder.name, folder.is_absolute()) == ("folder", "images", True)
+    assert entries[0]["data"]["name"] == "digits"
+    assert entries[0]["changed"] == {}
     assert entries[0]["figures"]["top1"] == found[0].encoders["pretrained"]["value"]
 
 
