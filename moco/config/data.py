@@ -37,8 +37,8 @@ class SourceConfig:
     Image names then begin with the number of the folder: 0 for root, 1 for the first of more_roots."""
     label_file: str = bounded("", path=True)
     """For `folder` and `video`: a CSV or Parquet file with the columns path (relative to root), label (a text or a
-    whole number) and, optionally, split. It must have one row for each image or video file. Replaces `labels` and
-    `eval_root`."""
+    whole number) and, optionally, split. It must have one row for each image or video file; a row of the split unused
+    needs no label, and its file is not used. Replaces `labels` and `eval_root`."""
     label_separator: str = bounded("", max_length=8, example="'data.label_separator=\";\"'")
     """For label_file: the text between the labels of an image that has several, such as ; or |. An image without labels
     then has none of the classes. Empty: one label per image, or the column `label` of a Parquet file holds lists."""

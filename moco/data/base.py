@@ -9,7 +9,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -133,12 +133,14 @@ class Sources:
     train: Source
     bank: Source | None = None  # references with one class each, for kNN and linear probes
     held_out: Source | None = None  # labeled, disjoint from train and bank: accuracy is measured here
+    unused_splits: Mapping[str, int] = field(default_factory=dict)  # of a label file: number of files, by name
 
     def changed(self, change: Callable[[Source], Source]) -> "Sources":
         """Return the data set after `change` of each split; a source that serves as two splits is changed once."""
         splits = {id(split): split for split in (self.train, self.bank, self.held_out) if split is not None}
         new = {key: change(split) for key, split in splits.items()}
-        return Sources(new[id(self.train)], new.get(id(self.bank)), new.get(id(self.held_out)))
+        bank, held_out = new.get(id(self.bank)), new.get(id(self.held_out))
+        return replace(self, train=new[id(self.train)], bank=bank, held_out=held_out)
 
 
 def labeled(train: Source, held_out: Source | None = None, where: str = "") -> Sources:

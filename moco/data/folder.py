@@ -43,7 +43,6 @@ class FolderSource(Source):
     multi_labels: NDArray[np.bool_] | None = None  # see `Source`
     more_roots: tuple[str, ...] = ()  # absolute; each path then begins with the number of its root, from 0
     draws: tuple[tuple[int, int], ...] = ()  # see `Source`
-    unused_splits: Mapping[str, int] = field(default_factory=dict)  # splits of a label file: number of images, by name
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -176,11 +175,10 @@ def _open_with_label_file(config: DataConfig, keep_unlistable: bool) -> Sources:
         return labeled(part("", 2))
     held_out = held_out_split(found, config.split, config.eval_split, table)
     unused = Counter(row.split for row in found if row.split not in (config.split, held_out))
-    train = replace(part(config.split, 2), unused_splits=unused)
-    if not held_out:
-        return labeled(train)
-    # What else the folder holds counts once, as that of the training images.
-    return labeled(train, replace(part(held_out, 1), ignored={}, unlistable={}, broken={}), f"{where} split={held_out}")
+    evaluated = None
+    if held_out:  # what else the folder holds counts once, as that of the training images
+        evaluated = replace(part(held_out, 1), ignored={}, unlistable={}, broken={})
+    return replace(labeled(part(config.split, 2), evaluated, f"{where} split={held_out}"), unused_splits=unused)
 
 
 def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:

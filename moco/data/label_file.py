@@ -3,7 +3,7 @@
 The column `path` names an image relative to the folder, `label` is its class (a text or a whole number), and `split`,
 if there is such a column, says to which split the image belongs. Upper and lower case and spaces around the name of a
 column do not matter. Other columns are ignored. An image has several labels if a separator is given, as in cat;dog, or
-if the column of a Parquet file holds lists.
+if the column of a Parquet file holds lists. Images of the split "unused" need no label: they are not read.
 
 Legend: N images.
 """
@@ -21,9 +21,13 @@ from moco.data.labels import HELD_OUT, first_names, is_missing
 from moco.distributed import is_rank_zero
 
 COLUMNS = ("path", "label", "split")
+UNUSED = "unused"  # the split of images that are neither trained on nor evaluated
 # What to do about an empty value of a column. Removing only the row is not enough: each image needs one.
 _EMPTY = "fill it in, or remove the row and move its image out of data.root"
-_EMPTY_LABEL = "; if images can have several labels or none, set data.label_separator"
+_EMPTY_LABEL = (
+    f"fill it in, or give the row the split {UNUSED}; if images can have several labels or none, set "
+    "data.label_separator"
+)
 
 
 class Row(NamedTuple):
@@ -44,8 +48,9 @@ def read_label_file(file: str, separator: str = "") -> dict[str, Row]:
     Raises:
         ConfigError: if the file is Parquet and pyarrow is not installed.
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no table with the columns path and label, or has one of them twice; if a path, label or
-            split is empty; if a path has rows with different labels or splits; or if the separator does not occur.
+        ValueError: if it is no table with the columns path and label, or has one of them twice; if a path or split is
+            empty, or a label outside the split `UNUSED`; if a path has rows with different labels or splits; or if the
+            separator does not occur.
 
     Warns:
         RunWarning: about ignored columns whose names resemble path, label or split.
@@ -60,9 +65,9 @@ def read_label_file(file: str, separator: str = "") -> dict[str, Row]:
         label = _label(values[1], separator, where, number)
         row = Row(number, label, split[0] if split else "")
         for column, text in zip(COLUMNS, (path, label, *split), strict=False):
-            if text == "":
-                hint = _EMPTY_LABEL if column == "label" else ""
-                raise ValueError(f"{where}: row {number} has an empty {column}: {_EMPTY}{hint}")
+            if text == "" and not (column == "label" and row.split == UNUSED):
+                fix = _EMPTY_LABEL if column == "label" else _EMPTY
+                raise ValueError(f"{where}: row {number} has an empty {column}: {fix}")
         path = posixpath.normpath(path)
         first = rows.setdefault(path, row)
         if first[1:] != row[1:]:
@@ -102,7 +107,8 @@ def rows_of_images(rows: dict[str, Row], images: Sequence[str], where: str, file
     if unlabeled := [path for path in images if path not in rows]:
         raise ValueError(
             f"data.label_file={file} has no row for {len(unlabeled):,} of the {len(images):,} images in {where}: "
-            f"{first_names(unlabeled, 3)}; add a row for each, or move them out of data.root"
+            f"{first_names(unlabeled, 3)}; add a row for each (with the split {UNUSED}, it needs no label), or move "
+            "them out of data.root"
         )
     return [rows[path] for path in images]
 
@@ -117,10 +123,12 @@ def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) ->
         file: the table, for errors.
 
     Raises:
-        ValueError: if a requested split has no image, or the table has a split with an unknown name.
+        ValueError: if a requested split is `UNUSED` or has no image, or the table has a split with an unknown name.
     """
     found = {row.split: row for row in reversed(rows)}  # the first row of each split
     for name, split in (("split", train), ("eval_split", held_out)):
+        if split == UNUSED:
+            raise ValueError(f"data.{name}={split}: images of this split are not used: name another split")
         if split and split not in found:
             raise ValueError(
                 f"data.label_file={file} has no row of data.{name}={split!r}: its splits are "
@@ -132,10 +140,11 @@ def held_out_split(rows: Sequence[Row], train: str, held_out: str, file: str) ->
             "images: set another one"
         )
     for split, row in found.items():
-        if split not in (train, held_out, "train", *HELD_OUT):
+        if split not in (train, held_out, "train", *HELD_OUT, UNUSED):
             raise ValueError(
                 f"data.label_file={file}: row {row.number} has the unknown split {split!r}: use train, "
-                f"{', '.join(HELD_OUT[:-1])} or {HELD_OUT[-1]}, or name it in data.split or data.eval_split"
+                f"{', '.join(HELD_OUT)} or, for images to leave out, {UNUSED}; or name it in data.split or "
+                "data.eval_split"
             )
     return held_out or next((split for split in HELD_OUT if split in found and split != train), "")
 
@@ -227,5 +236,5 @@ def _text(value: Any, where: str, number: int) -> str:
 
 
 def _shown(row: Row) -> str:
-    label = row.label if isinstance(row.label, str) else " and ".join(row.label) or "none"
+    label = (row.label if isinstance(row.label, str) else " and ".join(row.label)) or "none"
     return f"{label} in {row.split}" if row.split else label

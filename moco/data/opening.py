@@ -10,6 +10,7 @@ import numpy as np
 from moco.config import AugmentConfig, ConfigError, DataConfig, RunWarning, require
 from moco.config.data import check_normalization
 from moco.data.base import Source, Sources
+from moco.data.label_file import UNUSED
 from moco.data.labels import first_names
 from moco.data.sources import limited, load_source
 from moco.data.unreadable import without_unreadable
@@ -61,9 +62,12 @@ def opening_lines(sources: Sources) -> list[str]:
     """
     parts = [sources.train, *([sources.held_out] if sources.held_out is not None else [])]
     lines = [left_out_line(counts) for part in parts if (counts := part.left_out())]
-    if unused := getattr(sources.train, "unused_splits", {}):
-        named = " and ".join(f"{split} ({count:,} image{'s' * (count > 1)})" for split, count in unused.items())
-        lines.append(f"not used: split {named}; data.eval_split names the held-out split")
+    if unused := sources.unused_splits:
+        named = " and ".join(
+            f"{split} ({count:,} {'files' if count > 1 else 'file'})" for split, count in unused.items()
+        )
+        hint = "; data.eval_split names the held-out split" if unused.keys() - {UNUSED} else ""
+        lines.append(f"not used: split {named}{hint}")
     labeled = sources.bank if sources.train.labels is None and sources.bank is not None else sources.train
     if not class_counts(labeled):
         return lines

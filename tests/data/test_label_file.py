@@ -70,7 +70,7 @@ def test_a_separator_gives_each_image_any_number_of_labels(root: Path) -> None:
     assert resident.multi_labels is not None
     assert resident.subset(np.array([0])).multi_labels.tolist() == [[True, True, False]]  # type: ignore[union-attr]
     assert opening_lines(sources) == [
-        "not used: split val (1 image); data.eval_split names the held-out split",
+        "not used: split val (1 file); data.eval_split names the held-out split",
         "3 classes: cat (1), dog (1), owl (0); 1.00 labels per image, 1 image has none",
         "no held-out image of: dog",
     ]
@@ -145,7 +145,7 @@ def test_an_ignored_column_with_a_similar_name_is_named(root: Path, header: str,
 
 def test_the_images_of_a_split_that_is_not_used_are_counted(root: Path) -> None:
     lines = opening_lines(load_source(config(root, GOOD)))
-    assert lines[0] == "not used: split val (1 image); data.eval_split names the held-out split"
+    assert lines[0] == "not used: split val (1 file); data.eval_split names the held-out split"
     assert not any("not used" in line for line in opening_lines(load_source(config(root, GOOD.replace("val", "test")))))
 
 
@@ -163,6 +163,41 @@ def test_the_table_in_the_folder_is_not_left_out_and_other_files_count_once(root
         report = json.loads((root.parent / "report.json").read_text())
         assert report["ignored"] == {".txt": 1}
         assert report["unreadable"]["broken link"]["count"] == 1
+
+
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("label", ["", "owl"])
+def test_images_of_the_split_unused_need_no_label(root: Path, label: str, resident: bool) -> None:
+    table = HEADER + f"x/a.png,dog,train\nx/b.png,cat,train\nc.png,cat,test\nd.png,{label},unused\n"
+    sources = load_source(config(root, table, resident=resident))  # type: ignore[arg-type]
+    assert sources.held_out is not None
+    assert [sources.train.name(0), sources.train.name(1), sources.held_out.name(0)] == ["x/a.png", "x/b.png", "c.png"]
+    assert (len(sources.train), len(sources.held_out)) == (2, 1)
+    assert sources.train.classes == sources.held_out.classes == ("cat", "dog")
+    assert opening_lines(sources) == [
+        "not used: split unused (1 file)",
+        "2 classes: cat (1), dog (1)",
+        "no held-out image of: dog",
+    ]
+
+
+def test_with_several_labels_an_empty_label_means_none_except_in_the_split_unused(root: Path) -> None:
+    sources = load_source(config(root, MULTI.replace("d.png,dog,val", "d.png,,unused"), label_separator=";"))
+    assert sources.train.multi_labels is not None
+    assert sources.train.classes == ("cat", "dog", "owl")
+    assert sources.train.multi_labels.tolist() == [[True, True, False], [False] * 3]
+    assert opening_lines(sources)[0] == "not used: split unused (1 file)"
+
+
+def test_only_some_images_can_be_labeled_without_a_held_out_split(root: Path) -> None:
+    sources = load_source(config(root, GOOD.replace("cat,test", ",unused").replace("dog,val", ",unused")))
+    assert (len(sources.train), sources.held_out, sources.unused_splits) == (2, None, {"unused": 2})
+
+
+@pytest.mark.parametrize("field", ["split", "eval_split"])
+def test_the_split_unused_cannot_be_used(root: Path, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.{field}=unused: images of this split are not used"):
+        load_source(config(root, GOOD.replace("val", "unused"), **{field: "unused"}))
 
 
 def test_parquet_gives_the_same_as_csv(root: Path) -> None:
@@ -197,15 +232,15 @@ def test_parquet_gives_the_same_as_csv(root: Path) -> None:
             GOOD + "c.png,dog,test\n",
             r"rows 3 and 6 give c.png different labels or splits \(cat in test and dog in test\)",
         ),
-        (GOOD.replace("d.png,dog,val\n", ""), "has no row for 1 of the 4 images in .*: d.png; add a row"),
+        (GOOD.replace("d.png,dog,val\n", ""), "has no row for 1 of the 4 images in .*: d.png; add a row.*unused"),
         (
             GOOD.replace("c.png,cat,test", "c.png,,test"),
-            "row 3 has an empty label: fill it in, or remove the row and move its image.*label_separator",
+            "row 3 has an empty label: fill it in, or give the row the split unused; if .*label_separator",
         ),
         (GOOD.replace("c.png,cat,test", "c.png,cat,"), "row 3 has an empty split: fill it in, or remove .* data.root$"),
         (GOOD.replace("split", "label"), "has the columns 'label' and 'label', whose names count as the same: rename"),
         (GOOD.replace("split", " Label"), "has the columns 'label' and ' Label', whose names count"),
-        (GOOD.replace("val", "vla"), "row 4 has the unknown split 'vla'"),
+        (GOOD.replace("val", "vla"), "row 4 has the unknown split 'vla': use train, test, .*, unused; or name it"),
         (GOOD.replace("train", "test"), "has no row of data.split='train': its splits are test, val; correct"),
         (GOOD.replace("dog,val", "dog,very,val"), "row 4 has more values than there are columns"),
         (GOOD.replace("dog,train", "cat,train"), "the only label is 'cat'"),

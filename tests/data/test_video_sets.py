@@ -13,6 +13,7 @@ from moco.config import DataConfig
 from moco.config.check_data import CheckDataConfig
 from moco.data.check import suggest
 from moco.data.duplicates import copies_in, split_groups
+from moco.data.opening import opening_lines
 from moco.data.sources import load_source
 from moco.data.video import VideoSource, video_of
 from moco.evaluation.subsets import SubsetError, split_each_class
@@ -51,6 +52,10 @@ def test_a_label_file_has_one_row_per_video(tmp_path: Path) -> None:
     assert sources.train.labels.tolist() == [0, 0, 1, 1]
     assert sources.held_out is not None
     assert names(sources.held_out) == ["2.mkv@0.000", "2.mkv@0.040"]
+    table.write_text("path,label,split\n0.mkv,cat,train\n1.mkv,dog,train\n2.mkv,,unused\n")
+    sources = load_source(DataConfig("video", str(tmp_path), label_file=str(table), frame_interval=0))
+    assert (len(sources.train), sources.held_out) == (4, None)
+    assert "not used: split unused (1 file)" in opening_lines(sources)
     table.write_text("path,label\n0.mkv,cat|dog\n1.mkv,dog\n2.mkv,\n")
     several = load_source(DataConfig("video", str(tmp_path), label_file=str(table), label_separator="|")).train
     assert several.multi_labels is not None
