@@ -26,6 +26,7 @@ from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.labels import HELD_OUT, read_label_sets, read_labels
 from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.walk import size_and_time
+from moco.runtime.retries import quiet_retries
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,8 @@ def _load(root: str, subset: str) -> Mapping[str, Any]:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             found = datasets.load_from_disk(str(folder))
         else:
-            found = datasets.load_dataset(str(folder) if is_path else root, name=subset or None)
+            with quiet_retries():
+                found = datasets.load_dataset(str(folder) if is_path else root, name=subset or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise FileNotFoundError(

@@ -7,6 +7,8 @@ from typing import Any
 from moco.config import ConfigError, require
 from moco.config.base import HUB, REPOSITORY, optional_module
 from moco.files import cause
+from moco.models.backbones import BACKBONES, published_weights
+from moco.runtime.retries import quiet_retries
 
 WEIGHTS, SETTINGS, CARD = "model.safetensors", "config.json", "README.md"  # the names that the Hub and timm expect
 _NAME = re.compile(rf"{HUB}(?P<repo>{REPOSITORY})(@(?P<revision>[\w./-]+?))?(/(?P<file>[^/@]+))?", re.ASCII)
@@ -26,9 +28,11 @@ def local_file(name: str, field: str) -> Path:
         field: the field of the configuration that holds the name, for messages.
 
     Raises:
-        ConfigError: for a name of another form, without the library, and if the file cannot be downloaded.
+        ConfigError: for a name of another form, without the library, and if the file cannot be downloaded; for the name
+            of a network.
     """
     if not name.startswith(HUB):
+        _refuse_network(name, field)
         return Path(name) / WEIGHTS if is_hub_folder(Path(name)) else Path(name)
     found = _NAME.fullmatch(name)
     if found is None:
@@ -36,16 +40,31 @@ def local_file(name: str, field: str) -> Path:
     library = optional_module("huggingface_hub", f"{field}={name}", "hub")
     repo, file = found["repo"], found["file"] or WEIGHTS
     try:
-        return Path(library.hf_hub_download(repo, file, revision=found["revision"]))
+        with quiet_retries():
+            return Path(library.hf_hub_download(repo, file, revision=found["revision"]))
     except Exception as error:  # of the library, of its HTTP client, or of the system
         raise ConfigError(f"{field}={name}: {_reason(error, repo, file)}") from error
+
+
+def _refuse_network(name: str, field: str) -> None:
+    """Refuse the name of a network in the place of a file, and name the file with its published weights."""
+    of_timm, known = name.startswith("timm/"), name.removeprefix("timm/")
+    if Path(name).exists() or not re.fullmatch(r"\w+", known.partition(".")[0]):
+        return
+    repo = published_weights(known)
+    if not (of_timm or repo or known in BACKBONES):
+        return
+    backbone = f"{'model.' * (field == 'init_from')}backbone=timm/{known}"
+    fix = f", such as {field}=hf://{repo} {backbone}, which downloads timm's weights" if repo else ""
+    raise ConfigError(f"{field}={name} is the name of a network: name a file with its weights{fix}")
 
 
 def _reason(error: Exception, repo: str, file: str) -> str:
     """Explain in a sentence why a download failed."""
     kinds = {each.__name__ for each in type(error).__mro__}  # by name: the library is not imported here
     if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds:
-        return f"{file} was not downloaded before, and huggingface.co cannot be reached: connect, or name a local file"
+        fix = "connect, or download it on another machine and name the file"
+        return f"{file} was not downloaded before, and huggingface.co cannot be reached: {fix}"
     if "EntryNotFoundError" in kinds:
         return f"the repository has no file {file}: name one, hf://{repo}/FILE"
     if "GatedRepoError" in kinds:
@@ -70,13 +89,15 @@ def upload(folder: Path, repo: str, public: bool) -> str:
     again = f"{folder} is complete; to upload it, run the command again with overwrite=true"
     api: Any = library.HfApi()
     try:
-        address = str(api.create_repo(repo, private=not public, exist_ok=True))
-        private = bool(api.model_info(repo).private)
-        require(public or private, f"upload={repo} is a public repository: set public=true to upload to it. {again}")
-        message = "Upload an encoder written by moco.convert"
-        api.upload_folder(
-            repo_id=repo, folder_path=str(folder), allow_patterns=[WEIGHTS, SETTINGS, CARD], commit_message=message
-        )
+        with quiet_retries():
+            address = str(api.create_repo(repo, private=not public, exist_ok=True))
+            private = bool(api.model_info(repo).private)
+            problem = f"upload={repo} is a public repository: set public=true to upload to it. {again}"
+            require(public or private, problem)
+            message = "Upload an encoder written by moco.convert"
+            api.upload_folder(
+                repo_id=repo, folder_path=str(folder), allow_patterns=[WEIGHTS, SETTINGS, CARD], commit_message=message
+            )
     except ConfigError:
         raise
     except Exception as error:

@@ -12,6 +12,7 @@ from moco.config import require
 from moco.files import cause
 from moco.models.vit import vit, vit_base, vit_conv_base, vit_conv_small, vit_small
 from moco.plugins import Registry
+from moco.runtime.retries import quiet_retries
 
 
 class ConvNet(nn.Module):
@@ -92,6 +93,18 @@ def published_images(name: str) -> dict[str, Any]:
     return {"size": size, "resize": int(size / known.crop_pct), "mean": list(known.mean), "std": list(known.std)}
 
 
+def published_weights(name: str) -> str:
+    """Return the repository on the Hugging Face Hub with timm's weights of the model `name`; "" if there is none."""
+    import timm
+
+    try:
+        known = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        return ""
+    repo = str(known.hf_hub_id or "") if known is not None else ""
+    return repo if repo.startswith("timm/") else ""  # its file is model.safetensors
+
+
 def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
     """Return `timm/NAME` without its classifier; raise ValueError if its published weights cannot be loaded."""
     import timm  # takes a second
@@ -101,15 +114,19 @@ def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
         close = ", ".join(difflib.get_close_matches(known, timm.list_models(), n=5))
         raise ValueError(f"{group}backbone={name!r}: timm has no such model; similar names: {close or 'none'}")
     try:
-        network: Any = timm.create_model(known, num_classes=0, **options)
+        with quiet_retries():
+            network: Any = timm.create_model(known, num_classes=0, **options)
     except (TypeError, ValueError):
         raise
     except Exception as error:  # timm and the libraries below it raise many types
         if not options.get("pretrained"):
             raise
+        repo = published_weights(known)
+        file = f"model.safetensors of huggingface.co/{repo}" if repo else "the file"
         raise ValueError(
             f"{group}options={dict(options)}: the published weights of {group}backbone={name!r} cannot be loaded "
-            f"({cause(error).splitlines()[0]}); check the network, or set pretrained=false and init_from=FILE"
+            f"({cause(error).splitlines()[0]}); check the network, or download {file} on another machine and set "
+            "pretrained=false and init_from=FILE"
         ) from error
     # timm's num_features are those before the last layer, which is wider in some models (MobileNetV3, VGG).
     network.num_features = network.head_hidden_size

@@ -12,7 +12,7 @@ from moco.digest import digest
 from moco.distributed import all_gather_object
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.interop.image_size import fit_to_size
-from moco.models.backbones import build_backbone
+from moco.models.backbones import build_backbone, published_weights
 from moco.models.probe import output_error
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # for files that do not record their own
@@ -106,6 +106,8 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     path = Path(method.teacher)
     inside = f": name a file, such as method.teacher={path / 'encoder.safetensors'}"
     state = f"is a folder{inside}" if path.is_dir() else "does not exist"
+    if not path.exists() and len(path.parts) == 1 and published_weights(path.name):
+        state = f"is the name of a network: write method.teacher=timm/{path.name} for its published weights"
     require(path.is_file(), f"method.teacher={path} {state}")
     named = method.teacher_backbone or None, method.teacher_options or None
     file = read_encoder(path, method.teacher_weights, *named)

@@ -79,6 +79,11 @@ def test_what_does_not_fit_is_refused(
         load_teacher(config(tmp_path / teacher, dim, **method))
 
 
+def test_a_name_of_a_network_without_timm_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"resnet18 is the name of a network: write method\.teacher=timm/resnet18"):
+        load_teacher(config("resnet18", 512))
+
+
 def of_four_channels() -> nn.Module:
     torch.manual_seed(0)
     return build_backbone("convnet", {"width": 2, "channels": 4}).eval()

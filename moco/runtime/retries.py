@@ -1,0 +1,32 @@
+"""One line instead of a line per attempt, while the library huggingface_hub retries to reach the Hub."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from moco.runtime.console import log
+
+_LOGGER = "huggingface_hub.utils._http"
+_ATTEMPTS = ("thrown while requesting", "Retrying in", "Rate limited")
+
+
+@contextmanager
+def quiet_retries() -> Iterator[None]:
+    """Replace the library's two lines per failed attempt by one line; its other messages stay."""
+    announced = False
+
+    def is_other(record: logging.LogRecord) -> bool:
+        nonlocal announced
+        if not any(each in record.getMessage() for each in _ATTEMPTS):
+            return True
+        if not announced:
+            announced = True
+            log("the Hugging Face Hub does not answer: trying again, for up to a minute")
+        return False
+
+    logger = logging.getLogger(_LOGGER)
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
