@@ -5,6 +5,7 @@ runs.json holds every second record (CIFAR-10: third) of runs on two CPU cores, 
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,13 +144,32 @@ def test_a_momentum_that_cannot_leave_its_initial_weights() -> None:
     assert_found(momentum_too_high({}, short), "0.999", "86%", "150")
     assert "method.momentum=0.99" in str(momentum_too_high({}, short))
     assert momentum_too_high({}, short._replace(momentum=0.99)) is None
-    few_steps = momentum_too_high({}, short._replace(total_steps=10))  # no recommended momentum ends the alarm
+    few_steps = momentum_too_high({}, short._replace(total_steps=84, epochs=12))  # 0.99 alone is not enough
     assert few_steps is not None
-    assert few_steps.remedy == "more epochs"
+    assert few_steps.remedy == "method.momentum=0.99 with epochs=99 (43 % are left after 84 steps), or epochs=987"
     assert momentum_too_high({}, short._replace(total_steps=7000)) is None
     assert momentum_too_high({}, short._replace(momentum=None)) is None
     assert momentum_too_high({}, short._replace(starts_trained=True)) is None  # its initial weights are good ones
     assert names({}, short) == ["momentum too high"]
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.994, 0.999, 0.9999, 1.0])
+@pytest.mark.parametrize("steps", [10, 84, 150, 299, 690, 4602])
+def test_each_remedy_for_the_momentum_ends_the_alarm(momentum: float, steps: int) -> None:
+    facts = FACTS._replace(momentum=momentum, total_steps=steps, epochs=steps / 7)
+
+    def alarm(facts: Facts) -> Alarm | None:
+        return momentum_too_low({}, facts) or momentum_too_high({}, facts)
+
+    if (found := alarm(facts)) is None:
+        return
+    for remedy in found.remedy.split(", or "):
+        fields = dict(re.findall(r"([\w.]+)=([\d.]+)", remedy))
+        better = float(fields.get("method.momentum", momentum))
+        epochs = float(fields.get("epochs", facts.epochs))
+        followed = facts._replace(momentum=better, epochs=epochs, total_steps=epochs * 7)
+        assert alarm(followed) is None, remedy
+        assert better**followed.total_steps <= 0.05, remedy  # and not just because the momentum is the recommended one
 
 
 def test_a_learning_rate_of_zero_and_few_images() -> None:

@@ -1,7 +1,9 @@
 """The alarms that depend only on the settings of a run, so that they can be raised before its first step."""
 
+import math
+
 from moco.analysis.doctor.series import Alarm, Facts, Series
-from moco.config.recommended import FEW_IMAGES, momentum_for, queue_advice
+from moco.config.recommended import FEW_IMAGES, INITIAL_SHARE, momentum_for, queue_advice
 
 LOWEST_MOMENTUM = 0.9  # He et al. (2020), Sec. 4.1: top-1 is 55.2 % at 0.9 and 59.0 % at 0.999; at 0, training fails
 
@@ -13,13 +15,15 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
     return Alarm(
         "momentum too low",
         f"momentum {facts.momentum:g} is below {LOWEST_MOMENTUM:g}, so the queue mixes keys of very different encoders",
-        f"method.momentum={better_momentum(facts):g}" + _and_more_epochs(facts),
+        _momentum_remedy(facts),
     )
 
 
 # The largest share of its initial weights that the momentum encoder may keep until the end of the run. The recipe
 # digits keeps 0.002, cifar10_cpu 1e-5.
 MAX_KEPT = 0.5
+# The largest share after a remedy. At 0.99, the lowest momentum of the published range, this takes 299 steps.
+MAX_KEPT_BY_REMEDY = 0.05
 
 
 def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
@@ -31,7 +35,7 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
         return None
     if facts.momentum >= 1:
         evidence = "the momentum encoder never changes, so the queries learn to match a random network"
-        return Alarm("momentum of 1", evidence, f"method.momentum={better_momentum(facts):g}")
+        return Alarm("momentum of 1", evidence, _momentum_remedy(facts))
     left, better = facts.momentum**facts.total_steps, better_momentum(facts)
     if left <= MAX_KEPT or facts.momentum <= better or facts.starts_trained:
         return None
@@ -39,13 +43,26 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
         "momentum too high",
         f"at momentum {facts.momentum:g}, {100 * left:.0f} % of the momentum encoder's initial weights are left "
         f"after all {facts.total_steps:.0f} steps",
-        "more epochs" if better**facts.total_steps > MAX_KEPT else f"method.momentum={better:g}, or more epochs",
+        f"{_momentum_remedy(facts)}, or {_length_for(facts.momentum, facts)}",
     )
 
 
-def _and_more_epochs(facts: Facts) -> str:
-    """Return a remedy for a run that is too short for every momentum of the published range."""
-    return ", and more epochs" if better_momentum(facts) ** facts.total_steps > MAX_KEPT else ""
+def _momentum_remedy(facts: Facts) -> str:
+    """Return the momentum that fits the run; with a length for it, if the run is too short for the published range."""
+    better = better_momentum(facts)
+    left = better**facts.total_steps
+    if left <= MAX_KEPT_BY_REMEDY:
+        return f"method.momentum={better:g}"
+    now = f"{100 * left:.0f} % are left after {facts.total_steps:.0f} steps"
+    return f"method.momentum={better:g} with {_length_for(better, facts)} ({now})"
+
+
+def _length_for(momentum: float, facts: Facts) -> str:
+    """Return the length of a run that leaves `INITIAL_SHARE` of the initial weights: in epochs, else in steps."""
+    steps = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
+    if math.isinf(facts.epochs):
+        return f"{steps:,} steps"
+    return f"epochs={math.ceil(steps * facts.epochs / facts.total_steps)}"
 
 
 def better_momentum(facts: Facts) -> float:
