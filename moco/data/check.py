@@ -32,10 +32,11 @@ from moco.data.sources import load_source
 from moco.data.video import VideoSource
 from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
 from moco.data.workers import TASK, LoaderError, count_processes, in_order
-from moco.files import write_errors, write_json
+from moco.files import resolved, write_errors, write_json
 from moco.runtime.console import log, progress_bar, table
 from moco.runtime.next_command import command, free_run, given_fields
 from moco.runtime.provenance import provenance
+from moco.untrusted import read_json
 
 Checked = FolderSource | VideoSource
 _UNREADABLE_FOLDER = "unreadable folder"
@@ -109,11 +110,11 @@ def check_data(config: CheckDataConfig) -> None:
                 findings.note(_UNREADABLE_FOLDER, str(Path(files.root, path)), reason)
             for path, target in files.broken.items():
                 findings.note("broken link", str(Path(files.root, path)), f"a link to {target}, ignored")
-    report = describe(config, folders, findings)
+    report, replaced = describe(config, folders, findings), _replaced(output, data.root)
     with write_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, report)
-    show(report, output)
+    show(report, output, replaced)
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
     if data.name in FOLDERS:
@@ -308,8 +309,20 @@ def size_distribution(sizes: NDArray[np.int32]) -> dict[str, Any]:
     }
 
 
-def show(report: dict[str, Any], output: Path) -> None:
-    """Print the report as a table, with one example per kind."""
+def _replaced(output: Path, root: str) -> str:
+    """Return what to say about an earlier file `output`, unless it is the report of the same folder; else ""."""
+    if not output.is_file():
+        return ""
+    try:
+        earlier = str(read_json(output)["data"]["root"])
+    except (ValueError, KeyError, TypeError):
+        return "; it replaced a file that was no report"
+    same = resolved(Path(earlier).expanduser()) == resolved(Path(root).expanduser())
+    return "" if same else f"; it replaced the report of {earlier}"
+
+
+def show(report: dict[str, Any], output: Path, replaced: str = "") -> None:
+    """Print the report as a table, with one example per kind; `replaced` follows the name of its file."""
     rows = []
     for part in ("unreadable", "odd"):
         for kind, entry in report[part].items():
@@ -336,4 +349,4 @@ def show(report: dict[str, Any], output: Path) -> None:
     title = f"{counted}, {report['bytes'] / 1e9:,.3f} GB"
     table(title, ["", "number", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     show_labels(report["labels"])
-    log(f"written: {output.absolute()}, with the files of each kind")
+    log(f"written: {output.absolute()}, with the files of each kind{replaced}")

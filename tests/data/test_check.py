@@ -210,6 +210,23 @@ def test_other_data_sets_are_refused(tmp_path: Path) -> None:
     assert issubclass(ImageError, ValueError)  # which the commands print as one sentence
 
 
+def test_the_report_of_another_folder_is_not_replaced_silently(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        folder(tmp_path / name, good=2, unreadable=False)
+    monkeypatch.chdir(tmp_path)
+    ends = []
+    for root in ("a", str(tmp_path / "a"), "b", "b"):
+        check_data(CheckDataConfig(DataConfig(name="folder", root=root, workers=0)))
+        printed = " ".join(capfd.readouterr().out.split())
+        ends.append(printed.partition("with the files of each kind")[2].partition(" 2 images are too few")[0])
+    assert ends == ["", "", f"; it replaced the report of {tmp_path / 'a'}", ""]
+    Path("check_data.json").write_text("[1]")
+    check_data(CheckDataConfig(DataConfig(name="folder", root="b", workers=0)))
+    assert "it replaced a file that was no report" in " ".join(capfd.readouterr().out.split())
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     folder(tmp_path / "images", good=2)
     monkeypatch.chdir(tmp_path)
