@@ -203,7 +203,7 @@ def _by_threshold(config: SearchConfig, images: ImageSet, device: torch.device) 
 
 
 def _duplicates_note(config: SearchConfig, groups: Sequence[NDArray[np.int64]], count: int) -> str:
-    lower = "a lower threshold finds pairs that are less similar, such as resized copies"
+    lower = "a lower threshold finds pairs that are less similar"
     found = f"Each number is the similarity to the image to keep; {lower}."
     notes = [found if groups else f"None found at threshold={config.threshold:g}: {lower}."]
     if groups and len(groups[0]) > max(2, count // 4):

@@ -63,10 +63,10 @@ def read_about(folder: Path) -> About:
     require(folder.is_dir(), f"index={folder} does not exist: create it with python -m moco.embed output={folder} ...")
     if (folder / PROGRESS).exists() and not (folder / FEATURES).exists():
         raise ConfigError(f"{folder} is not complete: run the same moco.embed command again to resume")
-    require(
-        (folder / FEATURES).is_file() and (folder / ABOUT).is_file(),
-        f"{folder} contains no {FEATURES} of moco.embed: name the output folder of moco.embed",
-    )
+    if not ((folder / FEATURES).is_file() and (folder / ABOUT).is_file()):
+        inside = [str(each.parent) for each in sorted(folder.glob(f"*/{FEATURES}"))]
+        fix = f", index={' or index='.join(inside)}" if inside else ""
+        raise ConfigError(f"{folder} contains no {FEATURES} of moco.embed: name the output folder of moco.embed{fix}")
     return _read(folder / ABOUT)
 
 

@@ -242,6 +242,10 @@ def test_a_wrong_index_or_query_is_refused(made: tuple[Path, Path], tmp_path: Pa
         search(SearchConfig(index=str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match=r"contains no features.npy"):
         search(SearchConfig(index=str(made[1])))
+    (tmp_path / "mine" / "features").mkdir(parents=True)
+    (tmp_path / "mine" / "features" / "features.npy").touch()
+    with pytest.raises(ConfigError, match=r"mine contains no features.npy.*, index=.*mine/features$"):
+        search(SearchConfig(index=str(tmp_path / "mine")))
     with pytest.raises(FileNotFoundError, match=r"query=gone.png does not exist"):
         search(config(made, out, query=["gone.png"]))
     (tmp_path / "text.png").write_text("no image")
