@@ -101,23 +101,29 @@ _HIDDEN = {"train/epoch"}  # the x axis
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by metric: x (epochs or steps) and values
 
 
-def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], list[str]]:
-    """Return a chart per metric, the most important first, and a phrase for each metric that never changed."""
+def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], dict[str, list[str]]]:
+    """Return a chart per metric, the most important first, and a phrase for each metric with a single value, by reason.
+
+    The reasons are the keys of the phrases: constant, measured once (in each run), or not measured.
+    """
     recorded = sorted({name for series in runs.values() for name in series} - _HIDDEN)
     references = {each for name in recorded if name in _KNOWN for each in _KNOWN[name].references}
     shown = [name for name in recorded if name not in references]
     order = [name for name in _KNOWN if name in shown] + [name for name in shown if name not in _KNOWN]
-    drawn, constant = [], []
+    drawn, single = list[Chart](), dict[str, list[str]]()
     for name in order:
-        values = {value for series in runs.values() for value in series.get(name, ((), ()))[1]}
+        recorded_values = [series[name][1] for series in runs.values() if name in series]
+        values = {value for each in recorded_values for value in each}
         known = _KNOWN.get(name, _Known(name.rpartition("/")[2].replace("_", " ").capitalize()))
         if len(values) == 1 and not known.references:
             value = values.pop()
-            shown_value = "not measured" if math.isnan(value) else f"{number(value * known.scale)} {known.unit}".strip()
-            constant.append(f"{known.title}: {shown_value}")
+            once = all(len(each) == 1 for each in recorded_values)
+            reason = "Not measured" if math.isnan(value) else "Measured once" if once else "Constant"
+            text = "" if math.isnan(value) else f": {number(value * known.scale)} {known.unit}".rstrip()
+            single.setdefault(reason, []).append(f"{known.title}{text}")
         else:
             drawn.append(_chart(name, known, runs))
-    return drawn, constant
+    return drawn, single
 
 
 def _chart(name: str, known: _Known, runs: Mapping[str, Series]) -> Chart:

@@ -128,7 +128,7 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
     series, x_title = by_epoch(runs)
     if not any(series.values()):
         return Section("Curves", paragraph("No metrics are recorded yet."))
-    drawn, constant = charts(series)
+    drawn, single = charts(series)
     by_group: dict[str, list[Markup]] = {"": []}  # "": those that are not folded
     for chart in drawn:
         group = "" if chart.metric.startswith(_OPEN) else chart.metric.partition("/")[0]
@@ -138,8 +138,9 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
         title = f"{_FOLDED.get(group, group.capitalize())}: {len(made)} chart{'s' * (len(made) != 1)}"
         body += folded(title, part("charts", Markup().join(made)))
     dashed = any(curve.reference for chart in drawn for curve in chart.curves)
-    note = "Dashed lines are reference values. " * dashed + f"Constant: {'; '.join(constant)}." * bool(constant)
-    return Section("Curves", (paragraph(note, "soft") if note else Markup()) + body)
+    notes = ["Dashed lines are reference values."] * dashed
+    notes += [f"{reason}: {'; '.join(phrases)}." for reason, phrases in single.items()]
+    return Section("Curves", (paragraph(" ".join(notes), "soft") if notes else Markup()) + body)
 
 
 def evaluations(run: Run) -> Markup:

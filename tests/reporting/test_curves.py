@@ -23,7 +23,7 @@ RUN: Series = {
 
 
 def test_every_metric_is_drawn_or_listed_as_constant() -> None:
-    drawn, constant = charts({"run": RUN})
+    drawn, single = charts({"run": RUN})
     assert [(each.title.partition(":")[0], each.metric) for each in drawn] == [
         ("Held-out kNN accuracy", "accuracy/knn"),
         ("Loss", "train/loss"),
@@ -31,7 +31,7 @@ def test_every_metric_is_drawn_or_listed_as_constant() -> None:
         ("Effective rank of the features (higher", "analysis/effective_rank"),
         ("New measure", "mine/new_measure"),
     ]
-    assert constant == ["Momentum of the key encoder: 0.99"]
+    assert single == {"Constant": ["Momentum of the key encoder: 0.99"]}
     assert [(curve.name, curve.reference) for curve in drawn[0].curves] == [
         ("knn", False),
         ("untrained", True),
@@ -41,12 +41,28 @@ def test_every_metric_is_drawn_or_listed_as_constant() -> None:
     assert drawn[2].curves[0].y == [50.0, 25.0, 75.0]  # percent
 
 
+def test_a_value_of_a_single_record_is_not_called_constant() -> None:
+    single: Series = {
+        "train/lr": ([1, 2], [0.03, 0.03]),
+        "analysis/spread": ([1], [0.5]),
+        "analysis/top_share": ([1], [0.25]),
+        "analysis/key_drift": ([1, 2], [math.nan]),
+    }
+    expected = {
+        "Constant": ["Learning rate: 0.03"],
+        "Measured once": ["Spread (1 uniform, 0 one point): 0.5", "Gradient share of the 10 hardest negatives: 25 %"],
+        "Not measured": ["Change of queue keys since they were computed (0: none)"],
+    }
+    for runs in ({"run": single}, {"run": single, "other": single}):
+        assert charts(runs) == ([], expected)
+
+
 def test_runs_share_a_chart_and_differ_in_color() -> None:
     other: Series = {"train/loss": ([1, 5], [6.0, 3.0]), "train/momentum": ([1, 5], [0.9, 0.9])}
-    drawn, constant = charts({"one": RUN, "two": other})
+    drawn, single = charts({"one": RUN, "two": other})
     loss = next(each for each in drawn if each.title == "Loss")
     assert [(curve.name, curve.run) for curve in loss.curves] == [("one", 0), ("one, chance", 0), ("two", 1)]
-    assert constant == []  # the two momentums differ
+    assert single == {}  # the two momentums differ
     lines = [trace["line"] for trace in figure(loss, "epoch")["data"]]
     assert [line["color"] for line in lines] == [PALETTE[0], PALETTE[0], PALETTE[1]]
     assert [line["dash"] for line in lines] == ["solid", "dash", "solid"]
