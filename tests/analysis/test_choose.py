@@ -181,6 +181,23 @@ def test_given_data_replaces_that_of_the_runs(
         command(config(tmp_path / "out", *runs, data=SubjectDataConfig(hold_out=0.1)))
 
 
+@pytest.mark.parametrize("given", [{"name": "folder", "root": "moved"}, {"root": "moved"}, {"name": "digits"}])
+def test_data_of_the_runs_is_not_compared_if_the_command_names_other_data(
+    tmp_path: Path, opened: list[DataConfig], given: dict[str, Any]
+) -> None:
+    labels: dict[str, Any] = {"labels": "folder", "eval_root": "test"}
+    runs = [
+        run(tmp_path / "a", (1,), name="folder", root="one", **labels),
+        run(tmp_path / "b", (1,), name="folder", root="two", more_roots=["three"]),
+        run(tmp_path / "c", (1,), name="folder", root="one", label_file="labels.csv"),
+    ]
+    choose(config(tmp_path / "out", *runs, labels=False, data=SubjectDataConfig(**given)))
+    [data] = opened
+    assert (data.labels, data.eval_root, data.more_roots, data.label_file) == ("none", "", [], "")
+    with pytest.raises(ConfigError, match=r"b has data\.eval_root=, but .*a has test"):
+        choose(config(tmp_path / "out", *runs[:2], data=SubjectDataConfig(name="folder")))
+
+
 def test_several_labels_leave_the_measures_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"{i:02}.png" for i in range(8)]
     folder(tmp_path / "images", len(names))

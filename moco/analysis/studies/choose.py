@@ -32,7 +32,7 @@ from moco.config import ConfigError, require
 from moco.config.choose import ChooseConfig
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
-from moco.data.sources import Sources, limited
+from moco.data.sources import SOURCES, Sources, limited
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy
 from moco.evaluation.subject import open_data, open_subject
 from moco.evaluation.subsets import naming_field, per_class
@@ -198,16 +198,18 @@ def _refuse_too_few_checkpoints(files: Mapping[str, Sequence[Path]]) -> None:
 
 
 def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseConfig) -> str:
-    """Return the first run; refuse runs on different data, whose measures cannot be compared."""
+    """Return the first run; refuse runs on different data, unless the configuration names the data for all of them."""
     first, *others = files
+    given = config.data.overrides()
+    name = given.get("name", "")
+    if "root" in given or (name in SOURCES and not SOURCES[name].root):
+        return first  # the other fields of the runs have no effect
     of_first = read_encoder(files[first][-1]).config["data"]
     for run in others:
         own = read_encoder(files[run][-1]).config["data"]
-        for name in sorted(
-            {"name", "root", "more_roots", "eval_root", "labels", "label_file"} - config.data.overrides().keys()
-        ):
-            here, there = own.get(name) or "", of_first.get(name) or ""  # runs of older versions lack some
-            difference = f"{run} has data.{name}={here}, but {first} has {there}"
+        for field in sorted({"name", "root", "more_roots", "eval_root", "labels", "label_file"} - given.keys()):
+            here, there = own.get(field) or "", of_first.get(field) or ""  # runs of older versions lack some
+            difference = f"{run} has data.{field}={here}, but {first} has {there}"
             require(here == there, f"runs: {difference}: choose runs on the same images")
     return first
 
