@@ -127,19 +127,20 @@ def _checked(config: DataConfig, source: Source) -> Source:
     return source
 
 
-def refuse_output_inside(config: DataConfig, field: str, output: str | Path) -> None:
+def refuse_output_inside(config: DataConfig, field: str, output: str | Path, of_root: str = "data.root") -> None:
     """Refuse an output directory in a folder that is searched for images: its images would become part of the data.
 
     Args:
         config: the data set.
         field: the field that names the directory, for the error.
         output: the directory, which need not exist.
+        of_root: the field that names the root, for the error.
 
     Raises:
         ConfigError: if the output directory lies in such a folder.
     """
     searched = SOURCES[config.name].searched if config.name in SOURCES else ()
-    folders = [("data.root", config.root, part) for part in searched] if config.root else []
+    folders = [(of_root, config.root, part) for part in searched] if config.root else []
     folders += [("data.eval_root", config.eval_root, "")] if config.eval_root else []
     folders += [("data.more_roots", root, "") for root in config.more_roots]
     place = Path(os.path.realpath(output))

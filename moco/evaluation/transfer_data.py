@@ -192,7 +192,7 @@ def _open_folder(path: str, config: TransferConfig, subject: Subject) -> Splits:
     output = subject.output
     data = DataConfig(name="folder", root=path, labels="folder", channels=subject.file.channels)
     data = replace(data, dtype=config.data.dtype or "uint8")
-    refuse_output_inside(data, "output", output)
+    refuse_output_inside(data, "output", output, "sets")
     endings = PixelFormat(data.channels, data.dtype).endings
 
     def open_part(folder: str, min_classes: int = 1) -> FolderSource:

@@ -158,6 +158,12 @@ def test_an_incomplete_set_is_refused_by_its_name(tmp_path: Path) -> None:
         run(config(tmp_path / "out", ["caltech101"], root=str(tmp_path / "data")))
 
 
+def test_an_output_in_a_folder_of_sets_is_refused_by_that_field(tmp_path: Path) -> None:
+    images = folders(tmp_path / "images")
+    with pytest.raises(ConfigError, match=f"output={images}/out lies in sets={images} .*: set output to a directory"):
+        run(config(Path(images, "out"), [images]))
+
+
 def test_voc_is_measured_by_the_mean_average_precision(tmp_path: Path) -> None:
     write_voc(tmp_path / "data")
     ((result,), printed) = run(config(tmp_path / "out", ["voc07"], root=str(tmp_path / "data")))
