@@ -53,7 +53,7 @@ def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS, table: str = "")
     permission) counts as an image: it keeps its position and is unreadable.
     """
     tree = Tree()
-    table = os.path.join(os.path.realpath(os.path.dirname(table)), os.path.basename(table))
+    table_folder, table_name = os.path.realpath(os.path.dirname(table)), os.path.basename(table)
     seen: set[str] = set()
     folders, links = [""], list[str]()
     while folders or links:
@@ -67,7 +67,7 @@ def walk(folder: str, endings: tuple[str, ...] = IMAGE_ENDINGS, table: str = "")
         try:
             with os.scandir(real) as entries:
                 for entry in entries:
-                    if os.path.join(real, entry.name) == table:
+                    if entry.name == table_name and real == table_folder:
                         continue
                     path = f"{relative}/{entry.name}" if relative else entry.name
                     _add(tree, entry, path, links if entry.is_symlink() else folders, endings)

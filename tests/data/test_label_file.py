@@ -152,16 +152,17 @@ def test_the_images_of_a_split_that_is_not_used_are_counted(root: Path) -> None:
 def test_the_table_in_the_folder_is_not_left_out_and_other_files_count_once(root: Path) -> None:
     (root / "labels.csv").write_text(GOOD)
     (root / "labels.txt").write_text("")
+    (root / "x/labels.csv").write_text("")  # the table's name in another folder
     (root / "nowhere").symlink_to(root / "gone")
     for name in (str(root / "labels.csv"), f"{root}/../{root.name}/x/../labels.csv"):
         data = config(root, label_file=name)
         with pytest.warns(RunWarning, match="1 broken links"):
             lines = opening_lines(load_source(data))
-        assert lines[0] == "left out, because of their names: 1 .txt"
+        assert lines[0] == "left out, because of their names: 1 .csv, 1 .txt"
         assert sum("left out" in line for line in lines) == 1
         check_data(CheckDataConfig(data, str(root.parent / "report.json")))
         report = json.loads((root.parent / "report.json").read_text())
-        assert report["ignored"] == {".txt": 1}
+        assert report["ignored"] == {".csv": 1, ".txt": 1}
         assert report["unreadable"]["broken link"]["count"] == 1
 
 
