@@ -255,7 +255,7 @@ def scan(
             "move each into the folder of its class, or set data.labels=none"
         )
     if len(classes) < min_classes:
-        raise ValueError(f"{where} has one class folder only ({classes[0]}): at least two are needed")
+        raise ValueError(f"{where} has one class folder only ({classes[0]}): add at least one more")
     indices, classes = read_labels(owners, where, "set data.labels=none", min_classes=min_classes)
     return FolderSource(folder, encoded_paths, indices, classes, **left_out)
 

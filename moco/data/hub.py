@@ -108,7 +108,8 @@ def open_hub(config: DataConfig) -> Sources:
         if not held_out.classes and not eval_split:
             continue
         if not (held_out.classes and train.classes):
-            raise ValueError(f"data.eval_split={name}: {split if held_out.classes else name} has no labels")
+            unlabeled = split if held_out.classes else name
+            raise ValueError(f"data.eval_split={name}: {unlabeled} has no labels: leave data.eval_split empty")
         return labeled(train, held_out, f"data.eval_split={name}")
     return labeled(train)
 
@@ -139,7 +140,7 @@ def _open_split(splits: Mapping[str, Any], config: DataConfig, field: str, split
     import datasets
 
     if split not in splits:
-        raise ValueError(f"data.{field}={split}: {config.root} has the splits {', '.join(splits)}")
+        raise ValueError(f"data.{field}={split}: {config.root} has the splits {', '.join(splits)}: set one of them")
     table, where = splits[split], f"{config.root} ({split})"
     arrays = [name for name, kind in table.features.items() if isinstance(kind, datasets.Array2D | datasets.Array3D)]
     images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
@@ -165,14 +166,16 @@ def _column(field: str, requested: str, fitting: Sequence[str], present: Sequenc
     """Return the column that a field names, or the only one that fits."""
     if requested:
         if requested not in present:
-            raise ValueError(f"data.{field}={requested}: {where} has the columns {', '.join(present)}")
+            raise ValueError(f"data.{field}={requested}: {where} has the columns {', '.join(present)}: set one of them")
         return requested
     if len(fitting) > 1:
         raise ValueError(
             f"{where} has {len(fitting)} columns with {what} ({', '.join(fitting)}): set data.{field} to one of them"
         )
     if not fitting:
-        raise ValueError(f"{where} has no column with {what}: its columns are {', '.join(present)}")
+        raise ValueError(
+            f"{where} has no column with {what}: its columns are {', '.join(present)}; cast one to datasets.Image"
+        )
     return fitting[0]
 
 

@@ -34,7 +34,7 @@ def read_labels(
         min_classes: the smallest number of classes.
 
     Raises:
-        ValueError: if the values are not one class per image, or some images are unlabeled.
+        ValueError: if the values are not one class per image, if some images are unlabeled, or for too few classes.
     """
     missing = [is_missing(value) for value in values]
     count = sum(missing)
@@ -72,7 +72,8 @@ def read_label_sets(
     list per image.
 
     Raises:
-        ValueError: if no image has a label, if some lists are missing, or if the values cannot be classes.
+        ValueError: if no image has a label, if some lists or values in them are missing, or if the values cannot be
+            classes.
     """
     missing = sum(value is None for value in values)
     known = [value for value in values if value is not None]
@@ -84,8 +85,14 @@ def read_label_sets(
             f"image has none of the classes, or {fix}"
         )
     each = [label for value in known for label in value]
-    if not each:
+    empty = sum(map(is_missing, each))
+    if empty == len(each):
         raise ValueError(f"{where}: no image has a label; {fix}")
+    if empty:
+        raise ValueError(
+            f"{where}: {empty:,} of the {len(each):,} labels in the lists are missing, empty or -1: remove them, "
+            f"or {fix}"
+        )
     indices, names = read_labels(each, where, fix, classes, min_classes=1)
     found = np.zeros((len(known), len(names)), np.bool_)
     found[np.repeat(np.arange(len(known)), [len(value) for value in known]), indices] = True

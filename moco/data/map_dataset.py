@@ -66,7 +66,8 @@ def open_datasets(open_dataset: Callable[[DataConfig], Any], config: DataConfig)
     """Open what the function returns: a data set, or a pair (training, held-out) of them."""
     found = open_dataset(config)
     splits = found if isinstance(found, tuple) else (found,)
-    require(len(splits) in (1, 2), f"data.name={config.name}: {len(splits)} data sets instead of (training, held-out)")
+    problem = f"data.name={config.name}: {len(splits)} data sets instead of one, or of a pair (training, held-out)"
+    require(len(splits) in (1, 2), f"{problem}: return one or two")
     train, *rest = (
         _source(config.name, part, split) for part, split in zip(("train", "held_out"), splits, strict=False)
     )

@@ -30,7 +30,7 @@ LATE = Fraction(1, 2)
 class VideoTimes(NamedTuple):
     """The frames of a file; `kind` and `reason` are its fault, as of an `ImageError`, or ""."""
 
-    frames: NDArray[np.void]  # (F,) of `FRAME_TIMES`, in the order of presentation
+    frames: NDArray[np.void]  # of `FRAME_TIMES`, one per frame, in the order of presentation
     time_base: Fraction = Fraction(1)  # seconds
     kind: str = ""
     reason: str = ""
@@ -121,7 +121,7 @@ def _open(path: str) -> tuple[Any, Any]:
     if video.width * video.height > MAX_PIXELS:
         size = f"{video.width} x {video.height} pixels"
         container.close()
-        raise _refusal(path, "too large", f"its frames have {size}, and at most {MAX_PIXELS:,} are read")
+        raise _too_large(path, size)
     # Loader processes decode in parallel. Threads of the decoder would not survive the fork of a process.
     video.codec_context.thread_count = 1
     video.codec_context.options = {"err_detect": "crccheck+explode"}  # errors instead of guessed pixels
@@ -130,6 +130,11 @@ def _open(path: str) -> tuple[Any, Any]:
 
 def _refusal(path: str, kind: str, reason: str) -> ImageError:
     return ImageError(f"cannot read video {path}: {reason}", kind, reason)
+
+
+def _too_large(path: str, size: str) -> ImageError:
+    reason = f"its frames have {size}, and at most {MAX_PIXELS:,} are read: scale the video down or remove it"
+    return _refusal(path, "too large", reason)
 
 
 class _Decoder:
@@ -192,7 +197,7 @@ class _Decoder:
         else:
             height = round(height / aspect)
         if width * height > MAX_PIXELS:
-            raise _refusal(self.path, "too large", f"its frames have {width} x {height} square pixels")
+            raise _too_large(self.path, f"{width} x {height} square pixels")
         rgb = self._reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
         matrix = _display_matrix(frame)
         upright = np.ascontiguousarray(turned(rgb.to_ndarray(), matrix))

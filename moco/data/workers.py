@@ -179,7 +179,7 @@ def _reraise(error: RuntimeError, field: str) -> None:
     elif not message.startswith("DataLoader worker"):
         raise error
     elif "Bus error" in message:
-        sentence = _no_room("died (Bus error), most likely because shared memory is full")
+        sentence = _no_room("died (Bus error), most likely because shared memory is full", field.partition("=")[0])
     else:
         killed = re.search(r"killed by signal: ([^.]+)\.", message)
         reason = killed.group(1) if killed else "unknown cause"
@@ -192,6 +192,6 @@ def _reraise(error: RuntimeError, field: str) -> None:
     raise LoaderError(sentence) from error
 
 
-def _no_room(what: str) -> str:
+def _no_room(what: str, field: str = "data.workers") -> str:
     larger = "make /dev/shm larger (in a container docker run --shm-size=8g)"
-    return f"a loader process {what}: {larger}, or set data.workers=0, which does not use it"
+    return f"a loader process {what}: {larger}, or set {field}=0, which does not use it"

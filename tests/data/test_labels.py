@@ -193,7 +193,12 @@ def test_class_labels_of_hugging_face_with_gaps() -> None:
     assert names == ("a", "b", "c")
     assert labels is not None
     assert labels.tolist() == [[True, True, False], [False, False, True]]
-    for lists, error in (([[0], None], "1 of the 2 images have no list"), ([[], []], "no image has a label")):
+    for lists, error in (
+        ([[0], None], "1 of the 2 images have no list"),
+        ([[], []], "no image has a label"),
+        ([[-1], [None]], "no image has a label"),
+        ([[0, -1], [1]], "1 of the 3 labels in the lists are missing, empty or -1: remove them, or set"),
+    ):
         with pytest.raises(ValueError, match=rf"data\.label_column=y of images: {error}"):
             _labels(datasets.Dataset.from_dict({"y": lists}, features=several), "", "images")
     nested = datasets.Dataset.from_dict({"y": [{"a": 1}, {"a": 2}]})

@@ -80,7 +80,10 @@ def test_a_death_is_reported_in_packing() -> None:
     [
         ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", r"died \(unknown cause\), most likely because mem"),
         ("DataLoader worker (pid 7) is killed by signal: Terminated. ", r"died \(Terminated\): lower data\.workers=1"),
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", "shared memory .*: make /dev/shm larger"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Bus error. It is",
+            r"shared memory .*: make /dev/shm larger.* data\.workers=0",
+        ),
         ("Too many open files. Communication with the workers", r"raise ulimit -n, or lower data\.workers=1"),
     ],
 )
@@ -90,6 +93,11 @@ def test_errors_of_torch_become_loader_errors(message: str, expected: str) -> No
     assert "\n" not in str(caught.value)
     with pytest.raises(RuntimeError, match=r"^the size of tensor a"):
         list(loaded(Fails("the size of tensor a"), "data.workers"))  # type: ignore[arg-type]
+
+
+def test_full_shared_memory_names_the_field_of_the_command() -> None:
+    with pytest.raises(LoaderError, match=r"or set masks\.workers=0, which"):
+        list(loaded(Fails("DataLoader worker (pid 7) is killed by signal: Bus error. "), "masks.workers"))  # type: ignore[arg-type]
 
 
 class Fails:
