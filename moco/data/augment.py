@@ -270,7 +270,7 @@ def _factors_of(params: Params, rows: NDArray[np.int64], operations: NDArray[np.
 
 
 def _half_kernels(sigma: NDArray[np.float32], view: View) -> NDArray[np.float32]:
-    """Return Gaussian weights at distances 0 ... r, normalized over -r ... r, shape (b, r + 1).
+    """Return Gaussian weights at distances 0 ... r for b sigmas, normalized over -r ... r, shape (b, r + 1).
 
     r is 3 times the view's highest sigma, rounded up (0.3 % of the weight is beyond), but at most the image side - 1,
     because the border is reflected.

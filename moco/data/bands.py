@@ -22,9 +22,11 @@ from moco.config.base import optional_module
 from moco.data.headers import (
     TIFF,
     deep_white_is_zero,
+    has_deep_color,
     inverted,
     open_image,
     orientation_of,
+    raw_modes,
     stated_bits,
     stated_values,
     tiff_pages,
@@ -83,6 +85,7 @@ def bands_of(image: Image.Image, pixel_format: PixelFormat) -> Tensor:
 
     Raises:
         WrongFormat: for another number of channels, or a type that `dtype` cannot hold.
+        ValueError: if pixels are not finite, or PIL has changed their values.
     """
     image.load()  # PIL rotates a TIFF upright here
     if image.mode == "RGBA" and getattr(image, "tag_v2", {}).get(TiffImagePlugin.EXTRASAMPLES, (0,))[0] == 1:
@@ -149,7 +152,7 @@ def _image(data: bytes, pixel_format: PixelFormat) -> tuple[NDArray[Any], int]:
             return _tiff(data)
         raise
     with image:
-        deep = _loses_bits(image)
+        deep = has_deep_color(image)
         bytes_per_value = 2 if deep else np.dtype(ImageMode.getmode(image.mode).typestr).itemsize
         size = image.width * image.height * max(len(image.getbands()), pixel_format.channels) * bytes_per_value
         if size > MAX_BYTES:
@@ -157,12 +160,17 @@ def _image(data: bytes, pixel_format: PixelFormat) -> tuple[NDArray[Any], int]:
         if needs_tifffile(image, data, pixel_format.channels):
             return _tiff(data)
         if image.format == "PNG" and deep:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            values: NDArray[Any] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy()  # (C, H, W)
-            return values, orientation_of(image, data)
+            return deep_png(data), orientation_of(image, data)
         image.load()
         orientation = orientation_of(image)  # PIL has rotated a TIFF upright
         return _loaded(image), orientation
+
+
+def deep_png(data: bytes) -> NDArray[np.uint16]:
+    """Return all bits of a PNG of 16 bits per channel, (C, H, W)."""
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a bytearray, because torch needs writable memory
+    values: NDArray[np.uint16] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy()
+    return values
 
 
 def needs_tifffile(image: Image.Image, data: bytes, channels: int) -> bool:
@@ -172,9 +180,9 @@ def needs_tifffile(image: Image.Image, data: bytes, channels: int) -> bool:
     """
     if image.format != "TIFF":
         return False
-    divided = any("RGBa" in mode for mode in _raw_modes(image))
+    divided = any("RGBa" in mode for mode in raw_modes(image))
     several_sizes = len({page.size for page in tiff_pages(data)}) > 1
-    return len(image.getbands()) != channels or divided or several_sizes or _loses_bits(image)
+    return len(image.getbands()) != channels or divided or several_sizes or has_deep_color(image)
 
 
 def _loaded(image: Image.Image) -> NDArray[Any]:
@@ -187,16 +195,6 @@ def _loaded(image: Image.Image) -> NDArray[Any]:
     # PIL reads gray of 16 bits as 32 bits from some formats.
     widened = values.dtype == np.int32 and image.format != "TIFF" and values.size
     return values.astype(np.uint16) if widened and values.min() >= 0 and values.max() <= 65535 else values
-
-
-def _loses_bits(image: Image.Image) -> bool:
-    """Return whether PIL would read only the upper 8 bits of each channel; call it before the image is loaded."""
-    return not image.mode.startswith("I") and any(";16" in mode for mode in _raw_modes(image))
-
-
-def _raw_modes(image: Image.Image) -> list[str]:
-    """Return PIL's names of the formats in which the file stores pixels; [] once an image is loaded."""
-    return [str(tile[3]) for tile in getattr(image, "tile", [])]
 
 
 def _tiff(data: bytes) -> tuple[NDArray[Any], int]:

@@ -28,8 +28,8 @@ Progress = Callable[[int, int], None]  # called with (done, total)
 class Source(Protocol):
     """A list of images in a fixed order, with or without labels.
 
-    Every source derives from this class and defines the abstract members. The defaults of the others suit RGB images
-    that are read one by one, without access to their files or encoded bytes.
+    A source derives from this class and defines the abstract members (`ArraySource` defines all members instead). The
+    defaults of the others suit RGB images that are read one by one, without access to their files or encoded bytes.
     """
 
     @property
@@ -122,7 +122,8 @@ class Source(Protocol):
     def content_digest(self) -> str:
         """Return the SHA-256 over the names and the content, in order; it does not depend on the data set's folder.
 
-        Content means the pixels of images in memory, size and modification time of files, and checksums of shards.
+        The source chooses what represents the content, such as pixels, the size and modification time of files, or
+        checksums.
         """
 
 

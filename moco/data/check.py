@@ -54,7 +54,6 @@ class Findings:
     formats: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)  # of faults and oddities
     files: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-
     moments: Moments | None = None  # of the training images
 
     def add(self, row: int, path: str, facts: ImageFacts) -> None:

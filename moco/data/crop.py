@@ -11,8 +11,8 @@ agree. Pixels outside the box have no influence.
 
 Images deeper than 8 bits take the same two routes, through `moco.data.deep_crop`.
 
-Legend: N samples, C channels, H x W image, S output size, K weights (taps) per output pixel, L a length, T = TRIES,
-D = CROP_DRAWS.
+Legend: N samples, n of them in a part, C channels, H x W image, S output size, K weights (taps) per output pixel,
+L pixels of an axis, T = TRIES, D = CROP_DRAWS.
 """
 
 import functools
@@ -24,15 +24,20 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from moco.data.deep_crop import Taps, is_deep, resized_deep, resized_deep_center, resized_deep_crops
+from moco.data.deep_crop import (
+    Taps,
+    is_deep,
+    resized_deep,
+    resized_deep_center,
+    resized_deep_crops,
+    samples_per_part,
+)
 from moco.distributed import copy_to_device
 from moco.kernels import fused
 
 TRIES = 10  # area and ratio are drawn at most this often before the central fallback, as in torchvision
 CROP_DRAWS = 2 * TRIES + 2  # uniform numbers per crop: T for the area, T for the log ratio, 1 for top, 1 for left
 
-# The most numbers that `resized_crops` processes at once, to bound memory; on a CPU, so that they stay in its cache.
-_PART_CPU, _PART_ELSEWHERE = 2**21, 2**26
 _LARGEST_TABLE = 2**24  # numbers in a table of weights; for longer images each crop is resized alone
 _LARGEST_RESIZED = 2**24  # pixels of an image that is resized as a whole before its center is cut out
 
@@ -138,7 +143,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
     if extent * size * (2 * extent // size + 3 if antialias else 2) > _LARGEST_TABLE:
         crops = (resized_crop(image.cpu(), box, size, antialias) for image, box in zip(images, boxes, strict=True))
         return torch.stack(list(crops)).to(device)
-    dtype = _exact_dtype(device, max(height, width), size, antialias)
+    dtype = _exact_dtype(device, extent, size, antialias)
     where = copy_to_device(torch.from_numpy(boxes), device)  # (N, 4)
     if fused(device):
         from moco.kernels import crop as kernels
@@ -147,8 +152,7 @@ def resized_crops(images: Tensor, boxes: NDArray[np.int64], size: int, antialias
         down = _tap_table(height, size, antialias, device, dtype)
         return kernels.resized_crops(images, where, across, down, size)
     out = torch.empty(count, channels, size, size, dtype=torch.uint8, device=device)
-    largest = max(height, size) * max(width, size) * channels
-    part = max(1, (_PART_CPU if device.type == "cpu" else _PART_ELSEWHERE) // largest)
+    part = samples_per_part(images, size)
     for start in range(0, count, part):
         rows = slice(start, start + part)
         top, left, box_h, box_w = where[rows].unbind(1)
@@ -286,17 +290,17 @@ def antialiased_taps(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the weights of antialiased bilinear interpolation: a triangle as wide as the pixels that it covers.
 
-    `lengths`, shape (L, 1), are numbers of pixels to resize to S = `size`. Returns the first pixel of each output
-    pixel, shape (L, S), and its weights, shape (L, S, K), which sum to 1. With `outputs`, only these output pixels.
+    `lengths`, shape (M, 1), are numbers of pixels to resize to S = `size`. Returns the first pixel of each output
+    pixel, shape (M, S), and its weights, shape (M, S, K), which sum to 1. With `outputs`, only these output pixels.
     """
     scale = lengths / size  # input pixels per output pixel
     support = np.maximum(scale, 1.0)
-    center = scale * ((np.arange(size) if outputs is None else outputs) + 0.5)  # (L, S)
-    first = np.maximum(np.trunc(center - support + 0.5), 0)  # (L, S)
-    after = np.minimum(np.trunc(center + support + 0.5), lengths)  # (L, S)
+    center = scale * ((np.arange(size) if outputs is None else outputs) + 0.5)  # (M, S)
+    first = np.maximum(np.trunc(center - support + 0.5), 0)  # (M, S)
+    after = np.minimum(np.trunc(center + support + 0.5), lengths)  # (M, S)
     offsets = np.arange(int((after - first).max()))  # (K,)
 
-    distance = np.abs((offsets + first[..., None] - center[..., None] + 0.5) * (1.0 / support)[..., None])  # (L, S, K)
+    distance = np.abs((offsets + first[..., None] - center[..., None] + 0.5) * (1.0 / support)[..., None])  # (M, S, K)
     taps = np.where(offsets < (after - first)[..., None], np.maximum(1.0 - distance, 0.0), 0.0)
     taps /= taps.sum(axis=2, keepdims=True)
     return first, taps
@@ -308,7 +312,7 @@ def plain_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.floa
     Arguments and result are those of `antialiased_taps`, with K = 2. A center beyond that of the first or last pixel
     uses only this pixel.
     """
-    center = np.maximum(lengths / size * (np.arange(size) + 0.5) - 0.5, 0.0)  # (L, S)
-    first = np.minimum(np.floor(center), lengths - 1)  # (L, S)
-    second = np.where(first < lengths - 1, center - first, 0.0)  # (L, S), the second pixel's weight
+    center = np.maximum(lengths / size * (np.arange(size) + 0.5) - 0.5, 0.0)  # (M, S)
+    first = np.minimum(np.floor(center), lengths - 1)  # (M, S)
+    second = np.where(first < lengths - 1, center - first, 0.0)  # (M, S), the second pixel's weight
     return first, np.stack([1.0 - second, second], axis=2)

@@ -1,6 +1,7 @@
 """Decoding of image files to tensors, with one error type for every fault of a file.
 
-Images in 8 bits, gray or color, are decoded here, and all others by `moco.data.bands`.
+For data sets of 8-bit gray or RGB images, files are decoded here, except for NPY and NPZ. `moco.data.bands` decodes the
+rest.
 
 Color profiles are ignored, as torchvision and the published pipelines do.
 """
@@ -17,12 +18,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, decode_png
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from moco.config import ConfigError
-from moco.data.bands import TooLarge, WrongFormat, bands_of, is_array, read_bands
+from moco.data.bands import TooLarge, WrongFormat, bands_of, deep_png, is_array, read_bands
 from moco.data.headers import (
     deep_white_is_zero,
+    has_deep_color,
     inverted,
     largest_page,
     open_image,
@@ -263,24 +265,11 @@ def highest_value(data: bytes) -> int:
             return 0
         if has_deep_color(image):
             if image.format == "PNG":
-                return int(_decode_deep_png(data)[: 1 if image.mode == "LA" else 3].max())
+                return int(deep_png(data)[: 1 if image.mode == "LA" else 3].max())
             return int(np.asarray(image.convert("RGB")).max()) << 8 | 255
         if image.mode.startswith("I"):
             return int(np.asarray(image).max())
     return 0
-
-
-def has_deep_color(image: Image.Image) -> bool:
-    """Return whether an image that is not loaded has color of 16 bits per channel: PIL reads only the upper 8."""
-    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", [])]
-    return not image.mode.startswith("I") and any(";16" in each for each in raw_modes)
-
-
-def _decode_deep_png(data: bytes) -> NDArray[np.int32]:
-    """Return all bits of a PNG, (C, H, W)."""
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    values: NDArray[np.int32] = decode_png(encoded, ImageReadMode.UNCHANGED).numpy().astype(np.int32)
-    return values
 
 
 def _deep_to_eight_bits(image: Image.Image, data: bytes, bits: int) -> Image.Image:
@@ -290,7 +279,7 @@ def _deep_to_eight_bits(image: Image.Image, data: bytes, bits: int) -> Image.Ima
             f"a {image.format} with 16 bits per color: only the upper 8 bits can be read, and data.bits={bits} needs "
             "the lower ones; convert it to 8 bits, or to PNG"
         )
-    values = _decode_deep_png(data)  # (C, H, W)
+    values = deep_png(data)  # (C, H, W)
     colors = len(values) - (len(values) in (2, 4))
     _check_range("16-bit", values[:colors], 2**bits - 1)
     # Opacity may fill the range of 16 bits, although the colors do not.

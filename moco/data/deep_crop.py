@@ -2,7 +2,7 @@
 
 ATen resizes them in float32, whose sums depend on the device and on the batch. Here each output pixel is a weighted sum
 in float64 whose terms are added one after the other, in the order of the input pixels. So a crop has the same bits
-alone or in a batch, on any device (law 2), and one that is not resized keeps the bits of the image. uint16 is rounded
+alone or in a batch, on any device, and one that is not resized keeps the bits of the image. uint16 is rounded
 once, at the end.
 
 Legend: N samples, n of them in a part, C channels, H x W image, S output size, K weights (taps) per output pixel.
@@ -19,12 +19,20 @@ from torch import Tensor
 from moco.distributed import copy_to_device
 
 Taps = Callable[..., tuple[NDArray[np.float64], NDArray[np.float64]]]  # `antialiased_taps` or `plain_taps`
-_PART_CPU, _PART_ELSEWHERE = 2**21, 2**26  # tensor elements per part of a batch, as in `moco.data.crop`
+# The most tensor elements of a part of a batch, to bound memory; on a CPU, so that they stay in its cache.
+_PART_CPU, _PART_ELSEWHERE = 2**21, 2**26
 
 
 def is_deep(images: Tensor) -> bool:
     """Return whether images are uint16 or float32, so that this module resizes them."""
     return images.dtype != torch.uint8
+
+
+def samples_per_part(images: Tensor, size: int) -> int:
+    """Return how many of the images (N, C, H, W) to crop to S x S at once."""
+    _, channels, height, width = images.shape
+    largest = channels * max(height, size) * max(width, size)
+    return max(1, (_PART_CPU if images.device.type == "cpu" else _PART_ELSEWHERE) // largest)
 
 
 def resized_deep_crops(images: Tensor, boxes: NDArray[np.int64], size: int, taps: Taps) -> Tensor:
@@ -34,15 +42,14 @@ def resized_deep_crops(images: Tensor, boxes: NDArray[np.int64], size: int, taps
         images: uint16 or float32, shape (N, C, H, W), on any device with float64.
         boxes: top, left, height, width in pixels, shape (N, 4), on the host.
         size: S.
-        taps: the weights of the interpolation.
+        taps: the function that returns the weights of the interpolation.
 
     Returns:
         Shape (N, C, S, S), of the type and on the device of the images.
     """
-    count, channels, height, width = images.shape
+    count, channels = images.shape[:2]
     out = torch.empty(count, channels, size, size, dtype=images.dtype, device=images.device)
-    largest = channels * max(height, size) * max(width, size)
-    part = max(1, (_PART_CPU if images.device.type == "cpu" else _PART_ELSEWHERE) // largest)
+    part = samples_per_part(images, size)
     for start in range(0, count, part):
         rows = slice(start, start + part)
         top, left, box_h, box_w = boxes[rows].T

@@ -85,7 +85,7 @@ def _groups(sources: Sequence[Source], fingerprints: Rows, progress: Progress | 
 
     def row_digest(row: int) -> bytes | None:
         number = int(np.searchsorted(starts, row, side="right")) - 1
-        return content_digest(sources[number], row - int(starts[number]))
+        return _image_digest(sources[number], row - int(starts[number]))
 
     def own_digests() -> dict[int, bytes | None]:
         return dict(zip(rows, in_threads(row_digest, rows, progress), strict=True))
@@ -97,7 +97,7 @@ def _groups(sources: Sequence[Source], fingerprints: Rows, progress: Progress | 
     return groups
 
 
-def content_digest(source: Source, i: int) -> bytes | None:
+def _image_digest(source: Source, i: int) -> bytes | None:
     """Return 16 bytes of BLAKE2b of the content of image i; None if it cannot be read."""
     try:
         content = source.content(i)

@@ -83,6 +83,16 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def raw_modes(image: Image.Image) -> list[str]:
+    """Return PIL's names of the formats in which the file stores pixels; [] once an image is loaded."""
+    return [str(tile[3]) for tile in getattr(image, "tile", [])]
+
+
+def has_deep_color(image: Image.Image) -> bool:
+    """Return whether an image that is not loaded has color of 16 bits per channel: PIL reads only the upper 8."""
+    return not image.mode.startswith("I") and any(";16" in mode for mode in raw_modes(image))
+
+
 def stated_bits(image: Image.Image) -> int:
     """Return the bits per channel that a TIFF states; 16 for other formats."""
     return int(getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
@@ -129,7 +139,8 @@ def inverted(values: NDArray[Any], bits: int) -> NDArray[Any]:
 def orientation_of(image: Image.Image, data: bytes = b"") -> int:
     """Return the orientation in the EXIF data or XMP of an image, 1 ... 8; without one, 1: upright.
 
-    `data` is the content of its file. It avoids that PIL decodes a PNG without EXIF data and XMP to search for them.
+    `data` is the content of its file. With it, a PNG without EXIF data and XMP is not decoded: PIL would decode it to
+    search for them.
     """
     if image.format == "PNG" and data and not any(each in data for each in _EXIF):
         return 1

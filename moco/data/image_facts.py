@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from moco.data.bands import NPY, NPZ, needs_tifffile
-from moco.data.decode import ImageError, decode_bytes, has_deep_color, read_bytes
-from moco.data.headers import Page, largest_page, open_image, orientation_of, tiff_pages
+from moco.data.bands import NPY, is_array, needs_tifffile
+from moco.data.decode import ImageError, decode_bytes, read_bytes
+from moco.data.headers import Page, has_deep_color, largest_page, open_image, orientation_of, tiff_pages
 from moco.data.pixel_format import RGB, PixelFormat, to_float
 from moco.data.video import VideoSource
 
@@ -139,7 +139,7 @@ def moments_of(image: Tensor) -> Moments:
 
 def _header(data: bytes, pixel_format: PixelFormat) -> tuple[str, dict[str, bool]]:
     """Return format and mode of a readable image, and the `ODDITIES` that its header shows."""
-    if data.startswith((NPY, NPZ)):
+    if is_array(data):
         return f"{'NPY' if data.startswith(NPY) else 'NPZ'} {pixel_format}", {}
     pages = tiff_pages(data)
     try:

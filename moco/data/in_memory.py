@@ -14,8 +14,8 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from moco.data.bands import bands_of_array
-from moco.data.decode import convert, decode, decode_bytes, has_deep_color, to_gray
-from moco.data.headers import open_image
+from moco.data.decode import convert, decode, decode_bytes, to_gray
+from moco.data.headers import has_deep_color, open_image
 from moco.data.pixel_format import RGB, PixelFormat
 
 

@@ -1,6 +1,6 @@
 """Batches of views: crops of a resident or streamed source, augmented on the device.
 
-Legend: B global batch, n = B / W samples per rank, V views, S size, D = CROP_DRAWS.
+Legend: n samples of this rank's batch, V views, C channels, S x S pixels, D = CROP_DRAWS.
 """
 
 from collections.abc import Generator, Iterable, Iterator, Sequence

@@ -3,8 +3,6 @@
 `moco.data.pack_output` describes the unfinished output; `index.json` is written last. The output depends on the images
 and the settings only: not on the number of workers, nor on interruptions. So a damaged folder can be repaired by
 packing a part of it again.
-
-Legend: N images of a split.
 """
 
 import os
@@ -47,8 +45,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
     "imagenet": {"experiment": "moco_v2_imagenet"},
 }
 
-
-_TINY = 4096  # bytes of an image to which a tar adds much
+_TINY = 4096  # bytes; the headers and padding of a tar enlarge images below this size noticeably
 # The fields that must be set again to read the shards.
 _IMAGE_FIELDS = {f"data.{name}" for name in ("channels", "dtype", "bits", "preview")}
 

@@ -29,7 +29,7 @@ def places_of(view: View, uniforms: NDArray[np.float32], params: Params, sizes: 
 
     Args:
         view: the recipe.
-        uniforms: of the crops, (N, D), from `draw_crop`.
+        uniforms: of the crops, (N, CROP_DRAWS), from `draw_crop`.
         params: of the same samples, from `draw`.
         sizes: heights and widths of the images in pixels, (N, 2).
     """

@@ -9,7 +9,7 @@ It differs from every other source:
   others are delayed to the next epoch. The random numbers of the views remain a function of (seed, epoch, position in
   the epoch, view).
 
-Legend: B global batch, n = B / W samples per rank, S shards.
+Legend: n samples of this rank's batch.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Writing tar shards: encoding single images in worker processes, and writing one shard with its rows of the index.
 
-Legend: N images, n images of one shard.
+Legend: n images of one shard, C channels, H x W pixels.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ def encode_image(source: Source, i: int, short_side: int, quality: int) -> Packe
 
     The bytes of its file are kept if its shorter side is at most `short_side`, or if `short_side` is 0. A larger image
     is rotated upright, scaled down to `short_side` (bicubic, antialiased), and encoded as JPEG with 4:2:0 color, or as
-    PNG if it is too long for a JPEG. Instead of its bytes, an image without a file of its own (CIFAR, digits, frames of
-    videos) becomes a lossless PNG, and an NPY or NPZ file becomes an NPY file.
+    PNG if it is too long for a JPEG. Of those not scaled down, an image without a file of its own (CIFAR, digits,
+    frames of videos) becomes a PNG, and an NPY or NPZ file becomes an NPY file.
 
     Images with other channels than gray or RGB, or with more than 8 bits, become NPY files with the same values; a
     larger one is scaled down with an antialiased bilinear filter.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moco.config import DataConfig
-from moco.data.base import Source, Sources, entries_digest, labeled
+from moco.data.base import Source, Sources, entries_digest, labeled, labels_at
 from moco.data.decode import ImageError, decode_bytes
 from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.shard_index import file_digest, read_index, row_type
@@ -68,7 +68,7 @@ class ShardSource(Source):
 
     def subset(self, rows: NDArray[np.int64]) -> "ShardSource":
         """Return some of the images; their rows of the index are copied into memory."""
-        return replace(self, rows=self.rows[rows], labels=None if self.labels is None else self.labels[rows])
+        return replace(self, rows=self.rows[rows], labels=labels_at(self.labels, rows))
 
     def encoded_names(self) -> Iterable[bytes]:
         return list(self.rows["name"].tolist())

@@ -1,6 +1,6 @@
 """Unreadable images: their substitutes in training, and a run's list of them.
 
-Legend: N images, W processes.
+Legend: N images.
 """
 
 import csv

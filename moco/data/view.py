@@ -42,9 +42,9 @@ _RANGES |= dict.fromkeys(("crop_ratio", "blur_sigma", "zoom"), (1e-6, math.inf))
 class Step(NamedTuple):
     """An augmentation step of a plug-in: a function of a batch, and how many random numbers it needs per sample.
 
-    The function takes two tensors on the same device: images (N, C, S, S), float in 0 ... 1, and uniform numbers in
-    [0, 1), (N, draws). Its options are keyword arguments. It returns the changed images, of the same shape. All of its
-    randomness must come from the given numbers.
+    The function takes two tensors on the same device: images (N, C, S, S), float32, and uniform numbers in [0, 1),
+    (N, draws). Its options are keyword arguments. It returns the changed images, of the same shape. All of its
+    randomness must come from the given numbers. RGB images of uint8 or uint16 are in 0 ... 1, others can exceed it.
     """
 
     function: Callable[..., Any]
@@ -120,7 +120,7 @@ class View:
     channel_dropout_p: float = 0.0
     """Probability, for each channel, of replacing it by its mean. At least one channel of a view is kept."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    """The mean per channel, subtracted at the end (images are 0 ... 1)."""
+    """The mean per channel, subtracted at the end (images are 0 ... 1, unless data.dtype=float32)."""
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     """The standard deviation per channel, by which the result is divided."""
 
