@@ -18,7 +18,7 @@ from moco.detection.images import BoxedImages, check_images
 from moco.detection.measure import AveragePrecision, evaluate, metrics_library
 from moco.detection.network import DetectorSettings, build_detector
 from moco.detection.opening import open_boxed
-from moco.detection.picture import write_picture
+from moco.detection.predictions import write_predictions
 from moco.detection.sampling import DetectorLoss
 from moco.detection.saved import Detector, save_detector
 from moco.detection.training import TrainSettings, predict, train
@@ -30,7 +30,7 @@ from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
-from moco.evaluation.task import changed_settings, progress_log
+from moco.evaluation.task import changed_settings, describe_encoder, interval_note, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
@@ -39,8 +39,9 @@ from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
-_NOT_LISTED = {"encoders", "seeds", "steps", "detector"}  # as changed: in the protocol, or of all seeds
-SHOWN = 6  # images in the picture
+# Fields that "changed" in results.json leaves out: "protocol" states them, or they do not affect the result of a seed.
+_NOT_LISTED = {"encoders", "seeds", "steps", "detector"}
+SHOWN = 6  # held-out images in predictions.png
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +195,7 @@ def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
 
 
 def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
-    """Write the detector's weights with what describes it, and the picture of some held-out images."""
+    """Write detector.safetensors, and predictions.png of some held-out images."""
     folder.mkdir(parents=True, exist_ok=True)
     file, views = run.files[name], run.training(name).views
     detector = Detector(network, run.train.classes, views)
@@ -202,7 +203,7 @@ def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
     rows = range(0, len(run.held_out), max(1, len(run.held_out) // SHOWN))[:SHOWN]
     found = predict(network, run.held_out, rows, views, 0)
     images = [run.held_out.images[row] for row in rows]
-    write_picture(folder / "predictions.png", zip(images, found, strict=True), run.train.classes)
+    write_predictions(folder / "predictions.png", zip(images, found, strict=True), run.train.classes)
 
 
 def _settings(config: DetectConfig) -> dict[str, Any]:
@@ -222,13 +223,8 @@ def _entry(run: Detection, found: Detected) -> dict[str, Any]:
         "command": "detect",
         "protocol": f"{config.detector}, {config.steps} steps",
         "encoder": found.encoder,
-        "source": str(Path(file.source).absolute()),
-        "layout": file.layout,
-        "backbone": file.backbone,
-        "options": file.options,
-        "step": file.step,
+        **describe_encoder(file),
         "weights": config.weights,
-        "sha256": weights_digest(file, "backbone"),
         "data": boxes | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
         "settings": _settings(config),
         "changed": changed_settings(config, "detect", [*(_settings(config).keys() - _NOT_LISTED), "seed"]),
@@ -246,8 +242,7 @@ def _report(run: Detection, found: list[Detected], path: Path) -> None:
     for each in found:
         seeds = ", ".join(percent(one.figures["AP"]) for one in each.results)
         rows.append([each.encoder, *(percent(*each.mean(name)) for name in names), seeds])
-    student = f"mean of {config.seeds} seeds ± half of Student's 95 % interval"
-    note = student if config.seeds > 1 else "one seed, so without an interval"
+    note = interval_note(config.seeds, "one seed, so without an interval")
     caption = f"AP: {note}; {len(run.held_out):,} held-out images, {len(run.train.classes)} classes"
     columns = ["encoder", *(f"{name.replace('_', ' ')} %" for name in names), "AP of each seed"]
     table(f"detection, {config.detector}, {config.steps:,} steps", columns, rows, caption)

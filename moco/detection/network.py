@@ -30,7 +30,7 @@ from moco.detection.sampling import SharedStage
 from moco.distributed import gather
 from moco.interop.encoder_file import EncoderFile, build
 from moco.models.backbones import ConvNet
-from moco.models.modes import evaluating
+from moco.models.modes import evaluating, set_training
 from moco.models.norm import GroupedBatchNorm, convert_batch_norm
 
 RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
@@ -167,7 +167,7 @@ def build_detector(
     body = split_stages(backbone, file.source)
     torch.manual_seed(seed)
     form = settings.detector
-    network: Any
+    network: nn.Module
     if form.endswith("c4"):
         network = _c4(body, settings, classes + 1, file.source)
     elif form == "retinanet":
@@ -183,15 +183,7 @@ def build_detector(
     for layer in network.modules():
         if isinstance(layer, GroupedBatchNorm):
             layer.uneven = True  # ranks sample different numbers of boxes
-    return set_training(network, settings.bn)
-
-
-def set_training(network: nn.Module, bn: str) -> nn.Module:
-    """Put the network into training mode, except frozen batch normalization: that which was not converted."""
-    network.train()
-    for layer in network.modules():
-        if bn == "frozen" and isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.eval()
+    set_training(network, settings.bn == "frozen")
     return network
 
 

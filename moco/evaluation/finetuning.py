@@ -25,6 +25,7 @@ from moco.data.keyed import step_seed
 from moco.data.loader import Batch
 from moco.data.plan import Plan
 from moco.distributed import gather, in_lockstep, mean_over_ranks, rank, world_size
+from moco.models.modes import set_training
 from moco.models.norm import convert_batch_norm
 from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.optim.schedules import lr_factor
@@ -61,11 +62,8 @@ def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequ
     nn.init.zeros_(head.bias)
     if bn == "sync":
         backbone = convert_batch_norm(backbone, "sync", 0)
-    network = nn.Sequential(OrderedDict(backbone=backbone, head=head)).requires_grad_(True).train()
-    if bn == "frozen":
-        for layer in network.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.eval()
+    network = nn.Sequential(OrderedDict(backbone=backbone, head=head)).requires_grad_(True)
+    set_training(network, bn == "frozen")
     return network
 
 
@@ -81,9 +79,9 @@ def build_finetune_optimizer(
     Args:
         optim: sgd (with `nesterov`) or adamw.
         head_lr_factor: "lr_scale" of the head.
-        layer_decay: ratio of each layer's "lr_scale" to that of the next layer, from 1 at the head downward (BEiT, Bao
-            et al., 2022), for timm networks. Weight decay then excludes the backbone's one-dimensional parameters, and
-            those that its `no_weight_decay` lists. None: "lr_scale" is 1 in the whole backbone.
+        layer_decay: "lr_scale" of the backbone's last layer, and ratio of each earlier layer's to that of the next one
+            (BEiT, Bao et al., 2022); for timm networks. Weight decay then excludes the backbone's one-dimensional
+            parameters, and those that its `no_weight_decay` lists. None: "lr_scale" is 1 in the whole backbone.
     """
     backbone: Any = network.get_submodule("backbone")
     optimizer = build_optimizer(network.get_submodule("head"), optim)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
+Z95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 LARGEST_CONFUSION = 200  # classes; a larger matrix is not written to results.json
 BEST = 5  # classes per image
 NO_VOTE = -1
@@ -25,7 +25,7 @@ class Metrics:
     """Accuracies in percent of one classifier on one set of images."""
 
     top1: float
-    top5: float | None  # None with five classes or fewer
+    top5: float | None  # None with five classes or fewer, or of a kNN classifier with fewer than five neighbors
     per_class: list[float | None]  # None for a class without images
     pairs: NDArray[np.int64]  # (P, 3): true class, prediction and number of images of each pair that occurs
     count: int  # M
@@ -60,8 +60,8 @@ class Metrics:
         Equal to scipy.stats.binomtest(...).proportion_ci(method="wilson"), whose import takes half a second.
         """
         p, n = self.top1 / 100, self.count
-        center = (p + _Z95**2 / (2 * n)) / (1 + _Z95**2 / n)
-        half = _Z95 * math.sqrt(p * (1 - p) / n + _Z95**2 / (4 * n**2)) / (1 + _Z95**2 / n)
+        center = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2)) / (1 + Z95**2 / n)
         return 100 * (center - half), 100 * (center + half)
 
     def to_json(self) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from moco.evaluation.subject import (
     open_subject,
     weights_digest,
 )
+from moco.interop.encoder_file import EncoderFile
 from moco.runs import results
 from moco.runtime.console import duration, log, percent, progress_bar, table
 from moco.runtime.device import compute_context
@@ -98,9 +99,13 @@ def open_task(config: Config) -> Iterator[Task[Config]]:
 def training_view(
     transform: EvalTransform, field: str, given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> View:
-    """Return the view of labeled training images that the configuration's `field`, `view` or `augment`, defines.
+    """Return the view of labeled training images. Size, mean and std are those of the evaluation.
 
-    Size, mean and std are those of the evaluation.
+    Args:
+        transform: the preparation of the images in the evaluation.
+        field: the configuration's field that defines the view, for errors: "view" or "augment".
+        given: the value of that field.
+        defaults: the values of fields that `given` lacks.
 
     Raises:
         ConfigError: for an unknown field of the view, or an invalid value.
@@ -184,9 +189,7 @@ class Result:
 
     def accuracy(self) -> str:
         """Format top1 for a table, with its 95 % interval: Student's over seeds, Wilson's for a single one."""
-        mean, half = mean_interval([each.top1 for each in self.metrics])
-        low, high = self.metrics[0].interval()
-        return f"{mean:.1f} ({low:.1f}–{high:.1f})" if half is None else percent(mean, half)
+        return percent(*mean_interval([each.top1 for each in self.metrics]), self.metrics[0].interval())
 
     def cells(self) -> dict[str, str]:
         """Return the columns of a table, by their titles."""
@@ -211,11 +214,11 @@ def frames_note(source: Source) -> str:
     return narrow * bool(len(source) and video_of(source.name(0)))
 
 
-def interval_note(seeds: int) -> str:
-    """Return the meaning of the interval that `Result.accuracy` shows."""
+def interval_note(seeds: int, single: str = "with Wilson's 95 % interval") -> str:
+    """Return the meaning of the interval of a result over several seeds; for one seed, return `single`."""
     few = "; of fewer than 3 seeds it means little: set seeds=3 or more" * (seeds < 3)
     student = f"mean of {seeds} seeds ± half of Student's 95 % interval{few}"
-    return student if seeds > 1 else "with Wilson's 95 % interval"
+    return student if seeds > 1 else single
 
 
 def changed_settings(config: EncoderConfig, file: str, names: Iterable[str]) -> dict[str, Any]:
@@ -266,27 +269,29 @@ def record_results(
     return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.file.step))
 
 
-def describe(task: Task[Any], features: str) -> dict[str, Any]:
-    """Return the part of a results.json entry that states the encoder, the data and the preparation of images.
+def describe_encoder(file: EncoderFile, features: str = "backbone") -> dict[str, Any]:
+    """Return the keys of a results.json entry that identify the encoder.
 
-    "sha256" covers the weights that compute the features, "backbone" or "projection". Collective.
+    "sha256" covers the weights that compute the features, "backbone" or "projection".
     """
-    subject, config, file, hold_out = task.subject, task.config, task.subject.file, task.config.data.hold_out
+    source = str(Path(file.source).expanduser().absolute())
+    known = {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")}
+    return known | {"source": source, "sha256": weights_digest(file, features)}
+
+
+def describe(task: Task[Any], features: str) -> dict[str, Any]:
+    """Return the part of a results.json entry on the encoder, the data and the preparation of images. Collective."""
+    subject, config = task.subject, task.config
     data = data_with_absolute_paths(config, subject) | {
         "training": len(task.train),
         "held_out": len(task.held_out),
         "classes": list(task.train.classes),
-        "hold_out": hold_out,
+        "hold_out": config.data.hold_out,
         "held_out_seen": held_out_seen(config, subject),  # by the encoder in training, without labels
         "held_out_in_training": task.copies,
     }
-    return {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")} | {
-        "source": str(Path(file.source).expanduser().absolute()),
-        "weights": config.weights,
-        "sha256": weights_digest(file, features),
-        "data": data,
-        "look": asdict(subject.transform),
-    }
+    rest = {"weights": config.weights, "data": data, "look": asdict(subject.transform)}
+    return describe_encoder(subject.file, features) | rest
 
 
 def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:

@@ -12,12 +12,13 @@ import torch
 from moco.config import ConfigError, require
 from moco.config.subject import SubjectConfig
 from moco.config.transfer import TransferConfig
+from moco.data.transfer_sets import SETS
 from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.encoders import fields_of_encoder
 from moco.evaluation.subject import Subject, data_with_absolute_paths, open_subject, weights_digest
-from moco.evaluation.task import changed_images, changed_settings
-from moco.evaluation.transfer_data import MEASURES, OF_FIELDS, Splits, check_names, is_fixed, open_set
+from moco.evaluation.task import changed_images, changed_settings, describe_encoder
+from moco.evaluation.transfer_data import MEASURES, OF_FIELDS, Splits, check_names, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (
     FOLDER,
@@ -68,9 +69,9 @@ def evaluate_transfer(config: TransferConfig) -> list[SetResults]:
         candidates, output = open_candidates(config, own), own.output
         prepare(output)
         on_rank_zero(lambda: bool(locks.enter_context(lock_directory(output / FOLDER, "output"))))
-        # The images of a name never change. Others are opened now: their digest is needed, and a set that cannot be
-        # evaluated ends the command before the first one is.
-        opened = {name: None if is_fixed(name) else open_set(name, config, own) for name in config.sets}
+        # The name of a data set of the literature determines its images. The others are opened now: their digests are
+        # needed, and one that cannot be evaluated must end the command before anything is computed.
+        opened = {name: None if name in SETS else open_set(name, config, own) for name in config.sets}
         found = [_evaluate_set(name, splits, config, own, candidates, device) for name, splits in opened.items()]
         _report(config, found, output)
     return found
@@ -80,8 +81,8 @@ def open_candidates(config: TransferConfig, own: Subject) -> list[Candidate]:
     """Read the encoders of `encoders`, in this order; `own` is that of run or checkpoint.
 
     Raises:
-        ConfigError: for another encoder that cannot be read, or whose images have another number of channels than
-            those of `own`.
+        ConfigError: for an encoder that cannot be read, or whose images have another number of channels than those of
+            `own`.
     """
     found = []
     for name in config.encoders:
@@ -95,7 +96,8 @@ def open_candidates(config: TransferConfig, own: Subject) -> list[Candidate]:
             about["weights"] = [subject.file.backbone, subject.file.options, subject.file.channels, seed]
         found.append(Candidate(name, subject, seed, digest(about)))
         same = subject.file.channels == own.file.channels
-        require(same, f"encoders={name} takes images of {subject.file.channels} channels, not {own.file.channels}")
+        takes = f"takes images of {subject.file.channels} channels, not {own.file.channels}"
+        require(same, f"encoders={name} {takes} as {own.file.source} does: remove it")
     return found
 
 
@@ -157,25 +159,23 @@ def _data_of(name: str, config: TransferConfig, own: Subject) -> dict[str, Any]:
     """Return the data set of an entry of `sets` for results.json, with absolute paths."""
     if name == OF_FIELDS:
         return data_with_absolute_paths(config, own) | {"hold_out": config.data.hold_out}
-    return {"name": name} if is_fixed(name) else {"name": "folder", "root": str(Path(name).absolute())}
+    return {"name": name} if name in SETS else {"name": "folder", "root": str(Path(name).absolute())}
 
 
 def _write(file: Path, found: SetResults, candidate: Candidate, output: Path) -> None:
     """Write the data set's file, and add the result to results.json, which the report shows. For rank 0."""
     write_results(file, found)
-    encoder, result, name = candidate.subject.file, found.encoders[candidate.name], short_name(found.name)
+    encoder = candidate.subject.file
     entry = {
         "command": "transfer",
-        "protocol": f"{found.mode}, {name}",
+        "protocol": f"{found.mode}, {short_name(found.name)}",
         "encoder": candidate.name,
-        **{each: getattr(encoder, each) for each in ("layout", "backbone", "options", "step")},
-        "source": str(Path(encoder.source).expanduser().absolute()),
-        "sha256": weights_digest(encoder, "backbone"),
+        **describe_encoder(encoder),
         "look": asdict(candidate.subject.transform),
         "data": found.about["data"] | {"held_out": found.about["test"], "training": found.about["training"]},
         "settings": found.settings,
         "changed": found.about["changed"],
-        "figures": result["figures"],
+        "figures": found.encoders[candidate.name]["figures"],
     }
     record(output, [entry], encoder.step)
 

@@ -102,11 +102,6 @@ def check_names(sets: list[str]) -> None:
         raise ConfigError(f"sets={each} is neither a folder nor a known data set: {hint}use a folder, {known}")
 
 
-def is_fixed(name: str) -> bool:
-    """Return whether this is a data set of the literature, whose name alone determines the images."""
-    return name in SETS
-
-
 def open_set(name: str, config: TransferConfig, subject: Subject) -> Splits:
     """Open a data set, an entry of `sets`. Collective.
 
@@ -237,5 +232,5 @@ def _refuse_missing_classes(name: str, splits: Splits) -> None:
     require(
         not len(lacking),
         f"sets={name}: the test split has no image of {first_names([classes[label] for label in lacking])}: add one or "
-        "more, or remove the class (a part of each class is held out for the test; a single image cannot be split)",
+        "more, or remove the class (without a test split, a part of each class is held out; one image cannot be split)",
     )

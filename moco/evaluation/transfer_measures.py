@@ -21,7 +21,7 @@ from moco.evaluation.features import extract
 from moco.evaluation.few_shot import Episodes, draw_episodes, episode_accuracies
 from moco.evaluation.finetune import set_up, train_and_measure
 from moco.evaluation.logistic_regression import STRENGTHS, choose_and_fit
-from moco.evaluation.metrics import Metrics, compute_metrics, mean_interval, rank_classes
+from moco.evaluation.metrics import Z95, Metrics, compute_metrics, mean_interval, rank_classes
 from moco.evaluation.subject import Subject
 from moco.evaluation.subsets import naming_field
 from moco.evaluation.svm import COSTS, FOLDS, evaluate_svm
@@ -127,7 +127,7 @@ def class_mean_half_width(per_class: Sequence[float | None], counts: NDArray[np.
     known = [(share / 100, int(count)) for share, count in zip(per_class, counts, strict=True) if share is not None]
     adjusted = [((share * count + 2) / (count + 4), count + 4) for share, count in known]
     variance = sum(share * (1 - share) / count for share, count in adjusted) / len(adjusted) ** 2
-    return 100 * 1.959963984540054 * math.sqrt(variance)
+    return 100 * Z95 * math.sqrt(variance)
 
 
 def _svm(splits: Splits, config: TransferConfig) -> Measure:

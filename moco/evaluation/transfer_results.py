@@ -27,7 +27,7 @@ class SetResults:
     name: str  # the entry of `sets`
     mode: str
     settings: dict[str, Any]  # what the results depend on besides the encoder; "images" identifies the images
-    about: dict[str, Any] = field(default_factory=dict)  # measure, classes and numbers of images
+    about: dict[str, Any] = field(default_factory=dict)  # measure, classes, numbers of images, "data" and "changed"
     encoders: dict[str, dict[str, Any]] = field(default_factory=dict)  # by the entry of `encoders`
 
     def lacking(self, digests: Mapping[str, str]) -> list[str]:
@@ -87,16 +87,10 @@ def show(
     """Print one table: a row per data set, a column per encoder, and the mean of the data sets."""
     rows = []
     for each in found:
-        cells = [_cell(each.encoders[encoder]) for encoder in encoders]
+        of_encoders = [each.encoders[encoder] for encoder in encoders]
+        cells = [percent(one["value"], one.get("half_width95"), one.get("interval95")) for one in of_encoders]
         rows.append([each.name, measures[each.about["measure"]], f"{each.about['test']:,}", *cells])
     if len(found) > 1:
         means = [sum(each.encoders[encoder]["value"] for each in found) / len(found) for encoder in encoders]
         rows.append([f"mean of {len(found)}", "", "", *map(percent, means)])
     table(title, ["data set", "measure", "test images", *(f"{each} %" for each in encoders)], rows, note, left=(0, 1))
-
-
-def _cell(result: Mapping[str, Any]) -> str:
-    if result.get("half_width95") is not None:
-        return percent(result["value"], result["half_width95"])
-    low, high = result.get("interval95") or (None, None)
-    return percent(result["value"]) + ("" if low is None else f" ({low:.1f}–{high:.1f})")

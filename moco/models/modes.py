@@ -16,3 +16,11 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def set_training(network: nn.Module, frozen_bn: bool) -> None:
+    """Put a network into training mode, except torch's BN layers if they are frozen; `GroupedBatchNorm` never is."""
+    network.train()
+    for layer in network.modules():
+        if frozen_bn and isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            layer.eval()

@@ -251,7 +251,10 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def percent(value: float | None, half_width: float | None = None) -> str:
-    """Format a percentage: 86.3, or 86.3 ± 0.4; a dash for None."""
-    spread = "" if half_width is None else f" ± {half_width:.1f}"
-    return "–" if value is None else f"{value:.1f}{spread}"
+def percent(value: float | None, half_width: float | None = None, interval: Sequence[float] | None = None) -> str:
+    """Format a percentage: 86.3 ± 0.4 with half the width of its interval, else 86.3 (85.9–86.7); a dash for None."""
+    if value is None:
+        return "–"
+    if half_width is not None:
+        return f"{value:.1f} ± {half_width:.1f}"
+    return f"{value:.1f}" + (f" ({interval[0]:.1f}–{interval[1]:.1f})" if interval else "")

@@ -67,31 +67,28 @@ class MaskedImages:
             ImageError: if a file cannot be read, the two differ in size, or the mask has an unknown class.
         """
         path, _ = self.pairs[row]
-        mask = self.checked_mask(row)
+        mask = self.mask(row)
         return decode_bytes(path, read_bytes(path)), mask
 
-    def checked_mask(self, row: int) -> NDArray[np.uint8]:
-        """Return the mask as `mask` does, after comparing it with the header of the image. Errors: see `read`."""
+    def mask(self, row: int) -> NDArray[np.uint8]:
+        """Return the class of each pixel of an image, (H, W), without decoding the image. Errors: see `read`."""
         path, mask_path = self.pairs[row]
-        mask, (size, orientation) = self.mask(row), _header(path)
-        if size != mask.shape[::-1]:
-            sizes = [" x ".join(map(str, each)) for each in (size, mask.shape[::-1])]
+        values = _read_mask(mask_path)
+        classes: NDArray[np.int16] = self.table[values]
+        if classes.min() < 0:
+            wrong, last = int(values[classes < 0][0]), len(self.classes) - 1
+            fix = "correct the mask, or set masks.classes to all names, or masks.ignore to a number without a class"
+            raise ImageError(
+                f"the mask {mask_path} has a pixel of value {wrong}, and the classes are 0 ... {last}: {fix}"
+            )
+        size, orientation = _header(path)
+        if size != values.shape[::-1]:
+            sizes = [" x ".join(map(str, each)) for each in (size, values.shape[::-1])]
             raise ImageError(f"the image {path} has {sizes[0]} pixels and its mask {mask_path} {sizes[1]}: correct one")
         if orientation != 1:
             raise ImageError(
                 f"{path} is stored rotated, and its mask may not be: rotate its pixels and remove the EXIF tag"
             )
-        return mask
-
-    def mask(self, row: int) -> NDArray[np.uint8]:
-        """Return the class of each pixel of an image, (H, W). Errors: see `read`."""
-        path = self.pairs[row][1]
-        values = _read_mask(path)
-        classes: NDArray[np.int16] = self.table[values]
-        if classes.min() < 0:
-            wrong, last = int(values[classes < 0][0]), len(self.classes) - 1
-            fix = "correct the mask, or set masks.classes to all names, or masks.ignore to a number without a class"
-            raise ImageError(f"the mask {path} has a pixel of value {wrong}, and the classes are 0 ... {last}: {fix}")
         return classes.astype(np.uint8)
 
 
@@ -117,7 +114,9 @@ def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
     if config.eval_root:
         return train, replace(known, pairs=tuple(_folder(Path(config.eval_root), "masks.eval_root")))
     rest, held = split_copies([path for path, _ in train.pairs], config.hold_out)
-    require(bool(rest and held), f"masks.hold_out={config.hold_out} of {len(train)} images leaves a split empty")
+    require(
+        bool(rest and held), f"masks.hold_out={config.hold_out} of {len(train)} images leaves a split empty: change it"
+    )
     return train.subset(rest), train.subset(held)
 
 
@@ -144,7 +143,7 @@ class _Counted:
 
     def __call__(self, row: int) -> NDArray[np.int64] | ImageError:
         try:
-            return np.bincount(self.images.checked_mask(row).ravel(), minlength=256)
+            return np.bincount(self.images.mask(row).ravel(), minlength=256)
         except ImageError as error:
             return error
 
@@ -193,7 +192,8 @@ def _voc(root: Path, split: str) -> list[tuple[str, str]]:
     places = [root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"]
     base = next((each for each in places if (each / "ImageSets" / "Segmentation").is_dir()), None)
     if base is None:
-        raise ConfigError(f"masks.root={root}: there is no ImageSets/Segmentation in it, VOC2012 or VOCdevkit/VOC2012")
+        problem = "there is no ImageSets/Segmentation in it, in its VOC2012 or in its VOCdevkit/VOC2012"
+        raise ConfigError(f"masks.root={root}: {problem}: name the folder VOCdevkit")
     names = _lines(base / "ImageSets" / "Segmentation" / f"{split}.txt", split)
     larger = base / "SegmentationClassAug"  # of Hariharan et al. (2011), for trainaug
     masks = larger if larger.is_dir() else base / "SegmentationClass"
@@ -220,7 +220,8 @@ def _lines(path: Path, split: str) -> list[str]:
 
 def _existing(pairs: list[tuple[str, str]], split: str) -> list[tuple[str, str]]:
     missing = [path for pair in pairs for path in pair if not Path(path).is_file()]
-    require(not missing, f"the split {split!r} lacks {len(missing)} files, such as {first_names(missing[:3])}")
+    problem = f"the split {split!r} lacks {len(missing)} files, such as {first_names(missing[:3])}"
+    require(not missing, f"{problem}: add them below masks.root, or choose another split")
     return pairs
 
 

@@ -20,9 +20,9 @@ class Overlap:
     """The result of one network on one split.
 
     Attributes:
-        both: Number of pixels whose true and predicted class it is, for each image and class, (M, L).
-        true: Number of pixels whose true class it is, (M, L).
-        predicted: Number of pixels whose predicted class it is, among those that have a true class, (M, L).
+        both: For each image and class, the number of pixels whose true and predicted class is this one, (M, L).
+        true: The number of pixels with this true class, (M, L).
+        predicted: The number of pixels with this predicted class, among those that have a true class, (M, L).
     """
 
     both: NDArray[np.int64]

@@ -18,6 +18,7 @@ from moco.config import ConfigError, require
 from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.image_size import POSITIONS
 from moco.models.dense import as_map, map_layer
+from moco.models.modes import set_training
 from moco.models.norm import convert_batch_norm
 
 _CONVOLUTIONAL = "moco.segment needs a convolutional network, such as a ResNet"
@@ -80,7 +81,7 @@ def with_output_stride(file: EncoderFile, stride: int | None) -> EncoderFile:
 def build_network(
     file: EncoderFile, head: str, classes: int, *, seed: int, untrained: bool, frozen: bool, bn: str
 ) -> SegmentationNetwork:
-    """Build the network in training mode.
+    """Build the network in training mode, except what is frozen.
 
     Args:
         seed: of the head's weights and, if `untrained`, of the encoder's.
@@ -99,17 +100,9 @@ def build_network(
     network.head = convert_batch_norm(HEADS[head](channels, classes), "sync", 0)
     if not frozen and bn == "sync":
         convert_batch_norm(backbone, "sync", 0)
-    return set_training(network, frozen, bn)
-
-
-def set_training(network: SegmentationNetwork, frozen: bool, bn: str) -> SegmentationNetwork:
-    """Put the network into training mode, except what is frozen."""
-    network.train()
+    set_training(network, bn == "frozen")
     if frozen:
         network.backbone.eval()
-    for layer in network.backbone.modules():
-        if bn == "frozen" and isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.eval()
     return network
 
 

@@ -4,7 +4,6 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
-from moco.evaluation.task import changed_settings, progress_log
+from moco.evaluation.task import changed_settings, describe_encoder, interval_note, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
 from moco.optim.optimizers import build_optimizer, parameter_groups
@@ -35,11 +34,12 @@ from moco.runtime.precision import PRECISIONS
 from moco.segmentation.crop import CropSettings
 from moco.segmentation.masks import IGNORED, MaskedImages, count_classes, open_masked
 from moco.segmentation.measure import Overlap
-from moco.segmentation.network import SegmentationNetwork, build_network, set_training, with_output_stride
-from moco.segmentation.picture import write_picture
+from moco.segmentation.network import SegmentationNetwork, build_network, with_output_stride
+from moco.segmentation.predictions import write_predictions
 from moco.segmentation.training import TrainSettings, evaluate, predict, train
 
-_NOT_LISTED = {"encoders", "seeds", "steps", "head", "frozen"}  # as changed: in the protocol, or of all seeds
+# Fields that "changed" in results.json leaves out: "protocol" states them, or they do not affect the result of a seed.
+_NOT_LISTED = {"encoders", "seeds", "steps", "head", "frozen"}
 SHOWN = 6  # held-out images in predictions.png
 
 
@@ -124,7 +124,7 @@ def _with_classes(
     """Name the classes by their numbers if the configuration does not; log the classes without training pixels."""
     pixels = np.stack(counts)[:, :IGNORED]  # (2, 255)
     for name, each in zip(("training", "held-out"), pixels, strict=True):
-        require(bool(each.any()), f"no mask of the {name} split has a pixel with a class")
+        require(bool(each.any()), f"no mask of the {name} split has a pixel with a class: correct the masks")
     highest = int(np.flatnonzero(pixels.sum(axis=0))[-1])
     classes = train_split.classes or tuple(map(str, range(highest + 1)))
     require(len(classes) >= 2, "the masks have only one class: segmentation needs two, such as 0 for the background")
@@ -163,7 +163,7 @@ def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], Non
     broadcast_module(network)
     optimizer = _optimizer(run, network)
     state = run.output / "segment" / f"state_{digest(_identity(run, name, seed))[:12]}.pt"
-    forward, settings = wrap_ddp(set_training(network, config.frozen, config.bn), run.device), run.training(name)
+    forward, settings = wrap_ddp(network, run.device), run.training(name)
     train_resumably(
         state,
         network,
@@ -212,7 +212,7 @@ def _save(run: Segmentation, name: str, network: SegmentationNetwork, folder: Pa
     rows = range(0, len(run.held_out), max(1, len(run.held_out) // SHOWN))[:SHOWN]
     masks = predict(network, run.held_out, rows, crops, 0)
     shown = ((run.held_out.pairs[row][0], (mask, found)) for row, (found, mask) in zip(rows, masks, strict=True))
-    write_picture(folder / "predictions.png", islice(shown, SHOWN))
+    write_predictions(folder / "predictions.png", shown)
 
 
 def _settings(config: SegmentConfig) -> dict[str, Any]:
@@ -230,13 +230,8 @@ def _entry(run: Segmentation, found: Segmented) -> dict[str, Any]:
         "command": "segment",
         "protocol": f"{config.head}{', frozen' * config.frozen}, {config.steps} steps",
         "encoder": found.encoder,
-        "source": str(Path(file.source).absolute()),
-        "layout": file.layout,
-        "backbone": file.backbone,
-        "options": file.options,
-        "step": file.step,
+        **describe_encoder(file),
         "weights": config.weights,
-        "sha256": weights_digest(file, "backbone"),
         "data": masks | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
         "settings": _settings(config),
         "changed": changed_settings(config, "segment", [*(_settings(config).keys() - _NOT_LISTED), "seed"]),
@@ -251,13 +246,10 @@ def _report(run: Segmentation, found: list[Segmented], path: Path) -> None:
     """Print the closing table and the written files."""
     config, rows = run.config, []
     for each in found:
-        mean, half = each.mean
-        low, high = each.overlaps[0].interval()
-        mean_iou = f"{mean:.1f} ({low:.1f}–{high:.1f})" if half is None else percent(mean, half)
+        mean_iou = percent(*each.mean, each.overlaps[0].interval())
         accuracy = percent(float(np.mean([one.pixel_accuracy for one in each.overlaps])))
         rows.append([each.encoder, mean_iou, accuracy, ", ".join(percent(one.mean) for one in each.overlaps)])
-    student = f"mean of {config.seeds} seeds ± half of Student's 95 % interval"
-    note = student if config.seeds > 1 else "with the 95 % bootstrap interval over the held-out images"
+    note = interval_note(config.seeds, "with the 95 % bootstrap interval over the held-out images")
     title = f"segmentation, {config.head}{', frozen encoder' * config.frozen}, {config.steps:,} steps"
     caption = f"mIoU: {note}; {len(run.held_out):,} held-out images, {len(run.train.classes)} classes"
     table(title, ["encoder", "mIoU %", "pixel accuracy %", "each seed"], rows, caption)

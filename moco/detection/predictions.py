@@ -1,4 +1,4 @@
-"""A picture of some images with their true boxes, and with those that a detector finds."""
+"""predictions.png: images with their true boxes, and with those that a detector finds."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from moco.evaluation.strips import tile, voc_colors, write_strips
 SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
 
 
-def write_picture(path: Path, rows: Iterable[tuple[BoxedImage, Detections]], classes: tuple[str, ...]) -> None:
+def write_predictions(path: Path, rows: Iterable[tuple[BoxedImage, Detections]], classes: tuple[str, ...]) -> None:
     """Write a PNG with a row for each image: with its true boxes, and with the detections and their scores.
 
     Each class has a color of Pascal VOC. Detections with masks also show these.

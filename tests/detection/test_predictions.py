@@ -7,7 +7,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from moco.detection.images import BoxedImage
-from moco.detection.picture import write_picture
+from moco.detection.predictions import write_predictions
 from moco.detection.training import Detections
 from moco.evaluation.strips import HEIGHT, voc_colors
 
@@ -26,7 +26,7 @@ def test_boxes_and_masks_are_drawn_in_the_colors_of_their_classes(tmp_path: Path
         np.array([2, 1]),
         tuple(coco.encode(np.asfortranarray(each)) for each in (mask, np.ones_like(mask))),
     )
-    write_picture(tmp_path / "x.png", [(image, found)], ("cat", "d\N{LATIN SMALL LETTER O WITH DIAERESIS}g\n"))
+    write_predictions(tmp_path / "x.png", [(image, found)], ("cat", "d\N{LATIN SMALL LETTER O WITH DIAERESIS}g\n"))
     with Image.open(tmp_path / "x.png") as picture:
         pixels = np.asarray(picture)[:HEIGHT]
     truth, prediction = pixels[:, :HEIGHT], pixels[:, HEIGHT + 4 : 2 * HEIGHT + 4]

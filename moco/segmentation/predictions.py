@@ -1,4 +1,4 @@
-"""One PNG that shows images with their true and predicted masks."""
+"""predictions.png: images with their true and predicted masks."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from moco.evaluation.strips import tile, voc_colors, write_strips
 from moco.segmentation.masks import IGNORED
 
 
-def write_picture(path: Path, rows: Iterable[tuple[str, Sequence[NDArray[np.int64]]]]) -> None:
+def write_predictions(path: Path, rows: Iterable[tuple[str, Sequence[NDArray[np.int64]]]]) -> None:
     """Write a PNG with a row for each image: the image, and its masks (H, W) in the colors of Pascal VOC.
 
     Pixels without a class are white.
