@@ -19,10 +19,10 @@ def fields_of_encoder(name: str) -> dict[str, Any]:
 
 
 def open_encoders(own: EncoderFile, names: Sequence[str], command: str) -> dict[str, EncoderFile]:
-    """Read the encoders of a list, by its entries: pretrained and untrained, both from the file `own`, and paths.
+    """Read the encoder file of each entry of `encoders`; that of "pretrained" and of "untrained" is `own`.
 
     Raises:
-        ConfigError: for another encoder that cannot be read, or one of other images than RGB, which `command` reads.
+        ConfigError: for a file that cannot be read, or an encoder of other images than RGB, which `command` reads.
     """
     found = dict[str, EncoderFile]()
     for name in names:
@@ -31,7 +31,8 @@ def open_encoders(own: EncoderFile, names: Sequence[str], command: str) -> dict[
             file = own if known else open_encoder(EncoderConfig(**fields_of_encoder(name)))
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(f"encoders={name}: {error}") from error
-        require(file.channels == 3, f"{file.source} needs images of {file.channels} channels; {command} reads RGB only")
+        takes = f"takes images of {file.channels} channels, and {command} reads RGB only"
+        require(file.channels == 3, f"encoders={name} {takes}: choose another encoder")
         found[name] = file
     return found
 

@@ -205,7 +205,7 @@ def leave_one_out(
     settings: KnnSettings = KnnSettings(),  # frozen
     progress: Progress = lambda *_: None,
 ) -> NDArray[np.float64]:
-    """Compute the accuracy for some references as queries, to choose k and temperature, for each cell of a grid.
+    """Compute the accuracy of each pair of k and temperature on references of the bank, to choose the best pair.
 
     The neighbors of a query are references of other groups. They are searched once, for the largest k. If references
     can have several labels each, the mAP takes the place of the accuracy.
@@ -213,7 +213,7 @@ def leave_one_out(
     Args:
         bank: features (M, D).
         bank_labels: classes (M,), or which labels each reference has, (M, L).
-        rows: references that are the queries, (Q,).
+        rows: the references that serve as queries, (Q,).
         ks, temperatures: the grid.
         groups: a number per reference, (M,); an image and its copies have the same one.
         settings: only the chunk sizes apply.

@@ -150,9 +150,8 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
         _log_lowered(config, batch_size, f"the training split has {len(task.train)} images")
     if official.schedule == "step" and any(each >= config.epochs for each in official.milestones):
         problem = f"official.milestones={official.milestones} has values that are not below epochs={config.epochs}"
-        warnings.warn(
-            f"{problem}, so the learning rate is not lowered there: change them too", RunWarning, stacklevel=2
-        )
+        fix = "so the learning rate is not lowered there: reduce or remove them"
+        warnings.warn(f"{problem}, {fix}", RunWarning, stacklevel=2)
     labels = torch.from_numpy(targets_of(task.train)).to(task.device)
     heads: list[LinearHead] = []
     for seed in range(config.seed, config.seed + config.seeds):
@@ -280,7 +279,7 @@ def changed_settings(config: LinearConfig) -> dict[str, Any]:
 
 
 def _file_name(task: Task[LinearConfig]) -> str:
-    """Return the name of the files, without ending. It has that of other data, so that files of the run's are kept."""
+    """Return the name of the files, without extension; with the name of the data if it is not that of the run."""
     data, recorded = task.data, task.subject.file.config.get("data", {})
     name = "linear" if task.config.protocol == "sweep" else f"linear_{task.config.protocol}"
     if task.config.output or not recorded:

@@ -4,7 +4,7 @@ facebookresearch/moco and facebookresearch/moco-v3, main_lincls.py. Deviations: 
 (theirs is the best of all epochs on the held-out images), and an epoch consists of full batches: the last images of its
 order are left out if they do not fill one.
 
-Legend: M training images, N images, n of them in the batch of a rank, C channels, S image size, D features, L classes.
+Legend: M training images, N any images, n images of a rank's batch, C channels, S image size, D features, L classes.
 """
 
 import json
@@ -68,9 +68,6 @@ def new_head(width: int, classes: int, std: float, seed: int) -> nn.Linear:
     return head
 
 
-_LOWER = "lower official.lr or official.weight_decay"
-
-
 def train_head(
     backbone: nn.Module,
     head: nn.Linear,
@@ -95,7 +92,7 @@ def train_head(
 
     Raises:
         BackboneChanged: if a weight or buffer of the backbone changed by a single bit.
-        FloatingPointError: if the loss is not finite.
+        FloatingPointError: if the mean loss of an epoch is not finite.
         ImageError: if an image cannot be decoded; on every rank.
     """
     loaded = _digests(backbone)
@@ -114,15 +111,15 @@ def train_head(
         for parameter in head.parameters():
             assert parameter.grad is not None
             parameter.grad = mean_over_ranks(parameter.grad)
-        for group in optimizer.param_groups:
-            group["lr"] = optim.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
+        optimizer.param_groups[0]["lr"] = optim.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
         optimizer.step()
         right = scores.argmax(dim=1) == truth if truth.ndim == 1 else (scores > 0) == truth
         sums += torch.stack([loss.detach(), right.float().mean()]).double()
         if (step + 1) % plan.steps_per_epoch == 0:
             mean_loss, accuracy = (mean_over_ranks(sums) / plan.steps_per_epoch).tolist()
             if not np.isfinite(mean_loss):
-                raise FloatingPointError(f"the probe's loss is {mean_loss} at step {step}: {_LOWER}")
+                fix = "lower official.lr or official.weight_decay"
+                raise FloatingPointError(f"the probe's mean loss in epoch {len(epochs) + 1} is {mean_loss}: {fix}")
             epochs.append((mean_loss, 100 * accuracy))
             on_epoch(f"loss {mean_loss:.3f} · training accuracy {100 * accuracy:.1f} %")
             sums.zero_()

@@ -6,7 +6,7 @@ The objective is that of scikit-learn's LogisticRegression with C = 1 / strength
 strength / 2 times the squared weights; the bias has no penalty. It is minimized by torch's L-BFGS in float64, from the
 strongest penalty to the weakest, each from the solution of the one before. All ranks compute the same.
 
-Legend: N samples, D feature dimension, L classes.
+Legend: N training samples, M other samples, D feature dimension, L classes.
 """
 
 from collections.abc import Callable, Iterator, Sequence

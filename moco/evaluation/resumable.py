@@ -56,9 +56,9 @@ def run_steps(
     Args:
         batches: of this rank; the same number on every rank.
         step_of: trains on a batch, given also the step and its lr; returns the loss.
-        optimizer: names the weight decay in errors.
+        optimizer: its weight decay is named in errors.
         schedule: the learning rates.
-        seed: of torch's generator, such as for dropout, together with step and rank.
+        seed: seeds torch's generator, for example for dropout, together with step and rank.
         start: finished steps.
         on_step: called after each step.
 
@@ -97,7 +97,7 @@ def train_resumably(
         on_step: receives a line for each step, also for those that were finished before.
         title: names the training in messages.
         steps: of the whole training.
-        save_every: 0: the state is saved at the end only.
+        save_every: steps between two saved states; 0: the state is saved at the end only.
     """
     start = resume(state, network, optimizer)
     if start:

@@ -1,4 +1,4 @@
-"""A picture of some images, each in a row beside what a network predicts for it and what is true."""
+"""A PNG with a row for each of some images, which shows its ground truth and a network's prediction."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path

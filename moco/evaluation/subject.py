@@ -82,7 +82,7 @@ def open_subject(config: SubjectConfig) -> Subject:
 
 
 def _images_of(config: SubjectConfig, channels: int, dtype: str) -> DataConfig:
-    """Return the images that the command line names; without any, a folder to fill in."""
+    """Return the data fields that the command line sets; if it names no data, with a placeholder for the folder."""
     known = {each.name for each in fields(DataConfig)}
     given = {name: value for name, value in config.data.overrides().items() if name in known}
     images = {"name": "folder", "root": "YOUR_IMAGES"} | given | {"channels": channels, "dtype": dtype}
@@ -214,14 +214,16 @@ def _check_classes(bank: Source, held_out: Source) -> None:
     """Refuse splits whose classes cannot be evaluated; log the labels that are left out of the mAP."""
     if bank.multi_labels is not None and held_out.multi_labels is not None:
         measured = np.asarray(bank.multi_labels.any(axis=0) & held_out.multi_labels.any(axis=0))
-        require(bool(measured.any()), "no label has an image in both the training and the held-out split")
+        problem = "no label has an image in both the training and the held-out split"
+        require(bool(measured.any()), f"{problem}: name splits with common labels")
         if lacking := [name for name, each in zip(bank.classes, measured, strict=True) if not each]:
             log(f"not in the mAP, because a split has no image of them: {first_names(lacking)}")
         return
     present = set(labels_of(bank).tolist())
-    require(len(present) >= 2, "the training split has only one class: classification needs two")
+    require(len(present) >= 2, "the training split has only one class: name data with two or more")
     lacking = [bank.classes[label] for label in np.unique(labels_of(held_out)) if label not in present]
-    require(not lacking, f"the held-out split has images of {', '.join(lacking[:5])}, the training split has none")
+    problem = f"the held-out split has images of {', '.join(lacking[:5])}, and the training split has none"
+    require(not lacking, f"{problem}: add some to the training split, or remove these classes from the held-out split")
 
 
 def groups_of(source: Source) -> NDArray[np.int64]:
@@ -356,7 +358,8 @@ def is_other_data(config: SubjectConfig, subject: Subject) -> bool:
 def held_out_seen(config: SubjectConfig, subject: Subject) -> bool:
     """Return whether the encoder was trained on this data set, and the held-out images come from another split of it.
 
-    That split is data.hold_out, or a data.label_file, data.split or data.eval_split that the run did not have.
+    Another split comes from data.hold_out, or from a data.label_file if that file, data.split or data.eval_split is not
+    that of the run.
     """
     data, recorded = asdict(data_config(config, subject)), subject.file.config.get("data", {})
     splits = [

@@ -39,7 +39,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     built = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, built, strict=True):
-        group.update({name: value for name, value in settings.items() if name not in group})  # new since then
+        group.update({name: value for name, value in settings.items() if name not in group})  # newer than the state
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
@@ -62,7 +62,7 @@ def build_optimizer(
     """
     groups = parameter_groups(module, optim.weight_decay, optim.exclude)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=True)  # the same bits, in half the time
+        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=True)  # bit-equal, in half the time
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
     if optim.name in ("lars", "lars_timm"):

@@ -86,10 +86,10 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     with write_errors(checkpoints):
         for half_written in [*checkpoints.glob("*.tmp"), *filter(_is_remnant, path.glob("*.tmp"))]:
             half_written.unlink()
-    # A start that failed before its first step does not block the directory.
     renamed = _renamed(path)
     require(not renamed, f"{renamed} to resume from it; to start another run, set run=DIR")
     metrics = path / METRICS
+    # The config.yaml of a run that failed before its first step may be replaced.
     if file.is_file() and (list_checkpoints(checkpoints) or (metrics.is_file() and metrics.stat().st_size)):
         refuse_difference(path, _read(file), config, defaults)
     with atomic_write(file) as temporary:
@@ -111,7 +111,7 @@ def in_run_directory(file: Path) -> bool:
 
 
 def no_checkpoint_message(path: Path) -> str:
-    """Return the sentence for a `run` without a checkpoint: it names the runs in it, or the command to train one."""
+    """Return the message for a `run` without a checkpoint: it names another run, or how to train this one."""
     for run in path.absolute().parents[:2]:
         if (run / "checkpoints").is_dir():
             return f"run={path} is a folder in the directory of a run: set run={run}"
@@ -128,7 +128,7 @@ def no_checkpoint_message(path: Path) -> str:
 
 
 def _renamed(path: Path) -> str:
-    """Return the sentence for a run whose checkpoints all have names that moco does not give; "" for another run."""
+    """Return the message for a run in which no checkpoint has a name that moco gives; "" for another run."""
     files = sorted((path / "checkpoints").glob("*.pt"))
     if not files or list_checkpoints(path / "checkpoints"):
         return ""

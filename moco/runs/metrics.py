@@ -79,13 +79,13 @@ def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
     """
     values = {printable(name): value for name, value in values.items()}  # the path of a data set can be any bytes
     for name, construct in LOGGERS.items():
-        with _without_failing(name, "the results lack there"):
+        with _without_failing(name, "it did not record the results"):
             getattr(construct, "add_results", Logger.add_results)(path, values, step)
 
 
 @contextmanager
 def _without_failing(name: str, instead: str, on_failure: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Let a logger fail with a warning, which says what happens instead."""
+    """Turn an exception of a logger into a warning that ends with `instead`, what happens instead."""
     try:
         yield
     except WriteError:

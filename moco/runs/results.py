@@ -15,9 +15,11 @@ from moco.runtime.provenance import provenance
 from moco.untrusted import read_json
 
 BASELINES = ("untrained", "pixels")
-# The fields of an entry's data that tell images and labels apart.
-_IMAGES = ("name", "root", "more_roots", "eval_root", "label_file", "label_column", "subset", "split", "eval_split")
-_IMAGES_OF_OBJECTS = ("layout", "file", "eval_file")  # further ones of moco.segment and moco.detect
+# The fields of an entry's data that tell images and labels apart; the last three are of moco.segment and moco.detect.
+_IMAGES = (
+    *("name", "root", "more_roots", "eval_root", "label_file", "label_column", "subset", "split", "eval_split"),
+    *("hold_out", "layout", "file", "eval_file"),
+)
 
 
 def record(folder: Path, entries: Sequence[Mapping[str, Any]], step: int) -> Path:
@@ -61,9 +63,8 @@ def newest(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def evaluation_key(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what entries of several encoders must share to be compared: command, settings and data."""
-    data, settings = entry.get("data") or {}, entry.get("settings") or {}
-    images = [data.get(name) for name in (*_IMAGES, *_IMAGES_OF_OBJECTS, "hold_out")]
-    return tuple(str(each) for each in (label(entry), settings.get("features", ""), images))
+    data = entry.get("data") or {}
+    return label(entry), str([data.get(name) for name in _IMAGES])
 
 
 def encoder_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -224,10 +224,10 @@ def test_what_is_missing_is_reported_in_one_sentence(run: Path, monkeypatch: pyt
             with pytest.raises(ConfigError, match=rf"logger=\[{tracker}\] needs .*pip install {tracker}.*extra"):
                 check_loggers(["tensorboard", tracker])
     (run / "wandb_id.txt").write_text("id\n")
-    with pytest.warns(RunWarning, match=r"logger=wandb failed .*: the results lack there"):
+    with pytest.warns(RunWarning, match=r"logger=wandb failed .*: it did not record the results"):
         results.record(run, [RESULT], step=1)
     Wandb(monkeypatch, key=False)
-    with pytest.warns(RunWarning, match=r"logger=wandb failed .*WANDB_MODE=offline\): the results lack there"):
+    with pytest.warns(RunWarning, match=r"logger=wandb failed .*WANDB_MODE=offline\): it did not record the results"):
         results.record(run, [RESULT], step=1)
     with pytest.raises(ConfigError, match="`wandb login`, or set WANDB_MODE=offline"):
         check_loggers(["wandb"])
