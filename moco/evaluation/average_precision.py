@@ -22,13 +22,13 @@ class AveragePrecision:
     scikit-learn. PASCAL VOC 2007 defines another one, which interpolates at eleven recalls, see `eleven_point`.
     """
 
-    per_class: list[float | None]  # None for a class that cannot be measured
+    per_class: list[float | None]  # None for a class without images in a split, which `mean` leaves out
     random: float  # mAP in percent of a random order: the mean share of the images that have the class
     count: int  # M
 
     @property
     def mean(self) -> float:
-        """The mAP: the mean over the classes that can be measured."""
+        """The mAP: the mean over the classes that have images in both splits."""
         return mean_known(self.per_class) or 0.0
 
     def baselines(self, _encoder: str) -> str:

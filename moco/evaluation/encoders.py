@@ -13,7 +13,7 @@ from moco.interop.encoder_file import EncoderFile
 
 
 def fields_of_encoder(name: str) -> dict[str, Any]:
-    """Return the fields `run` and `checkpoint` for an encoder that is named by the path of a run or of a file."""
+    """Return the fields `run` and `checkpoint` of an encoder: its name is a run, a file, or on the Hugging Face Hub."""
     is_run = not name.startswith(HUB) and Path(name).is_dir()
     return {"run": name if is_run else "", "checkpoint": "" if is_run else name}
 

@@ -68,7 +68,7 @@ def classifier(backbone: nn.Module, classes: int, bn: str, seed: int) -> nn.Sequ
 
 
 def build_finetune_optimizer(
-    network: nn.Sequential,
+    network: nn.Module,
     optim: OptimConfig,
     nesterov: bool = False,
     head_lr_factor: float = 1.0,
@@ -77,6 +77,7 @@ def build_finetune_optimizer(
     """Build an optimizer whose groups hold the factor of their learning rate in "lr_scale".
 
     Args:
+        network: has the submodules `backbone` and `head`; their trainable parameters are optimized.
         optim: sgd (with `nesterov`) or adamw.
         head_lr_factor: "lr_scale" of the head.
         layer_decay: "lr_scale" of the backbone's last layer, and ratio of each earlier layer's to that of the next one
@@ -122,7 +123,10 @@ def plan_of(images: int, batch_size: int, epochs: int, min_steps: int, seed: int
 
 
 def mixing(mixup: float, cutmix: float, classes: int) -> Mix | None:
-    """Build MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) with these alphas; each step draws one of them."""
+    """Build MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) with these alphas; each step draws one of them.
+
+    An alpha of 0 turns one off. None if both are off.
+    """
     chosen = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
     transforms = [kind(alpha=alpha, num_classes=classes) for kind, alpha in chosen if alpha > 0]
     if not transforms:

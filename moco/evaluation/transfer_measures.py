@@ -78,7 +78,7 @@ def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
     def measure(encoder: EvaluatedEncoder) -> dict[str, Any]:
         x, held, queries = encoder.features(train, validation, splits.test)
         labels, held_labels = (part.labels for part in (train, validation))
-        with progress_bar(f"{encoder.title}: choosing the strength", quiet=not is_rank_zero()) as progress:
+        with progress_bar(f"{encoder.title}: choosing the L2 penalty", quiet=not is_rank_zero()) as progress:
             classifier, choice = choose_and_fit(
                 ((x, labels), (held, held_labels)),
                 splits.classes,
@@ -88,7 +88,7 @@ def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
             )
         metrics = metrics_of(classifier(queries), truth)
         if choice.strength in (STRENGTHS[0], STRENGTHS[-1]):
-            log(f"{encoder.title}: the strength {choice.strength:g} is at the end of the range that the protocol tries")
+            log(f"{encoder.title}: the L2 penalty {choice.strength:g} is at the end of the protocol's range")
         validated = {"strength": choice.strength, "validation": list(choice.scores), "validation_count": len(held)}
         return _result([metrics], splits.measure, truth) | {"chosen": validated}
 

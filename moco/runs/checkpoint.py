@@ -1,7 +1,7 @@
 """Checkpoints of plain types, written atomically and read with `weights_only=True`.
 
 A checkpoint is a file `step_00001234.pt` that holds a dict: the values of `_SCHEMA`, "computed_on" (the
-devices), and "sha256" of all of these. `best.pt` is a second name of one of the files.
+devices), and "sha256" of all of these. `best.pt` is a second name of one of the files; it remains if that is deleted.
 """
 
 import copy

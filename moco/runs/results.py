@@ -85,7 +85,7 @@ def encoder_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _encoder_key(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """Identify an entry's encoder: its image preparation, and its weights, which a baseline has from its seed."""
+    """Return what identifies an entry's encoder: its image preparation and, except for a baseline, its weights."""
     names = ("encoder", "look") if entry.get("encoder") in BASELINES else ("encoder", "look", "weights", "sha256")
     return tuple(str(entry.get(name)) for name in names)
 
@@ -99,13 +99,15 @@ def data_name(data: Mapping[str, Any]) -> str:
 
 
 def evaluated_on(data: Mapping[str, Any]) -> str:
-    """Return the name of an entry's data set, and where its held-out images come from."""
+    """Return the name of an entry's data set, where its held-out images come from, and which of them were seen."""
     share = data.get("hold_out")
     parts = [data.get(name) for name in ("eval_root", "eval_file")] if data.get("name") in (None, *FOLDERS) else []
     held_out = " ".join(str(each) for each in parts if each)
     part = f", held out: {held_out}" if held_out else f", held out: {share} of them" if share else ""
-    seen = data.get("held_out_seen") or data.get("held_out_in_training")
-    return f"{data_name(data)}{part}{' (held-out images were in the training set, without labels)' if seen else ''}"
+    notes = ["held-out images were in the training set, without labels"] * bool(data.get("held_out_seen"))
+    if copies := data.get("held_out_in_training"):
+        notes.append(f"{copies} held-out images are copies of training images")
+    return data_name(data) + part + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def chosen_neighbors(entry: Mapping[str, Any]) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.optim import Optimizer
 
 from moco.config import OptimConfig, RunWarning, require
 from moco.config.segment import SegmentConfig
@@ -19,14 +18,13 @@ from moco.data.plan import Plan
 from moco.digest import digest
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
 from moco.evaluation.encoders import folder_name, normalization, open_encoders
-from moco.evaluation.finetuning import plan_of
+from moco.evaluation.finetuning import build_finetune_optimizer, plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import changed_settings, describe_encoder, interval_note, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
-from moco.optim.optimizers import build_optimizer, parameter_groups
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, percent, progress_bar, table
 from moco.runtime.device import compute_context
@@ -161,7 +159,8 @@ def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], Non
         run.files[name], config.head, classes, seed=seed, untrained=untrained, frozen=config.frozen, bn=config.bn
     ).to(run.device)
     broadcast_module(network)
-    optimizer = _optimizer(run, network)
+    optim = OptimConfig(name="sgd", momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = build_finetune_optimizer(network, optim, head_lr_factor=config.head_lr_factor)
     state = run.output / "segment" / f"state_{digest(_identity(run, name, seed))[:12]}.pt"
     forward, settings = wrap_ddp(network, run.device), run.training(name)
     train_resumably(
@@ -175,18 +174,6 @@ def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], Non
         save_every=config.save_every,
     )
     return network
-
-
-def _optimizer(run: Segmentation, network: SegmentationNetwork) -> Optimizer:
-    config = run.config
-    optim = OptimConfig(name="sgd", momentum=config.momentum, weight_decay=config.weight_decay)
-    optimizer = build_optimizer(network.head, optim)
-    for group in optimizer.param_groups:
-        group["lr_scale"] = config.head_lr_factor
-    if not config.frozen:
-        for group in parameter_groups(network.backbone, optim.weight_decay, optim.exclude):
-            optimizer.add_param_group({"lr_scale": 1.0} | group)
-    return optimizer
 
 
 def _identity(run: Segmentation, name: str, seed: int) -> dict[str, Any]:

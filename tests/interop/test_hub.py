@@ -358,8 +358,11 @@ def test_the_card_names_the_folders_of_an_evaluation() -> None:
     assert evaluated_on(shared) == "folder train scans, held out: test"
     assert evaluated_on({"name": "folder", "root": "a/b", "hold_out": 0.2}) == "folder a/b, held out: 0.2 of them"
     assert evaluated_on({"root": "shapes", "hold_out": 0.2}) == "shapes, held out: 0.2 of them"  # moco.segment
-    seen = evaluated_on({"name": "cifar10", "root": "/data", "held_out_in_training": 3})
-    assert seen == "cifar10 (held-out images were in the training set, without labels)"
+    cifar = {"name": "cifar10", "root": "/data", "held_out_in_training": 3}
+    copies = "3 held-out images are copies of training images"
+    assert evaluated_on(cifar) == f"cifar10 ({copies})"
+    seen = evaluated_on(cifar | {"held_out_seen": True})
+    assert seen == f"cifar10 (held-out images were in the training set, without labels; {copies})"
 
 
 def test_the_card_numbers_different_data_of_one_name() -> None:
