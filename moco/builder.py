@@ -32,11 +32,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.data.keyed import MIX, keyed_uniform
-from moco.distributed import copy_to_device, gather, permute, rank
+from moco.distributed import Order, copy_to_device, gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 from moco.losses.streamed import Streamed, has_kernel
 from moco.models.norm import statistics_kept
@@ -125,9 +124,7 @@ def unit_length(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_keys(
-    encoder: nn.Module, images: Tensor, shuffle: NDArray[np.int64] | None, micro_batch: int | None = None
-) -> Tensor:
+def encode_keys(encoder: nn.Module, images: Tensor, shuffle: Order | None, micro_batch: int | None = None) -> Tensor:
     """Return the keys of one view of the local batch, (n, C), without gradient.
 
     Args:
@@ -139,7 +136,7 @@ def encode_keys(
     """
     x = images if shuffle is None else permute(images, shuffle)
     k = torch.cat([unit_length(encoder(part)) for part in x.split(micro_batch or len(x))])
-    return k if shuffle is None else permute(k, np.argsort(shuffle))
+    return k if shuffle is None else permute(k, shuffle.argsort())
 
 
 @torch.no_grad()
@@ -229,7 +226,7 @@ class Method(Protocol):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Any]: ...  # gets `places` too, if the loader was asked for them, see `Batch`
 
@@ -282,7 +279,7 @@ class MoCo(nn.Module):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return the keys of the local batch, {view: (n, C)}, of each view that serves as a key.

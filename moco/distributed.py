@@ -27,6 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+Order = NDArray[np.int64] | Tensor  # a permutation, (samples,); a tensor on the device only with one process
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.14: new name
 
@@ -127,7 +128,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
+def permute(x: Tensor, order: Order) -> Tensor:
     """Return this rank's share of the permuted global batch, `global[order]`, without gathering it.
 
     Each row is sent once, directly to the rank that needs it: at most n rows leave a rank. An all-gather would send
@@ -141,6 +142,8 @@ def permute(x: Tensor, order: NDArray[np.int64]) -> Tensor:
         Rows rank * n ... (rank + 1) * n - 1 of global[order], shape (n, ...).
     """
     ranks, me, n = world_size(), rank(), len(x)
+    if isinstance(order, Tensor):
+        return x[order]
     if ranks == 1:
         return x[copy_to_device(torch.from_numpy(order), x.device)]
     positions = order.reshape(ranks, n)  # row r: the global positions that rank r receives
@@ -171,6 +174,18 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     out = x.clone()
     dist.all_reduce(out)
     return out / world_size()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over ranks, as DDP does, with one collective. Does nothing with one process."""
+    if world_size() == 1:
+        return
+    gradients = [each.grad for each in parameters if each.grad is not None]
+    # In the order of their memory, which is dense: a copy would be needed to flatten channels-last gradients.
+    flat = [each.as_strided((each.numel(),), (1,)) for each in gradients]
+    means = mean_over_ranks(torch.cat(flat))
+    torch._foreach_copy_(flat, means.split([each.numel() for each in flat]))
 
 
 class DelayedMaxOverRanks:

@@ -12,13 +12,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import UNKNOWN, KeyQueue, MoCo, Output, encode_keys
+from moco.distributed import Order
 from tests.algorithm_1 import (
     C,
     K,
@@ -139,7 +138,7 @@ class EnqueueBeforeLogits(MoCo):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         keys = super().encode_keys(views, shuffles, micro_batch)
@@ -191,7 +190,7 @@ class GradientIntoKeys(MoCo):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         self.momentum_encoder.requires_grad_(True)

@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from moco.config.base import EXTRAS
 from moco.config.data import check_normalization
 from moco.config.recommended import momentum_for, recipe_for
 from moco.data.opening import build_views
+from moco.methods.densecl_config import DenseCLConfig
 from moco.methods.moco_config import MoCoConfig
 from moco.runs.directory import FREE_FIELDS
 
@@ -144,6 +146,33 @@ def test_synchronized_bn_is_not_split_into_micro_batches() -> None:
         config.model.bn, config.accumulate = "sync", 2
 
     assert "accumulate=2 with model.bn=sync" in refusal(change)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "processes", "words"),
+    [
+        ("device", "cpu", 1, "device=cpu"),
+        ("compile", True, 1, "compile=true"),
+        ("evaluate.online_probe", True, 1, "evaluate.online_probe"),
+        ("method.temperature_schedule", "cosine", 1, "method.temperature_schedule=cosine changes"),
+        ("method", MoCoConfig(mix_hardest=64, mix_pairs=8), 1, "method.mix_hardest=64 changes"),
+        ("method", DenseCLConfig(dense_warmup_steps=10), 1, "method.dense_warmup_steps=10 changes"),
+        ("method", DenseCLConfig(), 2, "method=densecl"),
+        ("model.bn", "sync", 2, "model.bn=sync"),
+    ],
+)
+def test_a_cuda_graph_needs_passes_that_do_not_change(field: str, value: Any, processes: int, words: str) -> None:
+    def change(config: TrainConfig) -> None:
+        group, _, name = f"config.{field}".rpartition(".")
+        part = config if group == "config" else getattr(config, group.removeprefix("config."))
+        setattr(part, name, value)
+        config.cuda_graph = True
+
+    sentence = refusal(change, processes)
+    assert all(each in sentence for each in ("cuda_graph=true", words, "set cuda_graph=false"))
+    allowed = TrainConfig(method=MoCoConfig(), cuda_graph=True)
+    check(allowed)
+    check(allowed, processes=2)
 
 
 def test_what_may_change_in_a_resumed_run_are_fields_that_exist() -> None:

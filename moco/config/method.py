@@ -40,6 +40,7 @@ class MethodConfig:
     compares_views = True  # the positive is another view of the image, encoded in the same step
     symmetric = False  # use each view as the query and as the key
     takes_small_views = False  # further views of another size can be queries
+    is_local = False  # the loss and its gradient need nothing from other processes
     uses_places = False  # `encode_keys` gets the place of each view in its image
 
     @property
@@ -51,6 +52,11 @@ class MethodConfig:
     def keys_per_image(self) -> int:
         """Return the number of views of an image that serve as keys in one step."""
         return 2 if self.symmetric else 1
+
+    def changing(self) -> list[str]:
+        """Return the settings by which a step's passes depend on its number: a CUDA graph cannot repeat them."""
+        kind = self.temperature_schedule
+        return [f"method.temperature_schedule={kind}"] if kind == "cosine" else []
 
     def advice(self, config: "TrainConfig") -> list[str]:
         """Return a sentence for each setting that can run, but departs from the published method."""

@@ -209,6 +209,10 @@ class TrainConfig(ComputeConfig):
     """Store images in channels-last memory format, which makes convolutions faster and gives the same results."""
     compile: bool = False
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
+    cuda_graph: bool = False
+    """Repeat the forward and backward passes of a step as one CUDA graph, which the host launches once instead of
+    hundreds of kernels. The steps that analyse_every selects use no graph and need memory of their own. Several
+    processes need a method=moco_... with model.bn=grouped or batch; their keys are encoded without the graph."""
     profile: bool = False
     """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
     log_every: int = bounded(10, ge=1)
@@ -269,6 +273,21 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     require(fits, f"augment.eval_resize={resize} is below augment.size={size}: raise it, or set it to 0")
     _check_small_views(config.augment)
     _check_batch(config, processes)
+    if config.cuda_graph:
+        _check_cuda_graph(config, processes)
+
+
+def _check_cuda_graph(config: TrainConfig, processes: int) -> None:
+    """Refuse what a CUDA graph cannot repeat: numbers of the host that change, and exchanges between processes."""
+    off = "set cuda_graph=false"
+    require(config.device != "cpu", f"cuda_graph=true needs a GPU, but device={config.device}: {off}")
+    exchanges = processes > 1 and (config.model.bn == "sync" or not config.method.is_local)
+    what = f"method={config.method.name} or model.bn={config.model.bn}"
+    require(not exchanges, f"cuda_graph=true with {processes} processes, between which {what} exchanges results: {off}")
+    require(not config.compile, f"cuda_graph=true with compile=true was not tested: {off}, or compile=false")
+    require(not config.evaluate.online_probe, f"cuda_graph=true hides the features from evaluate.online_probe: {off}")
+    changing = ", ".join(config.method.changing())
+    require(not changing, f"cuda_graph=true repeats one step, but {changing} changes from step to step: {off}")
 
 
 def _check_small_views(augment: AugmentConfig) -> None:

@@ -30,14 +30,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import KeyQueue, Output, queue_contrast, unit_length, update_momentum_encoder
 from moco.data.places import matching_cells
-from moco.distributed import gather, mean_over_ranks, permute, world_size
+from moco.distributed import Order, gather, mean_over_ranks, permute, world_size
 from moco.losses.similarity import full_precision
 from moco.models.dense import DenseEncoder, DenseOutput
 
@@ -91,7 +89,7 @@ class DenseCL(nn.Module):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
         places: Tensor | None = None,
     ) -> dict[int, DenseKeys]:
@@ -104,7 +102,7 @@ class DenseCL(nn.Module):
         parts = [self.momentum_encoder(part, dense=True) for part in x.split(micro_batch or len(x))]
         found = [torch.cat(each) for each in zip(*parts, strict=True)][: 2 if self.by_crops else 3]
         if shuffle is not None:
-            found = [permute(each, np.argsort(shuffle)) for each in found]
+            found = [permute(each, shuffle.argsort()) for each in found]
         embedding, cells, *features = found
         mean_cell = unit_length(full_precision(cells).mean(dim=1))  # of unnormalized cells, as in the official code
         match, matched = None, torch.full((), float(world_size() * cells.shape[:2].numel()), device=cells.device)

@@ -43,6 +43,11 @@ class DenseCLConfig(MethodConfig):
         """Return whether the crops decide which cells correspond."""
         return self.correspondence == "crops"
 
+    def changing(self) -> list[str]:
+        """See `MethodConfig.changing`."""
+        steps = self.dense_warmup_steps
+        return [*super().changing(), *[f"method.dense_warmup_steps={steps}"][: steps > 0]]
+
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""
         super().check(config)

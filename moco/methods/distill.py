@@ -21,14 +21,12 @@ Legend: N micro-batch, n local batch, W processes, M = W n global batch, C embed
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import KeyQueue, Output, encode_keys, mean_measures, unit_length
 from moco.digest import digest
-from moco.distributed import gather, rank, world_size
+from moco.distributed import Order, gather, rank, world_size
 from moco.losses import relational_cross_entropy
 from moco.losses.similarity import paired_similarity, similarity
 
@@ -70,7 +68,7 @@ class Distill(nn.Module):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return the teacher's embeddings of the global batch, {view: (M, C)}. `shuffles` are ignored: BN is frozen."""

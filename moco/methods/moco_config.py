@@ -66,6 +66,12 @@ class MoCoConfig(MethodConfig):
 
     has_momentum_encoder = True
     takes_small_views = True
+    is_local = True
+
+    def changing(self) -> list[str]:
+        """See `MethodConfig.changing`. Mixed negatives and switches of plug-ins draw random numbers on the host."""
+        drawn = {"mix_hardest": self.mix_hardest, "switches": self.switches}
+        return [*super().changing(), *(f"method.{name}={value}" for name, value in drawn.items() if value)]
 
     def check(self, config: TrainConfig) -> None:
         """See `MethodConfig.check`."""

@@ -27,13 +27,11 @@ Legend: N local micro-batch, n local batch, W processes, M = W n global batch, C
 import copy
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import Output, encode_keys, encode_queries, update_momentum_encoder, with_small_views
-from moco.distributed import gather, rank, world_size
+from moco.distributed import Order, gather, rank, world_size
 from moco.losses import in_batch_info_nce
 
 
@@ -65,7 +63,7 @@ class MoCoV3(nn.Module):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return the keys of the global batch, {view: (M, C)}: each micro-batch is compared with all of them.

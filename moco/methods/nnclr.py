@@ -24,13 +24,11 @@ Legend: N local micro-batch, n local batch, W processes, M = W n global batch, C
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import KeyQueue, Output, unit_length
-from moco.distributed import gather, rank, world_size
+from moco.distributed import Order, gather, rank, world_size
 from moco.losses import in_batch_info_nce
 from moco.losses.similarity import similarity
 from moco.models.norm import untracked
@@ -59,7 +57,7 @@ class NNCLR(nn.Module):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return {view: (M, 2, C)}, neighbors and predictions of the global batch; {} without micro-batches.

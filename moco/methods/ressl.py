@@ -23,12 +23,10 @@ Legend: N micro-batch, n local batch, C embedding, K queue length, W processes.
 import copy
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import KeyQueue, Output, encode_keys, unit_length, update_momentum_encoder
-from moco.distributed import gather
+from moco.distributed import Order, gather
 from moco.losses import relational_cross_entropy
 
 
@@ -57,7 +55,7 @@ class ReSSL(nn.Module):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return the keys of the weak views of the local batch, {1: (n, C)}; see `moco.builder.encode_keys`."""

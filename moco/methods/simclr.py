@@ -21,13 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moco.builder import Output, separate_unlabeled, unit_length
-from moco.distributed import gather, gather_with_gradient, rank
+from moco.distributed import Order, gather, gather_with_gradient, rank
 from moco.losses import (
     LearnedTemperature,
     Margin,
@@ -102,7 +100,7 @@ class SimCLR(nn.Module):
     def encode_keys(
         self,
         views: Sequence[Tensor],
-        shuffles: Sequence[NDArray[np.int64]] | None = None,
+        shuffles: Sequence[Order] | None = None,
         micro_batch: int | None = None,
     ) -> dict[int, Tensor]:
         """Return {}: the forward computes all embeddings. Raise ValueError for micro-batches: they lack negatives."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moco.analysis.doctor import Facts, facts_of
-from moco.config import TrainConfig
+from moco.config import TrainConfig, require
 from moco.data.base import Sources
 from moco.data.opening import open_sources
 from moco.data.plan import Plan
@@ -25,7 +25,9 @@ from moco.runtime.memory import explain_out_of_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.runtime.watchdog import Watchdog
 from moco.training.consistency import Identity, open_consistently
+from moco.training.graph import StepGraph
 from moco.training.monitor import Monitor
+from moco.training.step import StepSettings
 from moco.training.teacher import load_teacher
 
 Labels = NDArray[np.int64]  # (samples,)
@@ -88,12 +90,30 @@ def set_batch_norm_calls(method: Any, accumulate: int) -> None:
 
 
 def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> nn.Module:
-    """Compile the networks of the method, if configured, and wrap the method in DDP if there are several ranks."""
+    """Compile the networks of the method, if configured, and wrap the method in DDP if there are several ranks.
+
+    A CUDA graph averages the gradients without DDP.
+    """
     if config.compile:
         for name, network in method.named_children():
             if name not in ("queue", "dense_queue", "learned_temperature"):
                 network.compile(options=_compiler_options())
-    return wrap_ddp(method, device)
+    return method if config.cuda_graph else wrap_ddp(method, device)
+
+
+def step_settings(
+    config: TrainConfig, method: nn.Module, device: torch.device, precision: str, check_finite: bool
+) -> StepSettings:
+    """Return the settings of every step; the caller sets `lr` and `momentum`, which have schedules.
+
+    Raises:
+        ConfigError: for `cuda_graph=true` without a GPU.
+    """
+    on_gpu = device.type == "cuda"
+    require(on_gpu or not config.cuda_graph, f"cuda_graph=true needs a GPU, not {device.type}: set cuda_graph=false")
+    graph = StepGraph(method.parameters()) if config.cuda_graph else None
+    settings = config.accumulate, PRECISIONS[precision], config.optim.clip_grad, check_finite, graph
+    return StepSettings(0.0, 0.0, *settings)
 
 
 def _compiler_options() -> dict[str, Any]:

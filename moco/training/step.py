@@ -5,16 +5,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.builder import Method, Output, mean_measures
 from moco.data.loader import Batch
-from moco.distributed import mean_over_ranks
+from moco.distributed import Order, mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
+from moco.training.graph import StepGraph
 
 Measures = dict[str, Tensor]  # each of shape ()
 
@@ -33,6 +32,11 @@ class StepSettings:
     # Check the loss and the gradient before the step changes anything: the host then waits for the device. If False,
     # the caller must check them later (`moco.training.nonfinite`). fp16 is always checked.
     check_finite: bool = True
+    graph: StepGraph | None = None  # repeats the forward and backward passes; None: the host launches each kernel
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context in which the networks compute."""
+        return torch.autocast(device.type, self.precision, self.precision != torch.float32)
 
 
 def train_step(
@@ -41,7 +45,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batch: Batch,
-    shuffles: Sequence[NDArray[np.int64]] | None,
+    shuffles: Sequence[Order] | None,
     settings: StepSettings,
     monitor: Callable[[Output, Sequence[Tensor], Tensor], Measures] | None = None,
 ) -> Measures:
@@ -59,25 +63,24 @@ def train_step(
         NonFiniteLoss: with `settings.check_finite`, on all ranks, if loss or gradient is not finite on any of them;
             weights, statistics and queue are unchanged.
     """
-    accumulate, micro_batch = settings.accumulate, len(batch.index) // settings.accumulate
-    autocast = torch.autocast(batch.index.device.type, settings.precision, settings.precision != torch.float32)
     statistics = _copy_statistics(forward) if settings.check_finite or scaler.is_enabled() else None
-    outputs: list[Output] = []
     for group in optimizer.param_groups:
         group["lr"] = settings.lr
     optimizer.zero_grad(set_to_none=True)
+
+    def encode(batch: Batch, shuffles: Sequence[Order] | None) -> dict[int, Any]:
+        return _encode_keys(method, batch, shuffles, settings)
+
+    def differentiate(batch: Batch, keys: dict[int, Any]) -> list[Output]:
+        return _add_gradients(forward, scaler, batch, keys, settings)
+
     # ------------------------------------------------------------------ Algorithm 1
-    with autocast:
-        keys = method.encode_keys(batch.views, shuffles, micro_batch, **_places(batch))  # {view: (n, C)}
-    for part in range(accumulate):
-        at = slice(part * micro_batch, (part + 1) * micro_batch)
-        views, index = [view[at] for view in batch.views], batch.index[at]
-        with _no_sync(forward, part < accumulate - 1):
-            with autocast:
-                output: Output = forward(views, keys, index, at.start)  # queries, logits, loss
-            scaler.scale(output.loss / accumulate).backward()
-        outputs.append(output._replace(loss=output.loss.detach()))
-    monitored = monitor(outputs[-1], views, index) if monitor is not None else {}
+    if settings.graph is None:
+        outputs = differentiate(batch, encode(batch, shuffles))
+    else:
+        outputs = settings.graph(encode, differentiate, batch, shuffles, eager=monitor is not None)
+    last = slice(-(len(batch.index) // settings.accumulate), None)  # micro-batch
+    monitored = monitor(outputs[-1], [view[last] for view in batch.views], batch.index[last]) if monitor else {}
 
     scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -97,9 +100,30 @@ def train_step(
     return measures
 
 
-def _places(batch: Batch) -> dict[str, Any]:
-    """Return the argument of `encode_keys` for a method that uses the places of the views."""
-    return {} if batch.places is None else {"places": batch.places}
+def _encode_keys(
+    method: Method, batch: Batch, shuffles: Sequence[Order] | None, settings: StepSettings
+) -> dict[int, Any]:
+    """Return the keys of the local batch, {view: (n, C)}."""
+    places = {} if batch.places is None else {"places": batch.places}  # for a method that uses them
+    with settings.autocast(batch.index.device):
+        return method.encode_keys(batch.views, shuffles, len(batch.index) // settings.accumulate, **places)
+
+
+def _add_gradients(
+    forward: nn.Module, scaler: torch.amp.GradScaler, batch: Batch, keys: dict[int, Any], settings: StepSettings
+) -> list[Output]:
+    """Compute the output of each micro-batch, and add up the gradients of their losses in the parameters."""
+    accumulate, micro_batch = settings.accumulate, len(batch.index) // settings.accumulate
+    outputs: list[Output] = []
+    for part in range(accumulate):
+        at = slice(part * micro_batch, (part + 1) * micro_batch)
+        with _no_sync(forward, part < accumulate - 1):
+            with settings.autocast(batch.index.device):
+                # queries, logits, loss
+                output: Output = forward([view[at] for view in batch.views], keys, batch.index[at], at.start)
+            scaler.scale(output.loss / accumulate).backward()
+        outputs.append(output._replace(loss=output.loss.detach()))
+    return outputs
 
 
 def _copy_statistics(module: nn.Module) -> list[tuple[Tensor, Tensor]]:

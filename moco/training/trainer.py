@@ -12,7 +12,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 
@@ -48,7 +48,6 @@ from moco.runtime.console import Display
 from moco.runtime.device import compute_context, describe_device
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
-from moco.runtime.precision import PRECISIONS
 from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
 from moco.runtime.provenance import commit
 from moco.runtime.watchdog import Watchdog, rendezvous_store
@@ -59,7 +58,7 @@ from moco.training.consistency import record_names, refuse_other_data, refuse_ot
 from moco.training.init_from import load_initial_weights
 from moco.training.live_evaluation import LiveEvaluation
 from moco.training.nonfinite import NonFiniteGuard
-from moco.training.step import Measures, StepSettings, train_step
+from moco.training.step import Measures, train_step
 from moco.training.summary import announce, show_views, summarize
 from moco.training.throughput import Profile, Throughput
 
@@ -105,12 +104,11 @@ class Trainer:
         self.plan = Plan(len(train), config.batch_size, config.epochs, config.seed, *ranks, train.draws)
         check_against_data(config, self.plan, self.sources)
 
-        # The method and its optimizer, restored from the newest checkpoint.
+        # The method and its optimizer, restored from the newest checkpoint. Each step sets the learning rate.
         self.method = build.make_method(config, self.sources.train.labels, device)
         self.lock = build.open_directory(config)
         state = on_rank_zero(lambda: checkpoint.load_newest(self.path / "checkpoints")) or {}
         with checkpoint.refuse_misfit(self.path / "checkpoints"):
-            # The learning rate is set before each step.
             self.optimizer = build_optimizer(self.method, config.optim, saved=state.get("optimizer"))
         self.precision, self.precision_reason = build.choose_precision(config, state, self.method.encoder, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
@@ -136,6 +134,7 @@ class Trainer:
         self.forward = build.distribute(config, self.method, device)  # DDP copies rank 0's buffers to all ranks
         restore_running_statistics(self.method, state.get("statistics"))
         self.guard = self._build_guard(state.get("skipped", 0))
+        self.settings = build.step_settings(config, self.method, device, self.precision, self.guard.in_step)
         self.monitor = build.make_monitor(config, self.method, self.sources.train.labels, device, self.precision)
         self.unreadable: UnreadableImages | None = None
         if config.data.on_bad_image == "replace":
@@ -247,8 +246,7 @@ class Trainer:
         # Only dropout and drop-path, in timm models, draw from torch's generator. With a seed per step they resume
         # exactly too. The masks differ between ranks.
         torch.manual_seed(step_seed(config.seed, step * world_size() + rank()))
-        lr, momentum, precision = values["lr"], values["momentum"], PRECISIONS[self.precision]
-        settings = StepSettings(lr, momentum, config.accumulate, precision, config.optim.clip_grad, self.guard.in_step)
+        settings = replace(self.settings, lr=values["lr"], momentum=values["momentum"])
         shuffles = self.plan.shuffles(step, len(self.views)) if config.model.shuffle_keys else None
         monitor = self.monitor if self.monitor.is_due(step + 1) else None
         try:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -36,7 +36,7 @@ from moco.optim.optimizers import build_optimizer
 from moco.runtime.device import set_float32_precision
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.training import build
-from moco.training.step import Measures, StepSettings, train_step
+from moco.training.step import Measures, train_step
 from moco.training.throughput import matrix_rate, step_flops
 
 DIGITS = ("digits", "moco_v3_digits", "simclr_digits", "nnclr_digits", "ressl_digits")
@@ -92,14 +92,13 @@ class Recipe:
         shuffles = [np.random.default_rng(view).permutation(n) for view in range(count)]
         self.shuffles = shuffles if config.model.shuffle_keys else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        settings = build.step_settings(config, self.method, self.device, self.precision, self.device.type != "cuda")
+        self.settings = replace(settings, lr=LR, momentum=MOMENTUM)
 
     def step(self) -> Measures:
         """Take one step; on a GPU the host does not wait for it."""
-        waits = self.device.type != "cuda"
-        dtype = PRECISIONS[self.precision]
-        settings = StepSettings(LR, MOMENTUM, self.config.accumulate, dtype, check_finite=waits)
         parts = self.method, self.forward, self.optimizer, self.scaler, self.batch, self.shuffles
-        return train_step(*parts, settings)
+        return train_step(*parts, self.settings)
 
     def gradient(self) -> Tensor:
         """Return the gradient of the last step as one vector, in float64 on the CPU."""
@@ -150,12 +149,12 @@ def peak_gib(work: Callable[[], object], device: torch.device) -> float:
 def parity(setting: Setting) -> Iterator[Check]:
     """Compare steps, crops and augmentation on the GPU with those on the CPU, in float32."""
     for name in DIGITS:
-        losses = []
-        for device in (torch.device("cpu"), setting.device):
-            recipe = Recipe([f"experiment={name}", "precision=fp32"], setting, device)
-            losses.append([recipe.step()["loss"].item() for _ in range(5)])
-        worst = max(abs(a - b) / abs(a) for a, b in zip(*losses, strict=True))
+        fields = [f"experiment={name}", "precision=fp32"]
+        worst = loss_difference(Recipe(fields, setting, torch.device("cpu")), Recipe(fields, setting))
         yield below(f"loss of 5 steps of {name}, relative difference from the CPU", worst, 1e-4)
+        if setting.device.type == "cuda":
+            worst = loss_difference(Recipe(fields, setting), Recipe([*fields, "cuda_graph=true"], setting))
+            yield below(f"loss of 5 steps of {name}, relative difference with a CUDA graph", worst, 1e-5)
     images = torch.randint(0, 256, (64, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = ArraySource(images, [""] * len(images))
     for name in ("digits", "cifar10_notebook", "moco_v2_imagenet"):
@@ -165,6 +164,12 @@ def parity(setting: Setting) -> Iterator[Check]:
             views.append([view.cpu() for batch in islice(stream, 2) for view in batch.views])
         worst = max((a - b).abs().max().item() for a, b in zip(*views, strict=True))
         yield below(f"views of 2 batches of {name}, largest difference from the CPU", worst, 1e-5)
+
+
+def loss_difference(one: Recipe, other: Recipe) -> float:
+    """Return the largest relative difference between the losses of five steps."""
+    ours, theirs = ([float(recipe.step()["loss"]) for _ in range(5)] for recipe in (one, other))
+    return max(abs(a - b) / abs(a) for a, b in zip(ours, theirs, strict=True))
 
 
 def waits(setting: Setting) -> Iterator[Check]:
@@ -218,17 +223,17 @@ def stepped(overrides: list[str], setting: Setting) -> Tensor:
 
 def cifar(setting: Setting) -> Iterator[Check]:
     """Measure the step of the CIFAR-10 notebook: time, launches, idle share of the GPU."""
-    for what, more in (("eager", []), ("compiled", ["compile=true"])):
-        if setting.tiny and more:
+    for what, field in {"eager": "compile=false", "compiled": "compile=true", "as a graph": "cuda_graph=true"}.items():
+        if setting.tiny and what != "eager":
             continue
-        recipe = Recipe(["experiment=cifar10_notebook", *more], setting)
+        recipe = Recipe(["experiment=cifar10_notebook", field], setting)
         each = milliseconds(recipe.step, setting.device, rounds=5, calls=1 if setting.tiny else 20)
         steps = 50_000 // recipe.config.batch_size
         yield Check(f"{what}: ms a step, {recipe.precision}", f"{each:.1f}")
         yield Check(f"{what}: seconds an epoch, without evaluation", f"{each * steps / 1e3:.2f}")
         launches, busy = profiled(recipe.step, setting.device)
-        goal = 450 if what == "eager" else 300
-        yield below(f"{what}: launches a step", launches, goal)
+        if what != "as a graph":  # one launch
+            yield below(f"{what}: launches a step", launches, 450 if what == "eager" else 300)
         if setting.device.type == "cuda":
             yield Check(f"{what}: share of the step in which the GPU computes", f"{100 * busy / each:.0f} %")
 
@@ -264,7 +269,7 @@ def imagenet(setting: Setting) -> Iterator[Check]:
         share = rate * step_flops(recipe.method, group, size, views=2) / peak
         yield Check(f"{name}: MFU", f"{100 * share:.0f} %", f"of {peak / 1e12:.1f} TFLOP/s")
         memory = peak_gib(recipe.step, setting.device)
-        if memory == memory:  # a GPU
+        if setting.device.type == "cuda":
             yield below(f"{name}: peak memory", memory, gib, " GiB")
         del recipe
         torch.cuda.empty_cache()

@@ -21,6 +21,7 @@ from moco.data.sources import ArraySource
 from moco.data.view import View
 from moco.distributed import (
     all_gather_object,
+    average_gradients,
     averaged_running_statistics,
     broadcast_module,
     gather,
@@ -129,6 +130,17 @@ def gradients() -> dict[str, Tensor]:
     }
 
 
+def averaged_gradients() -> list[Tensor]:
+    """Give each rank other gradients, (r + 1) times those of rank 0; one is stored with the channels last."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(2, 2), nn.Linear(2, 2))
+    for number, parameter in enumerate(network.parameters()):
+        values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)) * (rank() + 1)
+        parameter.grad = values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+    network[2].zero_grad()  # it was not used: it has no gradient
+    average_gradients(list(network.parameters()))
+    return [each.grad for each in network.parameters() if each.grad is not None]
+
+
 def features() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     source = ArraySource(torch.randint(256, (37, 3, 4, 4), generator=generator, dtype=torch.uint8), [""] * 37)
@@ -206,10 +218,11 @@ class Found:
     features: torch.Tensor
     gradients: dict[str, Tensor]
     errors: tuple[list[int], list[int], list[str]]
+    averaged: list[Tensor]
 
 
 def all_checks(folder: Path) -> Found:
-    return Found(collectives(16), features(), gradients(), errors(folder))
+    return Found(collectives(16), features(), gradients(), errors(folder), averaged_gradients())
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +290,15 @@ def test_the_average_over_ranks_is_the_gradient_of_one_process(four: list[Found]
         torch.testing.assert_close(found.gradients["average"], alone["average"], rtol=1e-5, atol=1e-7)
         # the plain gather loses the keys' part of the gradient
         assert (found.gradients["without"] - alone["average"]).abs().max() > 1e-2
+
+
+def test_gradients_are_averaged_over_ranks(four: list[Found]) -> None:
+    alone = averaged_gradients()
+    assert len(alone) == 4
+    for found in four:
+        for mean, own in zip(found.averaged, alone, strict=True):
+            assert mean.stride() == own.stride()
+            torch.testing.assert_close(mean, own * 2.5)
 
 
 def test_gather_with_gradient_in_one_process_returns_its_argument() -> None:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict
 from unittest.mock import patch
@@ -29,9 +30,8 @@ from moco.data.opening import build_views
 from moco.data.plan import Plan
 from moco.data.sources import ArraySource
 from moco.optim.optimizers import build_optimizer
-from moco.runtime.precision import PRECISIONS
 from moco.training import build
-from moco.training.step import StepSettings, train_step
+from moco.training.step import train_step
 from tests.rehearsal.run import configuration, untimed
 
 STEPS = 24  # the last but one is counted, the last one is traced
@@ -62,7 +62,7 @@ class Count(TypedDict):
     case: Case
     batch: dict[str, int]  # crops and augmentation of the next batch, by the names of `_COUNTERS`
     step: dict[str, int]  # from the views to the new weights and the queue
-    peak_bytes: int  # of torch's allocator
+    peak_bytes: int  # allocated by torch; with a CUDA graph, reserved
     host_ms: tuple[float, float]  # processor time for batch and step, without launches: the shortest of all steps
     places: dict[str, int]  # launches of the step by phase and operation
 
@@ -148,7 +148,7 @@ def _steps(case: Case, config: TrainConfig, plan: Plan, source: Any) -> Count:
     forward = build.distribute(config, method.train(), DEVICE)
     untimed(forward)
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    settings = StepSettings(0.1, 0.99, config.accumulate, PRECISIONS[config.precision], check_finite=False)
+    settings = replace(build.step_settings(config, method, DEVICE, config.precision, False), lr=0.1, momentum=0.99)
     stream = batches(source, plan, views, DEVICE, 0)
 
     times: list[tuple[float, float]] = []
@@ -167,7 +167,8 @@ def _steps(case: Case, config: TrainConfig, plan: Plan, source: Any) -> Count:
     for number in range(STEPS - 1):
         torch.cuda.reset_peak_memory_stats()
         made, taken, _ = step(number)
-    peak = torch.cuda.max_memory_allocated()
+    # What a graph holds is not allocated between its launches.
+    peak = torch.cuda.max_memory_reserved() if config.cuda_graph else torch.cuda.max_memory_allocated()
     on_batch, on_step = (1000 * min(each) for each in zip(*times[FIRST:], strict=True))
     places = step(STEPS - 1)[2]
     return Count(case=case, batch=made, step=taken, peak_bytes=peak, host_ms=(on_batch, on_step), places=places)

@@ -139,6 +139,44 @@ def own_kernels(used: bool) -> Iterator[set[str]]:
             yield names
 
 
+class Graph:
+    """What a CUDA graph holds: the operations of its capture. One graph per process."""
+
+    def __init__(self) -> None:
+        self._operations: list[tuple[Any, Any, Any, list[Tensor]]] = []  # each with arguments and results
+        # A real capture computes nothing. So this is memory that the capture found, with its content.
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def before(self, touched: list[Tensor]) -> None:
+        """Call before an operation: in a capture, keep the content of its arguments; after it, undo the capture."""
+        if not torch.cuda.is_current_stream_capturing():
+            self._undo()
+            return
+        for x in touched:
+            whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+            if whole.numel() and whole.data_ptr() not in self._found:
+                self._found[whole.data_ptr()] = whole, whole.clone()
+
+    def after(self, func: Any, args: Any, kwargs: Any, results: list[Tensor]) -> None:
+        """Call after an operation: a capture notes it."""
+        if torch.cuda.is_current_stream_capturing():
+            self._operations.append((func, args, kwargs, results))
+
+    def _undo(self) -> None:
+        for whole, content in self._found.values():
+            whole.copy_(content)
+        self._found = {}
+
+    def replay(self) -> None:
+        """Compute all operations of the capture again, on the same memory."""
+        self._undo()
+        for func, args, kwargs, results in self._operations:
+            found = [x for x in tree_flatten(func(*args, **kwargs))[0] if isinstance(x, Tensor)]
+            for result, x in zip(results, found, strict=True):
+                if result.data_ptr() != x.data_ptr():
+                    result.copy_(x)
+
+
 class SoftDevice(TorchDispatchMode):
     """Computes the operations on CUDA tensors on the CPU.
 
@@ -146,6 +184,7 @@ class SoftDevice(TorchDispatchMode):
         step: number of the current step, from 0; set by the caller.
         waits: how often the host would have waited, by `Wait`.
         products: (operation, number type) of all convolutions and matrix products; "TF32" for float32 in TF32.
+        graph: the CUDA graph that was captured.
     """
 
     def __init__(self) -> None:
@@ -153,6 +192,7 @@ class SoftDevice(TorchDispatchMode):
         self.step = 0
         self.waits: Counter[Wait] = Counter()
         self.products: set[tuple[str, str]] = set()
+        self.graph = Graph()
         self._library = ctypes.CDLL(os.environ["LD_PRELOAD"])
         names = ("stream", "event", "device", "copy")  # the calls of the runtime that wait
         self._callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: self._note(names[number]))
@@ -160,6 +200,8 @@ class SoftDevice(TorchDispatchMode):
         atexit.register(self._library.standin_callback, None)  # torch waits once more after the end of Python
 
     def _note(self, kind: str) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"operation not permitted when stream is capturing: {kind}")
         self.waits[(kind, place(), self.step)] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -206,6 +248,8 @@ class SoftDevice(TorchDispatchMode):
             self._note(f"copy from {source} to {target}")
         elif source == "cpu" and not x.is_pinned():
             self._note("copy from pageable memory")
+        elif torch.cuda.is_current_stream_capturing():
+            self._note("copy")  # a graph would repeat it with the numbers of the capture
 
     def _compute(self, func: Any, flat: Any, spec: Any, target: torch.device, given: Any) -> Any:
         """Run the CPU's operation on the same memory, and move new results to the device."""
@@ -223,7 +267,9 @@ class SoftDevice(TorchDispatchMode):
             kwargs["device"] = "cpu"
         if func is aten._to_copy.default:
             kwargs.pop("pin_memory", None)
-        out = _KERNELS.get(func, func)(*args, **kwargs)
+        func = _KERNELS.get(func, func)
+        self.graph.before([low for _, low in known.values()])
+        out = func(*args, **kwargs)
         back = {id(low): high for high, low in known.values()}
         pinned = func is aten._to_copy.default and given.get("non_blocking", False)
 
@@ -239,4 +285,6 @@ class SoftDevice(TorchDispatchMode):
                 on_host(high).copy_(x)
             return high
 
-        return tree_map(lift, out)
+        lifted = tree_map(lift, out)
+        self.graph.after(func, args, kwargs, [on_host(x) for x in tree_flatten(lifted)[0] if _on_gpu(x)])
+        return lifted

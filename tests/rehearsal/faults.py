@@ -6,11 +6,13 @@ import torch
 from torch.distributed import all_to_all_single
 
 from moco.builder import KeyQueue
+from moco.data.loader import Batch
 from moco.distributed import rank
 from moco.losses import contrast
 from moco.models.encoder import Encoder
 from moco.models.norm import GroupedBatchNorm
 from moco.runtime.device import set_float32_precision
+from moco.training.graph import StepGraph
 
 
 def _host_tensor(query: torch.Tensor, *others: Any) -> Any:
@@ -35,6 +37,16 @@ def _waiting_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def _with_first_batch(repeat: Any = StepGraph._repeat) -> Any:
+    batches: list[Batch] = []
+
+    def repeat_first(self: StepGraph, passes: Any, batch: Batch, given: Any) -> Any:
+        batches.append(batch)
+        return repeat(self, passes, batches[0], given)
+
+    return repeat_first
+
+
 def _graph_break(self: GroupedBatchNorm, x: torch.Tensor, forward: Any = GroupedBatchNorm.forward) -> Any:
     torch._dynamo.graph_break()
     return forward(self, x)
@@ -56,6 +68,7 @@ PATCHES: dict[str, tuple[str, Any]] = {
     "waiting copy": ("moco.distributed.copy_to_device", _waiting_copy),
     "TF32": ("moco.runtime.device.set_float32_precision", lambda tf32: set_float32_precision(True)),
     "graph break": ("moco.models.norm.GroupedBatchNorm.forward", _graph_break),
+    "graph of one batch": ("moco.training.graph.StepGraph._repeat", _with_first_batch()),
     "unequal exchange": ("torch.distributed.all_to_all_single", _unequal_exchange),
     "no wait for the batch": ("torch.cuda.Stream.wait_event", lambda stream, event: None),
 }

@@ -129,6 +129,8 @@ def train(job: Job, folder: Path) -> Record:
         patch("torch.nn.Module.compile", _capture),
         soft or nullcontext(),
         own_kernels(job["kernels"]) as record["kernels"],
+        patch("moco.training.graph.EAGER_STEPS", 1),
+        patch("torch.cuda.CUDAGraph.replay", lambda _: soft.graph.replay() if soft else None),
         fault,
     ):
         if "REHEARSAL_SANITIZE" in os.environ:  # look for races between streams

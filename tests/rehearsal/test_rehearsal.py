@@ -101,11 +101,35 @@ def test_kernels_compute_the_same_steps(library: Path, tmp_path: Path) -> None:
     assert fused["kernels"] == views | norm | {"_parts", "_combine"}
 
 
+@pytest.mark.slow
+def test_a_graph_repeats_the_passes(library: Path, tmp_path: Path) -> None:
+    """The first of four steps is computed as usual, the second is captured; batch and shuffles change in each."""
+    recipe = f"digits {SMALL} precision=fp32"
+    faults = ["", "graph of one batch", "item"]
+    jobs = [job(recipe, "cpu"), *(job(f"{recipe} cuda_graph=true", fault=fault) for fault in faults)]
+    plain, graph, stale, waiting = rehearse(library, tmp_path, jobs)
+    assert problems(graph, plain) == []
+    assert problems(stale, plain) != []
+    assert "cannot be captured" in waiting["error"]
+
+
 @pytest.mark.long
 def test_other_methods(library: Path, tmp_path: Path) -> None:
     check_recipes(
         library, tmp_path, ["densecl_digits", "nnclr_digits", "ressl_digits", "distill_digits", "supmoco_digits"]
     )
+
+
+@pytest.mark.long
+def test_graphs_of_other_steps(library: Path, tmp_path: Path) -> None:
+    variants = ["accumulate=2", "augment.small_views=2 augment.small_size=8", "method.symmetric=true optim=lars_cosine"]
+    methods = ["moco_v3", "simclr", "densecl", "nnclr", "ressl", "distill", "supmoco"]
+    recipes = [*(f"digits {each}" for each in variants), *(f"{each}_digits" for each in methods)]
+    recipes = [f"{recipe} {SMALL} precision=fp32" for recipe in recipes]
+    jobs = [each for recipe in recipes for each in (job(f"{recipe} cuda_graph=true"), job(recipe, "cpu"))]
+    records = rehearse(library, tmp_path, jobs)
+    found = zip(recipes, records[::2], records[1::2], strict=True)
+    assert {recipe: problems(graph, cpu) for recipe, graph, cpu in found} == {recipe: [] for recipe in recipes}
 
 
 @pytest.mark.long
@@ -172,8 +196,8 @@ def test_compiled_networks_are_single_graphs(library: Path, tmp_path: Path) -> N
 def test_two_ranks_over_nccl_equal_one_process(library: Path, tmp_path: Path) -> None:
     """Losses, weights, statistics and queue; an exchange with sizes that do not fit, in which NCCL hangs, is found."""
     recipe = f"digits {SMALL} precision=fp32"
-    jobs = [job(recipe), job(recipe, fault="unequal exchange"), job(recipe)]
-    first, unequal, second = rehearse(library, tmp_path / "two", jobs, processes=2)
+    jobs = [job(recipe), job(recipe, fault="unequal exchange"), job(recipe), job(f"{recipe} cuda_graph=true")]
+    first, unequal, second, graph = rehearse(library, tmp_path / "two", jobs, processes=2)
     (one,) = rehearse(library, tmp_path / "one", [job(recipe, "cpu")])
-    assert problems(first, one) + problems(second, one) == []
+    assert problems(first, one) + problems(second, one) + problems(graph, one) == []
     assert "NCCL Error 4" in unequal["error"]

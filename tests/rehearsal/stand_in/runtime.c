@@ -177,13 +177,26 @@ cudaError_t cudaStreamDestroy(cudaStream_t s) { return OK; }
 cudaError_t cudaStreamQuery(cudaStream_t s) { return OK; }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { WAIT(0); return OK; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned f) { return OK; }
+// One capture at a time. A graph holds nothing: its launch is counted, and `SoftDevice` repeats the operations.
+static cudaStream_t captured;
+static unsigned long long captures;
+static enum cudaStreamCaptureStatus status(cudaStream_t s) {
+    return captured && s == captured?cudaStreamCaptureStatusActive:cudaStreamCaptureStatusNone;
+}
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode m) { captured = s; captures++; return OK; }
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *g) { captured = 0; return handle((void**)g); }
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *e, cudaGraph_t g, unsigned long long f) { return handle((void**)e); }
+cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t *nodes, size_t *n) { *n = 1; return OK; }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s) { waits[4]++; return OK; }
+cudaError_t cudaGraphDestroy(cudaGraph_t g) { return OK; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { return OK; }
 cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureStatus*c) {
-    *c = cudaStreamCaptureStatusNone;
+    *c = status(s);
     return OK;
 }
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus*c, unsigned long long *i, cudaGraph_t *g, const cudaGraphNode_t**d, const cudaGraphEdgeData**e, size_t *n) {
-    *c = cudaStreamCaptureStatusNone;
-    if (i)*i = 0;
+    *c = status(s);
+    if (i)*i = captures;
     return OK;
 }
 cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t f, void *u, unsigned x) {
