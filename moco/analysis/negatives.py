@@ -2,13 +2,14 @@
 
     Understanding the Behaviour of Contrastive Loss (Wang & Liu, CVPR 2021), Sec. 3
 
-P_ij is the softmax of query i over its positive and its negatives. The gradient of the loss by the similarities s is
+P_ij is the softmax of query i over its positive and its negatives. The gradient of the loss with respect to the
+similarities s is
 
     dL/ds_ii = -(1 / T) sum over negatives j of P_ij  (the positive)        dL/ds_ij = P_ij / T  (a negative)
 
 The push on all negatives together equals the pull on the positive. r_ij, the share of one negative in that push, is the
-softmax over the negatives only. The gradient by the query is the sum of dL/ds times the key. Keys have unit length, so
-the lengths of its terms have the same shares. A function that refuses an argument raises ValueError.
+softmax over the negatives only. The gradient with respect to the query is the sum of dL/ds times the key. Keys have
+unit length, so the lengths of its terms have the same shares. A function that refuses an argument raises ValueError.
 
 Legend: N queries, K negatives, B temperatures.
 """
@@ -98,7 +99,7 @@ class Explained(NamedTuple):
 
     softmax: Tensor  # (B, 1 + K)
     loss: Tensor  # (B,), -log of the answer's softmax
-    gradient: Tensor  # (B, 1 + K), by the similarities: negative for the answer; each row sums to 0
+    gradient: Tensor  # (B, 1 + K), with respect to the similarities: negative for the answer; each row sums to 0
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def key_ages(count: Tensor, size: int, keys_per_step: int) -> Tensor:
 
     Args:
         count, size: number of all keys enqueued so far, an integer of shape (), and K.
-        keys_per_step: number of keys that a step enqueues: W N for the global batch, 2 W N for a symmetric loss.
+        keys_per_step: number of keys that a step enqueues: the global batch size, twice that for a symmetric loss.
 
     Returns:
         Shape (K,), integers from 0; `EMPTY` for a slot without a key.
@@ -107,8 +107,8 @@ def similar_share(key: Tensor, queue: Tensor, threshold: float, negatives: Tenso
 def duplicate_share(key: Tensor, queue: Tensor, negatives: Tensor | None = None) -> Tensor:
     """Compute the share of queries with their own key among the negatives, shape (), 0 ... 1.
 
-    A value above 0 shows that keys are enqueued before the loss: the positive's softmax is then at most 1/2, and the
-    loss at least log 2. It is also 1 for a collapsed encoder. For the arguments see `similar_share`.
+    Unless the encoder has collapsed, a value above 0 shows that keys are enqueued before the loss: the positive's
+    softmax is then at most 1/2, and the loss at least log 2. For the arguments see `similar_share`.
     """
     return (similar_share(key, queue, 1 - SAME, negatives) > 0).float().mean()
 

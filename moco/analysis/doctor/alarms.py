@@ -44,7 +44,7 @@ RECOGNIZED = 0.5
 
 
 def temperature_too_low(series: Series, facts: Facts) -> Alarm | None:
-    """Find a temperature below the published ones, or a gradient that comes from one or two negatives."""
+    """Find a temperature well below the published ones, or a gradient that comes from one or two negatives."""
     temperature, effective = present_temperature(series, facts), latest(series, "train/effective_negatives")
     if temperature >= LOWEST_TEMPERATURE and not effective < FEW_NEGATIVES:
         return None
@@ -72,9 +72,9 @@ def temperature_too_high(series: Series, facts: Facts) -> Alarm | None:
     return Alarm("temperature too high", evidence, "method.temperature=0.1 to 0.2 (below 1 in any case)")
 
 
-MAX_DUPLICATES = 0.1  # share of the queries; the defect affects all queries, a collapse a small part of them
+MAX_DUPLICATES = 0.1  # share of the queries; the defect affects all queries, a beginning collapse only some of them
 LOG_2_MARGIN = 0.05  # nats above log 2 that the other negatives may still add in a well-trained run
-SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. 5)
+SOLVED = 0.99  # share of the queries that find their key; without shuffling over 0.999 (He et al., 2020, Fig. A.1)
 
 
 def positive_among_negatives(series: Series, facts: Facts) -> Alarm | None:
@@ -170,7 +170,7 @@ def _spikes(series: Series) -> int:
     return spikes
 
 
-COLLAPSED_SPREAD = 0.1  # a mean cosine of two images of 0.99; digits: a spread of 0.8 to 0.96, below 0.02 if collapsed
+COLLAPSED_SPREAD = 0.1  # a mean cosine of two images of 0.99; digits: spreads of 0.6 to 0.97, at most 0.03 if collapsed
 RANK_FALL = 0.25  # share of the highest rank so far; the rank also falls in some healthy runs (2,000 images: 79 to 12)
 GRADIENT_GONE = 0.01  # share of the first step's norm; on the digits, healthy runs end at 0.06, broken ones at 0.002
 ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the loss is at chance
@@ -258,7 +258,7 @@ def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
 
 
 def _improves(series: Series, facts: Facts) -> bool:
-    """Return whether a live evaluation has a gain and its newest value is its best."""
+    """Return whether an evaluation during training has a gain and is within `NO_GAIN` of its best value."""
     values = {name: series[name] for name in EVALUATIONS if series.get(name)}
     return any(_gain(series, name, facts)[0] > 0 and each[-1] > max(each) - NO_GAIN for name, each in values.items())
 

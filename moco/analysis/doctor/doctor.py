@@ -15,7 +15,7 @@ from moco.runs.metrics import read_metrics
 def diagnose(series: Series, facts: Facts) -> list[Alarm]:
     """Return all findings, in the order in which to act on them.
 
-    The series may hold only the newest records of the run: two alarms need the first ones, and find nothing then.
+    The series must begin at the first step: some checks compare the newest records with the first ones.
     """
     found = [alarm for check in ALARMS if (alarm := check(series, facts)) is not None]
     if not found and (alarm := nothing_learned(series, facts)):

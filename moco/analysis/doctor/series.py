@@ -23,7 +23,7 @@ class Facts(NamedTuple):
     momentum: float | None  # of the momentum encoder; None without one
     queue_size: int  # K; 0 without a queue: the negatives are the batch
     dataset_size: int  # images
-    keys_per_step: int  # of the global batch: images times directions
+    keys_per_step: int  # of the global batch: images times keys per image, 2 for a symmetric loss
     mask_own_keys: bool = True
     supervised: bool = False  # the labels define the positives
     epochs: float = math.inf  # of the complete run; inf if unknown

@@ -20,7 +20,7 @@ def momentum_too_low(series: Series, facts: Facts) -> Alarm | None:
 
 
 # The largest share of its initial weights that the momentum encoder may keep until the end of the run. The recipe
-# digits keeps 0.002, cifar10_cpu 1e-5.
+# digits keeps 0.05, cifar10_cpu 1e-5.
 MAX_KEPT = 0.5
 # The largest share after a remedy. At 0.99, the lowest momentum of the published range, this takes 299 steps.
 MAX_KEPT_BY_REMEDY = 0.05
@@ -58,7 +58,7 @@ def _momentum_remedy(facts: Facts) -> str:
 
 
 def _length_for(momentum: float, facts: Facts) -> str:
-    """Return the length of a run that leaves `INITIAL_SHARE` of the initial weights: in epochs, else in steps."""
+    """Return the length of a run that leaves `INITIAL_SHARE` of the initial weights: epochs if known, else steps."""
     steps = math.ceil(math.log(INITIAL_SHARE) / math.log(momentum))
     if math.isinf(facts.epochs):
         return f"{steps:,} steps"
@@ -93,7 +93,7 @@ MAX_QUEUE_RATIO = 0.5
 
 
 def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
-    """Find a queue that often holds the query's own image (moco issue 146), or is longer than an epoch."""
+    """Find a queue that often holds the query's image (facebookresearch/moco issue 146), or is longer than an epoch."""
     ratio = facts.queue_size / facts.dataset_size
     if ratio <= (1.0 if facts.mask_own_keys else MAX_QUEUE_RATIO):
         return None

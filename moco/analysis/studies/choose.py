@@ -70,13 +70,13 @@ MEASURES = {
     "uniformity": Measure("uniformity, backbone", "lowest", lambda out: uniformity(out.features)),
     "uniformity_projection": Measure("uniformity, projection", "lowest", lambda out: uniformity(out.projection)),
     "alignment": Measure("alignment, backbone", "lowest", lambda out: alignment(*out.view_features)),
-    "sum": Measure("alignment + uniformity, backbone", "lowest", lambda out: _sum(out)),
+    "sum": Measure(
+        "alignment + uniformity, backbone",
+        "lowest",
+        lambda out: alignment(*out.view_features).double() + uniformity(out.features).double(),
+    ),
     "step": Measure("the newest checkpoint", "highest", lambda out: torch.tensor(out.step)),
 }
-
-
-def _sum(out: Outputs) -> Tensor:
-    return alignment(*out.view_features).double() + uniformity(out.features).double()
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class Agreement:
     within: float | None  # Spearman's rank correlation within a run, mean over the runs
     across: float | None  # among the last checkpoints of all runs
     everything: float | None  # among all checkpoints
-    lost_within: float  # points of accuracy lost by choosing within a run by the measure, mean over the runs
-    lost_across: float  # points lost by choosing among the last checkpoints of all runs
-    lost_everything: float  # points lost by choosing among all checkpoints
+    lost_within: float  # percentage points lost by choosing within a run by the measure, mean over the runs
+    lost_across: float  # percentage points lost by choosing among the last checkpoints of all runs
+    lost_everything: float  # percentage points lost by choosing among all checkpoints
 
 
 def choose(config: ChooseConfig) -> list[Point]:
@@ -283,7 +283,7 @@ def _correlation(points: Sequence[Point], measure: str, evaluation: str) -> floa
 
 
 def _lost(points: Sequence[Point], measure: str, evaluation: str) -> float:
-    """Return the best accuracy minus that of the measure's choice, in points; for equal choices, minus their mean."""
+    """Return the percentage points by which the measure's choice, or the mean of equal choices, is below the best."""
     accuracy = [point.accuracies[evaluation] for point in _best(points, measure)]
     return max(point.accuracies[evaluation] for point in points) - float(np.mean(accuracy))
 
@@ -313,7 +313,7 @@ def _report(
             f"agreement with {title} on held-out images",
             ["measure", "ρ in a run", "ρ of last", "ρ of all", "lost in a run", "lost of last", "lost of all"],
             [[MEASURES[name].title, *_cells(each[evaluation])] for name, each in agreement.items()],
-            "ρ: Spearman's rank correlation, 1 if both orders are equal; lost: points below the best checkpoint; "
+            "ρ: Spearman's rank correlation, 1 if both orders are equal; lost: percentage points below the best; "
             "in a run: mean over runs; last: among the last checkpoints of all runs; all: among all checkpoints",
         )
 

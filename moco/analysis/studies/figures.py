@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from moco.analysis import bin_edges, explain_temperature
-from moco.analysis.studies.measures import Run
+from moco.analysis.studies.measures import Run, by_temperature
 from moco.files import atomic_write
 
 RIGHT, WRONG = 0, 1  # the correct candidate in the two cases of `mode=explain`; by default 0 has the highest similarity
@@ -103,7 +103,7 @@ def draw_curves(path: Path, runs: Sequence[Run]) -> None:
 
 def draw_similarities(path: Path, runs: Sequence[Run]) -> None:
     """Draw histograms of positive and negative similarities, each scaled to its peak; one panel per temperature."""
-    groups = _by_temperature(runs)
+    groups = by_temperature(runs)
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     with drawing(path, rows, columns, (2.4 * columns + 0.4, 1.9 * rows + 0.5)) as (figure, axes):
@@ -121,7 +121,7 @@ def draw_similarities(path: Path, runs: Sequence[Run]) -> None:
 
 def draw_penalties(path: Path, runs: Sequence[Run]) -> None:
     """Draw how the push depends on a negative's similarity: the total per similarity, and the push on one negative."""
-    groups = _by_temperature(runs)
+    groups = by_temperature(runs)
     with drawing(path, 1, 2, (9.0, 3.6)) as (_, axes):
         total, single = axes[0]
         for color, (temperature, group) in zip(_colors(len(groups)), groups.items(), strict=True):
@@ -150,10 +150,6 @@ def penalties(runs: Sequence[Run]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any
     with np.errstate(divide="ignore", invalid="ignore"):
         one = np.where(counts >= 10, share / (counts / counts.sum()), np.nan)
     return share, np.where(one > 0, one, np.nan)
-
-
-def _by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
-    return {at: [run for run in runs if run.temperature == at] for at in sorted({run.temperature for run in runs})}
 
 
 def _colors(count: int) -> list[Any]:

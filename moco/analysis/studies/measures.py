@@ -7,6 +7,7 @@ Similarities and pushes are as in the loss: the momentum encoder makes the posit
 Legend: N images, D feature dimension, C projection dimension, K negatives, B bins.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,11 @@ class Run:
     def plain(self) -> dict[str, Any]:
         """Return the values for the results file."""
         return asdict(self) | {"knn": None if self.knn is None else self.knn._asdict()}
+
+
+def by_temperature(runs: Sequence[Run]) -> dict[float, list[Run]]:
+    """Group runs by their temperature, in ascending order."""
+    return {at: [run for run in runs if run.temperature == at] for at in sorted({run.temperature for run in runs})}
 
 
 def measure(

@@ -77,6 +77,6 @@ def in_parts(network: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def note_several_labels(source: Source) -> None:
-    """Say why a study of images with several labels each measures no accuracy."""
+    """Log why a study of images with several labels each measures no accuracy."""
     if source.multi_labels is not None:
         log("images with several labels each: no accuracy is measured here; moco.knn and moco.linear measure the mAP")

@@ -18,7 +18,7 @@ import torch
 from moco.analysis import bin_edges, explain_temperature
 from moco.analysis.studies import open_study
 from moco.analysis.studies.figures import FIGURES, RIGHT, WRONG, draw_explanation
-from moco.analysis.studies.measures import Run, measure
+from moco.analysis.studies.measures import Run, by_temperature, measure
 from moco.analysis.studies.outputs import note_several_labels
 from moco.config import ComputeConfig, ConfigError, DataConfig, config_dir, require
 from moco.config.subject import SubjectConfig
@@ -229,8 +229,7 @@ SUMMARY = {
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return one row per temperature: mean and standard deviation (n - 1; null for one seed) of each measure."""
     rows = []
-    for temperature in sorted({run.temperature for run in runs}):
-        group = [run for run in runs if run.temperature == temperature]
+    for temperature, group in by_temperature(runs).items():
         spreads = {name: _spread([column.of(run) for run in group]) for name, column in SUMMARY.items()}
         rows.append({"temperature": temperature, "seeds": len(group)} | spreads)
     return rows
