@@ -1,1 +1,1 @@
-"""Read and write encoder files of other projects."""
+"""Read and write encoder files of this and other projects."""

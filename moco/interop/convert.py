@@ -87,7 +87,7 @@ def convert_encoder(config: ConvertConfig) -> None:
 
 
 def _refuse_existing(config: ConvertConfig, output: Path) -> None:
-    """Refuse an output that exists, unless it is to be overwritten or is an empty folder for a folder."""
+    """Refuse an output that exists, unless overwrite=true, or an empty folder for a format that writes a folder."""
     folder = FORMATS[config.to].folder
     require(folder or not output.is_dir(), f"output={output} is a directory: name a file in it")
     require(not folder or output.is_dir() or not output.exists(), f"output={output} is a file: name a folder")
@@ -96,7 +96,7 @@ def _refuse_existing(config: ConvertConfig, output: Path) -> None:
 
 
 def _move(temporary: Path, output: Path) -> None:
-    """Move a file to its place, or the files of a folder, beside those that are there."""
+    """Move a file to its place, or the files of a folder into `output`, whose other files stay."""
     if temporary.is_dir():
         output.mkdir(exist_ok=True)
         for each in sorted(temporary.iterdir()):
@@ -150,16 +150,20 @@ def write_and_compare(
     if changed:
         names = ", ".join(changed[:3])
         raise ConversionError(
-            f"to={to}: {len(changed)} weights differ in the written file ({names}): nothing was written"
+            f"to={to}: {len(changed)} weights differ from the source after conversion ({names}), so {path.name} was "
+            "not kept: set to=NAME, another format"
         )
     wanted = features(backbone)
     if not wanted.any():
-        raise ConversionError(f"{file.source} has features 0 for every image: there is nothing to compare")
+        raise ConversionError(
+            f"{file.source} has features 0 for every image, so a comparison would prove nothing: name other images, "
+            "data.root=FOLDER, or another checkpoint"
+        )
     difference, largest = (features(again.network) - wanted).abs().max().item(), wanted.abs().max().item()
     if not difference <= chosen.tolerance * largest:  # also true for NaN
         raise ConversionError(
-            f"to={to}: features of the written file differ by {difference:.2g}, more than {chosen.tolerance:g} of the "
-            f"largest feature ({largest:.2g}): nothing was written"
+            f"to={to}: features differ by {difference:.2g} after conversion, more than {chosen.tolerance:g} of the "
+            f"largest feature ({largest:.2g}), so {path.name} was not kept: set to=NAME, another format"
         )
     return difference, largest
 

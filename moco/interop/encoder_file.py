@@ -69,6 +69,11 @@ class EncoderFile:
         """How long the encoder was trained, as ", step 300" or ", epoch 200", to append to its name; "" if unknown."""
         return f", step {self.step}" if self.step else f", epoch {self.epoch}" * bool(self.epoch)
 
+    @property
+    def has_v3_head(self) -> bool:
+        """Whether the projection head is MoCo v3's, the only one with BN."""
+        return any(name.endswith("running_mean") for name in self.head_weights)
+
 
 def read_encoder(
     path: Path, weights: str = "encoder", backbone: str | None = None, options: dict[str, Any] | None = None
@@ -138,8 +143,7 @@ def _head(file: EncoderFile) -> nn.Module:
     if not shapes:
         raise ForeignFileError(f"the projection head in {file.source} is unknown: {_some(file.head_weights)}")
     hidden = shapes[0][0] if len(shapes) > 1 else 0
-    norm = any(key.endswith("running_mean") for key in file.head_weights)  # of v3
-    return projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), norm)
+    return projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), file.has_v3_head)
 
 
 def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], step: int) -> None:
@@ -218,7 +222,9 @@ def _load(path: Path) -> dict[str, Any]:
             "state dict, or use safetensors"
         ) from error
     if not isinstance(state, dict):
-        raise ForeignFileError(f"{path} holds a {type(state).__name__}, not a dict of weights")
+        raise ForeignFileError(
+            f"{path} holds a {type(state).__name__}, not a dict of weights: save the network's state_dict()"
+        )
     return state
 
 
@@ -231,7 +237,9 @@ def _ours(path: Path, state: dict[str, Any], weights: str) -> EncoderFile:
         images = _checked_images(images_of(config))
         keys, count = method.get("queue.keys"), _integer(method.get("queue.count")) or 0
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ForeignFileError(f"{path} is not a complete checkpoint of moco.train ({cause(error)})") from error
+        raise ForeignFileError(
+            f"{path} is not a complete checkpoint of moco.train ({cause(error)}): name another file"
+        ) from error
     if not backbone:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
     file = EncoderFile(str(path), "checkpoint of moco.train", name, options, backbone, head, step, images, config)
@@ -271,7 +279,9 @@ def _foreign(
 ) -> EncoderFile:
     tensors = flat(state)
     if not tensors:
-        raise ForeignFileError(f"{path} holds no weights: its keys are {_some(state)}")
+        raise ForeignFileError(
+            f"{path} holds no weights: its keys are {_some(state)}; name the state dict of a network"
+        )
     found = list(parts(tensors, weights != "encoder"))
     if not found:
         raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
@@ -333,7 +343,7 @@ def _most_complete(found: list[Part], file: EncoderFile, tensors: State) -> Part
         known = ", ".join(each.name for each in (*LAYOUTS, PLAIN))
         raise ForeignFileError(
             f"{file.source} has no weight of backbone={file.backbone} in any known layout ({known}): its names are "
-            f"{_some(tensors)}"
+            f"{_some(tensors)}; set backbone to its network, or save only the network's state dict"
         )
     return min(found, key=lambda each: len(wanted ^ _shapes(each.backbone).keys()))
 

@@ -73,7 +73,7 @@ def _reason(error: Exception, repo: str, file: str) -> str:
         return "there is no such repository, or it is private: check the name, or run: hf auth login"
     if "RevisionNotFoundError" in kinds:
         return "the repository has no such revision: check what follows the @"
-    return f"the download failed ({cause(error)})"
+    return f"the download failed ({cause(error)}): try again, or name a file that you downloaded"
 
 
 def upload(folder: Path, repo: str, public: bool) -> str:

@@ -67,6 +67,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 def _summary(file: EncoderFile, parameters: int) -> str:
     config, images = file.config, file.images
     data, method = config.get("data") or {}, config.get("method") or {}
+    channels = {1: "gray", 3: "RGB"}.get(file.channels, f"{file.channels} channels")
     facts = {
         "network": " ".join([file.backbone, *(f"{name}={value}" for name, value in file.options.items())]),
         "parameters": f"{parameters:,}",
@@ -76,7 +77,7 @@ def _summary(file: EncoderFile, parameters: int) -> str:
         "epochs": config.get("epochs"),
         "batch size": config.get("batch_size"),
         "seed": config.get("seed"),
-        "images": f"{_kind(file)}, {images['size']} x {images['size']} px, "
+        "images": f"{channels}, {images['size']} x {images['size']} px, "
         + (f"the shorter side resized to {images['resize']} px first, " if images["resize"] else "")
         + f"{_scale(data)}, minus {list(images['mean'])}, divided by {list(images['std'])}",
         "converted from": None if config else file.layout,
@@ -84,11 +85,6 @@ def _summary(file: EncoderFile, parameters: int) -> str:
     rows = [(name, value) for name, value in facts.items() if value not in (None, "")]
     about = f"An image encoder: it maps images to features. Written by moco.convert (moco {moco.__version__})."
     return f"{plain(about)}\n\n{_table(['', ''], rows)}"
-
-
-def _kind(file: EncoderFile) -> str:
-    """Name the channels of the images."""
-    return {1: "gray", 3: "RGB"}.get(file.channels, f"{file.channels} channels")
 
 
 def _scale(data: Mapping[str, Any]) -> str:

@@ -94,7 +94,7 @@ def _data(flags: argparse.Namespace) -> list[str]:
     root = Path(flags.data)
     if (root / "train").is_dir() and not (root / "val").is_dir():
         return ["data=folder", override("data.root", str(root / "train"))]  # enough for pretraining
-    return ["data=imagenet", override("data.root", str(root))]  # names the folders that are missing
+    return ["data=imagenet", override("data.root", str(root))]  # its error names a missing folder
 
 
 def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Namespace) -> int:

@@ -137,19 +137,15 @@ def _write_state(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
 
 
 def _write_moco_v2(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
-    head = {} if _has_v3_head(file) else file.head_weights
+    head = {} if file.has_v3_head else file.head_weights
     if head.keys() == {"0.weight", "0.bias"}:
         head = {key.removeprefix("0."): value for key, value in head.items()}  # v1's only layer has no number
     _write_official(path, file, torchvision_name(file), "encoder_q", _state(backbone) | _prefixed("fc.", head))
 
 
 def _write_moco_v3(path: Path, file: EncoderFile, backbone: nn.Module) -> None:
-    head = _prefixed("fc." if torchvision_name(file) else "head.", file.head_weights if _has_v3_head(file) else {})
+    head = _prefixed("fc." if torchvision_name(file) else "head.", file.head_weights if file.has_v3_head else {})
     _write_official(path, file, official_v3_name(file), "base_encoder", _state(backbone) | head)
-
-
-def _has_v3_head(file: EncoderFile) -> bool:
-    return any(name.endswith("running_mean") for name in file.head_weights)  # only v3's head has BN
 
 
 def _prefixed(prefix: str, weights: State) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ def test_a_wrong_file_is_not_kept(
     output.write_text("what was there")
     path = convnet(tmp_path / "source.pth")
     config = conversion(checkpoint=path, backbone="convnet", options=CONVNET, to=to, output=str(output), overwrite=True)
-    with pytest.raises(ConversionError, match=f"to={to}: {words}.*: nothing was written"):
+    with pytest.raises(ConversionError, match=f"to={to}: {words}.* was not kept"):
         convert_encoder(config)
     assert output.read_text() == "what was there"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["source.pth", output.name]
