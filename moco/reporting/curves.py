@@ -76,7 +76,7 @@ _KNOWN = {
     "speed/data_wait": _Known("Time spent waiting for data", "%", 100.0),
     "speed/mfu": _Known("FLOP utilization (MFU)", "%", 100.0),
     "speed/peak_memory_gib": _Known("Peak memory", "GiB"),
-    "train/effective_negatives": _Known("Negatives that matter (effective number)"),
+    "train/effective_negatives": _Known("Effective number of negatives"),
     "train/push": _Known("Probability that the loss gives to the negatives", "%", 100.0),
     "analysis/alignment": _Known("Alignment (lower: views closer)"),
     "analysis/uniformity": _Known("Uniformity (lower: more uniform)"),
@@ -102,9 +102,9 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by metric: x (
 
 
 def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], dict[str, list[str]]]:
-    """Return a chart per metric, the most important first, and a phrase for each metric with a single value, by reason.
+    """Return a chart per metric, the most important first, and a phrase for each metric with a single value.
 
-    The reasons are the keys of the phrases: constant, measured once (in each run), or not measured.
+    The phrases are grouped by why there is one value: "Constant", "Measured once" (in each run) or "Not measured".
     """
     recorded = sorted({name for series in runs.values() for name in series} - _HIDDEN)
     references = {each for name in recorded if name in _KNOWN for each in _KNOWN[name].references}
@@ -138,11 +138,11 @@ def _chart(name: str, known: _Known, runs: Mapping[str, Series]) -> Chart:
     return Chart(known.title, known.unit, curves, name)
 
 
-def thinned(x: Sequence[float], y: Sequence[float], most: int = MOST_POINTS) -> tuple[Sequence[float], Sequence[float]]:
-    """Return at most `most` points: the lowest and highest of each part of the curve, so that every spike stays."""
-    if len(x) <= most:
+def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """Return at most `MOST_POINTS` points: the lowest and highest of each part of a curve, so every spike stays."""
+    if len(x) <= MOST_POINTS:
         return x, y
-    parts = most // 2
+    parts = MOST_POINTS // 2
     kept: list[int] = []
     for each in range(parts):
         rows = range(each * len(x) // parts, (each + 1) * len(x) // parts)

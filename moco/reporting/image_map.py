@@ -78,7 +78,7 @@ class Map:
 
 
 def figure(each: Map, images: Sequence[int]) -> dict[str, Any]:
-    """Return a map's points and traces for the page's script; `images` has the page's number of each point's image."""
+    """Return a map's points and traces for the page's script; `images` are the numbers from `Figures.add_image`."""
     x, y = each.places.round(3).T.tolist()
     colorings = {}
     for kind, groups in each.groups.items():
@@ -124,5 +124,5 @@ def _grouped(groups: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _natural(name: str) -> tuple[int, str]:
-    """Sort cluster 2 before cluster 10."""
+    """Return a sort key by which cluster 2 comes before cluster 10."""
     return len(name) if name.rpartition(" ")[2].isdigit() else 0, name

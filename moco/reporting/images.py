@@ -122,7 +122,9 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
     at = {int(row): i for i, row in enumerate(references.rows)} if references.source is shown.source else {}
     exclude = np.array([at.get(int(shown.rows[i]), -1) for i in queries], np.int64)
     scores, found = nearest(references.features, shown.features[queries], config.neighbours, exclude)
-    yes, no = ("a common", "no common") if shown.source.multi_labels is not None else ("same", "different")
+    yes, no, shared = "same", "different", "have their query's label"
+    if shown.source.multi_labels is not None:
+        yes, no, shared = "a common", "no common", "share a label with their query"
     sections, same_label = [], 0
     for i, near, similarities in zip(queries.tolist(), found.tolist(), scores.tolist(), strict=True):
         classes = shown.classes(i)
@@ -138,14 +140,16 @@ def neighbors(config: ReportConfig, images: ImageFeatures) -> tuple[list[tuple[s
         "number is the cosine similarity of the backbone features (1: same direction)."
     )
     if shown.label(0) is not None:
-        shared = "share a label with their query" if yes == "a common" else "have their query's label"
         caption += f" {same_label} of the {found.size} neighbors below {shared}."
     return sections, caption
 
 
 @torch.no_grad()
 def attention(config: ReportConfig, images: ImageFeatures, device: torch.device) -> tuple[list[Tile], str] | None:
-    """Return tiles of the query images with their attention maps, and a caption; None for other networks than a ViT."""
+    """Return tiles of the query images with their attention maps, and a caption.
+
+    None without query images, and for networks of which `class_attention` returns none.
+    """
     count, transform = min(config.queries, len(images.shown)), images.transform
     if not count:
         return None
@@ -166,6 +170,7 @@ def attention(config: ReportConfig, images: ImageFeatures, device: torch.device)
         f"Attention of the class token to the {patches} patches in the last block, averaged over heads. The stronger "
         "the orange, the higher the attention, relative to the most attended patch of the image. Uniform attention "
         f"would be {100 / patches:.1f} % per patch. On average, all patches together receive "
-        f"{100 * float(maps.sum(dim=(1, 2)).mean()):.0f} %; the class token receives the rest."
+        f"{100 * float(maps.sum(dim=(1, 2)).mean()):.0f} %; the rest goes to the class token and to "
+        "other special tokens, if there are any."
     )
     return tiles, explanation

@@ -12,7 +12,7 @@ from moco.reporting import curves, image_map
 from moco.reporting.markup import jpeg_url, part, resource, write_page
 from moco.reporting.plotly_figures import plotly_script
 
-_MAP_IMAGE = 96  # the longer side of an image in a map has at most so many pixels
+_MAP_IMAGE = 96  # pixels, maximum of the longer side of an image in a map
 
 
 @dataclass
@@ -60,16 +60,6 @@ def write(path: Path, title: str, sections: Sequence[Section], figures: Figures)
     style = resource("gallery.css") + resource("report.css")
     scripts = plotly_script(), resource("report.js")
     write_page(path, "report.html", style, scripts, title=title, sections=sections, figures=figures.data())
-
-
-def paragraph(text: str, kind: str = "") -> Markup:
-    """Return a paragraph of plain text; `kind` is a class of the style sheet."""
-    return part("paragraph", text, kind)
-
-
-def folded(summary: str, body: Markup) -> Markup:
-    """Return an element that shows the body only when it is opened."""
-    return part("folded", summary, body)
 
 
 def facts(caption: str, rows: Sequence[tuple[str, Sequence[str]]], runs: Sequence[str]) -> Markup:

@@ -14,7 +14,7 @@ from moco.reporting.images import ImageFeatures
 from moco.reporting.markup import plain_utf8
 from moco.reporting.run_record import Run
 
-_IMAGE = 64  # an image has at most so many pixels per side
+_IMAGE = 64  # pixels, maximum per side of an image
 _SPRITE = 8192  # pixels, TensorBoard's limit for the side of the sprite, which contains all images
 
 

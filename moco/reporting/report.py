@@ -18,7 +18,7 @@ from moco.reporting import page, sections
 from moco.reporting.image_map import Map
 from moco.reporting.images import ImageFeatures, attention, compute_features, compute_map, neighbors
 from moco.reporting.markup import part
-from moco.reporting.page import Figures, Section, folded, paragraph
+from moco.reporting.page import Figures, Section
 from moco.reporting.projector import write_projector
 from moco.reporting.run_record import Run, findings, names, open_run
 from moco.runtime.console import log_next, summary_panel
@@ -99,18 +99,18 @@ def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures,
     images = computed.images
     if images is None:
         why = "Not shown: pictures=0." if computed.run.checkpoint else "None: the run has no checkpoint yet."
-        return [Section("Images", paragraph(why))]
+        return [Section("Images", part("paragraph", why))]
     if not (images.shown.finite and images.references.finite):
         why = "None: training diverged. The features of the encoder are NaN or infinite."
-        return [Section("Images", paragraph(why))]
+        return [Section("Images", part("paragraph", why))]
     parts = []
     if config.queries:
         queries, caption = neighbors(config, images)
         level, more = 4 if config.compare else 3, len(queries) - _OPEN_QUERIES
-        body = paragraph(caption) + part("neighbors", queries[:_OPEN_QUERIES], level)
+        body = part("paragraph", caption) + part("neighbors", queries[:_OPEN_QUERIES], level)
         if more > 0:
             title = f"{more} more {'queries' if more > 1 else 'query'}"
-            body += folded(title, part("neighbors", queries[_OPEN_QUERIES:], level))
+            body += part("folded", title, part("neighbors", queries[_OPEN_QUERIES:], level))
         parts.append(Section("Nearest neighbors", body))
     if computed.map is not None:
         numbers = [figures.add_image(images.shown.image(i)) for i in range(len(images.shown))]
@@ -119,11 +119,11 @@ def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures,
             "groups carry little meaning. The clusters come from k-means on the features, without labels."
         )
         caption += f" Unreadable images, not shown: {images.unreadable}." if images.unreadable else ""
-        parts.append(Section("Map", paragraph(caption) + figures.add_map(computed.map, numbers)))
+        parts.append(Section("Map", part("paragraph", caption) + figures.add_map(computed.map, numbers)))
     attended = attention(config, images, device)
     if attended is not None:
         tiles, caption = attended
-        parts.append(Section("Attention", paragraph(caption) + part("attention", tiles)))
+        parts.append(Section("Attention", part("paragraph", caption) + part("attention", tiles)))
     return parts
 
 

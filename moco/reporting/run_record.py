@@ -14,8 +14,9 @@ from moco.plugins import naming_plugins
 from moco.runs import checkpoint
 from moco.runs.directory import no_checkpoint_message
 from moco.runs.metrics import Metrics, read_metrics
+from moco.runs.results import recorded
 from moco.runtime.next_command import next_commands
-from moco.untrusted import read_json, read_yaml
+from moco.untrusted import read_yaml
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,8 @@ def open_run(path: Path, field: str = "run") -> Run:
         f"{field}={path} has no metrics and no checkpoint yet: train it first with python -m moco.train run={path}",
     )
     slim = {name: value for name, value in state.items() if name not in ("method", "optimizer", "scaler")}
-    return Run(path, config, values, _results(path / "results.json"), file, slim)
+    results = [entry for entry in recorded(path) if isinstance(entry.get("figures"), dict)]
+    return Run(path, config, values, results, file, slim)
 
 
 def _newest(path: Path, field: str) -> tuple[Path | None, dict[str, Any]]:
@@ -131,15 +133,6 @@ def _configuration(path: Path, field: str) -> dict[str, Any]:
         config = None
     require(isinstance(config, dict), f"{file} is damaged, and there is no checkpoint: name another run")
     return dict(config)
-
-
-def _results(file: Path) -> list[dict[str, Any]]:
-    try:
-        known = read_json(file) if file.exists() else []
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}): move it away") from error
-    require(isinstance(known, list), f"{file} is damaged (not a list): move it away")
-    return [entry for entry in known if isinstance(entry, dict) and isinstance(entry.get("figures"), dict)]
 
 
 def findings(run: Run, images: int | None) -> list[Alarm]:

@@ -16,7 +16,7 @@ from moco.data.sources import folders
 from moco.evaluation.knn_classifier import Accuracy, knn_title
 from moco.reporting.curves import charts
 from moco.reporting.markup import part
-from moco.reporting.page import Figures, Section, facts, folded, paragraph
+from moco.reporting.page import Figures, Section, facts
 from moco.reporting.run_record import Run, by_epoch, names
 from moco.runs.results import chosen_neighbors, encoder_names, evaluated_on, label, newest
 from moco.runtime.console import duration, percent
@@ -26,7 +26,7 @@ _IGNORED = {"run", "device", "threads"}  # settings without effect on the result
 _OPEN = ("accuracy/", "retrieval/", "train/loss", "train/contrast_accuracy")  # metrics whose charts are not folded
 _FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
-_PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of a picture of predictions
+_PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of an image of predictions
 _KINDS = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # of accuracies
 
 
@@ -104,7 +104,7 @@ def _kind_of_accuracy(run: Run) -> str:
 
 
 def _retrieval(run: Run) -> bool:
-    """Return whether the run was evaluated by instance retrieval, as it had no labels."""
+    """Return whether the run was evaluated by instance retrieval, as it had no labeled held-out images."""
     return "retrieval/retrieval" in run.values
 
 
@@ -119,7 +119,7 @@ def differences(runs: Sequence[Run]) -> Markup:
     }
     rows = [(name, own) for name, own in values.items() if len(set(own)) > 1]
     if not rows:
-        return paragraph("None: the runs have the same settings.")
+        return part("paragraph", "None: the runs have the same settings.")
     return facts("Settings that differ", rows, names(runs))
 
 
@@ -127,7 +127,7 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
     """Return all recorded metrics as charts; those that are rarely read are folded, by kind."""
     series, x_title = by_epoch(runs)
     if not any(series.values()):
-        return Section("Curves", paragraph("No metrics are recorded yet."))
+        return Section("Curves", part("paragraph", "No metrics are recorded yet."))
     drawn, single = charts(series)
     by_group: dict[str, list[Markup]] = {"": []}  # "": those that are not folded
     for chart in drawn:
@@ -136,11 +136,11 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
     body = part("charts", Markup().join(by_group.pop("")))
     for group, made in by_group.items():
         title = f"{_FOLDED.get(group, group.capitalize())}: {len(made)} chart{'s' * (len(made) != 1)}"
-        body += folded(title, part("charts", Markup().join(made)))
+        body += part("folded", title, part("charts", Markup().join(made)))
     dashed = any(curve.reference for chart in drawn for curve in chart.curves)
     notes = ["Dashed lines are reference values."] * dashed
     notes += [f"{reason}: {'; '.join(phrases)}." for reason, phrases in single.items()]
-    return Section("Curves", (paragraph(" ".join(notes), "soft") if notes else Markup()) + body)
+    return Section("Curves", (part("paragraph", " ".join(notes), "soft") if notes else Markup()) + body)
 
 
 def evaluations(run: Run) -> Markup:
@@ -149,24 +149,26 @@ def evaluations(run: Run) -> Markup:
     if not entries:
         if not run.labeled:
             none = "None, and no labeled held-out images are known. To look at the encoder:"
-            return paragraph(f"{none} {run.next_commands()[0]}")
-        return paragraph(f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
+            return part("paragraph", f"{none} {run.next_commands()[0]}")
+        return part("paragraph", f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
     rows, more = [], []
     for entry, encoder in zip(entries, encoder_names(entries), strict=True):
         results, name = entry["figures"], label(entry)
-        main = _main_figure(results)
+        main = _main_metric(results)
         score = f"{f'{main} ' * (main != 'top1')}{percent(results.get(main))} {_spread(results)}".strip()
         data = evaluated_on(entry.get("data") or {})
         rows.append([name, data, encoder, score, percent(results.get("top5"))])
         more.append([f"{name}, {encoder}", _details(entry)])
     shown = part("table", "Accuracy on held-out images", ["evaluation", "data", "encoder", "top-1 %", "top-5 %"], rows)
-    shown += folded("Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more))
-    pictures = [picture for entry in entries if (picture := _predictions(run, entry))]
-    return shown + (folded("Predictions beside the truth", Markup().join(pictures)) if pictures else Markup())
+    shown += part(
+        "folded", "Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more)
+    )
+    images = [image for entry in entries if (image := _predictions(run, entry))]
+    return shown + (part("folded", "Predictions and ground truth", Markup().join(images)) if images else Markup())
 
 
 def _predictions(run: Run, entry: Mapping[str, Any]) -> Markup:
-    """Return the picture that moco.segment or moco.detect wrote for an entry of results.json; "" without one.
+    """Return the image that moco.segment or moco.detect wrote for an entry of results.json; "" without one.
 
     Only a file below the run is read: results.json may come from others.
     """
@@ -185,23 +187,21 @@ def _details(entry: Mapping[str, Any]) -> str:
     results = entry["figures"]
     images = results.get("count") or entry.get("data", {}).get("held_out", "?")
     made = str(entry.get("time", "?"))[:16].replace("T", " ")
-    main = _main_figure(results)
+    main = _main_metric(results)
     shown = {main, f"{main}_half_width95", "top5", "count", "std", "draws"}
     others = [(name, value) for name, value in results.items() if name not in shown and isinstance(value, int | float)]
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in others)
-    neighbors = chosen_neighbors(entry)
-    metrics = ", ".join(filter(None, [neighbors, metrics]))
+    metrics = ", ".join(filter(None, [chosen_neighbors(entry), *(f"{name} {value:.4g}" for name, value in others)]))
     return f"{images} images, step {entry.get('step', '?')}, {made}" + (f"; {metrics}" if metrics else "")
 
 
-def _main_figure(results: Mapping[str, Any]) -> str:
-    """Return the name of the main figure: without a top-1 accuracy, mAP, AP or mIoU."""
+def _main_metric(results: Mapping[str, Any]) -> str:
+    """Return the name of the main metric: top1 if it was recorded, otherwise mAP, AP or mIoU."""
     return next((name for name in ("top1", "mAP", "AP", "mIoU") if name in results), "top1")
 
 
 def _spread(results: Mapping[str, Any]) -> str:
-    """Describe the uncertainty of the main figure."""
-    half = results.get(f"{_main_figure(results)}_half_width95")
+    """Describe the uncertainty of the main metric."""
+    half = results.get(f"{_main_metric(results)}_half_width95")
     if half is not None:
         return f"± {half:.1f} (95 % over seeds)"
     if results.get("std") is not None:
@@ -227,7 +227,7 @@ def environment(run: Run) -> Markup:
     ]
     settings = yaml.safe_dump(run.config, sort_keys=False).splitlines()
     table = facts("Environment", [(name, [value]) for name, value in rows], [run.name])
-    return folded("Versions, hardware and all settings", table + part("settings", settings))
+    return part("folded", "Versions, hardware and all settings", table + part("settings", settings))
 
 
 def _software(versions: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ from moco.evaluation.features import stream
 from moco.files import write_json
 from moco.interop.encoder_file import EncoderFile, ForeignFileError, build
 from moco.plugins import recorded
-from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding
+from moco.retrieval.store import FEATURES, PARTIAL, PROGRESS, About, Embedding, begin, finish, open_embedding, origin_of
 from moco.retrieval.table import check_table
 from moco.runtime.console import log_next, progress_bar, summary_panel
 from moco.runtime.device import compute_context
@@ -54,7 +54,7 @@ def _summarize(embedding: Embedding, config: EmbedConfig) -> None:
     folder, (rows, dimension) = embedding.folder, embedding.images.features.shape
     skipped = len(embedding.about["unreadable"])
     summary_panel(
-        f"{rows:,} images of {embedding.origin}",
+        f"{rows:,} images of {origin_of(embedding.about)}",
         [
             ("encoder", f"{embedding.about['encoder']['source']}, {config.features}"),
             ("features", f"{folder / FEATURES}: {rows:,} × {dimension}, {config.dtype}"),

@@ -91,7 +91,7 @@ def _rows_of_queries(images: ImageSet, queries: list[str]) -> NDArray[np.int64]:
 
 
 def image_files(names: list[str], pixel_format: PixelFormat) -> FolderSource:
-    """Return any image files as a source of images of a format."""
+    """Return image files as a source with this format of pixels."""
     paths = np.array([str(Path(name).absolute()).encode("utf-8", "surrogateescape") for name in names])
     return FolderSource("", paths, pixel_format=pixel_format)
 
@@ -105,7 +105,7 @@ def _encoder(config: SearchConfig, index: Embedding) -> EncoderFile:
         path = Path(about["source"])
         require(path.is_file(), f"index={config.index}: its encoder {path} does not exist; set checkpoint=FILE")
         file = read_encoder(path, about["weights"], about["backbone"], about["options"])
-        file = fit_to_size(file, index.about["look"]["size"], "the size of its images")
+        file = fit_to_size(file, index.about["look"]["size"], f"index={config.index}: images.size")
     require(
         weights_digest(file, index.about["features"]) == about["sha256"],
         f"index={index.folder} was made with another encoder ({about['source']}, step {about['step']}) than "

@@ -28,12 +28,13 @@ from moco.reporting.contact_sheet import write_png
 from moco.reporting.gallery import ImageSet, Section, Tile, write_html
 from moco.retrieval.embed import compute
 from moco.retrieval.queries import image_files, open_index, query_features
-from moco.retrieval.store import Embedding
+from moco.retrieval.store import Embedding, origin_of
 from moco.runtime.console import progress_bar, summary_panel
 from moco.runtime.device import compute_context
 
 _GROUP_TILES = 24  # maximum number of tiles per group in the gallery
-_THRESHOLDS, _THRESHOLD_SAMPLE = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8), 1000  # thresholds to compare, and images for this
+# Thresholds that a search for duplicates compares, and the number of images that it samples for this.
+_THRESHOLDS, _THRESHOLD_SAMPLE = (0.999, 0.99, 0.95, 0.9, 0.85, 0.8), 1000
 _SAMPLE = 8  # number of queries if neither query nor sample is set
 
 Entry = dict[str, Any]
@@ -65,10 +66,10 @@ def search(config: SearchConfig) -> None:
 
 
 def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.device) -> None:
-    count, encoder = len(index.images), index.about["encoder"]["source"]
+    count, encoder, origin = len(index.images), index.about["encoder"]["source"], origin_of(index.about)
     require(
         count > 1 or config.mode == "nearest",
-        f"mode={config.mode} compares images, but {index.origin} contains only one: add more images",
+        f"mode={config.mode} compares images, but {origin} contains only one: add more images",
     )
     modes = {"nearest": find_nearest, "duplicates": find_duplicates, "outliers": find_outliers}
     result = modes[config.mode](config, index, device)
@@ -90,12 +91,12 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
     _write_json(written[0], head, result)
     if config.gallery != "none":
         written.append(out / f"{config.mode}.{config.gallery}")
-        about = [f"{count:,} images of {index.origin}", f"encoder {encoder}", *([result.note] if result.note else [])]
+        about = [f"{count:,} images of {origin}", f"encoder {encoder}", *([result.note] if result.note else [])]
         write = write_html if config.gallery == "html" else write_png
         write(written[1], result.title, " · ".join(about), result.sections)
     note = [("note", result.note)] if result.note else []
     files = [("" if i else "written", str(path)) for i, path in enumerate(written)]
-    summary_panel(result.title, [("images", f"{count:,} of {index.origin}"), *result.summary, *note, *files])
+    summary_panel(result.title, [("images", f"{count:,} of {origin}"), *result.summary, *note, *files])
 
 
 def _write_json(path: Path, head: dict[str, Any], result: Result) -> None:
@@ -249,19 +250,13 @@ def _image_or_none(source: Source, i: int) -> Tensor | None:
 def image_size(images: ImageSet, row: int) -> dict[str, int]:
     """Return width, height and bytes of an image: from the header of its file, or from the image in memory."""
     path = images.source.path(int(images.rows[row]))
-    if path is None:
-        return _stored_size(images.pixels(row), 0)
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return {"width": image.width, "height": image.height, "bytes": Path(path).stat().st_size}
-    except UnidentifiedImageError:  # an array, or a TIFF that PIL does not know
-        with contextlib.suppress(ImageError, OSError):
-            return _stored_size(images.pixels(row), Path(path).stat().st_size)
-        return {"width": 0, "height": 0, "bytes": 0}
+        if path is not None:
+            # PIL does not know arrays and some TIFFs
+            with contextlib.suppress(UnidentifiedImageError), Image.open(path, formats=IMAGE_FORMATS) as image:
+                return {"width": image.width, "height": image.height, "bytes": Path(path).stat().st_size}
+        stored = images.pixels(row)  # (C, H, W)
+        size = stored.nbytes if path is None else Path(path).stat().st_size
+        return {"width": stored.shape[2], "height": stored.shape[1], "bytes": size}
     except Exception:  # removed or damaged since; PIL raises many kinds of errors
         return {"width": 0, "height": 0, "bytes": 0}
-
-
-def _stored_size(image: Tensor, size: int) -> dict[str, int]:
-    """Return width, height and bytes of an image (C, H, W), whose file has `size` bytes, or 0 if it has none."""
-    return {"width": image.shape[2], "height": image.shape[1], "bytes": size or image.nbytes}

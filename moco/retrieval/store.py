@@ -39,14 +39,9 @@ class Embedding:
     about: About
     computed: bool = True  # by this command; False: it was already complete
 
-    @property
-    def origin(self) -> str:
-        """The folder or the name of the data set, and how many folders follow."""
-        return origin_of(self.about)
-
 
 def origin_of(about: About) -> str:
-    """Return the folder or the name of the data set, and how many folders follow."""
+    """Return the first folder of the images and the number of the others as text, or the name of the data set."""
     images = about["pictures"]
     return folders(str(images["root"] or images["name"]), images.get("more_roots"))
 
@@ -139,7 +134,8 @@ def finish(folder: Path, source: Source, table: str, separator: str, state: Abou
     """
     unreadable = {int(row): why for row, why in (state or _read(folder / ABOUT))["unreadable"].items()}
     require(
-        len(unreadable) < len(source), f"none of the {len(source):,} images can be read, the first: {unreadable.get(0)}"
+        len(unreadable) < len(source),
+        f"none of the {len(source):,} images can be read (the first: {unreadable.get(0)}): name other images",
     )
     if state is None and (folder / f"index.{table}").exists():
         return

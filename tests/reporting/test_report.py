@@ -67,7 +67,7 @@ def test_a_picture_of_predictions_is_part_of_the_page(labeled: Path) -> None:
     assert "AP 12.3 ± 1.5 (95 % over seeds)" in markup
     assert "AP50 33.3" in markup
     assert markup.count(base64.b64encode(content).decode()) == 1
-    assert "Predictions beside the truth" in markup
+    assert "Predictions and ground truth" in markup
     assert base64.b64encode(content + b"secret").decode() not in markup
 
 
@@ -253,8 +253,8 @@ def test_moved_or_missing_images(tmp_path: Path) -> None:
         (lambda run: (run / "config.yaml").write_text("a: ["), r"config\.yaml is damaged"),
         (lambda run: (run / "config.yaml").unlink(), r"no config\.yaml"),
         (lambda run: (run / "metrics.jsonl").unlink(), "no metrics and no checkpoint"),
-        (lambda run: (run / "results.json").write_text("{}"), r"results\.json is damaged \(not a list\)"),
-        (lambda run: (run / "results.json").write_text("["), r"results\.json is damaged .*: move it away"),
+        (lambda run: (run / "results.json").write_text("{}"), r"results\.json is damaged \(not a list of entries\)"),
+        (lambda run: (run / "results.json").write_text("["), r"results\.json is damaged .*: move it"),
         (shutil.rmtree, r"run=.*run does not exist"),
     ],
 )
