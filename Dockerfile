@@ -10,7 +10,7 @@
 # The container's user has id 1000: before the first run, create runs/ on the host and make it writable for that id.
 FROM python:3.12-slim
 
-# torch.compile needs a C++ compiler.
+# torch.compile needs a C++ compiler, and Triton a C compiler for the kernels on GPUs.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*

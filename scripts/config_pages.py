@@ -30,6 +30,7 @@ from moco.config import (
     ModelConfig,
     OptimConfig,
     config_dir,
+    flatten,
 )
 from moco.config.subject import SubjectConfig
 from moco.data.view import View
@@ -91,7 +92,7 @@ def composed(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for base in (Path(path.parent, f"{each}.yaml") for each in names if isinstance(each, str)):
         found |= composed(base) if base.is_file() else {}  # otherwise a schema
-    return found | flattened(values(path))
+    return found | flatten(values(path))
 
 
 def comment(path: Path) -> str:
@@ -187,17 +188,6 @@ def options(group: str) -> Iterator[str]:
         yield row(f"`{name}`", *(as_code(each[name]) if name in each else "" for each in flat.values()))
 
 
-def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flattened(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
 def group_page(name: str, schema: type) -> Iterator[str]:
     """Yield the page of a group of moco.train."""
     given = values(CONFIGS / "train.yaml").get(name, {})
@@ -246,7 +236,7 @@ def index_page() -> Iterator[str]:
     yield "".join(f"- [{name}]({name}.md): {first(schema)}\n" for name, schema in GROUPS.items())
     yield "- [experiment](experiment.md): the recipes.\n\n## Commands\n\n"
     yield "".join(f"- [moco.{name}]({name}.md): {first(schema)}\n" for name, schema in commands().items())
-    yield f"- [subject](subject.md): {first(SubjectConfig)}\n"
+    yield "\nMost commands also have the fields of [subject](subject.md): the encoder, its data and the output.\n"
 
 
 def first(schema: type) -> str:

@@ -50,7 +50,9 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the folder to create")
     parser.add_argument("--bands", type=int, default=13, help="channels of a scene (13)")
-    parser.add_argument("--count", type=int, default=60, help="training scenes per class (60); a third more to test")
+    parser.add_argument(
+        "--count", type=int, default=60, help="training scenes per class (60); a third of it is written for testing"
+    )
     parser.add_argument("--size", type=int, default=16, help="pixels per side (16)")
     options = parser.parse_args(arguments)
     if options.folder.exists():

@@ -37,9 +37,9 @@ class SourceConfig:
     Image names then begin with the number of the folder: 0 for root, 1 for the first of more_roots."""
     label_file: str = bounded("", path=True)
     """For `folder` and `video`: a CSV or Parquet file with the columns path (relative to root), label (a text or a
-    whole number) and, optionally, split. It must have one row for each image or video file; a row of the split unused
-    needs no label, and its file is not used. Replaces `labels` and `eval_root`."""
-    label_separator: str = bounded("", max_length=8, example="'data.label_separator=\";\"'")
+    whole number) and, optionally, split. It must have one row for each image or video file; a row with `unused` as its
+    split needs no label, and its file is not used. Replaces `labels` and `eval_root`."""
+    label_separator: str = bounded("", example="'data.label_separator=\";\"'")
     """For label_file: the text between the labels of an image that has several, such as ; or |. An image without labels
     then has none of the classes. Empty: one label per image, or the column `label` of a Parquet file holds lists."""
     resident: bool = False
@@ -73,7 +73,8 @@ class SourceConfig:
     image_column: str = ""
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
-    """For `huggingface`: the column of labels, or none; empty: the only column of class labels, if there is one. A
+    """For `huggingface`: the column of labels, or `none` to ignore labels; empty: the only column of class labels,
+    if there is one. A
     label is a text, a whole number, true or false. Missing, empty, NaN and -1 mean unlabeled; a split whose images are
     partly unlabeled is refused. In a column of lists, an image has any number of labels."""
 
@@ -118,7 +119,8 @@ class SubjectDataConfig(SourceConfig):
     """The labeled data of an evaluation. A field that is null has the run's value.
 
     If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except
-    channels, dtype, bits and preview. A file outside of a run directory provides neither root nor eval_root: set both.
+    channels, dtype, bits and preview. A checkpoint outside of a run directory provides neither root nor eval_root: set
+    both.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)

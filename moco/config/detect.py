@@ -78,7 +78,7 @@ class DetectConfig(EncoderConfig):
     flip_p: float = bounded(0.5, ge=0, le=1)
     """Probability of a horizontal flip."""
     lr: float = bounded(0.02, gt=0)
-    """Learning rate (lr) after the warm-up. For another batch_size, scale both by the same factor."""
+    """Learning rate (lr) after the warm-up. If you change batch_size, change lr by the same factor."""
     schedule: str = bounded("step", choices=("step", "cosine"))
     """Decrease of the lr: step (to a tenth at each of milestones), or cosine (to 0)."""
     milestones: list[float] = bounded([0.75, 0.91666], gt=0, lt=1)

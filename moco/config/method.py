@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class MethodConfig:
-    """The method's name and its temperature."""
+    """The method: its name, its temperature, and the fields that each method adds."""
 
     name: str = ""
     """The method; set by method=OPTION."""

@@ -28,8 +28,9 @@ class EncoderConfig(ComputeConfig):
     run: str = bounded("", path=True)
     """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
     checkpoint: str = bounded("", path=True)
-    """A file instead of a run: our checkpoint, encoder.safetensors, a file of another project such as official MoCo, or
-    hf://USER/REPOSITORY[@REVISION][/FILE], a file on the Hugging Face Hub (FILE is model.safetensors by default)."""
+    """A file instead of a run: a checkpoint of moco.train, encoder.safetensors, a file of another project such as
+    official MoCo, or hf://USER/REPOSITORY[@REVISION][/FILE], a file on the Hugging Face Hub (FILE is model.safetensors
+    by default)."""
     weights: str = bounded("encoder", choices=("encoder", "momentum_encoder"))
     """The network of the checkpoint to use: encoder, or momentum_encoder if the checkpoint holds one."""
     backbone: str | None = None
@@ -37,8 +38,8 @@ class EncoderConfig(ComputeConfig):
     options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the backbone's constructor, each as +options.NAME=VALUE. Empty: those in the checkpoint, if any."""
     output: str = bounded("", path=True)
-    """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of ours, the
-    directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""
+    """Directory for results.json and figures. Empty: the run's directory; for an encoder.safetensors of
+    moco.train, the directory that holds it; for any other checkpoint=.../NAME.ending, runs/NAME."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of all random choices: labels, orders, views, initial weights."""
 

@@ -106,8 +106,8 @@ class OptimConfig:
     weight_decay: float = bounded(1e-4, ge=0)
     """Weight decay of all weights except those in `exclude`."""
     exclude: list[str] = bounded([], choices=("bias", "norm"))
-    """Weights without weight decay: bias (all biases), norm (weights of normalization layers). lars_timm also updates
-    these with lr instead of a layer-wise rate. lars always omits both for one-dimensional weights."""
+    """Weights without weight decay: bias (all biases), norm (weights of normalization layers). With lars_timm they have
+    no layer-wise rate either. With lars, one-dimensional weights never have weight decay or a layer-wise rate."""
     trust: float = bounded(0.001, gt=0)
     """Trust coefficient of lars and lars_timm: a layer-wise rate is lr x trust x |w| / |gradient with weight decay|."""
     trust_clip: bool = False
@@ -193,7 +193,8 @@ class TrainConfig(ComputeConfig):
     project, such as official MoCo; hf://USER/REPOSITORY is one on the Hugging Face Hub. Head, predictor and queue are
     loaded too if they fit. A resumed run does not read the file again."""
     recipe: str = ""
-    """Name of the recipe, set by experiment=NAME. It is recorded so that a resumed run can name it."""
+    """Name of the recipe, set by experiment=NAME and recorded in the run. If a command resumes the run with another
+    configuration, the error names this recipe."""
     seed: int = bounded(0, ge=0, lt=2**64)
     """Seed of the initial weights, the order of the samples and all augmentations."""
     epochs: int = bounded(200, ge=1)

@@ -112,8 +112,8 @@ class View:
     shear: float = 0.0
     """The horizontal shear is uniform in -shear ... shear degrees."""
     noise: tuple[float, float] = (0.0, 0.0)
-    """Lowest and highest standard deviation of Gaussian noise (images are 0 ... 1), the same on all channels. For
-    other channels than RGB: as a fraction of the std of each channel."""
+    """Lowest and highest standard deviation of Gaussian noise, for images in 0 ... 1. All channels get the same noise;
+    if they are not RGB, it is multiplied by the std of each channel."""
     steps: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     """Steps of plug-ins with their options, in this order, after all others: +augment.steps.NAME.OPTION=VALUE, or
     +augment.steps.NAME={} for the defaults."""

@@ -15,8 +15,8 @@ class DistillConfig(MethodConfig):
     name: str = "distill"
     """The method; set by method=OPTION."""
     teacher: str = bounded("", min_length=1, path=True, example="method.teacher=runs/digits/encoder.safetensors")
-    """The teacher: timm/NAME, a model of timm with its published weights; or a file with an encoder: our checkpoint,
-    encoder.safetensors, or a file of another project. model.dim must be the dimension of its features."""
+    """The teacher: timm/NAME, a model of timm with its published weights; or a file with an encoder: a checkpoint of
+    moco.train, encoder.safetensors, or a file of another project. model.dim must be the dimension of its features."""
     teacher_backbone: str = ""
     """The teacher's network, if its file does not name it; values as for model.backbone."""
     teacher_options: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,8 @@ class MoCoConfig(MethodConfig):
     queue_size: int = bounded(65536, ge=1)
     """Number of keys in the queue (K)."""
     queue_start: str = bounded("random", choices=("random", "empty"))
-    """The first queue: random (random keys count as negatives, as in the official code) or empty (no negatives)."""
+    """The queue at the start: random (random keys count as negatives, as in the official code) or empty (no
+    negatives)."""
     mask_own_keys: bool = True
     """Exclude older keys of a query's own image from its negatives."""
     momentum: float = bounded(0.999, ge=0, le=1)

@@ -21,7 +21,8 @@ class ReSSLConfig(MethodConfig):
     momentum_end: float | None = bounded(None, ge=0, le=1)
     """Final value of m, to which it increases along half a cosine; null: m is constant."""
     teacher_temperature: float = bounded(0.04, gt=0)
-    """Temperature of the teacher, the weak view. Below `temperature`, its relations are the sharper ones."""
+    """Temperature of the teacher, the weak view. If it is lower than `temperature`, the teacher's softmax over the
+    queue is sharper than the student's."""
 
     has_momentum_encoder = True
     can_learn_temperature = False

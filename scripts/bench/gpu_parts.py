@@ -264,9 +264,8 @@ def imagenet(setting: Setting) -> Iterator[Check]:
         each = milliseconds(recipe.step, setting.device, rounds=3, calls=1 if setting.tiny else 5)
         rate = 1e3 * images / each
         yield Check(f"{name}: images/s, {recipe.precision}", f"{rate:,.0f}")
-        group = recipe.config.model.bn_group_size or images
         peak = matrix_rate(setting.device, PRECISIONS[recipe.precision])
-        share = rate * step_flops(recipe.method, group, size, views=2) / peak
+        share = rate * step_flops(recipe.method, recipe.config.model.bn_group_size, size, views=2) / peak
         yield Check(f"{name}: MFU", f"{100 * share:.0f} %", f"of {peak / 1e12:.1f} TFLOP/s")
         memory = peak_gib(recipe.step, setting.device)
         if setting.device.type == "cuda":
@@ -305,7 +304,7 @@ def losses(setting: Setting) -> Iterator[Check]:
 
 
 def loading(setting: Setting) -> Iterator[Check]:
-    """Measure the loader on photographs of 500 x 375 pixels, and the augmentation on the device."""
+    """Measure the loader on JPEG files of 500 x 375 pixels, with the augmentation on the device."""
     config = train_config(["experiment=moco_v2_imagenet"])
     views = build_views(config.augment)
     count, batch = (16, 8) if setting.tiny else (4096, 256)
