@@ -158,7 +158,7 @@ def test_synchronized_bn_is_not_split_into_micro_batches() -> None:
         ("method", MoCoConfig(mix_hardest=64, mix_pairs=8), 1, "method.mix_hardest=64 changes"),
         ("method", DenseCLConfig(dense_warmup_steps=10), 1, "method.dense_warmup_steps=10 changes"),
         ("method", DenseCLConfig(), 2, "method=densecl"),
-        ("model.bn", "sync", 2, "model.bn=sync"),
+        ("model.bn", "sync", 2, "but model.bn=sync may"),  # and not the method, which is local
     ],
 )
 def test_a_cuda_graph_needs_passes_that_do_not_change(field: str, value: Any, processes: int, words: str) -> None:

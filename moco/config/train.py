@@ -213,7 +213,7 @@ class TrainConfig(ComputeConfig):
     cuda_graph: bool = False
     """Repeat the forward and backward passes of a step as one CUDA graph, which the host launches once instead of
     hundreds of kernels. The steps that analyse_every selects use no graph and need memory of their own. Several
-    processes need a method=moco_... with model.bn=grouped or batch; their keys are encoded without the graph."""
+    processes need MoCo v1, v2, v2+ or SupMoCo without model.bn=sync; their keys are encoded without the graph."""
     profile: bool = False
     """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
     log_every: int = bounded(10, ge=1)
@@ -282,9 +282,10 @@ def _check_cuda_graph(config: TrainConfig, processes: int) -> None:
     """Refuse what a CUDA graph cannot repeat: numbers of the host that change, and exchanges between processes."""
     off = "set cuda_graph=false"
     require(config.device != "cpu", f"cuda_graph=true needs a GPU, but device={config.device}: {off}")
-    exchanges = processes > 1 and (config.model.bn == "sync" or not config.method.is_local)
-    what = f"method={config.method.name} or model.bn={config.model.bn}"
-    require(not exchanges, f"cuda_graph=true with {processes} processes, between which {what} exchanges results: {off}")
+    exchanges = [] if config.method.is_local else [f"method={config.method.name}"]
+    exchanges += ["model.bn=sync"] * (config.model.bn == "sync")
+    why = f"{' and '.join(exchanges)} may exchange results between the {processes} processes"
+    require(processes == 1 or not exchanges, f"cuda_graph=true repeats the work of one process, but {why}: {off}")
     require(not config.compile, f"cuda_graph=true with compile=true was not tested: {off}, or compile=false")
     require(not config.evaluate.online_probe, f"cuda_graph=true hides the features from evaluate.online_probe: {off}")
     changing = ", ".join(config.method.changing())
