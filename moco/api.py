@@ -41,8 +41,7 @@ class LoadedEncoder(nn.Module):
         self.backbone = build(file).backbone
         data = file.config.get("data", {})
         pixel_format = PixelFormat(file.channels, data.get("dtype", RGB.dtype), bits or data.get("bits") or RGB.bits)
-        is_8bit_rgb = pixel_format._replace(bits=RGB.bits) == RGB
-        self.transform = (torchvision_transform if is_8bit_rgb else band_transform)(transform, pixel_format)
+        self.transform = evaluation_transform(transform, pixel_format)
         self.num_features = int(self.backbone.num_features)  # type: ignore[arg-type]
         names = ("source", "layout", "backbone", "options", "step", "config")
         self.eval()
@@ -61,7 +60,7 @@ def train_config(overrides: Sequence[str] = ()) -> TrainConfig:
         ConfigError: for an unknown field, or a value that does not fit its type.
     """
     require(not isinstance(overrides, str), f"overrides={overrides!r} must be a list, such as [{overrides!r}]")
-    configs = compose_overrides("train", TrainConfig, overrides)
+    configs = compose_overrides(overrides)
     require(len(configs) == 1, f"overrides={list(overrides)} must describe one run: remove --multirun, --cfg or --help")
     return configs[0]
 
@@ -108,7 +107,7 @@ def load_encoder(
         size, resize: side of the input images, and their shorter side before the central crop, in pixels. None: those
             of the run or the file, else 224 and 256.
         bits: the significant bits of images with 16 bits per channel, for an encoder of uint8 (data.bits), 8 ... 16.
-            None: those of the run's images; if these are unknown, 16, where a command derives them from its images.
+            None: those of the run's images, or 16 if these are unknown (a command would derive them from its images).
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -125,29 +124,19 @@ def load_encoder(
     return LoadedEncoder(subject.file, subject.transform, bits)
 
 
-def band_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
-    """Return the preprocessing of an evaluation for images other than 8-bit RGB. torchvision cannot resize uint16."""
-    return v2.Compose(
-        [
-            v2.Lambda(partial(to_pixels, pixel_format=pixel_format)),
-            v2.Lambda(partial(evaluation_view, resize=transform.resize, size=transform.size)),
-            v2.Lambda(to_float),
-            v2.Normalize(list(transform.mean), list(transform.std)),
-        ]
-    )
+def evaluation_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
+    """Return the preprocessing of an evaluation as a transform of torchvision.
 
-
-def torchvision_transform(transform: EvalTransform, pixel_format: PixelFormat) -> v2.Compose:
-    """Return torchvision's equivalent of the preprocessing of an evaluation, for 8-bit RGB images.
-
-    Resizing works on uint8 tensors, as in all commands of moco: on PIL images it would give slightly different values.
+    Resizing works on tensors, as in all commands of moco: on PIL images it would give slightly different values.
     """
-    resize = transform.resize or transform.size
+    if pixel_format._replace(bits=RGB.bits) == RGB:
+        resize = [v2.Resize(transform.resize or transform.size, antialias=True), v2.CenterCrop(transform.size)]
+    else:  # torchvision cannot resize uint16
+        resize = [v2.Lambda(partial(evaluation_view, resize=transform.resize, size=transform.size))]
     return v2.Compose(
         [
             v2.Lambda(partial(to_pixels, pixel_format=pixel_format)),
-            v2.Resize(resize, antialias=True),
-            v2.CenterCrop(transform.size),
+            *resize,
             v2.Lambda(to_float),  # v2.ToDtype rounds differently
             v2.Normalize(list(transform.mean), list(transform.std)),
         ]

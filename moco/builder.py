@@ -38,7 +38,7 @@ from moco.data.keyed import MIX, keyed_uniform
 from moco.distributed import Order, copy_to_device, gather, permute, rank
 from moco.losses import LearnedTemperature, Switches, Temperature, contrast, info_nce_streamed, split_temperature
 from moco.losses.streamed import Streamed, has_kernel
-from moco.models.norm import statistics_kept
+from moco.models.norm import untracked
 
 Directions = Sequence[tuple[int, int]]  # pairs (query's view, key's view)
 
@@ -152,7 +152,7 @@ def encode_queries(encoder: nn.Module, views: Sequence[Tensor], directions: Dire
     """
     queries = {view: unit_length(encoder(views[view])) for view, _ in directions}
     if len(views) > 2:
-        with statistics_kept(encoder):
+        with untracked(encoder, backward=True):
             queries |= {view: unit_length(encoder(views[view])) for view in range(2, len(views))}
     return queries
 

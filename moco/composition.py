@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moco import plugins
-from moco.config import ConfigError, MethodConfig, config_dir, expand_paths, flatten, require
+from moco.config import ConfigError, MethodConfig, TrainConfig, config_dir, expand_paths, flatten, require
 from moco.config.types import type_error
 from moco.methods import METHODS
 from moco.overrides import checked_files, keep_text
@@ -39,11 +39,11 @@ Schema = TypeVar("Schema")
 SCHEMAS: dict[Any, dict[str, type[MethodConfig]]] = {MethodConfig: METHODS}
 
 
-def compose_overrides(name: str, schema: type[Schema], overrides: Sequence[str]) -> list[Schema]:
-    """Return what `compose` returns for these arguments in the place of the command line's."""
-    arguments, sys.argv = sys.argv, [f"moco.{name}", *overrides]  # where Hydra reads them
+def compose_overrides(overrides: Sequence[str]) -> list[TrainConfig]:
+    """Return the configurations of `python -m moco.train` with these overrides; see `compose`."""
+    arguments, sys.argv = sys.argv, ["moco.train", *overrides]  # where Hydra reads them
     try:
-        return compose(name, schema)
+        return compose("train", TrainConfig)
     finally:
         sys.argv = arguments
 
@@ -101,11 +101,11 @@ def _refuse_replaced_values(arguments: Sequence[str]) -> None:
     own = _option("experiment", recipe, arguments)
     for group in [each for each in values if isinstance(own.get(each), dict)]:
         chosen, other = (flatten(each) for each in (_option(group, values[group], arguments), own[group]))
-        fields = [each for each in other if chosen.get(each, other[each]) != other[each]]
-        fields = [each for each in fields if f"{group}.{each}" not in values]
-        if fields:
+        replaced = [each for each in other if chosen.get(each, other[each]) != other[each]]
+        replaced = [each for each in replaced if f"{group}.{each}" not in values]
+        if replaced:
             of_group, of_recipe = (
-                " ".join(f"{group}.{each}={value_text(values_of[each])}" for each in fields)
+                " ".join(f"{group}.{each}={value_text(values_of[each])}" for each in replaced)
                 for values_of in (chosen, other)
             )
             sentence = f"{group}={values[group]} has {of_group}, but the recipe {recipe} has {of_recipe}"

@@ -35,10 +35,8 @@ _FUNCTION = re.compile(
 )
 
 # What copying a command from a document brings in: quotes, dashes, and invisible characters.
-_QUOTES, _DASHES = (
-    "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u2032\u2033",
-    "\u2010-\u2015\u2212",
-)
+_QUOTES = "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u00ab\u00bb\u2039\u203a\u2032\u2033"
+_DASHES = "\u2010-\u2015\u2212"
 _INVISIBLE = "\u00a0\u00ad\u2000-\u200f\u2028-\u202f\u205f-\u2064\u3000\ufeff"
 _COPIED = re.compile(
     rf"(?:^|(?<=[=\[,]))[{_QUOTES}{_INVISIBLE}]|^[{_DASHES}]|[{_QUOTES}{_INVISIBLE}](?=[=\],]|$)", re.MULTILINE

@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 from moco.composition import compose_overrides
-from moco.config import TrainConfig, check
+from moco.config import check
 from moco.overrides import split
 from moco.runs.metrics import read_metrics
 from moco.runs.sweep import is_finished, run_to_end
@@ -88,7 +88,7 @@ def check_all(planned: dict[Path, list[str]], shared: list[str]) -> None:
             continue
         try:
             with warnings.catch_warnings(action="ignore"):  # the trial itself shows them
-                for config in compose_overrides("train", TrainConfig, [*shared, *overrides, f"run={run}"]):
+                for config in compose_overrides([*shared, *overrides, f"run={run}"]):
                     check(config, count)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{' '.join(overrides)}: {error}") from error

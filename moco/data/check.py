@@ -85,7 +85,7 @@ def check_data(config: CheckDataConfig) -> None:
     total = sum(len(folder) for folder in folders)
     findings = Findings(config.listed, np.zeros((total, 2), np.int32), np.zeros(total, "V16"))
     row = 0
-    with progress_bar("checking images", quiet=False) as progress:
+    with progress_bar("checking images") as progress:
         for folder in folders:
             start = row
             try:

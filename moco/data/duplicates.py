@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 from moco.data.base import Progress, Source, in_threads
 from moco.data.decode import ImageError
 from moco.data.video import video_of
-from moco.distributed import all_gather_object, is_rank_zero, rank, world_size
+from moco.distributed import all_gather_object, rank, world_size
 from moco.runtime.console import progress_bar
 
 Rows = NDArray[np.int64]
@@ -65,7 +65,7 @@ def copies_in(train: Source, held_out: Source, progress: Progress | None = None)
 
 def count_copies(train: Source, held_out: Source, heartbeat: Callable[[], None] = lambda: None) -> int:
     """Return the length of `copies_in`, with a progress bar; `heartbeat` is called regularly. Collective."""
-    with progress_bar("comparing images", not is_rank_zero(), heartbeat) as progress:
+    with progress_bar("comparing images", heartbeat) as progress:
         return len(copies_in(train, held_out, progress))
 
 

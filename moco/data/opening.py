@@ -42,7 +42,7 @@ def open_sources(
     """
 
     def load(download: bool) -> Sources:
-        with progress_bar("decoding images", not is_rank_zero(), heartbeat) as progress:
+        with progress_bar("decoding images", heartbeat) as progress:
             return load_source(replace(config, download=download), progress, keep_unreadable)
 
     if config.download:
@@ -142,7 +142,7 @@ def without_unreadable_evaluation_images(
         return sources, []
     messages, kept = [], []
     for name, source in (("reference", sources.bank), ("held-out", sources.held_out)):
-        with progress_bar(f"reading the {name} images", not is_rank_zero(), heartbeat) as progress:
+        with progress_bar(f"reading the {name} images", heartbeat) as progress:
             readable, unreadable = without_unreadable(source, f"{name} images", config.max_bad, progress)
         kept.append(readable)
         if unreadable:

@@ -98,7 +98,7 @@ class Packer:
     def _resume(self) -> None:
         """Keep the intact parts; a damaged part, and everything after it, is packed again."""
         files = sorted((self.output / PARTS).glob(f"{self.split}-*.npz"))
-        with progress_bar(f"checking finished shards of {self.split}", quiet=False) as progress:
+        with progress_bar(f"checking finished shards of {self.split}") as progress:
             for number, file in enumerate(files):
                 # After a gap in the numbers, images would be missing.
                 part = self._intact_part(file) if file == part_path(self.output, self.split, number) else None
@@ -170,7 +170,7 @@ def pack_split(config: PackConfig, split: str, source: Source) -> list[Path]:
     rows = range(packer.start, len(source))
     images = in_order(lambda i: encode_image(source, i, config.short_side, config.quality), rows, workers, "workers")
     try:
-        with closing(images), progress_bar(f"packing {split}", quiet=False) as progress:
+        with closing(images), progress_bar(f"packing {split}") as progress:
             for i, image in zip(rows, images, strict=True):
                 packer.add(i, image)
                 progress(i + 1, len(source))

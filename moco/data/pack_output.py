@@ -78,7 +78,7 @@ def join_rows(path: Path, parts: Sequence[Path]) -> int:
 def settings(config: PackConfig, splits: dict[str, Source]) -> dict[str, Any]:
     """Return everything that determines the shards, by field name; `pictures` describes the images of each split."""
     data = config.data
-    with progress_bar("reading the images' names and dates", quiet=False) as progress:
+    with progress_bar("reading the images' names and dates") as progress:
         images = {}
         for number, (name, source) in enumerate(splits.items()):
             labels = None if source.labels is None else torch.from_numpy(np.asarray(source.labels, np.int64))
@@ -140,7 +140,7 @@ def verify(output: Path, index: dict[str, Any]) -> bool:
     Warns:
         RunWarning: naming a damaged file.
     """
-    with progress_bar("checking shards", quiet=False) as progress:
+    with progress_bar("checking shards") as progress:
         damaged = damaged_files(output, index, progress)
     if not damaged:
         return True

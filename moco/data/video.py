@@ -26,7 +26,6 @@ from moco.data.folder import FolderSource, open_folder
 from moco.data.pixel_format import RGB, PixelFormat
 from moco.data.video_file import FRAME_TIMES, VideoFrame, VideoTimes, av, read_frame, read_times
 from moco.data.walk import VIDEO_ENDINGS, size_and_time
-from moco.distributed import is_rank_zero
 from moco.runtime.console import progress_bar
 
 # A frame of the data set. The fault of a file is a row, too: its `file` is -1 - the number of the file.
@@ -148,7 +147,7 @@ def _frames(config: DataConfig, files: Source) -> VideoSource:
     """Return the frames of the given files."""
     assert isinstance(files, FolderSource)
     interval = Fraction(str(config.frame_interval))
-    with progress_bar("reading the times of frames", quiet=not is_rank_zero()) as progress:
+    with progress_bar("reading the times of frames") as progress:
         found = in_threads(lambda file: _read(files.path(file), file, interval), range(len(files)), progress, at_once=1)
     rows = np.concatenate([rows for _, rows in found])
     of_file = np.where(rows["file"] < 0, -1 - rows["file"], rows["file"])  # (N,)

@@ -24,7 +24,7 @@ from moco.detection.saved import Detector, save_detector
 from moco.detection.training import TrainSettings, predict, train
 from moco.detection.views import ViewSettings
 from moco.digest import digest
-from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
+from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
 from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
@@ -140,7 +140,7 @@ def _detect(run: Detection, name: str, on_step: Callable[[str], None]) -> Detect
     results, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
         network = _train(run, name, seed, on_step)
-        with progress_bar("evaluating", quiet=not is_rank_zero()) as progress:
+        with progress_bar("evaluating") as progress:
             results.append(evaluate(network, run.held_out, settings.views, settings.workers, progress))
         figures = ", ".join(f"{key} {percent(value)}" for key, value in results[-1].figures.items())
         log(f"{name}, seed {seed}: {figures} %")

@@ -20,7 +20,6 @@ from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.headers import orientation_of
 from moco.data.walk import IMAGE_FORMATS
 from moco.data.workers import in_order
-from moco.distributed import is_rank_zero
 from moco.runtime.console import progress_bar
 
 WORKERS = "boxes.workers"  # the field, for errors
@@ -130,7 +129,7 @@ def check_images(images: BoxedImages, workers: int | None) -> None:
         ImageError: for the first image that cannot be used.
     """
     checked = closing(in_order(_Checked(images), range(len(images)), workers, WORKERS))
-    with progress_bar("reading images", quiet=not is_rank_zero()) as progress, checked as errors:
+    with progress_bar("reading images") as progress, checked as errors:
         for done, error in enumerate(errors, start=1):
             if error is not None:
                 raise error

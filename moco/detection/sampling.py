@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.distributed import sum_over_ranks, world_size
-from moco.models.norm import statistics_kept
+from moco.models.norm import untracked
 
 
 class KeyedSampler:
@@ -67,7 +67,7 @@ class SharedStage(nn.Module):
         self._stage = (stage,)  # in a tuple, so that its weights have one name
 
     def forward(self, maps: Tensor) -> Tensor:
-        with statistics_kept(self._stage[0]):
+        with untracked(self._stage[0], backward=True):
             return cast(Tensor, self._stage[0](maps))
 
 

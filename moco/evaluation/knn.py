@@ -19,7 +19,6 @@ from moco.data.base import Progress
 from moco.data.keyed import VALIDATION, permutation
 from moco.data.sources import Source
 from moco.data.video import video_of
-from moco.distributed import is_rank_zero
 from moco.evaluation.average_precision import average_precision
 from moco.evaluation.features import Network, pixels
 from moco.evaluation.knn_classifier import (
@@ -98,7 +97,7 @@ def _evaluate(task: Task[KnnConfig], name: str, network: Network, ks: list[int])
     if len(ks) * len(config.temperature) > 1:
         settings, choice = _choose(task, name, bank, ks, settings)
     queries = features(task.held_out)
-    with progress_bar(f"{name}: nearest neighbors", quiet=not is_rank_zero()) as progress:
+    with progress_bar(f"{name}: nearest neighbors") as progress:
         metrics = _metrics(task, bank, queries, settings, progress)
     used = {"features": config.features, "half": config.half, "draws": len(metrics)}
     used |= {name: getattr(settings, name) for name in ("k", "temperature", "labels_per_class", "seed")}
@@ -134,7 +133,7 @@ def _choose(
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
     rows, groups = (torch.from_numpy(each).to(task.device) for each in (drawn, task.groups))
     given = rows, ks, config.temperature, groups, settings
-    with progress_bar(f"{name}: choosing k and temperature", quiet=not is_rank_zero()) as progress:
+    with progress_bar(f"{name}: choosing k and temperature") as progress:
         grid = leave_one_out(bank, targets_of(task.train), *given, progress)
     i, j = np.unravel_index(grid.argmax(), grid.shape)
     choice = {"k": ks, "temperature": config.temperature, "leave_one_out": grid.tolist()}

@@ -23,7 +23,7 @@ from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import Source
 from moco.digest import digest
-from moco.distributed import is_rank_zero, on_rank_zero, rank, world_size
+from moco.distributed import on_rank_zero, rank, world_size
 from moco.evaluation import task as evaluation
 from moco.evaluation.average_precision import AveragePrecision, average_precision
 from moco.evaluation.cache import cached
@@ -122,7 +122,7 @@ def _choose_and_retrain(
     config, sweep = task.config, task.config.sweep
     recipe = Recipe(config.epochs, config.batch_size, config.momentum, sweep.normalize, seed)
     heads_per_layer = len(sweep.lrs) * len(sweep.weight_decays)
-    with progress_bar(f"{name}: {heads_per_layer} heads per layer, epochs", not is_rank_zero()) as bar:
+    with progress_bar(f"{name}: {heads_per_layer} heads per layer, epochs") as bar:
         choice = choose(data, sweep.lrs, sweep.weight_decays, sweep.validation, recipe, bar)
     if len(sweep.lrs) > 1 and choice.setting.lr == max(sweep.lrs):
         of_seed = f", seed {seed}" * (config.seeds > 1)

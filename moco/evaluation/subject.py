@@ -198,7 +198,7 @@ def readable_rows(config: SubjectConfig, source: Source, split: str) -> NDArray[
     if config.on_bad_image != "skip":
         return None
     rows = range(rank(), len(source), world_size())
-    with progress_bar(f"reading the {split} images", quiet=not is_rank_zero()) as progress:
+    with progress_bar(f"reading the {split} images") as progress:
         reasons = reasons_of_all_ranks(lambda: find_unreadable(source, rows, progress))
     if not reasons:
         return None
@@ -228,7 +228,7 @@ def _check_classes(bank: Source, held_out: Source) -> None:
 
 def groups_of(source: Source) -> NDArray[np.int64]:
     """Return `split_groups` of a source, with a progress bar. Collective."""
-    with progress_bar("comparing images", quiet=not is_rank_zero()) as progress:
+    with progress_bar("comparing images") as progress:
         return split_groups(source, progress)
 
 

@@ -131,7 +131,7 @@ def progress_log(description: str, total: int) -> Iterator[Callable[[str], None]
     """
     start = last = time.monotonic()
     done = 0
-    with progress_bar(description, quiet=not is_rank_zero()) as bar:
+    with progress_bar(description) as bar:
 
         def on_step(line: str) -> None:
             nonlocal last, done
@@ -152,7 +152,7 @@ def monitored(network: Network, count: int, description: str) -> Iterator[Callab
     The network must be in eval mode. The yielded function raises ConfigError if a feature is not finite.
     """
     done, share = 0, -(-count // world_size())
-    with progress_bar(description, quiet=not is_rank_zero()) as progress:
+    with progress_bar(description) as progress:
 
         def forward(images: Tensor) -> Tensor:
             nonlocal done

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from moco.config import require
 from moco.config.transfer import TransferConfig, finetune_config
-from moco.distributed import is_rank_zero
 from moco.evaluation import task as evaluation
 from moco.evaluation.features import extract
 from moco.evaluation.few_shot import Episodes, draw_episodes, episode_accuracies
@@ -78,7 +77,7 @@ def _linear(name: str, splits: Splits, config: TransferConfig) -> Measure:
     def measure(encoder: EvaluatedEncoder) -> dict[str, Any]:
         x, held, queries = encoder.features(train, validation, splits.test)
         labels, held_labels = (part.labels for part in (train, validation))
-        with progress_bar(f"{encoder.title}: choosing the L2 penalty", quiet=not is_rank_zero()) as progress:
+        with progress_bar(f"{encoder.title}: choosing the L2 penalty") as progress:
             classifier, choice = choose_and_fit(
                 ((x, labels), (held, held_labels)),
                 splits.classes,
@@ -137,7 +136,7 @@ def _svm(splits: Splits, config: TransferConfig) -> Measure:
 
     def measure(encoder: EvaluatedEncoder) -> dict[str, Any]:
         *training, queries = encoder.features(*parts, splits.test)
-        with progress_bar(f"{encoder.title}: SVM per class", quiet=not is_rank_zero()) as progress:
+        with progress_bar(f"{encoder.title}: SVM per class") as progress:
             test = queries, splits.test.labels
             found = evaluate_svm((torch.cat(training), labels), test, config.seed, progress=progress)
         figures = {"mAP": found.mean, "per_class_ap": found.per_class, "count": len(queries)}
@@ -156,7 +155,7 @@ def _few_shot(name: str, splits: Splits, config: TransferConfig) -> Measure:
         with naming_field("sets", name):
             next(draw_episodes(labels, episodes))  # raises its error before the features are computed
             (x,) = encoder.features(splits.test)
-            with progress_bar(f"{encoder.title}: episodes", quiet=not is_rank_zero()) as progress:
+            with progress_bar(f"{encoder.title}: episodes") as progress:
                 found = episode_accuracies(x, labels, episodes, progress)
         mean, half = mean_interval(found)
         figures = {"top1": mean, "std": float(np.std(found)), "draws": len(found), "count": len(labels)}

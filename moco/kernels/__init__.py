@@ -1,8 +1,9 @@
 """Kernels for GPUs, written in Triton: each does in one launch what torch's operations do in dozens.
 
-They exist only beside the plain form of the same function, which runs on a CPU, on a GPU without Triton, and in the
-tests: a kernel returns the same numbers. Triton comes with torch's CUDA builds for Linux. It compiles a kernel when it
-is first used, for which it needs a C compiler, and keeps the result in a folder of its own.
+Each function also has a plain form, of torch's operations, which runs on a CPU and on a GPU without Triton. Tests
+compare both forms: they agree bit for bit or up to rounding (docs/gpu.md). Triton comes with torch's CUDA builds for
+Linux. It compiles a kernel when it is first used, for which it needs a C compiler, and keeps the result in a folder of
+its own.
 
 `import moco.kernels` does not import Triton; its other modules do. So they are imported where `fused` is true.
 """

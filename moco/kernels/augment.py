@@ -3,12 +3,12 @@
 The results are those of the operations in `moco.data.ops`, bit for bit, because each operation is rounded alone:
 products and sums are not fused (`enable_fp_fusion=False`), and divisions are rounded to the nearest number (`div_rn`).
 
-1. `_gray_sums`: for the contrast, sums of the gray image as it is when the turn of the contrast comes.
+1. `_gray_sums`: for the contrast, sums of the gray image as it is before the contrast changes.
 2. `_color`: jitter and grayscale; samples without blur are finished here.
 3. `_blur_rows`, 4. `_blur_columns`: the two directions of the blur; the second one finishes its samples.
 
-To finish is to solarize, normalize, flip and turn. Each sample has a row of parameters in a table, float32 (N, P). Its
-columns are named below.
+To finish is to solarize, normalize, flip and rotate. Each sample has a row of parameters in a table, float32
+(N, 16 + r + 1). Its columns are named below. A turn is a place in the order of the jitter's operations.
 
 Legend: N samples, S x S pixels, B samples with blur, r the radius of the blur.
 """

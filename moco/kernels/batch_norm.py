@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 528  # wanted; an H200 has 132 multiprocessors
+_PROGRAMS = 528  # to aim for; an H200 has 132 multiprocessors
 _MOST_PARTS = 32  # per group
 _ROWS, _CHANNELS = 32, 64  # rows and channels that a program loads at once
-_TILES = 8  # that a program normalizes, one after the other
+_TILES = 8  # tiles of _ROWS rows that a program normalizes, one after the other
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _place(C, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _at(group, rows, end, L, channels, is_channel, C):
-    """Return where rows of a group lie, and which of them come before row `end`."""
+    """Return the offsets of rows of a group, and which elements exist and come before row `end`."""
     return (group.to(tl.int64) * L + rows)[:, None] * C + channels, (rows < end)[:, None] & is_channel
 
 
@@ -83,7 +83,7 @@ def _normalize(
     x, parts, weight, bias, running_mean, running_var, saved, out, G, L, C, P, part, chunk, momentum, eps,
     AFFINE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Normalize `chunk` rows of a group; one program also updates the running statistics.
+    """Normalize `chunk` rows of a group; one program per block of channels also updates the running statistics.
 
     Writes the groups' means and inverse standard deviations, (2, G, C), to `saved`.
     """
@@ -147,7 +147,7 @@ def _gradients(
     x, grad, saved, parts, weight, by_affine, out, G, L, C, P, chunk,
     AFFINE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient by `chunk` rows of a group; one program also writes those by weight and bias, (2, C)."""
+    """Write the gradient of `chunk` rows; one program per block of channels also those of weight and bias, (2, C)."""
     group, number, channels, is_channel = _place(C, COLUMNS)
     total, weighted = _total(parts, group, channels, is_channel, G, P, C, PARTS)
     if AFFINE and number + group == 0:
@@ -178,8 +178,8 @@ class _Sizes(NamedTuple):
     part: int  # rows per part
     parts: int  # P
     chunk: int  # rows that a program normalizes
-    sums: tuple[int, int, int]  # the grids of the first and the second kernel
-    all: tuple[int, int, int]
+    sums: tuple[int, int, int]  # the grid of the first kernel
+    all: tuple[int, int, int]  # the grid of the second kernel
     tile: dict[str, int]
 
 
@@ -203,12 +203,12 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Normalize each of G groups of consecutive images, without a graph for autograd, and move the running statistics.
+    """Normalize each of G groups of consecutive images, without autograd, and update the running statistics.
 
     Args:
         x: (N, C), or (N, C, H, W) in the format channels_last; float32, bfloat16 or float16.
         weight, bias: float32 (C,), or both None.
-        running: the running mean and variance, float32 (C,) each; they move by the mean over the groups.
+        running: the running mean and variance, float32 (C,) each; updated with the mean over the groups.
 
     Returns:
         The result, as `x`, and means and inverse standard deviations, float32 (2, G, C), for `batch_norm_backward`.
@@ -229,7 +229,7 @@ def batch_norm(
 
 
 def batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient by `x`, and those by weight and bias, float32 (2, C), which is empty without them."""
+    """Return the gradient of `x`, and those of weight and bias, float32 (2, C), which is empty without them."""
     groups = saved.shape[1]
     sizes = _sizes(x.shape, groups)
     parts = torch.empty(2, groups, sizes.parts, sizes.channels, device=x.device)

@@ -3,8 +3,8 @@
 The results are those of `moco.data.crop.resized_crops`, bit for bit: weights are integers times a power of two, so all
 sums are exact.
 
-Legend: N images, C channels, H x W pixels of an image, h x w of its box, S output size, K weights per
-output pixel, L the longest side of an image.
+Legend: N images, C channels, H x W pixels of an image, h x w of its box, S output size, K weights per output pixel, L
+longest side of an image.
 """
 
 import torch
@@ -48,9 +48,8 @@ def _resize(
     first = tl.load(firsts + length * SIZE + pixel, inside, 0)
     weights = taps + (length * SIZE + pixel) * TAPS
     start += (image * channels + channel) * source_plane + first * step
-    total = tl.full(
-        (BLOCK,), 0.5, taps.dtype.element_ty
-    )  # the conversion truncates: with the 0.5, it rounds as ATen does
+    # From 0.5, because the conversion to uint8 truncates: so it rounds as ATen does.
+    total = tl.full((BLOCK,), 0.5, taps.dtype.element_ty)
     for tap in range(TAPS):
         used = inside & (first + tap < length)  # unused taps at the border have no pixel
         total += tl.load(weights + tap, inside, 0.0) * tl.load(source + start + tap * step, used, 0).to(total.dtype)

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 LARGEST_DIM = 128  # C; more need more registers and shared memory than a multiprocessor has
-_PROGRAMS = 256  # wanted; an H200 has 132 multiprocessors
+_PROGRAMS = 256  # to aim for; an H200 has 132 multiprocessors
 # Queries and keys per product, and warps: 64 KiB of shared memory, and almost no spilled registers, on sm_80 and sm_90.
 _ROWS, _COLUMNS, _WARPS = 32, 64, 8
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # not -inf: -inf - -inf is nan
@@ -161,7 +161,7 @@ def _combine(
     PARTS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Write the numbers of one query, (12, N), see `info_nce`, and its `apart`."""
+    """Write the results of one query, (12, N), in the order in which `info_nce` unpacks them, and its `apart`."""
     n = tl.program_id(0)
     t = _temperature(temperature, LEARNED)
     dims = tl.arange(0, DIM)
@@ -221,7 +221,8 @@ def info_nce(
     out, apart = torch.empty(12, count, device=query.device), torch.empty(count, dim, device=query.device)
     learned = isinstance(temperature, Tensor)
     value = temperature if isinstance(temperature, Tensor) else float(temperature)
-    mask = query if negatives is None else negatives.contiguous()  # other pointers are not read
+    # Without a mask or samples, any tensor takes their place: it is not read.
+    mask = query if negatives is None else negatives.contiguous()
     own, others = (query, query) if samples is None else (each.contiguous() for each in samples)
     with torch.cuda.device_of(query):
         _parts[(blocks, parts)](

@@ -102,7 +102,7 @@ def published_weights(name: str) -> str:
     except RuntimeError:  # an unknown tag
         return ""
     repo = str(known.hf_hub_id or "") if known is not None else ""
-    return repo if repo.startswith("timm/") else ""  # its file is model.safetensors
+    return repo if repo.startswith("timm/") else ""  # other repositories may have no model.safetensors
 
 
 def _timm_model(name: str, options: Mapping[str, Any], group: str) -> nn.Module:
@@ -149,16 +149,15 @@ def build_backbone(name: str, options: Mapping[str, Any], group: str = "model.")
     Args:
         name: a key of `BACKBONES`, or `timm/NAME` for any model of timm.
         options: keyword arguments of the constructor, e.g. {"stem": "cifar"}; "channels" are those of the images, for
-            timm `in_chans`. timm adapts the first layer of published weights so that its sum over channels stays equal.
+            timm `in_chans`. timm then sums, or repeats and scales, the weights of the first layer.
         group: the group of the configuration that names both, for errors; "" if the fields have none.
 
     Raises:
         ValueError: for an unknown name or option.
     """
     try:
-        if name.startswith("timm/") and "channels" in options:
-            options = {("in_chans" if each == "channels" else each): value for each, value in options.items()}
         if name.startswith("timm/"):
+            options = {("in_chans" if each == "channels" else each): value for each, value in options.items()}
             return _timm_model(name, options, group)
         if name not in BACKBONES:
             import timm

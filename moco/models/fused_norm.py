@@ -1,4 +1,4 @@
-"""BN in groups on a GPU by kernels, which read the groups where they lie: two launches a pass for any number of groups.
+"""BN in groups on a GPU by kernels, which do not copy the groups: two launches per pass for any number of groups.
 
 Legend: N batch, C channels, G groups.
 """
@@ -13,7 +13,7 @@ from moco.models.sync_norm import memory_format
 
 
 def has_kernel(x: Tensor, weight: Tensor | None, groups: int) -> bool:
-    """Return whether kernels normalize a batch: several groups, on a GPU, in float32 or less, with the channels last.
+    """Return whether kernels normalize a batch: several groups, on a GPU, not in float64, with the channels last.
 
     For one group, torch's own operation takes the host less time (docs/gpu.md). A group with one number per channel is
     left to torch, which refuses it.
@@ -39,9 +39,9 @@ def fused_batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalize (N, C) or (N, C, H, W) over each of G groups of consecutive images; move the running statistics.
+    """Normalize (N, C) or (N, C, H, W) over each of G groups of consecutive images.
 
-    They move as those of `F.batch_norm` would, by the mean over the groups.
+    Updates the running statistics as `F.batch_norm` does, with the mean over the groups.
     """
     return cast(Tensor, _FusedBatchNorm.apply(x, weight, bias, (running_mean, running_var), groups, momentum, eps))
 

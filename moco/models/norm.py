@@ -88,15 +88,14 @@ class GroupedBatchNorm(nn.Module):
         if torch.compiler.is_compiling():
             return self._normalize_at_once(x)
         count = len(x) // (self.group_size or len(x))
+        running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
         if self._is_fused(x) and has_kernel(x, self.weight, count):
             self._count_call()
-            running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
             return fused_batch_norm(x, *affine, *running, count, self.momentum, self.eps)
-        groups = x.split(self.group_size or len(x))
-        if len(groups) == 1 and self._is_fused(x):
+        if self._is_fused(x) and count == 1:
             self._count_call()
-            running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
             return F.batch_norm(x, *running, *affine, training=True, momentum=self.momentum, eps=self.eps)
+        groups = x.split(self.group_size or len(x))
         dtype = torch.promote_types(x.dtype, torch.float32)
         statistics = x.new_zeros(2, len(groups), x.shape[1], dtype=dtype)  # (2, G, C), means and variances
         if self._are_normalized_together(groups):
@@ -229,45 +228,29 @@ def convert_batch_norm(module: nn.Module, kind: BatchNormKind, group_size: int) 
 
 
 @contextmanager
-def untracked(module: nn.Module) -> Iterator[None]:
-    """Keep the running statistics of every BN layer unchanged by forward passes in this context."""
-    kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
-    layers = [layer for layer in module.modules() if isinstance(layer, kinds)]
-    buffers = [(x, x.clone()) for layer in layers for x in layer.buffers(recurse=False)]
-    calls = [(layer, layer.call) for layer in layers if isinstance(layer, GroupedBatchNorm)]
-    try:
-        yield
-    finally:
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        for layer, call in calls:
-            layer.call = call
+def untracked(module: nn.Module, backward: bool = False) -> Iterator[None]:
+    """Keep the running statistics of every BN layer unchanged by forward passes in this context.
 
-
-@contextmanager
-def statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Like `untracked`, for forward passes with a backward pass: the buffers that it needs are never written."""
+    They are restored at the end. With `backward`, a backward pass may follow: then they are never written, because
+    autograd refuses tensors that were written in between, and only the numbers of calls are restored.
+    """
     kinds = GroupedBatchNorm | nn.modules.batchnorm._BatchNorm
     layers: list[Any] = [layer for layer in module.modules() if isinstance(layer, kinds)]
-    momenta = [layer.momentum for layer in layers]
-    counts = [(each, each.clone()) for layer in layers for each in _counts(layer)]
+    buffers = [x for layer in layers for x in layer.buffers(recurse=False) if not (backward and x.is_floating_point())]
+    values = [x.clone() for x in buffers]
     calls = [(layer, layer.call) for layer in layers if isinstance(layer, GroupedBatchNorm)]
-    for layer in layers:
-        layer.momentum = 0.0
+    momenta = [layer.momentum for layer in layers]
     try:
+        for layer in layers if backward else ():
+            layer.momentum = 0.0
         yield
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-        for count, value in counts:
-            count.copy_(value)
+        for buffer, value in zip(buffers, values, strict=True):
+            buffer.copy_(value)
         for layer, call in calls:
             layer.call = call
-
-
-def _counts(layer: nn.Module) -> list[Tensor]:
-    """Return the integer buffers of a BN layer, which count its calls."""
-    return [each for each in layer.buffers(recurse=False) if not each.is_floating_point()]
 
 
 def set_calls_per_step(module: nn.Module, views: int, micro_batches: int = 1, view_by_view: bool = False) -> None:

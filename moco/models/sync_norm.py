@@ -24,7 +24,7 @@ def sync_batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalize (N, C, ...) on a GPU over all ranks, and move the running statistics as `F.batch_norm` does.
+    """Normalize (N, C, ...) on a GPU over all ranks; update the running statistics as `F.batch_norm` does.
 
     Both passes are collectives. For the backward pass, the input is kept in its own number type.
     """
@@ -56,7 +56,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
         grad, needed = grads[0].contiguous(memory_format=memory_format(x)), ctx.needs_input_grad[:3]
-        # (C,): sums of the gradient, and of the gradient times (x - mean); the gradients by weight and bias
+        # (C,): sums of the gradient, and of the gradient times (x - mean); the gradients of weight and bias
         *sums, by_weight, by_bias = torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, *needed)
         by_x = None
         if needed[0]:
@@ -67,7 +67,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
 @cache
 def _counts(processes: int, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the numbers per channel of each process, (W,): as the forward kernel takes them, and as the backward's."""
+    """Return how many values a channel has on each process, (W,), in the types of the forward and backward kernels."""
     counts = torch.full((processes,), count, dtype=dtype, device=device)
     return counts, counts.to(torch.int32)
 

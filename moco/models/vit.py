@@ -104,7 +104,7 @@ def sin_cos_positions(side: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), positions])
 
 
-def conv_stem(dim: int, channels: int = 3) -> nn.Sequential:
+def conv_stem(dim: int, channels: int) -> nn.Sequential:
     """Return a network, (N, C, S, S) to (N, D, S/16, S/16): 3x3 convolutions with D/8 ... D channels, then a 1x1."""
     widths = [channels, dim // 8, dim // 4, dim // 2, dim]
     layers: list[nn.Module] = []

@@ -75,7 +75,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
         def features(rows: Sequence[int]) -> ImageSet:
             size, workers = config.images_at_once, data_used.workers
             parts: list[Tensor] = []
-            with progress_bar(f"{run.name}: {title}", quiet=False) as progress:
+            with progress_bar(f"{run.name}: {title}") as progress:
                 for part in stream(backbone, source, rows, subject.transform, device, size, workers):
                     parts.append(part.cpu())
                     progress(sum(map(len, parts)), len(rows))
@@ -102,7 +102,7 @@ def compute_map(config: ReportConfig, images: ImageFeatures) -> Map | None:
         return None
     labels = [label for i in range(len(shown)) if (label := shown.label(i)) is not None]
     count = config.clusters or (min(_MOST_CLUSTERS, len(set(labels))) if labels else _CLUSTERS)
-    with progress_bar(f"map ({config.map}) and clusters", quiet=False) as progress:
+    with progress_bar(f"map ({config.map}) and clusters") as progress:
         progress(0, 2)
         places = coordinates(shown.features, config.map, config.perplexity, config.seed)
         progress(1, 2)

@@ -196,7 +196,7 @@ def _compute_missing(work: _Work, state: About, folder: Path) -> None:
     features = np.lib.format.open_memmap(folder / PARTIAL, mode="r+")
     chunks = work.chunks_of_rank(state["done"])
     count = len(work.source)
-    with progress_bar("embedding images", quiet=not is_rank_zero()) as progress:
+    with progress_bar("embedding images") as progress:
         for first in range(state["done"], len(work), world_size()):
             for unreadable in all_gather_object(lambda: _write(features, next(chunks, None))):
                 state["unreadable"] |= unreadable

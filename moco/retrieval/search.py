@@ -143,7 +143,7 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
 def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device) -> Result:
     """Find groups of images that are linked by similarities of at least `threshold`."""
     images = index.images
-    with progress_bar("comparing images", quiet=False) as progress:
+    with progress_bar("comparing images") as progress:
         found = duplicate_groups(images.features, config.threshold, device=device, progress=progress)
     groups = [_best_first(images, rows) for rows in found]
 
@@ -175,7 +175,7 @@ def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device
 def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) -> Result:
     """Sort the images by their mean similarity to their k nearest neighbors, the lowest first."""
     images, k = index.images, min(config.k, len(index.images) - 1)
-    with progress_bar("comparing images", quiet=False) as progress:
+    with progress_bar("comparing images") as progress:
         scores = outlier_scores(images.features, k, device=device, progress=progress)
     order = np.argsort(scores, kind="stable").tolist()
     shown, first, median = order[: config.show], order[0], float(np.median(scores))

@@ -27,11 +27,10 @@ from moco.runtime.stdio import discard_output, printable
 class Terminal(Console):
     """A console that drops its output after a broken pipe (`| head`, a closed terminal); rich would end the process."""
 
-    def __init__(self, quiet: bool | None = None) -> None:
-        quiet = not is_rank_zero() if quiet is None else quiet
+    def __init__(self) -> None:
         # A notebook does not move the cursor: each state of a progress bar would stay in the cell.
-        plain = False if "JPY_PARENT_PID" in os.environ else None  # Jupyter's mark in a kernel and its commands
-        super().__init__(highlight=False, quiet=quiet, force_terminal=plain, force_jupyter=plain)
+        plain = False if "JPY_PARENT_PID" in os.environ else None  # set in a kernel and in commands that it starts
+        super().__init__(highlight=False, quiet=not is_rank_zero(), force_terminal=plain, force_jupyter=plain)
         if self.width < 1:  # COLUMNS=0
             self.width = 80
 
@@ -47,10 +46,10 @@ class Terminal(Console):
 
 
 class Display:
-    """The live display of a training run that resumes from step `start`. If quiet, it prints nothing."""
+    """The live display of a training run that resumes from step `start`."""
 
-    def __init__(self, total_steps: int, steps_per_epoch: int, start: int, quiet: bool) -> None:
-        self.console = Terminal(quiet)
+    def __init__(self, total_steps: int, steps_per_epoch: int, start: int) -> None:
+        self.console = Terminal()
         self._total, self._steps_per_epoch, self._start = total_steps, steps_per_epoch, start
         self._began = self._last_line = time.monotonic()
         name, share, left = map(TextColumn, ("[bold]{task.description}", "{task.percentage:3.0f} %", "left"))
@@ -59,7 +58,7 @@ class Display:
         self._task = self._progress.add_task("epoch 1", total=total_steps, completed=start)
         self._status = Text("")
         self._live: Live | None = None
-        self._show_live = self.console.is_terminal and not quiet
+        self._show_live = self.console.is_terminal and not self.console.quiet
 
     def log(self, line: str) -> None:
         """Print a line above the progress bar."""
@@ -109,9 +108,9 @@ def status_line(values: Mapping[str, float]) -> str:
 
 @contextmanager
 def progress_bar(
-    description: str, quiet: bool, heartbeat: Callable[[], None] = lambda: None
+    description: str, heartbeat: Callable[[], None] = lambda: None
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar, which disappears at the end. Yields a function to call with (done, total).
+    """Show a progress bar on rank 0, which disappears at the end. Yields a function to call with (done, total).
 
     That function calls `heartbeat` too, also where no bar is shown.
     """
@@ -123,7 +122,7 @@ def progress_bar(
     console = Terminal()
     name = TextColumn(printable(description), markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not console.is_terminal) as bar:
         task = bar.add_task("", total=None, visible=False)
         yield progress
 

@@ -54,7 +54,7 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Ite
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP, which is the message, has arrived in a command that saves nothing when it is stopped."""
+    """SIGTERM or SIGHUP, named by the message, has stopped a command that saves no state when it is stopped."""
 
 
 @contextmanager

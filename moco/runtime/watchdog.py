@@ -71,9 +71,9 @@ def hang_message(states: Sequence[RankState], minutes: float) -> str:
     )
 
 
-def _list(ranks: Sequence[int], most: int = 8) -> str:
-    more = f" and {len(ranks) - most} more" * (len(ranks) > most)
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:most]))}{more}"
+def _list(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - 8} more" * (len(ranks) > 8)
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:8]))}{more}"
 
 
 def _describe(states: Sequence[RankState], ranks: Sequence[int]) -> str:

@@ -21,7 +21,6 @@ from moco.data.decode import ImageError, decode_bytes, read_bytes
 from moco.data.labels import first_names
 from moco.data.walk import IMAGE_ENDINGS, IMAGE_FORMATS, walk
 from moco.data.workers import in_order
-from moco.distributed import is_rank_zero
 from moco.evaluation.subsets import split_copies
 from moco.runtime.console import progress_bar
 
@@ -128,7 +127,7 @@ def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64
     """
     total = np.zeros(256, dtype=np.int64)
     counted = closing(in_order(_Counted(images), range(len(images)), workers, WORKERS))
-    with progress_bar("reading masks", quiet=not is_rank_zero()) as progress, counted as counts:
+    with progress_bar("reading masks") as progress, counted as counts:
         for done, each in enumerate(counts, start=1):
             if isinstance(each, ImageError):
                 raise each

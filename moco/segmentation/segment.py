@@ -142,7 +142,7 @@ def _segment(run: Segmentation, name: str, on_step: Callable[[str], None]) -> Se
     overlaps, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
         network = _train(run, name, seed, on_step)
-        with progress_bar("evaluating", quiet=not is_rank_zero()) as progress:
+        with progress_bar("evaluating") as progress:
             overlaps.append(evaluate(network, run.held_out, settings.crops, config.masks.workers, progress))
         log(f"{name}, seed {seed}: mIoU {percent(overlaps[-1].mean)} %")
     folder = (

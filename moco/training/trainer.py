@@ -120,7 +120,7 @@ class Trainer:
 
         # Output: terminal, metrics, checkpoints.
         unfinished = self.start < self.plan.total_steps
-        self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start, quiet=not is_rank_zero())
+        self.display = Display(self.plan.total_steps, self.plan.steps_per_epoch, self.start)
         self.throughput = Throughput(config, self.method, device, self.precision, self.display.log, unfinished)
         logs_metrics = is_rank_zero() and unfinished
         self.metrics_log = MetricsLogger(self.path, self.start, config.logger) if logs_metrics else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moco.models.fused_norm import has_kernel
-from moco.models.norm import GroupedBatchNorm, statistics_kept
+from moco.models.norm import GroupedBatchNorm, untracked
 
 pytest.importorskip("triton")
 
@@ -98,10 +98,10 @@ def test_a_large_mean_does_not_cancel() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-4)  # rounding of x: 6e-5 in units of 0.5
 
 
-def test_calls_are_counted_and_kept_statistics_do_not_move() -> None:
+def test_calls_are_counted_and_untracked_calls_leave_the_statistics_unchanged() -> None:
     norm = layer(5, 4, torch.float32).to(DEVICE)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
-    with statistics_kept(norm):
+    with untracked(norm, backward=True):
         norm(batch(12, 5, 3, 2).to(DEVICE))
     for name, value in norm.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -127,7 +127,7 @@ def test_other_batches_are_left_to_torch(x: Tensor, affine: torch.dtype, groups:
 
 
 def test_micro_batches_and_evaluation_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel moves the running statistics by a whole view."""
+    """A kernel updates the running statistics by a whole view."""
 
     def fail(*_: Any) -> None:
         raise AssertionError

@@ -90,21 +90,21 @@ def test_output_is_dropped_after_the_reader_has_gone(name: str, monkeypatch: pyt
         monkeypatch.setattr(sys, "stdout", stream)
         if name == "terminal":
             monkeypatch.setattr(Console, "is_terminal", True)
-        display = Display(10, 10, 0, quiet=False)
+        display = Display(10, 10, 0)
         for step in range(1, 11):
             display.step(step)
         display.log("a line")
         display.close()
         summary_panel("done", [("a", "b")])
         assert display.console.quiet
-        with progress_bar("work", quiet=False) as progress:
+        with progress_bar("work") as progress:
             progress(1, 2)
         print("dropped too", flush=True)
         assert os.readlink(f"/proc/self/fd/{end}") == os.devnull
 
 
 def test_other_errors_are_still_raised() -> None:
-    with pytest.raises(ValueError, match="a defect"), Terminal(quiet=True):
+    with pytest.raises(ValueError, match="a defect"), Terminal():
         raise ValueError("a defect")
 
 
@@ -184,7 +184,7 @@ def test_every_way_to_print_escapes_names(capsys: pytest.CaptureFixture[str], mo
     console.log(HOSTILE)
     console.summary_panel(HOSTILE, [("name", HOSTILE)])
     console.table(HOSTILE, [HOSTILE], [[HOSTILE]], f"{HOSTILE[:8]}\nsecond line")
-    Display(10, 10, 0, quiet=False).log(HOSTILE)
+    Display(10, 10, 0).log(HOSTILE)
     print_error(HOSTILE)
     printed, errors = capsys.readouterr()
     assert printed.count(ESCAPED) == 1 + 2 + 3 + 1
@@ -234,7 +234,7 @@ def test_a_notebook_gets_plain_lines_without_a_progress_bar(
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
 
     def printed() -> str:
-        with progress_bar("images", quiet=False) as progress:
+        with progress_bar("images") as progress:
             progress(1, 2)
         log("done")
         return capsys.readouterr().out

@@ -134,7 +134,7 @@ def choose(config: ChooseConfig) -> list[Point]:
     if config.labels and bank is not None and held_out is not None and (copies := count_copies(bank, held_out)):
         log(copies_message(copies, len(held_out)))
     points, total = [], sum(map(len, files.values()))
-    with progress_bar("measuring checkpoints", quiet=False) as progress:
+    with progress_bar("measuring checkpoints") as progress:
         for run, paths in files.items():
             views = augmented_views(images, read_encoder(paths[0]), device)  # the same for all checkpoints of a run
             for path in paths:

@@ -149,7 +149,7 @@ def _train_all(config: TemperatureConfig, planned: Sequence[Planned]) -> dict[st
     if done:
         log(f"{done} of {len(planned)} runs are already finished")
     failed = {}
-    with progress_bar("training runs", quiet=False) as progress:
+    with progress_bar("training runs") as progress:
         for number, run in enumerate(unfinished, done + 1):
             progress(number - 1, len(planned))
             reason = train(command_of(config, run), run.folder)
@@ -193,7 +193,7 @@ def _measure_all(config: TemperatureConfig, planned: Sequence[Planned], device: 
     sources = open_sources(DataConfig(**data), bank_size=trained["evaluate"]["bank_size"])
     note_several_labels(sources.train)
     runs = []
-    with progress_bar("measuring", quiet=False) as progress:
+    with progress_bar("measuring") as progress:
         for number, (temperature, seed, folder) in enumerate(finished, 1):
             runs.append(measure(folder, temperature, seed, sources, config, device))
             progress(number, len(finished))
