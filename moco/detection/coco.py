@@ -16,8 +16,7 @@ from moco.data.labels import first_names
 from moco.detection.images import BoxedImage, BoxedImages
 from moco.untrusted import refuse_special_file
 
-TOLERANCE = 1.0  # pixels by which a box may reach outside its image, as rounded ones do; it is clipped then
-DROP = "correct it, or leave such boxes out with boxes.bad_boxes=drop"
+TOLERANCE = 1.0  # a box may reach this many pixels outside its image, because coordinates are rounded; it is clipped
 
 
 def read_coco(
@@ -53,14 +52,14 @@ def read_coco(
             raise ConfigError(f"{where} has category_id {category!r}, {known}: {fix}")
         if (box := _box(where, entry, images[image], drop)) is not None:
             crowd = entry.get("iscrowd", 0) in (1, True)
-            outline = _outline(where, entry, images[image]) if masks else None
-            objects[image].append((box, numbers[category], crowd, outline))
+            mask = _segmentation(where, entry, images[image]) if masks else None
+            objects[image].append((box, numbers[category], crowd, mask))
     found = tuple(_image(images[each], root, objects[each], masks) for each in images)
     return BoxedImages(found, names)
 
 
 def _image(entry: Mapping[str, Any], root: Path, objects: Sequence[tuple[Any, ...]], masks: bool) -> BoxedImage:
-    boxes, labels, crowds, outlines = zip(*objects, strict=True) if objects else ((), (), (), ())
+    boxes, labels, crowds, segmentations = zip(*objects, strict=True) if objects else ((), (), (), ())
     return BoxedImage(
         str(root / entry["file_name"]),
         entry["width"],
@@ -68,7 +67,7 @@ def _image(entry: Mapping[str, Any], root: Path, objects: Sequence[tuple[Any, ..
         np.array(boxes, dtype=np.float32).reshape(-1, 4),
         np.array(labels, dtype=np.int64),
         np.array(crowds, dtype=bool),
-        tuple(outlines) if masks else (),
+        tuple(segmentations) if masks else (),
     )
 
 
@@ -90,7 +89,7 @@ def _load(path: Path, file: str) -> dict[str, Any]:
     require(isinstance(content, dict), complaint)
     for name in ("images", "annotations", "categories"):
         require(isinstance(content.get(name), list), f"{complaint}, and {name} is no list")
-        require(bool(content[name]), f"{file}: the list {name} is empty")
+        require(bool(content[name]), f"{file}: the list {name} is empty: name a json with entries in it")
     assert isinstance(content, dict)
     return content
 
@@ -139,7 +138,7 @@ def _box(where: str, entry: Mapping[str, Any], image: Mapping[str, Any], drop: b
     """Return left, top, right and bottom, clipped to the image; None for a box to leave out."""
     box = entry.get("bbox")
     valid = isinstance(box, list) and len(box) == 4 and all(_is_number(each) for each in box)
-    require(valid, f"{where} has the bbox {box!r:.80}, not four numbers: left, top, width and height")
+    require(valid, f"{where} has the bbox {box!r:.80}, not four numbers: correct it to [left, top, width, height]")
     assert isinstance(box, list)
     left, top, width, height = box
     return checked_box(
@@ -161,14 +160,15 @@ def checked_box(
     left, top, right, bottom = box
     outside = max(-left, -top, right - size[0], bottom - size[1]) > TOLERANCE
     clipped = (max(0.0, left), max(0.0, top), min(float(size[0]), right), min(float(size[1]), bottom))
-    # Of float32, as the boxes are stored: a side of 1e-9 pixels at 600 is no side.
+    # In float32, as boxes are stored: edges at 600 and at 600 + 1e-9 pixels are then equal.
     sides = np.subtract(clipped[2:], clipped[:2], dtype=np.float32)
     empty = not (right > left and bottom > top)
     if not outside and not empty and sides.min() > 0:
         return clipped
     if not drop:
         beyond = f"reaches outside its image of {size[0]} x {size[1]} pixels"
-        raise ConfigError(f"{where} {beyond if outside and not empty else 'has no area'}: {DROP}")
+        fix = "correct it, or leave such boxes out with boxes.bad_boxes=drop"
+        raise ConfigError(f"{where} {beyond if outside and not empty else 'has no area'}: {fix}")
     return None
 
 
@@ -176,30 +176,31 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) < 1e9
 
 
-def _outline(where: str, entry: Mapping[str, Any], image: Mapping[str, Any]) -> Any:
+def _segmentation(where: str, entry: Mapping[str, Any], image: Mapping[str, Any]) -> Any:
     """Return the mask of an annotation: polygons, or run lengths, checked so that pycocotools can decode it."""
-    outline = entry.get("segmentation")
-    fix = "add it, or choose a detector without masks, such as detector=faster_rcnn_fpn"
-    require(bool(outline), f"{where} has no mask (segmentation), which Mask R-CNN needs for every object: {fix}")
-    if isinstance(outline, list):
+    found = entry.get("segmentation")
+    fix = "correct it, or choose a detector without masks, such as detector=faster_rcnn_fpn"
+    require(bool(found), f"{where} has no mask (segmentation), which Mask R-CNN needs for every object: {fix}")
+    error = f"{where} has a segmentation that is"
+    if isinstance(found, list):
         polygons = all(
             isinstance(each, list) and len(each) >= 6 and len(each) % 2 == 0 and all(map(_is_number, each))
-            for each in outline
+            for each in found
         )
-        require(polygons, f"{where} has a segmentation that is no list of polygons, each of three points or more")
-        return outline
-    valid = isinstance(outline, dict) and outline.get("size") == [image["height"], image["width"]]
-    require(valid, f"{where} has a segmentation that is neither polygons nor run lengths of the size of its image")
-    assert isinstance(outline, dict)
-    counts: Any = outline.get("counts")
+        require(polygons, f"{error} no list of polygons, each of three points or more: {fix}")
+        return found
+    valid = isinstance(found, dict) and found.get("size") == [image["height"], image["width"]]
+    require(valid, f"{error} neither polygons nor run lengths of the size of its image: {fix}")
+    assert isinstance(found, dict)
+    counts: Any = found.get("counts")
     try:
         runs: Any = list(_runs(counts)) if isinstance(counts, str) else counts
         valid = isinstance(runs, list) and all(type(each) is int and each >= 0 for each in runs)
         valid = valid and sum(runs) == image["height"] * image["width"]
     except IndexError:
         valid = False
-    require(valid, f"{where} has run lengths that do not fill its image")
-    return {"size": outline["size"], "counts": counts}
+    require(valid, f"{where} has run lengths that do not fill its image: {fix}")
+    return {"size": found["size"], "counts": counts}
 
 
 def _runs(text: str) -> Iterator[int]:

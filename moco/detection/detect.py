@@ -39,14 +39,14 @@ from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
-# Fields that "changed" in results.json leaves out: "protocol" states them, or they do not affect the result of a seed.
+# Fields not listed under "changed" in results.json: "protocol" states them, or they do not affect the result of a seed.
 _NOT_LISTED = {"encoders", "seeds", "steps", "detector"}
 SHOWN = 6  # held-out images in predictions.png
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """The common state of all encoders and seeds."""
+    """What all encoders and seeds share: the configuration, the encoder files and the images."""
 
     config: DetectConfig
     own: EncoderFile  # that of run or checkpoint
@@ -126,7 +126,7 @@ def _set_up(config: DetectConfig, device: torch.device) -> Detection:
         if theirs and not ours
     ]
     if lacking:
-        log(f"in no training image, so never found: {first_names(lacking)}")
+        log(f"classes without a box in the training images, which the detector cannot learn: {first_names(lacking)}")
     return Detection(config, own, files, output_of(config, own), train_split, held_out, device)
 
 
@@ -136,7 +136,7 @@ def _form(config: DetectConfig) -> DetectorSettings:
 
 
 def _detect(run: Detection, name: str, on_step: Callable[[str], None]) -> Detected:
-    """Train and evaluate one encoder with all seeds; save the network of the last seed, and a picture."""
+    """Train and evaluate one encoder with all seeds; save the network of the last seed and predictions.png."""
     results, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
         network = _train(run, name, seed, on_step)
@@ -186,7 +186,7 @@ def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
     views = run.training(name).views
     settings |= {"mean": list(views.mean), "std": list(views.std), "classes": list(run.train.classes)}
     images = [
-        [each.path, each.width, each.height, each.boxes.tolist(), each.labels.tolist(), list(each.outlines)]
+        [each.path, each.width, each.height, each.boxes.tolist(), each.labels.tolist(), list(each.segmentations)]
         for each in run.train.images
     ]
     weights = weights_digest(run.files[name], "backbone")
@@ -207,7 +207,7 @@ def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
 
 
 def _settings(config: DetectConfig) -> dict[str, Any]:
-    """Return the settings of the training."""
+    """Return the settings without the fields of the encoder, the data and their preparation."""
     shared = {each.name for each in fields(EncoderConfig)} | {"boxes", "save_every", "mean", "std"}
     return {name: value for name, value in asdict(config).items() if name not in shared}
 

@@ -1,6 +1,6 @@
 """Images with the boxes, classes and masks of the objects in them.
 
-Legend: n objects of an image, H x W its size, upright.
+Legend: n objects of an image, H x W its size after the rotation that EXIF states, L classes.
 """
 
 import io
@@ -27,7 +27,7 @@ WORKERS = "boxes.workers"  # the field, for errors
 
 @dataclass(frozen=True, eq=False)
 class BoxedImage:
-    """One image.
+    """An image file and its objects.
 
     Attributes:
         path: The file.
@@ -37,7 +37,7 @@ class BoxedImage:
         labels: The class of each box, from 1; (n,). 0 is the background.
         ignored: Whether a detection of the object counts neither as right nor as wrong, (n,): COCO's crowds, VOC's
             difficult objects.
-        outlines: For masks, each object's `segmentation` in COCO's format.
+        segmentations: For masks, each object's `segmentation` in COCO's format.
     """
 
     path: str
@@ -46,14 +46,13 @@ class BoxedImage:
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
     ignored: NDArray[np.bool_]
-    outlines: tuple[Any, ...] = ()
+    segmentations: tuple[Any, ...] = ()
 
     def without_ignored(self) -> "BoxedImage":
         kept = np.flatnonzero(~self.ignored)
-        outlines = tuple(self.outlines[i] for i in kept) if self.outlines else ()
-        return replace(
-            self, boxes=self.boxes[kept], labels=self.labels[kept], ignored=self.ignored[kept], outlines=outlines
-        )
+        segmentations = tuple(self.segmentations[i] for i in kept) if self.segmentations else ()
+        arrays = {name: getattr(self, name)[kept] for name in ("boxes", "labels", "ignored")}
+        return replace(self, **arrays, segmentations=segmentations)
 
     def pixels(self) -> Tensor:
         """Return the pixels, uint8 (3, H, W); raise ImageError if the file cannot be read or has another size."""
@@ -78,8 +77,11 @@ class BoxedImage:
 
     def masks(self) -> Tensor:
         """Return the mask of each object, uint8 (n, H, W)."""
-        masks = [decode_mask(each, self.height, self.width) for each in self.outlines]
-        return torch.from_numpy(np.stack(masks) if masks else np.zeros((0, self.height, self.width), np.uint8))
+        return self.stacked([decode_mask(each, self.height, self.width) for each in self.segmentations])
+
+    def stacked(self, masks: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Return masks (H, W) as one tensor, uint8 (masks, H, W)."""
+        return torch.from_numpy(np.array(masks, np.uint8).reshape(-1, self.height, self.width))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +113,14 @@ def coco_masks() -> Any:
     return optional_module("pycocotools.mask", "moco.detect", "detect")
 
 
-def decode_mask(outline: Any, height: int, width: int) -> NDArray[np.uint8]:
+def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]:
     """Return the mask (H, W) of a `segmentation` in COCO's format: polygons, or run lengths."""
     library = coco_masks()
-    if isinstance(outline, list):
-        outline = library.merge(library.frPyObjects(outline, height, width))
-    elif isinstance(outline["counts"], list):
-        outline = library.frPyObjects(outline, height, width)
-    mask: NDArray[np.uint8] = library.decode(outline)
+    if isinstance(segmentation, list):
+        segmentation = library.merge(library.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = library.frPyObjects(segmentation, height, width)
+    mask: NDArray[np.uint8] = library.decode(segmentation)
     return mask
 
 

@@ -1,6 +1,6 @@
 """Average precision (AP) of detections, by torchmetrics with pycocotools.
 
-Legend: M images, k detections of an image, n objects of it.
+Legend: M images.
 """
 
 import warnings
@@ -18,7 +18,7 @@ from moco.detection.training import Detections, predict
 from moco.detection.views import ViewSettings
 from moco.distributed import all_gather_object, on_rank_zero, rank, world_size
 
-# Those of pycocotools. torchmetrics rounds them to float32, so that a recall of exactly 0.1 would not count at 0.1.
+# pycocotools' values. torchmetrics' defaults are rounded to float32, so a recall of exactly 0.1 would not count at 0.1.
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
 RECALL_THRESHOLDS = np.linspace(0, 1, 101).tolist()
 FIGURES = {"AP": "map", "AP50": "map_50", "AP75": "map_75"}  # over IoU 0.5 ... 0.95, at 0.5, at 0.75
@@ -44,7 +44,7 @@ def evaluate(
     workers: int | None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AveragePrecision:
-    """Compare detections with the objects of a split; the same result on every rank, which predicts a part of it.
+    """Return the AP on a split. Each rank predicts for a part of the images, and all ranks return the same result.
 
     Raises:
         ConfigError: if torchmetrics or pycocotools is not installed.
@@ -69,7 +69,7 @@ def average_precision(found: Sequence[Detections], images: BoxedImages, masks: b
     library = metrics_library()
     kinds = ("bbox", "segm") if masks else ("bbox",)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torchmetrics' about more than 100 detections per image
+        warnings.simplefilter("ignore")  # torchmetrics', about more than 100 detections per image
         metric = library.MeanAveragePrecision(
             "xyxy",
             kinds,
@@ -102,7 +102,7 @@ def _predicted(detections: Detections, image: BoxedImage, masks: bool) -> dict[s
     found = {name: torch.from_numpy(getattr(detections, name)) for name in ("boxes", "scores", "labels")}
     if masks:
         decoded = [coco_masks().decode(each) for each in detections.masks]
-        found["masks"] = torch.from_numpy(_stacked(decoded, image)).bool()
+        found["masks"] = image.stacked(decoded).bool()
     return found
 
 
@@ -110,7 +110,3 @@ def _true(image: BoxedImage, masks: bool) -> dict[str, torch.Tensor]:
     names = {"boxes": image.boxes, "labels": image.labels, "iscrowd": image.ignored.astype(np.int64)}
     objects = {name: torch.from_numpy(each) for name, each in names.items()}
     return objects | ({"masks": image.masks().bool()} if masks else {})
-
-
-def _stacked(masks: Sequence[np.ndarray], image: BoxedImage) -> np.ndarray:
-    return np.stack(masks) if masks else np.zeros((0, image.height, image.width), np.uint8)

@@ -37,12 +37,12 @@ RATIOS = (0.5, 1.0, 2.0)  # height / width of the anchors
 DIVISOR = 32  # of the padded size
 SCORE = 0.05  # detections with a lower score are left out
 C4_SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
-C4_POOL = 14  # side of a box on the map of the third stage
+C4_POOL = 14  # side to which a box on the map of the third stage is pooled
 
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """The form of a detector; see `DetectConfig` for the fields."""
+    """The architecture of a detector; see `DetectConfig` for the fields."""
 
     detector: str
     norm: bool = True
@@ -77,7 +77,7 @@ class Padding(nn.Module):
 class Stages(nn.Module):
     """The stages of a backbone, without the layers after them: images (N, 3, H, W) to a feature map for each stage.
 
-    The layers keep the names that they have in a ResNet.
+    The layers keep the names that they have in the backbone.
     """
 
     def __init__(self, layers: dict[str, nn.Module], ends: Sequence[str]) -> None:
@@ -107,14 +107,14 @@ class Pyramid(nn.Module):
 
 
 class ThirdStage(nn.Module):
-    """The stages of a ResNet up to the third, whose map (N, C, h, w) is the only one."""
+    """The stages of a ResNet up to the third, whose map (N, C, h, w) is the only output."""
 
     def __init__(self, body: Stages, channels: int) -> None:
         super().__init__()
         self.body, self.out_channels = body, channels
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        return OrderedDict({"0": next(reversed(self.body(images).values()))})
+        return cast("OrderedDict[str, Tensor]", self.body(images))
 
 
 def split_stages(backbone: nn.Module, source: str) -> Stages:
@@ -129,7 +129,7 @@ def split_stages(backbone: nn.Module, source: str) -> Stages:
     if isinstance(backbone, ConvNet):
         layers = dict(backbone.layers.named_children())
         strides = [(name, layer.stride[0]) for name, layer in layers.items() if isinstance(layer, nn.Conv2d)]
-        # A stage ends before the next convolution with a stride: with the ReLU that precedes it.
+        # A stage ends with the ReLU before a convolution whose stride is above 1.
         ends = [str(int(after) - 1) for (_, _), (after, stride) in pairwise(strides) if stride > 1]
         return Stages(layers, (*ends[max(0, len(ends) - 3) :], next(reversed(layers))))
     raise ConfigError(
@@ -153,7 +153,7 @@ def build_detector(
 
     Args:
         file: of the encoder.
-        settings: the form of the detector.
+        settings: the architecture of the detector.
         classes: L, without the background.
         seed: of the new weights and, if `untrained`, of the encoder's.
         untrained: give the encoder random weights instead of the file's.
@@ -166,11 +166,10 @@ def build_detector(
         convert_batch_norm(backbone, "sync", 0)
     body = split_stages(backbone, file.source)
     torch.manual_seed(seed)
-    form = settings.detector
     network: nn.Module
-    if form.endswith("c4"):
+    if settings.detector.endswith("c4"):
         network = _c4(body, settings, classes + 1, file.source)
-    elif form == "retinanet":
+    elif settings.detector == "retinanet":
         network = _retinanet(body, settings, classes + 1)
     else:
         network = _rcnn(body, settings, classes + 1)
@@ -199,15 +198,15 @@ def _pool(strides: Sequence[int], side: int, sampling: int) -> MultiScaleRoIAlig
 
 
 def _anchors(sizes: Sequence[float], given: Sequence[float], scales: Sequence[float] = (1.0,)) -> AnchorGenerator:
-    """Return anchors of one size per level, and multiples of it."""
+    """Return anchors with one size per level times each of `scales`; the sizes are those `given`, or else `sizes`."""
     levels = tuple(given) or tuple(sizes)
     error = f"anchor_sizes={list(given)} must hold a size for each of the {len(sizes)} levels of the pyramid"
-    require(len(levels) == len(sizes), f"{error}, or null")
+    require(len(levels) == len(sizes), f"{error}, or be null")
     return AnchorGenerator(tuple(tuple(size * scale for scale in scales) for size in levels), (RATIOS,) * len(levels))
 
 
 def _rcnn(body: Stages, settings: DetectorSettings, classes: int) -> nn.Module:
-    """Build a Faster or Mask R-CNN with a feature pyramid. With `norm`, as Detectron2's configurations for SyncBN."""
+    """Build Faster or Mask R-CNN with a feature pyramid; with `norm`, as Detectron2 configures them for SyncBN."""
     (channels, strides), width = shapes(body), settings.width
     norm = nn.BatchNorm2d if settings.norm else None
     fpn = FeaturePyramidNetwork(channels, width, LastLevelMaxPool(), norm)
@@ -241,7 +240,8 @@ def _c4(body: Stages, settings: DetectorSettings, classes: int, source: str) -> 
 
     With `norm`, a BN layer follows the last stage (Res5ROIHeadsExtraNorm there).
     """
-    error = f"detector={settings.detector} needs the four stages of a ResNet, and {source} is none: choose one with fpn"
+    fix = f"set detector={settings.detector.replace('c4', 'fpn')}"
+    error = f"detector={settings.detector} needs the four stages of a ResNet, and {source} is no ResNet: {fix}"
     require(hasattr(body, "layer4"), error)
     channels, strides = shapes(body)
     layers = dict(body.named_children())

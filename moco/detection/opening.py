@@ -18,7 +18,7 @@ def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImag
         ConfigError: if files are missing or invalid, see `read_coco` and `read_voc`, or a split has no boxes.
     """
     root, drop = Path(config.root), config.bad_boxes == "drop"
-    require(root.is_dir(), f"boxes.root={root} is not a folder")
+    require(root.is_dir(), f"boxes.root={root} is not a folder: set it to the folder of the data set")
     if config.layout == "voc":
         classes = config.classes or VOC_CLASSES
         train = read_voc(root, config.split or ["2007/trainval", "2012/trainval"], classes, drop, training=True)
@@ -29,10 +29,10 @@ def open_boxed(config: BoxesConfig, masks: bool) -> tuple[BoxedImages, BoxedImag
     else:
         train, held_out = _of_files(config, root, masks, drop)
     train = train.with_boxes()
-    require(len(train) > 0, "no training image has a box")
-    require(bool(held_out.count().sum()), "no held-out image has a box")
-    _check_files(root, train)
-    _check_files(Path(config.eval_root or root), held_out)
+    require(len(train) > 0, "no training image has a box: add boxes, or name other images")
+    require(bool(held_out.count().sum()), "no held-out image has a box: add boxes, or name other images")
+    _check_files("boxes.root", train)
+    _check_files("boxes.eval_root" if config.eval_file else "boxes.root", held_out)
     return train, held_out
 
 
@@ -40,19 +40,19 @@ def _of_files(config: BoxesConfig, root: Path, masks: bool, drop: bool) -> tuple
     train = read_coco(Path(config.file), root, masks, drop, field="boxes.file")
     if config.eval_file:
         eval_root = Path(config.eval_root or config.root)
-        require(eval_root.is_dir(), f"boxes.eval_root={eval_root} is not a folder")
+        require(eval_root.is_dir(), f"boxes.eval_root={eval_root} is not a folder: name that of the held-out images")
         return train, read_coco(Path(config.eval_file), eval_root, masks, drop, train.classes, "boxes.eval_file")
-    _check_files(root, train)
+    _check_files("boxes.root", train)
     rest, held = split_copies([each.path for each in train.images], config.hold_out)
     error = f"boxes.hold_out={config.hold_out} of {len(train)} images leaves a split empty: change it"
     require(bool(rest and held), error)
     return train.subset(rest), train.subset(held)
 
 
-def _check_files(root: Path, images: BoxedImages) -> None:
+def _check_files(field: str, images: BoxedImages) -> None:
     missing = [each.path for each in images.images if not Path(each.path).is_file()]
-    where = f"{len(missing)} of {len(images)} images do not exist, such as {first_names(missing[:1])}"
-    require(not missing, f"boxes.root={root}: {where}: add them, or set boxes.root or boxes.eval_root")
+    problem = f"{len(missing)} of {len(images)} images do not exist, such as {first_names(missing[:1])}"
+    require(not missing, f"{problem}: add them, or set {field} to their folder")
 
 
 def _coco_splits(root: Path, splits: list[str], masks: bool, drop: bool, classes: tuple[str, ...]) -> BoxedImages:

@@ -16,7 +16,7 @@ SHOWN_SCORE = 0.5  # detections with a lower score are not drawn
 def write_predictions(path: Path, rows: Iterable[tuple[BoxedImage, Detections]], classes: tuple[str, ...]) -> None:
     """Write a PNG with a row for each image: with its true boxes, and with the detections and their scores.
 
-    Each class has a color of Pascal VOC. Detections with masks also show these.
+    Each class has a color of Pascal VOC. The masks of detections are drawn too, if there are any.
     """
     strips = []
     for image, found in rows:

@@ -22,7 +22,7 @@ class KeyedSampler:
 
     Args:
         number: candidates per image, or all if there are fewer.
-        positive: the largest part of them that may be positive.
+        positive: the largest fraction of them that may be positive.
     """
 
     def __init__(self, number: int, positive: float) -> None:
@@ -59,7 +59,7 @@ class KeyedSampler:
 class SharedStage(nn.Module):
     """The mask branch of a C4 detector: the stage of the box branch, with the same weights, without pooling.
 
-    It runs again on the positives. Running statistics of BN move with the box branch only.
+    It runs again on the positives. Only the box branch updates the running statistics of BN.
     """
 
     def __init__(self, stage: nn.Module) -> None:
@@ -99,7 +99,5 @@ class DetectorLoss(nn.Module):
         counts = torch.tensor([anchors.drawn, boxes.drawn, boxes.drawn_positive], dtype=torch.float64)
         counts = counts.to(images[0].device, torch.promote_types(images[0].dtype, torch.float32))
         shares = counts * world_size() / sum_over_ranks(counts).clamp(min=1)
-        divided_by = {"loss_objectness": 0, "loss_rpn_box_reg": 0, "loss_classifier": 1, "loss_box_reg": 1}
-        return torch.stack(
-            [loss * shares[(divided_by | {"loss_mask": 2})[name]] for name, loss in losses.items()]
-        ).sum()
+        place = {"loss_objectness": 0, "loss_rpn_box_reg": 0, "loss_classifier": 1, "loss_box_reg": 1, "loss_mask": 2}
+        return torch.stack([loss * shares[place[name]] for name, loss in losses.items()]).sum()

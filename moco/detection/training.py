@@ -1,7 +1,6 @@
 """The training of a detector, and its predictions for whole images.
 
-W processes compute the same steps as one. Legend: B global batch, n = B / W images of this rank, k detections of an
-image, H x W its size.
+Several processes compute the same steps as one. Legend: k detections of an image, H x W its size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ class TrainSettings:
 
     views: ViewSettings
     schedule: Schedule
-    precision: torch.dtype = torch.float32  # of autocast; float32 is no autocast
+    precision: torch.dtype = torch.float32  # of autocast; float32: no autocast
     workers: int | None = 0  # loader processes
 
 
@@ -60,7 +59,7 @@ def train(
         optimizer: its groups hold the factor of their learning rate in "lr_scale".
         images: each with a box.
         plan: the images of each step.
-        settings: see there.
+        settings: see `TrainSettings`.
         start: finished steps.
         on_step: receives the number of finished steps, and the loss.
 
@@ -102,7 +101,7 @@ def predict(
 
 
 def detections_in(found: dict[str, Tensor], image: Tensor, width: int, height: int) -> Detections:
-    """Return the detections in an image in pixels of its file, W x H; they were found in a resized image."""
+    """Convert what a network found in a resized image to detections in pixels of its file, W x H."""
     scale = found["boxes"].new_tensor([width / image.shape[2], height / image.shape[1]]).repeat(2)
     boxes = found["boxes"] * scale  # (k, 4)
     masks: tuple[dict[str, Any], ...] = ()

@@ -43,7 +43,10 @@ class Example(NamedTuple):
 
 
 def resized(image: Tensor, short: int, settings: ViewSettings) -> Tensor:
-    """Return an image (3, h, w) of uint8 as normalized float32 (3, H, W) whose shorter side is `short`, or less."""
+    """Resize and normalize an image: uint8 (3, h, w) to float32 (3, H, W).
+
+    The shorter side becomes `short`, or less if `max_size` limits the longer one.
+    """
     height, width = image.shape[1:]
     scale = min(short / min(height, width), settings.max_size / max(height, width))
     size = [max(1, round(each * scale)) for each in (height, width)]
@@ -60,7 +63,7 @@ def training_example(
     Args:
         image: with at least one box.
         uniforms: `DRAWS` numbers in [0, 1).
-        keys: passed on.
+        keys: see `Example`.
         settings: how to prepare it.
 
     Raises:

@@ -15,6 +15,7 @@ VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+_SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bool, training: bool) -> BoxedImages:
@@ -30,7 +31,6 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
     Raises:
         ConfigError: for missing or damaged files, an unknown class, and a box without an area or outside of its image.
     """
-    require(root.is_dir(), f"boxes.root={root} is not a folder")
     images = []
     for split in splits:
         year, _, name = split.rpartition("/")
@@ -45,9 +45,9 @@ def read_voc(root: Path, splits: Sequence[str], classes: Sequence[str], drop: bo
 
 def _names(base: Path, split: str) -> list[str]:
     path = base / "ImageSets" / "Main" / f"{split}.txt"
-    require(path.is_file(), f"{split!r} is not a split of this data set: {path} does not exist")
+    require(path.is_file(), f"{split!r} is not a split of this data set: {path} does not exist; choose another one")
     names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    require(bool(names), f"{path} lists no image")
+    require(bool(names), f"{path} lists no image: choose another split")
     return names
 
 
@@ -61,9 +61,9 @@ def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: 
             for each in page.iter("object")
         ]
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist, and the split lists {name}") from error
+        raise ConfigError(f"{path} does not exist, and the split lists {name}: add it") from error
     except (ElementTree.ParseError, OSError, ValueError) as error:
-        raise ConfigError(f"{path} is not an annotation of Pascal VOC ({error})") from error
+        raise ConfigError(f"{path} is not an annotation of Pascal VOC ({error}): correct it") from error
     boxes, labels, difficult = [], [], []
     for kind, (left, top, right, bottom), entry in objects:
         known = f"and the classes are {first_names(classes)}"
@@ -81,6 +81,3 @@ def _image(base: Path, name: str, classes: Sequence[str], drop: bool, training: 
         np.array(labels, dtype=np.int64),
         np.array(difficult, dtype=bool),
     )
-
-
-_SIDES = ("xmin", "ymin", "xmax", "ymax")

@@ -36,7 +36,7 @@ from moco.runtime.console import log, log_next, percent
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
 
-# Fields that "changed" in results.json leaves out: "protocol" states them, or they do not affect the result of a seed.
+# Fields not listed under "changed" in results.json: "protocol" states them, or they do not affect the result of a seed.
 _NOT_LISTED = {"encoders", "seeds", "fraction", "labels_per_class", "subset_list", "validation"}
 DEFAULT_VIEW: dict[str, Any] = {"crop_scale": [0.08, 1.0], "flip_p": 0.5}  # for files without a run's augmentation
 

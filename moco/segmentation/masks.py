@@ -98,7 +98,7 @@ def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
         ConfigError: if a folder or file of the layout is missing, an image has no mask, or a split is empty.
     """
     root = Path(config.root)
-    require(root.is_dir(), f"masks.root={root} is not a folder")
+    require(root.is_dir(), f"masks.root={root} is not a folder: set it to the folder of the data set")
     if config.layout != "folder":
         find, table, classes = (
             (_voc, _table(len(VOC_CLASSES), config.ignore), VOC_CLASSES)

@@ -36,7 +36,7 @@ from moco.segmentation.network import SegmentationNetwork, build_network, with_o
 from moco.segmentation.predictions import write_predictions
 from moco.segmentation.training import TrainSettings, evaluate, predict, train
 
-# Fields that "changed" in results.json leaves out: "protocol" states them, or they do not affect the result of a seed.
+# Fields not listed under "changed" in results.json: "protocol" states them, or they do not affect the result of a seed.
 _NOT_LISTED = {"encoders", "seeds", "steps", "head", "frozen"}
 SHOWN = 6  # held-out images in predictions.png
 

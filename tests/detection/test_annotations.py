@@ -46,8 +46,8 @@ def test_masks_of_all_forms_are_decoded(tmp_path: Path) -> None:
     flat = np.concatenate([[0], pixels.T.ravel(), [2]])
     runs = np.diff(np.concatenate([[0], np.flatnonzero(np.diff(flat))])).tolist()
     for counts in (text, runs):
-        outline = {"size": [16, 24], "counts": counts}
-        found = read_coco(write_json(tmp_path, annotations=annotation(segmentation=outline)), tmp_path, True, False)
+        runs_of = {"size": [16, 24], "counts": counts}
+        found = read_coco(write_json(tmp_path, annotations=annotation(segmentation=runs_of)), tmp_path, True, False)
         assert np.array_equal(found.images[0].masks()[0], pixels)
 
 
@@ -129,7 +129,7 @@ def test_bad_boxes_can_be_left_out(tmp_path: Path) -> None:
     found = [annotation(id=number, bbox=box)[0] for number, box in enumerate(boxes)]
     images = read_coco(write_json(tmp_path, annotations=found), tmp_path, masks=True, drop=True)
     assert images.images[0].boxes.tolist() == [[1, 1, 6, 6]]
-    assert len(images.images[0].outlines) == 1
+    assert len(images.images[0].segmentations) == 1
 
 
 def test_held_out_categories_are_matched_by_name(tmp_path: Path) -> None:
@@ -156,8 +156,15 @@ def test_missing_images_and_empty_splits_are_one_sentence(tmp_path: Path) -> Non
         open_boxed(config, masks=False)
     with pytest.raises(ConfigError, match=r"boxes\.hold_out=0\.1 of 2 images leaves a split empty"):
         open_boxed(replace(config, hold_out=0.1), masks=False)
+    other = write_json(tmp_path / "other")
+    (tmp_path / "other/b.png").unlink()
+    held_out = replace(config, hold_out=0.0, eval_root=str(tmp_path / "other"), eval_file=str(other))
+    with pytest.raises(ConfigError, match=r"other/b\.png: add them, or set boxes\.eval_root"):
+        open_boxed(held_out, masks=False)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(ConfigError, match=r"1 of 2 images do not exist, such as .*a\.png: add them, or"):
+    with pytest.raises(
+        ConfigError, match=r"1 of 2 images do not exist, such as .*a\.png: add them, or set boxes\.root"
+    ):
         open_boxed(config, masks=False)
 
 
