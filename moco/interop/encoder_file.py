@@ -375,16 +375,6 @@ def _safetensors(path: Path, backbone: str | None, options: dict[str, Any] | Non
         raise ForeignFileError(f"{path} cannot be read as safetensors ({cause(error)})") from error
     if "backbone" not in about:
         return _foreign(path, weights, "encoder", backbone, options or {})
-    chosen = options if options is not None else metadata.get("options", {})
-    return EncoderFile(
-        str(path),
-        "safetensors",
-        backbone or about["backbone"],
-        chosen,
-        weights,
-        {},
-        step,
-        images,
-        config,
-        channels=len(images.get("mean", (0, 0, 0))),
-    )
+    name, chosen = backbone or about["backbone"], options if options is not None else metadata.get("options", {})
+    channels = len(images.get("mean", (0, 0, 0)))
+    return EncoderFile(str(path), "safetensors", name, chosen, weights, {}, step, images, config, channels=channels)

@@ -28,7 +28,7 @@ from moco.interop.weights import save_weights
 
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _OFFICIAL_VITS = ("vit_small", "vit_base", "vit_conv_small", "vit_conv_base")
-# options that do not change the network of trained weights
+# options without effect on the features that trained weights give
 _UNUSED = ("freeze_patches", "drop_path_rate", "zero_init_residual", *LOADING_OPTIONS)
 _DEIT_NAMES = re.compile(
     r"cls_token|pos_embed|(patch_embed\.proj|norm|blocks\.\d+\.(norm1|attn\.qkv|attn\.proj|norm2|mlp\.fc1|mlp\.fc2))"
