@@ -236,7 +236,7 @@ def index_page() -> Iterator[str]:
     yield "".join(f"- [{name}]({name}.md): {first(schema)}\n" for name, schema in GROUPS.items())
     yield "- [experiment](experiment.md): the recipes.\n\n## Commands\n\n"
     yield "".join(f"- [moco.{name}]({name}.md): {first(schema)}\n" for name, schema in commands().items())
-    yield "\nMost commands also have the fields of [subject](subject.md): the encoder, its data and the output.\n"
+    yield "\n[subject](subject.md) has the fields that several commands share: the encoder, its data and the output.\n"
 
 
 def first(schema: type) -> str:

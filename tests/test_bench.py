@@ -58,7 +58,7 @@ def test_each_comparison_lists_its_arguments(name: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as ended:
         parsed([name, "--help"])
     assert ended.value.code == 0
-    assert "--rounds" in capsys.readouterr().out
+    assert "--markdown" in capsys.readouterr().out
 
 
 SMALLEST = {  # arguments, and the number of rows of the first table

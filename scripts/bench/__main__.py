@@ -56,11 +56,14 @@ def parsed(words: list[str]) -> argparse.Namespace:
     for name, module in COMPARISONS.items():
         about = module.__doc__ or ""
         each = names.add_parser(name, help=about.splitlines()[0], description=about)
-        each.add_argument("--rounds", type=int, default=7, help="turns of each variant, after one warm-up round")
-        each.add_argument("--threads", type=int, default=1, help="of this process; loader workers always have one")
-        each.add_argument(
-            "--clock", choices=CLOCKS, default="wall", help="processor: user and system time, including workers"
-        )
+        each.set_defaults(threads=1)
+        if name != "gpu":  # whose parts run in processes of their own
+            each.add_argument("--rounds", type=int, default=7, help="turns of each variant, after one warm-up round")
+            each.add_argument("--threads", type=int, default=1, help="of this process; loader workers always have one")
+        if name not in ("gpu", "start"):  # these measure wall time
+            each.add_argument(
+                "--clock", choices=CLOCKS, default="wall", help="processor: user and system time, including workers"
+            )
         each.add_argument("--markdown", action="store_true", help="print Markdown tables, as in docs/benchmarks.md")
         if name in NEEDS_DATA:
             each.add_argument("--data", required=True, help="folder of images")
