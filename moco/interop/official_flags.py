@@ -6,7 +6,6 @@ Flags and defaults are those of facebookresearch/moco at commit 7397dfe. docs/ho
 import argparse
 import os
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,14 +97,16 @@ def _data(flags: argparse.Namespace) -> list[str]:
 
 
 def _run(launched: Launch, module: str, overrides: list[str], flags: argparse.Namespace) -> int:
-    """Print the equivalent command, run it, and return its exit status."""
+    """Print the equivalent command, and replace this process by it; with --print-command, return 0 instead."""
     words = [*launched.words, "-m", module, *overrides, *flags.overrides]
     gpu = {} if flags.gpu is None else {"CUDA_VISIBLE_DEVICES": str(flags.gpu)}
     log_next(" ".join([*(f"{name}={value}" for name, value in gpu.items()), shlex.join(words)]))
     if flags.print_command:
         return 0
     start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
-    return subprocess.run([*start, *words[1:]], env=os.environ | gpu, check=False).returncode
+    sys.stdout.flush()
+    # A child process would not get the signals to this one, and would go on training after its end.
+    os.execve(sys.executable, [*start, *words[1:]], os.environ | gpu)
 
 
 def main_moco_parser() -> argparse.ArgumentParser:
@@ -203,7 +204,7 @@ def main_lincls_overrides(flags: argparse.Namespace, launched: Launch) -> list[s
 
 
 def main(script: str, arguments: list[str]) -> int:
-    """Run the command that the arguments of "main_moco" or "main_lincls" stand for, and return its exit status."""
+    """Replace this process by the command for which the arguments of "main_moco" or "main_lincls" stand."""
     parser, overrides, module = {
         "main_moco": (main_moco_parser(), main_moco_overrides, "moco.train"),
         "main_lincls": (main_lincls_parser(), main_lincls_overrides, "moco.linear"),

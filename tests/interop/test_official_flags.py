@@ -2,6 +2,7 @@
 
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,16 +114,19 @@ def test_without_a_gpu_one_process_starts_and_it_is_said(capsys: pytest.CaptureF
     assert command.startswith("next: python -m moco.train ")
 
 
-def test_the_command_runs_and_its_status_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-
-    def run(words: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        started.append(words)
-        return subprocess.CompletedProcess(words, 7)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    assert main("main_moco", ["/data", "--gpu", "0"]) == 7
-    assert started[0][1:4] == ["-m", "moco.train", "experiment=moco_v1_imagenet"]
+def test_the_command_takes_the_place_of_the_script(tmp_path: Path) -> None:
+    """So it gets the script's signals, and its exit status is the script's."""
+    package = tmp_path / "moco"  # takes the place of the real one, too
+    package.mkdir()
+    (package / "__init__.py").touch()
+    shown = "os.getpid(), os.environ['CUDA_VISIBLE_DEVICES'], *sys.argv[1:3]"
+    (package / "train.py").write_text(f"import os, sys; print({shown}); sys.exit(7)")
+    set_path = f"import os; os.environ['PYTHONPATH'] = {str(tmp_path)!r}"
+    code = f"from moco.interop.official_flags import main; {set_path}; main('main_moco', ['/data', '--gpu', '0'])"
+    process = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 7
+    assert output.splitlines()[-1] == f"{process.pid} 0 experiment=moco_v1_imagenet data=imagenet"
 
 
 def test_the_overrides_are_fields_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
