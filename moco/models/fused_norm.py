@@ -3,7 +3,8 @@
 Legend: N batch, C channels, G groups.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,23 +30,6 @@ def has_kernel(x: Tensor, weight: Tensor | None, groups: int) -> bool:
     return last and x.numel() > groups * x.shape[1]
 
 
-def fused_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    groups: int,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Normalize (N, C) or (N, C, H, W) over each of G groups of consecutive images.
-
-    Updates the running statistics as `F.batch_norm` does, with the mean over the groups.
-    """
-    return cast(Tensor, _FusedBatchNorm.apply(x, weight, bias, (running_mean, running_var), groups, momentum, eps))
-
-
 class _FusedBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -58,6 +42,10 @@ class _FusedBatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
+        """Normalize (N, C) or (N, C, H, W) over each of G groups of consecutive images.
+
+        Updates the running statistics as `F.batch_norm` does, with the mean over the groups.
+        """
         from moco.kernels.batch_norm import batch_norm
 
         x = x.contiguous(memory_format=memory_format(x))
@@ -74,3 +62,6 @@ class _FusedBatchNorm(torch.autograd.Function):
         by_x, by_affine = batch_norm_backward(grad, x, weight, saved)
         by_weight, by_bias = (each if ctx.needs_input_grad[1] else None for each in by_affine)
         return by_x, by_weight, by_bias, None, None, None, None
+
+
+fused_batch_norm: Callable[..., Tensor] = _FusedBatchNorm.apply

@@ -5,20 +5,13 @@ A channel of each group becomes a channel of its own. BN of these G C channels o
 Legend: N batch, C channels, G groups, g images per group.
 """
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moco.models.sync_norm import memory_format
-
-
-def grouped_batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, eps: float) -> Tensor:
-    """Normalize (N, C, ...) over each of G groups of consecutive images.
-
-    Writes the groups' means and unbiased variances to `statistics`, (2, G, C), which must be 0.
-    """
-    return cast(Tensor, _GroupedBatchNorm.apply(x, weight, bias, statistics, eps))
 
 
 class _GroupedBatchNorm(torch.autograd.Function):
@@ -28,6 +21,10 @@ class _GroupedBatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor, eps: float
     ) -> Tensor:
+        """Normalize (N, C, ...) over each of G groups of consecutive images.
+
+        Writes the groups' means and unbiased variances to `statistics`, (2, G, C), which must be 0.
+        """
         ctx.groups, ctx.eps = statistics.shape[1], eps
         values = _to_channels(x, ctx.groups)
         scale, shift = (None if each is None else each.repeat(ctx.groups) for each in (weight, bias))  # (G C,)
@@ -63,3 +60,6 @@ def _to_images(x: Tensor, groups: int) -> Tensor:
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     out.unflatten(0, (groups, -1)).copy_(x.unflatten(1, (groups, -1)).transpose(0, 1))  # (G, g, C, ...)
     return out
+
+
+grouped_batch_norm: Callable[..., Tensor] = _GroupedBatchNorm.apply

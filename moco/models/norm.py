@@ -91,7 +91,7 @@ class GroupedBatchNorm(nn.Module):
         running, affine = (self.running_mean, self.running_var), (self.weight, self.bias)
         if self._is_fused(x) and has_kernel(x, self.weight, count):
             self._count_call()
-            return fused_batch_norm(x, *affine, *running, count, self.momentum, self.eps)
+            return fused_batch_norm(x, *affine, running, count, self.momentum, self.eps)
         if self._is_fused(x) and count == 1:
             self._count_call()
             return F.batch_norm(x, *running, *affine, training=True, momentum=self.momentum, eps=self.eps)

@@ -6,29 +6,14 @@ every rank has the same number of images.
 Legend: N local batch, C channels, W processes.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moco.distributed import gather, sum_over_ranks, world_size
-
-
-def sync_batch_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Normalize (N, C, ...) on a GPU over all ranks; update the running statistics as `F.batch_norm` does.
-
-    Both passes are collectives. For the backward pass, the input is kept in its own number type.
-    """
-    return cast(Tensor, _SyncBatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps))
 
 
 class _SyncBatchNorm(torch.autograd.Function):
@@ -43,6 +28,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
+        """Normalize (N, C, ...) on a GPU over all ranks; update the running statistics as `F.batch_norm` does.
+
+        Both passes are collectives. For the backward pass, the input is kept in its own number type.
+        """
         x = x.contiguous(memory_format=memory_format(x))
         local = torch.stack(torch.batch_norm_stats(x, eps))  # (2, C), means and 1 / standard deviations
         means, inverses = gather(local[None]).unbind(1)  # (W, C) each
@@ -63,6 +52,9 @@ class _SyncBatchNorm(torch.autograd.Function):
             grad_sum, centered_sum = sum_over_ranks(torch.stack(sums))  # (C,) each, of the global batch
             by_x = torch.batch_norm_backward_elemt(grad, x, mean, inverse, weight, grad_sum, centered_sum, ctx.whole)
         return by_x, by_weight if needed[1] else None, by_bias if needed[2] else None, None, None, None, None
+
+
+sync_batch_norm: Callable[..., Tensor] = _SyncBatchNorm.apply
 
 
 @cache

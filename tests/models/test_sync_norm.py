@@ -48,7 +48,7 @@ def trained(call: Callable[[nn.BatchNorm2d, Tensor], Tensor], x: Tensor, dtype: 
 
 
 def ours(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    return sync_batch_norm(x, layer.weight, layer.bias, layer.running_mean, layer.running_var, 0.1, layer.eps)  # type: ignore[arg-type]
+    return sync_batch_norm(x, layer.weight, layer.bias, layer.running_mean, layer.running_var, 0.1, layer.eps)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype) -> None:
