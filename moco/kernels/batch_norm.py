@@ -147,7 +147,10 @@ def _gradients(
     x, grad, saved, parts, weight, by_affine, out, G, L, C, P, chunk,
     AFFINE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of `chunk` rows; one program per block of channels also those of weight and bias, (2, C)."""
+    """Write the gradient with respect to `chunk` rows of a group.
+
+    One program per block of channels also writes those with respect to weight and bias, (2, C).
+    """
     group, number, channels, is_channel = _place(C, COLUMNS)
     total, weighted = _total(parts, group, channels, is_channel, G, P, C, PARTS)
     if AFFINE and number + group == 0:
@@ -229,7 +232,7 @@ def batch_norm(
 
 
 def batch_norm_backward(grad: Tensor, x: Tensor, weight: Tensor | None, saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient of `x`, and those of weight and bias, float32 (2, C), which is empty without them."""
+    """Return the gradients with respect to `x`, and to weight and bias, float32 (2, C) or empty without them."""
     groups = saved.shape[1]
     sizes = _sizes(x.shape, groups)
     parts = torch.empty(2, groups, sizes.parts, sizes.channels, device=x.device)

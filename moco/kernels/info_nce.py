@@ -37,7 +37,7 @@ class Fused(NamedTuple):
     negatives: Tensor  # their number
     effective_negatives: Tensor
     measures: Tensor  # (6, N), in the order of `moco.losses.streamed.MEASURES`
-    by_query: Tensor  # the gradient by the query is this times `apart`
+    by_query: Tensor  # the gradient with respect to the query is this times `apart`
     by_temperature: Tensor
     apart: Tensor  # (N, C), mean key of the negatives - own key
 

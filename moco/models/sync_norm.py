@@ -45,7 +45,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
         grad, needed = grads[0].contiguous(memory_format=memory_format(x)), ctx.needs_input_grad[:3]
-        # (C,): sums of the gradient, and of the gradient times (x - mean); the gradients of weight and bias
+        # (C,): sums of the gradient, and of the gradient times (x - mean); the gradients w.r.t. weight and bias
         *sums, by_weight, by_bias = torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, *needed)
         by_x = None
         if needed[0]:

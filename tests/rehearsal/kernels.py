@@ -60,7 +60,7 @@ def batch_norm_elemt(
 def batch_norm_backward_reduce(
     grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (C,) each: sums of the gradient and of the gradient x (x - mean); the gradients of weight and bias."""
+    """Return (C,) each: sums of the gradient and of the gradient x (x - mean); and those with respect to weight and bias."""
     total = grad.to(_type(x)).sum(_dims(x))
     by_centered = (grad.to(_type(x)) * (x - _shaped(mean, x))).sum(_dims(x))
     return total, by_centered, by_centered * inverse, total.clone()
@@ -76,7 +76,7 @@ def batch_norm_backward_elemt(
     by_centered: Tensor,
     counts: Tensor,
 ) -> Tensor:
-    """Return the gradient of x, from the sums over all processes."""
+    """Return the gradient with respect to x, from the sums over all processes."""
     n = counts.sum()
     slope = _shaped(by_centered / n * inverse**2, x)
     out = (grad.to(_type(x)) - _shaped(total / n, x) - (x - _shaped(mean, x)) * slope) * _shaped(inverse, x)
