@@ -60,7 +60,7 @@ def batch_norm_elemt(
 def batch_norm_backward_reduce(
     grad: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor | None, *needed: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (C,) each: sums of the gradient and of the gradient x (x - mean); and those with respect to weight and bias."""
+    """Return (C,) each: sums of the gradient and of the gradient x (x - mean); the gradients w.r.t. weight and bias."""
     total = grad.to(_type(x)).sum(_dims(x))
     by_centered = (grad.to(_type(x)) * (x - _shaped(mean, x))).sum(_dims(x))
     return total, by_centered, by_centered * inverse, total.clone()
