@@ -336,7 +336,8 @@ class MoCo(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return InfoNCE(q, k, queue), shape (), and measures of its logits.
 
-        The logits are not stored if there are `STREAM_FROM` or more, or if a kernel can do without.
+        Unless labels or another switch than `decoupled` need the logits, they are not stored if there are `STREAM_FROM`
+        or more, or if there is a kernel that computes the loss.
         """
         queue = self.queue
         decoupled = self.switches.decoupled

@@ -133,9 +133,9 @@ def _names(value: Any) -> list[str]:
 
 
 def _refuse_unloaded_plugins(config: Any) -> None:
-    """Refuse plug-ins that were not imported, because only another file than the recipe names them.
+    """Refuse plug-ins that neither the command line nor the recipe's own file names: they were not imported.
 
-    An example is a file of the recipe's defaults list.
+    An example is a plug-in that a file of the recipe's defaults list names.
     """
     unloaded = [each for each in config.plugins if each not in plugins.versions()]
     named = f"plugins=[{','.join(config.plugins)}]"

@@ -23,7 +23,8 @@ def config_dir() -> str:
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
             return str(folder)
-    raise FileNotFoundError(f"moco's configs are neither in {package / 'configs'} nor in {package.parent / 'configs'}")
+    places = f"neither in {package / 'configs'} nor in {package.parent / 'configs'}"
+    raise FileNotFoundError(f"moco's configs are {places}: install moco again")
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -196,9 +197,8 @@ def expand_paths(config: Any) -> None:
         full = os.path.expanduser(path)  # noqa: PTH111 # Path would also remove ./, // and a final slash
         user = path.partition("/")[0]
         require(not full.startswith("~"), f"{name}={path}: there is no user {user[1:]!r}; write ./{path} for that name")
-        readable = name.startswith("data.") or (
-            name in _FROM_HUB and path.startswith(HUB)
-        )  # by sources, by the encoder
+        # Some data sets are read from addresses, and encoders can be on the Hub.
+        readable = name.startswith("data.") or (name in _FROM_HUB and path.startswith(HUB))
         require(readable or "://" not in path, f"{name}={path} is an address: download the file, and name it here")
         return full
 

@@ -29,6 +29,6 @@ def check_check_data(config: CheckDataConfig) -> None:
     check_bounds(config)
     name = config.data.name
     require(name != "shards", "data.name=shards: to check and repair shards, run moco.pack again with the same fields")
-    # The other data sets are arrays with checksums of their own.
+    # The other data sets hold no separate files to check: they are arrays, tables or streams.
     require(name in ("folder", "imagenet", "video"), f"data.name={name!r} must be one of folder, imagenet, video")
     check_data_fields(config.data)

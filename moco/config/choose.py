@@ -11,8 +11,8 @@ class ChooseConfig(ComputeConfig):
     """Rank the checkpoints of runs by measures that need no labels."""
 
     runs: list[str] = bounded([], min_length=1, path=True, example="runs=[runs/digits]")
-    """Directories of runs of moco.train on the same images. All checkpoints that they kept (checkpoint.keep_epochs) are
-    ranked. A pattern such as runs/temperature/t*/seed* names several runs."""
+    """Directories of runs of moco.train on the same images. All their checkpoints are ranked: those that
+    checkpoint.keep_epochs kept, and the newest ones. A pattern such as runs/temperature/t*/seed* names several runs."""
     output: str = bounded("runs/choose", min_length=1, path=True, example="output=runs/choose")
     """Directory for the results, choose.json."""
     images: int = bounded(2000, ge=2)

@@ -73,10 +73,9 @@ class SourceConfig:
     image_column: str = ""
     """For `huggingface`: the column of images; empty: the only column of images."""
     label_column: str = ""
-    """For `huggingface`: the column of labels, or `none` to ignore labels; empty: the only column of class labels,
-    if there is one. A
-    label is a text, a whole number, true or false. Missing, empty, NaN and -1 mean unlabeled; a split whose images are
-    partly unlabeled is refused. In a column of lists, an image has any number of labels."""
+    """For `huggingface`: the column of labels, or `none` to ignore labels; empty: the only column of class labels, if
+    there is one. A label is a text, a whole number, true or false. Missing, empty, NaN and -1 mean unlabeled; a split
+    whose images are partly unlabeled is refused. In a column of lists, an image has any number of labels."""
 
 
 @dataclass
@@ -213,10 +212,9 @@ def _check_roots(data: DataConfig) -> None:
     for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
         error = f"data.{name}={values} works with data.name=folder or video only, not with {data.name}: remove it"
         require(not values or data.name in FOLDERS, error)
+        error = f"data.label_file={data.label_file!r} works with one folder: remove data.{name}={values}"
+        require(not (data.label_file and values), error)
     fix = f"set {folders} numbers" if data.more_roots else "set data.more_roots"
     error = f"data.weights={data.weights} must hold one number for data.root and one for each folder of "
     error += f"data.more_roots={data.more_roots}: {fix}"
     require(len(data.weights) in (0, folders), error)
-    for name, values in (("more_roots", data.more_roots), ("weights", data.weights)):
-        error = f"data.label_file={data.label_file!r} works with one folder: remove data.{name}={values}"
-        require(not (data.label_file and values), error)

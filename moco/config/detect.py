@@ -25,7 +25,7 @@ class BoxesConfig:
     eval_file: str = bounded("", path=True)
     """For json: the file with the held-out images and their boxes."""
     hold_out: float = bounded(0.0, ge=0, lt=1)
-    """For json: fraction of the images of file to hold out, if there is no eval_file."""
+    """For json: fraction of the images in boxes.file to hold out, if there is no eval_file."""
     split: list[str] = bounded([], unique=True)
     """For coco and voc: the splits for training, as YEAR/NAME for voc, or NAME if root has JPEGImages. Empty:
     train2017, or 2007/trainval and 2012/trainval."""
@@ -50,8 +50,8 @@ class DetectConfig(EncoderConfig):
     """faster_rcnn_fpn, mask_rcnn_fpn: with a feature pyramid. faster_rcnn_c4, mask_rcnn_c4: proposals on the map of a
     ResNet's third stage, and its last stage for each proposal. retinanet: without proposals, with a feature pyramid."""
     norm: bool = True
-    """Normalize new layers: batch normalization over the global batch in the pyramid and in the heads, which then have
-    four convolutions; in c4, after the last stage; group normalization in the head of retinanet."""
+    """Normalize new layers: batch normalization over the global batch in the pyramid, the mask head and the box head,
+    which then has four convolutions; in c4, after the last stage; group normalization in the head of retinanet."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization of the encoder: sync (statistics of the global batch), or frozen (its running statistics)."""
     width: int = bounded(256, ge=8, le=4096)

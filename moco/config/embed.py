@@ -24,8 +24,8 @@ class EmbedConfig(SubjectConfig):
     """Number format of the features. float16 takes half the disk space."""
     table: str = bounded("csv", choices=("csv", "parquet"))
     """Format of the table with the image of each row and its classes: csv (index.csv), or parquet (index.parquet, needs
-    pyarrow). If an image has several classes, Parquet holds a list, and CSV a text in which
-    data.label_separator (; if it is empty) separates them."""
+    pyarrow). If an image has several classes, Parquet holds a list, and CSV a text in which data.label_separator
+    separates them, or a semicolon if that is empty."""
 
 
 def check_embed(config: EmbedConfig) -> None:

@@ -85,16 +85,16 @@ class MethodConfig:
             f"method.temperature={self.temperature} must lie between {limits}: learning starts there",
         )
         for name in ("temperature_low", "temperature_high", "temperature_period"):
-            value = getattr(self, name)
+            value, kinds = getattr(self, name), "cosine" + " or learned" * (name != "temperature_period")
             require(
                 kind != "constant" or value == getattr(MethodConfig, name),
-                f"method.{name}={value} has no effect with method.temperature_schedule=constant: set cosine or learned",
+                f"method.{name}={value} has no effect with method.temperature_schedule=constant: set {kinds}",
             )
         small = config.augment.small_views
         require(
             self.takes_small_views or small == 0,
-            f"augment.small_views={small}: {self.name} takes no small views; set augment.small_views=0, or use moco or "
-            "moco_v3",
+            f"augment.small_views={small}: {self.name} takes no small views; set augment.small_views=0, or "
+            "method=moco_v2 or moco_v3",
         )
         layers = config.model.predictor_layers
         require(

@@ -212,8 +212,9 @@ class TrainConfig(ComputeConfig):
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False
     """Repeat the forward and backward passes of a step as one CUDA graph, which the host launches once instead of
-    hundreds of kernels. The steps that analyse_every selects use no graph and need memory of their own. Several
-    processes need MoCo v1, v2, v2+ or SupMoCo without model.bn=sync; their keys are encoded without the graph."""
+    hundreds of kernels. The steps that analyse_every selects use no graph and need memory of their own. With several
+    processes, keys are encoded without the graph, and only MoCo v1, v2, v2+ and SupMoCo can be trained, without
+    model.bn=sync."""
     profile: bool = False
     """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
     log_every: int = bounded(10, ge=1)
@@ -279,7 +280,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
 
 
 def _check_cuda_graph(config: TrainConfig, processes: int) -> None:
-    """Refuse what a CUDA graph cannot repeat: numbers of the host that change, and exchanges between processes."""
+    """Refuse what a CUDA graph cannot repeat: Python numbers that change between steps, and exchanges of processes."""
     off = "set cuda_graph=false"
     require(config.device != "cpu", f"cuda_graph=true needs a GPU, but device={config.device}: {off}")
     exchanges = [] if config.method.is_local else [f"method={config.method.name}"]

@@ -104,6 +104,9 @@ def sup_con(
     Returns:
         The mean loss over the anchors, shape (), and the detached logits, shape (A N, V M) with A = V or 1 views of
         anchors; -inf for an anchor with itself. Rows and columns are ordered by view, then by sample.
+
+    Raises:
+        ValueError: for arguments of another shape, type or range, and if there are both labels and mask.
     """
     if base_temperature is not None and not 0 < base_temperature < math.inf:
         raise ValueError(f"base_temperature={base_temperature} must be above 0 and finite, or None for no factor")

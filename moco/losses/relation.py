@@ -47,9 +47,7 @@ def relational_cross_entropy(
         ValueError: for an invalid temperature or shape.
     """
     check_inputs(query, key, queue, temperature)
-    if not teacher_temperature > 0:
-        raise ValueError(f"teacher_temperature={teacher_temperature} must be above 0")
-    check_temperature(teacher_temperature)
+    check_temperature(teacher_temperature, "teacher_temperature")
     logits = info_nce_logits(query, key, queue, temperature)  # (N, 1+K), the key in column 0
     with torch.no_grad():
         teacher = similarity(key, queue)  # (N, K)

@@ -38,10 +38,10 @@ def paired_similarity(anchors: Tensor, partners: Tensor) -> Tensor:
         return (anchors * partners.to(anchors.dtype)).sum(dim=1, keepdim=True)
 
 
-def check_temperature(temperature: Temperature) -> None:
+def check_temperature(temperature: Temperature, name: str = "temperature") -> None:
     """Raise ValueError unless T is above 0 and finite. A tensor is not checked: the host would wait for its value."""
     if not isinstance(temperature, Tensor) and not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature} must be above 0 and finite")
+        raise ValueError(f"{name}={temperature} must be above 0 and finite")
 
 
 def check_shapes(**tensors: tuple[Tensor, str]) -> None:

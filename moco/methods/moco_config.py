@@ -93,14 +93,14 @@ class MoCoConfig(MethodConfig):
         require(
             (self.false_negatives != "keep") == (threshold is not None or top is not None),
             f"method.false_negatives={self.false_negatives} with method.false_threshold={threshold} and "
-            f"method.false_top={top}: eliminate and attract need one of the two, keep neither",
+            f"method.false_top={top}: eliminate and attract need one of the two or both, keep neither",
         )
         require(top is None or top <= size, f"method.false_top={top} exceeds method.queue_size={size}: lower it")
         hardest, pairs, query = self.mix_hardest, self.mix_pairs, self.mix_query
         require(
             (hardest > 0) == (pairs + query > 0),
             f"method.mix_hardest={hardest}, method.mix_pairs={pairs} and method.mix_query={query}: mixing needs "
-            "mix_hardest and one of the other two",
+            "mix_hardest and at least one of the other two",
         )
         require(hardest <= size, f"method.mix_hardest={hardest} exceeds method.queue_size={size}: lower it")
 

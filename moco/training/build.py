@@ -48,7 +48,8 @@ def open_data(config: TrainConfig, watchdog: Watchdog) -> tuple[Sources, Identit
 
 def make_method(config: TrainConfig, labels: Labels | None, device: torch.device) -> Any:
     """Build the method with its initial weights."""
-    fix = f"set a smaller model than {config.model.backbone} or method.queue_size={config.method.queue_size}"
+    queue = f", or method.queue_size below {config.method.queue_size}" * (config.method.queue_size > 0)
+    fix = f"set model.backbone to a smaller one than {config.model.backbone}{queue}"
     with explain_out_of_memory(device, fix):
         teacher = load_teacher(config) if config.method.teacher else None
         torch.manual_seed(config.seed)  # for the initial weights and the random queue
@@ -84,7 +85,7 @@ def choose_precision(
 
 
 def set_batch_norm_calls(method: Any, accumulate: int) -> None:
-    """Tell the grouped BN layers how often a step calls them. Keys are encoded view by view; see `train_step`."""
+    """Tell the grouped BN layers how often a step calls them: f_k view by view, f_q micro-batch by micro-batch."""
     for name, network in method.named_children():
         set_calls_per_step(network, method.passes, accumulate, view_by_view=name == "momentum_encoder")
 

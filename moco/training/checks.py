@@ -20,7 +20,7 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     """Refuse a configuration that does not fit the data set; warn if it can run but is probably a mistake.
 
     Raises:
-        ConfigError: if an epoch has less than one batch, or if `keep_best` has no accuracy to compare.
+        ConfigError: if an epoch has less than one batch, or if a field needs labels that the images do not have.
     """
     group = config.model.bn_group_size if config.model.bn == "grouped" else 1
     most = plan.length // group * group
@@ -33,7 +33,7 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     if config.optim.warmup_epochs >= config.epochs:
         _warn(
             f"optim.warmup_epochs={config.optim.warmup_epochs} is not below epochs={config.epochs}: the learning rate "
-            "never reaches its peak; set optim.warmup_epochs=0"
+            "rises until the end of the run; set optim.warmup_epochs=0"
         )
     late = [each for each in config.optim.milestones if each >= config.epochs]
     if late and config.optim.schedule == "step":
@@ -101,8 +101,8 @@ def _check_brightness(config: TrainConfig) -> None:
     shift = max(view.brightness_shift for view in build_views(config.augment, config.data))
     if shift > MAX_BRIGHTNESS_SHIFT:
         _warn(
-            f"augment.brightness={config.augment.brightness:g} multiplies the values of an image, whose mean is large "
-            f"against their standard deviation: it moves the mean by up to {shift:.0f} standard deviations; set "
+            f"augment.brightness={config.augment.brightness:g} multiplies pixel values whose mean is much larger than "
+            f"their standard deviation: it moves the mean by up to {shift:.0f} standard deviations; set "
             "augment.brightness=0"
         )
 

@@ -1,11 +1,13 @@
 """The forward and backward passes of a step as a CUDA graph: the host launches one graph instead of many kernels.
 
-A graph repeats the kernels of one captured step, on the same memory and with the same numbers of the host. So each step
-first copies its batch, and the shuffles or the keys, to fixed memory. Nothing else in the passes may change between
-steps, see `MethodConfig.changing`. What follows the passes (optimizer, momentum update, queue) is no part of the graph.
+A graph repeats the kernels of one captured step, with the same addresses in memory and the same Python numbers. So each
+step first copies its batch to fixed memory, and also the shuffles, with one process, or the keys, with several. Nothing
+else in the passes may change between steps, see `MethodConfig.changing`. What follows the passes (optimizer, momentum
+update, queue) is no part of the graph.
 
-With several processes, the keys are encoded outside of the graph, because shuffling sends each rank other numbers of
-images in each step. The gradients are averaged after the graph, instead of by DDP during the backward pass.
+With several processes, the keys are encoded outside of the graph, because the number of images that two ranks exchange
+for the shuffle changes from step to step. The gradients are averaged after the graph, instead of by DDP during the
+backward pass.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -43,17 +45,17 @@ class StepGraph:
 
     def __call__(
         self,
-        encode: Callable[[Batch, Sequence[Order] | None], Keys],
+        encode_keys: Callable[[Batch, Sequence[Order] | None], Keys],
         differentiate: Callable[[Batch, Keys], list[Output]],
         batch: Batch,
         shuffles: Sequence[Order] | None,
         eager: bool = False,
     ) -> list[Output]:
-        """Return the outputs of `differentiate(batch, encode(batch, shuffles))`, which the next call overwrites.
+        """Return the outputs of `differentiate(batch, encode_keys(batch, shuffles))`, which the next call overwrites.
 
         Args:
-            encode: computes the keys.
-            differentiate: computes the loss, and gradients where they were None.
+            encode_keys: returns the keys of the batch.
+            differentiate: returns the outputs, and puts the gradient into the `grad` of the parameters, which is None.
             eager: compute this step without the graph.
 
         Raises:
@@ -61,14 +63,14 @@ class StepGraph:
         """
         if eager or self._eager_steps < EAGER_STEPS:
             self._eager_steps += 1
-            outputs = _on_own_stream(lambda: differentiate(batch, encode(batch, shuffles)))
+            outputs = _on_own_stream(lambda: differentiate(batch, encode_keys(batch, shuffles)))
         elif world_size() == 1:
             orders = [copy_to_device(torch.as_tensor(each), batch.index.device) for each in shuffles or []]
             outputs = self._repeat(
-                lambda batch, given: differentiate(batch, encode(batch, given or None)), batch, orders
+                lambda batch, given: differentiate(batch, encode_keys(batch, given or None)), batch, orders
             )
         else:
-            keys = encode(batch, shuffles)
+            keys = encode_keys(batch, shuffles)
             views = list(keys)
             outputs = self._repeat(
                 lambda batch, given: differentiate(batch, dict(zip(views, given, strict=True))),
@@ -81,7 +83,7 @@ class StepGraph:
     def _repeat(
         self, passes: Callable[[Batch, list[Tensor]], list[Output]], batch: Batch, given: list[Tensor]
     ) -> list[Output]:
-        """Return the outputs of `passes(batch, given)`, by the graph; capture it first."""
+        """Return the outputs of `passes(batch, given)`, by the graph, which the first call captures."""
         places = [] if batch.places is None else [batch.places]
         inputs = [batch.index, *places, *batch.views, *given]
         if self._graph is None:

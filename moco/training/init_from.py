@@ -121,7 +121,7 @@ def _refuse_other_features(config: TrainConfig, file: EncoderFile, backbone: nn.
     """Refuse a file whose network computes other features with the same weights, such as with other attention heads."""
     size, device = config.augment.size, next(backbone.parameters()).device
     theirs_see, ours_see = file.channels, input_channels(backbone)
-    shown = theirs_see if theirs_see == ours_see else 1  # with equal channels, their number makes no difference
+    shown = theirs_see if theirs_see == ours_see else 1  # gray: their number makes no difference
     images = torch.arange(2 * shown * size**2, dtype=torch.float32, device=device).sin().view(2, shown, size, size)
     training = backbone.training
     try:

@@ -23,7 +23,8 @@ from moco.methods.build import encoder_of
 from moco.training.online_probe import OnlineProbe
 
 # One entry per evaluation: "step", "epoch" and the result of the encoder, "knn" (and "probe") or "retrieval". The entry
-# of step 0 may also have the baselines "raw_pixels" and, if the encoder starts from a file, "untrained".
+# of step 0 may also have the baselines "raw_pixels" and, beside "retrieval" if the encoder starts from trained weights,
+# "untrained".
 History = list[dict[str, Any]]
 BASELINES = {"raw_pixels": "raw pixels", "untrained": "untrained", "initialized": "initialized"}
 

@@ -152,7 +152,7 @@ def _newest(queue: KeyQueue) -> Tensor:
 
 
 def _or_nan(measure: Callable[..., Tensor], features: Tensor, *more: Tensor) -> Tensor:
-    """Return a measure; nan if it has too few dimensions or samples, or if a value is not finite."""
+    """Return a measure of features; nan if they have too few dimensions or samples, or values that are not finite."""
     try:
         return measure(features, *more)
     except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
 """Steps with a non-finite loss or gradient: detected on all ranks, saved for study, and skipped up to a limit.
 
-The first such step is saved to `step_N.pt` with the keys "step" and "epoch" (both from 0), "what" (the loss and the
-gradient norm), "index" (the image indices of the global batch in the order of the ranks: rank r had the r-th of
-"world_size" equal parts), "rank" (which wrote the file), and the state of training. The views are a function of the
-seed, the epoch and the images (with data.weights, the samples of `Plan.samples`), so the step can be reproduced.
+The first such step is saved to `step_N.pt`, in which N counts from 1, with the keys "step" and "epoch" (both from 0),
+"what" (the loss and the gradient norm), "index" (the image indices of the global batch in the order of the ranks: rank
+r had the r-th of "world_size" equal parts), "rank" (0, which wrote the file), and the state of training. The views are
+a function of the seed, the epoch and the images (with data.weights, the samples of `Plan.samples`), so the step can be
+reproduced.
 
 If no steps may be skipped, the host does not wait for a GPU: it reads the loss of a step after it has queued the next
 one, and before anything is saved. A non-finite step has then already changed the weights; no checkpoint contains them,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from moco.builder import Method, Output, mean_measures
 from moco.data.loader import Batch
 from moco.distributed import Order, mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
-from moco.training.graph import StepGraph
+from moco.training.graph import Keys, StepGraph
 
 Measures = dict[str, Tensor]  # each of shape ()
 
@@ -67,19 +67,15 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = settings.lr
     optimizer.zero_grad(set_to_none=True)
-
-    def encode(batch: Batch, shuffles: Sequence[Order] | None) -> dict[int, Any]:
-        return _encode_keys(method, batch, shuffles, settings)
-
-    def differentiate(batch: Batch, keys: dict[int, Any]) -> list[Output]:
-        return _add_gradients(forward, scaler, batch, keys, settings)
-
+    encode_keys = partial(_encode_keys, method, settings)
+    differentiate = partial(_differentiate, forward, scaler, settings)
     # ------------------------------------------------------------------ Algorithm 1
     if settings.graph is None:
-        outputs = differentiate(batch, encode(batch, shuffles))
-    else:
-        outputs = settings.graph(encode, differentiate, batch, shuffles, eager=monitor is not None)
-    last = slice(-(len(batch.index) // settings.accumulate), None)  # micro-batch
+        keys = encode_keys(batch, shuffles)  # k = f_k(x_k), no gradient
+        outputs = differentiate(batch, keys)  # q = f_q(x_q), logits, loss, gradient
+    else:  # the same, as one CUDA graph
+        outputs = settings.graph(encode_keys, differentiate, batch, shuffles, eager=monitor is not None)
+    last = slice(-(len(batch.index) // settings.accumulate), None)  # the samples of the last micro-batch
     monitored = monitor(outputs[-1], [view[last] for view in batch.views], batch.index[last]) if monitor else {}
 
     scaler.unscale_(optimizer)
@@ -89,37 +85,34 @@ def train_step(
     finite = statistics is None or _check_finite(measures["loss"], norm, scaler, statistics)
     if settings.clip_grad:
         torch._foreach_mul_(gradients, (settings.clip_grad / (norm + 1e-6)).clamp(max=1.0))
-    if finite:  # a fused optimizer that skips its first step would leave its state uninitialized
-        scaler.step(optimizer)
+    if finite:  # not left to the scaler: a fused optimizer that skips its first step has an uninitialized state
+        scaler.step(optimizer)  # update f_q
     scaler.update()
     if finite:  # one optimizer step = one momentum update = one enqueue
-        method.update_momentum_encoder(settings.momentum)
+        method.update_momentum_encoder(settings.momentum)  # f_k = m f_k + (1 - m) f_q
         if new_keys := [each.new_keys for each in outputs if each.new_keys is not None]:
-            method.enqueue(torch.cat(new_keys), batch.index)
+            method.enqueue(torch.cat(new_keys), batch.index)  # enqueue k, dequeue the oldest keys
     # ------------------------------------------------------------------
     return measures
 
 
-def _encode_keys(
-    method: Method, batch: Batch, shuffles: Sequence[Order] | None, settings: StepSettings
-) -> dict[int, Any]:
+def _encode_keys(method: Method, settings: StepSettings, batch: Batch, shuffles: Sequence[Order] | None) -> Keys:
     """Return the keys of the local batch, {view: (n, C)}."""
     places = {} if batch.places is None else {"places": batch.places}  # for a method that uses them
     with settings.autocast(batch.index.device):
         return method.encode_keys(batch.views, shuffles, len(batch.index) // settings.accumulate, **places)
 
 
-def _add_gradients(
-    forward: nn.Module, scaler: torch.amp.GradScaler, batch: Batch, keys: dict[int, Any], settings: StepSettings
+def _differentiate(
+    forward: nn.Module, scaler: torch.amp.GradScaler, settings: StepSettings, batch: Batch, keys: Keys
 ) -> list[Output]:
-    """Compute the output of each micro-batch, and add up the gradients of their losses in the parameters."""
+    """Return the output of each micro-batch; add the gradients of their losses to the `grad` of the parameters."""
     accumulate, micro_batch = settings.accumulate, len(batch.index) // settings.accumulate
     outputs: list[Output] = []
     for part in range(accumulate):
         at = slice(part * micro_batch, (part + 1) * micro_batch)
         with _no_sync(forward, part < accumulate - 1):
             with settings.autocast(batch.index.device):
-                # queries, logits, loss
                 output: Output = forward([view[at] for view in batch.views], keys, batch.index[at], at.start)
             scaler.scale(output.loss / accumulate).backward()
         outputs.append(output._replace(loss=output.loss.detach()))
@@ -146,8 +139,8 @@ def _check_finite(
     Loss and norm are averages over the ranks, so all ranks decide the same.
 
     Raises:
-        NonFiniteLoss: if either is not finite, except for an overflow of fp16. Its scaler expects some: it skips the
-            step and halves the scale, down to 1.
+        NonFiniteLoss: if either is not finite, except for a gradient that overflows in fp16 at a scale of 1 or more:
+            then the step is skipped, and the scaler halves its scale.
     """
     finite_loss, finite_norm = torch.isfinite(torch.stack([loss, norm])).tolist()
     if finite_loss and finite_norm:

@@ -10,12 +10,11 @@ from moco.config import TrainConfig, require
 from moco.data.pixel_format import RGB, per_channel
 from moco.digest import digest
 from moco.distributed import all_gather_object
+from moco.evaluation.subject import IMAGENET
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.interop.image_size import fit_to_size
 from moco.models.backbones import build_backbone, published_weights
 from moco.models.probe import output_error
-
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}  # for files that do not record their own
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of each channel
 
@@ -118,7 +117,7 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     )
     _check_images(config, file.channels, file.config.get("data", {}).get("dtype", RGB.dtype))
     encoder = build(fit_to_size(file, config.augment.size, "augment.size"))
-    images = IMAGENET | file.images
+    images = IMAGENET | file.images  # not every file records its mean and std
     require(
         len(images["mean"]) == file.channels,
         f"method.teacher={path} states no mean and std of its {file.channels} channels: write a file that does, with "

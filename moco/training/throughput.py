@@ -122,7 +122,8 @@ class Throughput:
         self._steps, self._busy, self._waited = 0, 0.0, 0.0
         values = {"images_per_second": rate, "data_wait": wait, "peak_memory_gib": peak_memory(self._device) / 2**30}
         if self._flops:
-            self._peak = max(self._peak, self._flops * rate)  # on a machine that was busy with other work before
+            # The measured peak is too low if the machine was busy with other work at that time.
+            self._peak = max(self._peak, self._flops * rate)
             values["mfu"] = self._flops * rate / self._peak
         self._records.append(values)
         return {f"speed/{name}": value for name, value in values.items()}

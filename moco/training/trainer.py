@@ -85,7 +85,7 @@ class Trainer:
     """One attempt at a pretraining run.
 
     The constructor builds the parts of the run in the order in which they depend on each other, and restores the newest
-    checkpoint. Every rank has all parts, except the metrics log and the doctor: only rank 0 has these.
+    checkpoint. Every rank has all parts, except that only rank 0 has the lock, metrics log, doctor and profile.
     """
 
     def __init__(
@@ -362,7 +362,7 @@ class Trainer:
     def _evaluate(self, done: int) -> None:
         """Evaluate the encoder after `done` steps."""
         self.guard.check_pending()
-        fix = f"set a smaller evaluate.batch_size={self.config.evaluate.batch_size} or evaluate.bank_size"
+        fix = f"set evaluate.batch_size below {self.config.evaluate.batch_size}, or a smaller evaluate.bank_size"
         with explain_out_of_memory(self.device, fix), averaged_running_statistics(self.method):
             results, line = self.live.evaluate(done)
         self._record(done, results)

@@ -48,7 +48,7 @@ def config(name: str = "moco", **values: Any) -> TrainConfig:
             {"false_negatives": "eliminate", "false_top": 3, "labels": True},
             r"method.labels=True excludes method.false_negatives=eliminate",
         ),
-        ({"mix_hardest": 8}, r"mixing needs mix_hardest and one of the other two"),
+        ({"mix_hardest": 8}, r"mixing needs mix_hardest and at least one of the other two"),
         ({"mix_pairs": 8}, r"mixing needs mix_hardest"),
         ({"mix_hardest": 129, "mix_pairs": 8}, r"method.mix_hardest=129 exceeds method.queue_size=128"),
         ({"margin": -0.1}, r"method.margin=-0.1 must be at least 0"),
