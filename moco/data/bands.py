@@ -24,6 +24,7 @@ from moco.data.headers import (
     deep_white_is_zero,
     has_deep_color,
     inverted,
+    misreads_bands,
     open_image,
     orientation_of,
     raw_modes,
@@ -182,7 +183,8 @@ def needs_tifffile(image: Image.Image, data: bytes, channels: int) -> bool:
         return False
     divided = any("RGBa" in mode for mode in raw_modes(image))
     several_sizes = len({page.size for page in tiff_pages(data)}) > 1
-    return len(image.getbands()) != channels or divided or several_sizes or has_deep_color(image)
+    lost = divided or several_sizes or has_deep_color(image) or misreads_bands(image)
+    return lost or len(image.getbands()) != channels
 
 
 def _loaded(image: Image.Image) -> NDArray[Any]:

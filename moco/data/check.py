@@ -4,6 +4,7 @@ Legend: N images, of the training folder and then of the held-out folder.
 """
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -210,16 +211,18 @@ def find_obstacles(data: DataConfig, lengths: Sequence[int], findings: Findings)
     for name, sizes in zip(("training", "held-out"), splits, strict=False):
         readable = sizes[sizes[:, 0] > 0]
         unreadable = len(sizes) - len(readable)
-        counted = f"{unreadable:,} of the {len(sizes):,} {name} images cannot be read"
+        counted, fix = f"{unreadable:,} of the {len(sizes):,} {name} images cannot be read", "repair or remove them"
+        if unsupported := findings.files.get("unsupported"):  # intact: the reason names the fields that read them
+            fix = f"{unsupported[0]['path']}: {unsupported[0]['reason']}; otherwise {fix}"
         if unreadable and not len(readable):
             kind = max(FAULTS, key=lambda each: findings.counts[each])
             file = findings.files[kind][0]
             obstacles.append(f"none of the {unreadable:,} {name} images can be read ({file['path']}: {file['reason']})")
         elif unreadable and data.on_bad_image == "raise":
             more = f" data.max_bad={_share(unreadable, sizes):g}" if unreadable > data.max_bad * len(sizes) else ""
-            obstacles.append(f"{counted} (repair or remove them, or set data.on_bad_image=replace{more})")
+            obstacles.append(f"{counted} ({fix}, or set data.on_bad_image=replace{more})")
         elif unreadable > data.max_bad * len(sizes):
-            obstacles.append(f"{counted} (repair or remove them, or set data.max_bad={_share(unreadable, sizes):g})")
+            obstacles.append(f"{counted} ({fix}, or set data.max_bad={_share(unreadable, sizes):g})")
         kinds = len(np.unique(readable, axis=0))
         if data.resident and kinds > 1:
             obstacles.append(f"the {name} images have {kinds:,} sizes: data.resident=true needs one (set it to false)")
@@ -322,15 +325,24 @@ def _replaced(output: Path, root: str) -> str:
 
 def show(report: dict[str, Any], output: Path, replaced: str = "") -> None:
     """Print the report as a table, with one example per kind; `replaced` follows the name of its file."""
-    rows = []
+    data, rows = report["data"], []
+
+    def short(path: str) -> str:
+        """Return a path below data.root; below another folder, with the name of that folder."""
+        for root in filter(None, (data["root"], *data["more_roots"], data["eval_root"])):
+            folder = Path(os.path.abspath(os.path.expanduser(root)))  # noqa: PTH100, PTH111 # as in `scan`
+            if Path(path).is_relative_to(folder):
+                return str(Path(path).relative_to(folder if root == data["root"] else folder.parent))
+        return path
+
     for part in ("unreadable", "odd"):
         for kind, entry in report[part].items():
             first = entry["files"][0]
-            rows.append([kind, f"{entry['count']:,}", Path(first["path"]).name, first.get("reason", entry["meaning"])])
+            rows.append([kind, f"{entry['count']:,}", short(first["path"]), first.get("reason", entry["meaning"])])
     alarming = set(range(len(report["unreadable"])))
     copies = report["duplicates"]
     if copies["count"]:
-        names = " = ".join(Path(path).name for path in copies["groups"][0][:2])
+        names = " = ".join(short(path) for path in copies["groups"][0][:2])
         rows.append(["duplicates", f"{copies['count']:,}", names, "the same content as an earlier image"])
     if leaked := copies["held_out_in_training"]:
         alarming.add(len(rows))

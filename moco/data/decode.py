@@ -27,6 +27,7 @@ from moco.data.headers import (
     has_deep_color,
     inverted,
     largest_page,
+    misreads_bands,
     open_image,
     orientation_of,
     stated_bits,
@@ -163,9 +164,8 @@ def decode_scaled(path: str | Path, data: bytes, shrink: Shrink, pixel_format: P
     except (WrongFormat, ConfigError) as error:  # a ConfigError names a package that is missing
         raise _refusal(path, "unsupported", str(error)) from error
     except UnidentifiedImageError as error:
-        if kind := _unknown_tiff(data):
-            fix = "which is not read as RGB: set data.channels=BANDS and data.dtype, or store it as a gray or RGB image"
-            raise _refusal(path, "unsupported", f"{kind}, {fix}") from error
+        if reason := _unknown_tiff(data):
+            raise _refusal(path, "unsupported", reason) from error
         known = ", ".join((*IMAGE_FORMATS, "NPY", "NPZ"))
         raise _refusal(path, "no image", f"no known image format ({known}), it begins with {data[:12]!r}") from error
     except (TooLarge, Image.DecompressionBombError) as error:  # PIL checks its own limit first
@@ -183,6 +183,8 @@ def _decode_color(path: str | Path, data: bytes, shrink: Shrink, bits: int) -> D
             declared = f"its header declares {width} x {height} = {width * height:,} pixels"
             fix = f"and at most {MAX_PIXELS:,} are read: shrink or remove the file"
             raise _refusal(path, "too large", f"{declared}, {fix}")
+        if misreads_bands(image):
+            raise UnidentifiedImageError
         scaled = _decode_jpeg_scaled(image, data, shrink)
         if scaled is not None:
             return scaled
@@ -201,12 +203,16 @@ def to_gray(pixels: Tensor) -> Tensor:
 
 
 def _unknown_tiff(data: bytes) -> str:
-    """Describe the pixels of a TIFF that PIL does not open; "" for another file, or if its tags cannot be read."""
+    """Describe a TIFF that PIL does not read, and a fix; "" for another file, or if its tags cannot be read."""
     if not (pages := tiff_pages(data)):
         return ""
     page = pages[largest_page(pages)]
     bits = "/".join(map(str, sorted(set(page.bits))))
-    return f"a TIFF with {page.bands} band{'s' * (page.bands > 1)} of {bits} bits"
+    how = f"{bits} bits{', stored band by band' * page.by_band}"
+    fix = f"set data.channels={page.bands} data.dtype={page.dtype}, or store it as a gray or RGB image"
+    if page.dtype == RGB.dtype and page.bands in (1, 3):  # these fields would not change how it is read
+        fix = "store it as a gray or RGB image"
+    return f"a TIFF with {page.bands} band{'s' * (page.bands > 1)} of {how}, which is not read as RGB: {fix}"
 
 
 def _decode_jpeg_scaled(image: Image.Image, data: bytes, shrink: Shrink) -> Decoded | None:

@@ -16,6 +16,7 @@ from moco.data.walk import IMAGE_FORMATS
 
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHITE_IS_ZERO = 0  # a value of the tag PhotometricInterpretation
+_SEPARATE = 2  # a value of the tag PlanarConfiguration
 _KINDS = {1: "u", 2: "i"}  # values of the tag SampleFormat; others are floats and complex numbers
 _EXIF = (b"eXIf", b"com.adobe.xmp")  # in a PNG: marks of the data that may state its orientation
 
@@ -26,6 +27,8 @@ class Page(NamedTuple):
     size: tuple[int, int]  # width and height, as stored
     bands: int
     bits: tuple[int, ...]  # of each band
+    dtype: str  # the value of data.dtype that holds the pixels
+    by_band: bool  # whether each band is stored separately
     white_is_zero: bool
     orientation: int  # as in EXIF; 1: upright
 
@@ -40,13 +43,22 @@ def tiff_pages(data: bytes) -> list[Page]:
 
 
 def _page(tags: TiffImagePlugin.ImageFileDirectory_v2) -> Page:
+    bits = tuple(map(int, tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))))
+    unsigned = set(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))) == {1}
     return Page(
         (int(tags[TiffImagePlugin.IMAGEWIDTH]), int(tags[TiffImagePlugin.IMAGELENGTH])),
         int(tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)),
-        tuple(map(int, tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)))),
+        bits,
+        "float32" if not unsigned or max(bits) > 16 else "uint16" if max(bits) > 8 else "uint8",
+        _by_band(tags),
         tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO,
         int(tags.get(ExifTags.Base.Orientation, 1)),
     )
+
+
+def _by_band(tags: Any) -> bool:
+    separate = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == _SEPARATE
+    return bool(separate and tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > 1)
 
 
 def _directories(data: bytes) -> Iterator[TiffImagePlugin.ImageFileDirectory_v2]:
@@ -91,6 +103,16 @@ def raw_modes(image: Image.Image) -> list[str]:
 def has_deep_color(image: Image.Image) -> bool:
     """Return whether an image that is not loaded has color of 16 bits per channel: PIL reads only the upper 8."""
     return not image.mode.startswith("I") and any(";16" in mode for mode in raw_modes(image))
+
+
+def misreads_bands(image: Image.Image) -> bool:
+    """Return whether PIL would misread a TIFF that stores band after band; call it before loading.
+
+    If the bands are not those of a color, PIL reads only the first one. It reads uncompressed color of 16 bits as 8.
+    """
+    if not _by_band(getattr(image, "tag_v2", {})):
+        return False
+    return len(image.getbands()) < 3 or (stated_bits(image) > 8 and not has_deep_color(image))
 
 
 def stated_bits(image: Image.Image) -> int:

@@ -6,7 +6,7 @@ Nothing is downloaded, no folder is created, no command is run and no hub is con
 from collections.abc import Mapping
 from typing import Any
 
-from moco.config import require
+from moco.config import ConfigError
 from moco.config.data import is_remote
 from moco.data.sources import SOURCES
 from moco.runtime.next_command import override
@@ -15,6 +15,17 @@ from moco.runtime.next_command import override
 _LOCAL_PATHS = {"eval_root", "more_roots", "label_file", "label_separator"}
 # Fields that only the user may set, and how often training draws images, which an evaluation never does.
 _NEVER = {"download", "allow_pipe", "weights"}
+# Fields that a command names if it may not take them from a file, in their order.
+_REPEATED = ("root", "more_roots", "eval_root", "label_file", "label_separator")
+
+
+def fields_to_repeat(recorded: Mapping[str, Any], trusted: bool) -> dict[str, Any]:
+    """Return the recorded fields that a command must name to use the same images; see `recorded_data`."""
+    name, root = (str(recorded.get(field) or "") for field in ("name", "root"))
+    unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
+    if not root or unused or (trusted and not is_remote(name, root)):
+        return {}
+    return {field: recorded[field] for field in _REPEATED if recorded.get(field)}
 
 
 def recorded_data(
@@ -35,16 +46,13 @@ def recorded_data(
     name, root = (str(recorded.get(field) or "") for field in ("name", "root"))
     never = _NEVER | (set() if trusted else _LOCAL_PATHS)
     kept = {field: value for field, value in recorded.items() if field not in never}
-    unused = name in SOURCES and not SOURCES[name].root  # digits need no folder
-    if not root or unused or "root" in given or given.get("name", name) != name:
+    missing = fields_to_repeat(recorded, trusted)
+    if not missing or "root" in given or given.get("name", name) != name:
         return kept
     remote = is_remote(name, root)
     why = "they would be fetched from there" if remote else "a file alone does not decide which folder is read"
-    paths = {field: recorded[field] for field in ("root", "more_roots", "eval_root") if recorded.get(field)}
-    same = " ".join(override(f"data.{field}", value) for field, value in paths.items())
-    require(
-        trusted and not remote,
+    same = " ".join(override(f"data.{field}", value) for field, value in missing.items())
+    raise ConfigError(
         f"{source} names the images of data.name={name} data.root={root}, and {why}: "
-        f"{fix or f'to use them, add {same}; for others, set data=folder data.root=IMAGES'}",
+        f"{fix or f'to use them, add {same}; for others, set data=folder data.root=IMAGES'}"
     )
-    return kept

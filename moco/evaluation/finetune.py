@@ -19,6 +19,7 @@ from moco.config.subject import SubjectConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
 from moco.data.plan import Plan
+from moco.data.recorded import fields_to_repeat
 from moco.data.sources import Source
 from moco.data.view import View
 from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
@@ -31,6 +32,7 @@ from moco.evaluation.task import Result, Task, training_view
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
 from moco.interop.weights import save_weights
 from moco.plugins import naming_plugins
+from moco.runs.directory import in_run_directory
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent
 from moco.runtime.next_command import command
@@ -282,5 +284,6 @@ def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: P
         log(f"saved: {_folder(task, each.encoder)}/encoder.safetensors and head.safetensors (of the last seed)")
     # The saved file contains what these fields describe.
     reset: Any = {"run": "", "output": "", "weights": "encoder", "backbone": None, "options": {}, "images": {}}
-    data, encoder = {"hold_out": config.data.hold_out}, f"{_folder(task, found[0].encoder)}/encoder.safetensors"
-    log_next(command("moco.knn", config, **reset, data=data, checkpoint=encoder))
+    encoder = _folder(task, found[0].encoder) / "encoder.safetensors"
+    data = {"hold_out": config.data.hold_out} | fields_to_repeat(asdict(task.data), in_run_directory(encoder))
+    log_next(command("moco.knn", config, **reset, data=data, checkpoint=str(encoder)))

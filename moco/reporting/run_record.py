@@ -93,10 +93,8 @@ def open_run(path: Path, field: str = "run") -> Run:
         raise ConfigError(no_checkpoint_message(path))
     config = state.get("config") or _configuration(path, field)
     values = read_metrics(path / "metrics.jsonl")
-    require(
-        bool(values) or file is not None,
-        f"{field}={path} has no metrics and no checkpoint yet: train it first with python -m moco.train run={path}",
-    )
+    if not values and file is None:
+        raise ConfigError(no_checkpoint_message(path, field))
     slim = {name: value for name, value in state.items() if name not in ("method", "optimizer", "scaler")}
     results = [entry for entry in recorded(path) if isinstance(entry.get("figures"), dict)]
     return Run(path, config, values, results, file, slim)

@@ -80,8 +80,10 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
     """
     file, checkpoints = path / "config.yaml", path / "checkpoints"
     holds_run = file.exists() or checkpoints.is_dir()
-    usable = holds_run or not path.is_dir() or all(each.name == LOCK or _is_remnant(each) for each in path.iterdir())
-    require(usable, f"run={path} is not empty and holds no run (no config.yaml): choose another directory")
+    require(
+        holds_run or _is_usable(path),
+        f"run={path} is not empty and holds no run (no config.yaml): choose another directory",
+    )
     lock = lock_directory(path, "run")
     with write_errors(checkpoints):
         for half_written in [*checkpoints.glob("*.tmp"), *filter(_is_remnant, path.glob("*.tmp"))]:
@@ -110,21 +112,29 @@ def in_run_directory(file: Path) -> bool:
     return any(all((run / name).is_file() for name in ("config.yaml", METRICS)) for run in file.absolute().parents[:4])
 
 
-def no_checkpoint_message(path: Path) -> str:
-    """Return the message for a `run` without a checkpoint: it names another run, or how to train this one."""
+def no_checkpoint_message(path: Path, field: str = "run") -> str:
+    """Return the message for a run in `field` without a checkpoint: it names another run, or how to train this one."""
     for run in path.absolute().parents[:2]:
         if (run / "checkpoints").is_dir():
-            return f"run={path} is a folder in the directory of a run: set run={run}"
+            return f"{field}={path} is a folder in the directory of a run: set run={run}"
     if renamed := _renamed(path):
         return f"{renamed}, or set checkpoint=FILE"
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
     if inside:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
         found = ", ".join(f"run={each}" for each in inside[:5])
-        return f"run={path} is a folder of runs: choose one of them, {found}{more}"
+        return f"{field}={path} is a folder of runs: choose one of them, {found}{more}"
     if (path / "config.yaml").is_file():
-        return f"run={path} has no checkpoint yet: run its command of moco.train again (config.yaml holds its settings)"
-    return f"run={path} has no checkpoint: train it first, python -m moco.train run={path}"
+        fix = "run its command of moco.train again (config.yaml holds its settings)"
+        return f"{field}={path} has no checkpoint yet: {fix}"
+    if _is_usable(path):
+        return f"{field}={path} has no checkpoint: train it first, python -m moco.train run={path}"
+    return f"{field}={path} holds no run of moco.train (no config.yaml): name the directory of a run"
+
+
+def _is_usable(path: Path) -> bool:
+    """Return whether a run may begin in a directory that holds no run: it does not exist, or is empty."""
+    return not path.is_dir() or all(each.name == LOCK or _is_remnant(each) for each in path.iterdir())
 
 
 def _renamed(path: Path) -> str:

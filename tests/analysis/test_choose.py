@@ -129,7 +129,7 @@ def test_refusals_name_the_field(tmp_path: Path) -> None:
     for runs, changes, message in (
         ([], {}, r"runs=\[runs/digits\]"),
         ([tmp_path / "x*"], {}, r"runs: .*x\* "),
-        ([tmp_path / "empty"], {}, r"runs: .*empty .*checkpoint"),
+        ([tmp_path / "empty"], {}, r"runs=.*empty .*checkpoint"),
         ([made, other], {}, r"c has data\.name=folder.*a has digits"),
         ([made], {"images": 1}, "images=1"),
         ([made], {"draws": 0}, "draws=0"),
@@ -210,6 +210,14 @@ def test_several_labels_leave_the_measures_and_are_named(tmp_path: Path, capsys:
     text = capsys.readouterr().out
     assert "no accuracy is measured here; moco.knn and moco.linear measure the mAP" in text
     assert "next: python -m moco.embed" in text
+
+
+def test_a_run_without_a_checkpoint_gets_no_command_that_is_refused(tmp_path: Path) -> None:
+    made = tmp_path / "a"
+    (made / "checkpoints").mkdir(parents=True)
+    (made / "config.yaml").write_text("epochs: 3\n")
+    with pytest.raises(ConfigError, match=r"runs=.*a has no checkpoint yet: run its command .*; or leave it out"):
+        choose(config(tmp_path / "out", made))
 
 
 def test_two_checkpoints_of_one_run_are_no_choice(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ SITUATIONS = {
     "linear, compared": ("linear run=runs/labeled compare=[untrained]", ["linear"]),
     "linear, published": ("linear run=runs/labeled protocol=moco_v2_digits compare=[untrained]", ["linear"]),
     "finetune": ("finetune run=runs/labeled fraction=0.1 encoders=[pretrained]", ["knn"]),
+    "finetune, elsewhere": (
+        "finetune run=runs/labeled data=folder data.root=YOUR_IMAGES data.label_file=labels.csv output=x/l1 "
+        "fraction=0.1 encoders=[pretrained]",
+        ["knn"],
+    ),
     "transfer": ("transfer run=runs/labeled", ["transfer"]),
     "transfer, few shots": ("transfer run=runs/labeled mode=few_shot", ["transfer"]),
     "report": ("report run=runs/labeled_too", ["tensorboard", "linear"]),
@@ -100,6 +105,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
             gradient(i).save(folder / name / f"{i:03}.jpg")
     (folder / "BAD" / "text.jpg").write_text("text")
     tree(folder / "YOUR_IMAGES", each=20, first=0)
+    rows = [
+        f"{path.relative_to(folder / 'YOUR_IMAGES')},{path.parent.name},{('train', 'test')[int(path.stem) % 2]}\n"
+        for path in (folder / "YOUR_IMAGES").rglob("*.png")
+    ]
+    (folder / "labels.csv").write_text("".join(["path,label,split\n", *rows]))
     torch.save(build_backbone("resnet18", {}).state_dict(), folder / "FILE")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -112,6 +112,40 @@ def test_tiffs_with_bands_keep_every_bit(channels: int, dtype: str) -> None:
         assert np.array_equal(found.numpy(), array.transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize(
+    ("channels", "dtype", "photometric", "reads_rgb"),
+    [
+        *((channels, dtype, "minisblack", False) for channels in (2, 3, 4) for dtype in ("uint8", "uint16", "float32")),
+        *((channels, "uint8", "rgb", True) for channels in (3, 4)),
+        (3, "uint16", "rgb", None),  # PIL reads the compressed one only
+    ],
+)
+def test_tiffs_stored_band_by_band_are_read_or_name_their_fields(
+    channels: int, dtype: str, photometric: str, reads_rgb: bool | None, compression: str | None
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    planes = values(channels, dtype).transpose(2, 0, 1)
+    buffer = io.BytesIO()
+    options = {"photometric": photometric, "planarconfig": "separate", "compression": compression}
+    tifffile.imwrite(buffer, planes, **options)
+    if (channels, dtype) != (3, "uint8"):
+        kept = decode_bytes("x.tif", buffer.getvalue(), PixelFormat(channels, dtype)).numpy()
+        assert np.array_equal(kept, planes)
+    if reads_rgb or (reads_rgb is None and compression):
+        color = decode_bytes("x.tif", buffer.getvalue()).numpy()
+        assert channels == 4 or np.array_equal(color, planes >> (8 * (dtype == "uint16")))
+        return
+    with pytest.raises(ImageError) as caught:
+        decode_bytes("x.tif", buffer.getvalue())
+    assert caught.value.kind == "unsupported"
+    assert f"{channels} bands of {np.dtype(dtype).itemsize * 8} bits, stored band by band" in caught.value.reason
+    named = f"data.channels={channels} data.dtype={dtype}" in caught.value.reason
+    assert named == ((channels, dtype) != (3, "uint8"))  # which would change nothing
+    with pytest.raises(ImageError, match=r"data\.channels=1"):  # the first band alone is not read as gray
+        decode_bytes("x.tif", buffer.getvalue(), PixelFormat(1, "float32"))
+
+
 def test_a_tiff_with_bands_names_the_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: str) -> None:
         raise ConfigError(" needs ".join(arguments))

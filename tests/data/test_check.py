@@ -107,20 +107,32 @@ def test_obstacles_depend_on_the_data_fields(tmp_path: Path) -> None:
     checked(output, "the training images have 2 sizes: data.resident=true needs one", root=str(root), resident=True)
 
 
-def test_duplicates_and_images_in_both_splits(tmp_path: Path) -> None:
+def test_obstacles_name_the_fields_that_read_intact_images(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    root = folder(tmp_path / "images", good=2, unreadable=False)
+    tifffile.imwrite(root / "bands.tif", np.ones((4, 9, 9), np.uint16), photometric="minisblack", planarconfig=2)
+    found = r"1 of the 3 training .*bands\.tif: .*set data\.channels=4 data\.dtype=uint16.*; otherwise repair"
+    checked(tmp_path / "report.json", found, root=str(root))
+    checked(tmp_path / "report.json", found, root=str(root), on_bad_image="replace")
+
+
+def test_duplicates_and_images_in_both_splits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
     for part in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / part).mkdir(parents=True)
     for number, name in enumerate(("train/a/1", "train/a/2", "train/b/3", "test/a/4", "test/b/5", "test/b/6")):
         noise(number).save(tmp_path / f"{name}.png")
     for copy, of in (("train/b/9", "train/a/1"), ("test/a/1", "train/a/1"), ("test/a/7", "test/b/5")):
         (tmp_path / f"{copy}.png").write_bytes((tmp_path / f"{of}.png").read_bytes())
-    report = checked(
-        tmp_path / "report.json", root=str(tmp_path / "train"), labels="folder", eval_root=str(tmp_path / "test")
-    )
+    report = checked(tmp_path / "report.json", root="train", labels="folder", eval_root="test")
     entry = report["duplicates"]
     groups = sorted([os.path.relpath(path, tmp_path) for path in group] for group in entry["groups"])
     assert groups == [["test/a/7.png", "test/b/5.png"], ["train/a/1.png", "train/b/9.png", "test/a/1.png"]]
     assert (entry["count"], entry["held_out_in_training"]) == (3, 1)
+    assert "test/a/7.png = test/b/5.png" in capsys.readouterr().out
 
 
 def test_an_unreadable_held_out_image_is_an_obstacle(tmp_path: Path) -> None:

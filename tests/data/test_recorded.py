@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from moco.config import ConfigError, DataConfig
-from moco.data.recorded import recorded_data
+from moco.data.recorded import fields_to_repeat, recorded_data
 
 
 @pytest.mark.parametrize("trusted", [True, False])
@@ -18,7 +18,10 @@ def test_a_download_or_a_command_is_never_taken_from_a_file(name: str, trusted: 
 
 @pytest.mark.parametrize(("trusted", "eval_root"), [(True, "/test"), (False, "")])
 def test_held_out_images_of_a_bare_file_are_used_only_if_named(trusted: bool, eval_root: str) -> None:
-    recorded = {"name": "folder", "root": "/train", "eval_root": "/test", "labels": "folder"}
+    recorded: dict[str, Any] = {"name": "folder", "root": "/train", "eval_root": "/test", "labels": "folder"}
+    repeated = fields_to_repeat(recorded, trusted)
+    assert repeated == ({} if trusted else {"root": "/train", "eval_root": "/test"})
+    assert DataConfig(**recorded_data(recorded, repeated, "x.pt", trusted) | repeated) == DataConfig(**recorded)
     kept = DataConfig(**recorded_data(recorded, {"root": "/train"}, "x.pt", trusted))
     assert (kept.root, kept.eval_root, kept.labels) == ("/train", eval_root, "folder")
     with pytest.raises(ConfigError, match=r"to use them, add data\.root=/train data\.eval_root=/test; for"):
@@ -44,7 +47,9 @@ def test_which_images_are_used_without_being_named(
     recorded: dict[str, Any], given: dict[str, Any], trusted: bool, fine: bool
 ) -> None:
     if fine:
+        assert given or not fields_to_repeat(recorded, trusted)
         assert "download" not in recorded_data(recorded, given, "x.pt", trusted)
         return
+    assert fields_to_repeat(recorded, trusted) == {"root": recorded["root"]}
     with pytest.raises(ConfigError, match=rf"x.pt names .*data\.root={recorded['root']}.*add data\.root="):
         recorded_data(recorded, given, "x.pt", trusted)

@@ -252,7 +252,7 @@ def test_moved_or_missing_images(tmp_path: Path) -> None:
     [
         (lambda run: (run / "config.yaml").write_text("a: ["), r"config\.yaml is damaged"),
         (lambda run: (run / "config.yaml").unlink(), r"no config\.yaml"),
-        (lambda run: (run / "metrics.jsonl").unlink(), "no metrics and no checkpoint"),
+        (lambda run: (run / "metrics.jsonl").unlink(), "has no checkpoint yet: run its command"),
         (lambda run: (run / "results.json").write_text("{}"), r"results\.json is damaged \(not a list of entries\)"),
         (lambda run: (run / "results.json").write_text("["), r"results\.json is damaged .*: move it"),
         (shutil.rmtree, r"run=.*run does not exist"),

@@ -65,6 +65,15 @@ def test_a_folder_of_a_run_is_no_run(tmp_path: Path) -> None:
     assert str(tmp_path / "run") not in no_checkpoint_message(tmp_path / "other")
 
 
+def test_only_a_run_that_could_begin_gets_a_training_command(tmp_path: Path) -> None:
+    message = no_checkpoint_message(tmp_path, "runs")
+    assert message == f"runs={tmp_path} has no checkpoint: train it first, python -m moco.train run={tmp_path}"
+    (tmp_path / "photo.jpg").touch()  # moco.train refuses this directory
+    assert no_checkpoint_message(tmp_path) == f"run={tmp_path} holds no run of moco.train (no config.yaml): " + (
+        "name the directory of a run"
+    )
+
+
 def test_a_renamed_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step_1 (1).pt").touch()

@@ -32,14 +32,16 @@ from moco.config import ConfigError, require
 from moco.config.choose import ChooseConfig
 from moco.config.subject import SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
+from moco.data.recorded import fields_to_repeat
 from moco.data.sources import SOURCES, Sources, limited
 from moco.evaluation.knn_classifier import KnnSettings, knn_accuracy
-from moco.evaluation.subject import open_data, open_subject
+from moco.evaluation.subject import data_config, open_data, open_subject
 from moco.evaluation.subsets import naming_field, per_class
 from moco.evaluation.sweep import LabeledFeatures, Recipe, Setting, retrain
 from moco.files import resolved, write_json
 from moco.interop.encoder_file import EncoderFile, read_encoder
 from moco.runs import checkpoint
+from moco.runs.directory import in_run_directory, no_checkpoint_message
 from moco.runtime.console import log, log_next, progress_bar, table
 from moco.runtime.next_command import command
 from moco.runtime.provenance import provenance
@@ -125,7 +127,8 @@ def choose(config: ChooseConfig) -> list[Point]:
     _refuse_too_few_checkpoints(files)
     output, device = open_study(config.output, config)
     subject = SubjectConfig(run=_refuse_different_data(files, config), data=config.data)
-    sources = open_data(subject, open_subject(subject))
+    opened = open_subject(subject)
+    sources = open_data(subject, opened)
     images = limited(sources.train, config.images)
     require(len(images) >= 2, f"data.root has {len(images)} training image to measure: name a folder with 2 or more")
     bank, held_out = sources.bank, sources.held_out
@@ -156,12 +159,14 @@ def choose(config: ChooseConfig) -> list[Point]:
     write_json(output / RESULTS, results)
     _report(points, agreement, len(images), config)
     log(f"results: {output / RESULTS}")
-    if points[0].accuracies:
-        best = max(points, key=lambda point: point.accuracies["probe"])
-        log_next(command("moco.knn", SubjectConfig(checkpoint=best.file, data=config.data)), "best linear accuracy")
+    labeled = bool(points[0].accuracies)
+    best = max(points, key=lambda point: point.accuracies["probe"]) if labeled else chosen(points, "rank_me")
+    needed = fields_to_repeat(asdict(data_config(subject, opened)), in_run_directory(Path(best.file)))
+    following = SubjectConfig(checkpoint=best.file, data=replace(config.data, **needed))
+    if labeled:
+        log_next(command("moco.knn", following), "best linear accuracy")
     else:
-        by_rank = SubjectConfig(checkpoint=chosen(points, "rank_me").file, data=config.data)
-        log_next(command("moco.embed", by_rank, output=str(output / "features")), "best by RankMe")
+        log_next(command("moco.embed", following, output=str(output / "features")), "best by RankMe")
     return points
 
 
@@ -179,10 +184,9 @@ def _checkpoints(run: str) -> list[Path]:
     """Return a run's checkpoints, the oldest first."""
     found = checkpoint.list_checkpoints(Path(run) / "checkpoints")
     if not found:
-        inside = any(Path(run).glob("*/checkpoints/"))
-        train = f"remove it, or train it, python -m moco.train run={run}"
-        fix = f"name the runs in it, 'runs=[{run}/*]'" if inside else train
-        raise ConfigError(f"runs: {run} has no checkpoint: {fix}")
+        if any(Path(run).glob("*/checkpoints/")):
+            raise ConfigError(f"runs: {run} has no checkpoint: name the runs in it, 'runs=[{run}/*]'")
+        raise ConfigError(f"{no_checkpoint_message(Path(run), 'runs')}; or leave it out of runs")
     return found[::-1]
 
 
