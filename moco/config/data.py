@@ -118,8 +118,8 @@ class SubjectDataConfig(SourceConfig):
     """The labeled data of an evaluation. A field that is null has the run's value.
 
     If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except
-    channels, dtype, bits and preview. A checkpoint outside of a run directory provides neither root nor eval_root: set
-    both.
+    name, channels, dtype, bits and preview. A checkpoint outside of a run directory provides no paths: set root
+    (except for digits) and, where they are needed, label_file, eval_root and more_roots.
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)

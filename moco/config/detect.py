@@ -84,7 +84,7 @@ class DetectConfig(EncoderConfig):
     milestones: list[float] = bounded([0.75, 0.91666], gt=0, lt=1)
     """For schedule=step: fractions of the steps."""
     warmup: float = bounded(0.00417, ge=0, lt=1)
-    """Fraction of the steps in which the lr rises linearly from zero to its peak."""
+    """Fraction of the steps in which the lr rises linearly to its peak."""
     momentum: float = bounded(0.9, ge=0, lt=1)
     """Momentum of the optimizer, sgd."""
     weight_decay: float = bounded(1e-4, ge=0)

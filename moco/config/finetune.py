@@ -24,7 +24,8 @@ class FinetuneConfig(SubjectConfig):
     subset_list: str = bounded("", path=True)
     """List of the labeled training images, one name per line, such as SimCLR's 1percent.txt; empty: no list."""
     seeds: int = bounded(1, ge=1)
-    """Repetitions, with seeds `seed`, `seed` + 1, ... Labeled images, initial weights, order and views differ."""
+    """Repetitions, with seeds `seed`, `seed` + 1, ... Initial weights, order and views differ; with
+    labels_per_class, or a fraction below 1, the labeled images differ too."""
     epochs: int = bounded(100, ge=1)
     """Passes over the labeled images."""
     min_steps: int = bounded(0, ge=0)
@@ -48,10 +49,10 @@ class FinetuneConfig(SubjectConfig):
     exclude: list[str] = bounded([], choices=("bias", "norm"))
     """Weights without weight decay: bias (all biases), norm (the weights of normalization layers)."""
     warmup: float = bounded(0.0, ge=0, lt=1)
-    """Fraction of the steps in which the lr rises linearly from zero to its peak."""
+    """Fraction of the steps in which the lr rises linearly to its peak."""
     layer_decay: float | None = bounded(None, gt=0, le=1)
     """For vision transformers and networks of timm: the ratio of a layer's lr to that of the next layer toward the
-    output. Biases and other vectors then have no weight decay. Null: the same lr for all layers."""
+    output. Biases and other vectors of the backbone then have no weight decay. Null: the same lr for all layers."""
     drop_path: float | None = bounded(None, ge=0, lt=1)
     """For vision transformers and networks of timm: probability of skipping the deepest block in training
     (stochastic depth); null: the network's own value."""

@@ -16,7 +16,10 @@ class PackConfig(CommandConfig):
     output: str = bounded("", min_length=1, path=True, example="output=/data/images_packed")
     """Directory for the shards and their index. Run the same command again to resume, or to check finished shards."""
     short_side: int = bounded(0, ge=0)
-    """Reduce images whose shorter side exceeds N pixels to N pixels; 0: pack every file unchanged."""
+    """Reduce images whose shorter side exceeds N pixels to N pixels; 0: reduce none. An image that is not reduced keeps
+    its file, with two exceptions: images without files of their own (frames of videos, CIFAR, STL-10, digits) become
+    PNG files; arrays, and images that are read with other channels than gray or RGB or with more than 8 bits
+    (data.channels, data.dtype), become NPY files."""
     quality: int = bounded(90, ge=1, le=95)
     """JPEG quality of the images that are reduced."""
     shard_mb: float = bounded(256.0, gt=0, le=8000)

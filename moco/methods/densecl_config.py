@@ -31,7 +31,8 @@ class DenseCLConfig(MethodConfig):
     correspondence: str = bounded("similarity", choices=("similarity", "crops"))
     """The positive of a cell: similarity (the cell of the other view with the most similar features of the backbone, as
     in the paper), or crops (the cell that shows the center of this cell, computed from the crops, flips and other
-    changes of both views; cells outside of the other view have no loss). crops ignores steps of plug-ins."""
+    changes of both views; cells outside of the other view have no loss). crops ignores the augmentation
+    steps of plug-ins (augment.steps)."""
     grid: int = bounded(0, ge=0)
     """Pool the feature map to grid x grid cells; 0: use it as it is (7 x 7 for a ResNet with 224 pixels)."""
 
