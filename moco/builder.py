@@ -212,7 +212,7 @@ class Method(Protocol):
     encoder: nn.Module  # f_q
     temperature: float  # T; if it has a schedule, the trainer sets it before each step
     step: int  # number of the current step, from 0; the trainer sets it before each step
-    passes: int  # forward passes of an encoder per micro-batch
+    passes: int  # forward passes of an encoder per micro-batch, without those of the small views
 
     @property
     def momentum_encoder(self) -> nn.Module | None: ...

@@ -16,8 +16,8 @@ class BoxesConfig:
     """json: a file in COCO's format and a folder of images. coco: the folders of COCO (annotations/instances_SPLIT.json
     and SPLIT/). voc: those of Pascal VOC (JPEGImages, Annotations, ImageSets/Main), for one year or several."""
     root: str = bounded("", path=True)
-    """json: the folder below which the images are. coco, voc: the folder of the data set; for voc VOCdevkit, the folder
-    above it, or one with JPEGImages."""
+    """json: the folder below which the images are. coco, voc: the folder of the data set. For voc it is VOCdevkit, the
+    folder above it, or one with JPEGImages."""
     file: str = bounded("", path=True)
     """For json: the file with the training images and their boxes."""
     eval_root: str = bounded("", path=True)

@@ -207,7 +207,7 @@ class TrainConfig(ComputeConfig):
     """Number format of the computation. auto: bf16 on a GPU that has units for it, or on a CPU if a short measurement
     shows that it is at least 1.2 times as fast; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
-    """Store images in channels-last memory format, which makes convolutions faster and gives the same results."""
+    """Store images in channels-last memory format. Convolutions are then faster; results are equal up to rounding."""
     compile: bool = False
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False

@@ -25,7 +25,7 @@ def temperature_at(step: float, period: float, low: float, high: float) -> float
 class LearnedTemperature(nn.Module):
     """A trained temperature, as log 1/T, CLIP's logit scale (Radford et al., 2021).
 
-    CLIP clamps the scale after each step so that 1/T stays below 100. Here T is clamped to low ... high before each
+    CLIP clamps the scale after each step so that 1/T is at most 100. Here T is clamped to low ... high before each
     use, outside the graph: inside it, a clamped value would get no gradient and stay clamped. Do not decay the scale:
     decay pulls T toward 1.
     """

@@ -47,7 +47,7 @@ class MoCoConfig(MethodConfig):
     """Treatment of keys in the queue that resemble the query's own key: keep (as negatives), eliminate, or attract (as
     positives); false negative cancellation (Huynh et al., 2022)."""
     false_threshold: float | None = bounded(None, gt=-1, le=1)
-    """Lowest cosine at which a key in the queue resembles the query's own key; null: no threshold."""
+    """Cosine above which a key in the queue resembles the query's own key; null: no threshold."""
     false_top: int | None = bounded(None, ge=1)
     """Largest number of keys per query that count as similar; null: no limit."""
     mix_hardest: int = bounded(0, ge=0)

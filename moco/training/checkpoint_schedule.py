@@ -6,7 +6,7 @@ from moco.config import CheckpointConfig
 
 
 class CheckpointSchedule:
-    """Measures the training time of a run, `seconds` before this attempt, and decides when a checkpoint is due."""
+    """Measures the training time of a run, of which `seconds` were before this attempt; decides when to save."""
 
     def __init__(self, config: CheckpointConfig, steps_per_epoch: int, seconds: float) -> None:
         self._config, self._steps_per_epoch, self._earlier = config, steps_per_epoch, seconds

@@ -18,7 +18,7 @@ KEYS = 4096  # newest keys of the queue, for the spectrum
 QUERIES = 16  # queries of a step whose logits are measured
 ENCODED = 64  # images per rank that are encoded again, rounded up to complete BN groups, at least two
 TOP = 10  # negatives of `top_share`
-LIKELY_FALSE = 0.9  # cosine from which a key in the queue probably shows the same thing as the query
+LIKELY_FALSE = 0.9  # cosine above which a key in the queue probably shows the same thing as the query's key
 
 
 class Monitor:

@@ -77,7 +77,7 @@ def show_views(
     device: torch.device,
     on_unreadable: OnUnreadable | None = None,
 ) -> None:
-    """Write the views of up to eight images to views.png and TensorBoard; warn if the file cannot be written."""
+    """Write the views of up to eight images to views.png and the loggers; warn if the file cannot be written."""
     small = Plan(plan.length, min(8, plan.batch_size), 1, plan.seed)
     batch = next(batches(source, small, views, device, workers=0, on_unreadable=on_unreadable))
     mean, std = (per_channel(each, device) for each in (views[0].mean, views[0].std))

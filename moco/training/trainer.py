@@ -369,7 +369,7 @@ class Trainer:
         self.display.log(line)
 
     def _log(self, done: int, measures: Measures) -> None:
-        """Write the measures of a step to metrics.jsonl, TensorBoard and the terminal."""
+        """Write the measures of a step to metrics.jsonl, the loggers and the terminal."""
         numbers = torch.stack(list(measures.values())).tolist()  # one copy to the host
         values = {name if "/" in name else f"train/{name}": x for name, x in zip(measures, numbers, strict=True)}
         schedules = schedule_values(self.config, self.plan, self.peak_lr, done - 1)
