@@ -177,7 +177,8 @@ class CheckpointConfig:
     keep_epochs: int = bounded(0, ge=0)
     """Keep a checkpoint permanently every N epochs; 0: keep only the newest ones."""
     keep_last: int = bounded(2, ge=1)
-    """Number of newest checkpoints to keep. With 2 or more, a run can resume if the newest one is unreadable."""
+    """Number of newest checkpoints to keep, not counting those kept permanently. With 2 or more, a run can resume if
+    the newest one is unreadable."""
     keep_best: bool = False
     """Also keep the checkpoint with the best kNN accuracy so far, as checkpoints/best.pt, saved at each new best."""
 

@@ -111,9 +111,12 @@ def _labels(name: str, dataset: Any) -> NDArray[np.int64] | NDArray[np.bool_] | 
         return values.astype(np.bool_)
     integers = values.ndim == 1 and values.dtype.kind in "iu" and values.min() >= 0
     rule = (
-        "a label must be a whole number of at least 0, or, if images can have several, a list of 0 or 1 for each class"
+        "labels must be whole numbers of at least 0, or, if images can have several, lists of 0 or 1 for each of at "
+        "least two classes, with a 1 in at least one list"
     )
-    require(integers, f"data.name={name}: {rule}, not {stored[0]!r}")
+    signed = values.ndim == 1 and values.dtype.kind == "i"
+    shown = f"the smallest is {values.min()}" if signed else f"the first is {stored[0]!r}"
+    require(integers, f"data.name={name}: {rule}; {shown}")
     return values.astype(np.int64)
 
 

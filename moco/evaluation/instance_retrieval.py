@@ -63,7 +63,7 @@ def instance_retrieval(
 ) -> dict[str, Accuracy]:
     """Return the retrieval at 1 of several networks, in percent, by their names. Collective.
 
-    Uses the first `MOST_IMAGES` images of a random order, in complete batches. All networks see the same crops.
+    Uses the first images of a random order, as many as `images_used` returns. All networks see the same crops.
 
     Args:
         networks: modules on the device, which are put into eval mode for the measurement; `pixels` for raw pixels.

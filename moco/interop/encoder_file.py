@@ -28,7 +28,7 @@ from moco.runs import checkpoint
 from moco.runs.weights_file import CodeRefused, read_weights
 from moco.untrusted import parse_json, refuse_special_file
 
-# timm options that would load other weights
+# timm's options for loading published weights, which the file's weights replace
 LOADING_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 # JSON texts in the metadata of encoder.safetensors
 _METADATA: dict[str, Any] = {
@@ -71,7 +71,7 @@ class EncoderFile:
 
     @property
     def has_v3_head(self) -> bool:
-        """Whether the projection head is MoCo v3's, the only one with BN."""
+        """Whether the projection head has BN, as in MoCo v3 and NNCLR."""
         return any(name.endswith("running_mean") for name in self.head_weights)
 
 
@@ -92,7 +92,9 @@ def read_encoder(
         raise FileNotFoundError(f"checkpoint={path} does not exist")
     if path.suffix == ".safetensors":
         if weights != "encoder":
-            raise ForeignFileError(f"{path} {_NO_MOMENTUM_ENCODER}")
+            raise ForeignFileError(
+                f"{path} is a .safetensors file, of which only the encoder is read: set weights=encoder"
+            )
         return _safetensors(path, backbone, options)
     state = _load(path)
     if "method" in state and "config" in state:
@@ -218,8 +220,9 @@ def _load(path: Path) -> dict[str, Any]:
         state = read_weights(path)
     except CodeRefused as error:
         raise ForeignFileError(
-            f"{path} is refused: it is not a file of weights, or it also holds code (none was run); save only its "
-            "state dict, or use safetensors"
+            f"{path} is refused: torch cannot load it with weights_only=True, which runs no code, e.g. because it is "
+            "not a file of weights or holds code; save only its state dict, with torch.save's default pickle_protocol, "
+            "or use safetensors"
         ) from error
     if not isinstance(state, dict):
         raise ForeignFileError(
@@ -326,7 +329,10 @@ def _channels(file: EncoderFile) -> int:
 
 
 def _parts_of(names: Iterable[str], layout: Layout) -> tuple[str, ...]:
-    """Return the parts to which weights belong, e.g. `student`, but `teacher.head` in the part with the encoder."""
+    """Return the parts to which weights belong: the first components of their names, e.g. `student`.
+
+    A part has two components, e.g. `teacher.head`, if the names of the encoder's weights begin with the first one.
+    """
     split = (name.replace(".module.", ".").split(".") for name in names)
     shared = layout.encoder.split(".")[0]
     return tuple(sorted({".".join(each[: 1 + (each[0] == shared)]) for each in split}))

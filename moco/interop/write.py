@@ -1,7 +1,8 @@
 """Write an encoder's backbone in the formats of other projects.
 
-Each format has a function that writes it and one that reads it as its own project does, without the writer's code. So
-a conversion is checked before its file is kept.
+Each format has a function that writes it and one that reads it again, without the writer's code: with torchvision,
+timm, torch.export or onnxruntime if these can read the file, otherwise with code of this project. So a conversion is
+checked before its file is kept.
 """
 
 import math
@@ -51,7 +52,8 @@ class Format:
     network: Callable[[EncoderFile], str | None]  # returns its name in the format; None if the format cannot hold it
     # writes to a path, given the source file (with `images`) and its backbone in eval mode on the CPU
     write: Callable[[Path, EncoderFile, nn.Module], None]
-    read: Callable[[Path, EncoderFile], Read]  # as its own project does; uses only names of the source, not weights
+    # reads the written file; given the source file for the backbone, options and channels, not for its weights
+    read: Callable[[Path, EncoderFile], Read]
     load: str  # how to load FILE, whose network is NETWORK
     fixed_size: bool = False  # whether the file computes features of images of one size only
     folder: bool = False  # whether it is a folder
@@ -256,7 +258,7 @@ FORMATS: dict[str, Format] = {
         "NETWORK.load_state_dict(timm.models.load_state_dict('FILE'))",
     ),
     "detectron2": Format(
-        "ResNets with torchvision's stem",
+        _RESNETS_AS_PUBLISHED,
         torchvision_name,
         lambda path, file, backbone: save_detectron2(path, _state(backbone)),
         lambda path, file: _torchvision(file, load_detectron2(path), path),

@@ -1,7 +1,8 @@
 """Checkpoints of plain types, written atomically and read with `weights_only=True`.
 
-A checkpoint is a file `step_00001234.pt` that holds a dict: the values of `_SCHEMA`, "computed_on" (the
-devices), and "sha256" of all of these. `best.pt` is a second name of one of the files; it remains if that is deleted.
+A checkpoint is a file `step_00001234.pt` that holds a dict: the values of `_SCHEMA`, "computed_on" (the devices),
+"probe" (the state of the online probe, if there is one), and "sha256" of all of these. `best.pt` is a second name of
+one of the files; it remains if that is deleted.
 """
 
 import copy
@@ -57,7 +58,7 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
     """Write `folder/step_XXXXXXXX.pt` atomically and return its path.
 
     Args:
-        keep_last: number of newest checkpoints to keep; older ones are deleted, except those kept permanently.
+        keep_last: number of newest checkpoints to keep, not counting those kept permanently; older ones are deleted.
         keep: keep this one permanently (its name ends in `.keep.pt`).
         best: also name it `best.pt`, until there is a better one.
 
@@ -108,11 +109,12 @@ def copy_to_host(state: Any) -> Any:
 
 
 class Saver:
-    """Writes checkpoints in another thread, one at a time. Training waits only for a copy to host memory.
+    """Writes checkpoints in another thread, one at a time.
 
-    An error while writing is raised by the next `save` or `join`. Used as a context manager, it waits at the end for
-    the checkpoint that is being written, except after KeyboardInterrupt: the unfinished file then keeps its temporary
-    name. See `save` for `keep_last`.
+    `save` waits until the previous one is written and the state is copied to host memory. An error while
+    writing is raised by the next `save` or `join`. Used as a context manager, it waits at the end for the checkpoint
+    that is being written, except after KeyboardInterrupt: the unfinished file then keeps its temporary name. See the
+    function `save` for `keep_last`.
     """
 
     def __init__(self, folder: Path, keep_last: int) -> None:
@@ -215,7 +217,7 @@ def _refuse_malformed(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _is_evaluation(entry: Any) -> bool:
-    """Return whether an entry of the history has numbers only: step, epoch, and lists of results by name."""
+    """Return whether an entry of the history has a step, and otherwise only numbers and None, alone or in lists."""
     if type_error("", entry, {"step": int, "epoch": float}, exact=True) or "step" not in entry:
         return False
     results = (each for name, value in entry.items() if name != "step" for each in _as_list(value))
@@ -237,8 +239,8 @@ def refuse_misfit(folder: Path) -> Iterator[None]:
         lines = str(error).splitlines() or [type(error).__name__]
         reason = f"{lines[0]} {lines[1].strip()}" if lines[0].startswith("Error(s)") and len(lines) > 1 else lines[0]
         raise CheckpointError(
-            f"the newest checkpoint in {folder} does not fit this run ({reason[:200]}): move it away, and the run "
-            "resumes from an earlier one"
+            f"the newest readable checkpoint in {folder} does not fit this run ({reason[:200]}): move it away, and the "
+            "run resumes from an earlier one, or starts again from step 0 if there is none"
         ) from error
 
 
@@ -248,7 +250,9 @@ def load_newest(folder: Path) -> Checkpoint | None:
 
 
 def find_newest(folder: Path) -> tuple[Path, Checkpoint] | None:
-    """Return the newest readable checkpoint and its content, or None if there is none. Warn of each unreadable one.
+    """Return the newest readable checkpoint and its content, or None for a folder without checkpoints.
+
+    Warns of each newer one that cannot be read.
 
     Raises:
         CheckpointError: if there are checkpoints but none can be read.

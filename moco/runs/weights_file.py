@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
 
 
 class CodeRefused(CheckpointError):
-    """A file is not one of torch.save, or holds objects whose construction would run code."""
+    """torch refuses to unpickle a file with `weights_only=True`, e.g. one with code, or one not of torch.save."""
 
 
 class _Settings:
@@ -34,15 +34,15 @@ def read_weights(path: Path) -> Any:
     """Return the content of a file of torch.save, on the CPU.
 
     Raises:
-        CodeRefused: for a file of another kind, and for one with code, which is not run.
-        CheckpointError: for a file that is missing, damaged or no regular file; and for content that is larger than the
-            file, or nested too deeply.
+        CodeRefused: if torch refuses to unpickle the file, e.g. one with code, which is not run.
+        CheckpointError: for any other file that cannot be read: missing, damaged, no regular file or no file of
+            torch.save; and for content beyond the limits of size or depth.
     """
     try:
         size = refuse_special_file(path)
         _refuse_zip_bomb(path, size)
         with (
-            warnings.catch_warnings(action="ignore"),  # about pickle's protocol; such files are refused below
+            warnings.catch_warnings(action="ignore"),  # about pickle protocols other than torch's default
             torch.serialization.safe_globals([(_Settings, "argparse.Namespace")]),
         ):
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -35,7 +35,8 @@ from moco.analysis.doctor.settings import (
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.03, 1.0  # published: from 0.05 to 1, the value of MoCo v3 with a ResNet
 # Effective negatives: with fewer, the gradient comes from the nearest negative, which is often of the query's class.
 FEW_NEGATIVES = 2.0
-# Share of K. With more effective negatives, similarities differ by less than about T / 10: no negative stands out.
+# Share of K. With more effective negatives, the standard deviation of the similarities is below about T / 7: no
+# negative stands out.
 ALL_NEGATIVES = 0.99
 # Spread. With a lower one, as of an untrained encoder, all negatives count equally at any temperature.
 SPREAD_OUT = 0.5
@@ -172,7 +173,9 @@ def _spikes(series: Series) -> int:
 
 COLLAPSED_SPREAD = 0.1  # a mean cosine of two images of 0.99; digits: spreads of 0.6 to 0.97, at most 0.03 if collapsed
 RANK_FALL = 0.25  # share of the highest rank so far; the rank also falls in some healthy runs (2,000 images: 79 to 12)
-GRADIENT_GONE = 0.01  # share of the first step's norm; on the digits, healthy runs end at 0.06, broken ones at 0.002
+# Share of the first step's norm. On the digits, healthy runs end at 0.06 or more, runs that optim.lr=1 made collapse
+# below 0.001.
+GRADIENT_GONE = 0.01
 ONE_POINT = 0.98  # a positive similarity that shows a collapse only while the loss is at chance
 
 
@@ -251,7 +254,7 @@ def _gain(series: Series, name: str, facts: Facts) -> tuple[float, str]:
         return math.nan, ""
     first, last = values[0], values[-1]
     noise = NO_GAIN
-    if name == "retrieval/retrieval":  # a share of at most `instance_retrieval.MOST_IMAGES` images
+    if name == "retrieval/retrieval":  # a share of at most 1024 images, or of one larger batch
         share = last / 100
         noise = NO_GAIN_ERRORS * 100 * math.sqrt(share * (1 - share) / min(facts.dataset_size, 1024))
     return last - first - noise, f"{name.rpartition('/')[2]} is {last:.1f} % ({first:.1f} % before the first step)"

@@ -140,10 +140,11 @@ def draw_penalties(path: Path, runs: Sequence[Run]) -> None:
 
 
 def penalties(runs: Sequence[Run]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the two curves of one temperature in the penalty figure, each (B,), means over its runs.
+    """Return the two curves of one temperature in the penalty figure, each (B,), from its runs.
 
-    The first is the share of the push on the negatives of each bin, and sums to 1. The second is the push on a single
-    negative divided by the mean push, nan in bins with fewer than 10 similarities per run on average.
+    The first is the share of the push on the negatives of each bin, a mean over the runs, and sums to 1. The second is
+    this share divided by the bin's share of all negatives: the push on a single negative divided by the mean push. It
+    is nan in bins without push, or with fewer than 10 similarities per run on average.
     """
     share = np.mean([each.contrast.push_at for each in runs], axis=0)
     counts = np.mean([each.contrast.negatives_at for each in runs], axis=0)
