@@ -131,7 +131,8 @@ def check_detect(config: DetectConfig, processes: int = 1) -> None:
         require(len(parts) < 2, f"{' and '.join(parts)} both name held-out images: remove one of them")
         require(bool(parts), "there are no held-out images: set boxes.eval_file=FILE.json, or boxes.hold_out=0.2")
     masks = f"detector={config.detector} needs masks, which boxes.layout=voc does not have"
-    require(not (config.masks and boxes.layout == "voc"), f"{masks}: choose a faster_rcnn or a COCO-style json")
+    fix = "set detector=faster_rcnn_fpn, or use a data set with masks, boxes.layout=coco or json"
+    require(not (config.masks and boxes.layout == "voc"), f"{masks}: {fix}")
     largest = max(*config.sizes, config.eval_size)
     require(largest <= config.max_size, f"max_size={config.max_size} is below a size of {largest}: raise it")
     require_divisible(config.batch_size, processes, f"the {processes} processes")

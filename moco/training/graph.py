@@ -21,7 +21,7 @@ from moco.config import ConfigError
 from moco.data.loader import Batch
 from moco.distributed import Order, average_gradients, copy_to_device, world_size
 
-Keys = dict[int, Any]  # {view: (n, C)}
+Keys = dict[int, Any]  # by view; (n, C) for MoCo
 
 # Steps before the capture: memory is allocated in them, and cuDNN, cuBLAS and Triton choose their kernels.
 EAGER_STEPS = 3

@@ -97,7 +97,7 @@ def train_step(
 
 
 def _encode_keys(method: Method, settings: StepSettings, batch: Batch, shuffles: Sequence[Order] | None) -> Keys:
-    """Return the keys of the local batch, {view: (n, C)}."""
+    """Return the keys of the batch, by view; see `MoCo.encode_keys`."""
     places = {} if batch.places is None else {"places": batch.places}  # for a method that uses them
     with settings.autocast(batch.index.device):
         return method.encode_keys(batch.views, shuffles, len(batch.index) // settings.accumulate, **places)
