@@ -216,6 +216,13 @@ class TrainConfig(ComputeConfig):
     hundreds of kernels. The steps that analyse_every selects use no graph and need memory of their own. With several
     processes, keys are encoded without the graph, and only MoCo v1, v2, v2+ and SupMoCo can be trained, without
     model.bn=sync."""
+    shard: bool = False
+    """Divide weights, momentum copies, gradients and optimizer state among the processes (FSDP2 of torch), for networks
+    that do not fit on a GPU otherwise; false: each process holds all of them (DDP). The results are the same;
+    channels_last has no effect. A run may resume with another value."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of the backbone's blocks for the backward pass, which computes the rest again: slower, with
+    less memory and the same results. For ViTs, and other timm models without BN."""
     profile: bool = False
     """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
     log_every: int = bounded(10, ge=1)
@@ -275,6 +282,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     fits = resize == 0 or resize >= size
     require(fits, f"augment.eval_resize={resize} is below augment.size={size}: raise it, or set it to 0")
     _check_small_views(config.augment)
+    _check_shard(config)
     _check_batch(config, processes)
     if config.cuda_graph:
         _check_cuda_graph(config, processes)
@@ -299,6 +307,17 @@ def _check_small_views(augment: AugmentConfig) -> None:
     fix = "lower it, together with augment.small_scale if the images are small"
     fits = augment.small_views == 0 or small <= size
     require(fits, f"augment.small_size={small} exceeds augment.size={size}: {fix}")
+
+
+def _check_shard(config: TrainConfig) -> None:
+    """Check that the other fields suit `shard` and `activation_checkpointing`."""
+    chosen = [f"{name}=true" for name in ("shard", "activation_checkpointing") if getattr(config, name)]
+    for name in ("compile", "cuda_graph"):
+        error = f"{name}=true with {' and '.join(chosen)} is not supported: set {name}=false"
+        require(not (getattr(config, name) and chosen), error)
+    learned = config.shard and config.method.temperature_schedule == "learned"
+    fix = "set method.temperature_schedule=constant or shard=false"
+    require(not learned, f"method.temperature_schedule=learned is one number, which shard=true cannot divide: {fix}")
 
 
 def _check_batch(config: TrainConfig, processes: int) -> None:

@@ -148,15 +148,16 @@ def _head(file: EncoderFile) -> nn.Module:
     return projection_head(shapes[0][1], hidden, shapes[-1][0], len(shapes), file.has_v3_head)
 
 
-def save_encoder(path: Path, backbone: nn.Module, config: Mapping[str, Any], step: int) -> None:
-    """Write encoder.safetensors: the weights of the backbone, with metadata for `read_encoder`.
+def save_encoder(path: Path, backbone: nn.Module | State, config: Mapping[str, Any], step: int) -> None:
+    """Write encoder.safetensors: the weights of the backbone, or its state dict, with metadata for `read_encoder`.
 
     `config` is the run's, with the groups "model" and "augment"; `step` is its number of optimizer steps.
     """
     model = config["model"]
     about = {"options": model["options"], "images": images_of(config), "config": dict(config)}
     metadata = {name: json.dumps(value) for name, value in about.items()}
-    save_weights(path, backbone.state_dict(), metadata | {"backbone": model["backbone"], "step": str(step)})
+    weights = backbone.state_dict() if isinstance(backbone, nn.Module) else backbone
+    save_weights(path, weights, metadata | {"backbone": model["backbone"], "step": str(step)})
 
 
 def load_all(module: nn.Module, weights: State, complaint: str) -> None:

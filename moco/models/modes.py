@@ -1,9 +1,14 @@
-"""Training and evaluation mode of a network's layers."""
+"""Training and evaluation mode of a network's layers, and activation checkpointing."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from moco.config import require
+from moco.models.norm import GroupedBatchNorm
 
 
 @contextmanager
@@ -24,3 +29,20 @@ def set_training(network: nn.Module, frozen_bn: bool) -> None:
     for layer in network.modules():
         if frozen_bn and isinstance(layer, nn.modules.batchnorm._BatchNorm):
             layer.eval()
+
+
+def checkpoint_activations(backbone: nn.Module, name: str) -> None:
+    """Let a backbone keep only the inputs of its blocks for the backward pass, which computes the rest again.
+
+    Raises:
+        ConfigError: if timm has no such function for the backbone, or if it has BN, whose running statistics would be
+            updated twice. The stem of a ViT, which may have BN, is not computed again.
+    """
+    switch: Any = getattr(backbone, "set_grad_checkpointing", None)
+    norms = [each for each, layer in backbone.named_modules() if isinstance(layer, GroupedBatchNorm | _BatchNorm)]
+    if switch is not None and all(each.startswith("patch_embed.") for each in norms):
+        with suppress(AssertionError):  # timm's, of a model that does not support it
+            switch()
+            return
+    fix = "set activation_checkpointing=false, or use a ViT, e.g. model.backbone=vit_base"
+    require(False, f"activation_checkpointing=true needs blocks without BN, which {name} does not have: {fix}")

@@ -10,6 +10,7 @@ from moco.config import OptimConfig
 from moco.losses import LearnedTemperature
 from moco.models.norm import GroupedBatchNorm
 from moco.optim.lars import Lars
+from moco.runtime.sharding import is_sharded, load_optimizer_state
 
 _NORMS = (GroupedBatchNorm, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
@@ -30,16 +31,17 @@ def parameter_groups(module: nn.Module, weight_decay: float, exclude: Sequence[s
     return [group for group in groups if group["params"]]
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], module: nn.Module | None = None) -> None:
     """Load a state dict; the optimizer state then uses the memory format of its parameter.
 
     Fused kernels read both in memory order: moments from a run with another `channels_last` would update the wrong
-    weights.
+    weights. `module`, with the optimizer's parameters, is needed if it is sharded.
     """
     built = [dict(group) for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    load_optimizer_state(module, optimizer, state)
     for group, settings in zip(optimizer.param_groups, built, strict=True):
-        group.update({name: value for name, value in settings.items() if name not in group})  # newer than the state
+        # Settings that are new since then, and the implementation, which sharding may change.
+        group.update({name: value for name, value in settings.items() if name not in group or name == "fused"})
     for parameter, moments in optimizer.state.items():
         for name, moment in moments.items():
             if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
@@ -62,7 +64,8 @@ def build_optimizer(
     """
     groups = parameter_groups(module, optim.weight_decay, optim.exclude)
     if optim.name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=True)  # bit-equal, in half the time
+        fused = not is_sharded(module)  # the same bits, in half the time; torch has no fused SGD for shards
+        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, fused=fused)
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(optim.betas[0], optim.betas[1]), fused=True)
     if optim.name in ("lars", "lars_timm"):

@@ -25,7 +25,7 @@ FREE_FIELDS = (
     "recipe",
     "plugins",  # a missing one is refused by `refuse_missing_plugins`, and another version is reported
     *("run", "device", "threads", "log_every", "analyse_every", "stop_after", "hang_after", "accumulate", "compile"),
-    *("cuda_graph", "logger"),
+    *("cuda_graph", "shard", "activation_checkpointing", "logger"),
     *("channels_last", "profile", "checkpoint", "optim.skip_nonfinite", "evaluate.batch_size"),
     *(f"data.{name}" for name in ("root", "more_roots", "eval_root", "download", "allow_pipe", "workers")),
     *(f"data.{name}" for name in ("on_bad_image", "max_bad")),

@@ -18,11 +18,14 @@ from moco.data.plan import Plan
 from moco.data.sources import refuse_output_inside
 from moco.distributed import on_rank_zero, world_size, wrap_ddp
 from moco.methods.build import build_method
+from moco.models.modes import checkpoint_activations, evaluating
 from moco.models.norm import set_calls_per_step
-from moco.runs.checkpoint import Checkpoint
+from moco.optim.optimizers import build_optimizer, load_optimizer
+from moco.runs.checkpoint import Checkpoint, load_newest, refuse_misfit
 from moco.runs.directory import open_run
 from moco.runtime.memory import explain_out_of_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
+from moco.runtime.sharding import shard
 from moco.runtime.watchdog import Watchdog
 from moco.training.consistency import Identity, open_consistently
 from moco.training.graph import StepGraph
@@ -54,7 +57,7 @@ def make_method(config: TrainConfig, labels: Labels | None, device: torch.device
         teacher = load_teacher(config) if config.method.teacher else None
         torch.manual_seed(config.seed)  # for the initial weights and the random queue
         method = build_method(config, labels, teacher).to(device)
-        if config.channels_last:
+        if config.channels_last and not config.shard:  # FSDP needs contiguous weights
             method.to(memory_format=torch.channels_last)
     return method
 
@@ -74,6 +77,32 @@ def open_directory(config: TrainConfig) -> IO[str] | None:
     return lock[0] if lock else None
 
 
+def load_state(config: TrainConfig) -> Checkpoint:
+    """Return the newest checkpoint, which rank 0 reads; {} if there is none.
+
+    With `shard`, only rank 0 gets the weights and the optimizer's tensors, which may be too large together: NCCL would
+    send a checkpoint as a whole, through the memory of the GPUs.
+    """
+    large: Checkpoint = {}
+
+    def load() -> Checkpoint:
+        state = load_newest(Path(config.run) / "checkpoints") or {}
+        if config.shard and state:
+            large.update(method=state["method"], optimizer=state["optimizer"])
+            state |= {"method": {}, "optimizer": {**state["optimizer"], "state": {}}}
+        return state
+
+    return on_rank_zero(load) | large
+
+
+def load_weights(config: TrainConfig, method: nn.Module, state: Checkpoint) -> None:
+    """Load the weights of a checkpoint; with `shard`, on rank 0 only, see `load_state`. Others get them afterwards."""
+    if config.shard:
+        on_rank_zero(lambda: method.load_state_dict(state["method"]))
+    else:
+        method.load_state_dict(state["method"])
+
+
 def choose_precision(
     config: TrainConfig, state: Checkpoint, encoder: nn.Module, device: torch.device
 ) -> tuple[str, str]:
@@ -91,10 +120,16 @@ def set_batch_norm_calls(method: Any, accumulate: int) -> None:
 
 
 def distribute(config: TrainConfig, method: nn.Module, device: torch.device) -> nn.Module:
-    """Compile the networks of the method, if configured, and wrap the method in DDP if there are several ranks.
+    """Compile the networks of the method, if configured; with several ranks, shard them or wrap the method in DDP.
 
     A CUDA graph averages the gradients without DDP.
     """
+    if config.activation_checkpointing:
+        checkpoint_activations(method.get_submodule("encoder.backbone"), config.model.backbone)
+    if config.shard:
+        shard(method, device)
+        _refuse_mixed_weights(config, method, device)
+        return method
     if config.compile:
         for name, network in method.named_children():
             if name not in ("queue", "dense_queue", "learned_temperature"):
@@ -115,6 +150,28 @@ def step_settings(
     graph = StepGraph(method.parameters()) if config.cuda_graph else None
     settings = config.accumulate, PRECISIONS[precision], config.optim.clip_grad, check_finite, graph
     return StepSettings(0.0, 0.0, *settings)
+
+
+@torch.no_grad()
+def _refuse_mixed_weights(config: TrainConfig, method: nn.Module, device: torch.device) -> None:
+    """Raise ConfigError for an encoder that FSDP cannot gather: it calls the `forward` of a layer, not the layer."""
+    encoder, size = method.get_submodule("encoder"), config.augment.size
+    try:
+        with evaluating(encoder):
+            encoder(torch.zeros(1, config.data.channels, size, size, device=device))
+    except RuntimeError as error:
+        name = config.model.backbone
+        require("DTensor" not in str(error), f"model.backbone={name} does not work with shard=true: set shard=false")
+        raise
+
+
+def make_optimizer(config: TrainConfig, method: nn.Module, state: Checkpoint) -> torch.optim.Optimizer:
+    """Build the optimizer, with the state of a checkpoint, if any."""
+    with refuse_misfit(Path(config.run) / "checkpoints"):
+        optimizer = build_optimizer(method, config.optim, saved=state.get("optimizer"))
+        if state:
+            load_optimizer(optimizer, state["optimizer"], method)
+    return optimizer
 
 
 def _compiler_options() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy, 
 from moco.evaluation.subject import labels_of
 from moco.evaluation.subsets import naming_field
 from moco.methods.build import encoder_of
+from moco.runtime.sharding import whole_weights
 from moco.training.online_probe import OnlineProbe
 
 # One entry per evaluation: "step", "epoch" and the result of the encoder, "knn" (and "probe") or "retrieval". The entry
@@ -104,11 +105,12 @@ class LiveEvaluation:
             The results, by their names in metrics.jsonl, and a line that reports them.
         """
         start, epoch = done == 0, done / self._plan.steps_per_epoch
-        if self.measure == "knn":
-            given = self._config, self._method, self._sources, self._device, start, self._heartbeat
-            scores = live_knn(*given, None if start else self.probe)
-        else:
-            scores = self._retrieval(start)
+        with whole_weights(self._method.encoder):
+            if self.measure == "knn":
+                given = self._config, self._method, self._sources, self._device, start, self._heartbeat
+                scores = live_knn(*given, None if start else self.probe)
+            else:
+                scores = self._retrieval(start)
         self.history.append({"step": done, "epoch": epoch} | {name: list(score) for name, score in scores.items()})
         # The baselines are repeated each time, so that their curves are horizontal lines beside that of training.
         group = {"knn": "accuracy", "retrieval": "retrieval"}[self.measure]

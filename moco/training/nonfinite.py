@@ -34,7 +34,7 @@ class NonFiniteGuard:
         limit: number of steps that a run may skip; needs `in_step`.
         skipped: number of steps skipped so far.
         folder: the directory for the state at the first non-finite step.
-        state: returns the state to save: configuration, weights, optimizer.
+        state: returns the state to save: configuration, weights, optimizer. Every rank calls it.
     """
 
     def __init__(
@@ -112,14 +112,15 @@ class NonFiniteGuard:
         samples = gather(index).cpu()  # (W n,)
         about = {"step": step, "epoch": step // self._plan.steps_per_epoch, "index": samples}
         about |= {"world_size": world_size(), "rank": rank(), "what": what}
-        return on_rank_zero(lambda: self._write(self._folder / f"step_{step + 1}.pt", about))
+        state = about | self._state()  # on all ranks: with sharding it is gathered
+        return on_rank_zero(lambda: self._write(self._folder / f"step_{step + 1}.pt", state))
 
-    def _write(self, file: Path, about: dict[str, Any]) -> str:
+    def _write(self, file: Path, state: dict[str, Any]) -> str:
         try:
             if not any(self._folder.glob("*.pt")):  # only the first: each file is as large as a checkpoint
                 self._folder.mkdir(parents=True, exist_ok=True)
                 with atomic_write(file) as temporary, temporary.open("wb") as opened:
-                    torch.save(about | self._state(), opened)
+                    torch.save(state, opened)
         except (OSError, WriteError) as error:  # the non-finite step is the more important error
             return f" (the state could not be saved to {file}: {cause(error)})"
         first = min(self._folder.glob("*.pt"))

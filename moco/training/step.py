@@ -13,6 +13,7 @@ from moco.builder import Method, Output, mean_measures
 from moco.data.loader import Batch
 from moco.distributed import Order, mean_over_ranks
 from moco.runtime.errors import NonFiniteLoss
+from moco.runtime.sharding import whole
 from moco.training.graph import Keys, StepGraph
 
 Measures = dict[str, Tensor]  # each of shape ()
@@ -80,7 +81,7 @@ def train_step(
 
     scaler.unscale_(optimizer)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    norm = whole(nn.utils.get_total_norm(gradients))
     measures = _mean_measures(outputs, monitored) | {"gradient_norm": norm}
     finite = statistics is None or _check_finite(measures["loss"], norm, scaler, statistics)
     if settings.clip_grad:

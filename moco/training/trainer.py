@@ -39,7 +39,6 @@ from moco.distributed import (
     world_size,
 )
 from moco.interop.encoder_file import save_encoder, with_bits
-from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.optim.schedules import scaled_lr, schedule_values
 from moco.runs import checkpoint
 from moco.runs.directory import refuse_difference, refuse_missing_plugins
@@ -50,6 +49,7 @@ from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
 from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
 from moco.runtime.provenance import commit
+from moco.runtime.sharding import full_state, full_weights
 from moco.runtime.watchdog import Watchdog, rendezvous_store
 from moco.training import build
 from moco.training.checkpoint_schedule import CheckpointSchedule
@@ -107,9 +107,7 @@ class Trainer:
         # The method and its optimizer, restored from the newest checkpoint. Each step sets the learning rate.
         self.method = build.make_method(config, self.sources.train.labels, device)
         self.lock = build.open_directory(config)
-        state = on_rank_zero(lambda: checkpoint.load_newest(self.path / "checkpoints")) or {}
-        with checkpoint.refuse_misfit(self.path / "checkpoints"):
-            self.optimizer = build_optimizer(self.method, config.optim, saved=state.get("optimizer"))
+        state = build.load_state(config)
         self.precision, self.precision_reason = build.choose_precision(config, state, self.method.encoder, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.peak_lr = scaled_lr(config.optim.lr, config.batch_size, config.optim.base_batch)
@@ -132,6 +130,7 @@ class Trainer:
 
         # Training, its checks, and its evaluations.
         self.forward = build.distribute(config, self.method, device)  # DDP copies rank 0's buffers to all ranks
+        self.optimizer = build.make_optimizer(config, self.method, state)
         restore_running_statistics(self.method, state.get("statistics"))
         self.guard = self._build_guard(state.get("skipped", 0))
         self.settings = build.step_settings(config, self.method, device, self.precision, self.guard.in_step)
@@ -164,8 +163,7 @@ class Trainer:
             with checkpoint.refuse_misfit(self.path / "checkpoints"):
                 refuse_difference(self.path, state["config"], asdict(self.config), asdict(TrainConfig()))
                 refuse_other_data(self.path, state, self.data_identity, self.config.data, self.sources.train)
-                self.method.load_state_dict(state["method"])
-                load_optimizer(self.optimizer, state["optimizer"])
+                build.load_weights(self.config, self.method, state)
                 self.scaler.load_state_dict(state["scaler"])
                 self.start = state["step"]
                 if self.start > self.plan.total_steps:
@@ -188,9 +186,11 @@ class Trainer:
         if self.start < self.plan.total_steps:
             self._train()
         with averaged_running_statistics(self.method):
-            backbone, file = self.method.encoder.get_submodule("backbone"), self.path / "encoder.safetensors"
+            weights = full_weights(self.method.encoder.get_submodule("backbone"))
             config = with_bits(asdict(self.config), self.sources.train.pixel_format.bits)
-            on_rank_zero(lambda: save_encoder(file, backbone, config, self.plan.total_steps))
+            on_rank_zero(
+                lambda: save_encoder(self.path / "encoder.safetensors", weights, config, self.plan.total_steps)
+            )
         summarize(self)
         if self.lock is not None:
             self.lock.close()
@@ -299,7 +299,8 @@ class Trainer:
         self.guard.check_pending()
         self._synchronize_unreadable()
         with averaged_running_statistics(self.method) as statistics:
-            on_rank_zero(lambda: self.saver.save(done, self._state(done) | statistics, keep, best))
+            state = self._state(done) | statistics  # on all ranks, see `full_state`
+            on_rank_zero(lambda: self.saver.save(done, state, keep, best))
         self.schedule.saved()
 
     def _state(self, done: int) -> checkpoint.Checkpoint:
@@ -320,7 +321,7 @@ class Trainer:
         }
 
     def _training_state(self) -> checkpoint.Checkpoint:
-        method, optimizer = self.method.state_dict(), self.optimizer.state_dict()
+        method, optimizer = full_state(self.method, self.optimizer)
         return {"config": asdict(self.config), "method": method, "optimizer": optimizer} | self.live.probe_state()
 
     # ---- stopping before the end

@@ -29,7 +29,7 @@ DIGITS = ["epochs=3", "batch_size=256", "model.options.width=4", "evaluate.draws
 DIGITS += ["checkpoint.keep_epochs=1", "checkpoint.every_steps=1", "checkpoint.keep_last=3"]
 SMALL = ["epochs=1", "batch_size=16", "accumulate=1", "model=convnet", "model.backbone=convnet"]
 SMALL += ["model.options.width=4", "model.bn_group_size=8", "augment.size=32", "augment.eval_resize=36"]
-SMALL += ["augment.small_size=16"]
+SMALL += ["augment.small_size=16", "activation_checkpointing=false"]
 SMALL += ["data.workers=0", "optim.warmup_epochs=0", "evaluate.k=5", "precision=fp32", "threads=1"]
 NO_QUEUE = ["model.bn=sync", "model.shuffle_keys=false"]
 TWO_HEADS = ["model.predictor_layers=2", "model.head_norm=true", "model.head_hidden=16", "model.predictor_hidden=16"]
@@ -89,16 +89,19 @@ def small_training(arguments: tuple[str, ...]) -> list[str]:
             *(each for each in SMALL if not each.startswith(("model=", "model.backbone", "model.opt"))),
         ]
     if "v3" in recipe:
-        return [*SMALL, *NO_QUEUE, *TWO_HEADS, *without_options(recipe)]
+        return [*SMALL, *NO_QUEUE, *TWO_HEADS, *without_options(recipe, arguments)]
     return [*SMALL, *(NO_QUEUE if recipe.startswith(("simclr", "supcon")) else ["method.queue_size=32"])]
 
 
-def without_options(recipe: str) -> list[str]:
-    """Remove the recipe's backbone options, which the small backbone does not have."""
+def without_options(recipe: str, arguments: tuple[str, ...]) -> list[str]:
+    """Remove the backbone options of the recipe and the command, which the small backbone does not have."""
+    added = [each.partition("=")[0].removeprefix("+") for each in arguments if each.startswith("+model.options.")]
     recipe_values = yaml.safe_load(
         (REPOSITORY / "configs" / "experiment" / f"{recipe}.yaml").read_text(encoding="utf-8")
     )
-    return [f"~model.options.{name}" for name in recipe_values.get("model", {}).get("options", {})]
+    return [f"~model.options.{name}" for name in recipe_values.get("model", {}).get("options", {})] + [
+        f"~{each}" for each in added
+    ]
 
 
 class SmallCifar:

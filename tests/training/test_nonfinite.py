@@ -3,12 +3,13 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from moco.data.plan import Plan
-from moco.distributed import rank
+from moco.distributed import all_gather_object, rank
 from moco.runtime.errors import NonFiniteLoss
 from moco.training.nonfinite import NonFiniteGuard
 from moco.training.step import Measures
@@ -19,9 +20,14 @@ INDEX = torch.arange(30, 40)
 ERROR = NonFiniteLoss("loss nan, gradient norm nan")
 
 
+def state() -> dict[str, Any]:
+    """Return a state that all ranks must ask for together, as that of a sharded method."""
+    return {"method": {"w": torch.ones(2)}, "ranks": len(all_gather_object(rank))}
+
+
 def guard(folder: Path, in_step: bool = True, limit: int = 0, lines: list[str] | None = None) -> NonFiniteGuard:
     log = ([] if lines is None else lines).append
-    return NonFiniteGuard(PLAN, in_step, limit, 0, folder, lambda: {"method": {"w": torch.ones(2)}}, log)
+    return NonFiniteGuard(PLAN, in_step, limit, 0, folder, state, log)
 
 
 def measures(loss: float = 1.0, gradient_norm: float = 2.0) -> Measures:
@@ -100,6 +106,6 @@ def test_the_samples_of_all_ranks_are_saved_in_their_order(tmp_path: Path) -> No
     messages = run_ranks(2, partial(message_of_rank, str(tmp_path)))
     saved = torch.load(tmp_path / "step_1.pt", weights_only=True)
     assert saved["index"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
-    assert (saved["world_size"], saved["rank"]) == (2, 0)
+    assert (saved["world_size"], saved["rank"], saved["ranks"]) == (2, 0, 2)
     assert "rank 1 had images 10, 11, 12, 13" in messages[1]
     assert all("step_1.pt" in each for each in messages)
