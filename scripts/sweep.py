@@ -7,8 +7,9 @@
 The fields before `--` vary, the overrides after it apply to every trial. A list in brackets is one value:
 optim.milestones=[120,160],[60,80] has two values. The first command above trains four runs:
 runs/lr/optim.lr-0.03__seed-0 and so on. Run the same command again to resume: finished trials are skipped, unfinished
-ones continue. All configurations are checked before the first trial. If a trial fails, the others still run, and the
-exit status is 1. Ctrl-C and SIGTERM stop the sweep after the current trial has saved.
+ones continue. Before the first trial, all configurations are checked, and compared with those of the runs that are
+there. If a trial fails, the others still run, and the exit status is 1. Ctrl-C and SIGTERM stop the sweep after the
+current trial has saved.
 """
 
 import itertools
@@ -18,10 +19,12 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from moco.composition import compose_overrides
-from moco.config import check
+from moco.config import TrainConfig, check
 from moco.overrides import split
 from moco.runs.metrics import read_metrics
 from moco.runs.sweep import is_finished, run_to_end
@@ -76,22 +79,42 @@ def train(run: Path, overrides: list[str]) -> int:
 
 
 def check_all(planned: dict[Path, list[str]], shared: list[str]) -> None:
-    """Check the configurations of all unfinished trials.
+    """Check the configurations of all trials, and compare them with the runs that are already there.
 
     Raises:
-        ValueError: for the first invalid one.
+        ValueError: for the first invalid one, two trials with the same settings, or a directory with another run.
     """
     launched = processes()
     count = int(launched) if launched.isdigit() else 1  # torchrun takes auto and gpu, too
+    settings: list[tuple[dict[str, Any], list[str]]] = []
     for run, overrides in planned.items():
-        if is_finished(run):
-            continue
         try:
             with warnings.catch_warnings(action="ignore"):  # the trial itself shows them
                 for config in compose_overrides([*shared, *overrides, f"run={run}"]):
-                    check(config, count)
+                    if not is_finished(run):
+                        check(config, count)
+                    settings.append((asdict(config), overrides))
+                    refuse_other_run(run, settings[-1][0])
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{' '.join(overrides)}: {error}") from error
+    for (one, first), (other, second) in itertools.combinations(settings, 2):
+        if one | {"run": ""} == other | {"run": ""}:
+            raise ValueError(f"{' '.join(first)} and {' '.join(second)} are the same settings: remove one of them")
+
+
+def refuse_other_run(run: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if a trial's directory holds a run with another configuration."""
+    if not run.is_dir():
+        return
+    from moco.runs.directory import difference, recorded_config  # here, because it imports torch
+
+    there = recorded_config(run)
+    if there and (named := difference(run, there, config, asdict(TrainConfig()))):
+        state = "finished" if is_finished(run) else "there"
+        raise ValueError(
+            f"{run} is {state} with another configuration: {named}; restore those values, or name another folder "
+            f"than {run.parent}"
+        )
 
 
 def show_means(planned: dict[Path, list[str]], values: dict[Path, tuple[str, float]]) -> None:
@@ -135,28 +158,33 @@ def show(planned: dict[Path, list[str]]) -> None:
 @protected_streams()
 def main(arguments: list[str]) -> int:
     """Train all unfinished trials and return the exit status."""
-    if "--" not in arguments or arguments.index("--") < 2:
-        asked = arguments[:1] == ["--help"]
-        print(__doc__, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
-    at = arguments.index("--")
+    if arguments[:1] == ["--help"]:
+        print(__doc__)
+        return 0
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    if at < 2 or at == len(arguments):
+        missing = "the folder and the fields that vary are" if at < 2 else "-- is"
+        usage = "python scripts/sweep.py FOLDER field=value,value -- [field=value ...]"
+        print(f"{__doc__}\nsweep: {missing} missing: {usage}", file=sys.stderr)
+        return 2
     try:
         planned = trials(Path(arguments[0]), arguments[1:at])
         check_all(planned, arguments[at + 1 :])
     except ValueError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
-    failed = []
+    failed: dict[Path, int] = {}
     for number, (run, overrides) in enumerate(planned.items(), 1):
         finished = is_finished(run)
         print(f"sweep: {number} of {len(planned)}: {run}{' is finished' * finished}", flush=True)
-        if not finished and train(run, [*arguments[at + 1 :], *overrides]):
-            failed.append(run)
+        if not finished and (status := train(run, [*arguments[at + 1 :], *overrides])):
+            failed[run] = status
     print(f"sweep: {len(planned) - len(failed)} of {len(planned)} trials are finished in {arguments[0]}")
     show(planned)
-    for run in failed:
-        fix = "change its settings if they were refused, or run the same command again"
-        print(f"sweep: {run} failed: {fix}", file=sys.stderr)
+    for run, status in failed.items():
+        fix = "if its settings were refused or its training diverged, as its error above states, the same command fails"
+        fix += " again: change its settings, in another folder if it has begun; otherwise run the same command again"
+        print(f"sweep: {run} failed with exit status {status}: {fix}", file=sys.stderr)
     return int(bool(failed))
 
 

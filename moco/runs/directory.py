@@ -38,6 +38,27 @@ def refuse_difference(
 ) -> None:
     """Raise ConfigError if the run in `path` was configured to compute something else; the message names the fields.
 
+    Args: see `difference`.
+    """
+    named = difference(path, there, config, defaults)
+    if not named:
+        return
+    recipe = there.get("recipe")
+    which = f"was made with experiment={recipe}" if recipe != config.get("recipe") and recipe else ""
+    fix = f"add experiment={recipe}" if which else "restore those values"
+    encoder = path / "encoder.safetensors"  # of a finished run
+    from_encoder = f" (to train longer, add init_from={encoder})" if encoder.exists() else ""
+    raise ConfigError(
+        f"run={path} {which or 'holds a run with another configuration'}: {named}. To resume it, {fix}; to start "
+        f"another run, set run=DIR{from_encoder}"
+    )
+
+
+def difference(
+    path: Path, there: Mapping[str, Any], config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> str:
+    """Return the fields in which the run in `path` differs, with both values; "" if both runs compute the same.
+
     Args:
         path: the run's directory.
         there, config: the configuration of the run in it, and of this run.
@@ -55,18 +76,8 @@ def refuse_difference(
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not any(name == each or name.startswith(f"{each}.") for each in free)
     ]
-    if not differing:
-        return
-    recipe, more = there.get("recipe"), len(differing) - _MOST_NAMED
-    which = f"was made with experiment={recipe}" if recipe != config.get("recipe") and recipe else ""
-    fix = f"add experiment={recipe}" if which else "restore those values"
-    named = "; ".join(differing[:_MOST_NAMED]) + (f"; and {more} more fields" if more > 0 else "")
-    encoder = path / "encoder.safetensors"  # of a finished run
-    from_encoder = f" (to train longer, add init_from={encoder})" if encoder.exists() else ""
-    raise ConfigError(
-        f"run={path} {which or 'holds a run with another configuration'}: {named}. To resume it, {fix}; to start "
-        f"another run, set run=DIR{from_encoder}"
-    )
+    more = len(differing) - _MOST_NAMED
+    return "; ".join(differing[:_MOST_NAMED]) + (f"; and {more} more fields" if more > 0 else "")
 
 
 def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> IO[str]:
@@ -90,13 +101,22 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
             half_written.unlink()
     renamed = _renamed(path)
     require(not renamed, f"{renamed} to resume from it; to start another run, set run=DIR")
-    metrics = path / METRICS
-    # The config.yaml of a run that failed before its first step may be replaced.
-    if file.is_file() and (list_checkpoints(checkpoints) or (metrics.is_file() and metrics.stat().st_size)):
-        refuse_difference(path, _read(file), config, defaults)
+    if there := recorded_config(path):
+        refuse_difference(path, there, config, defaults)
     with atomic_write(file) as temporary:
         temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False))
     return lock
+
+
+def recorded_config(path: Path) -> dict[str, Any]:
+    """Return the configuration in config.yaml; {} for a run that failed before its first step, which may be replaced.
+
+    Raises:
+        ConfigError: if the file is damaged.
+    """
+    file, metrics = path / "config.yaml", path / METRICS
+    began = list_checkpoints(path / "checkpoints") or (metrics.is_file() and metrics.stat().st_size)
+    return _read(file) if file.is_file() and began else {}
 
 
 def refuse_missing_plugins(path: Path) -> None:

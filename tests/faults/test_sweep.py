@@ -6,11 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from moco.composition import compose_overrides
 from moco.digest import digest
 from moco.runs import checkpoint
 from scripts import sweep
@@ -40,6 +43,7 @@ def test_a_value_cannot_leave_the_folder(tmp_path: Path) -> None:
         (["seed=1,,2"], "seed=1,,2 "),
         (["data.root=a b,a_b"], "data.root-a_b"),
         (["seed=1,1"], "seed-1"),
+        (["method.temperature=0.1,0.10"], "method.temperature=0.1 and method.temperature=0.10 are the same settings"),
     ],
 )
 def test_an_invalid_grid_is_refused_in_one_line(
@@ -62,6 +66,35 @@ def test_a_refused_configuration_ends_the_sweep_before_the_first_trial(
     assert "experiment=NAME (moco_v3_cifar10, moco_v3_digits, " in line
     assert sweep.main([str(tmp_path), "batch_size=0", *shared]) == 2
     assert "batch_size=0" in capsys.readouterr().err
+
+
+def test_a_finished_trial_of_other_settings_ends_the_sweep_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GPUS", "1")
+
+    def train(run: Path, overrides: list[str]) -> int:
+        run.mkdir(parents=True)
+        (config,) = compose_overrides([*overrides, f"run={run}"])
+        (run / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
+        for name in ("metrics.jsonl", "encoder.safetensors"):
+            (run / name).write_text("{}\n")
+        return 0
+
+    grid = [str(tmp_path / "sw"), "method.temperature=0.1,0.5", "seed=0,1", "--", "epochs=2"]
+    monkeypatch.setattr(sweep, "train", train)
+    monkeypatch.setattr(sweep, "read_metrics", lambda file: {})
+    assert sweep.main(grid) == 0
+    monkeypatch.setattr(sweep, "train", lambda *_: pytest.fail("a trial was started"))
+    assert sweep.main(grid) == 0
+    capsys.readouterr()
+    grid = [grid[0], "method.temperature=0.1,0.3", "seed=0", "--", "epochs=1", "method.queue_size=256"]
+    assert sweep.main(grid) == 2
+    out, error = capsys.readouterr()
+    assert "trials are finished" not in out
+    (line,) = error.splitlines()
+    for each in ("temperature-0.1__seed-0 is finished", "epochs (there 2, now 1)", "method.queue_size (there ", "256)"):
+        assert each in line
 
 
 def test_seeds_are_averaged(
@@ -99,9 +132,18 @@ def test_other_trials_run_after_one_that_fails(
 
     monkeypatch.setattr(sweep, "train", train)
     assert sweep.main([str(tmp_path), "seed=0,1,2", "--", "epochs=1"]) == 1
-    assert "seed-1 " in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    for each in ("seed-1 failed with exit status 1", "diverged", "change its settings", "run the same command again"):
+        assert each in line
     assert sweep.main([str(tmp_path), "seed=0,1,2", "--", "epochs=1"]) == 1
     assert trained == ["seed-0", "seed-1", "seed-2", "seed-1"]
+
+
+def test_without_the_two_dashes_the_last_line_states_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(["runs/sx", "seed=0-2", "epochs=1"]) == 2
+    assert "-- is missing" in capsys.readouterr().err.splitlines()[-1]
+    assert sweep.main(["runs/sx", "--", "epochs=1"]) == 2
+    assert "fields that vary are missing" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Replaces torchrun: runs until SIGTERM, then takes a moment to save.
