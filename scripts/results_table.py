@@ -2,8 +2,9 @@
 
 python scripts/results_table.py RUN
 
-Rows are commands with their protocols and data, columns are encoders. Reads RUN/results.json and
-RUN/supervised/results.json. If an evaluation was repeated, its newest result is used.
+Rows are commands with their protocols, settings and data; columns are encoders, one for each set of weights. Only
+results with the same settings, images and labels share a row. Reads RUN/results.json and RUN/supervised/results.json.
+If an evaluation was repeated, its newest result is used.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moco.config import ConfigError
-from moco.runs.results import encoder_names, evaluated_on, evaluation_key, label, newest, recorded
+from moco.runs.comparison import placed
+from moco.runs.results import recorded
 
 FIRST = ("pixels", "untrained", "pretrained")  # the order of columns
 CAPTION = (
@@ -36,6 +38,8 @@ def parsed(words: list[str]) -> Path:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, metavar="RUN", help="the directory of one run")
     run: Path = parser.parse_args(words).run
+    if run.is_file():
+        parser.error(f"{run} is a file: name its directory, {run.parent}")
     if not any(recorded(folder) for folder in (run, run / "supervised")):
         inside = next(iter(sorted(run.glob("*/results.json"))), None)
         parser.error(
@@ -47,21 +51,26 @@ def parsed(words: list[str]) -> Path:
 
 def main(run: Path) -> None:
     """Print the table of a run."""
-    own, supervised = newest(recorded(run)), newest(recorded(run / "supervised"))
-    encoders = [*encoder_names(own), *("supervised" for _ in supervised)]
-    rows: dict[tuple[str, ...], tuple[str, str]] = {}
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for entry, encoder in zip([*own, *supervised], encoders, strict=True):
-        key = evaluation_key(entry)
-        rows[key] = label(entry), evaluated_on(entry.get("data") or {})
-        cells.setdefault(key, {})[encoder] = cell(entry["figures"])
-    columns = sorted(dict.fromkeys(encoders), key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    supervised = [
+        entry | ({"encoder": "supervised"} if entry.get("encoder") == "pretrained" else {})
+        for entry in recorded(run / "supervised")
+    ]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for entry, evaluation, data, encoder in placed([*recorded(run), *supervised]):
+        rows.setdefault((evaluation, data), {})[encoder] = cell(entry.get("figures") or {})
+    columns = sorted(dict.fromkeys(name for cells in rows.values() for name in cells), key=column_order)
     print("| top-1 % | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
-    several = len({data for _, data in rows.values()}) > 1
-    for key, (name, data) in rows.items():
-        title = f"{name}, on {data}" if several else name
-        print(f"| {title} | " + " | ".join(cells[key].get(encoder, "–") for encoder in columns) + " |")
+    several = len({data for _, data in rows}) > 1
+    for (evaluation, data), cells in rows.items():
+        title = f"{evaluation}, on {data}" if several else evaluation
+        print(f"| {title} | " + " | ".join(cells.get(encoder, "–") for encoder in columns) + " |")
+
+
+def column_order(name: str) -> int:
+    """Return the place of a column: that of its encoder in `FIRST`, or after these."""
+    encoder = name.partition(",")[0]
+    return FIRST.index(encoder) if encoder in FIRST else len(FIRST)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def test_no_script_ends_in_a_traceback(
     [
         (["results_table", "runs"], "runs has no results: .* such as runs/b"),
         (["results_table", "gone"], "gone has no results"),
+        (["results_table", "runs/b/results.json"], "runs/b/results.json is a file: name its directory, runs/b$"),
         (["results_table", "runs/b", "runs/a"], "unrecognized arguments: runs/a"),
         (["readme_figure", "runs/b", "out.png"], "runs/b has no views.png and no metrics.jsonl"),
         (["release_version", "v0.1.0"], "v0.1.0 must begin with refs/tags/"),

@@ -14,7 +14,7 @@ from moco.config.detect import DetectConfig
 from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
 from moco.data.plan import Plan
-from moco.detection.images import BoxedImages, check_images
+from moco.detection.images import BoxedImage, BoxedImages, check_images
 from moco.detection.measure import AveragePrecision, evaluate, metrics_library
 from moco.detection.network import DetectorSettings, build_detector
 from moco.detection.opening import open_boxed
@@ -30,7 +30,7 @@ from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
-from moco.evaluation.task import changed_settings, describe_encoder, interval_note, progress_log
+from moco.evaluation.task import changed_settings, describe_encoder, describe_start, interval_note, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
@@ -94,7 +94,8 @@ def evaluate_detect(config: DetectConfig) -> list[Detected]:
         prepare(run.output)
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
             found = [_detect(run, name, on_step) for name in config.encoders]
-        entries = [_entry(run, each) for each in found]
+        data = _data(run)
+        entries = [_entry(run, each, data) for each in found]
         path = on_rank_zero(lambda: record(run.output, entries, run.own.step))
         _report(run, found, path)
     return found
@@ -185,13 +186,15 @@ def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
         del settings[each]
     views = run.training(name).views
     settings |= {"mean": list(views.mean), "std": list(views.std), "classes": list(run.train.classes)}
-    images = [
-        [each.path, each.width, each.height, each.boxes.tolist(), each.labels.tolist(), list(each.segmentations)]
-        for each in run.train.images
-    ]
+    images = [[each.path, *_about(each)] for each in run.train.images]
     weights = weights_digest(run.files[name], "backbone")
     untrained = name == "untrained"
     return {"settings": settings, "untrained": untrained, "seed": seed, "images": images, "weights": weights}
+
+
+def _about(image: BoxedImage) -> list[Any]:
+    """Return the size and the objects of an image."""
+    return [image.width, image.height, image.boxes.tolist(), image.labels.tolist(), list(image.segmentations)]
 
 
 def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
@@ -212,22 +215,33 @@ def _settings(config: DetectConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in shared}
 
 
-def _entry(run: Detection, found: Detected) -> dict[str, Any]:
+def _data(run: Detection) -> dict[str, Any]:
+    """Return the data of an entry for results.json."""
+    boxes = asdict(run.config.boxes) | {"root": str(Path(run.config.boxes.root).absolute())}
+    images = [
+        [[Path(each.path).name, *_about(each), each.ignored.tolist()] for each in split.images]
+        for split in (run.train, run.held_out)
+    ]
+    counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
+    return boxes | counts | {"sha256": digest(images)}
+
+
+def _entry(run: Detection, found: Detected, data: dict[str, Any]) -> dict[str, Any]:
     """Return the entry of one encoder for results.json."""
-    config, file = run.config, run.files[found.encoder]
-    boxes = asdict(config.boxes) | {"root": str(Path(config.boxes.root).absolute())}
+    config, file, views = run.config, run.files[found.encoder], run.training(found.encoder).views
+    settings = _settings(config) | {name: getattr(config, name) for name in ("seed", "mean", "std")}
     figures: dict[str, float | None] = {}
     for name in found.results[0].figures:
         figures[name], figures[f"{name}_half_width95"] = found.mean(name)
     return {
         "command": "detect",
         "protocol": f"{config.detector}, {config.steps} steps",
-        "encoder": found.encoder,
+        **describe_start(config, found.encoder, config.seed),
         **describe_encoder(file),
-        "weights": config.weights,
-        "data": boxes | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
-        "settings": _settings(config),
-        "changed": changed_settings(config, "detect", [*(_settings(config).keys() - _NOT_LISTED), "seed"]),
+        "data": data,
+        "look": {"mean": list(views.mean), "std": list(views.std)},
+        "settings": settings,
+        "changed": changed_settings(config, "detect", settings.keys() - _NOT_LISTED),
         "figures": figures,
         "per_seed": [each.to_json() for each in found.results],
         "saved": str(found.saved.absolute()),

@@ -69,7 +69,7 @@ def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
         settings = _settings(run, plan)  # read now: a list of images may be edited during training
         with evaluation.progress_log("step", len(config.encoders) * config.seeds * plan.total_steps) as on_step:
             found = [_finetune(run, name, settings, on_step) for name in config.encoders]
-        path = evaluation.record_results(task, "finetune", protocol(config)[0], found)
+        path = evaluation.record_results(task, "finetune", protocol(config)[0], found, seed=config.seed)
         _report(task, plan, found, path)
     return found
 

@@ -38,7 +38,8 @@ from moco.evaluation.task import Result, Task, training_view
 from moco.files import atomic_write, resolved
 from moco.models.encoder import Encoder
 from moco.optim.schedules import scaled_lr
-from moco.runs.results import label, prepare
+from moco.runs.comparison import label
+from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar
 from moco.runtime.next_command import command
 
@@ -268,7 +269,7 @@ def _settings(config: LinearConfig) -> dict[str, Any]:
     """Return the fields of the protocol's kind."""
     of_kind = ["official", "augment"] if config.kind == "official" else ["sweep"]
     values = asdict(config)
-    return {name: values[name] for name in ["epochs", "batch_size", "momentum", "seed", "seeds", *of_kind]}
+    return {name: values[name] for name in ["kind", "epochs", "batch_size", "momentum", "seed", "seeds", *of_kind]}
 
 
 def changed_settings(config: LinearConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from moco.config.base import HUB
 from moco.config.data import FOLDERS, check_normalization, is_remote
 from moco.config.recommended import crop_advice, resize_for
 from moco.config.subject import EncoderConfig, SubjectConfig
+from moco.data.base import names_digest
 from moco.data.duplicates import split_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
@@ -135,7 +136,7 @@ def encoders(subject: Subject, compare: list[str], device: torch.device) -> Iter
     """
     yield "pretrained", build(subject.file).to(device)
     if "untrained" in compare:
-        yield "untrained", build(subject.file, subject.file.config.get("seed", 0)).to(device)
+        yield "untrained", build(subject.file, subject.file.seed).to(device)
 
 
 def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Source]:
@@ -347,6 +348,11 @@ def weights_digest(file: EncoderFile, features: str) -> str:
     used = file.weights | {f"head.{key}": value for key, value in head.items()}
     kept = {key: used[key] for key in sorted(used) if not key.endswith("num_batches_tracked")}
     return digest(kept | {"backbone": file.backbone, "options": dict(file.options)})
+
+
+def images_digest(*splits: Source) -> str:
+    """Return the SHA-256 of the names and the labels of images, to recognize the splits of an evaluation."""
+    return digest([[names_digest(each), torch.from_numpy(targets_of(each))] for each in splits])
 
 
 def is_other_data(config: SubjectConfig, subject: Subject) -> bool:

@@ -32,12 +32,14 @@ from moco.evaluation.subject import (
     data_with_absolute_paths,
     groups_of,
     held_out_seen,
+    images_digest,
     open_labeled,
     open_subject,
     weights_digest,
 )
 from moco.interop.encoder_file import EncoderFile
 from moco.runs import results
+from moco.runs.comparison import BASELINES
 from moco.runtime.console import duration, log, percent, progress_bar, table
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import changed_fields
@@ -257,13 +259,24 @@ def merged(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_results(
-    task: Task[Any], command: str, protocol: str, found: Sequence[Result], features: str = "backbone"
+    task: Task[Any],
+    command: str,
+    protocol: str,
+    found: Sequence[Result],
+    features: str = "backbone",
+    seed: int | None = None,
 ) -> Path:
-    """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call it."""
+    """Add one entry per encoder to results.json on rank 0 and return its path; every rank must call it.
+
+    `seed` is that of the initial weights of "untrained"; None: the run's.
+    """
     shared = {"command": command, "protocol": protocol} | describe(task, features)
-    images = changed_images(task.config)
+    images, seed = changed_images(task.config), task.subject.file.seed if seed is None else seed
     entries = [
-        shared | {"encoder": each.encoder} | each.details | {"changed": each.details.get("changed", {}) | images}
+        shared
+        | describe_start(task.config, each.encoder, seed)
+        | each.details
+        | {"changed": each.details.get("changed", {}) | images}
         for each in found
     ]
     return on_rank_zero(lambda: results.record(task.subject.output, entries, task.subject.file.step))
@@ -275,8 +288,22 @@ def describe_encoder(file: EncoderFile, features: str = "backbone") -> dict[str,
     "sha256" covers the weights that compute the features, "backbone" or "projection".
     """
     source = str(Path(file.source).expanduser().absolute())
-    known = {name: getattr(file, name) for name in ("layout", "backbone", "options", "step")}
-    return known | {"source": source, "sha256": weights_digest(file, features)}
+    known = {name: getattr(file, name) for name in ("layout", "backbone", "options", "channels", "step")}
+    known |= {"source": source, "sha256": weights_digest(file, features)}
+    if features == "projection":
+        known["backbone_sha256"] = weights_digest(file, "backbone")
+        known["projection"] = [list(each.shape) for each in file.head_weights.values()]  # identifies an untrained one
+    return known
+
+
+def describe_start(config: EncoderConfig, encoder: str, seed: int) -> dict[str, Any]:
+    """Return the keys of a results.json entry that state with which weights an evaluation starts.
+
+    `seed` is that of the initial weights of "untrained". Other encoders are named by their paths.
+    """
+    own = encoder in ("pretrained", *BASELINES)
+    known = {"encoder": encoder, "weights": config.weights if own else EncoderConfig.weights}
+    return known | ({"initial_seed": seed} if encoder == "untrained" else {})
 
 
 def describe(task: Task[Any], features: str) -> dict[str, Any]:
@@ -286,12 +313,12 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "training": len(task.train),
         "held_out": len(task.held_out),
         "classes": list(task.train.classes),
+        "sha256": images_digest(task.train, task.held_out),
         "hold_out": config.data.hold_out,
         "held_out_seen": held_out_seen(config, subject),  # by the encoder in training, without labels
         "held_out_in_training": task.copies,
     }
-    rest = {"weights": config.weights, "data": data, "look": asdict(subject.transform)}
-    return describe_encoder(subject.file, features) | rest
+    return describe_encoder(subject.file, features) | {"data": data, "look": asdict(subject.transform)}
 
 
 def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:

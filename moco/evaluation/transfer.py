@@ -17,7 +17,7 @@ from moco.digest import digest
 from moco.distributed import on_rank_zero
 from moco.evaluation.encoders import fields_of_encoder
 from moco.evaluation.subject import Subject, data_with_absolute_paths, open_subject, weights_digest
-from moco.evaluation.task import changed_images, changed_settings, describe_encoder
+from moco.evaluation.task import changed_images, changed_settings, describe_encoder, describe_start
 from moco.evaluation.transfer_data import MEASURES, OF_FIELDS, Splits, check_names, open_set
 from moco.evaluation.transfer_measures import MODES, Candidate, EvaluatedEncoder
 from moco.evaluation.transfer_results import (
@@ -88,7 +88,7 @@ def open_candidates(config: TransferConfig, own: Subject) -> list[Candidate]:
     for name in config.encoders:
         subject, seed = own, None
         if name == "untrained":
-            seed = int(own.file.config.get("seed", 0))
+            seed = own.file.seed
         elif name != "pretrained":
             subject = _open_other(name, config)
         about: dict[str, Any] = {"weights": weights_digest(subject.file, "backbone"), "look": asdict(subject.transform)}
@@ -151,7 +151,7 @@ def _evaluate_set(
         if candidate.name in missing:
             result = measure(EvaluatedEncoder(candidate, config, device, f"{name}, {candidate.name}"))
             found.encoders[candidate.name] = {"digest": candidate.digest} | result
-            on_rank_zero(lambda: _write(file, found, candidate, own.output))  # noqa: B023 # called at once
+            on_rank_zero(lambda: _write(file, found, candidate, config, own.output))  # noqa: B023 # called at once
     return found
 
 
@@ -162,14 +162,14 @@ def _data_of(name: str, config: TransferConfig, own: Subject) -> dict[str, Any]:
     return {"name": name} if name in SETS else {"name": "folder", "root": str(Path(name).absolute())}
 
 
-def _write(file: Path, found: SetResults, candidate: Candidate, output: Path) -> None:
+def _write(file: Path, found: SetResults, candidate: Candidate, config: TransferConfig, output: Path) -> None:
     """Write the data set's file, and add the result to results.json, which the report shows. For rank 0."""
     write_results(file, found)
     encoder = candidate.subject.file
     entry = {
         "command": "transfer",
         "protocol": f"{found.mode}, {short_name(found.name)}",
-        "encoder": candidate.name,
+        **describe_start(config, candidate.name, config.seed if found.mode == "finetune" else encoder.seed),
         **describe_encoder(encoder),
         "look": asdict(candidate.subject.transform),
         "data": found.about["data"] | {"held_out": found.about["test"], "training": found.about["training"]},

@@ -65,6 +65,11 @@ class EncoderFile:
     epoch: int = 0  # epochs of its training, in files of other projects; 0: unknown
 
     @property
+    def seed(self) -> int:
+        """The seed of the run's initial weights; 0 in files of other projects."""
+        return int(self.config.get("seed", 0))
+
+    @property
     def trained(self) -> str:
         """How long the encoder was trained, as ", step 300" or ", epoch 200", to append to its name; "" if unknown."""
         return f", step {self.step}" if self.step else f", epoch {self.epoch}" * bool(self.epoch)

@@ -11,7 +11,7 @@ import yaml
 
 import moco
 from moco.interop.encoder_file import EncoderFile
-from moco.runs.results import chosen_neighbors, data_name, encoder_names, evaluated_on, label, newest
+from moco.runs.comparison import chosen_neighbors, data_name, placed
 
 _MARKUP = re.compile(r"([\\`*_\[\]|~$]|:(?=//))")
 _PLACEHOLDER = "USER/NAME"  # the name of a repository that is not uploaded yet
@@ -130,26 +130,12 @@ timm resizes PIL images and moco resizes tensors; therefore features may differ 
 def _results(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         return "None were recorded for these weights."
-    entries = newest(results)
     rows = [
-        (label(each), encoder, data, ", ".join(filter(None, [_figures(_with_count(each)), chosen_neighbors(each)])))
-        for each, encoder, data in zip(entries, encoder_names(entries), _data_names(entries), strict=True)
+        (evaluation, encoder, data, ", ".join(filter(None, [_figures(_with_count(entry)), chosen_neighbors(entry)])))
+        for entry, evaluation, data, encoder in placed(results, shareable)
     ]
     table = _table(["evaluation", "encoder", "data", "figures"], rows)
     return f"From results.json, for exactly these weights and the baselines.\n\n{table}"
-
-
-def _data_names(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the name of each entry's data without paths. Different data of one name get a number: train, train (2)."""
-    known: dict[str, list[str]] = {}
-    names = []
-    for entry in entries:
-        data = entry.get("data") or {}
-        name, whole = evaluated_on(shareable(data)), evaluated_on(data)
-        same = known.setdefault(name, [])
-        same += [] if whole in same else [whole]
-        names.append(name if same[0] == whole else f"{name} ({same.index(whole) + 1})")
-    return names
 
 
 def _with_count(entry: Mapping[str, Any]) -> dict[str, Any]:

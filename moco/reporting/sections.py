@@ -18,7 +18,7 @@ from moco.reporting.curves import charts
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, facts
 from moco.reporting.run_record import Run, by_epoch, names
-from moco.runs.results import chosen_neighbors, encoder_names, evaluated_on, label, newest
+from moco.runs.comparison import chosen_neighbors, placed
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
@@ -145,25 +145,25 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
 
 def evaluations(run: Run) -> Markup:
     """Return results.json as a table; of repeated evaluations only the newest."""
-    entries = newest(run.results)
-    if not entries:
+    found = placed(run.results)
+    if not found:
         if not run.labeled:
             none = "None, and no labeled held-out images are known. To look at the encoder:"
             return part("paragraph", f"{none} {run.next_commands()[0]}")
         return part("paragraph", f"None yet. To evaluate: {run.next_commands()[0]} 'compare=[untrained,pixels]'")
     rows, more = [], []
-    for entry, encoder in zip(entries, encoder_names(entries), strict=True):
-        results, name = entry["figures"], label(entry)
+    for entry, name, data, encoder in found:
+        results = entry["figures"]
         main = _main_metric(results)
         score = f"{f'{main} ' * (main != 'top1')}{percent(results.get(main))} {_spread(results)}".strip()
-        data = evaluated_on(entry.get("data") or {})
         rows.append([name, data, encoder, score, percent(results.get("top5"))])
         more.append([f"{name}, {encoder}", _details(entry)])
     shown = part("table", "Accuracy on held-out images", ["evaluation", "data", "encoder", "top-1 %", "top-5 %"], rows)
     shown += part(
         "folded", "Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more)
     )
-    images = [image for entry in entries if (image := _predictions(run, entry))]
+    saved = {str(entry.get("saved")): entry for entry in run.results}  # a later evaluation replaces the image
+    images = [image for entry in saved.values() if (image := _predictions(run, entry))]
     return shown + (part("folded", "Predictions and ground truth", Markup().join(images)) if images else Markup())
 
 

@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moco.evaluation.finetuning import build_finetune_optimizer, plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
-from moco.evaluation.task import changed_settings, describe_encoder, interval_note, progress_log
+from moco.evaluation.task import changed_settings, describe_encoder, describe_start, interval_note, progress_log
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
 from moco.runs.results import prepare, record
@@ -47,11 +48,17 @@ class Segmentation:
 
     config: SegmentConfig
     own: EncoderFile  # that of run or checkpoint
-    files: dict[str, EncoderFile]  # by the entries of `encoders`
+    given: dict[str, EncoderFile]  # by the entries of `encoders`
     output: Path
     train: MaskedImages
     held_out: MaskedImages
+    pixels: list[list[int]]  # of each class, in the masks of both splits
     device: torch.device
+
+    @cached_property
+    def files(self) -> dict[str, EncoderFile]:
+        """The encoders with `output_stride`, which leaves their weights as they are."""
+        return {name: with_output_stride(file, self.config.output_stride) for name, file in self.given.items()}
 
     def plan(self, seed: int) -> Plan:
         return plan_of(len(self.train), self.config.batch_size, 1, self.config.steps, seed)
@@ -92,7 +99,8 @@ def evaluate_segment(config: SegmentConfig) -> list[Segmented]:
         prepare(run.output)
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
             found = [_segment(run, name, on_step) for name in config.encoders]
-        entries = [_entry(run, each) for each in found]
+        data = _data(run)
+        entries = [_entry(run, each, data) for each in found]
         path = on_rank_zero(lambda: record(run.output, entries, run.own.step))
         _report(run, found, path)
     return found
@@ -102,7 +110,8 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
     """Open the encoders and the images, and read all masks."""
     own = open_encoder(config)
     files = open_encoders(own, config.encoders, "moco.segment")
-    files = {name: with_output_stride(file, config.output_stride) for name, file in files.items()}
+    for file in files.values():  # refuse a network that lacks it before the images are read
+        with_output_stride(file, config.output_stride)
     train_split, held_out = open_masked(config.masks)
     require(
         len(train_split) >= config.batch_size,
@@ -113,7 +122,8 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
     for name, file in files.items():
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
-    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, device)
+    pixels = [each.tolist() for each in counts]
+    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, pixels, device)
 
 
 def _with_classes(
@@ -208,20 +218,29 @@ def _settings(config: SegmentConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in shared}
 
 
-def _entry(run: Segmentation, found: Segmented) -> dict[str, Any]:
+def _data(run: Segmentation) -> dict[str, Any]:
+    """Return the data of an entry for results.json."""
+    masks = asdict(run.config.masks) | {"root": str(Path(run.config.masks.root).absolute())}
+    names = [[Path(path).name for path, _ in split.pairs] for split in (run.train, run.held_out)]
+    counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
+    return masks | counts | {"sha256": digest([names, run.pixels])}
+
+
+def _entry(run: Segmentation, found: Segmented, data: dict[str, Any]) -> dict[str, Any]:
     """Return the entry of one encoder for results.json."""
-    config, file, (mean, half) = run.config, run.files[found.encoder], found.mean
-    masks = asdict(config.masks) | {"root": str(Path(config.masks.root).absolute())}
+    config, file, (mean, half) = run.config, run.given[found.encoder], found.mean
+    crops = run.training(found.encoder).crops
+    settings = _settings(config) | {name: getattr(config, name) for name in ("seed", "mean", "std")}
     accuracy = float(np.mean([each.pixel_accuracy for each in found.overlaps]))
     return {
         "command": "segment",
         "protocol": f"{config.head}{', frozen' * config.frozen}, {config.steps} steps",
-        "encoder": found.encoder,
+        **describe_start(config, found.encoder, config.seed),
         **describe_encoder(file),
-        "weights": config.weights,
-        "data": masks | {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)},
-        "settings": _settings(config),
-        "changed": changed_settings(config, "segment", [*(_settings(config).keys() - _NOT_LISTED), "seed"]),
+        "data": data,
+        "look": {"mean": list(crops.mean), "std": list(crops.std)},
+        "settings": settings,
+        "changed": changed_settings(config, "segment", settings.keys() - _NOT_LISTED),
         "figures": {"mIoU": mean, "mIoU_half_width95": half, "pixel_accuracy": accuracy}
         | ({} if config.seeds > 1 else {"interval95": list(found.overlaps[0].interval())}),
         "per_seed": [each.to_json() for each in found.overlaps],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from moco.evaluation import resumable
 from moco.interop.encoder_file import save_encoder
 from moco.models.backbones import build_backbone
+from moco.runs.comparison import placed
 from scripts.canvases import write_canvases
 from tests.cli.conftest import Run
 
@@ -41,6 +42,7 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
     assert "10 classes: 0, 1, 2, 3, 4 and 5 more" in out
     entries = json.loads((canvases / "out/results.json").read_text())
     assert [each["encoder"] for each in entries] == ["pretrained", "untrained"]
+    assert len({each[1:3] for each in placed(entries)}) == 1  # one row
     for each in entries:
         assert set(each["figures"]) >= {"AP", "AP50", "AP75", "mask_AP", "mask_AP50", "AP_half_width95"}
         assert each["figures"]["AP"] == pytest.approx(np.mean([one["AP"] for one in each["per_seed"]]))

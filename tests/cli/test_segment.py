@@ -14,6 +14,7 @@ from moco.config import RunWarning
 from moco.evaluation import resumable
 from moco.interop.encoder_file import save_encoder
 from moco.models.backbones import build_backbone
+from moco.runs.comparison import placed
 from scripts.canvases import CLASSES, write_canvases
 from tests.cli.conftest import Run
 
@@ -36,6 +37,7 @@ def test_a_run_writes_results_weights_and_a_picture(canvases: Path, run: Run) ->
     assert "12 images for training, 3 held out, 11 classes" in out
     entries = json.loads((canvases / "out/results.json").read_text())
     assert [each["encoder"] for each in entries] == ["pretrained", "untrained"]
+    assert len({each[1:3] for each in placed(entries)}) == 1  # one row
     for each in entries:
         seeds = [one["mIoU"] for one in each["per_seed"]]
         assert each["figures"]["mIoU"] == pytest.approx(np.mean(seeds))
@@ -110,6 +112,7 @@ def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) ->
     assert status == 0, err
     entries = json.loads((canvases / "out/results.json").read_text())
     assert [each["options"]["width"] for each in entries] == [4, 6]
+    assert len({each[1:3] for each in placed(entries)}) == 1  # one row
     with safe_open(Path(entries[1]["saved"]) / "network.safetensors", "pt") as file:
         assert json.loads(file.metadata()["mean"]) == [0.4] * 3
     status, _, err = run(*arguments, "encoders=[pretrained,gone.pt]")

@@ -14,7 +14,7 @@ from moco.config.subject import SubjectConfig
 from moco.data.decode import ImageError
 from moco.data.sources import Source
 from moco.evaluation.subject import data_config, is_other_data, open_labeled, open_subject
-from moco.evaluation.task import Task, describe
+from moco.evaluation.task import Task, describe, describe_start
 from moco.models.encoder import build_encoder
 from moco.runs import checkpoint
 from tests.evaluation.runs import sentence, trained, write_images
@@ -146,7 +146,8 @@ def test_the_description_reproduces_a_result_in_any_working_directory(
     found = json.loads(json.dumps(described(config, *open_labeled(config, subject))))
     assert found["source"] == str(tmp_path / "run" / "checkpoints" / "step_00000007.pt")
     assert (found["backbone"], found["options"]) == ("convnet", {"width": 2})
-    assert (found["weights"], found["step"]) == ("encoder", 7)
+    assert found["step"] == 7
+    assert describe_start(config, "pretrained", 3) == {"encoder": "pretrained", "weights": "encoder"}
     data = {name: found["data"][name] for name in ("root", "eval_root", "labels", "hold_out", "training", "held_out")}
     assert data == {
         "root": str(tmp_path / "train"),

@@ -28,6 +28,7 @@ from moco.evaluation.transfer_data import open_set
 from moco.evaluation.transfer_measures import class_mean_half_width
 from moco.evaluation.transfer_results import result_file
 from moco.interop.encoder_file import build
+from moco.runs.comparison import placed
 from tests.data.test_transfer_sets import write_caltech, write_pets, write_voc
 from tests.evaluation.test_linear import encoder_file, write_images
 
@@ -101,6 +102,7 @@ def test_digits_and_folders_give_one_table_with_a_mean_and_scikit_learns_accurac
         ("transfer", "pretrained"),
         ("transfer", "untrained"),
     ]
+    assert len({each[1:3] for each in placed(entries)}) == 2  # a row per data set
     assert entries[0]["protocol"] == "linear, data"
     assert re.fullmatch(r"linear, images_[0-9a-f]{8}", entries[2]["protocol"])  # without its path, for a model card
     folder = Path(entries[2]["data"]["root"])

@@ -25,7 +25,7 @@ from moco.interop.encoder_file import read_encoder, save_encoder
 from moco.interop.hub import CARD, SETTINGS, WEIGHTS, local_file
 from moco.interop.model_card import plain, shareable
 from moco.methods.moco_config import MoCoConfig
-from moco.runs.results import evaluated_on
+from moco.runs.comparison import evaluated_on, placed
 from tests.interop.networks import IMAGES, VIT, trained
 
 HOSTILE = "a|b`c`\n# <script>alert(1)</script> [x](y) ``` end"
@@ -368,9 +368,8 @@ def test_the_card_names_the_folders_of_an_evaluation() -> None:
 def test_the_card_numbers_different_data_of_one_name() -> None:
     roots = [("/a/train", "/a/test"), ("/b/train", "/b/test"), ("/a/train", "/b/test"), ("/a/train", "/a/test")]
     entries = [{"data": {"name": "folder", "root": root, "eval_root": test}} for root, test in roots]
-    assert model_card._data_names(entries) == [
+    assert [each.data for each in placed(entries, model_card.shareable)] == [
         "folder train, held out: test",
-        "folder train, held out: test (2)",
-        "folder train, held out: test (3)",
-        "folder train, held out: test",
+        "folder train, held out: test (data 2)",
+        "folder train, held out: test (data 3)",
     ]

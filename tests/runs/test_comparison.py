@@ -1,4 +1,4 @@
-"""The names of evaluations in tables: what tells two entries of results.json apart."""
+"""The rows and columns of tables of results.json: what they keep apart, and how they name it."""
 
 import json
 from pathlib import Path
@@ -6,47 +6,62 @@ from typing import Any
 
 import pytest
 
-from moco.runs.results import encoder_names, evaluated_on, evaluation_key, label, newest
+from moco.runs.comparison import EXCLUDED, placed
 from scripts import results_table
+
+ENTRY: dict[str, Any] = {
+    "command": "knn",
+    "protocol": "all labels",
+    "encoder": "pretrained",
+    "weights": "encoder",
+    "sha256": "a" * 64,
+    "step": 46,
+    "source": "/runs/a/checkpoints/step_00000046.pt",
+    "look": {"size": 32, "resize": 36},
+    "settings": {"k": 5},
+    "changed": {},
+    "figures": {"top1": 28.5},
+}
+
+
+def names(*entries: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [each[1:] for each in placed(entries)]
 
 
 def test_evaluations_on_other_data_are_told_apart() -> None:
-    entry = {"command": "knn", "protocol": "all labels", "encoder": "pretrained", "settings": {"k": 5}}
-    roots = ("a/test", "b/test", "a/test")
-    entries = [entry | {"data": {"name": "folder", "root": root}, "figures": {}} for root in roots]
-    assert len({evaluation_key(each) for each in entries}) == 2
+    entries = [ENTRY | {"data": {"name": "folder", "root": root}} for root in ("a/test", "b/test", "a/test")]
+    assert [data for _, data, _ in names(*entries)] == ["folder a/test", "folder b/test"]
 
 
 def test_other_weights_image_preparation_and_checkpoints_are_told_apart() -> None:
-    entry: dict[str, Any] = {"command": "knn", "protocol": "all labels", "encoder": "pretrained", "weights": "encoder"}
-    entry |= {"sha256": "a", "step": 46, "look": {"size": 32, "resize": 36}, "figures": {"top1": 28.5}}
-    resized = entry | {"look": {"size": 40, "resize": 40}, "changed": {"images.size": 40, "images.resize": 40}}
+    resized = ENTRY | {"look": {"size": 40, "resize": 40}, "changed": {"images.size": 40, "images.resize": 40}}
     other = [
-        entry | {"weights": "momentum_encoder", "sha256": "b"},
+        ENTRY | {"weights": "momentum_encoder", "sha256": "b" * 64},
         resized,
-        entry | {"step": 23, "sha256": "c"},
-        entry | {"encoder": "untrained"},
-        entry | {"encoder": "untrained", "step": 23, "sha256": "c"},  # the same weights: repeats the one above
+        ENTRY | {"step": 23, "sha256": "c" * 64},
+        ENTRY | {"encoder": "untrained"},
+        ENTRY | {"encoder": "untrained", "step": 23, "sha256": "c" * 64},  # the same weights: repeats the one above
     ]
-    found = newest([entry, *other, entry | {"figures": {"top1": 28.75}}])
-    assert [each["figures"]["top1"] for each in found] == [28.75, 28.5, 28.5, 28.5, 28.5]
-    assert list(zip(map(label, found), encoder_names(found), strict=True)) == [
+    found = placed([ENTRY, *other, ENTRY | {"figures": {"top1": 28.75}}])
+    assert [each.entry["figures"]["top1"] for each in found] == [28.75, 28.5, 28.5, 28.5, 28.5]
+    assert [(each.evaluation, each.encoder) for each in found] == [
         ("knn, all labels", "pretrained, step 46"),
         ("knn, all labels", "pretrained, momentum_encoder"),
         ("knn, all labels (images.size=40, images.resize=40)", "pretrained, step 46"),
         ("knn, all labels", "pretrained, step 23"),
         ("knn, all labels", "untrained"),
     ]
-    assert encoder_names(found[:3]) == ["pretrained", "pretrained, momentum_encoder", "pretrained"]
+    assert [encoder for _, _, encoder in names(ENTRY, *other[:2])] == [
+        "pretrained",
+        "pretrained, momentum_encoder",
+        "pretrained",
+    ]
 
 
 def test_the_files_of_objects_are_data_of_their_own() -> None:
     boxes = {"root": "images", "file": "a.json", "eval_file": "test.json"}
-    entries: list[dict[str, Any]] = [
-        {"command": "detect", "data": data} for data in (boxes, boxes | {"file": "b.json"})
-    ]
-    assert len(newest(entries)) == 2
-    assert evaluated_on(boxes) == "images a.json, held out: test.json"
+    (one, two) = names({"command": "detect", "data": boxes}, {"command": "detect", "data": boxes | {"file": "b.json"}})
+    assert (one[1], two[1]) == ("images a.json, held out: test.json", "images b.json, held out: test.json")
 
 
 def test_the_table_of_a_run_never_mixes_data_or_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,3 +78,145 @@ def test_the_table_of_a_run_never_mixes_data_or_settings(tmp_path: Path, capsys:
         "| knn, all labels, on cifar10 | – | 24.0 |",
         "| knn, all labels (k=[1]), on digits | – | 99.0 |",
     ]
+
+
+# ---- what is part of a key ----
+
+
+def leaves(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name of each field of an entry, and the entry with another value of that field."""
+    found = []
+    for name, value in entry.items():
+        if name in ("data", "settings", "choice", "look"):
+            found += [(f"{name}.{each}", entry | {name: value | {each: ["other"]}}) for each in value]
+        else:
+            found.append((name, entry | {name: ["other"]}))
+    return found
+
+
+def keeps_apart(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two entries have a place of their own, with a name of its own."""
+    places = {each[1:] for each in placed([one, other])}
+    return len(places) == 2
+
+
+def test_each_field_that_is_not_excluded_keeps_entries_apart() -> None:
+    """A field that `EXCLUDED` lacks, such as one that is added to entries later, is part of a key."""
+    entry = ENTRY | {
+        "data": {"name": "folder", "root": "a", "bits": None, "dtype": "uint8", "channels": 3, "sha256": "d" * 64}
+        | {"labels": "folder", "label_separator": "", "frame_interval": 1.0, "workers": 4, "a_new_field": 1},
+        "settings": {"k": 5, "draws": 100, "encoders": ["pretrained"], "seeds": 1, "a_new_field": 1},
+        "choice": {"leave_one_out": [[1.0]]},
+        "backbone": "resnet18",
+        "options": {},
+        "a_new_field": 1,
+        "time": "now",
+        "saved": "file",
+    }
+    apart = {name for name, other in leaves(entry) if keeps_apart(entry, other)}
+    assert {name for name, _ in leaves(entry)} - apart == {
+        *("figures", "choice.leave_one_out", "time", "saved", "source", "step", "settings.encoders", "data.workers"),
+    }
+    assert {name for name, _ in leaves(entry)} - apart <= EXCLUDED
+
+
+def test_names_state_what_differs() -> None:
+    data: dict[str, Any] = {"name": "folder", "root": "a", "bits": None, "training": 30, "held_out": 9}
+    data["classes"] = ["x", "y"]
+    cases: list[tuple[dict[str, Any], str, str]] = [
+        ({"settings": {"k": 5, "draws": 100}}, "knn, all labels, draws=100", "folder a"),
+        ({"settings": {"k": 5, "draws": 3}}, "knn, all labels, draws=3", "folder a"),
+    ]
+    assert names(*(ENTRY | {"data": data} | case for case, *_ in cases)) == [
+        (evaluation, of_data, "pretrained") for _, evaluation, of_data in cases
+    ]
+    others: list[dict[str, Any]] = [{"bits": 16}, {"classes": ["x"] * 9}, {"training": 1200}]
+    others += [{"sha256": "e" * 64}, {"sha256": "f" * 64}]
+    texts = [
+        of_data for _, of_data, _ in names(*(ENTRY | {"data": data | {"sha256": "d" * 64} | each} for each in others))
+    ]
+    assert texts == [
+        "folder a, 2 classes, 30 training images, bits=16",
+        "folder a, 9 classes",
+        "folder a, 2 classes, 1,200 training images",
+        "folder a, 2 classes, 30 training images, bits=automatic",
+        "folder a, 2 classes, 30 training images, bits=automatic (data 2)",
+    ]
+
+
+def test_weights_with_one_step_have_columns_of_their_own() -> None:
+    other = ENTRY | {"sha256": "1234abcd" * 8}
+    assert [each[2] for each in names(ENTRY, other)] == ["pretrained, weights aaaaaaaa", "pretrained, weights 1234abcd"]
+    of_other_run = other | {"source": "/runs/b/checkpoints/step_00000046.pt"}
+    assert [each[2] for each in names(ENTRY, of_other_run)] == ["pretrained, a", "pretrained, b"]
+
+
+def test_untrained_networks_of_other_seeds_or_backbones_have_columns_of_their_own() -> None:
+    start = ENTRY | {"encoder": "untrained", "backbone": "resnet18", "initial_seed": 0}
+    entries = [start, start | {"initial_seed": 1}, start | {"backbone": "convnet", "initial_seed": 1}]
+    assert [each[2] for each in names(*entries)] == [
+        "untrained, seed 0",
+        "untrained, seed 1, backbone=resnet18",
+        "untrained, seed 1, backbone=convnet",
+    ]
+    pixels = [each | {"encoder": "pixels"} for each in entries]
+    assert [each[2] for each in names(*pixels)] == ["pixels"]
+
+
+def test_entries_of_earlier_versions_lack_fields_and_stand_apart_only_if_needed() -> None:
+    older = [ENTRY | {"data": {"name": "folder"}}, ENTRY | {"data": {"name": "folder"}, "encoder": "untrained"}]
+    newer: list[dict[str, Any]] = [
+        each | {"data": {"name": "folder", "sha256": "d" * 64}, "channels": 3} for each in older
+    ]
+    newer[1] |= {"initial_seed": 3}
+    assert [each.entry for each in placed(older)] == older
+    assert [each.entry for each in placed(older + newer)] == newer  # the same evaluations, as far as is known
+    changed = [each | {"data": {"name": "folder", "sha256": "e" * 64}} for each in newer]
+    assert {of_data for _, of_data, _ in names(*older, *newer, *changed)} == {
+        "folder",
+        "folder (data 2)",
+        "folder (data 3)",
+    }
+
+
+def test_neighbors_that_were_chosen_do_not_separate_encoders() -> None:
+    choice = {"k": [5, 20], "temperature": [0.1], "images": 90}
+    entry = ENTRY | {"choice": choice | {"leave_one_out": [1.0]}}
+    untrained = entry | {"encoder": "untrained", "settings": {"k": 20}, "choice": choice | {"leave_one_out": [0.5]}}
+    assert [each[:2] for each in names(entry, untrained)] == [("knn, all labels", "")] * 2
+
+
+def test_features_of_the_projection_head_have_a_column_only_if_the_heads_differ() -> None:
+    head = ENTRY | {"sha256": "b" * 64, "backbone_sha256": ENTRY["sha256"], "projection": [[8, 2]]}
+    head |= {"settings": {"features": "projection"}, "changed": {"features": "projection"}}
+    assert {each[2] for each in names(ENTRY, head)} == {"pretrained"}
+    other = head | {"sha256": "c" * 64}
+    assert len({each[2] for each in names(head, other)}) == 2
+
+
+def test_the_newest_result_is_shown_and_an_older_one_does_not_hide_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ENTRY | {"source": "/runs/b/checkpoints/step_00000046.pt", "sha256": "b" * 64, "figures": {"top1": 2.0}}
+    entries = [ENTRY | {"figures": {"top1": 1.0}}, other, ENTRY | {"figures": {"top1": 3.0}}]
+    (tmp_path / "results.json").write_text(json.dumps(entries))
+    results_table.main(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| top-1 % | pretrained, a | pretrained, b |"
+    assert lines[2:] == ["| knn, all labels | 3.0 | 2.0 |"]
+
+
+def test_a_baseline_of_the_supervised_network_is_not_shown_as_supervised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "supervised").mkdir()
+    start = ENTRY | {"encoder": "untrained", "figures": {"top1": 1.0}}
+    (tmp_path / "results.json").write_text(json.dumps([ENTRY, start]))
+    supervised = ENTRY | {"sha256": "b" * 64, "figures": {"top1": 9.0}}
+    (tmp_path / "supervised" / "results.json").write_text(json.dumps([supervised, start]))
+    results_table.main(tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[0], lines[2]) == (
+        "| top-1 % | untrained | pretrained | supervised |",
+        "| knn, all labels | 1.0 | 28.5 | 9.0 |",
+    )
