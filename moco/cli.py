@@ -95,9 +95,10 @@ def _check_launch() -> None:
 def run_command(name: str, schema: type[Schema], command: Callable[[Schema], None]) -> None:
     """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
-    The exit status is 2 for an invalid configuration, 1 for an error of the command, 75 (EX_TEMPFAIL) for a run that
-    was stopped and has saved its state, 130 after Ctrl-C, 143 or 129 after SIGTERM or SIGHUP in another command than
-    moco.train, and 141 if the output pipe of --help is closed (`| head`).
+    The exit status is 2 for a configuration that is invalid or names a file or folder that does not exist, 1 for an
+    error of the command, 75 (EX_TEMPFAIL) for a run that was stopped and has saved its state, 130 after Ctrl-C, 143 or
+    129 after SIGTERM or SIGHUP in another command than moco.train, and 141 if the output pipe of --help is closed
+    (`| head`).
     Errors are reported in one sentence; MOCO_TRACEBACK=1 shows the traceback instead.
     """
     plain = warnings.formatwarning
@@ -118,6 +119,8 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         raise
     except (ValueError, OSError, FloatingPointError, MemoryError, Warning) as error:  # Warning: python -W error
         sentence = _naming_field(_sentence(error), config)
+        if type(error) is FileNotFoundError and error.errno is None:  # of moco: the system's errors have a number
+            _exit(2, sentence, error)
         _exit(1, f"{sentence}{_image_advice(name, error)} (MOCO_TRACEBACK=1 shows where)", error)
     except Preempted as stopped:  # not an error: never a traceback
         if os.environ.get("RANK", "0") == "0":

@@ -26,10 +26,32 @@ def queue_for(images: int, keys_per_step: int) -> int:
     return max(1, round(min(images / 4, LARGEST_QUEUE) / keys_per_step)) * keys_per_step
 
 
-def queue_advice(images: int, keys_per_step: int) -> str:
-    """Return how to shorten a queue that is too long for the number of images."""
+def batch_for(most: float, parts: int, group: int) -> tuple[int, str]:
+    """Return the largest batch size up to `most` that the checks accept, and the fields that set it; 0 without one.
+
+    Args:
+        most: the upper limit, in images.
+        parts: processes times accumulate.
+        group: model.bn_group_size with model.bn=grouped, else 1. It is lowered if fewer than two groups fit, because
+            keys of a single group cannot be shuffled.
+    """
+    fitting = group
+    while fitting > 2 and 2 * parts * fitting > most:
+        fitting = max(2, fitting // 2)
+    batch = int(most // (parts * fitting)) * parts * fitting
+    if batch < 2 * parts * fitting:
+        return 0, ""
+    lowered = f" model.bn_group_size={fitting}" if fitting < group else ""
+    return batch, f"batch_size={batch}{lowered}"
+
+
+def queue_advice(images: int, keys_per_step: int, keys_per_image: int = 1, parts: int = 1, group: int = 1) -> str:
+    """Return the fields that shorten a queue that is too long for the number of images; see `batch_for`."""
     queue = queue_for(images, keys_per_step)
-    return f"method.queue_size={queue}" if queue <= images / 2 else "a smaller batch_size and queue"
+    if queue <= images / 2:
+        return f"method.queue_size={queue}"
+    batch, fields = batch_for(images / 2 / keys_per_image, parts, group)
+    return f"{fields} method.queue_size={queue_for(images, batch * keys_per_image)}" if batch else "more images"
 
 
 def resize_for(size: int) -> int:

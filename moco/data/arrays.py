@@ -138,7 +138,7 @@ def _open_torchvision(dataset: Any, config: DataConfig, **split: Any) -> Any:
         return dataset(folder, download=config.download, **split)
     except (RuntimeError, OSError, EOFError, tarfile.TarError) as error:
         if config.download:
-            raise FileNotFoundError(
+            raise OSError(
                 f"{dataset.__name__} could not be downloaded to {where}: {error}; check the network and the disk, or "
                 f"download {dataset.url} yourself"
             ) from error

@@ -110,7 +110,7 @@ def download(name: str, root: str) -> None:
 
     Raises:
         ConfigError: if torchvision cannot download it.
-        FileNotFoundError: if the download fails; the message gives the reason.
+        OSError: if the download fails; the message gives the reason.
     """
     known, folder = SETS[name], _absolute(root)
     if not known.available:
@@ -124,7 +124,7 @@ def download(name: str, root: str) -> None:
             getattr(datasets, known.dataset)(folder, download=True, **split)
     except Exception as error:  # whatever torchvision, urllib and tarfile raise
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise FileNotFoundError(
+        raise OSError(
             f"sets={name} ({known.megabytes:,} MB) could not be downloaded to root={root} ({folder}): {reason}; check "
             "the network and the disk and run the same command again, or copy the data set there"
         ) from error

@@ -46,12 +46,10 @@ def draw_episodes(labels: Rows, episodes: Episodes) -> Iterator[tuple[Rows, Rows
         SubsetError: if fewer than W classes have enough images.
     """
     each = episodes.shots + episodes.queries
-    rows = [found for label in np.unique(labels) if len(found := np.flatnonzero(labels == label)) >= each]
+    by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    rows = [found for found in by_class if len(found) >= each]
     if len(rows) < episodes.ways:
-        raise SubsetError(
-            f"ways={episodes.ways} classes of an episode need {each} test images each (shots + queries), and only "
-            f"{len(rows)} classes have so many: lower ways, shots or queries"
-        )
+        raise SubsetError(_too_few([len(found) for found in by_class], len(rows), episodes))
     for episode in range(episodes.episodes):
         classes = permutation(episodes.seed, episode, len(rows), EPISODES)[: episodes.ways]
         drawn = [
@@ -60,6 +58,20 @@ def draw_episodes(labels: Rows, episodes: Episodes) -> Iterator[tuple[Rows, Rows
         ]
         picked = np.stack(drawn)  # (W, S + Q)
         yield picked[:, : episodes.shots], picked[:, episodes.shots :]
+
+
+def _too_few(counts: list[int], enough: int, episodes: Episodes) -> str:
+    """Return the message for `counts` test images per class, of which `enough` classes suffice for an episode."""
+    each, ways, fixes = episodes.shots + episodes.queries, min(len(counts), episodes.ways), []
+    if enough >= 2:
+        fixes.append(f"set ways={enough}")
+    if ways >= 2 and 2 <= (most := sorted(counts)[-ways]) < each:
+        fewer = f"set ways={ways} and " * (ways < episodes.ways)
+        fixes.append(f"{fewer}lower shots + queries to {most} or less")
+    return (
+        f"ways={episodes.ways} classes of an episode need {each} test images each (shots + queries), and {enough} of "
+        f"the {len(counts)} classes have so many: {', or '.join(fixes) or 'add test images'}"
+    )
 
 
 def episode_accuracies(

@@ -280,7 +280,7 @@ def open_data(config: SubjectConfig, subject: Subject) -> Sources:
         fixes = " ".join(f"data.{name}={stand_ins.get(name, 'DIR')}" for name in of_run)
         paths = [each for path in of_run.values() for each in (path if isinstance(path, list) else [path])]
         relative = not all(map(os.path.isabs, paths))
-        where = ", which started in another working directory" * relative
+        where = " and relative to the current directory" * relative
         raise FileNotFoundError(f"{error} ({each}, taken from the run{where}: set {fixes})") from error
 
 

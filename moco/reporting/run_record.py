@@ -140,6 +140,8 @@ def findings(run: Run, images: int | None) -> list[Alarm]:
     batch_size, epochs = run.get("batch_size", TrainConfig.batch_size), run.get("epochs", math.inf)
     more = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
     more["shuffled_keys"] = run.get("model.shuffle_keys", False) and run.get("model.bn") == "grouped"
+    more["batch_parts"] = run.get("accumulate", 1)  # the number of processes may be another one
+    more["bn_group"] = run.get("model.bn_group_size", 1) if run.get("model.bn") == "grouped" else 1
     facts = facts_of(run.method, images or 2**62, batch_size, epochs, **more)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 

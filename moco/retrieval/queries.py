@@ -41,8 +41,8 @@ def open_index(config: SearchConfig) -> Embedding:
     fields = "data.root and data.more_roots to the folders" if data.get("more_roots") else "data.root to the folder"
     require(
         source is not None and names_digest(source) == about["pictures"]["sha256"],
-        f"index={config.index} belongs to other images than {origin_of(about)} contains now: run moco.embed again, or "
-        f"set {fields} of its images",
+        f"index={config.index} belongs to other images than {origin_of(about)} contains now: run moco.embed again with "
+        f"another output, or after removing {config.index}; or set {fields} of its images",
     )
     return open_embedding(Path(config.index), source)
 
@@ -57,9 +57,9 @@ def query_features(config: SearchConfig, index: Embedding, device: torch.device)
     known, about = rows >= 0, index.about
     for name, row in zip(config.query, rows, strict=True):
         if row < 0 and not Path(name).is_file():
-            raise FileNotFoundError(
-                f"query={name} does not exist: name an image file, or an image of the index as its table names it"
-            )
+            state = "is a folder" if Path(name).is_dir() else "does not exist"
+            fix = "name an image file, or an image of the index as its table names it"
+            raise FileNotFoundError(f"query={name} {state}: {fix}")
     features = np.zeros((len(rows), about["dimension"]), index.images.features.dtype)
     features[known] = index.images.features[rows[known]]
     outside = [name for name, row in zip(config.query, rows, strict=True) if row < 0]

@@ -40,13 +40,15 @@ def read_weights(path: Path) -> Any:
     """
     try:
         size = refuse_special_file(path)
-        _refuse_zip_bomb(path, size)
+        _refuse_other_archive(path, size)
         with (
             warnings.catch_warnings(action="ignore"),  # about pickle protocols other than torch's default
             torch.serialization.safe_globals([(_Settings, "argparse.Namespace")]),
         ):
             content = torch.load(path, map_location="cpu", weights_only=True)
         _refuse_large_tensors(content, size)
+    except CodeRefused:
+        raise
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     except pickle.UnpicklingError as error:
@@ -56,8 +58,8 @@ def read_weights(path: Path) -> Any:
     return content
 
 
-def _refuse_zip_bomb(path: Path, size: int) -> None:
-    """Refuse an archive that would unpack to more than its size: torch does not compress."""
+def _refuse_other_archive(path: Path, size: int) -> None:
+    """Refuse an archive that torch.save did not write: a program of torch.export, or one that is compressed."""
     with path.open("rb") as file:
         begins_as_zip = file.read(len(_ZIP)) == _ZIP
     if not zipfile.is_zipfile(path):
@@ -65,7 +67,10 @@ def _refuse_zip_bomb(path: Path, size: int) -> None:
             raise ValueError("its list of contents is missing")  # torch might find one where Python finds none
         return
     with zipfile.ZipFile(path) as parts:
+        names = {each.rpartition("/")[2] for each in parts.namelist()}
         unpacked = sum(each.file_size for each in parts.infolist())
+    if "data.pkl" not in names or "constants.pkl" in names:  # the latter is in programs of TorchScript
+        raise CodeRefused(f"{path} cannot be read as a checkpoint: it is an archive of another kind")
     if unpacked > size:
         raise ValueError(f"it would unpack to {unpacked:,} bytes, more than its size; it was not written by torch")
 

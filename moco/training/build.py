@@ -21,7 +21,7 @@ from moco.methods.build import build_method
 from moco.models.modes import checkpoint_activations, evaluating
 from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
-from moco.runs.checkpoint import Checkpoint, load_newest, refuse_misfit
+from moco.runs.checkpoint import Checkpoint, list_checkpoints, load_newest, refuse_misfit
 from moco.runs.directory import open_run
 from moco.runtime.memory import explain_out_of_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
@@ -29,6 +29,7 @@ from moco.runtime.sharding import shard
 from moco.runtime.watchdog import Watchdog
 from moco.training.consistency import Identity, open_consistently
 from moco.training.graph import StepGraph
+from moco.training.init_from import initial_file
 from moco.training.monitor import Monitor
 from moco.training.step import StepSettings
 from moco.training.teacher import load_teacher
@@ -67,13 +68,21 @@ def doctor_facts(config: TrainConfig, plan: Plan) -> Facts:
     settings: dict[str, Any] = {"lr": config.optim.lr, "starts_trained": config.starts_trained}
     settings |= {"source": config.data.name, "total_steps": plan.total_steps}
     settings["shuffled_keys"] = config.model.shuffle_keys and config.model.bn == "grouped"
+    settings["batch_parts"] = world_size() * config.accumulate
+    settings["bn_group"] = config.model.bn_group_size if config.model.bn == "grouped" else 1
     return facts_of(config.method, plan.length, config.batch_size, config.epochs, **settings)
 
 
 def open_directory(config: TrainConfig) -> IO[str] | None:
     """Open the run directory. Return its lock on rank 0, which holds until it is closed; None on other ranks."""
     lock: list[IO[str]] = []
-    on_rank_zero(lambda: lock.append(open_run(Path(config.run), asdict(config), asdict(TrainConfig()))))
+
+    def open_it() -> None:
+        if config.init_from and not list_checkpoints(Path(config.run) / "checkpoints"):
+            initial_file(config)  # a missing file is refused before the directory is made
+        lock.append(open_run(Path(config.run), asdict(config), asdict(TrainConfig())))
+
+    on_rank_zero(open_it)
     return lock[0] if lock else None
 
 

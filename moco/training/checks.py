@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from moco.config import RunWarning, TrainConfig, require
-from moco.config.recommended import crop_advice, queue_advice
+from moco.config.recommended import batch_for, crop_advice, queue_advice
 from moco.data.base import Sources
 from moco.data.opening import build_views
 from moco.data.plan import Plan
@@ -22,12 +22,11 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     Raises:
         ConfigError: if an epoch has less than one batch, or if a field needs labels that the images do not have.
     """
-    group = config.model.bn_group_size if config.model.bn == "grouped" else 1
-    most = plan.length // group * group
-    smaller = f"set batch_size={most} or less" if most else "lower it and model.bn_group_size"
+    _, smaller = batch_for(plan.length, *_divisors(config))
+    fix = f"set {smaller}" if smaller else "add images"
     require(
         plan.steps_per_epoch > 0,
-        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: {smaller}",
+        f"batch_size={config.batch_size} exceeds the {plan.length} images of data.name={config.data.name}: {fix}",
     )
     _check_labels(config, sources)
     if config.optim.warmup_epochs >= config.epochs:
@@ -51,6 +50,11 @@ def check_against_data(config: TrainConfig, plan: Plan, sources: Sources | None 
     _check_brightness(config)
     _check_queue(config, plan)
     _check_batch_norm(config)
+
+
+def _divisors(config: TrainConfig) -> tuple[int, int]:
+    """Return the parts of a batch, and the BN group that divides each of them; see `batch_for`."""
+    return world_size() * config.accumulate, config.model.bn_group_size if config.model.bn == "grouped" else 1
 
 
 def _check_labels(config: TrainConfig, sources: Sources | None) -> None:
@@ -116,7 +120,7 @@ def _check_queue(config: TrainConfig, plan: Plan) -> None:
         _warn(
             f"method.queue_size={method.queue_size} holds each of the {plan.length} images at least once: the queue "
             f"contains very old keys and each query's own image{masked}; "
-            f"set {queue_advice(plan.length, per_step)}"
+            f"set {queue_advice(plan.length, per_step, method.keys_per_image, *_divisors(config))}"
         )
 
 

@@ -15,6 +15,15 @@ from moco.models.first_layer import input_channels, with_channels_of
 from moco.training.checks import warn_of_other_normalization
 
 
+def initial_file(config: TrainConfig) -> Path:
+    """Return the file that `config.init_from` means; raise ConfigError if it does not exist."""
+    path = local_file(config.init_from, "init_from")
+    inside = f": name a file, such as init_from={path / 'encoder.safetensors'}"
+    state = f"is a folder{inside}" if path.is_dir() else "does not exist"
+    require(path.is_file(), f"init_from={path} {state}")
+    return path
+
+
 def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
     """Load the weights of `config.init_from` into the encoder and, if there is one, the momentum encoder.
 
@@ -33,10 +42,7 @@ def load_initial_weights(config: TrainConfig, method: nn.Module) -> str:
         ConfigError: if the file does not exist or holds another network.
         ForeignFileError, CheckpointError: see `read_encoder` and `load_all`.
     """
-    path, model = local_file(config.init_from, "init_from"), config.model
-    inside = f": name a file, such as init_from={path / 'encoder.safetensors'}"
-    state = f"is a folder{inside}" if path.is_dir() else "does not exist"
-    require(path.is_file(), f"init_from={path} {state}")
+    path, model = initial_file(config), config.model
     file = _read(path, config, "encoder")
     try:
         momentum_file = _read(path, config, "momentum_encoder")

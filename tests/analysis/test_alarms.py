@@ -179,6 +179,11 @@ def test_a_learning_rate_of_zero_and_few_images() -> None:
     assert_found(few_images({}, few), "40")
     assert few_images({}, few._replace(starts_trained=True)) is None
     assert names({}, few) == ["few images"]
+    # It is to be acted on first, and makes advice on the length of the run pointless.
+    assert names({}, few._replace(momentum=0.999, total_steps=40)) == ["few images"]
+    assert names({}, few._replace(momentum=0.5, lr=0.0)) == ["few images", "learning rate of 0"]
+    with_queue = few._replace(momentum=0.5, queue_size=64)
+    assert names({}, with_queue)[:2] == ["few images", "momentum too low"]
 
 
 SHORT_RUN = {  # 150 steps, a record every 10 steps, and no evaluation
@@ -236,7 +241,10 @@ def test_the_advice_on_a_queue_is_never_the_queue_in_use() -> None:
     assert alarm is None  # masked, and shorter than the data set
     alarm = queue_against_dataset({}, Facts(0.2, 0.99, 32, 40, 32, mask_own_keys=False))
     assert alarm is not None
-    assert alarm.remedy == "method.mask_own_keys=true, a smaller batch_size and queue"
+    assert alarm.remedy == "method.mask_own_keys=true, batch_size=20 method.queue_size=20"
+    alarm = queue_against_dataset({}, Facts(0.2, 0.99, 64, 40, 32, bn_group=16))  # of moco_v2_small
+    assert alarm is not None
+    assert alarm.remedy == "batch_size=16 model.bn_group_size=8 method.queue_size=16"
 
 
 def test_a_low_temperature_by_value_and_by_effective_negatives() -> None:

@@ -25,7 +25,9 @@ def test_facts_of_each_method() -> None:
     plain = MoCoConfig(queue_size=512, temperature=0.1, momentum=0.9, mask_own_keys=False)
     assert facts_of(plain, 1000, 64) == Facts(0.1, 0.9, 512, 1000, 64, False)
     assert facts_of(MoCoConfig(queue_size=512, symmetric=True), 1000, 64).keys_per_step == 128
-    assert facts_of(MoCoV3Config(temperature=1.0, momentum=0.99), 1000, 64) == Facts(1.0, 0.99, 0, 1000, 128, True)
+    assert facts_of(MoCoV3Config(temperature=1.0, momentum=0.99), 1000, 64) == Facts(
+        *(1.0, 0.99, 0, 1000, 128, True), keys_per_image=2
+    )
     simclr = facts_of(SimCLRConfig(), 1000, 64)
     assert (simclr.momentum, simclr.queue_size, simclr.keys_per_step) == (None, 0, 64)
 

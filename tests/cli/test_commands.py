@@ -102,6 +102,14 @@ def test_the_commands_do_not_import_torch() -> None:
             "+experiment=digits: only moco.train has recipes",
         ),
         ("temperature", ["experiment=digits"], "there is no field 'experiment'; did you mean 'recipe'?"),
+        # a file or folder that does not exist
+        ("knn", ["checkpoint=nowhere.pt"], "checkpoint=nowhere.pt does not exist"),
+        ("convert", ["checkpoint=nowhere.pt", "to=timm", "output=a.pth"], "checkpoint=nowhere.pt does not exist"),
+        ("check_data", ["data.root=nowhere"], "data.root=nowhere "),
+        ("train", ["experiment=moco_v2_small", "data.root=nowhere"], "data.root=nowhere "),
+        ("train", ["init_from=nowhere.pt", "threads=1"], "init_from=nowhere.pt does not exist"),
+        ("search", ["index=nowhere", "query=[a.png]"], "index=nowhere does not exist"),
+        ("choose", ["runs=[nowhere]"], "runs: nowhere matches no directory"),
     ],
 )
 def test_a_refusal_is_one_line_with_status_2(
@@ -150,6 +158,7 @@ def test_ctrl_c_mentions_a_checkpoint_only_for_training(name: str, schema: type,
     [
         (PermissionError(13, "Permission denied", "out/results.json"), "output=out/results.json: Permission denied"),
         (IsADirectoryError(21, "Is a directory", "out"), "output=out: Is a directory"),
+        (FileNotFoundError(2, "No such file or directory", "out/x"), "output=out/x: No such file or directory"),
         (ValueError("a/b.png cannot be read"), "query=a/b.png cannot be read"),
         (ValueError("images/train has no images"), "data.root=images/train has no images"),
         (ValueError("output=out is full"), "output=out is full"),

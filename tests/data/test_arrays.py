@@ -181,7 +181,7 @@ def test_a_failed_download_is_reported_in_one_sentence(
         raise failure
 
     monkeypatch.setattr(urllib.request, "urlopen", closed)
-    with pytest.raises(FileNotFoundError, match="could not be downloaded") as caught:
+    with pytest.raises(OSError, match="could not be downloaded") as caught:
         load_source(DataConfig(name, str(tmp_path / "data"), download=True))
     text = sentence(caught.value)
     assert str(tmp_path / "data") in text
@@ -195,6 +195,6 @@ def test_a_damaged_download_is_reported_in_one_sentence(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         "torchvision.datasets.utils._urlretrieve", lambda _, path: Path(path).write_bytes(b"a login page")
     )
-    with pytest.raises(FileNotFoundError, match=r"CIFAR10 could not be downloaded.*corrupted") as caught:
+    with pytest.raises(OSError, match=r"CIFAR10 could not be downloaded.*corrupted") as caught:
         load_source(DataConfig("cifar10", str(tmp_path), download=True))
     sentence(caught.value)

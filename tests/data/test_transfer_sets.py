@@ -69,7 +69,7 @@ def test_without_a_network_the_error_names_the_set_its_size_and_the_fix(
 
     monkeypatch.setattr("urllib.request.urlopen", closed)
     if SETS[name].available:
-        with pytest.raises(FileNotFoundError, match=f"sets={name} .*could not be downloaded") as caught:
+        with pytest.raises(OSError, match=f"sets={name} .*could not be downloaded") as caught:
             download(name, str(tmp_path / "data"))
         assert "Network is unreachable" in str(caught.value)
         assert f"{SETS[name].megabytes:,} MB" in str(caught.value)

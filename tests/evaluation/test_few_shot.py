@@ -65,9 +65,18 @@ def test_support_and_queries_are_disjoint_and_of_one_class() -> None:
         assert len(set(labels[support[:, 0]])) == 5
 
 
-def test_too_few_large_classes_are_refused_with_numbers() -> None:
+@pytest.mark.parametrize(
+    ("ways", "shots", "queries", "fix"),
+    [
+        (5, 5, 15, r"and 4 of the 8 classes have so many: set ways=4, or lower shots \+ queries to 15 or less$"),
+        (5, 6, 15, r"and 0 of the 8 classes have so many: lower shots \+ queries to 15 or less$"),
+        (9, 6, 15, r"and 0 of the 8 classes have so many: set ways=8 and lower shots \+ queries to 5 or less$"),
+        (9, 1, 4, r"and 8 of the 8 classes have so many: set ways=8$"),
+    ],
+)
+def test_too_few_large_classes_are_refused_with_numbers_that_suffice(
+    ways: int, shots: int, queries: int, fix: str
+) -> None:
     _, labels = samples()
-    with pytest.raises(
-        SubsetError, match=r"ways=5 classes .* need 20 test images each .* only 4 classes have so many: lower"
-    ):
-        next(draw_episodes(labels, Episodes(5, 5, 15, 1, 0)))
+    with pytest.raises(SubsetError, match=rf"ways={ways} classes .* need {shots + queries} test images each .* {fix}"):
+        next(draw_episodes(labels, Episodes(ways, shots, queries, 1, 0)))

@@ -200,7 +200,7 @@ def test_a_relative_data_path_of_a_run_in_another_directory(tmp_path: Path, monk
     run = trained(tmp_path / "run", "folder", root="images", labels="folder")
     monkeypatch.chdir(tmp_path)
     message = sentence(SubjectConfig(run=str(run)))
-    assert "(data.root=images, taken from the run, which started in another working directory: set" in message
+    assert "(data.root=images, taken from the run and relative to the current directory: set" in message
     config = SubjectConfig(run=str(run))
     config.data.root = "mine"
     assert "from the run" not in sentence(config)

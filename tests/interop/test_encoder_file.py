@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moco.builder import KeyQueue, MoCo
 from moco.config import TrainConfig
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
+from moco.interop.exported import save_exported
 from moco.methods.moco_config import MoCoConfig
 from moco.models.backbones import build_backbone
 from moco.models.encoder import build_encoder, projection_head
@@ -302,6 +303,15 @@ def test_truncated_and_empty_files_are_refused(tmp_path: Path) -> None:
         read_encoder(tmp_path / "y.pth")
     with pytest.raises(FileNotFoundError, match=r"z\.pth does not exist"):
         read_encoder(tmp_path / "z.pth")
+
+
+def test_an_exported_program_is_refused_with_a_fix(tmp_path: Path) -> None:
+    network = build_backbone("convnet", {"width": 2}).eval()
+    save_exported(tmp_path / "enc.pt2", network, {"size": 8, "mean": [0.5] * 3})
+    torch.jit.script(network).save(tmp_path / "enc.pt")
+    for path in (tmp_path / "enc.pt2", tmp_path / "enc.pt"):
+        with pytest.raises(ForeignFileError, match=r"is refused: .* save only its state dict"):
+            read_encoder(path)
 
 
 def test_saving_leaves_no_temporary_file(tmp_path: Path) -> None:

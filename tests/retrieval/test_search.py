@@ -179,7 +179,7 @@ def test_an_index_requires_its_encoder_and_images(
     data = SubjectDataConfig(root=str(images))
     search(SearchConfig(index=index, device="cpu", data=data))
     (images / "noise.png").unlink()
-    with pytest.raises(ConfigError, match=r"index=.* other images .*data\.root"):
+    with pytest.raises(ConfigError, match=r"index=.* other images .* another output, .*data\.root"):
         search(SearchConfig(index=index, device="cpu", data=data))
 
 
@@ -248,6 +248,8 @@ def test_a_wrong_index_or_query_is_refused(made: tuple[Path, Path], tmp_path: Pa
         search(SearchConfig(index=str(tmp_path / "mine")))
     with pytest.raises(FileNotFoundError, match=r"query=gone.png does not exist"):
         search(config(made, out, query=["gone.png"]))
+    with pytest.raises(FileNotFoundError, match=rf"query={made[1]} is a folder: name an image file"):
+        search(config(made, out, query=[str(made[1])]))
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ImageError, match=r"query: .*text.png"):
         search(config(made, out, query=[str(tmp_path / "text.png")]))

@@ -1,13 +1,17 @@
 """Checks that need the size of the data set, and parts that are built from the configuration."""
 
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
 
+from moco.analysis.doctor import facts_of
+from moco.analysis.doctor.settings import queue_against_dataset
 from moco.builder import MoCo
 from moco.config import AugmentConfig, ConfigError, MethodConfig, RunWarning, TrainConfig
+from moco.config.train import check
 from moco.data.arrays import ArraySource
 from moco.data.base import Sources
 from moco.data.opening import build_views, open_sources
@@ -70,9 +74,38 @@ def test_brightness_that_moves_a_channel_far_from_its_mean_warns() -> None:
         check_against_data(made, plan(1000))
 
 
-def test_a_batch_that_leaves_no_shorter_queue_is_named() -> None:
-    with pytest.warns(RunWarning, match="set a smaller batch_size and queue"):
-        check_against_data(config(queue_size=64), plan(64))
+@pytest.mark.parametrize("images", [3, 10, 40, 64, 100, 250])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("group", "accumulate", "bn"), [(16, 1, "grouped"), (32, 2, "grouped"), (32, 1, "sync")])
+def test_the_advised_batch_and_queue_pass_all_checks(
+    images: int, symmetric: bool, group: int, accumulate: int, bn: str
+) -> None:
+    made = config(1000, symmetric)
+    made.model.bn_group_size, made.accumulate, made.model.bn = group, accumulate, bn
+
+    def followed(text: str) -> None:
+        for name, value in re.findall(r"([\w.]+)=(\d+)", text):
+            section, _, field = name.rpartition(".")
+            setattr(getattr(made, section) if section else made, field, int(value))
+        check(made)
+
+    if images < made.batch_size:
+        with pytest.raises(ConfigError, match="exceeds") as caught:
+            check_against_data(made, Plan(images, made.batch_size, 1, 0))
+        if images < (4 if bn == "grouped" else 2) * accumulate:
+            assert str(caught.value).endswith("add images")
+            return
+        followed(str(caught.value).partition(": set ")[2])
+    with pytest.warns(RunWarning, match=r"queue_size=1000") as warned:
+        check_against_data(made, Plan(images, made.batch_size, 1, 0))
+    if images < 8 * accumulate * made.method.keys_per_image:  # half of them are fewer than two groups of two
+        return
+    followed(str(warned[0].message).partition("; set ")[2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_against_data(made, Plan(images, made.batch_size, 1, 0))
+    facts = facts_of(made.method, images, made.batch_size)
+    assert queue_against_dataset({}, facts._replace(mask_own_keys=False)) is None
 
 
 @pytest.mark.parametrize(

@@ -289,10 +289,10 @@ def data_starvation(series: Series, facts: Facts) -> Alarm | None:
 
 # Without `nothing_learned` and `data_starvation`, which `diagnose` adds.
 ALARMS: tuple[Check, ...] = (
+    few_images,
     momentum_too_low,
     momentum_too_high,
     learning_rate_zero,
-    few_images,
     temperature_too_low,
     temperature_too_high,
     queue_against_dataset,

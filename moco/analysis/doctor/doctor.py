@@ -34,6 +34,7 @@ def facts_of(method: MethodConfig, images: int, batch_size: int, epochs: float =
         queue_size=method.queue_size,
         dataset_size=images,
         keys_per_step=batch_size * method.keys_per_image,
+        keys_per_image=method.keys_per_image,
         mask_own_keys=method.mask_own_keys,
         supervised=method.labels,
         has_teacher=bool(method.teacher),

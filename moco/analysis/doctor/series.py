@@ -33,6 +33,9 @@ class Facts(NamedTuple):
     starts_trained: bool = False  # from published weights, or those of another run
     shuffled_keys: bool = False  # no key is normalized in the BN group of its query
     source: str = ""  # data.name
+    keys_per_image: int = 1  # directions
+    batch_parts: int = 1  # processes times accumulate, which divide the batch
+    bn_group: int = 1  # model.bn_group_size with model.bn=grouped
 
 
 class Alarm(NamedTuple):

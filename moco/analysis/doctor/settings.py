@@ -39,6 +39,8 @@ def momentum_too_high(series: Series, facts: Facts) -> Alarm | None:
     left, better = facts.momentum**facts.total_steps, better_momentum(facts)
     if left <= MAX_KEPT or facts.momentum <= better or facts.starts_trained:
         return None
+    if few_images(series, facts):  # then a longer run does not help
+        return None
     return Alarm(
         "momentum too high",
         f"at momentum {facts.momentum:g}, {100 * left:.0f} % of the momentum encoder's initial weights are left "
@@ -98,7 +100,9 @@ def queue_against_dataset(series: Series, facts: Facts) -> Alarm | None:
     if ratio <= (1.0 if facts.mask_own_keys else MAX_QUEUE_RATIO):
         return None
     evidence = f"the queue has {facts.queue_size} keys for {facts.dataset_size} images, so "
-    remedy = queue_advice(facts.dataset_size, facts.keys_per_step)
+    remedy = queue_advice(
+        facts.dataset_size, facts.keys_per_step, facts.keys_per_image, facts.batch_parts, facts.bn_group
+    )
     if facts.mask_own_keys:
         evidence += "it holds several keys of an image, and the older ones add no new image"
     else:
