@@ -54,6 +54,9 @@ class DetectConfig(EncoderConfig):
     which then has four convolutions; in c4, after the last stage; group normalization in the head of retinanet."""
     bn: str = bounded("sync", choices=("sync", "frozen"))
     """Batch normalization of the encoder: sync (statistics of the global batch), or frozen (its running statistics)."""
+    precise_bn: int = bounded(0, ge=0)
+    """For bn=sync: batches over which the running statistics are computed anew after the training, with its final
+    weights (PRECISE_BN of Detectron2); 0: keep those of the training."""
     width: int = bounded(256, ge=8, le=4096)
     """Channels of the feature pyramid and of the heads on it."""
     anchor_sizes: list[float] | None = bounded(None, gt=0, min_length=1)
@@ -130,6 +133,11 @@ def check_detect(config: DetectConfig, processes: int = 1) -> None:
         parts += [f"boxes.hold_out={boxes.hold_out}"] * bool(boxes.hold_out)
         require(len(parts) < 2, f"{' and '.join(parts)} both name held-out images: remove one of them")
         require(bool(parts), "there are no held-out images: set boxes.eval_file=FILE.json, or boxes.hold_out=0.2")
+    precise = f"precise_bn={config.precise_bn}"
+    error = f"{precise} has no effect with bn=frozen: set precise_bn=0, or bn=sync"
+    require(config.bn == "sync" or not config.precise_bn, error)
+    error = f"{precise} exceeds steps={config.steps}, whose batches it uses: lower it"
+    require(config.precise_bn <= config.steps, error)
     masks = f"detector={config.detector} needs masks, which boxes.layout=voc does not have"
     fix = "set detector=faster_rcnn_fpn, or use a data set with masks, boxes.layout=coco or json"
     require(not (config.masks and boxes.layout == "voc"), f"{masks}: {fix}")

@@ -21,7 +21,7 @@ from moco.detection.opening import open_boxed
 from moco.detection.predictions import write_predictions
 from moco.detection.sampling import DetectorLoss
 from moco.detection.saved import Detector, save_detector
-from moco.detection.training import TrainSettings, predict, train
+from moco.detection.training import TrainSettings, predict, recompute_statistics, train
 from moco.detection.views import ViewSettings
 from moco.digest import digest
 from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
@@ -168,6 +168,8 @@ def _train(run: Detection, name: str, seed: int, on_step: Callable[[str], None])
         steps=config.steps,
         save_every=config.save_every,
     )
+    if config.precise_bn:
+        recompute_statistics(loss, run.train, run.plan(seed), settings, config.precise_bn)
     return network
 
 
@@ -182,7 +184,7 @@ def _optimizer(config: DetectConfig, network: nn.Module) -> Optimizer:
 def _identity(run: Detection, name: str, seed: int) -> dict[str, Any]:
     """Return all that the training of one encoder and seed depends on, to recognize its saved state."""
     settings = _settings(run.config)
-    for each in ("seeds", "encoders", "eval_size"):
+    for each in ("seeds", "encoders", "eval_size", "precise_bn"):
         del settings[each]
     views = run.training(name).views
     settings |= {"mean": list(views.mean), "std": list(views.std), "classes": list(run.train.classes)}

@@ -19,9 +19,11 @@ from moco.data.plan import Plan
 from moco.data.workers import count_processes, loaded, make_loader
 from moco.detection.images import WORKERS, BoxedImages, coco_masks
 from moco.detection.views import EvaluationDataset, Example, TrainingDataset, ViewSettings
+from moco.distributed import in_lockstep
 from moco.evaluation.finetuning import train_step
 from moco.evaluation.resumable import OnStep, Schedule, run_steps
 from moco.models.modes import evaluating
+from moco.models.norm import GroupedBatchNorm
 
 
 @dataclass(frozen=True)
@@ -68,22 +70,60 @@ def train(
         ImageError: if an image cannot be used; on every rank.
     """
     first = next(forward.parameters())
-    dataset = TrainingDataset(images, settings.views, plan.seed)
-    sampler = islice(plan.samples(start), settings.schedule.steps - start)
-    loader = make_loader(dataset, settings.workers, sampler, pin_memory=first.device.type == "cuda")
+    loader = _loader(images, plan, settings, first.device, start, settings.schedule.steps)
 
     def step_of(batch: Sequence[Example], step: int, lr: float) -> float:
-        pixels, targets, keys = zip(*batch, strict=True)
-        on_device = [each.to(first.device, first.dtype, non_blocking=True) for each in pixels]
-        moved = [{name: each.to(first.device, non_blocking=True) for name, each in one.items()} for one in targets]
+        pixels, targets, keys = _on_device(batch, first)
 
         def loss_of(images: Tensor) -> Tensor:
-            loss: Tensor = forward(on_device, moved, keys)
+            loss: Tensor = forward(pixels, targets, keys)
             return loss
 
-        return train_step(loss_of, optimizer, on_device[0], lambda loss: loss, lr, settings.precision)
+        return train_step(loss_of, optimizer, pixels[0], lambda loss: loss, lr, settings.precision)
 
     run_steps(loaded(loader, WORKERS), step_of, optimizer, settings.schedule, plan.seed, start, on_step)
+
+
+@torch.no_grad()
+def recompute_statistics(
+    loss: nn.Module, images: BoxedImages, plan: Plan, settings: TrainSettings, batches: int
+) -> None:
+    """Replace BN's running statistics by their means over the first batches of the training, with the present weights.
+
+    The running averages of the training lag behind its weights. Detectron2's PRECISE_BN; Rethinking "Batch" in
+    BatchNorm (Wu and Johnson, 2021), section 3. Collective.
+
+    Args:
+        loss: a `DetectorLoss` in training mode.
+        batches: their number, at most that of the plan's steps.
+    """
+    first = next(loss.parameters())
+    layers = [layer for layer in loss.modules() if isinstance(layer, GroupedBatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    loader = _loader(images, plan, settings, first.device, 0, batches)
+    for number, batch in enumerate(in_lockstep(loaded(loader, WORKERS)), start=1):
+        for layer in layers:
+            layer.momentum = 1 / number  # the running average is then the mean of all batches so far
+        with torch.autocast(first.device.type, settings.precision, settings.precision != torch.float32):
+            loss(*_on_device(batch, first))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def _loader(
+    images: BoxedImages, plan: Plan, settings: TrainSettings, device: torch.device, start: int, stop: int
+) -> Any:
+    """Return the loader of the batches from step `start` up to `stop`."""
+    sampler = islice(plan.samples(start), stop - start)
+    dataset = TrainingDataset(images, settings.views, plan.seed)
+    return make_loader(dataset, settings.workers, sampler, pin_memory=device.type == "cuda")
+
+
+def _on_device(batch: Sequence[Example], first: Tensor) -> tuple[list[Tensor], list[dict[str, Tensor]], Sequence[Any]]:
+    """Return images, targets and keys of a batch, with the device of a weight; the images with its type, too."""
+    pixels, targets, keys = zip(*batch, strict=True)
+    moved = [{name: each.to(first.device, non_blocking=True) for name, each in one.items()} for one in targets]
+    return [each.to(first.device, first.dtype, non_blocking=True) for each in pixels], moved, keys
 
 
 @torch.no_grad()

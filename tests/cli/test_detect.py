@@ -149,6 +149,8 @@ def test_results_are_below_the_directory_of_the_configured_encoder(canvases: Pat
         (["boxes.root=c/test/images"], "images do not exist, such as"),
         (["batch_size=64"], "batch_size=64 exceeds the 8 training images with boxes: lower it"),
         (["max_size=16"], "max_size=16 is below a size of 32: raise it"),
+        (["precise_bn=1000"], "precise_bn=1000 exceeds steps="),
+        (["precise_bn=1", "bn=frozen"], "precise_bn=1 has no effect with bn=frozen"),
         (["detector=yolo"], "detector='yolo' must be one of faster_rcnn_fpn, faster_rcnn_c4"),
         (["detector=faster_rcnn_c4"], "detector=faster_rcnn_c4 needs the four stages of a ResNet"),
         (["anchor_sizes=[8]"], "anchor_sizes=[8.0] must hold a size for each of the 4 levels"),

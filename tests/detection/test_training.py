@@ -17,7 +17,7 @@ from moco.detection.images import BoxedImage
 from moco.detection.measure import evaluate
 from moco.detection.network import DetectorSettings, Padding, build_detector
 from moco.detection.sampling import DetectorLoss, KeyedSampler
-from moco.detection.training import TrainSettings, predict, train
+from moco.detection.training import TrainSettings, predict, recompute_statistics, train
 from moco.detection.views import TrainingDataset, ViewSettings, resized, training_example
 from moco.distributed import rank, sum_over_ranks, world_size, wrap_ddp
 from moco.evaluation.resumable import Schedule
@@ -95,6 +95,20 @@ def test_frozen_normalization_keeps_its_statistics(tmp_path: Path) -> None:
     assert any(isinstance(each, GroupedBatchNorm) and each.training for each in network.modules())  # of new layers
 
 
+def test_recomputed_statistics_are_means_over_batches_with_the_final_weights(tmp_path: Path) -> None:
+    write_canvases(tmp_path, 4, 1, side=32)
+    network = detector("faster_rcnn_fpn")
+    first = network.backbone.body.bn1
+    seen: list[Tensor] = []
+    first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    _train(network, tmp_path / "train", steps=3, precise_bn=2)
+    assert len(seen) == 5
+    variances, means = zip(*(torch.var_mean(each, [0, 2, 3]) for each in seen[3:]), strict=True)
+    torch.testing.assert_close(first.running_mean, torch.stack(means).mean(dim=0))
+    torch.testing.assert_close(first.running_var, torch.stack(variances).mean(dim=0))
+    assert first.momentum == 0.1
+
+
 def test_what_does_not_fit_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match="without the stages of feature maps that a detector needs"):
         build_detector(encoder_file("timm/test_vit"), DetectorSettings("retinanet"), 2, seed=0, untrained=False)
@@ -167,7 +181,7 @@ def test_examples_are_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None
     assert len(keys) == 80
 
 
-def _train(network: nn.Module, folder: Path, steps: int, batch: int = 2) -> list[float]:
+def _train(network: nn.Module, folder: Path, steps: int, batch: int = 2, precise_bn: int = 0) -> list[float]:
     masks = isinstance(network, MaskRCNN)
     images = canvases(folder, masks)
     plan = Plan(len(images), batch, steps, 3, rank(), world_size())
@@ -179,6 +193,7 @@ def _train(network: nn.Module, folder: Path, steps: int, batch: int = 2) -> list
     losses = list[float]()
     forward = wrap_ddp(loss, torch.device("cpu"))
     train(forward, optimizer, images, plan, settings, 0, lambda _, value: losses.append(value))
+    recompute_statistics(loss, images, plan, settings, precise_bn)
     return losses
 
 
@@ -187,7 +202,7 @@ def _trained(folder: Path) -> list[Any]:
     found: list[Any] = [_uneven()]
     for form in ("mask_rcnn_fpn", "retinanet"):
         network = detector(form, "convnet", width=8).double()
-        losses = _train(network, folder, steps=3, batch=4)
+        losses = _train(network, folder, steps=3, batch=4, precise_bn=2)
         result = evaluate(network, canvases(folder, form.startswith("mask")), views(form.startswith("mask")), 0)
         found.append((losses, dict(network.state_dict()), result.figures))
     return found
