@@ -232,12 +232,13 @@ def averaged_running_statistics(module: nn.Module) -> Iterator[dict[str, Tensor]
     how often the average is taken does not change the training, not even by rounding.
 
     Yields:
-        For a checkpoint, {"statistics": those of each rank, one after the other, (W, total)}; {} with one process.
+        For a checkpoint, {"statistics": those of each rank, one after the other, (W, total)}; {} with one process or
+        without BN.
     """
-    if world_size() == 1:
+    buffers = _running_statistics(module)
+    if world_size() == 1 or not buffers:
         yield {}
         return
-    buffers = _running_statistics(module)
     own = torch.cat([buffer.flatten() for buffer in buffers])  # (total,)
     of_ranks = gather(own[None])  # (W, total)
     _fill(buffers, of_ranks.mean(dim=0))

@@ -61,6 +61,8 @@ def collectives(batch: int) -> dict[str, Any]:
     restored = layer.running_mean.tolist()  # type: ignore[union-attr]
     of_ranks = statistics.get("statistics")
     restore_running_statistics(layer, None if of_ranks is None else of_ranks.flip(0))
+    with averaged_running_statistics(nn.Linear(1, 1)) as of_no_layer:
+        restore_running_statistics(nn.Linear(1, 1), of_no_layer.get("statistics"))
     weights = nn.Linear(2, 2)
     nn.init.constant_(weights.weight, rank() + 5.0)
     broadcast_module(weights)
@@ -86,6 +88,7 @@ def collectives(batch: int) -> dict[str, Any]:
         "weight": weights.weight.detach(),
         "sync_out": normalized.detach(),
         "sync_gradient": images.grad,
+        "without_bn": of_no_layer,
         "sync_running": sync.state_dict(),
         "main": on_rank_zero(lambda: rank()),
         "failure": failure,
@@ -242,6 +245,7 @@ def test_collectives(four: list[Found]) -> None:
         assert torch.equal(result["sum_gradient"], torch.full((3,), 1.0 + 2 + 3 + 4))  # every rank's loss sees x
         assert result["mean"] == 1.5
         assert result["running_mean"] == {"averaged": [1.5] * 2, "restored": [r] * 2, "from_ranks": [3 - r] * 2}
+        assert result["without_bn"] == {}
         assert torch.equal(result["weight"], torch.full((2, 2), 5.0))
         assert result["main"] == 0
         assert result["failure"] == "not a directory"  # on every rank, so that none is left waiting
