@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -26,10 +28,21 @@ class LoaderError(ValueError):
     """A loader process that died or cannot transfer its result; the message is one sentence."""
 
 
-def ignore_signals(worker: int) -> None:
-    """Ignore the signals of terminals and Slurm, which reach every process: the parent ends its loaders."""
+def start_worker(worker: int) -> None:
+    """Ignore the signals of terminals and Slurm, which reach every process: the parent ends its loaders.
+
+    If the parent is killed, end too. torch's worker would first wait until its results are read, which may be never.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(parent: int) -> None:
+    """End this process when its parent has ended; it then gets another one."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
 
 
 def to_shared_memory(tensors: list[Tensor]) -> list[Tensor]:
@@ -88,7 +101,7 @@ def make_loader(
 
     It limits the items in progress, and its workers end if their parent is killed.
     """
-    options = {"worker_init_fn": ignore_signals} | options
+    options = {"worker_init_fn": start_worker} | options
     processes = count_processes(workers)
     return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=processes, collate_fn=_identity, **options)
 

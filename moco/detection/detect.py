@@ -30,7 +30,14 @@ from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
-from moco.evaluation.task import changed_settings, describe_encoder, describe_start, interval_note, progress_log
+from moco.evaluation.task import (
+    changed_settings,
+    count_shared,
+    describe_encoder,
+    describe_start,
+    interval_note,
+    progress_log,
+)
 from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
@@ -54,6 +61,7 @@ class Detection:
     output: Path
     train: BoxedImages
     held_out: BoxedImages
+    shared: int  # held-out images that are training images, too
     device: torch.device
 
     def plan(self, seed: int) -> Plan:
@@ -128,7 +136,8 @@ def _set_up(config: DetectConfig, device: torch.device) -> Detection:
     ]
     if lacking:
         log(f"classes without a box in the training images, which the detector cannot learn: {first_names(lacking)}")
-    return Detection(config, own, files, output_of(config, own), train_split, held_out, device)
+    shared = count_shared(*([each.path for each in split.images] for split in (train_split, held_out)))
+    return Detection(config, own, files, output_of(config, own), train_split, held_out, shared, device)
 
 
 def _form(config: DetectConfig) -> DetectorSettings:
@@ -225,6 +234,7 @@ def _data(run: Detection) -> dict[str, Any]:
         for split in (run.train, run.held_out)
     ]
     counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
+    counts["held_out_in_training"] = run.shared
     return boxes | counts | {"sha256": digest(images)}
 
 

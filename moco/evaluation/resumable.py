@@ -118,8 +118,8 @@ def save_state(path: Path, network: nn.Module, optimizer: Optimizer, step: int) 
     """Write the state after a number of steps."""
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"step": step, "network": network.state_dict(), "optimizer": optimizer.state_dict()}
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)  # with a path, torch's writer reports a full disk without the system's error
 
 
 def resume(path: Path, network: nn.Module, optimizer: Optimizer) -> int:

@@ -175,10 +175,9 @@ def open_labeled(config: SubjectConfig, subject: Subject) -> tuple[Source, Sourc
                 "or frames of one video"
             )
     if held_out is None or (held_out.labels is None and held_out.multi_labels is None):
-        raise ConfigError(
-            f"data.name={name} has no held-out split: set data.eval_root=DIR to other images of the same classes, or "
-            "data.hold_out=0.2 to hold out a fifth of each class"
-        )
+        other = "data.eval_root=DIR to other images of the same classes, or " if name in FOLDERS else ""
+        fix = f"set {other}data.hold_out=0.2 to hold out a fifth of each class"
+        raise ConfigError(f"data.name={name} has no held-out split: {fix}")
     if (rows := readable_rows(config, bank, "training")) is not None:
         bank = bank.subset(rows)
     if (rows := readable_rows(config, held_out, "held-out")) is not None:

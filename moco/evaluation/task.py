@@ -1,5 +1,6 @@
 """The common parts of the evaluation commands: the opened task, an encoder's result, results.json and the table."""
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -319,6 +320,17 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "held_out_in_training": task.copies,
     }
     return describe_encoder(subject.file, features) | {"data": data, "look": asdict(subject.transform)}
+
+
+def count_shared(training: Sequence[str], held_out: Sequence[str]) -> int:
+    """Return how many of the held-out image files are training images, too; warn if there are some."""
+    known = set(map(os.path.realpath, training))
+    count = sum(os.path.realpath(path) in known for path in held_out)
+    if count and is_rank_zero():
+        problem = f"{count:,} of the {len(held_out):,} held-out images are training images, too"
+        fix = "the results are not those of unseen images; remove them from one side"
+        warnings.warn(f"{problem}: {fix}", RunWarning, stacklevel=2)
+    return count
 
 
 def show_results(title: str, found: Sequence[Result], extra: Mapping[str, Sequence[str]], caption: str) -> None:

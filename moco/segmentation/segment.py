@@ -23,7 +23,14 @@ from moco.evaluation.finetuning import build_finetune_optimizer, plan_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.resumable import Schedule, train_resumably
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
-from moco.evaluation.task import changed_settings, describe_encoder, describe_start, interval_note, progress_log
+from moco.evaluation.task import (
+    changed_settings,
+    count_shared,
+    describe_encoder,
+    describe_start,
+    interval_note,
+    progress_log,
+)
 from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
 from moco.runs.results import prepare, record
@@ -53,6 +60,7 @@ class Segmentation:
     train: MaskedImages
     held_out: MaskedImages
     pixels: list[list[int]]  # of each class, in the masks of both splits
+    shared: int  # held-out images that are training images, too
     device: torch.device
 
     @cached_property
@@ -123,7 +131,8 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
     pixels = [each.tolist() for each in counts]
-    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, pixels, device)
+    shared = count_shared(*([image for image, _ in split.pairs] for split in (train_split, held_out)))
+    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, pixels, shared, device)
 
 
 def _with_classes(
@@ -223,6 +232,7 @@ def _data(run: Segmentation) -> dict[str, Any]:
     masks = asdict(run.config.masks) | {"root": str(Path(run.config.masks.root).absolute())}
     names = [[Path(path).name for path, _ in split.pairs] for split in (run.train, run.held_out)]
     counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
+    counts["held_out_in_training"] = run.shared
     return masks | counts | {"sha256": digest([names, run.pixels])}
 
 

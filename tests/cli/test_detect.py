@@ -11,12 +11,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from moco.config import RunWarning
 from moco.evaluation import resumable
 from moco.interop.encoder_file import save_encoder
 from moco.models.backbones import build_backbone
 from moco.runs.comparison import placed
 from scripts.canvases import write_canvases
 from tests.cli.conftest import Run
+from tests.full_disk import full_disk
 
 DATA = ("boxes.root=c/train/images", "boxes.file=c/train/boxes.json", "boxes.eval_root=c/test/images")
 SIZES = ("sizes=[32]", "eval_size=32", "max_size=48", "width=8", "box_samples=16", "anchor_samples=16")
@@ -164,6 +166,22 @@ def test_what_cannot_run_is_one_sentence(canvases: Path, run: Run, overrides: li
     assert message in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_full_disk_is_one_sentence(canvases: Path, run: Run) -> None:
+    with full_disk(100_000):
+        status, _, err = run("detect", *ENCODER, *SMALL, *STEPS, "output=full")
+    assert (status, "Traceback" in err, len(err.strip().splitlines())) == (1, False, 1), err
+
+
+def test_held_out_images_that_are_training_images_are_counted(canvases: Path, run: Run) -> None:
+    train = ["boxes.eval_root=c/train/images", "boxes.eval_file=c/train/boxes.json"]
+    more = ("steps=1", "encoders=[untrained]", "output=same", *train)
+    with pytest.warns(RunWarning, match="8 of the 8 held-out images are training images, too"):
+        status, _, err = run("detect", *ENCODER, *SMALL, *STEPS, *more)
+    assert status == 0, err
+    (entry,) = json.loads((canvases / "same/results.json").read_text())
+    assert entry["data"]["held_out_in_training"] == 8
 
 
 def test_the_same_command_on_other_boxes_does_not_resume(canvases: Path, run: Run) -> None:

@@ -18,7 +18,7 @@ from moco.data.loader import batches
 from moco.data.plan import Plan
 from moco.data.sources import Source, load_source
 from moco.data.view import View
-from moco.data.workers import LoaderError, count_processes, ignore_signals, in_order, loaded, make_loader
+from moco.data.workers import LoaderError, count_processes, in_order, loaded, make_loader, start_worker
 from moco.evaluation.features import EvalTransform, extract, stream
 from moco.runtime.preemption import STOP_SIGNALS
 from tests.data.unreadable_files import folder
@@ -117,7 +117,7 @@ def _stopped_at_its_start(worker: int) -> None:
     """A stop that reaches all processes comes before this one ignores it."""
     for number in STOP_SIGNALS:
         os.kill(os.getpid(), number)
-    ignore_signals(worker)
+    start_worker(worker)
 
 
 def test_a_stop_that_reaches_all_processes_ends_no_loader() -> None:
@@ -125,6 +125,19 @@ def test_a_stop_that_reaches_all_processes_ends_no_loader() -> None:
     loader = make_loader(range(4), 1, worker_init_fn=_stopped_at_its_start)
     assert list(loaded(loader, "data.workers")) == [0, 1, 2, 3]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_a_worker_ends_if_its_parent_is_killed_while_results_are_unread() -> None:
+    code = (
+        "import numpy, os, signal, time\n"
+        "from moco.data.workers import make_loader\n"
+        "items = iter(make_loader([numpy.zeros(10**6)] * 100, 1))\n"
+        "next(items); time.sleep(1)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # This also waits for the worker, which holds the output.
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 def _full(self: Tensor) -> Tensor:
