@@ -37,7 +37,7 @@ class ConvertConfig(SubjectConfig):
     """Create the repository of `upload` as a public one; also required to upload to one that is already public."""
     pictures: int = bounded(16, ge=1)
     """Number of images for the check that encoder and file compute the same features. They come from `data` or the run;
-    if neither is available, they are digits from scikit-learn."""
+    if neither is available, they are digits from scikit-learn, or random numbers for other channels than RGB."""
 
 
 def check_convert(config: ConvertConfig) -> None:

@@ -13,7 +13,7 @@ FOLDERS = ("folder", "video")  # data sets of files below data.root; labels come
 
 @dataclass
 class SourceConfig:
-    """Which data set to open. Every command that reads images has these fields."""
+    """Which data set to open: the fields of the group `data`, in every command that has this group."""
 
     name: str = "digits"
     """The data set: digits, cifar10, cifar100, stl10, imagenet, folder, video, shards, huggingface or webdataset

@@ -36,7 +36,8 @@ class BoxesConfig:
     bad_boxes: str = bounded("refuse", choices=("refuse", "drop"))
     """Boxes without an area, or more than a pixel outside of their image: refuse the data set, or leave them out."""
     workers: int | None = bounded(None, ge=0, le=512)
-    """Processes that decode images; 0: none. Null: one per CPU core, at most 16."""
+    """Loader processes per training process; 0: load in the main process; null: the number of CPU cores divided by the
+    training processes on this machine, 1 to 16."""
 
 
 @dataclass
@@ -95,9 +96,11 @@ class DetectConfig(EncoderConfig):
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
     """Precision of the training."""
     mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
-    """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the file's, else ImageNet's."""
+    """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the one saved with the encoder, else
+    ImageNet's."""
     std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
-    """Standard deviation of each channel, by which pixels are divided after that. Null: the file's, else ImageNet's."""
+    """Standard deviation of each channel, by which pixels are divided after the mean is subtracted. Null: the one
+    saved with the encoder, else ImageNet's."""
     save_every: int = bounded(500, ge=0)
     """Save the state every so many steps: the same command resumes from it. 0: at the end only."""
     boxes: BoxesConfig = field(default_factory=BoxesConfig)

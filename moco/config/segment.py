@@ -30,7 +30,8 @@ class MasksConfig:
     """For layout=folder: the value of mask pixels without a class, which are left out of the loss and of the results.
     In voc it is 255."""
     workers: int | None = bounded(None, ge=0, le=512)
-    """Processes that decode images; 0: none. Null: one per CPU core, at most 16."""
+    """Loader processes per training process; 0: load in the main process; null: the number of CPU cores divided by the
+    training processes on this machine, 1 to 16."""
 
 
 @dataclass
@@ -77,10 +78,11 @@ class SegmentConfig(EncoderConfig):
     precision: str = bounded("fp32", choices=("fp32", "bf16"))
     """Precision of the computation."""
     mean: list[float] | None = bounded(None, ge=0, le=1, min_length=3, max_length=3)
-    """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the file's, else ImageNet's."""
+    """Mean of each channel, subtracted from the pixels in 0 ... 1. Null: the one saved with the encoder, else
+    ImageNet's."""
     std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
-    """Standard deviation of each channel, by which pixels are divided after the mean is subtracted. Null: the file's,
-    else ImageNet's."""
+    """Standard deviation of each channel, by which pixels are divided after the mean is subtracted. Null: the one
+    saved with the encoder, else ImageNet's."""
     save_every: int = bounded(100, ge=0)
     """Steps between two saves of the training state, from which the same command resumes. The state is also saved
     after the last step; 0: only then."""

@@ -26,7 +26,7 @@ class EncoderConfig(ComputeConfig):
     """The encoder to use and the output."""
 
     run: str = bounded("", path=True)
-    """Directory of a run of moco.train. Its newest checkpoint, its data and its image size are used."""
+    """Directory of a run of moco.train. Its newest checkpoint is used."""
     checkpoint: str = bounded("", path=True)
     """A file instead of a run: a checkpoint of moco.train, encoder.safetensors, a file of another project such as
     official MoCo, or hf://USER/REPOSITORY[@REVISION][/FILE], a file on the Hugging Face Hub (FILE is model.safetensors

@@ -115,10 +115,11 @@ class View:
     """Lowest and highest standard deviation of Gaussian noise, for images in 0 ... 1. All channels get the same noise;
     if they are not RGB, it is multiplied by the std of each channel."""
     steps: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Steps of plug-ins with their options, in this order, after all others: +augment.steps.NAME.OPTION=VALUE, or
-    +augment.steps.NAME={} for the defaults."""
+    """Steps of plug-ins with their options, in this order, after all others except channel_dropout_p:
+    +augment.steps.NAME.OPTION=VALUE, or +augment.steps.NAME={} for the defaults."""
     channel_dropout_p: float = 0.0
-    """Probability, for each channel, of replacing it by its mean. At least one channel of a view is kept."""
+    """Probability, for each channel, of replacing all its pixels by its value in `mean`. At least one channel of a view
+    is kept."""
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     """The mean per channel, subtracted at the end (images are 0 ... 1, unless data.dtype=float32)."""
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
