@@ -1,4 +1,4 @@
-"""The command line: runs a command with its configuration, and reports every error in one sentence."""
+"""The command line: runs a command with its configuration, and reports every error without a traceback."""
 
 import importlib
 import os
@@ -99,7 +99,7 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     error of the command, 75 (EX_TEMPFAIL) for a run that was stopped and has saved its state, 130 after Ctrl-C, 143 or
     129 after SIGTERM or SIGHUP in another command than moco.train, and 141 if the output pipe of --help is closed
     (`| head`).
-    Errors are reported in one sentence; MOCO_TRACEBACK=1 shows the traceback instead.
+    Errors are reported without a traceback; MOCO_TRACEBACK=1 shows it instead.
     """
     plain = warnings.formatwarning
     warnings.formatwarning = lambda message, category, *rest: (

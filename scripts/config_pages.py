@@ -224,7 +224,7 @@ def recipes_page() -> Iterator[str]:
     """Yield the page of the recipes: the comment of each file."""
     yield "# experiment\n\n"
     yield "The recipes: `python -m moco.train experiment=NAME`. Each is a file in `configs/experiment/` that "
-    yield "opens with its command, hardware, run time and expected accuracy, as below.\n"
+    yield "opens with its command and, where they are known, hardware, run time and expected accuracy, as below.\n"
     for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
         yield f"\n## {path.stem}\n\n```text\n{comment(path)}\n```\n"
 

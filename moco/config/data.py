@@ -115,7 +115,7 @@ def _inherited_fields_optional(schema: type[Schema]) -> type[Schema]:
 @dataclass
 @_inherited_fields_optional
 class SubjectDataConfig(SourceConfig):
-    """The labeled data of an evaluation. A field that is null has the run's value.
+    """The images that a command uses and, if it needs them, their labels. A field that is null has the run's value.
 
     If name or root differs from the run's, a field that is null has the default of `DataConfig` instead, except
     name, channels, dtype, bits and preview. A checkpoint outside of a run directory provides no paths: set root
@@ -123,9 +123,10 @@ class SubjectDataConfig(SourceConfig):
     """
 
     hold_out: float = bounded(0.0, ge=0, lt=1)
-    """For data without a held-out split: the fraction of each class to hold out; 0: refuse such data. Images with
-    the same content stay on one side, and so do the frames of a video. Data whose labels the encoder was trained with
-    cannot be split in this way."""
+    """For evaluations with labels, on data without a held-out split: the fraction of each class to hold out; 0: refuse
+    such data. Images with the same content stay on one side, and so do the frames of a video. Data whose labels the
+    encoder was trained with cannot be split in this way. moco.choose, moco.embed, moco.report and moco.search refuse
+    this field."""
 
     def overrides(self) -> dict[str, Any]:
         """Return the fields of `DataConfig` that are not null."""

@@ -12,7 +12,8 @@ class EmbedConfig(SubjectConfig):
     """Compute the features of images and write them to files."""
 
     output: str = bounded("", path=True)
-    """Directory for the features and their table; empty: features/ in the run's directory."""
+    """Directory for the features and their table. Empty: features/ in the run's directory; for an encoder.safetensors
+    of moco.train, in the directory that holds it; for any other checkpoint=.../NAME.ending, in runs/NAME."""
     features: str = bounded("backbone", choices=("backbone", "projection"))
     """Features to write: backbone (the backbone's output, which suits most tasks), or projection (the output of the
     projection head; the checkpoint must hold the head)."""

@@ -109,9 +109,10 @@ class OptimConfig:
     """Weights without weight decay: bias (all biases), norm (weights of normalization layers). With lars_timm they have
     no layer-wise rate either. With lars, one-dimensional weights never have weight decay or a layer-wise rate."""
     trust: float = bounded(0.001, gt=0)
-    """Trust coefficient of lars and lars_timm: a layer-wise rate is lr x trust x |w| / |gradient with weight decay|."""
+    """Trust coefficient of lars and lars_timm: a layer-wise rate is lr x trust x |w| / d. For a gradient g, d is
+    |g + weight_decay w| with lars, and |g| + weight_decay |w| with lars_timm."""
     trust_clip: bool = False
-    """For lars and lars_timm: the layer-wise rate is instead min(lr, trust x |w| / |gradient with weight decay|)."""
+    """For lars and lars_timm: the layer-wise rate is instead min(lr, trust x |w| / d), with the d of `trust`."""
     schedule: str = bounded("cosine", choices=("cosine", "step", "constant"))
     """Decrease of the lr after the warm-up: cosine (to lr_end), step (at the milestones), or constant (none)."""
     milestones: list[float] = field(default_factory=list)
