@@ -49,7 +49,7 @@ def compose_overrides(overrides: Sequence[str]) -> list[TrainConfig]:
 
 
 def compose(name: str, schema: type[Schema]) -> list[Schema]:
-    """Return the configurations of the command line: one, with --multirun one per job, after --help or --cfg none.
+    """Return the configurations of the command line: one; with --multirun, one per job; with --help or --cfg, none.
 
     Raises:
         ConfigError: for arguments that Hydra cannot read, an unknown field, or a value that does not fit its type.
@@ -64,7 +64,7 @@ def compose(name: str, schema: type[Schema]) -> list[Schema]:
             _refuse_options(sys.argv[1:], types)
             given = sys.argv[1:]
             sys.argv = [sys.argv[0], *keep_text(given, types)]
-            # The command runs outside Hydra, which would print a traceback of its own for every error.
+            # The command runs outside Hydra, which would print a line of its own before every error.
             run = hydra.main(version_base="1.3", config_path=config_dir(), config_name=name)
             run(lambda config: composed.append(_with_recipe(config)))()
             if name == "train":
@@ -92,9 +92,9 @@ def _plugins_named(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse_replaced_values(arguments: Sequence[str]) -> None:
-    """Refuse GROUP=OPTION on the command line of moco.train if the recipe sets other values in the same group.
+    """Refuse GROUP=OPTION on the command line of moco.train if the recipe sets fields of the group to other values.
 
-    Hydra would silently replace these values of the option by those of the recipe.
+    Hydra would silently use the recipe's values of these fields, not those of the option.
     """
     values = _values(arguments)
     recipe = values.get("experiment", "digits")  # the default in configs/train.yaml
@@ -153,7 +153,8 @@ def _with_recipe(config: DictConfig) -> DictConfig:
 def _refuse_options(arguments: Sequence[str], types: Iterable[str]) -> None:
     """Raise ConfigError for a field written as an option, --field, or a list for a group, such as data=[].
 
-    For an option, argparse would print eight lines. For a list, Hydra's error would not name it; Hydra would ignore [].
+    For an option, argparse would print eight lines. Hydra would ignore an empty list, and merge the files that another
+    list names.
     """
     for argument in arguments:
         group, is_list, _ = argument.lstrip("+").partition("=[")
@@ -170,8 +171,8 @@ def to_dataclass(composed: DictConfig, schema: type[Schema]) -> Schema:
     """Return a composed configuration, to which `+field=value` may have added fields, as an object of its schema.
 
     Raises:
-        ConfigError: if a group's name is not that of its schema.
-        OmegaConfBaseException: for an unknown field or a value of another type.
+        ConfigError: if a group's name is not that of its schema, or for a list inside a list of texts or numbers.
+        OmegaConfBaseException: for an unknown field or any other value of a wrong type.
     """
     typed = OmegaConf.structured(schema)
     for each in fields(schema):  # type: ignore[arg-type]

@@ -33,8 +33,8 @@ class SourceConfig:
     """For `folder` and `video` with labels: a folder of held-out images, with class folders as in root; some may be
     missing."""
     more_roots: list[str] = bounded([], path=True, unique=True, example="'data.more_roots=[IMAGES]'")
-    """For `folder` and `video`: further folders, used together with root. With labels=folder each has class folders.
-    Image names then begin with the number of the folder: 0 for root, 1 for the first of more_roots."""
+    """For `folder` and `video`: further folders, used together with root. Image names then begin with the number of
+    the folder: 0 for root, 1 for the first of more_roots. With labels=folder each folder has class folders."""
     label_file: str = bounded("", path=True)
     """For `folder` and `video`: a CSV or Parquet file with the columns path (relative to root), label (a text or a
     whole number) and, optionally, split. It must have one row for each image or video file; a row with `unused` as its

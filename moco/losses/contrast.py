@@ -169,8 +169,8 @@ def _check(
     on = [name for name, is_on in others.items() if is_on]
     if switches.debias and on:
         raise ValueError(
-            f"debias={switches.debias} excludes {', '.join(on)}: its estimate holds only if all keys of the queue "
-            "are unchanged negatives; use one or the other"
+            f"debias={switches.debias} excludes {', '.join(on)}: the debiased loss is defined only for InfoNCE "
+            "without other changes; use one or the other"
         )
 
 

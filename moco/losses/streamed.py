@@ -15,7 +15,7 @@ derivative by a learned T is -u / T times that by u.
 
 The entropy of the p_j is L minus their mean logit, which is u times the mean key.
 
-On a GPU one kernel computes the pass, the loss and the measures: `moco.kernels.info_nce`.
+On a GPU two kernels compute the pass, the loss and the measures: `moco.kernels.info_nce`.
 
 Legend: N queries, C dimension, K queue length, R queries and B entries of the queue per block.
 """

@@ -7,7 +7,7 @@ from moco.config.base import bounded, require
 from moco.config.method import MethodConfig, check_margin, refuse_together
 from moco.config.train import TrainConfig
 
-_DEBIAS = "the estimate of debias holds only if all keys of the queue are unchanged negatives"
+_DEBIAS = "the debiased loss is defined only for InfoNCE without other changes"
 _NOT_WITH_DEBIAS = ("labels", "margin", "false_negatives", "mix_hardest", "decoupled", "switches")
 
 
@@ -70,7 +70,7 @@ class MoCoConfig(MethodConfig):
     is_local = True
 
     def changing(self) -> list[str]:
-        """See `MethodConfig.changing`. Mixed negatives and switches of plug-ins draw random numbers on the host."""
+        """See `MethodConfig.changing`. Mixing draws random numbers on the host, and switches of plug-ins may."""
         drawn = {"mix_hardest": self.mix_hardest, "switches": self.switches}
         return [*super().changing(), *(f"method.{name}={value}" for name, value in drawn.items() if value)]
 
@@ -93,7 +93,7 @@ class MoCoConfig(MethodConfig):
         require(
             (self.false_negatives != "keep") == (threshold is not None or top is not None),
             f"method.false_negatives={self.false_negatives} with method.false_threshold={threshold} and "
-            f"method.false_top={top}: eliminate and attract need one of the two or both, keep neither",
+            f"method.false_top={top}: eliminate and attract need at least one of the two; for keep, remove both",
         )
         require(top is None or top <= size, f"method.false_top={top} exceeds method.queue_size={size}: lower it")
         hardest, pairs, query = self.mix_hardest, self.mix_pairs, self.mix_query

@@ -112,7 +112,7 @@ class SimCLR(nn.Module):
         """Compute the loss of the local batch, views (N, channels, S, S) and index (N,), against the global batch."""
         z = unit_length(self.encoder(torch.cat(list(views))))  # (V N, C)
         z = z.unflatten(0, (len(views), len(index)))  # (V, N, C)
-        all_z = gather_with_gradient(z.transpose(0, 1)).transpose(0, 1)  # (V, M, C); the first dimension is gathered
+        all_z = gather_with_gradient(z.transpose(0, 1)).transpose(0, 1)  # (V, M, C); gathering needs N first
         sample = gather(index)  # (M,)
         classes = sample if self.labels is None else self.labels[sample]  # (M,)
         first = rank() * len(index)

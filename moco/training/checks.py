@@ -1,4 +1,4 @@
-"""Checks of the configuration that need the size and the splits of the data set."""
+"""Refuse configurations that do not fit the data set, and warn of probable mistakes, before training."""
 
 import warnings
 from collections.abc import Mapping
