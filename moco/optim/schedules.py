@@ -51,7 +51,8 @@ def schedule_values(config: TrainConfig, plan: Plan, peak_lr: float, step: int) 
     """Return lr, momentum and, if it has a schedule, temperature of a step, counted from 0."""
     optim, method = config.optim, config.method
     factor = lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
-    # The papers update the momentum encoder at the start of step s + 1. Here it is the end of step s, with the same m.
+    # The official code updates the momentum encoder at the start of step s + 1. Here it is the end of step s, with the
+    # same m.
     momentum = momentum_at(step + 1, plan.total_steps, method.momentum, method.momentum_end)
     values = {"lr": peak_lr * factor, "momentum": momentum}
     if method.temperature_schedule == "cosine":
