@@ -14,6 +14,7 @@ from moco.config.detect import DetectConfig
 from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
 from moco.data.plan import Plan
+from moco.data.walk import size_and_time
 from moco.detection.images import BoxedImage, BoxedImages, check_images
 from moco.detection.measure import AveragePrecision, evaluate, metrics_library
 from moco.detection.network import DetectorSettings, build_detector
@@ -230,12 +231,16 @@ def _data(run: Detection) -> dict[str, Any]:
     """Return the data of an entry for results.json."""
     boxes = asdict(run.config.boxes) | {"root": str(Path(run.config.boxes.root).absolute())}
     images = [
-        [[Path(each.path).name, *_about(each), each.ignored.tolist()] for each in split.images]
+        [[*_file(each.path), *_about(each), each.ignored.tolist()] for each in split.images]
         for split in (run.train, run.held_out)
     ]
     counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
     counts["held_out_in_training"] = run.shared
     return boxes | counts | {"sha256": digest(images)}
+
+
+def _file(path: str) -> tuple[Any, ...]:
+    return Path(path).name, *size_and_time(path)
 
 
 def _entry(run: Detection, found: Detected, data: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from moco.config.base import HUB
 from moco.config.data import FOLDERS, check_normalization, is_remote
 from moco.config.recommended import crop_advice, resize_for
 from moco.config.subject import EncoderConfig, SubjectConfig
-from moco.data.base import names_digest
 from moco.data.duplicates import split_groups
 from moco.data.keyed import HOLD_OUT
 from moco.data.labels import first_names
@@ -350,8 +349,11 @@ def weights_digest(file: EncoderFile, features: str) -> str:
 
 
 def images_digest(*splits: Source) -> str:
-    """Return the SHA-256 of the names and the labels of images, to recognize the splits of an evaluation."""
-    return digest([[names_digest(each), torch.from_numpy(targets_of(each))] for each in splits])
+    """Return the SHA-256 of the names, the content and the labels of images, to recognize the splits of an evaluation.
+
+    The content of files is recognized by their sizes and times, see `Source.content_digest`.
+    """
+    return digest([[each.content_digest(), torch.from_numpy(targets_of(each))] for each in splits])
 
 
 def is_other_data(config: SubjectConfig, subject: Subject) -> bool:

@@ -314,7 +314,7 @@ def describe(task: Task[Any], features: str) -> dict[str, Any]:
         "training": len(task.train),
         "held_out": len(task.held_out),
         "classes": list(task.train.classes),
-        "sha256": images_digest(task.train, task.held_out),
+        "sha256": on_rank_zero(lambda: images_digest(task.train, task.held_out)),
         "hold_out": config.data.hold_out,
         "held_out_seen": held_out_seen(config, subject),  # by the encoder in training, without labels
         "held_out_in_training": task.copies,

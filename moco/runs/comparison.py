@@ -108,6 +108,8 @@ def _fields(entry: Mapping[str, Any], of_encoder: bool) -> dict[str, Any]:
     without = set(EXCLUDED)
     if "choice.k" in found:  # then these are results: the encoder's best of the values in `choice`
         without |= {"settings.k", "settings.temperature"}
+    if found.get("data.name") == "digits":  # scikit-learn contains them
+        without.add("data.root")
     if "backbone_sha256" in found:  # then sha256 covers the projection head, too
         found["projection_sha256"], found["sha256"] = found.get("sha256"), found.pop("backbone_sha256")
     if isinstance(entry.get("changed"), Mapping):  # a preparation of images that is set belongs to the row

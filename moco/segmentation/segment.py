@@ -16,6 +16,7 @@ from moco.config.segment import SegmentConfig
 from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
 from moco.data.plan import Plan
+from moco.data.walk import size_and_time
 from moco.digest import digest
 from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_ddp
 from moco.evaluation.encoders import folder_name, normalization, open_encoders
@@ -230,10 +231,12 @@ def _settings(config: SegmentConfig) -> dict[str, Any]:
 def _data(run: Segmentation) -> dict[str, Any]:
     """Return the data of an entry for results.json."""
     masks = asdict(run.config.masks) | {"root": str(Path(run.config.masks.root).absolute())}
-    names = [[Path(path).name for path, _ in split.pairs] for split in (run.train, run.held_out)]
+    files = [
+        [(Path(path).name, *size_and_time(path)) for path, _ in split.pairs] for split in (run.train, run.held_out)
+    ]
     counts = {"training": len(run.train), "held_out": len(run.held_out), "classes": list(run.train.classes)}
     counts["held_out_in_training"] = run.shared
-    return masks | counts | {"sha256": digest([names, run.pixels])}
+    return masks | counts | {"sha256": digest([files, run.pixels])}
 
 
 def _entry(run: Segmentation, found: Segmented, data: dict[str, Any]) -> dict[str, Any]:
