@@ -127,9 +127,16 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
             print_error(f"moco: {stopped}")
         sys.exit(stopped.status)
     except KeyboardInterrupt as error:
+        _silence_finalizers()
         _exit(130, f"interrupted{_RESUMES.get(name, '')}", error)
     except Terminated as error:
+        _silence_finalizers()
         _exit(128 + signal.Signals[str(error)], f"stopped by {error}{_RESUMES.get(name, '')}", error)
+
+
+def _silence_finalizers() -> None:
+    """Keep Python from printing errors of finalizers: a signal may have interrupted the constructor of their object."""
+    sys.unraisablehook = lambda _: None
 
 
 def _sentence(error: BaseException) -> str:

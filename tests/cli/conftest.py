@@ -33,3 +33,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         return status, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def finalizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore the hook for errors of finalizers, which `run_command` replaces when it is interrupted."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)

@@ -53,6 +53,30 @@ def test_the_sentence_names_the_signal_and_how_to_continue(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+HALF_BUILT = """
+import os, time
+from moco.cli import run_command
+from moco.config.knn import KnnConfig
+
+class File:
+    def __init__(self):
+        os.kill(os.getpid(), {number})
+        time.sleep(10)
+        self.closed = False
+
+    def __del__(self):
+        self.closed or self.close()
+
+run_command("knn", KnnConfig, lambda config: File())
+"""
+
+
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGTERM, "stopped by SIGTERM"), (signal.SIGINT, "interrupted")])
+def test_an_object_that_the_signal_left_half_built_adds_no_traceback(number: int, words: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HALF_BUILT.format(number=int(number))], capture_output=True, text=True)
+    assert done.stderr == f"moco: {words}\n"
+
+
 @pytest.mark.slow
 def test_moco_pack_keeps_the_finished_shards_and_resumes(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "images", 120)
