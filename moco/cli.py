@@ -96,9 +96,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
     The exit status is 2 for a configuration that is invalid or names a file or folder that does not exist, 1 for an
-    error of the command, 75 (EX_TEMPFAIL) for a run that was stopped and has saved its state, 130 after Ctrl-C, 143 or
-    129 after SIGTERM or SIGHUP in another command than moco.train, and 141 if the output pipe of --help is closed
-    (`| head`).
+    error of the command, 75 (EX_TEMPFAIL) for a run that was stopped and has saved its state, 130 after Ctrl-C, 128 +
+    its number after another signal that stops a command that saves no state (143 after SIGTERM), and 141 if the output
+    pipe of --help is closed (`| head`).
     Errors are reported without a traceback; MOCO_TRACEBACK=1 shows it instead.
     """
     plain = warnings.formatwarning

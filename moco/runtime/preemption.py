@@ -54,12 +54,12 @@ def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Ite
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP, named by the message, has stopped a command that saves no state when it is stopped."""
+    """A signal, which the message names, has stopped a command that saves no state when it is stopped."""
 
 
 @contextmanager
 def raise_terminated() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM and SIGHUP, so that a command cleans up and says how to continue.
+    """Raise `Terminated` at each of `STOP_SIGNALS` but SIGINT, so that a command cleans up and says how to continue.
 
     This does nothing outside the main thread, for a signal that this process ignores (nohup), and in a process of
     torchrun, which sends SIGTERM to all processes when one has failed.
@@ -68,7 +68,7 @@ def raise_terminated() -> Iterator[None]:
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated(signal.Signals(number).name)
 
-    caught = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    caught = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
     if "WORLD_SIZE" in os.environ or threading.current_thread() is not threading.main_thread():
         caught = []
     for number in caught:

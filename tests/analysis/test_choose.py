@@ -68,7 +68,7 @@ def test_measures_equal_those_of_the_features(tmp_path: Path, capsys: pytest.Cap
         assert all(10 < value < 100 for value in point.accuracies.values())  # random features separate some digits
     written = json.loads((tmp_path / "out" / "choose.json").read_text())
     assert written["checkpoints"][1]["measures"] == points[1].measures
-    assert written["checkpoints"][1]["judged"] == points[1].accuracies
+    assert written["checkpoints"][1]["accuracies"] == points[1].accuracies
     assert written["taken"]["rank_me"] == chosen(points, "rank_me").file
     assert written["agreement"]["rank_me"]["knn"]["within"] is None  # no run has three checkpoints
     out = capsys.readouterr().out

@@ -33,7 +33,12 @@ def kill(number: int) -> Callable[[object], None]:
 @pytest.mark.parametrize(("name", "schema", "resume"), RESUMES)
 @pytest.mark.parametrize(
     ("number", "status", "words"),
-    [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGHUP, 129, "stopped by SIGHUP"), (2, 130, "interrupted")],
+    [
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        (signal.SIGHUP, 129, "stopped by SIGHUP"),
+        (signal.SIGUSR1, 138, "stopped by SIGUSR1"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
 )
 def test_the_sentence_names_the_signal_and_how_to_continue(
     name: str,

@@ -98,7 +98,7 @@ class Point:
     def plain(self) -> dict[str, Any]:
         """Return the values for the results file, where null replaces nan."""
         measures = {name: None if np.isnan(value) else value for name, value in self.measures.items()}
-        return {"run": self.run, "file": self.file, "step": self.step, "measures": measures, "judged": self.accuracies}
+        return dict(run=self.run, file=self.file, step=self.step, measures=measures, accuracies=self.accuracies)
 
 
 @dataclass(frozen=True)
