@@ -26,7 +26,7 @@ _BATCH_SIZE = 16
 
 
 class ConversionError(ValueError):
-    """The written file does not hold the same encoder; the message is one sentence."""
+    """The written file does not hold the same encoder, or that cannot be checked; the message is one sentence."""
 
 
 def convert_encoder(config: ConvertConfig) -> None:
@@ -87,7 +87,10 @@ def convert_encoder(config: ConvertConfig) -> None:
 
 
 def _refuse_existing(config: ConvertConfig, output: Path) -> None:
-    """Refuse an output that exists, unless overwrite=true, or an empty folder for a format that writes a folder."""
+    """Refuse an output that exists, unless overwrite=true; an empty folder is accepted by formats that write a folder.
+
+    A folder in the place of a file, or a file in the place of a folder, is always refused.
+    """
     folder = FORMATS[config.to].folder
     require(folder or not output.is_dir(), f"output={output} is a directory: name a file in it")
     require(not folder or output.is_dir() or not output.exists(), f"output={output} is a file: name a folder")

@@ -154,9 +154,10 @@ def _head(file: EncoderFile) -> nn.Module:
 
 
 def save_encoder(path: Path, backbone: nn.Module | State, config: Mapping[str, Any], step: int) -> None:
-    """Write encoder.safetensors: the weights of the backbone, or its state dict, with metadata for `read_encoder`.
+    """Write encoder.safetensors: the weights of a backbone, with metadata for `read_encoder`.
 
-    `config` is the run's, with the groups "model" and "augment"; `step` is its number of optimizer steps.
+    `backbone` is the network or its state dict; `config` is the run's, with the groups "model" and "augment"; `step` is
+    its number of optimizer steps.
     """
     model = config["model"]
     about = {"options": model["options"], "images": images_of(config), "config": dict(config)}

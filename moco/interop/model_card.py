@@ -1,6 +1,6 @@
 """The model card of an encoder: README.md of a repository on the Hugging Face Hub.
 
-It states what the encoder's file and results.json of its run hold, and nothing else.
+What it states about the encoder comes from the encoder's file and from results.json of its run only.
 """
 
 import re
@@ -161,7 +161,7 @@ def _recipe(file: EncoderFile) -> str:
 
 
 def shareable(value: Any) -> Any:
-    """Return a configuration without details of the machine: only the last part of an absolute path, no address."""
+    """Return a configuration without details of the machine: of absolute paths the last part, of addresses only hf://."""
     if isinstance(value, Mapping):
         return {name: shareable(each) for name, each in value.items()}
     if isinstance(value, list | tuple):

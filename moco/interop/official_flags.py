@@ -1,6 +1,7 @@
 """The flags of the official main_moco.py and main_lincls.py, and the commands of moco that they stand for.
 
-Flags and defaults are those of facebookresearch/moco at commit 7397dfe. docs/howto/from_official.md explains them.
+Flags and defaults are those of facebookresearch/moco at commit 7397dfe, except that --seed is 0 and --dist-url is empty
+by default, and --print-command and FIELD=VALUE are added. docs/howto/from_official.md explains them.
 """
 
 import argparse

@@ -49,7 +49,8 @@ class Format:
     """A format to which an encoder can be converted."""
 
     holds: str  # the networks that it supports, as text
-    network: Callable[[EncoderFile], str | None]  # returns its name in the format; None if the format cannot hold it
+    # returns the network's name in the format, or a call that builds it; None if the format cannot hold it
+    network: Callable[[EncoderFile], str | None]
     # writes to a path, given the source file (with `images`) and its backbone in eval mode on the CPU
     write: Callable[[Path, EncoderFile, nn.Module], None]
     # reads the written file; given the source file for the backbone, options and channels, not for its weights

@@ -102,9 +102,10 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by metric: x (
 
 
 def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], dict[str, list[str]]]:
-    """Return a chart per metric, the most important first, and a phrase for each metric with a single value.
+    """Return charts of metrics, the most important first, and phrases for metrics whose values are all equal.
 
-    The phrases are grouped by why there is one value: "Constant", "Measured once" (in each run) or "Not measured".
+    The chart of a metric also shows its reference values; a metric that can have some is always drawn. The phrases are
+    grouped by why there is one value: "Constant", "Measured once" (in each run) or "Not measured".
     """
     recorded = sorted({name for series in runs.values() for name in series} - _HIDDEN)
     references = {each for name in recorded if name in _KNOWN for each in _KNOWN[name].references}
@@ -152,7 +153,7 @@ def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Se
 
 
 def number(value: float) -> str:
-    """Format a number with four significant digits."""
+    """Format a number with four significant digits, or without decimals from 1,000 on."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
@@ -212,7 +213,7 @@ def _short(value: float) -> float | None:
 
 
 def table_rows(chart: Chart) -> Iterator[list[str]]:
-    """Yield at most `_TABLE_ROWS` evenly spaced values of x, each with the values of all curves."""
+    """Yield at most `_TABLE_ROWS` rows, evenly spaced in the sorted values of x: x, and the values of all curves."""
     by_x: dict[float, dict[int, float]] = {}
     for i, curve in enumerate(chart.curves):
         for x, y in zip(curve.x, curve.y, strict=True):

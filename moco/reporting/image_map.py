@@ -38,7 +38,7 @@ def coordinates(features: NDArray[Any], method: str, perplexity: float, seed: in
     Args:
         features: (M, D), M at least `FEWEST`.
         method: "tsne", or "umap" (ConfigError if umap-learn is not installed).
-        perplexity: approximate number of neighbors to preserve; at most (M - 1) / 3 are used.
+        perplexity: approximate number of neighbors to preserve; at most (M - 1) / 3 are used, but at least 2 by "umap".
         seed: seed of the optimization.
     """
     count = min(perplexity, (len(features) - 1) / 3)

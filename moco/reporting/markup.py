@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moco.files import atomic_write
 
-THUMBNAIL = 320  # maximum of the longer side in pixels: twice the displayed size, for high-density displays
+THUMBNAIL = 320  # maximum of the longer side in pixels: about twice the displayed size, for high-density displays
 
 
 def plain(text: str) -> str:
@@ -88,7 +88,7 @@ def resource(name: str) -> str:
 
 
 def write_page(path: Path, template: str, style: str, scripts: tuple[str, ...] = (), **values: Any) -> None:
-    """Render a template to a file, atomically and part by part, so that a large page is never completely in memory.
+    """Render a template to a file, atomically and part by part: items of an iterator are in memory one at a time.
 
     The page's Content-Security-Policy forbids every request and every script except the given ones, identified by
     their digests. Bytes of file names that are not UTF-8 become escapes.

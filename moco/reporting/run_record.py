@@ -28,14 +28,14 @@ class Run:
     values: Metrics
     results: list[dict[str, Any]]
     checkpoint: Path | None  # the newest readable one
-    state: dict[str, Any]  # of the checkpoint, without weights; {} without a checkpoint
+    state: dict[str, Any]  # of the checkpoint, without "method", "optimizer" and "scaler"; {} without a checkpoint
 
     @property
     def name(self) -> str:
         return self.path.name or str(self.path)
 
     def get(self, dotted: str, default: Any = None) -> Any:
-        """Return a field of the configuration, or `default` if the run is older than the field."""
+        """Return a field of the configuration, or `default` if it is null, or newer than the run."""
         value: Any = self.config
         for part in dotted.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -86,11 +86,16 @@ _LABELED = {"digits", "cifar10", "cifar100", "stl10", "imagenet"}  # data sets w
 
 
 def open_run(path: Path, field: str = "run") -> Run:
-    """Read a run; raise ConfigError, which names `field`, if it is not a run's directory, or a file is damaged."""
+    """Read a run.
+
+    Raises:
+        ConfigError: if there is no such run, or none of its checkpoints can be read: the message names `field`. Also if
+            config.yaml or results.json is damaged.
+    """
     require(path.is_dir(), f"{field}={path} does not exist: name the directory of a run, e.g. run=runs/digits")
     file, state = _newest(path, field)
     if file is None and not (path / "config.yaml").is_file() and any(path.glob("*/checkpoints/")):
-        raise ConfigError(no_checkpoint_message(path))
+        raise ConfigError(no_checkpoint_message(path, field))
     config = state.get("config") or _configuration(path, field)
     values = read_metrics(path / "metrics.jsonl")
     if not values and file is None:

@@ -211,7 +211,7 @@ def _spread(results: Mapping[str, Any]) -> str:
 
 
 def environment(run: Run) -> Markup:
-    """Return versions, hardware and all settings of the run and of this page."""
+    """Return the versions and the hardware of the run and of this page, and all settings of the run."""
     now = provenance()
     evaluated = {f"commit {each.get('commit')} on {each.get('machine')}" for each in run.results if each.get("commit")}
     rows = [

@@ -1,7 +1,7 @@
 """The rows and columns of a table of results.json, and names that tell them apart.
 
-The keys are derived from all fields of an entry except those in `EXCLUDED`. A field that is added to entries later thus
-keeps different evaluations apart without a change here.
+The keys are derived from all fields of an entry except those in `EXCLUDED`, and for some entries those that `_fields`
+leaves out. A field that is added to entries later thus keeps different evaluations apart without a change here.
 """
 
 import json
@@ -49,7 +49,7 @@ _OPTIONAL = frozenset(
 _SECTIONS = ("data", "settings", "choice", "look")  # their fields have dotted names
 _NOT_OF_UNTRAINED = frozenset(["weights", "sha256", "projection_sha256"])  # those of the pretrained encoder
 _NOT_OF_PIXELS = (ENCODER - {"encoder", "look"}) | {"look.mean", "look.std"}
-# How fields are named that a reader does not know from the command line; the first ones are named first.
+# How these fields are named; others are named NAME=VALUE. To tell names apart, these are appended first, in this order.
 _WORDS: dict[str, Callable[[Any], str]] = {
     "data.classes": lambda value: f"{len(value)} classes",
     "data.training": lambda value: f"{value:,} training images",
@@ -165,7 +165,7 @@ def _column_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) ->
 
 
 def _run_of(entry: Mapping[str, Any]) -> str:
-    """Return the name of the folder that holds the encoder, of a checkpoint that of its run; "" if it is unknown."""
+    """Return a comma and the folder that holds the encoder, for a checkpoint the run; "" if it is unknown."""
     folder = Path(str(entry.get("source", ""))).parent
     name = (folder.parent if folder.name == "checkpoints" else folder).name
     return f", {name}" * bool(name)

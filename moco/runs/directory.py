@@ -19,8 +19,9 @@ from moco.runs.metrics import METRICS
 from moco.runtime.output_directory import LOCK, lock_directory
 from moco.untrusted import read_yaml
 
-# Fields that may change when a run resumes: they affect where data is and how fast it is processed, not the results.
-# data.on_bad_image and data.max_bad decide whether a run continues after an unreadable image, not what replaces it.
+# Fields that may change when a run resumes. They affect for example where data is, how fast it is processed and what is
+# recorded; they change the results by rounding at most. data.on_bad_image, data.max_bad and optim.skip_nonfinite decide
+# whether a run continues after an unreadable image or a non-finite step, not how it continues.
 FREE_FIELDS = (
     "recipe",
     "plugins",  # a missing one is refused by `refuse_missing_plugins`, and another version is reported
@@ -81,7 +82,7 @@ def difference(
 
 
 def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> IO[str]:
-    """Lock the directory and write config.yaml, or check that it holds the same run.
+    """Lock the directory, check that it holds no other run, and write config.yaml.
 
     Returns the lock, which holds until the file is closed or the process ends.
 
@@ -109,7 +110,7 @@ def open_run(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any] 
 
 
 def recorded_config(path: Path) -> dict[str, Any]:
-    """Return the configuration in config.yaml; {} for a run that failed before its first step, which may be replaced.
+    """Return the configuration in config.yaml; {} for a run without checkpoints and metrics, which may be replaced.
 
     Raises:
         ConfigError: if the file is damaged.
@@ -133,16 +134,16 @@ def in_run_directory(file: Path) -> bool:
 
 
 def no_checkpoint_message(path: Path, field: str = "run") -> str:
-    """Return the message for a run in `field` without a checkpoint: it names another run, or how to train this one."""
+    """Return the message for a directory in `field` that has no checkpoint: why, and what to do."""
     for run in path.absolute().parents[:2]:
         if (run / "checkpoints").is_dir():
-            return f"{field}={path} is a folder in the directory of a run: set run={run}"
+            return f"{field}={path} is a folder in the directory of a run: set {field}={run}"
     if renamed := _renamed(path):
         return f"{renamed}, or set checkpoint=FILE"
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
     if inside:
         more = f" and {len(inside) - 5:,} more" if len(inside) > 5 else ""
-        found = ", ".join(f"run={each}" for each in inside[:5])
+        found = ", ".join(f"{field}={each}" for each in inside[:5])
         return f"{field}={path} is a folder of runs: choose one of them, {found}{more}"
     if (path / "config.yaml").is_file():
         fix = "run its command of moco.train again (config.yaml holds its settings)"
@@ -153,7 +154,7 @@ def no_checkpoint_message(path: Path, field: str = "run") -> str:
 
 
 def _is_usable(path: Path) -> bool:
-    """Return whether a run may begin in a directory that holds no run: it does not exist, or is empty."""
+    """Return whether a run may begin in a directory without a run: it does not exist, or holds no files of others."""
     return not path.is_dir() or all(each.name == LOCK or _is_remnant(each) for each in path.iterdir())
 
 

@@ -29,8 +29,9 @@ Metrics = dict[str, tuple[list[float], list[float]]]  # by name: steps and value
 class Logger(Protocol):
     """Receives the metrics of a run on rank zero. A class that derives from it has the defaults, which do nothing.
 
-    An error that a method raises does not end the run: it is reported once, and the logger gets nothing more. Only a
-    `moco.files.WriteError` ends the run, as one of metrics.jsonl does.
+    An error of `check` is raised before the run starts. An error that another method raises does not end the run: it is
+    reported once, and the logger gets nothing more. Only a `moco.files.WriteError` ends the run, as one of
+    metrics.jsonl does.
     """
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -23,7 +23,7 @@ _RESULTS = ("accuracy/knn", "retrieval/retrieval", "train/loss")  # metrics of t
 class TensorBoard:
     """The logger that writes TensorBoard's events; see `moco.runs.metrics.Logger`.
 
-    Every method raises `WriteError` if the disk is full.
+    The constructor and all methods of an instance raise `WriteError` if the disk is full.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any], step: int) -> None:
@@ -37,7 +37,7 @@ class TensorBoard:
             self._describe(path / "config.yaml", config)
 
     def _describe(self, file: Path, config: Mapping[str, Any]) -> None:
-        """Add to TensorBoard: the configuration, its hyperparameters, and a chart of the accuracies with baselines."""
+        """Add the configuration, its hyperparameters, and charts of accuracy and of retrieval with their baselines."""
         if config:
             lines = file.read_text(encoding="utf-8").splitlines()
             self._events.add_text("configuration", "\n".join(f"    {line}" for line in lines))
@@ -74,7 +74,7 @@ class TensorBoard:
 
     @staticmethod
     def add_results(path: Path, values: Mapping[str, float], step: int) -> None:
-        """Add one point per result, in an event file of its own."""
+        """Add one point per result, in an event file of its own. Raises `OSError` if it cannot be written."""
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(path)) as events:

@@ -138,7 +138,7 @@ class MLflow:
             _mlflow_client().log_batch(name, metrics=_metrics(values, step))
 
     def _continue(self, name: str | None) -> tuple[str | None, int]:
-        """Return the id of a run and its last step; None if the store has no such run, as on another machine."""
+        """Return the id of a run and its last step; (None, 0) if the store has no such run, as on another machine."""
         from mlflow.exceptions import MlflowException
 
         if name is None:
@@ -163,7 +163,7 @@ class MLflow:
         return str(run.info.run_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record numbers, except those of steps that an earlier attempt has recorded already."""
+        """Record numbers, except those of steps before the last one that an earlier attempt has recorded."""
         if self._error:
             raise self._error
         if step >= self._first:

@@ -20,7 +20,7 @@ class CheckpointError(ValueError):
 
 
 class CodeRefused(CheckpointError):
-    """torch refuses to unpickle a file with `weights_only=True`, e.g. one with code, or one not of torch.save."""
+    """A file with other content than weights: torch refuses to unpickle it, e.g. code, or it is another archive."""
 
 
 class _Settings:
@@ -34,9 +34,10 @@ def read_weights(path: Path) -> Any:
     """Return the content of a file of torch.save, on the CPU.
 
     Raises:
-        CodeRefused: if torch refuses to unpickle the file, e.g. one with code, which is not run.
-        CheckpointError: for any other file that cannot be read: missing, damaged, no regular file or no file of
-            torch.save; and for content beyond the limits of size or depth.
+        CodeRefused: if torch refuses to unpickle the file, e.g. one with code, which is not run, or most files that are
+            not of torch.save; or if the file is another kind of archive.
+        CheckpointError: for any other file that cannot be read: missing, damaged or no regular file; and for content
+            beyond the limits of size or depth.
     """
     try:
         size = refuse_special_file(path)

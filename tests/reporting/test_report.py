@@ -321,6 +321,13 @@ def test_invalid_data_and_outputs_are_refused(tmp_path: Path) -> None:
         report(config(made, output=str(tmp_path / "report.pdf")))
 
 
+def test_the_message_about_a_folder_of_runs_names_the_field(tmp_path: Path) -> None:
+    inside = tmp_path / "runs" / "a"
+    (inside / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"^compare=.*/runs is a folder of runs: .*, compare={inside}$"):
+        open_run(inside.parent, "compare")
+
+
 def test_a_map_is_deterministic(labeled: Path) -> None:
     found = []
     for _ in range(2):

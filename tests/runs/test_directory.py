@@ -62,6 +62,9 @@ def test_a_folder_of_a_run_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "other").mkdir()
     assert no_checkpoint_message(tmp_path / "run" / "checkpoints").endswith(f"set run={tmp_path / 'run'}")
+    assert no_checkpoint_message(tmp_path / "run" / "checkpoints", "compare").endswith(
+        f"set compare={tmp_path / 'run'}"
+    )
     assert str(tmp_path / "run") not in no_checkpoint_message(tmp_path / "other")
 
 
