@@ -32,7 +32,7 @@ def draw_canvas(
     side: int = SIDE,
     alone: bool = False,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], list[tuple[int, ...]]]:
-    """Draw one to three light digits that do not overlap, or with `alone` one that fills a canvas of half the side.
+    """Draw one to three light digits that do not overlap, or with `alone` one large digit on a canvas of half the side.
 
     Args:
         scans: of the digits to draw, (D, 8, 8) in 0 ... 16, and their digits `labels` (D,).

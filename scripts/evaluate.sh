@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate a run of moco.train with every protocol, next to its untrained network and to a supervised network:
+# Evaluate a run of moco.train with kNN, linear probes and fine-tuning, beside its untrained and a supervised network:
 #   bash scripts/evaluate.sh RUN [PROTOCOL] [field=value ...]
 # PROTOCOL is a name in configs/protocol/, moco_v2 by default. The fields go to every command (threads=1, ...). Environment
 # variables: SEEDS (fine-tuning, default 5); fields for linear with PROTOCOL (LINEAR), for fine-tuning on 1 and 10 % of

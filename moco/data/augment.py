@@ -11,9 +11,9 @@ index lists and parameters in two asynchronous copies.
 Hue, saturation and grayscale need red, green and blue: `View` refuses them for other channels. Brightness, contrast and
 noise then use the statistics of each channel.
 
-The order of operations is the official recipes': affine (digits), color jitter, grayscale, blur, solarize, flips,
-quarter turn, noise, steps of plug-ins, normalize, channel dropout. Deviation: the official pipelines round to 8 bits
-after each operation, this one stays in float32.
+The order of operations is the official recipes': affine (digits), color jitter, grayscale (before the jitter with
+gray_first), blur, solarize, flips, quarter turn, noise, steps of plug-ins, normalize, channel dropout. Deviation: the
+official pipelines round to 8 bits after each operation, this one stays in float32.
 
 The operations between the affine map and the noise have two forms with the same results: one by one (`moco.data.ops`),
 and for RGB on a GPU together in a few launches (`moco.kernels.augment`).
@@ -209,7 +209,7 @@ def _plan(params: Params, view: View, use_kernels: bool = False) -> dict[str, ND
     plan: dict[str, NDArray[Any]] = {}
     for name in ("mean", "std"):
         plan[name] = np.asarray(getattr(view, name), dtype=np.float32).reshape(1, -1, 1, 1)
-    if use_kernels:  # first, so that it lies at the same place in each batch: Triton compiles by the alignment
+    if use_kernels:  # before arrays of varying size, so that its place is the same: Triton compiles by the alignment
         plan["table"] = _table(params, view)
     else:
         plan |= _plan_one_by_one(params, view)

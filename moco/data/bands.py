@@ -1,8 +1,9 @@
 """Decoding of images with any number of channels and any depth: NPY, NPZ, TIFF, and image files with more than 8 bits.
 
-No value is scaled here: a pixel of the result is the number in the file. The exception is a TIFF in which zero is white
-(WhiteIsZero): a number v of b bits becomes 2**b - 1 - v. The headers of arrays are checked before memory is allocated
-for them, because a file of a few bytes can declare any size.
+No value is scaled here: a pixel of the result is the number in the file. There are two exceptions. Images with a
+palette or with one bit per pixel become RGB in 8 bits. In a TIFF in which zero is white (WhiteIsZero), a number v of
+b bits becomes 2**b - 1 - v. The headers of arrays are checked before memory is allocated for them, because a file of
+a few bytes can declare any size.
 
 Legend: C channels, H x W pixels.
 """

@@ -274,7 +274,10 @@ def stats_of(findings: Findings) -> dict[str, list[float]]:
 
 
 def duplicates(folders: Sequence[Checked], findings: Findings) -> dict[str, Any]:
-    """Find files with the same bytes: their groups, the number of copies, and held-out images in the training set."""
+    """Find images with the same content: their groups, the number of copies, and held-out images in the training set.
+
+    The content is the bytes of the file, or the pixels of a frame of a video.
+    """
     rows = np.flatnonzero(findings.sizes[:, 0])
     _, group, count = np.unique(findings.digests[rows].view("S16"), return_inverse=True, return_counts=True)
     repeated = count[group] > 1

@@ -309,8 +309,8 @@ def antialiased_taps(
 def plain_taps(lengths: NDArray[np.float64], size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the weights of plain bilinear interpolation: the two pixels nearest to the output pixel's center.
 
-    Arguments and result are those of `antialiased_taps`, with K = 2. A center beyond that of the first or last pixel
-    uses only this pixel.
+    `lengths`, `size` and the result are as in `antialiased_taps`, with K = 2. A center beyond that of the first or last
+    pixel uses only this pixel.
     """
     center = np.maximum(lengths / size * (np.arange(size) + 0.5) - 0.5, 0.0)  # (M, S)
     first = np.minimum(np.floor(center), lengths - 1)  # (M, S)

@@ -46,7 +46,7 @@ FAULTS = {
     "empty": "the file has no bytes",
     "no image": "the content has no known image format, whatever the name suggests",
     "unsupported": "a known format with a kind of pixels that is not read, or other channels or depth than configured",
-    "too large": "the header declares more pixels than the limit",
+    "too large": "the header declares more pixels or bytes than the limit",
     "truncated": "the end is missing",
     "damaged": "the decoder failed, or the values have an unknown scale",
 }
@@ -101,8 +101,9 @@ def decode(path: str | Path, pixel_format: PixelFormat = RGB) -> Tensor:
         pixel_format: the channels and the type of the result.
 
     Returns:
-        Shape (C, H, W), of the format's type; three channels of uint8 are red, green and blue, in channels-last memory
-        format, as decoders write them: this makes resizing a crop up to four times faster, with the same bits.
+        Shape (C, H, W), of the format's type; three channels of uint8 are red, green and blue. Except for NPY and NPZ,
+        these are in channels-last memory format, as decoders write them: this makes resizing a crop up to four times
+        faster, with the same bits.
 
     Raises:
         ImageError: if the file cannot be read, or is empty, truncated, damaged, too large, or not an image.

@@ -29,8 +29,8 @@ SAMPLE = 32  # number of images, evenly spaced, whose highest value gives the de
 def with_pixel_format(sources: Sources, config: DataConfig) -> Sources:
     """Set the channels, the type and the significant bits of all splits.
 
-    The bits are `config.bits`, or those of the training images; a warning names them if there are fewer than 16. They
-    have no effect with data.dtype=uint16 or float32, which keep the values of the files.
+    The bits are `config.bits`, or else those of the training images: then a warning names them if they are fewer than
+    16. They have no effect with data.dtype=uint16 or float32, which keep the values of the files.
 
     Raises:
         ValueError: if the source cannot give images of the configured channels and type.

@@ -123,7 +123,7 @@ def stated_bits(image: Image.Image) -> int:
 def stated_type(image: Image.Image) -> "np.dtype[Any] | None":
     """Return the integer type that a TIFF states for its only band; None for other images.
 
-    PIL reads gray of 16 and 32 bits as int32, and signed numbers of 8 bits as uint8.
+    PIL reads gray of 32 bits and of signed 16 bits as int32, and signed numbers of 8 bits as uint8.
     """
     tags, bits = getattr(image, "tag_v2", {}), stated_bits(image)
     kind = _KINDS.get(tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0])

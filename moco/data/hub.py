@@ -33,7 +33,7 @@ from moco.runtime.retries import quiet_retries
 class HubSource(Source):
     """One split of a data set, each image read on request."""
 
-    table: Any  # a datasets.Dataset with the one column `column`, of encoded images
+    table: Any  # a datasets.Dataset with the one column `column`
     column: str
     split: str
     rows: NDArray[np.int64]  # (N,), rows of the table

@@ -84,7 +84,7 @@ def crops(
     start: int = 0,
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[CroppedBatch]:
-    """Yield the crops of each batch on the device: the first stage of `batches`, with the same arguments."""
+    """Yield the crops of each batch on the device: the first stage of `batches`, which describes the arguments."""
     if source.images is not None:
         yield from _resident(source, source.images.to(device), plan, views, start, on_unreadable)
         return

@@ -1,9 +1,9 @@
 """Image operations on a batch, each with one parameter per sample.
 
-Each equals its counterpart in torchvision.transforms.v2.functional on float images to 1e-5. On uint8
-images torchvision truncates the result of each operation to integers; if ours is truncated as well, they differ by at
-most one level. For contrast and saturation this holds for factors up to 2, because torchvision truncates the gray image
-too.
+Except for `channel_brightness_` and `channel_contrast_`, each equals its counterpart in
+torchvision.transforms.v2.functional on float images to 1e-5. On uint8 images torchvision truncates the result of each
+operation to integers; if ours is truncated as well, they differ by at most one level. For contrast and saturation this
+holds for factors up to 2, because torchvision truncates the gray image too.
 
 All operations round once per number (multiply, add, minimum, floor, ...) or are exact sums, so a sample's result has
 the same bits in any batch, with any number of threads, however the work is divided among them. This excludes

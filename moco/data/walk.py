@@ -22,7 +22,7 @@ VIDEO_ENDINGS = (
     *(".wmv", ".asf", ".flv", ".ogv", ".3gp", ".3g2", ".mxf"),
 )
 # PIL's names of the formats of these endings. Only they may be opened: PIL's EPS reader, for example, runs another
-# program. A JPEG that contains a second image (MPO) opens as JPEG.
+# program. Its JPEG reader also opens a JPEG that contains a second image, whose format it calls MPO.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 # Files and folders of operating systems, storage devices and editors, in lower case. They may hold images: thumbnails,
 # deleted files. Like hidden files (.NAME), they are left out in every folder.

@@ -87,7 +87,8 @@ class _Tasks:
 def in_order(function: Callable[[int], T], rows: range, workers: int | None, field: str) -> Generator[T, None, None]:
     """Yield function(row) for each row in order, computed by worker processes; `close` ends the processes.
 
-    At most `2 * workers` tasks of `TASK` rows are in progress. For the arguments and errors see `loaded`.
+    At most `2 * workers` tasks of `TASK` rows are in progress. See `count_processes` for `workers`, and `loaded` for
+    `field` and the errors.
     """
     tasks = (rows[at : at + TASK] for at in range(0, len(rows), TASK))
     for results in loaded(make_loader(_Tasks(function), workers, tasks), field):

@@ -63,7 +63,7 @@ def save(folder: Path, step: int, state: Checkpoint, keep_last: int, keep: bool 
         best: also name it `best.pt`, until there is a better one.
 
     Raises:
-        WriteError: if it cannot be written; the earlier checkpoints are unchanged.
+        WriteError, OSError: if it cannot be written; the earlier checkpoints are unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}{'.keep' if keep else ''}.pt"
