@@ -128,7 +128,7 @@ def check_data(config: CheckDataConfig) -> None:
 def suggest(
     data: DataConfig, images: int, budget: int, stats: dict[str, list[float]] | None = None, drawn: int = 0
 ) -> list[str]:
-    """Return the command that trains on a folder; for few images, one that uses published weights instead.
+    """Return the command that trains on a folder; for few images in 8-bit RGB, one that uses published weights instead.
 
     Args:
         data: the data set; for videos, the command packs their frames instead.
@@ -163,7 +163,7 @@ def suggest(
         recipe |= {"augment.size": 64, "augment.eval_resize": 72}  # for a laptop; the recipe is for a GPU
     normalization: dict[str, Any] = {f"augment.{name}": values for name, values in (stats or {}).items()}
     if stats and not is_rgb8 and any(abs(m) > 10 * s for m, s in zip(stats["mean"], stats["std"], strict=True)):
-        normalization["augment.brightness"] = 0  # 0.4 would move the mean by 4 standard deviations
+        normalization["augment.brightness"] = 0  # 0.4 could move the mean by more than 4 standard deviations
     training = command("moco.train", SubjectConfig(), **recipe, **given, **normalization, run=free_run("runs/mine"))
     if "epochs" not in recipe:  # the recipe of a large data set
         return [f"next, on a GPU: {training}"]

@@ -223,7 +223,7 @@ def _label(value: Any, separator: str, where: str, number: int) -> str | tuple[s
 
 
 def _text(value: Any, where: str, number: int) -> str:
-    """Return a value of the table as text: "" for one that means "missing"; whole numbers have no decimal point."""
+    """Return a value of the table as text: "" for one that means "missing", and "1" for the float 1.0 in Parquet."""
     if is_missing(value) or value == "-1":
         return ""
     if isinstance(value, float) and value.is_integer():
