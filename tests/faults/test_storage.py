@@ -80,7 +80,7 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_later_it_resumes_bit_for_b
 
 # The files of a run other than checkpoints and metrics: the owner and the name of the function that writes it.
 WRITERS: dict[str, tuple[Any, str]] = {
-    "encoder.safetensors": (weights, "save_file"),
+    "encoder.safetensors": (weights, "save"),
     "views.png": (messages, "save_image"),
     "bad_images.csv": (UnreadableImages, "_write"),
     "nonfinite/step_": (NonFiniteGuard, "_write"),
