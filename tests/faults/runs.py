@@ -3,7 +3,8 @@
 To save the time of imports, the processes are forked from Python's fork server, which has imported everything. They run
 the same code as `python -m moco.train`, with the same arguments.
 
-MOCO_FAULTS=long python -m pytest tests/faults runs the long form of every scenario, see docs/reliability.md.
+MOCO_FAULTS=long python -m pytest tests/faults -m 'slow or not slow' runs the long form of every scenario, see
+docs/reliability.md.
 """
 
 import json
