@@ -177,6 +177,7 @@ def _read(file: Path) -> dict[str, Any]:
         there = read_yaml(file)
     except ValueError:
         there = None
-    advice = "remove it, the checkpoints in the same directory hold the configuration"
+    saved = any((file.parent / "checkpoints").glob("step_*.pt"))
+    advice = "remove it, the checkpoints hold its settings" if saved else "choose another directory for the run"
     require(isinstance(there, dict), f"{file} is damaged: {advice}")
     return dict(there)

@@ -156,7 +156,15 @@ def test_a_damaged_config_is_reported_in_one_sentence(tmp_path: Path, text: str)
     open_run(tmp_path / "run", values()).close()
     pretend_checkpoint(tmp_path / "run")
     (tmp_path / "run" / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.yaml is damaged"):
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged: remove it"):
+        open_run(tmp_path / "run", values())
+
+
+def test_nobody_is_told_to_remove_a_damaged_config_whose_settings_no_checkpoint_holds(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", values()).close()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "run" / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged: choose another directory"):
         open_run(tmp_path / "run", values())
 
 
