@@ -13,20 +13,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from moco.data.base import Progress
 
 Features = NDArray[Any]  # (M, D) of any float type, in memory or a memmap: read B rows at a time
+Rows = NDArray[np.int64]
 
 BLOCK = 4096  # B: a product has B x B numbers, 130 MB in double precision
 _STEPS = 2**23
 _ROW_BITS = 38  # a similarity in steps (25 bits with its sign) and a row share one int64
 _LAST_ROW = 2**_ROW_BITS - 1
 _NOTHING = -(2**62)
-_MOST_LINKS = 2**20  # links kept until they are merged into the groups
 
 
 def _unit(rows: Features, device: torch.device | None) -> Tensor:
@@ -97,52 +95,86 @@ def outlier_scores(
     return scores
 
 
-def duplicate_groups(
+def rows_with_neighbor(
     features: Features,
     threshold: float,
     block: int = BLOCK,
     device: torch.device | None = None,
     progress: Progress = lambda *_: None,
-) -> list[NDArray[np.int64]]:
-    """Find groups of rows that are connected by chains of similarities of at least `threshold`.
+) -> Rows:
+    """Find the rows that have a similarity of at least `threshold` to another row, in ascending order.
 
-    All pairs of rows are compared in blocks of B x B. Memory stays at one number per row for any number of links.
+    All pairs of rows are compared in blocks of B x B.
 
     Args:
         features, block, device: see `nearest`.
         threshold: cosine, above -1, at most 1.
         progress: called with (pairs of blocks done, their number).
-
-    Returns:
-        The groups of at least two rows, each in ascending order; the largest first, then by first row.
     """
-    group = np.arange(len(features))  # each row's group so far
-    links: list[NDArray[np.int64]] = []
-    least, waiting, done = round(threshold * _STEPS), 0, 0
-    blocks = -(-len(features) // block)
+    has_neighbor = torch.zeros(len(features), dtype=torch.bool, device=device)
+    least, done, blocks = round(threshold * _STEPS), 0, -(-len(features) // block)
     for start in range(0, len(features), block):
         part = _unit(features[start : start + block], device)
         for first in range(start, len(features), block):  # the upper triangle: each pair once
-            steps = _steps(part, part if first == start else _unit(features[first : first + block], device))
-            found = (steps >= least).nonzero().cpu().numpy() + np.array([start, first])  # (links, 2)
+            other = part if first == start else _unit(features[first : first + block], device)
+            near = _steps(part, other) >= least  # (B, B)
+            if first == start:
+                near.fill_diagonal_(False)
+            has_neighbor[start : start + len(part)] |= near.any(dim=1)
+            has_neighbor[first : first + len(other)] |= near.any(dim=0)
             done += 1
-            if len(found):
-                links.append(found)
-                waiting += len(found)
-            if waiting > _MOST_LINKS:
-                group, links, waiting = _merged(group, links), [], 0
             progress(done, blocks * (blocks + 1) // 2)
-    group = _merged(group, links)
-    order = np.argsort(group, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(group[order])) + 1)
-    return sorted((each for each in groups if len(each) > 1), key=lambda rows: (-len(rows), int(rows[0])))
+    return np.flatnonzero(has_neighbor.cpu().numpy())
 
 
-def _merged(group: NDArray[np.int64], links: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Merge links (each (L, 2)) into the groups (M,); a group's number is that of its first row."""
-    edges = np.concatenate([np.stack([np.arange(len(group)), group], axis=1), *links])
-    graph = coo_array((np.ones(len(edges), bool), (edges[:, 0], edges[:, 1])), shape=(len(group),) * 2)
-    _, labels = connected_components(graph, directed=False)
-    _, first = np.unique(labels, return_index=True)
-    merged: NDArray[np.int64] = first[labels]
-    return merged
+def duplicate_groups(
+    features: Features,
+    order: Rows,
+    threshold: float,
+    block: int = BLOCK,
+    device: torch.device | None = None,
+    progress: Progress = lambda *_: None,
+) -> list[tuple[Rows, NDArray[np.float64]]]:
+    """Form groups of a row to keep and the rows that have a similarity of at least `threshold` to it.
+
+    Rows are taken in `order`. A row that is in no group yet is kept, and every later row that is similar enough to it
+    and in no group yet joins its group. Two rows that only resemble a third one are thus not linked.
+
+    Args:
+        features, threshold, block, device: see `rows_with_neighbor`.
+        order: the rows to group, the best first, shape (L,).
+        progress: called with (rows done, L).
+
+    Returns:
+        Of each group of at least two rows: its rows, the kept one first and then by similarity to it, and these
+        similarities. The largest group comes first; of equally large ones, that with the lower row to keep.
+    """
+    least = round(threshold * _STEPS)
+    kept_by = np.full(len(order), -1)  # position in the order of the row to keep; -1: in no group yet
+    steps = np.zeros(len(order), np.int64)  # similarity to it
+
+    def free(start: int) -> Rows:
+        return start + np.flatnonzero(kept_by[start : start + block] < 0)
+
+    for start in range(0, len(order), block):
+        own = free(start)  # (b,), b <= B
+        part = _unit(features[order[own]], device)
+        within = _steps(part, part).cpu().numpy()  # (b, b)
+        for i, position in enumerate(own):
+            if kept_by[position] < 0:
+                joins = (within[i] >= least) & (kept_by[own] < 0)
+                joins[i] = True
+                kept_by[own[joins]], steps[own[joins]] = position, within[i, joins]
+        kept = np.flatnonzero(kept_by[own] == own)
+        for first in range(start + block, len(order) if len(kept) else 0, block):
+            later = free(first)
+            near = _steps(part[torch.from_numpy(kept).to(device)], _unit(features[order[later]], device))  # (K, b)
+            best = (near >= least).int().argmax(dim=0, keepdim=True)  # the first one that is similar enough
+            found = near.gather(0, best)[0].cpu().numpy()
+            joins = found >= least
+            kept_by[later[joins]], steps[later[joins]] = own[kept[best[0].cpu().numpy()[joins]]], found[joins]
+        progress(min(start + block, len(order)), len(order))
+    members = np.lexsort((order, -steps, kept_by != np.arange(len(order)), kept_by))
+    parts = np.split(members, np.flatnonzero(np.diff(kept_by[members])) + 1)
+    groups = [(order[each], steps[each] / _STEPS) for each in parts if len(each) > 1]
+    return sorted(groups, key=lambda group: (-len(group[0]), int(group[0][0])))

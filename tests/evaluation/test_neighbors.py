@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from moco.evaluation import neighbors as search
-from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores
+from moco.evaluation.neighbors import duplicate_groups, nearest, outlier_scores, rows_with_neighbor
 
 STEPS = 2**23
 
@@ -28,19 +27,26 @@ def brute_nearest(
     return scores, rows
 
 
-def brute_groups(features: NDArray[np.float32], threshold: float) -> list[list[int]]:
-    """Grows each group from its first row."""
-    left, groups = set(range(len(features))), []
+def brute_groups(
+    features: NDArray[np.float32], order: list[int], threshold: float
+) -> list[tuple[list[int], list[float]]]:
+    """Keeps the first row that is left, with the rows that are left and similar to it."""
+    left, groups = list(order), []
     while left:
-        group = [min(left)]
-        left.remove(group[0])
-        for member in group:  # grows while it is walked
-            near = sorted(row for row in left if cosine(features[member], features[row]) >= threshold)
-            left -= set(near)
-            group += near
-        if len(group) > 1:
-            groups.append(sorted(group))
-    return sorted(groups, key=lambda group: (-len(group), group[0]))
+        kept = left.pop(0)
+        near = sorted((-cosine(features[kept], features[row]), row) for row in left)
+        near = [(score, row) for score, row in near if -score >= threshold]
+        left = [row for row in left if row not in [other for _, other in near]]
+        if near:
+            groups.append(([kept, *(row for _, row in near)], [1.0, *(-score for score, _ in near)]))
+    return sorted(groups, key=lambda group: (-len(group[0]), group[0][0]))
+
+
+def found_groups(
+    features: NDArray[np.float32], order: list[int], threshold: float, block: int
+) -> list[tuple[list[int], list[float]]]:
+    groups = duplicate_groups(features, np.array(order), threshold, block)
+    return [(rows.tolist(), scores.tolist()) for rows, scores in groups]
 
 
 @pytest.fixture
@@ -85,25 +91,36 @@ def test_features_may_be_on_disk_and_in_half_precision(features: NDArray[np.floa
 @pytest.mark.parametrize("block", [1, 4, 64])
 @pytest.mark.parametrize("threshold", [1.0, 0.999, 0.95, 0.5, -0.99])
 def test_groups_equal_brute_force(features: NDArray[np.float32], threshold: float, block: int) -> None:
-    groups = [group.tolist() for group in duplicate_groups(features, threshold, block)]
-    assert groups == brute_groups(features, threshold)
+    near = rows_with_neighbor(features, threshold, block).tolist()
+    assert near == [
+        row
+        for row in range(len(features))
+        if any(cosine(features[row], features[other]) >= threshold for other in range(len(features)) if other != row)
+    ]
+    for order in (near, near[::-1], np.random.default_rng(0).permutation(near).tolist()):
+        groups = found_groups(features, order, threshold, block)
+        wanted = brute_groups(features, order, threshold)
+        assert [rows for rows, _ in groups] == [rows for rows, _ in wanted]
+        assert [scores[1:] for _, scores in groups] == [scores[1:] for _, scores in wanted]
     if threshold == 1.0:
-        assert groups == [[2, 5, 17, 29]]
+        assert found_groups(features, near, threshold, block) == [([2, 5, 17, 29], [1.0] * 4)]
 
 
-def test_groups_do_not_depend_on_the_number_of_pending_links(
-    features: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wanted = brute_groups(features, 0.99)
-    assert len(wanted) > 1
-    monkeypatch.setattr(search, "_MOST_LINKS", 2)  # merged into the groups many times
-    assert [group.tolist() for group in duplicate_groups(features, 0.99, block=3)] == wanted
+def test_no_row_means_no_group(features: NDArray[np.float32]) -> None:
+    assert duplicate_groups(features, np.zeros(0, np.int64), 0.9) == []
 
 
-def test_a_chain_is_one_group() -> None:
+@pytest.mark.parametrize("block", [1, 2, 8])
+def test_a_chain_is_no_group(block: int) -> None:
     angles = np.deg2rad([0, 10, 20, 30, 90])
     features = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    assert [group.tolist() for group in duplicate_groups(features, 0.98, block=2)] == [[0, 1, 2, 3]]
+    assert rows_with_neighbor(features, 0.98, block).tolist() == [0, 1, 2, 3]
+    for order, wanted in {
+        (0, 1, 2, 3): [[0, 1], [2, 3]],  # 2 resembles 1, but not 0
+        (1, 0, 2, 3): [[1, 0, 2]],
+        (3, 0, 1, 2): [[0, 1], [3, 2]],
+    }.items():
+        assert [rows for rows, _ in found_groups(features, list(order), 0.98, block)] == wanted
 
 
 @pytest.mark.parametrize("block", [1, 6, 4096])

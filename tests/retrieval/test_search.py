@@ -77,7 +77,13 @@ def test_planted_duplicates_are_found(
     assert "<script" not in page
     assert "&lt;script&gt;alert(1)" in page
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "redundant 4 images" in text
+    assert "beside those to keep 4 images: look at them before you remove any" in text
+    assert "depends on the encoder" in text
+    assert "Raise threshold=" in text
+    assert "lower threshold=" in text
+    assert "After removing images, compute the features again" in text
+    assert "compute the features again" in page
+    assert page.count("same thumbnail</") == 4
     counts = re.search(
         r"of 16 images, (\d+) at 0\.999, 6 at 0\.99, (\d+) at 0\.95, (\d+) at 0\.9, (\d+) at 0\.85, (\d+) at 0\.8 have",
         text,
@@ -89,6 +95,33 @@ def test_planted_duplicates_are_found(
     assert [int(each) for each in counts.groups()] == [
         (nearest >= each).sum() for each in (0.999, 0.95, 0.9, 0.85, 0.8)
     ]
+
+
+def test_different_images_are_not_marked_as_copies(made: tuple[Path, Path], tmp_path: Path) -> None:
+    search(config(made, tmp_path / "out", mode="duplicates", threshold=0.5))
+    (group,) = results(tmp_path / "out", "duplicates")["groups"]
+    assert group["keep"] == "large_03.png"
+    assert len(group["pictures"]) == 16  # gradients of other colors, and noise
+    page = (tmp_path / "out" / "search" / "duplicates.html").read_text()
+    figures = re.findall(r"<figure.*?</figure>", page, flags=re.DOTALL)
+    marked = {re.sub(r"base64,[^\"]*", "", each) for each in figures if "same thumbnail" in each}
+    assert {re.search(r"\w*03\.(png|jpg)", each)[0] for each in marked} == {"03.png", "again_03.jpg", "copy_of_03.png"}  # type: ignore[index]
+    assert len(marked) == 3
+
+
+def test_images_that_resemble_only_a_third_one_are_no_group(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """Every image of a group is similar enough to the image to keep, whatever else resembles it."""
+    search(config(made, tmp_path / "out", mode="duplicates", threshold=0.9, gallery="none"))
+    groups = results(tmp_path / "out", "duplicates")["groups"]
+    features = np.load(tmp_path / "out" / "features" / "features.npy").astype(np.float64)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    for group in groups:
+        kept, *others = group["pictures"]
+        similarities = [features[kept["row"]] @ features[each["row"]] for each in others]
+        assert min(similarities) >= 0.9 - 1e-6
+        assert [each["similarity"] for each in others] == pytest.approx(similarities, abs=1e-6)
+    rows = [each["row"] for group in groups for each in group["pictures"]]
+    assert len(rows) == len(set(rows))
 
 
 def test_a_too_low_threshold_is_reported(
