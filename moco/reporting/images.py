@@ -40,7 +40,6 @@ class ImageFeatures:
     transform: EvalTransform
     shown: ImageSet
     references: ImageSet
-    training: int  # number of images in the training split
     held_out: bool  # whether the shown images are held out
     unreadable: int  # images that were excluded from the shown ones
 
@@ -92,7 +91,7 @@ def compute_features(config: ReportConfig, run: Run, device: torch.device) -> Im
     shown = draw(source, config.pictures, "images")
     compared = draw(references, config.references, "references")
     held_out, unreadable = sources.held_out is not None, min(config.pictures, len(source)) - len(shown)
-    return ImageFeatures(backbone, subject.transform, shown, compared, len(sources.train), held_out, unreadable)
+    return ImageFeatures(backbone, subject.transform, shown, compared, held_out, unreadable)
 
 
 def compute_map(config: ReportConfig, images: ImageFeatures) -> Map | None:

@@ -52,8 +52,7 @@ def _report(config: ReportConfig, device: torch.device) -> None:
     require(is_page, f"output={out} does not end in .html: the report is an HTML page")
     computed = [_compute(config, run, device) for run in runs]
     figures = Figures()
-    training = [each.images.training if each.images else None for each in computed]
-    body = [Section("Overview", sections.headline(runs, training, [each.alarms for each in computed]))]
+    body = [Section("Overview", sections.headline(runs, [each.alarms for each in computed]))]
     if len(runs) > 1:
         body.append(Section("Settings that differ", sections.differences(runs)))
         body.append(sections.curves(runs, figures))
@@ -79,7 +78,7 @@ def _report(config: ReportConfig, device: torch.device) -> None:
 
 def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
     images = compute_features(config, run, device) if config.pictures and run.checkpoint else None
-    alarms = findings(run, images.training if images else None)
+    alarms = findings(run)
     return _Computed(run, images, compute_map(config, images) if images else None, alarms)
 
 

@@ -68,6 +68,12 @@ class Run:
         return float(self.get("epochs", math.nan)) * self.steps_per_epoch
 
     @property
+    def images(self) -> int | None:
+        """The number of training images; None without a checkpoint, and for one of an early version."""
+        length: int | None = self.state.get("data", {}).get("length")
+        return length
+
+    @property
     def finished(self) -> bool:
         return self.step >= self.total_steps - 0.5  # false for nan
 
@@ -138,16 +144,16 @@ def _configuration(path: Path, field: str) -> dict[str, Any]:
     return dict(config)
 
 
-def findings(run: Run, images: int | None) -> list[Alarm]:
-    """Return the findings of the training doctor; `images` is the number of training images, None if unknown."""
-    if images is None and not math.isnan(run.steps_per_epoch):
-        images = round(run.steps_per_epoch * run.get("batch_size", 1))  # at most one batch too low
+def findings(run: Run) -> list[Alarm]:
+    """Return the findings of the training doctor; without a checkpoint, none about the number of training images."""
     batch_size, epochs = run.get("batch_size", TrainConfig.batch_size), run.get("epochs", math.inf)
     more = {"lr": run.get("optim.lr", math.nan), "starts_trained": run.starts_trained, "source": run.get("data.name")}
     more["shuffled_keys"] = run.get("model.shuffle_keys", False) and run.get("model.bn") == "grouped"
     more["batch_parts"] = run.get("accumulate", 1)  # the number of processes may be another one
     more["bn_group"] = run.get("model.bn_group_size", 1) if run.get("model.bn") == "grouped" else 1
-    facts = facts_of(run.method, images or 2**62, batch_size, epochs, **more)
+    if run.images is None and not math.isnan(run.total_steps):
+        more["total_steps"] = run.total_steps
+    facts = facts_of(run.method, run.images or 2**62, batch_size, epochs, **more)
     return diagnose({name: series for name, (_, series) in run.values.items()}, facts)
 
 

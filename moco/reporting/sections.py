@@ -30,9 +30,9 @@ _PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of an image of prediction
 _KINDS = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # of accuracies
 
 
-def headline(runs: Sequence[Run], images: Sequence[int | None], alarms: Sequence[Sequence[Alarm]]) -> Markup:
-    """Return a table of main settings and results; `images` are the numbers of training images, None if unknown."""
-    by_run = [_main_facts(run, count, found) for run, count, found in zip(runs, images, alarms, strict=True)]
+def headline(runs: Sequence[Run], alarms: Sequence[Sequence[Alarm]]) -> Markup:
+    """Return a table of main settings and results."""
+    by_run = [_main_facts(run, found) for run, found in zip(runs, alarms, strict=True)]
     rows = [(name, [each[name] for each in by_run]) for name in by_run[0]]
     known = [(name, values) for name, values in rows if set(values) - {"–", "none measured"}]
     return facts("Settings and results", known, names(runs))
@@ -49,7 +49,7 @@ def progress(run: Run) -> str:
     return f"not finished: step {run.step:,} of {total:,} (epoch {epoch:.1f} of {run.get('epochs')})"
 
 
-def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[str, str]:
+def _main_facts(run: Run, alarms: Sequence[Alarm]) -> dict[str, str]:
     method, data, optim = run.method, str(run.get("data.name", "?")), run.get("optim", {})
     settings = [method.name]
     settings += [f"queue {method.queue_size:,}"] * bool(method.queue_size)
@@ -63,7 +63,7 @@ def _main_facts(run: Run, images: int | None, alarms: Sequence[Alarm]) -> dict[s
         "state": progress(run),
         "method": ", ".join(settings),
         "encoder": f"{run.get('model.backbone', '?')}{options and f' ({options})'}, {run.get('augment.size', '?')} px",
-        "data": f"{data}{folder}" + (f", {images:,} training images" if images else ""),
+        "data": f"{data}{folder}" + (f", {run.images:,} training images" if run.images else ""),
         "batch": str(run.get("batch_size", "?")),
         "optimizer": f"{optim.get('name', '?')}, lr {optim.get('lr', '?')}{per}, {optim.get('schedule', '?')}",
         "training time": duration(run.state["seconds"]) if "seconds" in run.state else "–",

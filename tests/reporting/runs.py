@@ -95,6 +95,7 @@ def run(
             "seconds": 61.0,
             "versions": {"moco": "0.1.0", "torch": "2.12.0"},
             "world_size": 2,
+            "data": {"length": 43},  # ten steps of 4 leave three out
         }
         checkpoint.save(folder / "checkpoints", done, state, keep_last=2)
     return folder
