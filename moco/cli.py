@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from moco.composition import compose
-from moco.config import ConfigError, RunWarning, require
+from moco.config import ConfigError, ResumableConfig, RunWarning, require
 from moco.config.base import paths_of
-from moco.runtime.preemption import Preempted, Terminated, prevent_restart, raise_terminated
+from moco.runtime.preemption import Preempted, PreemptionHandler, Terminated, prevent_restart, raise_terminated
 from moco.runtime.stdio import print_error, printable, protected_streams
 
 Schema = TypeVar("Schema")
@@ -35,7 +35,9 @@ _RESUMES = {
     "train": f"; {_AGAIN} from the last checkpoint, if there is one",
     "pack": f"; finished shards are kept: {_AGAIN}",
     **dict.fromkeys(("embed", "search"), f"; finished features are kept: {_AGAIN}"),
-    **dict.fromkeys(("segment", "detect"), f"; finished networks are kept: {_AGAIN} from the last saved state"),
+    **dict.fromkeys(
+        ("finetune", "segment", "detect"), f"; finished networks are kept: {_AGAIN} from the last saved state"
+    ),
     "transfer": f"; finished results are kept: {_AGAIN}",
     "temperature": f"; finished runs are kept: {_AGAIN}",
 }
@@ -49,7 +51,8 @@ class Command(Generic[Schema]):
         name: The name of its file in configs/, without the ending.
         schema: The dataclass of its configuration.
         check: Raises ConfigError for an invalid configuration.
-        work: "module:function", called with the configuration. The module imports torch, so it is imported last.
+        work: "module:function", called with the configuration, and with a `PreemptionHandler` if it is a
+            `ResumableConfig`. The module imports torch, so it is imported last.
     """
 
     name: str
@@ -59,8 +62,16 @@ class Command(Generic[Schema]):
 
     def __call__(self, config: Schema) -> None:
         self.check(config)
+        if isinstance(config, ResumableConfig):
+            with PreemptionHandler(config.stop_after) as preemption:  # from before the import, which takes seconds
+                self._work()(config, preemption)
+        else:
+            self._work()(config)
+
+    def _work(self) -> Callable[..., object]:
         module, _, function = self.work.partition(":")
-        getattr(importlib.import_module(module), function)(config)
+        found: Callable[..., object] = getattr(importlib.import_module(module), function)
+        return found
 
     def main(self) -> None:
         """Run the command with the configuration of the command line."""
@@ -96,9 +107,9 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
     """Compose `configs/NAME.yaml` with the overrides of the command line, check it against the schema, run the command.
 
     The exit status is 2 for a configuration that is invalid or names a file or folder that does not exist, 1 for an
-    error of the command, 75 (EX_TEMPFAIL) for a run that was stopped and has saved its state, 130 after Ctrl-C, 128 +
-    its number after another signal that stops a command that saves no state (143 after SIGTERM), and 141 if the output
-    pipe of --help is closed (`| head`).
+    error of the command, 75 (EX_TEMPFAIL) for a training (moco.train, finetune, segment, detect) that was stopped and
+    has saved its state, 130 after Ctrl-C, 128 + its number after another signal that stops a command that saves no
+    state (143 after SIGTERM), and 141 if the output pipe of --help is closed (`| head`).
     Errors are reported without a traceback; MOCO_TRACEBACK=1 shows it instead.
     """
     plain = warnings.formatwarning

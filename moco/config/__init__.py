@@ -2,6 +2,7 @@
 
 from moco.config.base import ComputeConfig as ComputeConfig
 from moco.config.base import ConfigError as ConfigError
+from moco.config.base import ResumableConfig as ResumableConfig
 from moco.config.base import RunWarning as RunWarning
 from moco.config.base import bounded as bounded
 from moco.config.base import check_bounds as check_bounds

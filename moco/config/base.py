@@ -237,6 +237,30 @@ class ComputeConfig(CommandConfig):
     rounds to 10 bits of mantissa instead of 23. It has no effect on what is computed in bf16 or fp16."""
 
 
+@dataclass
+class StoppableConfig(ComputeConfig):
+    """The fields of the commands that train: when to log and when to stop."""
+
+    log_every: int = bounded(10, ge=1)
+    """Write a record to metrics.jsonl, and to TensorBoard or the loggers of `logger`, every N steps."""
+    stop_after: float = bounded(0.0, ge=0)
+    """Minutes from the start of the command after which the run saves and exits with status 75; run the same command to
+    resume it. 0: never. Set it below a job's time limit by the time of one step, evaluation and checkpoint."""
+    hang_after: float = bounded(15.0, ge=0)
+    """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
+    wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set it above
+    the duration of the longest step, including a checkpoint, and of opening the data."""
+
+
+@dataclass
+class ResumableConfig(StoppableConfig):
+    """The fields of the commands that train on labels, and resume from a saved state."""
+
+    save_every: int = bounded(100, ge=0)
+    """Steps between two saves of the training state, from which the same command resumes. The state is also saved when
+    the command is stopped, and after the last step; 0: only then."""
+
+
 def require_divisible(batch_size: int, parts: int, divisor: str) -> None:
     """Raise ConfigError, which suggests the nearest multiple, unless the batch divides into equal parts."""
     fix = f"set batch_size={max(1, round(batch_size / parts)) * parts}"

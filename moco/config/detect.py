@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import bounded, require, require_divisible
+from moco.config.base import ResumableConfig, bounded, require, require_divisible
 from moco.config.subject import EncoderConfig, check_subject
 
 DETECTORS = ("faster_rcnn_fpn", "faster_rcnn_c4", "mask_rcnn_fpn", "mask_rcnn_c4", "retinanet")
@@ -41,7 +41,7 @@ class BoxesConfig:
 
 
 @dataclass
-class DetectConfig(EncoderConfig):
+class DetectConfig(ResumableConfig, EncoderConfig):
     """Train an object detector on each of several encoders, and evaluate it on held-out images."""
 
     encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
@@ -102,8 +102,6 @@ class DetectConfig(EncoderConfig):
     std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
     """Standard deviation of each channel, by which pixels are divided after the mean is subtracted. Null: the one
     saved with the encoder, else ImageNet's."""
-    save_every: int = bounded(500, ge=0)
-    """Save the state every so many steps: the same command resumes from it. 0: at the end only."""
     boxes: BoxesConfig = field(default_factory=BoxesConfig)
 
     @property

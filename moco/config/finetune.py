@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import bounded, require, require_divisible
+from moco.config.base import ResumableConfig, bounded, require, require_divisible
 from moco.config.subject import SubjectConfig, check_subject
 
 
 @dataclass
-class FinetuneConfig(SubjectConfig):
+class FinetuneConfig(ResumableConfig, SubjectConfig):
     """Train an encoder and a classifier end to end on labeled images, and evaluate them on held-out images."""
 
     encoders: list[str] = bounded(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import bounded, require, require_divisible
+from moco.config.base import ResumableConfig, bounded, require, require_divisible
 from moco.config.subject import EncoderConfig, check_subject
 
 
@@ -35,7 +35,7 @@ class MasksConfig:
 
 
 @dataclass
-class SegmentConfig(EncoderConfig):
+class SegmentConfig(ResumableConfig, EncoderConfig):
     """Train a segmentation network on an encoder, and evaluate it on held-out images."""
 
     encoders: list[str] = bounded([], path=True, min_length=1, unique=True, example="'encoders=[pretrained,untrained]'")
@@ -83,9 +83,6 @@ class SegmentConfig(EncoderConfig):
     std: list[float] | None = bounded(None, gt=0, le=1, min_length=3, max_length=3)
     """Standard deviation of each channel, by which pixels are divided after the mean is subtracted. Null: the one
     saved with the encoder, else ImageNet's."""
-    save_every: int = bounded(100, ge=0)
-    """Steps between two saves of the training state, from which the same command resumes. The state is also saved
-    after the last step; 0: only then."""
     masks: MasksConfig = field(default_factory=MasksConfig)
 
 

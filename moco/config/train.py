@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import ComputeConfig, bounded, check_bounds, require, require_divisible
+from moco.config.base import StoppableConfig, bounded, check_bounds, require, require_divisible
 from moco.config.data import DataConfig, check_data_fields, refuse_root_of_digits
 from moco.config.method import MethodConfig
 
@@ -185,7 +185,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class TrainConfig(ComputeConfig):
+class TrainConfig(StoppableConfig):
     """Pretrain an encoder."""
 
     run: str = bounded("runs/digits", min_length=1, path=True, example="run=runs/first")
@@ -226,20 +226,11 @@ class TrainConfig(ComputeConfig):
     less memory and the same results. For ViTs, and other timm models without BN."""
     profile: bool = False
     """Profile a few steps with torch's profiler, and write a trace and a table into profile/ in the run's directory."""
-    log_every: int = bounded(10, ge=1)
-    """Write a record to metrics.jsonl and the loggers every N steps."""
     logger: list[str] = bounded(["tensorboard"], unique=True)
     """Where metrics are written in addition to metrics.jsonl: tensorboard, wandb (extra wandb), mlflow (extra mlflow),
     and the loggers of plug-ins."""
     analyse_every: int = bounded(5, ge=0)
     """Add alignment, uniformity, effective rank and other measures to every N-th record; 0: never."""
-    stop_after: float = bounded(0.0, ge=0)
-    """Minutes from the start of the command after which the run saves and exits with status 75; run the same command to
-    resume it. 0: never. Set it below a job's time limit by the time of one step, evaluation and checkpoint."""
-    hang_after: float = bounded(15.0, ge=0)
-    """Minutes without progress on any rank after which the run exits with status 69 and names the rank that hangs; 0:
-    wait forever. Progress is a finished step or a part of other work, such as a batch of an evaluation. Set it above
-    the duration of the longest step, including a checkpoint, and of opening the data."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from moco.config.base import bounded, check_bounds, require
+from moco.config.base import ResumableConfig, bounded, check_bounds, require
 from moco.config.data import SubjectDataConfig
 from moco.config.finetune import FinetuneConfig, check_finetune
 from moco.config.subject import SubjectConfig, check_subject
@@ -67,7 +67,8 @@ def finetune_config(config: TransferConfig, processes: int = 1) -> FinetuneConfi
         ConfigError: for a field that moco.finetune does not have, a field that moco.transfer sets, or an invalid value.
     """
     shared = {each.name for each in fields(SubjectConfig)}
-    free = [each.name for each in fields(FinetuneConfig) if each.name not in (*shared, *_SET_BY_TRANSFER)]
+    unused = {each.name for each in fields(ResumableConfig)}
+    free = [each.name for each in fields(FinetuneConfig) if each.name not in {*shared, *unused, *_SET_BY_TRANSFER}]
     for name in config.finetune:
         require(name in free, f"finetune.{name} cannot be set: use the fields {', '.join(free)} of moco.finetune")
     types = {each.name: each.type for each in fields(FinetuneConfig)}

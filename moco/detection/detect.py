@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from moco.config import OptimConfig, require
+from moco.config import OptimConfig, ResumableConfig, require
 from moco.config.detect import DetectConfig
 from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
@@ -29,7 +28,8 @@ from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
 from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import plan_of
 from moco.evaluation.metrics import mean_interval
-from moco.evaluation.resumable import Schedule, train_resumably
+from moco.evaluation.resumable import ResumableTraining, Supervision, supervised, train_resumably
+from moco.evaluation.steps import Schedule
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import (
     changed_settings,
@@ -43,9 +43,9 @@ from moco.interop.encoder_file import EncoderFile
 from moco.optim.optimizers import build_optimizer
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, log_next, percent, progress_bar, table
-from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
+from moco.runtime.preemption import PreemptionHandler
 
 # Fields not listed under "changed" in results.json: "protocol" states them, or they do not affect the result of a seed.
 _NOT_LISTED = {"encoders", "seeds", "steps", "detector"}
@@ -63,7 +63,7 @@ class Detection:
     train: BoxedImages
     held_out: BoxedImages
     shared: int  # held-out images that are training images, too
-    device: torch.device
+    supervision: Supervision
 
     def plan(self, seed: int) -> Plan:
         return plan_of(len(self.train), self.config.batch_size, 1, self.config.steps, seed)
@@ -91,15 +91,18 @@ class Detected:
         return mean_interval([each.figures[figure] for each in self.results])
 
 
-def evaluate_detect(config: DetectConfig) -> list[Detected]:
+def evaluate_detect(config: DetectConfig, preemption: PreemptionHandler | None = None) -> list[Detected]:
     """Train and evaluate a detector on each configured encoder with each seed; the same result on every rank.
+
+    Without a handler, signals are caught from here on.
 
     Raises:
         ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.
         NonFiniteLoss: if the training diverges.
+        Preempted: if a signal or `config.stop_after` stopped it before its end.
     """
-    with compute_context(config) as device:
-        run = _set_up(config, device)
+    with supervised(config, preemption) as supervision:
+        run = _set_up(config, supervision)
         prepare(run.output)
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
             found = [_detect(run, name, on_step) for name in config.encoders]
@@ -110,18 +113,19 @@ def evaluate_detect(config: DetectConfig) -> list[Detected]:
     return found
 
 
-def _set_up(config: DetectConfig, device: torch.device) -> Detection:
+def _set_up(config: DetectConfig, supervision: Supervision) -> Detection:
     """Open the encoders and the images, and read the headers of all images."""
     metrics_library()  # before the training, which needs it at the end
-    own = open_encoder(config)
-    files = open_encoders(own, config.encoders, "moco.detect")
+    with supervision.watchdog.paused():  # a file may be downloaded
+        own = open_encoder(config)
+        files = open_encoders(own, config.encoders, "moco.detect")
     train_split, held_out = on_rank_zero(lambda: open_boxed(config.boxes, config.masks))
     require(
         len(train_split) >= config.batch_size,
         f"batch_size={config.batch_size} exceeds the {len(train_split)} training images with boxes: lower it",
     )
     for each in (train_split, held_out):
-        on_rank_zero(lambda: check_images(each, config.boxes.workers))  # noqa: B023 # called at once
+        on_rank_zero(lambda: check_images(each, config.boxes.workers, supervision.heartbeat))  # noqa: B023 # called at once
     for name, file in files.items():
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
         # Refuse a network that does not fit before the first one is trained.
@@ -138,7 +142,7 @@ def _set_up(config: DetectConfig, device: torch.device) -> Detection:
     if lacking:
         log(f"classes without a box in the training images, which the detector cannot learn: {first_names(lacking)}")
     shared = count_shared(*([each.path for each in split.images] for split in (train_split, held_out)))
-    return Detection(config, own, files, output_of(config, own), train_split, held_out, shared, device)
+    return Detection(config, own, files, output_of(config, own), train_split, held_out, shared, supervision)
 
 
 def _form(config: DetectConfig) -> DetectorSettings:
@@ -150,36 +154,41 @@ def _detect(run: Detection, name: str, on_step: Callable[[str], None]) -> Detect
     """Train and evaluate one encoder with all seeds; save the network of the last seed and predictions.png."""
     results, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
-        network = _train(run, name, seed, on_step)
-        with progress_bar("evaluating") as progress:
+        training = _training(run, name, seed)
+        network = _train(run, training, on_step)
+        with progress_bar("evaluating", run.supervision.heartbeat) as progress:
             results.append(evaluate(network, run.held_out, settings.views, settings.workers, progress))
         figures = ", ".join(f"{key} {percent(value)}" for key, value in results[-1].figures.items())
         log(f"{name}, seed {seed}: {figures} %")
+    on_rank_zero(lambda: _save(run, name, network, training.folder))
+    return Detected(name, results, training.folder)
+
+
+def _training(run: Detection, name: str, seed: int) -> ResumableTraining:
+    config, identity = run.config, digest(_identity(run, name, seed))
     folder = run.output / "detect" / f"{folder_name(name)}_{config.detector}_{config.steps}steps"
-    on_rank_zero(lambda: _save(run, name, network, folder))
-    return Detected(name, results, folder)
+    return ResumableTraining(folder, name, seed, identity, config.steps, config.batch_size)
 
 
-def _train(run: Detection, name: str, seed: int, on_step: Callable[[str], None]) -> nn.Module:
-    config, classes = run.config, len(run.train.classes)
-    untrained = name == "untrained"
-    network = build_detector(run.files[name], _form(config), classes, seed=seed, untrained=untrained).to(run.device)
+def _train(run: Detection, training: ResumableTraining, on_step: Callable[[str], None]) -> nn.Module:
+    config, classes, device = run.config, len(run.train.classes), run.supervision.device
+    name, seed, untrained = training.encoder, training.seed, training.encoder == "untrained"
+    network = build_detector(run.files[name], _form(config), classes, seed=seed, untrained=untrained).to(device)
     broadcast_module(network)
     loss = DetectorLoss(network, config.anchor_samples, config.box_samples)
     optimizer, settings = _optimizer(config, network), run.training(name)
-    forward = wrap_ddp(loss, run.device)
+    forward = wrap_ddp(loss, device)
     train_resumably(
-        run.output / "detect" / f"state_{digest(_identity(run, name, seed))[:12]}.pt",
+        run.supervision,
+        training,
         network,
         optimizer,
         lambda start, after: train(forward, optimizer, run.train, run.plan(seed), settings, start, after),
         on_step,
-        title=f"{name}, seed {seed}",
-        steps=config.steps,
-        save_every=config.save_every,
     )
     if config.precise_bn:
-        recompute_statistics(loss, run.train, run.plan(seed), settings, config.precise_bn)
+        heartbeat = run.supervision.heartbeat
+        recompute_statistics(loss, run.train, run.plan(seed), settings, config.precise_bn, heartbeat)
     return network
 
 
@@ -223,7 +232,11 @@ def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
 
 def _settings(config: DetectConfig) -> dict[str, Any]:
     """Return the settings without the fields of the encoder, the data and their preparation."""
-    shared = {each.name for each in fields(EncoderConfig)} | {"boxes", "save_every", "mean", "std"}
+    shared = {each.name for base in (EncoderConfig, ResumableConfig) for each in fields(base)} | {
+        "boxes",
+        "mean",
+        "std",
+    }
     return {name: value for name, value in asdict(config).items() if name not in shared}
 
 
@@ -289,10 +302,6 @@ def _report(run: Detection, found: list[Detected], path: Path) -> None:
 
 def _next(config: DetectConfig) -> str:
     """Return the command that trains with three seeds."""
-    default, shared = asdict(DetectConfig()), {each.name for each in fields(EncoderConfig)}
-    changed = {name: value for name, value in asdict(config).items() if name not in shared and value != default[name]}
-    if config.encoders == ["pretrained", "untrained"]:  # as in configs/detect.yaml
-        del changed["encoders"]
-    boxes = changed.pop("boxes", {})
-    changed |= {f"boxes.{name}": value for name, value in boxes.items() if value != default["boxes"][name]}
+    shared = {each.name for each in fields(EncoderConfig)}
+    changed = changed_settings(config, "detect", asdict(config).keys() - shared)
     return command("moco.detect", config, **changed | {"seeds": 3})

@@ -4,7 +4,7 @@ Legend: n objects of an image, H x W its size after the rotation that EXIF state
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -124,14 +124,14 @@ def decode_mask(segmentation: Any, height: int, width: int) -> NDArray[np.uint8]
     return mask
 
 
-def check_images(images: BoxedImages, workers: int | None) -> None:
+def check_images(images: BoxedImages, workers: int | None, heartbeat: Callable[[], None] = lambda: None) -> None:
     """Read the headers of all images, so that none ends the training later.
 
     Raises:
         ImageError: for the first image that cannot be used.
     """
     checked = closing(in_order(_Checked(images), range(len(images)), workers, WORKERS))
-    with progress_bar("reading images") as progress, checked as errors:
+    with progress_bar("reading images", heartbeat) as progress, checked as errors:
         for done, error in enumerate(errors, start=1):
             if error is not None:
                 raise error

@@ -3,7 +3,7 @@
 Several processes compute the same steps as one. Legend: k detections of an image, H x W its size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -19,9 +19,9 @@ from moco.data.plan import Plan
 from moco.data.workers import count_processes, loaded, make_loader
 from moco.detection.images import WORKERS, BoxedImages, coco_masks
 from moco.detection.views import EvaluationDataset, Example, TrainingDataset, ViewSettings
-from moco.distributed import in_lockstep
+from moco.distributed import in_lockstep, on_all_ranks
 from moco.evaluation.finetuning import train_step
-from moco.evaluation.resumable import OnStep, Schedule, run_steps
+from moco.evaluation.steps import OnStep, Schedule, run_steps
 from moco.models.modes import evaluating
 from moco.models.norm import GroupedBatchNorm
 
@@ -52,7 +52,7 @@ def train(
     plan: Plan,
     settings: TrainSettings,
     start: int = 0,
-    on_step: OnStep = lambda step, loss: None,
+    on_step: OnStep = lambda step: None,
 ) -> None:
     """Run the steps from `start` to the end of the schedule.
 
@@ -63,7 +63,7 @@ def train(
         plan: the images of each step.
         settings: see `TrainSettings`.
         start: finished steps.
-        on_step: receives the number of finished steps, and the loss.
+        on_step: receives each finished step.
 
     Raises:
         NonFiniteLoss: if a loss or gradient is not finite.
@@ -72,7 +72,7 @@ def train(
     first = next(forward.parameters())
     loader = _loader(images, plan, settings, first.device, start, settings.schedule.steps)
 
-    def step_of(batch: Sequence[Example], step: int, lr: float) -> float:
+    def step_of(batch: Sequence[Example], step: int, lr: float) -> tuple[float, float]:
         pixels, targets, keys = _on_device(batch, first)
 
         def loss_of(images: Tensor) -> Tensor:
@@ -86,7 +86,12 @@ def train(
 
 @torch.no_grad()
 def recompute_statistics(
-    loss: nn.Module, images: BoxedImages, plan: Plan, settings: TrainSettings, batches: int
+    loss: nn.Module,
+    images: BoxedImages,
+    plan: Plan,
+    settings: TrainSettings,
+    batches: int,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> None:
     """Replace BN's running statistics by their means over the first batches of the training, with the present weights.
 
@@ -96,12 +101,14 @@ def recompute_statistics(
     Args:
         loss: a `DetectorLoss` in training mode.
         batches: their number, at most that of the plan's steps.
+        heartbeat: called for each of them; its exception is raised on all ranks.
     """
     first = next(loss.parameters())
     layers = [layer for layer in loss.modules() if isinstance(layer, GroupedBatchNorm)]
     momenta = [layer.momentum for layer in layers]
     loader = _loader(images, plan, settings, first.device, 0, batches)
     for number, batch in enumerate(in_lockstep(loaded(loader, WORKERS)), start=1):
+        on_all_ranks(heartbeat)
         for layer in layers:
             layer.momentum = 1 / number  # the running average is then the mean of all batches so far
         with torch.autocast(first.device.type, settings.precision, settings.precision != torch.float32):

@@ -4,7 +4,9 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moco.config import ConfigError, OptimConfig, RunWarning, require
+from moco.config import ConfigError, OptimConfig, ResumableConfig, RunWarning, require
 from moco.config.finetune import FinetuneConfig, fraction_of
 from moco.config.subject import SubjectConfig
 from moco.data.keyed import VALIDATION
@@ -22,12 +24,15 @@ from moco.data.plan import Plan
 from moco.data.recorded import fields_to_repeat
 from moco.data.sources import Source
 from moco.data.view import View
+from moco.digest import digest
 from moco.distributed import broadcast_module, on_rank_zero, wrap_ddp
 from moco.evaluation import subsets
 from moco.evaluation import task as evaluation
 from moco.evaluation.finetuning import TrainSettings, build_finetune_optimizer, classifier, mixing, plan_of, train
 from moco.evaluation.metrics import Metrics, compute_metrics, mean_interval, rank_classes
-from moco.evaluation.subject import Subject, data_with_absolute_paths, labels_of
+from moco.evaluation.resumable import ResumableTraining, Supervision, supervised, train_resumably
+from moco.evaluation.steps import OnStep
+from moco.evaluation.subject import Subject, data_with_absolute_paths, images_digest, labels_of, weights_digest
 from moco.evaluation.task import Result, Task, training_view
 from moco.interop.encoder_file import EncoderFile, build, save_encoder
 from moco.interop.weights import save_weights
@@ -37,6 +42,7 @@ from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent
 from moco.runtime.next_command import command
 from moco.runtime.precision import PRECISIONS
+from moco.runtime.preemption import PreemptionHandler
 
 # Fields not listed under "changed" in results.json: "protocol" states them, or they do not affect the result of a seed.
 _NOT_LISTED = {"encoders", "seeds", "fraction", "labels_per_class", "subset_list", "validation"}
@@ -51,24 +57,31 @@ class Finetuning:
     file: EncoderFile  # the subject's file, with drop-path if it is configured
     view: View
 
+    @cached_property
+    def images(self) -> str:
+        """The digest of the training images and their labels. Collective."""
+        return on_rank_zero(lambda: images_digest(self.task.train))
+
     def plan(self, images: int, seed: int) -> Plan:
         config = self.task.config
         return plan_of(images, config.batch_size, config.epochs, config.min_steps, seed)
 
 
-def evaluate_finetune(config: FinetuneConfig) -> list[Result]:
+def evaluate_finetune(config: FinetuneConfig, preemption: PreemptionHandler | None = None) -> list[Result]:
     """Fine-tune each configured encoder end to end with each seed, and evaluate it on the held-out split.
 
-    Returns a result per encoder, the same on every rank. Errors: see `open_task`.
+    Returns a result per encoder, the same on every rank. Without a handler, signals are caught from here on. Errors:
+    see `open_task`; `Preempted` if a signal or `config.stop_after` stopped it before its end.
     """
-    with evaluation.open_task(config) as opened:
-        run = set_up(opened)
+    with supervised(config, preemption) as supervision, ExitStack() as stack:
+        with supervision.watchdog.paused():  # images may be downloaded
+            run = set_up(stack.enter_context(evaluation.open_task(config)))
         task = run.task
         plan = _log_plan(run)
         prepare(task.subject.output)
         settings = _settings(run, plan)  # read now: a list of images may be edited during training
         with evaluation.progress_log("step", len(config.encoders) * config.seeds * plan.total_steps) as on_step:
-            found = [_finetune(run, name, settings, on_step) for name in config.encoders]
+            found = [_finetune(run, name, settings, supervision, on_step) for name in config.encoders]
         path = evaluation.record_results(task, "finetune", protocol(config)[0], found, seed=config.seed)
         _report(task, plan, found, path)
     return found
@@ -155,10 +168,12 @@ def _log_plan(run: Finetuning) -> Plan:
     return plan
 
 
-def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Callable[[str], None]) -> Result:
+def _finetune(
+    run: Finetuning, name: str, settings: dict[str, Any], supervision: Supervision, on_step: Callable[[str], None]
+) -> Result:
     """Train and evaluate one encoder with all seeds; save the network of the last seed."""
     task = run.task
-    metrics, network, plan = train_and_measure(run, name, on_step)
+    metrics, network, plan = train_and_measure(run, name, on_step, supervision)
     folder = _folder(task, name)
     steps = plan.total_steps + (task.subject.file.step if name == "pretrained" else 0)
     on_rank_zero(lambda: _save(task, network, folder, steps))
@@ -174,24 +189,29 @@ def _finetune(run: Finetuning, name: str, settings: dict[str, Any], on_step: Cal
 
 
 def train_and_measure(
-    run: Finetuning, name: str, on_step: Callable[[str], None]
+    run: Finetuning, name: str, on_step: Callable[[str], None], supervision: Supervision | None = None
 ) -> tuple[list[Metrics], nn.Sequential, Plan]:
     """Train one encoder, "pretrained" or "untrained", with each seed, and measure it on the held-out split.
 
     Returns the metrics of all seeds, and the network and the plan of the last one. `on_step` gets a line per step.
+    Without `supervision`, no state is saved.
     """
     task, metrics = run.task, []
+    heartbeat = supervision.heartbeat if supervision else lambda: None
     for seed in range(task.config.seed, task.config.seed + task.config.seeds):
-        network, plan = _train(run, name, seed, on_step)
-        scores = task.features(network, task.held_out)  # (M, L)
+        network, plan = _train(run, name, seed, supervision, on_step)
+        scores = task.features(network, task.held_out, heartbeat=heartbeat)  # (M, L)
         metrics.append(compute_metrics(rank_classes(scores), labels_of(task.held_out), len(task.train.classes)))
         log(f"{name}, seed {seed}: {percent(metrics[-1].top1)} %")
     return metrics, network, plan
 
 
-def _train(run: Finetuning, name: str, seed: int, on_step: Callable[[str], None]) -> tuple[nn.Sequential, Plan]:
+def _train(
+    run: Finetuning, name: str, seed: int, supervision: Supervision | None, on_step: Callable[[str], None]
+) -> tuple[nn.Sequential, Plan]:
     task, config = run.task, run.task.config
-    picked = task.train.subset(pick(config, task.train, seed))
+    rows = pick(config, task.train, seed)
+    picked = task.train.subset(rows)
     plan = run.plan(len(picked), seed)
     backbone = build(run.file, seed if name == "untrained" else None).get_submodule("backbone")
     classes = len(task.train.classes)
@@ -200,16 +220,34 @@ def _train(run: Finetuning, name: str, seed: int, on_step: Callable[[str], None]
     shared = {name: getattr(config, name) for name in ("momentum", "betas", "weight_decay", "exclude")}
     optim = OptimConfig(name=config.optimizer, **shared)
     mix, precision = mixing(config.mixup, config.cutmix, classes), PRECISIONS[config.precision]
-    train(
-        wrap_ddp(network, task.device),
-        build_finetune_optimizer(network, optim, config.nesterov, config.head_lr_factor, config.layer_decay),
-        batches(picked, plan, [run.view], task.device, task.data.workers),
-        torch.from_numpy(labels_of(picked)).to(task.device),
-        plan,
-        TrainSettings(config.lr, config.warmup, mix, config.label_smoothing, precision),
-        lambda loss: on_step(f"{name}, seed {seed}: loss {loss:.3f}"),
-    )
+    optimizer = build_finetune_optimizer(network, optim, config.nesterov, config.head_lr_factor, config.layer_decay)
+    settings = TrainSettings(config.lr, config.warmup, mix, config.label_smoothing, precision)
+    forward, labels = wrap_ddp(network, task.device), torch.from_numpy(labels_of(picked)).to(task.device)
+
+    def steps(start: int, after: OnStep) -> None:
+        stream = batches(picked, plan, [run.view], task.device, task.data.workers, start)
+        train(forward, optimizer, stream, labels, plan, settings, start, after)
+
+    if supervision is None:
+        steps(0, lambda step: on_step(f"{name}, seed {seed}: loss {step.loss:.3f}"))
+    else:
+        identity = digest(_identity(run, name, seed, plan, rows))
+        training = ResumableTraining(_folder(task, name), name, seed, identity, plan.total_steps, plan.batch_size)
+        train_resumably(supervision, training, network, optimizer, steps, on_step)
     return network, plan
+
+
+def _identity(run: Finetuning, name: str, seed: int, plan: Plan, rows: NDArray[np.int64]) -> dict[str, Any]:
+    """Return all that the training of one encoder and seed depends on, to recognize its saved state. Collective."""
+    settings = _settings(run, plan)
+    data = data_with_absolute_paths(run.task.config, run.task.subject)
+    for each in ("seeds", "encoders", "validation", "subset_list"):
+        del settings[each]
+    for each in ("workers", "download"):
+        del data[each]
+    weights, untrained = weights_digest(run.file, "backbone"), name == "untrained"
+    images = {"data": data, "sha256": run.images, "rows": torch.from_numpy(rows)}
+    return {"settings": settings, "untrained": untrained, "seed": seed, "images": images, "weights": weights}
 
 
 def _folder(task: Task[FinetuneConfig], encoder: str) -> Path:
@@ -247,8 +285,9 @@ def _title(config: FinetuneConfig) -> str:
 
 
 def _own_fields() -> set[str]:
-    """Return the fields that moco.finetune does not share with the other evaluations."""
-    return {each.name for each in fields(FinetuneConfig)} - {each.name for each in fields(SubjectConfig)}
+    """Return the fields that moco.finetune does not share with the other evaluations, and that affect its results."""
+    shared = {each.name for base in (SubjectConfig, ResumableConfig) for each in fields(base)}
+    return {each.name for each in fields(FinetuneConfig)} - shared
 
 
 def _settings(run: Finetuning, plan: Plan) -> dict[str, Any]:
@@ -259,8 +298,8 @@ def _settings(run: Finetuning, plan: Plan) -> dict[str, Any]:
     settings |= {"view": asdict(run.view), "fraction": fraction_of(config)}
     if config.subset_list:
         file = Path(config.subset_list)
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        settings |= {"subset_list": str(file.absolute()), "subset_list_sha256": digest}
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        settings |= {"subset_list": str(file.absolute()), "subset_list_sha256": sha256}
     return settings
 
 

@@ -8,6 +8,7 @@ Legend: N labeled images, C channels, S image size, B global batch, n = B / W im
 classes.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from moco.config import OptimConfig
 from moco.data.keyed import step_seed
 from moco.data.loader import Batch
 from moco.data.plan import Plan
-from moco.distributed import gather, in_lockstep, mean_over_ranks, rank, world_size
+from moco.distributed import gather, mean_over_ranks, rank, world_size
+from moco.evaluation.steps import OnStep, Schedule, run_steps, seed_step
 from moco.models.modes import set_training
 from moco.models.norm import convert_batch_norm
 from moco.optim.optimizers import build_optimizer, parameter_groups
-from moco.optim.schedules import lr_factor
 from moco.runtime.errors import NonFiniteLoss
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images (B, C, S, S), labels (B,) -> mixed images, (B, L)
@@ -154,8 +155,8 @@ def train_step(
     loss_of: Callable[[Tensor], Tensor],
     lr: float,
     precision: torch.dtype,
-) -> float:
-    """Train on one global batch and return its loss.
+) -> tuple[float, float]:
+    """Train on one global batch; return its loss and the norm of its gradient.
 
     Args:
         forward: the network, or DDP around it.
@@ -175,13 +176,12 @@ def train_step(
     loss = loss_of(outputs.float())
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    value = mean_over_ranks(loss.detach())
-    # Loss and gradients are averages over the ranks here, so all ranks decide the same.
-    if not torch.isfinite(torch.stack([value, norm])).all():
+    # Both are averages over the ranks here, so all ranks decide the same.
+    value, norm = torch.stack([mean_over_ranks(loss.detach()), nn.utils.get_total_norm(gradients)]).tolist()
+    if not (math.isfinite(value) and math.isfinite(norm)):
         raise NonFiniteLoss(f"loss {value:.4g}, gradient norm {norm:.4g}")
     optimizer.step()
-    return value.item()
+    return value, norm
 
 
 def train(
@@ -191,33 +191,30 @@ def train(
     labels: Tensor,
     plan: Plan,
     settings: TrainSettings,
-    on_step: Callable[[float], None] = lambda _: None,
+    start: int = 0,
+    on_step: OnStep = lambda step: None,
 ) -> None:
-    """Run all steps of a plan.
+    """Run the steps of a plan from `start` on.
 
     Args:
         forward, optimizer: see `train_step`; the network is in training mode.
-        batches: the plan's batches, one view each.
+        batches: the plan's batches from that step on, one view each.
         labels: of all images of the plan, (N,), on the device.
-        on_step: receives the loss of each step.
+        on_step: receives each finished step.
 
     Raises:
         NonFiniteLoss: if a loss or gradient is not finite.
         ImageError: if an image cannot be decoded; on every rank.
     """
-    schedule = OptimConfig(schedule="cosine", warmup_epochs=settings.warmup * plan.epochs)
-    for step, batch in enumerate(in_lockstep(batches)):
+    schedule = Schedule(settings.lr, plan.total_steps, "cosine", settings.warmup, epochs=plan.epochs)
+
+    def step_of(batch: Batch, step: int, lr: float) -> tuple[float, float]:
         images, target = batch.views[0], labels[batch.index]
         if settings.mix is not None:
             torch.manual_seed(step_seed(plan.seed, step << 16))  # the same on all ranks
             images, target = mixed(settings.mix, images, target)
-        torch.manual_seed(step_seed(plan.seed, (step << 16) + 1 + rank()))  # for dropout and drop-path
-        lr = settings.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, schedule)
+            seed_step(plan.seed, step)
         loss_of = partial(F.cross_entropy, target=target, label_smoothing=settings.label_smoothing)  # of logits (n, L)
-        try:
-            loss = train_step(forward, optimizer, images, loss_of, lr, settings.precision)
-        except NonFiniteLoss as error:
-            decay = max(group["weight_decay"] for group in optimizer.param_groups)
-            fix = f"lower lr={settings.lr:g}, head_lr_factor or weight_decay={decay:g}, or increase warmup"
-            raise NonFiniteLoss(f"step {step + 1} of {plan.total_steps} has {error} at lr {lr:.3g}: {fix}") from error
-        on_step(loss)
+        return train_step(forward, optimizer, images, loss_of, lr, settings.precision)
+
+    run_steps(batches, step_of, optimizer, schedule, plan.seed, start, on_step)

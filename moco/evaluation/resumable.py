@@ -1,117 +1,201 @@
-"""Fine-tuning that resumes: a state saved every few steps, from which the same command continues.
+"""Trainings that resume: a state saved every few steps and after a signal, from which the same command continues.
 
 All that a step needs is in the state, or a function of the seed and the step. So on a CPU a resumed training ends with
 the same weights as an uninterrupted one, bit for bit.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from moco.config import ConfigError, OptimConfig
-from moco.data.keyed import step_seed
-from moco.distributed import in_lockstep, on_rank_zero, rank
+from moco.config import ConfigError, ResumableConfig
+from moco.distributed import DelayedMaxOverRanks, on_all_ranks, on_rank_zero
+from moco.evaluation.steps import OnStep, Step
 from moco.files import atomic_write
-from moco.optim.schedules import lr_factor
+from moco.runs.metrics import METRICS, MetricsLogger
 from moco.runs.weights_file import read_weights
 from moco.runtime.console import log
-from moco.runtime.errors import NonFiniteLoss
+from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
+from moco.runtime.speed import StepTimes
+from moco.runtime.watchdog import Watchdog, watched_context
 
-T = TypeVar("T")
-OnStep = Callable[[int, float], None]  # the number of finished steps, and the loss
+CURVES = "training.jsonl"  # the records of the training whose network is in the same folder, as in metrics.jsonl
+
+
+class Supervision:
+    """What the trainings of one attempt at a command share; see `supervised`.
+
+    Attributes:
+        device: Of this process.
+        watchdog: Is told of each step, and each part of an evaluation.
+    """
+
+    def __init__(
+        self, device: torch.device, watchdog: Watchdog, preemption: PreemptionHandler, save_every: int, log_every: int
+    ) -> None:
+        self.device, self.watchdog, self.preemption = device, watchdog, preemption
+        self.save_every, self.log_every = save_every, log_every
+        self._saved: tuple[int, int] | tuple[()] = ()  # steps of the present training, and their total number
+
+    def heartbeat(self) -> None:
+        """Report progress to the watchdog. Raise `Preempted` after a signal: everything is saved outside of steps.
+
+        Only for code whose exception is raised on all ranks.
+        """
+        self.watchdog.heartbeat()
+        if reason := self.preemption.signal_received():
+            raise Preempted(reason, *self._saved)
+
+    def saved(self, done: int, total: int) -> None:
+        """Record that `done` of the `total` steps of the present training are saved."""
+        self._saved = done, total
+
+
+@contextmanager
+def supervised(config: ResumableConfig, preemption: PreemptionHandler | None) -> Iterator[Supervision]:
+    """Set up device, threads, process group and watchdog; without a handler, catch signals from here on.
+
+    Raises:
+        ConfigError, PeerLost: see `compute_context`.
+    """
+    with ExitStack() as stack:
+        preemption = preemption or stack.enter_context(PreemptionHandler(config.stop_after))
+        device, watchdog = stack.enter_context(watched_context(config))
+        yield Supervision(device, watchdog, preemption, config.save_every, config.log_every)
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The learning rate (lr) of each step."""
+class ResumableTraining:
+    """One training of a command: its encoder, its seed, its length and its files.
 
-    lr: float  # the peak; each parameter group multiplies it by its "lr_scale"
-    steps: int
-    kind: str  # step: multiplied by 0.1 at each milestone; cosine: to 0
-    warmup: float  # fraction of the steps in which the lr rises
-    milestones: Sequence[float] = (0.7, 0.9)  # fractions of the steps
-
-    def at(self, step: int) -> float:
-        milestones = list(self.milestones)
-        optim = OptimConfig(schedule=self.kind, milestones=milestones, warmup_epochs=self.warmup)
-        return self.lr * lr_factor(step, self.steps, 1, optim)  # all steps are one epoch
-
-
-def run_steps(
-    batches: Iterable[T],
-    step_of: Callable[[T, int, float], float],
-    optimizer: Optimizer,
-    schedule: Schedule,
-    seed: int,
-    start: int = 0,
-    on_step: OnStep = lambda step, loss: None,
-) -> None:
-    """Run the steps from `start` on, one per batch.
-
-    Args:
-        batches: of this rank; the same number on every rank.
-        step_of: trains on a batch, given also the step and its lr; returns the loss.
-        optimizer: its weight decay is named in errors.
-        schedule: the learning rates.
-        seed: seeds torch's generator, for example for dropout, together with step and rank.
-        start: finished steps.
-        on_step: called after each step.
-
-    Raises:
-        NonFiniteLoss: if a loss or gradient is not finite.
+    Attributes:
+        folder: For the trained network of the last seed. State and metrics are beside it.
+        encoder: The entry of `encoders`.
+        seed: Of this training.
+        digest: Tells trainings with different settings, weights or images apart.
+        steps: Number of steps.
+        batch_size: Images per step, over all processes.
     """
-    for step, batch in enumerate(in_lockstep(batches), start=start):
-        torch.manual_seed(step_seed(seed, (step << 16) + 1 + rank()))
-        lr = schedule.at(step)
-        try:
-            loss = step_of(batch, step, lr)
-        except NonFiniteLoss as error:
-            decay = max(group["weight_decay"] for group in optimizer.param_groups)
-            fix = f"lower lr={schedule.lr:g} or weight_decay={decay:g}, or increase warmup"
-            raise NonFiniteLoss(f"step {step + 1} of {schedule.steps} has {error} at lr {lr:.3g}: {fix}") from error
-        on_step(step + 1, loss)
+
+    folder: Path
+    encoder: str
+    seed: int
+    digest: str
+    steps: int
+    batch_size: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.encoder}, seed {self.seed}"
+
+    @property
+    def state(self) -> Path:
+        return self.folder.parent / f"state_{self.digest[:12]}.pt"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder.parent / f"{self.folder.name}_seed{self.seed}_{self.digest[:12]}"
+
+    def copy_curves(self) -> None:
+        """Copy the recorded metrics to the folder of the trained network, for the report. For rank 0."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.metrics / METRICS).is_file():
+            with atomic_write(self.folder / CURVES) as temporary:
+                shutil.copyfile(self.metrics / METRICS, temporary)
+        else:  # of a state that was saved by an earlier version
+            (self.folder / CURVES).unlink(missing_ok=True)
 
 
 def train_resumably(
-    state: Path,
+    supervision: Supervision,
+    training: ResumableTraining,
     network: nn.Module,
     optimizer: Optimizer,
     train: Callable[[int, OnStep], None],
     on_step: Callable[[str], None],
-    *,
-    title: str,
-    steps: int,
-    save_every: int,
 ) -> None:
-    """Continue a training from its saved state, if there is one, and save its state every so many steps.
+    """Continue a training from its saved state, if there is one; log its metrics and save its state while it runs.
 
     Args:
-        state: the file of the state; its name must tell trainings with different settings apart.
+        supervision: of the command.
+        training: its files and its length.
         network, optimizer: on this rank; the state fits all ranks, which hold the same weights.
         train: runs the steps from the given one on, and calls the given function after each step.
         on_step: receives a line for each step, also for those that were finished before.
-        title: names the training in messages.
-        steps: of the whole training.
-        save_every: steps between two saved states; 0: the state is saved at the end only.
+
+    Raises:
+        Preempted: on all ranks, once the state is saved, if one of them received a signal or reached the time limit.
     """
-    start = resume(state, network, optimizer)
+    start, steps, title = resume(training.state, network, optimizer), training.steps, training.title
     if start:
         finished = "already trained" if start == steps else f"resumed at step {start:,}"
-        log(f"{title}: {finished} ({state})")
+        log(f"{title}: {finished} ({training.state})")
+        supervision.saved(start, steps)
     for _ in range(start):
         on_step(title)
+    on_all_ranks(supervision.heartbeat)
+    if start < steps:
+        _train(supervision, training, network, optimizer, train, on_step, start)
+    on_rank_zero(training.copy_curves)
 
-    def after(step: int, loss: float) -> None:
-        on_step(f"{title}: loss {loss:.3f}")
-        if step == steps or (save_every and step % save_every == 0):
-            on_rank_zero(lambda: save_state(state, network, optimizer, step))
 
-    train(start, after)
+def _train(
+    supervision: Supervision,
+    training: ResumableTraining,
+    network: nn.Module,
+    optimizer: Optimizer,
+    train: Callable[[int, OnStep], None],
+    on_step: Callable[[str], None],
+    start: int,
+) -> None:
+    """Run the steps from `start` on; log and save, and stop all ranks if one of them has a reason."""
+    steps, title = training.steps, training.title
+    stop, times = DelayedMaxOverRanks(supervision.device), StepTimes(supervision.device, training.batch_size)
+    supervision.watchdog.finished(start)
+    with _logging(training.metrics, start) as write, supervision.preemption.stepping():
+
+        def after(step: Step) -> None:
+            times.add_step(step.began, step.arrived)
+            supervision.watchdog.finished(step.done)
+            on_step(f"{title}: loss {step.loss:.3f}")
+            if step.done % supervision.log_every == 0 or step.done in (1, steps):
+                write(step, times)
+            reason = stop(supervision.preemption.reason()) if step.done < steps else Reason.NONE
+            due = step.done == steps or (supervision.save_every and step.done % supervision.save_every == 0)
+            if due or reason:
+                on_rank_zero(lambda: save_state(training.state, network, optimizer, step.done))
+                supervision.saved(step.done, steps)
+            if reason:
+                raise Preempted(Reason(reason), step.done, steps)
+
+        train(start, after)
+
+
+@contextmanager
+def _logging(folder: Path, start: int) -> Iterator[Callable[[Step, StepTimes], None]]:
+    """Yield a function that records a step in `folder`/metrics.jsonl and TensorBoard's events. Collective."""
+    opened = list[MetricsLogger]()
+
+    def open_log() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened.append(MetricsLogger(folder, start))
+
+    def write(step: Step, times: StepTimes) -> None:
+        values = {f"train/{name}": getattr(step, name) for name in ("loss", "lr", "gradient_norm")} | times.record()
+        on_rank_zero(lambda: opened[0].log(step.done, values))
+
+    on_rank_zero(open_log)
+    try:
+        yield write
+    finally:
+        for each in opened:
+            each.close()
 
 
 def save_state(path: Path, network: nn.Module, optimizer: Optimizer, step: int) -> None:

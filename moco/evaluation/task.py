@@ -72,15 +72,18 @@ class Task(Generic[Config]):
         """The number of held-out images that are training images too. Collective."""
         return count_copies(self.train, self.held_out)
 
-    def features(self, network: Network, source: Source, description: str = "") -> Tensor:
+    def features(
+        self, network: Network, source: Source, description: str = "", heartbeat: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """Compute the features (M, D) of a source, in its order, on every rank.
 
         The network `pixels` gets images that are not normalized. With a description, shows a progress bar and refuses
-        non-finite features; see `monitored`.
+        non-finite features; see `monitored`. `heartbeat` is called before each batch.
         """
         transform = self.subject.transform.unnormalized() if network is pixels else self.subject.transform
         with monitored(network, len(source), description) if description else nullcontext(network) as forward:
-            return extract(forward, source, transform, self.device, self.config.images_at_once, self.data.workers)
+            rest = self.device, self.config.images_at_once, self.data.workers, heartbeat
+            return extract(forward, source, transform, *rest)
 
 
 @contextmanager

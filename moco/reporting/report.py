@@ -84,7 +84,10 @@ def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
 
 def _run_sections(config: ReportConfig, computed: _Computed, figures: Figures, device: torch.device) -> list[Section]:
     run, views = computed.run, computed.run.path / "views.png"
-    parts = [Section("Evaluations", sections.evaluations(run)), *_image_sections(config, computed, figures, device)]
+    parts = [
+        Section("Evaluations", sections.evaluations(run, figures)),
+        *_image_sections(config, computed, figures, device),
+    ]
     if computed.alarms:
         parts.insert(0, Section("Training doctor", part("findings", computed.alarms)))
     if views.is_file():

@@ -1,8 +1,8 @@
 """Sections of a report that need only the files of a run, not its data or its encoder."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ from moco.config import EvaluateConfig, TrainConfig, flatten
 from moco.config.data import FOLDERS
 from moco.data.sources import folders
 from moco.evaluation.knn_classifier import Accuracy, knn_title
-from moco.reporting.curves import charts
+from moco.evaluation.resumable import CURVES
+from moco.reporting.curves import Chart, Series, charts
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, facts
 from moco.reporting.run_record import Run, by_epoch, names
 from moco.runs.comparison import chosen_neighbors, placed
+from moco.runs.metrics import read_metrics
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
 
@@ -143,8 +145,8 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
     return Section("Curves", (part("paragraph", " ".join(notes), "soft") if notes else Markup()) + body)
 
 
-def evaluations(run: Run) -> Markup:
-    """Return results.json as a table; of repeated evaluations only the newest."""
+def evaluations(run: Run, figures: Figures) -> Markup:
+    """Return results.json as a table, of repeated evaluations only the newest; and the losses of the trainings."""
     found = placed(run.results)
     if not found:
         if not run.labeled:
@@ -162,24 +164,45 @@ def evaluations(run: Run) -> Markup:
     shown += part(
         "folded", "Images, dates and other metrics", part("table", "Details", ["evaluation", "details"], more)
     )
-    saved = {str(entry.get("saved")): entry for entry in run.results}  # a later evaluation replaces the image
+    saved = {str(entry.get("saved")): entry for entry in run.results}  # a later evaluation replaces the files
+    drawn = [figures.add_chart(chart, "step") for chart in _losses(run, list(saved.values()))]
+    shown += part("folded", "Losses of the trainings", part("charts", Markup().join(drawn))) if drawn else Markup()
     images = [image for entry in saved.values() if (image := _predictions(run, entry))]
     return shown + (part("folded", "Predictions and ground truth", Markup().join(images)) if images else Markup())
 
 
-def _predictions(run: Run, entry: Mapping[str, Any]) -> Markup:
-    """Return the image that moco.segment or moco.detect wrote for an entry of results.json; "" without one.
+def _beside(run: Run, entry: Mapping[str, Any], name: str) -> Path | None:
+    """Return a file beside the network that an entry of results.json describes; None if there is none.
 
     Only a file below the run is read: results.json may come from others.
     """
-    name, command = Path(str(entry.get("saved", ""))).name, entry.get("command")
-    file = run.path / str(command) / name / "predictions.png"
-    if command not in ("segment", "detect") or not name or not file.is_file():
+    folder, command = Path(str(entry.get("saved", ""))).name, entry.get("command")
+    file = run.path / str(command) / folder / name
+    return file if command in ("finetune", "segment", "detect") and folder and file.is_file() else None
+
+
+def _losses(run: Run, entries: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    """Yield a chart for each command and protocol, with the losses of its encoders."""
+    groups: dict[str, dict[str, Series]] = {}
+    for entry in entries:
+        file = _beside(run, entry, CURVES)
+        if file and (loss := read_metrics(file).get("train/loss")):
+            group = groups.setdefault(f"{entry.get('command')}, {entry.get('protocol', '?')}", {})
+            group[str(entry.get("encoder", "?"))] = {"train/loss": loss}
+    for title, series in groups.items():
+        for chart in charts(series)[0]:
+            yield replace(chart, title=f"Loss of {title}", unit="")
+
+
+def _predictions(run: Run, entry: Mapping[str, Any]) -> Markup:
+    """Return the image that moco.segment or moco.detect wrote for an entry of results.json; "" without one."""
+    file = _beside(run, entry, "predictions.png")
+    if file is None:
         return Markup()
     data = file.read_bytes()
     if len(data) > _MOST_BYTES or not data.startswith(_PNG):
         return Markup()
-    return part("views", data, f"{command}, {entry.get('protocol', '?')}, {entry.get('encoder', '?')}")
+    return part("views", data, f"{entry.get('command')}, {entry.get('protocol', '?')}, {entry.get('encoder', '?')}")
 
 
 def _details(entry: Mapping[str, Any]) -> str:

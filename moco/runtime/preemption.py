@@ -88,12 +88,17 @@ class Preempted(Exception):
     """
 
     def __init__(self, reason: Reason, done: int | None = None, total: int = 0) -> None:
+        self._arguments = reason, done, total
         self.status = INTERRUPTED if reason is Reason.SIGINT else PREEMPTED
         by = "the time limit stop_after" if reason is Reason.TIME_LIMIT else reason.name
         text = f"after step {done} of {total}, which is saved: run the same command again to resume"
         if done is None:
             text = "before the first step: nothing new to save; run the same command again to start"
         super().__init__(f"stopped by {by} {text} (status {self.status})")
+
+    def __reduce__(self) -> tuple[type["Preempted"], tuple[Reason, int | None, int]]:
+        """Let the exception be sent to the other ranks."""
+        return Preempted, self._arguments
 
 
 class PreemptionHandler:

@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from moco.distributed import on_rank_zero, world_size
+from moco.config.base import StoppableConfig
+from moco.distributed import on_rank_zero, rank, world_size
+from moco.runtime.device import compute_context
 from moco.runtime.stdio import print_error
 
 HUNG = os.EX_UNAVAILABLE  # 69
+LONGEST_WAIT = 60.0 * 24 * 365  # minutes that a process group waits with hang_after=0
 
 _PACKAGE = Path(__file__).parents[1]
 _CHECKS = 12  # checks, and heartbeats, within the time limit
@@ -215,3 +219,15 @@ class Watchdog:
             print_error(f"moco: {hang_message(states, self._limit / 60)}")
         if not self._over.is_set():  # otherwise the run has continued, or is about to end
             os._exit(HUNG)
+
+
+@contextmanager
+def watched_context(config: StoppableConfig) -> Iterator[tuple[torch.device, Watchdog]]:
+    """Enter `compute_context` and start a watchdog with the limit `hang_after`; yield the device and the watchdog."""
+    # In minutes. The watchdog should report before the process group, which needs a finite timeout.
+    timeout = max(10.0, config.hang_after + 5) if config.hang_after else LONGEST_WAIT
+    with (
+        compute_context(config, timeout) as device,
+        Watchdog(config.hang_after, rendezvous_store(), rank(), world_size()) as watchdog,
+    ):
+        yield device, watchdog

@@ -5,7 +5,7 @@ A mask is an image file of one channel; the value of a pixel is the number of it
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +119,9 @@ def open_masked(config: MasksConfig) -> tuple[MaskedImages, MaskedImages]:
     return train.subset(rest), train.subset(held)
 
 
-def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64]:
+def count_classes(
+    images: MaskedImages, workers: int | None, heartbeat: Callable[[], None] = lambda: None
+) -> NDArray[np.int64]:
     """Read all masks and return the number of pixels of each class, (256,); at `IGNORED` those without a class.
 
     Raises:
@@ -127,7 +129,7 @@ def count_classes(images: MaskedImages, workers: int | None) -> NDArray[np.int64
     """
     total = np.zeros(256, dtype=np.int64)
     counted = closing(in_order(_Counted(images), range(len(images)), workers, WORKERS))
-    with progress_bar("reading masks") as progress, counted as counts:
+    with progress_bar("reading masks", heartbeat) as progress, counted as counts:
         for done, each in enumerate(counts, start=1):
             if isinstance(each, ImageError):
                 raise each

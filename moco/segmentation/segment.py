@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from moco.config import OptimConfig, RunWarning, require
+from moco.config import OptimConfig, ResumableConfig, RunWarning, require
 from moco.config.segment import SegmentConfig
 from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
@@ -22,7 +21,8 @@ from moco.distributed import broadcast_module, is_rank_zero, on_rank_zero, wrap_
 from moco.evaluation.encoders import folder_name, normalization, open_encoders
 from moco.evaluation.finetuning import build_finetune_optimizer, plan_of
 from moco.evaluation.metrics import mean_interval
-from moco.evaluation.resumable import Schedule, train_resumably
+from moco.evaluation.resumable import ResumableTraining, Supervision, supervised, train_resumably
+from moco.evaluation.steps import Schedule
 from moco.evaluation.subject import open_encoder, output_of, weights_digest
 from moco.evaluation.task import (
     changed_settings,
@@ -36,8 +36,8 @@ from moco.interop.encoder_file import EncoderFile
 from moco.interop.weights import save_weights
 from moco.runs.results import prepare, record
 from moco.runtime.console import log, percent, progress_bar, table
-from moco.runtime.device import compute_context
 from moco.runtime.precision import PRECISIONS
+from moco.runtime.preemption import PreemptionHandler
 from moco.segmentation.crop import CropSettings
 from moco.segmentation.masks import IGNORED, MaskedImages, count_classes, open_masked
 from moco.segmentation.measure import Overlap
@@ -62,7 +62,7 @@ class Segmentation:
     held_out: MaskedImages
     pixels: list[list[int]]  # of each class, in the masks of both splits
     shared: int  # held-out images that are training images, too
-    device: torch.device
+    supervision: Supervision
 
     @cached_property
     def files(self) -> dict[str, EncoderFile]:
@@ -96,15 +96,18 @@ class Segmented:
         return mean_interval([each.mean for each in self.overlaps])
 
 
-def evaluate_segment(config: SegmentConfig) -> list[Segmented]:
+def evaluate_segment(config: SegmentConfig, preemption: PreemptionHandler | None = None) -> list[Segmented]:
     """Train and evaluate a network on each configured encoder with each seed; the same result on every rank.
+
+    Without a handler, signals are caught from here on.
 
     Raises:
         ConfigError, ImageError, FileNotFoundError, ValueError: for an unsuitable encoder or data set.
         NonFiniteLoss: if the training diverges.
+        Preempted: if a signal or `config.stop_after` stopped it before its end.
     """
-    with compute_context(config) as device:
-        run = _set_up(config, device)
+    with supervised(config, preemption) as supervision:
+        run = _set_up(config, supervision)
         prepare(run.output)
         with progress_log("step", len(config.encoders) * config.seeds * config.steps) as on_step:
             found = [_segment(run, name, on_step) for name in config.encoders]
@@ -115,10 +118,11 @@ def evaluate_segment(config: SegmentConfig) -> list[Segmented]:
     return found
 
 
-def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
+def _set_up(config: SegmentConfig, supervision: Supervision) -> Segmentation:
     """Open the encoders and the images, and read all masks."""
-    own = open_encoder(config)
-    files = open_encoders(own, config.encoders, "moco.segment")
+    with supervision.watchdog.paused():  # a file may be downloaded
+        own = open_encoder(config)
+        files = open_encoders(own, config.encoders, "moco.segment")
     for file in files.values():  # refuse a network that lacks it before the images are read
         with_output_stride(file, config.output_stride)
     train_split, held_out = open_masked(config.masks)
@@ -126,14 +130,15 @@ def _set_up(config: SegmentConfig, device: torch.device) -> Segmentation:
         len(train_split) >= config.batch_size,
         f"batch_size={config.batch_size} exceeds the {len(train_split)} images of the training split: lower it",
     )
-    counts = on_rank_zero(lambda: [count_classes(each, config.masks.workers) for each in (train_split, held_out)])
+    arguments = config.masks.workers, supervision.heartbeat
+    counts = on_rank_zero(lambda: [count_classes(each, *arguments) for each in (train_split, held_out)])
     train_split, held_out = _with_classes(train_split, held_out, counts)
     for name, file in files.items():
         log(f"{name}: {file.source}: {file.backbone} ({file.layout}{file.trained})")
     log(f"{len(train_split):,} images for training, {len(held_out):,} held out, {len(train_split.classes)} classes")
     pixels = [each.tolist() for each in counts]
     shared = count_shared(*([image for image, _ in split.pairs] for split in (train_split, held_out)))
-    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, pixels, shared, device)
+    return Segmentation(config, own, files, output_of(config, own), train_split, held_out, pixels, shared, supervision)
 
 
 def _with_classes(
@@ -161,37 +166,40 @@ def _segment(run: Segmentation, name: str, on_step: Callable[[str], None]) -> Se
     """Train and evaluate one encoder with all seeds; save the network of the last seed and predictions.png."""
     overlaps, config, settings = [], run.config, run.training(name)
     for seed in range(config.seed, config.seed + config.seeds):
-        network = _train(run, name, seed, on_step)
-        with progress_bar("evaluating") as progress:
+        training = _training(run, name, seed)
+        network = _train(run, training, on_step)
+        with progress_bar("evaluating", run.supervision.heartbeat) as progress:
             overlaps.append(evaluate(network, run.held_out, settings.crops, config.masks.workers, progress))
         log(f"{name}, seed {seed}: mIoU {percent(overlaps[-1].mean)} %")
-    folder = (
-        run.output / "segment" / f"{folder_name(name)}_{config.head}{'_frozen' * config.frozen}_{config.steps}steps"
-    )
-    on_rank_zero(lambda: _save(run, name, network, folder))
-    return Segmented(name, overlaps, folder)
+    on_rank_zero(lambda: _save(run, name, network, training.folder))
+    return Segmented(name, overlaps, training.folder)
 
 
-def _train(run: Segmentation, name: str, seed: int, on_step: Callable[[str], None]) -> SegmentationNetwork:
-    config, classes = run.config, len(run.train.classes)
-    untrained, plan = name == "untrained", run.plan(seed)
+def _training(run: Segmentation, name: str, seed: int) -> ResumableTraining:
+    config, identity = run.config, digest(_identity(run, name, seed))
+    protocol = f"{config.head}{'_frozen' * config.frozen}_{config.steps}steps"
+    folder = run.output / "segment" / f"{folder_name(name)}_{protocol}"
+    return ResumableTraining(folder, name, seed, identity, config.steps, config.batch_size)
+
+
+def _train(run: Segmentation, training: ResumableTraining, on_step: Callable[[str], None]) -> SegmentationNetwork:
+    config, classes, device = run.config, len(run.train.classes), run.supervision.device
+    name, seed, untrained = training.encoder, training.seed, training.encoder == "untrained"
+    plan = run.plan(seed)
     network = build_network(
         run.files[name], config.head, classes, seed=seed, untrained=untrained, frozen=config.frozen, bn=config.bn
-    ).to(run.device)
+    ).to(device)
     broadcast_module(network)
     optim = OptimConfig(name="sgd", momentum=config.momentum, weight_decay=config.weight_decay)
     optimizer = build_finetune_optimizer(network, optim, head_lr_factor=config.head_lr_factor)
-    state = run.output / "segment" / f"state_{digest(_identity(run, name, seed))[:12]}.pt"
-    forward, settings = wrap_ddp(network, run.device), run.training(name)
+    forward, settings = wrap_ddp(network, device), run.training(name)
     train_resumably(
-        state,
+        run.supervision,
+        training,
         network,
         optimizer,
         lambda start, after: train(forward, optimizer, run.train, plan, settings, start, after),
         on_step,
-        title=f"{name}, seed {seed}",
-        steps=config.steps,
-        save_every=config.save_every,
     )
     return network
 
@@ -224,7 +232,11 @@ def _save(run: Segmentation, name: str, network: SegmentationNetwork, folder: Pa
 
 def _settings(config: SegmentConfig) -> dict[str, Any]:
     """Return the settings without the fields of the encoder, the data and their preparation."""
-    shared = {each.name for each in fields(EncoderConfig)} | {"masks", "save_every", "mean", "std"}
+    shared = {each.name for base in (EncoderConfig, ResumableConfig) for each in fields(base)} | {
+        "masks",
+        "mean",
+        "std",
+    }
     return {name: value for name, value in asdict(config).items() if name not in shared}
 
 

@@ -21,7 +21,7 @@ from moco.data.plan import Plan
 from moco.data.workers import count_processes, loaded, make_loader
 from moco.distributed import all_gather_object, rank, sum_over_ranks, world_size
 from moco.evaluation.finetuning import train_step
-from moco.evaluation.resumable import OnStep, Schedule, run_steps
+from moco.evaluation.steps import OnStep, Schedule, run_steps
 from moco.models.modes import evaluating
 from moco.segmentation.crop import CropDataset, CropSettings
 from moco.segmentation.masks import IGNORED, WORKERS, MaskedImages
@@ -62,14 +62,14 @@ def train(
     plan: Plan,
     settings: TrainSettings,
     start: int = 0,
-    on_step: OnStep = lambda step, loss: None,
+    on_step: OnStep = lambda step: None,
 ) -> None:
     """Run the steps from `start` to the end of the schedule.
 
     Args:
         forward: the network, or DDP around it, in training mode.
         optimizer: its groups hold the factor of their learning rate in "lr_scale".
-        on_step: receives the number of finished steps, and the loss.
+        on_step: receives each finished step.
 
     Raises:
         NonFiniteLoss: if a loss or gradient is not finite.
@@ -80,7 +80,7 @@ def train(
     sampler = islice(plan.samples(start), settings.schedule.steps - start)
     loader = make_loader(dataset, settings.workers, sampler, pin_memory=device.type == "cuda")
 
-    def step_of(batch: tuple[Tensor, Tensor], step: int, lr: float) -> float:
+    def step_of(batch: tuple[Tensor, Tensor], step: int, lr: float) -> tuple[float, float]:
         crops, masks = (each.to(device, non_blocking=True) for each in batch)
         return train_step(forward, optimizer, crops, pixel_loss(masks), lr, settings.precision)
 

@@ -19,6 +19,7 @@ from moco.distributed import is_rank_zero, world_size
 from moco.models.first_layer import input_channels
 from moco.runtime.memory import peak_memory
 from moco.runtime.precision import PRECISIONS
+from moco.runtime.speed import StepTimes
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # number of rows and columns of the matrices in `matrix_rate`
 PROFILED = 5  # steps in a profile, after as many steps of warm-up
@@ -91,8 +92,8 @@ class Throughput:
         log: Callable[[str], None],
         unfinished: bool,
     ) -> None:
-        self._device, self._batch_size = device, config.batch_size
-        self._steps, self._busy, self._waited = 0, 0.0, 0.0
+        self._device, self._times = device, StepTimes(device, config.batch_size)
+        self.add_step = self._times.add_step
         self._records: list[dict[str, float]] = []
         self._flops, self._peak = 0, 1.0
         if not is_rank_zero() or not unfinished:
@@ -109,30 +110,23 @@ class Throughput:
         measured = "fp32" if device.type == "cpu" and precision == "fp16" else precision
         self._peak = matrix_rate(device, PRECISIONS[measured]) * world_size()
 
-    def add_step(self, began: float, arrived: float) -> None:
-        """Count a step that ends now, whose batch was requested at `began` and arrived at `arrived` (perf_counter)."""
-        # On a GPU the host is at most one step ahead of the device; the mean over the steps hides that.
-        self._busy += time.perf_counter() - began
-        self._waited += arrived - began
-        self._steps += 1
-
     def record(self) -> dict[str, float]:
         """Return the means over the steps since the last record."""
-        rate, wait = self._steps * self._batch_size / self._busy, self._waited / self._busy
-        self._steps, self._busy, self._waited = 0, 0.0, 0.0
-        values = {"images_per_second": rate, "data_wait": wait, "peak_memory_gib": peak_memory(self._device) / 2**30}
+        values = self._times.record()
         if self._flops:
             # The measured peak is too low if the machine was busy with other work at that time.
-            self._peak = max(self._peak, self._flops * rate)
-            values["mfu"] = self._flops * rate / self._peak
+            rate = self._flops * values["speed/images_per_second"]
+            self._peak = max(self._peak, rate)
+            values["speed/mfu"] = rate / self._peak
         self._records.append(values)
-        return {f"speed/{name}": value for name, value in values.items()}
+        return values
 
     def summary(self) -> str:
         """Describe the medians over the records of this attempt; "" without records."""
         if not self._records:
             return ""
-        middle = {name: median(each[name] for each in self._records) for name in self._records[0]}
+        names = self._records[0]
+        middle = {name.removeprefix("speed/"): median(each[name] for each in self._records) for name in names}
         mfu = f", MFU {100 * middle['mfu']:.0f} % of {self._peak / 1e9:,.0f} GFLOP/s measured" if self._flops else ""
         kind = "GPU" if self._device.type == "cuda" else "process"
         return (

@@ -44,13 +44,13 @@ from moco.runs import checkpoint
 from moco.runs.directory import refuse_difference, refuse_missing_plugins
 from moco.runs.metrics import MetricsLogger, check_loggers
 from moco.runtime.console import Display
-from moco.runtime.device import compute_context, describe_device
+from moco.runtime.device import describe_device
 from moco.runtime.errors import NonFiniteLoss
 from moco.runtime.memory import explain_out_of_memory, keep_freed_memory, training_fix
 from moco.runtime.preemption import Preempted, PreemptionHandler, Reason
 from moco.runtime.provenance import commit
 from moco.runtime.sharding import full_state, full_weights
-from moco.runtime.watchdog import Watchdog, rendezvous_store
+from moco.runtime.watchdog import Watchdog, watched_context
 from moco.training import build
 from moco.training.checkpoint_schedule import CheckpointSchedule
 from moco.training.checks import check_against_data
@@ -62,20 +62,13 @@ from moco.training.step import Measures, train_step
 from moco.training.summary import announce, show_views, summarize
 from moco.training.throughput import Profile, Throughput
 
-LONGEST_WAIT = 60.0 * 24 * 365  # minutes that a process group waits with hang_after=0
-
 
 def pretrain(config: TrainConfig, preemption: PreemptionHandler | None = None) -> None:
     """Train as `moco.train.train` does; without a handler, signals are caught from here on."""
     if preemption is None:
         with PreemptionHandler(config.stop_after) as preemption:
             return pretrain(config, preemption)
-    # In minutes. The watchdog should report before the process group, which needs a finite timeout.
-    timeout = max(10.0, config.hang_after + 5) if config.hang_after else LONGEST_WAIT
-    with (
-        compute_context(config, timeout) as device,
-        Watchdog(config.hang_after, rendezvous_store(), rank(), world_size()) as watchdog,
-    ):
+    with watched_context(config) as (device, watchdog):
         if device.type == "cpu":
             keep_freed_memory()
         Trainer(config, preemption, watchdog, device).run()

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from moco.config import RunWarning
-from moco.evaluation import resumable
 from moco.interop.encoder_file import save_encoder
 from moco.models.backbones import build_backbone
 from moco.runs.comparison import placed
@@ -69,30 +68,6 @@ def test_the_next_command_adds_seeds_and_keeps_the_finished_one(canvases: Path, 
     assert out.count("already trained") == 1
     (_, entry) = json.loads((canvases / "out/results.json").read_text())
     assert len(entry["per_seed"]) == 3
-
-
-def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("detect", *ENCODER, *SMALL, *STEPS, "encoders=[pretrained]", "save_every=2")
-    assert run(*arguments, "output=whole")[0] == 0
-    real = resumable.save_state
-
-    def killed(path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        real(path, network, optimizer, step)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable, "save_state", killed)
-        status, _, err = run(*arguments, "output=cut")
-        assert status == 130
-        assert "run the same command again to resume from the last saved state" in err
-    status, out, err = run(*arguments, "output=cut")
-    assert status == 0, err
-    assert "resumed at step 4" in out
-    name = "detect/pretrained_faster_rcnn_fpn_6steps/detector.safetensors"
-    whole, cut = (load_file(canvases / folder / name) for folder in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
 
 
 def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) -> None:

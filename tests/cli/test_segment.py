@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file
 
 from moco.config import RunWarning
-from moco.evaluation import resumable
 from moco.interop.encoder_file import save_encoder
 from moco.models.backbones import build_backbone
 from moco.runs.comparison import placed
@@ -78,28 +77,6 @@ def test_a_network_that_predicts_one_class_is_reported(canvases: Path, run: Run)
     status, out, err = run("segment", *ENCODER, *SMALL, *two, "encoders=[pretrained]", "output=out")
     assert status == 0, err
     assert "pretrained: every pixel is predicted as background: raise steps, or lr" in out
-
-
-def test_a_killed_run_resumes_to_the_same_weights(canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ("segment", *ENCODER, *SMALL, NAMED, "encoders=[pretrained]", "save_every=2", "lr=0.01")
-    assert run(*arguments, "output=whole")[0] == 0
-    real = resumable.save_state
-
-    def killed(path: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        real(path, network, optimizer, step)
-        if step == 4:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(resumable, "save_state", killed)
-        assert run(*arguments, "output=cut")[0] == 130
-    status, out, err = run(*arguments, "output=cut")
-    assert status == 0, err
-    assert "resumed at step 4" in out
-    name = "segment/pretrained_fcn_moco_6steps/network.safetensors"
-    whole, cut = (load_file(canvases / folder / name) for folder in ("whole", "cut"))
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(value, cut[key]) for key, value in whole.items())
 
 
 def test_other_encoders_are_compared_at_equal_steps(canvases: Path, run: Run) -> None:

@@ -20,7 +20,7 @@ from moco.detection.sampling import DetectorLoss, KeyedSampler
 from moco.detection.training import TrainSettings, predict, recompute_statistics, train
 from moco.detection.views import TrainingDataset, ViewSettings, resized, training_example
 from moco.distributed import rank, sum_over_ranks, world_size, wrap_ddp
-from moco.evaluation.resumable import Schedule
+from moco.evaluation.steps import Schedule
 from moco.models.norm import GroupedBatchNorm
 from moco.optim.optimizers import build_optimizer
 from scripts.canvases import write_canvases
@@ -192,7 +192,7 @@ def _train(network: nn.Module, folder: Path, steps: int, batch: int = 2, precise
         group["lr_scale"] = 1.0
     losses = list[float]()
     forward = wrap_ddp(loss, torch.device("cpu"))
-    train(forward, optimizer, images, plan, settings, 0, lambda _, value: losses.append(value))
+    train(forward, optimizer, images, plan, settings, 0, lambda step: losses.append(step.loss))
     recompute_statistics(loss, images, plan, settings, precise_bn)
     return losses
 

@@ -76,7 +76,8 @@ def fit(
     stream = batches(images, plan, [View(8, crop_scale=(0.5, 1.0), flip_p=0.5)], CPU, workers=0)
     labels = torch.from_numpy(labels_of(images))
     optimizer = build_finetune_optimizer(network, optim, **more)
-    train(wrap_ddp(network, CPU), optimizer, stream, labels, plan, settings, losses.append)
+    forward = wrap_ddp(network, CPU)
+    train(forward, optimizer, stream, labels, plan, settings, 0, lambda step: losses.append(step.loss))
     return losses
 
 
@@ -256,6 +257,7 @@ def test_a_non_finite_loss_is_an_error_before_the_weights_change() -> None:
             torch.from_numpy(labels_of(source(24))),
             plan,
             TrainSettings(0.05),
+            0,
             lambda _: weights.append({name: p.detach().clone() for name, p in network.named_parameters()}),
         )
     assert len(weights) == 2

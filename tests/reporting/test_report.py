@@ -41,16 +41,19 @@ def labeled(tmp_path: Path) -> Path:
     return run(tmp_path / "run", images(tmp_path / "train", 6), images(tmp_path / "test", 5))
 
 
-def test_a_picture_of_predictions_is_part_of_the_page(labeled: Path) -> None:
-    """Only a picture of moco.segment or moco.detect below the run is shown: results.json may come from others."""
+def test_predictions_and_losses_of_a_training_are_part_of_the_page(labeled: Path) -> None:
+    """Only files of moco.segment or moco.detect below the run are shown: results.json may come from others."""
     content = b"\x89PNG\r\n\x1a\n" + b"boxes"
+    losses = "".join(json.dumps({"step": step, "train/loss": 1 / step, "train/lr": 0.1}) + "\n" for step in (1, 2, 4))
     places = {"detect": "inside", "knn": "other"}
     for command, name in places.items():
         (labeled / command / name).mkdir(parents=True)
         (labeled / command / name / "predictions.png").write_bytes(content)
+        (labeled / command / name / "training.jsonl").write_text(losses)
     outside = labeled.parent / "away"
     outside.mkdir()
     (outside / "predictions.png").write_bytes(content + b"secret")
+    (outside / "training.jsonl").write_text(losses)
     entry = {
         "protocol": "retinanet, 9 steps",
         "step": 20,
@@ -63,8 +66,12 @@ def test_a_picture_of_predictions_is_part_of_the_page(labeled: Path) -> None:
     ]
     (labeled / "results.json").write_text(json.dumps(entries))
     report(config(labeled))
-    markup, _ = page(labeled / "report.html")
+    markup, figures = page(labeled / "report.html")
     assert "AP 12.3 ± 1.5 (95 % over seeds)" in markup
+    assert "Loss of detect, retinanet, 9 steps" in markup
+    assert "Loss of knn" not in markup
+    assert [each["x"] for each in figures["charts"]["chart-0"]["data"]] == [[1, 2, 4]]
+    assert [each["y"] for each in figures["charts"]["chart-0"]["data"]] == [[1, 0.5, 0.25]]
     assert "AP50 33.3" in markup
     assert markup.count(base64.b64encode(content).decode()) == 1
     assert "Predictions and ground truth" in markup

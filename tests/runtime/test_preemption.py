@@ -1,6 +1,7 @@
 """Signals, the time limit, exit statuses, and agreement between ranks."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -146,6 +147,9 @@ def test_ctrl_c_has_a_status_of_its_own() -> None:
     assert "stopped by SIGTERM after step 3 of 9" in str(Preempted(Reason.SIGTERM, 3, 9))
     assert "stop_after" in str(Preempted(Reason.TIME_LIMIT, 3, 9))
     assert "stopped by SIGTERM before the first step" in str(Preempted(Reason.SIGTERM))
+    for stopped in (Preempted(Reason.SIGINT, 3, 9), Preempted(Reason.SIGTERM)):  # ranks send it to each other
+        received = pickle.loads(pickle.dumps(stopped))
+        assert (str(received), received.status) == (str(stopped), stopped.status)
 
 
 def test_importing_it_does_not_import_torch() -> None:

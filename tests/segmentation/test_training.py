@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from moco.config import ConfigError, OptimConfig
 from moco.data.plan import Plan
 from moco.distributed import rank, world_size, wrap_ddp
-from moco.evaluation.resumable import Schedule
+from moco.evaluation.steps import Schedule
 from moco.interop.encoder_file import EncoderFile
 from moco.models.backbones import build_backbone
 from moco.optim.optimizers import build_optimizer
@@ -128,7 +128,7 @@ def _train(network: SegmentationNetwork, images: MaskedImages, steps: int) -> li
         group["lr_scale"] = 1.0
     losses = list[float]()
     forward = wrap_ddp(network, torch.device("cpu"))
-    train(forward, optimizer, images, plan, settings, 0, lambda _, loss: losses.append(loss))
+    train(forward, optimizer, images, plan, settings, 0, lambda step: losses.append(step.loss))
     return losses
 
 
