@@ -49,9 +49,10 @@ def code_location(thread: int) -> tuple[str, bool]:
     ours = [each for each in traceback.extract_stack(frame) if Path(each.filename).is_relative_to(_PACKAGE)]
     if frame is None or not ours:
         return "", False
-    files = {Path(each.filename).name for each in ours}
-    waiting = any(each.name == "train_step" for each in ours) or bool(files & {"distributed.py", "nonfinite.py"})
     file = Path(ours[-1].filename).relative_to(_PACKAGE.parent).as_posix()
+    # Not a line that a collective calls, such as the reading of a batch in `in_lockstep`: there the others wait for it.
+    in_collective = file in ("moco/distributed.py", "moco/training/nonfinite.py")
+    waiting = in_collective or any(each.name == "train_step" for each in ours)
     return f"{file}:{ours[-1].lineno} ({ours[-1].name})", waiting
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from moco.distributed import mean_over_ranks, rank
+from moco.data.workers import loaded, make_loader
+from moco.distributed import in_lockstep, mean_over_ranks, rank
 from moco.runtime.watchdog import HUNG, RankState, Watchdog, code_location, hang_message
 from tests.distributed.launch import run_ranks
 
@@ -79,6 +80,35 @@ def test_a_thread_outside_of_the_package_has_no_location() -> None:
         over.set()
         thread.join()
     assert code_location(thread.ident or 0) == ("", False)  # the thread has ended
+
+
+class Slow:
+    """Data that arrive late."""
+
+    def __init__(self, over: threading.Event) -> None:
+        self.over = over
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> int:
+        self.over.wait(20)
+        return row
+
+
+def test_a_rank_whose_batch_does_not_arrive_is_not_waiting_for_the_others() -> None:
+    over = threading.Event()
+    batches = in_lockstep(loaded(make_loader(Slow(over), 0, range(1)), "data.workers"))
+    thread = threading.Thread(target=next, args=(batches,))
+    thread.start()
+    try:
+        time.sleep(0.5)
+        location, is_waiting = code_location(thread.ident or 0)
+    finally:
+        over.set()
+        thread.join()
+    assert re.fullmatch(r"moco/data/workers\.py:\d+ \(loaded\)", location)
+    assert not is_waiting
 
 
 def location_of_a_waiting_rank() -> tuple[str, bool]:
