@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from moco.config import OptimConfig, ResumableConfig, require
+from moco.config import OptimConfig, require
 from moco.config.detect import DetectConfig
 from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
@@ -37,6 +37,7 @@ from moco.evaluation.task import (
     describe_encoder,
     describe_start,
     interval_note,
+    own_settings,
     progress_log,
 )
 from moco.interop.encoder_file import EncoderFile
@@ -232,12 +233,7 @@ def _save(run: Detection, name: str, network: nn.Module, folder: Path) -> None:
 
 def _settings(config: DetectConfig) -> dict[str, Any]:
     """Return the settings without the fields of the encoder, the data and their preparation."""
-    shared = {each.name for base in (EncoderConfig, ResumableConfig) for each in fields(base)} | {
-        "boxes",
-        "mean",
-        "std",
-    }
-    return {name: value for name, value in asdict(config).items() if name not in shared}
+    return {name: value for name, value in own_settings(config).items() if name not in ("boxes", "mean", "std")}
 
 
 def _data(run: Detection) -> dict[str, Any]:

@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moco.config import ConfigError, OptimConfig, ResumableConfig, RunWarning, require
+from moco.config import ConfigError, OptimConfig, RunWarning, require
 from moco.config.finetune import FinetuneConfig, fraction_of
-from moco.config.subject import SubjectConfig
 from moco.data.keyed import VALIDATION
 from moco.data.loader import batches
 from moco.data.plan import Plan
@@ -82,7 +81,8 @@ def evaluate_finetune(config: FinetuneConfig, preemption: PreemptionHandler | No
         settings = _settings(run, plan)  # read now: a list of images may be edited during training
         with evaluation.progress_log("step", len(config.encoders) * config.seeds * plan.total_steps) as on_step:
             found = [_finetune(run, name, settings, supervision, on_step) for name in config.encoders]
-        path = evaluation.record_results(task, "finetune", protocol(config)[0], found, seed=config.seed)
+        with supervision.watchdog.paused():
+            path = evaluation.record_results(task, "finetune", protocol(config)[0], found, seed=config.seed)
         _report(task, plan, found, path)
     return found
 
@@ -175,11 +175,12 @@ def _finetune(
     task = run.task
     metrics, network, plan = train_and_measure(run, name, on_step, supervision)
     folder = _folder(task, name)
+    own = evaluation.own_settings(task.config)
     steps = plan.total_steps + (task.subject.file.step if name == "pretrained" else 0)
     on_rank_zero(lambda: _save(task, network, folder, steps))
     details = {
         "settings": settings,
-        "changed": evaluation.changed_settings(task.config, "finetune", [*(_own_fields() - _NOT_LISTED), "seed"]),
+        "changed": evaluation.changed_settings(task.config, "finetune", [*(own.keys() - _NOT_LISTED), "seed"]),
         "labelled": plan.length,
         "figures": evaluation.summarize_seeds(metrics),
         "per_seed": [each.to_json() for each in metrics],
@@ -231,7 +232,8 @@ def _train(
     if supervision is None:
         steps(0, lambda step: on_step(f"{name}, seed {seed}: loss {step.loss:.3f}"))
     else:
-        identity = digest(_identity(run, name, seed, plan, rows))
+        with supervision.watchdog.paused():  # reads the size and the time of each image file
+            identity = digest(_identity(run, name, seed, plan, rows))
         training = ResumableTraining(_folder(task, name), name, seed, identity, plan.total_steps, plan.batch_size)
         train_resumably(supervision, training, network, optimizer, steps, on_step)
     return network, plan
@@ -284,16 +286,10 @@ def _title(config: FinetuneConfig) -> str:
     return protocol(config)[0].replace("labels a class", "labels per class")
 
 
-def _own_fields() -> set[str]:
-    """Return the fields that moco.finetune does not share with the other evaluations, and that affect its results."""
-    shared = {each.name for base in (SubjectConfig, ResumableConfig) for each in fields(base)}
-    return {each.name for each in fields(FinetuneConfig)} - shared
-
-
 def _settings(run: Finetuning, plan: Plan) -> dict[str, Any]:
     """Return all settings that reproduce the results."""
     config = run.task.config
-    settings = {name: value for name, value in asdict(config).items() if name in _own_fields() | {"seed"}}
+    settings = evaluation.own_settings(config) | {"seed": config.seed}
     settings |= {"batch_size": plan.batch_size, "epochs": plan.epochs, "steps": plan.total_steps}
     settings |= {"view": asdict(run.view), "fraction": fraction_of(config)}
     if config.subset_list:

@@ -16,7 +16,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moco.config import ConfigError, DataConfig, RunWarning, config_dir, require
+from moco.config import ConfigError, DataConfig, ResumableConfig, RunWarning, config_dir, require
 from moco.config.subject import EncoderConfig, SubjectConfig
 from moco.data.duplicates import copies_message, count_copies
 from moco.data.opening import with_tuples
@@ -225,6 +225,12 @@ def interval_note(seeds: int, single: str = "with Wilson's 95 % interval") -> st
     few = "; of fewer than 3 seeds it means little: set seeds=3 or more" * (seeds < 3)
     student = f"mean of {seeds} seeds ± half of Student's 95 % interval{few}"
     return student if seeds > 1 else single
+
+
+def own_settings(config: ResumableConfig) -> dict[str, Any]:
+    """Return the fields of a command that it does not share with other commands."""
+    shared = {each.name for base in (SubjectConfig, ResumableConfig) for each in fields(base)}
+    return {name: value for name, value in asdict(config).items() if name not in shared}
 
 
 def changed_settings(config: EncoderConfig, file: str, names: Iterable[str]) -> dict[str, Any]:

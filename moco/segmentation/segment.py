@@ -3,16 +3,15 @@
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moco.config import OptimConfig, ResumableConfig, RunWarning, require
+from moco.config import OptimConfig, RunWarning, require
 from moco.config.segment import SegmentConfig
-from moco.config.subject import EncoderConfig
 from moco.data.labels import first_names
 from moco.data.plan import Plan
 from moco.data.walk import size_and_time
@@ -30,6 +29,7 @@ from moco.evaluation.task import (
     describe_encoder,
     describe_start,
     interval_note,
+    own_settings,
     progress_log,
 )
 from moco.interop.encoder_file import EncoderFile
@@ -232,12 +232,7 @@ def _save(run: Segmentation, name: str, network: SegmentationNetwork, folder: Pa
 
 def _settings(config: SegmentConfig) -> dict[str, Any]:
     """Return the settings without the fields of the encoder, the data and their preparation."""
-    shared = {each.name for base in (EncoderConfig, ResumableConfig) for each in fields(base)} | {
-        "masks",
-        "mean",
-        "std",
-    }
-    return {name: value for name, value in asdict(config).items() if name not in shared}
+    return {name: value for name, value in own_settings(config).items() if name not in ("masks", "mean", "std")}
 
 
 def _data(run: Segmentation) -> dict[str, Any]:
