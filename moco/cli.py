@@ -160,12 +160,14 @@ def _sentence(error: BaseException) -> str:
 
 
 def _naming_field(sentence: str, config: Any) -> str:
-    """Put the field's name before a sentence that begins with the value of a path field."""
-    for name, value in paths_of(config) if config else ():
-        for path in (Path(value), Path(value).absolute()):
-            if sentence.startswith((f"{path}/", f"{path}:", f"{path} ")):
-                return f"{name}={sentence}"
-    return sentence
+    """Put the field's name before a sentence that begins with the value of a path field, the longest of several."""
+    found = [
+        (len(str(path)), name)
+        for name, value in (paths_of(config) if config else ())
+        for path in (Path(value), Path(value).absolute())
+        if sentence.startswith((f"{path}/", f"{path}:", f"{path} "))
+    ]
+    return f"{max(found, key=lambda each: each[0])[1]}={sentence}" if found else sentence
 
 
 def _exit(status: int, sentence: str, error: BaseException) -> None:

@@ -48,14 +48,41 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     temporary = temporary_name(path)
     with write_errors(path):
-        if path.exists() and not (path.is_file() or path.is_dir()):  # renaming would replace /dev/null by a file
-            raise OSError(errno.EEXIST, "a device or pipe, not a file")
+        _refuse_device(path)
         try:
             yield temporary
             flush(temporary)  # some file systems report a full disk only now
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, is_folder: bool = False) -> None:
+    """Check, before long work, that a file, or files in a folder, can be written.
+
+    Create the folder, and write a temporary file there.
+
+    Raises:
+        WriteError: if the system does not let a file be written.
+    """
+    folder = path if is_folder else path.parent
+    temporary = temporary_name(folder / "check")
+    with write_errors(path):
+        _refuse_device(path)
+        if folder.is_file():
+            raise OSError(errno.ENOTDIR, f"{folder} is a file, not a folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(bytes(4096))  # a block: a full disk still takes an empty file
+            flush(temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _refuse_device(path: Path) -> None:
+    """Raise OSError for a device or pipe: renaming would replace /dev/null by a file."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EEXIST, "a device or pipe, not a file")
 
 
 def resolved(path: str | Path) -> Path:

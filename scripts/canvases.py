@@ -135,7 +135,12 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{options.folder} exists: name a new folder")
     if min(options.train, options.test) < 1:
         parser.error("--train and --test must be at least 1")
-    write_canvases(options.folder, options.train, options.test, options.seed, pretrain=max(0, options.pretrain))
+    try:
+        write_canvases(options.folder, options.train, options.test, options.seed, pretrain=max(0, options.pretrain))
+    except OSError as error:
+        fix = "remove it and free some space, or name another folder"
+        print(f"canvases: {options.folder} cannot be written ({error.strerror or error}): {fix}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from moco.config import DataConfig
 from moco.data.sources import Source, load_source
 from moco.evaluation.features import EvalTransform, extract, pixels
+from moco.files import WriteError, check_writable
 from moco.interop.encoder_file import build, read_encoder
 from moco.runs.metrics import read_metrics
 
@@ -35,6 +36,10 @@ def main() -> None:
     ]
     if lacking:
         parser.error(f"{options.run} has no {' and no '.join(lacking)}: name the directory of a finished run")
+    try:
+        check_writable(options.output)
+    except WriteError as error:
+        parser.error(str(error))
     with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 3), layout="constrained")
         parts: Any = figure.subfigures(1, 3, width_ratios=[1.05, 1.0, 1.25])

@@ -59,7 +59,14 @@ def main(arguments: list[str]) -> int:
         parser.error(f"{options.folder} exists: name a new folder")
     if min(options.bands, options.count, options.size) < 1:
         parser.error("--bands, --count and --size must be at least 1")
-    write_scenes(options.folder, options.bands, {"train": options.count, "test": -(-options.count // 3)}, options.size)
+    try:
+        write_scenes(
+            options.folder, options.bands, {"train": options.count, "test": -(-options.count // 3)}, options.size
+        )
+    except OSError as error:
+        fix = "remove it and free some space, or name another folder"
+        print(f"scenes: {options.folder} cannot be written ({error.strerror or error}): {fix}", file=sys.stderr)
+        return 1
     return 0
 
 

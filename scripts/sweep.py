@@ -25,6 +25,7 @@ from typing import Any
 
 from moco.composition import compose_overrides
 from moco.config import TrainConfig, check
+from moco.files import check_writable
 from moco.overrides import split
 from moco.runs.metrics import read_metrics
 from moco.runs.sweep import is_finished, run_to_end
@@ -170,6 +171,7 @@ def main(arguments: list[str]) -> int:
     try:
         planned = trials(Path(arguments[0]), arguments[1:at])
         check_all(planned, arguments[at + 1 :])
+        check_writable(Path(arguments[0]), is_folder=True)
     except ValueError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2

@@ -44,6 +44,8 @@ def test_no_script_ends_in_a_traceback(
         (["results_table", "runs/b", "runs/a"], "unrecognized arguments: runs/a"),
         (["readme_figure", "runs/b", "out.png"], "runs/b has no views.png and no metrics.jsonl"),
         (["release_version", "v0.1.0"], "v0.1.0 must begin with refs/tags/"),
+        (["readme_figure", "runs/done", "/dev/null"], r"/dev/null cannot be written \(a device or pipe, not a file\)"),
+        (["sweep", "file/lr", "seed=0", "--", "experiment=digits"], r"file/lr cannot be written \(Not a directory\)"),
     ],
 )
 def test_unsuitable_arguments_are_refused_in_one_sentence(
@@ -56,9 +58,21 @@ def test_unsuitable_arguments_are_refused_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "b").mkdir(parents=True)
     (tmp_path / "runs" / "b" / "results.json").write_text("[]")
+    (tmp_path / "runs" / "done").mkdir()
+    for name in ("file", "runs/done/views.png", "runs/done/metrics.jsonl", "runs/done/encoder.safetensors"):
+        (tmp_path / name).touch()
     assert call(monkeypatch, *arguments) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, line), line
+
+
+@pytest.mark.parametrize("name", ["canvases", "scenes"])
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert call(monkeypatch, name, str(tmp_path / "file" / "new")) == 1
+    assert re.fullmatch(rf"{name}: .*/new cannot be written \(Not a directory\): .*\n", capsys.readouterr().err)
 
 
 def test_the_table_names_other_measures_and_states_what_its_interval_is(

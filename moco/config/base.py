@@ -33,11 +33,6 @@ def require(condition: bool, sentence: str) -> None:
         raise ConfigError(sentence)
 
 
-def require_file(field: str, path: Path, example: str) -> None:
-    """Raise ConfigError if the path of a file to write is a folder."""
-    require(not path.is_dir(), f"{field}={path} is a folder: name a file, e.g. {field}={path / example}")
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten a nested mapping: the names become dotted."""
     flat: dict[str, Any] = {}

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moco.config import DataConfig
-from moco.config.base import require_file
 from moco.config.check_data import CheckDataConfig
 from moco.config.data import FOLDERS, SourceConfig
 from moco.config.recommended import BUDGET, FEW_IMAGES, recipe_for
@@ -33,9 +32,10 @@ from moco.data.sources import load_source
 from moco.data.video import VideoSource
 from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
 from moco.data.workers import TASK, LoaderError, count_processes, in_order
-from moco.files import resolved, write_errors, write_json
+from moco.files import resolved, write_json
 from moco.runtime.console import log, progress_bar, table
 from moco.runtime.next_command import command, free_run, given_fields
+from moco.runtime.output_directory import check_output_file
 from moco.runtime.provenance import provenance
 from moco.untrusted import read_json
 
@@ -78,7 +78,7 @@ class Findings:
 def check_data(config: CheckDataConfig) -> None:
     """Do the work of `moco.check_data`."""
     data, output = config.data, Path(config.output)
-    require_file("output", output, "check_data.json")
+    check_output_file(output, "check_data.json")
     sources = load_source(replace(data, resident=False), keep_unlistable=True)
     folders = [cast(Checked, each) for each in (sources.train, sources.held_out) if each is not None]
     for line in opening_lines(sources):
@@ -111,10 +111,9 @@ def check_data(config: CheckDataConfig) -> None:
             for path, target in files.broken.items():
                 findings.note("broken link", str(Path(files.root, path)), f"a link to {target}, ignored")
     report, replaced = describe(config, folders, findings), _replaced(output, data.root)
-    with write_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    show(report)  # before writing: the findings stay visible if writing fails
     write_json(output, report)
-    show(report, output, replaced)
+    log(f"written: {output.absolute()}, with the files of each kind{replaced}")
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
     if data.name in FOLDERS:
@@ -326,8 +325,8 @@ def _replaced(output: Path, root: str) -> str:
     return "" if same else f"; it replaced the report of {earlier}"
 
 
-def show(report: dict[str, Any], output: Path, replaced: str = "") -> None:
-    """Print the report as a table, with one example per kind; `replaced` follows the name of its file."""
+def show(report: dict[str, Any]) -> None:
+    """Print the report as a table, with one example per kind."""
     data, rows = report["data"], []
 
     def short(path: str) -> str:
@@ -363,4 +362,3 @@ def show(report: dict[str, Any], output: Path, replaced: str = "") -> None:
     title = f"{counted}, {report['bytes'] / 1e9:,.3f} GB"
     table(title, ["", "number", "example or range", "meaning"], rows, left=(0, 2, 3), alarming=alarming)
     show_labels(report["labels"])
-    log(f"written: {output.absolute()}, with the files of each kind{replaced}")

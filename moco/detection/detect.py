@@ -109,8 +109,9 @@ def evaluate_detect(config: DetectConfig, preemption: PreemptionHandler | None =
             found = [_detect(run, name, on_step) for name in config.encoders]
         data = _data(run)
         entries = [_entry(run, each, data) for each in found]
+        _show(run, found)  # before writing: the results stay visible if writing fails
         path = on_rank_zero(lambda: record(run.output, entries, run.own.step))
-        _report(run, found, path)
+        _log_files(config, found, path)
     return found
 
 
@@ -274,8 +275,8 @@ def _entry(run: Detection, found: Detected, data: dict[str, Any]) -> dict[str, A
     }
 
 
-def _report(run: Detection, found: list[Detected], path: Path) -> None:
-    """Print the closing table, the written files and the next command."""
+def _show(run: Detection, found: list[Detected]) -> None:
+    """Print the closing table."""
     config = run.config
     names = list(found[0].results[0].figures)
     rows = []
@@ -289,6 +290,10 @@ def _report(run: Detection, found: list[Detected], path: Path) -> None:
     for each in found:
         if max(one.figures["AP50"] for one in each.results) < 1:
             log(f"{each.encoder}: almost no object is found: raise steps or lr, or fit anchor_sizes to the objects")
+
+
+def _log_files(config: DetectConfig, found: list[Detected], path: Path) -> None:
+    """Print the written files and the next command."""
     log(f"written: {path}")
     for each in found:
         log(f"saved: {each.saved}/detector.safetensors and predictions.png (of the last seed)")

@@ -81,9 +81,10 @@ def evaluate_finetune(config: FinetuneConfig, preemption: PreemptionHandler | No
         settings = _settings(run, plan)  # read now: a list of images may be edited during training
         with evaluation.progress_log("step", len(config.encoders) * config.seeds * plan.total_steps) as on_step:
             found = [_finetune(run, name, settings, supervision, on_step) for name in config.encoders]
+        _show(task, plan, found)  # before writing: the results stay visible if writing fails
         with supervision.watchdog.paused():
             path = evaluation.record_results(task, "finetune", protocol(config)[0], found, seed=config.seed)
-        _report(task, plan, found, path)
+        _log_files(task, found, path)
     return found
 
 
@@ -299,8 +300,8 @@ def _settings(run: Finetuning, plan: Plan) -> dict[str, Any]:
     return settings
 
 
-def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: Path) -> None:
-    """Print the closing table, the written files and the next command."""
+def _show(task: Task[FinetuneConfig], plan: Plan, found: list[Result]) -> None:
+    """Print the closing table."""
     config = task.config
     evaluation.show_results(
         f"fine-tuned, {_title(config)} ({plan.length:,} images, {plan.total_steps:,} steps)",
@@ -314,6 +315,11 @@ def _report(task: Task[FinetuneConfig], plan: Plan, found: list[Result], path: P
         gain, half = mean_interval([one.top1 - two.top1 for one, two in pairs])
         names = " minus ".join(each.encoder for each in found)
         log(f"{names}, on the same images for each seed: {gain:+.1f} ± {half:.1f}")
+
+
+def _log_files(task: Task[FinetuneConfig], found: list[Result], path: Path) -> None:
+    """Print the written files and the next command."""
+    config = task.config
     log(f"written: {path}")
     for each in found:
         log(f"saved: {_folder(task, each.encoder)}/encoder.safetensors and head.safetensors (of the last seed)")

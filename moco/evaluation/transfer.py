@@ -30,7 +30,7 @@ from moco.evaluation.transfer_results import (
     write_results,
 )
 from moco.runs.results import prepare, record
-from moco.runtime.console import log, log_next
+from moco.runtime.console import log, log_next, percent
 from moco.runtime.device import compute_context
 from moco.runtime.next_command import command
 from moco.runtime.output_directory import lock_directory
@@ -151,6 +151,8 @@ def _evaluate_set(
         if candidate.name in missing:
             result = measure(EvaluatedEncoder(candidate, config, device, f"{name}, {candidate.name}"))
             found.encoders[candidate.name] = {"digest": candidate.digest} | result
+            shown = percent(result["value"], result.get("half_width95"), result.get("interval95"))
+            log(f"{name}, {candidate.name}: {shown} %")  # before writing: it stays visible if writing fails
             on_rank_zero(lambda: _write(file, found, candidate, config, own.output))  # noqa: B023 # called at once
     return found
 

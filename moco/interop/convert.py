@@ -21,6 +21,7 @@ from moco.interop.model_card import model_card, shareable
 from moco.interop.write import FORMATS, timm_name
 from moco.runs.results import recorded
 from moco.runtime.console import log, summary_panel
+from moco.runtime.output_directory import prepare_output
 
 _BATCH_SIZE = 16
 
@@ -54,6 +55,8 @@ def convert_encoder(config: ConvertConfig) -> None:
         return torch.cat(list(stream(network, source, rows, transform, torch.device("cpu"), _BATCH_SIZE)))
 
     log(f"{file.source} ({file.layout}: {file.backbone}{file.trained}) to {config.to}")
+    if output.is_dir():
+        prepare_output(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix=".convert-", dir=output.parent)  # same disk, for the rename

@@ -10,7 +10,6 @@ from markupsafe import Markup
 
 from moco.analysis.doctor import Alarm
 from moco.config import ConfigError, require
-from moco.config.base import require_file
 from moco.config.report import ReportConfig
 from moco.distributed import is_rank_zero
 from moco.files import WriteError, cause
@@ -21,8 +20,9 @@ from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section
 from moco.reporting.projector import write_projector
 from moco.reporting.run_record import Run, findings, names, open_run
-from moco.runtime.console import log_next, summary_panel
+from moco.runtime.console import log, log_next, summary_panel
 from moco.runtime.device import compute_context
+from moco.runtime.output_directory import check_output_file
 
 _OPEN_QUERIES = 2  # queries with their neighbors that are not folded
 
@@ -47,9 +47,9 @@ def report(config: ReportConfig) -> None:
 def _report(config: ReportConfig, device: torch.device) -> None:
     runs = [open_run(Path(config.run)), *(open_run(Path(each), "compare") for each in config.compare)]
     out = Path(config.output) if config.output else runs[0].path / "report.html"
-    require_file("output", out, "report.html")
     is_page = out.suffix.lower() in (".html", ".htm")
-    require(is_page, f"output={out} does not end in .html: the report is an HTML page")
+    require(is_page or out.is_dir(), f"output={out} does not end in .html: the report is an HTML page")
+    check_output_file(out, "report.html")
     computed = [_compute(config, run, device) for run in runs]
     figures = Figures()
     body = [Section("Overview", sections.headline(runs, [each.alarms for each in computed]))]
@@ -63,17 +63,22 @@ def _report(config: ReportConfig, device: torch.device) -> None:
         else:  # the curves come late, because 20 charts fill many screens of a phone
             body += [*parts[:-1], sections.curves(runs, figures), parts[-1]]
     title = " and ".join(names(runs)) if len(runs) < 3 else f"{len(runs)} runs"
+    _summarize(computed)  # before writing: the findings stay visible if writing fails
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         page.write(out, f"Report of {title}", body, figures)
     except (OSError, WriteError) as error:
         raise ConfigError(f"output={out} cannot be written ({cause(error)}): set output=FILE") from error
+    log(f"page: {out} ({out.stat().st_size / 1e6:.1f} MB; opens in any browser, without a network)")
     projectors = [
         write_projector(each.run, each.images, each.map)
         for each in computed
         if config.projector and each.images is not None and each.images.shown.finite
     ]
-    _summarize(computed, out, projectors)
+    if projectors:
+        log_next(shlex.join(["tensorboard", "--logdir", str(projectors[0])]), "tab Projector: the same images in 3-D")
+    for run in [run for run in runs if not run.results and run.finished][:1]:
+        for line in run.next_commands():
+            log_next(line)
 
 
 def _compute(config: ReportConfig, run: Run, device: torch.device) -> _Computed:
@@ -129,18 +134,12 @@ def _image_sections(config: ReportConfig, computed: _Computed, figures: Figures,
     return parts
 
 
-def _summarize(computed: Sequence[_Computed], out: Path, projectors: Sequence[Path]) -> None:
+def _summarize(computed: Sequence[_Computed]) -> None:
     runs = [each.run for each in computed]
     rows = [(name, sections.progress(run)) for name, run in zip(names(runs), runs, strict=True)]
     for name, each in zip(names(runs), computed, strict=True):
         alarms = "; ".join(f"{alarm.name}: {alarm.evidence} (remedy: {alarm.remedy})" for alarm in each.alarms)
         rows.append((f"doctor, {name}" if len(runs) > 1 else "doctor", alarms or "no findings"))
-    rows.append(("page", f"{out} ({out.stat().st_size / 1e6:.1f} MB; opens in any browser, without a network)"))
     if not runs[0].finished:
         rows.append(("later", "run the same command again after more training"))
     summary_panel("report", rows)
-    if projectors:
-        log_next(shlex.join(["tensorboard", "--logdir", str(projectors[0])]), "tab Projector: the same images in 3-D")
-    for run in [run for run in runs if not run.results and run.finished][:1]:
-        for line in run.next_commands():
-            log_next(line)

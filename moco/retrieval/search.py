@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from moco.config import ConfigError, require
+from moco.config import require
 from moco.config.search import SearchConfig
 from moco.data.base import Source
 from moco.data.decode import ImageError
@@ -30,8 +30,9 @@ from moco.reporting.gallery import ImageSet, Section, Tile, write_html
 from moco.retrieval.embed import compute
 from moco.retrieval.queries import image_files, open_index, query_features
 from moco.retrieval.store import Embedding, origin_of
-from moco.runtime.console import progress_bar, summary_panel
+from moco.runtime.console import log, progress_bar, summary_panel
 from moco.runtime.device import compute_context
+from moco.runtime.output_directory import prepare_output
 
 _GROUP_TILES = 24  # maximum number of tiles per group in the gallery
 # Thresholds that a search for duplicates compares, and the number of images that it samples for this.
@@ -72,12 +73,12 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
         count > 1 or config.mode == "nearest",
         f"mode={config.mode} compares images, but {origin} contains only one: add more images",
     )
+    prepare_output(out)
     modes = {"nearest": find_nearest, "duplicates": find_duplicates, "outliers": find_outliers}
     result = modes[config.mode](config, index, device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output={out} cannot be written to: {error.strerror}") from error
+    note = [("note", result.note)] if result.note else []
+    # Before writing: the result stays visible if writing fails.
+    summary_panel(result.title, [("images", f"{count:,} of {origin}"), *result.summary, *note])
     written = [out / f"{config.mode}.json"]
     head = {
         "mode": config.mode,
@@ -95,9 +96,8 @@ def _search(config: SearchConfig, index: Embedding, out: Path, device: torch.dev
         about = [f"{count:,} images of {origin}", f"encoder {encoder}", *([result.note] if result.note else [])]
         write = write_html if config.gallery == "html" else write_png
         write(written[1], result.title, " · ".join(about), result.sections)
-    note = [("note", result.note)] if result.note else []
-    files = [("" if i else "written", str(path)) for i, path in enumerate(written)]
-    summary_panel(result.title, [("images", f"{count:,} of {origin}"), *result.summary, *note, *files])
+    for path in written:
+        log(f"written: {path}")
 
 
 def _write_json(path: Path, head: dict[str, Any], result: Result) -> None:

@@ -1,12 +1,37 @@
-"""Create and lock the directory that a command writes to."""
+"""Check, before the work, that a command can write its output; create and lock its directory."""
 
 from pathlib import Path
 from typing import IO
 
-from moco.config import ConfigError
-from moco.files import FileLocked, cause, lock
+from moco.config import ConfigError, require
+from moco.files import FileLocked, WriteError, cause, check_writable, lock
 
 LOCK = ".lock"
+
+
+def check_output_file(path: Path, example: str) -> None:
+    """Create the folder of the file `output` and check that it can be written.
+
+    Raises:
+        ConfigError: if it cannot, or is a folder, for which `example` is the name of a file.
+    """
+    require(not path.is_dir(), f"output={path} is a folder: name a file, e.g. output={path / example}")
+    try:
+        check_writable(path)
+    except WriteError as error:
+        raise ConfigError(f"output={path} cannot be written ({cause(error)}): set output=FILE") from error
+
+
+def prepare_output(folder: Path) -> None:
+    """Create the directory `output` if needed and check that files can be written there.
+
+    Raises:
+        ConfigError: if they cannot.
+    """
+    try:
+        check_writable(folder, is_folder=True)
+    except WriteError as error:
+        raise ConfigError(f"output={folder} cannot be written to ({cause(error)}): set output=DIR") from error
 
 
 def lock_directory(path: Path, field: str) -> IO[str]:

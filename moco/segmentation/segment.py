@@ -113,8 +113,11 @@ def evaluate_segment(config: SegmentConfig, preemption: PreemptionHandler | None
             found = [_segment(run, name, on_step) for name in config.encoders]
         data = _data(run)
         entries = [_entry(run, each, data) for each in found]
+        _show(run, found)  # before writing: the results stay visible if writing fails
         path = on_rank_zero(lambda: record(run.output, entries, run.own.step))
-        _report(run, found, path)
+        log(f"written: {path}")
+        for each in found:
+            log(f"saved: {each.saved}/network.safetensors and predictions.png (of the last seed)")
     return found
 
 
@@ -268,8 +271,8 @@ def _entry(run: Segmentation, found: Segmented, data: dict[str, Any]) -> dict[st
     }
 
 
-def _report(run: Segmentation, found: list[Segmented], path: Path) -> None:
-    """Print the closing table and the written files."""
+def _show(run: Segmentation, found: list[Segmented]) -> None:
+    """Print the closing table."""
     config, rows = run.config, []
     for each in found:
         mean_iou = percent(*each.mean, each.overlaps[0].interval())
@@ -284,6 +287,3 @@ def _report(run: Segmentation, found: list[Segmented], path: Path) -> None:
         if np.count_nonzero(predicted) == 1:
             only = run.train.classes[int(predicted.argmax())]
             log(f"{each.encoder}: every pixel is predicted as {only}: raise steps, or lr")
-    log(f"written: {path}")
-    for each in found:
-        log(f"saved: {each.saved}/network.safetensors and predictions.png (of the last seed)")

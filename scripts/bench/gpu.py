@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from moco.files import WriteError, check_writable
 from scripts.bench.gpu_parts import PARTS, Check
 from scripts.bench.machine import machine
 from scripts.bench.timing import Table
@@ -35,7 +36,10 @@ def run(options: Namespace) -> Iterator[Table]:
     """Yield one table per part, then write all of them to `options.output`; exit with status 1 if a check failed."""
     if not (torch.cuda.is_available() or options.tiny):
         sys.exit("no GPU: this command tests moco on a GPU; add --tiny to check the command itself on the CPU")
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        check_writable(options.output / "gpu.json")
+    except WriteError as error:
+        sys.exit(str(error))
     found = dict[str, list[Check]]()
     for name in options.only:
         began = time.monotonic()

@@ -18,11 +18,13 @@ from moco.config.choose import ChooseConfig
 from moco.config.data import SubjectDataConfig
 from moco.data.sources import Sources, limited, load_source
 from moco.evaluation.features import EvalTransform, extract
+from moco.files import WriteError
 from moco.interop.encoder_file import build, read_encoder
 from moco.methods.build import build_method
 from moco.methods.moco_config import MoCoConfig
 from moco.runs import checkpoint
 from tests.data.images import folder
+from tests.full_disk import full_at
 
 AUGMENT = AugmentConfig(size=16, crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], mean=[0.5] * 3, std=[0.5] * 3)
 
@@ -227,3 +229,20 @@ def test_two_checkpoints_of_one_run_are_no_choice(tmp_path: Path) -> None:
     kept = int(str(refused.value).partition("checkpoint.keep_epochs=")[2].partition(",")[0])
     epochs = read_encoder(tmp_path / "a" / "checkpoints" / "step_00000002.pt").config["epochs"]
     assert epochs // kept >= 3
+
+
+def test_the_choice_is_printed_if_the_disk_becomes_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_at(monkeypatch, "choose.json")
+    with pytest.raises(WriteError, match=r"choose\.json cannot be written \(No space left on device\)"):
+        choose(config(tmp_path / "out", run(tmp_path / "a", (1, 2, 3)), labels=False))
+    assert "RankMe" in capsys.readouterr().out
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_at(monkeypatch, "check")
+    with pytest.raises(ConfigError, match=r"^output=.*/out cannot be written to \(No space left .*: set output=DIR"):
+        choose(config(tmp_path / "out", run(tmp_path / "a", (1, 2, 3))))

@@ -24,11 +24,13 @@ from moco.config import AugmentConfig, ConfigError, DataConfig, ModelConfig, Tra
 from moco.config.temperature import TemperatureConfig, check_temperature
 from moco.data.sources import Sources, load_source
 from moco.evaluation.knn_classifier import Accuracy
+from moco.files import WriteError
 from moco.methods.build import build_method
 from moco.methods.simclr_config import SimCLRConfig
 from moco.runs import checkpoint
 from moco.temperature import temperature
 from moco.untrusted import read_yaml
+from tests.full_disk import full_at
 from tests.losses.loops import dot, unit
 
 SMALL = ["batch_size=64", "method.queue_size=64", "model.options.width=4", "threads=1", "device=cpu"]
@@ -301,3 +303,12 @@ def test_without_a_queue_the_other_images_are_the_negatives(tmp_path: Path) -> N
     assert run.contrast.negatives == 59
     assert sum(run.contrast.negatives_at) == 60 * 59
     assert sum(run.contrast.push_at) == pytest.approx(1)
+
+
+def test_the_results_are_printed_if_the_disk_becomes_full(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_at(monkeypatch, "temperature.json")
+    with pytest.raises(WriteError, match=r"temperature\.json cannot be written"):
+        sweep(config(copy))
+    assert "temperature study" in capsys.readouterr().out

@@ -161,6 +161,7 @@ def test_ctrl_c_mentions_a_checkpoint_only_for_training(name: str, schema: type,
         (FileNotFoundError(2, "No such file or directory", "out/x"), "output=out/x: No such file or directory"),
         (ValueError("a/b.png cannot be read"), "query=a/b.png cannot be read"),
         (ValueError("images/train has no images"), "data.root=images/train has no images"),
+        (ValueError("images/f/x cannot be written"), "index=images/f/x cannot be written"),  # the longest match
         (ValueError("output=out is full"), "output=out is full"),
         (ValueError("outer: not a path of a field"), "outer: not a path of a field"),
         (ValueError("the network out of a/b.png"), "the network out of a/b.png"),
@@ -170,7 +171,7 @@ def test_an_error_that_begins_with_a_path_names_its_field(error: Exception, sent
     def fails(config: object) -> None:
         raise error
 
-    fields = ["output=out/", "query=[a/a.png,a/b.png]", "data.root=./images", "split=the"]
+    fields = ["output=out/", "query=[a/a.png,a/b.png]", "data.root=./images", "index=images/f", "split=the"]
     status, _, errors = run("search", *fields, main=lambda: run_command("search", SearchConfig, fails))
     assert status == 1
     assert errors.startswith(f"moco: {sentence} (")

@@ -17,7 +17,7 @@ from moco.models.backbones import build_backbone
 from moco.runs.comparison import placed
 from scripts.canvases import write_canvases
 from tests.cli.conftest import Run
-from tests.full_disk import full_disk
+from tests.full_disk import full_at, full_disk
 
 DATA = ("boxes.root=c/train/images", "boxes.file=c/train/boxes.json", "boxes.eval_root=c/test/images")
 SIZES = ("sizes=[32]", "eval_size=32", "max_size=48", "width=8", "box_samples=16", "anchor_samples=16")
@@ -172,3 +172,13 @@ def test_the_same_command_on_other_boxes_does_not_resume(canvases: Path, run: Ru
         status, out, _ = run(*arguments)
         assert status == 0
         assert "already trained" not in out
+
+
+def test_the_results_are_printed_if_the_disk_becomes_full(
+    canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_at(monkeypatch, "results.json")
+    status, out, err = run("detect", *ENCODER, *SMALL, *STEPS, "steps=1", "output=out", "encoders=[untrained]")
+    assert status == 1
+    assert "output=out/results.json cannot be written (No space left on device)" in err
+    assert "of each seed" in out

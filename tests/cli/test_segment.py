@@ -16,6 +16,7 @@ from moco.models.backbones import build_backbone
 from moco.runs.comparison import placed
 from scripts.canvases import CLASSES, write_canvases
 from tests.cli.conftest import Run
+from tests.full_disk import full_at
 
 SMALL = ("masks.root=c/train", "masks.eval_root=c/test", "masks.workers=0", "crop=16", "batch_size=4", "steps=6")
 NAMED = f"masks.classes=[{','.join(CLASSES)}]"
@@ -159,3 +160,13 @@ def test_a_single_value_far_above_the_others_is_reported(canvases: Path, run: Ru
     with pytest.warns(RunWarning, match=message):
         status, _, _ = run("segment", *ENCODER, *SMALL, "encoders=[untrained]", "output=out", "steps=1")
     assert status == 0
+
+
+def test_the_results_are_printed_if_the_disk_becomes_full(
+    canvases: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_at(monkeypatch, "results.json")
+    status, out, err = run("segment", *ENCODER, *SMALL, NAMED, "output=out", "encoders=[untrained]")
+    assert status == 1
+    assert "output=out/results.json cannot be written (No space left on device)" in err
+    assert "each seed" in out

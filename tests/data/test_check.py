@@ -23,7 +23,9 @@ from moco.data import image_facts as image_facts_module
 from moco.data.check import suggest
 from moco.data.decode import FAULTS, ImageError
 from moco.data.image_facts import ODDITIES, image_facts
+from moco.files import WriteError
 from tests.data.unreadable_files import encoded, folder, forbid, noise, odd_files, tiff, unreadable_files
+from tests.full_disk import full_at
 
 OF_VIDEOS = {"rotated", "oblong pixels", "interlaced"}
 
@@ -78,6 +80,37 @@ def test_every_planted_fault_is_found(workers: int, tmp_path: Path, capsys: pyte
     assert all(kind in printed for kind in wanted)
     assert "ignored: .txt" in printed
     assert "to use .heic, convert to JPEG or PNG" in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("file/report.json", "file is a file, not a folder"),
+        ("/proc/report.json", "No such file or directory"),
+        ("/dev/full", "a device or pipe, not a file"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_image_is_read(
+    output: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(module, "load_source")
+    data = DataConfig(name="folder", root=str(folder(tmp_path / "images")), workers=0)
+    with pytest.raises(ConfigError, match=rf"^output={output} cannot be written \({reason}\): set output=FILE"):
+        check_data(CheckDataConfig(data, output))
+
+
+def test_the_findings_are_printed_if_the_disk_becomes_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder(tmp_path / "images", unreadable=False)
+    full_at(monkeypatch, "report.json")
+    with pytest.raises(WriteError, match=r"^.*report\.json cannot be written \(No space left on device\)"):
+        checked(tmp_path / "report.json", root=str(root))
+    printed = capsys.readouterr().out
+    assert "PNG RGB" in printed
+    assert "written" not in printed
 
 
 def test_a_folder_without_faults_passes(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ from moco.evaluation.finetune import evaluate_finetune, pick, view_of
 from moco.evaluation.metrics import mean_interval
 from moco.evaluation.subject import open_subject
 from moco.evaluation.task import Result, interval_note
+from moco.files import WriteError
 from moco.interop.encoder_file import ForeignFileError, build, read_encoder, save_encoder
 from moco.models.backbones import build_backbone
 from moco.runtime.errors import NonFiniteLoss
+from tests.full_disk import full_at
 
 RUN = {
     "seed": 0,
@@ -352,3 +354,12 @@ def test_frozen_bn_without_pretraining_warns(encoder: str, tmp_path: Path) -> No
 
 def test_the_interval_of_fewer_than_three_seeds_is_called_uncertain() -> None:
     assert ["means little" in interval_note(seeds) for seeds in (1, 2, 3, 5)] == [False, True, False, False]
+
+
+def test_the_results_are_printed_if_the_disk_becomes_full(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_at(monkeypatch, "results.json")
+    with pytest.raises(WriteError, match=r"results\.json cannot be written"):
+        evaluate_finetune(configured(encoder, tmp_path, min_steps=1))
+    assert "each seed" in capsys.readouterr().out

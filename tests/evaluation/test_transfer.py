@@ -27,10 +27,12 @@ from moco.evaluation.subject import open_subject
 from moco.evaluation.transfer_data import open_set
 from moco.evaluation.transfer_measures import class_mean_half_width
 from moco.evaluation.transfer_results import result_file
+from moco.files import WriteError
 from moco.interop.encoder_file import build
 from moco.runs.comparison import placed
 from tests.data.test_transfer_sets import write_caltech, write_pets, write_voc
 from tests.evaluation.test_linear import encoder_file, write_images
+from tests.full_disk import full_at
 
 COUNTS = {"dark": 12, "middle": 9, "light": 15}
 CPU = torch.device("cpu")
@@ -374,3 +376,12 @@ def test_a_download_is_made_on_request_only(tmp_path: Path, monkeypatch: pytest.
         with pytest.raises(FileNotFoundError, match="sets=pets was not found"):
             run(settings)
     assert asked == [("pets", root)]
+
+
+def test_a_result_is_printed_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_at(monkeypatch, "results.json")
+    with pytest.raises(WriteError, match=r"results\.json cannot be written"):
+        transfer.evaluate_transfer(config(tmp_path / "out", [folders(tmp_path / "images")]))
+    assert re.search(r"images, pretrained: [0-9.]+ \([0-9.]+–[0-9.]+\) %", capsys.readouterr().out)

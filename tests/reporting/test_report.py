@@ -18,6 +18,7 @@ from moco.config.report import ReportConfig, check_report
 from moco.reporting.report import report
 from moco.reporting.run_record import findings, open_run
 from moco.runs import checkpoint
+from tests.full_disk import full_at
 from tests.reporting.runs import EVIL, images, run
 
 
@@ -349,3 +350,15 @@ def test_a_map_is_deterministic(labeled: Path) -> None:
         report(config(labeled))
         found.append(page(labeled / "report.html")[1]["maps"])
     assert found[0] == found[1]
+
+
+def test_the_findings_are_printed_if_the_disk_becomes_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = run(tmp_path / "run", images(tmp_path / "all", count=6))
+    full_at(monkeypatch, "report.html")
+    with pytest.raises(ConfigError, match=r"^output=.*report\.html cannot be written \(No space left on device\)"):
+        report(config(made, pictures=0))
+    printed = capsys.readouterr().out
+    assert "doctor" in printed
+    assert "page" not in printed

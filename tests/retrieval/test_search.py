@@ -14,9 +14,11 @@ from moco.config import ConfigError
 from moco.config.data import SubjectDataConfig
 from moco.config.search import SearchConfig, check_search
 from moco.data.decode import ImageError
+from moco.files import WriteError
 from moco.retrieval import embed as embed_module
 from moco.retrieval.search import search
 from tests.data.images import encoder, folder, gradient
+from tests.full_disk import full_at
 
 EVIL = "<script>alert(1)<_script>.png"
 
@@ -290,3 +292,22 @@ def test_a_wrong_index_or_query_is_refused(made: tuple[Path, Path], tmp_path: Pa
     shutil.copy(made[1] / "00.png", tmp_path / "single" / "0.png")
     with pytest.raises(ConfigError, match="mode=duplicates"):
         search(config((made[0], tmp_path / "single"), tmp_path / "few", mode="duplicates"))
+
+
+def test_an_output_that_cannot_be_written(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before the search; if the disk becomes full later, the result is printed."""
+    search(config(made, tmp_path / "out", mode="outliers", gallery="none"))
+    index = SearchConfig(index=str(tmp_path / "out/features"), mode="outliers", device="cpu")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        full_at(patch, "outliers.json")
+        with pytest.raises(WriteError, match=r"outliers\.json cannot be written"):
+            search(index)
+    assert "most dissimilar" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        full_at(patch, "check")
+        with pytest.raises(ConfigError, match=r"^output=.*/features/search cannot be written to .*: set output=DIR"):
+            search(index)
+    assert capsys.readouterr().out == ""

@@ -156,8 +156,8 @@ def choose(config: ChooseConfig) -> list[Point]:
         "checkpoints": [point.plain() for point in points],
         "provenance": provenance(),
     }
+    _report(points, agreement, len(images), config)  # before writing: the results stay visible if writing fails
     write_json(output / RESULTS, results)
-    _report(points, agreement, len(images), config)
     log(f"results: {output / RESULTS}")
     labeled = bool(points[0].accuracies)
     best = max(points, key=lambda point: point.accuracies["probe"]) if labeled else chosen(points, "rank_me")

@@ -92,8 +92,9 @@ def sweep(config: TemperatureConfig) -> list[Run]:
     failed = _train_all(config, planned)
     runs = _measure_all(config, planned, device)
     if runs:
+        _show(runs)  # before writing: the results stay visible if writing fails
         _write(config, output, runs)
-        _report(output, runs)
+        _log_files(output, runs)
     if failed:
         reasons = "; ".join(f"{folder}: {reason}" for folder, reason in failed.items())
         raise ValueError(
@@ -255,8 +256,8 @@ def _write(config: TemperatureConfig, output: Path, runs: Sequence[Run]) -> None
         draw(output / name, runs)
 
 
-def _report(output: Path, runs: Sequence[Run]) -> None:
-    """Print the closing table and the paths of the files."""
+def _show(runs: Sequence[Run]) -> None:
+    """Print the closing table."""
 
     def cell(value: Mapping[str, float | None], digits: int) -> str:
         if value["mean"] is None:
@@ -275,6 +276,10 @@ def _report(output: Path, runs: Sequence[Run]) -> None:
         f"{runs[0].pictures:,} images, {runs[0].contrast.negatives:,} negatives; kNN uses the backbone's features, the "
         "other measures the projection, as the loss does; ± is the standard deviation over seeds",
     )
+
+
+def _log_files(output: Path, runs: Sequence[Run]) -> None:
+    """Print the paths of the files and the next command."""
     log(f"figures: {', '.join(str(output / name) for name in FIGURES)}")
     log(f"results: {output / RESULTS}")
     with_labels = [(run.knn.mean, run) for run in runs if run.knn is not None]
