@@ -186,7 +186,8 @@ def open_imagenet(config: DataConfig, keep_unlistable: bool = False) -> Sources:
     folder = os.path.abspath(os.path.expanduser(config.root))
     if not (Path(folder, "train").is_dir() and Path(folder, "val").is_dir()):
         found = sorted(os.listdir(folder)) if os.path.isdir(folder) else None
-        state = "does not exist" if found is None else f"contains {', '.join(found[:5]) or 'nothing'}"
+        missing = "is a file" if os.path.exists(folder) else "does not exist"
+        state = missing if found is None else f"contains {', '.join(found[:5]) or 'nothing'}"
         raise FileNotFoundError(
             f"data.root={config.root} ({folder}) must contain train/CLASS/*.JPEG and val/CLASS/*.JPEG, but it {state}: "
             "download ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from https://image-net.org (data.download "

@@ -139,7 +139,7 @@ def pick(config: FinetuneConfig, labeled: Source, seed: int) -> NDArray[np.int64
         return subsets.part_of_each_class(labels, fraction, seed)
     file = Path(config.subset_list)
     if not file.is_file():
-        raise FileNotFoundError(f"subset_list={file} does not exist")
+        raise FileNotFoundError(f"subset_list={file} {'is no file' if file.exists() else 'does not exist'}")
     try:
         wanted = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:

@@ -35,7 +35,7 @@ from moco.interop.image_size import fit_to_size
 from moco.models.encoder import Encoder
 from moco.plugins import naming_plugins
 from moco.runs import checkpoint
-from moco.runs.directory import in_run_directory, no_checkpoint_message
+from moco.runs.directory import folder_message, in_run_directory, no_checkpoint_message, no_directory_message
 from moco.runtime.console import log, progress_bar
 from moco.runtime.next_command import stats_command
 
@@ -98,7 +98,9 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
     """
     if config.run:
         run = Path(config.run)
-        require(run.is_dir(), f"run={config.run} does not exist: set run to the directory of a run, e.g. runs/digits")
+        if not run.is_dir():
+            weights = f", or checkpoint={run}" * run.is_file()
+            raise ConfigError(f"{no_directory_message(run)}{weights}")
         found = checkpoint.list_checkpoints(run / "checkpoints")
         if not found:
             raise ConfigError(no_checkpoint_message(run))
@@ -108,10 +110,8 @@ def open_encoder(config: EncoderConfig) -> EncoderFile:
             rest = f": use an older one, checkpoint={found[1]}" if len(found) > 1 else ""
             raise ConfigError(f"{error}{rest}") from error
     path = local_file(config.checkpoint, "checkpoint")
-    require(
-        not path.is_dir(),
-        f"checkpoint={config.checkpoint} is a folder: set run={config.checkpoint}, or name a file",
-    )
+    if path.is_dir():
+        raise ConfigError(folder_message(path, "checkpoint"))
     return read_encoder(path, config.weights, config.backbone, config.options or None)
 
 

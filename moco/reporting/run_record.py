@@ -12,7 +12,7 @@ from moco.config import ConfigError, MethodConfig, RunWarning, TrainConfig, requ
 from moco.methods import read_method
 from moco.plugins import naming_plugins
 from moco.runs import checkpoint
-from moco.runs.directory import no_checkpoint_message
+from moco.runs.directory import no_checkpoint_message, no_directory_message
 from moco.runs.metrics import Metrics, read_metrics
 from moco.runs.results import recorded
 from moco.runtime.next_command import next_commands
@@ -98,7 +98,7 @@ def open_run(path: Path, field: str = "run") -> Run:
         ConfigError: if there is no such run, or none of its checkpoints can be read: the message names `field`. Also if
             config.yaml or results.json is damaged.
     """
-    require(path.is_dir(), f"{field}={path} does not exist: name the directory of a run, e.g. run=runs/digits")
+    require(path.is_dir(), no_directory_message(path, field))
     file, state = _newest(path, field)
     if file is None and not (path / "config.yaml").is_file() and any(path.glob("*/checkpoints/")):
         raise ConfigError(no_checkpoint_message(path, field))

@@ -55,6 +55,13 @@ def open_embedding(folder: Path, source: Source) -> Embedding:
 
 def read_about(folder: Path) -> About:
     """Read features.json; raise ConfigError if the folder is not a complete output of moco.embed."""
+    if folder.is_file():
+        fix = (
+            f"set index={folder.parent}"
+            if (folder.parent / ABOUT).is_file()
+            else "name the output folder of moco.embed"
+        )
+        raise ConfigError(f"index={folder} is a file: {fix}")
     require(folder.is_dir(), f"index={folder} does not exist: create it with python -m moco.embed output={folder} ...")
     if (folder / PROGRESS).exists() and not (folder / FEATURES).exists():
         raise ConfigError(f"{folder} is not complete: run the same moco.embed command again to resume")

@@ -133,11 +133,43 @@ def in_run_directory(file: Path) -> bool:
     return any(all((run / name).is_file() for name in ("config.yaml", METRICS)) for run in file.absolute().parents[:4])
 
 
+def run_of(path: Path) -> Path | None:
+    """Return the directory of the run that contains a file or folder, at most two folders above; None without one."""
+    folders = (*path.parents[:2], *path.absolute().parents[:2])
+    return next((each for each in folders if (each / "checkpoints").is_dir()), None)
+
+
+def no_directory_message(path: Path, field: str = "run") -> str:
+    """Return the message for a path in `field`, in place of the directory of a run, that is no directory."""
+    if not path.exists():
+        return f"{field}={path} does not exist: name the directory of a run, e.g. {field}=runs/digits"
+    run = run_of(path)
+    fix = f"set {field}={run}" if run else "name the directory of a run"
+    return f"{field}={path} is a file: {fix}"
+
+
+def folder_message(path: Path, field: str) -> str:
+    """Return the message for a folder in `field`, which takes a file of weights: what to set instead."""
+    problem, run = f"{field}={path} is a folder", path if (path / "checkpoints").is_dir() else run_of(path)
+    if run is None:
+        names = ("encoder.safetensors", "model.safetensors")
+        found = [path / name for name in names if (path / name).is_file()]
+        inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]
+        such = f"{field}={found[0]}" if found else f"run={inside[0]}" if inside and field == "checkpoint" else ""
+        return f"{problem}: name {'a run in it' if such.startswith('run=') else 'a file'}{f', {such}' if such else ''}"
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if not checkpoints:
+        return f"{problem}, and {no_checkpoint_message(run)}"
+    if field == "checkpoint":
+        return f"{problem}: set run={run}, or name a file"
+    encoder = run / "encoder.safetensors"
+    return f"{problem}: name a file, such as {field}={encoder if encoder.is_file() else checkpoints[0]}"
+
+
 def no_checkpoint_message(path: Path, field: str = "run") -> str:
     """Return the message for a directory in `field` that has no checkpoint: why, and what to do."""
-    for run in path.absolute().parents[:2]:
-        if (run / "checkpoints").is_dir():
-            return f"{field}={path} is a folder in the directory of a run: set {field}={run}"
+    if run := run_of(path):
+        return f"{field}={path} is a folder in the directory of a run: set {field}={run}"
     if renamed := _renamed(path):
         return f"{renamed}, or set checkpoint=FILE"
     inside = [each for each in sorted(path.iterdir()) if (each / "checkpoints").is_dir()]

@@ -12,15 +12,16 @@ from moco.interop.foreign import State
 from moco.interop.hub import local_file
 from moco.interop.image_size import fit_to_size, with_positions_of
 from moco.models.first_layer import input_channels, with_channels_of
+from moco.runs.directory import folder_message
 from moco.training.checks import warn_of_other_normalization
 
 
 def initial_file(config: TrainConfig) -> Path:
     """Return the file that `config.init_from` means; raise ConfigError if it does not exist."""
     path = local_file(config.init_from, "init_from")
-    inside = f": name a file, such as init_from={path / 'encoder.safetensors'}"
-    state = f"is a folder{inside}" if path.is_dir() else "does not exist"
-    require(path.is_file(), f"init_from={path} {state}")
+    if path.is_dir():
+        raise ConfigError(folder_message(path, "init_from"))
+    require(path.is_file(), f"init_from={path} does not exist")
     return path
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moco.config import TrainConfig, require
+from moco.config import ConfigError, TrainConfig, require
 from moco.data.pixel_format import RGB, per_channel
 from moco.digest import digest
 from moco.distributed import all_gather_object
@@ -15,6 +15,7 @@ from moco.interop.encoder_file import ForeignFileError, build, read_encoder
 from moco.interop.image_size import fit_to_size
 from moco.models.backbones import build_backbone, published_weights
 from moco.models.probe import output_error
+from moco.runs.directory import folder_message
 
 Normalization = tuple[list[float], list[float]]  # mean and standard deviation of each channel
 
@@ -103,8 +104,9 @@ def _from_file(config: TrainConfig) -> tuple[nn.Module, Normalization]:
     """Return the encoder of a file, or its backbone, and the mean and standard deviation of its images."""
     method: Any = config.method
     path = Path(method.teacher)
-    inside = f": name a file, such as method.teacher={path / 'encoder.safetensors'}"
-    state = f"is a folder{inside}" if path.is_dir() else "does not exist"
+    if path.is_dir():
+        raise ConfigError(folder_message(path, "method.teacher"))
+    state = "does not exist"
     if not path.exists() and len(path.parts) == 1 and published_weights(path.name):
         state = f"is the name of a network: write method.teacher=timm/{path.name} for its published weights"
     require(path.is_file(), f"method.teacher={path} {state}")

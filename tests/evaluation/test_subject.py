@@ -134,7 +134,16 @@ def test_one_rule_for_mean_and_std(tmp_path: Path) -> None:
         ({"run": "a", "checkpoint": "b"}, "run=a and checkpoint=b"),
         ({"run": "none"}, "does not exist"),
         ({"run": "empty"}, "has no checkpoint: train it first"),
-        ({"checkpoint": "empty"}, "is a folder: set run=empty"),
+        ({"checkpoint": "empty"}, "checkpoint=empty is a folder: name a file"),
+        ({"checkpoint": "."}, "checkpoint=. is a folder: name a run in it, run=a"),
+        ({"checkpoint": "a/checkpoints/"}, "checkpoint=a/checkpoints is a folder: set run=a, or name a file"),
+        ({"checkpoint": "a"}, "checkpoint=a is a folder: set run=a"),
+        ({"checkpoint": "begun"}, "checkpoint=begun is a folder, and run=begun has no checkpoint yet: run its command"),
+        (
+            {"run": "a/checkpoints/step_1.pt"},
+            "is a file: set run=a, or checkpoint=a/checkpoints/step_1.pt",
+        ),
+        ({"run": "file"}, "run=file is a file: name the directory of a run, or checkpoint=file"),
         (
             {"run": "a", "backbone": "resnet18", "options": {"stem": "cifar"}},
             "backbone=resnet18 and options={'stem': 'cifar'} cannot be combined with run=a",
@@ -145,7 +154,10 @@ def test_one_encoder_must_be_named(
     fields: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "a/checkpoints", "begun/checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a/checkpoints/step_1.pt", "file", "begun/config.yaml"):
+        (tmp_path / name).touch()
     assert words in sentence(SubjectConfig(**fields))
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,8 @@ def test_a_query_can_be_a_name_of_the_index(made: tuple[Path, Path], tmp_path: P
 
 def test_a_wrong_index_or_query_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=rf"index={made[0]} is a file: name the output folder of moco\.embed$"):
+        search(config(made, tmp_path, index=str(made[0])))
     with pytest.raises(ConfigError, match=r"nowhere does not exist"):
         search(SearchConfig(index=str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match=r"contains no features.npy"):
@@ -300,6 +303,9 @@ def test_an_output_that_cannot_be_written(
     """It is refused before the search; if the disk becomes full later, the result is printed."""
     search(config(made, tmp_path / "out", mode="outliers", gallery="none"))
     index = SearchConfig(index=str(tmp_path / "out/features"), mode="outliers", device="cpu")
+    file = tmp_path / "out/features/features.npy"  # moco.embed prints this path
+    with pytest.raises(ConfigError, match=rf"^index={file} is a file: set index={file.parent}$"):
+        search(replace(index, index=str(file)))
     capsys.readouterr()
     with monkeypatch.context() as patch:
         full_at(patch, "outliers.json")

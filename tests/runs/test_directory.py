@@ -12,7 +12,7 @@ import pytest
 from moco.config import ConfigError, TrainConfig
 from moco.files import WriteError
 from moco.methods.moco_config import MoCoConfig
-from moco.runs.directory import in_run_directory, no_checkpoint_message, open_run
+from moco.runs.directory import folder_message, in_run_directory, no_checkpoint_message, open_run
 from moco.runs.metrics import MetricsLogger
 
 
@@ -66,6 +66,19 @@ def test_a_folder_of_a_run_is_no_run(tmp_path: Path) -> None:
         f"set compare={tmp_path / 'run'}"
     )
     assert str(tmp_path / "run") not in no_checkpoint_message(tmp_path / "other")
+
+
+def test_a_folder_in_place_of_weights_is_answered_with_a_file_that_is_there(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    checkpoint, encoder = run / "checkpoints" / "step_00000001.pt", run / "encoder.safetensors"
+    for file in (checkpoint, encoder):
+        file.touch()
+        for folder in (run, run / "checkpoints"):
+            assert folder_message(folder, "init_from").endswith(f"is a folder: name a file, such as init_from={file}")
+    assert folder_message(tmp_path, "init_from") == f"init_from={tmp_path} is a folder: name a file"
+    (tmp_path / "model.safetensors").touch()
+    assert folder_message(tmp_path, "x").endswith(f": name a file, x={tmp_path / 'model.safetensors'}")
 
 
 def test_only_a_run_that_could_begin_gets_a_training_command(tmp_path: Path) -> None:

@@ -254,8 +254,12 @@ def test_another_network_is_refused_with_what_differs(tmp_path: Path) -> None:
     config = configured(tmp_path / "gone.pth")
     with pytest.raises(ConfigError, match=r"init_from=.*gone\.pth does not exist"):
         load_initial_weights(config, method(config))
-    config.init_from = str(tmp_path)
-    with pytest.raises(ConfigError, match=r"is a folder: name a file, such as init_from=.*/encoder\.safetensors"):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000001.pt").touch()
+    config.init_from = str(tmp_path / "checkpoints")
+    with pytest.raises(
+        ConfigError, match=r"is a folder: name a file, such as init_from=.*/checkpoints/step_00000001\.pt$"
+    ):
         load_initial_weights(config, method(config))
 
 

@@ -175,7 +175,10 @@ def _runs(patterns: Sequence[str]) -> list[str]:
     found: dict[Path, str] = {}
     for pattern in patterns:
         matches = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())  # noqa: PTH207
-        require(bool(matches), f"runs: {pattern} matches no directory: name a run directory, e.g. runs=[runs/digits]")
+        if not matches:
+            name = "name a run directory, e.g. runs=[runs/digits]"
+            matched = f"{pattern} matches {'no directory' if not glob.glob(pattern) else 'files only'}"  # noqa: PTH207
+            raise ConfigError(f"runs: {matched}: {name}")
         found |= {resolved(path): path for path in matches}
     return list(found.values())
 
