@@ -97,8 +97,8 @@ def process_group(device: torch.device, timeout_minutes: float = 10.0) -> Iterat
 def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor to the device. The copy from pinned memory is queued: the host does not wait for it."""
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # not queued: on MPS, the host's memory could be freed before the copy
 
 
 @torch.no_grad()

@@ -223,8 +223,9 @@ class CommandConfig:
 class ComputeConfig(CommandConfig):
     """The device of a command that computes, and how it computes there."""
 
-    device: str = bounded("auto", choices=("auto", "cpu", "cuda"))
-    """Device for the computation. auto: a GPU if there is one, else the CPU."""
+    device: str = bounded("auto", choices=("auto", "cpu", "cuda", "mps"))
+    """Device for the computation. auto: a GPU for CUDA if there is one, else the CPU. mps: the GPU of a Mac, see
+    docs/gpu.md."""
     threads: int = bounded(0, ge=0, le=512)
     """CPU threads per process; 0: the default of torch."""
     tf32: bool = False
@@ -254,6 +255,12 @@ class ResumableConfig(StoppableConfig):
     save_every: int = bounded(100, ge=0)
     """Steps between two saves of the training state, from which the same command resumes. The state is also saved when
     the command is stopped, and after the last step; 0: only then."""
+
+
+def refuse_on_mps(config: ComputeConfig, *given: str) -> None:
+    """Raise ConfigError for device=mps with any of the given settings, such as "compile=true"."""
+    error = f"device=mps does not support {' and '.join(given)}: set device=cpu"
+    require(config.device != "mps" or not given, error)
 
 
 def require_divisible(batch_size: int, parts: int, divisor: str) -> None:

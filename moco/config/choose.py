@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import ComputeConfig, bounded, check_bounds
+from moco.config.base import ComputeConfig, bounded, check_bounds, refuse_on_mps
 from moco.config.data import SubjectDataConfig, refuse_hold_out
 
 
@@ -31,4 +31,5 @@ class ChooseConfig(ComputeConfig):
 def check_choose(config: ChooseConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
+    refuse_on_mps(config, "this command")
     refuse_hold_out(config.data)

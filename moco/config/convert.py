@@ -53,4 +53,5 @@ def check_convert(config: ConvertConfig) -> None:
     require(bool(config.upload) or not config.public, "public=true needs upload=USER/NAME")
     named = not config.upload or re.fullmatch(REPOSITORY, config.upload)
     require(bool(named), f"upload={config.upload!r} must be USER/NAME, e.g. upload=me/my-encoder")
-    require(config.device != "cuda", "device=cuda: a conversion runs on the CPU, set device=cpu")
+    error = f"device={config.device}: a conversion runs on the CPU, set device=cpu"
+    require(config.device in ("auto", "cpu"), error)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import ResumableConfig, bounded, require, require_divisible
+from moco.config.base import ResumableConfig, bounded, refuse_on_mps, require, require_divisible
 from moco.config.subject import EncoderConfig, check_subject
 
 DETECTORS = ("faster_rcnn_fpn", "faster_rcnn_c4", "mask_rcnn_fpn", "mask_rcnn_c4", "retinanet")
@@ -121,6 +121,7 @@ _OF_LAYOUT = {
 def check_detect(config: DetectConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with W processes, over which the batch is divided."""
     check_subject(config)
+    refuse_on_mps(config, "this command")
     boxes, default = config.boxes, BoxesConfig()
     require(bool(boxes.root), "boxes.root is empty: set boxes.root=DIR, and boxes.layout to the layout of its files")
     for layout, names in _OF_LAYOUT.items():

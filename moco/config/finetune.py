@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import ResumableConfig, bounded, require, require_divisible
+from moco.config.base import ResumableConfig, bounded, refuse_on_mps, require, require_divisible
 from moco.config.subject import SubjectConfig, check_subject
 
 
@@ -77,6 +77,7 @@ class FinetuneConfig(ResumableConfig, SubjectConfig):
 def check_finetune(config: FinetuneConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
+    refuse_on_mps(config, *[f"precision={config.precision}"] * (config.precision != "fp32"))
     ways = {name: getattr(config, name) for name in ("fraction", "labels_per_class", "subset_list")}
     chosen = [f"{name}={value}" for name, value in ways.items() if value]
     require(len(chosen) < 2, f"{' and '.join(chosen)} select the labeled images in different ways: remove all but one")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from moco.config.base import ResumableConfig, bounded, require, require_divisible
+from moco.config.base import ResumableConfig, bounded, refuse_on_mps, require, require_divisible
 from moco.config.subject import EncoderConfig, check_subject
 
 
@@ -89,6 +89,7 @@ class SegmentConfig(ResumableConfig, EncoderConfig):
 def check_segment(config: SegmentConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid, or whose batch cannot be divided over the processes."""
     check_subject(config)
+    refuse_on_mps(config, "this command")
     masks = config.masks
     require(bool(masks.root), "masks.root is empty: set masks.root=DIR, and masks.layout to the layout of its files")
     if masks.layout == "folder":

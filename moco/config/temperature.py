@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moco.config.base import ComputeConfig, bounded, check_bounds, config_dir, require
+from moco.config.base import ComputeConfig, bounded, check_bounds, config_dir, refuse_on_mps, require
 
 # The sweep sets these fields of its runs.
 SET_BY_SWEEP = ("run", "seed", "epochs", "experiment", "method.temperature", "checkpoint.keep_epochs")
@@ -54,6 +54,7 @@ class TemperatureConfig(ComputeConfig):
 def check_temperature(config: TemperatureConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
+    refuse_on_mps(config, "this command")
     recipes = sorted(path.stem for path in Path(config_dir(), "experiment").glob("*.yaml"))
     require(config.recipe in recipes, f"recipe={config.recipe!r} must be one of {', '.join(recipes)}")
     names = Counter(f"{each:g}" for each in config.temperatures)

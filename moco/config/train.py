@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import StoppableConfig, bounded, check_bounds, require, require_divisible
+from moco.config.base import StoppableConfig, bounded, check_bounds, refuse_on_mps, require, require_divisible
 from moco.config.data import DataConfig, check_data_fields, refuse_root_of_digits
 from moco.config.method import MethodConfig
 
@@ -209,7 +209,8 @@ class TrainConfig(StoppableConfig):
     """Number format of the computation. auto: bf16 on a GPU that has units for it, or on a CPU if a short measurement
     shows that it is at least 1.2 times as fast; else fp32. A resumed run keeps its precision."""
     channels_last: bool = True
-    """Store images in channels-last memory format. Convolutions are then faster; results are equal up to rounding."""
+    """Store images in channels-last memory format. Convolutions are then faster; results are equal up to rounding. It
+    has no effect with device=mps, where versions of torch compute wrong gradients for it, see docs/gpu.md."""
     compile: bool = False
     """Compile the encoders with torch.compile. This takes minutes at the start and makes each step faster."""
     cuda_graph: bool = False
@@ -274,6 +275,7 @@ def check(config: TrainConfig, processes: int = 1) -> None:
     fits = resize == 0 or resize >= size
     require(fits, f"augment.eval_resize={resize} is below augment.size={size}: raise it, or set it to 0")
     _check_small_views(config.augment)
+    _check_mps(config)
     _check_shard(config)
     _check_batch(config, processes)
     if config.cuda_graph:
@@ -292,6 +294,13 @@ def _check_cuda_graph(config: TrainConfig, processes: int) -> None:
     require(not config.evaluate.online_probe, f"cuda_graph=true hides the features from evaluate.online_probe: {off}")
     changing = ", ".join(config.method.changing())
     require(not changing, f"cuda_graph=true repeats one step, but {changing} changes from step to step: {off}")
+
+
+def _check_mps(config: TrainConfig) -> None:
+    """Refuse what torch cannot do on the GPU of a Mac, and what was not rehearsed for it."""
+    names = ("compile", "cuda_graph", "shard", "activation_checkpointing")
+    precision = [f"precision={config.precision}"] * (config.precision not in ("auto", "fp32"))
+    refuse_on_mps(config, *(f"{name}=true" for name in names if getattr(config, name)), *precision)
 
 
 def _check_small_views(augment: AugmentConfig) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from moco.config.base import ResumableConfig, bounded, check_bounds, require
+from moco.config.base import ResumableConfig, bounded, check_bounds, refuse_on_mps, require
 from moco.config.data import SubjectDataConfig
 from moco.config.finetune import FinetuneConfig, check_finetune
 from moco.config.subject import SubjectConfig, check_subject
@@ -49,6 +49,7 @@ class TransferConfig(SubjectConfig):
 def check_transfer(config: TransferConfig, processes: int = 1) -> None:
     """Raise ConfigError for a configuration that is invalid with this number of processes."""
     check_subject(config)
+    refuse_on_mps(config, "this command")
     finetune_config(config, processes)
     error = "data.hold_out has no effect without the entry data in sets: add data to sets, or set hold_out for folders"
     require("data" in config.sets or config.data.hold_out == 0, error)

@@ -24,6 +24,7 @@ from moco.data.unreadable import OnUnreadable, image_or_substitute
 from moco.data.view import View, draw, draw_crop
 from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
 from moco.distributed import copy_to_device
+from moco.runtime.device import float64_device
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def batches(
 
     Args:
         source: the images; if `source.images` is None, loader processes decode them.
-        device: computes the augmentation and holds the batches.
+        device: computes the augmentation, unless it lacks float64, and holds the batches except `places`.
         workers: number of loader processes; 0 decodes in this process; None: see `count_processes`.
         on_unreadable: called with unreadable images, which are replaced by substitutes (`moco.data.unreadable`). The
             views of a substitute use the random numbers of the original sample, so they differ from the views that the
@@ -60,10 +61,13 @@ def batches(
         ImageError: for an unreadable image that is not replaced.
         LoaderError: if a loader process dies, or the shared memory is full.
     """
-    cropped = crops(source, plan, views, device, workers, start, on_unreadable)
-    made: Iterable[Batch] = (_augmented(plan, views, device, each, places) for each in cropped)
+    maker = float64_device(device)
+    cropped = crops(source, plan, views, maker, workers, start, on_unreadable)
+    made: Iterable[Batch] = (_augmented(plan, views, maker, each, places) for each in cropped)
     if device.type == "cuda":
         made = prefetched(made, device, _tensors)
+    elif device != maker:
+        made = (Batch(each.index.to(device), [x.to(device) for x in each.views], each.places) for each in made)
     yield from made
 
 

@@ -17,6 +17,7 @@ from moco.data.sources import Source
 from moco.data.workers import LoaderError, count_processes, loaded, make_loader, to_shared_memory
 from moco.distributed import copy_to_device, gather, on_all_ranks, rank, world_size
 from moco.models.modes import evaluating
+from moco.runtime.device import float64_device
 
 Network = nn.Module | Callable[[Tensor], Tensor]  # images (N, C, S, S) -> features (N, D)
 
@@ -84,6 +85,7 @@ def stream(
 
     Args:
         network: on the device; a module is put into eval mode, and into its previous mode at the end.
+        device: of the network; the features are on its `float64_device`.
         workers: loader processes for images that are not in memory; None: see `count_processes`.
         heartbeat: called before each batch.
 
@@ -95,7 +97,7 @@ def stream(
     with evaluating(network) if isinstance(network, nn.Module) else nullcontext():
         for images in _crops(source, rows, transform, batch_size, workers):
             heartbeat()
-            yield network((to_float(copy_to_device(images, device)) - mean) / std).float()
+            yield network((to_float(copy_to_device(images, device)) - mean) / std).float().to(float64_device(device))
 
 
 def extract(

@@ -27,6 +27,7 @@ from moco.distributed import gather, rank, world_size
 from moco.evaluation.features import EvalTransform, Network, pixels
 from moco.evaluation.knn_classifier import Accuracy
 from moco.models.modes import evaluating
+from moco.runtime.device import float64_device
 
 MOST_IMAGES = 1024  # enough for a standard error of 1.6 points; more images only cost time
 SEED = 0  # of the choice of the images and of their crops
@@ -76,16 +77,18 @@ def instance_retrieval(
     rows: list[Tensor] = []
     modules = [network for network in networks.values() if isinstance(network, nn.Module)]
     mean, std = (per_channel(each, device) for each in (transform.mean, transform.std))
+    host = float64_device(device)
     with ExitStack() as modes:
         for module in modules:
             modes.enter_context(evaluating(module))
         for batch in _crop_pairs(source, transform.size, device, batch_size, workers, on_unreadable):
             heartbeat()
-            rows.append(batch.index)
+            rows.append(batch.index.to(host))
             for name, network in networks.items():
                 for images, out in zip(batch.views, features[name], strict=True):
                     with torch.no_grad():
-                        out.append(network(images if network is pixels else (images - mean) / std).float())
+                        output = network(images if network is pixels else (images - mean) / std)
+                    out.append(output.float().to(host))
     # `gather` returns rows and features of all ranks in the same order.
     groups = _content_groups(source, gather(torch.cat(rows)), heartbeat)
     found = {}

@@ -131,7 +131,7 @@ def _choose(
     """
     config = task.config
     drawn = np.sort(permutation(config.seed, 0, len(bank), VALIDATION)[: config.choose_on])
-    rows, groups = (torch.from_numpy(each).to(task.device) for each in (drawn, task.groups))
+    rows, groups = (torch.from_numpy(each).to(bank.device) for each in (drawn, task.groups))
     given = rows, ks, config.temperature, groups, settings
     with progress_bar(f"{name}: choosing k and temperature") as progress:
         grid = leave_one_out(bank, targets_of(task.train), *given, progress)

@@ -41,6 +41,7 @@ from moco.optim.schedules import scaled_lr
 from moco.runs.comparison import label
 from moco.runs.results import prepare
 from moco.runtime.console import log, log_next, percent, progress_bar
+from moco.runtime.device import float64_device
 from moco.runtime.next_command import command
 
 _CHUNK = 4096  # rows at once through a head
@@ -101,7 +102,7 @@ def _sweep(task: Task[LinearConfig], name: str, encoder: Encoder | None) -> Prob
         network = _layers(task, encoder.get_submodule("backbone"))
         columns = network.columns
     train = _features(task, network, task.train, f"{name}: features of the training images")
-    data = LabeledFeatures(train, columns, labels, len(task.train.classes), task.device, task.groups)
+    data = LabeledFeatures(train, columns, labels, len(task.train.classes), float64_device(task.device), task.groups)
     seeds = range(config.seed, config.seed + config.seeds)
     choices, heads = zip(*(_choose_and_retrain(task, name, data, seed) for seed in seeds), strict=True)
     test = _features(task, network, task.held_out, f"{name}: features of the held-out images")
@@ -235,10 +236,11 @@ def _evaluated(task: Task[LinearConfig], head: LinearHead, features: Tensor) -> 
     The features (M, D) need not fit into memory. If images have one class each, neither need the scores (M, L).
     """
     trained, truth = task.train.multi_labels, task.held_out.multi_labels
+    device = float64_device(task.device)
     if trained is not None and truth is not None:
-        scores = torch.cat([head(part.to(task.device)).cpu() for part in features.split(_CHUNK)])
+        scores = torch.cat([head(part.to(device)).cpu() for part in features.split(_CHUNK)])
         return average_precision(scores, truth, trained)
-    ranked = torch.cat([rank_classes(head(part.to(task.device))) for part in features.split(_CHUNK)])
+    ranked = torch.cat([rank_classes(head(part.to(device))) for part in features.split(_CHUNK)])
     return compute_metrics(ranked, labels_of(task.held_out), len(task.train.classes))
 
 

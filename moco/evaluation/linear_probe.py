@@ -26,6 +26,7 @@ from moco.digest import digest
 from moco.distributed import in_lockstep, mean_over_ranks
 from moco.interop.weights import save_weights
 from moco.optim.schedules import lr_factor
+from moco.runtime.device import float64_device
 
 
 class BackboneChanged(RuntimeError):
@@ -99,7 +100,7 @@ def train_head(
     backbone.eval()
     optimizer = torch.optim.SGD(head.parameters(), lr=0.0, momentum=optim.momentum, weight_decay=optim.weight_decay)
     epochs: list[tuple[float, float]] = []
-    sums = torch.zeros(2, dtype=torch.float64, device=labels.device)  # loss and accuracy of the epoch
+    sums = torch.zeros(2, dtype=torch.float64, device=float64_device(labels.device))  # loss and accuracy of the epoch
     for step, batch in enumerate(in_lockstep(batches)):
         with torch.no_grad():
             features = backbone(batch.views[0])  # (n, D)
@@ -114,7 +115,7 @@ def train_head(
         optimizer.param_groups[0]["lr"] = optim.lr * lr_factor(step, plan.steps_per_epoch, plan.epochs, optim)
         optimizer.step()
         right = scores.argmax(dim=1) == truth if truth.ndim == 1 else (scores > 0) == truth
-        sums += torch.stack([loss.detach(), right.float().mean()]).double()
+        sums += torch.stack([loss.detach(), right.float().mean()]).to(sums.device).double()
         if (step + 1) % plan.steps_per_epoch == 0:
             mean_loss, accuracy = (mean_over_ranks(sums) / plan.steps_per_epoch).tolist()
             if not np.isfinite(mean_loss):

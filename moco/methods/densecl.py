@@ -110,6 +110,7 @@ class DenseCL(nn.Module):
             assert places is not None
             match = matching_cells(places[0], places[1], math.isqrt(cells.shape[1]))  # (n, P)
             matched = (mean_over_ranks((match >= 0).sum().double()) * world_size()).clamp(min=1).float()
+            match, matched = match.to(cells.device), matched.to(cells.device)  # the places may be on the CPU
         by_features = None if self.by_crops else unit_cells(features[0])
         return {1: DenseKeys(unit_length(embedding), unit_cells(cells), mean_cell, by_features, match, matched)}
 

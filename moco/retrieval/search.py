@@ -31,7 +31,7 @@ from moco.retrieval.embed import compute
 from moco.retrieval.queries import image_files, open_index, query_features
 from moco.retrieval.store import Embedding, origin_of
 from moco.runtime.console import log, progress_bar, summary_panel
-from moco.runtime.device import compute_context
+from moco.runtime.device import compute_context, float64_device
 from moco.runtime.output_directory import prepare_output
 
 _GROUP_TILES = 24  # maximum number of tiles per group in the gallery
@@ -119,7 +119,7 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
         rows = permutation(config.seed, 0, len(images), SEARCH)[: config.sample or _SAMPLE]
         names = [images.name(int(row)) for row in rows]
         features = images.features[rows]
-    scores, found = nearest(images.features, features, config.k, rows, device=device)
+    scores, found = nearest(images.features, features, config.k, rows, device=float64_device(device))
 
     def entries() -> Iterator[Entry]:
         for name, near, similarities in zip(names, found.tolist(), scores.tolist(), strict=True):
@@ -143,7 +143,7 @@ def find_nearest(config: SearchConfig, index: Embedding, device: torch.device) -
 
 def find_duplicates(config: SearchConfig, index: Embedding, device: torch.device) -> Result:
     """Find groups of an image to keep and the images with a similarity of at least `threshold` to it."""
-    images = index.images
+    images, device = index.images, float64_device(device)
     with progress_bar("comparing images") as progress:
         near = rows_with_neighbor(images.features, config.threshold, device=device, progress=progress)
     with progress_bar("forming groups") as progress:
@@ -183,7 +183,7 @@ def find_outliers(config: SearchConfig, index: Embedding, device: torch.device) 
     """Sort the images by their mean similarity to their k nearest neighbors, the lowest first."""
     images, k = index.images, min(config.k, len(index.images) - 1)
     with progress_bar("comparing images") as progress:
-        scores = outlier_scores(images.features, k, device=device, progress=progress)
+        scores = outlier_scores(images.features, k, device=float64_device(device), progress=progress)
     order = np.argsort(scores, kind="stable").tolist()
     shown, first, median = order[: config.show], order[0], float(np.median(scores))
     entries = (_entry(images, row, similarity=float(scores[row])) for row in order)

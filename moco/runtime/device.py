@@ -16,8 +16,13 @@ def pick_device(name: str, tf32: bool = False) -> torch.device:
     On a GPU, float32 is IEEE single precision from here on, unless `tf32`.
 
     Raises:
-        ConfigError: if name is "cuda" and there is no GPU.
+        ConfigError: if name is "cuda" or "mps" and there is no such GPU, or for "mps" under torchrun.
     """
+    if name == "mps":
+        require(torch.backends.mps.is_available(), "device=mps, but torch finds no MPS device here: set device=cpu")
+        one = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        require(one, "device=mps with torchrun: torch has no collectives on MPS; start one process, or set device=cpu")
+        return torch.device("mps")
     require(name != "cuda" or torch.cuda.is_available(), "device=cuda, but torch finds no GPU here: set device=cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -38,9 +43,16 @@ def set_float32_precision(tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = tf32
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return the device for computations in float64: the CPU in place of MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def describe_device(device: torch.device) -> str:
-    """Return the name of a GPU, or "cpu" with the number of threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, threads={torch.get_num_threads()}"
+    """Return the name of a GPU, or "cpu" or "mps" with the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, threads={torch.get_num_threads()}"
 
 
 @contextmanager
@@ -48,7 +60,7 @@ def compute_context(config: ComputeConfig, timeout_minutes: float = 10.0) -> Ite
     """Set the number of CPU threads, join torchrun's process group if there is one, and yield the device.
 
     Raises:
-        ConfigError: if device=cuda and there is no GPU.
+        ConfigError: see `pick_device`.
         PeerLost: if another process exits within the block, or does not respond for `timeout_minutes`.
     """
     device = pick_device(config.device, config.tf32)

@@ -34,12 +34,14 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: of its tensors on a GPU, of all its memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":  # torch counts no peak there; this includes freed memory that it keeps
+        return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # For the CPU torch has no class of its own for this error.
-_MESSAGES = ("not enough memory", "can't allocate memory", "CUDA error: out of memory")
+_MESSAGES = ("not enough memory", "can't allocate memory", "CUDA error: out of memory", "MPS backend out of memory")
 
 
 class OutOfMemory(ValueError):

@@ -23,6 +23,8 @@ def pick_precision(
     """
     if configured != "auto":
         return configured, "as configured"
+    if device.type == "mps":
+        return "fp32", "the only one on MPS"
     if device.type == "cuda":
         able = torch.cuda.get_device_capability(device) >= (8, 0)
         return ("bf16", "the GPU has units for it") if able else ("fp32", "the GPU has no bfloat16 units")

@@ -23,10 +23,12 @@ from moco.models.norm import set_calls_per_step
 from moco.optim.optimizers import build_optimizer, load_optimizer
 from moco.runs.checkpoint import Checkpoint, list_checkpoints, load_newest, refuse_misfit
 from moco.runs.directory import open_run
+from moco.runtime.device import float64_device
 from moco.runtime.memory import explain_out_of_memory
 from moco.runtime.precision import PRECISIONS, pick_precision
 from moco.runtime.sharding import shard
 from moco.runtime.watchdog import Watchdog
+from moco.training.checks import check_gradients
 from moco.training.consistency import Identity, open_consistently
 from moco.training.graph import StepGraph
 from moco.training.init_from import initial_file
@@ -58,8 +60,10 @@ def make_method(config: TrainConfig, labels: Labels | None, device: torch.device
         teacher = load_teacher(config) if config.method.teacher else None
         torch.manual_seed(config.seed)  # for the initial weights and the random queue
         method = build_method(config, labels, teacher).to(device)
-        if config.channels_last and not config.shard:  # FSDP needs contiguous weights
+        if config.channels_last and not config.shard and device.type != "mps":  # FSDP and MPS need contiguous weights
             method.to(memory_format=torch.channels_last)
+        if device.type == "mps":
+            check_gradients(config, method.encoder, device)
     return method
 
 
@@ -117,7 +121,10 @@ def choose_precision(
 ) -> tuple[str, str]:
     """Return the precision and the reason for it. With precision=auto a resumed run keeps its precision."""
     if state and config.precision == "auto":
-        return state.get("precision", "fp32"), "as before"
+        saved = state.get("precision", "fp32")
+        fix = f"device=mps does not support precision={saved}, in which the run was trained: set another device"
+        require(device.type != "mps" or saved == "fp32", fix)
+        return saved, "as before"
     images = config.augment.size, device, config.data.channels
     return on_rank_zero(lambda: pick_precision(config.precision, encoder, *images))
 
@@ -198,7 +205,7 @@ def make_monitor(
     micro_batch = config.batch_size // world_size() // config.accumulate
     return Monitor(
         method,
-        None if labels is None else torch.from_numpy(labels).to(device),
+        None if labels is None else torch.from_numpy(labels).to(float64_device(device)),
         keys_per_step=config.batch_size * config.method.keys_per_image,
         shuffled=config.model.shuffle_keys and config.model.bn == "grouped",
         precision=PRECISIONS[precision],

@@ -20,6 +20,7 @@ from moco.evaluation.knn_classifier import Accuracy, KnnSettings, knn_accuracy, 
 from moco.evaluation.subject import labels_of
 from moco.evaluation.subsets import naming_field
 from moco.methods.build import encoder_of
+from moco.runtime.device import float64_device
 from moco.runtime.sharding import whole_weights
 from moco.training.online_probe import OnlineProbe
 
@@ -61,7 +62,7 @@ class LiveEvaluation:
             known = [labels_of(each) for each in (sources.train, sources.held_out) if each and each.labels is not None]
             classes = 1 + max(int(labels.max()) for labels in known)
             backbone = method.encoder.get_submodule("backbone")
-            self.probe = OnlineProbe(backbone, labels_of(sources.train), classes, device)
+            self.probe = OnlineProbe(backbone, labels_of(sources.train), classes, float64_device(device))
 
     def probe_state(self) -> dict[str, Any]:
         """Return the online probe's entry of a checkpoint, {"probe": ...}; {} without a probe."""

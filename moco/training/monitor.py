@@ -1,5 +1,6 @@
 """Measures of the representation while training: `moco.analysis` on the queries, keys and queue of a step."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,7 @@ from moco.builder import UNKNOWN, KeyQueue, Method, Output, queue_info_nce, unit
 from moco.distributed import gather, permute, world_size
 from moco.losses import info_nce_logits
 from moco.models.norm import GroupedBatchNorm, untracked
+from moco.runtime.device import float64_device
 
 KEYS = 4096  # newest keys of the queue, for the spectrum
 QUERIES = 16  # queries of a step whose logits are measured
@@ -29,7 +31,8 @@ class Monitor:
     one collective.
 
     Args:
-        labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels.
+        labels: the class of each image of the data set, (images,), -1 if unlabeled; None without labels. On the
+            `float64_device` of the method, as all measures but the losses.
         keys_per_step: number of keys that a step enqueues, from all ranks and directions.
         shuffled: whether the step shuffles its keys between BN groups.
         precision: data type of autocast.
@@ -57,9 +60,12 @@ class Monitor:
     def __call__(self, output: Output, views: Sequence[Tensor], index: Tensor) -> dict[str, Tensor]:
         """Return measures of shape (), float32; nan if there is nothing to measure yet, or nothing finite."""
         queue, temperature = self._method.queue, self._temperature()
-        query, key = gather(torch.cat([output.query, output.key], dim=1)).chunk(2, dim=1)  # (W N, C), one collective
-        samples = gather(index)  # (W N,)
-        bank = key if queue is None else _newest(queue)
+        host = float64_device(index.device)
+        both = gather(torch.cat([output.query, output.key], dim=1))  # (W N, 2 C), one collective
+        query, key = both.to(host).chunk(2, dim=1)
+        samples = gather(index).to(host)  # (W N,)
+        measured = queue if queue is None or host == index.device else copy.deepcopy(queue).to(host)
+        bank = key if measured is None else _newest(measured)
         if len(bank) < len(key):
             bank = key
         found = {
@@ -75,10 +81,10 @@ class Monitor:
             known = classes >= 0
             found["tolerance"] = _or_nan(analysis.tolerance, key[known], classes[known])
         self.histograms = {"positives": analysis.similarity_histogram((query * key).sum(dim=1))}
-        if queue is not None:
-            found |= self._queue_measures(queue, query, key, samples, temperature)
+        if queue is not None and measured is not None:
+            found |= self._queue_measures(measured, query, key, samples, temperature)
             found |= self._shuffle_losses(queue, output, views, index, temperature)
-        return {f"analysis/{name}": value.float() for name, value in found.items()}
+        return {f"analysis/{name}": value.float().to(index.device) for name, value in found.items()}
 
     def _temperature(self) -> float:
         learned = getattr(self._method, "learned_temperature", None)

@@ -30,7 +30,7 @@ class OnlineProbe:
         backbone: of the encoder, images to features (N, D), with the attribute `num_features` = D.
         labels: the class of each training image, (images,), negative if unlabeled: such an image is not used.
         classes: their number.
-        device: of the backbone.
+        device: of the classifier; it needs float64.
     """
 
     def __init__(self, backbone: nn.Module, labels: NDArray[np.int64], classes: int, device: torch.device) -> None:
@@ -65,8 +65,9 @@ class OnlineProbe:
             "probe_loss" and "probe_accuracy" before the update, shape ().
         """
         seen, self._seen = self._seen, []
-        labels = self._labels[_image_indices(seen, index.chunk(accumulate))].clamp(min=-1)  # (V n,)
-        x = torch.cat(seen).double()  # (V n, D)
+        images = _image_indices(seen, index.to(self._labels.device).chunk(accumulate))  # (V n,)
+        labels = self._labels[images].clamp(min=-1)
+        x = torch.cat(seen).to(labels.device).double()  # (V n, D)
         mean, square = mean_over_ranks(torch.stack([x.mean(dim=0), x.square().mean(dim=0)]))
         now = torch.stack([mean, (square - mean.square()).clamp(min=0)])
         self._average.lerp_(now, max(MOMENTUM, 1 / (1 + self._steps)))
@@ -83,7 +84,7 @@ class OnlineProbe:
         for parameter, part in zip(self.classifier.parameters(), parts, strict=False):
             parameter.grad = part.view_as(parameter)
         self._optimizer.step()
-        return {"probe_loss": parts[-2][0], "probe_accuracy": parts[-1][0]}
+        return {"probe_loss": parts[-2][0].to(index.device), "probe_accuracy": parts[-1][0].to(index.device)}
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: NDArray[np.int64]) -> float:

@@ -21,7 +21,7 @@ from moco.runtime.memory import peak_memory
 from moco.runtime.precision import PRECISIONS
 from moco.runtime.speed import StepTimes
 
-SIDE = {"cpu": 1024, "cuda": 8192}  # number of rows and columns of the matrices in `matrix_rate`
+SIDE = {"cpu": 1024, "mps": 4096, "cuda": 8192}  # number of rows and columns of the matrices in `matrix_rate`
 PROFILED = 5  # steps in a profile, after as many steps of warm-up
 
 
@@ -57,9 +57,10 @@ def step_flops(method: Any, images: int, size: int, views: int, small: tuple[int
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the highest rate of a large matrix product, in floating point operations per second."""
-    side = SIDE["cpu" if device.type == "cpu" else "cuda"]
+    side = SIDE[device.type]
     a = torch.ones(side, side, device=device, dtype=dtype)
-    wait: Callable[[], object] = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    waits: dict[str, Callable[[], object]] = {"cuda": partial(torch.cuda.synchronize, device)}
+    wait = (waits | {"mps": torch.mps.synchronize}).get(device.type, lambda: None)
     times = []
     for _ in range(5):
         wait()
@@ -128,7 +129,7 @@ class Throughput:
         names = self._records[0]
         middle = {name.removeprefix("speed/"): median(each[name] for each in self._records) for name in names}
         mfu = f", MFU {100 * middle['mfu']:.0f} % of {self._peak / 1e9:,.0f} GFLOP/s measured" if self._flops else ""
-        kind = "GPU" if self._device.type == "cuda" else "process"
+        kind = "process" if self._device.type == "cpu" else "GPU"
         return (
             f"{middle['images_per_second']:,.0f} images/s, data wait {100 * middle['data_wait']:.0f} %{mfu}, "
             f"peak memory {peak_memory(self._device) / 2**30:.1f} GiB ({kind})"

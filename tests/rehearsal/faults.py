@@ -59,6 +59,24 @@ def _unequal_exchange(out: torch.Tensor, x: torch.Tensor, input_split_sizes: Any
     return all_to_all_single(out, x, input_split_sizes=sent, **more)
 
 
+def _queued_copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, non_blocking=True)
+
+
+def _channels_last(self: GroupedBatchNorm, x: torch.Tensor, forward: Any = GroupedBatchNorm.forward) -> Any:
+    return forward(self, x.to(memory_format=torch.channels_last) if x.dim() == 4 else x)
+
+
+def _without_kernel(query: torch.Tensor, *others: Any) -> Any:
+    torch.pdist(query)
+    return contrast(query, *others)
+
+
+def _wrong_gradient(self: Encoder, images: torch.Tensor, forward: Any = Encoder.forward) -> Any:
+    found = forward(self, images)
+    return found if images.device.type == "cpu" else 2 * found - found.detach()
+
+
 # Names of faults, with what they replace, and by what.
 PATCHES: dict[str, tuple[str, Any]] = {
     "host tensor": ("moco.builder.contrast", _host_tensor),
@@ -70,5 +88,10 @@ PATCHES: dict[str, tuple[str, Any]] = {
     "graph break": ("moco.models.norm.GroupedBatchNorm.forward", _graph_break),
     "graph of one batch": ("moco.training.graph.StepGraph._repeat", _with_first_batch()),
     "unequal exchange": ("torch.distributed.all_to_all_single", _unequal_exchange),
+    "float64": ("moco.data.loader.float64_device", lambda device: device),
+    "queued copy": ("moco.evaluation.features.copy_to_device", _queued_copy),
+    "channels last": ("moco.models.norm.GroupedBatchNorm.forward", _channels_last),
+    "no kernel": ("moco.builder.contrast", _without_kernel),
+    "wrong gradient": ("moco.models.encoder.Encoder.forward", _wrong_gradient),
     "no wait for the batch": ("torch.cuda.Stream.wait_event", lambda stream, event: None),
 }

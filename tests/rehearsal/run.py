@@ -1,7 +1,8 @@
-"""Take a few steps of training, on the emulated CUDA device or on the CPU: python -m tests.rehearsal.run FOLDER JOBS
+"""Take a few steps of training, on an emulated device or on the CPU: python -m tests.rehearsal.run FOLDER JOBS
 
 JOBS is a JSON list of `Job`. FOLDER/records.pt is the list of their `Record`s. The process must have the environment of
-`tests.rehearsal.build`, and REHEARSAL_SANITIZE=1 for torch's CUDA sanitizer; under torchrun, rank 0 writes its records.
+`tests.rehearsal.build` or, for MPS, of `tests.rehearsal.mps`, and REHEARSAL_SANITIZE=1 for torch's CUDA sanitizer;
+under torchrun, rank 0 writes its records.
 """
 
 import json
@@ -32,6 +33,7 @@ from moco.training.step import Measures
 from moco.training.trainer import Trainer, pretrain
 from tests.rehearsal.device import SoftDevice, Wait, own_kernels
 from tests.rehearsal.faults import PATCHES
+from tests.rehearsal.mps import MpsDevice
 
 STEPS = 4
 SETTINGS = ["epochs=1", "batch_size=64", "optim.warmup_epochs=0", "evaluate.every_epochs=0", "analyse_every=0"]
@@ -127,7 +129,7 @@ def train(job: Job, folder: Path) -> Record:
     with (
         patch("moco.training.trainer.Trainer", Steps),
         patch("torch.nn.Module.compile", _capture),
-        soft or nullcontext(),
+        soft or {"mps": MpsDevice}.get(job["device"], nullcontext)(),
         own_kernels(job["kernels"]) as record["kernels"],
         patch("moco.training.graph.EAGER_STEPS", 1),
         patch("torch.cuda.CUDAGraph.replay", lambda _: soft.graph.replay() if soft else None),
@@ -152,7 +154,9 @@ def train(job: Job, folder: Path) -> Record:
 
 def main(folder: Path, jobs: list[Any]) -> None:
     """Run the jobs, one after the other."""
-    throughput.SIDE["cuda"] = throughput.SIDE["cpu"] = 64  # the jobs do not need the measured rate of a matrix product
+    throughput.SIDE.update(
+        dict.fromkeys(throughput.SIDE, 64)
+    )  # the jobs do not need the measured rate of a matrix product
     records = []
     for number, job in enumerate(jobs):
         (folder / str(number)).mkdir(exist_ok=True)
