@@ -275,9 +275,12 @@ def knn_accuracy(
     return Accuracy(float(np.mean(scores)), float(np.std(scores)), len(scores))
 
 
-def knn_title(setting: EvaluateConfig) -> str:
-    """Return the name of the live accuracy, with its settings."""
+def knn_title(setting: EvaluateConfig, references: int | None = None) -> str:
+    """Return the name of the live accuracy, with its settings; `references` is their number, None if unknown."""
+    more = f", T {setting.temperature:g}" * (setting.temperature != EvaluateConfig.temperature)
+    more += ", projection features" * (setting.features == "projection")
     if setting.labels_per_class:
         labels = f"{setting.labels_per_class} label{'s' * (setting.labels_per_class > 1)} per class"
-        return f"held-out kNN, {labels}, {setting.draws} draws"
-    return f"held-out kNN (k {setting.k})"
+        return f"held-out kNN, {labels}, {setting.draws} draws{more}"
+    k = f"{setting.k}, or all references if fewer" if references is None else min(setting.k, references)
+    return f"held-out kNN (k {k}{more})"

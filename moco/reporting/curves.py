@@ -101,19 +101,26 @@ _HIDDEN = {"train/epoch"}  # the x axis
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # by metric: x (epochs or steps) and values
 
 
-def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], dict[str, list[str]]]:
+def charts(
+    runs: Mapping[str, Series], kinds: Mapping[str, Mapping[str, str]] | None = None
+) -> tuple[list[Chart], dict[str, list[str]]]:
     """Return charts of metrics, the most important first, and phrases for metrics whose values are all equal.
 
     The chart of a metric also shows its reference values; a metric that can have some is always drawn. The phrases are
     grouped by why there is one value: "Constant", "Measured once" (in each run) or "Not measured".
+
+    Args:
+        runs: the metrics of each run.
+        kinds: by metric and run, the end of the chart's title. Values of different kinds have charts of their own.
     """
     recorded = sorted({name for series in runs.values() for name in series} - _HIDDEN)
     references = {each for name in recorded if name in _KNOWN for each in _KNOWN[name].references}
     shown = [name for name in recorded if name not in references]
     order = [name for name in _KNOWN if name in shown] + [name for name in shown if name not in _KNOWN]
     drawn, single = list[Chart](), dict[str, list[str]]()
-    for name in order:
-        recorded_values = [series[name][1] for series in runs.values() if name in series]
+    by_kind = [(name, each) for name in order for each in _by_kind(name, runs, (kinds or {}).get(name, {})).items()]
+    for name, (kind, alike) in by_kind:
+        recorded_values = [runs[run][name][1] for run in alike]
         values = {value for each in recorded_values for value in each}
         known = _KNOWN.get(name, _Known(name.rpartition("/")[2].replace("_", " ").capitalize()))
         if len(values) == 1 and not known.references:
@@ -121,22 +128,30 @@ def charts(runs: Mapping[str, Series]) -> tuple[list[Chart], dict[str, list[str]
             once = all(len(each) == 1 for each in recorded_values)
             reason = "Not measured" if math.isnan(value) else "Measured once" if once else "Constant"
             text = "" if math.isnan(value) else f": {number(value * known.scale)} {known.unit}".rstrip()
-            single.setdefault(reason, []).append(f"{known.title}{text}")
+            single.setdefault(reason, []).append(f"{known.title}{kind}{text}")
         else:
-            drawn.append(_chart(name, known, runs))
+            drawn.append(_chart(name, kind, known, runs, alike))
     return drawn, single
 
 
-def _chart(name: str, known: _Known, runs: Mapping[str, Series]) -> Chart:
+def _by_kind(name: str, runs: Mapping[str, Series], kinds: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the runs that recorded a metric, by its kind."""
+    found: dict[str, list[str]] = {}
+    for run in [run for run, series in runs.items() if name in series]:
+        found.setdefault(kinds.get(run, ""), []).append(run)
+    return found
+
+
+def _chart(name: str, kind: str, known: _Known, runs: Mapping[str, Series], alike: Sequence[str]) -> Chart:
     curves = []
     several = len(runs) > 1
-    for i, (run, series) in enumerate(runs.items()):
-        for each in [each for each in (name, *known.references) if each in series]:
-            x, y = thinned(*series[each])
+    for i, run in [(i, run) for i, run in enumerate(runs) if run in alike]:
+        for each in [each for each in (name, *known.references) if each in runs[run]]:
+            x, y = thinned(*runs[run][each])
             metric = each.rpartition("/")[2].replace("_", " ")
             label = run if several and each == name else f"{run}, {metric}" if several else metric
             curves.append(Curve(label, x, [value * known.scale for value in y], i, each != name))
-    return Chart(known.title, known.unit, curves, name)
+    return Chart(known.title + kind, known.unit, curves, name)
 
 
 def thinned(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:

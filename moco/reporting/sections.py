@@ -19,7 +19,7 @@ from moco.reporting.curves import Chart, Series, charts
 from moco.reporting.markup import part
 from moco.reporting.page import Figures, Section, facts
 from moco.reporting.run_record import Run, by_epoch, names
-from moco.runs.comparison import chosen_neighbors, placed
+from moco.runs.comparison import chosen_neighbors, evaluated_on, placed
 from moco.runs.metrics import read_metrics
 from moco.runtime.console import duration, percent
 from moco.runtime.provenance import provenance
@@ -29,6 +29,7 @@ _OPEN = ("accuracy/", "retrieval/", "train/loss", "train/contrast_accuracy")  # 
 _FOLDED = {"train": "Training", "analysis": "Measures of the representation", "speed": "Speed and memory"}
 _BASELINES = {"raw pixels": "raw_pixels", "untrained": "untrained"}  # names of results before the first step
 _PNG, _MOST_BYTES = b"\x89PNG\r\n\x1a\n", 5_000_000  # of an image of predictions
+_CROPS = "two crops of an image find each other"  # the beginning of the name of the retrieval
 _KINDS = ("raw pixels", "untrained", "initialized", "best", "last", "online probe")  # of accuracies
 
 
@@ -98,11 +99,24 @@ def _accuracy(run: Run) -> dict[str, str]:
 
 
 def _kind_of_accuracy(run: Run) -> str:
+    if measured := run.state.get("measured"):
+        return str(measured)
     if _retrieval(run):
-        return "retrieval of the other crop of an image (± standard error over images)"
+        return f"{_CROPS} (± standard error)"
     known = {each.name for each in fields(EvaluateConfig)}
     evaluate = {name: value for name, value in run.get("evaluate", {}).items() if name in known}
     return knn_title(EvaluateConfig(**evaluate))
+
+
+def _kinds(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    """Return the kind of each run's accuracies by metric: the classifier, and the data if those of the runs differ."""
+    data = [evaluated_on(run.get("data", {})) for run in runs]
+    where = [f", on {each}" * (len(set(data)) > 1) for each in data]
+    kinds = [_kind_of_accuracy(run).removeprefix("held-out kNN").removeprefix(_CROPS) for run in runs]
+    both = dict(zip(names(runs), map(str.__add__, kinds, where), strict=True))
+    return dict.fromkeys(("accuracy/knn", "retrieval/retrieval"), both) | {
+        "accuracy/probe": dict(zip(names(runs), where, strict=True))
+    }
 
 
 def _retrieval(run: Run) -> bool:
@@ -130,7 +144,7 @@ def curves(runs: Sequence[Run], figures: Figures) -> Section:
     series, x_title = by_epoch(runs)
     if not any(series.values()):
         return Section("Curves", part("paragraph", "No metrics are recorded yet."))
-    drawn, single = charts(series)
+    drawn, single = charts(series, _kinds(runs))
     by_group: dict[str, list[Markup]] = {"": []}  # "": those that are not folded
     for chart in drawn:
         group = "" if chart.metric.startswith(_OPEN) else chart.metric.partition("/")[0]

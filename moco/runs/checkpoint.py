@@ -43,6 +43,7 @@ _SCHEMA: dict[str, Any] = {
     "optimizer": {"state": Mapping, "param_groups": list},
     "scaler": Mapping,
     "history": list,  # evaluations so far
+    "measured": str,  # what they measure
     "seconds": float,  # of training
     "versions": Mapping,
     "world_size": int,

@@ -52,9 +52,6 @@ class LiveEvaluation:
         self._plan, self.history, self._heartbeat = plan, history, heartbeat
         labeled = sources.bank is not None and sources.held_out is not None
         self.measure = "knn" if labeled else "retrieval"
-        used = images_used(plan.length, plan.batch_size)
-        retrieval = f"two crops of an image find each other among {used:,} images (± standard error)"
-        self.title = knn_title(config.evaluate) if labeled else retrieval
         self._short_title = ""  # set once the full title was printed
         self._on_unreadable: OnUnreadable | None = None
         self.probe: OnlineProbe | None = None
@@ -63,6 +60,14 @@ class LiveEvaluation:
             classes = 1 + max(int(labels.max()) for labels in known)
             backbone = method.encoder.get_submodule("backbone")
             self.probe = OnlineProbe(backbone, labels_of(sources.train), classes, float64_device(device))
+
+    @property
+    def title(self) -> str:
+        """What is measured, with its settings."""
+        if self.measure == "knn" and self._sources.bank is not None:
+            return knn_title(self._config.evaluate, len(self._sources.bank))
+        used = images_used(self._plan.length, self._plan.batch_size)
+        return f"two crops of an image find each other among {used:,} images (± standard error)"
 
     def probe_state(self) -> dict[str, Any]:
         """Return the online probe's entry of a checkpoint, {"probe": ...}; {} without a probe."""

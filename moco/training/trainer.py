@@ -302,6 +302,7 @@ class Trainer:
         return self._training_state() | {
             "step": done,
             "history": self.live.history,
+            "measured": self.live.title,
             "seconds": self.schedule.seconds(),
             "scaler": self.scaler.state_dict(),
             "versions": versions | plugins.recorded(),

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
+from moco.config import EvaluateConfig
 from moco.evaluation.knn_classifier import (
     Accuracy,
     KnnSettings,
@@ -16,6 +17,7 @@ from moco.evaluation.knn_classifier import (
     classes_of_draws,
     knn_accuracy,
     knn_classes,
+    knn_title,
     leave_one_out,
     nearest,
 )
@@ -257,3 +259,11 @@ def test_features_of_noise_score_at_chance() -> None:
         features(200, 0), labels, features(1000, 1), truth, KnnSettings(20, labels_per_class=10, draws=10)
     )
     assert score.mean == pytest.approx(100 / CLASSES, abs=4)
+
+
+def test_the_title_names_the_neighbors_that_vote_and_what_differs_in_kind() -> None:
+    assert knn_title(EvaluateConfig(k=200), 1297) == "held-out kNN (k 200)"
+    assert knn_title(EvaluateConfig(k=200), 180) == "held-out kNN (k 180)"
+    assert knn_title(EvaluateConfig(k=200)) == "held-out kNN (k 200, or all references if fewer)"
+    other = EvaluateConfig(labels_per_class=1, draws=9, temperature=0.07, features="projection")
+    assert knn_title(other, 180) == "held-out kNN, 1 label per class, 9 draws, T 0.07, projection features"

@@ -69,6 +69,17 @@ def test_runs_share_a_chart_and_differ_in_color() -> None:
     assert [trace["showlegend"] for trace in figure(loss, "epoch")["data"]] == [True, False, True]
 
 
+def test_accuracies_of_different_kinds_have_charts_of_their_own() -> None:
+    kinds = {"accuracy/knn": {"one": ", 1 label per class", "two": " (k 180)", "three": " (k 180)"}}
+    drawn, _ = charts({"one": RUN, "two": RUN, "three": RUN}, kinds)
+    shown = [(each.title, [(c.name, c.run) for c in each.curves if not c.reference]) for each in drawn[:3]]
+    assert shown == [
+        ("Held-out kNN accuracy, 1 label per class", [("one", 0)]),
+        ("Held-out kNN accuracy (k 180)", [("two", 1), ("three", 2)]),
+        ("Loss", [("one", 0), ("two", 1), ("three", 2)]),
+    ]
+
+
 def test_a_figure_has_no_value_for_nan() -> None:
     drawn, _ = charts({"run": RUN})
     made = figure(drawn[1], "epoch")

@@ -188,6 +188,17 @@ def test_two_runs_side_by_side(labeled: Path, tmp_path: Path, capsys: pytest.Cap
     assert {trace["name"] for trace in loss["data"]} >= {"run", "other"}
 
 
+def test_accuracies_on_other_images_have_another_chart(labeled: Path, tmp_path: Path) -> None:
+    others = [run(tmp_path / "same", tmp_path / "train", tmp_path / "test")]
+    others += [run(tmp_path / "other", images(tmp_path / "a", 6), images(tmp_path / "b", 6))]
+    for compare, titles in ((others[:1], [""]), (others, ["train, held out: *test", "a, held out: *b"])):
+        report(config(labeled, *compare, output=str(tmp_path / "all.html"), pictures=0))
+        found = re.findall(r">(Held-out kNN accuracy[^<]*)<", page(tmp_path / "all.html")[0])
+        shown = list(dict.fromkeys(each.replace(f"{tmp_path}/", "*") for each in found))
+        ends = [f", on folder *{title}" * bool(title) for title in titles]
+        assert shown == [f"Held-out kNN accuracy (k 200, or all references if fewer){end}" for end in ends]
+
+
 def test_a_vit_shows_its_attention(tmp_path: Path) -> None:
     made = run(tmp_path / "run", images(tmp_path / "all", count=6), backbone="vit")
     report(config(made, map="none"))
