@@ -99,6 +99,13 @@ def point(name: str, step: int, measure: float, knn: float) -> Point:
     return Point(name, f"{name}/{step}", step, dict.fromkeys(MEASURES, measure), dict.fromkeys(EVALUATIONS, knn))
 
 
+def test_a_choice_among_equal_checkpoints_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    choose(config(tmp_path / "out", run(tmp_path / "a", (1, 2)), run(tmp_path / "b", (2,), seed=1)))
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("first of 2 equal") == 1
+    assert re.search(r"the newest checkpoint.*first of 2 equal.*lost: .* the mean of equal choices", text)
+
+
 def test_agreement_is_spearmans_and_losses_are_points() -> None:
     rising = [point("a", step, measure=step, knn=60 + step) for step in (1, 2, 3)]
     falling = [point("b", step, measure=10 + step, knn=50 - step) for step in (1, 2, 3)]
@@ -196,8 +203,12 @@ def test_data_of_the_runs_is_not_compared_if_the_command_names_other_data(
     choose(config(tmp_path / "out", *runs, labels=False, data=SubjectDataConfig(**given)))
     [data] = opened
     assert (data.labels, data.eval_root, data.more_roots, data.label_file) == ("none", "", [], "")
-    with pytest.raises(ConfigError, match=r"b has data\.eval_root=, but .*a has test"):
+    with pytest.raises(ConfigError, match=r"b has data\.root=two, but .*a has one"):
         choose(config(tmp_path / "out", *runs[:2], data=SubjectDataConfig(name="folder")))
+    with pytest.raises(ConfigError, match=r"c has data\.eval_root='', but .*a has test"):
+        choose(config(tmp_path / "out", runs[0], runs[2]))
+    with pytest.raises(ConfigError, match=r"digits has data\.name=digits, but .*a has folder"):
+        choose(config(tmp_path / "out", runs[0], run(tmp_path / "digits", (1,), name="digits")))
 
 
 def test_several_labels_leave_the_measures_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,10 +214,10 @@ def _refuse_different_data(files: Mapping[str, Sequence[Path]], config: ChooseCo
     of_first = read_encoder(files[first][-1]).config["data"]
     for run in others:
         own = read_encoder(files[run][-1]).config["data"]
-        for field in sorted({"name", "root", "more_roots", "eval_root", "labels", "label_file"} - given.keys()):
+        for field in ("name", "root", "more_roots", "eval_root", "labels", "label_file"):
             here, there = own.get(field) or "", of_first.get(field) or ""  # runs of older versions lack some
-            difference = f"{run} has data.{field}={here}, but {first} has {there}"
-            require(here == there, f"runs: {difference}: choose runs on the same images")
+            difference = f"{run} has data.{field}={here or repr('')}, but {first} has {there or repr('')}"
+            require(field in given or here == there, f"runs: {difference}: choose runs on the same images")
     return first
 
 
@@ -301,8 +301,9 @@ def _report(
     """Print each measure's choice, and with labels how many points of accuracy that choice loses."""
     rows = []
     for name, measure in MEASURES.items():
-        point = chosen(points, name)
-        row = [measure.title, measure.best, f"{point.measures[name]:.4g}", f"{Path(point.run)} step {point.step}"]
+        point, *equal = _best(points, name)
+        choice = f"{Path(point.run)} step {point.step}" + f", first of {1 + len(equal)} equal" * bool(equal)
+        row = [measure.title, measure.best, f"{point.measures[name]:.4g}", choice]
         rows.append(row + [f"{value:.1f}" for value in point.accuracies.values()])
     runs = len({point.run for point in points})
     labels = dict(zip(EVALUATIONS, (config.labels_per_class, config.probe_labels_per_class), strict=True))
@@ -320,8 +321,9 @@ def _report(
             f"agreement with {title} on held-out images",
             ["measure", "ρ in a run", "ρ of last", "ρ of all", "lost in a run", "lost of last", "lost of all"],
             [[MEASURES[name].title, *_cells(each[evaluation])] for name, each in agreement.items()],
-            "ρ: Spearman's rank correlation, 1 if both orders are equal; lost: percentage points below the best; "
-            "in a run: mean over runs; last: among the last checkpoints of all runs; all: among all checkpoints",
+            "ρ: Spearman's rank correlation, 1 if both orders are equal; lost: percentage points below the best, the "
+            "mean of equal choices; in a run: mean over runs; last: among the last checkpoints of all runs; all: among "
+            "all checkpoints",
         )
 
 
