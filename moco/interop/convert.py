@@ -19,6 +19,7 @@ from moco.interop.encoder_file import EncoderFile, build
 from moco.interop.hub import CARD, WEIGHTS, upload
 from moco.interop.model_card import model_card, shareable
 from moco.interop.write import FORMATS, timm_name
+from moco.runs.comparison import of_weights
 from moco.runs.results import recorded
 from moco.runtime.console import log, summary_panel
 from moco.runtime.output_directory import prepare_output
@@ -112,14 +113,14 @@ def _move(temporary: Path, output: Path) -> None:
 
 
 def _card(config: ConvertConfig, file: EncoderFile, backbone: nn.Module) -> str:
-    """Return the model card, with the results of exactly these weights."""
+    """Return the model card, with the results of exactly these weights and the baselines."""
     title = config.upload.rpartition("/")[2] or resolved(config.output).name
     shared = replace(file, config=shareable(file.config))
     parameters = sum(each.numel() for each in backbone.parameters())
     digests = [weights_digest(file, features) for features in ("backbone", "projection")]
     source = Path(file.source)
     places = [Path(config.run)] if config.run else [source.parent, source.parent.parent, Path("runs") / source.stem]
-    entries = [each for place in places for each in recorded(place) if each.get("sha256") in digests]
+    entries = of_weights([each for place in places for each in recorded(place)], digests)
     return model_card(shared, title, timm_name(file) is not None, parameters, entries, config.upload)
 
 

@@ -6,6 +6,7 @@ leaves out. A field that is added to entries later thus keeps different evaluati
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +58,9 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "data.bits": lambda value: f"bits={'automatic' if value is None else value}",
     "initial_seed": lambda value: f"seed {value}",
 }
+# Settings that `changed` may lack: rows of one protocol state them if they differ.
+_NOT_IN_CHANGED = ("settings.draws", "settings.seeds", "settings.validation")
+_DIGESTS = {"data.sha256": "images or labels", "sha256": "weights", "projection_sha256": "projection head"}
 _LONGEST = 100  # characters of a field in a name
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -91,6 +95,26 @@ def placed(
     column_names = _named(columns, dict(zip(column_keys, visible, strict=True)), _column_titles)
     newest = dict(zip(zip(rows, columns, strict=True), entries, strict=True))
     return [Placed(entry, *row_names[row], *column_names[column]) for (row, column), entry in newest.items()]
+
+
+def of_weights(entries: Sequence[Mapping[str, Any]], digests: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Return the entries of weights with one of these digests, and the baselines of the same evaluations.
+
+    A baseline that was measured beside other weights is kept if its network, the preparation of images, the settings
+    and the data are those of an entry of these weights.
+    """
+
+    def evaluation(entry: Mapping[str, Any]) -> tuple[Key, str]:
+        network = [entry.get(name) for name in ("backbone", "options", "channels", "look")]
+        return _key(entry, of_encoder=False), json.dumps(network, sort_keys=True, default=str)
+
+    own = [each.get("sha256") in digests for each in entries]
+    known = {evaluation(each) for each, is_own in zip(entries, own, strict=True) if is_own}
+    return [
+        each
+        for each, is_own in zip(entries, own, strict=True)
+        if is_own or (each.get("encoder") in BASELINES and evaluation(each) in known)
+    ]
 
 
 def _key(entry: Mapping[str, Any], of_encoder: bool) -> Key:
@@ -141,12 +165,20 @@ def _row_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) -> li
     """Return different pairs: command, protocol and settings; and the data."""
     titles = [[label(entry), evaluated_on(_mapping(entry.get("data")))] for entry in entries]
     fields = [flatten(_fields(entry, of_encoder=False)) for entry in entries]
+    protocols = [[str(entry.get(name)) for name in ("command", "protocol")] for entry in entries]
+    for name in _NOT_IN_CHANGED:
+        _tell_apart(titles, 0, ["" if _is_changed(name, each) else _detail(name, each) for each in fields], protocols)
     for name in _in_order(fields):
         _tell_apart(titles, int(name.startswith("data.")), [_detail(name, each) for each in fields])
     data = [frozenset(item for item in key if item[0].startswith("data.")) for key in keys]
-    _number(titles, 1, data, " (data {})")
-    _number(titles, 0, keys, " ({})")
+    _tell_others_apart(titles, 1, data)
+    _tell_others_apart(titles, 0, keys)
     return titles
+
+
+def _is_changed(name: str, fields: Mapping[str, Any]) -> bool:
+    """Return whether `label` names this setting."""
+    return f"changed.{name.removeprefix('settings.')}" in fields
 
 
 def _column_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) -> list[list[str]]:
@@ -160,7 +192,7 @@ def _column_titles(entries: Sequence[Mapping[str, Any]], keys: Sequence[Key]) ->
     for name in _in_order(fields):
         _tell_apart(titles, 0, [_detail(name, each) for each in fields])
     _tell_apart(titles, 0, [f", weights {each['sha256'][:8]}" if each.get("sha256") else "" for each in fields])
-    _number(titles, 0, keys, " ({})")
+    _tell_others_apart(titles, 0, keys)
     return titles
 
 
@@ -189,21 +221,31 @@ def _detail(name: str, fields: Mapping[str, Any]) -> str:
     return f", {text}" if len(text) <= _LONGEST and not _DIGEST.search(text) else ""
 
 
-def _tell_apart(titles: list[list[str]], part: int, details: Sequence[str]) -> None:
-    """Append a detail to that part of each of several equal titles, if their details differ."""
-    for same in _equal(titles):
+def _tell_apart(
+    titles: list[list[str]], part: int, details: Sequence[str], groups: Sequence[Sequence[str]] | None = None
+) -> None:
+    """Append a detail to that part of each of several equal titles (or groups), if their details differ."""
+    for same in _equal(groups or titles):
         if len({details[i] for i in same}) > 1:
             for i in same:
                 titles[i][part] += details[i]
 
 
-def _number(titles: list[list[str]], part: int, keys: Sequence[Key], form: str) -> None:
-    """Append a number to that part of equal titles with different keys, except to the first ones."""
+def _tell_others_apart(titles: list[list[str]], part: int, keys: Sequence[Key]) -> None:
+    """Append which fields differ to that part of equal titles with different keys, except to the first ones.
+
+    A number follows if these fields have several other values. A digest is named only if nothing else differs.
+    """
     for same in _equal(titles):
-        numbers: dict[Key, int] = {}
+        others, counts = {keys[same[0]]: ""}, Counter[str]()
         for i in same:
-            number = numbers.setdefault(keys[i], len(numbers) + 1)
-            titles[i][part] += form.format(number) * (number > 1)
+            if keys[i] not in others:
+                names = {name for name, _ in keys[i] ^ keys[same[0]]}
+                shown = sorted(name.rpartition(".")[2] for name in names - _DIGESTS.keys())
+                what = f"other {', '.join(shown or sorted(_DIGESTS[name] for name in names))}"
+                counts[what] += 1
+                others[keys[i]] = f" ({what}, {counts[what] + 1})" if counts[what] > 1 else f" ({what})"
+            titles[i][part] += others[keys[i]]
 
 
 def _equal(titles: Sequence[Sequence[str]]) -> list[list[int]]:

@@ -122,7 +122,7 @@ def test_an_edited_label_file_is_another_row(tmp_path: Path, capsys: pytest.Capt
     assert ("10 classes" in old, "2 classes" in new) == (True, True)
     assert new_cells[0] == "–"
     assert old_cells[0] != "–"
-    # With the same classes and numbers of images, other labels are told apart by a number.
+    # With the same classes and numbers of images, other labels are named as other ones.
     text = (tmp_path / "labels.csv").read_text()
     for before, after in (("all/2.png,a", "all/2.png,b"), ("all/3.png,b", "all/3.png,a")):
         text = text.replace(before, after)
@@ -130,7 +130,7 @@ def test_an_edited_label_file_is_another_row(tmp_path: Path, capsys: pytest.Capt
     data = {"name": "folder", "root": str(root), "label_file": str(tmp_path / "labels.csv"), "workers": 0}
     knn(run, data=data)
     _, rows = table(run, capsys)
-    assert [each.endswith("(data 2)") for each in rows] == [False, False, True]
+    assert [each.endswith("(other images or labels)") for each in rows] == [False, False, True]
 
 
 def _two_folders(folder: Path) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def test_images_edited_in_place_are_another_row(tmp_path: Path, capsys: pytest.C
         ImageOps.invert(Image.open(file)).save(file)
     knn(run, data=data)
     _, rows = table(run, capsys)
-    assert [each.endswith("(data 2)") for each in rows] == [False, True]
+    assert [each.endswith("(other images or labels)") for each in rows] == [False, True]
 
 
 @pytest.mark.filterwarnings("ignore:.*data.bits")

@@ -370,6 +370,6 @@ def test_the_card_numbers_different_data_of_one_name() -> None:
     entries = [{"data": {"name": "folder", "root": root, "eval_root": test}} for root, test in roots]
     assert [each.data for each in placed(entries, model_card.shareable)] == [
         "folder train, held out: test",
-        "folder train, held out: test (data 2)",
-        "folder train, held out: test (data 3)",
+        "folder train, held out: test (other eval_root, root)",
+        "folder train, held out: test (other eval_root)",
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moco.runs.comparison import EXCLUDED, placed
+from moco.runs.comparison import EXCLUDED, of_weights, placed
 from scripts import results_table
 
 ENTRY: dict[str, Any] = {
@@ -140,8 +140,56 @@ def test_names_state_what_differs() -> None:
         "folder a, 9 classes",
         "folder a, 2 classes, 1,200 training images",
         "folder a, 2 classes, 30 training images, bits=automatic",
-        "folder a, 2 classes, 30 training images, bits=automatic (data 2)",
+        "folder a, 2 classes, 30 training images, bits=automatic (other images or labels)",
     ]
+
+
+def test_rows_of_one_protocol_state_their_draws_and_seeds() -> None:
+    def knn(count: int, **changed: Any) -> dict[str, Any]:
+        return ENTRY | {"protocol": "1 label a class", "settings": {"draws": count, **changed}, "changed": changed}
+
+    def linear(count: int, **changed: Any) -> dict[str, Any]:
+        return ENTRY | {"command": "linear", "settings": {"seeds": count}, "changed": changed}
+
+    entries = [knn(100, k=1), knn(50, features="projection"), knn(50), linear(1), linear(5, seeds=5), linear(1, lr=2)]
+    assert [each[0] for each in names(*entries)] == [
+        "knn, 1 label a class (k=1), draws=100",
+        "knn, 1 label a class (features=projection), draws=50",
+        "knn, 1 label a class, draws=50",
+        "linear, all labels, seeds=1",
+        "linear, all labels (seeds=5)",
+        "linear, all labels (lr=2), seeds=1",
+    ]
+    assert [each[0] for each in names(knn(100, k=1), knn(100))] == [
+        "knn, 1 label a class (k=1)",
+        "knn, 1 label a class",
+    ]
+
+
+def test_a_field_that_a_name_cannot_state_is_named_as_different() -> None:
+    data = {"name": "folder", "root": "a", "classes": ["x", "y"]}
+    others: list[dict[str, Any]] = [{"classes": ["x", "z"]}, {"more_field": "v" * 101}, {"more_field": "w" * 101}]
+    assert [each[1] for each in names(*(ENTRY | {"data": data | each} for each in ({}, *others)))] == [
+        "folder a",
+        "folder a (other classes)",
+        "folder a (other more_field)",
+        "folder a (other more_field, 3)",
+    ]
+    view = [ENTRY | {"settings": {"k": 5, "view": each * 101}} for each in "vw"]
+    assert [each[0] for each in names(*view)] == ["knn, all labels", "knn, all labels (other view)"]
+
+
+def test_baselines_beside_other_weights_are_kept_if_the_evaluation_is_the_same() -> None:
+    other = ENTRY | {"sha256": "b" * 64}
+    same = [other | {"encoder": encoder} for encoder in ("untrained", "pixels")]
+    different: list[dict[str, Any]] = [
+        each | change
+        for each in same
+        for change in ({"data": {"name": "x"}}, {"settings": {"k": 6}}, {"look": {"size": 40}}, {"backbone": "x"})
+    ]
+    entries = [ENTRY, other, *same, *different]
+    assert of_weights(entries, ["a" * 64]) == [ENTRY, *same]
+    assert of_weights(entries, ["c" * 64]) == []
 
 
 def test_weights_with_one_step_have_columns_of_their_own() -> None:
@@ -174,8 +222,8 @@ def test_entries_of_earlier_versions_lack_fields_and_stand_apart_only_if_needed(
     changed = [each | {"data": {"name": "folder", "sha256": "e" * 64}} for each in newer]
     assert {of_data for _, of_data, _ in names(*older, *newer, *changed)} == {
         "folder",
-        "folder (data 2)",
-        "folder (data 3)",
+        "folder (other images or labels)",
+        "folder (other images or labels, 3)",
     }
 
 
