@@ -39,7 +39,10 @@ def test_the_batch_must_divide_over_processes_and_micro_batches() -> None:
         config.batch_size, config.accumulate = 250, 2
 
     sentence = refusal(change, processes=4)
-    assert "batch_size=250 must be a multiple of 8 (4 processes x accumulate=2): set batch_size=248" in sentence
+    assert (
+        "batch_size=250 must be a multiple of 8 (4 processes x accumulate=2): set batch_size=256, or batch_size=248"
+        in sentence
+    )
 
 
 @pytest.mark.parametrize(("group", "fix"), [(32, (128, 24)), (7, (98, 6)), (100, (200, 48))])
@@ -49,12 +52,44 @@ def test_bn_groups_must_divide_a_forward_pass_and_the_fixes_do(group: int, fix: 
 
     sentence = refusal(change, processes=2)
     assert f"model.bn_group_size={group} must divide the number of images, 48," in sentence
-    assert f"set batch_size={fix[0]}, model.bn_group_size={fix[1]}, or model.bn=sync" in sentence
+    assert f"set batch_size={fix[0]}, model.bn_group_size={fix[1]} or model.bn=sync" in sentence
 
     for batch_size, size in ((fix[0], group), (96, fix[1])):
         config = TrainConfig(method=MoCoConfig(), batch_size=batch_size)
         config.model.bn_group_size = size
         check(config, processes=2)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("bn", "group"), [("grouped", 16), ("grouped", 7), ("grouped", 1), ("sync", 16), ("batch", 16)]
+)
+def test_each_advised_batch_or_group_passes_all_checks(processes: int, accumulate: int, bn: str, group: int) -> None:
+    refused = 0
+    for batch_size in (*range(1, 26), 48, 64, 97, 256):
+
+        def change(config: TrainConfig) -> None:
+            config.batch_size, config.accumulate = batch_size, accumulate  # noqa: B023 # called at once
+            config.model.bn, config.model.bn_group_size = bn, group
+
+        try:
+            sentence = refusal(change, processes)
+        except pytest.fail.Exception:  # accepted
+            continue
+        refused += 1
+        advice = re.search(r"[:;] set (.*)$", sentence)
+        assert advice, sentence
+        for alternative in re.split(r",? or |, ", advice[1]):
+            config = TrainConfig(method=MoCoConfig())
+            change(config)
+            for name, value in (each.split("=") for each in alternative.split(" ")):
+                section, _, field = name.rpartition(".")
+                setattr(
+                    getattr(config, section) if section else config, field, int(value) if value.isdigit() else value
+                )
+            check(config, processes)
+    assert refused
 
 
 @pytest.mark.parametrize(

@@ -263,10 +263,10 @@ def refuse_on_mps(config: ComputeConfig, *given: str) -> None:
     require(config.device != "mps" or not given, error)
 
 
-def require_divisible(batch_size: int, parts: int, divisor: str) -> None:
-    """Raise ConfigError, which suggests the nearest multiple, unless the batch divides into equal parts."""
-    fix = f"set batch_size={max(1, round(batch_size / parts)) * parts}"
-    require(batch_size % parts == 0, f"batch_size={batch_size} must be a multiple of {divisor}: {fix}")
+def require_divisible(batch_size: int, parts: int, divisor: str, fix: str = "") -> None:
+    """Raise ConfigError with a fix, by default the nearest multiple, unless the batch divides into equal parts."""
+    fix = fix or f"batch_size={max(1, round(batch_size / parts)) * parts}"
+    require(batch_size % parts == 0, f"batch_size={batch_size} must be a multiple of {divisor}: set {fix}")
 
 
 def _floats(name: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -3,7 +3,15 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from moco.config.base import StoppableConfig, bounded, check_bounds, refuse_on_mps, require, require_divisible
+from moco.config.base import (
+    ConfigError,
+    StoppableConfig,
+    bounded,
+    check_bounds,
+    refuse_on_mps,
+    require,
+    require_divisible,
+)
 from moco.config.data import DataConfig, check_data_fields, refuse_root_of_digits
 from moco.config.method import MethodConfig
 
@@ -321,30 +329,71 @@ def _check_shard(config: TrainConfig) -> None:
     require(not learned, f"method.temperature_schedule=learned is one number, which shard=true cannot divide: {fix}")
 
 
+def bn_sync_fields(config: TrainConfig, processes: int) -> str:
+    """Return the fields that set model.bn=sync, with those that it excludes."""
+    graph = config.cuda_graph and processes > 1
+    return "model.bn=sync" + " accumulate=1" * (config.accumulate > 1) + " cuda_graph=false" * graph
+
+
 def _check_batch(config: TrainConfig, processes: int) -> None:
-    """Check that the batch divides over processes, micro-batches and BN groups."""
+    """Check that the batch divides over processes, micro-batches and BN groups; each advised value passes."""
     model, parts = config.model, processes * config.accumulate
-    both = f"accumulate={config.accumulate} with model.bn=sync"
-    error = f"{both} would normalize over one micro-batch, not the batch: set accumulate=1 or model.bn=grouped"
-    require(model.bn != "sync" or config.accumulate == 1, error)
+    micro_batch, rest = divmod(config.batch_size, parts)
+    smaller = 0 if rest else _largest_divisor(micro_batch, model.bn_group_size)
+    if model.bn == "sync" and config.accumulate > 1:
+        nearest = _nearest_batch(config, processes)
+        fixes = ["accumulate=1" + f" batch_size={nearest}" * (nearest != config.batch_size)]
+        fixes += [f"model.bn=grouped model.bn_group_size={smaller}"] if smaller else []
+        both = f"accumulate={config.accumulate} with model.bn=sync"
+        raise ConfigError(f"{both} would normalize over one micro-batch, not the batch: set {' or '.join(fixes)}")
+    if model.bn == "grouped" and model.bn_group_size == 1:
+        largest = 0 if rest else _largest_divisor(micro_batch, max(micro_batch // 2, 2))
+        fix = f"{largest}" if largest else f"2 batch_size={_nearest_batch(config, parts)}"
+        raise ConfigError(f"model.bn_group_size=1: BN over one image has no variance; set model.bn_group_size={fix}")
     counted = f"{processes} process{'es' * (processes > 1)}"
     divisor = f"{parts} ({counted} x accumulate={config.accumulate})"
-    require_divisible(config.batch_size, parts, divisor)
-    micro_batch, group = config.batch_size // parts, model.bn_group_size
-    if model.bn != "grouped":
-        images = config.batch_size if model.bn == "sync" else micro_batch
-        given = f"batch_size={config.batch_size} with model.bn={model.bn}, {counted} and accumulate"
-        error = f"{given}={config.accumulate}: BN over one image has no variance; raise batch_size"
-        require(images > 1, error)
-        return
-    require(group > 1, f"model.bn_group_size={group}: BN over one image has no variance; set at least 2")
-    nearest = max(1, round(config.batch_size / (parts * group))) * parts * group
-    divisors = [each for each in range(2, group) if micro_batch % each == 0]
-    smaller = f"model.bn_group_size={max(divisors)}, " if divisors else ""
-    other = "model.bn=sync" if config.accumulate == 1 else "a lower accumulate"  # bn=sync needs the complete batch
+    require_divisible(config.batch_size, parts, divisor, _batch_fixes(config, parts))
+    if model.bn == "grouped":
+        _check_groups(config, processes, smaller)
+    else:
+        given = f"batch_size={config.batch_size} with model.bn={model.bn}, {counted} and accumulate={config.accumulate}"
+        error = f"{given}: BN over one image has no variance; set batch_size={_nearest_batch(config, parts)}"
+        require((config.batch_size if model.bn == "sync" else micro_batch) > 1, error)
+
+
+def _check_groups(config: TrainConfig, processes: int, smaller: int) -> None:
+    """Check that BN groups divide a micro-batch; `smaller` is the size of smaller ones that do, or 0."""
+    parts, group = processes * config.accumulate, config.model.bn_group_size
+    micro_batch = config.batch_size // parts
+    fixes = [f"batch_size={_nearest_batch(config, parts)}"]
+    fixes += [f"model.bn_group_size={smaller}"] if smaller else []
+    lower = [each for each in range(1, config.accumulate) if config.batch_size % (processes * each * group) == 0]
+    fixes += [f"accumulate={each}" for each in lower[-1:]]
+    fixes += [bn_sync_fields(config, processes)] if config.batch_size > 1 else []
     require(
         micro_batch % group == 0,
         f"model.bn_group_size={group} must divide the number of images, {micro_batch}, of a process's forward pass "
-        f"(batch_size={config.batch_size} / {counted} / accumulate={config.accumulate}): "
-        f"set batch_size={nearest}, {smaller}or {other}",
+        f"(batch_size={config.batch_size} / {processes} process{'es' * (processes > 1)} / "
+        f"accumulate={config.accumulate}): set {', '.join(fixes[:-1])}{' or ' * (len(fixes) > 1)}{fixes[-1]}",
     )
+
+
+def _largest_divisor(images: int, most: int) -> int:
+    """Return the largest divisor of a number of images within 2 ... `most`; 0 without one."""
+    return max((each for each in range(2, min(images, most) + 1) if images % each == 0), default=0)
+
+
+def _nearest_batch(config: TrainConfig, parts: int) -> int:
+    """Return the batch size nearest to the configured one that divides over parts and BN groups, of two images each."""
+    model = config.model
+    unit = parts * (max(2, model.bn_group_size) if model.bn == "grouped" else 1)
+    lowest = 2 * parts if model.bn == "batch" else 2
+    return max(-(-lowest // unit), round(config.batch_size / unit)) * unit
+
+
+def _batch_fixes(config: TrainConfig, parts: int) -> str:
+    """Return the fields that make the batch divide over the parts: with the BN groups, or with smaller ones."""
+    nearest, multiple = _nearest_batch(config, parts), max(2, round(config.batch_size / parts)) * parts
+    group = _largest_divisor(multiple // parts, config.model.bn_group_size)
+    other = config.model.bn == "grouped" and multiple != nearest and group
+    return f"batch_size={nearest}" + (f", or batch_size={multiple} model.bn_group_size={group}" if other else "")

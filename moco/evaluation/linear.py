@@ -140,10 +140,11 @@ def _official(task: Task[LinearConfig], name: str, encoder: Encoder) -> Probe:
     backbone = encoder.get_submodule("backbone")
     network, view = _layers(task, backbone), training_view(task.subject.transform, "augment", config.augment)
     batch_size = fitting_batch(config.batch_size, len(task.train))
+    even = batch_size // world_size() * world_size()
     require(
-        batch_size % world_size() == 0,
+        batch_size == even,
         f"batch_size={batch_size}, lowered because the training split has {len(task.train)} images, must be a multiple "
-        f"of the {world_size()} processes: use fewer processes, or set batch_size",
+        f"of the {world_size()} processes: use fewer processes{f', or set batch_size={even}' if even else ''}",
     )
     lr = scaled_lr(official.lr, batch_size, official.base_batch)
     shared = {name: getattr(official, name) for name in ("schedule", "milestones", "gamma", "weight_decay")}

@@ -64,11 +64,19 @@ def explain_out_of_memory(device: torch.device, fix: str) -> Iterator[None]:
         raise OutOfMemory(f"out of memory on {device}: {used} before the allocation failed; {fix}") from error
 
 
-def training_fix(batch_size: int, processes: int, accumulate: int, on_gpu: bool, precision: str) -> str:
-    """Return the settings to change if a training step does not fit, as `fix` of `explain_out_of_memory`."""
-    lower = ", precision=bf16" if on_gpu and precision == "fp32" else ""
+def training_fix(
+    batch_size: int, processes: int, accumulate: int, group: int | None, on_gpu: bool, precision: str
+) -> str:
+    """Return the settings to change if a training step does not fit, as `fix` of `explain_out_of_memory`.
+
+    Only `accumulate` can change when a run resumes, and only with BN in groups: `group` is their size, else None.
+    """
+    images = batch_size // processes // accumulate
+    parts = [each for each in range(2, images // group + 1) if images % (each * group) == 0] if group else []
+    same = "and run the command again, which resumes with the same results"
+    fixes = [f"set accumulate={each * accumulate} {same}, or " for each in parts[:1]]
+    lower = "precision=bf16, " * (on_gpu and precision == "fp32")
     return (
-        f"a micro-batch has {batch_size // processes // accumulate} images ({batch_size=} / {processes} processes / "
-        f"{accumulate=}): set accumulate={2 * accumulate} (the same results if BN works in groups){lower}, or a "
-        "smaller batch_size or augment.size, and run the command again; it resumes from its last checkpoint, if any"
+        f"a micro-batch has {images} images ({batch_size=} / {processes} processes / {accumulate=}): "
+        f"{''.join(fixes)}start another run, run=DIR, with {lower}a smaller batch_size or augment.size"
     )

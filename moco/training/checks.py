@@ -11,6 +11,7 @@ from torch import nn
 
 from moco.config import RunWarning, TrainConfig, require
 from moco.config.recommended import batch_for, crop_advice, queue_advice
+from moco.config.train import bn_sync_fields
 from moco.data.base import Sources
 from moco.data.opening import build_views
 from moco.data.plan import Plan
@@ -163,16 +164,18 @@ def _check_batch_norm(config: TrainConfig) -> None:
         if model.bn == "grouped":
             _warn(
                 "model.bn=grouped normalizes the views of an image in groups of the same images, which reveals the "
-                "positive, and a method without a momentum encoder has no keys to shuffle: set model.bn=sync"
+                "positive, and a method without a momentum encoder has no keys to shuffle: "
+                f"set {bn_sync_fields(config, world_size())}"
             )
         return
     micro_batch = config.batch_size // world_size() // config.accumulate
     group = model.bn_group_size if model.bn == "grouped" else micro_batch
     if model.shuffle_keys and model.bn != "sync" and group >= config.batch_size:
+        even = max(4, config.batch_size // 2 * 2)  # two groups of two images
+        fix = f"model.bn_group_size={even // 2}" + f" batch_size={even}" * (even != config.batch_size)
         _warn(
             f"model.shuffle_keys=true has no effect: BN normalizes all {config.batch_size} images as one group, which "
-            "query and key of an image share; set model.bn=grouped "
-            f"model.bn_group_size={max(1, config.batch_size // 2)}"
+            f"query and key of an image share; set model.bn=grouped {fix}"
         )
 
 

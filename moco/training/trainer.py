@@ -201,7 +201,8 @@ class Trainer:
         if config.profile and is_rank_zero():
             self.profile = Profile(self.path / "profile", self.device, self.display.log)
         on_gpu = self.device.type == "cuda"
-        fix = training_fix(config.batch_size, world_size(), config.accumulate, on_gpu, self.precision)
+        group = config.model.bn_group_size if config.model.bn == "grouped" else None
+        fix = training_fix(config.batch_size, world_size(), config.accumulate, group, on_gpu, self.precision)
         try:
             if self.doctor:
                 self.doctor.check()  # reports unsuitable settings before the first step

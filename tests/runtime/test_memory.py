@@ -1,6 +1,7 @@
 """Memory: the peak of the process, glibc's settings, and the error when memory runs out."""
 
 import os
+import re
 import resource
 
 import pytest
@@ -40,14 +41,20 @@ def test_glibc_keeps_freed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_out_of_memory_is_reported_in_one_sentence() -> None:
-    fix = training_fix(256, 2, 2, on_gpu=False, precision="fp32")
+    fix = training_fix(256, 2, 2, 32, on_gpu=False, precision="fp32")
     expected = (
         r"out of memory on cpu: \d+\.\d of \d+\.\d GiB .*; a micro-batch has 64 images \(batch_size=256 / 2 "
         r"processes / accumulate=2\): set accumulate=4 .*smaller batch_size"
     )
     with pytest.raises(OutOfMemory, match=expected), explain_out_of_memory(CPU, fix):
         torch.empty(2**60)
-    assert "precision=bf16" in training_fix(256, 1, 1, on_gpu=True, precision="fp32")
+    assert "precision=bf16" in training_fix(256, 1, 1, 32, on_gpu=True, precision="fp32")
+
+
+@pytest.mark.parametrize(("group", "accumulate"), [(32, 4), (64, None), (16, 4), (3, 4), (None, None)])
+def test_the_advised_number_of_micro_batches_has_complete_bn_groups(group: int | None, accumulate: int | None) -> None:
+    fix = training_fix(288 if group == 3 else 256, 2, 2, group, on_gpu=False, precision="fp32")
+    assert re.findall(r"set accumulate=(\d+)", fix) == ([str(accumulate)] if accumulate else [])
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), NotImplementedError("no"), RecursionError("again")])

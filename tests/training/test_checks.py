@@ -36,6 +36,21 @@ def plan(length: int) -> Plan:
     return Plan(length, 64, 1, 0)
 
 
+@pytest.mark.parametrize("batch_size", [2, 3, 4, 5, 7, 64])
+def test_the_advised_bn_group_passes_all_checks(batch_size: int) -> None:
+    made = config(100)
+    made.batch_size, made.model.bn = batch_size, "batch"
+    with pytest.warns(RunWarning, match=r"shuffle_keys=true has no effect") as warned:
+        check_against_data(made, Plan(1000, batch_size, 1, 0))
+    advice = re.search(r"set model\.bn=grouped model\.bn_group_size=(\d+)( batch_size=(\d+))?$", str(warned[0].message))
+    assert advice
+    made.model.bn, made.model.bn_group_size, made.batch_size = "grouped", int(advice[1]), int(advice[3] or batch_size)
+    check(made)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_against_data(made, Plan(1000, made.batch_size, 1, 0))
+
+
 def test_a_queue_as_long_as_the_data_set_warns() -> None:
     with pytest.warns(RunWarning, match=r"queue_size=1000 .* 1000 images .* set method\.queue_size=256"):
         check_against_data(config(queue_size=1000), plan(1000))
