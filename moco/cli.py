@@ -118,6 +118,8 @@ def run_command(name: str, schema: type[Schema], command: Callable[[Schema], Non
         if issubclass(category, RunWarning)
         else "\n".join(map(printable, plain(message, category, *rest).split("\n")))
     )
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # most warnings are the same on all ranks of a machine
+        warnings.simplefilter("ignore", RunWarning)
     config: Schema | None = None
     try:
         _check_launch()

@@ -7,7 +7,11 @@
 # Results: RUN/results.json, and RUN/supervised/results.json for the supervised network. scripts/results_table.py
 # prints them as one table.
 set -euo pipefail
-run=${1:?the directory of the run is missing: bash scripts/evaluate.sh RUN [PROTOCOL] [field=value ...]}
+if [[ -z ${1:-} ]]; then
+    echo "the directory of the run is missing: bash scripts/evaluate.sh RUN [PROTOCOL] [field=value ...]" >&2
+    exit 2
+fi
+run=$1
 protocol=${2:-moco_v2}
 fields=("${@:3}")
 

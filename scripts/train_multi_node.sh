@@ -17,8 +17,16 @@
 # RANK and MASTER are the former names of NODE_RANK and MASTER_ADDR, and are still read.
 set -euo pipefail
 
-node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:?NODE_RANK is not set: the number of this machine, from 0}}}
-master=${MASTER_ADDR:-${MASTER:?MASTER_ADDR is not set: the name or address of machine 0}}
+node_rank=${NODE_RANK:-${RANK:-${SLURM_NODEID:-}}}
+master=${MASTER_ADDR:-${MASTER:-}}
+lacking=""
+[[ $master ]] || lacking="MASTER_ADDR is not set: set it to the name or address of machine 0"
+[[ $node_rank =~ ^[0-9]+$ ]] || lacking="NODE_RANK=$node_rank: set it to the number of this machine, from 0"
+[[ ${NODES:-} =~ ^[1-9][0-9]*$ ]] || lacking="NODES=${NODES:-}: set it to the number of machines"
+if [[ $lacking ]]; then
+    echo "$lacking" >&2
+    exit 2
+fi
 gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
 if ((gpus == 0)); then
     echo "no NVIDIA GPU was found (nvidia-smi): set GPUS to the number of processes; without a GPU they use the CPU" >&2
@@ -28,7 +36,7 @@ fi
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # is_host states which machine opens the port; torchrun's own guess compares host names and can be wrong.
 exec torchrun \
-    --nnodes "${NODES:?NODES is not set: the number of machines}" --nproc-per-node "$gpus" \
+    --nnodes "$NODES" --nproc-per-node "$gpus" \
     --rdzv-backend c10d --rdzv-endpoint "$master:${PORT:-29500}" --rdzv-id moco \
     --rdzv-conf "is_host=$((node_rank == 0))" --max-restarts "${RESTARTS:-0}" \
     -m moco.train "$@"

@@ -12,7 +12,8 @@ class CheckDataConfig(CommandConfig):
     """Check a folder of images for anything that would stop a run."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(name="folder"))
-    """The images to check, as for moco.train. They are decoded by data.workers processes."""
+    """The images to check, as for moco.train. They are decoded by data.workers processes. Of data=shards, only the
+    checksums of all files are compared, for which the original images are not needed."""
     output: str = bounded("check_data.json", min_length=1, path=True, example="output=check_data.json")
     """File for the report, which lists the files with each kind of problem; by default in the current directory."""
     listed: int = bounded(1000, ge=1)
@@ -28,7 +29,9 @@ def check_check_data(config: CheckDataConfig) -> None:
     """Raise ConfigError for an invalid configuration."""
     check_bounds(config)
     name = config.data.name
-    require(name != "shards", "data.name=shards: to check and repair shards, run moco.pack again with the same fields")
     # The other data sets hold no separate files to check: they are arrays, tables or streams.
-    require(name in ("folder", "imagenet", "video"), f"data.name={name!r} must be one of folder, imagenet, video")
+    known = ("folder", "imagenet", "video", "shards")
+    require(name in known, f"data.name={name!r} must be one of {', '.join(known)}")
+    packed = "stats=true needs the original images, and data.name=shards only compares checksums: set stats=false"
+    require(not (config.stats and name == "shards"), packed)
     check_data_fields(config.data)

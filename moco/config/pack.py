@@ -23,7 +23,8 @@ class PackConfig(CommandConfig):
     quality: int = bounded(90, ge=1, le=95)
     """JPEG quality of the images that are reduced."""
     shard_mb: float = bounded(256.0, gt=0, le=8000)
-    """Largest size of a shard in megabytes (1,000,000 bytes)."""
+    """Largest size of a shard in megabytes (1,000,000 bytes), to which the padding of tar files adds up to 12 kB. A
+    larger image has a shard of its own."""
     workers: int | None = bounded(None, ge=0, le=256)
     """Processes that read, check and reduce images; null: the value of data.workers."""
 

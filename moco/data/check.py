@@ -1,5 +1,7 @@
 """Find everything that is wrong with a folder of images or videos before a run: decode all, and report the faults.
 
+Of shards, compare the checksums of all files.
+
 Legend: N images, of the training folder and then of the held-out folder.
 """
 
@@ -28,6 +30,7 @@ from moco.data.label_table import label_facts, show_labels
 from moco.data.labels import first_names
 from moco.data.opening import class_counts, opening_lines
 from moco.data.pixel_format import RGB
+from moco.data.shard_check import check_shards, damage
 from moco.data.sources import load_source
 from moco.data.video import VideoSource
 from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
@@ -77,8 +80,23 @@ class Findings:
 
 def check_data(config: CheckDataConfig) -> None:
     """Do the work of `moco.check_data`."""
-    data, output = config.data, Path(config.output)
-    check_output_file(output, "check_data.json")
+    check_output_file(Path(config.output), "check_data.json")
+    if config.data.name == "shards":
+        _check_shards(config.data, Path(config.output))
+    else:
+        _check_images(config, Path(config.output))
+
+
+def _check_shards(data: DataConfig, output: Path) -> None:
+    report = check_shards(data)
+    _write(report, output, data.root, "the names of the damaged files")
+    if damaged := damage(report["damaged"]):
+        fix = "copy such files again, or run the command of moco.pack again where the original images are"
+        raise ValueError(f"data.root={data.root}: {damaged}: {fix}")
+
+
+def _check_images(config: CheckDataConfig, output: Path) -> None:
+    data = config.data
     sources = load_source(replace(data, resident=False), keep_unlistable=True)
     folders = [cast(Checked, each) for each in (sources.train, sources.held_out) if each is not None]
     for line in opening_lines(sources):
@@ -110,10 +128,9 @@ def check_data(config: CheckDataConfig) -> None:
                 findings.note(_UNREADABLE_FOLDER, str(Path(files.root, path)), reason)
             for path, target in files.broken.items():
                 findings.note("broken link", str(Path(files.root, path)), f"a link to {target}, ignored")
-    report, replaced = describe(config, folders, findings), _replaced(output, data.root)
+    report = describe(config, folders, findings)
     show(report)  # before writing: the findings stay visible if writing fails
-    write_json(output, report)
-    log(f"written: {output.absolute()}, with the files of each kind{replaced}")
+    _write(report, output, data.root, "the files of each kind")
     if obstacles := find_obstacles(data, [len(folder) for folder in folders], findings):
         raise ValueError(f"a run with these images would fail: {'; '.join(obstacles)}; {output} lists the files")
     if data.name in FOLDERS:
@@ -311,6 +328,13 @@ def size_distribution(sizes: NDArray[np.int32]) -> dict[str, Any]:
         "height": np.percentile(sizes[:, 1], marks).round().astype(int).tolist(),
         "frequent": {f"{each[i][0]} x {each[i][1]}": int(count[i]) for i in frequent},
     }
+
+
+def _write(report: dict[str, Any], output: Path, root: str, content: str) -> None:
+    """Write the report and print its path; `content` names what it lists."""
+    replaced = _replaced(output, root)
+    write_json(output, report)
+    log(f"written: {output.absolute()}, with {content}{replaced}")
 
 
 def _replaced(output: Path, root: str) -> str:

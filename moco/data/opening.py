@@ -15,7 +15,7 @@ from moco.data.labels import first_names
 from moco.data.sources import limited, load_source
 from moco.data.unreadable import without_unreadable
 from moco.data.view import View
-from moco.data.walk import OTHER_IMAGE_ENDINGS, VIDEO_ENDINGS
+from moco.data.walk import OTHER_IMAGE_ENDINGS, SPECIAL_FILE, VIDEO_ENDINGS
 from moco.distributed import is_rank_zero, on_rank_zero
 from moco.runtime.console import log, progress_bar
 from moco.runtime.next_command import stats_command
@@ -117,14 +117,15 @@ def class_line(source: Source) -> str:
 
 
 def left_out_line(counts: Mapping[str, int]) -> str:
-    """Return, as one line, how many files are left out because of their names."""
+    """Return, as one line, how many files are left out, because of their names or as no regular files."""
     ordered = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
     named = [f"{count:,} {kind}" for kind, count in ordered]
     convert = sorted(counts.keys() & OTHER_IMAGE_ENDINGS)
     fix = f"; to use {', '.join(convert)}, convert to JPEG or PNG" if convert else ""
     videos = sorted(counts.keys() & set(VIDEO_ENDINGS))
     fix += f"; data=video uses the frames of {', '.join(videos)}" if videos else ""
-    return f"left out, because of their names: {first_names(named, MAX_CLASSES)}{fix}"
+    why = "" if SPECIAL_FILE in counts else ", because of their names"
+    return f"left out{why}: {first_names(named, MAX_CLASSES)}{fix}"
 
 
 def without_unreadable_evaluation_images(

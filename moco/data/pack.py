@@ -223,7 +223,7 @@ def summarize(config: PackConfig, index: dict[str, Any], title: str, seconds: fl
     rows = [
         ("images", f"{images}; {how}"),
         ("classes", f"{len(index['classes']):,}" if index["classes"] else "none: packed without labels"),
-        ("shards", f"{len(shards):,} of at most {config.shard_mb:g} MB"),
+        ("shards", f"{len(shards):,} of at most about {config.shard_mb:g} MB"),
         ("size", f"{before / 1e6:,.1f} MB {state}, {after / 1e6:,.1f} MB now{note}"),
         ("skipped", f"{sum(skipped.values()):,} ({kinds}), see {output / SKIPPED}" if skipped else "none"),
         ("time", duration(seconds)),

@@ -104,7 +104,11 @@ class ShardWriter:
         self._tar = tarfile.TarFile(mode="w", fileobj=self._file, format=tarfile.USTAR_FORMAT)
 
     def size_with(self, content: bytes) -> int:
-        """Return the approximate size in bytes of the shard with one more image."""
+        """Return the approximate size in bytes of the shard with one more image.
+
+        The padding, of the image to 512 bytes and of the shard to 10,240, is not counted: counting it would divide
+        the images of earlier packs into other shards.
+        """
         return self._file.tell() + 3 * tarfile.BLOCKSIZE + len(content)
 
     def add(self, image: PackedImage, label: int, name: bytes) -> None:

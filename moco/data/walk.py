@@ -31,6 +31,7 @@ SYSTEM_NAMES = {
     *("$recycle.bin", "recycler", "system volume information", "thumbs.db", "desktop.ini"),  # Windows
     *("__macosx", "lost+found", "__pycache__"),
 }
+SPECIAL_FILE = "not a regular file"  # the kind of a pipe, socket or device
 BROKEN_LINK = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # errors of a link with no target, or in a cycle
 
 
@@ -97,7 +98,9 @@ def _add(tree: Tree, entry: os.DirEntry[str], path: str, folders: list[str], end
         tree.images.append(path)
     elif entry.is_dir():
         folders.append(path)
-    elif is_image and entry.is_file():
+    elif not entry.is_file():
+        tree.ignored[SPECIAL_FILE] += 1
+    elif is_image:
         tree.images.append(path)
     else:
         tree.ignored[os.path.splitext(entry.name)[1].lower() or "without ending"] += 1

@@ -4,6 +4,7 @@ import importlib
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,7 +14,7 @@ import yaml
 from moco.__main__ import main as list_commands
 from moco.__main__ import refuse
 from moco.cli import Command, run_command
-from moco.config import TrainConfig, config_dir
+from moco.config import RunWarning, TrainConfig, config_dir
 from moco.config.knn import KnnConfig
 from moco.config.pack import PackConfig
 from moco.config.search import SearchConfig
@@ -175,6 +176,20 @@ def test_an_error_that_begins_with_a_path_names_its_field(error: Exception, sent
     status, _, errors = run("search", *fields, main=lambda: run_command("search", SearchConfig, fails))
     assert status == 1
     assert errors.startswith(f"moco: {sentence} (")
+
+
+@pytest.mark.parametrize(("local_rank", "count"), [("0", 1), ("1", 0)])
+def test_a_warning_is_printed_once_per_machine(
+    local_rank: str, count: int, run: Run, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", local_rank)):
+        monkeypatch.setenv(name, value)
+
+    def warns(config: object) -> None:
+        warnings.warn("a setting is a mistake", RunWarning, stacklevel=2)
+
+    assert run("search", main=lambda: run_command("search", SearchConfig, warns))[0] == 0
+    assert len(recwarn) == count
 
 
 def test_an_error_with_an_absolute_path_names_the_field_of_a_relative_one(run: Run) -> None:

@@ -1,11 +1,15 @@
 """`moco.pack` repairs a damaged folder, and refuses one with other labels in one sentence."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moco.check_data import check_data
 from moco.config import ConfigError, DataConfig, RunWarning
+from moco.config.check_data import CheckDataConfig, check_check_data
 from moco.config.pack import PackConfig
 from moco.data import pack as stage
 from moco.data import pack_output
@@ -140,3 +144,26 @@ def test_other_labels_of_the_same_images_are_refused(finished: bool, tmp_path: P
             run(other)
     run("fine")
     assert (tmp_path / "out" / "index.json").is_file()
+
+
+def test_a_copy_is_checked_without_the_original_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = class_folders(tmp_path / "train")
+    copy = Path(shutil.move(packed(tmp_path / "out", root), tmp_path / "copy"))
+    shutil.rmtree(root)
+    report = tmp_path / "report.json"
+    config = CheckDataConfig(DataConfig("shards", str(copy)), str(report))
+    check_check_data(config)
+    check_data(config)
+    assert "12 train images in 3 shards; every file is intact (SHA-256)" in " ".join(capsys.readouterr().out.split())
+    assert json.loads(report.read_text())["damaged"] == []
+    shard = copy / "train-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    (copy / "train.npy").unlink()
+    with pytest.raises(
+        ValueError, match=r"copy: 2 files are missing or damaged .*train\.npy.*: copy such files again, or run"
+    ):
+        check_data(config)
+    assert sorted(json.loads(report.read_text())["damaged"]) == ["train-000001.tar", "train.npy"]
+    config.stats = True
+    with pytest.raises(ConfigError, match="stats=true needs the original images"):
+        check_check_data(config)

@@ -30,6 +30,7 @@ def test_folder_finds_all_images_in_sorted_order(tmp_path: Path) -> None:
             (tmp_path / name).symlink_to("gone.jpg")
         else:
             (tmp_path / name).write_text("x")
+    os.mkfifo(tmp_path / "b" / "pipe.jpg")
     with pytest.warns(RunWarning, match=r"data\.root=.*: 1 broken links are ignored: b/notes -> gone\.jpg"):
         sources = load_source(DataConfig("folder", str(tmp_path)))
     train = sources.train
@@ -39,7 +40,7 @@ def test_folder_finds_all_images_in_sorted_order(tmp_path: Path) -> None:
         train.image(names(train).index(lost))
     assert caught.value.kind == "broken link"
     wanted = names(train)
-    assert train.ignored == {"hidden": 2, ".txt": 1, ".csv": 1, "without ending": 1}
+    assert train.ignored == {"hidden": 2, ".txt": 1, ".csv": 1, "without ending": 1, "not a regular file": 1}
     assert (train.unlistable, train.broken) == ({}, {"b/notes": "gone.jpg"})
     assert (train.labels, train.classes, train.images, sources.bank, sources.held_out) == (None, (), None, None, None)
     assert train.image(wanted.index("b/ü 漢字.png")).shape == (3, 5, 6)

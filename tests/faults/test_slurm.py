@@ -103,6 +103,26 @@ def test_without_a_gpu_the_scripts_name_the_variable_to_set(name: str, tmp_path:
     assert "set GPUS to the number of processes" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "variables", "wanted"),
+    [
+        ("train_multi_node.sh", {"NODES": "2", "MASTER_ADDR": "here"}, "NODE_RANK=: set it to the number of"),
+        ("train_multi_node.sh", {"NODES": "2", "NODE_RANK": "one", "MASTER_ADDR": "here"}, "NODE_RANK=one: set it"),
+        ("train_multi_node.sh", {"NODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
+        ("train_multi_node.sh", {"NODE_RANK": "0", "MASTER_ADDR": "here"}, "NODES=: set it to the number of machines"),
+        ("train_slurm.sbatch", {}, "submit the script with sbatch"),
+        ("evaluate.sh", {}, "the directory of the run is missing"),
+    ],
+)
+def test_what_a_script_lacks_is_one_sentence(name: str, variables: dict[str, str], wanted: str) -> None:
+    environment = {"PATH": os.environ["PATH"]} | variables
+    script = str(REPOSITORY / "scripts" / name)
+    ended = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(wanted) or wanted in line.partition(": ")[2]
+
+
 def test_every_script_has_valid_shell_syntax() -> None:
     scripts = [*(REPOSITORY / "scripts").glob("*.sh"), *(REPOSITORY / "scripts").glob("*.sbatch")]
     assert len(scripts) >= 4
